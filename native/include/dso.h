@@ -1,0 +1,180 @@
+/* deepseek-optimizer native CPU backend: the whole C interface.
+ *
+ * Rules of the house
+ *  - Pointers, sizes, error codes: no torch, no Python. Loaded through ctypes, which releases the GIL.
+ *  - Every function that can fail returns 0 or a DSO_E* code; dso_last_error() gives this thread's message.
+ *  - Python describes (graph, rules, buffers, sequences); this library executes: one dso_plan_run a step.
+ *  - All weights are borrowed: the caller keeps them alive and unmoved while a plan that names them lives.
+ */
+#ifndef DSO_H
+#define DSO_H
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+#if defined(__GNUC__)
+#define DSO_API __attribute__((visibility("default")))
+#else
+#define DSO_API
+#endif
+
+#define DSO_ABI_VERSION 1
+DSO_API int32_t dso_abi_version(void);
+
+enum {
+  DSO_OK = 0,
+  DSO_EINVAL = 1,  /* a bad argument: the message names it */
+  DSO_ENOMEM = 2,  /* memory could not be had */
+  DSO_EISA = 3,    /* the ISA that was asked for is unknown or cannot run here */
+  DSO_ESTATE = 4,  /* called at the wrong time (a plan run twice at once, a context freed under a plan) */
+};
+DSO_API const char* dso_last_error(void); /* of the calling thread; never NULL */
+
+/* ---- CPU ------------------------------------------------------------------------------------------------
+ * ISA names, best last: "avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16" (VNNI and BF16), "amx";
+ * and "amx-emulated" (never chosen by itself: AMX code over portable tiles, for tests on hosts without AMX;
+ * needs what "avx512-bf16" needs). */
+DSO_API int32_t dso_isa_count(void);
+DSO_API const char* dso_isa_name(int32_t i);
+DSO_API int32_t dso_isa_runs_here(const char* name);   /* 1, 0, or -1 for an unknown name */
+DSO_API const char* dso_cpu_description(void);         /* JSON: vendor, model name, features found, caches, cores */
+
+/* ---- context: an ISA's kernels and a thread pool ------------------------------------------------------- */
+typedef struct dso_context dso_context;
+/* isa NULL: the best that runs here. A family name ("avx2", "avx512") means exactly that variant.
+ * threads <= 0: affinity and cgroup limits decide. The pool's threads start at the first run and are rebuilt
+ * after a fork. A context may be used by several plans; runs on one context are serialised. */
+DSO_API int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out);
+DSO_API void dso_context_destroy(dso_context* c);
+DSO_API const char* dso_context_isa(const dso_context* c);
+DSO_API int32_t dso_context_threads(const dso_context* c);
+DSO_API int32_t dso_default_threads(void);             /* min(affinity, ceil(cgroup quota)) */
+
+/* ---- weights --------------------------------------------------------------------------------------------
+ * A matrix W[rows, cols] (out features, in features) is packed in tiles of 16 rows x 32 columns, tile row by tile
+ * row: tile (i, g) lies at ((i * ceil(cols/32)) + g) * dso_tile_bytes(format). Rows and columns past the end are
+ * zero. The layout is the same on every ISA.
+ *   F32  2048 B: float   [32 k][16 r]
+ *   BF16 1024 B: bf16    [16 k/2][16 r][2]            (AMX and VDPBF16PS order)
+ *   INT8  544 B: uint8   [8 k/4][16 r][4] = w + 128, then fp16 scale[16]            w in [-128, 127], W = scale * w
+ *   INT4  288 B: uint8   [4 j][16 r][4]: low nibble of byte (j, r, b) is column 8j + b, high nibble 8j + 4 + b,
+ *                nibble = w + 8, then fp16 scale[16]                                w in [-8, 7],    W = scale * w
+ *   Q4_1  320 B: nibbles as INT4 holding q in [0, 15], then fp16 scale[16], fp16 min[16]          W = scale * q + min
+ * VECTOR is a plain float[cols] (norm weights, biases, inverse frequencies): rows = 1. */
+enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_INT8 = 2, DSO_INT4 = 3, DSO_Q4_1 = 4, DSO_VECTOR = 100 };
+/* fp16 is only a source type of dso_pack. */
+enum { DSO_SRC_F32 = 0, DSO_SRC_BF16 = 1, DSO_SRC_F16 = 2 };
+
+typedef struct dso_weight {
+  int32_t format, rows, cols, reserved;
+  const void* data;
+  int64_t bytes; /* checked against the format and the shape */
+} dso_weight;
+
+DSO_API int64_t dso_tile_bytes(int32_t format);                               /* -1 for an unknown format */
+DSO_API int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols);
+/* Packs rows [0, rows) of a row-major matrix (row stride `stride` elements); dst holds dso_packed_bytes. INT8: scale =
+ * max|w|/127 rounded to fp16, w = rint(W/scale) clamped to +-127. INT4: scale as ggml's q4_0 (the element of largest
+ * magnitude / -8, rounded to fp16; q = clamp(rint(w / scale), -8, 7)). Bit-identical to the Python reference in quant/. */
+DSO_API int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols,
+                         int64_t stride, void* dst);
+DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst); /* [rows, cols] */
+
+/* ---- one product outside a plan (module forwards, tests) ------------------------------------------------
+ * y[T, rows] = x[T, cols] W^T + bias (NULL: none), all fp32 row-major and dense. Same kernels and the same bits as a
+ * plan's LINEAR of the same family. activation: the DSO_SLOT_* kind that x is converted to first (F32 for F32, BF16 for BF16,
+ * Q8 or Q16 for the integer formats). decode_rows: how many leading rows run the decode family (the rest: prefill). */
+DSO_API int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const float* x, int64_t T,
+                           int64_t decode_rows, float* y);
+/* The conversion alone, for tests: rows of x[T, width] to rows of dso_row_bytes(kind, width). */
+DSO_API int64_t dso_row_bytes(int32_t slot_kind, int64_t width);   /* bytes of a slot's row, a multiple of 64 */
+DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows);
+
+/* ---- KV cache: blocks of 32 tokens in one growing arena -------------------------------------------------
+ * A block holds DSO_BLOCK_TOKENS tokens of ALL layers. Memory is reserved at creation, becomes resident when first
+ * written, and goes back with dso_cache_release. The inner layout belongs to the kernels; whole blocks can be copied. */
+#define DSO_BLOCK_TOKENS 32
+enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
+typedef struct dso_cache dso_cache;
+DSO_API int64_t dso_cache_block_bytes(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim);
+DSO_API int32_t dso_cache_create(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim, int64_t blocks, dso_cache** out);
+DSO_API void dso_cache_destroy(dso_cache* k);
+DSO_API int32_t dso_cache_copy_block(dso_cache* k, int32_t from, int32_t to);
+DSO_API int32_t dso_cache_release(dso_cache* k, int32_t from_block); /* blocks >= from_block go back to the system */
+/* Reads one layer of a sequence back: K and V as float [kv_heads, tokens, head_dim], for adapters and tests. */
+DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value);
+
+/* ---- plan: a flat list of steps over slots ---------------------------------------------------------------
+ * A slot is a buffer whose row count is set by each run: T tokens, or R logit rows for slots after SELECT_ROWS.
+ * Kinds of slot: F32 rows; BF16 rows (activations rounded to nearest even); Q8 rows: activations quantised by groups of
+ * 32 along the row (width padded to 32): int8 q[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where
+ * scale = max|x|/127, q = rint(x * (127/max|x|)); a group of zeros has scale 0; a group with a NaN or infinity has scale NaN.
+ * Q16 rows, for formats whose own error is smaller than int8 activations' (SmolLM2: int8 activations alone cost a KL of
+ * 0.003): int8 hi[wp], int8 lo[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where q = rint(x * (32512/max|x|)),
+ * scale = max|x|/32512, hi = (q + 128) >> 8 in [-127, 127], lo = q - 256 hi in [-128, 127].
+ * LOGITS is the caller's output buffer (F32 rows). */
+enum { DSO_SLOT_F32 = 0, DSO_SLOT_BF16 = 1, DSO_SLOT_Q8 = 2, DSO_SLOT_Q16 = 3, DSO_SLOT_LOGITS = 4 };
+typedef struct dso_slot { int32_t kind, width, selected, reserved; } dso_slot; /* selected: rows are the logit rows */
+
+enum {
+  /* in[], out[]: slots. w[], b[]: weights. -1 where absent. "any": F32, BF16, Q8 or Q16. */
+  DSO_OP_EMBEDDING = 1,   /* w0[V,H] -> out0 F32; scale multiplies; batch->inputs_embeds replaces the look-up */
+  DSO_OP_RMS_NORM = 2,    /* in0 F32, w0 vector, eps -> out0 any. heads > 0: per head of head_dim (q/k norm), F32 */
+  DSO_OP_ADD = 3,         /* in0, in1 F32 -> out0 F32 (may alias an input) */
+  DSO_OP_ADD_RMS_NORM = 4,/* in0 residual, in1 delta, w0, eps -> out0 = in0 + in1 F32 (may alias in0), out1 = norm(out0) any */
+  DSO_OP_CONVERT = 5,     /* in0 F32 -> out0 BF16, Q8 or Q16 */
+  DSO_OP_LINEAR = 6,      /* in0, up to 3 matrices over one input (w0..2, b0..2) -> out0..2 F32.
+                             in0 must be Q8 or Q16 for INT8, INT4, Q4_1; BF16 for BF16; F32 for F32 */
+  DSO_OP_ROPE_TABLE = 7,  /* w0 = inverse frequencies vector [rot/2]; scale multiplies -> out0 F32 [T, rot]: cos | sin.
+                             angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double */
+  DSO_OP_ROPE = 8,        /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs (2i, 2i+1) */
+  DSO_OP_CACHE_WRITE = 9, /* in0 key, in1 value (F32, kv_heads*head_dim), layer */
+  DSO_OP_ROPE_CACHE = 10, /* in0 q, in1 k, in2 v, in3 table -> out0 rotated q (may alias in0); rotated k and v go to the cache */
+  DSO_OP_ATTENTION = 11,  /* in0 q F32 [T, heads*head_dim], layer, scale, window (0: none) -> out0 any. EAGER flag: score matrix */
+  DSO_OP_SWIGLU = 12,     /* in0 gate, in1 up F32 -> out0 any: silu(gate) * up */
+  DSO_OP_GATE_UP = 13,    /* in0, w0 gate, w1 up (b0, b1) -> out0 any: silu(W0 x) * (W1 x); formats of w0 and w1 equal */
+  DSO_OP_SELECT_ROWS = 14,/* in0 F32 -> out0 F32, a selected slot: rows batch->logit_rows */
+  DSO_OP_HIDDEN_OUT = 15, /* in0 F32 -> batch->hidden + index * T * width, when asked for; index = layer field */
+};
+enum { DSO_FLAG_EAGER = 1, DSO_FLAG_INTERLEAVED = 2 };
+
+typedef struct dso_step {
+  int32_t op, flags;
+  int32_t in[4], out[3], w[3], b[3];
+  int32_t layer, heads, kv_heads, head_dim, window;
+  float eps, scale;
+} dso_step;
+
+typedef struct dso_plan dso_plan;
+DSO_API int32_t dso_plan_create(dso_context* c, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,
+                                const dso_weight* weights, int32_t n_weights, int32_t vocab_size, dso_plan** out);
+DSO_API void dso_plan_destroy(dso_plan* p);
+DSO_API int64_t dso_plan_buffer_bytes(const dso_plan* p, int32_t T, int32_t R); /* what the slots take for T tokens, R logit rows */
+DSO_API int32_t dso_plan_reserve(dso_plan* p, int32_t T, int32_t R);            /* sizes the arena ahead of a run */
+
+/* A ragged batch. Sequences in DECODE phase come first, then those in PREFILL; rows of a sequence are consecutive.
+ * Everything is checked before anything is written: ids inside the vocabulary, block ids inside the cache, lengths. */
+enum { DSO_PHASE_DECODE = 0, DSO_PHASE_PREFILL = 1 };
+typedef struct dso_batch {
+  int32_t T, S, R, max_blocks;
+  const int32_t* token_ids;    /* [T]; NULL only with inputs_embeds */
+  const int32_t* positions;    /* [T]: for RoPE only; attention order is the order in the cache */
+  const int32_t* query_len;    /* [S], sum T, each > 0 */
+  const int32_t* context_len;  /* [S]: tokens in the cache before this step */
+  const int32_t* phase;        /* [S], ascending */
+  const int32_t* block_table;  /* [S, max_blocks]: blocks for context_len + query_len tokens */
+  const int32_t* logit_rows;   /* [R], ascending */
+  const float* inputs_embeds;  /* [T, H] or NULL */
+  float* logits;               /* [R, vocab_size] */
+  float* hidden;               /* [n_hidden, T, H] or NULL */
+  dso_cache* cache;            /* NULL only for plans without attention */
+} dso_batch;
+DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
+
+/* With timing on, seconds spent in each step summed over runs (wall time on thread 0), and runs counted. */
+DSO_API int32_t dso_plan_set_timing(dso_plan* p, int32_t on);
+DSO_API int32_t dso_plan_timing(const dso_plan* p, double* seconds_per_step, int64_t* runs);
+#ifdef __cplusplus
+}
+#endif
+#endif

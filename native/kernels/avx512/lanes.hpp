@@ -1,0 +1,107 @@
+// The SIMD lane type on AVX-512 (F, BW, DQ, VL; VNNI and BF16 where the translation unit has them): 16 floats, 16 int32
+// or 64 bytes at a time. avx2/lanes.hpp offers the same names over pairs of 256-bit registers, so that kernels/generic is
+// written once. A lane is one output row of a matrix, or one element of a vector.
+//
+// Included inside a per-variant namespace (DSO_ISA_NAMESPACE) and everything here has internal linkage by that: no
+// function compiled for AVX-512 may be shared with a translation unit of another ISA.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace dso::DSO_ISA_NAMESPACE {
+#define DSO_INLINE static inline __attribute__((always_inline))
+
+using F = __m512;   // 16 x f32
+using I = __m512i;  // 16 x i32
+using B = __m512i;  // 64 bytes: 16 lanes of 4
+constexpr int lanes = 16;
+constexpr int registers = 32;
+
+DSO_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
+
+// ---- float
+DSO_INLINE F zero() { return _mm512_setzero_ps(); }
+DSO_INLINE F set(float x) { return _mm512_set1_ps(x); }
+DSO_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+DSO_INLINE F load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }  // the rest is zero
+DSO_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+DSO_INLINE void store(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first(n), x); }
+DSO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+DSO_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+DSO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+DSO_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+DSO_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a*b + c
+DSO_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
+DSO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }              // b where either is NaN
+DSO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+DSO_INLINE F abs(F a) { return _mm512_abs_ps(a); }
+DSO_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // half to even
+DSO_INLINE F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }        // a * 2^n, n integral
+// Fixed trees: the same order on every ISA. (i, i+8), (i, i+4), (i, i+2), (i, i+1).
+DSO_INLINE float sum(F a) {
+  __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+DSO_INLINE float largest(F a) {
+  __m256 y = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+// ---- 16-bit floats in memory
+DSO_INLINE F load_bf16(const void* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
+DSO_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+DSO_INLINE void store_bf16(void* p, F x) {  // nearest even, NaN kept quiet; denormals as they are
+  __m512i u = _mm512_castps_si512(x);
+  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
+  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+
+// ---- int32
+DSO_INLINE I izero() { return _mm512_setzero_si512(); }
+DSO_INLINE I iset(int32_t x) { return _mm512_set1_epi32(x); }
+DSO_INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+template <int n> DSO_INLINE I shl(I a) { return _mm512_slli_epi32(a, n); }
+DSO_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+DSO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }  // half to even
+DSO_INLINE void store_i8(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }  // truncates: values already fit
+DSO_INLINE int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
+
+// ---- bytes and dot products. A lane's 4 bytes are 4 consecutive columns; products are exact on every ISA.
+DSO_INLINE B load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+DSO_INLINE void store_bytes(void* p, B x) { _mm512_storeu_si512(p, x); }
+DSO_INLINE B broadcast4(const void* p) { int32_t v; memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
+DSO_INLINE B low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+DSO_INLINE B high_nibbles(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+
+#ifdef __AVX512VNNI__
+DSO_INLINE I dot_u4(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }  // w: u8 <= 15, a: s8
+DSO_INLINE I dot_u8(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }  // w: any u8, a: s8
+#else
+DSO_INLINE I dot_u4(I acc, B w, B a) {  // pairs <= 2*15*128: maddubs cannot saturate
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1)));
+}
+DSO_INLINE I dot_u8(I acc, B w, B a) {  // even and odd bytes as 16-bit integers: maddubs would saturate
+  __m512i we = _mm512_and_si512(w, _mm512_set1_epi16(255)), wo = _mm512_srli_epi16(w, 8);
+  __m512i ae = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), ao = _mm512_srai_epi16(a, 8);
+  return _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(we, ae), _mm512_madd_epi16(wo, ao)));
+}
+#endif
+
+// Two bf16 columns a lane: acc + w0*a0 + w1*a1. Its rounding belongs to the variant (a kernel family is fixed per variant).
+#ifdef __AVX512BF16__
+DSO_INLINE F dot_bf16(F acc, B w, B a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
+#else
+DSO_INLINE F dot_bf16(F acc, B w, B a) {
+  const __m512i hi = _mm512_set1_epi32((int)0xffff0000);
+  acc = fma(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), acc);
+  return fma(_mm512_castsi512_ps(_mm512_and_si512(w, hi)), _mm512_castsi512_ps(_mm512_and_si512(a, hi)), acc);
+}
+#endif
+}  // namespace dso::DSO_ISA_NAMESPACE

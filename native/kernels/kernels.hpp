@@ -1,0 +1,94 @@
+// What a kernel set offers the runtime: one table of plain functions per ISA variant, filled by
+// kernels/<isa>/table.cpp from the algorithms in kernels/generic. The runtime knows threads, slots and steps; a kernel
+// knows lanes and tiles. Every function works on a range given by the caller and touches nothing global, so that the
+// runtime alone decides how work is split. Rows are `stride` BYTES apart throughout.
+//
+// This header is included by ISA translation units: plain types only, no inline function, no std header with inline code.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace dso {
+
+struct Matrix {  // a packed weight, see dso.h
+  int32_t format;
+  int32_t rows, cols;
+  const uint8_t* data;
+};
+
+struct KvLayout {      // of one cache; the kernels own what is inside a block
+  int32_t type;        // DSO_KV_*
+  int32_t kv_heads, head_dim;
+  int64_t layer_bytes; // bytes of one layer within a block; a multiple of 64
+};
+
+// A sequence's view of one layer of the cache: token t lies in block table[t / 32], slot t % 32.
+struct KvView {
+  uint8_t* base;        // start of block 0, this layer
+  int64_t block_stride; // bytes from a block to the next
+  const int32_t* table;
+};
+
+struct Kernels {
+  const char* isa;
+
+  // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) -> the same columns of a slot row
+  // (BF16, Q8, Q16) of `width` columns; begin is a multiple of 32, the group that holds column width - 1 is zero-filled.
+  void (*convert)(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row);
+
+  // ---- linear: y[t, n] for tokens [0, T) and row tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are
+  // not written). x rows are of `kind`. `prefill` picks the family (they may be the same code). scratch: private to the
+  // caller's thread, linear_scratch() bytes, 64-aligned. y may be strided; bias may be null.
+  void (*linear)(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, bool prefill,
+                 int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch);
+  size_t linear_scratch;
+
+  void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
+  void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);
+  void (*pack_tile)(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride,
+                    int64_t tile, uint8_t* dst);  // one tile row; src is the whole matrix, dst the whole packed matrix
+
+  // ---- element-wise, one row each
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+  void (*add)(const float* a, const float* b, int64_t n, float* out);
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t rot, bool interleaved, float* out);
+
+  // ---- cache and attention
+  int64_t (*kv_layer_bytes)(int32_t type, int64_t kv_heads, int64_t head_dim);
+  // Writes `n` tokens (k, v: [n, kv_heads*head_dim], strided) at positions [start, start + n) for kv heads [h0, h1).
+  void (*kv_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride,
+                   const float* val, int64_t v_stride, int64_t h0, int64_t h1);
+  void (*kv_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* key, float* value);  // [kv_heads, tokens, head_dim]
+
+  // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
+  // over the absolute chunk `chunk` of attn_chunk tokens. Row r sees tokens [max(0, ctx + r + 1 - window), ctx + r] of the
+  // cache (window 0: from 0). Writes for every (row, q head): m, l and o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16)
+  // floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
+  void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
+                            int64_t r0, int64_t r1, int64_t ctx, int64_t window, float scale, int64_t chunk, float* part, uint8_t* scratch);
+  // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
+  void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
+  // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
+  // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
+  void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
+                       int64_t r0, int64_t r1, int64_t ctx, int64_t window, float scale, float* o, int64_t o_stride, uint8_t* scratch);
+  // The plain form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch of ctx + r + 1 floats.
+  void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
+                     float* scores, float* o);  // sees tokens [first, n)
+  size_t attn_scratch;  // bytes, private to the caller's thread
+};
+
+constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family
+constexpr int64_t attn_rows = 32;    // query rows of a prefill task
+
+// One per variant; null where the compiler could not build it.
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx2_vnni();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_vnni();
+const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx();
+const Kernels* kernels_amx_emulated();
+
+}  // namespace dso

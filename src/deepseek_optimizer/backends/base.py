@@ -1,0 +1,94 @@
+"""What every backend offers: a plan that runs ragged steps over a cache it knows.
+
+`engine/` and `integration/` drive plans through this interface only, so reference, cpu and cuda are interchangeable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+
+BLOCK_TOKENS = 32  # tokens in a cache block, on every backend
+DECODE, PREFILL = 0, 1  # a sequence's phase, which picks the kernel family
+
+
+@dataclass
+class StepBatch:
+    """One ragged step: no padding. Decode sequences come first; a sequence's rows are consecutive.
+
+    Attributes:
+        token_ids: int32 [T]; ignored where `inputs_embeds` is given.
+        positions: int32 [T], for RoPE only; causality follows the order in the cache.
+        query_len: int32 [S], > 0, sums to T.
+        context_len: int32 [S], tokens in the cache before this step.
+        phase: int32 [S], DECODE or PREFILL, ascending.
+        block_table: int32 [S, max_blocks], block ids that cover context_len + query_len tokens.
+        logit_rows: int32 [R], ascending rows of T whose logits are wanted.
+        inputs_embeds: float32 [T, H] torch tensor, or None.
+        hidden: whether all hidden states are wanted.
+    """
+
+    token_ids: Int32
+    positions: Int32
+    query_len: Int32
+    context_len: Int32
+    phase: Int32
+    block_table: Int32
+    logit_rows: Int32
+    inputs_embeds: Any = None
+    hidden: bool = False
+
+
+@dataclass
+class StepOutput:
+    """logits: float32 torch [R, V] on the plan's device. hidden: float32 torch [n_hidden, T, H] or None (the last one
+    normed, as Transformers returns it). Both are fresh tensors that the caller owns."""
+
+    logits: Any
+    hidden: Any = None
+
+
+class KvStore(Protocol):
+    """A backend's block storage. Which block belongs to whom is `cache.BlockManager`'s business."""
+
+    num_blocks: int
+    block_bytes: int
+
+    def copy_block(self, source: int, target: int) -> None: ...
+
+    def release(self, from_block: int) -> None:
+        """Gives memory of blocks >= from_block back to the system; their content is lost."""
+
+    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[Any, Any]:
+        """K and V of one sequence's layer as torch float32 [kv_heads, tokens, head_dim]."""
+
+
+class Plan(Protocol):
+    """A compiled graph, bound to weights."""
+
+    def run(self, batch: StepBatch, store: KvStore) -> StepOutput: ...
+
+    def reserve(self, tokens: int, logit_rows: int) -> None: ...
+
+    def buffer_bytes(self, tokens: int, logit_rows: int) -> int: ...
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One row a step: op, kernel, format, places; for the report."""
+
+
+class Backend(Protocol):
+    """Compiles graphs. `name`: "reference" or "cpu"; `detail`: ISA and threads, or the device."""
+
+    name: str
+    detail: str
+
+    def compile(self, graph: Any, weights: Any, **options: Any) -> Plan: ...
+
+    def new_store(self, graph: Any, kv_dtype: str, num_blocks: int) -> KvStore: ...
+
+    def block_bytes(self, graph: Any, kv_dtype: str) -> int: ...

@@ -1,0 +1,38 @@
+"""Typed errors. Each says what was wrong, where (file, tensor, field), and what to do about it."""
+
+from __future__ import annotations
+
+
+class DeepSeekOptimizerError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(DeepSeekOptimizerError, ValueError):
+    """A field of `DeepSeekConfig` or of a model's config is wrong; the message names the field."""
+
+
+class UnsupportedModelError(ConfigError):
+    """The model's family or one of its features is not known; the message lists what is."""
+
+
+class CheckpointError(DeepSeekOptimizerError, ValueError):
+    """A checkpoint file is damaged, incomplete or lies about itself.
+
+    Args:
+        message: what is wrong.
+        file: path of the file, if one is at fault.
+        tensor: name of the tensor, if one is at fault.
+    """
+
+    def __init__(self, message: str, *, file: object = None, tensor: str | None = None) -> None:
+        self.file, self.tensor = None if file is None else str(file), tensor
+        where = ", ".join(p for p in (self.file, f"tensor {tensor!r}" if tensor else None) if p)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class BackendError(DeepSeekOptimizerError, RuntimeError):
+    """A backend cannot do what was asked: no native build, an ISA that cannot run here, a plan misused."""
+
+
+class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
+    """Neither the plan nor Transformers' own forward can serve this call; the message names the remedy."""

@@ -1,0 +1,36 @@
+"""What a weight format is.
+
+A packed matrix [N, K] is a uint8 tensor of shape [ceil(N/16), ceil(K/32), tile_bytes]: tiles of 16 rows x 32 columns, the
+layout of `native/include/dso.h`, the same on every ISA and on disk. Each format has one file, whose `pack` and `unpack` are
+plain torch: the definition that the native packer must equal bit for bit, and what serves where there is no native build.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+
+TILE_ROWS, TILE_COLS = 16, 32
+
+
+class WeightFormat(Protocol):
+    """One format. `code`: DSO_* of dso.h. `activation`: slot kind its products read: "f32", "bf16", "q8" or "q16"."""
+
+    name: ClassVar[str]
+    code: ClassVar[int]
+    tile_bytes: ClassVar[int]
+    bits: ClassVar[float]
+    activation: ClassVar[str]
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> torch.Tensor:
+        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]."""
+
+    @staticmethod
+    def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """uint8 tiles -> float [rows, cols]; exact in float32."""
+
+    @staticmethod
+    def error_bound(weight: torch.Tensor) -> torch.Tensor:
+        """float [N, K]: what |unpack(pack(w)) - w| never exceeds, element by element."""
