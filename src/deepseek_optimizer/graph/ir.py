@@ -36,11 +36,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Value:
-    """One buffer of rows. `width`: floats a row. `selected`: rows are the logit rows instead of the tokens."""
+    """One buffer of rows. `width`: elements a row. `selected`: rows are the logit rows instead of the tokens. `kind`: how a
+    backend holds them; families and rules make "f32" only, a backend's lowering also "bf16", "q8", "q16"."""
 
     name: str
     width: int
     selected: bool = False
+    kind: str = "f32"
 
 
 @dataclass(frozen=True)
