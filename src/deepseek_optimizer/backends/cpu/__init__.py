@@ -1,0 +1,77 @@
+"""The native CPU backend: graphs compiled to plans that `native/` executes on a thread pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...graph.ir import Graph
+from ...quant.packed import PackedMatrix
+from . import native, packer
+from .compile import compile_graph
+from .plan import CpuPlan, CpuStore
+
+__all__ = ["CpuBackend", "CpuPlan", "CpuStore", "unavailable_reason"]
+
+unavailable_reason = native.unavailable_reason
+
+
+class CpuBackend:
+    """Args:
+    isa: "avx2", "avx512", "amx", or one of `native.isa_names()`; None: the best that runs here. "avx2" and "avx512" mean the best
+        variant of that family.
+    threads: None: what affinity and cgroup limits allow.
+
+    Raises:
+        BackendError: no native build, or the ISA cannot run here (the message says what is missing).
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+        self.context = native.shared_context(_variant(isa), threads)
+
+    @property
+    def isa(self) -> str:
+        return self.context.isa
+
+    @property
+    def threads(self) -> int:
+        return self.context.threads
+
+    @property
+    def detail(self) -> str:
+        return f"{self.isa}, {self.threads} threads"
+
+    def compile(self, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], **options: Any) -> CpuPlan:
+        """See `compile.compile_graph`."""
+        return compile_graph(self.context, graph, weights, **options)
+
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> CpuStore:
+        c = graph.cache
+        return CpuStore(self.context, c.layers, c.kv_heads, c.head_dim, kv_dtype, num_blocks)
+
+    def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
+        c = graph.cache
+        return int(self.context.lib.dso_cache_block_bytes(native.KV_TYPES[kv_dtype], c.layers, c.kv_heads, c.head_dim))
+
+    def pack(self, weight: torch.Tensor, format_name: str) -> torch.Tensor:
+        """A `quant.Packer` on this backend's threads."""
+        return packer.pack(self.context, weight, format_name)
+
+    def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        return packer.unpack(self.context, matrix, begin, end)
+
+    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        """See `packer.linear`."""
+        return packer.linear(self.context, x, matrix, bias, **options)
+
+
+def _variant(isa: str | None) -> str | None:
+    """A family's best variant that runs here; exact names as they are. The library refuses what cannot run."""
+    if isa not in ("avx2", "avx512"):
+        return isa
+    members = [n for n in native.isa_names() if n == isa or n.startswith(isa + "-")]
+    return next((n for n in reversed(members) if native.isa_runs_here(n)), isa)

@@ -1,0 +1,151 @@
+"""Graph -> native plan: lowering, slots, weights, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...errors import BackendError
+from ...graph.ir import Graph, Node, Value
+from ...graph.planner import assign_slots
+from ...quant import get_format
+from ...quant.packed import PackedMatrix
+from .lower import lower
+from .native import FLAG_EAGER, FLAG_INTERLEAVED, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
+from .packer import weight_struct
+from .plan import CpuPlan
+
+INTEGER_FORMATS = ("int8", "int4", "q4_1")
+ACTIVATIONS = {"int8": "q8", "int16": "q16"}
+
+
+class _Compiler:
+    """Collects slots, weights and steps of one graph."""
+
+    def __init__(self, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], activation: str) -> None:
+        self.given, self.activation = weights, activation
+        self.graph = lower(graph, self.kind_of, self.format_of)
+        planned = assign_slots(self.graph)
+        self.slot_of: Mapping[Value, int] = planned.slot_of
+        self.slots = [Slot(SLOT_KINDS[s.kind], s.width, int(s.selected), 0) for s in planned.slots]
+        self.weights: list[Weight] = []
+        self.keep: list[Any] = []
+        self.index: dict[str, int] = {}
+        self.rope: list[tuple[Any, torch.Tensor]] = []
+
+    def matrix(self, name: str) -> PackedMatrix:
+        try:
+            found = self.given[name]
+        except KeyError:
+            raise BackendError(f"the graph needs weight {name!r}, which the model does not have") from None
+        if not isinstance(found, PackedMatrix):
+            raise BackendError(f"the cpu backend needs {name!r} packed, not a {type(found).__name__}")
+        return found
+
+    def format_of(self, name: str) -> str:
+        return self.matrix(name).format
+
+    def kind_of(self, name: str) -> str:
+        format_name = self.format_of(name)
+        if self.activation in ACTIVATIONS and format_name in INTEGER_FORMATS:
+            return ACTIVATIONS[self.activation]
+        return get_format(format_name).activation
+
+    def weight(self, name: str | None) -> int:
+        """Index of a weight in the plan's table, added at its first use."""
+        if name is None:
+            return -1
+        if name not in self.index:
+            found = self.given.get(name)
+            if isinstance(found, torch.Tensor):
+                self._add(name, self._vector(found))
+            else:
+                matrix = self.matrix(name)
+                self.keep.append(matrix.data)
+                self._add(name, weight_struct(matrix))
+        return self.index[name]
+
+    def _add(self, name: str, weight: Weight) -> None:
+        self.index[name] = len(self.weights)
+        self.weights.append(weight)
+
+    def _vector(self, tensor: torch.Tensor) -> Weight:
+        if tensor.ndim != 1:
+            raise BackendError(f"a vector was expected, got shape {tuple(tensor.shape)}")
+        vector = tensor.detach().to("cpu", torch.float32).contiguous()
+        self.keep.append(vector)
+        return Weight(VECTOR, 1, vector.numel(), 0, vector.data_ptr(), vector.numel() * 4)
+
+    def frequencies(self, spec: Any) -> int:
+        name = f"rope:{id(spec)}"
+        if name not in self.index:
+            vector = torch.as_tensor(spec.inv_freq, dtype=torch.float32).clone()
+            if spec.is_dynamic:
+                self.rope.append((spec, vector))
+            self._add(name, self._vector(vector))
+        return self.index[name]
+
+    def step(self, node: Node) -> Step:
+        a, op = node.attrs, "linear" if node.op == "lm_head" else node.op
+        if op not in OPS:
+            raise BackendError(f"the cpu backend has no op {node.op!r}")
+        s = Step()
+        s.op = OPS[op]
+        slots_in = [self.slot_of[v] for v in node.inputs]
+        slots_out = [self.slot_of[v] for v in node.outputs]
+        biases = a.get("biases") or ((a["bias"],) if a.get("bias") else ())
+        s.inputs[:] = slots_in + [-1] * (4 - len(slots_in))
+        s.outputs[:] = slots_out + [-1] * (3 - len(slots_out))
+        ws = [self.weight(n) for n in node.weights]
+        if op == "rope_table":
+            ws = [self.frequencies(a["rope"])]
+        s.w[:] = ws + [-1] * (3 - len(ws))
+        bs = [self.weight(n) for n in biases]
+        s.b[:] = bs + [-1] * (3 - len(bs))
+        s.layer = a.get("index", a.get("layer", 0))
+        s.heads, s.kv_heads = a.get("heads", 0), a.get("kv_heads", 0)
+        s.head_dim, s.window = a.get("head_dim", 0), a.get("window") or 0
+        s.eps = a.get("eps", 0.0)
+        s.scale = a["rope"].scaling if op == "rope_table" else a.get("scale", 1.0)
+        s.flags = (FLAG_EAGER if a.get("softmax") == "eager" else 0) | (FLAG_INTERLEAVED if a.get("interleaved") else 0)
+        return s
+
+    def row(self, node: Node) -> dict[str, Any]:
+        """What the report says of a step."""
+        row: dict[str, Any] = {"op": node.op, "output": node.outputs[0].name if node.outputs else None}
+        matrices = [n for n in node.weights if isinstance(self.given.get(n), PackedMatrix)]
+        if matrices:
+            row["weights"] = list(matrices)
+            row["format"] = ",".join(dict.fromkeys(self.format_of(n) for n in matrices))
+            row["bytes"] = sum(self.matrix(n).nbytes for n in matrices)
+        if node.inputs and node.inputs[0].kind != "f32":
+            row["activation"] = node.inputs[0].kind
+        if node.outputs and node.outputs[-1].kind != "f32":
+            row["writes"] = node.outputs[-1].kind
+        if node.op == "attention":
+            row["softmax"] = node.attrs.get("softmax", "eager")
+        return row
+
+
+def compile_graph(
+    context: Context, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], *, activation: str = "auto"
+) -> CpuPlan:
+    """Binds `graph` to `weights` on this context.
+
+    Args:
+        weights: matrices packed, vectors as 1-D tensors (copied to fp32).
+        activation: rows that integer products read: "auto" (what each format asks for), "int8" or "int16".
+    """
+    compiler = _Compiler(graph, weights, activation)
+    nodes = compiler.graph.nodes
+    steps = [compiler.step(n) for n in nodes]
+    head = next(n for n in reversed(nodes) if n.op == "lm_head")
+    logits = compiler.slot_of[head.outputs[0]]
+    compiler.slots[logits].kind = SLOT_KINDS["logits"]
+    return CpuPlan(
+        context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
+        vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
+        all_logits=not head.outputs[0].selected, rope=compiler.rope,
+    )  # fmt: skip

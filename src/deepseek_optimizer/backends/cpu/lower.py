@@ -1,0 +1,89 @@
+"""Lowering: which values a native plan holds in bf16, q8 or q16 rows, and where they are converted.
+
+A product reads its input in the kind its weight's format asks for. Where every reader of a value wants the same kind, the op that
+makes the value writes that kind itself (a norm that quantises its result); elsewhere a `convert` step makes it, once. Ops over
+several matrices are split where their formats want different kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from ...graph.ir import Graph, Node, Value
+
+# The op's output (by index) that the native step can write in any kind.
+WRITES_ANY = {"rms_norm": 0, "add_rms_norm": 1, "attention": 0, "swiglu": 0, "gate_up": 0}
+PRODUCTS = ("linear", "lm_head", "gate_up")
+
+
+def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> Graph:
+    """The same graph with kinds and converts.
+
+    Args:
+        kind_of: weight name -> slot kind its product reads ("f32", "bf16", "q8", "q16").
+        format_of: weight name -> format name; gate_up needs equal formats.
+    """
+    nodes = [part for node in graph.nodes for part in _split(node, kind_of, format_of)]
+    wanted = _wanted_kinds(nodes, kind_of)
+    in_place = {v: kinds[0] for v, kinds in wanted.items() if len(kinds) == 1 and kinds[0] != "f32" and _maker_writes(nodes, v)}
+    lowered: list[Node] = []
+    for node in nodes:
+        lowered.append(_rewire(node, kind_of, in_place))
+        for value in node.outputs:
+            if value not in in_place:
+                lowered += [Node("convert", (value,), (_as(value, k),)) for k in wanted.get(value, ()) if k != "f32"]
+    return replace(graph, nodes=lowered)
+
+
+def _as(value: Value, kind: str) -> Value:
+    return value if kind == "f32" else replace(value, name=f"{value.name}.{kind}", kind=kind)
+
+
+def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> list[Node]:
+    """One node a kind for a linear over several matrices; a gate_up of unequal formats as linears and swiglu."""
+    biases = node.attrs.get("biases") or (None,) * len(node.weights)
+    if node.op == "linear" and len(node.weights) > 1:
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(node.weights):
+            groups.setdefault(kind_of(name), []).append(i)
+        if len(groups) > 1:
+            return [_linear(node, indices, biases) for indices in groups.values()]
+    if node.op == "gate_up" and format_of(node.weights[0]) != format_of(node.weights[1]):
+        out = node.outputs[0]
+        halves = tuple(replace(out, name=f"{out.name}.{part}") for part in ("gate", "up"))
+        pair = node.with_(outputs=halves)
+        return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node("swiglu", halves, node.outputs)]
+    return [node]
+
+
+def _linear(node: Node, indices: list[int], biases: tuple[str | None, ...]) -> Node:
+    return Node(
+        "linear", node.inputs, tuple(node.outputs[i] for i in indices), tuple(node.weights[i] for i in indices),
+        {"biases": tuple(biases[i] for i in indices)},
+    )  # fmt: skip
+
+
+def _wanted_kinds(nodes: list[Node], kind_of: Callable[[str], str]) -> Mapping[Value, list[str]]:
+    """Value -> the kinds its readers want, in order of first use."""
+    wanted: dict[Value, dict[str, None]] = {}
+    for node in nodes:
+        for i, value in enumerate(node.inputs):
+            product_input = node.op in PRODUCTS and i == 0
+            wanted.setdefault(value, {})[kind_of(node.weights[0]) if product_input else "f32"] = None
+    return {value: list(kinds) for value, kinds in wanted.items()}
+
+
+def _maker_writes(nodes: list[Node], value: Value) -> bool:
+    maker = next((n for n in nodes if value in n.outputs), None)
+    if maker is None or maker.op not in WRITES_ANY:
+        return False
+    index = WRITES_ANY[maker.op]
+    return index < len(maker.outputs) and maker.outputs[index] == value
+
+
+def _rewire(node: Node, kind_of: Callable[[str], str], in_place: Mapping[Value, str]) -> Node:
+    inputs = node.inputs
+    if node.op in PRODUCTS:
+        inputs = (_as(inputs[0], kind_of(node.weights[0])), *inputs[1:])
+    return node.with_(inputs=inputs, outputs=tuple(_as(v, in_place.get(v, "f32")) for v in node.outputs))

@@ -1,0 +1,195 @@
+"""The native library through ctypes: one Python name a function of `native/include/dso.h`, errors turned into exceptions.
+
+Nothing is loaded at import: `library()` finds and checks the shared object at its first call.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from ...errors import BackendError
+
+ABI_VERSION = 1
+BLOCK_TOKENS = 32
+
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4}
+VECTOR = 100
+SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
+KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
+OPS = {
+    "embedding": 1, "rms_norm": 2, "head_norm": 2, "add": 3, "add_rms_norm": 4, "convert": 5, "linear": 6, "rope_table": 7, "rope": 8,
+    "cache_write": 9, "rope_cache": 10, "attention": 11, "swiglu": 12, "gate_up": 13, "select_rows": 14, "hidden_out": 15,
+}  # fmt: skip
+FLAG_EAGER, FLAG_INTERLEAVED = 1, 2
+_EINVAL, _ENOMEM = 1, 2
+
+I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
+
+
+class Weight(C.Structure):
+    """dso_weight."""
+
+    _fields_ = [("format", I32), ("rows", I32), ("cols", I32), ("reserved", I32), ("data", PTR), ("bytes", I64)]
+
+
+class Slot(C.Structure):
+    """dso_slot."""
+
+    _fields_ = [("kind", I32), ("width", I32), ("selected", I32), ("reserved", I32)]
+
+
+class Step(C.Structure):
+    """dso_step. `inputs` is the header's `in`, a keyword in Python."""
+
+    _fields_ = [
+        ("op", I32), ("flags", I32), ("inputs", I32 * 4), ("outputs", I32 * 3), ("w", I32 * 3), ("b", I32 * 3), ("layer", I32),
+        ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32), ("eps", C.c_float), ("scale", C.c_float),
+    ]  # fmt: skip
+
+
+class Batch(C.Structure):
+    """dso_batch."""
+
+    _fields_ = [
+        ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR), ("query_len", PTR),
+        ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR), ("inputs_embeds", PTR), ("logits", PTR),
+        ("hidden", PTR), ("cache", PTR),
+    ]  # fmt: skip
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "dso_abi_version": (I32, []),
+    "dso_last_error": (C.c_char_p, []),
+    "dso_isa_count": (I32, []),
+    "dso_isa_name": (C.c_char_p, [I32]),
+    "dso_isa_runs_here": (I32, [C.c_char_p]),
+    "dso_cpu_description": (C.c_char_p, []),
+    "dso_context_create": (I32, [C.c_char_p, I32, PTR]),
+    "dso_context_destroy": (None, [PTR]),
+    "dso_context_isa": (C.c_char_p, [PTR]),
+    "dso_context_threads": (I32, [PTR]),
+    "dso_default_threads": (I32, []),
+    "dso_tile_bytes": (I64, [I32]),
+    "dso_packed_bytes": (I64, [I32, I64, I64]),
+    "dso_pack": (I32, [PTR, I32, I32, PTR, I64, I64, I64, PTR]),
+    "dso_unpack": (I32, [PTR, PTR, I64, I64, PTR]),
+    "dso_linear": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
+    "dso_row_bytes": (I64, [I32, I64]),
+    "dso_convert": (I32, [PTR, I32, PTR, I64, I64, PTR]),
+    "dso_cache_block_bytes": (I64, [I32, I32, I32, I32]),
+    "dso_cache_create": (I32, [I32, I32, I32, I32, I64, PTR]),
+    "dso_cache_destroy": (None, [PTR]),
+    "dso_cache_copy_block": (I32, [PTR, I32, I32]),
+    "dso_cache_release": (I32, [PTR, I32]),
+    "dso_cache_read": (I32, [PTR, I32, PTR, I32, PTR, PTR]),
+    "dso_plan_create": (I32, [PTR, PTR, I32, PTR, I32, PTR, I32, I32, PTR]),
+    "dso_plan_destroy": (None, [PTR]),
+    "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),
+    "dso_plan_reserve": (I32, [PTR, I32, I32]),
+    "dso_plan_run": (I32, [PTR, PTR]),
+    "dso_plan_set_timing": (I32, [PTR, I32]),
+    "dso_plan_timing": (I32, [PTR, PTR, PTR]),
+}
+
+
+def library_path() -> Path:
+    """Where the wheel (or `make native`) puts the shared library."""
+    return Path(__file__).resolve().parents[2] / "_native" / "libdso.so"
+
+
+def unavailable_reason() -> str | None:
+    """None where the native backend can be used; else why not, with the remedy."""
+    try:
+        library()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Any:
+    """The loaded library with typed functions. Raises BackendError where it was not built or does not fit."""
+    path = library_path()
+    if not path.exists():
+        raise BackendError(
+            "the native CPU library was not built on this machine (no C++ compiler at install time, or not x86-64 Linux); "
+            'install g++ and reinstall, or use backend="reference"'
+        )
+    try:
+        lib = C.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{path} cannot be loaded ({error}); reinstall deepseek-optimizer") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(lib, name, None)
+        if function is None:
+            raise BackendError(f"{path} lacks {name}: it belongs to another version; reinstall deepseek-optimizer")
+        function.restype, function.argtypes = result, arguments
+    if lib.dso_abi_version() != ABI_VERSION:
+        raise BackendError(f"{path} has ABI {lib.dso_abi_version()}, this package needs {ABI_VERSION}; reinstall deepseek-optimizer")
+    return lib
+
+
+def check(code: int) -> None:
+    """Raises what a non-zero return code stands for, with the library's own message."""
+    if code == 0:
+        return
+    message = library().dso_last_error().decode(errors="replace")
+    if code == _EINVAL:
+        raise ValueError(message)
+    if code == _ENOMEM:
+        raise MemoryError(message)
+    raise BackendError(message)
+
+
+class Context:
+    """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialised.
+
+    Args:
+        isa: a name of `isa_names()` or None for the best that runs here.
+        threads: None or <= 0: what affinity and cgroup limits allow.
+    """
+
+    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+        self.lib = library()
+        handle = PTR()
+        check(self.lib.dso_context_create(isa.encode() if isa else None, threads or 0, C.byref(handle)))
+        self.handle = handle
+
+    @property
+    def isa(self) -> str:
+        return str(self.lib.dso_context_isa(self.handle).decode())
+
+    @property
+    def threads(self) -> int:
+        return int(self.lib.dso_context_threads(self.handle))
+
+    def __del__(self) -> None:
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle:
+            self.lib.dso_context_destroy(handle)
+
+
+@functools.lru_cache(maxsize=8)
+def shared_context(isa: str | None, threads: int | None) -> Context:
+    """The process's context for these settings: models that agree on them share one pool."""
+    return Context(isa, threads)
+
+
+def isa_names() -> list[str]:
+    """Every ISA variant this library was built with, best last."""
+    lib = library()
+    return [lib.dso_isa_name(i).decode() for i in range(lib.dso_isa_count())]
+
+
+def isa_runs_here(name: str) -> bool:
+    return bool(library().dso_isa_runs_here(name.encode()) == 1)
+
+
+def cpu_description() -> dict[str, Any]:
+    """Vendor, model name, features found, caches, cores."""
+    description: dict[str, Any] = json.loads(library().dso_cpu_description().decode())
+    return description

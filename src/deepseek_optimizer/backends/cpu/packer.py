@@ -1,0 +1,79 @@
+"""Packing and single products through the native library, for loaders and for the packed modules' own forward."""
+
+from __future__ import annotations
+
+import ctypes as C
+
+import torch
+
+from ...errors import BackendError
+from ...quant import get_format
+from ...quant.packed import PackedMatrix
+from .native import FORMATS, SLOT_KINDS, Context, Weight, check
+
+_SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def pack(context: Context, weight: torch.Tensor, format_name: str) -> torch.Tensor:
+    """float [N, K] (fp32, bf16 or fp16) -> uint8 tiles, the bits of `quant.get_format(format_name).pack`."""
+    weight = weight.detach()
+    if weight.dtype not in _SOURCES:
+        weight = weight.float()
+    if weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    rows, cols = weight.shape
+    fmt = get_format(format_name)
+    out = torch.empty((-(-rows // 16), -(-cols // 32), fmt.tile_bytes), dtype=torch.uint8)
+    check(
+        context.lib.dso_pack(
+            context.handle, FORMATS[format_name], _SOURCES[weight.dtype], weight.data_ptr(), rows, cols, weight.stride(0), out.data_ptr()
+        )
+    )
+    return out
+
+
+def weight_struct(matrix: PackedMatrix) -> Weight:
+    """The C view of a packed matrix; the caller keeps `matrix.data` alive."""
+    if matrix.format not in FORMATS:
+        raise BackendError(f"the cpu backend has no kernels for format {matrix.format!r}; it knows {', '.join(FORMATS)}")
+    data = matrix.data
+    if data.dtype != torch.uint8 or not data.is_contiguous() or data.device.type != "cpu":
+        raise BackendError(f"packed data must be contiguous uint8 on the CPU, not {data.dtype} on {data.device}")
+    return Weight(FORMATS[matrix.format], matrix.rows, matrix.cols, 0, data.data_ptr(), data.numel())
+
+
+def unpack(context: Context, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
+    """Rows [begin, end) as float32 [end - begin, cols]."""
+    end = matrix.rows if end is None else end
+    out = torch.empty(end - begin, matrix.cols)
+    check(context.lib.dso_unpack(context.handle, C.byref(weight_struct(matrix)), begin, end, out.data_ptr()))
+    return out
+
+
+def linear(
+    context: Context,
+    x: torch.Tensor,
+    matrix: PackedMatrix,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    decode_rows: int = 0,
+) -> torch.Tensor:
+    """x [..., K] -> float32 [..., N]: the same kernels and bits as a plan's product of that family.
+
+    Args:
+        activation: slot kind x is converted to first; None: what the format asks for.
+        decode_rows: how many leading rows run the decode family.
+    """
+    kind = activation or get_format(matrix.format).activation
+    flat = x.detach().reshape(-1, matrix.cols).float().contiguous()
+    out = torch.empty(flat.shape[0], matrix.rows)
+    bias32 = None if bias is None else bias.detach().float().contiguous()
+    if flat.shape[0]:
+        check(
+            context.lib.dso_linear(
+                context.handle, C.byref(weight_struct(matrix)), None if bias32 is None else bias32.data_ptr(), SLOT_KINDS[kind],
+                flat.data_ptr(), flat.shape[0], decode_rows, out.data_ptr(),
+            )
+        )  # fmt: skip
+    return out.reshape(*x.shape[:-1], matrix.rows)

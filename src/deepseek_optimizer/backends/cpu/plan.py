@@ -1,0 +1,143 @@
+"""A compiled native plan and the block store it reads: one library call a step."""
+
+from __future__ import annotations
+
+import ctypes as C
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import BackendError
+from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput
+from .native import KV_TYPES, Batch, Context, Slot, Step, Weight, check
+
+
+def _address(array: Int32) -> int:
+    """Data pointer of a contiguous int32 array (`__array_interface__` costs a third of `.ctypes`)."""
+    return int(array.__array_interface__["data"][0])
+
+
+class CpuStore:
+    """Paged K and V in the native arena: memory is taken as blocks are first written.
+
+    Args:
+        layers, kv_heads, head_dim: the model's cache spec.
+        kv_dtype: "fp32", "bf16" or "int8".
+        num_blocks: capacity in blocks of 32 tokens.
+    """
+
+    def __init__(self, context: Context, layers: int, kv_heads: int, head_dim: int, kv_dtype: str, num_blocks: int) -> None:
+        self.lib = context.lib
+        self.num_blocks = num_blocks
+        self.kv_heads, self.head_dim, self.kv_dtype = kv_heads, head_dim, kv_dtype
+        self.block_bytes = int(self.lib.dso_cache_block_bytes(KV_TYPES[kv_dtype], layers, kv_heads, head_dim))
+        handle = C.c_void_p()
+        check(self.lib.dso_cache_create(KV_TYPES[kv_dtype], layers, kv_heads, head_dim, num_blocks, C.byref(handle)))
+        self.handle = handle
+
+    def copy_block(self, source: int, target: int) -> None:
+        check(self.lib.dso_cache_copy_block(self.handle, source, target))
+
+    def release(self, from_block: int) -> None:
+        check(self.lib.dso_cache_release(self.handle, from_block))
+
+    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        table = np.ascontiguousarray(block_table, dtype=np.int32)
+        if table.size * BLOCK_TOKENS < tokens:
+            raise ValueError(f"a table of {table.size} blocks does not hold {tokens} tokens")
+        key, value = (torch.empty(self.kv_heads, tokens, self.head_dim) for _ in range(2))
+        check(self.lib.dso_cache_read(self.handle, layer, _address(table), tokens, key.data_ptr(), value.data_ptr()))
+        return key, value
+
+    def __del__(self) -> None:
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle:
+            self.lib.dso_cache_destroy(handle)
+
+
+class CpuPlan:
+    """Steps bound to packed weights. Made by `CpuBackend.compile`; keeps the weights it points at alive."""
+
+    def __init__(
+        self,
+        context: Context,
+        steps: list[Step],
+        slots: list[Slot],
+        weights: list[Weight],
+        keep: list[Any],
+        rows: list[dict[str, Any]],
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        hidden_states: int,
+        all_logits: bool,
+        rope: list[tuple[Any, torch.Tensor]],
+    ) -> None:
+        self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
+        self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
+        self._all_logits = all_logits  # without rule `last_logits` the head runs on every token
+        self._rope = rope  # (spec, its frequencies in place) of length-dependent kinds
+        self._steps = len(steps)
+        handle = C.c_void_p()
+        check(
+            self.lib.dso_plan_create(
+                context.handle, (Step * len(steps))(*steps), len(steps), (Slot * len(slots))(*slots), len(slots),
+                (Weight * len(weights))(*weights), len(weights), vocab_size, C.byref(handle),
+            )
+        )  # fmt: skip
+        self.handle = handle
+        self._batch = Batch()
+
+    def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
+        """One step. Shapes and ids are checked by the library before anything is written."""
+        tokens, rows = len(batch.positions), len(batch.logit_rows)
+        for spec, frequencies in self._rope:
+            frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(batch.positions.max()) + 1)))
+        logits = torch.empty(tokens if self._all_logits else rows, self.vocab_size)
+        hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
+        embeds = batch.inputs_embeds
+        if embeds is not None:
+            embeds = embeds.detach().to(torch.float32).contiguous()
+            if tuple(embeds.shape) != (tokens, self.hidden_size):
+                raise ValueError(f"inputs_embeds has shape {tuple(embeds.shape)}, this step needs {(tokens, self.hidden_size)}")
+        b = Batch()
+        b.T, b.S, b.R, b.max_blocks = tokens, len(batch.query_len), rows, batch.block_table.shape[1]
+        b.token_ids = _address(batch.token_ids) if embeds is None else None
+        b.positions, b.query_len = _address(batch.positions), _address(batch.query_len)
+        b.context_len, b.phase = _address(batch.context_len), _address(batch.phase)
+        b.block_table, b.logit_rows = _address(batch.block_table), _address(batch.logit_rows)
+        b.inputs_embeds = None if embeds is None else embeds.data_ptr()
+        b.logits, b.hidden = logits.data_ptr(), None if hidden is None else hidden.data_ptr()
+        b.cache = store.handle
+        check(self.lib.dso_plan_run(self.handle, C.byref(b)))
+        if self._all_logits:
+            logits = logits[torch.from_numpy(batch.logit_rows.astype(np.int64))]
+        return StepOutput(logits, hidden)
+
+    def reserve(self, tokens: int, logit_rows: int) -> None:
+        check(self.lib.dso_plan_reserve(self.handle, tokens, logit_rows))
+
+    def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
+        return int(self.lib.dso_plan_buffer_bytes(self.handle, tokens, logit_rows))
+
+    def describe(self) -> list[dict[str, Any]]:
+        return self._rows
+
+    def timing(self, on: bool = True) -> None:
+        """Starts (and clears) or stops the per-step clock."""
+        check(self.lib.dso_plan_set_timing(self.handle, int(on)))
+
+    def timings(self) -> list[dict[str, Any]]:
+        """Seconds of each step summed over the runs since `timing()`, beside what `describe` says of it."""
+        seconds, runs = (C.c_double * self._steps)(), C.c_int64()
+        check(self.lib.dso_plan_timing(self.handle, seconds, C.byref(runs)))
+        return [{**row, "seconds": s, "runs": runs.value} for row, s in zip(self._rows, seconds, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise BackendError("a compiled plan cannot be copied; compile the copied model's graph again")
+
+    def __del__(self) -> None:
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle:
+            self.lib.dso_plan_destroy(handle)
