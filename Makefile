@@ -1,0 +1,57 @@
+# make test | demo | lint | test-native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WHEELS := build/wheels
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+# What the wheel is made of. A change in any of these builds and installs it anew.
+SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
+  $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
+
+.PHONY: help env test demo lint wheel fuzz clean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+# DSO_REQUIRE_NATIVE: a native part that does not compile is an error here, not a fallback.
+$(WHEELS)/.built: $(VENV)/.created $(SOURCES)
+	rm -rf $(WHEELS) && mkdir -p $(WHEELS)
+	DSO_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) \
+	  --config-settings=build-dir=build/native .
+	touch $@
+
+# The built wheel, not an editable tree: the tests see what a user gets.
+$(VENV)/.installed: $(WHEELS)/.built
+	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
+	touch $@
+
+env: $(VENV)/.installed
+
+wheel: $(WHEELS)/.built
+	@ls $(WHEELS)/*.whl
+
+test: env
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+demo: env
+	$(BIN)/dso demo
+
+lint: env
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
