@@ -34,5 +34,25 @@ class BackendError(DeepSeekOptimizerError, RuntimeError):
     """A backend cannot do what was asked: no native build, an ISA that cannot run here, a plan misused."""
 
 
+class GraphError(DeepSeekOptimizerError, ValueError):
+    """A graph is not well formed, or a rule was asked for that does not exist."""
+
+
+class CacheFullError(DeepSeekOptimizerError, RuntimeError):
+    """The KV cache has fewer free blocks than were asked for; nothing was changed.
+
+    Args:
+        needed: blocks that were asked for.
+        free: blocks that are free.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        self.needed, self.free = needed, free
+        super().__init__(
+            f"KV cache: {needed} more block(s) needed, {free} free. Free a sequence, shorten the request, or raise the "
+            "cache's size."
+        )
+
+
 class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
     """Neither the plan nor Transformers' own forward can serve this call; the message names the remedy."""

@@ -11,7 +11,7 @@ Ops, inputs -> outputs; all values are float rows [T, width] unless `selected` (
 | rms_norm | x | y | w | eps |
 | head_norm | x | y | w [head_dim] | eps, heads, head_dim |
 | linear | x | y1.. yn | n matrices [N_i, K] over one input | biases: tuple of names or None |
-| rope_table | | table [T, rot] | | rope: RopeSpec |
+| rope_table | | table [T, rot]: cos, then sin | | rope: models.rope.RopeSpec |
 | rope | x, table | y | | heads, head_dim, interleaved |
 | cache_write | k, v | | | layer, kv_heads, head_dim |
 | attention | q | o | | layer, heads, kv_heads, head_dim, scale, window, softmax: "eager" or "online" |
@@ -19,7 +19,10 @@ Ops, inputs -> outputs; all values are float rows [T, width] unless `selected` (
 | add | x, y | z | | |
 | select_rows | x | y (selected) | | |
 | hidden_out | x | | | index |
-| lm_head | x | logits | matrix [V, H] | bias name or None |
+| lm_head | x | logits | matrix [V, H] | bias: name or None |
+
+The result is the value named `logits` ([R, V], selected). A graph as a family builds it runs the head on all rows and then
+selects (`lm_head`, `select_rows`); rule `last_logits` selects before the final norm.
 
 Fused, made by `graph/rules`: `rope_cache` (q, k, v, table -> q), `add_rms_norm` (x, delta -> x', y), `gate_up` (x -> h;
 weights gate, up; biases). A `linear` with several matrices is what rule `qkv` makes.
@@ -92,6 +95,7 @@ class Graph:
         """Every weight's name, biases included, once, in order of use."""
         names: dict[str, None] = {}
         for node in self.nodes:
-            for name in (*node.weights, *(b for b in node.attrs.get("biases", ()) if b)):
-                names[name] = None
+            for name in (*node.weights, *node.attrs.get("biases", ()), node.attrs.get("bias")):
+                if name is not None:
+                    names[name] = None
         return list(names)
