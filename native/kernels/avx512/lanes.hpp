@@ -53,6 +53,8 @@ DSO_INLINE float largest(F a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+DSO_INLINE bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+
 // ---- 16-bit floats in memory
 DSO_INLINE F load_bf16(const void* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
 DSO_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -67,9 +69,13 @@ DSO_INLINE void store_bf16(void* p, F x) {  // nearest even, NaN kept quiet; den
 DSO_INLINE I izero() { return _mm512_setzero_si512(); }
 DSO_INLINE I iset(int32_t x) { return _mm512_set1_epi32(x); }
 DSO_INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+DSO_INLINE I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
 template <int n> DSO_INLINE I shl(I a) { return _mm512_slli_epi32(a, n); }
+template <int n> DSO_INLINE I sar(I a) { return _mm512_srai_epi32(a, n); }
 DSO_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 DSO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }  // half to even
+DSO_INLINE I load_i8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }  // 16 signed bytes
+DSO_INLINE I load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }  // 16 unsigned bytes
 DSO_INLINE void store_i8(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }  // truncates: values already fit
 DSO_INLINE int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
 

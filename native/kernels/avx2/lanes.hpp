@@ -1,0 +1,161 @@
+// The SIMD lane type on AVX2 (FMA, F16C; AVX-VNNI where the translation unit has it): the names of avx512/lanes.hpp over
+// pairs of 256-bit registers. Ordered float operations and integer dots give the bits that AVX-512 gives.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace dso::DSO_ISA_NAMESPACE {
+#define DSO_INLINE static inline __attribute__((always_inline))
+
+struct F { __m256 lo, hi; };   // 16 x f32
+struct I { __m256i lo, hi; };  // 16 x i32
+using B = I;                   // 64 bytes: 16 lanes of 4
+constexpr int lanes = 16;
+constexpr int registers = 8;   // pairs
+
+DSO_INLINE I first(int64_t n) {  // all ones in the first n lanes
+  const __m256i k = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), m = _mm256_set1_epi32(n >= 16 ? 16 : (int32_t)n);
+  return {_mm256_cmpgt_epi32(m, k), _mm256_cmpgt_epi32(m, _mm256_add_epi32(k, _mm256_set1_epi32(8)))};
+}
+
+// ---- float
+DSO_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+DSO_INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+DSO_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+DSO_INLINE F load(const float* p, int64_t n) {  // the rest is zero
+  I m = first(n);
+  return {_mm256_maskload_ps(p, m.lo), _mm256_maskload_ps(p + 8, m.hi)};
+}
+DSO_INLINE void store(float* p, F x) {
+  _mm256_storeu_ps(p, x.lo);
+  _mm256_storeu_ps(p + 8, x.hi);
+}
+DSO_INLINE void store(float* p, F x, int64_t n) {
+  I m = first(n);
+  _mm256_maskstore_ps(p, m.lo, x.lo);
+  _mm256_maskstore_ps(p + 8, m.hi, x.hi);
+}
+DSO_INLINE F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+DSO_INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+DSO_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+DSO_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+DSO_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }     // a*b + c
+DSO_INLINE F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)}; }  // c - a*b
+DSO_INLINE F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }  // b where either is NaN
+DSO_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+DSO_INLINE F abs(F a) {
+  const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(a.lo, m), _mm256_and_ps(a.hi, m)};
+}
+DSO_INLINE F round(F a) {  // half to even
+  return {_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n, n integral, |n| <= 252: two factors, so that only the last multiplication can round, overflow or underflow.
+DSO_INLINE __m256 scale2_half(__m256 a, __m256 n) {
+  const __m256i bias = _mm256_set1_epi32(127), i = _mm256_cvtps_epi32(n), h = _mm256_srai_epi32(i, 1);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(h, bias), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, h), bias), 23);
+  return _mm256_mul_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
+DSO_INLINE F scale2(F a, F n) { return {scale2_half(a.lo, n.lo), scale2_half(a.hi, n.hi)}; }
+// Fixed trees: the same order on every ISA. (i, i+8), (i, i+4), (i, i+2), (i, i+1).
+DSO_INLINE float sum(F a) {
+  __m256 y = _mm256_add_ps(a.lo, a.hi);
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+DSO_INLINE float largest(F a) {
+  __m256 y = _mm256_max_ps(a.lo, a.hi);
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+DSO_INLINE bool any_nan(F a) { return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) != 0; }
+
+// ---- 16-bit floats in memory
+DSO_INLINE __m256 bf16_half(const uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16)); }
+DSO_INLINE F load_bf16(const void* p) { return {bf16_half((const uint16_t*)p), bf16_half((const uint16_t*)p + 8)}; }
+DSO_INLINE F load_f16(const void* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+DSO_INLINE __m256i bf16_bits(__m256 x) {  // nearest even in the low halves, NaN kept quiet; denormals as they are
+  const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd));
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16);
+}
+DSO_INLINE void store_bf16(void* p, F x) {
+  const __m256i packed = _mm256_packus_epi32(bf16_bits(x.lo), bf16_bits(x.hi));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+// ---- int32
+DSO_INLINE I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+DSO_INLINE I iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+DSO_INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+DSO_INLINE I isub(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+template <int n> DSO_INLINE I shl(I a) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
+template <int n> DSO_INLINE I sar(I a) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
+DSO_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+DSO_INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }  // half to even
+DSO_INLINE I load_i8(const void* p) {  // 16 signed bytes
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+}
+DSO_INLINE I load_u8(const void* p) {  // 16 unsigned bytes
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+}
+DSO_INLINE void store_i8(void* p, I a) {  // values already fit
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+DSO_INLINE int32_t isum(I a) {
+  __m256i y = _mm256_add_epi32(a.lo, a.hi);
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
+
+// ---- bytes and dot products. A lane's 4 bytes are 4 consecutive columns; products are exact on every ISA.
+DSO_INLINE B load_bytes(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+DSO_INLINE void store_bytes(void* p, B x) {
+  _mm256_storeu_si256((__m256i*)p, x.lo);
+  _mm256_storeu_si256((__m256i*)p + 1, x.hi);
+}
+DSO_INLINE B broadcast4(const void* p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return iset(v);
+}
+DSO_INLINE __m256i low_nibbles_half(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+DSO_INLINE B low_nibbles(B x) { return {low_nibbles_half(x.lo), low_nibbles_half(x.hi)}; }
+DSO_INLINE B high_nibbles(B x) { return {low_nibbles_half(_mm256_srli_epi16(x.lo, 4)), low_nibbles_half(_mm256_srli_epi16(x.hi, 4))}; }
+
+#ifdef __AVXVNNI__
+DSO_INLINE I dot_u8(I acc, B w, B a) {  // w: any u8, a: s8
+  return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, a.lo), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, a.hi)};
+}
+DSO_INLINE I dot_u4(I acc, B w, B a) { return dot_u8(acc, w, a); }  // w: u8 <= 15, a: s8
+#else
+DSO_INLINE __m256i dot_u4_half(__m256i acc, __m256i w, __m256i a) {  // pairs <= 2*15*128: maddubs cannot saturate
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
+}
+DSO_INLINE __m256i dot_u8_half(__m256i acc, __m256i w, __m256i a) {  // even and odd bytes as 16-bit integers: maddubs would saturate
+  const __m256i we = _mm256_and_si256(w, _mm256_set1_epi16(255)), wo = _mm256_srli_epi16(w, 8);
+  const __m256i ae = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), ao = _mm256_srai_epi16(a, 8);
+  return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(we, ae), _mm256_madd_epi16(wo, ao)));
+}
+DSO_INLINE I dot_u4(I acc, B w, B a) { return {dot_u4_half(acc.lo, w.lo, a.lo), dot_u4_half(acc.hi, w.hi, a.hi)}; }
+DSO_INLINE I dot_u8(I acc, B w, B a) { return {dot_u8_half(acc.lo, w.lo, a.lo), dot_u8_half(acc.hi, w.hi, a.hi)}; }
+#endif
+
+// Two bf16 columns a lane: acc + w0*a0 + w1*a1, by two fmas. Its rounding belongs to the variant.
+DSO_INLINE __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i a) {
+  const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+  acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), acc);
+  return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(a, high)), acc);
+}
+DSO_INLINE F dot_bf16(F acc, B w, B a) { return {dot_bf16_half(acc.lo, w.lo, a.lo), dot_bf16_half(acc.hi, w.hi, a.hi)}; }
+}  // namespace dso::DSO_ISA_NAMESPACE

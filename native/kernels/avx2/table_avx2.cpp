@@ -1,0 +1,4 @@
+#define DSO_ISA_NAMESPACE avx2
+#define DSO_ISA_NAME "avx2"
+#include "../avx2/lanes.hpp"
+#include "../generic/table.inl"

@@ -1,0 +1,4 @@
+#define DSO_ISA_NAMESPACE avx2_vnni
+#define DSO_ISA_NAME "avx2-vnni"
+#include "../avx2/lanes.hpp"
+#include "../generic/table.inl"

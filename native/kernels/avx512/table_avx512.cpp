@@ -1,0 +1,4 @@
+#define DSO_ISA_NAMESPACE avx512
+#define DSO_ISA_NAME "avx512"
+#include "../avx512/lanes.hpp"
+#include "../generic/table.inl"

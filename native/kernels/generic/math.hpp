@@ -1,0 +1,32 @@
+// Elementary functions on lanes: the same bits on every ISA.
+#pragma once
+
+namespace dso::DSO_ISA_NAMESPACE {
+
+// e^x with a relative error below 1e-7 where the result is normal; exp(-inf) = 0, exp(inf) = inf, NaN stays NaN.
+// x = n ln2 + r, |r| <= ln2/2; e^r by Cephes' expf polynomial, then scaled by 2^n.
+DSO_INLINE F exp(F x) {
+  x = min(set(89.0f), max(set(-104.0f), x));  // e^89 overflows, e^-104 rounds to 0; a NaN in the second operand stays
+  const F n = round(mul(x, set(1.44269504f)));
+  F r = fnma(n, set(0.693359375f), x);  // ln2 in two parts: n times the first is exact
+  r = fnma(n, set(-2.12194440e-4f), r);
+  F p = set(1.9875691500e-4f);
+  p = fma(p, r, set(1.3981999507e-3f));
+  p = fma(p, r, set(8.3334519073e-3f));
+  p = fma(p, r, set(4.1665795894e-2f));
+  p = fma(p, r, set(1.6666665459e-1f));
+  p = fma(p, r, set(5.0000001201e-1f));
+  return scale2(add(fma(p, mul(r, r), r), set(1.0f)), n);
+}
+
+DSO_INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }  // x * sigmoid(x)
+
+DSO_INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }
+DSO_INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }  // half to even
+DSO_INLINE float from_bf16(uint16_t x) {
+  const uint32_t u = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,53 @@
+// Fills this variant's Kernels. Included once, at the end of a translation unit that has defined DSO_ISA_NAMESPACE (the
+// accessor is dso::kernels_<namespace>) and DSO_ISA_NAME, and included its lanes. A variant with matrix units of its own
+// also defines DSO_LINEAR and DSO_LINEAR_SCRATCH, the entries that replace the generic ones.
+//
+// The headers here may use nothing from the standard library that emits code: an inline function compiled for this ISA
+// could be the copy that the linker keeps for all.
+#include "../kernels.hpp"
+#include "dso.h"
+#include "math.hpp"
+// After math.hpp: they use its names.
+#include "attention_decode.hpp"
+#include "attention_eager.hpp"
+#include "attention_prefill.hpp"
+#include "convert.hpp"
+#include "elementwise.hpp"
+#include "kv.hpp"
+#include "linear.hpp"
+#include "pack.hpp"
+
+#ifndef DSO_LINEAR
+#define DSO_LINEAR linear
+#define DSO_LINEAR_SCRATCH linear_scratch_bytes
+#endif
+#define DSO_JOIN_(a, b) a##b
+#define DSO_JOIN(a, b) DSO_JOIN_(a, b)
+
+namespace dso {
+const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
+  namespace isa = DSO_ISA_NAMESPACE;
+  static constexpr Kernels table = {
+      .isa = DSO_ISA_NAME,
+      .convert = isa::convert,
+      .linear = isa::DSO_LINEAR,
+      .linear_scratch = isa::DSO_LINEAR_SCRATCH,
+      .embed_row = isa::embed_row,
+      .unpack_rows = isa::unpack_rows,
+      .pack_tile = isa::pack_tile,
+      .rms_norm = isa::rms_norm,
+      .add = isa::add,
+      .swiglu = isa::swiglu,
+      .rope = isa::rope,
+      .kv_layer_bytes = isa::kv_layer_bytes,
+      .kv_write = isa::kv_write,
+      .kv_read = isa::kv_read,
+      .attn_decode_chunk = isa::attn_decode_chunk,
+      .attn_merge = isa::attn_merge,
+      .attn_prefill = isa::attn_prefill,
+      .attn_eager = isa::attn_eager,
+      .attn_scratch = isa::attn_scratch_bytes,
+  };
+  return &table;
+}
+}  // namespace dso
