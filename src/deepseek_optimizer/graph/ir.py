@@ -21,8 +21,8 @@ Ops, inputs -> outputs; all values are float rows [T, width] unless `selected` (
 | hidden_out | x | | | index |
 | lm_head | x | logits | matrix [V, H] | bias: name or None |
 
-The result is the value named `logits` ([R, V], selected). A graph as a family builds it runs the head on all rows and then
-selects (`lm_head`, `select_rows`); rule `last_logits` selects before the final norm.
+The result is `lm_head`'s output. As a family builds a graph it has all T rows, and the backend hands out those asked for; rule
+`last_logits` selects them before the final norm, so that the head runs on R rows only.
 
 Fused, made by `graph/rules`: `rope_cache` (q, k, v, table -> q), `add_rms_norm` (x, delta -> x', y), `gate_up` (x -> h;
 weights gate, up; biases). A `linear` with several matrices is what rule `qkv` makes.
