@@ -1,0 +1,1 @@
+"""Backends: one graph, the same answers. `base.py` is what each offers."""

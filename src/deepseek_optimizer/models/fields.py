@@ -1,0 +1,62 @@
+"""Reading a model's config with suspicion: every field has a type and a range, and an error names the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError, UnsupportedModelError
+
+_MISSING = object()
+
+
+class Fields:
+    """A config's fields, checked as they are read.
+
+    Args:
+        config: a Transformers config object, or the mapping that a config.json holds.
+        defaults: the Transformers config class, whose class attributes stand for fields left out of a mapping.
+    """
+
+    def __init__(self, config: Any, defaults: type | None = None) -> None:
+        self._config, self._defaults = config, defaults
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field as it stands, unchecked; `default` where there is none."""
+        if not isinstance(self._config, Mapping):
+            return getattr(self._config, name, default)
+        found = self._config.get(name, _MISSING)
+        return getattr(self._defaults, name, default) if found is _MISSING else found
+
+    def integer(self, name: str, high: int, *, default: int | None = None) -> int:
+        """An integer from 1 to `high`; `default` (if there is one) stands for None."""
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise ConfigError(f"config.{name}: expected an integer from 1 to {high}, got {value!r}")
+        return value
+
+    def positive(self, name: str) -> float:
+        """A finite number above 0."""
+        return positive(name, self.get(name))
+
+    def flag(self, name: str) -> bool:
+        """True or False; False where there is none."""
+        value = self.get(name, False)
+        if not isinstance(value, bool):
+            raise ConfigError(f"config.{name}: expected true or false, got {value!r}")
+        return value
+
+    def require(self, name: str, only: Any) -> None:
+        """Refuses every value but the one that is built here."""
+        value = self.get(name)
+        if value != only:
+            raise UnsupportedModelError(f"config.{name} {value!r} is not supported. Supported: {only!r}.")
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` if it is a finite number above 0, for the field (or entry of a field) called `name`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"config.{name}: expected a finite number above 0, got {value!r}")
+    return float(value)

@@ -1,0 +1,12 @@
+"""Qwen2: DeepSeek-R1-Distill-Qwen. Biases on q, k and v always; sliding windows in some layers."""
+
+from __future__ import annotations
+
+from ..graph.ir import Graph
+from .blocks import decoder_graph
+from .decoder import read_decoder
+from .fields import Fields
+
+
+def build(fields: Fields) -> Graph:
+    return decoder_graph(read_decoder(fields, "qwen2", qkv_bias=True, sliding=True))

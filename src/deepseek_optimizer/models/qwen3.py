@@ -1,0 +1,13 @@
+"""Qwen3: DeepSeek-R1-0528-Qwen3-8B. q and k are normed per head; head_dim is apart from hidden size and heads."""
+
+from __future__ import annotations
+
+from ..graph.ir import Graph
+from .blocks import decoder_graph
+from .decoder import read_decoder
+from .fields import Fields
+
+
+def build(fields: Fields) -> Graph:
+    bias = fields.flag("attention_bias")
+    return decoder_graph(read_decoder(fields, "qwen3", qkv_bias=bias, o_bias=bias, qk_norm=True, sliding=True))

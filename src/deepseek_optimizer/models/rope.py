@@ -1,0 +1,115 @@
+"""Rotary position embedding: frequencies of one model, computed by Transformers' own functions.
+
+Row t of head x is rotated by angles a_i = position_t * inv_freq_i: (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a + x_i sin a),
+where j = i + rot/2 (halves) or i + 1 (interleaved); cos and sin are multiplied by `scaling` (yarn). Only the first `rot` numbers
+of a head turn. Source: Su et al. 2021, and transformers.modeling_rope_utils for the scaled kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError, UnsupportedModelError
+from .fields import Fields, positive
+
+Frequencies = npt.NDArray[np.float32]
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+# Entries that must be there (beside rope_theta), each a number above 0.
+_REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class RopeSpec:
+    """kind: one of KINDS. rot: numbers of a head that turn. inv_freq: float32 [rot/2]. scaling: multiplies cos and sin.
+    grow: for "dynamic", sequence length -> inv_freq."""
+
+    kind: str
+    rot: int
+    inv_freq: Frequencies
+    scaling: float = 1.0
+    grow: Callable[[int], Frequencies] | None = None
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the frequencies depend on the sequence's length."""
+        return self.grow is not None
+
+    def inv_freq_at(self, length: int) -> Frequencies:
+        """float32 [rot/2] for a sequence of `length` tokens (its highest position + 1)."""
+        return self.inv_freq if self.grow is None else self.grow(length)
+
+
+def read_rope(fields: Fields, head_dim: int, max_positions: int) -> RopeSpec:
+    """The RoPE of a model whose heads turn whole.
+
+    Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`; never changes the config.
+    """
+    if head_dim % 2:
+        raise ConfigError(f"config.head_dim: RoPE needs an even number, got {head_dim}")
+    parameters = _parameters(fields, max_positions)
+    kind = parameters["rope_type"]
+    inv_freq, scaling = _compute(parameters, head_dim, max_positions, None)
+    if 2 * len(inv_freq) != head_dim:
+        raise UnsupportedModelError(
+            f"config.rope_parameters['partial_rotary_factor'] {parameters['partial_rotary_factor']!r}: in this family whole heads turn"
+        )
+    if not np.isfinite(inv_freq).all():
+        raise ConfigError(f"config.rope_parameters: {parameters!r} give frequencies that are not finite")
+    grow = partial(_inv_freq, parameters, head_dim, max_positions) if kind == "dynamic" else None
+    return RopeSpec(kind, head_dim, inv_freq, scaling, grow)
+
+
+def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
+    """A checked copy of the parameters in the newest spelling."""
+    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"config.rope_parameters: expected an object, got {given!r}")
+    if any(isinstance(v, dict) for v in given.values()):
+        raise UnsupportedModelError("config.rope_parameters differ from layer to layer, which is not supported")
+    parameters = dict(given)
+    kind = parameters["rope_type"] = parameters.pop("rope_type", parameters.pop("type", "default"))
+    if kind not in KINDS:
+        raise UnsupportedModelError(f"config.rope_parameters['rope_type'] {kind!r} is not supported. Known: {', '.join(KINDS)}.")
+    if parameters.get("rope_theta") is None:
+        theta = fields.get("rope_theta")
+        parameters["rope_theta"] = 10000.0 if theta is None else theta
+    if kind in ("yarn", "llama3"):
+        original = fields.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+        parameters["original_max_position_embeddings"] = original or max_positions
+    for name in ("rope_theta", "original_max_position_embeddings", *_REQUIRED.get(kind, ())):
+        if name in parameters or name in _REQUIRED.get(kind, ()):
+            positive(f"rope_parameters[{name!r}]", parameters.get(name))
+    for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor"):
+        if parameters.get(name) is not None:
+            positive(f"rope_parameters[{name!r}]", parameters[name])
+    return parameters
+
+
+def _compute(parameters: dict[str, Any], head_dim: int, max_positions: int, length: Any) -> tuple[Frequencies, float]:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if parameters["rope_type"] == "default":  # not in Transformers' table: each model there has its own copy of this line
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return (1.0 / (parameters["rope_theta"] ** exponents)).numpy(), 1.0
+    # A config that holds nothing but what these functions read: they write to the one they are given.
+    carrier = LlamaConfig(
+        hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=max_positions,
+        rope_parameters=dict(parameters),
+    )  # fmt: skip
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](carrier, torch.device("cpu"), seq_len=length)
+    return inv_freq.float().numpy(), float(scaling)
+
+
+def _inv_freq(parameters: dict[str, Any], head_dim: int, max_positions: int, length: int) -> Frequencies:
+    import torch
+
+    return _compute(parameters, head_dim, max_positions, torch.tensor(length))[0]  # a tensor, as Transformers' forward passes
