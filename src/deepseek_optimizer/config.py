@@ -1,0 +1,204 @@
+"""`DeepSeekConfig`: one validated description of what to optimise."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, Literal
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from deepseek_optimizer.errors import ConfigError
+
+QUANT_METHOD: Final = "deepseek_optimizer"
+FUSION_RULES: Final = ("qkv", "rope_cache", "attention_softmax", "layer_norm", "gate_up", "last_logits")
+MAX_THREADS: Final = 1024
+
+Precision = Literal["int4", "int8", "bf16", "fp32", "fp8"]
+Attention = Literal["flash", "eager"]
+KvCache = Literal["auto", "fp32", "bf16", "int8"]
+Isa = Literal["avx2", "avx512", "amx"]
+BackendName = Literal["auto", "cpu", "reference"]
+Activation = Literal["auto", "int8", "int16"]
+
+# Names that later parts of the plan define: known, so that the message says what to use until then.
+_PLANNED: Final = {
+    ("precision", "fp8"): "the FP8 format is not built yet; use 'int8' (as small) or 'bf16'",
+    ("attention_optimization", "sliding"): "sliding-window attention is not built yet; use 'flash'",
+    ("attention_optimization", "sparse"): "sparse attention is not built yet; use 'flash'",
+}
+
+
+def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, str) and (name, value) in _PLANNED:
+            raise ConfigError(f"{name}={value!r}: {_PLANNED[name, value]}")
+        if not isinstance(value, str) or value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+        return value
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _integer(low: int, high: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+        return value
+
+    return check
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _rules(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name} must be a list of rule names or None (all), got {value!r}")
+    check = _one_of(*FUSION_RULES)
+    return tuple(dict.fromkeys(check(name, rule) for rule in value))
+
+
+def _range(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        low, high = (_integer(1, 4096)(name, v) for v in value)
+        if low <= high:
+            return low, high
+    raise ConfigError(f"{name} must be (smallest, largest) batch size with 1 <= smallest <= largest, got {value!r}")
+
+
+def _formats(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+        raise ConfigError(f"{name} must map names of weights to names of formats, got {value!r}")
+    return dict(value)
+
+
+@dataclass(repr=False)
+class DeepSeekConfig(QuantizationConfigMixin):
+    """What to optimise and how; also Transformers' `quantization_config`.
+
+    Every field is checked when it is set, at construction and later. Unknown names are refused.
+
+    Attributes:
+        precision: format of the weight matrices: "int4" (4.5 bits a weight), "int8", "bf16", or "fp32".
+        kernel_fusion: False leaves every fusion rule out; results stay the same within the format's tolerance.
+        fusion_rules: names of the rules to apply (`FUSION_RULES`); None is all of them.
+        attention_optimization: "flash" (online softmax, no score matrix) or "eager" (scores in full; leaves the rule
+            `attention_softmax` out).
+        kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 with fp32 weights and bf16 otherwise.
+        kv_cache_memory: most bytes the cache may take; None is what is free when the first cache is made, less a reserve.
+        threads: worker threads of the native backend; None is the environment's DSO_THREADS, or else what affinity and
+            cgroup limits allow.
+        isa: instruction set to force: "avx2", "avx512" or "amx"; None is DSO_ISA, or else the best one here.
+        backend: "cpu" (native), "reference" (plain torch), or "auto": native where it is built and the model is on the CPU.
+        activation: bits of activations in integer products: "int8", "int16", or "auto": what the weight format needs.
+        batch_invariant: one kernel family for prefill and decode, so that no chunking or recomputation changes a bit.
+        prefill_chunk: most tokens in one prefill step; bounds the size of the plan's buffers.
+        batch_size_range: (smallest, largest) number of sequences to size buffers for.
+        fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
+        formats: formats of single weights that differ from `precision`, by name; a packed checkpoint carries them.
+    """
+
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum cannot take new members
+    precision: Precision = "int4"
+    kernel_fusion: bool = True
+    fusion_rules: tuple[str, ...] | None = None
+    attention_optimization: Attention = "flash"
+    kv_cache: KvCache = "auto"
+    kv_cache_memory: int | None = None
+    threads: int | None = None
+    isa: Isa | None = None
+    backend: BackendName = "auto"
+    activation: Activation = "auto"
+    batch_invariant: bool = False
+    prefill_chunk: int = 512
+    batch_size_range: tuple[int, int] = (1, 32)
+    fast_path: bool = True
+    formats: dict[str, str] | None = None
+
+    _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
+        "quant_method": _one_of(QUANT_METHOD),
+        "precision": _one_of("int4", "int8", "bf16", "fp32"),
+        "kernel_fusion": _flag,
+        "fusion_rules": _optional(_rules),
+        "attention_optimization": _one_of("flash", "eager"),
+        "kv_cache": _one_of("auto", "fp32", "bf16", "int8"),
+        "kv_cache_memory": _optional(_integer(1 << 16, 1 << 60)),
+        "threads": _optional(_integer(1, MAX_THREADS)),
+        "isa": _optional(_one_of("avx2", "avx512", "amx")),
+        "backend": _one_of("auto", "cpu", "reference"),
+        "activation": _one_of("auto", "int8", "int16"),
+        "batch_invariant": _flag,
+        "prefill_chunk": _integer(1, 1 << 20),
+        "batch_size_range": _range,
+        "fast_path": _flag,
+        "formats": _optional(_formats),
+    }
+
+    def __new__(cls, *args: Any, **given: Any) -> DeepSeekConfig:
+        for name in given:  # before the generated __init__, whose TypeError could not name the nearest field
+            cls._known(name)
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):  # private names are Transformers' own bookkeeping
+            value = self._known(name)(name, value)
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def _known(cls, name: str) -> Callable[[str, Any], Any]:
+        if name not in cls._checks:
+            near = difflib.get_close_matches(name, cls._checks, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(cls._checks)}"
+            raise ConfigError(f"DeepSeekConfig has no field {name!r}; {hint}")
+        return cls._checks[name]
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names of the rules to apply, in the order of application."""
+        chosen: tuple[str, ...] = FUSION_RULES if self.fusion_rules is None else self.fusion_rules
+        if not self.kernel_fusion:
+            chosen = ()
+        if self.attention_optimization == "eager":
+            chosen = tuple(r for r in chosen if r != "attention_softmax")
+        return tuple(r for r in FUSION_RULES if r in chosen)
+
+    @property
+    def kv_dtype(self) -> str:
+        """Storage of the cache with "auto" resolved."""
+        if self.kv_cache != "auto":
+            return self.kv_cache
+        return "fp32" if self.precision == "fp32" else "bf16"
+
+    def format_of(self, weight: str) -> str:
+        """Name of the format of one weight matrix."""
+        return (self.formats or {}).get(weight, self.precision)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON types; `from_dict` reads them back to an equal config."""
+        return {f.name: _jsonable(getattr(self, f.name)) for f in fields(self)}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __repr__(self) -> str:
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"DeepSeekConfig({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
