@@ -75,7 +75,11 @@ DSO_API int64_t dso_tile_bytes(int32_t format);                               /*
 DSO_API int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols);
 /* Packs rows [0, rows) of a row-major matrix (row stride `stride` elements); dst holds dso_packed_bytes. INT8: scale =
  * max|w|/127 rounded to fp16, w = rint(W/scale) clamped to +-127. INT4: scale as ggml's q4_0 (the element of largest
- * magnitude / -8, rounded to fp16; q = clamp(rint(w / scale), -8, 7)). Bit-identical to the Python reference in quant/. */
+ * magnitude, the first of equals, / -8, rounded to fp16; q = clamp(rint(w / scale), -8, 7)). Q4_1: min = min(w) rounded to
+ * fp16, scale = (max(w) - min(w)) / 15 rounded to fp16, q = clamp(rint((w - min) / scale), 0, 15), with the rounded min.
+ * All of it in fp32; the matrix is padded with zeros to whole tiles first, and the padding counts. A scale that rounds to
+ * zero is +0 and its group holds w = 0 (q = 0); so is a min of -0. A scale or min that is not finite (the group holds a NaN,
+ * an infinity, or too much for fp16) becomes scale 0x7e00, min 0, w = 0 (q = 0). Bit-identical to the reference in quant/. */
 DSO_API int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols,
                          int64_t stride, void* dst);
 DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst); /* [rows, cols] */
@@ -108,7 +112,8 @@ DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block
  * A slot is a buffer whose row count is set by each run: T tokens, or R logit rows for slots after SELECT_ROWS.
  * Kinds of slot: F32 rows; BF16 rows (activations rounded to nearest even); Q8 rows: activations quantised by groups of
  * 32 along the row (width padded to 32): int8 q[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where
- * scale = max|x|/127, q = rint(x * (127/max|x|)); a group of zeros has scale 0; a group with a NaN or infinity has scale NaN.
+ * scale = max|x|/127, q = rint(x * (127/max|x|)); a group of zeros, or of max|x| < 2^-100, whose factor could overflow, has
+ * scale 0 and q = 0; a group with a NaN or infinity has scale NaN and q = 0 (the same for Q16).
  * Q16 rows, for formats whose own error is smaller than int8 activations' (SmolLM2: int8 activations alone cost a KL of
  * 0.003): int8 hi[wp], int8 lo[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where q = rint(x * (32512/max|x|)),
  * scale = max|x|/32512, hi = (q + 128) >> 8 in [-127, 127], lo = q - 256 hi in [-128, 127].
