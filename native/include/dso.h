@@ -77,9 +77,7 @@ DSO_API int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols);
  * max|w|/127 rounded to fp16, w = rint(W/scale) clamped to +-127. INT4: scale as ggml's q4_0 (the element of largest
  * magnitude, the first of equals, / -8, rounded to fp16; q = clamp(rint(w / scale), -8, 7)). Q4_1: min = min(w) rounded to
  * fp16, scale = (max(w) - min(w)) / 15 rounded to fp16, q = clamp(rint((w - min) / scale), 0, 15), with the rounded min.
- * All of it in fp32; the matrix is padded with zeros to whole tiles first, and the padding counts. A scale that rounds to
- * zero is +0 and its group holds w = 0 (q = 0); so is a min of -0. A scale or min that is not finite (the group holds a NaN,
- * an infinity, or too much for fp16) becomes scale 0x7e00, min 0, w = 0 (q = 0). Bit-identical to the reference in quant/. */
+ * Corner cases and padding: docs/contracts.md, "Packing to the bit". Bit-identical to the reference in quant/. */
 DSO_API int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols,
                          int64_t stride, void* dst);
 DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst); /* [rows, cols] */

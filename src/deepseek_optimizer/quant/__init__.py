@@ -1,0 +1,71 @@
+"""Weight formats: one file a format, found by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from ..errors import ConfigError
+from .base import TILE_COLS, TILE_ROWS, Packer, WeightFormat
+from .bf16 import Bf16
+from .fp32 import Fp32
+from .int4 import Int4
+from .int8 import Int8
+from .packed import PackedMatrix
+from .q4_1 import Q4_1
+
+FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1())})
+
+
+def get_format(name: str) -> WeightFormat:
+    """The format called `name`; ConfigError with the nearest name where there is none."""
+    if isinstance(name, str) and name in FORMATS:
+        return FORMATS[name]
+    near = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown weight format {name!r}{hint} (known: {', '.join(FORMATS)})")
+
+
+def reference_packer(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """Packs in plain torch: the `Packer` that serves where no native one was built."""
+    return get_format(name).pack(weight)
+
+
+def pack(weight: torch.Tensor, name: str, packer: Packer = reference_packer) -> PackedMatrix:
+    """float [N, K] -> the packed matrix in format `name`."""
+    get_format(name)
+    return PackedMatrix(name, weight.shape[0], weight.shape[1], packer(weight, name))
+
+
+def unpack(matrix: PackedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The whole matrix as float [rows, cols]."""
+    return get_format(matrix.format).unpack(matrix.data, matrix.rows, matrix.cols, dtype)
+
+
+def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows `index` (integers, any shape [...]) as float [..., cols]: what an embedding looks up."""
+    flat = index.reshape(-1)
+    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < matrix.rows):
+        raise IndexError(f"row index outside [0, {matrix.rows})")
+    # A tile row holds 16 rows; unpack those of the rows asked for, each once.
+    tiles, place = torch.unique(flat // TILE_ROWS, return_inverse=True)
+    rows = get_format(matrix.format).unpack(matrix.data[tiles], tiles.numel() * TILE_ROWS, matrix.cols, dtype)
+    return rows[place * TILE_ROWS + flat % TILE_ROWS].reshape(*index.shape, matrix.cols)
+
+
+__all__ = [
+    "FORMATS",
+    "TILE_COLS",
+    "TILE_ROWS",
+    "PackedMatrix",
+    "Packer",
+    "WeightFormat",
+    "get_format",
+    "pack",
+    "reference_packer",
+    "take_rows",
+    "unpack",
+]

@@ -1,0 +1,34 @@
+"""fp32: the numbers themselves, in tiles."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from .tiles import pack_panels, unpack_panels
+
+
+class Fp32:
+    """2048 bytes a tile: float [32 k][16 r]. Without loss from float32, bfloat16 and float16."""
+
+    name: ClassVar[str] = "fp32"
+    code: ClassVar[int] = 0
+    tile_bytes: ClassVar[int] = 2048
+    bits: ClassVar[float] = 32.0
+    activation: ClassVar[str] = "f32"
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> torch.Tensor:
+        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 2048]."""
+        return pack_panels(weight, Fp32.tile_bytes, lambda panel: (panel.float().view(torch.int32).unflatten(-1, (-1, 32)), ()))
+
+    @staticmethod
+    def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """uint8 tiles -> float [rows, cols]."""
+        return unpack_panels(packed, rows, cols, dtype, lambda words, _: words.view(torch.float32), words=32)
+
+    @staticmethod
+    def error_bound(weight: torch.Tensor) -> torch.Tensor:
+        """Zero."""
+        return torch.zeros_like(weight, dtype=torch.float32)

@@ -1,0 +1,47 @@
+"""int8: symmetric, groups of 32 columns, one fp16 scale each (8.5 bits). ggml's Q8_0 is the same numbers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from .groups import grouped, quantise, round_scale, scale_error, to_words, ungroup
+from .tiles import pack_panels, pad_to_tiles, unpack_panels
+
+
+class Int8:
+    """544 bytes a tile: uint8 [8 k/4][16 r][4] = w + 128, fp16 scale[16]. W = scale * w, scale = max|W| / 127."""
+
+    name: ClassVar[str] = "int8"
+    code: ClassVar[int] = 2
+    tile_bytes: ClassVar[int] = 544
+    bits: ClassVar[float] = 8.5
+    activation: ClassVar[str] = "q16"
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> torch.Tensor:
+        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 544]."""
+        return pack_panels(weight, Int8.tile_bytes, _encode)
+
+    @staticmethod
+    def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """uint8 tiles -> float [rows, cols]; exact in float32."""
+        return unpack_panels(packed, rows, cols, dtype, _decode, words=8, halves=1)
+
+    @staticmethod
+    def error_bound(weight: torch.Tensor) -> torch.Tensor:
+        """Half a step, and what rounding the scale to fp16 takes off the largest element."""
+        groups = grouped(pad_to_tiles(weight))
+        step = groups.abs().amax(-1, keepdim=True) / 127
+        return ungroup((step / 2 + 127.5 * scale_error(step)).expand_as(groups), weight)
+
+
+def _encode(panel: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    groups = grouped(panel)
+    scale = round_scale(groups.abs().amax(-1) / 127)
+    return to_words(quantise(groups, scale, -127, 127).add_(128)), (scale,)
+
+
+def _decode(words: torch.Tensor, halves: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return (words.view(torch.uint8).float() - 128) * halves[0].float().unsqueeze(-1)

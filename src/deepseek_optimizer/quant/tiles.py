@@ -1,0 +1,96 @@
+"""The tile layout that every packed format shares.
+
+A tile is 16 rows x 32 columns. Seen in 32-bit words, every format stores a row's 32 columns as `words` consecutive words
+(fp32: 32, bf16: 16, int8: 8, 4-bit: 4), and a tile holds them transposed, [words][16 rows], so that one vector load reads the
+same columns of 16 rows. Behind them lie the fp16 numbers a row of the tile has (scale, min), 16 of each. A format only says
+how a row's columns become words and fp16 numbers; the transposition is here.
+
+Work goes by panels of rows, so that temporary memory stays a few panels whatever the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .base import TILE_COLS, TILE_ROWS
+
+PANEL_ELEMENTS = 1 << 19  # 2 MB as float32: stays in the second-level cache's reach
+
+# A panel float [16t, 32g] -> int32 words [16t, g, words] and fp16 numbers, each [16t, g].
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+# The way back: int32 words [16t, g, words] and fp16 numbers [16t, g] -> float32 [16t, g, 32].
+Decode = Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor]
+
+
+def tile_counts(rows: int, cols: int) -> tuple[int, int]:
+    """How many tiles cover a matrix: down and across."""
+    return -(-rows // TILE_ROWS), -(-cols // TILE_COLS)
+
+
+def panels(rows: int, cols: int, elements: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Row ranges [begin, end) of about `elements` numbers; every begin is a multiple of 16."""
+    step = max(TILE_ROWS, elements // max(cols, 1) // TILE_ROWS * TILE_ROWS)
+    for begin in range(0, rows, step):
+        yield begin, min(begin + step, rows)
+
+
+def pad_to_tiles(panel: torch.Tensor) -> torch.Tensor:
+    """[n, K] -> contiguous [ceil16(n), ceil32(K)], zeros past the end."""
+    tiles, groups = tile_counts(*panel.shape)
+    if panel.shape == (tiles * TILE_ROWS, groups * TILE_COLS):
+        return panel.contiguous()
+    padded = panel.new_zeros(tiles * TILE_ROWS, groups * TILE_COLS)
+    padded[: panel.shape[0], : panel.shape[1]] = panel
+    return padded
+
+
+def write_tiles(out: torch.Tensor, words: torch.Tensor, halves: tuple[torch.Tensor, ...] = ()) -> None:
+    """int32 words [16t, g, n] and 16-bit numbers [16t, g] -> the tiles `out`, uint8 [t, g, tile_bytes]."""
+    tiles, groups, _ = out.shape
+    n = words.shape[-1]
+    target = out.view(torch.int32)[..., : n * TILE_ROWS].unflatten(-1, (n, TILE_ROWS))
+    target.copy_(words.view(tiles, TILE_ROWS, groups, n).permute(0, 2, 3, 1))
+    shorts = out.view(torch.int16)[..., 2 * n * TILE_ROWS :]
+    for i, half in enumerate(halves):
+        column = half.view(torch.int16).view(tiles, TILE_ROWS, groups).transpose(1, 2)
+        shorts[..., i * TILE_ROWS : (i + 1) * TILE_ROWS].copy_(column)
+
+
+def read_tiles(tiles: torch.Tensor, words: int, halves: int = 0) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Tiles uint8 [t, g, tile_bytes] -> int32 words [16t, g, words] and `halves` tensors of fp16 [16t, g]."""
+    down, across, _ = tiles.shape
+    tiles = tiles.contiguous()
+    source = tiles.view(torch.int32)[..., : words * TILE_ROWS].unflatten(-1, (words, TILE_ROWS))
+    rows = source.permute(0, 3, 1, 2).reshape(down * TILE_ROWS, across, words)
+    shorts = tiles.view(torch.float16)[..., 2 * words * TILE_ROWS :]
+    numbers = tuple(
+        shorts[..., i * TILE_ROWS : (i + 1) * TILE_ROWS].transpose(1, 2).reshape(down * TILE_ROWS, across) for i in range(halves)
+    )
+    return rows, numbers
+
+
+def pack_panels(weight: torch.Tensor, tile_bytes: int, encode: Encode) -> torch.Tensor:
+    """float [N, K] -> uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes]."""
+    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"pack takes a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+    tiles, groups = tile_counts(*weight.shape)
+    out = torch.empty(tiles, groups, tile_bytes, dtype=torch.uint8)
+    for begin, end in panels(*weight.shape):
+        words, halves = encode(pad_to_tiles(weight[begin:end].detach()))
+        write_tiles(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], words, halves)
+    return out
+
+
+def unpack_panels(
+    packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, decode: Decode, words: int, halves: int = 0
+) -> torch.Tensor:
+    """uint8 tiles -> float [rows, cols] of `dtype`, computed in float32."""
+    if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
+        raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not the tiles of a {rows} x {cols} matrix")
+    out = torch.empty(rows, cols, dtype=dtype)
+    for begin, end in panels(rows, cols):
+        values = decode(*read_tiles(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)], words, halves))
+        out[begin:end] = values.flatten(1)[: end - begin, :cols]
+    return out
