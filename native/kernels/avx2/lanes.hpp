@@ -73,6 +73,11 @@ DSO_INLINE float largest(F a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
+DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of a, the rest of `other`; any lo and hi
+  const I l = first(lo < 0 ? 0 : lo), h = first(hi < 0 ? 0 : hi);
+  return {_mm256_blendv_ps(other.lo, a.lo, _mm256_castsi256_ps(_mm256_andnot_si256(l.lo, h.lo))),
+          _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(_mm256_andnot_si256(l.hi, h.hi)))};
+}
 DSO_INLINE bool any_nan(F a) { return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) != 0; }
 
 // ---- 16-bit floats in memory
@@ -134,11 +139,13 @@ DSO_INLINE B low_nibbles(B x) { return {low_nibbles_half(x.lo), low_nibbles_half
 DSO_INLINE B high_nibbles(B x) { return {low_nibbles_half(_mm256_srli_epi16(x.lo, 4)), low_nibbles_half(_mm256_srli_epi16(x.hi, 4))}; }
 
 #ifdef __AVXVNNI__
+constexpr bool vnni = true;
 DSO_INLINE I dot_u8(I acc, B w, B a) {  // w: any u8, a: s8
   return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, a.lo), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, a.hi)};
 }
 DSO_INLINE I dot_u4(I acc, B w, B a) { return dot_u8(acc, w, a); }  // w: u8 <= 15, a: s8
 #else
+constexpr bool vnni = false;
 DSO_INLINE __m256i dot_u4_half(__m256i acc, __m256i w, __m256i a) {  // pairs <= 2*15*128: maddubs cannot saturate
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
 }
@@ -150,6 +157,28 @@ DSO_INLINE __m256i dot_u8_half(__m256i acc, __m256i w, __m256i a) {  // even and
 DSO_INLINE I dot_u4(I acc, B w, B a) { return {dot_u4_half(acc.lo, w.lo, a.lo), dot_u4_half(acc.hi, w.hi, a.hi)}; }
 DSO_INLINE I dot_u8(I acc, B w, B a) { return {dot_u8_half(acc.lo, w.lo, a.lo), dot_u8_half(acc.hi, w.hi, a.hi)}; }
 #endif
+
+// Cheaper sums of dot_u4 without VNNI: 32 16-bit sums, which hold a group of 32 columns (at most 8*2*15*128 = 30720).
+DSO_INLINE I pairs_u4(I acc, B w, B a) {
+  return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, a.lo)), _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, a.hi))};
+}
+DSO_INLINE I add_pairs(I acc) {
+  return {_mm256_madd_epi16(acc.lo, _mm256_set1_epi16(1)), _mm256_madd_epi16(acc.hi, _mm256_set1_epi16(1))};
+}
+
+// A lane's two bf16 numbers as floats, and back (the upper 16 bits: for numbers that are bf16 already).
+DSO_INLINE F even_bf16(B x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(x.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.hi, 16))}; }
+DSO_INLINE F odd_bf16(B x) {
+  const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(x.lo, high)), _mm256_castsi256_ps(_mm256_and_si256(x.hi, high))};
+}
+DSO_INLINE __m256i pair_bf16_half(__m256 even, __m256 odd) {
+  return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(even), 16), _mm256_and_si256(_mm256_castps_si256(odd), _mm256_set1_epi32((int)0xffff0000)));
+}
+DSO_INLINE B pair_bf16(F even, F odd) { return {pair_bf16_half(even.lo, odd.lo), pair_bf16_half(even.hi, odd.hi)}; }
+
+constexpr bool has_dot_bf16 = false;  // dot_bf16 is no faster than two fmas
+DSO_INLINE void round_bf16(void* p, F x) { store_bf16(p, x); }
 
 // Two bf16 columns a lane: acc + w0*a0 + w1*a1, by two fmas. Its rounding belongs to the variant.
 DSO_INLINE __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i a) {
