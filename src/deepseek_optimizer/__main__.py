@@ -1,0 +1,5 @@
+"""`python -m deepseek_optimizer` is `dso`."""
+
+from .cli.app import main
+
+main()

@@ -1,0 +1,172 @@
+"""The demo: SmolLM2-135M-Instruct answers a question, and a table compares Transformers with the optimised model.
+
+Every side runs in a process of its own, sides in turns, and the median of the rounds is shown. Transformers gets the
+dequantised weights as a bf16 checkpoint, which is what it loads fastest; the lossless side reads the GGUF file; int4 packs the
+bf16 checkpoint as it loads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..versions import versions
+from . import smollm2
+from .process import cpu_name, usable_cpus
+from .side import QUESTION
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TOKENS = 64  # generated to time decoding and to compare
+
+
+def run(*, rounds: int = 3, threads: int | None = None, show: bool = True) -> dict[str, Any]:
+    """Fetches, answers, measures.
+
+    Args:
+        rounds: processes started for each side.
+        threads: for every side; None: what this process may use.
+        show: print the answer and the table.
+
+    Returns:
+        {"cpu", "threads", "model", "question", "sides": {name: medians}}; times in seconds, memory in bytes.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    threads = threads or usable_cpus()
+    gguf = smollm2.fetch()
+    bf16 = dequantised(gguf)
+    if show:
+        console.print(f"[bold]{QUESTION}[/]")
+        _answer(gguf, threads)
+    sides = {
+        "Transformers bf16": ["transformers", str(bf16)],
+        "lossless Q4_1": ["optimised", str(gguf)],
+        "int4": ["optimised", str(bf16), "--precision", "int4"],
+    }
+    common = ["--tokenizer", str(bf16), "--threads", str(threads), "--tokens", str(TOKENS)]
+    result = {
+        "cpu": cpu_name(),
+        "threads": threads,
+        "model": gguf.name,
+        "question": QUESTION,
+        "versions": versions(),
+        "sides": _measure(sides, common, rounds, console if show else None),
+    }
+    if show:
+        _print(console, result, rounds)
+    return result
+
+
+def dequantised(gguf: Path) -> Path:
+    """The GGUF file's weights as a bf16 checkpoint beside it, made once by Transformers."""
+    target = gguf.with_name(gguf.stem + "-bf16")
+    if target.exists():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    partial = Path(tempfile.mkdtemp(dir=gguf.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _answer(gguf: Path, threads: int) -> None:
+    from .. import load_model, load_tokenizer
+    from ..chat.conversation import answer, prompt_ids
+    from ..chat.stream import write_now
+
+    tokenizer = load_tokenizer(gguf)
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": QUESTION}])
+    answer(load_model(gguf, threads=threads), tokenizer, ids, write_now, do_sample=False)
+    write_now("\n\n")
+
+
+def _measure(sides: dict[str, list[str]], common: list[str], rounds: int, console: Console | None) -> dict[str, dict[str, Any]]:
+    """Medians of every side, and how many of the first side's tokens each would choose."""
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "reference.json"
+        for turn in range(rounds):
+            for name, arguments in sides.items():
+                if console is not None and console.is_terminal:
+                    console.print(f"round {turn + 1} of {rounds}: {name} ...", end="\r")
+                extra = ["--reference", str(reference)] if reference.exists() else []
+                samples[name].append(_run_side([*arguments, *common, *extra]))
+                if not reference.exists():
+                    reference.write_text(json.dumps(samples[name][0]["ids"]))
+                    samples[name][0]["agreed"] = None
+    baseline = next(iter(samples.values()))[0]["answer"]
+    return {name: _median(runs, baseline) for name, runs in samples.items()}
+
+
+def _run_side(arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "deepseek_optimizer.bench.side", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _median(runs: list[dict[str, Any]], baseline: str) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name in ("load_s", "first_token_s", "tokens_per_s", "memory_bytes", "agreed"):
+        values = [run[name] for run in runs if run.get(name) is not None]
+        figures[name] = statistics.median(values) if values else None
+    answer = runs[-1]["answer"]
+    return {**figures, "of": len(runs[-1]["ids"]), "answer": answer, "same_answer": answer == baseline}
+
+
+def _print(console: Console, result: dict[str, Any], rounds: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{result['model']} on {result['cpu']}, {result['threads']} threads", title_justify="left")
+    table.add_column()
+    for name in result["sides"]:
+        table.add_column(name, justify="right")
+    sides = list(result["sides"].values())
+    rows = [
+        ("load, s", "load_s", 1, "{:.2f}"),
+        ("first token, ms", "first_token_s", 1e3, "{:.0f}"),
+        ("tokens a second", "tokens_per_s", 1, "{:.1f}"),
+        ("memory, MB", "memory_bytes", 1e-6, "{:.0f}"),
+    ]
+    for label, key, unit, form in rows:
+        table.add_row(label, *(_cell(side[key], sides[0][key], unit, form) for side in sides))
+    table.add_row("same answer", *("yes" if side["same_answer"] else "no" for side in sides))
+    table.add_row("same next token", *("-" if s["agreed"] is None else f"{s['agreed']:.0f} of {s['of']}" for s in sides))
+    console.print(table)
+    console.print(
+        f"Medians of {rounds} processes a side, in turns. Memory: peak above a process that only imported. First token: the "
+        f"question above, on a model just loaded. Tokens a second and next tokens: {TOKENS} tokens of another answer, greedy."
+    )
+
+
+def _cell(value: float | None, baseline: float | None, unit: float, form: str) -> str:
+    """A figure, and its ratio to the first column's."""
+    if value is None or not baseline:
+        return "-"
+    text = form.format(value * unit)
+    return text if value == baseline else f"{text} ({value / baseline:.2g}x)"

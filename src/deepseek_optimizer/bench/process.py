@@ -1,0 +1,47 @@
+"""What a process is on and what it took: CPU name, threads, peak memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class PeakMemory:
+    """Peak resident memory above what was resident when this was made: mapped pages count. None where Linux doesn't tell."""
+
+    def __init__(self) -> None:
+        try:
+            _CLEAR.write_text("5")  # the high-water mark starts at the present resident size
+            self._base = _status("VmRSS")
+        except OSError:
+            self._base = None
+
+    def bytes(self) -> int | None:
+        return None if self._base is None else _status("VmHWM") - self._base
+
+
+def _status(field: str) -> int:
+    """A size out of /proc/self/status, in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")

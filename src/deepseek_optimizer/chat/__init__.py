@@ -1,0 +1,1 @@
+"""Talking to a model: text streamed token by token, one answer with its timings, a history of turns."""

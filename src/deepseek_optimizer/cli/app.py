@@ -1,0 +1,74 @@
+"""The commands under one roof, and how each of them fails: one line on stderr and exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..versions import versions
+from . import chat, convert, demo, info, run
+
+
+class Commands(TyperGroup):
+    """Turns errors that a user can cause into one line; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from ..errors import DeepSeekOptimizerError
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of our output has gone: nothing to say, and nowhere to say it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except (DeepSeekOptimizerError, ValueError, OSError, MemoryError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"dso: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="dso",
+    help="Makes Hugging Face Transformers models fast and small.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(" ".join(*versions("deepseek-optimizer").items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and every warning.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    from .model import quiet
+
+    if not debug:
+        quiet()
+
+
+app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("convert")(convert.convert)
+app.command("info")(info.info)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of both scripts."""
+    app()

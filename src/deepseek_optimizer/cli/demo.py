@@ -1,0 +1,23 @@
+"""`dso demo`: a real model answers, and a table shows what optimising gained on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def demo(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes started for each side.")] = 3,
+    threads: o.Threads = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Fetch SmolLM2-135M-Instruct, answer a question, and compare with Transformers."""
+    from ..bench import demo as bench
+    from .model import print_json
+
+    result = bench.run(rounds=rounds, threads=threads, show=not as_json)
+    if as_json:
+        print_json(result)

@@ -1,0 +1,75 @@
+"""`dso info [MODEL]`: what this CPU offers, which kernels run and why; with a model, what was made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..versions import versions
+from . import options as o
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
+    precision: o.Precision = None,
+    kv_cache: o.KvCache = None,
+    threads: o.Threads = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Show the CPU, the kernels chosen and why; with MODEL, its report and memory."""
+    from .model import load, print_json
+
+    facts = machine_facts()
+    report = None
+    if model is not None:
+        loaded, _ = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
+        report = loaded.report()
+    if as_json:
+        print_json(facts if report is None else {**facts, "model": report.as_dict()})
+        return
+    _print_machine(facts)
+    if report is not None:
+        typer.echo(str(report))
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions, the CPU, every ISA with whether it runs here, the one chosen and the reason, and the threads."""
+    from ..backends.cpu import native, unavailable_reason
+
+    facts: dict[str, Any] = dict(versions())
+    reason = unavailable_reason()
+    if reason is not None:
+        return {**facts, "backend": "reference", "reason": reason}
+    from ..backends.cpu import CpuBackend
+
+    backend = CpuBackend()
+    return {
+        **facts,
+        "backend": "cpu",
+        "reason": _why(backend.isa),
+        "isa": backend.isa,
+        "threads": backend.threads,
+        "isas": {name: native.isa_runs_here(name) for name in native.isa_names()},
+        "cpu": native.cpu_description(),
+    }
+
+
+def _why(isa: str) -> str:
+    import os
+
+    if os.environ.get("DSO_ISA"):
+        return f"DSO_ISA={os.environ['DSO_ISA']} asks for {isa}"
+    return f"{isa} is the best of the built ones that this CPU and kernel can run"
+
+
+def _print_machine(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(k if v is True else f"{k}: {v}" for k, v in value.items() if v not in (False, None))
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table)

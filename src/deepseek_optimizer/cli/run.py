@@ -1,0 +1,63 @@
+"""`dso run MODEL "prompt"`: one answer, streamed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def run(
+    model: o.Model,
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    system: o.System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
+    max_new_tokens: o.MaxNewTokens = 512,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    min_p: o.MinP = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    seed: o.Seed = None,
+    precision: o.Precision = None,
+    kv_cache: o.KvCache = None,
+    threads: o.Threads = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Answer one prompt."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError("the prompt is empty; give some text")
+
+    from ..chat.conversation import answer, prompt_ids
+    from ..chat.stream import write_now
+    from .interrupt import stop_on_interrupt
+    from .model import load, print_json
+
+    started = time.perf_counter()
+    loaded, tokenizer = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
+    load_s = time.perf_counter() - started
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+    generation = o.generation_arguments(
+        temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    with stop_on_interrupt() as stop:
+        reply = answer(
+            loaded,
+            tokenizer,
+            prompt_ids(tokenizer, messages, raw=raw),
+            (lambda _piece: None) if as_json else write_now,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            **generation,
+        )
+    if as_json:
+        print_json({"model": model, "load_s": load_s, **reply.summary()})
+    else:
+        write_now("\n")
+    if reply.finish_reason == "interrupted":
+        raise typer.Exit(130)
