@@ -19,6 +19,19 @@ DSO_INLINE F exp(F x) {
   return scale2(add(fma(p, mul(r, r), r), set(1.0f)), n);
 }
 
+// 2^x for x <= 0, for softmax: exactly 1 at 0, exactly 0 below -150 and at -inf, NaN stays NaN; relative error below 2e-7.
+// x = n + f, |f| <= 1/2; 2^f by the minimax polynomial of degree 5 whose constant is 1.
+DSO_INLINE F exp2(F x) {
+  x = max(set(-200.0f), x);
+  const F n = round(x), f = sub(x, n);
+  F p = set(1.32647238e-3f);
+  p = fma(p, f, set(9.67151299e-3f));
+  p = fma(p, f, set(5.55073358e-2f));
+  p = fma(p, f, set(2.40222424e-1f));
+  p = fma(p, f, set(6.93147004e-1f));
+  return scale2(fma(p, f, set(1.0f)), n);
+}
+
 DSO_INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }  // x * sigmoid(x)
 
 DSO_INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }
