@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..cache.block_manager import BLOCK_TOKENS as BLOCK_TOKENS  # of a cache block, on every backend
+
 Int32 = npt.NDArray[np.int32]
 
-BLOCK_TOKENS = 32  # tokens in a cache block, on every backend
 DECODE, PREFILL = 0, 1  # a sequence's phase, which picks the kernel family
 
 

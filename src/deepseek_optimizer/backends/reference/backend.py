@@ -1,0 +1,65 @@
+"""Compiles graphs for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+import torch
+
+from ...errors import BackendError
+from ...graph.ir import Graph
+from ...graph.validate import check_graph
+from ...quant.packed import PackedMatrix
+from .plan import ReferencePlan
+from .store import TorchStore, store_block_bytes
+
+
+class ReferenceBackend:
+    """Runs graphs with torch.
+
+    Args:
+        device: where weights and cache live.
+        dtype: of weights and rows; torch.float32 gives the oracle, torch.bfloat16 rounds where Transformers does.
+    """
+
+    name = "reference"
+
+    def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+
+    @property
+    def detail(self) -> str:
+        return f"torch {str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+    def compile(
+        self, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], *, activation: str | None = None
+    ) -> ReferencePlan:
+        """Binds a graph to weights.
+
+        Args:
+            weights: parameter path -> packed matrix (dequantised here) or float tensor.
+            activation: None: products read rows as they are. "format": rows are rounded first to what the native product of each
+                weight's format reads; "bf16", "q8" or "q16": to that. So kernel error and quantisation error can be told apart.
+
+        Raises:
+            BackendError: a weight is missing.
+            GraphError: the graph is not well formed.
+        """
+        check_graph(graph)
+        missing = [name for name in graph.weights() if name not in weights]
+        if missing:
+            raise BackendError(f"{len(missing)} weight(s) of the graph are not given, the first is {missing[0]!r}")
+        return ReferencePlan(graph, weights, self.device, self.dtype, activation)
+
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> TorchStore:
+        """An empty cache of `num_blocks` blocks; kv_dtype is "fp32", "bf16" or "int8"."""
+        return TorchStore(graph.cache, kv_dtype, num_blocks, self.device)
+
+    def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
+        """Bytes of one block, all layers together."""
+        return store_block_bytes(graph.cache, kv_dtype)
+
+    def __repr__(self) -> str:
+        return f"ReferenceBackend({self.detail})"
+

@@ -1,0 +1,51 @@
+"""Checks of a step before anything is written, the same that the native library makes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...errors import BackendError
+from ...graph.ir import Graph
+from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
+
+
+def check_batch(batch: StepBatch, graph: Graph, num_blocks: int) -> None:
+    """Raises BackendError, naming the field, where a batch contradicts itself, the graph or the cache."""
+    tokens, sequences = len(batch.positions), len(batch.query_len)
+    _require(tokens > 0 and sequences > 0, "query_len", "a step needs at least one token")
+    for name in ("context_len", "phase", "block_table"):
+        _require(len(getattr(batch, name)) == sequences, name, f"one entry for each of {sequences} sequences is needed")
+    _require((batch.query_len > 0).all(), "query_len", "each sequence needs at least one token")
+    _require(int(batch.query_len.sum()) == tokens, "query_len", f"does not sum to {tokens} tokens")
+    _require((batch.positions >= 0).all(), "positions", "must not be negative")
+    _require((batch.context_len >= 0).all(), "context_len", "must not be negative")
+    phases = set(batch.phase.tolist())
+    _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "decode comes first, then prefill")
+    _check_inputs(batch, graph, tokens)
+    _check_blocks(batch, num_blocks)
+    rows = batch.logit_rows
+    inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
+    _require(inside and (np.diff(rows) > 0).all(), "logit_rows", f"must ascend within [0, {tokens})")
+
+
+def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
+    if batch.inputs_embeds is not None:
+        wanted = (tokens, graph.hidden_size)
+        _require(tuple(batch.inputs_embeds.shape) == wanted, "inputs_embeds", f"shape {wanted} is needed")
+        return
+    ids = batch.token_ids
+    _require(len(ids) == tokens, "token_ids", f"{tokens} are needed")
+    _require(((ids >= 0) & (ids < graph.vocab_size)).all(), "token_ids", f"must lie in [0, {graph.vocab_size})")
+
+
+def _check_blocks(batch: StepBatch, num_blocks: int) -> None:
+    needed = -(-(batch.context_len + batch.query_len) // BLOCK_TOKENS)
+    _require(int(needed.max()) <= batch.block_table.shape[1], "block_table", "has too few blocks for its sequence")
+    for table, count in zip(batch.block_table, needed, strict=True):
+        used = table[:count]
+        _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"names blocks outside [0, {num_blocks})")
+
+
+def _require(condition: object, field: str, message: str) -> None:
+    if not condition:
+        raise BackendError(f"step.{field}: {message}")

@@ -1,0 +1,95 @@
+"""The standard ops over rows [T, width], each as its formula says. Nothing here knows graphs, caches or batches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..base import BLOCK_TOKENS
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean in float32, rounded to x's dtype before the product."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, heads: int) -> torch.Tensor:
+    """rms_norm of each head."""
+    return rms_norm(x.unflatten(-1, (heads, -1)), weight, eps).flatten(-2)
+
+
+def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> torch.Tensor:
+    """cos and sin of position * inv_freq, float32 [T, rot]: cos first. The angle is a float32 product, as in Transformers.
+
+    Args:
+        positions: int64 [T].
+        inv_freq: float32 [rot/2], or [T, rot/2] where rows have their own.
+    """
+    angle = (positions[:, None].float() * inv_freq).double()
+    return (torch.cat((angle.cos(), angle.sin()), -1) * scaling).float()
+
+
+def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool) -> torch.Tensor:
+    """Turns the first `rot` numbers of each head: pairs (i, i + rot/2), or (2i, 2i + 1) if interleaved."""
+    rot = table.shape[-1]
+    cos, sin = (part[:, None, :].to(x.dtype) for part in table.chunk(2, -1))
+    by_head = x.unflatten(-1, (heads, -1))
+    turning, still = by_head[..., :rot], by_head[..., rot:]
+    if interleaved:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = turning.chunk(2, -1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((turned, still), -1).flatten(-2)
+
+
+def visible(queries: int, context: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]: query i is token context + i; it sees itself and what lies before, `window` tokens if not 0."""
+    query = torch.arange(context, context + queries, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    return (key <= query) & (key > query - window) if window else key <= query
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale q k^T) v with the whole score matrix.
+
+    Args:
+        q: float32 [queries, kv_heads, group, head_dim]: the `group` query heads that share a K and V.
+        k, v: float32 [keys, kv_heads, head_dim].
+        mask: bool [queries, keys], True where a query sees a key.
+
+    Returns: float32, of q's shape.
+    """
+    scores = _scores(q, k, mask, scale)
+    return torch.einsum("qhgk,khd->qhgd", torch.softmax(scores, -1), v)
+
+
+def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """`attention` without a score matrix: keys in blocks of 32, ascending, with running maximum and sum (Milakov and
+    Gimelshein 2018): m' = max(m, max s); l' = l e^(m - m') + sum e^(s - m'); o' = o e^(m - m') + e^(s - m') v."""
+    m = q.new_full(q.shape[:-1], -torch.inf)
+    total, out = q.new_zeros(q.shape[:-1]), torch.zeros_like(q)
+    for begin in range(0, len(k), BLOCK_TOKENS):
+        block = slice(begin, begin + BLOCK_TOKENS)
+        scores = _scores(q, k[block], mask[:, block], scale)
+        top = torch.maximum(m, scores.amax(-1))
+        shift = torch.where(top == -torch.inf, 0.0, top)  # nothing seen yet: keep e^(-inf - shift) at 0, not NaN
+        weight = torch.exp(scores - shift[..., None])
+        fade = torch.exp(m - shift)
+        total = total * fade + weight.sum(-1)
+        out = out * fade[..., None] + torch.einsum("qhgk,khd->qhgd", weight, v[block])
+        m = top
+    return out / total[..., None]
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    scores = torch.einsum("qhgd,khd->qhgk", q, k) * scale
+    return scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up

@@ -1,0 +1,222 @@
+"""A graph bound to torch weights: walks the nodes, one small function an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...errors import BackendError
+from ...graph.ir import Graph, Node, Value
+from ...graph.validate import hidden_only
+from ...quant.packed import PackedMatrix
+from ..base import StepBatch, StepOutput
+from . import ops
+from .checks import check_batch
+from .store import TorchStore
+
+
+@dataclass
+class _Step:
+    """What the ops of one run share. sequences: (rows of the step, tokens before them, blocks as int64 [n])."""
+
+    batch: StepBatch
+    store: TorchStore
+    device: torch.device
+    dtype: torch.dtype
+    sequences: list[tuple[slice, int, torch.Tensor]]
+    values: dict[Value, torch.Tensor] = field(default_factory=dict)
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class ReferencePlan:
+    """Implements `Plan`. Made by `ReferenceBackend.compile`."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, PackedMatrix | torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        activation: str | None,
+    ) -> None:
+        self.graph, self.device, self.dtype = graph, device, dtype
+        self._weights = {name: _dense(weights[name], device, dtype) for name in graph.weights()}
+        self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedMatrix)}
+        self._activation = {name: _activation(self._formats.get(name), activation) for name in graph.weights()}
+        self._only_hidden = hidden_only(graph)
+
+    @torch.no_grad()
+    def run(self, batch: StepBatch, store: TorchStore) -> StepOutput:
+        check_batch(batch, self.graph, store.num_blocks)
+        step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device))
+        for i, node in enumerate(self.graph.nodes):
+            if not batch.hidden and i in self._only_hidden:
+                continue
+            made = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
+            step.values.update(zip(node.outputs, made, strict=True))
+        head = next(n for n in reversed(self.graph.nodes) if n.op == "lm_head").outputs[0]
+        logits = step.values[head] if head.selected else step.values[head][self._rows(batch)]
+        hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
+        return StepOutput(logits.float(), hidden)
+
+    def reserve(self, tokens: int, logit_rows: int) -> None:
+        """Nothing to do: torch allocates as it goes."""
+
+    def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
+        """An upper bound: every value of the graph at once."""
+        rows = {False: tokens, True: logit_rows}
+        values = {v for node in self.graph.nodes for v in node.outputs}
+        return sum(rows[v.selected] * v.width * self.dtype.itemsize for v in values)
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [
+            {"op": n.op, "kernel": "torch", "output": n.outputs[0].name if n.outputs else None, "weights": list(n.weights),
+             "format": ",".join(dict.fromkeys(self._formats.get(w, str(self.dtype).removeprefix("torch.")) for w in n.weights))}
+            for n in self.graph.nodes
+        ]  # fmt: skip
+
+    def _rows(self, batch: StepBatch) -> torch.Tensor:
+        return torch.from_numpy(batch.logit_rows).to(self.device, torch.int64)
+
+    def _product(self, x: torch.Tensor, name: str, bias: str | None) -> torch.Tensor:
+        """x W^T + b, x rounded first to what a native kernel would read, if that was asked for."""
+        kind = self._activation[name]
+        if kind is not None:
+            from ...quant.activations import round_trip
+
+            x = round_trip(x.float(), kind).to(x.dtype)
+        return F.linear(x, self._weights[name], None if bias is None else self._weights[bias])
+
+    # ---- one method an op: inputs as tensors -> outputs as a tuple
+
+    def _embedding(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+        if step.batch.inputs_embeds is not None:
+            return (step.batch.inputs_embeds.detach().to(self.device, self.dtype),)
+        ids = torch.from_numpy(step.batch.token_ids).to(self.device, torch.int64)
+        return (F.embedding(ids, self._weights[node.weights[0]]) * node.attrs["scale"],)
+
+    def _rms_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (ops.rms_norm(x, self._weights[node.weights[0]], node.attrs["eps"]),)
+
+    def _head_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (ops.head_norm(x, self._weights[node.weights[0]], node.attrs["eps"], node.attrs["heads"]),)
+
+    def _linear(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self._product(x, w, b) for w, b in zip(node.weights, node.attrs["biases"], strict=True))
+
+    def _rope_table(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+        """A sequence's rows share its frequencies, which for dynamic kinds follow from its highest position."""
+        spec, positions = node.attrs["rope"], step.batch.positions
+        parts = []
+        for rows, _, _ in step.sequences:
+            inv_freq = torch.from_numpy(spec.inv_freq_at(int(positions[rows].max()) + 1)).to(self.device)
+            parts.append(ops.rope_table(torch.from_numpy(positions[rows]).to(self.device), inv_freq, spec.scaling))
+        return (torch.cat(parts),)
+
+    def _rope(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (ops.rope(x, table, node.attrs["heads"], node.attrs["interleaved"]),)
+
+    def _cache_write(self, step: _Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        k, v = (rows.unflatten(-1, (node.attrs["kv_heads"], -1)) for rows in (k, v))
+        for rows, context, table in step.sequences:
+            step.store.write(node.attrs["layer"], table, context, k[rows], v[rows])
+        return ()
+
+    def _rope_cache(
+        self, step: _Step, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        interleaved = node.attrs["interleaved"]
+        self._cache_write(step, node, ops.rope(k, table, node.attrs["kv_heads"], interleaved), v)
+        return (ops.rope(q, table, node.attrs["heads"], interleaved),)
+
+    def _attention(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In float32 whatever the rows' dtype; the result is rounded to it."""
+        attend = ops.attention_online if node.attrs["softmax"] == "online" else ops.attention
+        q = q.float().unflatten(-1, (node.attrs["kv_heads"], -1, node.attrs["head_dim"]))
+        out = torch.empty_like(q)
+        for rows, context, table in step.sequences:
+            queries = rows.stop - rows.start
+            k, v = step.store.gather(node.attrs["layer"], table, context + queries)
+            mask = ops.visible(queries, context, context + queries, node.attrs["window"], self.device)
+            out[rows] = attend(q[rows], k, v, mask, node.attrs["scale"])
+        return (out.flatten(1).to(self.dtype),)
+
+    def _swiglu(self, step: _Step, node: Node, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (ops.swiglu(gate, up),)
+
+    def _gate_up(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (ops.swiglu(*self._linear(step, node, x)),)
+
+    def _add(self, step: _Step, node: Node, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x + y,)
+
+    def _add_rms_norm(self, step: _Step, node: Node, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = x + delta
+        return (total, *self._rms_norm(step, node, total))
+
+    def _select_rows(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x[self._rows(step.batch)],)
+
+    def _hidden_out(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if step.batch.hidden:
+            step.hidden[node.attrs["index"]] = x.float()
+        return ()
+
+    def _lm_head(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self._product(x, node.weights[0], node.attrs["bias"]),)
+
+
+_OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    "embedding": ReferencePlan._embedding,
+    "rms_norm": ReferencePlan._rms_norm,
+    "head_norm": ReferencePlan._head_norm,
+    "linear": ReferencePlan._linear,
+    "rope_table": ReferencePlan._rope_table,
+    "rope": ReferencePlan._rope,
+    "cache_write": ReferencePlan._cache_write,
+    "rope_cache": ReferencePlan._rope_cache,
+    "attention": ReferencePlan._attention,
+    "swiglu": ReferencePlan._swiglu,
+    "gate_up": ReferencePlan._gate_up,
+    "add": ReferencePlan._add,
+    "add_rms_norm": ReferencePlan._add_rms_norm,
+    "select_rows": ReferencePlan._select_rows,
+    "hidden_out": ReferencePlan._hidden_out,
+    "lm_head": ReferencePlan._lm_head,
+}
+
+
+def _sequences(batch: StepBatch, device: torch.device) -> list[tuple[slice, int, torch.Tensor]]:
+    ends = np.cumsum(batch.query_len)
+    tables = torch.from_numpy(batch.block_table).to(device, torch.int64)
+    return [
+        (slice(int(end - count), int(end)), int(context), table)
+        for end, count, context, table in zip(ends, batch.query_len, batch.context_len, tables, strict=True)
+    ]
+
+
+def _dense(weight: PackedMatrix | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(weight, PackedMatrix):
+        from ...quant import get_format
+
+        weight = get_format(weight.format).unpack(weight.data, weight.rows, weight.cols)
+    return weight.detach().to(device, dtype)
+
+
+def _activation(format_name: str | None, asked: str | None) -> str | None:
+    """The rounding of rows before a product with a weight of this format; None for no rounding."""
+    if asked not in (None, "format", "bf16", "q8", "q16"):
+        raise BackendError(f"unknown activation {asked!r}; known: None, 'format', 'bf16', 'q8', 'q16'")
+    if asked != "format":
+        return asked
+    if format_name is None:
+        return None
+    from ...quant import get_format
+
+    kind = get_format(format_name).activation
+    return None if kind == "f32" else kind

@@ -1,0 +1,85 @@
+"""Memory planner: values that are never alive together share a slot.
+
+A slot is one buffer of rows. It holds values of one width, kind and row set only, so that a row's stride is its width. Freed slots
+are reused last in, first out: the rows most likely still in the CPU's caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .ir import Graph, Node, Value
+
+# Ops that may write an output over an input that nobody reads later: (output, input) by index.
+IN_PLACE: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "add": ((0, 0), (0, 1)),
+    "add_rms_norm": ((0, 0),),
+    "rope": ((0, 0),),
+    "rope_cache": ((0, 0),),
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A buffer: `width` elements a row, rows held as `kind`, for all tokens or for the selected rows."""
+
+    width: int
+    kind: str
+    selected: bool
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """slot_of: value -> index in `slots`."""
+
+    slot_of: Mapping[Value, int]
+    slots: tuple[Slot, ...]
+
+
+def assign_slots(graph: Graph) -> SlotPlan:
+    """Gives each value a slot. The logits have one to themselves: it is the caller's buffer."""
+    last_use = last_uses(graph)
+    slots: list[Slot] = []
+    slot_of: dict[Value, int] = {}
+    free: dict[Slot, list[int]] = {}
+
+    def take(value: Value) -> int:
+        shape = Slot(value.width, value.kind, value.selected)
+        reusable = free.get(shape)
+        if reusable and value != result:
+            return reusable.pop()
+        slots.append(shape)
+        return len(slots) - 1
+
+    result = next((n.outputs[0] for n in reversed(graph.nodes) if n.op == "lm_head"), None)
+    for i, node in enumerate(graph.nodes):
+        dying = {v for v in node.inputs if last_use[v] == i and v != result}
+        for out_index, value in enumerate(node.outputs):
+            source = _overwritten(node, out_index, dying)
+            if source is None or value == result:
+                slot_of[value] = take(value)
+            else:
+                slot_of[value] = slot_of[source]
+                dying.discard(source)
+        dead_on_arrival = [v for v in node.outputs if v not in last_use and v != result]
+        for value in (*sorted(dying, key=lambda v: v.name), *dead_on_arrival):
+            index = slot_of[value]
+            free.setdefault(slots[index], []).append(index)
+    return SlotPlan(slot_of, tuple(slots))
+
+
+def last_uses(graph: Graph) -> dict[Value, int]:
+    """Value -> index of the last node that reads it; values nobody reads are not there."""
+    return {value: i for i, node in enumerate(graph.nodes) for value in node.inputs}
+
+
+def _overwritten(node: Node, out_index: int, dying: set[Value]) -> Value | None:
+    """The dying input that this output may be written over."""
+    out = node.outputs[out_index]
+    for candidate_out, in_index in IN_PLACE.get(node.op, ()):
+        source = node.inputs[in_index]
+        same = (source.width, source.kind, source.selected) == (out.width, out.kind, out.selected)
+        if candidate_out == out_index and source in dying and same:
+            return source
+    return None

@@ -1,0 +1,100 @@
+"""Driving a plan: ragged steps over sequences whose blocks a BlockManager owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepseek_optimizer.backends.base import DECODE, PREFILL, StepBatch, StepOutput
+from deepseek_optimizer.cache import BlockManager, SequenceBlocks
+
+
+@dataclass
+class Part:
+    """One sequence's share of a step. rows: which of its tokens want logits, all by default."""
+
+    blocks: SequenceBlocks
+    ids: list[int]
+    phase: int = PREFILL
+    rows: Sequence[int] | None = None
+    positions: list[int] | None = None
+
+
+def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, inputs_embeds: Any = None) -> StepBatch:
+    """Takes blocks for the parts' tokens (copying shared ones in `store`) and describes the step. Decode parts come first."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    logit_rows: list[int] = []
+    context = [part.blocks.tokens for part in parts]
+    for part, before in zip(parts, context, strict=True):
+        for source, target in part.blocks.append(len(part.ids)):
+            store.copy_block(source, target)
+        logit_rows += [len(token_ids) + row for row in (range(len(part.ids)) if part.rows is None else part.rows)]
+        token_ids += part.ids
+        positions += range(before, before + len(part.ids)) if part.positions is None else part.positions
+    width = max(len(part.blocks.blocks) for part in parts)
+    table = np.full((len(parts), width), -1, dtype=np.int32)
+    for row, part in zip(table, parts, strict=True):
+        row[: len(part.blocks.blocks)] = part.blocks.table()
+    as_int32 = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
+    return StepBatch(
+        as_int32(token_ids), as_int32(positions), as_int32([len(part.ids) for part in parts]), as_int32(context),
+        as_int32([part.phase for part in parts]), table, as_int32(logit_rows), inputs_embeds, hidden,
+    )  # fmt: skip
+
+
+def run_step(plan: Any, store: Any, parts: Sequence[Part], **options: Any) -> StepOutput:
+    return plan.run(make_batch(parts, store, **options), store)
+
+
+@dataclass
+class Runner:
+    """A plan with a cache of its own."""
+
+    plan: Any
+    store: Any
+    manager: BlockManager = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.manager = BlockManager(self.store.num_blocks)
+
+    def sequence(self) -> SequenceBlocks:
+        return SequenceBlocks(self.manager)
+
+    def logits(self, ids: list[int], chunks: Iterable[int] = (), phase: int = PREFILL) -> torch.Tensor:
+        """float32 [T, V] of one new sequence, run in chunks of these sizes and the rest at once; its blocks are freed."""
+        blocks, parts, begin = self.sequence(), [], 0
+        for size in (*chunks, len(ids)):
+            part = ids[begin : begin + size]
+            if part:
+                parts.append(run_step(self.plan, self.store, [Part(blocks, part, phase)]).logits)
+            begin += size
+        blocks.free()
+        return torch.cat(parts)
+
+    def hidden(self, ids: list[int]) -> torch.Tensor:
+        """float32 [n_hidden, T, H] of one new sequence."""
+        blocks = self.sequence()
+        hidden = run_step(self.plan, self.store, [Part(blocks, ids)], hidden=True).hidden
+        blocks.free()
+        return hidden
+
+    def decode(self, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
+        """Greedy: `count` tokens after the prompt, and the logits each was chosen from, float32 [count, V]."""
+        blocks, rows = self.sequence(), []
+        ids, phase, chosen = prompt, PREFILL, []
+        for _ in range(count):
+            rows.append(run_step(self.plan, self.store, [Part(blocks, ids, phase, rows=[len(ids) - 1])]).logits[0])
+            chosen.append(int(rows[-1].argmax()))
+            ids, phase = chosen[-1:], DECODE
+        blocks.free()
+        return chosen, torch.stack(rows)
+
+
+def runner(backend: Any, graph: Any, weights: Any, *, kv: str = "fp32", blocks: int = 128, **options: Any) -> Runner:
+    """Compiles and gives the plan a cache of `blocks` blocks of 32 tokens."""
+    return Runner(backend.compile(graph, weights, **options), backend.new_store(graph, kv, blocks))
