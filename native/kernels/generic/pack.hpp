@@ -1,0 +1,257 @@
+// Packing and unpacking of weights, all formats of dso.h. The rule to the bit is in docs/contracts.md; src/deepseek_optimizer/quant/
+// is its definition in torch.
+//
+// A tile's 16 rows are transposed, so that a lane is a row: extrema, scales and codes of 16 groups are computed side by side
+// without a horizontal step, and four code vectors joined are already the tile's layout. Transposition and the fp16 rounding use
+// 128- and 256-bit instructions that every variant has.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../kernels.hpp"
+#include "dso.h"
+
+namespace dso::DSO_ISA_NAMESPACE {
+namespace packing {
+
+constexpr int R = 16, C = 32;  // rows and columns of a tile
+static_assert(R == lanes);
+
+static constexpr int64_t tile_bytes(int32_t format) {
+  switch (format) {
+    case DSO_F32: return 2048;
+    case DSO_BF16: return 1024;
+    case DSO_INT8: return 544;
+    case DSO_INT4: return 288;
+    case DSO_Q4_1: return 320;
+    default: return -1;
+  }
+}
+
+// Codes of a format: clamped to [least, most], stored as code + zero.
+template <int format> struct Code;
+template <> struct Code<DSO_INT8> { static constexpr int least = -127, most = 127, zero = 128, bits = 8; };
+template <> struct Code<DSO_INT4> { static constexpr int least = -8, most = 7, zero = 8, bits = 4; };
+template <> struct Code<DSO_Q4_1> { static constexpr int least = 0, most = 15, zero = 0, bits = 4; };
+
+// ---- reading the source
+
+// 32 columns of one row as floats; columns past the first n are zero and not read.
+static inline void read_row(int32_t src_type, const uint8_t* src, int64_t n, float* out) {
+  const int64_t size = src_type == DSO_SRC_F32 ? 4 : 2;
+  alignas(64) uint8_t part[C * 4];
+  if (n < C) {
+    memset(part, 0, sizeof part);
+    if (n > 0) memcpy(part, src, (size_t)(n * size));
+    src = part;
+  }
+  for (int k = 0; k < C; k += lanes) {
+    switch (src_type) {
+      case DSO_SRC_F32: store(out + k, load((const float*)(src + 4 * k))); break;
+      case DSO_SRC_BF16: store(out + k, load_bf16(src + 2 * k)); break;
+      default: store(out + k, load_f16(src + 2 * k)); break;
+    }
+  }
+}
+
+// rows x cols of 32-bit items, in[rows][cols] -> out[cols][rows]; both multiples of 4. Moves bits, whatever they mean.
+template <int rows, int cols> static inline void transpose(const void* in, void* out) {
+  const float* a = (const float*)in;
+  float* b = (float*)out;
+  for (int r = 0; r < rows; r += 4) {
+    for (int c = 0; c < cols; c += 4) {
+      __m128 x0 = _mm_loadu_ps(a + r * cols + c), x1 = _mm_loadu_ps(a + (r + 1) * cols + c);
+      __m128 x2 = _mm_loadu_ps(a + (r + 2) * cols + c), x3 = _mm_loadu_ps(a + (r + 3) * cols + c);
+      _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
+      _mm_storeu_ps(b + c * rows + r, x0);
+      _mm_storeu_ps(b + (c + 1) * rows + r, x1);
+      _mm_storeu_ps(b + (c + 2) * rows + r, x2);
+      _mm_storeu_ps(b + (c + 3) * rows + r, x3);
+    }
+  }
+}
+
+// ---- scales
+
+static inline void to_f16(const float* x, uint16_t* h) {  // 16 values, nearest even
+  for (int r = 0; r < R; r += 8) _mm_storeu_si128((__m128i*)(h + r), _mm256_cvtps_ph(_mm256_loadu_ps(x + r), _MM_FROUND_TO_NEAREST_INT));
+}
+static inline bool finite16(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
+
+// The first element of largest magnitude in row r, where the largest and the least are opposite.
+static inline float first_of_largest(const float (*t)[R], int r, float magnitude) {
+  for (int k = 0; k < C; k++)
+    if (t[k][r] == magnitude || t[k][r] == -magnitude) return t[k][r];
+  return magnitude;  // not reached: the magnitude was found among these
+}
+
+// Scales of 16 groups, t[column][row] of which n columns are real. Writes scale and min as fp16, and the divisor and the
+// subtrahend of the codes. Rows without a usable scale are blanked in t: their codes are the code of zero.
+template <int format>
+static inline void scales(float (*t)[R], int n, uint16_t* scale16, uint16_t* min16, float* divisor, float* subtrahend) {
+  alignas(64) float largest[R], least[R], raw[R], low[R], bad[R];
+  F hi = load(t[0]), lo = hi, nan = mul(hi, zero());
+  for (int k = 1; k < n; k++) {
+    const F x = load(t[k]);
+    hi = max(hi, x), lo = min(lo, x), nan = fma(x, zero(), nan);  // NaN and infinity times zero stay NaN
+  }
+  store(largest, hi), store(least, lo), store(bad, nan);
+  store(low, format == DSO_Q4_1 ? lo : zero());
+  if constexpr (format == DSO_INT8) store(raw, div(max(hi, sub(zero(), lo)), set(127)));
+  if constexpr (format == DSO_Q4_1) store(raw, div(sub(hi, lo), set(15)));
+  if constexpr (format == DSO_INT4) {
+    for (int r = 0; r < R; r++) {
+      const float hi = largest[r], lo = least[r];
+      const float e = hi > -lo ? hi : hi < -lo ? lo : first_of_largest(t, r, hi);
+      raw[r] = e / -8.0f;
+    }
+  }
+  to_f16(raw, scale16), to_f16(low, min16);
+  store(divisor, load_f16(scale16));
+  for (int r = 0; r < R; r++) {
+    const bool blank = bad[r] != bad[r] || !finite16(scale16[r]) || !finite16(min16[r]);
+    if (blank) {
+      for (int k = 0; k < C; k++) t[k][r] = 0;
+      scale16[r] = 0x7e00, min16[r] = 0;
+    } else if ((scale16[r] & 0x7fff) == 0) {
+      scale16[r] = 0;
+    }
+    if (min16[r] == 0x8000) min16[r] = 0;
+    if (blank || scale16[r] == 0) divisor[r] = __builtin_inff();  // anything finite over infinity is code zero
+  }
+  store(subtrahend, load_f16(min16));
+}
+
+// ---- one tile
+
+template <int format> static inline void pack_codes(const float* staged, int n, uint8_t* dst) {
+  using Q = Code<format>;
+  alignas(64) float t[C][R], divisor[R], subtrahend[R];
+  alignas(32) uint16_t scale16[R], min16[R];
+  transpose<R, C>(staged, t);
+  scales<format>(t, n, scale16, min16, divisor, subtrahend);
+  const F d = load(divisor), m = load(subtrahend);
+  for (int k = n; k < C; k++) store(t[k], m);  // padding columns: the code of zero
+  auto code = [&](int k) {
+    F x = load(t[k]);
+    if constexpr (format == DSO_Q4_1) x = sub(x, m);
+    return iadd(to_int(min(max(div(x, d), set(Q::least)), set(Q::most))), iset(Q::zero));
+  };
+  auto byte = [&](int j, int b) {  // byte b of every lane of the j-th 64 bytes
+    if constexpr (Q::bits == 8) return code(4 * j + b);
+    else return iadd(code(8 * j + b), shl<4>(code(8 * j + 4 + b)));
+  };
+  for (int j = 0; j < C / 4 * Q::bits / 8; j++) {
+    const I word = iadd(iadd(byte(j, 0), shl<8>(byte(j, 1))), iadd(shl<16>(byte(j, 2)), shl<24>(byte(j, 3))));
+    store_bytes(dst + 64 * j, word);
+  }
+  uint8_t* tail = dst + C * R * Q::bits / 8;
+  memcpy(tail, scale16, sizeof scale16);
+  if constexpr (format == DSO_Q4_1) memcpy(tail + sizeof scale16, min16, sizeof min16);
+}
+
+static inline void pack_bf16(const float* staged, uint8_t* dst) {
+  alignas(64) uint16_t rows[R][C];
+  for (int i = 0; i < R * C; i += lanes) store_bf16(&rows[0][0] + i, load(staged + i));
+  transpose<R, C / 2>(rows, dst);  // pairs of columns move together
+}
+
+// ---- one row back
+
+// Columns [0, 32) of row r of a tile.
+template <int format> static inline void unpack_group(const uint8_t* tile, int r, float* out) {
+  if constexpr (format == DSO_F32) {
+    for (int k = 0; k < C; k++) memcpy(out + k, tile + (k * R + r) * 4, 4);
+  } else if constexpr (format == DSO_BF16) {
+    for (int k = 0; k < C; k += 2) {
+      uint32_t pair;
+      memcpy(&pair, tile + (k / 2 * R + r) * 4, 4);
+      const uint32_t even = pair << 16, odd = pair & 0xffff0000u;
+      memcpy(out + k, &even, 4), memcpy(out + k + 1, &odd, 4);
+    }
+  } else {
+    using Q = Code<format>;
+    uint16_t h;
+    const uint8_t* tail = tile + C * R * Q::bits / 8;
+    memcpy(&h, tail + 2 * r, 2);
+    const __m128 scale = _mm_set1_ps(_cvtsh_ss(h));
+    __m128 least = _mm_setzero_ps();
+    if constexpr (format == DSO_Q4_1) {
+      memcpy(&h, tail + 2 * R + 2 * r, 2);
+      least = _mm_set1_ps(_cvtsh_ss(h));
+    }
+    // scale * code is exact (11 bits by at most 8), so only the sum with min rounds.
+    auto put = [&](int k, __m128i bytes) {
+      const __m128 w = _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_sub_epi32(_mm_cvtepu8_epi32(bytes), _mm_set1_epi32(Q::zero))));
+      _mm_storeu_ps(out + k, format == DSO_Q4_1 ? _mm_add_ps(w, least) : w);
+    };
+    for (int j = 0; j < C / 4 * Q::bits / 8; j++) {
+      int32_t four;
+      memcpy(&four, tile + 64 * j + 4 * r, 4);
+      const __m128i x = _mm_cvtsi32_si128(four);
+      if constexpr (Q::bits == 8) {
+        put(4 * j, x);
+      } else {
+        const __m128i mask = _mm_set1_epi8(15);
+        put(8 * j, _mm_and_si128(x, mask));
+        put(8 * j + 4, _mm_and_si128(_mm_srli_epi16(x, 4), mask));
+      }
+    }
+  }
+}
+
+template <int format> static void unpack_row(const Matrix& w, int64_t row, float scale, float* out) {
+  const int64_t groups = (w.cols + C - 1) / C;
+  const uint8_t* tile = w.data + row / R * groups * tile_bytes(format);
+  alignas(64) float group[C];
+  for (int64_t g = 0; g < groups; g++, tile += tile_bytes(format)) {
+    const int64_t n = w.cols - g * C < C ? w.cols - g * C : C;
+    unpack_group<format>(tile, (int)(row % R), group);
+    for (int64_t k = 0; k < n; k++) out[g * C + k] = group[k] * scale;
+  }
+}
+
+}  // namespace packing
+
+// One row of an embedding, times `scale`: exactly unpack_rows' values times it.
+static void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
+  using namespace packing;
+  switch (w.format) {
+    case DSO_F32: return unpack_row<DSO_F32>(w, row, scale, out);
+    case DSO_BF16: return unpack_row<DSO_BF16>(w, row, scale, out);
+    case DSO_INT8: return unpack_row<DSO_INT8>(w, row, scale, out);
+    case DSO_INT4: return unpack_row<DSO_INT4>(w, row, scale, out);
+    case DSO_Q4_1: return unpack_row<DSO_Q4_1>(w, row, scale, out);
+  }
+}
+
+static void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride) {
+  for (int64_t row = begin; row < end; row++) embed_row(w, (int32_t)row, 1.0f, (float*)((uint8_t*)out + (row - begin) * stride));
+}
+
+// One tile row: rows [16 tile, 16 tile + 16) of src, whose rows are `stride` bytes apart, to their place in dst.
+static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, int64_t tile,
+                      uint8_t* dst) {
+  using namespace packing;
+  const int64_t groups = (cols + C - 1) / C, size = src_type == DSO_SRC_F32 ? 4 : 2;
+  const uint8_t* first_row = (const uint8_t*)src + tile * R * stride;
+  const int64_t real_rows = rows - tile * R < R ? rows - tile * R : R;
+  alignas(64) float staged[R * C];
+  if (real_rows < R) memset(staged, 0, sizeof staged);
+  dst += tile * groups * tile_bytes(format);
+  for (int64_t g = 0; g < groups; g++, dst += tile_bytes(format)) {
+    const int64_t n = cols - g * C < C ? cols - g * C : C;
+    for (int64_t r = 0; r < real_rows; r++) read_row(src_type, first_row + r * stride + g * C * size, n, staged + r * C);
+    switch (format) {
+      case DSO_F32: transpose<R, C>(staged, dst); break;
+      case DSO_BF16: pack_bf16(staged, dst); break;
+      case DSO_INT8: pack_codes<DSO_INT8>(staged, (int)n, dst); break;
+      case DSO_INT4: pack_codes<DSO_INT4>(staged, (int)n, dst); break;
+      case DSO_Q4_1: pack_codes<DSO_Q4_1>(staged, (int)n, dst); break;
+    }
+  }
+}
+
+}  // namespace dso::DSO_ISA_NAMESPACE
