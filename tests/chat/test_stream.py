@@ -1,0 +1,55 @@
+"""Pieces that are streamed concatenate to the whole text, whatever characters the tokens cut in two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.chat.stream import StoppedError, TextStream
+
+
+def _stream(tokenizer, ids, stop=lambda: False, group=1):
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append, stop)
+    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for i in range(0, len(ids), group):
+        stream.put(torch.tensor(ids[i : i + group]))
+    stream.end()
+    return stream, pieces
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("text", ["Paris.", " leading", "naïve café", "深度学习", "a👩‍👩‍👧b🇫🇷", "line\n\n  indented\n", "क्षत्रिय"])
+def test_pieces_concatenate_to_the_text(byte_tokenizer, text, group):
+    ids = byte_tokenizer(text)["input_ids"]
+    stream, pieces = _stream(byte_tokenizer, ids, group=group)
+    assert "".join(pieces) == stream.text == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert stream.ids == ids and len(stream.times) == len(ids)
+
+
+def test_characters_come_as_soon_as_they_are_whole(byte_tokenizer):
+    _, pieces = _stream(byte_tokenizer, byte_tokenizer("a👩b")["input_ids"])
+    assert pieces == ["a", "👩", "b"]
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end(byte_tokenizer):
+    ids = byte_tokenizer("x👩")["input_ids"][:-1]
+    stream, pieces = _stream(byte_tokenizer, ids)
+    assert pieces[0] == "x" and set("".join(pieces[1:])) == {"\ufffd"}
+    assert stream.text == byte_tokenizer.decode(ids)
+
+
+def test_special_tokens_are_not_text(byte_tokenizer):
+    stream, pieces = _stream(byte_tokenizer, [*byte_tokenizer("ok")["input_ids"], byte_tokenizer.eos_token_id])
+    assert "".join(pieces) == "ok" and stream.ids[-1] == byte_tokenizer.eos_token_id
+
+
+def test_stop_ends_at_a_token_boundary(byte_tokenizer):
+    seen: list[str] = []
+    stream = TextStream(byte_tokenizer, seen.append, lambda: len(seen) == 2)
+    stream.put(torch.tensor([[1]]))
+    with pytest.raises(StoppedError):
+        for token in byte_tokenizer("abcdef")["input_ids"]:
+            stream.put(torch.tensor([token]))
+    assert seen == ["a", "b"] and len(stream.ids) == 2
