@@ -1,0 +1,81 @@
+// Speed of matrix products: per variant, format and token count, GB/s of packed weights and GMAC/s on one core, next to what a
+// plain read loop gets on the same buffer.
+//   bench_linear [variant] [cols] [rows] [tokens...]       (default: every variant, 1536 8960, 1 4 16 512)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "check.hpp"
+
+namespace {
+template <class Body> double best_seconds(Body body) {
+  double best = 1e9, spent = 0;
+  for (int i = 0; i < 3 || (spent < 0.25 && i < 400); ++i) {
+    auto start = std::chrono::steady_clock::now();
+    body();
+    double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    best = std::min(best, s);
+    spent += s;
+  }
+  return best;
+}
+
+__attribute__((target("avx2"))) void read_all(const uint8_t* p, size_t bytes) {
+  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+  for (size_t i = 0; i + 128 <= bytes; i += 128) {
+    _mm_prefetch((const char*)p + i + 2048, _MM_HINT_T0);
+    _mm_prefetch((const char*)p + i + 2112, _MM_HINT_T0);
+    a = _mm256_or_si256(a, _mm256_load_si256((const __m256i*)(p + i)));
+    b = _mm256_or_si256(b, _mm256_load_si256((const __m256i*)(p + i + 32)));
+    c = _mm256_or_si256(c, _mm256_load_si256((const __m256i*)(p + i + 64)));
+    d = _mm256_or_si256(d, _mm256_load_si256((const __m256i*)(p + i + 96)));
+  }
+  a = _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));
+  __asm__ volatile("" : : "x"(a));
+}
+}  // namespace
+
+int main(int argc, char** argv) {
+  const char* only = argc > 1 ? argv[1] : "";
+  const int cols = argc > 2 ? atoi(argv[2]) : 1536, rows = argc > 3 ? atoi(argv[3]) : 8960;
+  std::vector<int> tokens;
+  for (int i = 4; i < argc; ++i) tokens.push_back(atoi(argv[i]));
+  if (tokens.empty()) tokens = {1, 4, 16, 512};
+  for (const Variant& variant : variants()) {
+    if (*only && std::string(only) != "all" && variant.name != only) continue;
+    const Kernels& k = *variant.kernels;
+    printf("%s  cols %d rows %d\n", variant.name.c_str(), cols, rows);
+    for (int format : {DSO_INT4, DSO_Q4_1, DSO_INT8})
+      for (int kind : {DSO_SLOT_Q8, DSO_SLOT_Q16}) {
+        const size_t bytes = packed_bytes(format, rows, cols);
+        Buffer data(bytes), scratch(k.linear_scratch);
+        Random random(1);
+        for (size_t i = 0; i < bytes; ++i) data[i] = (uint8_t)(i * 2654435761u >> 13);
+        for (size_t tile = 0; tile < bytes; tile += tile_bytes(format))  // finite scales
+          for (size_t i = code_bytes(format); i < tile_bytes(format); i += 2) data[tile + i + 1] = 0x14;
+        const Matrix w = {format, rows, cols, data.get()};
+        const double read = best_seconds([&] { read_all(data.get(), bytes); });
+        printf("  %-5s %-4s %6.1f MB  read %5.1f GB/s |", format_name(format), kind == DSO_SLOT_Q8 ? "q8" : "q16", bytes / 1e6, bytes / read / 1e9);
+        for (int T : tokens) {
+          const size_t stride = row_bytes(kind, cols);
+          Buffer x(T * stride);
+          std::vector<float> row(cols), y((size_t)T * rows);
+          for (int t = 0; t < T; ++t) {
+            for (float& v : row) v = random.normal();
+            k.convert(kind, row.data(), 0, cols, cols, x.get() + t * stride);
+          }
+          const double s = best_seconds([&] {
+            for (int tile = 0; tile < (rows + 15) / 16; tile += 48)  // as the runtime splits work
+              k.linear(w, nullptr, kind, x.get(), stride, T, T > 1, tile, std::min(tile + 48, (rows + 15) / 16), y.data(), 4 * (int64_t)rows, scratch.get());
+          });
+          printf(" T=%d %5.1f GB/s %5.1f GMAC/s |", T, bytes / s / 1e9, (double)rows * cols * T / s / 1e9);
+          fflush(stdout);
+        }
+        printf("\n");
+      }
+  }
+}

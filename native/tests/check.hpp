@@ -1,0 +1,140 @@
+// What the native tests share: a check that counts failures, random numbers, guarded buffers, the variants that run here,
+// and the packed layout in plain scalar code (a second reading of dso.h, not the kernels').
+#pragma once
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../kernels/kernels.hpp"
+#include "dso.h"
+
+using namespace dso;
+
+inline int failures = 0;
+__attribute__((format(printf, 2, 3))) inline bool check(bool ok, const char* format, ...) {
+  if (ok) return true;
+  if (++failures <= 20) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "FAILED: ");
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+  }
+  return false;
+}
+inline int report(const char* name) {
+  printf("%s: %s (%d failures)\n", name, failures ? "FAILED" : "ok", failures);
+  return failures ? 1 : 0;
+}
+
+struct Random {  // xorshift64*
+  uint64_t state;
+  explicit Random(uint64_t seed) : state(seed * 0x9e3779b97f4a7c15u + 1) {}
+  uint32_t bits() {
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return (uint32_t)(state * 0x2545f4914f6cdd1du >> 32);
+  }
+  int below(int n) { return (int)(bits() % (uint32_t)n); }
+  float uniform() { return (float)(bits() >> 8) * (1.0f / (1 << 24)); }  // [0, 1)
+  float normal() {
+    float s = 0;
+    for (int i = 0; i < 12; ++i) s += uniform();
+    return s - 6;
+  }
+};
+
+// 64-aligned bytes between guards; the destructor checks that the guards are whole.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes, uint8_t fill = 0xa5) : bytes_(bytes), memory_((uint8_t*)aligned_alloc(64, (bytes + 63) / 64 * 64 + 128)) {
+    memset(memory_, guard, 64);
+    memset(memory_ + 64, fill, bytes);
+    memset(memory_ + 64 + bytes, guard, 64);
+  }
+  ~Buffer() {
+    for (size_t i = 0; i < 64; ++i)
+      if (!check(memory_[i] == guard && memory_[64 + bytes_ + i] == guard, "guard byte %zu of a buffer of %zu was overwritten", i, bytes_)) break;
+    free(memory_);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  uint8_t* get() { return memory_ + 64; }
+  uint8_t& operator[](size_t i) { return memory_[64 + i]; }
+  size_t size() const { return bytes_; }
+
+ private:
+  static constexpr uint8_t guard = 0xc3;
+  size_t bytes_;
+  uint8_t* memory_;
+};
+
+struct Variant {
+  std::string name;
+  const Kernels* kernels;
+};
+inline std::vector<Variant> variants() {  // those that were built and run here
+  const struct { const char* name; const Kernels* (*get)(); } all[] = {
+      {"avx2", kernels_avx2},     {"avx2-vnni", kernels_avx2_vnni}, {"avx512", kernels_avx512}, {"avx512-vnni", kernels_avx512_vnni},
+      {"avx512-bf16", kernels_avx512_bf16}, {"amx", kernels_amx}, {"amx-emulated", kernels_amx_emulated}};
+  std::vector<Variant> here;
+  for (const auto& v : all)
+    if (dso_isa_runs_here(v.name) == 1 && v.get()) here.push_back({v.name, v.get()});
+  check(!here.empty(), "no variant runs here");
+  return here;
+}
+
+// ---- scalar formats
+inline float from_bits(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+inline float half_to_float(uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                          : exponent    ? std::ldexp(1024.0f + (float)mantissa, exponent - 25)
+                                        : std::ldexp((float)mantissa, -24);
+  return h >> 15 ? -magnitude : magnitude;
+}
+// Equal bits, or both NaN: which NaN comes out of an operation on two is the processor's choice.
+inline bool same(float a, float b) { return to_bits(a) == to_bits(b) || (std::isnan(a) && std::isnan(b)); }
+
+// ---- layouts
+inline size_t tile_bytes(int format) {
+  switch (format) {
+    case DSO_F32: return 2048;
+    case DSO_BF16: return 1024;
+    case DSO_INT8: return 544;
+    case DSO_INT4: return 288;
+    case DSO_Q4_1: return 320;
+  }
+  abort();
+}
+inline size_t code_bytes(int format) { return format == DSO_INT8 ? 512 : 256; }  // before a tile's scales
+inline const char* format_name(int format) { return format == DSO_INT8 ? "int8" : format == DSO_INT4 ? "int4" : format == DSO_Q4_1 ? "q4_1" : format == DSO_BF16 ? "bf16" : "f32"; }
+inline size_t packed_bytes(int format, int64_t rows, int64_t cols) { return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * tile_bytes(format); }
+inline size_t row_bytes(int kind, int64_t width) {  // of a slot
+  const size_t wp = (size_t)(width + 31) / 32 * 32;
+  const size_t bytes = kind == DSO_SLOT_BF16 ? 2 * wp : kind == DSO_SLOT_Q8 ? wp + wp / 4 : kind == DSO_SLOT_Q16 ? 2 * wp + wp / 4 : 4 * (size_t)width;
+  return (bytes + 63) / 64 * 64;
+}
+// Where the code of W[row, col] lies: the byte, and the shift of its 4 bits (0 for INT8).
+inline size_t code_at(int format, int64_t row, int64_t col, int64_t cols, int* shift) {
+  const size_t tile = (size_t)(row / 16 * ((cols + 31) / 32) + col / 32) * tile_bytes(format);
+  const int r = (int)(row % 16), k = (int)(col % 32);
+  *shift = format == DSO_INT8 ? 0 : k / 4 % 2 * 4;
+  return tile + (size_t)((format == DSO_INT8 ? k / 4 : k / 8) * 64 + r * 4 + k % 4);
+}
