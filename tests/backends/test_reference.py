@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits, weights_of
-from support.steps import runner
 
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.models import build_graph
+from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits, weights_of
+from support.steps import runner
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,9 +1,9 @@
 """Small random models of every family, with Transformers' own logits to compare with.
 
-    model = random_model(CASES["qwen3-gqa"]())
-    graph = build_graph(model.config)
-    plan = backend.compile(graph, weights_of(model))
-    assert_close_rows(logits_of(plan, store, ids), transformers_logits(model, ids))
+model = random_model(CASES["qwen3-gqa"]())
+graph = build_graph(model.config)
+plan = backend.compile(graph, weights_of(model))
+assert_close_rows(logits_of(plan, store, ids), transformers_logits(model, ids))
 """
 
 from __future__ import annotations

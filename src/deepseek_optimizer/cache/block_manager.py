@@ -1,7 +1,7 @@
 """Blocks of the KV cache: who owns which. No torch, no bytes.
 
-A block holds the K and V of 32 tokens of all layers. It may belong to several sequences (after `fork`); before one of them writes
-into it, that one gets a copy of its own, and whoever drives the backend's `KvStore` copies the bytes.
+A block holds the K and V of 32 tokens of all layers. It may belong to several sequences (after `fork`); before one of them
+writes into it, that one gets a copy of its own, and whoever drives the backend's `KvStore` copies the bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory planner: values that are never alive together share a slot.
 
-A slot is one buffer of rows. It holds values of one width, kind and row set only, so that a row's stride is its width. Freed slots
-are reused last in, first out: the rows most likely still in the CPU's caches.
+A slot is one buffer of rows. It holds values of one width, kind and row set only, so that a row's stride is its width. Freed
+slots are reused last in, first out: the rows most likely still in the CPU's caches.
 """
 
 from __future__ import annotations

@@ -36,6 +36,10 @@ def _heads(node: Node, count: str) -> int:
     return int(node.attrs[count] * node.attrs["head_dim"])
 
 
+def _head_norm(node: Node, graph: Graph) -> bool:
+    return _same(node, graph) and node.inputs[0].width == _heads(node, "heads")
+
+
 def _rope(node: Node, _: Graph) -> bool:
     x, table, y = node.inputs[0].width, node.inputs[1].width, node.outputs[0].width
     return x == y == _heads(node, "heads") and table <= node.attrs["head_dim"]
@@ -65,7 +69,7 @@ _HEADS = ("layer", "heads", "kv_heads", "head_dim")
 _OPS = {
     "embedding": _Op(0, 1, 1, ("scale",), lambda n, g: n.outputs[0].width == g.hidden_size),
     "rms_norm": _Op(1, 1, 1, ("eps",), _same),
-    "head_norm": _Op(1, 1, 1, ("eps", "heads", "head_dim"), lambda n, g: _same(n, g) and n.inputs[0].width == _heads(n, "heads")),
+    "head_norm": _Op(1, 1, 1, ("eps", "heads", "head_dim"), _head_norm),
     "linear": _Op(1, None, None, ("biases",), lambda n, g: len(n.outputs) == len(n.weights) == len(n.attrs["biases"])),
     "rope_table": _Op(0, 1, 0, ("rope",), lambda n, g: n.outputs[0].width == n.attrs["rope"].rot),
     "rope": _Op(2, 1, 0, ("heads", "head_dim", "interleaved"), _rope),
@@ -104,20 +108,6 @@ def check_graph(graph: Graph) -> None:
     _check_results(graph)
 
 
-def hidden_only(graph: Graph) -> frozenset[int]:
-    """Indices of nodes that matter only where hidden states are asked for: `hidden_out` and what feeds nothing else."""
-    needed: set[Value] = set()
-    only: set[int] = set()
-    for i in range(len(graph.nodes) - 1, -1, -1):
-        node = graph.nodes[i]
-        effect = node.op in ("cache_write", "rope_cache", "lm_head")
-        if effect or needed.intersection(node.outputs):
-            needed.update(node.inputs)
-        else:
-            only.add(i)
-    return frozenset(only)
-
-
 def _check_node(node: Node, graph: Graph) -> None:
     op = _OPS.get(node.op)
     if op is None:
@@ -133,7 +123,7 @@ def _check_node(node: Node, graph: Graph) -> None:
     if missing:
         raise _error(node, f"lacks {', '.join(missing)}")
     if not op.widths(node, graph):
-        raise _error(node, "widths, heads or layer do not fit together: " + str([v.width for v in (*node.inputs, *node.outputs)]))
+        raise _error(node, f"widths {[v.width for v in (*node.inputs, *node.outputs)]} do not fit")
     _check_rows(node)
 
 

@@ -38,16 +38,12 @@ def check_config(raw: Mapping[str, Any]) -> None:
         raise ConfigError(f"config: expected an object with fields, got {type(raw).__name__}")
     from transformers import CONFIG_MAPPING  # heavy, and needed for the defaults of fields left out
 
-    model_type = raw.get("model_type")
-    _build(Fields(raw, CONFIG_MAPPING[model_type] if _is_known(model_type) else None), model_type)
-
-
-def _is_known(model_type: Any) -> bool:
-    return isinstance(model_type, str) and model_type in FAMILIES
+    model_type: Any = raw.get("model_type")
+    _build(Fields(raw, CONFIG_MAPPING[model_type] if model_type in FAMILIES else None), model_type)
 
 
 def _build(fields: Fields, model_type: Any) -> Graph:
-    if not _is_known(model_type):
+    if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"config.model_type {model_type!r} is not a family this version can optimise. Known: {', '.join(FAMILIES)}."
         )

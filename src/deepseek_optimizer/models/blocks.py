@@ -31,7 +31,9 @@ def decoder_graph(d: Decoder) -> Graph:
     return Graph(d.family, nodes, d.vocab, d.hidden, d.layers + 1, cache, d.max_positions)
 
 
-def _emit(nodes: list[Node], op: str, inputs: tuple[Value, ...], name: str, width: int, weight: str = "", **attrs: Any) -> Value:
+def _emit(
+    nodes: list[Node], op: str, inputs: tuple[Value, ...], name: str, width: int, weight: str = "", /, **attrs: Any
+) -> Value:
     """Appends a node with one output and at most one weight."""
     out = Value(name, width)
     nodes.append(Node(op, inputs, (out,), (weight,) if weight else (), attrs))

@@ -1,8 +1,8 @@
 """Rotary position embedding: frequencies of one model, computed by Transformers' own functions.
 
-Row t of head x is rotated by angles a_i = position_t * inv_freq_i: (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a + x_i sin a),
-where j = i + rot/2 (halves) or i + 1 (interleaved); cos and sin are multiplied by `scaling` (yarn). Only the first `rot` numbers
-of a head turn. Source: Su et al. 2021, and transformers.modeling_rope_utils for the scaled kinds.
+Row t of head x turns by angles a_i = position_t * inv_freq_i: (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a + x_i sin a),
+where j = i + rot/2 (halves) or i + 1 (interleaved); cos and sin are multiplied by `scaling` (yarn). Only the first `rot`
+numbers of a head turn. Source: Su et al. 2021, and transformers.modeling_rope_utils for the scaled kinds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int) -> RopeSpec:
     inv_freq, scaling = _compute(parameters, head_dim, max_positions, None)
     if 2 * len(inv_freq) != head_dim:
         raise UnsupportedModelError(
-            f"config.rope_parameters['partial_rotary_factor'] {parameters['partial_rotary_factor']!r}: in this family whole heads turn"
+            f"config.rope_parameters['partial_rotary_factor']: {2 * len(inv_freq)} of {head_dim} numbers of a head would turn; "
+            "in this family whole heads do"
         )
     if not np.isfinite(inv_freq).all():
         raise ConfigError(f"config.rope_parameters: {parameters!r} give frequencies that are not finite")
@@ -76,7 +77,9 @@ def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
     parameters = dict(given)
     kind = parameters["rope_type"] = parameters.pop("rope_type", parameters.pop("type", "default"))
     if kind not in KINDS:
-        raise UnsupportedModelError(f"config.rope_parameters['rope_type'] {kind!r} is not supported. Known: {', '.join(KINDS)}.")
+        raise UnsupportedModelError(
+            f"config.rope_parameters['rope_type'] {kind!r} is not supported. Known: {', '.join(KINDS)}."
+        )
     if parameters.get("rope_theta") is None:
         theta = fields.get("rope_theta")
         parameters["rope_theta"] = 10000.0 if theta is None else theta

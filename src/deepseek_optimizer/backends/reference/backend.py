@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-
 import torch
 
 from ...errors import BackendError
@@ -39,8 +38,9 @@ class ReferenceBackend:
 
         Args:
             weights: parameter path -> packed matrix (dequantised here) or float tensor.
-            activation: None: products read rows as they are. "format": rows are rounded first to what the native product of each
-                weight's format reads; "bf16", "q8" or "q16": to that. So kernel error and quantisation error can be told apart.
+            activation: None: products read rows as they are. "format": rows are rounded first to what the native product of
+                each weight's format reads; "bf16", "q8" or "q16": to that. So kernel error and quantisation error can be told
+                apart.
 
         Raises:
             BackendError: a weight is missing.
@@ -62,4 +62,3 @@ class ReferenceBackend:
 
     def __repr__(self) -> str:
         return f"ReferenceBackend({self.detail})"
-

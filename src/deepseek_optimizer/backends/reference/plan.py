@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import BackendError
+from ...graph.analysis import hidden_only
 from ...graph.ir import Graph, Node, Value
-from ...graph.validate import hidden_only
 from ...quant.packed import PackedMatrix
 from ..base import StepBatch, StepOutput
 from . import ops
@@ -87,9 +87,9 @@ class ReferencePlan:
         """x W^T + b, x rounded first to what a native kernel would read, if that was asked for."""
         kind = self._activation[name]
         if kind is not None:
-            from ...quant.activations import round_trip
+            from ...quant.activations import fake_quantize
 
-            x = round_trip(x.float(), kind).to(x.dtype)
+            x = fake_quantize(x.float(), kind).to(x.dtype)
         return F.linear(x, self._weights[name], None if bias is None else self._weights[bias])
 
     # ---- one method an op: inputs as tensors -> outputs as a tuple

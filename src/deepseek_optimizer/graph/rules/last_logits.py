@@ -1,0 +1,31 @@
+"""The head only for rows that need it: they are selected before the final norm.
+
+The norm of all rows stays for `hidden_out`, whose last state is normed; a step that asks for none leaves it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..ir import Graph, Node
+from .edit import Links, rebuilt
+
+
+def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
+    """rms_norm(x) -> n; lm_head(n)  =>  rms_norm(x) -> n (if read elsewhere); select_rows(x); rms_norm; lm_head, on R rows."""
+    links = Links(graph)
+    at, head = next((i, n) for i, n in enumerate(graph.nodes) if n.op == "lm_head")
+    logits, normed = head.outputs[0], head.inputs[0]
+    norm = graph.nodes[links.maker(normed)]
+    if logits.selected or links.readers(logits) or norm.op != "rms_norm":
+        return graph, []
+    rows = replace(norm.inputs[0], name=f"{norm.inputs[0].name}.rows", selected=True)
+    normed_rows = replace(normed, name=f"{normed.name}.rows", selected=True)
+    tail = [
+        Node("select_rows", norm.inputs, (rows,)),
+        norm.with_(inputs=(rows,), outputs=(normed_rows,)),
+        head.with_(inputs=(normed_rows,), outputs=(replace(logits, selected=True),)),
+    ]
+    unread = links.readers(normed) == [at]
+    kept = rebuilt(graph, {at: None, **({links.maker(normed): None} if unread else {})})
+    return replace(kept, nodes=[*kept.nodes, *tail]), [logits.name]

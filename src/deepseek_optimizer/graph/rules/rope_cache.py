@@ -1,0 +1,27 @@
+"""RoPE of q and k and the cache write in one pass: rotated keys go straight to their block."""
+
+from __future__ import annotations
+
+from ..ir import Graph, Node
+from .edit import Links, rebuilt
+
+
+def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
+    """rope(q) -> q'; rope(k) -> k'; cache_write(k', v); attention(q')  =>  rope_cache(q, k, v, table) -> q'; attention(q')."""
+    links, changes, places = Links(graph), dict[int, Node | None](), []
+    attentions = {n.attrs["layer"]: n for n in graph.nodes if n.op == "attention"}
+    for at, write in enumerate(graph.nodes):
+        if write.op != "cache_write" or write.attrs["layer"] not in attentions:
+            continue
+        q_rope, k_rope = links.maker(attentions[write.attrs["layer"]].inputs[0]), links.maker(write.inputs[0])
+        q, k = graph.nodes[q_rope], graph.nodes[k_rope]
+        if q.op != "rope" or k.op != "rope" or q.inputs[1] != k.inputs[1] or q.attrs["interleaved"] != k.attrs["interleaved"]:
+            continue
+        if links.only_reader(k.outputs[0], "cache_write") is None or min(links.readers(q.outputs[0])) < at:
+            continue
+        changes.update({q_rope: None, k_rope: None})
+        inputs = (q.inputs[0], k.inputs[0], write.inputs[1], q.inputs[1])
+        attrs = {**write.attrs, "heads": q.attrs["heads"], "interleaved": q.attrs["interleaved"]}
+        changes[at] = Node("rope_cache", inputs, q.outputs, attrs=attrs)
+        places.append(f"layer {write.attrs['layer']}")
+    return rebuilt(graph, changes), places
