@@ -19,7 +19,9 @@ def _stream(tokenizer, ids, stop=lambda: False, group=1):
 
 
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("text", ["Paris.", " leading", "naïve café", "深度学习", "a👩‍👩‍👧b🇫🇷", "line\n\n  indented\n", "क्षत्रिय"])
+@pytest.mark.parametrize(
+    "text", ["Paris.", " leading", "naïve café", "深度学习", "a👩‍👩‍👧b🇫🇷", "line\n\n  indented\n", "क्षत्रिय"]
+)
 def test_pieces_concatenate_to_the_text(byte_tokenizer, text, group):
     ids = byte_tokenizer(text)["input_ids"]
     stream, pieces = _stream(byte_tokenizer, ids, group=group)

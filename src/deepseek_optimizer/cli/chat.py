@@ -42,10 +42,10 @@ def chat(
     from ..chat.conversation import Conversation
     from .model import load
 
-    loaded, tokenizer = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
     generation = o.generation_arguments(
         temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
+    loaded, tokenizer = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
     conversation = Conversation(loaded, tokenizer, system, {"max_new_tokens": max_new_tokens, **generation})
     _Loop(conversation, interactive=sys.stdin.isatty()).run()
 

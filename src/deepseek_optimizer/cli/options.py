@@ -29,13 +29,30 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 
 
+_RANGES = {
+    "temperature": (0, 100),
+    "top_k": (1, 1_000_000),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+}
+
+
 def model_fields(**fields: Any) -> dict[str, Any]:
     """Fields of DeepSeekConfig that were given on the command line."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def generation_arguments(*, temperature: float | None, seed: int | None, **others: Any) -> dict[str, Any]:
-    """Arguments of `generate`. Naming any sampling option turns sampling on; temperature 0 turns it off."""
+    """Arguments of `generate`. Naming any sampling option turns sampling on; temperature 0 turns it off.
+
+    Raises:
+        ValueError: a value outside its range, before any model is loaded. NaN is outside every range.
+    """
+    for name, value in {"temperature": temperature, **others}.items():
+        low, high = _RANGES[name]
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value}")
     arguments = {name: value for name, value in others.items() if value is not None}
     sampled = arguments.keys() & {"top_k", "top_p", "min_p"} or temperature is not None or seed is not None
     if temperature == 0:

@@ -38,13 +38,13 @@ def run(
     from .interrupt import stop_on_interrupt
     from .model import load, print_json
 
+    generation = o.generation_arguments(
+        temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     started = time.perf_counter()
     loaded, tokenizer = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
     load_s = time.perf_counter() - started
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
-    generation = o.generation_arguments(
-        temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-    )
     with stop_on_interrupt() as stop:
         reply = answer(
             loaded,

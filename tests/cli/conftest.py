@@ -1,0 +1,32 @@
+"""Running the command line: in this process for most tests, in one of its own where pipes and exit codes are the point."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from deepseek_optimizer.cli.app import app
+
+
+@pytest.fixture
+def dso():
+    """dso("run", model, "prompt", input=None) -> typer's result: exit_code, stdout, stderr."""
+
+    def invoke(*arguments, input=None):
+        return CliRunner().invoke(app, [str(a) for a in arguments], input=input)
+
+    return invoke
+
+
+@pytest.fixture
+def dso_process():
+    """The same as a process whose three streams are pipes."""
+
+    def start(*arguments, input=""):
+        command = [sys.executable, "-m", "deepseek_optimizer", *map(str, arguments)]
+        return subprocess.run(command, input=input, capture_output=True, text=True, timeout=120)
+
+    return start

@@ -1,0 +1,48 @@
+"""Help, versions, and how commands fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from deepseek_optimizer.cli import info
+
+
+def test_help_lists_the_commands_and_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom deepseek_optimizer.cli.app import app\n"
+        "try: app(['--help'])\nexcept SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f" {name} " in done.stdout for name in ("run", "chat", "convert", "info", "demo"))
+
+
+def test_version(dso):
+    result = dso("--version")
+    assert result.exit_code == 0 and result.stdout.startswith("deepseek-optimizer ")
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "convert", "info", "demo"])
+def test_every_command_has_help(dso, command):
+    result = dso(command, "--help")
+    assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+def test_a_missing_model_is_one_line_and_exit_code_2(dso_process, tmp_path):
+    done = dso_process("run", tmp_path / "nowhere", "Hello")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("dso: ") and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+def test_debug_shows_the_traceback(dso, tmp_path):
+    result = dso("--debug", "run", tmp_path / "nowhere", "Hello")
+    assert isinstance(result.exception, (ValueError, OSError)) and not isinstance(result.exception, SystemExit)
+
+
+def test_a_bug_keeps_its_traceback(dso, monkeypatch):
+    monkeypatch.setattr(info, "machine_facts", lambda: {}["bug"])
+    assert isinstance(dso("info").exception, KeyError)

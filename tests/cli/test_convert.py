@@ -1,0 +1,48 @@
+"""`dso convert`: the packed copy is whole or not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import LlamaForCausalLM
+
+
+def test_convert_then_run(dso, tiny_model, tmp_path):
+    out = tmp_path / "packed"
+    result = dso("convert", tiny_model, out, "--precision", "int8", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["bytes"] == sum(f.stat().st_size for f in out.iterdir()) and [p.name for p in tmp_path.iterdir()] == ["packed"]
+    direct = dso("run", tiny_model, "Hello", "-t", "0", "-n", "12", "-p", "int8")
+    assert dso("run", out, "Hello", "-t", "0", "-n", "12").stdout == direct.stdout != ""
+
+
+def test_an_existing_directory_is_kept_unless_forced(dso, tiny_model, tmp_path):
+    out = tmp_path / "packed"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    result = dso("convert", tiny_model, out)
+    assert result.exit_code == 2 and "--force" in result.stderr and (out / "precious").exists()
+    assert dso("convert", tiny_model, out, "--force").exit_code == 0
+    assert (out / "config.json").exists() and not (out / "precious").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+def test_an_interrupted_convert_leaves_nothing(dso, tiny_model, tmp_path, monkeypatch, error):
+    save = LlamaForCausalLM.save_pretrained
+
+    def fails(self, folder, **options):
+        save(self, folder, **options)
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fails)
+    result = dso("convert", tiny_model, tmp_path / "packed")
+    assert result.exit_code == (130 if error is KeyboardInterrupt else 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_parent_directory(dso, tiny_model, tmp_path):
+    result = dso("convert", tiny_model, tmp_path / "no" / "packed")
+    assert result.exit_code == 2 and "is no directory" in result.stderr

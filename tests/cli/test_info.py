@@ -1,0 +1,31 @@
+"""`dso info`: the machine, and with a model what was made of it."""
+
+from __future__ import annotations
+
+import json
+
+from deepseek_optimizer.backends import cpu
+
+
+def test_machine(dso):
+    facts = json.loads(dso("info", "--json").stdout)
+    assert facts["backend"] in ("cpu", "reference") and facts["reason"]
+    if facts["backend"] == "cpu":
+        assert facts["isas"][facts["isa"]] is True and facts["threads"] >= 1
+        assert facts["cpu"]
+    text = dso("info").stdout
+    assert facts["backend"] in text and facts["torch"] in text
+
+
+def test_without_a_native_build_it_says_why(dso, monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no compiler was there")
+    facts = json.loads(dso("info", "--json").stdout)
+    assert (facts["backend"], facts["reason"]) == ("reference", "no compiler was there")
+
+
+def test_model(dso, tiny_model):
+    result = dso("info", tiny_model, "--precision", "int8", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)["model"]
+    assert facts["family"] == "llama" and facts["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+    assert "int8" in dso("info", tiny_model, "--precision", "int8").stdout

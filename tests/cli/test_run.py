@@ -1,0 +1,68 @@
+"""`dso run`: text on stdout, everything else elsewhere."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from deepseek_optimizer.chat import stream
+
+
+def test_json_and_text_tell_the_same(dso, tiny_model):
+    plain = dso("run", tiny_model, "Hello", "-t", "0", "-n", "8")
+    assert plain.exit_code == 0, plain.stderr
+    facts = json.loads(dso("run", tiny_model, "Hello", "-t", "0", "-n", "8", "--json").stdout)
+    assert facts["text"] + "\n" == plain.stdout
+    assert facts["finish_reason"] in ("stop", "length") and 1 <= facts["new_tokens"] <= 8
+    assert facts["prompt_tokens"] == len("Hello") + 3  # <|user|>, <|end|>, <|assistant|>
+    assert facts["load_s"] > 0 and facts["first_token_s"] > 0
+
+
+def test_a_seed_makes_sampling_repeatable(dso, tiny_model):
+    texts = [dso("run", tiny_model, "Hi", "-t", "2", "--seed", seed, "-n", "24", "--json").stdout for seed in (7, 7, 8)]
+    first, again, other = (json.loads(text)["text"] for text in texts)
+    assert first == again != other
+
+
+def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):
+    facts = json.loads(dso("run", tiny_model, "-", "--raw", "--json", "-n", "2", input="Hello").stdout)
+    assert facts["prompt_tokens"] == len("Hello")
+    facts = json.loads(dso("run", tiny_model, "Hello", "--system", "Be", "--json", "-n", "2").stdout)
+    assert facts["prompt_tokens"] == len("Hello") + len("Be") + 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["  "], "prompt is empty"),
+        (["x" * 300], "no room in the model's context"),
+        (["Hi", "--precision", "int5"], "precision must be one of"),
+        (["Hi", "--kv-cache", "bf17"], "kv_cache must be one of"),
+        (["Hi", "--temperature", "nan"], "temperature"),
+        (["Hi", "--top-p", "1.5"], "top_p"),
+    ],
+)
+def test_bad_arguments_are_one_line(dso, tiny_model, arguments, message):
+    result = dso("run", tiny_model, *arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("dso: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_interrupt_ends_the_answer_with_code_130(dso, tiny_model, monkeypatch):
+    def write(text):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(stream, "write_now", write)
+    before = signal.getsignal(signal.SIGINT)
+    result = dso("run", tiny_model, "Hello", "-t", "2", "--seed", "1", "-n", "200")
+    assert result.exit_code == 130 and "Traceback" not in result.output
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_piped_output_is_the_answer_alone(dso_process, tiny_model):
+    done = dso_process("run", tiny_model, "Hello", "-t", "0", "-n", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n") and "\x1b" not in done.stdout + done.stderr
+    assert "%" not in done.stderr  # no progress bar
