@@ -28,8 +28,7 @@ $(VENV)/.created:
 # DSO_REQUIRE_NATIVE: a native part that does not compile is an error here, not a fallback.
 $(WHEELS)/.built: $(VENV)/.created $(SOURCES)
 	rm -rf $(WHEELS) && mkdir -p $(WHEELS)
-	DSO_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) \
-	  --config-settings=build-dir=build/native .
+	DSO_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) .
 	touch $@
 
 # The built wheel, not an editable tree: the tests see what a user gets.
@@ -44,7 +43,7 @@ wheel: $(WHEELS)/.built
 	@ls $(WHEELS)/*.whl
 
 test: env
-	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 demo: env
 	$(BIN)/dso demo

