@@ -14,7 +14,7 @@ from .tiles import pack_panels, pad_to_tiles, unpack_panels
 
 
 class Int4:
-    """288 bytes a tile: nibbles [4 j][16 r][4] = w + 8 (low: column 8j + b, high: 8j + 4 + b), fp16 scale[16]. W = scale * w."""
+    """288 bytes a tile: nibbles [4 j][16 r][4] = w + 8 (low: 8j + b, high: 8j + 4 + b), fp16 scale[16]; W = scale * w."""
 
     name: ClassVar[str] = "int4"
     code: ClassVar[int] = 3

@@ -65,9 +65,8 @@ def read_tiles(tiles: torch.Tensor, words: int, halves: int = 0) -> tuple[torch.
     source = tiles.view(torch.int32)[..., : words * TILE_ROWS].unflatten(-1, (words, TILE_ROWS))
     rows = source.permute(0, 3, 1, 2).reshape(down * TILE_ROWS, across, words)
     shorts = tiles.view(torch.float16)[..., 2 * words * TILE_ROWS :]
-    numbers = tuple(
-        shorts[..., i * TILE_ROWS : (i + 1) * TILE_ROWS].transpose(1, 2).reshape(down * TILE_ROWS, across) for i in range(halves)
-    )
+    columns = (shorts[..., i * TILE_ROWS : (i + 1) * TILE_ROWS] for i in range(halves))
+    numbers = tuple(column.transpose(1, 2).reshape(down * TILE_ROWS, across) for column in columns)
     return rows, numbers
 
 

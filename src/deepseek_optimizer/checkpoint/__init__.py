@@ -1,0 +1,67 @@
+"""Checkpoint files: opened with suspicion, read as a stream.
+
+`open_checkpoint` knows directories of safetensors files, directories this package packed, and .gguf files.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .atomic import atomic_directory
+from .base import Checkpoint, TensorInfo
+from .directory import SafetensorsCheckpoint, open_files, read_config
+from .gguf import GgufCheckpoint
+from .load import LoadProgress, check_tensors, stream_weights
+from .packed import PackedCheckpoint, is_packed, packed_section, save_packed
+from .tokenizer import check_tokenizer_size, load_tokenizer
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens and validates a checkpoint; nothing but headers is read.
+
+    Args:
+        path: a directory with config.json and safetensors files (plain or packed), or a .gguf file.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete, or holds only pickles (never opened). Names file and tensor.
+        UnsupportedModelError: a GGUF architecture that is not known.
+    """
+    path = Path(path)
+    try:
+        is_dir, exists = path.is_dir(), path.exists()
+    except ValueError as error:  # a NUL in the name
+        raise CheckpointError(f"{str(path)!r} is not a file name") from error
+    if not exists:
+        raise CheckpointError("does not exist", file=path)
+    if not is_dir:
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+            raise CheckpointError("is a file of weights; name its directory, which holds config.json too", file=path)
+        return GgufCheckpoint(path)
+    config = read_config(path)
+    files, tensors = open_files(path)
+    try:
+        return (PackedCheckpoint if is_packed(config) else SafetensorsCheckpoint)(path, config, files, tensors)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
+
+
+__all__ = [
+    "Checkpoint",
+    "GgufCheckpoint",
+    "LoadProgress",
+    "PackedCheckpoint",
+    "SafetensorsCheckpoint",
+    "TensorInfo",
+    "atomic_directory",
+    "check_tensors",
+    "check_tokenizer_size",
+    "load_tokenizer",
+    "open_checkpoint",
+    "packed_section",
+    "save_packed",
+    "stream_weights",
+]

@@ -1,0 +1,89 @@
+"""Writing a directory so that its name never shows half of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yields a fresh directory beside `target`; on leaving, its files are synced and it takes the target's name at once.
+
+    Whatever interrupts it (an exception, a full disk, kill -9), the target is what it was before: absent, or the old one whole.
+    An exception also removes the temporary directory (`.<name>.<random>.tmp`); after a kill it stays, and may be deleted.
+
+    Args:
+        target: the directory to make. Its parent is made if need be.
+        overwrite: replace a target that exists; otherwise that is a CheckpointError.
+    """
+    target = Path(os.path.abspath(target))
+    _check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _check_free(target, overwrite)
+        if os.path.lexists(target):
+            _exchange(temporary, target)  # `temporary` is the old one now
+        else:
+            try:
+                os.rename(temporary, target)
+            except OSError as error:
+                raise CheckpointError(f"cannot take its final name: {error}", file=target) from error
+        _sync(target.parent)
+    finally:
+        if temporary.is_symlink() or temporary.is_file():
+            temporary.unlink()
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not overwrite and os.path.lexists(target):
+        raise CheckpointError("exists already; name another directory or ask to overwrite it", file=target)
+
+
+def _sync_tree(directory: Path) -> None:
+    for root, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a directory to flush
+    fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """The two names change places, in one system call where there is one."""
+    if sys.platform.startswith("linux"):
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 and renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+            return
+    aside = new.with_name(new.name + ".old")
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
+    os.rename(aside, new)

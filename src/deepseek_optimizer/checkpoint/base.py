@@ -1,0 +1,113 @@
+"""What every kind of checkpoint offers: its config, what tensors it has, and those tensors, plain or packed."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import CheckpointError
+from ..quant import PackedMatrix, Packer, get_format, reference_packer
+from ..quant.base import TILE_ROWS
+from ..quant.tiles import panels, tile_counts
+
+PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as stored. `dtype`: the file's own name for it ("BF16", "Q4_1"); `offset`: bytes from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(ABC):
+    """An open checkpoint, validated: no tensor reaches beyond its file.
+
+    Attributes:
+        path: the directory or file that was opened.
+        tensors: by Transformers' parameter names.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self._config = config
+
+    def config(self) -> dict[str, Any]:
+        """The model's config as a fresh dict, without `auto_map`: no code of the checkpoint is ever run."""
+        return copy.deepcopy(self._config)
+
+    def info(self, name: str) -> TensorInfo:
+        """What is stored under `name`; CheckpointError if nothing is."""
+        if name not in self.tensors:
+            raise CheckpointError("is missing from the checkpoint", file=self.path, tensor=name)
+        return self.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's shape as the model knows it, whatever form it is stored in."""
+        return self.info(name).shape
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor: float as stored, or float32 where it was quantised."""
+
+    @abstractmethod
+    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of a matrix, float."""
+
+    def lossless_format(self, name: str) -> str | None:
+        """The weight format that holds this matrix exactly, if there is one."""
+        return {"BF16": "bf16", "F16": "fp32", "F32": "fp32"}.get(self.info(name).dtype)
+
+    def natural_format(self, name: str) -> str:
+        """The format to keep this matrix in when the user names none: without loss, or the nearest in size."""
+        return self.lossless_format(name) or "bf16"
+
+    def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
+        """The matrix in `format`, read and packed panel by panel: beside the result, one panel is all the memory it takes."""
+        rows, cols = self.matrix_shape(name)
+        out = torch.empty(*tile_counts(rows, cols), get_format(format).tile_bytes, dtype=torch.uint8)
+        for begin, end in panels(rows, cols, PANEL_ELEMENTS):
+            panel = self.read_rows(name, begin, end)
+            self.check_finite(name, panel)
+            out[begin // TILE_ROWS : -(-end // TILE_ROWS)] = packer(panel, format)
+        return PackedMatrix(format, rows, cols, out)
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a matrix; CheckpointError for anything else."""
+        shape = self.shape(name)
+        if len(shape) != 2 or 0 in shape:
+            raise CheckpointError(f"has shape {shape}, which is not a matrix", file=self.info(name).file, tensor=name)
+        return shape
+
+    def check_finite(self, name: str, values: torch.Tensor) -> None:
+        """CheckpointError if a weight is NaN or infinite."""
+        if values.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(values)):
+            raise CheckpointError("holds NaN or infinite weights; fetch the file again", file=self.info(name).file, tensor=name)
+
+    def conversions(self) -> list[str]:
+        """One line for each kind of stored weight that was not kept exactly where the user may have expected it."""
+        return []
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes the files. Tensors already made stay good."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

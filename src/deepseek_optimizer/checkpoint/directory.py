@@ -1,0 +1,129 @@
+"""A directory as `save_pretrained` writes it: config.json and one or more safetensors files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import CheckpointError
+from .base import Checkpoint, TensorInfo
+from .files import DataFile, inside, read_json
+from .safetensors import FLOATS, open_safetensors
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)$")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json, without `auto_map`: it names code to run, and none is run."""
+    if not (directory / CONFIG).exists():
+        raise CheckpointError(f"there is no {CONFIG} in it", file=directory)
+    config = read_json(directory, CONFIG)
+    config.pop("auto_map", None)
+    return config
+
+
+def open_files(directory: Path) -> tuple[dict[Path, DataFile], dict[str, TensorInfo]]:
+    """Opens and checks the directory's safetensors files: files by path, tensors by name."""
+    weight_map = None
+    if (directory / SINGLE).exists():
+        names = [SINGLE]
+    elif (directory / INDEX).exists():
+        weight_map = _weight_map(directory)
+        names = sorted(set(weight_map.values()))
+    else:
+        raise _no_weights(directory)
+    files: dict[Path, DataFile] = {}
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        for name in names:
+            path = inside(directory, name)
+            if not path.exists():
+                raise CheckpointError(f"is named by {INDEX} but is not there; fetch it again", file=path)
+            files[path] = DataFile(path)
+            for tensor in open_safetensors(files[path]).tensors.values():
+                if tensor.name in tensors:
+                    raise CheckpointError(
+                        f"is also in {tensors[tensor.name].file.name}: one tensor, two shards", file=path, tensor=tensor.name
+                    )
+                tensors[tensor.name] = tensor
+        if weight_map is not None:
+            _compare(directory, weight_map, tensors)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
+    return files, tensors
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    weight_map = read_json(directory, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError("weight_map must map tensor names to file names", file=directory / INDEX)
+    return weight_map
+
+
+def _compare(directory: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    """The index and the shards' headers must tell the same story."""
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != directory / file:
+            raise CheckpointError(f"is not in {file}, where {INDEX} says it is", file=directory / file, tensor=name)
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(f"is not listed in {INDEX}", file=tensor.file, tensor=name)
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    pickles = sorted(p.name for p in directory.iterdir() if _PICKLES.match(p.name))
+    if pickles:
+        return CheckpointError(
+            f"holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened, so they are not. Convert "
+            "them to safetensors where you trust their source: "
+            "AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)",
+            file=directory,
+        )
+    ggufs = sorted(p.name for p in directory.iterdir() if p.suffix == ".gguf")
+    if ggufs:
+        return CheckpointError(f"holds GGUF files; name one of them: {', '.join(ggufs[:5])}", file=directory)
+    return CheckpointError(f"there is neither {SINGLE} nor {INDEX} in it", file=directory)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Float weights in safetensors files. Read with pread: nothing stays mapped."""
+
+    kind: ClassVar[str] = "safetensors"
+
+    def __init__(self, directory: Path, config: dict[str, Any], files: dict[Path, DataFile], tensors: Mapping[str, TensorInfo]):
+        super().__init__(directory, config, tensors)
+        self._files = files
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self.info(name)
+        data = self._files[info.file].read_tensor(info.offset, info.nbytes)
+        return self._float(data.view(self._dtype(info))).reshape(info.shape)
+
+    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        info = self.info(name)
+        stride = info.nbytes // info.shape[0]
+        data = self._files[info.file].read_tensor(info.offset + begin * stride, (end - begin) * stride)
+        return self._float(data.view(self._dtype(info))).reshape(end - begin, *info.shape[1:])
+
+    @staticmethod
+    def _float(values: torch.Tensor) -> torch.Tensor:
+        return values.float() if values.dtype == torch.float64 else values
+
+    @staticmethod
+    def _dtype(info: TensorInfo) -> torch.dtype:
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"is stored as {info.dtype}; weights must be {', '.join(FLOATS)}", file=info.file, tensor=info.name
+            )
+        return FLOATS[info.dtype]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()

@@ -1,0 +1,140 @@
+"""A .gguf file as a checkpoint with Transformers' names.
+
+Blocks of Q4_0, Q4_1 and Q8_0 are repacked as they are; other quantised types are dequantised and packed anew, and say so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from ..errors import CheckpointError
+from ..quant import PackedMatrix, Packer, get_format, ggml, reference_packer
+from ..quant.base import TILE_ROWS
+from ..quant.tiles import panels, tile_counts
+from .base import PANEL_ELEMENTS, Checkpoint, TensorInfo
+from .files import DataFile
+from .gguf_config import ROPE_FACTORS, parameter_name, transformers_config, vocabulary_size
+from .gguf_header import GgufTensor, read_header
+
+_FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # without loss
+_FOUR_BITS = {"Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"}
+
+
+class GgufCheckpoint(Checkpoint):
+    """One GGUF file, read with pread."""
+
+    kind: ClassVar[str] = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self._file = DataFile(path)
+        try:
+            header = read_header(self._file)
+            factors = header.tensors.pop(ROPE_FACTORS, None)
+            config = transformers_config(header, path, None if factors is None else self._read(factors, ROPE_FACTORS).float())
+            self._stored: dict[str, GgufTensor] = {parameter_name(t.name): t for t in header.tensors.values()}
+            if len(self._stored) != len(header.tensors):
+                raise CheckpointError("two tensors stand for one parameter", file=path)
+        except BaseException:
+            self._file.close()
+            raise
+        tensors = {name: TensorInfo(name, t.type.name, t.shape, path, t.offset, t.nbytes) for name, t in self._stored.items()}
+        super().__init__(path, config, tensors)
+        self.vocabulary_size = vocabulary_size(header)
+        self._converted: Counter[tuple[str, str]] = Counter()
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self.info(name)
+        if len(info.shape) > 1:
+            return self.read_rows(name, 0, info.shape[0])
+        values = self._read(self._stored[name], name)
+        heads = self._interleaved_heads(name)
+        return values[_halves_first(info.shape[0], heads)] if heads else values
+
+    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        tensor = self._stored[self.info(name).name]
+        values = self._decode(tensor, name, self._blocks(name, begin, end))
+        return values.reshape(end - begin, *tensor.shape[1:])
+
+    def lossless_format(self, name: str) -> str | None:
+        stored = self.info(name).dtype
+        return _FLOAT_FORMATS.get(stored) or ggml.lossless_format(stored)
+
+    def natural_format(self, name: str) -> str:
+        stored = self.info(name).dtype
+        if stored in ("F16", "F32"):
+            return "bf16"  # fp32 would be exact, and twice or once the size: more than anyone asks of weights
+        return self.lossless_format(name) or ("q4_1" if stored in _FOUR_BITS else "int8")
+
+    def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
+        rows, cols = self.matrix_shape(name)
+        stored = self.info(name).dtype
+        if ggml.lossless_format(stored) != format:
+            if stored not in _FLOAT_FORMATS:
+                self._converted[stored, format] += 1
+            return super().packed(name, format, packer)
+        out = torch.empty(*tile_counts(rows, cols), get_format(format).tile_bytes, dtype=torch.uint8)
+        for begin, end in panels(rows, cols, PANEL_ELEMENTS):
+            blocks = self._blocks(name, begin, end)
+            self.check_finite(name, ggml.block_scales(blocks, stored, cols))
+            out[begin // TILE_ROWS : -(-end // TILE_ROWS)] = ggml.repack(blocks, stored, cols)
+        return PackedMatrix(format, rows, cols, out)
+
+    def conversions(self) -> list[str]:
+        return [
+            f"{n} {'matrix' if n == 1 else 'matrices'} stored as {stored} converted to {format}, which rounds them again"
+            for (stored, format), n in sorted(self._converted.items())
+        ]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _blocks(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) as stored, uint8 [rows, bytes of a row], in Transformers' order."""
+        tensor = self._stored[name]
+        stride = tensor.nbytes // tensor.shape[0]
+        heads = self._interleaved_heads(name)
+        size = tensor.shape[0] // heads if heads else 1  # rows change places within a head only
+        first, last = begin // size * size, -(-end // size) * size
+        data = self._file.read_tensor(tensor.offset + first * stride, (last - first) * stride).view(last - first, stride)
+        return data[_halves_first(last - first, (last - first) // size)[begin - first : end - first]] if heads else data
+
+    def _interleaved_heads(self, name: str) -> int:
+        """How many heads of the file's rotate-pairs order this tensor has: llama's q and k. 0 for all others."""
+        if self._config["model_type"] != "llama" or ".self_attn." not in name:
+            return 0
+        key = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if key is None:
+            return 0
+        heads: int = self._config[key]
+        if self.info(name).shape[0] % (2 * heads):
+            raise CheckpointError(f"has {self.info(name).shape[0]} rows for {heads} heads", file=self.path, tensor=name)
+        return heads
+
+    def _read(self, tensor: GgufTensor, name: str) -> torch.Tensor:
+        blocks = self._file.read_tensor(tensor.offset, tensor.nbytes).view(-1, tensor.type.row_bytes(tensor.shape[-1]))
+        return self._decode(tensor, name, blocks).reshape(tensor.shape)
+
+    def _decode(self, tensor: GgufTensor, name: str, blocks: torch.Tensor) -> torch.Tensor:
+        cols = tensor.shape[-1]
+        try:
+            return ggml.to_float(blocks.reshape(-1, tensor.type.row_bytes(cols)), tensor.type.name, cols)
+        except ImportError as error:
+            raise CheckpointError(
+                f"is {tensor.type.name}: reading it needs `pip install gguf`", file=self._file.path, tensor=name
+            ) from error
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"is {tensor.type.name}, which is not read ({error})", file=self._file.path, tensor=name
+            ) from error
+
+
+def _halves_first(rows: int, heads: int) -> torch.Tensor:
+    """Row order of Transformers in terms of the file's: per head, even rows, then odd ones.
+
+    llama.cpp rotates neighbours (2i, 2i + 1) and its converter permutes q and k for that; Transformers rotates halves.
+    """
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)

@@ -1,0 +1,179 @@
+"""GGUF metadata to Transformers' names: the config, and which tensor is which parameter.
+
+Sources: llama.cpp's gguf-py/constants.py and convert_hf_to_gguf.py for the way there; transformers/integrations/ggml.py for the
+names on the way back.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, UnsupportedModelError
+from .gguf_header import GgufArray, GgufHeader
+
+# GGUF architecture -> (Transformers' model_type, class)
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling, written out as a factor per frequency
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_]+)\.(weight|bias)")
+
+
+def parameter_name(name: str) -> str:
+    """Transformers' name of a GGUF tensor; the name as it is where it has none (the loader then reports it)."""
+    if match := _BLOCK.fullmatch(name):
+        layer, part, leaf = match.groups()
+        return f"model.layers.{int(layer)}.{_LAYER[part]}.{leaf}" if part in _LAYER else name
+    part, _, leaf = name.rpartition(".")
+    return f"{_TOP[part]}.{leaf}" if part in _TOP else name
+
+
+class _Metadata:
+    """Typed access to a header's values; errors name the key and the file."""
+
+    def __init__(self, header: GgufHeader, path: Path) -> None:
+        self.values, self.path = header.values, path
+        self.architecture = self.text("general.architecture")
+
+    def wrong(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{key} {what}", file=self.path)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, "is missing" if value is None else f"must be text, not {value!r}")
+        return value
+
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int or not least <= value < 1 << 31:
+            raise self.wrong(key, "is missing" if value is None else f"must be a whole number >= {least}, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise self.wrong(key, "is missing" if value is None else f"must be a positive number, not {value!r}")
+        return float(value)
+
+    def of_model(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+
+def transformers_config(header: GgufHeader, path: Path, rope_factors: torch.Tensor | None) -> dict[str, Any]:
+    """The config.json this model would have. `rope_factors`: the values of `rope_freqs.weight`, where it is there."""
+    meta = _Metadata(header, path)
+    if meta.architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{path}: GGUF architecture {meta.architecture!r} is not known (known: {', '.join(ARCHITECTURES)})"
+        )
+    model_type, model_class = ARCHITECTURES[meta.architecture]
+    layers = meta.integer(meta.of_model("block_count"))
+    if f"blk.{layers - 1}.attn_norm.weight" not in header.tensors:
+        raise meta.wrong(meta.of_model("block_count"), f"is {layers}, but there is no block {layers - 1} in the file")
+    heads = meta.integer(meta.of_model("attention.head_count"))
+    hidden = meta.integer(meta.of_model("embedding_length"))
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError("is missing or not a matrix", file=path, tensor="token_embd.weight")
+    config: dict[str, Any] = {
+        "architectures": [model_class],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": meta.integer(meta.of_model("feed_forward_length")),
+        "max_position_embeddings": meta.integer(meta.of_model("context_length")),
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": meta.integer(meta.of_model("attention.head_count_kv"), heads),
+        "rms_norm_eps": meta.number(meta.of_model("attention.layer_norm_rms_epsilon")),
+        "rope_parameters": _rope(meta, rope_factors),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "vocab_size": embedding.shape[0],
+    }
+    head_dim = meta.of_model("attention.key_length")
+    if head_dim not in meta.values and model_type == "llama":
+        head_dim = meta.of_model("rope.dimension_count")
+    config["head_dim"] = meta.integer(head_dim, hidden // heads)
+    if model_type in ("llama", "qwen3"):
+        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+    if model_type == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
+    for token in ("bos", "eos", "padding", "unknown"):
+        key = f"tokenizer.ggml.{token}_token_id"
+        if key in meta.values:
+            short = {"padding": "pad", "unknown": "unk"}.get(token, token)
+            config[f"{short}_token_id"] = meta.integer(key, least=0)
+    return config
+
+
+def vocabulary_size(header: GgufHeader) -> int | None:
+    """How many tokens the file's tokenizer has, or None if it has none."""
+    tokens = header.values.get("tokenizer.ggml.tokens")
+    return tokens.length if isinstance(tokens, GgufArray) else None
+
+
+def _rope(meta: _Metadata, factors: torch.Tensor | None) -> dict[str, Any]:
+    theta = meta.number(meta.of_model("rope.freq_base"), 10000.0)
+    kind = meta.text(meta.of_model("rope.scaling.type"), "none")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if factors is not None:
+        return _llama3(meta, factors, theta)
+    if kind == "none":
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise meta.wrong(meta.of_model("rope.scaling.type"), f"is {kind!r}; 'none', 'linear' and 'yarn' are known")
+    rope |= {"rope_type": kind, "factor": meta.number(meta.of_model("rope.scaling.factor"))}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = meta.integer(meta.of_model("rope.scaling.original_context_length"))
+        names = {"attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+        for key, ours in names.items():
+            if meta.of_model(f"rope.scaling.{key}") in meta.values:
+                rope[ours] = meta.number(meta.of_model(f"rope.scaling.{key}"))
+    return rope
+
+
+def _llama3(meta: _Metadata, factors: torch.Tensor, theta: float) -> dict[str, Any]:
+    """llama3's parameters, from the factors they were written out to: every frequency is divided by its factor.
+
+    Every published model has the bounds 1 and 4 over 8192 positions. That these and the largest factor give the file's own
+    numbers is checked, so nothing is guessed.
+    """
+    low, high, original = 1.0, 4.0, 8192
+    factor = float(factors.max())
+    n = factors.numel()
+    inverse = theta ** (-torch.arange(n, dtype=torch.float64) / n)
+    turns = original * inverse / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else torch.zeros_like(turns)
+    if not torch.allclose(expected, factors.double(), rtol=1e-3):
+        raise CheckpointError("holds RoPE factors that are not llama3's", file=meta.path, tensor=ROPE_FACTORS)
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

@@ -1,0 +1,153 @@
+"""ggml's block types: which there are, and the ones that are our formats in another order.
+
+Q4_0, Q4_1 and Q8_0 hold the same numbers as int4, q4_1 and int8: groups of 32 along the row, fp16 scales. Repacking moves
+bits and rounds nothing. Source: ggml-common.h and ggml-quants.c of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import TILE_COLS, TILE_ROWS, WeightFormat
+from .int4 import Int4
+from .int8 import Int8
+from .q4_1 import Q4_1
+from .tiles import panels, tile_counts, write_tiles
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """A storage type: `block` numbers take `block_bytes` bytes."""
+
+    code: int
+    name: str
+    block: int
+    block_bytes: int
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of `cols` numbers, a multiple of the block."""
+        return cols // self.block * self.block_bytes
+
+    def fits(self, cols: int) -> bool:
+        """Whether a row of `cols` numbers is whole blocks."""
+        return cols % self.block == 0
+
+
+GGML_TYPES = {
+    t.code: t
+    for t in (
+        GgmlType(0, "F32", 1, 4),
+        GgmlType(1, "F16", 1, 2),
+        GgmlType(2, "Q4_0", 32, 18),
+        GgmlType(3, "Q4_1", 32, 20),
+        GgmlType(6, "Q5_0", 32, 22),
+        GgmlType(7, "Q5_1", 32, 24),
+        GgmlType(8, "Q8_0", 32, 34),
+        GgmlType(9, "Q8_1", 32, 40),
+        GgmlType(10, "Q2_K", 256, 84),
+        GgmlType(11, "Q3_K", 256, 110),
+        GgmlType(12, "Q4_K", 256, 144),
+        GgmlType(13, "Q5_K", 256, 176),
+        GgmlType(14, "Q6_K", 256, 210),
+        GgmlType(15, "Q8_K", 256, 292),
+        GgmlType(16, "IQ2_XXS", 256, 66),
+        GgmlType(17, "IQ2_XS", 256, 74),
+        GgmlType(18, "IQ3_XXS", 256, 98),
+        GgmlType(19, "IQ1_S", 256, 50),
+        GgmlType(20, "IQ4_NL", 32, 18),
+        GgmlType(21, "IQ3_S", 256, 110),
+        GgmlType(22, "IQ2_S", 256, 82),
+        GgmlType(23, "IQ4_XS", 256, 136),
+        GgmlType(24, "I8", 1, 1),
+        GgmlType(25, "I16", 1, 2),
+        GgmlType(26, "I32", 1, 4),
+        GgmlType(27, "I64", 1, 8),
+        GgmlType(28, "F64", 1, 8),
+        GgmlType(29, "IQ1_M", 256, 56),
+        GgmlType(30, "BF16", 1, 2),
+        GgmlType(34, "TQ1_0", 256, 54),
+        GgmlType(35, "TQ2_0", 256, 66),
+        GgmlType(39, "MXFP4", 32, 17),
+        GgmlType(40, "NVFP4", 64, 36),
+        GgmlType(41, "Q1_0", 128, 18),
+    )
+}
+
+_NIBBLES, _EIGHTS, _TOP_BITS = 0x0F0F0F0F, 0x88888888 - (1 << 32), 0x80808080 - (1 << 32)  # signed 32-bit numbers
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """The format with a ggml type's numbers. `numbers`: fp16 in front of a block. `zero`: a word of codes of zero."""
+
+    format: WeightFormat
+    numbers: int
+    zero: int
+
+
+_LOSSLESS = {"Q4_0": _Twin(Int4(), 1, _EIGHTS), "Q4_1": _Twin(Q4_1(), 2, 0), "Q8_0": _Twin(Int8(), 1, _TOP_BITS)}
+
+
+def lossless_format(ggml_type: str) -> str | None:
+    """The format that holds this type's numbers exactly, block for block; None where there is none."""
+    return _LOSSLESS[ggml_type].format.name if ggml_type in _LOSSLESS else None
+
+
+def block_scales(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
+    """The fp16 numbers in front of the blocks of a type that has a lossless format: [N, cols/32, 1 or 2]."""
+    groups = blocks.unflatten(-1, (cols // TILE_COLS, -1))
+    return groups[..., : 2 * _LOSSLESS[ggml_type].numbers].contiguous().view(torch.float16)
+
+
+def repack(blocks: torch.Tensor, ggml_type: str, cols: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """ggml blocks -> tiles of `lossless_format(ggml_type)`.
+
+    Args:
+        blocks: uint8 [N, bytes of a row], as a GGUF file stores a matrix.
+        ggml_type: "Q4_0", "Q4_1" or "Q8_0".
+        cols: numbers in a row, a multiple of 32.
+        rows: optional int64 [N]: row i of the result is row `rows[i]` of the source (llama's q and k).
+    """
+    twin, n = _LOSSLESS[ggml_type], blocks.shape[0]
+    down, across = tile_counts(n, cols)
+    out = torch.empty(down, across, twin.format.tile_bytes, dtype=torch.uint8)
+    for begin, end in panels(n, cols):
+        panel = (blocks[begin:end] if rows is None else blocks[rows[begin:end]]).unflatten(-1, (across, -1))
+        codes = panel[..., 2 * twin.numbers :].contiguous().view(torch.int32)
+        codes = codes ^ _TOP_BITS if ggml_type == "Q8_0" else _reorder_nibbles(codes)
+        halves = block_scales(panel.flatten(1), ggml_type, cols).unbind(-1)
+        if missing := -(end - begin) % TILE_ROWS:
+            codes = torch.cat([codes, codes.new_full((missing, *codes.shape[1:]), twin.zero)])
+            halves = tuple(torch.nn.functional.pad(h, (0, 0, 0, missing)) for h in halves)
+        write_tiles(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes, tuple(h.contiguous() for h in halves))
+    return out
+
+
+def _reorder_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """ggml's words [.., 4] (low nibbles columns 0..15, high ones 16..31) to ours (columns 8j..8j+3 low, 8j+4..8j+7 high)."""
+    first, second = codes[..., 0::2], codes[..., 1::2]
+    low = (first & _NIBBLES) | ((second & _NIBBLES) << 4)
+    high = ((first >> 4) & _NIBBLES) | (second & ~_NIBBLES)
+    return torch.cat((low, high), -1)
+
+
+def to_float(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
+    """Rows of any ggml type, uint8 [N, bytes of a row], as float [N, cols]: F16 and BF16 stay so, the rest is float32.
+
+    ImportError without the `gguf` package, NotImplementedError for a type it cannot read; neither concerns the types that
+    are plain floats or have a lossless format.
+    """
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(ggml_type)
+    if plain is not None:
+        return blocks.contiguous().view(plain)
+    if ggml_type == "F64":
+        return blocks.contiguous().view(torch.float64).float()
+    if ggml_type in _LOSSLESS:
+        return _LOSSLESS[ggml_type].format.unpack(repack(blocks, ggml_type, cols), blocks.shape[0], cols)
+    from gguf import GGMLQuantizationType, quants  # heavy, and needed by few files
+
+    if ggml_type not in GGMLQuantizationType.__members__:
+        raise NotImplementedError(f"the installed gguf package does not know {ggml_type}")
+    return torch.from_numpy(quants.dequantize(blocks.contiguous().numpy(), GGMLQuantizationType[ggml_type]))
