@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Final, Literal
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.graph.rules import RULES
 
 QUANT_METHOD: Final = "deepseek_optimizer"
-FUSION_RULES: Final = ("qkv", "rope_cache", "attention_softmax", "layer_norm", "gate_up", "last_logits")
+FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 
 Precision = Literal["int4", "int8", "bf16", "fp32", "fp8"]

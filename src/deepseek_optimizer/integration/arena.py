@@ -1,0 +1,98 @@
+"""One model's KV memory: the backend's block store, and the block manager that says whose each block is."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..backends.base import BLOCK_TOKENS, KvStore
+from ..cache import BlockManager, SequenceBlocks
+
+RESERVE_BYTES = 256 << 20
+RESERVE_SHARE = 0.1
+
+
+class Arena:
+    """Shared by all caches of a model. Every use of the manager goes through `locked`.
+
+    Blocks of a cache that was garbage collected come back through `reclaim`, which may run at any moment, in any thread, even in
+    the midst of an allocation: so it only queues them, and whoever holds the lock, or takes it next, frees them.
+    """
+
+    def __init__(self, store: KvStore, layers: int) -> None:
+        self.store, self.layers = store, layers
+        self.manager = BlockManager(store.num_blocks)
+        self._lock = threading.Lock()
+        self._garbage: deque[list[SequenceBlocks]] = deque()
+
+    @contextmanager
+    def locked(self) -> Iterator[BlockManager]:
+        """The manager, with all garbage freed; memory goes back to the system when the last user is gone."""
+        with self._lock:
+            self._sweep()
+            yield self.manager
+            self._sweep()
+        if self._garbage:  # queued between the sweep and the release of the lock
+            self._try_sweep()
+
+    def reclaim(self, sequences: list[SequenceBlocks]) -> None:
+        """Takes the blocks of `sequences` back, now or as soon as the manager is free."""
+        self._garbage.append(sequences)
+        self._try_sweep()
+
+    def _try_sweep(self) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
+
+    def _sweep(self) -> None:
+        if not self._garbage:
+            return
+        while self._garbage:
+            for sequence in self._garbage.popleft():
+                sequence.free()
+        if self.manager.high_water == 0:
+            self.store.release(0)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the blocks in use."""
+        return (self.manager.num_blocks - self.manager.free_blocks) * self.store.block_bytes
+
+
+def arena_blocks(block_bytes: int, kv_cache_memory: int | None) -> int:
+    """How many blocks a cache may grow to: what was granted, or what is free less a reserve. At least one."""
+    if kv_cache_memory is None:
+        free = available_bytes()
+        kv_cache_memory = free - max(RESERVE_BYTES, int(free * RESERVE_SHARE))
+    return max(1, min(kv_cache_memory // block_bytes, (1 << 31) // BLOCK_TOKENS - 1))
+
+
+def available_bytes() -> int:
+    """Memory this process can still take: what the machine has available, and the cgroup's limit leaves."""
+    import psutil  # comes with accelerate
+
+    available = int(psutil.virtual_memory().available)
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        rest = _cgroup_number(limit, 1 << 62) - _cgroup_number(used, 0)
+        available = min(available, max(rest, 0))
+    return available
+
+
+def _cgroup_number(name: str, default: int) -> int:
+    try:
+        return int((Path("/sys/fs/cgroup") / name).read_text())
+    except (OSError, ValueError):  # not Linux, no such controller, or "max"
+        return default
+
+
+def copy_blocks(store: Any, copies: list[tuple[int, int]]) -> None:
+    """Bytes for blocks that were split off a shared one."""
+    for source, target in copies:
+        store.copy_block(source, target)

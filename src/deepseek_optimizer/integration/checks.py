@@ -1,0 +1,54 @@
+"""What a request to `generate` must be before any work is done for it: errors that name the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..graph.ir import Graph
+
+_FINITE = (
+    "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty",
+    "diversity_penalty", "encoder_repetition_penalty", "guidance_scale", "max_time",
+)  # fmt: skip
+
+
+def check_prompt(inputs: Any, graph: Graph) -> None:
+    """ids [B, n] or embeddings [B, n, H]: not empty, inside the vocabulary, inside the context.
+
+    Raises: ValueError.
+    """
+    if inputs is None:
+        return  # generate begins with the bos token, or says that there is none
+    if not isinstance(inputs, torch.Tensor) or inputs.ndim not in (2, 3):
+        raise ValueError(f"the prompt must be a tensor of ids [batch, tokens], got {getattr(inputs, 'shape', type(inputs).__name__)}")
+    if 0 in inputs.shape:
+        raise ValueError(f"the prompt is empty ({tuple(inputs.shape)}); give at least one token, for example the bos token")
+    if inputs.shape[1] > graph.max_positions:
+        raise ValueError(
+            f"the prompt has {inputs.shape[1]} tokens, the model's context holds {graph.max_positions}; shorten the prompt"
+        )
+    if inputs.ndim == 2:
+        low, high = (int(extreme) for extreme in inputs.aminmax())
+        if low < 0 or high >= graph.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {graph.vocab_size}; "
+                "use the tokenizer that belongs to this model"
+            )
+
+
+def check_generation(config: Any) -> None:
+    """A settled GenerationConfig: numbers that Transformers would take and compute nonsense with.
+
+    Raises: ValueError.
+    """
+    for name in _FINITE:
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if config.do_sample and config.temperature is not None and config.temperature <= 0:
+        raise ValueError(f"temperature must be above 0 for sampling, got {config.temperature!r}; use do_sample=False for greedy")

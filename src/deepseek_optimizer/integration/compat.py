@@ -1,0 +1,37 @@
+"""What differs between the Transformers releases this package runs on (5.20 to 5.x), under one name each.
+
+5.24 renamed the cache argument of `forward` and of the outputs from `past_key_values` to `cache`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+@functools.lru_cache(maxsize=1)
+def cache_name() -> str:
+    """The cache's name in the installed release: an argument of `forward`, a field of its outputs."""
+    return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """Removes the cache from keyword arguments, whichever name the caller used, and returns it."""
+    found = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
+    return next((cache for cache in found if cache is not None), None)
+
+
+def causal_output(*, cache: Any, **fields: Any) -> CausalLMOutputWithPast:
+    """A `CausalLMOutputWithPast` with the cache under the name of the release."""
+    return CausalLMOutputWithPast(**{cache_name(): cache}, **fields)
+
+
+def sample_arguments() -> set[str]:
+    """Names that `generate` keeps from a custom loop: those of Transformers' own `_sample`."""
+    return set(inspect.signature(GenerationMixin._sample).parameters)

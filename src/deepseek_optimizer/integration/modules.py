@@ -1,0 +1,164 @@
+"""`PackedLinear` and `PackedEmbedding`: they stand where Transformers' modules stood and own the packed weights.
+
+Weights live here once; a plan binds the same storage. Each module also has a forward of its own, correct and differentiable
+in its input, for what the plan does not serve: training of adapters, inner hooks, attention weights.
+
+`weight` is a uint8 parameter of tiles (see `quant/base.py`), so `state_dict`, `save_pretrained` and tying work as ever. Both are
+subclasses of torch's modules, so that PEFT, which looks for `nn.Linear`, wraps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedRequestError
+from ..quant import PackedMatrix, get_format, take_rows, unpack
+from ..quant.tiles import panels, tile_counts
+
+# (x [..., K], W, bias [N] or None) -> float32 [..., N]
+Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Tensor]
+
+
+def _empty_tiles(rows: int, cols: int, format_name: str, device: Any) -> nn.Parameter:
+    shape = (*tile_counts(rows, cols), get_format(format_name).tile_bytes)
+    return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+
+
+def _keep_dtype(module: PackedLinear | PackedEmbedding, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Refuses a cast: tiles have no other dtype, and to cast only what is left (norms, biases) would be half a cast."""
+    wanted = fn(torch.empty(0, dtype=module.dtype)).dtype
+    if wanted != module.dtype:
+        raise UnsupportedRequestError(
+            f"this model's weights are packed as {module.format}, so it cannot be cast from {module.dtype} to {wanted}; "
+            f"load the original again with dtype={wanted}, or with another precision"
+        )
+
+
+def matmul_panels(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K] @ W.T (+ bias) in float32, dequantised by panels of rows so that W never stands in memory as floats."""
+    flat = x.reshape(-1, matrix.cols).float()
+    out = flat.new_empty(flat.shape[0], matrix.rows)
+    for begin, end in panels(matrix.rows, matrix.cols):
+        torch.matmul(flat, _panel(matrix, begin, end).to(flat.device).t(), out=out[:, begin:end])
+    out = out.view(*x.shape[:-1], matrix.rows)
+    return out if bias is None else out + bias.float()
+
+
+def _panel(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
+    tiles = matrix.data[begin // 16 : -(-end // 16)]
+    return unpack(PackedMatrix(matrix.format, end - begin, matrix.cols, tiles))
+
+
+class _PackedProduct(torch.autograd.Function):
+    """y = product(x); dL/dx = dL/dy @ W with W dequantised by panels. W itself has no gradient.
+
+    Rounding of the activations, where the format has any, is passed straight through.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: PackedLinear) -> torch.Tensor:
+        ctx.matrix, ctx.dtype = module.packed, x.dtype
+        return module.product(x, module.packed, None).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        matrix, grad = ctx.matrix, grads[0]
+        flat = grad.reshape(-1, matrix.rows).float()
+        out = flat.new_zeros(flat.shape[0], matrix.cols)
+        for begin, end in panels(matrix.rows, matrix.cols):
+            out.addmm_(flat[:, begin:end], _panel(matrix, begin, end).to(flat.device))
+        return out.view(*grad.shape[:-1], matrix.cols).to(ctx.dtype), None
+
+
+class PackedLinear(nn.Linear):
+    """y = x W^T + b with W packed.
+
+    Args:
+        in_features, out_features: K and N.
+        format: name of the weight format.
+        bias: whether there is one (float, [N]).
+        dtype: floating point type of the model around; of the bias, and what a cast is measured against.
+        device: where the empty weight is made.
+
+    Attributes:
+        weight: uint8 [ceil(N/16), ceil(K/32), tile_bytes], without gradient.
+        product: how x W^T is computed; the runtime sets the native one where there is one.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, in_features: int, out_features: int, format: str, *, bias: bool = False, dtype: torch.dtype, device: Any = None
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a float weight
+        self.in_features, self.out_features, self.format, self.dtype = in_features, out_features, format, dtype
+        self.weight = _empty_tiles(out_features, in_features, format, device)
+        # Frozen like the weights: an optimised model is for inference, and adapters bring parameters of their own.
+        made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", made)
+        self.product: Product = matmul_panels
+        self._is_hf_initialized = True  # weights are loaded, never drawn
+
+    @property
+    def packed(self) -> PackedMatrix:
+        return PackedMatrix(self.format, self.out_features, self.in_features, self.weight.data)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _PackedProduct.apply(input, self)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W as float [N, K]."""
+        return unpack(self.packed, dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        _keep_dtype(self, fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}"
+
+
+class PackedEmbedding(nn.Embedding):
+    """Row look-up in a packed table [num_embeddings, embedding_dim]; arguments as `PackedLinear`'s.
+
+    Attributes:
+        weight: uint8 tiles, which a tied output head may share.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, format: str, *, padding_idx: int | None = None, dtype: torch.dtype, device: Any = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.format, self.dtype = format, dtype
+        self.weight = _empty_tiles(num_embeddings, embedding_dim, format, device)
+        self._is_hf_initialized = True
+
+    @property
+    def packed(self) -> PackedMatrix:
+        return PackedMatrix(self.format, self.num_embeddings, self.embedding_dim, self.weight.data)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return take_rows(self.packed, input, self.dtype)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The table as float."""
+        return unpack(self.packed, dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        _keep_dtype(self, fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
+
+
+Packed = (PackedLinear, PackedEmbedding)

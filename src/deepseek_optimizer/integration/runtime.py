@@ -1,0 +1,238 @@
+"""What an optimised model carries: its config, graph, plan, backend and cache memory, and which calls the plan can serve."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..backends.base import Backend, Plan
+from ..config import DeepSeekConfig
+from ..errors import BackendError, ConfigError
+from ..graph import rules
+from ..graph.ir import Graph
+from ..models import build_graph
+from ..quant import Packer, reference_packer
+from .arena import Arena, arena_blocks
+from .modules import Packed, PackedLinear, matmul_panels
+from .swap import sites, weights_of
+
+
+class OptimizerWarning(UserWarning):
+    """Something works, but slower than it could; said once a model."""
+
+
+def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Backend, str | None]:
+    """The backend for a model on `device`, and why it is not the native one where that might surprise.
+
+    Raises:
+        BackendError: backend="cpu" cannot be had.
+    """
+    from ..backends.cpu import CpuBackend, unavailable_reason
+    from ..backends.reference import ReferenceBackend
+
+    if device.type != "cpu":
+        if config.backend == "cpu":
+            raise BackendError(f"the cpu backend cannot run a model on {device}; move it with model.to('cpu')")
+        return ReferenceBackend(device), f"the model is on {device}, where the reference backend serves"
+    if config.backend == "reference":
+        return ReferenceBackend(device), None
+    reason = unavailable_reason()
+    if reason is None or config.backend == "cpu" or config.isa is not None:
+        return CpuBackend(isa=config.isa, threads=config.threads), None
+    return ReferenceBackend(device), f"the reference backend serves, much slower than the native one: {reason}"
+
+
+def packer_of(backend: Backend) -> Packer:
+    """The backend's own packer where it has one."""
+    return getattr(backend, "pack", reference_packer)
+
+
+def plan_graph(config: Any, rule_names: tuple[str, ...] | None) -> tuple[Graph, list[rules.RuleReport]]:
+    """The graph of a Transformers config with the named rules applied."""
+    return rules.apply(build_graph(config), rule_names)
+
+
+class Runtime:
+    """Binds a plan to one model instance. Attached as `model.dso`.
+
+    The model owns the runtime, so the way back is a weak reference: dropping the model frees everything at once.
+
+    Attributes:
+        config, graph, rules: what was asked for, and what the rules made of it.
+        backend: runs the plan.
+        notes: warnings given so far, for the report.
+    """
+
+    def __init__(
+        self, model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.config, self.bytes_before = config, bytes_before
+        self.graph, self.rules = plan_graph(model.config, config.rules)
+        self.notes: list[str] = []
+        self._told: set[str] = set()
+        for note in notes or ():
+            self.tell(note)
+        self._plan: Plan | None = None
+        self._arena: Arena | None = None
+        self._backend: Backend | None = None
+        self._shape = [
+            (path, name, type(child)) for path, m in model.named_modules() for name, child in m._modules.items() if child is not None
+        ]
+        self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
+        _check_tied(model, self.graph)
+
+    @property
+    def model(self) -> Any:
+        model = self._model()
+        if model is None:
+            raise BackendError("the model this plan was bound to is gone")
+        return model
+
+    @property
+    def backend(self) -> Backend:
+        if self._backend is None:
+            self._backend, note = choose_backend(self.config, self.model.device)
+            if note:
+                self.tell(note)
+            self._set_products(self._backend)
+        return self._backend
+
+    @property
+    def plan(self) -> Plan:
+        """The compiled plan; compiled again after the weights' storage changed."""
+        if self._plan is None:
+            options = self._compile_options()
+            self._plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), **options)
+            high = self.config.batch_size_range[1]
+            self._plan.reserve(max(self.config.prefill_chunk, high), high)
+        return self._plan
+
+    def _compile_options(self) -> Mapping[str, Any]:
+        if self.backend.name == "cpu":
+            return {"activation": self.config.activation}
+        return {}
+
+    @property
+    def arena(self) -> Arena:
+        if self._arena is None:
+            blocks = arena_blocks(self.backend.block_bytes(self.graph, self.config.kv_dtype), self.config.kv_cache_memory)
+            store = self.backend.new_store(self.graph, self.config.kv_dtype, blocks)
+            self._arena = Arena(store, self.graph.cache.layers)
+        return self._arena
+
+    def _set_products(self, backend: Backend) -> None:
+        """Packed modules compute with the backend's own product where it has one."""
+        product = getattr(backend, "linear", None) or matmul_panels
+        for module in self.model.modules():
+            if isinstance(module, PackedLinear):
+                module.product = Shared(product)
+
+    def rebind(self) -> None:
+        """Drops the compiled plan; the next call compiles it from the modules' present storage."""
+        self._plan = None
+
+    def move(self) -> None:
+        """After the model moved to another device: another backend, and caches begin anew."""
+        self._plan = self._backend = self._arena = None
+
+    def tell(self, note: str) -> None:
+        """Warns once."""
+        if note not in self._told:
+            self._told.add(note)
+            self.notes.append(note)
+            warnings.warn(note, OptimizerWarning, stacklevel=4)
+
+    # ---- whether the model is still what the plan was compiled from
+
+    def _watched(self) -> list[tuple[dict[str, Any], str, nn.Module]] | str:
+        """(children of a module, name, child) for the whole tree; or what differs from the tree the plan was made for."""
+        if self._tree is None:
+            modules = dict(self.model.named_modules())
+            tree = []
+            for path, name, kind in self._shape:
+                children = modules[path]._modules if path in modules else {}
+                if type(children.get(name)) is not kind:
+                    return f"module {name!r} was replaced or wrapped (an adapter?)"
+                tree.append((children, name, children[name]))
+            self._tree = tree
+        return self._tree
+
+    def changed(self) -> str | None:
+        """What in the module tree keeps the plan from serving: an adapter, a hook; None if nothing does."""
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "global module hooks are registered"
+        tree = self._watched()
+        if isinstance(tree, str):
+            return tree
+        for children, name, child in tree:
+            if children.get(name) is not child:
+                return f"module {name!r} was replaced or wrapped (an adapter?)"
+            if child._forward_hooks or child._forward_pre_hooks:
+                return f"module {name!r} has forward hooks"
+            if "forward" in child.__dict__:
+                return f"module {name!r} has a forward of its own"
+        return None
+
+    def report(self) -> Any:
+        """What was optimised and how: `report.Report`."""
+        from ..report import make_report
+
+        return make_report(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        model = memo.get(id(self._model()))
+        if model is None:
+            raise BackendError("a plan is copied with its model only; use copy.deepcopy(model)")
+        twin = object.__new__(Runtime)
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        twin._model = weakref.ref(model)
+        twin._plan = twin._arena = None
+        twin.notes, twin._told = list(self.notes), set(self._told)
+        twin._tree = None  # its modules are not all made yet
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise BackendError("an optimised model cannot be pickled; save it with save_pretrained and load it with load_model")
+
+
+class Shared:
+    """A callable that copies of a model share instead of copying: what is behind it (a thread pool) cannot be."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+
+def runtime_of(model: Any) -> Runtime:
+    """The runtime of an optimised model, also through a PEFT wrapper."""
+    for candidate in (model, getattr(getattr(model, "base_model", None), "model", None)):
+        found = getattr(candidate, "__dict__", {}).get("dso")
+        if isinstance(found, Runtime):
+            return found
+    raise ConfigError(
+        f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config=DeepSeekConfig(...), or "
+        "convert it with DynamicGraphOptimizer(model).optimize()"
+    )
+
+
+def _check_tied(model: Any, graph: Graph) -> None:
+    """The graph reads tied weights once, under one name: the modules must share them."""
+    held: dict[str, Any] = {}
+    for site in sites(model, graph):
+        if isinstance(site.module, Packed) and held.setdefault(site.weight, site.module.weight) is not site.module.weight:
+            raise ConfigError(
+                f"config.tie_word_embeddings is true, but {site.name}.weight differs from {site.weight}; set it to false"
+            )

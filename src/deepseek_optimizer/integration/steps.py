@@ -1,0 +1,190 @@
+"""Driving a plan from Transformers' shapes: [batch, columns] with padding in, ragged steps without padding out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..backends.base import DECODE, Int32, StepBatch
+from .cache import Bool, PagedState
+from .runtime import Runtime
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass
+class Columns:
+    """New tokens of every row of a batch.
+
+    Attributes:
+        ids: int32 [B, q], or None with `embeds`.
+        embeds: float [B, q, H], or None.
+        positions: int32 [B, q], for RoPE.
+        kept: bool [B, q], the real tokens; None where all are.
+        wanted: int64 [n], ascending columns whose logits are asked for.
+        phase: DECODE or PREFILL.
+        hidden: whether hidden states are asked for.
+    """
+
+    ids: Int32 | None
+    embeds: torch.Tensor | None
+    positions: Int32
+    kept: Bool | None
+    wanted: Int64
+    phase: int
+    hidden: bool = False
+
+
+@dataclass
+class _Piece:
+    """Real tokens of one row: its number, their columns, and how many tokens of it came before."""
+
+    row: int
+    columns: Int64
+    before: int
+
+
+def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Runs all new tokens, in steps of at most `config.prefill_chunk`, and adds them to the cache.
+
+    Returns:
+        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H] or None.
+
+    An error leaves the cache as it was.
+    """
+    rows, q = new.positions.shape
+    model, plan, store = runtime.graph, runtime.plan, state.arena.store
+    before = [sequence.tokens for sequence in state.sequences]
+    logits: torch.Tensor | None = None
+    hidden = None
+    if new.hidden:
+        hidden = torch.zeros(model.hidden_states, rows, q, model.hidden_size)
+    place = np.full(q, -1, np.int64)  # column -> its place in the logits
+    place[new.wanted] = np.arange(len(new.wanted))
+    try:
+        for pieces in _chunks(new.kept, rows, q, runtime.config.prefill_chunk):
+            batch, targets = _batch(state, new, pieces, before, place)
+            made = plan.run(batch, store)
+            if len(targets) == rows * len(new.wanted):  # one step gave everything, in order
+                logits = made.logits.view(rows, len(new.wanted), -1)
+            elif len(targets):
+                if logits is None:
+                    logits = made.logits.new_zeros(rows, len(new.wanted), model.vocab_size)
+                logits.view(-1, model.vocab_size)[torch.from_numpy(targets)] = made.logits
+            if hidden is not None:
+                flat = np.concatenate([p.row * q + p.columns for p in pieces])
+                hidden = hidden.to(made.hidden.device)
+                hidden.view(model.hidden_states, rows * q, -1)[:, torch.from_numpy(flat)] = made.hidden
+    except BaseException:
+        state.crop_rows(before)
+        raise
+    state.add_columns(q, new.kept)
+    if logits is None:
+        logits = torch.zeros(rows, len(new.wanted), model.vocab_size)
+    return logits, hidden
+
+
+def _chunks(kept: Bool | None, rows: int, q: int, limit: int) -> Iterator[list[_Piece]]:
+    """Cuts the batch into steps of at most `limit` tokens, row after row."""
+    every = np.arange(q)
+    pieces: list[_Piece] = []
+    room = limit
+    for row in range(rows):
+        columns = every if kept is None else np.flatnonzero(kept[row])
+        begin = 0
+        while begin < len(columns):
+            take = min(room, len(columns) - begin)
+            pieces.append(_Piece(row, columns[begin : begin + take], begin))
+            begin, room = begin + take, room - take
+            if room == 0:
+                yield pieces
+                pieces, room = [], limit
+    if pieces:
+        yield pieces
+
+
+def _batch(
+    state: PagedState, new: Columns, pieces: list[_Piece], before: list[int], place: Int64
+) -> tuple[StepBatch, Int64]:
+    """One step, and where each of its logit rows goes in [B * n]. Takes the blocks."""
+    rows = [p.row for p in pieces]
+    counts = np.array([len(p.columns) for p in pieces], np.int32)
+    with state.arena.locked():
+        for piece in pieces:
+            state.append(piece.row, len(piece.columns))
+    row_of = np.repeat(np.array(rows), counts)
+    column_of = np.concatenate([p.columns for p in pieces])
+    goes_to = place[column_of]
+    wanted = np.flatnonzero(goes_to >= 0)
+    n = int((place >= 0).sum())
+    embeds = None
+    if new.embeds is not None:
+        embeds = new.embeds[torch.from_numpy(row_of), torch.from_numpy(column_of)].float()
+    batch = StepBatch(
+        token_ids=np.zeros(len(row_of), np.int32) if new.ids is None else new.ids[row_of, column_of],
+        positions=new.positions[row_of, column_of],
+        query_len=counts,
+        context_len=np.array([before[p.row] + p.before for p in pieces], np.int32),
+        phase=np.full(len(pieces), new.phase, np.int32),
+        block_table=state.tables(rows),
+        logit_rows=wanted.astype(np.int32),
+        inputs_embeds=embeds,
+        hidden=new.hidden,
+    )
+    return batch, row_of[wanted] * n + goes_to[wanted]
+
+
+class DecodeSteps:
+    """One token a row at a time, with every array made once: what the generation loop drives.
+
+    Args:
+        positions: int32 [B], of the next token of each row.
+    """
+
+    def __init__(self, runtime: Runtime, state: PagedState, positions: Int32) -> None:
+        self.state, self.plan, self.store = state, runtime.plan, state.arena.store
+        self.rows = list(range(len(positions)))
+        rows = len(positions)
+        self.batch = StepBatch(
+            token_ids=np.zeros(rows, np.int32),
+            positions=positions.astype(np.int32) - 1,
+            query_len=np.ones(rows, np.int32),
+            context_len=np.array([s.tokens for s in state.sequences], np.int32) - 1,
+            phase=np.full(rows, DECODE, np.int32),
+            block_table=state.tables(),
+            logit_rows=np.arange(rows, dtype=np.int32),
+        )
+
+    @property
+    def next_position(self) -> int:
+        """The highest position the next step uses."""
+        return int(self.batch.positions.max()) + 1
+
+    def keep(self, alive: list[int]) -> None:
+        """Leaves out rows that are finished; `alive` are places among the present rows."""
+        b = self.batch
+        self.rows = [self.rows[i] for i in alive]
+        self.batch = StepBatch(
+            b.token_ids[alive], b.positions[alive], b.query_len[alive], b.context_len[alive], b.phase[alive],
+            self.state.tables(self.rows), np.arange(len(alive), dtype=np.int32),
+        )  # fmt: skip
+
+    def run(self, tokens: list[int]) -> torch.Tensor:
+        """tokens: one a row -> logits float32 [rows, V]."""
+        state, b = self.state, self.batch
+        if state.append_one(self.rows):
+            b.block_table = state.tables() if len(self.rows) == len(state.sequences) else state.tables(self.rows)
+        b.token_ids[:] = tokens
+        b.positions += 1
+        b.context_len += 1
+        state.add_columns(1, None if len(self.rows) == len(state.sequences) else state.only(self.rows))
+        try:
+            logits: torch.Tensor = self.plan.run(b, self.store).logits
+        except BaseException:
+            state.crop_columns(state.columns - 1)
+            raise
+        return logits

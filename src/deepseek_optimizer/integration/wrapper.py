@@ -1,0 +1,255 @@
+"""An optimised model's forward: the plan where it can serve a call, Transformers' own forward over packed modules where not.
+
+Both are set on the model INSTANCE; classes and Transformers itself stay as they are.
+
+What the plan serves returns what Transformers would, but for three things. Logits are float32 whatever the model's dtype: they
+are the plan's sums as they are, and rounding them to bf16 would only make near ties equal. Rows of padding are not computed:
+their logits and hidden states are zero. And no gradient flows: where one is needed, Transformers' forward runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backends.base import DECODE, PREFILL
+from ..config import DeepSeekConfig
+from ..errors import UnsupportedRequestError
+from .cache import Bool, PagedCache, PagedState
+from .compat import cache_name, causal_output, take_cache
+from .runtime import Runtime
+from .steps import Columns, run_columns
+
+_LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
+_SERVED = {
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "use_cache", "logits_to_keep",
+    "output_hidden_states", "output_attentions", "return_dict", *_LOSS_ARGUMENTS,
+}  # fmt: skip
+_NO_CACHE = "begin again without a cache, or pass a transformers.DynamicCache() from the first call on"
+
+
+class PlanForward:
+    """`model.forward`. Has the signature of the model's class, which `generate` and the Trainer look at."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        model = runtime.model
+        self._original = type(model).forward
+        self.__signature__ = inspect.signature(self._original.__get__(model))
+        self._order = [n for n, p in self.__signature__.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = {**dict(zip(self._order, args, strict=False)), **kwargs}
+        cache = take_cache(call)
+        reason = self.why_not(call, cache)
+        if reason is None:
+            return self._planned(call, cache)
+        if isinstance(cache, PagedCache):
+            raise UnsupportedRequestError(
+                f"the plan cannot serve this call ({reason}), and only it can use a PagedCache; {_NO_CACHE}"
+            )
+        self.runtime.tell(f"{reason}: Transformers' own forward over the packed modules serves such calls, slower")
+        return self._original(self.runtime.model, **call, **({} if cache is None else {cache_name(): cache}))
+
+    def why_not(self, call: dict[str, Any], cache: Any) -> str | None:
+        """Why the plan cannot serve this call; None if it can."""
+        model, config = self.runtime.model, self.runtime.model.config
+        for name, value in call.items():
+            if name not in _SERVED and value is not None and value is not False:
+                return f"argument {name!r} is given"
+        if call.get("output_attentions") or (call.get("output_attentions") is None and config.output_attentions):
+            return "output_attentions is asked for"
+        mask, embeds = call.get("attention_mask"), call.get("inputs_embeds")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+            return "attention_mask is not a 2-D tensor"
+        if cache is not None and not (isinstance(cache, PagedCache) and cache.state.arena is self.runtime.arena):
+            return f"the cache is a {type(cache).__name__} that this model's plan did not make"
+        positions = call.get("position_ids")
+        if positions is not None and positions.ndim != 2:
+            return "position_ids is not a 2-D tensor"
+        if model.training and getattr(config, "attention_dropout", 0.0):
+            return "the model is in training mode and has dropout"
+        if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or _trainable(model)):
+            return "gradients are needed"
+        return self.runtime.changed()
+
+    def _planned(self, call: dict[str, Any], cache: PagedCache | None) -> Any:
+        runtime, config = self.runtime, self.runtime.model.config
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        if (ids is None) == (embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        source = embeds if ids is None else ids
+        if source.ndim != (2 if embeds is None else 3) or 0 in source.shape:
+            raise ValueError(f"an empty or misshapen prompt: {tuple(source.shape)}; give ids [batch, tokens], at least one token")
+        use_cache = call.get("use_cache")
+        keep_cache = cache is not None or (config.use_cache if use_cache is None else use_cache)
+        if keep_cache and cache is None:
+            cache = PagedCache(runtime.model)
+        state = cache.state if cache is not None else PagedState(runtime.arena)
+        hidden_asked = call.get("output_hidden_states")
+        new = self._columns(state, ids, embeds, call, bool(config.output_hidden_states if hidden_asked is None else hidden_asked))
+        if not state.sequences:
+            state.start(source.shape[0])
+        elif len(state.sequences) != source.shape[0]:
+            raise ValueError(f"the cache holds {len(state.sequences)} sequences, but {source.shape[0]} rows were given")
+        logits, hidden = run_columns(runtime, state, new)
+        state.steps += 1
+        if isinstance(keep := call.get("logits_to_keep", 0), torch.Tensor):
+            logits = logits[:, torch.from_numpy(np.searchsorted(new.wanted, _columns_of(keep, source.shape[1])))]
+        output = causal_output(
+            cache=cache if keep_cache else None,
+            loss=self._loss(logits, call),
+            logits=logits.to(source.device),
+            hidden_states=None if hidden is None else tuple(hidden.to(source.device, runtime.model.dtype)),
+        )
+        return_dict = call.get("return_dict")
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _columns(self, state: PagedState, ids: Any, embeds: Any, call: dict[str, Any], hidden: bool) -> Columns:
+        """The call in numpy, checked."""
+        graph = self.runtime.graph
+        rows, q = (embeds if ids is None else ids).shape[:2]
+        ids32 = None
+        if ids is not None:
+            ids32 = ids.detach().cpu().numpy()
+            low, high = int(ids32.min()), int(ids32.max())
+            if low < 0 or high >= graph.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {graph.vocab_size}; "
+                    "use the tokenizer that belongs to this model"
+                )
+            ids32 = ids32.astype(np.int32)
+        given = call.get("position_ids")
+        if given is None:
+            positions = np.broadcast_to(np.arange(state.columns, state.columns + q, dtype=np.int32), (rows, q))
+        else:
+            positions = np.broadcast_to(given[:, -q:].cpu().numpy().astype(np.int32), (rows, q))
+        if int(positions.max()) >= graph.max_positions or int(positions.min()) < 0:
+            raise ValueError(
+                f"position {int(positions.max())} is outside the model's context of {graph.max_positions} tokens; "
+                "shorten the prompt, or ask for fewer new tokens"
+            )
+        keep = call.get("logits_to_keep", 0)
+        wanted = np.unique(_columns_of(keep, q)) if isinstance(keep, torch.Tensor) else np.arange(max(q - keep, 0) if keep else 0, q)
+        kept = _kept(state, call.get("attention_mask"), rows, q)
+        return Columns(ids32, embeds, positions, kept, wanted, self._phase(state, q), hidden)
+
+    def _phase(self, state: PagedState, q: int) -> int:
+        """Single tokens and the verification of guesses are decode, every other call is prefill."""
+        verifies = state.recording and state.steps > 0
+        return DECODE if q == 1 or verifies or self.runtime.config.batch_invariant else PREFILL
+
+    def _loss(self, logits: torch.Tensor, call: dict[str, Any]) -> torch.Tensor | None:
+        if call.get("labels") is None:
+            return None
+        model = self.runtime.model
+        extra = {name: call[name] for name in _LOSS_ARGUMENTS if call.get(name) is not None}
+        loss: torch.Tensor = model.loss_function(
+            logits=logits, labels=call["labels"], vocab_size=model.config.vocab_size, **extra
+        )
+        return loss
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlanForward:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.runtime = memo[id(self.runtime)] if id(self.runtime) in memo else self.runtime.__deepcopy__(memo)
+        return twin
+
+    def __reduce__(self) -> Any:
+        return self.runtime.__reduce__()
+
+
+def _kept(state: PagedState, mask: torch.Tensor | None, rows: int, q: int) -> Bool | None:
+    """bool [rows, q]: which new columns hold a token. None where all do.
+
+    The mask covers the cached columns too; those cannot be masked or unmasked after the fact.
+    """
+    if mask is None:
+        return None
+    if mask.shape != (rows, state.columns + q):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} cached tokens it must be {(rows, state.columns + q)}"
+        )
+    kept = mask.cpu().numpy() != 0
+    past = kept[:, : state.columns]
+    if not (past.all() if state.kept is None else (past == state.kept).all()):
+        raise UnsupportedRequestError(f"attention_mask differs from the one that cached tokens were computed with; {_NO_CACHE}")
+    new = kept[:, state.columns :]
+    return None if new.all() else new
+
+
+def _columns_of(index: torch.Tensor, q: int) -> Any:
+    """`logits_to_keep` as a tensor: columns, from the end where negative."""
+    if index.ndim != 1:
+        raise ValueError(f"logits_to_keep must be a number or a 1-D tensor, got {index.ndim} dimensions")
+    columns = index.cpu().numpy()
+    if columns.dtype == np.bool_:
+        columns = np.flatnonzero(columns)
+    columns = np.where(columns < 0, columns + q, columns)
+    if columns.size and not (0 <= columns.min() and columns.max() < q):
+        raise ValueError(f"logits_to_keep names columns outside the {q} given")
+    return columns
+
+
+def _trainable(model: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
+def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None) -> Any:
+    """Compiles the plan of a model whose modules are packed, and puts it in charge of this instance.
+
+    Returns: the same model, with `forward`, `generate` and `dso` set on it.
+    """
+    from .generate import PlanGenerate
+
+    runtime = Runtime(model, config, bytes_before=bytes_before, notes=notes)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.dso = runtime
+    _ = runtime.plan  # compiled now, so that what is wrong is said at load
+    model.forward = PlanForward(runtime)
+    model.generate = PlanGenerate(runtime)
+    model.register_load_state_dict_post_hook(_rebind)
+    model._apply = _Apply(runtime)
+    model.resize_token_embeddings = _Refuse("resize the embeddings of the float model, then optimise it")
+    return model
+
+
+def _rebind(module: Any, keys: Any) -> None:
+    """After `load_state_dict`: a plan holds copies of norms, and `assign=True` brings other storage."""
+    found = module.__dict__.get("dso")
+    if found is not None:
+        found.rebind()
+
+
+class _Apply:
+    """`model._apply`, which `.to()` goes through: a move to another device binds anew."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, fn: Any, recurse: bool = True) -> Any:
+        model = self.runtime.model
+        before = model.device
+        torch.nn.Module._apply(model, fn, recurse)
+        if model.device != before:
+            self.runtime.move()
+        else:
+            self.runtime.rebind()
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Apply:
+        return _Apply(memo[id(self.runtime)] if id(self.runtime) in memo else self.runtime.__deepcopy__(memo))
+
+
+class _Refuse:
+    """A method that a packed model cannot offer."""
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedRequestError(f"a packed model cannot do this; {self.remedy}")
