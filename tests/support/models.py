@@ -115,5 +115,6 @@ def assert_close_rows(actual: torch.Tensor, expected: torch.Tensor, tolerance: f
     """Per row, the largest difference is at most `tolerance` of the row's largest value. NaN fails."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     error = (actual - expected).abs().amax(-1) / expected.abs().amax(-1)
-    worst = int(error.nan_to_num(nan=torch.inf).flatten().argmax())
-    assert (error <= tolerance).all(), f"row {worst}: {error.flatten()[worst]:.3g} of the largest value, allowed {tolerance:g}"
+    if not (error <= tolerance).all():
+        row = int(error.nan_to_num(nan=torch.inf).flatten().argmax())
+        raise AssertionError(f"row {row}: {error.flatten()[row]:.3g} of the largest value, allowed {tolerance:g}")

@@ -88,7 +88,9 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
             raise UnsupportedModelError(
                 f"config.layer_types: {kind!r} is not supported. Known: 'full_attention', 'sliding_attention'."
             )
-    if not used:  # Transformers: a sliding layer without a window is a full one
+    if "sliding_attention" not in kinds:
         return (0,) * layers
+    if not used:
+        raise ConfigError("config.layer_types: has sliding_attention, but use_sliding_window and sliding_window give no window")
     window = fields.integer("sliding_window", MAX_POSITIONS)
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +57,6 @@ class Fields:
 
 def positive(name: str, value: Any) -> float:
     """`value` if it is a finite number above 0, for the field (or entry of a field) called `name`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"config.{name}: expected a finite number above 0, got {value!r}")
     return float(value)

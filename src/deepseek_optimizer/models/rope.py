@@ -28,13 +28,14 @@ _REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
 @dataclass(frozen=True, eq=False)
 class RopeSpec:
     """kind: one of KINDS. rot: numbers of a head that turn. inv_freq: float32 [rot/2]. scaling: multiplies cos and sin.
-    grow: for "dynamic", sequence length -> inv_freq."""
+    grow: for "dynamic", length of a sequence longer than `context` tokens -> inv_freq."""
 
     kind: str
     rot: int
     inv_freq: Frequencies
     scaling: float = 1.0
     grow: Callable[[int], Frequencies] | None = None
+    context: int = 0
 
     @property
     def is_dynamic(self) -> bool:
@@ -43,7 +44,7 @@ class RopeSpec:
 
     def inv_freq_at(self, length: int) -> Frequencies:
         """float32 [rot/2] for a sequence of `length` tokens (its highest position + 1)."""
-        return self.inv_freq if self.grow is None else self.grow(length)
+        return self.inv_freq if self.grow is None or length <= self.context else self.grow(length)
 
 
 def read_rope(fields: Fields, head_dim: int, max_positions: int) -> RopeSpec:
@@ -55,16 +56,19 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int) -> RopeSpec:
         raise ConfigError(f"config.head_dim: RoPE needs an even number, got {head_dim}")
     parameters = _parameters(fields, max_positions)
     kind = parameters["rope_type"]
-    inv_freq, scaling = _compute(parameters, head_dim, max_positions, None)
+    try:
+        inv_freq, scaling = _compute(parameters, head_dim, max_positions, None)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"config.rope_parameters: {parameters!r} cannot be computed with: {error}") from error
     if 2 * len(inv_freq) != head_dim:
         raise UnsupportedModelError(
             f"config.rope_parameters['partial_rotary_factor']: {2 * len(inv_freq)} of {head_dim} numbers of a head would turn; "
             "in this family whole heads do"
         )
-    if not np.isfinite(inv_freq).all():
+    if not (np.isfinite(inv_freq).all() and np.isfinite(scaling)):
         raise ConfigError(f"config.rope_parameters: {parameters!r} give frequencies that are not finite")
     grow = partial(_inv_freq, parameters, head_dim, max_positions) if kind == "dynamic" else None
-    return RopeSpec(kind, head_dim, inv_freq, scaling, grow)
+    return RopeSpec(kind, head_dim, inv_freq, scaling, grow, max_positions)
 
 
 def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
         )
     if parameters.get("rope_theta") is None:
         theta = fields.get("rope_theta")
-        parameters["rope_theta"] = 10000.0 if theta is None else theta
+        parameters["rope_theta"] = fields.get("default_theta", 10000.0) if theta is None else theta
     if kind in ("yarn", "llama3"):
         original = fields.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
         parameters["original_max_position_embeddings"] = original or max_positions

@@ -1,0 +1,81 @@
+"""The reference's paged K and V."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.backends.reference.store import TorchStore, store_block_bytes
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.graph.ir import CacheSpec
+from deepseek_optimizer.models import build_graph
+from support.models import llama
+
+SPEC = CacheSpec(layers=2, kv_heads=3, head_dim=8)
+TABLE = np.asarray([5, 0, 3], dtype=np.int32)
+
+
+def filled(kv_dtype: str, tokens: int = 70) -> tuple[TorchStore, torch.Tensor, torch.Tensor]:
+    """Layer 1 written in two parts; K and V as [tokens, kv_heads, head_dim], one head of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    store = TorchStore(SPEC, kv_dtype, 8, torch.device("cpu"))
+    key, value = (torch.randn(tokens, 3, 8, generator=generator) for _ in range(2))
+    key[4, 1] = 0
+    table = torch.from_numpy(TABLE).long()
+    for begin, end in ((0, 33), (33, tokens)):
+        store.write(1, table, begin, key[begin:end], value[begin:end])
+    return store, key, value
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+def test_reads_what_was_written(kv_dtype: str) -> None:
+    store, key, value = filled(kv_dtype)
+    for read, written in zip(store.read(1, TABLE, 70), (key, value), strict=True):
+        expected = written.transpose(0, 1)
+        if kv_dtype == "fp32":
+            assert torch.equal(read, expected)
+        elif kv_dtype == "bf16":
+            assert torch.equal(read, expected.bfloat16().float())
+        else:
+            half_step = expected.abs().amax(-1, keepdim=True) / 254
+            assert ((read - expected).abs() <= half_step * (1 + 1e-5)).all() and not torch.equal(read, expected)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+def test_copied_block_and_released_memory(kv_dtype: str) -> None:
+    store, _, _ = filled(kv_dtype)
+    before = store.read(1, TABLE, 70)
+    store.copy_block(0, 7)
+    store.copy_block(5, 1)
+    moved = store.read(1, np.asarray([1, 7, 3], dtype=np.int32), 70)
+    assert all(torch.equal(a, b) for a, b in zip(moved, before, strict=True))
+    store.release(2)
+    assert torch.equal(store.read(1, np.asarray([1, 0], dtype=np.int32), 64)[0], before[0][:, :64])
+    with pytest.raises(BackendError, match="never written"):
+        store.read(1, TABLE, 70)
+
+
+def test_memory_grows_with_what_is_written() -> None:
+    """A store of a million blocks takes nothing until it is used."""
+    store = TorchStore(SPEC, "fp32", 1_000_000, torch.device("cpu"))
+    store.write(0, torch.tensor([2]), 0, torch.ones(1, 3, 8), torch.ones(1, 3, 8))
+    assert all(len(t) == 3 for t in store._data)
+    with pytest.raises(BackendError, match="outside"):
+        store.copy_block(0, 1_000_000)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+def test_block_bytes_are_what_a_block_takes(kv_dtype: str) -> None:
+    store, _, _ = filled(kv_dtype)
+    tensors = (*store._data, *store._scales)
+    assert store.block_bytes == store_block_bytes(SPEC, kv_dtype) == sum(t.nbytes for t in tensors) // len(store._data[0])
+
+
+def test_short_tables_and_unknown_dtypes_are_refused() -> None:
+    store, _, _ = filled("fp32")
+    with pytest.raises(BackendError, match="does not hold"):
+        store.read(1, TABLE[:2], 70)
+    with pytest.raises(BackendError, match="int3.*bf16"):
+        ReferenceBackend().new_store(build_graph(llama()), "int3", 4)

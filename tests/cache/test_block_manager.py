@@ -1,0 +1,136 @@
+"""Blocks and sequences, against a model of them that is obviously right."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from deepseek_optimizer.cache import BlockManager, SequenceBlocks
+from deepseek_optimizer.errors import CacheFullError
+
+
+def sequence(manager: BlockManager, tokens: int) -> SequenceBlocks:
+    made = SequenceBlocks(manager)
+    made.append(tokens)
+    return made
+
+
+def test_lowest_free_block_comes_first() -> None:
+    manager = BlockManager(8)
+    a, b, c = (sequence(manager, 64) for _ in range(3))
+    assert (a.blocks, b.blocks, c.blocks) == ([0, 1], [2, 3], [4, 5])
+    b.free()
+    a.crop(32)
+    assert sequence(manager, 97).blocks == [1, 2, 3, 6]
+    assert manager.free_blocks == 1 and manager.high_water == 7
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (65, 3)])
+def test_blocks_cover_the_tokens(tokens: int, blocks: int) -> None:
+    made = sequence(BlockManager(9), tokens)
+    assert len(made.blocks) == blocks and made.tokens == tokens
+    assert made.table().dtype == "int32" and made.table().tolist() == made.blocks
+
+
+def test_a_full_cache_changes_nothing() -> None:
+    manager = BlockManager(2)
+    made = sequence(manager, 40)
+    with pytest.raises(CacheFullError) as error:
+        made.append(25)
+    assert (error.value.needed, error.value.free) == (1, 0)
+    assert made.tokens == 40 and made.blocks == [0, 1]
+    assert made.append(24) == []
+
+
+def test_fork_shares_until_one_writes() -> None:
+    manager = BlockManager(4)
+    first = sequence(manager, 40)
+    second = first.fork()
+    assert second.blocks == first.blocks and manager.users(1) == 2 and manager.free_blocks == 2
+    assert second.append(1) == [(1, 2)]  # the half full block is copied, the full one stays shared
+    assert (first.blocks, second.blocks) == ([0, 1], [0, 2])
+    assert first.append(1) == []  # now the only user
+    first.free()
+    assert manager.users(0) == 1 and manager.users(1) == 0
+
+
+def test_fork_at_a_block_border_copies_nothing() -> None:
+    manager = BlockManager(4)
+    first = sequence(manager, 32)
+    second = first.fork()
+    assert second.append(1) == [] and second.blocks == [0, 1]
+
+
+def test_no_block_for_the_copy() -> None:
+    manager = BlockManager(2)
+    first = sequence(manager, 40)
+    second = first.fork()
+    with pytest.raises(CacheFullError):
+        second.append(1)
+    assert second.blocks == first.blocks and manager.users(1) == 2
+
+
+@pytest.mark.parametrize(
+    "call", [lambda s: s.append(-1), lambda s: s.crop(-1), lambda s: s.crop(11), lambda s: BlockManager(-1)]
+)
+def test_bad_numbers(call: object) -> None:
+    with pytest.raises(ValueError):
+        call(sequence(BlockManager(2), 10))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_use_keeps_every_sequence_its_tokens(seed: int) -> None:
+    """Each sequence writes its own marks; a mark must still be there whenever it is read, whoever forked or cropped."""
+    rng = random.Random(seed)
+    manager = BlockManager(24)
+    bytes_: dict[tuple[int, int], object] = {}  # (block, place) -> mark
+    live: list[tuple[SequenceBlocks, list[object]]] = []
+
+    def append(made: SequenceBlocks, marks: list[object], count: int) -> None:
+        start, free = made.tokens, manager.free_blocks
+        try:
+            copies = made.append(count)
+        except CacheFullError:
+            assert made.tokens == start and manager.free_blocks == free
+            return
+        for source, target in copies:
+            bytes_.update({(target, i): bytes_.get((source, i)) for i in range(32)})
+        for token in range(start, made.tokens):
+            marks.append(object())
+            bytes_[made.blocks[token // 32], token % 32] = marks[-1]
+
+    for _ in range(200):
+        action = rng.choice(("new", "append", "append", "fork", "crop", "free"))
+        if action == "new" or not live:
+            live.append((SequenceBlocks(manager), []))
+            append(*live[-1], rng.randrange(80))
+            continue
+        at = rng.randrange(len(live))
+        made, marks = live[at]
+        if action == "append":
+            append(made, marks, rng.randrange(50))
+        elif action == "fork":
+            live.append((made.fork(), list(marks)))
+        elif action == "crop":
+            made.crop(rng.randint(0, made.tokens))
+            del marks[made.tokens :]
+        else:
+            made.free()
+            live.pop(at)
+        for other, expected in live:
+            assert [bytes_[other.blocks[t // 32], t % 32] for t in range(other.tokens)] == expected
+        held = Counter(b for other, _ in live for b in other.blocks)
+        assert manager.free_blocks == 24 - len(held) and all(manager.users(b) == n for b, n in held.items())
+        assert manager.high_water == max(held, default=-1) + 1
+    for made, _ in live:
+        made.free()
+    assert manager.free_blocks == 24 and manager.high_water == 0
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, deepseek_optimizer.cache; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,105 @@
+"""Fusion rules: where each fires, and that no choice of rules changes a result."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.errors import GraphError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.analysis import hidden_only
+from deepseek_optimizer.graph.validate import check_graph
+from deepseek_optimizer.models import build_graph
+from support.models import (
+    CASES,
+    assert_close_rows,
+    llama,
+    random_ids,
+    random_model,
+    transformers_hidden,
+    transformers_logits,
+    weights_of,
+)
+from support.steps import Part, run_step, runner
+
+ALL = tuple(rules.RULES)
+CHOICES = {
+    "none": (), "all": ALL, **{f"only {r}": (r,) for r in ALL}, **{f"without {r}": tuple(o for o in ALL if o != r) for r in ALL}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-windows", "qwen3-tied"])
+def test_results_do_not_depend_on_rules(case: str, choice: str) -> None:
+    model = random_model(CASES[case]())
+    ids = random_ids(model.config, 70)
+    graph, _ = rules.apply(build_graph(model.config), CHOICES[choice])
+    check_graph(graph)
+    run = runner(ReferenceBackend(), graph, weights_of(model))
+    assert_close_rows(run.logits(ids, chunks=[3, 40]), transformers_logits(model, ids))
+    assert_close_rows(run.hidden(ids), transformers_hidden(model, ids))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rule_fires_everywhere(case: str) -> None:
+    config = CASES[case]()
+    graph = build_graph(config)
+    layers = config.num_hidden_layers
+    expected = {
+        "qkv": layers, "rope_cache": layers, "attention_softmax": layers, "gate_up": layers, "last_logits": 1,
+        "layer_norm": 2 * layers - 1,  # all norms but the first of the model and the last, whose rows are selected
+    }  # fmt: skip
+    fused, reports = rules.apply(graph)
+    assert {r.rule: r.count for r in reports} == expected
+    assert all(r.count == len(r.places) for r in reports)
+    ops = Counter(node.op for node in fused.nodes)
+    assert ops["linear"] == 3 * layers and ops["gate_up"] == ops["rope_cache"] == ops["attention"] == layers
+    assert not ops["rope"] and not ops["cache_write"] and not ops["swiglu"] and ops["add"] == 1
+    assert fused.weights() and set(fused.weights()) == set(graph.weights())
+    alone = {name: rules.apply(graph, [name])[1][0].count for name in ALL}
+    assert alone == {**expected, "layer_norm": 2 * layers}  # alone, the final norm is fused too
+
+
+def test_a_fused_graph_stays_as_it_is_and_the_given_one_untouched() -> None:
+    graph = build_graph(llama())
+    before = copy.copy(graph.nodes)
+    fused, _ = rules.apply(graph)
+    assert graph.nodes == before
+    again, reports = rules.apply(fused)
+    assert again.nodes == fused.nodes and not any(r.count for r in reports)
+
+
+def test_order_of_names_does_not_matter() -> None:
+    graph = build_graph(llama())
+    assert rules.apply(graph, ALL[::-1])[0].nodes == rules.apply(graph, ALL)[0].nodes
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("qvk", "qkv"), ("layernorm", "layer_norm"), ("gate-up", "gate_up"), ("", "")])
+def test_unknown_rule_names_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(GraphError, match=f"did you mean '{nearest}"):
+        rules.apply(build_graph(llama()), ["qkv", name])
+
+
+def test_norm_for_hidden_states_runs_only_where_they_are_asked_for() -> None:
+    """With `last_logits` the norm of all rows feeds `hidden_out` alone."""
+    graph, _ = rules.apply(build_graph(llama()))
+    only = [graph.nodes[i] for i in sorted(hidden_only(graph))]
+    assert Counter(n.op for n in only) == {"hidden_out": graph.hidden_states, "rms_norm": 1}
+    plain = build_graph(llama())
+    assert all(plain.nodes[i].op == "hidden_out" for i in hidden_only(plain))
+
+
+def test_selected_rows_are_those_asked_for() -> None:
+    model = random_model(llama())
+    ids = random_ids(model.config, 40)
+    expected = transformers_logits(model, ids)
+    for names in ((), ALL):
+        run = runner(ReferenceBackend(), rules.apply(build_graph(model.config), names)[0], weights_of(model))
+        for rows in ([39], [0, 7, 31, 32], []):
+            output = run_step(run.plan, run.store, [Part(run.sequence(), ids, rows=rows)])
+            assert output.logits.shape == (len(rows), model.config.vocab_size) and output.logits.dtype == torch.float32
+            assert_close_rows(output.logits, expected[rows])

@@ -1,0 +1,97 @@
+"""check_graph accepts what families and rules make (see their tests), and refuses every single damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from deepseek_optimizer.errors import GraphError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.ir import Graph, Node, Value
+from deepseek_optimizer.graph.printing import node_text, to_text
+from deepseek_optimizer.graph.validate import check_graph
+from deepseek_optimizer.models import build_graph
+from support.models import llama, qwen3
+
+
+def first(graph: Graph, op: str) -> int:
+    return next(i for i, n in enumerate(graph.nodes) if n.op == op)
+
+
+def attr(op: str, **changes: object) -> Callable[[Graph], list[Node]]:
+    def damage(graph: Graph) -> list[Node]:
+        at = first(graph, op)
+        node = graph.nodes[at]
+        return [*graph.nodes[:at], node.with_(attrs={**node.attrs, **changes}), *graph.nodes[at + 1 :]]
+
+    return damage
+
+
+def without(op: str) -> Callable[[Graph], list[Node]]:
+    return lambda graph: [n for i, n in enumerate(graph.nodes) if i != first(graph, op)]
+
+
+def twice(op: str) -> Callable[[Graph], list[Node]]:
+    return lambda graph: [*graph.nodes, graph.nodes[first(graph, op)]]
+
+
+def outputs(op: str, *made: Value) -> Callable[[Graph], list[Node]]:
+    def damage(graph: Graph) -> list[Node]:
+        at = first(graph, op)
+        return [*graph.nodes[:at], graph.nodes[at].with_(outputs=made), *graph.nodes[at + 1 :]]
+
+    return damage
+
+
+DAMAGES = {
+    "unknown op": (lambda g: [*g.nodes, Node("softmax")], "no such op"),
+    "value never made": (without("embedding"), "no node before it makes"),
+    "order": (lambda g: g.nodes[::-1], "no node before it makes"),
+    "made twice": (twice("embedding"), "a second time"),
+    "cache never written": (without("cache_write"), "before it is written"),
+    "cache written twice": (twice("cache_write"), "a second time"),
+    "no head": (without("lm_head"), "lm_head"),
+    "two heads": (lambda g: [*g.nodes, g.nodes[-1].with_(outputs=(Value("more", g.vocab_size),))], "lm_head"),
+    "hidden state missing": (without("hidden_out"), "hidden_out"),
+    "hidden state twice": (twice("hidden_out"), "hidden_out"),
+    "layer outside": (attr("cache_write", layer=99), "do not fit"),
+    "heads not grouped": (attr("attention", kv_heads=4), "do not fit"),
+    "rope too wide": (attr("rope", heads=3), "do not fit"),
+    "head norm": (attr("head_norm", heads=3), "do not fit"),
+    "biases": (attr("linear", biases=()), "do not fit"),
+    "embedding width": (outputs("embedding", Value("embed", 8)), "do not fit"),
+    "too many outputs": (outputs("rms_norm", Value("a", 72), Value("b", 72)), "outputs"),
+    "no outputs": (outputs("linear"), "needs some"),
+    "rows": (outputs("rms_norm", Value("a", 72, selected=True)), "mixes"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found(name: str) -> None:
+    damage, message = DAMAGES[name]
+    graph = build_graph(qwen3())
+    check_graph(graph)
+    with pytest.raises(GraphError, match=message):
+        check_graph(replace(graph, nodes=damage(graph)))
+
+
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "linear", "attention", "rope", "lm_head", "embedding", "cache_write", "hidden_out"]
+)
+def test_a_missing_attribute_is_named(name: str) -> None:
+    graph = build_graph(llama())
+    at = first(graph, name)
+    graph.nodes[at] = graph.nodes[at].with_(attrs={})
+    with pytest.raises(GraphError, match="lacks"):
+        check_graph(graph)
+
+
+def test_text_form() -> None:
+    graph = build_graph(llama())
+    lines = to_text(graph).splitlines()
+    assert len(lines) == len(graph.nodes) + 1
+    assert node_text(graph.nodes[4]) == "l0.q[T,72] = linear(l0.attn_in) model.layers.0.self_attn.q_proj.weight biases=(None,)"
+    assert "logits[R,211] = lm_head(final.rows) lm_head.weight" in to_text(rules.apply(graph)[0])
+    assert "rope=default/12" in to_text(graph)
