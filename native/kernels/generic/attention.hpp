@@ -1,0 +1,320 @@
+// The core of attention, shared by its families: a tile of query rows against a chunk of the cache.
+//
+// A row's state is (m, l, o): the largest logit so far, the sum of weights 2^(logit - m), and the weighted sum of values.
+// Logits are in units of log 2: q is multiplied by scale * log2(e) when it is brought into the tile, so softmax needs 2^x
+// only. Both products, q K^T and p V, are one small kernel over panels of 32 columns (kv.hpp); every output is one chain
+// of additions, over rows of the panel ascending, so a row's bits do not depend on which rows share its tile.
+//
+// A row sees the tokens of its Span. Unseen tokens within a tile's blocks get the logit -inf and thus the weight 0, which
+// changes neither sums nor bits. Slots that no row of the call sees may hold anything, NaN too: see visible_block.
+#pragma once
+#include "kv.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+
+enum class Read { f32, bf16, i8, dot };  // how a panel is read: as it lies, widened to fp32, or BF16 by dot_bf16
+
+template <Read T> constexpr int64_t row_bytes = T == Read::i8 ? 32 : 128;  // of a panel's row, or pair of rows
+template <Read T> constexpr int row_depth = T == Read::bf16 || T == Read::dot ? 2 : 1;
+constexpr int tile_cols = registers >= 32 ? 2 : 1;  // registers of 16 columns in a tile
+constexpr int tile_rows = registers >= 32 ? 8 : 4;
+constexpr int64_t chunk_blocks = attn_chunk / block_tokens;
+constexpr int64_t row_stride = attn_chunk + 16;  // elements from a tile's row to the next, off the powers of two
+constexpr float log2e = 1.44269504f;
+
+DSO_INLINE float minus_infinity() { return -__builtin_inff(); }
+
+// acc[r] += a[r] * panel, over `rows` of the panel (pairs of rows for BF16). `a` has row_stride floats, or bf16 numbers
+// for dot, a row. Lines `ahead` bytes further are fetched, row by row.
+template <Read T, int R>
+DSO_INLINE void product(const void* a, const uint8_t* panel, int64_t rows, int64_t ahead, F (&acc)[R][tile_cols]) {
+  for (int64_t i = 0; i < rows; ++i, panel += row_bytes<T>) {
+    __builtin_prefetch(panel + ahead);
+    if constexpr (tile_cols == 2 && row_bytes<T> == 128) __builtin_prefetch(panel + ahead + 64);
+    if constexpr (T == Read::dot) {
+      B b[tile_cols];
+#pragma GCC unroll 2
+      for (int n = 0; n < tile_cols; ++n) b[n] = load_bytes(panel + 64 * n);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const B x = broadcast4((const uint16_t*)a + r * row_stride + 2 * i);
+#pragma GCC unroll 2
+        for (int n = 0; n < tile_cols; ++n) acc[r][n] = dot_bf16(acc[r][n], b[n], x);
+      }
+    } else if constexpr (T == Read::bf16) {
+      F even[tile_cols], odd[tile_cols];
+#pragma GCC unroll 2
+      for (int n = 0; n < tile_cols; ++n) {
+        const B b = load_bytes(panel + 64 * n);
+        even[n] = even_bf16(b);
+        odd[n] = odd_bf16(b);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float* x = (const float*)a + r * row_stride + 2 * i;
+        const F x0 = set(x[0]), x1 = set(x[1]);
+#pragma GCC unroll 2
+        for (int n = 0; n < tile_cols; ++n) acc[r][n] = fma(x1, odd[n], fma(x0, even[n], acc[r][n]));
+      }
+    } else {
+      F b[tile_cols];
+#pragma GCC unroll 2
+      for (int n = 0; n < tile_cols; ++n) {
+        if constexpr (T == Read::i8) b[n] = to_float(load_i8(panel + 16 * n));
+        else b[n] = load((const float*)panel + 16 * n);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const F x = set(((const float*)a)[r * row_stride + i]);
+#pragma GCC unroll 2
+        for (int n = 0; n < tile_cols; ++n) acc[r][n] = fma(x, b[n], acc[r][n]);
+      }
+    }
+  }
+}
+
+// ---- blocks ----------------------------------------------------------------------------------------------------------
+
+struct Span {  // tokens [begin, end)
+  int64_t begin, end;
+};
+
+// What query row r sees: the cache up to itself, the last `window` tokens of it (0: all).
+DSO_INLINE Span visible(int64_t ctx, int64_t window, int64_t r) {
+  const int64_t end = ctx + r + 1, begin = end - window;
+  return {window > 0 && begin > 0 ? begin : 0, end};
+}
+
+struct Block {  // one kv head of one block, ready to read
+  const uint8_t *k, *v;
+  const float *k_scale, *v_scale;  // INT8 only
+};
+
+constexpr int64_t block_room_bytes = 2 * block_tokens * max_head_dim * 2 + 2 * block_tokens * 4;  // what visible_block may need
+
+// Copies a V panel with zeros for tokens outside [begin, end) of the block.
+template <Read T> static void copy_seen(const uint8_t* panel, int64_t begin, int64_t end, uint8_t* out) {
+  for (int64_t row = 0; row < block_tokens / row_depth<T>; ++row) {
+    const int64_t t = row * row_depth<T>;
+    const bool first = t >= begin && t < end, last = t + row_depth<T> - 1 >= begin && t + row_depth<T> - 1 < end;
+    const uint32_t mask = (first ? 0xffffu : 0) | (last ? 0xffff0000u : 0);
+    for (int64_t c = 0; c < 32; ++c) ((uint32_t*)out)[row * 32 + c] = ((const uint32_t*)panel)[row * 32 + c] & mask;
+  }
+}
+
+// INT8 rows as BF16 pairs, exactly, without their scale.
+static void widen(const uint8_t* panel, int64_t pairs, uint8_t* out) {
+  for (int64_t i = 0; i < pairs; ++i)
+    for (int64_t c = 0; c < 32; c += 16) {
+      const uint8_t* x = panel + i * 64 + c;
+      store_bytes(out + i * 128 + c * 4, pair_bf16(to_float(load_i8(x)), to_float(load_i8(x + 32))));
+    }
+}
+
+// Block `block` of a kv head for reading by T, when tokens of `seen` matter. Values and scales that a weight of 0 could
+// turn into NaN are replaced by zeros in `room`, a copy: the cache itself is never changed by reading.
+template <Read T>
+static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_head, int64_t block, Span seen, uint8_t* room) {
+  const HeadLayout h = head_layout(l.type, l.head_dim);
+  const uint8_t* head = kv_head_block(view, h, kv_head, block);
+  const int64_t begin = seen.begin - block * block_tokens, end = seen.end - block * block_tokens;
+  const int64_t panels = round_up(l.head_dim, 32) / 32;
+  Block b = {head, head + h.v, nullptr, nullptr};
+  if (l.type == DSO_KV_INT8) {
+    b.k_scale = (const float*)(head + h.k_scale);
+    b.v_scale = (const float*)(head + h.v_scale);
+    if (begin > 0 || end < block_tokens) {
+      float* scale = (float*)(room + 2 * block_tokens * max_head_dim * 2);
+      for (int64_t i = 0; i < block_tokens; i += 16) store(scale + i, keep(load(b.v_scale + i), begin - i, end - i, zero()));
+      b.v_scale = scale;
+    }
+    if constexpr (T == Read::dot) {
+      uint8_t* values = room + block_tokens * max_head_dim * 2;
+      widen(b.k, l.head_dim / 2, room);
+      for (int64_t p = 0; p < panels; ++p) widen(b.v + p * h.panel, block_tokens / 2, values + p * block_tokens * 64);
+      b.k = room;
+      b.v = values;
+    }
+  } else if (begin > 0 || end < block_tokens) {
+    if constexpr (T != Read::i8) {
+      for (int64_t p = 0; p < panels; ++p) copy_seen<T>(b.v + p * h.panel, begin, end, room + p * h.panel);
+      b.v = room;
+    }
+  }
+  return b;
+}
+
+// ---- a tile of rows against a chunk ------------------------------------------------------------------------------------
+
+struct Workspace {  // private to a thread; rows of row_stride elements
+  alignas(64) float s[8 * row_stride];       // logits, then weights where these are fp32
+  alignas(64) float q[8 * row_stride];       // fp32, or bf16 in the first half
+  alignas(64) uint16_t p[8 * row_stride];    // weights in bf16
+  alignas(64) uint8_t room[chunk_blocks][block_room_bytes];
+};
+
+struct State {  // of R consecutive rows
+  float *m, *l;
+  float* o[8];
+};
+
+// 16 logits or so of every row of the tile: q K^T for one block, masked, and the largest so far, lane by lane.
+template <Read T, int R>
+static void block_logits(const Block& b, int64_t token, int64_t head_dim, const Span* see, int64_t ahead, const float* q, float* s, F* top) {
+  for (int64_t c = 0; c < block_tokens; c += 16 * tile_cols) {
+    F acc[R][tile_cols];
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < tile_cols; ++n) acc[r][n] = zero();
+    product<T, R>(q, b.k + c * row_bytes<T> / 32, head_dim / row_depth<T>, ahead, acc);
+    for (int n = 0; n < tile_cols; ++n) {
+      const int64_t t = c + 16 * n;
+      for (int r = 0; r < R; ++r) {
+        F x = acc[r][n];
+        if (b.k_scale) x = mul(x, load(b.k_scale + t));
+        const int64_t begin = see[r].begin - token - t, end = see[r].end - token - t;
+        if (begin > 0 || end < 16) x = keep(x, begin, end, set(minus_infinity()));
+        top[r] = max(top[r], x);
+        store(s + r * row_stride + t, x);
+      }
+    }
+  }
+}
+
+// Logits of one row to weights 2^(logit - m), into bf16 for dot, in place otherwise. Returns their fp32 sum.
+template <Read T> DSO_INLINE float weights(float* s, float m, const Block* blocks, int64_t count, uint16_t* p) {
+  F total = zero();
+  for (int64_t b = 0; b < count; ++b)
+    for (int64_t t = 0; t < block_tokens; t += 16) {
+      const int64_t at = b * block_tokens + t;
+      F x = exp2(sub(load(s + at), set(m)));
+      total = add(total, x);
+      if (blocks[b].v_scale) x = mul(x, load(blocks[b].v_scale + t));
+      if constexpr (T == Read::dot) round_bf16(p + at, x);
+      else store(s + at, x);
+    }
+  return sum(total);
+}
+
+// o = o * fade + p V
+template <Read T, int R>
+static void add_values(const Block* blocks, int64_t count, int64_t head_dim, int64_t panel_bytes, const void* p, const float* fade, bool fetch, float* const* o) {
+  for (int64_t column = 0; column < head_dim; column += 16 * tile_cols) {
+    const int64_t offset = column / 32 * panel_bytes + column % 32 * row_bytes<T> / 32;
+    F acc[R][tile_cols];
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < tile_cols; ++n) {
+        const int64_t c = column + 16 * n;
+        acc[r][n] = c < head_dim ? mul(set(fade[r]), load(o[r] + c, head_dim - c)) : zero();
+      }
+    for (int64_t b = 0; b < count; ++b) {
+      const uint8_t* panel = blocks[b].v + offset;
+      const uint8_t* next = b + 1 < count ? blocks[b + 1].v + offset : panel;
+      const int64_t at = b * block_tokens;
+      product<T, R>(T == Read::dot ? (const void*)((const uint16_t*)p + at) : (const void*)((const float*)p + at), panel,
+                    block_tokens / row_depth<T>, fetch ? next - panel : 0, acc);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < tile_cols; ++n) {
+        const int64_t c = column + 16 * n;
+        if (c < head_dim) store(o[r] + c, acc[r][n], head_dim - c);
+      }
+  }
+}
+
+// Adds `count` blocks, the first at token `token`, to the state of R rows whose q lies in w.q.
+template <Read T, int R>
+static void attend(const KvLayout& l, const Block* blocks, int64_t count, int64_t token, const Span* see, bool fetch, State& state, Workspace& w) {
+  F top[R];
+  for (int r = 0; r < R; ++r) top[r] = set(minus_infinity());
+  for (int64_t b = 0; b < count; ++b) {
+    const uint8_t* next = b + 1 < count ? blocks[b + 1].k : blocks[0].v;
+    block_logits<T, R>(blocks[b], token + b * block_tokens, l.head_dim, see, fetch ? next - blocks[b].k : 0, w.q, w.s + b * block_tokens, top);
+  }
+  float fade[16] = {};  // 2^(old m - new m), 0 where nothing was seen before
+  float base[R];
+  for (int r = 0; r < R; ++r) {
+    const float t = largest(top[r]), old = state.m[r];
+    const float m = t > old ? t : old;
+    base[r] = m == minus_infinity() ? 0.0f : m;  // nothing seen: 2^(-inf - 0) = 0, not 2^(-inf + inf)
+    fade[r] = old - base[r];
+    state.m[r] = m;
+  }
+  store(fade, exp2(load(fade)));
+  for (int r = 0; r < R; ++r) {
+    const float total = weights<T>(w.s + r * row_stride, base[r], blocks, count, w.p + r * row_stride);
+    state.l[r] = state.l[r] * fade[r] + total;
+  }
+  const int64_t panel_bytes = T == Read::i8 ? block_tokens * 32 : T == Read::f32 ? block_tokens * 128 : block_tokens * 64;
+  add_values<T, R>(blocks, count, l.head_dim, panel_bytes, T == Read::dot ? (const void*)w.p : (const void*)w.s, fade, fetch, state.o);
+}
+
+template <Read T>
+static void attend_rows(int rows, const KvLayout& l, const Block* blocks, int64_t count, int64_t token, const Span* see, bool fetch, State& state, Workspace& w) {
+  switch (rows) {
+    case 1: return attend<T, 1>(l, blocks, count, token, see, fetch, state, w);
+    case 2: return attend<T, 2>(l, blocks, count, token, see, fetch, state, w);
+    case 3: return attend<T, 3>(l, blocks, count, token, see, fetch, state, w);
+    case 4: return attend<T, 4>(l, blocks, count, token, see, fetch, state, w);
+  }
+  if constexpr (tile_rows == 8) {
+    switch (rows) {
+      case 5: return attend<T, 5>(l, blocks, count, token, see, fetch, state, w);
+      case 6: return attend<T, 6>(l, blocks, count, token, see, fetch, state, w);
+      case 7: return attend<T, 7>(l, blocks, count, token, see, fetch, state, w);
+      case 8: return attend<T, 8>(l, blocks, count, token, see, fetch, state, w);
+    }
+  }
+}
+
+// A row of q into the tile, in units of log 2.
+template <Read T> static void bring_query(const float* q, int64_t head_dim, float scale, int r, Workspace& w) {
+  const F s = set(scale * log2e);
+  for (int64_t i = 0; i < head_dim; i += 16) {
+    const F x = mul(load(q + i, head_dim - i), s);
+    if constexpr (T == Read::dot) round_bf16((uint16_t*)w.q + r * row_stride + i, x);
+    else store(w.q + r * row_stride + i, x);
+  }
+}
+
+// One chunk of the cache against query rows [r0, r1), all `group` heads of one kv head: heads of a row are consecutive
+// rows of a tile. m[i], l[i] and o[i] belong to head i % group of row r0 + i / group.
+struct Rows {
+  const float* q;
+  int64_t q_stride, group, r0, r1, ctx, window;
+  float scale;
+};
+
+template <Read T, class Output>
+static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head, const Rows& rows, int64_t chunk, float* m, float* ell, Output output, Workspace& w) {
+  const int64_t start = chunk * attn_chunk, count = (rows.r1 - rows.r0) * rows.group;
+  const Span all = {visible(rows.ctx, rows.window, rows.r0).begin, visible(rows.ctx, rows.window, rows.r1 - 1).end};
+  // Blocks [from, to) of the chunk that tokens [begin, end) touch.
+  const auto touched = [start](Span s, int64_t& from, int64_t& to) {
+    const int64_t begin = s.begin - start, end = s.end - start;
+    from = begin < 0 ? 0 : begin / block_tokens;
+    to = end < 0 ? 0 : end > attn_chunk ? chunk_blocks : round_up(end, block_tokens) / block_tokens;
+  };
+  int64_t from, to;
+  touched(all, from, to);
+  Block blocks[chunk_blocks];
+  for (int64_t b = from; b < to; ++b) blocks[b] = visible_block<T>(l, view, kv_head, start / block_tokens + b, all, w.room[b]);
+
+  const int64_t tiles = (count + tile_rows - 1) / tile_rows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal size, or nearly
+    const int64_t i0 = count * tile / tiles, i1 = count * (tile + 1) / tiles;
+    Span see[tile_rows];
+    State state = {m + i0, ell + i0, {}};
+    for (int64_t i = i0; i < i1; ++i) {
+      see[i - i0] = visible(rows.ctx, rows.window, rows.r0 + i / rows.group);
+      state.o[i - i0] = output(i);
+    }
+    touched({see[0].begin, see[i1 - i0 - 1].end}, from, to);
+    if (from >= to) continue;
+    for (int64_t i = i0; i < i1; ++i) {
+      const float* row = (const float*)((const char*)rows.q + (rows.r0 + i / rows.group) * rows.q_stride);
+      bring_query<T>(row + i % rows.group * l.head_dim, l.head_dim, rows.scale, (int)(i - i0), w);
+    }
+    attend_rows<T>((int)(i1 - i0), l, blocks + from, to - from, start + from * block_tokens, see, tile == 0, state, w);
+  }
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,72 @@
+// The decode family: one chunk of 256 tokens a task, so that a lone sequence feeds every thread, then a merge in order.
+// q and weights stay fp32, the cache is widened as it is read: reading it is what takes the time. The heads of a group,
+// and the rows of speculated tokens, share each load.
+#pragma once
+#include "attention.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+
+static bool any_nan(const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16)
+    if (any_nan(load(x + i, n - i))) return true;
+  return false;
+}
+
+static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
+                              int64_t r1, int64_t ctx, int64_t window, float scale, int64_t chunk, float* part, uint8_t* scratch) {
+  Workspace& w = *(Workspace*)scratch;
+  const int64_t d = l.head_dim, stride = d + 16, count = (r1 - r0) * group;
+  constexpr int64_t most = 64;  // rows and heads whose m and l fit on the stack
+  if (count > most && r1 - r0 > 1) {
+    const int64_t half = r0 + (r1 - r0) / 2;
+    attn_decode_chunk(l, v, kv_head, q, q_stride, group, r0, half, ctx, window, scale, chunk, part, scratch);
+    attn_decode_chunk(l, v, kv_head, q, q_stride, group, half, r1, ctx, window, scale, chunk, part + (half - r0) * group * stride, scratch);
+    return;
+  }
+  for (int64_t h0 = 0; h0 < group; h0 += most) {
+    const int64_t heads = group - h0 < most ? group - h0 : most, rows = (r1 - r0) * heads;  // heads < group: one row
+    float m[most], sum[most];
+    float* out = part + h0 * stride;
+    for (int64_t i = 0; i < rows; ++i) {
+      m[i] = minus_infinity();
+      sum[i] = 0;
+      memset(out + i * stride, 0, stride * 4);
+    }
+    const Rows task = {q + h0 * d, q_stride, heads, r0, r1, ctx, window, scale};
+    const auto output = [=](int64_t i) { return out + i * stride + 16; };
+    if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, v, kv_head, task, chunk, m, sum, output, w);
+    else if (l.type == DSO_KV_BF16) attend_chunk<Read::bf16>(l, v, kv_head, task, chunk, m, sum, output, w);
+    else attend_chunk<Read::i8>(l, v, kv_head, task, chunk, m, sum, output, w);
+    for (int64_t i = 0; i < rows; ++i) {
+      out[i * stride] = m[i];
+      out[i * stride + 1] = sum[i];
+    }
+  }
+  // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Alone, it does not.
+  if (r1 - r0 > 1)
+    for (int64_t i = 0; i < count; ++i)
+      if (any_nan(part + i * stride + 16, d)) {
+        for (int64_t r = r0; r < r1; ++r)
+          attn_decode_chunk(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, window, scale, chunk, part + (r - r0) * group * stride, scratch);
+        return;
+      }
+}
+
+// out = sum of o 2^(m - largest m), over the sum of l 2^(m - largest m); chunks that saw nothing have m = -inf and weigh 0.
+static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
+  float top = minus_infinity();
+  for (int64_t c = 0; c < chunks; ++c)
+    if (part[c * part_stride] > top) top = part[c * part_stride];
+  if (top == minus_infinity()) top = 0;
+  for (int64_t i = 0; i < head_dim; i += 16) {
+    F o = zero(), l = zero();
+    for (int64_t c = 0; c < chunks; ++c) {
+      const float* p = part + c * part_stride;
+      const F weight = exp2(set(p[0] - top));
+      o = fma(weight, load(p + 16 + i, head_dim - i), o);
+      l = fma(weight, set(p[1]), l);
+    }
+    store(out + i, div(o, l), head_dim - i);
+  }
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,56 @@
+// The prefill family: up to attn_rows rows of a sequence and all their heads against the cache, chunk after chunk, with the
+// softmax kept online. Where the ISA has a bf16 dot product, q and weights are rounded to bf16 for BF16 and INT8 caches.
+#pragma once
+#include "attention.hpp"
+#include "attention_decode.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+
+constexpr int64_t state_rows = 512;  // rows and heads of a task
+
+struct PrefillScratch {
+  Workspace work;
+  float m[state_rows], l[state_rows];
+};
+
+constexpr size_t attn_scratch_bytes = (sizeof(PrefillScratch) + 63) / 64 * 64;
+
+static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
+                         int64_t ctx, int64_t window, float scale, float* o, int64_t o_stride, uint8_t* scratch) {
+  PrefillScratch& s = *(PrefillScratch*)scratch;
+  const int64_t d = l.head_dim, count = (r1 - r0) * group;
+  if (count > state_rows) {  // a large group: fewer rows, then fewer heads at once
+    const int64_t half = r0 + (r1 - r0) / 2, heads = group / 2;
+    if (r1 - r0 > 1) {
+      attn_prefill(l, v, kv_head, q, q_stride, group, r0, half, ctx, window, scale, o, o_stride, scratch);
+      attn_prefill(l, v, kv_head, q, q_stride, group, half, r1, ctx, window, scale, o, o_stride, scratch);
+    } else {
+      attn_prefill(l, v, kv_head, q, q_stride, heads, r0, r1, ctx, window, scale, o, o_stride, scratch);
+      attn_prefill(l, v, kv_head, q + heads * d, q_stride, group - heads, r0, r1, ctx, window, scale, o + heads * d, o_stride, scratch);
+    }
+    return;
+  }
+  const auto output = [=](int64_t i) { return (float*)((char*)o + (r0 + i / group) * o_stride) + i % group * d; };
+  for (int64_t i = 0; i < count; ++i) {
+    s.m[i] = minus_infinity();
+    s.l[i] = 0;
+    memset(output(i), 0, d * 4);
+  }
+  const Rows rows = {q, q_stride, group, r0, r1, ctx, window, scale};
+  constexpr Read bf16 = has_dot_bf16 ? Read::dot : Read::bf16, i8 = has_dot_bf16 ? Read::dot : Read::i8;
+  for (int64_t chunk = visible(ctx, window, r0).begin / attn_chunk; chunk * attn_chunk < ctx + r1; ++chunk) {
+    if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
+    else if (l.type == DSO_KV_BF16) attend_chunk<bf16>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
+    else attend_chunk<i8>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
+  }
+  bool poisoned = false;
+  for (int64_t i = 0; i < count; ++i) {
+    float* out = output(i);
+    for (int64_t c = 0; c < d; c += 16) store(out + c, div(load(out + c, d - c), set(s.l[i])), d - c);
+    poisoned = poisoned || any_nan(out, d);
+  }
+  // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Alone, it does not.
+  if (poisoned && r1 - r0 > 1)
+    for (int64_t r = r0; r < r1; ++r) attn_prefill(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, window, scale, o, o_stride, scratch);
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,62 @@
+// Element-wise kernels, one row a call, any width. Each follows Transformers' fp32 arithmetic operation by operation.
+#pragma once
+
+namespace dso::DSO_ISA_NAMESPACE {
+
+// x / sqrt(mean(x^2) + eps) * weight. The sum runs over four rows of lanes, added in a fixed tree: the same bits on every ISA.
+static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  F s[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 4; ++j) {
+      const F v = load(x + i + 16 * j);
+      s[j] = fma(v, v, s[j]);
+    }
+  for (; i < n; i += 16) {
+    const F v = load(x + i, n - i);
+    s[0] = fma(v, v, s[0]);
+  }
+  const float mean = sum(add(add(s[0], s[1]), add(s[2], s[3]))) / (float)n;
+  const F scale = set(1.0f / __builtin_sqrtf(mean + eps));
+  for (i = 0; i + 16 <= n; i += 16) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+  if (i < n) store(out + i, mul(mul(load(x + i, n - i), scale), load(weight + i, n - i)), n - i);
+}
+
+static void add(const float* a, const float* b, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, add(load(a + i), load(b + i)));
+  if (i < n) store(out + i, add(load(a + i, n - i), load(b + i, n - i)), n - i);
+}
+
+// silu(gate) * up
+static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, mul(silu(load(gate + i)), load(up + i)));
+  if (i < n) store(out + i, mul(silu(load(gate + i, n - i)), load(up + i, n - i)), n - i);
+}
+
+// Rotates the first `rot` numbers of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), passes the rest
+// through. Pairs are (i, i + rot/2), or (2i, 2i+1) when interleaved. out may be x.
+static void rope(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t rot, bool interleaved, float* out) {
+  const int64_t half = rot / 2;
+  const float *cosine = table, *sine = table + half;
+  for (int64_t h = 0; h < heads; ++h, x += head_dim, out += head_dim) {
+    if (interleaved) {
+      for (int64_t i = 0; i < half; ++i) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        out[2 * i] = a * cosine[i] - b * sine[i];
+        out[2 * i + 1] = b * cosine[i] + a * sine[i];
+      }
+    } else {
+      for (int64_t i = 0; i < half; i += 16) {
+        const int64_t n = half - i;
+        const F a = load(x + i, n), b = load(x + half + i, n), c = load(cosine + i, n), s = load(sine + i, n);
+        store(out + i, sub(mul(a, c), mul(b, s)), n);
+        store(out + half + i, add(mul(b, c), mul(a, s)), n);
+      }
+    }
+    if (out != x)
+      for (int64_t i = rot; i < head_dim; ++i) out[i] = x[i];
+  }
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,211 @@
+// Attention on every variant against softmax(scale q K^T) V in doubles over what the cache holds, and the promise that a
+// row's bits depend on nothing but its q and the tokens it sees: not on its task, its company or the cache's other slots.
+#include <algorithm>
+
+#include "kv_fixture.hpp"
+
+enum class Family { decode, prefill, eager };
+static const char* family_name(Family f) { return f == Family::decode ? "decode" : f == Family::prefill ? "prefill" : "eager"; }
+
+struct Case {
+  int32_t type, kv_heads, group, head_dim;
+  int64_t ctx, rows, window;
+  float scale, magnitude;  // of q
+};
+
+struct Setup {
+  const Variant& variant;
+  Case c;
+  Cache cache;
+  std::vector<float> q;  // [rows, heads * head_dim]
+  Buffer scratch;
+
+  Setup(const Variant& v, const Case& c, Random& random)
+      : variant(v), c(c), cache(*v.kernels, c.type, c.kv_heads, c.head_dim, c.ctx + c.rows + random.below(40), random),
+        q(normal((size_t)(c.rows * width()), c.magnitude, random)), scratch(v.kernels->attn_scratch, 0xff) {
+    const int64_t n = c.ctx + c.rows;
+    const std::vector<float> k = normal((size_t)(n * cache.width()), 1, random), val = normal((size_t)(n * cache.width()), 1, random);
+    for (int64_t t = 0; t < n;) {
+      const int64_t piece = std::min<int64_t>(n - t, 1 + random.below(90));
+      cache.write(t, piece, k.data() + t * cache.width(), val.data() + t * cache.width());
+      t += piece;
+    }
+  }
+  int64_t heads() const { return (int64_t)c.kv_heads * c.group; }
+  int64_t width() const { return heads() * c.head_dim; }
+  int64_t begin(int64_t row) const { return c.window ? std::max<int64_t>(0, c.ctx + row + 1 - c.window) : 0; }
+  int64_t end(int64_t row) const { return c.ctx + row + 1; }
+
+  // Rows [r0, r1) of a family as one task each kv head; out is [rows, width + 3], the last three are left alone.
+  void run(Family family, int64_t r0, int64_t r1, std::vector<float>& out) {
+    const Kernels& k = *variant.kernels;
+    const int64_t d = c.head_dim, stride = width() + 3, row_part = d + 16, chunks = (c.ctx + r1 + attn_chunk - 1) / attn_chunk;
+    for (int64_t h = 0; h < c.kv_heads; ++h) {
+      const float* first_q = q.data() + h * c.group * d;
+      float* o = out.data() + h * c.group * d;
+      if (family == Family::prefill) {
+        k.attn_prefill(cache.layout, cache.view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, c.window, c.scale, o, stride * 4, scratch.get());
+      } else if (family == Family::decode) {
+        const int64_t chunk_part = (r1 - r0) * c.group * row_part;
+        Buffer part((size_t)(chunks * chunk_part) * 4, 0xff);
+        float* p = (float*)part.get();
+        for (int64_t i = 0; i < chunks; ++i)
+          k.attn_decode_chunk(cache.layout, cache.view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, c.window, c.scale, i, p + i * chunk_part, scratch.get());
+        for (int64_t i = 0; i < (r1 - r0) * c.group; ++i)
+          k.attn_merge(p + i * row_part, chunk_part, chunks, d, o + (r0 + i / c.group) * stride + i % c.group * d);
+      } else {
+        for (int64_t r = r0; r < r1; ++r)
+          for (int64_t g = 0; g < c.group; ++g) {
+            Buffer scores((size_t)end(r) * 4, 0xff);
+            k.attn_eager(cache.layout, cache.view, h, first_q + r * width() + g * d, end(r), begin(r), c.scale, (float*)scores.get(), o + r * stride + g * d);
+          }
+      }
+    }
+  }
+  std::vector<float> empty() const { return std::vector<float>((size_t)(c.rows * (width() + 3)), -77.0f); }
+};
+
+// Tasks as a runtime cuts them: up to attn_rows rows of prefill, up to 16 of decode.
+static std::vector<float> in_tasks(Setup& s, Family family, Random& random) {
+  std::vector<float> out = s.empty();
+  const int64_t most = family == Family::decode ? 16 : attn_rows;
+  for (int64_t r = 0; r < s.c.rows;) {
+    const int64_t n = std::min<int64_t>(s.c.rows - r, random.below(2) ? most : 1 + random.below((int)most));
+    s.run(family, r, r + n, out);
+    r += n;
+  }
+  return out;
+}
+
+static bool rounds_to_bf16(const Setup& s, Family f) {  // families that round q and the weights
+  return f == Family::prefill && s.c.type != DSO_KV_F32 && (s.variant.name == "avx512-bf16" || s.variant.name.starts_with("amx"));
+}
+
+static void against_reference(Setup& s, Family family, const std::vector<float>& out) {
+  const Case& c = s.c;
+  const int64_t d = c.head_dim, tokens = s.cache.tokens;
+  std::vector<float> k, v;
+  s.cache.read(k, v);
+  const bool rounded = rounds_to_bf16(s, family);
+  std::vector<double> logit, value((size_t)d);
+  for (int64_t r = 0; r < c.rows; ++r)
+    for (int64_t h = 0; h < s.heads(); ++h) {
+      const float* q = s.q.data() + r * s.width() + h * d;
+      const float* keys = k.data() + h / c.group * tokens * d;
+      const float* values = v.data() + h / c.group * tokens * d;
+      double top = -INFINITY, size = 0, total = 0, largest = 0;
+      logit.clear();
+      for (int64_t t = s.begin(r); t < s.end(r); ++t) {
+        double x = 0, a = 0;
+        for (int64_t i = 0; i < d; ++i) {
+          double qi = (double)q[i] * c.scale;
+          if (rounded) {  // q in units of log 2, nearest even in bf16
+            const uint32_t u = to_bits(q[i] * (c.scale * 1.44269504f));
+            qi = (double)from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u) * M_LN2;
+          }
+          x += qi * keys[t * d + i];
+          a += std::fabs(qi * keys[t * d + i]);
+          largest = std::max(largest, (double)std::fabs(values[t * d + i]));
+        }
+        logit.push_back(x);
+        top = std::max(top, x);
+        size = std::max(size, a);
+      }
+      std::fill(value.begin(), value.end(), 0.0);
+      for (size_t j = 0; j < logit.size(); ++j) {
+        const double p = std::exp(logit[j] - top);
+        total += p;
+        for (int64_t i = 0; i < d; ++i) value[(size_t)i] += p * values[(s.begin(r) + (int64_t)j) * d + i];
+      }
+      // A logit is off by less than 4 ulp of the sum of its terms' sizes; bf16 weights by 2^-9 each.
+      const double bound = largest * (1e-6 + 4 * 6e-8 * 2 * size + (rounded ? 0x1p-8 : 0));
+      const float* got = out.data() + r * (s.width() + 3) + h * d;
+      for (int64_t i = 0; i < d; ++i)
+        if (!check(std::fabs(got[i] - value[(size_t)i] / total) <= bound,
+                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld row %ld/%ld head %ld [%ld]: %.7g, not %.7g (bound %.2g)", s.variant.name.c_str(),
+                   kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx, (long)c.window, (long)r, (long)c.rows, (long)h, (long)i, got[i],
+                   value[(size_t)i] / total, bound))
+          return;
+    }
+  for (int64_t r = 0; r < c.rows; ++r)
+    for (int i = 0; i < 3; ++i) check(out[(size_t)(r * (s.width() + 3) + s.width() + i)] == -77.0f, "%s %s wrote past row %ld", s.variant.name.c_str(), family_name(family), (long)r);
+}
+
+static void equal_bits(const Setup& s, Family f, const std::vector<float>& a, const std::vector<float>& b, int64_t rows, const char* what) {
+  const size_t row = (size_t)s.width() + 3;
+  for (int64_t r = 0; r < rows; ++r)
+    check(!memcmp(a.data() + (size_t)r * row, b.data() + (size_t)r * row, row * 4), "%s %s %s: d=%d group=%d ctx=%ld window=%ld rows=%ld: row %ld differs %s", s.variant.name.c_str(),
+          kv_name(s.c.type), family_name(f), s.c.head_dim, s.c.group, (long)s.c.ctx, (long)s.c.window, (long)s.c.rows, (long)r, what);
+}
+
+static void all_families(const Variant& v, const Case& c, Random& random) {
+  Setup s(v, c, random);
+  for (Family f : {Family::decode, Family::prefill, Family::eager}) {
+    const std::vector<float> out = in_tasks(s, f, random);
+    against_reference(s, f, out);
+    if (f == Family::eager) continue;
+
+    std::vector<float> alone = s.empty();
+    for (int64_t r = 0; r < c.rows; ++r) s.run(f, r, r + 1, alone);
+    equal_bits(s, f, out, alone, c.rows, "alone");
+
+    const int64_t cut = random.below((int)c.rows);  // a later step: rows [cut, rows) as rows 0.. of a longer context
+    std::vector<float> later = out;
+    const std::vector<float> q = s.q;
+    s.q.assign(q.begin() + cut * s.width(), q.end());
+    s.c.ctx += cut;
+    s.c.rows -= cut;
+    const std::vector<float> second = in_tasks(s, f, random);
+    s.q = q;
+    s.c = c;
+    std::copy(second.begin(), second.end(), later.begin() + cut * (s.width() + 3));
+    equal_bits(s, f, out, later, c.rows, "in another step");
+
+    // Tokens that a row does not see may hold anything: the last quarter of the rows is poisoned.
+    const int64_t clean = c.rows - (c.rows + 3) / 4;
+    const std::vector<uint8_t> before(s.cache.memory.get(), s.cache.memory.get() + s.cache.memory.size());
+    for (int64_t t = c.ctx + clean; t < c.ctx + c.rows; ++t) {
+      std::vector<float> k = normal((size_t)s.cache.width(), 1, random), val = k;
+      val[(size_t)random.below((int)val.size())] = random.below(2) ? NAN : INFINITY;
+      k[(size_t)random.below((int)k.size())] = NAN;
+      s.cache.write(t, 1, k.data(), val.data());
+    }
+    equal_bits(s, f, out, in_tasks(s, f, random), clean, "beside a NaN");
+    memcpy(s.cache.memory.get(), before.data(), before.size());
+  }
+}
+
+// Heads and rows beyond what one pass holds are cut inside the kernel.
+static void many_heads(const Variant& v, Random& random) {
+  for (int32_t group : {65, 71, 130, 600}) all_families(v, {DSO_KV_BF16, 1, group, 8, 40, group > 200 ? 1 : 5, 0, 0.3f, 1.0f}, random);
+}
+
+// A chunk in which a row sees nothing weighs nothing.
+static void empty_chunk(const Variant& v, Random& random) {
+  Setup s(v, {DSO_KV_BF16, 1, 2, 64, 600, 1, 50, 0.125f, 1.0f}, random);
+  Buffer part(2 * 80 * 4, 0xff);
+  const float* p = (const float*)part.get();
+  v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, 50, 0.125f, 0, (float*)part.get(), s.scratch.get());
+  for (int h = 0; h < 2; ++h) {
+    check(p[h * 80] == -INFINITY && p[h * 80 + 1] == 0, "%s: m, l of an empty chunk are %g, %g", v.name.c_str(), p[h * 80], p[h * 80 + 1]);
+    for (int i = 0; i < 64; ++i) check(p[h * 80 + 16 + i] == 0, "%s: o of an empty chunk is not 0", v.name.c_str());
+  }
+}
+
+int main() {
+  Random random(2);
+  for (const Variant& v : variants()) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+      for (int i = 0; i < 24; ++i) {
+        const int32_t dims[] = {2, 16, 30, 40, 64, 80, 96, 128, 256, 2 * (1 + random.below(128))};
+        const int32_t d = dims[random.below(10)];
+        const int64_t ctx = random.below(3) ? random.below(700) : random.below(40), window = random.below(3) ? 0 : 1 + random.below(random.below(2) ? 40 : 500);
+        const float magnitude = i % 8 == 6 ? 80 : i % 8 == 7 ? 1e4f : 1.0f;  // logits of about that size
+        all_families(v, {type, 1 + random.below(2), 1 + random.below(12), d, ctx, 1 + random.below(random.below(2) ? 70 : 6), window, 1.0f / std::sqrt((float)d), magnitude}, random);
+      }
+    }
+    many_heads(v, random);
+    empty_chunk(v, random);
+  }
+  return report("test_attention");
+}

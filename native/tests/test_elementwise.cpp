@@ -1,0 +1,100 @@
+// Element-wise kernels on every variant: against doubles, the same bits on every ISA, any width, no byte out of place.
+#include "kv_fixture.hpp"
+
+static float* floats(Buffer& b) { return (float*)b.get(); }
+
+// Fills a guarded buffer of exactly n floats.
+static void fill(Buffer& b, const std::vector<float>& x) { memcpy(b.get(), x.data(), x.size() * 4); }
+
+struct Inputs {
+  std::vector<float> a, b;
+};
+
+static std::vector<float> run(const Kernels& k, int op, const Inputs& in, int64_t n, bool in_place) {
+  Buffer a((size_t)n * 4), b((size_t)n * 4), out((size_t)n * 4);
+  fill(a, in.a);
+  fill(b, in.b);
+  float* o = in_place ? floats(a) : floats(out);
+  if (op == 0) k.rms_norm(floats(a), floats(b), n, 1e-5f, o);
+  if (op == 1) k.add(floats(a), floats(b), n, o);
+  if (op == 2) k.swiglu(floats(a), floats(b), n, o);
+  return std::vector<float>(o, o + n);
+}
+
+static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random& random) {
+  const char* names[] = {"rms_norm", "add", "swiglu"};
+  const Inputs in = {normal((size_t)n, scale, random), normal((size_t)n, 1, random)};
+  double square = 0;
+  for (float x : in.a) square += (double)x * x;
+  for (int op = 0; op < 3; ++op) {
+    const std::vector<float> first = run(*all[0].kernels, op, in, n, false);
+    for (int64_t i = 0; i < n; ++i) {
+      const double a = in.a[(size_t)i], b = in.b[(size_t)i];
+      const double want = op == 0 ? a / std::sqrt(square / (double)n + 1e-5) * b : op == 1 ? a + b : a / (1 + std::exp(-a)) * b;
+      if (!check(std::fabs(first[(size_t)i] - want) <= 1e-6 * std::fabs(want) + 1e-37, "%s %s n=%ld [%ld]: %.8g, not %.8g", all[0].name.c_str(), names[op], (long)n, (long)i,
+                 first[(size_t)i], want))
+        break;
+    }
+    for (const Variant& v : all)
+      for (bool in_place : {false, true})
+        check(!memcmp(run(*v.kernels, op, in, n, in_place).data(), first.data(), (size_t)n * 4), "%s %s n=%ld%s: not the bits of %s", v.name.c_str(), names[op], (long)n,
+              in_place ? " in place" : "", all[0].name.c_str());
+  }
+}
+
+static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t rot, bool interleaved, bool in_place, Random& random) {
+  const int64_t n = heads * head_dim, half = rot / 2;
+  const std::vector<float> x = normal((size_t)n, 1, random);
+  std::vector<float> angles((size_t)rot);
+  for (int64_t i = 0; i < half; ++i) {
+    const double angle = 100 * random.uniform();
+    angles[(size_t)i] = (float)std::cos(angle);
+    angles[(size_t)(half + i)] = (float)std::sin(angle);
+  }
+  Buffer in((size_t)n * 4), table((size_t)rot * 4), out((size_t)n * 4);
+  fill(in, x);
+  fill(table, angles);
+  float* o = in_place ? floats(in) : floats(out);
+  v.kernels->rope(floats(in), floats(table), heads, head_dim, rot, interleaved, o);
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = 0; i < head_dim; ++i) {
+      float want = x[(size_t)(h * head_dim + i)];
+      if (i < rot) {
+        const int64_t pair = interleaved ? i / 2 : i % half;
+        const bool second = interleaved ? i % 2 : i >= half;
+        const int64_t other = interleaved ? i ^ 1 : second ? i - half : i + half;
+        const volatile float a = want * angles[(size_t)pair], b = x[(size_t)(h * head_dim + other)] * angles[(size_t)(half + pair)];
+        want = second ? a + b : a - b;  // as Transformers rounds: two products, one sum
+      }
+      if (!check(o[h * head_dim + i] == want, "%s rope heads=%ld d=%ld rot=%ld%s%s head %ld [%ld]: %.8g, not %.8g", v.name.c_str(), (long)heads, (long)head_dim, (long)rot,
+                 interleaved ? " interleaved" : "", in_place ? " in place" : "", (long)h, (long)i, o[h * head_dim + i], want))
+        return;
+    }
+}
+
+static void extremes(const Variant& v) {
+  const std::vector<float> g = {0, -0.0f, 100, -100, 1e30f, -1e30f, INFINITY, NAN, 88.5f, -88.5f, -104, 1e-40f};
+  const std::vector<float> one(g.size(), 1.0f);
+  const std::vector<float> y = run(*v.kernels, 2, {g, one}, (int64_t)g.size(), false);
+  for (size_t i = 0; i < g.size(); ++i) {
+    const double want = g[i] / (1 + std::exp(-(double)g[i]));
+    check(std::isnan(g[i]) ? std::isnan(y[i]) : y[i] == want || std::fabs(y[i] - want) <= 1e-6 * std::fabs(want) + 1e-37, "%s silu(%g) = %g", v.name.c_str(), g[i], y[i]);
+  }
+  const std::vector<float> zeros(37, 0.0f), ones(37, 1.0f);
+  for (float x : run(*v.kernels, 0, {zeros, ones}, 37, false)) check(x == 0, "%s rms_norm of zeros is %g", v.name.c_str(), x);
+}
+
+int main() {
+  Random random(3);
+  const std::vector<Variant> all = variants();
+  for (int64_t n = 1; n <= 130; ++n) rows(all, n, 1, random);
+  for (int64_t n : {576, 1536, 4095}) rows(all, n, 20, random);
+  for (const Variant& v : all) {
+    for (int i = 0; i < 60; ++i) {
+      const int64_t d = 2 * (1 + random.below(128)), rot = random.below(2) ? d : 2 * (1 + random.below((int)d / 2));
+      rope(v, 1 + random.below(5), d, rot, i & 1, i & 2, random);
+    }
+    extremes(v);
+  }
+  return report("test_elementwise");
+}
