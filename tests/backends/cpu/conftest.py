@@ -1,0 +1,22 @@
+"""Native backend tests run on each ISA variant that this host has, and are skipped, saying so, where there is no native build."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.backends.cpu import native
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        names = [] if cpu.unavailable_reason() else [n for n in native.isa_names() if native.isa_runs_here(n)]
+        metafunc.parametrize("isa", names or [pytest.param("", marks=pytest.mark.skip(cpu.unavailable_reason() or "no ISA"))])
+
+
+@pytest.fixture
+def backend(isa: str) -> cpu.CpuBackend:
+    """The native backend on one variant, two threads."""
+    made = cpu.CpuBackend(isa=isa, threads=2)
+    assert made.isa == isa  # proof that the forced variant is the one that runs
+    return made

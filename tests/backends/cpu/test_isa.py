@@ -1,0 +1,65 @@
+"""Which kernels run: forcing a variant, refusing what cannot be, and equality between variants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.backends.cpu import native
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.quant import get_format
+from deepseek_optimizer.quant.packed import PackedMatrix
+
+pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+
+
+def test_a_forced_variant_is_the_one_that_runs(isa):
+    assert cpu.CpuBackend(isa=isa).isa == isa
+
+
+def test_a_family_name_means_its_best_variant():
+    for family in ("avx2", "avx512"):
+        members = [n for n in native.isa_names() if n.split("-")[0] == family and native.isa_runs_here(n)]
+        if members:
+            assert cpu.CpuBackend(isa=family).isa == members[-1]
+
+
+def test_what_cannot_run_is_refused_by_name():
+    with pytest.raises(BackendError, match="avx1024"):
+        cpu.CpuBackend(isa="avx1024")
+    for name in native.isa_names():
+        if not native.isa_runs_here(name):
+            with pytest.raises(BackendError, match=name):
+                cpu.CpuBackend(isa=name)
+
+
+def test_the_default_is_the_best_that_runs_and_never_an_emulation():
+    best = [n for n in native.isa_names() if native.isa_runs_here(n) and "emulated" not in n][-1]
+    assert cpu.CpuBackend().isa == best
+
+
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "q4_1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_native_packer_gives_the_references_bits(backend, format_name, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for rows, cols in ((1, 1), (16, 32), (17, 33), (50, 130), (129, 64)):
+        w = (torch.randn(rows, cols, generator=generator) * 0.1).to(dtype)
+        w[0, 0] = 0
+        packed = backend.pack(w, format_name)
+        assert torch.equal(packed, get_format(format_name).pack(w)), (rows, cols)
+        matrix = PackedMatrix(format_name, rows, cols, packed)
+        assert torch.equal(backend.unpack(matrix), get_format(format_name).unpack(packed, rows, cols))
+
+
+@pytest.mark.parametrize("format_name", ["int8", "int4", "q4_1"])
+@pytest.mark.parametrize("activation", ["q8", "q16"])
+def test_integer_products_have_the_same_bits_on_every_isa(backend, format_name, activation):
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(70, 100, generator=generator)
+    matrix = PackedMatrix(format_name, 70, 100, get_format(format_name).pack(w))
+    x = torch.randn(37, 100, generator=generator)
+    first = cpu.CpuBackend(isa=next(n for n in native.isa_names() if native.isa_runs_here(n)), threads=1)
+    assert torch.equal(
+        backend.linear(x, matrix, activation=activation), first.linear(x, matrix, activation=activation, decode_rows=37)
+    )

@@ -1,0 +1,54 @@
+"""Where values change kind: written by their maker where all readers agree, else converted once."""
+
+from __future__ import annotations
+
+from deepseek_optimizer.backends.cpu.lower import lower
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.models import build_graph
+from tests.support.models import CASES
+
+
+def lowered(formats, kinds, names=None, case="llama-gqa"):
+    graph, _ = rules.apply(build_graph(CASES[case]()), names)
+    return lower(graph, lambda w: kinds[formats(w)], formats)
+
+
+KINDS = {"fp32": "f32", "int4": "q8", "int8": "q16"}
+
+
+def test_fp32_needs_no_converts():
+    graph = lowered(lambda w: "fp32", KINDS)
+    assert not [n for n in graph.nodes if n.op == "convert"]
+    assert all(v.kind == "f32" for n in graph.nodes for v in n.outputs)
+
+
+def test_makers_write_what_their_readers_read():
+    graph = lowered(lambda w: "int4", KINDS)
+    for node in graph.nodes:
+        if node.op in ("linear", "gate_up", "lm_head"):
+            assert node.inputs[0].kind == "q8"
+            maker = next(n for n in graph.nodes if node.inputs[0] in n.outputs)
+            assert maker.op in ("rms_norm", "add_rms_norm", "attention", "gate_up", "swiglu", "convert")
+
+
+def test_a_value_read_in_two_kinds_is_made_in_f32_and_converted_once_each():
+    graph = lowered(lambda w: "int8" if "v_proj" in w else "int4", KINDS)
+    first = [n for n in graph.nodes if n.op == "linear" and any(".layers.0.self_attn." in w and "o_proj" not in w for w in n.weights)]
+    assert sorted(n.inputs[0].kind for n in first) == ["q16", "q8"]  # qkv split in two
+    converts = [n for n in graph.nodes if n.op == "convert" and n.inputs[0] == next(c for c in graph.nodes if c.op == "convert").inputs[0]]
+    assert len(converts) == 2 and {n.outputs[0].kind for n in converts} == {"q8", "q16"}
+
+
+def test_gate_and_up_of_unequal_formats_are_split():
+    graph = lowered(lambda w: "int8" if "up_proj" in w else "int4", KINDS)
+    assert not [n for n in graph.nodes if n.op == "gate_up"]
+    assert [n for n in graph.nodes if n.op == "swiglu"]
+
+
+def test_every_value_is_made_before_it_is_read():
+    for formats in (lambda w: "int4", lambda w: "int8" if "down" in w else "fp32"):
+        for names in (None, []):
+            seen = set()
+            for node in lowered(formats, KINDS, names).nodes:
+                assert set(node.inputs) <= seen
+                seen |= set(node.outputs)
