@@ -1,0 +1,178 @@
+// y = x W^T + bias on tile registers (tile.hpp, or its emulation): blocks of two tiles of tokens by two tiles of outputs.
+//
+// Integer formats: the recipe of generic/linear_int.hpp to the bit. A product of tiles covers one group of 32 columns, because
+// every group has its own scales; its int32 results go through memory to the same ordered float epilogue, so tiles and vectors
+// are one family and only speed decides between them. Q16 rows are their high and low bytes as the two tiles of tokens.
+//
+// BF16: the prefill family of this ISA. Tile products of 32 columns, ascending, each added to C as TDPBF16PS does; bias last.
+// Decode keeps the vector kernel. A family may not depend on the token count, so prefill takes tiles for a single token too.
+#pragma once
+#include <cstdint>
+
+#include "../kernels.hpp"
+#include "dso.h"
+// After those: they use their names.
+#include "../generic/math.hpp"
+#include "../generic/convert.hpp"
+#include "../generic/linear.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+namespace tiled {
+
+constexpr int64_t vector_tokens = 4;  // up to here a tile of 16 tokens is mostly empty, and integer vectors win
+constexpr int panel_groups = 16;      // two tile rows of unpacked weights: 20 KB
+constexpr int flight_groups = 4;      // int32 results in flight: 16 KB
+
+struct alignas(64) Scratch {
+  uint8_t panel[2][panel_groups * Unpacked<DSO_Q4_1>::bytes];
+  int32_t c[flight_groups][4][16][16];  // C tiles: [group][tile][token][output]
+};
+
+// ---- integers
+
+// One token's groups [g0, g1) of one tile row: `high` and `low` are its rows of C, a group being `step` further.
+template <class W, int kind>
+static F epilogue(F acc, const int32_t* high, const int32_t* low, const uint8_t* panel, const float* scales, const int32_t* sums, int groups) {
+  constexpr int64_t step = 4 * 16 * 16;
+  for (int g = 0; g < groups; g++, panel += W::bytes) {
+    I dot = load_bytes(high + g * step);
+    if constexpr (kind == DSO_SLOT_Q16) dot = iadd(shl<8>(dot), load_bytes(low + g * step));
+    dot = iadd(dot, iset(-W::offset * sums[g]));
+    const F a = set(scales[g]);
+    acc = fma(to_float(dot), mul(W::scale(panel), a), acc);
+    if constexpr (W::has_min) acc = fma(mul(W::min(panel), a), set((float)sums[g]), acc);
+  }
+  return acc;
+}
+
+// A block of tokens: Q8 up to 32, Q16 up to 16. Groups [g0, g1) are in the panel; sums wait in y between panels.
+template <class W, int kind>
+static void int_block(Tiles& tiles, Scratch& s, const Output& out, Rows<kind> x, int64_t t, int tokens, int64_t tile, bool two, int64_t g0,
+                      int64_t g1) {
+  constexpr bool wide = kind == DSO_SLOT_Q16;
+  const int first = tokens < 16 ? tokens : 16, second = wide ? first : tokens - first;
+  const Rows<kind> rows = x.from(t);
+  const uint8_t* a0 = rows.codes(0);
+  const uint8_t* a1 = wide ? a0 + x.width : rows.codes(16);
+  const int64_t last = x.width / 32;
+  for (int64_t g = g0; g < g1; g += flight_groups) {
+    const int groups = (int)(g1 - g < flight_groups ? g1 - g : flight_groups);
+    const int64_t at = (g - g0) * W::bytes;
+    for (int i = 0; i < groups; i++) {
+      tiles.load<4>(a0 + 32 * (g + i), x.stride);
+      tiles.load<6>(s.panel[0] + at + i * W::bytes, 64);
+      tiles.zero<0>(), tiles.dot_s8_u8<0, 4, 6>(), tiles.store<0>(s.c[i][0], 64);
+      if (two) {
+        tiles.load<7>(s.panel[1] + at + i * W::bytes, 64);
+        tiles.zero<1>(), tiles.dot_s8_u8<1, 4, 7>(), tiles.store<1>(s.c[i][1], 64);
+      }
+      if (second) {
+        tiles.load<5>(a1 + 32 * (g + i), x.stride);
+        tiles.zero<2>(), tiles.dot_s8_u8<2, 5, 6>(), tiles.store<2>(s.c[i][2], 64);
+        if (two) tiles.zero<3>(), tiles.dot_s8_u8<3, 5, 7>(), tiles.store<3>(s.c[i][3], 64);
+      }
+    }
+    for (int m = 0; m < tokens; m++) {
+      for (int n = 0; n <= (int)two; n++) {
+        const int64_t outputs = out.rows - 16 * (tile + n);
+        float* y = (float*)((uint8_t*)out.y + (t + m) * out.stride) + 16 * (tile + n);
+        F acc = g == 0 ? zero() : load(y, outputs);
+        const int half = wide ? 0 : m / 16;
+        acc = epilogue<W, kind>(acc, s.c[0][2 * half + n][m % 16], s.c[0][2 + n][m % 16], s.panel[n] + at, rows.scales(m) + g,
+                                rows.sums(m) + g, groups);
+        if (g + groups == last) finish(out, t + m, tile + n, acc);
+        else store(y, acc, outputs);
+      }
+    }
+  }
+}
+
+template <int format, int kind>
+static void integers(const Matrix& w, const Output& out, Rows<kind> x, int64_t T, int64_t begin, int64_t end, uint8_t* scratch) {
+  using P = Packed<format>;
+  using W = Unpacked<format>;
+  constexpr int block = kind == DSO_SLOT_Q16 ? 16 : 32;
+  Scratch& s = *(Scratch*)scratch;
+  Tiles tiles(32);
+  const int64_t all = x.width / 32, row_bytes = all * P::bytes;
+  for (int64_t tile = begin; tile < end; tile += 2) {
+    const bool two = tile + 1 < end;
+    for (int64_t g0 = 0; g0 < all; g0 += panel_groups) {
+      const int64_t g1 = all - g0 < panel_groups ? all : g0 + panel_groups;
+      for (int n = 0; n <= (int)two; n++)
+        for (int64_t g = g0; g < g1; g++) W::unpack(w.data + (tile + n) * row_bytes + g * P::bytes, s.panel[n] + (g - g0) * W::bytes);
+      for (int64_t t = 0; t < T; t += block) {
+        const int tokens = (int)(T - t < block ? T - t : block);
+        const int first = tokens < 16 ? tokens : 16;
+        if (t == 0 || tokens < block) tiles.shape(first, kind == DSO_SLOT_Q16 ? first : tokens - first);
+        int_block<W, kind>(tiles, s, out, x, t, tokens, tile, two, g0, g1);
+      }
+    }
+  }
+}
+
+template <int kind>
+static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t T, int64_t begin, int64_t end, uint8_t* scratch) {
+  switch (w.format) {
+    case DSO_INT8: return integers<DSO_INT8, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_INT4: return integers<DSO_INT4, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_Q4_1: return integers<DSO_Q4_1, kind>(w, out, x, T, begin, end, scratch);
+  }
+}
+
+// ---- bf16
+
+static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t stride, int64_t T, int64_t begin, int64_t end,
+                        uint8_t* scratch) {
+  constexpr int64_t tile_bytes = 1024;
+  auto& c = ((Scratch*)scratch)->c[0];
+  Tiles tiles(64);
+  const int64_t groups = padded(w.cols) / 32, row_bytes = groups * tile_bytes;
+  for (int64_t tile = begin; tile < end; tile += 2) {
+    const bool two = tile + 1 < end;
+    const uint8_t* b = w.data + tile * row_bytes;
+    for (int64_t t = 0; t < T; t += 32) {
+      const int tokens = (int)(T - t < 32 ? T - t : 32);
+      const int first = tokens < 16 ? tokens : 16, second = tokens - first;
+      tiles.shape(first, second);  // and C becomes zero
+      const uint8_t* a = x + t * stride;
+      for (int64_t g = 0; g < groups; g++) {
+        tiles.load<4>(a + 64 * g, stride);
+        tiles.load<6>(b + g * tile_bytes, 64);
+        tiles.dot_bf16<0, 4, 6>();
+        if (two) {
+          tiles.load<7>(b + row_bytes + g * tile_bytes, 64);
+          tiles.dot_bf16<1, 4, 7>();
+        }
+        if (second) {
+          tiles.load<5>(a + 16 * stride + 64 * g, stride);
+          tiles.dot_bf16<2, 5, 6>();
+          if (two) tiles.dot_bf16<3, 5, 7>();
+        }
+      }
+      tiles.store<0>(c[0], 64);
+      if (two) tiles.store<1>(c[1], 64);
+      if (second) tiles.store<2>(c[2], 64);
+      if (second && two) tiles.store<3>(c[3], 64);
+      for (int m = 0; m < tokens; m++)
+        for (int n = 0; n <= (int)two; n++) finish(out, t + m, tile + n, load((const float*)c[m / 16 * 2 + n][m % 16]));
+    }
+  }
+}
+
+}  // namespace tiled
+
+constexpr size_t linear_amx_scratch_bytes = linear_scratch_bytes > sizeof(tiled::Scratch) ? linear_scratch_bytes : sizeof(tiled::Scratch);
+
+static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, bool prefill,
+                       int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
+  const Output out = {bias, y, y_stride, w.rows};
+  if (kind == DSO_SLOT_BF16 && prefill) return tiled::floats(w, out, x, x_stride, T, tile_begin, tile_end, scratch);
+  if (T > tiled::vector_tokens) {
+    if (kind == DSO_SLOT_Q8) return tiled::by_format<DSO_SLOT_Q8>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
+    if (kind == DSO_SLOT_Q16) return tiled::by_format<DSO_SLOT_Q16>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
+  }
+  linear(w, bias, kind, x, x_stride, T, prefill, tile_begin, tile_end, y, y_stride, scratch);
+}
+
+}  // namespace dso::DSO_ISA_NAMESPACE
