@@ -29,11 +29,12 @@ class PeakMemory:
     """Peak resident memory above what was resident when this was made: mapped pages count. None where Linux doesn't tell."""
 
     def __init__(self) -> None:
+        self._base: int | None = None
         try:
             _CLEAR.write_text("5")  # the high-water mark starts at the present resident size
             self._base = _status("VmRSS")
         except OSError:
-            self._base = None
+            pass
 
     def bytes(self) -> int | None:
         return None if self._base is None else _status("VmHWM") - self._base
