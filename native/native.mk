@@ -1,0 +1,25 @@
+# native:      builds the library and puts it into the source tree, for work without installing.
+# test-native: builds all with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then the checks
+#              on the optimised build.
+CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
+NATIVE_JOBS ?= $(shell nproc)
+
+.PHONY: native test-native
+
+$(BIN)/cmake: $(VENV)/.created
+	$(BIN)/python -m pip install --quiet cmake ninja
+
+native: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native
+	$(CMAKE) --build build/native --target dso -j $(NATIVE_JOBS)
+	mkdir -p src/deepseek_optimizer/_native
+	cp build/native/libdso.so src/deepseek_optimizer/_native/.libdso.so.new
+	mv src/deepseek_optimizer/_native/.libdso.so.new src/deepseek_optimizer/_native/libdso.so
+
+test-native: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON
+	$(CMAKE) --build build/native-sanitized -j $(NATIVE_JOBS)
+	cd build/native-sanitized && UBSAN_OPTIONS=print_stacktrace=1 ctest --output-on-failure --timeout 600
+	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
+	$(CMAKE) --build build/native -j $(NATIVE_JOBS)
+	cd build/native && ctest --output-on-failure

@@ -1,0 +1,119 @@
+// The C border: pointers checked, exceptions turned into codes. What each call does lies behind it.
+#include "cache.hpp"
+#include "context.hpp"
+#include "cpu_features.hpp"
+#include "cpu_limits.hpp"
+#include "direct.hpp"
+#include "dso.h"
+#include "error.hpp"
+#include "isa.hpp"
+#include "layout.hpp"
+#include "plan.hpp"
+
+using namespace dso;
+
+namespace {
+
+constexpr int32_t kMostThreads = 4096;
+
+template <class T>
+T& given(T* p, const char* name) {
+  if (!p) fail(DSO_EINVAL, "%s is NULL", name);
+  return *p;
+}
+
+Context& shared(dso_context* c) { return *given(c, "context").shared; }
+
+}  // namespace
+
+extern "C" {
+
+int32_t dso_abi_version(void) { return DSO_ABI_VERSION; }
+const char* dso_last_error(void) { return last_error(); }
+
+int32_t dso_isa_count(void) { return int32_t(isas().size()); }
+const char* dso_isa_name(int32_t i) { return i >= 0 && i < dso_isa_count() ? isas()[i].name : nullptr; }
+int32_t dso_isa_runs_here(const char* name) {
+  const Isa* isa = name ? find_isa(name) : nullptr;
+  return isa ? runs_here(*isa) : -1;
+}
+const char* dso_cpu_description(void) {
+  static const std::string description = describe_cpu();
+  return description.c_str();
+}
+int32_t dso_default_threads(void) { return default_threads(); }
+
+int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out) {
+  return guarded([&] {
+    given(out, "out") = nullptr;
+    if (threads > kMostThreads) fail(DSO_EINVAL, "threads is %d, at most %d", threads, kMostThreads);
+    *out = new dso_context{std::make_shared<Context>(choose_kernels(isa), threads > 0 ? threads : default_threads())};
+  });
+}
+void dso_context_destroy(dso_context* c) { delete c; }  // plans made on it keep what they share
+const char* dso_context_isa(const dso_context* c) { return c ? c->shared->kernels.isa : nullptr; }
+int32_t dso_context_threads(const dso_context* c) { return c ? c->shared->pool.threads() : 0; }
+
+int64_t dso_tile_bytes(int32_t format) { return tile_bytes(format); }
+int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols) { return packed_bytes(format, rows, cols); }
+int64_t dso_row_bytes(int32_t slot_kind, int64_t width) { return row_bytes(slot_kind, width); }
+
+int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, void* dst) {
+  return guarded([&] { pack(shared(c), format, src_type, src, rows, cols, stride, dst); });
+}
+int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst) {
+  return guarded([&] { unpack(shared(c), given(w, "weight"), row_begin, row_end, dst); });
+}
+int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const float* x, int64_t T,
+                   int64_t decode_rows, float* y) {
+  return guarded([&] { linear(shared(c), given(w, "weight"), bias, activation, x, T, decode_rows, y); });
+}
+int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows) {
+  return guarded([&] { convert(shared(c), slot_kind, x, T, width, rows); });
+}
+
+int64_t dso_cache_block_bytes(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim) {
+  int64_t bytes = -1;
+  guarded([&] { bytes = layers * kv_layer_bytes(choose_kernels(nullptr), kv_type, layers, kv_heads, head_dim); });
+  return bytes;
+}
+int32_t dso_cache_create(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim, int64_t blocks, dso_cache** out) {
+  return guarded([&] {
+    given(out, "out") = nullptr;
+    *out = new dso_cache(choose_kernels(nullptr), kv_type, layers, kv_heads, head_dim, blocks);
+  });
+}
+void dso_cache_destroy(dso_cache* k) { delete k; }
+int32_t dso_cache_copy_block(dso_cache* k, int32_t from, int32_t to) {
+  return guarded([&] { given(k, "cache").copy_block(from, to); });
+}
+int32_t dso_cache_release(dso_cache* k, int32_t from_block) {
+  return guarded([&] { given(k, "cache").release(from_block); });
+}
+int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value) {
+  return guarded([&] { given(k, "cache").read(layer, block_table, tokens, key, value); });
+}
+
+int32_t dso_plan_create(dso_context* c, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,
+                        const dso_weight* weights, int32_t n_weights, int32_t vocab_size, dso_plan** out) {
+  return guarded([&] {
+    given(out, "out") = nullptr;
+    *out = new dso_plan(given(c, "context").shared, steps, n_steps, slots, n_slots, weights, n_weights, vocab_size);
+  });
+}
+void dso_plan_destroy(dso_plan* p) { delete p; }
+int64_t dso_plan_buffer_bytes(const dso_plan* p, int32_t T, int32_t R) { return p && T >= 0 && R >= 0 ? p->buffer_bytes(T, R) : -1; }
+int32_t dso_plan_reserve(dso_plan* p, int32_t T, int32_t R) {
+  return guarded([&] { given(p, "plan").reserve(T, R); });
+}
+int32_t dso_plan_run(dso_plan* p, const dso_batch* batch) {
+  return guarded([&] { given(p, "plan").run(given(batch, "batch")); });
+}
+int32_t dso_plan_set_timing(dso_plan* p, int32_t on) {
+  return guarded([&] { given(p, "plan").set_timing(on != 0); });
+}
+int32_t dso_plan_timing(const dso_plan* p, double* seconds_per_step, int64_t* runs) {
+  return guarded([&] { given(p, "plan").timing(&given(seconds_per_step, "seconds_per_step"), &given(runs, "runs")); });
+}
+
+}  // extern "C"

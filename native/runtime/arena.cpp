@@ -1,0 +1,45 @@
+#include "arena.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "error.hpp"
+#include "layout.hpp"
+
+namespace dso {
+namespace {
+constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
+}
+
+Arena::Arena(int64_t bytes) {
+  if (bytes <= 0) return;
+  const int64_t size = round_up(bytes, bytes >= kHugePage ? kHugePage : kPage);
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) fail(DSO_ENOMEM, "%lld bytes of memory could not be had: %s", (long long)size, std::strerror(errno));
+  if (size >= kHugePage) madvise(p, size, MADV_HUGEPAGE);  // a wish: without it all still works
+  data_ = static_cast<uint8_t*>(p);
+  size_ = size;
+}
+
+Arena::~Arena() {
+  if (data_) munmap(data_, size_);
+}
+
+void Arena::reserve(int64_t bytes) {
+  if (bytes <= size_) return;
+  const int64_t grown = std::max(bytes, size_ + size_ / 4);
+  *this = Arena();  // give the old memory back first
+  *this = Arena(grown);
+}
+
+void Arena::release(int64_t from) {
+  const int64_t begin = round_up(from, kPage);
+  if (begin >= size_) return;
+  if (madvise(data_ + begin, size_ - begin, MADV_DONTNEED) != 0)
+    fail(DSO_ENOMEM, "memory could not be given back: %s", std::strerror(errno));
+}
+
+}  // namespace dso

@@ -1,0 +1,68 @@
+// How attention over a ragged batch is cut into tasks. Made once a step of the model, used by all layers that are alike.
+//
+// A task is some heads of one kv head, some rows of one sequence and, in the decode family, a range of absolute chunks of 256
+// tokens. Which task covers what never changes a row's bits: chunks are merged in order, whoever computed them. Heavy
+// tasks come first, and none is more than a fraction of a thread's share, so that all threads end together.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "op.hpp"
+
+namespace dso {
+
+struct AttentionShape {
+  int64_t heads, kv_heads, head_dim, window;
+  bool eager, converts;  // converts: the finished row goes to a slot that is not fp32
+  bool operator==(const AttentionShape&) const = default;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t part_floats() const { return head_dim + 16; }  // of one (row, head, chunk): see Kernels::attn_decode_chunk
+};
+
+enum class AttentionKind : uint8_t { kDecode, kPrefill, kEager };
+
+struct AttentionTask {
+  AttentionKind kind;
+  int64_t sequence, kv_head;
+  int64_t h0, h1;      // q heads, within the kv head's group
+  int64_t r0, r1;      // rows, within the sequence
+  int64_t c0, c1;      // chunks of this task
+  int64_t first_chunk, chunks;  // of all tasks on these rows and heads
+  int64_t part;        // where the partial results of those begin in the shared memory, in floats; -1: this task has all chunks
+  int32_t merge, rows; // countdowns: tasks left before the chunks are merged, before the rows are whole; -1: none
+  int64_t cost;
+};
+
+class AttentionSchedule {
+ public:
+  explicit AttentionSchedule(const AttentionShape& shape) : shape(shape) {}
+  void build(const Run& run);  // does nothing when it is up to date
+
+  // True for the one caller that completes what countdown `i` waits for; it then starts anew, for the next layer.
+  bool last(int32_t i);
+
+  const AttentionShape shape;
+  std::vector<AttentionTask> tasks;
+  int64_t shared_floats = 0;   // partial results in shared memory
+  int64_t private_floats = 0;  // of one task with all its chunks, or the scores of an eager row
+
+ private:
+  struct Countdown {
+    std::atomic<int32_t> left{0};
+    int32_t total = 0;
+  };
+  // One sequence's rows [r0, r1), all heads.
+  void add_rows(const Run& run, AttentionKind kind, int64_t sequence, int64_t r0, int64_t r1, int64_t fair);
+  int32_t new_countdown();
+  void expect(int32_t countdown, int32_t more);
+  int64_t rows_of_a_block(AttentionKind kind, int64_t chunks) const;
+  AttentionKind kind_of(const Run& run, int64_t sequence) const;
+  int64_t first_token(int64_t context, int64_t row) const;
+
+  int64_t built_ = 0;
+  int32_t countdowns_used_ = 0;
+  std::vector<Countdown> countdowns_;
+};
+
+}  // namespace dso

@@ -1,0 +1,99 @@
+#include "batch.hpp"
+
+#include <algorithm>
+
+#include "cache.hpp"
+#include "error.hpp"
+#include "layout.hpp"
+
+namespace dso {
+namespace {
+
+void check_cache(const dso_batch& b, const BatchNeeds& needs) {
+  const dso_cache* k = b.cache;
+  if (!k) fail(DSO_EINVAL, "batch.cache is NULL, and the plan has attention");
+  if (k->layout.kv_heads != needs.kv_heads || k->layout.head_dim != needs.head_dim || k->layers < needs.layers)
+    fail(DSO_EINVAL, "batch.cache has %lld layers of %d heads of %d, the plan needs %lld of %lld of %lld", (long long)k->layers,
+         k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads, (long long)needs.head_dim);
+  if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
+  for (int64_t s = 0; s < b.S; ++s) {
+    const int64_t blocks = ceil_div(int64_t(b.context_len[s]) + b.query_len[s], DSO_BLOCK_TOKENS);
+    if (blocks > b.max_blocks)
+      fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, max_blocks is %d", (long long)s, (long long)blocks, b.max_blocks);
+    const int32_t* table = b.block_table + s * b.max_blocks;
+    for (int64_t i = 0; i < blocks; ++i)
+      if (table[i] < 0 || table[i] >= k->blocks)
+        fail(DSO_EINVAL, "batch.block_table[%lld][%lld] is %d, the cache has %lld blocks", (long long)s, (long long)i, table[i],
+             (long long)k->blocks);
+  }
+}
+
+void check_sequences(const dso_batch& b) {
+  int64_t total = 0;
+  for (int64_t s = 0; s < b.S; ++s) {
+    if (b.query_len[s] < 1) fail(DSO_EINVAL, "batch.query_len[%lld] is %d", (long long)s, b.query_len[s]);
+    if (b.context_len[s] < 0 || int64_t(b.context_len[s]) + b.query_len[s] > INT32_MAX)
+      fail(DSO_EINVAL, "batch.context_len[%lld] is %d", (long long)s, b.context_len[s]);
+    if (b.phase[s] != DSO_PHASE_DECODE && b.phase[s] != DSO_PHASE_PREFILL)
+      fail(DSO_EINVAL, "batch.phase[%lld] is %d", (long long)s, b.phase[s]);
+    if (s > 0 && b.phase[s] < b.phase[s - 1])
+      fail(DSO_EINVAL, "batch.phase[%lld]: sequences in decode phase come first", (long long)s);
+    total += b.query_len[s];
+  }
+  if (total != b.T) fail(DSO_EINVAL, "batch.query_len sums to %lld, T is %d", (long long)total, b.T);
+}
+
+}  // namespace
+
+void check_batch(const dso_batch& b, const BatchNeeds& needs) {
+  if (b.T < 1) fail(DSO_EINVAL, "batch.T is %d", b.T);
+  if (b.S < 1 || b.S > b.T) fail(DSO_EINVAL, "batch.S is %d, T is %d", b.S, b.T);
+  if (b.R < 0 || b.R > b.T) fail(DSO_EINVAL, "batch.R is %d, T is %d", b.R, b.T);
+  if (b.max_blocks < 0) fail(DSO_EINVAL, "batch.max_blocks is %d", b.max_blocks);
+  if (!b.query_len) fail(DSO_EINVAL, "batch.query_len is NULL");
+  if (!b.context_len) fail(DSO_EINVAL, "batch.context_len is NULL");
+  if (!b.phase) fail(DSO_EINVAL, "batch.phase is NULL");
+  check_sequences(b);
+  if (needs.token_ids && !b.inputs_embeds) {
+    if (!b.token_ids) fail(DSO_EINVAL, "batch.token_ids and batch.inputs_embeds are both NULL");
+    for (int64_t t = 0; t < b.T; ++t)
+      if (b.token_ids[t] < 0 || b.token_ids[t] >= needs.vocab)
+        fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, the vocabulary has %lld", (long long)t, b.token_ids[t], (long long)needs.vocab);
+  }
+  if (needs.positions && !b.positions) fail(DSO_EINVAL, "batch.positions is NULL");
+  if (b.R > 0 && !b.logit_rows) fail(DSO_EINVAL, "batch.logit_rows is NULL");
+  for (int64_t r = 0; r < b.R; ++r) {
+    if (b.logit_rows[r] < 0 || b.logit_rows[r] >= b.T)
+      fail(DSO_EINVAL, "batch.logit_rows[%lld] is %d, T is %d", (long long)r, b.logit_rows[r], b.T);
+    if (r > 0 && b.logit_rows[r] <= b.logit_rows[r - 1])
+      fail(DSO_EINVAL, "batch.logit_rows[%lld] is %d: they must ascend", (long long)r, b.logit_rows[r]);
+  }
+  if (needs.logits && b.R > 0 && !b.logits) fail(DSO_EINVAL, "batch.logits is NULL");
+  if (needs.layers > 0) check_cache(b, needs);
+}
+
+void Batch::set(const dso_batch& b, const BatchNeeds& needs) {
+  check_batch(b, needs);
+  source = &b;
+  ++serial;
+  T = b.T;
+  R = b.R;
+  decode_rows = 0;
+  first_row.clear();
+  pieces.clear();
+  int64_t row = 0;
+  for (int64_t s = 0; s < b.S; ++s) {
+    first_row.push_back(row);
+    const int64_t end = row + b.query_len[s];
+    for (int64_t position = b.context_len[s]; row < end;) {
+      const int64_t n = std::min(end - row, DSO_BLOCK_TOKENS - position % DSO_BLOCK_TOKENS);
+      pieces.push_back({s, row, n, position});
+      row += n;
+      position += n;
+    }
+    if (b.phase[s] == DSO_PHASE_DECODE) decode_rows = end;
+  }
+  decode_logits = std::lower_bound(b.logit_rows, b.logit_rows + R, decode_rows) - b.logit_rows;
+}
+
+}  // namespace dso

@@ -1,0 +1,39 @@
+// A ragged batch, checked, and what the steps need to know of it.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "dso.h"
+
+namespace dso {
+
+// What a plan asks of the batches it is given.
+struct BatchNeeds {
+  int64_t vocab = 0;           // ids are below it: the smaller of vocab_size and the embedding's rows
+  bool token_ids = false, positions = false, logits = false;
+  int64_t layers = 0;          // of the cache; 0: no cache is used
+  int64_t kv_heads = 0, head_dim = 0;
+};
+
+// Consecutive rows of one sequence that lie in one cache block.
+struct Piece {
+  int64_t sequence, row, rows;  // row: of the batch
+  int64_t position;             // in the cache
+};
+
+struct Batch {
+  void set(const dso_batch& source, const BatchNeeds& needs);  // Error DSO_EINVAL before anything is changed
+
+  const dso_batch* source = nullptr;
+  int64_t T = 0, R = 0;
+  int64_t decode_rows = 0, decode_logits = 0;  // how many leading rows (of T, of R) belong to sequences in decode phase
+  int64_t serial = 0;                          // counts batches: what was made for one is stale for the next
+  std::vector<int64_t> first_row;              // of each sequence
+  std::vector<Piece> pieces;
+
+  const int32_t* table(int64_t sequence) const { return source->block_table + sequence * source->max_blocks; }
+};
+
+void check_batch(const dso_batch& b, const BatchNeeds& needs);
+
+}  // namespace dso

@@ -1,0 +1,28 @@
+// The paged KV cache: `blocks` blocks in one stretch of address space, block-major (a block holds 32 tokens of every
+// layer), so that whole blocks can be copied, shared and given back. What is inside a layer belongs to the kernels.
+#pragma once
+#include "arena.hpp"
+#include "kernels.hpp"
+
+struct dso_cache {
+  dso_cache(const dso::Kernels& kernels, int32_t type, int32_t layers, int32_t kv_heads, int32_t head_dim, int64_t blocks);
+
+  void copy_block(int64_t from, int64_t to);
+  void release(int64_t from_block);
+  void read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const;
+
+  int64_t block_bytes() const { return layers * layout.layer_bytes; }
+  dso::KvView view(int64_t layer, const int32_t* table) const {
+    return {arena.data() + layer * layout.layer_bytes, block_bytes(), table};
+  }
+
+  const dso::Kernels& kernels;  // the layout is the same on every ISA: any reads what another wrote
+  const dso::KvLayout layout;
+  const int64_t layers, blocks;
+  dso::Arena arena;
+};
+
+namespace dso {
+// Of one layer within a block. DSO_EINVAL for a bad shape or type.
+int64_t kv_layer_bytes(const Kernels& kernels, int32_t type, int64_t layers, int64_t kv_heads, int64_t head_dim);
+}  // namespace dso

@@ -1,0 +1,22 @@
+// A context: one ISA's kernels and the threads that run them. Shared by the caller's handle and every plan made on it.
+#pragma once
+#include <memory>
+
+#include "arena.hpp"
+#include "kernels.hpp"
+#include "thread_pool.hpp"
+
+namespace dso {
+
+struct Context {
+  Context(const Kernels& kernels, int threads) : kernels(kernels), pool(threads) {}
+  const Kernels& kernels;
+  ThreadPool pool;
+  Arena scratch;  // of calls outside a plan; touched only under a Lease of the pool
+};
+
+}  // namespace dso
+
+struct dso_context {
+  std::shared_ptr<dso::Context> shared;
+};

@@ -1,0 +1,141 @@
+#include "cpu_features.hpp"
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "error.hpp"
+
+namespace dso {
+namespace {
+
+struct Registers {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers cpuid(uint32_t leaf, uint32_t subleaf = 0) {
+  Registers r;
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);  // leaves r alone past the highest leaf
+  return r;
+}
+
+bool bit(uint32_t word, int i) { return (word >> i) & 1; }
+
+uint64_t xcr0() {
+  uint32_t lo, hi;
+  __asm__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return (uint64_t(hi) << 32) | lo;
+}
+
+// arch_prctl codes of asm/prctl.h, which older kernel headers lack.
+constexpr int kGetXcompSupported = 0x1021;
+constexpr int kRequestXcompPermission = 0x1023;
+constexpr int kTileData = 18;
+
+bool kernel_has_amx() {
+  uint64_t mask = 0;
+  return syscall(SYS_arch_prctl, kGetXcompSupported, &mask) == 0 && ((mask >> kTileData) & 1);
+}
+
+struct Name {
+  Feature feature;
+  const char* name;
+};
+constexpr Name kNames[] = {
+    {kAvx2, "avx2"},           {kFma, "fma"},           {kF16c, "f16c"},           {kBmi2, "bmi2"},
+    {kAvxVnni, "avx_vnni"},    {kAvx512f, "avx512f"},   {kAvx512bw, "avx512bw"},   {kAvx512dq, "avx512dq"},
+    {kAvx512vl, "avx512vl"},   {kAvx512Vnni, "avx512_vnni"}, {kAvx512Bf16, "avx512_bf16"},
+    {kAmxTile, "amx_tile"},    {kAmxInt8, "amx_int8"},  {kAmxBf16, "amx_bf16"},
+};
+
+std::string json_string(const char* s) {
+  std::string out = "\"";
+  for (; *s; ++s) {
+    if (*s == '"' || *s == '\\') out += '\\';
+    if (static_cast<unsigned char>(*s) >= 0x20) out += *s;
+  }
+  return out + '"';
+}
+
+std::string brand() {
+  if (cpuid(0x80000000).a < 0x80000004) return "";
+  char raw[49] = {};
+  for (uint32_t i = 0; i < 3; ++i) {
+    const Registers r = cpuid(0x80000002 + i);
+    std::memcpy(raw + 16 * i, &r, 16);
+  }
+  std::string s(raw);
+  s.erase(0, s.find_first_not_of(' '));
+  s.erase(s.find_last_not_of(' ') + 1);
+  return s;
+}
+
+}  // namespace
+
+uint32_t detect_features() {
+  const Registers one = cpuid(1);
+  if (!bit(one.c, 27)) return 0;  // OSXSAVE: without it the system saves no vector state
+  const uint64_t state = xcr0();
+  const bool ymm = (state & 0x6) == 0x6, zmm = ymm && (state & 0xe0) == 0xe0, tiles = (state & 0x60000) == 0x60000;
+  const Registers seven = cpuid(7), seven_one = seven.a >= 1 ? cpuid(7, 1) : Registers{};
+  uint32_t f = 0;
+  auto add = [&f](bool has, Feature x) { f |= has ? uint32_t(x) : 0; };
+  if (ymm && bit(one.c, 28)) {
+    add(bit(seven.b, 5), kAvx2);
+    add(bit(one.c, 12), kFma);
+    add(bit(one.c, 29), kF16c);
+    add(bit(seven.b, 8), kBmi2);
+    add(bit(seven_one.a, 4), kAvxVnni);
+  }
+  if (zmm && bit(seven.b, 16)) {
+    add(true, kAvx512f);
+    add(bit(seven.b, 30), kAvx512bw);
+    add(bit(seven.b, 17), kAvx512dq);
+    add(bit(seven.b, 31), kAvx512vl);
+    add(bit(seven.c, 11), kAvx512Vnni);
+    add(bit(seven_one.a, 5), kAvx512Bf16);
+  }
+  if (tiles && bit(seven.d, 24) && kernel_has_amx()) {
+    add(true, kAmxTile);
+    add(bit(seven.d, 25), kAmxInt8);
+    add(bit(seven.d, 22), kAmxBf16);
+  }
+  return f;
+}
+
+std::string feature_names(uint32_t features) {
+  std::string out;
+  for (const Name& n : kNames)
+    if (features & n.feature) out += (out.empty() ? "" : ", ") + std::string(n.name);
+  return out;
+}
+
+std::string describe_cpu() {
+  const Registers zero = cpuid(0);
+  char vendor[13] = {};
+  std::memcpy(vendor, &zero.b, 4);
+  std::memcpy(vendor + 4, &zero.d, 4);
+  std::memcpy(vendor + 8, &zero.c, 4);
+  std::string out = "{\"vendor\": " + json_string(vendor) + ", \"model\": " + json_string(brand().c_str()) + ", \"features\": [";
+  const uint32_t features = detect_features();
+  const char* comma = "";
+  for (const Name& n : kNames) {
+    if (!(features & n.feature)) continue;
+    out += comma + json_string(n.name);
+    comma = ", ";
+  }
+  auto known = [](int name) { return std::max(0l, sysconf(name)); };
+  return out + text("], \"caches\": {\"l1d\": %ld, \"l2\": %ld, \"l3\": %ld}, \"cores\": %ld}", known(_SC_LEVEL1_DCACHE_SIZE),
+                    known(_SC_LEVEL2_CACHE_SIZE), known(_SC_LEVEL3_CACHE_SIZE), known(_SC_NPROCESSORS_ONLN));
+}
+
+std::string request_amx() {
+  if (syscall(SYS_arch_prctl, kRequestXcompPermission, kTileData) == 0) return "";
+  return text("the system refused the tile registers (arch_prctl: %s)", std::strerror(errno));
+}
+
+}  // namespace dso

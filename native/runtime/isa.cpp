@@ -1,0 +1,88 @@
+#include "isa.hpp"
+
+#include <cstring>
+
+#include "cpu_features.hpp"
+#include "error.hpp"
+
+namespace dso {
+
+// Stand-ins for the variants that the compiler could not build (CMakeLists.txt defines these names).
+#ifdef DSO_WITHOUT_AVX2
+const Kernels* kernels_avx2() { return nullptr; }
+#endif
+#ifdef DSO_WITHOUT_AVX2_VNNI
+const Kernels* kernels_avx2_vnni() { return nullptr; }
+#endif
+#ifdef DSO_WITHOUT_AVX512
+const Kernels* kernels_avx512() { return nullptr; }
+#endif
+#ifdef DSO_WITHOUT_AVX512_VNNI
+const Kernels* kernels_avx512_vnni() { return nullptr; }
+#endif
+#ifdef DSO_WITHOUT_AVX512_BF16
+const Kernels* kernels_avx512_bf16() { return nullptr; }
+#endif
+#ifdef DSO_WITHOUT_AMX
+const Kernels* kernels_amx() { return nullptr; }
+#endif
+#ifdef DSO_WITHOUT_AMX_EMULATED
+const Kernels* kernels_amx_emulated() { return nullptr; }
+#endif
+
+namespace {
+
+constexpr uint32_t kNeedsAvx2 = kAvx2 | kFma | kF16c | kBmi2;
+constexpr uint32_t kNeedsAvx512 = kNeedsAvx2 | kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl;
+constexpr uint32_t kNeedsAvx512Bf16 = kNeedsAvx512 | kAvx512Vnni | kAvx512Bf16;
+constexpr uint32_t kNeedsAmx = kNeedsAvx512Bf16 | kAmxTile | kAmxInt8 | kAmxBf16;
+
+uint32_t features_here() {
+  static const uint32_t features = detect_features();
+  return features;
+}
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = {
+      {"avx2", kNeedsAvx2, kernels_avx2, true},
+      {"avx2-vnni", kNeedsAvx2 | kAvxVnni, kernels_avx2_vnni, true},
+      {"avx512", kNeedsAvx512, kernels_avx512, true},
+      {"avx512-vnni", kNeedsAvx512 | kAvx512Vnni, kernels_avx512_vnni, true},
+      {"avx512-bf16", kNeedsAvx512Bf16, kernels_avx512_bf16, true},
+      {"amx", kNeedsAmx, kernels_amx, true},
+      {"amx-emulated", kNeedsAvx512Bf16, kernels_amx_emulated, false},
+  };
+  return list;
+}
+
+const Isa* find_isa(const char* name) {
+  for (const Isa& isa : isas())
+    if (std::strcmp(isa.name, name) == 0) return &isa;
+  return nullptr;
+}
+
+bool runs_here(const Isa& isa) { return isa.kernels() && (isa.needs & ~features_here()) == 0; }
+
+const Kernels& choose_kernels(const char* name) {
+  if (name) {
+    const Isa* isa = find_isa(name);
+    if (!isa) {
+      std::string known;
+      for (const Isa& i : isas()) known += (known.empty() ? "" : ", ") + std::string(i.name);
+      fail(DSO_EISA, "unknown ISA \"%s\"; known: %s", name, known.c_str());
+    }
+    if (const uint32_t missing = isa->needs & ~features_here())
+      fail(DSO_EISA, "ISA \"%s\" cannot run here: this CPU or system lacks %s", name, feature_names(missing).c_str());
+    if (!isa->kernels()) fail(DSO_EISA, "ISA \"%s\" is not in this build: the compiler lacked its flags", name);
+    if (isa->needs & kAmxTile)
+      if (const std::string why = request_amx(); !why.empty()) fail(DSO_EISA, "ISA \"%s\" cannot run here: %s", name, why.c_str());
+    return *isa->kernels();
+  }
+  for (auto isa = isas().rbegin(); isa != isas().rend(); ++isa)
+    if (isa->automatic && runs_here(*isa) && (!(isa->needs & kAmxTile) || request_amx().empty())) return *isa->kernels();
+  fail(DSO_EISA, "no ISA of this build runs here: avx2 lacks %s", feature_names(kNeedsAvx2 & ~features_here()).c_str());
+}
+
+}  // namespace dso

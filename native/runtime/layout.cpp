@@ -1,0 +1,97 @@
+#include "layout.hpp"
+
+#include "error.hpp"
+
+namespace dso {
+namespace {
+constexpr int64_t kLargest = int64_t(1) << 31;  // rows, columns and widths are below it, so that products fit in int64
+}
+
+int64_t tile_bytes(int32_t format) {
+  switch (format) {
+    case DSO_F32: return 2048;
+    case DSO_BF16: return 1024;
+    case DSO_INT8: return 544;
+    case DSO_INT4: return 288;
+    case DSO_Q4_1: return 320;
+    default: return -1;
+  }
+}
+
+int64_t packed_bytes(int32_t format, int64_t rows, int64_t cols) {
+  if (tile_bytes(format) < 0 || rows < 1 || cols < 1 || rows >= kLargest || cols >= kLargest) return -1;
+  int64_t bytes;
+  if (__builtin_mul_overflow(ceil_div(rows, kTileRows) * ceil_div(cols, kTileCols), tile_bytes(format), &bytes)) return -1;
+  return bytes;
+}
+
+int64_t row_bytes(int32_t slot_kind, int64_t width) {
+  if (width < 1 || width >= kLargest) return -1;
+  const int64_t padded = round_up(width, 32), groups = padded / 32;
+  switch (slot_kind) {
+    case DSO_SLOT_F32:
+    case DSO_SLOT_LOGITS: return round_up(4 * width, 64);
+    case DSO_SLOT_BF16: return 2 * padded;
+    case DSO_SLOT_Q8: return round_up(padded + 8 * groups, 64);
+    case DSO_SLOT_Q16: return round_up(2 * padded + 8 * groups, 64);
+    default: return -1;
+  }
+}
+
+bool is_f32(int32_t slot_kind) { return slot_kind == DSO_SLOT_F32 || slot_kind == DSO_SLOT_LOGITS; }
+
+const char* format_name(int32_t format) {
+  switch (format) {
+    case DSO_F32: return "F32";
+    case DSO_BF16: return "BF16";
+    case DSO_INT8: return "INT8";
+    case DSO_INT4: return "INT4";
+    case DSO_Q4_1: return "Q4_1";
+    case DSO_VECTOR: return "VECTOR";
+    default: return "an unknown format";
+  }
+}
+
+const char* kind_name(int32_t slot_kind) {
+  switch (slot_kind) {
+    case DSO_SLOT_F32: return "F32";
+    case DSO_SLOT_BF16: return "BF16";
+    case DSO_SLOT_Q8: return "Q8";
+    case DSO_SLOT_Q16: return "Q16";
+    case DSO_SLOT_LOGITS: return "LOGITS";
+    default: return "an unknown kind";
+  }
+}
+
+bool reads(int32_t format, int32_t slot_kind) {
+  switch (format) {
+    case DSO_F32: return slot_kind == DSO_SLOT_F32;
+    case DSO_BF16: return slot_kind == DSO_SLOT_BF16;
+    case DSO_INT8:
+    case DSO_INT4:
+    case DSO_Q4_1: return slot_kind == DSO_SLOT_Q8 || slot_kind == DSO_SLOT_Q16;
+    default: return false;
+  }
+}
+
+Matrix check_matrix(const dso_weight& w, const std::string& what) {
+  if (tile_bytes(w.format) < 0) fail(DSO_EINVAL, "%s: format %d is no packed matrix format", what.c_str(), w.format);
+  const int64_t expected = packed_bytes(w.format, w.rows, w.cols);
+  if (expected < 0) fail(DSO_EINVAL, "%s: a matrix of %d x %d", what.c_str(), w.rows, w.cols);
+  if (!w.data) fail(DSO_EINVAL, "%s: data is NULL", what.c_str());
+  if (w.bytes != expected)
+    fail(DSO_EINVAL, "%s: %s of %d x %d takes %lld bytes, not %lld", what.c_str(), format_name(w.format), w.rows, w.cols,
+         (long long)expected, (long long)w.bytes);
+  return {w.format, w.rows, w.cols, static_cast<const uint8_t*>(w.data)};
+}
+
+const float* check_vector(const dso_weight& w, int64_t cols, const std::string& what) {
+  if (w.format != DSO_VECTOR) fail(DSO_EINVAL, "%s: must be a VECTOR, is %s", what.c_str(), format_name(w.format));
+  if (w.rows != 1 || w.cols != cols)
+    fail(DSO_EINVAL, "%s: must be 1 x %lld, is %d x %d", what.c_str(), (long long)cols, w.rows, w.cols);
+  if (!w.data) fail(DSO_EINVAL, "%s: data is NULL", what.c_str());
+  if (w.bytes != 4 * cols) fail(DSO_EINVAL, "%s: takes %lld bytes, not %lld", what.c_str(), (long long)(4 * cols), (long long)w.bytes);
+  return static_cast<const float*>(w.data);
+}
+
+}  // namespace dso

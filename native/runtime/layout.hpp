@@ -1,0 +1,34 @@
+// Sizes of packed weights and of slot rows, as dso.h lays them out, and the checks of what a caller hands over.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "dso.h"
+#include "kernels.hpp"
+
+namespace dso {
+
+constexpr int64_t kTileRows = 16, kTileCols = 32;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+int64_t tile_bytes(int32_t format);                               // -1: not a packed format
+int64_t packed_bytes(int32_t format, int64_t rows, int64_t cols);  // -1: not a packed format, or a bad shape
+int64_t row_bytes(int32_t slot_kind, int64_t width);               // -1: no such kind, or width < 1
+
+bool is_f32(int32_t slot_kind);  // F32 and LOGITS
+const char* format_name(int32_t format);
+const char* kind_name(int32_t slot_kind);
+
+// The activation kinds a format's product reads.
+bool reads(int32_t format, int32_t slot_kind);
+
+// Error DSO_EINVAL, beginning with `what`, unless w is a packed matrix (or, for check_vector, a VECTOR of `cols`).
+Matrix check_matrix(const dso_weight& w, const std::string& what);
+const float* check_vector(const dso_weight& w, int64_t cols, const std::string& what);
+
+inline int64_t tile_rows(const Matrix& w) { return ceil_div(w.rows, kTileRows); }
+inline int64_t tile_row_bytes(const Matrix& w) { return ceil_div(w.cols, kTileCols) * tile_bytes(w.format); }
+
+}  // namespace dso

@@ -1,0 +1,75 @@
+// What a step is to the interpreter: so many independent tasks for the batch at hand, each done by whichever thread takes it.
+// Tasks never split a sum, so results do not depend on who does what.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "batch.hpp"
+#include "kernels.hpp"
+#include "layout.hpp"
+
+namespace dso {
+
+struct Rows {  // of a slot, in this run
+  uint8_t* data;
+  int64_t stride;  // bytes
+  int64_t count;
+  uint8_t* row(int64_t i) const { return data + i * stride; }
+  float* f32(int64_t i) const { return reinterpret_cast<float*>(row(i)); }
+};
+
+struct Run {  // one dso_plan_run
+  const Kernels& kernels;
+  const int threads;
+  Batch batch;
+  std::vector<Rows> slots;
+  uint8_t* scratch = nullptr;     // of thread 0; the others' follow
+  int64_t scratch_stride = 0;
+  uint8_t* shared = nullptr;      // of the step, all threads: attention's partial results
+
+  uint8_t* thread_scratch(int thread) const { return scratch + thread * scratch_stride; }
+};
+
+class Op {
+ public:
+  virtual ~Op() = default;
+  // Called when T, R or the decode rows differ from the last run's: decides how the work is cut.
+  virtual void shape(const Run& run) = 0;
+  // Elements touched: below kSerialWork one thread does all of it while the others wait at a barrier they needed anyhow.
+  virtual int64_t work(const Run& run) const = 0;
+  virtual int64_t tasks(const Run& run) const = 0;
+  virtual void task(const Run& run, int64_t index, int thread) = 0;
+  virtual int64_t scratch_bytes(const Run&) const { return 0; }  // private to a thread
+  virtual int64_t shared_bytes(const Run&) const { return 0; }
+  // Called for every run, before it starts, by the calling thread.
+  virtual void prepare(const Run&) {}
+};
+
+constexpr int64_t kSerialWork = 8192;
+
+// Rows dealt out in blocks that are worth taking.
+class RowOp : public Op {
+ public:
+  void shape(const Run& run) override {
+    rows_ = rows(run);
+    block_ = std::clamp<int64_t>(kSerialWork / std::max<int64_t>(1, row_work()), 1, std::max<int64_t>(1, rows_ / run.threads));
+  }
+  int64_t work(const Run& run) const override { return rows(run) * row_work(); }
+  int64_t tasks(const Run&) const override { return ceil_div(rows_, block_); }
+  void task(const Run& run, int64_t index, int thread) override {
+    const int64_t end = std::min(rows_, (index + 1) * block_);
+    for (int64_t r = index * block_; r < end; ++r) row(run, r, thread);
+  }
+
+ protected:
+  virtual int64_t rows(const Run& run) const = 0;
+  virtual int64_t row_work() const = 0;
+  virtual void row(const Run& run, int64_t row, int thread) = 0;
+
+ private:
+  int64_t rows_ = 0, block_ = 1;
+};
+
+}  // namespace dso

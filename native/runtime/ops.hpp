@@ -1,0 +1,33 @@
+// From a step to its op: one maker a kind of step. Each checks all that it will rely on (Error DSO_EINVAL names the step
+// and the field), so that running needs no checks of the plan.
+#pragma once
+#include <memory>
+
+#include "op.hpp"
+#include "step_reader.hpp"
+
+namespace dso {
+
+std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
+
+// ops_elementwise.cpp
+std::unique_ptr<Op> make_embedding(StepReader& step);
+std::unique_ptr<Op> make_rms_norm(StepReader& step);
+std::unique_ptr<Op> make_add(StepReader& step);
+std::unique_ptr<Op> make_add_rms_norm(StepReader& step);
+std::unique_ptr<Op> make_convert(StepReader& step);
+std::unique_ptr<Op> make_swiglu(StepReader& step);
+std::unique_ptr<Op> make_select_rows(StepReader& step);
+std::unique_ptr<Op> make_hidden_out(StepReader& step);
+// ops_rope.cpp
+std::unique_ptr<Op> make_rope_table(StepReader& step);
+std::unique_ptr<Op> make_rope(StepReader& step);
+std::unique_ptr<Op> make_cache_write(StepReader& step);
+std::unique_ptr<Op> make_rope_cache(StepReader& step);
+// ops_attention.cpp
+std::unique_ptr<Op> make_attention(StepReader& step);
+// ops_linear.cpp
+std::unique_ptr<Op> make_linear(StepReader& step);
+std::unique_ptr<Op> make_gate_up(StepReader& step);
+
+}  // namespace dso

@@ -1,0 +1,120 @@
+// Attention over the paged cache. The last task to finish a row's heads merges its chunks, the last to finish its block of rows
+// converts them for the matrix product that follows: neither costs a barrier.
+#include "attention_schedule.hpp"
+#include "cache.hpp"
+#include "ops.hpp"
+
+namespace dso {
+namespace {
+
+class Attention final : public Op {
+ public:
+  Attention(const SlotRef& q, const SlotRef& out, std::shared_ptr<AttentionSchedule> schedule, int64_t layer, float scale)
+      : q_(q), out_(out), schedule_(std::move(schedule)), shape_(schedule_->shape), layer_(layer), scale_(scale) {}
+
+  void shape(const Run&) override {}
+  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
+  void prepare(const Run& run) override { schedule_->build(run); }
+  int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
+  int64_t scratch_bytes(const Run& run) const override { return private_at(run) + 4 * schedule_->private_floats; }
+  int64_t shared_bytes(const Run& run) const override { return parts_at(run) + 4 * schedule_->shared_floats; }
+
+  void task(const Run& run, int64_t index, int thread) override {
+    const AttentionTask& t = schedule_->tasks[index];
+    switch (t.kind) {
+      case AttentionKind::kDecode: decode(run, t, thread); break;
+      case AttentionKind::kPrefill: prefill(run, t, thread); break;
+      case AttentionKind::kEager: eager(run, t, thread); break;
+    }
+  }
+
+ private:
+  int64_t private_at(const Run& run) const { return round_up(int64_t(run.kernels.attn_scratch), 64); }
+  int64_t parts_at(const Run& run) const { return shape_.converts ? run.batch.T * staging_stride() : 0; }
+  int64_t staging_stride() const { return round_up(4 * out_.width, 64); }
+  float* private_floats(const Run& run, int thread) const {
+    return reinterpret_cast<float*>(run.thread_scratch(thread) + private_at(run));
+  }
+
+  // fp32 rows of the result: the slot's own, or staging rows.
+  Rows results(const Run& run) const {
+    return shape_.converts ? Rows{run.shared, staging_stride(), run.batch.T} : run.slots[out_.index];
+  }
+  const float* query(const Run& run, const AttentionTask& t, int64_t r) const { return head(run.slots[q_.index], run, t, r, t.h0); }
+  float* result(const Run& run, const AttentionTask& t, int64_t r, int64_t h) const { return head(results(run), run, t, r, h); }
+  float* head(const Rows& rows, const Run& run, const AttentionTask& t, int64_t r, int64_t h) const {
+    return rows.f32(run.batch.first_row[t.sequence] + r) + (t.kv_head * shape_.group() + h) * shape_.head_dim;
+  }
+  const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout; }
+  KvView view(const Run& run, const AttentionTask& t) const {
+    return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+  }
+
+  void decode(const Run& run, const AttentionTask& t, int thread) {
+    const int64_t heads = t.h1 - t.h0, chunk_floats = (t.r1 - t.r0) * heads * shape_.part_floats();
+    const int64_t context = run.batch.source->context_len[t.sequence];
+    float* parts = t.part < 0 ? private_floats(run, thread) : reinterpret_cast<float*>(run.shared + parts_at(run)) + t.part;
+    for (int64_t c = t.c0; c < t.c1; ++c)
+      run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads, t.r0, t.r1,
+                                    context, shape_.window, scale_, c, parts + (c - t.first_chunk) * chunk_floats,
+                                    run.thread_scratch(thread));
+    if (t.part >= 0 && !schedule_->last(t.merge)) return;
+    for (int64_t r = t.r0; r < t.r1; ++r)
+      for (int64_t h = 0; h < heads; ++h)
+        run.kernels.attn_merge(parts + ((r - t.r0) * heads + h) * shape_.part_floats(), chunk_floats, t.chunks, shape_.head_dim,
+                               result(run, t, r, t.h0 + h));
+    finish(run, t);
+  }
+
+  void prefill(const Run& run, const AttentionTask& t, int thread) {
+    run.kernels.attn_prefill(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, t.h1 - t.h0, t.r0, t.r1,
+                             run.batch.source->context_len[t.sequence], shape_.window, scale_, result(run, t, 0, t.h0),
+                             results(run).stride, run.thread_scratch(thread));
+    finish(run, t);
+  }
+
+  void eager(const Run& run, const AttentionTask& t, int thread) {
+    for (int64_t r = t.r0; r < t.r1; ++r) {
+      const int64_t n = run.batch.source->context_len[t.sequence] + r + 1;
+      const int64_t first = shape_.window > 0 ? std::max<int64_t>(0, n - shape_.window) : 0;
+      for (int64_t h = t.h0; h < t.h1; ++h)
+        run.kernels.attn_eager(layout(run), view(run, t), t.kv_head, head(run.slots[q_.index], run, t, r, h), n, first, scale_,
+                               private_floats(run, thread), result(run, t, r, h));
+    }
+    finish(run, t);
+  }
+
+  void finish(const Run& run, const AttentionTask& t) {
+    if (!shape_.converts || !schedule_->last(t.rows)) return;
+    for (int64_t r = run.batch.first_row[t.sequence] + t.r0, end = r + t.r1 - t.r0; r < end; ++r)
+      run.kernels.convert(out_.kind, results(run).f32(r), 0, out_.width, out_.width, run.slots[out_.index].row(r));
+  }
+
+  const SlotRef q_, out_;
+  const std::shared_ptr<AttentionSchedule> schedule_;
+  const AttentionShape shape_;
+  const int64_t layer_;
+  const float scale_;
+};
+
+}  // namespace
+
+std::unique_ptr<Op> make_attention(StepReader& s) {
+  s.takes(1, 1, 0, 0, DSO_FLAG_EAGER);
+  s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, false);
+  s.uses_shared();
+  const int64_t heads = s.positive("heads", s.step.heads);
+  if (heads % s.step.kv_heads) s.refuse("heads %d is no multiple of kv_heads %d", s.step.heads, s.step.kv_heads);
+  if (s.step.window < 0) s.refuse("window is %d", s.step.window);
+  const SlotRef q = s.in(0, kF32Only, heads * s.step.head_dim), out = s.out(0, kAnyKind, q.width, false);
+  if (q.selected) s.refuse("in[0], slot %d, holds selected rows", q.index);
+  if (out.index == q.index) s.refuse("out[0] is in[0]");
+
+  const AttentionShape shape{heads, s.step.kv_heads, s.step.head_dim, s.step.window, (s.step.flags & DSO_FLAG_EAGER) != 0, !is_f32(out.kind)};
+  auto& known = s.plan().schedules;
+  auto alike = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k->shape == shape; });
+  if (alike == known.end()) alike = known.insert(known.end(), std::make_shared<AttentionSchedule>(shape));
+  return std::make_unique<Attention>(q, out, *alike, s.step.layer, s.step.scale);
+}
+
+}  // namespace dso

@@ -1,0 +1,233 @@
+// Steps that treat each row alone: embedding, norms, sums, conversions, SwiGLU, copies of rows.
+#include <cstring>
+
+#include "ops.hpp"
+
+namespace dso {
+namespace {
+
+class RowsOf : public RowOp {  // one row of work for each row of `like`
+ public:
+  explicit RowsOf(const SlotRef& like) : like_(like) {}
+
+ protected:
+  int64_t rows(const Run& run) const override { return run.slots[like_.index].count; }
+  int64_t row_work() const override { return like_.width; }
+  static const float* at(const Run& run, const SlotRef& s, int64_t row) { return run.slots[s.index].f32(row); }
+  static float* f32(const Run& run, const SlotRef& s, int64_t row) { return run.slots[s.index].f32(row); }
+  static uint8_t* raw(const Run& run, const SlotRef& s, int64_t row) { return run.slots[s.index].row(row); }
+
+  const SlotRef like_;
+};
+
+class Embedding final : public RowsOf {
+ public:
+  Embedding(const Matrix& table, const SlotRef& out, float scale) : RowsOf(out), table_(table), scale_(scale) {}
+
+ private:
+  void row(const Run& run, int64_t r, int) override {
+    float* out = f32(run, like_, r);
+    if (const float* given = run.batch.source->inputs_embeds) {
+      const int64_t n = like_.width;
+      for (int64_t i = 0; i < n; ++i) out[i] = given[r * n + i] * scale_;
+    } else {
+      run.kernels.embed_row(table_, run.batch.source->token_ids[r], scale_, out);
+    }
+  }
+  const Matrix table_;
+  const float scale_;
+};
+
+// norm(x) into a row of any kind, by way of fp32.
+class Norm {
+ public:
+  Norm(const float* weight, float eps, const SlotRef& out) : weight_(weight), eps_(eps), out_(out) {}
+  int64_t scratch_bytes() const { return is_f32(out_.kind) ? 0 : 4 * out_.width; }
+  void operator()(const Run& run, const float* x, int64_t r, int thread) const {
+    uint8_t* out = run.slots[out_.index].row(r);
+    if (is_f32(out_.kind)) return run.kernels.rms_norm(x, weight_, out_.width, eps_, reinterpret_cast<float*>(out));
+    float* normed = reinterpret_cast<float*>(run.thread_scratch(thread));
+    run.kernels.rms_norm(x, weight_, out_.width, eps_, normed);
+    run.kernels.convert(out_.kind, normed, 0, out_.width, out_.width, out);
+  }
+
+ private:
+  const float* weight_;
+  const float eps_;
+  const SlotRef out_;
+};
+
+class RmsNorm final : public RowsOf {
+ public:
+  RmsNorm(const SlotRef& in, const Norm& norm) : RowsOf(in), norm_(norm) {}
+  int64_t scratch_bytes(const Run&) const override { return norm_.scratch_bytes(); }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override { norm_(run, at(run, like_, r), r, thread); }
+  const Norm norm_;
+};
+
+class HeadNorm final : public RowsOf {
+ public:
+  HeadNorm(const SlotRef& in, const SlotRef& out, const float* weight, int64_t heads, int64_t head_dim, float eps)
+      : RowsOf(in), out_(out), weight_(weight), heads_(heads), head_dim_(head_dim), eps_(eps) {}
+
+ private:
+  void row(const Run& run, int64_t r, int) override {
+    for (int64_t h = 0; h < heads_; ++h)
+      run.kernels.rms_norm(at(run, like_, r) + h * head_dim_, weight_, head_dim_, eps_, f32(run, out_, r) + h * head_dim_);
+  }
+  const SlotRef out_;
+  const float* weight_;
+  const int64_t heads_, head_dim_;
+  const float eps_;
+};
+
+class Add final : public RowsOf {
+ public:
+  Add(const SlotRef& a, const SlotRef& b, const SlotRef& out) : RowsOf(out), a_(a), b_(b) {}
+
+ private:
+  void row(const Run& run, int64_t r, int) override {
+    run.kernels.add(at(run, a_, r), at(run, b_, r), like_.width, f32(run, like_, r));
+  }
+  const SlotRef a_, b_;
+};
+
+class AddRmsNorm final : public RowsOf {
+ public:
+  AddRmsNorm(const SlotRef& residual, const SlotRef& delta, const SlotRef& sum, const Norm& norm)
+      : RowsOf(sum), residual_(residual), delta_(delta), norm_(norm) {}
+  int64_t scratch_bytes(const Run&) const override { return norm_.scratch_bytes(); }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override {
+    float* sum = f32(run, like_, r);
+    run.kernels.add(at(run, residual_, r), at(run, delta_, r), like_.width, sum);
+    norm_(run, sum, r, thread);
+  }
+  const SlotRef residual_, delta_;
+  const Norm norm_;
+};
+
+class Convert final : public RowsOf {
+ public:
+  Convert(const SlotRef& in, const SlotRef& out) : RowsOf(in), out_(out) {}
+
+ private:
+  void row(const Run& run, int64_t r, int) override {
+    run.kernels.convert(out_.kind, at(run, like_, r), 0, like_.width, like_.width, raw(run, out_, r));
+  }
+  const SlotRef out_;
+};
+
+class SwiGlu final : public RowsOf {
+ public:
+  SwiGlu(const SlotRef& gate, const SlotRef& up, const SlotRef& out) : RowsOf(gate), up_(up), out_(out) {}
+  int64_t scratch_bytes(const Run&) const override { return is_f32(out_.kind) ? 0 : 4 * like_.width; }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override {
+    const int64_t n = like_.width;
+    float* h = is_f32(out_.kind) ? f32(run, out_, r) : reinterpret_cast<float*>(run.thread_scratch(thread));
+    run.kernels.swiglu(at(run, like_, r), at(run, up_, r), n, h);
+    if (!is_f32(out_.kind)) run.kernels.convert(out_.kind, h, 0, n, n, raw(run, out_, r));
+  }
+  const SlotRef up_, out_;
+};
+
+class SelectRows final : public RowsOf {
+ public:
+  SelectRows(const SlotRef& in, const SlotRef& out) : RowsOf(out), in_(in) {}
+
+ private:
+  void row(const Run& run, int64_t r, int) override {
+    std::memcpy(f32(run, like_, r), at(run, in_, run.batch.source->logit_rows[r]), 4 * like_.width);
+  }
+  const SlotRef in_;
+};
+
+class HiddenOut final : public RowsOf {
+ public:
+  HiddenOut(const SlotRef& in, int64_t index) : RowsOf(in), index_(index) {}
+
+ private:
+  int64_t rows(const Run& run) const override { return run.batch.source->hidden ? run.batch.T : 0; }
+  void row(const Run& run, int64_t r, int) override {
+    std::memcpy(run.batch.source->hidden + (index_ * run.batch.T + r) * like_.width, at(run, like_, r), 4 * like_.width);
+  }
+  const int64_t index_;
+};
+
+float checked_eps(const StepReader& s) {
+  if (!(s.step.eps >= 0 && s.step.eps < 1)) s.refuse("eps is %g", double(s.step.eps));
+  return s.step.eps;
+}
+
+}  // namespace
+
+std::unique_ptr<Op> make_embedding(StepReader& s) {
+  s.takes(0, 1, 1, 0, 0);
+  const Matrix table = s.matrix(0);
+  const SlotRef out = s.out(0, kF32Only, table.cols, false);
+  BatchNeeds& needs = s.plan().needs;
+  needs.vocab = std::min<int64_t>(needs.token_ids ? needs.vocab : s.plan().vocab_size, table.rows);
+  needs.token_ids = true;
+  return std::make_unique<Embedding>(table, out, s.step.scale);
+}
+
+std::unique_ptr<Op> make_rms_norm(StepReader& s) {
+  s.takes(1, 1, 1, 0, 0);
+  if (s.step.heads > 0) {
+    const int64_t head_dim = s.positive("head_dim", s.step.head_dim), heads = s.positive("heads", s.step.heads);
+    const SlotRef in = s.in(0, kF32Only, heads * head_dim), out = s.out(0, kF32Only, in.width, in.selected);
+    return std::make_unique<HeadNorm>(in, out, s.vector('w', 0, head_dim), heads, head_dim, checked_eps(s));
+  }
+  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, in.width, in.selected);
+  return std::make_unique<RmsNorm>(in, Norm(s.vector('w', 0, in.width), checked_eps(s), out));
+}
+
+std::unique_ptr<Op> make_add(StepReader& s) {
+  s.takes(2, 1, 0, 0, 0);
+  const SlotRef a = s.in(0, kF32Only), b = s.in(1, kF32Only, a.width), out = s.out(0, kF32Only, a.width, a.selected);
+  if (a.selected != b.selected) s.refuse("in[0] and in[1] hold different rows");
+  return std::make_unique<Add>(a, b, out);
+}
+
+std::unique_ptr<Op> make_add_rms_norm(StepReader& s) {
+  s.takes(2, 2, 1, 0, 0);
+  const SlotRef residual = s.in(0, kF32Only), delta = s.in(1, kF32Only, residual.width);
+  const SlotRef sum = s.out(0, kF32Only, residual.width, residual.selected), out = s.out(1, kAnyKind, residual.width, residual.selected);
+  if (residual.selected != delta.selected) s.refuse("in[0] and in[1] hold different rows");
+  return std::make_unique<AddRmsNorm>(residual, delta, sum, Norm(s.vector('w', 0, residual.width), checked_eps(s), out));
+}
+
+std::unique_ptr<Op> make_convert(StepReader& s) {
+  s.takes(1, 1, 0, 0, 0);
+  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kConverted, in.width, in.selected);
+  return std::make_unique<Convert>(in, out);
+}
+
+std::unique_ptr<Op> make_swiglu(StepReader& s) {
+  s.takes(2, 1, 0, 0, 0);
+  const SlotRef gate = s.in(0, kF32Only), up = s.in(1, kF32Only, gate.width), out = s.out(0, kAnyKind, gate.width, gate.selected);
+  if (gate.selected != up.selected) s.refuse("in[0] and in[1] hold different rows");
+  return std::make_unique<SwiGlu>(gate, up, out);
+}
+
+std::unique_ptr<Op> make_select_rows(StepReader& s) {
+  s.takes(1, 1, 0, 0, 0);
+  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kF32Only, in.width, true);
+  if (in.selected) s.refuse("in[0], slot %d, holds selected rows already", in.index);
+  return std::make_unique<SelectRows>(in, out);
+}
+
+std::unique_ptr<Op> make_hidden_out(StepReader& s) {
+  s.takes(1, 0, 0, 0, 0);
+  const SlotRef in = s.in(0, kF32Only);
+  if (in.selected) s.refuse("in[0], slot %d, holds selected rows", in.index);
+  if (s.step.layer < 0) s.refuse("layer (the index) is %d", s.step.layer);
+  return std::make_unique<HiddenOut>(in, s.step.layer);
+}
+
+}  // namespace dso

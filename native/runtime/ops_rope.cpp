@@ -1,0 +1,165 @@
+// Rotary positions, and keys and values on their way to the cache.
+#include <cmath>
+
+#include "cache.hpp"
+#include "ops.hpp"
+
+namespace dso {
+namespace {
+
+// cos | sin of position * inverse frequency. The angle is the fp32 product, as in Transformers; cos and sin of that fp32
+// number are rounded once, from double.
+class RopeTable final : public RowOp {
+ public:
+  RopeTable(const float* frequencies, const SlotRef& out, float scale) : frequencies_(frequencies), out_(out), scale_(scale) {}
+
+ private:
+  int64_t rows(const Run& run) const override { return run.batch.T; }
+  int64_t row_work() const override { return 16 * out_.width; }  // a sine is far dearer than a sum
+  void row(const Run& run, int64_t r, int) override {
+    float* out = run.slots[out_.index].f32(r);
+    const int64_t half = out_.width / 2;
+    const float position = float(run.batch.source->positions[r]);
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = position * frequencies_[i];
+      out[i] = float(std::cos(double(angle))) * scale_;
+      out[half + i] = float(std::sin(double(angle))) * scale_;
+    }
+  }
+  const float* frequencies_;
+  const SlotRef out_;
+  const float scale_;
+};
+
+struct Rotation {
+  SlotRef table;
+  int64_t heads, head_dim;
+  bool interleaved;
+  void operator()(const Run& run, int64_t row, const float* x, int64_t n_heads, float* out) const {
+    run.kernels.rope(x, run.slots[table.index].f32(row), n_heads, head_dim, table.width, interleaved, out);
+  }
+};
+
+class Rope final : public RowOp {
+ public:
+  Rope(const SlotRef& in, const SlotRef& out, const Rotation& rotate) : in_(in), out_(out), rotate_(rotate) {}
+
+ private:
+  int64_t rows(const Run& run) const override { return run.batch.T; }
+  int64_t row_work() const override { return in_.width; }
+  void row(const Run& run, int64_t r, int) override {
+    rotate_(run, r, run.slots[in_.index].f32(r), rotate_.heads, run.slots[out_.index].f32(r));
+  }
+  const SlotRef in_, out_;
+  const Rotation rotate_;
+};
+
+// Tasks are pieces of sequences that lie in one cache block, so that no two threads write to one block.
+class CacheOp : public Op {
+ public:
+  CacheOp(const SlotRef& key, const SlotRef& value, int64_t layer, int64_t kv_heads)
+      : key_(key), value_(value), layer_(layer), kv_heads_(kv_heads) {}
+  void shape(const Run&) override {}
+  int64_t work(const Run& run) const override { return run.batch.T * (key_.width + value_.width); }
+  int64_t tasks(const Run& run) const override { return int64_t(run.batch.pieces.size()); }
+
+ protected:
+  void write(const Run& run, const Piece& p, const float* key, int64_t key_stride) const {
+    const dso_cache& cache = *run.batch.source->cache;
+    const Rows& value = run.slots[value_.index];
+    run.kernels.kv_write(cache.layout, cache.view(layer_, run.batch.table(p.sequence)), p.position, p.rows, key, key_stride,
+                         value.f32(p.row), value.stride, 0, kv_heads_);
+  }
+  const SlotRef key_, value_;
+
+ private:
+  const int64_t layer_, kv_heads_;
+};
+
+class CacheWrite final : public CacheOp {
+ public:
+  using CacheOp::CacheOp;
+  void task(const Run& run, int64_t index, int) override {
+    const Piece& p = run.batch.pieces[index];
+    const Rows& key = run.slots[key_.index];
+    write(run, p, key.f32(p.row), key.stride);
+  }
+};
+
+class RopeCache final : public CacheOp {
+ public:
+  RopeCache(const SlotRef& q, const SlotRef& key, const SlotRef& value, const SlotRef& out, int64_t layer, int64_t kv_heads,
+            const Rotation& rotate)
+      : CacheOp(key, value, layer, kv_heads), q_(q), out_(out), kv_heads_(kv_heads), rotate_(rotate) {}
+  int64_t work(const Run& run) const override { return CacheOp::work(run) + run.batch.T * q_.width; }
+  int64_t scratch_bytes(const Run&) const override { return DSO_BLOCK_TOKENS * key_.width * 4; }
+  void task(const Run& run, int64_t index, int thread) override {
+    const Piece& p = run.batch.pieces[index];
+    float* rotated = reinterpret_cast<float*>(run.thread_scratch(thread));
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const int64_t r = p.row + i;
+      rotate_(run, r, run.slots[q_.index].f32(r), rotate_.heads, run.slots[out_.index].f32(r));
+      rotate_(run, r, run.slots[key_.index].f32(r), kv_heads_, rotated + i * key_.width);
+    }
+    write(run, p, rotated, 4 * key_.width);
+  }
+
+ private:
+  const SlotRef q_, out_;
+  const int64_t kv_heads_;
+  const Rotation rotate_;
+};
+
+SlotRef token_rows(StepReader& s, int i, int64_t width = 0) {
+  const SlotRef slot = s.in(i, kF32Only, width);
+  if (slot.selected) s.refuse("in[%d], slot %d, holds selected rows", i, slot.index);
+  return slot;
+}
+
+Rotation rotation(StepReader& s, int table) {
+  const int64_t heads = s.positive("heads", s.step.heads), head_dim = s.positive("head_dim", s.step.head_dim);
+  const SlotRef t = token_rows(s, table);
+  if (t.width > head_dim || t.width % 2) s.refuse("in[%d], the table, has width %lld for a head_dim of %lld", table, (long long)t.width, (long long)head_dim);
+  return {t, heads, head_dim, (s.step.flags & DSO_FLAG_INTERLEAVED) != 0};
+}
+
+}  // namespace
+
+std::unique_ptr<Op> make_rope_table(StepReader& s) {
+  s.takes(0, 1, 1, 0, 0);
+  const int32_t index = s.step.out[0];
+  const int64_t width = index >= 0 && index < s.plan().n_slots ? s.plan().slots[index].width : 2;
+  const SlotRef out = s.out(0, kF32Only, width, false);
+  if (width % 2) s.refuse("out[0] has odd width %lld", (long long)width);
+  s.plan().needs.positions = true;
+  return std::make_unique<RopeTable>(s.vector('w', 0, width / 2), out, s.step.scale);
+}
+
+std::unique_ptr<Op> make_rope(StepReader& s) {
+  s.takes(2, 1, 0, 0, DSO_FLAG_INTERLEAVED);
+  const Rotation rotate = rotation(s, 1);
+  const SlotRef in = token_rows(s, 0, rotate.heads * rotate.head_dim), out = s.out(0, kF32Only, in.width, false);
+  s.alias_only(out, in);
+  return std::make_unique<Rope>(in, out, rotate);
+}
+
+std::unique_ptr<Op> make_cache_write(StepReader& s) {
+  s.takes(2, 0, 0, 0, 0);
+  s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, true);
+  const int64_t width = int64_t(s.step.kv_heads) * s.step.head_dim;
+  const SlotRef key = token_rows(s, 0, width), value = token_rows(s, 1, width);
+  return std::make_unique<CacheWrite>(key, value, s.step.layer, s.step.kv_heads);
+}
+
+std::unique_ptr<Op> make_rope_cache(StepReader& s) {
+  s.takes(4, 1, 0, 0, DSO_FLAG_INTERLEAVED);
+  s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, true);
+  const Rotation rotate = rotation(s, 3);
+  const int64_t kv_width = int64_t(s.step.kv_heads) * s.step.head_dim;
+  const SlotRef q = token_rows(s, 0, rotate.heads * rotate.head_dim), key = token_rows(s, 1, kv_width), value = token_rows(s, 2, kv_width);
+  const SlotRef out = s.out(0, kF32Only, q.width, false);
+  s.alias_only(out, q);
+  return std::make_unique<RopeCache>(q, key, value, out, s.step.layer, s.step.kv_heads, rotate);
+}
+
+}  // namespace dso

@@ -1,0 +1,225 @@
+#include "plan.hpp"
+
+#include <chrono>
+
+#include "error.hpp"
+#include "ops.hpp"
+
+using namespace dso;
+
+namespace {
+
+constexpr int32_t kMostSteps = 1 << 20, kMostSlots = 1 << 20;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) {
+  if (s.kind == DSO_SLOT_LOGITS) return 0;  // the caller's
+  return round_up(row_bytes(s.kind, s.width) * (s.selected ? R : T), 64);
+}
+
+void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
+  for (int32_t i = 0; i < n; ++i) {
+    const dso_slot& s = slots[i];
+    if (row_bytes(s.kind, 32) < 0) fail(DSO_EINVAL, "slot %d: kind %d is unknown", i, s.kind);
+    if (row_bytes(s.kind, s.width) < 0) fail(DSO_EINVAL, "slot %d: width is %d", i, s.width);
+    if (s.selected != 0 && s.selected != 1) fail(DSO_EINVAL, "slot %d: selected is %d", i, s.selected);
+    if (s.kind == DSO_SLOT_LOGITS && (s.width != vocab_size || !s.selected))
+      fail(DSO_EINVAL, "slot %d: LOGITS must be selected rows of vocab_size %d, not width %d", i, vocab_size, s.width);
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<Op> dso::make_op(StepReader& s) {
+  switch (s.step.op) {
+    case DSO_OP_EMBEDDING: return make_embedding(s);
+    case DSO_OP_RMS_NORM: return make_rms_norm(s);
+    case DSO_OP_ADD: return make_add(s);
+    case DSO_OP_ADD_RMS_NORM: return make_add_rms_norm(s);
+    case DSO_OP_CONVERT: return make_convert(s);
+    case DSO_OP_LINEAR: return make_linear(s);
+    case DSO_OP_ROPE_TABLE: return make_rope_table(s);
+    case DSO_OP_ROPE: return make_rope(s);
+    case DSO_OP_CACHE_WRITE: return make_cache_write(s);
+    case DSO_OP_ROPE_CACHE: return make_rope_cache(s);
+    case DSO_OP_ATTENTION: return make_attention(s);
+    case DSO_OP_SWIGLU: return make_swiglu(s);
+    case DSO_OP_GATE_UP: return make_gate_up(s);
+    case DSO_OP_SELECT_ROWS: return make_select_rows(s);
+    case DSO_OP_HIDDEN_OUT: return make_hidden_out(s);
+    default: s.refuse("op %d is unknown", s.step.op);
+  }
+}
+
+dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,
+                   const dso_weight* weights, int32_t n_weights, int32_t vocab_size)
+    : context_(std::move(context)), run_{context_->kernels, context_->pool.threads(), {}, {}} {
+  if (n_steps < 1 || n_steps > kMostSteps || !steps) fail(DSO_EINVAL, "steps: %d of them", n_steps);
+  if (n_slots < 1 || n_slots > kMostSlots || !slots) fail(DSO_EINVAL, "slots: %d of them", n_slots);
+  if (n_weights < 0 || (n_weights > 0 && !weights)) fail(DSO_EINVAL, "weights: %d of them", n_weights);
+  if (vocab_size < 1) fail(DSO_EINVAL, "vocab_size is %d", vocab_size);
+  check_slots(slots, n_slots, vocab_size);
+  slots_.assign(slots, slots + n_slots);
+
+  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}};
+  for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
+  for (int32_t i = 0; i < n_steps; ++i) {
+    StepReader reader(source, steps[i], i);
+    std::unique_ptr<Op> op = make_op(reader);
+    reader.done();
+    steps_.push_back({std::move(op), std::move(reader.reads), std::move(reader.writes)});
+  }
+  needs_ = source.needs;
+  resources_ = n_slots + 1 + int32_t(needs_.layers);
+  run_.slots.resize(n_slots);
+  tickets_ = std::vector<Ticket>(n_steps);
+  step_ends_.resize(n_steps);
+}
+
+int64_t dso_plan::buffer_bytes(int64_t T, int64_t R) const {
+  int64_t bytes = 0;
+  for (const dso_slot& s : slots_) bytes += slot_bytes(s, T, R);
+  return bytes;
+}
+
+// Where the slots, the shared memory and the threads' scratch lie; the sizes of the latter follow from the batch.
+void dso_plan::place(int64_t T, int64_t R) {
+  int64_t shared = 0, scratch = 64;
+  for (const Step& s : steps_) {
+    shared = std::max(shared, s.op->shared_bytes(run_));
+    scratch = std::max(scratch, s.op->scratch_bytes(run_));
+  }
+  const int64_t slots = round_up(buffer_bytes(T, R), 4096), shared_at = slots;
+  run_.scratch_stride = round_up(scratch, 4096);
+  const int64_t scratch_at = round_up(shared_at + shared, 4096);
+  arena_.reserve(scratch_at + run_.scratch_stride * run_.threads);
+  int64_t at = 0;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const dso_slot& s = slots_[i];
+    run_.slots[i] = {arena_.data() + at, row_bytes(s.kind, s.width), s.selected ? R : T};
+    at += slot_bytes(s, T, R);
+  }
+  run_.shared = arena_.data() + shared_at;
+  run_.scratch = arena_.data() + scratch_at;
+}
+
+void dso_plan::reserve(int64_t T, int64_t R) {
+  if (T < 0 || R < 0 || R > T) fail(DSO_EINVAL, "reserve: T is %lld, R is %lld", (long long)T, (long long)R);
+  ThreadPool::Lease lease(context_->pool);
+  arena_.reserve(buffer_bytes(T, R));
+}
+
+void dso_plan::reshape() {
+  const Batch& b = run_.batch;
+  const Shape shape{b.T, b.R, b.decode_rows, b.decode_logits, b.source->hidden != nullptr};
+  if (shape == shape_) return;
+  shape_ = {};  // until all of it is done
+  for (size_t i = 0; i < slots_.size(); ++i) run_.slots[i].count = slots_[i].selected ? b.R : b.T;
+  for (Step& s : steps_) s.op->shape(run_);
+  make_intervals();
+  shape_ = shape;
+}
+
+// A step joins the interval unless it reads what another in it writes, or writes what another reads or writes; one with
+// little work is done by whoever opens the interval, so only steps of that sort may go before it there.
+void dso_plan::make_intervals() {
+  intervals_.clear();
+  std::vector<bool> read(resources_), written(resources_);  // by the parallel steps of the interval
+  for (int32_t i = 0; i < int32_t(steps_.size()); ++i) {
+    const Step& s = steps_[i];
+    if (s.op->tasks(run_) == 0) continue;  // such as hidden states that nobody asked for
+    const bool serial = s.op->work(run_) < kSerialWork;
+    bool meet = intervals_.empty() || (serial && intervals_.back().parallel < intervals_.back().end);
+    for (int32_t r : s.reads) meet |= written[r];
+    for (int32_t w : s.writes) meet |= written[w] || read[w];
+    if (meet) {
+      intervals_.push_back({i, i, i});
+      read.assign(resources_, false);
+      written.assign(resources_, false);
+    }
+    Interval& interval = intervals_.back();
+    interval.end = i + 1;
+    if (serial) {
+      interval.parallel = i + 1;
+      continue;
+    }
+    for (int32_t r : s.reads) read[r] = true;
+    for (int32_t w : s.writes) written[w] = true;
+  }
+}
+
+void dso_plan::run(const dso_batch& batch) {
+  ThreadPool::Lease lease(context_->pool);
+  run_.batch.set(batch, needs_);
+  for (Step& s : steps_) s.op->prepare(run_);
+  reshape();
+  place(run_.batch.T, run_.batch.R);
+  for (size_t i = 0; i < slots_.size(); ++i)
+    if (slots_[i].kind == DSO_SLOT_LOGITS)
+      run_.slots[i] = {reinterpret_cast<uint8_t*>(batch.logits), 4 * int64_t(slots_[i].width), run_.batch.R};
+
+  if (intervals_.empty()) return;
+  if (timing_) mark_ = now();
+  open(intervals_.front());
+  lease.team().run([&](int thread) { walk(lease.team(), thread); });
+  if (timing_) {
+    close(intervals_.back());
+    ++runs_;
+  }
+}
+
+void dso_plan::walk(Team& team, int thread) {
+  for (size_t i = 0; i < intervals_.size(); ++i) {
+    if (i > 0)
+      team.barrier.arrive([&] {
+        if (timing_) close(intervals_[i - 1]);
+        open(intervals_[i]);
+      });
+    share(intervals_[i], thread);
+  }
+}
+
+void dso_plan::open(const Interval& interval) {
+  for (int32_t i = interval.begin; i < interval.parallel; ++i) {
+    Step& s = steps_[i];
+    for (int64_t t = 0, n = s.op->tasks(run_); t < n; ++t) s.op->task(run_, t, 0);  // thread 0's scratch: it is waiting or us
+    if (timing_) {
+      const double end = now();
+      s.seconds += end - mark_;
+      mark_ = end;
+    }
+  }
+  for (int32_t i = interval.parallel; i < interval.end; ++i) tickets_[i - interval.parallel].next.store(0, std::memory_order_relaxed);
+}
+
+void dso_plan::share(const Interval& interval, int thread) {
+  for (int32_t i = interval.parallel; i < interval.end; ++i) {
+    Op& op = *steps_[i].op;
+    std::atomic<int64_t>& next = tickets_[i - interval.parallel].next;
+    for (int64_t n = op.tasks(run_), t; (t = next.fetch_add(1, std::memory_order_relaxed)) < n;) op.task(run_, t, thread);
+    if (timing_ && thread == 0) step_ends_[i - interval.parallel] = now();
+  }
+}
+
+void dso_plan::close(const Interval& interval) {
+  for (int32_t i = interval.parallel; i < interval.end; ++i) {
+    const double end = i + 1 < interval.end ? step_ends_[i - interval.parallel] : now();
+    steps_[i].seconds += end - mark_;
+    mark_ = end;
+  }
+}
+
+void dso_plan::set_timing(bool on) {
+  ThreadPool::Lease lease(context_->pool);
+  timing_ = on;
+  if (!on) return;
+  runs_ = 0;
+  for (Step& s : steps_) s.seconds = 0;
+}
+
+void dso_plan::timing(double* seconds_per_step, int64_t* runs) const {
+  ThreadPool::Lease lease(context_->pool);
+  for (size_t i = 0; i < steps_.size(); ++i) seconds_per_step[i] = steps_[i].seconds;
+  *runs = runs_;
+}

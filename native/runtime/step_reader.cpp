@@ -1,0 +1,125 @@
+#include "step_reader.hpp"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+
+#include "error.hpp"
+#include "layout.hpp"
+
+namespace dso {
+namespace {
+
+const char* op_name(int32_t op) {
+  static constexpr const char* names[] = {"EMBEDDING", "RMS_NORM", "ADD", "ADD_RMS_NORM", "CONVERT", "LINEAR", "ROPE_TABLE", "ROPE",
+                                          "CACHE_WRITE", "ROPE_CACHE", "ATTENTION", "SWIGLU", "GATE_UP", "SELECT_ROWS", "HIDDEN_OUT"};
+  return op >= 1 && op <= 15 ? names[op - 1] : "unknown op";
+}
+
+bool allowed(SlotKinds kinds, int32_t kind) {
+  const bool integer = kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16;
+  switch (kinds) {
+    case kF32Only: return is_f32(kind);
+    case kInteger: return integer;
+    case kConverted: return integer || kind == DSO_SLOT_BF16;
+    case kAnyKind: return kind != DSO_SLOT_LOGITS;
+  }
+  return false;
+}
+
+}  // namespace
+
+StepReader::StepReader(PlanSource& plan, const dso_step& step, int32_t index) : step(step), plan_(plan), index_(index) {}
+
+std::string StepReader::name() const { return text("step %d (%s)", index_, op_name(step.op)); }
+
+void StepReader::refuse(const char* format, ...) const {
+  char message[512];
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(message, sizeof message, format, args);
+  va_end(args);
+  fail(DSO_EINVAL, "%s: %s", name().c_str(), message);
+}
+
+SlotRef StepReader::slot(const char* field, int i, int32_t index, SlotKinds kinds) const {
+  if (index < 0 || index >= plan_.n_slots) refuse("%s[%d] is slot %d, the plan has %d", field, i, index, plan_.n_slots);
+  const dso_slot& s = plan_.slots[index];
+  if (!allowed(kinds, s.kind)) refuse("%s[%d] may not be %s (slot %d)", field, i, kind_name(s.kind), index);
+  return {index, s.kind, s.width, s.selected != 0};
+}
+
+SlotRef StepReader::in(int i, SlotKinds kinds, int64_t width) {
+  const SlotRef s = slot("in", i, step.in[i], kinds);
+  if (width && s.width != width) refuse("in[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+  if (!plan_.written[s.index]) refuse("in[%d] is slot %d, which no earlier step fills", i, s.index);
+  reads.push_back(s.index);
+  return s;
+}
+
+SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected) {
+  const SlotRef s = slot("out", i, step.out[i], kinds);
+  if (s.width != width) refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+  if (s.selected != selected) refuse("out[%d], slot %d, must hold %s rows", i, s.index, selected ? "the selected" : "all");
+  if (std::find(writes.begin(), writes.end(), s.index) != writes.end()) refuse("out[%d] is slot %d, as another out is", i, s.index);
+  writes.push_back(s.index);
+  return s;
+}
+
+const dso_weight& StepReader::weight(char field, int i) const {
+  const int32_t index = (field == 'w' ? step.w : step.b)[i];
+  if (index < 0 || index >= plan_.n_weights) refuse("%c[%d] is weight %d, the plan has %d", field, i, index, plan_.n_weights);
+  return plan_.weights[index];
+}
+
+Matrix StepReader::matrix(int i) const { return check_matrix(weight('w', i), name() + text(": w[%d] (weight %d)", i, step.w[i])); }
+
+const float* StepReader::vector(int field, int i, int64_t cols) const {
+  const int32_t index = (field == 'w' ? step.w : step.b)[i];
+  return check_vector(weight(char(field), i), cols, name() + text(": %c[%d] (weight %d)", field, i, index));
+}
+
+const float* StepReader::bias(int i, int64_t rows) const { return step.b[i] == -1 ? nullptr : vector('b', i, rows); }
+
+int32_t StepReader::positive(const char* field, int32_t value) const {
+  if (value < 1 || value > (1 << 24)) refuse("%s is %d", field, value);
+  return value;
+}
+
+void StepReader::attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes_cache) {
+  BatchNeeds& needs = plan_.needs;
+  if (layer < 0 || layer >= 65536) refuse("layer is %d", layer);
+  positive("kv_heads", kv_heads);
+  positive("head_dim", head_dim);
+  if (needs.layers > 0 && (needs.kv_heads != kv_heads || needs.head_dim != head_dim))
+    refuse("kv_heads %d of %d, but an earlier step uses %lld of %lld, and the cache has one shape", kv_heads, head_dim,
+           (long long)needs.kv_heads, (long long)needs.head_dim);
+  needs.kv_heads = kv_heads;
+  needs.head_dim = head_dim;
+  needs.layers = std::max<int64_t>(needs.layers, layer + 1);
+  (writes_cache ? writes : reads).push_back(shared_resource() + 1 + layer);
+}
+
+void StepReader::takes(int ins, int outs, int ws, int bs, int32_t flags) const {
+  auto absent = [this](const char* field, const int32_t* values, int from, int to) {
+    for (int i = from; i < to; ++i)
+      if (values[i] != -1) refuse("%s[%d] is %d, and must be -1: the op does not take it", field, i, values[i]);
+  };
+  absent("in", step.in, ins, 4);
+  absent("out", step.out, outs, 3);
+  absent("w", step.w, ws, 3);
+  absent("b", step.b, bs, 3);
+  if (step.flags & ~flags) refuse("flags are %d", step.flags);
+}
+
+void StepReader::alias_only(const SlotRef& out, const SlotRef& in) {
+  if (out.index == in.index) return;
+  if (std::find(reads.begin(), reads.end(), out.index) != reads.end()) refuse("slot %d is both an input and an out", out.index);
+}
+
+void StepReader::done() {
+  for (int32_t w : writes)
+    if (w < plan_.n_slots) plan_.written[w] = true;
+}
+
+}  // namespace dso

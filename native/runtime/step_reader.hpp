@@ -1,0 +1,68 @@
+// Reads one dso_step and checks every field it is asked for; what a step reads and writes is noted for the interpreter.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "batch.hpp"
+#include "dso.h"
+#include "kernels.hpp"
+
+namespace dso {
+
+class AttentionSchedule;
+
+struct PlanSource {  // what dso_plan_create was given, and what the steps have asked of batches so far
+  const dso_slot* slots;
+  int32_t n_slots;
+  const dso_weight* weights;
+  int32_t n_weights;
+  int32_t vocab_size;
+  BatchNeeds needs;
+  std::vector<bool> written;  // slots that an earlier step fills
+  std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike
+};
+
+struct SlotRef {
+  int32_t index = -1, kind = 0;
+  int64_t width = 0;
+  bool selected = false;
+};
+
+enum SlotKinds { kF32Only, kInteger, kConverted, kAnyKind };  // kConverted: BF16, Q8, Q16
+
+class StepReader {
+ public:
+  StepReader(PlanSource& plan, const dso_step& step, int32_t index);
+
+  const dso_step& step;
+
+  SlotRef in(int i, SlotKinds kinds, int64_t width = 0);                   // width 0: any
+  SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected);
+  Matrix matrix(int i) const;
+  const float* vector(int field_w_or_b, int i, int64_t cols) const;        // 'w' or 'b'
+  const float* bias(int i, int64_t rows) const;                            // null where b[i] is -1
+  bool has_weight(int i) const { return step.w[i] != -1; }
+  int32_t positive(const char* field, int32_t value) const;
+  void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
+  void uses_shared() { writes.push_back(shared_resource()); }
+  // The step takes no more than these; a field set beyond them is a mistake in the plan.
+  void takes(int ins, int outs, int ws, int bs, int32_t flags) const;
+  void alias_only(const SlotRef& out, const SlotRef& in);  // no alias of out among the inputs, but this one
+  PlanSource& plan() { return plan_; }
+  [[noreturn]] void refuse(const char* format, ...) const __attribute__((format(printf, 2, 3)));
+  std::string name() const;  // "step 3 (LINEAR)"
+
+  std::vector<int32_t> reads, writes;  // slots; then the shared memory, then one a layer of the cache
+  int32_t shared_resource() const { return plan_.n_slots; }
+  void done();  // marks what it wrote
+
+ private:
+  SlotRef slot(const char* field, int i, int32_t index, SlotKinds kinds) const;
+  const dso_weight& weight(char field, int i) const;
+
+  PlanSource& plan_;
+  const int32_t index_;
+};
+
+}  // namespace dso

@@ -1,0 +1,157 @@
+#include "thread_pool.hpp"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <x86intrin.h>
+
+#include <chrono>
+#include <climits>
+#include <system_error>
+
+#include "error.hpp"
+
+namespace dso {
+namespace {
+
+constexpr double kSpinSeconds = 40e-6;
+
+// The time stamp counter, unlike `pause`, takes the same time on every CPU.
+uint64_t ticks(double seconds) {
+  static const double per_second = [] {
+    using Clock = std::chrono::steady_clock;
+    const auto start = Clock::now();
+    const uint64_t first = __rdtsc();
+    std::chrono::duration<double> passed{};
+    while (passed.count() < 100e-6) passed = Clock::now() - start;
+    return double(__rdtsc() - first) / passed.count();
+  }();
+  return uint64_t(seconds * per_second);
+}
+
+static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t), "a futex word");
+
+void futex_wait(std::atomic<uint32_t>* word, uint32_t value) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t>* word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+class SignalsBlocked {  // threads started meanwhile leave signals to the host program's own threads
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+}  // namespace
+
+Barrier::Barrier(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSpinSeconds) : 0) {}
+
+void Barrier::wait(uint32_t phase) {
+  for (const uint64_t start = __rdtsc(); __rdtsc() - start < spin_ticks_;) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+    _mm_pause();
+  }
+  // Either release() sees this sleeper, or the futex sees the new phase: both sides store, then load, in one total order.
+  sleepers_.fetch_add(1);
+  while (phase_.load() == phase) futex_wait(&phase_, phase);
+  sleepers_.fetch_sub(1);
+}
+
+void Barrier::release() {
+  phase_.fetch_add(1);
+  if (sleepers_.load() > 0) futex_wake_all(&phase_);
+}
+
+void Barrier::abandon(int waiting) {
+  while (arrived_.load() < waiting) std::this_thread::yield();
+  arrived_.store(0);
+  release();
+}
+
+Team::Team(int threads) : barrier(threads), threads_(threads) {
+  SignalsBlocked blocked;
+  try {
+    workers_.reserve(threads - 1);
+    for (int t = 1; t < threads; ++t) {
+      workers_.emplace_back([this, t] { work(t); });
+      pthread_setname_np(workers_.back().native_handle(), "dso-worker");
+    }
+  } catch (const std::system_error& e) {
+    stop_ = true;
+    barrier.abandon(int(workers_.size()));
+    for (std::thread& w : workers_) w.join();
+    fail(DSO_ENOMEM, "could not start thread %zu of %d: %s", workers_.size() + 1, threads, e.what());
+  }
+}
+
+Team::~Team() {
+  stop_ = true;
+  barrier.arrive();
+  for (std::thread& w : workers_) w.join();
+}
+
+void Team::work(int thread) {
+  for (;;) {
+    barrier.arrive();
+    if (stop_) return;
+    job_(argument_, thread);
+    barrier.arrive();
+  }
+}
+
+struct ThreadPool::Owned {
+  explicit Owned(pid_t pid) : pid(pid) {}
+  const pid_t pid;
+  std::mutex mutex;
+  std::atomic<std::thread::id> holder{};
+  std::unique_ptr<Team> team;
+};
+
+ThreadPool::~ThreadPool() {
+  Owned* o = owned_.load();
+  if (o && o->pid == getpid()) delete o;  // after a fork its threads are the parent's: nothing to join
+}
+
+ThreadPool::Owned* ThreadPool::owned() {
+  const pid_t pid = getpid();
+  Owned* current = owned_.load(std::memory_order_acquire);
+  while (!current || current->pid != pid) {
+    // The parent's mutex may be held and its threads are gone: the child leaves both behind, untouched.
+    auto fresh = std::make_unique<Owned>(pid);
+    if (owned_.compare_exchange_strong(current, fresh.get(), std::memory_order_acq_rel)) return fresh.release();
+  }
+  return current;
+}
+
+ThreadPool::Lease::Lease(ThreadPool& pool) : owned_(pool.owned()) {
+  if (owned_->holder.load(std::memory_order_relaxed) == std::this_thread::get_id())
+    fail(DSO_ESTATE, "a run was started from inside a run on the same context");
+  owned_->mutex.lock();
+  try {
+    if (!owned_->team) owned_->team = std::make_unique<Team>(pool.threads());
+  } catch (...) {
+    owned_->mutex.unlock();
+    throw;
+  }
+  owned_->holder.store(std::this_thread::get_id(), std::memory_order_relaxed);
+  team_ = owned_->team.get();
+}
+
+ThreadPool::Lease::~Lease() {
+  owned_->holder.store(std::thread::id(), std::memory_order_relaxed);
+  owned_->mutex.unlock();
+}
+
+}  // namespace dso

@@ -1,0 +1,9 @@
+#!/bin/sh
+# no_weak_symbols.sh NM OBJECT...: fails where an object defines a weak symbol (an inline function or a template that the
+# linker may keep for every ISA), or any global one but its table.
+nm=$1
+shift
+bad=$(for object in "$@"; do "$nm" -C --defined-only "$object" | grep -E ' [WVuTDBR] ' | grep -v ' T dso::kernels_' | sed "s|^|$(basename "$object"): |"; done)
+[ -z "$bad" ] && exit 0
+echo "$bad"
+exit 1
