@@ -57,7 +57,7 @@ class DataFile:
         """`count` bytes at `offset` as a fresh uint8 tensor."""
         self._check(offset, count)
         out = torch.empty(count, dtype=torch.uint8)
-        self._fill(offset, memoryview(out.numpy()))
+        self._fill(offset, out.numpy().data)
         return out
 
     def map_tensor(self, offset: int, count: int) -> torch.Tensor:

@@ -100,7 +100,9 @@ class GgufCheckpoint(Checkpoint):
         size = tensor.shape[0] // heads if heads else 1  # rows change places within a head only
         first, last = begin // size * size, -(-end // size) * size
         data = self._file.read_tensor(tensor.offset + first * stride, (last - first) * stride).view(last - first, stride)
-        return data[_halves_first(last - first, (last - first) // size)[begin - first : end - first]] if heads else data
+        if heads:
+            data = data[_halves_first(last - first, (last - first) // size)[begin - first : end - first]]
+        return data
 
     def _interleaved_heads(self, name: str) -> int:
         """How many heads of the file's rotate-pairs order this tensor has: llama's q and k. 0 for all others."""

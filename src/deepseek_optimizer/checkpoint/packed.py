@@ -193,4 +193,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, PackedMatrix | torch.Ten
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(memoryview(plain[name].reshape(-1).view(torch.uint8).numpy()))
+            file.write(plain[name].reshape(-1).view(torch.uint8).numpy().data)

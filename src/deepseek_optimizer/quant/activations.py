@@ -41,7 +41,7 @@ def quantise_rows(x: torch.Tensor, kind: str) -> QuantisedRows:
     """float [T, width] -> whole numbers by groups of 32; kind "q8" or "q16"."""
     _check(kind, x)
     steps = _STEPS[kind]
-    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % TILE_COLS)).unflatten(-1, (-1, TILE_COLS))
+    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % TILE_COLS)).view(x.shape[0], -1, TILE_COLS)
     top = x.abs().amax(-1)
     factor = steps / top
     broken, empty = ~top.isfinite(), factor.isinf()

@@ -21,9 +21,7 @@ class Bf16:
     @staticmethod
     def pack(weight: torch.Tensor) -> torch.Tensor:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 1024]."""
-        return pack_panels(
-            weight, Bf16.tile_bytes, lambda panel: (panel.to(torch.bfloat16).view(torch.int32).unflatten(-1, (-1, 16)), ())
-        )
+        return pack_panels(weight, Bf16.tile_bytes, _encode)
 
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -34,3 +32,7 @@ class Bf16:
     def error_bound(weight: torch.Tensor) -> torch.Tensor:
         """Half a unit in the last of 8 significant bits; 2^-134 where bf16 is subnormal."""
         return (weight.float().abs() * 2.0**-8).clamp_min(2.0**-134)
+
+
+def _encode(panel: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    return panel.to(torch.bfloat16).view(torch.int32).view(panel.shape[0], -1, 16), ()

@@ -21,7 +21,7 @@ class Fp32:
     @staticmethod
     def pack(weight: torch.Tensor) -> torch.Tensor:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 2048]."""
-        return pack_panels(weight, Fp32.tile_bytes, lambda panel: (panel.float().view(torch.int32).unflatten(-1, (-1, 32)), ()))
+        return pack_panels(weight, Fp32.tile_bytes, _encode)
 
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,3 +32,7 @@ class Fp32:
     def error_bound(weight: torch.Tensor) -> torch.Tensor:
         """Zero."""
         return torch.zeros_like(weight, dtype=torch.float32)
+
+
+def _encode(panel: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    return panel.to(torch.float32).view(torch.int32).view(panel.shape[0], -1, 32), ()

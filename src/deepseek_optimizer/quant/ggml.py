@@ -97,7 +97,7 @@ def lossless_format(ggml_type: str) -> str | None:
 
 def block_scales(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
     """The fp16 numbers in front of the blocks of a type that has a lossless format: [N, cols/32, 1 or 2]."""
-    groups = blocks.unflatten(-1, (cols // TILE_COLS, -1))
+    groups = blocks.reshape(blocks.shape[0], cols // TILE_COLS, -1)
     return groups[..., : 2 * _LOSSLESS[ggml_type].numbers].contiguous().view(torch.float16)
 
 
@@ -114,7 +114,7 @@ def repack(blocks: torch.Tensor, ggml_type: str, cols: int, rows: torch.Tensor |
     down, across = tile_counts(n, cols)
     out = torch.empty(down, across, twin.format.tile_bytes, dtype=torch.uint8)
     for begin, end in panels(n, cols):
-        panel = (blocks[begin:end] if rows is None else blocks[rows[begin:end]]).unflatten(-1, (across, -1))
+        panel = (blocks[begin:end] if rows is None else blocks[rows[begin:end]]).reshape(end - begin, across, -1)
         codes = panel[..., 2 * twin.numbers :].contiguous().view(torch.int32)
         codes = codes ^ _TOP_BITS if ggml_type == "Q8_0" else _reorder_nibbles(codes)
         halves = block_scales(panel.flatten(1), ggml_type, cols).unbind(-1)

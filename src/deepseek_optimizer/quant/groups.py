@@ -15,7 +15,7 @@ FP16_ROUNDING, FP16_TINY = 2.0**-11, 2.0**-25  # relative error of rounding to f
 
 def grouped(panel: torch.Tensor) -> torch.Tensor:
     """[n, 32g] -> float32 [n, g, 32]."""
-    return panel.float().unflatten(-1, (-1, TILE_COLS))
+    return panel.float().view(panel.shape[0], -1, TILE_COLS)
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,8 @@ def to_words(q: torch.Tensor) -> torch.Tensor:
 
 def join_nibbles(q: torch.Tensor) -> torch.Tensor:
     """Numbers in [0, 15], int32 words [n, g, 8] of bytes -> words [n, g, 4]: columns 8j..8j+3 low, 8j+4..8j+7 high."""
-    pairs = q.unflatten(-1, (4, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    low, high = q.view(*q.shape[:2], 4, 2).unbind(-1)
+    return low | (high << 4)
 
 
 def split_nibbles(words: torch.Tensor) -> torch.Tensor:

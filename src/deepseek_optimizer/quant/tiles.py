@@ -50,7 +50,7 @@ def write_tiles(out: torch.Tensor, words: torch.Tensor, halves: tuple[torch.Tens
     """int32 words [16t, g, n] and 16-bit numbers [16t, g] -> the tiles `out`, uint8 [t, g, tile_bytes]."""
     tiles, groups, _ = out.shape
     n = words.shape[-1]
-    target = out.view(torch.int32)[..., : n * TILE_ROWS].unflatten(-1, (n, TILE_ROWS))
+    target = out.view(torch.int32)[..., : n * TILE_ROWS].view(tiles, groups, n, TILE_ROWS)
     target.copy_(words.view(tiles, TILE_ROWS, groups, n).permute(0, 2, 3, 1))
     shorts = out.view(torch.int16)[..., 2 * n * TILE_ROWS :]
     for i, half in enumerate(halves):
@@ -62,7 +62,7 @@ def read_tiles(tiles: torch.Tensor, words: int, halves: int = 0) -> tuple[torch.
     """Tiles uint8 [t, g, tile_bytes] -> int32 words [16t, g, words] and `halves` tensors of fp16 [16t, g]."""
     down, across, _ = tiles.shape
     tiles = tiles.contiguous()
-    source = tiles.view(torch.int32)[..., : words * TILE_ROWS].unflatten(-1, (words, TILE_ROWS))
+    source = tiles.view(torch.int32)[..., : words * TILE_ROWS].view(down, across, words, TILE_ROWS)
     rows = source.permute(0, 3, 1, 2).reshape(down * TILE_ROWS, across, words)
     shorts = tiles.view(torch.float16)[..., 2 * words * TILE_ROWS :]
     columns = (shorts[..., i * TILE_ROWS : (i + 1) * TILE_ROWS] for i in range(halves))
