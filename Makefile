@@ -1,4 +1,4 @@
-# make test | demo | lint | test-native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | demo | lint | test-native | native | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test demo lint wheel fuzz clean
+.PHONY: help env test demo lint wheel clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -51,6 +51,8 @@ demo: env
 lint: env
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
+
+include native/native.mk
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -41,8 +41,3 @@ def test_an_interrupted_convert_leaves_nothing(dso, tiny_model, tmp_path, monkey
     result = dso("convert", tiny_model, tmp_path / "packed")
     assert result.exit_code == (130 if error is KeyboardInterrupt else 2)
     assert not list(tmp_path.iterdir())
-
-
-def test_no_parent_directory(dso, tiny_model, tmp_path):
-    result = dso("convert", tiny_model, tmp_path / "no" / "packed")
-    assert result.exit_code == 2 and "is no directory" in result.stderr
