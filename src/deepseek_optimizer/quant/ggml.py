@@ -115,7 +115,7 @@ def repack(blocks: torch.Tensor, ggml_type: str, cols: int, rows: torch.Tensor |
     out = torch.empty(down, across, twin.format.tile_bytes, dtype=torch.uint8)
     for begin, end in panels(n, cols):
         panel = (blocks[begin:end] if rows is None else blocks[rows[begin:end]]).reshape(end - begin, across, -1)
-        codes = panel[..., 2 * twin.numbers :].contiguous().view(torch.int32)
+        codes = panel[..., 2 * twin.numbers :].clone(memory_format=torch.contiguous_format).view(torch.int32)
         codes = codes ^ _TOP_BITS if ggml_type == "Q8_0" else _reorder_nibbles(codes)
         halves = block_scales(panel.flatten(1), ggml_type, cols).unbind(-1)
         if missing := -(end - begin) % TILE_ROWS:

@@ -1,0 +1,184 @@
+"""Every format against float64, element by element, and against the layout that dso.h describes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_optimizer import quant
+from deepseek_optimizer.errors import ConfigError
+
+SHAPES = [(1, 1), (1, 32), (3, 31), (16, 32), (17, 33), (16, 96), (33, 64), (211, 72), (5, 997), (1040, 640)]
+SOURCES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def matrix(rows: int, cols: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Rows of different magnitude, so that no scale fits all; an outlier and zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, cols, generator=generator) * torch.logspace(-3, 1, rows).unsqueeze(1)
+    w[rows // 2, cols // 2] *= 50
+    w[rows // 3, : cols // 2] = 0
+    return w.to(dtype)
+
+
+@pytest.mark.parametrize("name", quant.FORMATS)
+@pytest.mark.parametrize("dtype", SOURCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_stays_within_the_bound(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight, fmt = matrix(*shape, dtype), quant.get_format(name)
+    packed = fmt.pack(weight)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (math.ceil(shape[0] / 16), math.ceil(shape[1] / 32), fmt.tile_bytes)
+    error = (fmt.unpack(packed, *shape).double() - weight.double()).abs()
+    bound = fmt.error_bound(weight).double()
+    assert error.shape == bound.shape == weight.shape
+    assert (error <= bound).all(), (error - bound).max()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
+def test_the_bound_is_tight(name: str) -> None:
+    """A bound of twice the need would hide a format that wastes a bit."""
+    weight, fmt = torch.randn(256, 256), quant.get_format(name)
+    error = (fmt.unpack(fmt.pack(weight), 256, 256) - weight).abs()
+    assert (error / fmt.error_bound(weight)).max() > 0.8
+
+
+def test_fp32_and_bf16_keep_what_they_can() -> None:
+    weight = matrix(37, 70)
+    assert torch.equal(quant.unpack(quant.pack(weight, "fp32")), weight)
+    assert torch.equal(quant.unpack(quant.pack(weight, "bf16"), torch.bfloat16), weight.bfloat16())
+
+
+def code(tile: np.ndarray, name: str, row: int, col: int) -> int:
+    """The stored code of one element, found by dso.h's words alone."""
+    if name == "int8":
+        return int(tile[(col // 4) * 64 + row * 4 + col % 4])
+    j, within = divmod(col, 8)
+    byte = int(tile[j * 64 + row * 4 + within % 4])
+    return byte & 15 if within < 4 else byte >> 4
+
+
+def numbers(tile: np.ndarray, name: str, row: int) -> list[float]:
+    """The fp16 numbers of one row of a tile."""
+    start = 512 if name == "int8" else 256
+    halves = tile[start:].view(np.float16)
+    return [float(halves[i * 16 + row]) for i in range(len(halves) // 16)]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
+@pytest.mark.parametrize("shape", [(16, 32), (19, 50)])
+def test_codes_follow_the_definition(name: str, shape: tuple[int, int]) -> None:
+    """One group at a time in numpy's float32: same scale, same codes, at the places dso.h names."""
+    weight = matrix(*shape, seed=3)
+    packed = quant.get_format(name).pack(weight).numpy()
+    f32 = np.float32
+    for row in range(shape[0]):
+        for first in range(0, shape[1], 32):
+            group = weight[row, first : first + 32].numpy()
+            tile = packed[row // 16, first // 32]
+            minimum = f32(0)
+            if name == "int8":
+                scale, low, high, zero = np.float16(np.abs(group).max() / f32(127)), -127, 127, 128
+            elif name == "int4":
+                scale, low, high, zero = np.float16(group[np.abs(group).argmax()] / f32(-8)), -8, 7, 8
+            else:
+                scale, low, high, zero = np.float16((group.max() - group.min()) / f32(15)), 0, 15, 0
+                minimum = f32(np.float16(group.min()))
+            stored = numbers(tile, name, row % 16)
+            assert stored == ([float(scale), float(minimum)] if name == "q4_1" else [float(scale)])
+            quotient = (group - minimum) / f32(scale) if scale else np.zeros_like(group)
+            q = np.clip(np.rint(quotient), low, high).astype(int) + zero
+            assert [code(tile, name, row % 16, c) for c in range(len(group))] == q.tolist()
+            assert {code(tile, name, row % 16, c) for c in range(len(group), 32)} <= {zero}, "padding is codes of zero"
+    for row in range(shape[0] % 16 or 16, 16):
+        assert all(n == 0 for n in numbers(packed[-1, -1], name, row))
+        assert {code(packed[-1, -1], name, row, c) for c in range(32)} == {zero}
+
+
+def test_float_layouts() -> None:
+    weight = matrix(20, 40)
+    tile = quant.get_format("fp32").pack(weight)[1, 1].view(torch.float32).view(32, 16)
+    assert tile[5, 2] == weight[18, 37] and tile[8:].abs().sum() == 0 and tile[:, 4:].abs().sum() == 0
+    pairs = quant.get_format("bf16").pack(weight)[1, 1].view(torch.bfloat16).view(16, 16, 2)
+    assert pairs[2, 3, 1] == weight[19, 37].bfloat16()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_broken_groups_become_nan(name: str, bad: float) -> None:
+    weight = torch.ones(16, 64)
+    weight[3, 40] = bad
+    packed = quant.get_format(name).pack(weight)
+    got = quant.get_format(name).unpack(packed, 16, 64)
+    assert got[3, 32:].isnan().all() and got[3, :32].isfinite().all() and got[4].isfinite().all()
+    tile = packed[0, 1].numpy()
+    assert tile[512 if name == "int8" else 256 :].view(np.uint16)[3] == 0x7E00
+    assert {code(tile, name, 3, c) for c in range(32)} == {{"int8": 128, "int4": 8, "q4_1": 0}[name]}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
+def test_too_large_for_fp16_is_nan_and_too_small_is_zero(name: str) -> None:
+    fmt = quant.get_format(name)
+    huge, tiny = torch.zeros(2, 32), torch.zeros(2, 32)
+    huge[0, 3], tiny[0, 3], tiny[1, 3] = 1e30, 1e-30, -1e-30
+    assert fmt.unpack(fmt.pack(huge), 2, 32)[0].isnan().all()
+    packed = fmt.pack(tiny)
+    assert torch.equal(packed, fmt.pack(torch.zeros(2, 32))), "one zero, whatever its sign"
+    assert torch.equal(fmt.pack(-torch.zeros(2, 32)), packed)
+
+
+def test_int4_takes_the_first_of_equal_magnitudes() -> None:
+    weight = torch.zeros(2, 32)
+    weight[0, 1], weight[0, 7] = 8.0, -8.0
+    weight[1, 1], weight[1, 7] = -8.0, 8.0
+    got = quant.unpack(quant.pack(weight, "int4"))
+    assert got[0, 1] == 8 and got[0, 7] == -7 and got[1, 1] == -8 and got[1, 7] == 7
+
+
+@pytest.mark.parametrize("name", quant.FORMATS)
+def test_rows_do_not_depend_on_their_company(name: str) -> None:
+    """Panels are an implementation detail: rows packed alone are the rows packed together."""
+    weight = matrix(2048, 544)
+    whole = quant.get_format(name).pack(weight)
+    assert torch.equal(whole[50:57], quant.get_format(name).pack(weight[800:912]))
+    assert torch.equal(whole, quant.get_format(name).pack(torch.cat([weight, weight], 1)[:, :544])), "strided sources too"
+
+
+@pytest.mark.parametrize("name", quant.FORMATS)
+def test_take_rows(name: str) -> None:
+    packed = quant.pack(matrix(70, 50), name)
+    index = torch.tensor([[0, 69, 17], [17, 16, 3]])
+    assert torch.equal(quant.take_rows(packed, index), quant.unpack(packed)[index])
+    assert quant.take_rows(packed, torch.empty(0, dtype=torch.long)).shape == (0, 50)
+    with pytest.raises(IndexError):
+        quant.take_rows(packed, torch.tensor([70]))
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'int4'"):
+        quant.get_format("int_4")
+    with pytest.raises(ConfigError, match="fp32, bf16"):
+        quant.get_format(None)  # type: ignore[arg-type]
+
+
+def test_what_pack_refuses() -> None:
+    for wrong in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="matrix"):
+            quant.pack(wrong.reshape(wrong.shape[0], -1) if wrong.dim() == 2 else wrong.unsqueeze(0).unsqueeze(0), "int8")
+    with pytest.raises(ValueError, match="not the tiles"):
+        quant.get_format("int8").unpack(torch.zeros(1, 1, 544, dtype=torch.uint8), 17, 32)
+
+
+def test_formats_describe_themselves() -> None:
+    for name, fmt in quant.FORMATS.items():
+        assert fmt.name == name and fmt.tile_bytes * 8 == fmt.bits * 16 * 32
+    assert [quant.get_format(n).activation for n in ("fp32", "bf16", "int8", "int4", "q4_1")] == [
+        "f32",
+        "bf16",
+        "q16",
+        "q8",
+        "q16",
+    ]

@@ -1,0 +1,88 @@
+"""Repacked ggml blocks hold the numbers that ggml's own decoder gives, exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from gguf.constants import GGML_QUANT_SIZES
+
+from deepseek_optimizer import quant
+from deepseek_optimizer.quant import ggml
+
+LOSSLESS = ["Q4_0", "Q4_1", "Q8_0"]
+
+
+def random_blocks(rows: int, cols: int, name: str) -> torch.Tensor:
+    """Blocks of every code there is (Q8_0's -128 among them), under modest scales of both signs."""
+    kind = ggml.GGML_TYPES[GGMLQuantizationType[name]]
+    generator = torch.Generator().manual_seed(rows + cols)
+    blocks = torch.randint(0, 256, (rows, cols // 32, kind.block_bytes), dtype=torch.uint8, generator=generator)
+    n = 4 if name == "Q4_1" else 2
+    blocks[..., :n] = torch.randn(rows, cols // 32, n // 2, generator=generator).half().view(torch.uint8)
+    return blocks.view(rows, -1)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (17, 96), (211, 576), (2100, 288)])
+def test_values_are_ggmls(name: str, shape: tuple[int, int]) -> None:
+    blocks = random_blocks(*shape, name)
+    fmt = quant.get_format(ggml.lossless_format(name))
+    tiles = ggml.repack(blocks, name, shape[1])
+    expected = torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType[name]))
+    assert torch.equal(fmt.unpack(tiles, *shape), expected)
+    assert torch.equal(ggml.to_float(blocks, name, shape[1]), expected)
+    if shape[0] % 16:  # rows past the end: exactly what packing zeros makes
+        below = fmt.unpack(tiles, tiles.shape[0] * 16, shape[1])[shape[0] :]
+        assert torch.equal(below, torch.zeros_like(below))
+        rest = torch.cat([fmt.unpack(tiles, *shape), torch.zeros_like(below)])
+        assert torch.equal(fmt.unpack(ggml.repack(blocks, name, shape[1]), len(rest), shape[1]), rest)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_padding_holds_codes_of_zero(name: str) -> None:
+    fmt = quant.get_format(ggml.lossless_format(name))
+    tiles = ggml.repack(random_blocks(1, 32, name), name, 32)[0, 0]
+    empty = fmt.pack(torch.zeros(16, 32))[0, 0]
+    codes = fmt.tile_bytes - 32 * (2 if name == "Q4_1" else 1)
+    assert torch.equal(tiles[:codes].view(-1, 16, 4)[:, 1:], empty[:codes].view(-1, 16, 4)[:, 1:])
+    assert not tiles[codes:].view(torch.int16).view(-1, 16)[:, 1:].any()
+
+
+def test_q8_0_keeps_minus_128() -> None:
+    blocks = torch.zeros(1, 34, dtype=torch.uint8)
+    blocks[0, :2] = torch.tensor([1.0]).half().view(torch.uint8)
+    blocks[0, 5] = 0x80
+    assert quant.get_format("int8").unpack(ggml.repack(blocks, "Q8_0", 32), 1, 32)[0, 3] == -128
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_rows_can_change_places(name: str) -> None:
+    blocks, order = random_blocks(48, 64, name), torch.randperm(48)
+    assert torch.equal(ggml.repack(blocks, name, 64, order), ggml.repack(blocks[order], name, 64))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "F64", "Q5_0", "Q4_K", "Q6_K", "IQ4_NL"])
+def test_other_types_become_floats(name: str) -> None:
+    kind = ggml.GGML_TYPES[GGMLQuantizationType[name]]
+    if name == "F64":
+        blocks, expected = torch.randn(3, 256, dtype=torch.float64), None
+        got = ggml.to_float(blocks.view(torch.uint8), name, 256)
+        assert torch.equal(got, blocks.float())
+        return
+    blocks = torch.randint(0, 120, (3, kind.row_bytes(256)), dtype=torch.uint8)
+    expected = torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType[name]).copy())
+    assert torch.equal(ggml.to_float(blocks, name, 256).float().nan_to_num(), expected.nan_to_num())
+
+
+def test_a_type_nobody_reads() -> None:
+    with pytest.raises(NotImplementedError):
+        ggml.to_float(torch.zeros(1, 292, dtype=torch.uint8), "Q8_K", 256)
+
+
+def test_the_table_is_ggmls() -> None:
+    for code, kind in ggml.GGML_TYPES.items():
+        if kind.name in GGMLQuantizationType.__members__:  # an older gguf package knows fewer
+            assert GGML_QUANT_SIZES[GGMLQuantizationType[kind.name]] == (kind.block, kind.block_bytes)
+            assert GGMLQuantizationType[kind.name] == code
+    assert {k.name for k in GGMLQuantizationType} <= {k.name for k in ggml.GGML_TYPES.values()} | {"Q8_K"}

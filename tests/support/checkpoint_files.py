@@ -1,0 +1,147 @@
+"""Checkpoint files made by hand, byte by byte, so that tests can make them wrong.
+
+path.write_bytes(safetensors_bytes({"w": torch.ones(2, 3)}))
+path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama")))
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, quants
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.float64: "F64"}
+U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+_CODES = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q", I64: "q", F64: "d"}
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def with_header(header: bytes | Mapping[str, Any], data: bytes = b"") -> bytes:
+    """A safetensors file with this header, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def safetensors_header(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], bytes]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, tensor in tensors.items():
+        piece = raw(tensor)
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(piece)],
+        }
+        data += piece
+    return header, data
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return with_header(*safetensors_header(tensors))
+
+
+def gguf_string(text: str | bytes) -> bytes:
+    text = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(text)) + text
+
+
+def gguf_value(kind: int, value: Any) -> bytes:
+    """A typed value; an ARRAY's value is (element type, list)."""
+    if kind == STRING:
+        return struct.pack("<I", kind) + gguf_string(value)
+    if kind == ARRAY:
+        element, items = value
+        body = b"".join(gguf_value(element, item)[4:] for item in items)
+        return struct.pack("<IIQ", kind, element, len(items)) + body
+    return struct.pack("<I" + _CODES[kind], kind, value)
+
+
+def gguf_tensor(name: str, values: torch.Tensor, kind: str = "F32") -> tuple[str, int, tuple[int, ...], bytes]:
+    """(name, type, dimensions innermost first, data) of a float tensor stored as `kind`."""
+    code = GGMLQuantizationType[kind]
+    data = quants.quantize(values.float().numpy(), code)
+    return name, int(code), tuple(reversed(values.shape)), np.ascontiguousarray(data).tobytes()
+
+
+def gguf_bytes(
+    values: Mapping[str, tuple[int, Any]],
+    tensors: Iterable[tuple[str, int, tuple[int, ...], bytes]],
+    *,
+    version: int = 3,
+    alignment: int = 32,
+    offsets: Mapping[str, int] | None = None,
+) -> bytes:
+    """A whole file. `offsets` replaces tensors' true offsets."""
+    tensors = list(tensors)
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(values))
+    head += b"".join(gguf_string(key) + gguf_value(*value) for key, value in values.items())
+    data = b""
+    for name, code, dims, body in tensors:
+        data += b"\0" * (-len(data) % alignment)
+        offset = (offsets or {}).get(name, len(data))
+        head += gguf_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, code, offset)
+        data += body
+    return head + b"\0" * (-len(head) % alignment) + data
+
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 64, 4, 2, 16, 96, 40
+
+
+def model_values(architecture: str = "llama", layers: int = 1, **more: tuple[int, Any]) -> dict[str, tuple[int, Any]]:
+    """Metadata of a tiny model; keyword arguments use __ for dots."""
+    values: dict[str, tuple[int, Any]] = {
+        "general.architecture": (STRING, architecture),
+        f"{architecture}.block_count": (U32, layers),
+        f"{architecture}.context_length": (U32, 128),
+        f"{architecture}.embedding_length": (U32, HIDDEN),
+        f"{architecture}.feed_forward_length": (U32, INTERMEDIATE),
+        f"{architecture}.attention.head_count": (U32, HEADS),
+        f"{architecture}.attention.head_count_kv": (U32, KV_HEADS),
+        f"{architecture}.attention.layer_norm_rms_epsilon": (F32, 1e-5),
+        f"{architecture}.rope.freq_base": (F32, 10000.0),
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, [f"t{i}" for i in range(VOCAB)])),
+        "tokenizer.ggml.scores": (ARRAY, (F32, [0.0] * VOCAB)),
+        "tokenizer.ggml.bos_token_id": (U32, 1),
+        "tokenizer.ggml.eos_token_id": (U32, 2),
+    }
+    if architecture == "llama":
+        values["llama.rope.dimension_count"] = (U32, HEAD_DIM)
+    else:
+        values[f"{architecture}.attention.key_length"] = (U32, HEAD_DIM)
+    return values | {key.replace("__", "."): value for key, value in more.items()}
+
+
+def model_tensors(
+    architecture: str = "llama", layers: int = 1, kind: str = "F32", tied: bool = False, seed: int = 0
+) -> list[tuple[str, int, tuple[int, ...], bytes]]:
+    """Random weights that go with `model_values`; matrices are stored as `kind`, vectors as F32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.1
+
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    if not tied:
+        shapes["output.weight"] = (VOCAB, HIDDEN)
+    for i in range(layers):
+        block = {
+            "attn_norm.weight": (HIDDEN,), "attn_q.weight": (q, HIDDEN), "attn_k.weight": (kv, HIDDEN),
+            "attn_v.weight": (kv, HIDDEN), "attn_output.weight": (HIDDEN, q), "ffn_norm.weight": (HIDDEN,),
+            "ffn_gate.weight": (INTERMEDIATE, HIDDEN), "ffn_up.weight": (INTERMEDIATE, HIDDEN),
+            "ffn_down.weight": (HIDDEN, INTERMEDIATE),
+        }  # fmt: skip
+        if architecture == "qwen2":
+            block |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
+        if architecture == "qwen3":
+            block |= {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
+    return [gguf_tensor(name, random(*shape), kind if len(shape) == 2 else "F32") for name, shape in shapes.items()]
