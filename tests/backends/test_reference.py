@@ -204,6 +204,13 @@ def test_missing_weight_is_named() -> None:
         ReferenceBackend().compile(build_graph(model.config), weights)
 
 
+def test_wrong_shape_is_named() -> None:
+    model = random_model(llama())
+    weights = {**weights_of(model), "model.layers.1.mlp.down_proj.weight": torch.zeros(72, 135)}
+    with pytest.raises(BackendError, match=r"layers.1.mlp.down_proj.weight.*\(72, 135\).*\(72, 136\)"):
+        ReferenceBackend().compile(build_graph(model.config), weights)
+
+
 def small_run() -> Runner:
     model = random_model(llama(num_hidden_layers=1))
     return runner(ReferenceBackend(), fused(model), weights_of(model), blocks=4)

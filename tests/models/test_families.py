@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import FAMILIES, build_graph, check_config
 from support.models import CASES, llama, qwen2, qwen3, random_model, rope
@@ -21,6 +23,8 @@ def test_graph_names_every_parameter_of_the_model(case: str) -> None:
     graph = build_graph(model.config)
     check_graph(graph)
     assert set(graph.weights()) == {name for name, _ in model.named_parameters()}  # tied heads are listed once
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert weight_shapes(graph) == weight_shapes(rules.apply(graph)[0]) == shapes
     assert graph.family == case.split("-")[0]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ...errors import BackendError
+from ...graph.analysis import weight_shapes
 from ...graph.ir import Graph
 from ...graph.validate import check_graph
 from ...quant.packed import PackedMatrix
@@ -43,13 +44,17 @@ class ReferenceBackend:
                 apart.
 
         Raises:
-            BackendError: a weight is missing.
+            BackendError: a weight is missing or has the wrong shape.
             GraphError: the graph is not well formed.
         """
         check_graph(graph)
-        missing = [name for name in graph.weights() if name not in weights]
-        if missing:
-            raise BackendError(f"{len(missing)} weight(s) of the graph are not given, the first is {missing[0]!r}")
+        for name, shape in weight_shapes(graph).items():
+            weight = weights.get(name)
+            if weight is None:
+                raise BackendError(f"the graph needs weight {name!r}, which is not given")
+            given = (weight.rows, weight.cols) if isinstance(weight, PackedMatrix) else tuple(weight.shape)
+            if given != shape:
+                raise BackendError(f"weight {name!r} has shape {given}, the graph needs {shape}")
         return ReferencePlan(graph, weights, self.device, self.dtype, activation)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> TorchStore:
