@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ QUANT_METHOD: Final = "deepseek_optimizer"
 FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 
-Precision = Literal["int4", "int8", "bf16", "fp32", "fp8"]
+Precision = Literal["auto", "int4", "int8", "bf16", "fp32", "fp8"]
 Attention = Literal["flash", "eager"]
 KvCache = Literal["auto", "fp32", "bf16", "int8"]
 Isa = Literal["avx2", "avx512", "amx"]
@@ -79,10 +80,11 @@ def _range(name: str, value: Any) -> tuple[int, int]:
     raise ConfigError(f"{name} must be (smallest, largest) batch size with 1 <= smallest <= largest, got {value!r}")
 
 
-def _formats(name: str, value: Any) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
-        raise ConfigError(f"{name} must map names of weights to names of formats, got {value!r}")
-    return dict(value)
+def _modules(name: str, value: Any) -> dict[str, dict[str, Any]]:
+    entries = value.values() if isinstance(value, Mapping) else (None,)
+    if not all(isinstance(entry, Mapping) and isinstance(entry.get("format"), str) for entry in entries):
+        raise ConfigError(f"{name} must map names of modules to their format and shape, as a packed checkpoint has them")
+    return {module: dict(entry) for module, entry in value.items()}
 
 
 @dataclass(repr=False)
@@ -92,12 +94,13 @@ class DeepSeekConfig(QuantizationConfigMixin):
     Every field is checked when it is set, at construction and later. Unknown names are refused.
 
     Attributes:
-        precision: format of the weight matrices: "int4" (4.5 bits a weight), "int8", "bf16", or "fp32".
+        precision: format of the weight matrices: "int4" (4.5 bits a weight), "int8", "bf16", "fp32", or "auto": as they are,
+            without loss (a float model in its own dtype, a GGUF file's or packed checkpoint's own formats).
         kernel_fusion: False leaves every fusion rule out; results stay the same within the format's tolerance.
         fusion_rules: names of the rules to apply (`FUSION_RULES`); None is all of them.
         attention_optimization: "flash" (online softmax, no score matrix) or "eager" (scores in full; leaves the rule
             `attention_softmax` out).
-        kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 with fp32 weights and bf16 otherwise.
+        kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 where all weights are, bf16 otherwise.
         kv_cache_memory: most bytes the cache may take; None is what is free when the first cache is made, less a reserve.
         threads: worker threads of the native backend; None is the environment's DSO_THREADS, or else what affinity and
             cgroup limits allow.
@@ -108,11 +111,12 @@ class DeepSeekConfig(QuantizationConfigMixin):
         prefill_chunk: most tokens in one prefill step; bounds the size of the plan's buffers.
         batch_size_range: (smallest, largest) number of sequences to size buffers for.
         fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
-        formats: formats of single weights that differ from `precision`, by name; a packed checkpoint carries them.
+        modules: format and shape of every packed matrix by module name, as found in a packed checkpoint; not for users.
+        format_version: version of that description; not for users.
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum cannot take new members
-    precision: Precision = "int4"
+    precision: Precision = "auto"
     kernel_fusion: bool = True
     fusion_rules: tuple[str, ...] | None = None
     attention_optimization: Attention = "flash"
@@ -126,11 +130,12 @@ class DeepSeekConfig(QuantizationConfigMixin):
     prefill_chunk: int = 512
     batch_size_range: tuple[int, int] = (1, 32)
     fast_path: bool = True
-    formats: dict[str, str] | None = None
+    modules: dict[str, dict[str, Any]] | None = None
+    format_version: int | None = None
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "quant_method": _one_of(QUANT_METHOD),
-        "precision": _one_of("int4", "int8", "bf16", "fp32"),
+        "precision": _one_of("auto", "int4", "int8", "bf16", "fp32"),
         "kernel_fusion": _flag,
         "fusion_rules": _optional(_rules),
         "attention_optimization": _one_of("flash", "eager"),
@@ -144,7 +149,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "prefill_chunk": _integer(1, 1 << 20),
         "batch_size_range": _range,
         "fast_path": _flag,
-        "formats": _optional(_formats),
+        "modules": _optional(_modules),
+        "format_version": _optional(_integer(1, 1 << 16)),
     }
 
     def __new__(cls, *args: Any, **given: Any) -> DeepSeekConfig:
@@ -175,16 +181,12 @@ class DeepSeekConfig(QuantizationConfigMixin):
             chosen = tuple(r for r in chosen if r != "attention_softmax")
         return tuple(r for r in FUSION_RULES if r in chosen)
 
-    @property
-    def kv_dtype(self) -> str:
-        """Storage of the cache with "auto" resolved."""
-        if self.kv_cache != "auto":
-            return self.kv_cache
-        return "fp32" if self.precision == "fp32" else "bf16"
-
-    def format_of(self, weight: str) -> str:
-        """Name of the format of one weight matrix."""
-        return (self.formats or {}).get(weight, self.precision)
+    def format_of(self, weight: str, natural: str) -> str:
+        """Name of the format of one weight matrix; `natural` is the one that keeps it as it is."""
+        entry = (self.modules or {}).get(weight.removesuffix(".weight"))
+        if entry is not None:
+            return str(entry["format"])
+        return natural if self.precision == "auto" else self.precision
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types; `from_dict` reads them back to an equal config."""
@@ -194,7 +196,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def __repr__(self) -> str:
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name != "modules"}
+        changed = {name: value for name, (value, default) in values.items() if value != default}
         return f"DeepSeekConfig({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -202,4 +205,4 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
 
 def _jsonable(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
+    return list(value) if isinstance(value, tuple) else copy.deepcopy(value)

@@ -95,7 +95,7 @@ class PlanGenerate:
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanGenerate:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.runtime = memo[id(self.runtime)] if id(self.runtime) in memo else self.runtime.__deepcopy__(memo)
+        twin.runtime = self.runtime.copied(memo)
         return twin
 
     def __reduce__(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from ..models import build_graph
 from ..quant import Packer, reference_packer
 from .arena import Arena, arena_blocks
 from .modules import Packed, PackedLinear, matmul_panels
-from .swap import sites, weights_of
+from .swap import matrices_of, sites, weights_of
 
 
 class OptimizerWarning(UserWarning):
@@ -55,7 +56,8 @@ def packer_of(backend: Backend) -> Packer:
 
 def plan_graph(config: Any, rule_names: tuple[str, ...] | None) -> tuple[Graph, list[rules.RuleReport]]:
     """The graph of a Transformers config with the named rules applied."""
-    return rules.apply(build_graph(config), rule_names)
+    with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
+        return rules.apply(build_graph(config), rule_names)
 
 
 class Runtime:
@@ -122,10 +124,18 @@ class Runtime:
     @property
     def arena(self) -> Arena:
         if self._arena is None:
-            blocks = arena_blocks(self.backend.block_bytes(self.graph, self.config.kv_dtype), self.config.kv_cache_memory)
-            store = self.backend.new_store(self.graph, self.config.kv_dtype, blocks)
+            blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), self.config.kv_cache_memory)
+            store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
             self._arena = Arena(store, self.graph.cache.layers)
         return self._arena
+
+    @property
+    def kv_dtype(self) -> str:
+        """Storage of the cache."""
+        if self.config.kv_cache != "auto":
+            return self.config.kv_cache
+        formats = {matrix.format for matrix in matrices_of(self.model, self.graph).values()}
+        return "fp32" if formats == {"fp32"} else "bf16"
 
     def _set_products(self, backend: Backend) -> None:
         """Packed modules compute with the backend's own product where it has one."""
@@ -195,9 +205,15 @@ class Runtime:
         twin.__dict__.update(self.__dict__)
         twin._model = weakref.ref(model)
         twin._plan = twin._arena = None
+        twin.config = copy.deepcopy(self.config, memo)
         twin.notes, twin._told = list(self.notes), set(self._told)
         twin._tree = None  # its modules are not all made yet
         return twin
+
+    def copied(self, memo: dict[int, Any]) -> Runtime:
+        """The runtime of the copy that is being made of the model."""
+        found: Runtime = memo.get(id(self)) or self.__deepcopy__(memo)
+        return found
 
     def __reduce__(self) -> Any:
         raise BackendError("an optimised model cannot be pickled; save it with save_pretrained and load it with load_model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,21 @@ def packed_twin(module: nn.Module, format_name: str, dtype: torch.dtype) -> Pack
     return twin
 
 
-def swap_on_meta(model: Any, graph: Graph, config: DeepSeekConfig, dtype: torch.dtype) -> None:
-    """Puts empty packed modules in place before weights are loaded, tied ones sharing one parameter."""
+NATURAL = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}  # what keeps a float matrix as it is
+
+
+def swap_on_meta(
+    model: Any, graph: Graph, config: DeepSeekConfig, dtype: torch.dtype, natural: Callable[[str], str] | None = None
+) -> None:
+    """Puts empty packed modules in place before weights are loaded, tied ones sharing one parameter.
+
+    Args:
+        natural: a weight's name -> the format that keeps it as it is stored; None: that of `dtype`.
+    """
     first: dict[str, nn.Parameter] = {}
     for site in sites(model, graph):
-        twin = packed_twin(site.module, config.format_of(site.weight), dtype)
+        own = NATURAL[dtype] if natural is None else natural(site.weight)
+        twin = packed_twin(site.module, config.format_of(site.weight, own), dtype)
         twin.weight = first.setdefault(site.weight, twin.weight)
         setattr(site.parent, site.child, twin)
 
@@ -74,8 +84,9 @@ def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Pack
         if isinstance(site.module, Packed):
             continue
         module = site.module
-        format_name = config.format_of(site.weight)
-        twin = packed_twin(module, format_name, module.weight.dtype)  # type: ignore[arg-type]
+        dtype: Any = module.weight.dtype
+        format_name = config.format_of(site.weight, NATURAL[dtype])
+        twin = packed_twin(module, format_name, dtype)
         if site.weight not in done:
             tiles = packer(module.weight.data, format_name)  # type: ignore[arg-type]
             done[site.weight] = nn.Parameter(tiles, requires_grad=False)
@@ -84,8 +95,6 @@ def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Pack
         setattr(site.parent, site.child, twin)
         module._parameters.clear()  # whoever still holds the module must not hold its weights
         del module, site
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
 
 
 def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedMatrix | torch.Tensor]:
@@ -104,6 +113,6 @@ def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedMatrix | torch
     return found
 
 
-def packed_modules(model: nn.Module) -> Iterator[PackedLinear | PackedEmbedding]:
-    """Every packed module, wherever it stands (adapters wrap them)."""
-    return (m for m in model.modules() if isinstance(m, Packed))
+def matrices_of(model: nn.Module, graph: Graph) -> dict[str, PackedMatrix]:
+    """The packed matrices by parameter name, tied ones once."""
+    return {name: w for name, w in weights_of(model, graph).items() if isinstance(w, PackedMatrix)}

@@ -9,6 +9,7 @@ their logits and hidden states are zero. And no gradient flows: where one is nee
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -16,12 +17,17 @@ import numpy as np
 import torch
 
 from ..backends.base import DECODE, PREFILL
+from ..checkpoint import packed_section
 from ..config import DeepSeekConfig
 from ..errors import UnsupportedRequestError
 from .cache import Bool, PagedCache, PagedState
 from .compat import cache_name, causal_output, take_cache
+from .generate import PlanGenerate
+from .quantizer import mark_quantized
 from .runtime import Runtime
+from .save import PackedSave
 from .steps import Columns, run_columns
+from .swap import matrices_of
 
 _LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 _SERVED = {
@@ -155,7 +161,7 @@ class PlanForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanForward:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.runtime = memo[id(self.runtime)] if id(self.runtime) in memo else self.runtime.__deepcopy__(memo)
+        twin.runtime = self.runtime.copied(memo)
         return twin
 
     def __reduce__(self) -> Any:
@@ -203,9 +209,11 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
 
     Returns: the same model, with `forward`, `generate` and `dso` set on it.
     """
-    from .generate import PlanGenerate
-
+    config = copy.deepcopy(config)
     runtime = Runtime(model, config, bytes_before=bytes_before, notes=notes)
+    section = packed_section(matrices_of(model, runtime.graph))
+    config.modules, config.format_version = section["modules"], section["format_version"]
+    mark_quantized(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.dso = runtime
@@ -214,6 +222,8 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     model.generate = PlanGenerate(runtime)
     model.register_load_state_dict_post_hook(_rebind)
     model._apply = _Apply(runtime)
+    model.save_pretrained = PackedSave(runtime)
+    model.report = runtime.report
     model.resize_token_embeddings = _Refuse("resize the embeddings of the float model, then optimise it")
     return model
 
@@ -242,7 +252,7 @@ class _Apply:
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Apply:
-        return _Apply(memo[id(self.runtime)] if id(self.runtime) in memo else self.runtime.__deepcopy__(memo))
+        return _Apply(self.runtime.copied(memo))
 
 
 class _Refuse:

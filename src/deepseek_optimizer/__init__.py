@@ -1,0 +1,62 @@
+"""deepseek-optimizer: makes Hugging Face Transformers models fast and small, and leaves them Transformers models.
+
+Importing this package registers its name with Transformers and does nothing else, so that
+`AutoModelForCausalLM.from_pretrained(path, quantization_config=DeepSeekConfig(...))` works and packed checkpoints load.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import DeepSeekConfig
+from .errors import (
+    BackendError,
+    CacheFullError,
+    CheckpointError,
+    ConfigError,
+    DeepSeekOptimizerError,
+    UnsupportedModelError,
+    UnsupportedRequestError,
+)
+from .integration.quantizer import register as _register
+
+if TYPE_CHECKING:
+    from .integration.cache import PagedCache
+    from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
+
+_LAZY = {
+    "DynamicGraphOptimizer": "optimizer",
+    "load_model": "optimizer",
+    "load_tokenizer": "optimizer",
+    "report": "optimizer",
+    "PagedCache": "integration.cache",
+}
+
+__all__ = [
+    "BackendError",
+    "CacheFullError",
+    "CheckpointError",
+    "ConfigError",
+    "DeepSeekConfig",
+    "DeepSeekOptimizerError",
+    "DynamicGraphOptimizer",
+    "PagedCache",
+    "UnsupportedModelError",
+    "UnsupportedRequestError",
+    "load_model",
+    "load_tokenizer",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+_register()

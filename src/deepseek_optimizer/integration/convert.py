@@ -1,0 +1,46 @@
+"""Optimising a model that is already loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..backends.base import DECODE, StepBatch
+from ..config import DeepSeekConfig
+from .runtime import Runtime, choose_backend, packer_of, plan_graph
+from .swap import pack_in_place
+from .wrapper import bind
+
+
+def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
+    """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
+    before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(model)
+    graph, _ = plan_graph(model.config, ())
+    backend, _ = choose_backend(config, model.device)
+    pack_in_place(model, graph, config, packer_of(backend))
+    bind(model.eval(), config, bytes_before=before)
+    for rows in sorted(set(config.batch_size_range)):
+        _warm(model.dso, rows)
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of the parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _warm(runtime: Runtime, rows: int) -> None:
+    """One step of `rows` sequences over a cache of its own, whose result nobody looks at."""
+    store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, rows)
+    runtime.plan.run(
+        StepBatch(
+            token_ids=np.zeros(rows, np.int32),
+            positions=np.zeros(rows, np.int32),
+            query_len=np.ones(rows, np.int32),
+            context_len=np.zeros(rows, np.int32),
+            phase=np.full(rows, DECODE, np.int32),
+            block_table=np.arange(rows, dtype=np.int32)[:, None],
+            logit_rows=np.arange(rows, dtype=np.int32),
+        ),
+        store,
+    )

@@ -1,0 +1,176 @@
+"""Loading a checkpoint into an optimised model: built on the meta device, filled tensor by tensor, nothing drawn or copied twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint, GgufCheckpoint, LoadProgress, PackedCheckpoint, open_checkpoint, stream_weights
+from ..checkpoint.load import IGNORED
+from ..config import DeepSeekConfig
+from ..errors import CheckpointError, ConfigError
+from ..models import check_config
+from ..quant import PackedMatrix
+from .modules import Packed
+from .runtime import choose_backend, packer_of, plan_graph
+from .swap import swap_on_meta
+from .wrapper import bind
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """A local file or directory as it is; a hub name is fetched (safetensors, never pickles), or found in the hub's cache.
+
+    Raises:
+        CheckpointError: there is no such file, and the hub has no such model or cannot be reached.
+    """
+    text = os.fspath(path)
+    if os.path.exists(text):
+        return Path(text)
+    if text.endswith((".gguf", ".safetensors")) or not _HUB_NAME.fullmatch(text) or text.startswith("."):
+        raise CheckpointError("does not exist", file=text)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise CheckpointError(
+            f"is neither a local path nor a model the hub can give ({type(error).__name__}: {error})", file=text
+        ) from error
+
+
+def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
+    """See `load_model`."""
+    with open_checkpoint(resolve(path)) as checkpoint:
+        raw = checkpoint.config()
+        check_config(raw)
+        settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
+        backend, _ = choose_backend(settings, torch.device("cpu"))
+        model = _empty_model(raw, checkpoint)
+        dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint, raw)
+        graph, _ = plan_graph(model.config, ())
+        swap_on_meta(model, graph, settings, dtype, checkpoint.natural_format)
+        with _progress(checkpoint) as progress:
+            _fill(model, checkpoint, packer_of(backend), dtype if settings.precision == "fp32" else None, progress)
+        model.config.dtype = dtype
+        model.config._name_or_path = str(checkpoint.path)
+        _generation_config(model, checkpoint.path)
+        notes = checkpoint.conversions() if settings.precision == "auto" else []
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+    return bind(model.eval(), settings, bytes_before=total, notes=notes)
+
+
+def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]) -> DeepSeekConfig:
+    """The config of this load: what the checkpoint was packed with, then `config`, then `fields`."""
+    if config is not None and not isinstance(config, DeepSeekConfig):
+        raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
+    if not isinstance(checkpoint, PackedCheckpoint):
+        if section is not None and not isinstance(checkpoint, GgufCheckpoint):
+            method = section.get("quant_method") if isinstance(section, dict) else section
+            raise CheckpointError(f"is quantised by {method!r}, which cannot be taken over; use the original", file=checkpoint.path)
+        return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields, "modules": None, "format_version": None})
+    stored = DeepSeekConfig(**section).to_dict()
+    given = {**(config.to_dict() if config else {}), **fields}
+    packed = {"modules": stored["modules"], "format_version": stored["format_version"]}
+    wanted = given.get("precision", "auto")
+    formats = {entry["format"] for entry in stored["modules"].values()}
+    if wanted != "auto" and formats != {wanted}:
+        raise CheckpointError(
+            f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead", file=checkpoint.path
+        )
+    return DeepSeekConfig(**{**stored, **given, **packed})
+
+
+def _empty_model(raw: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
+    """The model on the meta device, with the buffers that it computes from the config real."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    hf_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    with torch.device("meta"):
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and any(b.is_meta for b in child._buffers.values() if b is not None):
+                parent._modules[name] = type(child)(config=model.config)  # rotary embeddings: buffers follow from the config
+    return model  # type: ignore[no-any-return]
+
+
+def _float_dtype(checkpoint: Checkpoint, raw: dict[str, Any]) -> torch.dtype:
+    """The dtype of what is not packed: that of the norms as stored."""
+    stored = next((_FLOATS[i.dtype] for i in checkpoint.tensors.values() if len(i.shape) == 1 and i.dtype in _FLOATS), None)
+    return stored or torch.bfloat16
+
+
+def _fill(
+    model: Any, checkpoint: Checkpoint, packer: Any, cast: torch.dtype | None, progress: Callable[[LoadProgress], None] | None
+) -> None:
+    tied = dict(model.all_tied_weights_keys or {})
+    wanted: dict[str, str | None] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in tied:
+            continue
+        module = model.get_submodule(name.rpartition(".")[0])
+        is_matrix = isinstance(module, Packed) and name.endswith(".weight")
+        wanted[name] = module.format if is_matrix else None
+        shapes[name] = (module.packed.rows, module.packed.cols) if is_matrix else tuple(parameter.shape)
+    ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
+    for name, value in stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored)):
+        tensor = value.data if isinstance(value, PackedMatrix) else value if cast is None else value.to(cast)
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    for target, source in tied.items():
+        path, _, leaf = target.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+
+
+def _same_tensor(checkpoint: Checkpoint, target: str, source: str) -> str:
+    """`target`, which the config ties to `source` and the checkpoint stores as well: it must be the same."""
+    info, other = checkpoint.info(target), checkpoint.info(source)
+    same = info.shape == other.shape and info.dtype == other.dtype
+    rows = info.shape[0] if info.shape else 0
+    step = max(1, (1 << 21) // max(1, info.nbytes // max(rows, 1)))
+    for begin in range(0, rows if same else 0, step):
+        end = min(begin + step, rows)
+        same = same and torch.equal(checkpoint.read_rows(target, begin, end), checkpoint.read_rows(source, begin, end))
+    if not same:
+        raise CheckpointError(
+            f"differs from {source}, though config.tie_word_embeddings is true; set it to false", file=info.file, tensor=target
+        )
+    return target
+
+
+def _generation_config(model: Any, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(path))
+        except Exception as error:
+            raise CheckpointError(f"cannot be read: {error}", file=path / "generation_config.json") from error
+
+
+@contextmanager
+def _progress(checkpoint: Checkpoint) -> Iterator[Callable[[LoadProgress], None] | None]:
+    """A bar with the time left, where someone can see it."""
+    if not sys.stderr.isatty() or isinstance(checkpoint, PackedCheckpoint):  # packed ones are mapped: done at once
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"Loading {checkpoint.path.name}", total=None)
+        yield lambda p: bar.update(task, total=p.total_bytes, completed=p.done_bytes)

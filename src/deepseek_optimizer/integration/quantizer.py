@@ -1,0 +1,130 @@
+"""The plug-in behind `from_pretrained(..., quantization_config=DeepSeekConfig(...))`.
+
+Linear and embedding modules are swapped on the meta device, weights are packed one by one as Transformers streams them, and the
+plan takes over once all are there. A packed checkpoint goes the same way without packing.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from ..checkpoint import open_checkpoint
+from ..config import QUANT_METHOD, DeepSeekConfig
+from ..errors import CheckpointError, ConfigError
+from .modules import Packed
+from .runtime import choose_backend, packer_of, plan_graph
+from .swap import swap_on_meta
+
+
+class PackWeight(ConversionOps):
+    """Packs one parameter as it arrives."""
+
+    def __init__(self, quantizer: PackingQuantizer) -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        assert full_layer_name is not None
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        rows, cols = module.packed.rows, module.packed.cols
+        if tuple(weight.shape) != (rows, cols):
+            raise CheckpointError(f"has shape {tuple(weight.shape)}, the config makes it {(rows, cols)}", tensor=full_layer_name)
+        tiles = self.quantizer.packer(weight, module.format)
+        return {full_layer_name: nn.Parameter(tiles, requires_grad=False)}
+
+
+class PackingQuantizer(HfQuantizer):
+    """See the module's docstring. Registered under "deepseek_optimizer" by `register`."""
+
+    quantization_config: DeepSeekConfig
+
+    def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
+        # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # type: ignore[no-untyped-call]
+        if not self.pre_quantized and self.quantization_config.modules is not None:
+            self.quantization_config.modules = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
+        self.packer = packer_of(backend)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype {dtype} cannot be packed; use float32 or bfloat16")
+        return torch.float32 if self.quantization_config.precision == "fp32" else dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """One device: a plan does not span several."""
+        if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            gpu = torch.cuda.is_available() and self.quantization_config.backend != "cpu"
+            return {"": "cuda:0" if gpu else "cpu"}
+        if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
+            raise ConfigError(f"device_map must name one device for an optimised model, got {device_map}")
+        return device_map
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        path, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(path), Packed)
+
+    def get_quantize_ops(self) -> PackWeight:
+        return PackWeight(self)
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        graph, _ = plan_graph(model.config, ())
+        _check_files(checkpoint_files)
+        swap_on_meta(model, graph, self.quantization_config, kwargs.get("dtype") or model.dtype)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from .wrapper import bind
+
+        for name, module in model.named_modules():
+            if isinstance(module, Packed) and not getattr(module.weight, "_is_hf_initialized", False):
+                raise CheckpointError("is missing", file=model.config.name_or_path, tensor=f"{name}.weight")
+        return bind(model, self.quantization_config)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are; the packed weights themselves are frozen."""
+        return True
+
+
+def _check_files(files: Any) -> None:
+    """Headers and indexes checked by our own reader before Transformers takes memory for them."""
+    names = {Path(file).name for file in files or ()}
+    if files and (names == {"model.safetensors"} or all(name.startswith("model-") for name in names)):
+        open_checkpoint(Path(files[0]).parent).close()
+
+
+def mark_quantized(model: Any, config: DeepSeekConfig) -> None:
+    """What Transformers looks at on a model loaded through a quantizer, for one that was not."""
+    model.config.quantization_config = config
+    model.hf_quantizer = PackingQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config._is_quantized = True
+
+
+def register() -> None:
+    """Makes the names known to Transformers; more than once does no harm."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(DeepSeekConfig)
+        register_quantizer(QUANT_METHOD)(PackingQuantizer)
+
+

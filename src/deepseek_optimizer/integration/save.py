@@ -1,0 +1,66 @@
+"""`save_pretrained` of an optimised model: a packed checkpoint, each file whole or not there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import atomic_directory
+from ..checkpoint.packed import write_safetensors
+from .runtime import Runtime
+from .swap import matrices_of
+
+
+class PackedSave:
+    """`model.save_pretrained`, on the instance.
+
+    A directory that is not there yet appears at once when all is written. In one that is there (a tokenizer in it, perhaps), each
+    file is replaced at once. Adapters, uploads and state dicts given by the caller go to Transformers' own.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        model = self.runtime.model
+        plain = not getattr(model, "_hf_peft_config_loaded", False) and self.runtime.changed() is None
+        if not plain or any(value not in (None, True, False) for value in kwargs.values()) or kwargs.get("push_to_hub"):
+            type(model).save_pretrained(model, save_directory, **kwargs)
+            return
+        target = Path(save_directory)
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            with atomic_directory(target, overwrite=True) as folder:
+                self._write(folder)
+            return
+        folder = target / f".{secrets.token_hex(4)}.tmp"
+        folder.mkdir()
+        try:
+            self._write(folder)
+            for path in sorted(folder.iterdir(), key=lambda p: p.name == "config.json"):  # the config last
+                _sync(path)
+                os.replace(path, target / path.name)
+            for stale in (*target.glob("model-*-of-*.safetensors"), target / "model.safetensors.index.json"):
+                stale.unlink(missing_ok=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        model, graph = self.runtime.model, self.runtime.graph
+        matrices = matrices_of(model, graph)
+        rest = {name: p.detach() for name, p in model.named_parameters() if name in graph.weights() and name not in matrices}
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        write_safetensors(folder / "model.safetensors", {**matrices, **rest})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedSave:
+        return PackedSave(self.runtime.copied(memo))
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

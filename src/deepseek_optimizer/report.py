@@ -1,0 +1,150 @@
+"""What optimising made of a model, for people (a table) and for programs (a dict)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """One fusion rule: how often it fired and where."""
+
+    rule: str
+    count: int
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """The matrices of one weight format."""
+
+    format: str
+    matrices: int
+    weights: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+    family, backend, detail: the model's family; the backend, and its ISA and threads or device.
+    isa, threads: of the native backend, None elsewhere.
+    rules: what each fusion rule did; rules_left_out: those that were not asked for.
+    formats: weight formats.
+    kernels: one row a step of the plan, as the backend describes it.
+    bytes_before, bytes_after: of the weights, as given (file or float parameters) and as they are now.
+    kv_cache, kv_block_bytes: storage of the cache, bytes of a block of 32 tokens.
+    config: the settings.
+    warnings: what works, but slower than it could, or is not exactly what was stored.
+    """
+
+    family: str
+    backend: str
+    detail: str
+    isa: str | None
+    threads: int | None
+    rules: tuple[RuleRow, ...]
+    rules_left_out: tuple[str, ...]
+    formats: tuple[FormatRow, ...]
+    kernels: tuple[dict[str, Any], ...]
+    bytes_before: int | None
+    bytes_after: int
+    kv_cache: str
+    kv_block_bytes: int
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        made: dict[str, Any] = _plain(asdict(self))
+        return made
+
+    def __rich__(self) -> Any:
+        """A table for rich's `print`."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.family} on {self.backend} ({self.detail})", title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        table.add_row("weights", self._weights())
+        for row in self.formats:
+            table.add_row(f"  {row.format}", f"{row.matrices} matrices, {row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB")
+        table.add_row("KV cache", f"{self.kv_cache}, {self.kv_block_bytes / 32 / 1024:,.1f} KiB a token")
+        for rule in self.rules:
+            table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")
+        if self.rules_left_out:
+            table.add_row("left out", ", ".join(self.rules_left_out))
+        for (op, kernel), count in Counter((str(k.get("op")), _kernel(k)) for k in self.kernels).items():
+            table.add_row(f"{count} x {op}", kernel)
+        for warning in self.warnings:
+            table.add_row("note", warning)
+        return table
+
+    def _weights(self) -> str:
+        after = f"{self.bytes_after / 1e6:,.1f} MB"
+        if not self.bytes_before:
+            return after
+        return f"{self.bytes_before / 1e6:,.1f} MB -> {after} ({self.bytes_after / self.bytes_before:.0%})"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip("\n")
+
+
+def _kernel(row: dict[str, Any]) -> str:
+    """What distinguishes a step, without its own names and sizes."""
+    parts = (f"{name} {value}" for name, value in row.items() if name not in ("op", "output", "weights", "bytes") and value)
+    return ", ".join(parts)
+
+
+def _sample(places: tuple[str, ...], shown: int = 3) -> str:
+    if not places:
+        return ""
+    more = f", ... {places[-1]}" if len(places) > shown else ""
+    return f": {', '.join(places[:shown])}{more}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def make_report(runtime: Any) -> Report:
+    """The report of an optimised model's runtime."""
+    from .graph.rules import RULES
+    from .integration.convert import parameter_bytes
+    from .integration.swap import matrices_of
+
+    backend, graph = runtime.backend, runtime.graph
+    formats: dict[str, list[Any]] = {}
+    for matrix in matrices_of(runtime.model, graph).values():
+        formats.setdefault(matrix.format, []).append(matrix)
+    applied = tuple(RuleRow(r.rule, r.count, r.places) for r in runtime.rules)
+    config = {name: value for name, value in runtime.config.to_dict().items() if name not in ("modules", "format_version")}
+    return Report(
+        family=graph.family,
+        backend=backend.name,
+        detail=backend.detail,
+        isa=getattr(backend, "isa", None),
+        threads=getattr(backend, "threads", None),
+        rules=applied,
+        rules_left_out=tuple(name for name in RULES if name not in {row.rule for row in applied}),
+        formats=tuple(
+            FormatRow(name, len(found), sum(m.rows * m.cols for m in found), sum(m.nbytes for m in found))
+            for name, found in formats.items()
+        ),
+        kernels=tuple(runtime.plan.describe()),
+        bytes_before=runtime.bytes_before,
+        bytes_after=parameter_bytes(runtime.model),
+        kv_cache=runtime.kv_dtype,
+        kv_block_bytes=backend.block_bytes(graph, runtime.kv_dtype),
+        config=config,
+        warnings=tuple(runtime.notes),
+    )
