@@ -1,0 +1,144 @@
+// Every kernel in plain scalar code, for F32 weights, F32 rows and an F32 cache: an oracle for the interpreter that shares
+// nothing with the real kernels, and shows that the runtime relies on their contract alone.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "check.hpp"
+
+namespace scalar {
+
+inline float weight(const Matrix& w, int64_t r, int64_t c) {  // F32 tiles: [32 k][16 r]
+  const int64_t groups = (w.cols + 31) / 32;
+  return ((const float*)w.data)[((r / 16 * groups + c / 32) * 32 + c % 32) * 16 + r % 16];
+}
+
+inline void convert(int32_t, const float*, int64_t, int64_t, int64_t, void*) { abort(); }
+
+inline void linear(const Matrix& w, const float* bias, int32_t, const uint8_t* x, int64_t x_stride, int64_t T, bool, int64_t tile_begin,
+                   int64_t tile_end, float* y, int64_t y_stride, uint8_t*) {
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t r = 16 * tile_begin; r < std::min<int64_t>(w.rows, 16 * tile_end); ++r) {
+      float sum = 0;
+      for (int64_t c = 0; c < w.cols; ++c) sum += weight(w, r, c) * ((const float*)(x + t * x_stride))[c];
+      ((float*)((uint8_t*)y + t * y_stride))[r] = sum + (bias ? bias[r] : 0);
+    }
+}
+
+inline void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
+  for (int64_t c = 0; c < w.cols; ++c) out[c] = weight(w, row, c) * scale;
+}
+inline void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride) {
+  for (int64_t r = begin; r < end; ++r) embed_row(w, (int32_t)r, 1, (float*)((uint8_t*)out + (r - begin) * stride));
+}
+inline void pack_tile(int32_t, int32_t, const void* src, int64_t rows, int64_t cols, int64_t stride, int64_t tile, uint8_t* dst) {
+  const int64_t groups = (cols + 31) / 32;
+  for (int64_t k = 0; k < groups * 32; ++k)
+    for (int64_t r = 0; r < 16; ++r) {
+      const int64_t row = 16 * tile + r;
+      ((float*)dst)[(tile * groups * 32 + k) * 16 + r] = row < rows && k < cols ? ((const float*)((const uint8_t*)src + row * stride))[k] : 0;
+    }
+}
+
+inline void rms_norm(const float* x, const float* w, int64_t n, float eps, float* out) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  const float scale = 1 / std::sqrt(sum / (float)n + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * w[i];
+}
+inline void add(const float* a, const float* b, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
+}
+inline void swiglu(const float* g, const float* u, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = g[i] / (1 + std::exp(-g[i])) * u[i];
+}
+inline void rope(const float* x, const float* table, int64_t heads, int64_t d, int64_t rot, bool interleaved, float* out) {
+  for (int64_t h = 0; h < heads; ++h, x += d, out += d) {
+    for (int64_t i = 0; i < rot / 2; ++i) {
+      const int64_t p = interleaved ? 2 * i : i, q = interleaved ? 2 * i + 1 : i + rot / 2;
+      const float a = x[p], b = x[q], c = table[i], s = table[rot / 2 + i];
+      out[p] = a * c - b * s;
+      out[q] = b * c + a * s;
+    }
+    for (int64_t i = rot; i < d; ++i) out[i] = x[i];
+  }
+}
+
+inline int64_t kv_layer_bytes(int32_t, int64_t kv_heads, int64_t head_dim) { return 2 * kv_heads * 32 * head_dim * 4; }
+inline float* kv(const KvLayout& l, const KvView& v, int64_t head, int64_t token, bool value) {
+  float* block = (float*)(v.base + v.table[token / 32] * v.block_stride);
+  return block + ((head * 2 + value) * 32 + token % 32) * l.head_dim;
+}
+inline void kv_write(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride, const float* val,
+                     int64_t v_stride, int64_t h0, int64_t h1) {
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t h = h0; h < h1; ++h) {
+      std::copy_n((const float*)((const char*)k + t * k_stride) + h * l.head_dim, l.head_dim, kv(l, v, h, start + t, false));
+      std::copy_n((const float*)((const char*)val + t * v_stride) + h * l.head_dim, l.head_dim, kv(l, v, h, start + t, true));
+    }
+}
+inline void kv_read(const KvLayout& l, const KvView& v, int64_t tokens, float* key, float* value) {
+  for (int64_t h = 0; h < l.kv_heads; ++h)
+    for (int64_t t = 0; t < tokens; ++t, key += l.head_dim, value += l.head_dim) {
+      std::copy_n(kv(l, v, h, t, false), l.head_dim, key);
+      std::copy_n(kv(l, v, h, t, true), l.head_dim, value);
+    }
+}
+
+// Softmax over tokens [first, n): m, the sum, and the weighted values, not yet divided.
+inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t first, int64_t n, float scale, float* m, float* sum,
+                   float* o) {
+  *m = -INFINITY;
+  *sum = 0;
+  std::fill_n(o, l.head_dim, 0.0f);
+  std::vector<float> scores;
+  for (int64_t t = first; t < n; ++t) {
+    float s = 0;
+    for (int64_t i = 0; i < l.head_dim; ++i) s += q[i] * kv(l, v, head, t, false)[i];
+    scores.push_back(s * scale);
+    *m = std::max(*m, s * scale);
+  }
+  for (int64_t t = first; t < n; ++t) {
+    const float p = std::exp(scores[(size_t)(t - first)] - *m);
+    *sum += p;
+    for (int64_t i = 0; i < l.head_dim; ++i) o[i] += p * kv(l, v, head, t, true)[i];
+  }
+}
+inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first, float scale, float* scores, float* o) {
+  std::fill_n(scores, n, 0.0f);  // the caller promised room for them
+  float m, sum;
+  attend(l, v, head, q, first, n, scale, &m, &sum, o);
+  for (int64_t i = 0; i < l.head_dim; ++i) o[i] /= sum;
+}
+inline int64_t seen_from(int64_t ctx, int64_t r, int64_t window) { return window ? std::max<int64_t>(0, ctx + r + 1 - window) : 0; }
+inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
+                         int64_t ctx, int64_t window, float scale, float* o, int64_t o_stride, uint8_t*) {
+  std::vector<float> scores((size_t)(ctx + r1));
+  for (int64_t r = r0; r < r1; ++r)
+    for (int64_t h = 0; h < group; ++h)
+      attn_eager(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, ctx + r + 1, seen_from(ctx, r, window), scale,
+                 scores.data(), (float*)((char*)o + r * o_stride) + h * l.head_dim);
+}
+inline void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
+                              int64_t r1, int64_t ctx, int64_t window, float scale, int64_t chunk, float* part, uint8_t*) {
+  for (int64_t r = r0; r < r1; ++r)
+    for (int64_t h = 0; h < group; ++h, part += l.head_dim + 16)
+      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, std::max(chunk * attn_chunk, seen_from(ctx, r, window)),
+             std::min((chunk + 1) * attn_chunk, ctx + r + 1), scale, part, part + 1, part + 16);
+}
+inline void attn_merge(const float* part, int64_t stride, int64_t chunks, int64_t d, float* out) {
+  float m = -INFINITY, sum = 0;
+  for (int64_t c = 0; c < chunks; ++c) m = std::max(m, part[c * stride]);
+  std::fill_n(out, d, 0.0f);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float p = std::exp(part[c * stride] - m);
+    sum += p * part[c * stride + 1];
+    for (int64_t i = 0; i < d; ++i) out[i] += p * part[c * stride + 16 + i];
+  }
+  for (int64_t i = 0; i < d; ++i) out[i] /= sum;
+}
+
+inline const Kernels table = {"scalar", convert, linear, 0, embed_row, unpack_rows, pack_tile, rms_norm, add, swiglu, rope,
+                              kv_layer_bytes, kv_write, kv_read, attn_decode_chunk, attn_merge, attn_prefill, attn_eager, 0};
+
+}  // namespace scalar
