@@ -21,7 +21,7 @@ _CODES = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BO
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def with_header(header: bytes | Mapping[str, Any], data: bytes = b"") -> bytes:
@@ -92,7 +92,8 @@ def gguf_bytes(
     return head + b"\0" * (-len(head) % alignment) + data
 
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 64, 4, 2, 16, 96, 40
+HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 64, 4, 2, 96, 40
+HEAD_DIM = {"qwen3": 128}  # others: 16. Transformers reads no head_dim from a qwen3 file, and takes its default
 
 
 def model_values(architecture: str = "llama", layers: int = 1, **more: tuple[int, Any]) -> dict[str, tuple[int, Any]]:
@@ -113,9 +114,9 @@ def model_values(architecture: str = "llama", layers: int = 1, **more: tuple[int
         "tokenizer.ggml.eos_token_id": (U32, 2),
     }
     if architecture == "llama":
-        values["llama.rope.dimension_count"] = (U32, HEAD_DIM)
+        values["llama.rope.dimension_count"] = (U32, 16)
     else:
-        values[f"{architecture}.attention.key_length"] = (U32, HEAD_DIM)
+        values[f"{architecture}.attention.key_length"] = (U32, HEAD_DIM.get(architecture, 16))
     return values | {key.replace("__", "."): value for key, value in more.items()}
 
 
@@ -128,7 +129,8 @@ def model_tensors(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.1
 
-    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    head_dim = HEAD_DIM.get(architecture, 16)
+    q, kv = HEADS * head_dim, KV_HEADS * head_dim
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
     if not tied:
         shapes["output.weight"] = (VOCAB, HIDDEN)
@@ -142,6 +144,6 @@ def model_tensors(
         if architecture == "qwen2":
             block |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
         if architecture == "qwen3":
-            block |= {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)}
+            block |= {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
         shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     return [gguf_tensor(name, random(*shape), kind if len(shape) == 2 else "F32") for name, shape in shapes.items()]

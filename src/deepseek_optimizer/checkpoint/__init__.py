@@ -29,13 +29,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UnsupportedModelError: a GGUF architecture that is not known.
     """
     path = Path(path)
-    try:
-        is_dir, exists = path.is_dir(), path.exists()
-    except ValueError as error:  # a NUL in the name
-        raise CheckpointError(f"{str(path)!r} is not a file name") from error
-    if not exists:
+    if not path.exists():
         raise CheckpointError("does not exist", file=path)
-    if not is_dir:
+    if not path.is_dir():
         if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
             raise CheckpointError("is a file of weights; name its directory, which holds config.json too", file=path)
         return GgufCheckpoint(path)
