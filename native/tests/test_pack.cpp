@@ -1,0 +1,293 @@
+// Packing on every variant: the exact bytes of the rule in docs/contracts.md, written here a second time in scalar code; back
+// within each format's bound; nothing outside a tile row's place is written, nothing outside the source is read.
+#include <utility>
+
+#include "check.hpp"
+
+namespace {
+constexpr int formats[] = {DSO_F32, DSO_BF16, DSO_INT8, DSO_INT4, DSO_Q4_1};
+constexpr int sources[] = {DSO_SRC_F32, DSO_SRC_BF16, DSO_SRC_F16};
+constexpr const char* source_names[] = {"f32", "bf16", "f16"};
+
+// ---- scalar conversions
+uint16_t to_half(float x) {  // nearest even
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float a = std::fabs(x);
+  if (std::isnan(x)) return (uint16_t)(sign | 0x7e00);
+  if (a >= 65520.0f) return (uint16_t)(sign | 0x7c00);
+  const int exponent = a < std::ldexp(1.0f, -14) ? -14 : std::ilogb(a);
+  const int units = (int)std::nearbyint(std::ldexp((double)a, 10 - exponent));  // of the last place; 2048 carries over
+  return (uint16_t)(sign | (units + ((exponent + 14) << 10)));                  // the implicit bit makes a subnormal normal
+}
+uint16_t to_bfloat(float x) {
+  const uint32_t u = to_bits(x);
+  if (std::isnan(x)) return (uint16_t)(u >> 16 | 0x40);
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+float rounded(float x) { return half_to_float(to_half(x)); }
+
+// ---- sources
+struct Source {
+  int type, rows, cols, gap;  // gap: elements between rows
+  std::vector<uint8_t> bytes; // ends with the last row
+  std::vector<float> values;  // [rows][cols], exact
+
+  int64_t size() const { return type == DSO_SRC_F32 ? 4 : 2; }
+  int64_t stride() const { return (cols + gap) * size(); }
+  float at(int r, int c) const { return values[(size_t)r * (size_t)cols + (size_t)c]; }
+};
+
+Source make(int type, int rows, int cols, int gap, const std::vector<float>& wanted) {
+  Source s{type, rows, cols, gap, {}, {}};
+  s.bytes.assign((size_t)((rows - 1) * s.stride() + cols * s.size()), 0x7f);  // a gap of NaNs
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < cols; ++c) {
+      const float x = wanted[(size_t)r * (size_t)cols + (size_t)c];
+      uint8_t* to = &s.bytes[(size_t)(r * s.stride() + c * s.size())];
+      const uint16_t h = type == DSO_SRC_BF16 ? to_bfloat(x) : to_half(x);
+      if (type == DSO_SRC_F32) memcpy(to, &x, 4);
+      else memcpy(to, &h, 2);
+      s.values.push_back(type == DSO_SRC_F32 ? x : type == DSO_SRC_BF16 ? from_bits((uint32_t)h << 16) : half_to_float(h));
+    }
+  return s;
+}
+
+// ---- the rule, one group at a time
+struct Group {
+  uint16_t scale = 0, min = 0;
+  int codes[32];  // as stored
+};
+
+Group group_of(int format, const float* w, int n) {
+  Group out;
+  const int zero = format == DSO_INT8 ? 128 : format == DSO_INT4 ? 8 : 0;
+  for (int& code : out.codes) code = zero;
+  float low = w[0], high = w[0], first = w[0];
+  for (int i = 0; i < n; ++i) {
+    if (!std::isfinite(w[i])) return out.scale = 0x7e00, out;
+    low = std::fmin(low, w[i]), high = std::fmax(high, w[i]);
+    if (std::fabs(w[i]) > std::fabs(first)) first = w[i];
+  }
+  const float most = std::fmax(std::fabs(low), std::fabs(high));
+  uint16_t scale = to_half(format == DSO_INT8 ? most / 127.0f : format == DSO_INT4 ? first / -8.0f : (high - low) / 15.0f);
+  uint16_t min = format == DSO_Q4_1 ? to_half(low) : 0;
+  if (!std::isfinite(half_to_float(scale)) || !std::isfinite(half_to_float(min))) return out.scale = 0x7e00, out;
+  if (min == 0x8000) min = 0;
+  out.min = min;
+  if ((scale & 0x7fff) == 0) return out;
+  out.scale = scale;
+  const float least = format == DSO_INT8 ? -127.0f : format == DSO_INT4 ? -8.0f : 0.0f;
+  const float largest = format == DSO_INT8 ? 127.0f : format == DSO_INT4 ? 7.0f : 15.0f;
+  for (int i = 0; i < n; ++i) {
+    const float q = std::nearbyint((w[i] - half_to_float(min)) / half_to_float(scale));
+    out.codes[i] = zero + (int)std::fmin(std::fmax(q, least), largest);
+  }
+  return out;
+}
+
+std::vector<uint8_t> reference(int format, const Source& s) {
+  std::vector<uint8_t> packed(packed_bytes(format, s.rows, s.cols), 0);
+  const int groups = (s.cols + 31) / 32;
+  for (int r = 0; r < (s.rows + 15) / 16 * 16; ++r)
+    for (int g = 0; g < groups; ++g) {
+      uint8_t* tile = &packed[(size_t)(r / 16 * groups + g) * tile_bytes(format)];
+      float w[32] = {};
+      const int n = r >= s.rows ? 32 : std::min(32, s.cols - 32 * g);
+      for (int i = 0; i < n && r < s.rows; ++i) w[i] = s.at(r, 32 * g + i);
+      if (format == DSO_F32)
+        for (int k = 0; k < 32; ++k) memcpy(tile + (k * 16 + r % 16) * 4, &w[k], 4);
+      if (format == DSO_BF16)
+        for (int k = 0; k < 32; ++k) {
+          const uint16_t h = to_bfloat(w[k]);
+          memcpy(tile + (k / 2 * 16 + r % 16) * 4 + k % 2 * 2, &h, 2);
+        }
+      if (format == DSO_F32 || format == DSO_BF16) continue;
+      const Group group = group_of(format, w, n);
+      for (int k = 0; k < 32; ++k) {
+        int shift;
+        const size_t at = code_at(format, r, 32 * g + k, s.cols, &shift);
+        packed[at] = (uint8_t)(packed[at] | group.codes[k] << shift);
+      }
+      uint8_t* tail = tile + code_bytes(format) + r % 16 * 2;
+      memcpy(tail, &group.scale, 2);
+      if (format == DSO_Q4_1) memcpy(tail + 32, &group.min, 2);
+    }
+  return packed;
+}
+
+float decoded(int format, const std::vector<uint8_t>& packed, int r, int c, int cols) {
+  const uint8_t* tile = &packed[(size_t)(r / 16 * ((cols + 31) / 32) + c / 32) * tile_bytes(format)];
+  const int k = c % 32;
+  if (format == DSO_F32) {
+    float x;
+    memcpy(&x, tile + (k * 16 + r % 16) * 4, 4);
+    return x;
+  }
+  uint16_t h, m;
+  if (format == DSO_BF16) {
+    memcpy(&h, tile + (k / 2 * 16 + r % 16) * 4 + k % 2 * 2, 2);
+    return from_bits((uint32_t)h << 16);
+  }
+  int shift;
+  const uint8_t byte = packed[code_at(format, r, c, cols, &shift)];
+  const int code = format == DSO_INT8 ? byte - 128 : (byte >> shift & 15) - (format == DSO_INT4 ? 8 : 0);
+  memcpy(&h, tile + code_bytes(format) + r % 16 * 2, 2);
+  memcpy(&m, tile + code_bytes(format) + r % 16 * 2 + (format == DSO_Q4_1 ? 32 : 0), 2);
+  const float w = half_to_float(h) * (float)code;
+  return format == DSO_Q4_1 ? w + half_to_float(m) : w;
+}
+
+// What |unpacked - w| never exceeds, for a group of n whose scale neither over- nor underflows fp16.
+double bound(int format, const float* w, int n, int i) {
+  double low = w[0], high = w[0];
+  for (int k = 0; k < n; ++k) low = std::fmin(low, w[k]), high = std::fmax(high, w[k]);
+  const double most = std::fmax(std::fabs(low), std::fabs(high)), half = std::ldexp(1.0, -11), tiny = std::ldexp(1.0, -25);
+  switch (format) {
+    case DSO_F32: return 0;
+    case DSO_BF16: return std::fabs(w[i]) / 256;
+    case DSO_INT8: return most / 254 + 128 * (most / 127 * half + tiny);
+    case DSO_INT4: return most / 8 * (std::fabs(w[i]) > most * 7.5 / 8 ? 1 : 0.5) + 9 * (most / 8 * half + tiny);
+    default: return (high - low) / 30 + 16 * ((high - low) / 15 * half + tiny) + std::fabs(low) * half + tiny + 1e-6 * most;
+  }
+}
+
+// ---- checks
+void compare(const Variant& v, int format, const Source& s, const std::vector<uint8_t>& want, Random& random) {
+  const int tiles = (s.rows + 15) / 16;
+  const size_t tile_row = want.size() / (size_t)tiles;
+  Buffer source(s.bytes.size()), packed(want.size());
+  memcpy(source.get(), s.bytes.data(), s.bytes.size());
+  const int one = random.below(tiles);  // first a single tile row: the others stay untouched
+  auto pack = [&](int tile) { v.kernels->pack_tile(format, s.type, source.get(), s.rows, s.cols, s.stride(), tile, packed.get()); };
+  pack(one);
+  for (size_t i = 0; i < want.size(); ++i) {
+    const uint8_t expected = i / tile_row == (size_t)one ? want[i] : 0xa5;
+    if (!check(packed[i] == expected, "%s %s from %s [%d x %d] tile row %d, byte %zu of %zu: %02x, not %02x", v.name.c_str(), format_name(format),
+               source_names[s.type], s.rows, s.cols, one, i % tile_bytes(format), i, packed[i], expected))
+      return;
+  }
+  for (int tile = tiles - 1; tile >= 0; --tile) pack(tile);
+  if (!check(memcmp(packed.get(), want.data(), want.size()) == 0, "%s %s from %s [%d x %d]: bytes differ", v.name.c_str(), format_name(format),
+             source_names[s.type], s.rows, s.cols))
+    return;
+
+  const Matrix w = {format, s.rows, s.cols, packed.get()};
+  const int begin = random.below(s.rows), end = begin + 1 + random.below(s.rows - begin), gap = random.below(3);
+  const int64_t stride = 4 * (s.cols + gap);
+  Buffer out((size_t)((end - begin - 1) * stride + 4 * s.cols)), row(4 * (size_t)s.cols);
+  v.kernels->unpack_rows(w, begin, end, (float*)out.get(), stride);
+  for (int r = begin; r < end; ++r) {
+    v.kernels->embed_row(w, r, 3.0f, (float*)row.get());
+    for (int c = 0; c < s.cols + gap; ++c) {
+      const size_t at = (size_t)((r - begin) * stride + 4 * c);
+      if (at + 4 > out.size()) break;
+      float got, embedded;
+      memcpy(&got, out.get() + at, 4);
+      if (c >= s.cols) {
+        check(to_bits(got) == 0xa5a5a5a5, "%s %s: unpack_rows wrote between rows", v.name.c_str(), format_name(format));
+        continue;
+      }
+      memcpy(&embedded, row.get() + 4 * c, 4);
+      const float expected = decoded(format, want, r, c, s.cols);
+      if (!check(same(got, expected), "%s %s [%d x %d] (%d, %d): unpacked %g, not %g", v.name.c_str(), format_name(format), s.rows, s.cols, r, c, got, expected)) return;
+      if (!check(same(embedded, expected * 3.0f), "%s %s (%d, %d): embedded %g, not 3 x %g", v.name.c_str(), format_name(format), r, c, embedded, expected)) return;
+    }
+  }
+}
+
+void bounded(int format, const Source& s, const std::vector<uint8_t>& packed) {
+  for (int r = 0; r < s.rows; ++r)
+    for (int c = 0; c < s.cols; ++c) {
+      const int g = c / 32 * 32, n = std::min(32, s.cols - g);
+      const double error = std::fabs((double)decoded(format, packed, r, c, s.cols) - s.at(r, c)), limit = bound(format, &s.values[(size_t)(r * s.cols + g)], n, c - g);
+      if (!check(error <= limit, "%s (%d, %d): %g comes back with error %g, over %g", format_name(format), r, c, s.at(r, c), error, limit)) return;
+    }
+}
+
+void shapes(const std::vector<Variant>& all) {
+  Random random(1);
+  const int dims[] = {1, 15, 16, 17, 31, 32, 33, 61, 100};
+  for (int rows : dims)
+    for (int cols : dims) {
+      std::vector<float> wanted((size_t)(rows * cols));
+      const float level = std::ldexp(1.0f, random.below(12) - 8), shift = random.below(2) ? 0 : random.normal() * level;
+      for (float& x : wanted) x = random.normal() * level + shift;
+      for (int type : sources) {
+        const Source s = make(type, rows, cols, random.below(3), wanted);
+        for (int format : formats) {
+          const std::vector<uint8_t> want = reference(format, s);
+          bounded(format, s, want);
+          for (const Variant& v : all) compare(v, format, s, want, random);
+        }
+      }
+    }
+}
+
+// Groups where the rule has corners, mixed among ordinary ones.
+void corners(const std::vector<Variant>& all) {
+  Random random(2);
+  for (int round = 0; round < 60; ++round) {
+    const int rows = 33, cols = round % 2 ? 150 : 96;
+    std::vector<float> wanted((size_t)(rows * cols));
+    for (int r = 0; r < rows; ++r)
+      for (int g = 0; g < cols; g += 32) {
+        float* w = &wanted[(size_t)(r * cols + g)];
+        const int n = std::min(32, cols - g), kind = random.below(14);
+        for (int i = 0; i < n; ++i) w[i] = random.normal();
+        auto fill = [&](auto value) { for (int i = 0; i < n; ++i) w[i] = value(); };
+        switch (kind) {
+          case 0: fill([] { return 0.0f; }); break;
+          case 1: fill([&] { return random.below(2) ? 0.0f : -0.0f; }); break;
+          case 2: fill([] { return -1.25f; }); break;                                       // no range
+          case 3: w[random.below(n)] = 5, w[random.below(n)] = -5; break;                   // equal magnitudes
+          case 4: fill([&] { return random.below(2) ? 2.0f : -2.0f; }); break;
+          case 5: fill([&] { return random.normal() * 1e-7f; }); break;                     // scales are fp16 subnormals
+          case 6: fill([&] { return random.normal() * 1e-8f; }); break;                     // or zero
+          case 7: fill([&] { return random.normal() * 1e-39f; }); break;                    // fp32 subnormals
+          case 8: w[random.below(n)] = 9e6f * random.normal(); break;                       // scales overflow fp16
+          case 9: fill([&] { return random.normal() * 3e4f; }); break;                      // near the end of fp16
+          case 10: w[random.below(n)] = NAN; break;
+          case 11: w[random.below(n)] = random.below(2) ? INFINITY : -INFINITY; break;
+          case 12: fill([&] { return (float)(random.below(31) - 15) * 0.5f; }); w[0] = -8; break;  // quotients at .5
+          default: break;
+        }
+      }
+    for (int type : sources) {
+      const Source s = make(type, rows, cols, 1, wanted);
+      for (int format : formats) {
+        const std::vector<uint8_t> want = reference(format, s);
+        for (const Variant& v : all) compare(v, format, s, want, random);
+      }
+    }
+  }
+}
+
+// Numbers that came out of a Q4_0 block, or of this format, go back to the same scale and codes.
+void again(const std::vector<Variant>& all) {
+  Random random(3);
+  std::vector<float> wanted;
+  for (int g = 0; g < 64; ++g) {
+    const float scale = rounded((random.below(2) ? 0.01f : -0.01f) * (0.5f + random.uniform()));
+    for (int i = 0; i < 32; ++i) wanted.push_back(scale * (float)(i == 5 ? -8 : random.below(16) - 8));
+  }
+  const Source s = make(DSO_SRC_F32, 16, 128, 0, wanted);
+  for (const Variant& v : all) {
+    Buffer packed(packed_bytes(DSO_INT4, 16, 128));
+    v.kernels->pack_tile(DSO_INT4, DSO_SRC_F32, s.bytes.data(), 16, 128, s.stride(), 0, packed.get());
+    std::vector<float> back(16 * 128);
+    v.kernels->unpack_rows({DSO_INT4, 16, 128, packed.get()}, 0, 16, back.data(), 4 * 128);
+    for (size_t i = 0; i < back.size(); ++i)
+      if (!check(back[i] == wanted[i], "%s: %g came back as %g", v.name.c_str(), wanted[i], back[i])) break;
+  }
+}
+}  // namespace
+
+int main() {
+  for (uint32_t h = 0; h < 0x7c00; ++h) check(to_half(half_to_float((uint16_t)h)) == h, "the test's own fp16 is wrong at %04x", h);
+  const std::vector<Variant> all = variants();
+  if (all.empty()) return report("test_pack");
+  shapes(all);
+  corners(all);
+  again(all);
+  return report("test_pack");
+}
