@@ -50,5 +50,9 @@ def check_generation(config: Any) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
+    for name in ("top_p", "min_p"):
+        value = getattr(config, name, None)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
     if config.do_sample and config.temperature is not None and config.temperature <= 0:
         raise ValueError(f"temperature must be above 0 for sampling, got {config.temperature!r}; use do_sample=False for greedy")

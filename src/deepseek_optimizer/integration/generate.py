@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -66,8 +67,9 @@ class PlanGenerate:
         else:
             owned = False
         if self._is_plain(call, config):
+            _keep_stop_strings(call, config)
             loop = functools.partial(_sample, runtime=self.runtime, streamer=call.get("streamer"), owned=owned)
-            return self._original(model, **call, custom_generate=_Loop(loop))
+            return self._original(model, **call, custom_generate=loop)
         criteria = StoppingCriteriaList(call.get("stopping_criteria") or ())
         call["stopping_criteria"] = StoppingCriteriaList([*criteria, ContextLimit(self.runtime.graph.max_positions)])
         return self._original(model, **call)
@@ -102,6 +104,18 @@ class PlanGenerate:
         return self.runtime.__reduce__()
 
 
+def _keep_stop_strings(call: dict[str, Any], config: Any) -> None:
+    """`generate` drops the tokenizer where a custom loop is given, so the criterion that needs it is made here."""
+    tokenizer = call.pop("tokenizer", None)
+    if config.stop_strings is None:
+        return
+    if tokenizer is None:
+        raise ValueError("stop_strings need the model's tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
+    stop = StopStringCriteria(stop_strings=config.stop_strings, tokenizer=tokenizer)
+    call["stopping_criteria"] = StoppingCriteriaList([*(call.get("stopping_criteria") or ()), stop])
+    call["stop_strings"] = None
+
+
 class ContextLimit(StoppingCriteria):
     """Stops where the model's context ends, instead of failing there."""
 
@@ -110,25 +124,6 @@ class ContextLimit(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.max_positions, device=input_ids.device)
-
-
-class _Loop:
-    """What `generate` calls in place of its own loop. `tokenizer` is named so that stop strings find it."""
-
-    def __init__(self, loop: Any) -> None:
-        self.loop = loop
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        tokenizer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        return self.loop(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
 
 class _Stop:
@@ -179,18 +174,18 @@ def _sample(
     input_ids: torch.Tensor,
     logits_processor: Any,
     stopping_criteria: Any,
-    config: Any,
-    model_kwargs: dict[str, Any],
+    generation_config: Any,
     *,
     runtime: Runtime,
     streamer: Any,
     owned: bool,
+    **model_kwargs: Any,
 ) -> Any:
     """Transformers' `_sample` with the plan in place of `model(...)`.
 
     Rows that ended are left out of the steps that follow, unless someone can see what they would have computed.
     """
-    stop = _Stop(stopping_criteria)
+    config, stop = generation_config, _Stop(stopping_criteria)
     pad = config._pad_token_tensor
     as_dict = bool(config.return_dict_in_generate)
     scores: tuple[torch.Tensor, ...] | None = () if as_dict and config.output_scores else None

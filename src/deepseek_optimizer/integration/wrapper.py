@@ -68,6 +68,8 @@ class PlanForward:
                 return f"argument {name!r} is given"
         if call.get("output_attentions") or (call.get("output_attentions") is None and config.output_attentions):
             return "output_attentions is asked for"
+        if reason := self.runtime.changed():
+            return reason
         mask, embeds = call.get("attention_mask"), call.get("inputs_embeds")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
             return "attention_mask is not a 2-D tensor"
@@ -80,7 +82,7 @@ class PlanForward:
             return "the model is in training mode and has dropout"
         if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or _trainable(model)):
             return "gradients are needed"
-        return self.runtime.changed()
+        return None
 
     def _planned(self, call: dict[str, Any], cache: PagedCache | None) -> Any:
         runtime, config = self.runtime, self.runtime.model.config

@@ -1,0 +1,52 @@
+"""A small random model beside its optimised copy, on every backend this machine has."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support.models import CASES, random_ids, random_model
+
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
+from deepseek_optimizer.backends.cpu import unavailable_reason
+
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(unavailable_reason() is not None, reason="no native build"))]
+
+
+@dataclass
+class Pair:
+    """The same weights in fp32: Transformers' own model, and ours."""
+
+    plain: Any
+    fast: Any
+
+    def ids(self, *lengths: int, seed: int = 0) -> torch.Tensor:
+        """[len(lengths), max] random ids; rows shorter than the longest are padded on the left with 0."""
+        rows = [torch.tensor(random_ids(self.plain.config, n, seed + i)) for i, n in enumerate(lengths)]
+        return torch.stack([torch.nn.functional.pad(r, (max(lengths) - len(r), 0)) for r in rows])
+
+    def mask(self, *lengths: int) -> torch.Tensor:
+        """The attention mask of `ids(*lengths)`."""
+        return torch.stack([torch.arange(max(lengths)) >= max(lengths) - n for n in lengths]).long()
+
+
+def make_pair(case: str = "llama-gqa", backend: str = "reference", **fields: Any) -> Pair:
+    plain = random_model(CASES[case]())
+    fast = copy.deepcopy(plain)
+    DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32", backend=backend, **fields), batch_size_range=(1, 4)).optimize()
+    return Pair(plain, fast)
+
+
+@pytest.fixture(scope="package", params=BACKENDS)
+def pair(request) -> Pair:
+    """Shared by all tests: leave it as it is."""
+    return make_pair(backend=request.param)
+
+
+@pytest.fixture
+def fresh_pair() -> Pair:
+    """To be changed at will."""
+    return make_pair()

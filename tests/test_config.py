@@ -1,0 +1,151 @@
+"""DeepSeekConfig: every field checked when set, unknown names refused with the nearest, JSON round trip."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields
+
+import pytest
+
+from deepseek_optimizer import ConfigError, DeepSeekConfig
+from deepseek_optimizer.config import FUSION_RULES
+
+GOOD = {
+    "precision": ["auto", "int4", "int8", "bf16", "fp32"],
+    "kernel_fusion": [True, False],
+    "fusion_rules": [None, [], ["qkv"], ("attention_softmax", "layer_norm")],
+    "attention_optimization": ["flash", "eager"],
+    "kv_cache": ["auto", "fp32", "bf16", "int8"],
+    "kv_cache_memory": [None, 1 << 20],
+    "threads": [None, 1, 64],
+    "isa": [None, "avx2", "avx512", "amx"],
+    "backend": ["auto", "cpu", "reference"],
+    "activation": ["auto", "int8", "int16"],
+    "batch_invariant": [True, False],
+    "prefill_chunk": [1, 4096],
+    "batch_size_range": [(1, 1), [4, 32]],
+    "fast_path": [True, False],
+    "modules": [None, {"lm_head": {"format": "int4", "shape": [16, 32]}}],
+    "format_version": [None, 1],
+    "quant_method": ["deepseek_optimizer"],
+}
+BAD = {
+    "precision": ["int3", None, 4, "INT4", float("nan")],
+    "kernel_fusion": [1, "yes", None],
+    "fusion_rules": ["qkv", ["qvk"], [1], {"qkv"}],
+    "attention_optimization": ["sdpa", None, True],
+    "kv_cache": ["fp16", None],
+    "kv_cache_memory": [0, -1, 1.5, True, 1 << 62],
+    "threads": [0, -1, True, 1.0, "4", 1 << 20],
+    "isa": ["sse", ""],
+    "backend": ["cuda", None],
+    "activation": ["int4", None],
+    "batch_invariant": [0, None],
+    "prefill_chunk": [0, -1, True, None],
+    "batch_size_range": [(0, 1), (4, 2), (1,), 4, (1, 2, 3), (True, 4), (1, float("inf"))],
+    "fast_path": ["on", None],
+    "modules": [[], {"a": "int4"}, {"a": {}}],
+    "format_version": [0, "1"],
+    "quant_method": ["bitsandbytes", None],
+}
+
+
+def test_every_field_has_good_and_bad_values():
+    names = {f.name for f in fields(DeepSeekConfig)}
+    assert names == GOOD.keys() == BAD.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in GOOD.items() for v in values])
+def test_good_values_at_construction_and_assignment(name, value):
+    assert getattr(DeepSeekConfig(**{name: value}), name) == (tuple(value) if isinstance(value, list) else value)
+    config = DeepSeekConfig()
+    setattr(config, name, value)
+    assert config == DeepSeekConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
+def test_bad_values_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=name):
+        DeepSeekConfig(**{name: value})
+    config = DeepSeekConfig()
+    before = copy.deepcopy(config)
+    with pytest.raises(ConfigError, match=name):
+        setattr(config, name, value)
+    assert config == before
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("precison", "precision"), ("kvcache", "kv_cache"), ("num_threads", "threads")])
+def test_unknown_names_are_refused_with_the_nearest(wrong, right):
+    with pytest.raises(ConfigError, match=f"no field '{wrong}'.*'{right}'"):
+        DeepSeekConfig(**{wrong: 1})
+    with pytest.raises(ConfigError, match=right):
+        setattr(DeepSeekConfig(), wrong, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [("precision", "fp8", "int8"), ("attention_optimization", "sparse", "flash"), ("attention_optimization", "sliding", "flash")],
+)
+def test_names_of_later_parts_say_what_to_use(field, value, remedy):
+    with pytest.raises(ConfigError, match=f"not built yet; use '{remedy}'"):
+        DeepSeekConfig(**{field: value})
+
+
+def test_nearest_value_is_named():
+    with pytest.raises(ConfigError, match="did you mean 'layer_norm'"):
+        DeepSeekConfig(fusion_rules=["layernorm"])
+
+
+def test_json_round_trip():
+    config = DeepSeekConfig(
+        precision="int4", fusion_rules=["qkv", "gate_up"], threads=3, batch_size_range=(2, 8), kv_cache_memory=1 << 30,
+        modules={"lm_head": {"format": "int8", "shape": [32, 64]}}, format_version=1,
+    )  # fmt: skip
+    assert DeepSeekConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert DeepSeekConfig.from_dict(json.loads(config.to_json_string())) == config
+    assert DeepSeekConfig(**dict(config)) == config
+
+
+def test_to_dict_shares_nothing():
+    config = DeepSeekConfig(modules={"a": {"format": "int4", "shape": [1, 1]}})
+    config.to_dict()["modules"]["a"]["format"] = "int8"
+    assert config.modules["a"]["format"] == "int4"
+
+
+def test_transformers_may_keep_private_names():
+    config = DeepSeekConfig()
+    config._note = "x"
+    assert "_note" not in config.to_dict()
+
+
+def test_transformers_update_and_unused_arguments():
+    config, rest = DeepSeekConfig.from_dict({"precision": "int8"}, return_unused_kwargs=True, threads=2, other=1)
+    assert (config.precision, config.threads, rest) == ("int8", 2, {"other": 1})
+    with pytest.raises(ConfigError, match="threads"):
+        config.update(threads=-1)
+
+
+def test_rules_in_force():
+    assert DeepSeekConfig().rules == FUSION_RULES
+    assert DeepSeekConfig(kernel_fusion=False).rules == ()
+    assert DeepSeekConfig(fusion_rules=["gate_up", "qkv"]).rules == ("qkv", "gate_up")
+    assert "attention_softmax" not in DeepSeekConfig(attention_optimization="eager").rules
+    assert DeepSeekConfig(fusion_rules=["attention_softmax"], attention_optimization="eager").rules == ()
+
+
+def test_format_of():
+    config = DeepSeekConfig(precision="int4", modules={"head": {"format": "int8", "shape": [1, 1]}})
+    assert config.format_of("head.weight", "bf16") == "int8"
+    assert config.format_of("other.weight", "bf16") == "int4"
+    assert DeepSeekConfig().format_of("other.weight", "bf16") == "bf16"
+
+
+def test_repr_shows_what_differs():
+    assert repr(DeepSeekConfig(precision="int8", threads=2)) == "DeepSeekConfig(precision='int8', threads=2)"
+
+
+def test_every_field_is_documented():
+    for field in fields(DeepSeekConfig):
+        if field.name != "quant_method":
+            assert f"{field.name}:" in DeepSeekConfig.__doc__
