@@ -1,0 +1,133 @@
+"""Packed checkpoints: bit for bit there and back, and no lie about tiles believed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from deepseek_optimizer.checkpoint import open_checkpoint, packed_section, save_packed, stream_weights
+from deepseek_optimizer.errors import CheckpointError
+from deepseek_optimizer.quant import FORMATS, PackedMatrix, pack
+from support.checkpoint_files import safetensors_bytes, safetensors_header, with_header
+
+CONFIG = {"model_type": "llama", "hidden_size": 48, "auto_map": {"AutoModel": "x.Y"}}
+
+
+def weights() -> dict[str, PackedMatrix | torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made: dict[str, PackedMatrix | torch.Tensor] = {
+        f"m.{name}.weight": pack(torch.randn(33, 48, generator=generator), name) for name in FORMATS
+    }
+    made["norm.weight"] = torch.randn(48, generator=generator)
+    made["half.bias"] = torch.randn(7, generator=generator).bfloat16()
+    return made
+
+
+def data(value: PackedMatrix | torch.Tensor) -> torch.Tensor:
+    return value.data if isinstance(value, PackedMatrix) else value
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    saved = weights()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_packed(tmp_path / "p", CONFIG, saved, quantization={"precision": "int4"}, extra_files=[tmp_path / "tokenizer.json"])
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    checkpoint = open_checkpoint(tmp_path / "p")
+    assert checkpoint.kind == "packed"
+    config = checkpoint.config()
+    assert config["quantization_config"]["precision"] == "int4" and "auto_map" not in config
+    wanted = {name: value.format if isinstance(value, PackedMatrix) else None for name, value in saved.items()}
+    shapes = {n: (v.rows, v.cols) if isinstance(v, PackedMatrix) else tuple(v.shape) for n, v in saved.items()}
+    loaded = dict(stream_weights(checkpoint, wanted, shapes))
+    for name, value in saved.items():
+        assert torch.equal(data(loaded[name]), data(value)) and data(loaded[name]).dtype == data(value).dtype
+        assert checkpoint.shape(name) == shapes[name]
+        if isinstance(value, PackedMatrix):
+            assert checkpoint.lossless_format(name) == checkpoint.natural_format(name) == value.format
+            assert torch.equal(checkpoint.read_rows(name, 3, 20), checkpoint.read(name)[3:20])
+    save_packed(tmp_path / "again", config, loaded, quantization={"precision": "int4"})
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "p" / "model.safetensors").read_bytes()
+
+
+def test_files_are_plain_safetensors_and_aligned(tmp_path: Path) -> None:
+    saved = weights()
+    save_packed(tmp_path / "p", CONFIG, saved)
+    with safe_open(tmp_path / "p" / "model.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), data(value)) for name, value in saved.items())
+    checkpoint = open_checkpoint(tmp_path / "p")
+    for name, value in saved.items():
+        if data(value).numel() * data(value).element_size() % 64 == 0:
+            assert checkpoint.info(name).offset % 64 == 0, name
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    save_packed(tmp_path / "p", CONFIG, weights())
+    with pytest.raises(CheckpointError, match="packed as int8, not int4.*original"):
+        open_checkpoint(tmp_path / "p").packed("m.int8.weight", "int4")
+
+
+def write(directory: Path, section: Any, tensors: dict[str, torch.Tensor]) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": section}))
+    (directory / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    return directory
+
+
+MATRIX = pack(torch.ones(33, 48), "int8")
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": None}, "format_version is None"),
+        ({"modules": []}, "modules must be"),
+        ({"modules": {"a": {"format": "int8"}}}, "format and shape"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, 48], "x": 1}}}, "format and shape"),
+        ({"modules": {"a": "int8"}}, "format and shape"),
+        ({"modules": {"a": {"format": "int9", "shape": [33, 48]}}}, "unknown weight format 'int9'"),
+        ({"modules": {"a": {"format": ["int8"], "shape": [33, 48]}}}, "unknown weight format"),
+        ({"modules": {"a": {"format": "int8", "shape": [33]}}}, "two whole numbers"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, -48]}}}, "two whole numbers"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, True]}}}, "two whole numbers"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, 2**40]}}}, "two whole numbers"),
+        ({"modules": {"a": {"format": "int4", "shape": [33, 48]}}}, r"int4 \[33, 48\] is U8 \(3, 2, 288\)"),
+        ({"modules": {"a": {"format": "int8", "shape": [49, 48]}}}, r"is U8 \(4, 2, 544\)"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, 65]}}}, r"is U8 \(3, 3, 544\)"),
+        ({"modules": {"b": {"format": "int8", "shape": [33, 48]}}}, "missing"),
+        ({"modules": {}}, "does not say how"),
+    ],
+)
+def test_lies(tmp_path: Path, change: dict, why: str) -> None:
+    section = packed_section({"a.weight": MATRIX}) | change
+    with pytest.raises(CheckpointError, match=why):
+        open_checkpoint(write(tmp_path / "p", section, {"a.weight": MATRIX.data}))
+
+
+def test_tiles_of_another_type(tmp_path: Path) -> None:
+    section = packed_section({"a.weight": MATRIX})
+    with pytest.raises(CheckpointError, match="is F32"):
+        open_checkpoint(write(tmp_path / "p", section, {"a.weight": MATRIX.data.float()}))
+
+
+def test_truncated(tmp_path: Path) -> None:
+    directory = write(tmp_path / "p", packed_section({"a.weight": MATRIX}), {})
+    header, body = safetensors_header({"a.weight": MATRIX.data})
+    (directory / "model.safetensors").write_bytes(with_header(header, body[:-1]))
+    with pytest.raises(CheckpointError, match="truncated") as caught:
+        open_checkpoint(directory)
+    assert caught.value.tensor == "a.weight"
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    for tensors in ({"a": MATRIX}, {"a.weight": torch.ones(3, dtype=torch.int32)}):
+        with pytest.raises(ValueError):
+            save_packed(tmp_path / "p", CONFIG, tensors)  # type: ignore[arg-type]
+    with pytest.raises(ValueError):
+        save_packed(tmp_path / "p", {"rms_norm_eps": float("nan")}, {})
+    assert list(tmp_path.iterdir()) == []
