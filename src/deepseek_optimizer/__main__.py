@@ -1,5 +1,5 @@
 """`python -m deepseek_optimizer` is `dso`."""
 
-from .cli.app import main
+from deepseek_optimizer_cli.app import main
 
 main()

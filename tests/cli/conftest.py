@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from deepseek_optimizer.cli.app import app
+from deepseek_optimizer_cli.app import app
 
 
 @pytest.fixture

@@ -27,5 +27,5 @@ def test_model(dso, tiny_model):
     result = dso("info", tiny_model, "--precision", "int8", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)["model"]
-    assert facts["family"] == "llama" and facts["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+    assert facts["family"] == "llama" and facts["formats"][0]["format"] == "int8"
     assert "int8" in dso("info", tiny_model, "--precision", "int8").stdout

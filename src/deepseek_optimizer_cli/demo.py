@@ -15,7 +15,8 @@ def demo(
     as_json: o.AsJson = False,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct, answer a question, and compare with Transformers."""
-    from ..bench import demo as bench
+    from deepseek_optimizer.bench import demo as bench
+
     from .model import print_json
 
     result = bench.run(rounds=rounds, threads=threads, show=not as_json)

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..versions import versions
 from . import options as o
 
 
@@ -23,10 +22,12 @@ def info(
     facts = machine_facts()
     report = None
     if model is not None:
+        from deepseek_optimizer.optimizer import report as report_of
+
         loaded, _ = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
-        report = loaded.report()
+        report = report_of(loaded)
     if as_json:
-        print_json(facts if report is None else {**facts, "model": report.as_dict()})
+        print_json(facts if report is None else {**facts, "model": report.to_dict()})
         return
     _print_machine(facts)
     if report is not None:
@@ -35,13 +36,14 @@ def info(
 
 def machine_facts() -> dict[str, Any]:
     """Versions, the CPU, every ISA with whether it runs here, the one chosen and the reason, and the threads."""
-    from ..backends.cpu import native, unavailable_reason
+    from deepseek_optimizer.backends.cpu import native, unavailable_reason
+    from deepseek_optimizer.versions import versions
 
     facts: dict[str, Any] = dict(versions())
     reason = unavailable_reason()
     if reason is not None:
         return {**facts, "backend": "reference", "reason": reason}
-    from ..backends.cpu import CpuBackend
+    from deepseek_optimizer.backends.cpu import CpuBackend
 
     backend = CpuBackend()
     return {

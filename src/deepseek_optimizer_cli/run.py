@@ -33,8 +33,9 @@ def run(
     if not text.strip():
         raise ValueError("the prompt is empty; give some text")
 
-    from ..chat.conversation import answer, prompt_ids
-    from ..chat.stream import write_now
+    from deepseek_optimizer.chat.conversation import answer, prompt_ids
+    from deepseek_optimizer.chat.stream import write_now
+
     from .interrupt import stop_on_interrupt
     from .model import load, print_json
 

@@ -21,7 +21,8 @@ def convert(
     if out.exists() and not force:
         raise ValueError(f"{out} exists; name another directory, or replace it with --force")
 
-    from ..checkpoint import atomic_directory
+    from deepseek_optimizer.checkpoint import atomic_directory
+
     from .model import load, print_json
 
     loaded, tokenizer = load(model, o.model_fields(precision=precision))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..versions import versions
 from . import chat, convert, demo, info, run
 
 
@@ -17,8 +17,6 @@ class Commands(TyperGroup):
     """Turns errors that a user can cause into one line; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from ..errors import DeepSeekOptimizerError
-
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # the reader of our output has gone: nothing to say, and nowhere to say it
@@ -26,11 +24,18 @@ class Commands(TyperGroup):
             raise typer.Exit(141) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
-        except (DeepSeekOptimizerError, ValueError, OSError, MemoryError) as error:
-            if ctx.params["debug"]:
+        except Exception as error:
+            if ctx.params["debug"] or not _expected(error):
                 raise
             typer.echo(f"dso: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             raise typer.Exit(2) from None
+
+
+def _expected(error: Exception) -> bool:
+    """Our typed errors, and what Transformers raises for a bad argument, a missing file or a name that no hub knows."""
+    errors = sys.modules.get("deepseek_optimizer.errors")  # not loaded: then none of ours can have been raised
+    ours = (errors.DeepSeekOptimizerError,) if errors else ()
+    return isinstance(error, (*ours, ValueError, OSError, MemoryError))
 
 
 app = typer.Typer(
@@ -45,7 +50,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(" ".join(*versions("deepseek-optimizer").items()))
+        typer.echo(f"deepseek-optimizer {version('deepseek-optimizer')}")
         raise typer.Exit
 
 

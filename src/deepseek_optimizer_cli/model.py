@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
 
 
 def quiet() -> None:
-    """Leaves stderr to our own lines; set before torch and Transformers load, which read these once."""
+    """Leaves stderr to our own lines, one a warning; set before torch and Transformers load, which read these once."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.showwarning = _show_ours
+
+
+def _show_ours(message: Warning | str, category: type[Warning], *_where: Any) -> None:
+    if category.__module__.startswith("deepseek_optimizer."):
+        typer.echo(f"dso: {message}", err=True)
 
 
 def load(model: str, fields: dict[str, Any]) -> tuple[Any, Any]:
     """The optimised model and its tokenizer. Every problem with either is an error that `app.Commands` prints."""
-    from .. import load_model, load_tokenizer
+    from deepseek_optimizer import load_model, load_tokenizer
 
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar

@@ -11,7 +11,7 @@ import typer
 from . import options as o
 
 if TYPE_CHECKING:
-    from ..chat.conversation import Conversation
+    from deepseek_optimizer.chat.conversation import Conversation
 
 HELP = """\
 /help            this list
@@ -39,7 +39,8 @@ def chat(
     threads: o.Threads = None,
 ) -> None:
     """Talk with a model. /help lists the commands."""
-    from ..chat.conversation import Conversation
+    from deepseek_optimizer.chat.conversation import Conversation
+
     from .model import load
 
     generation = o.generation_arguments(
@@ -86,7 +87,8 @@ class _Loop:
         return line
 
     def _ask(self, text: str) -> None:
-        from ..chat.stream import write_now
+        from deepseek_optimizer.chat.stream import write_now
+
         from .interrupt import stop_on_interrupt
 
         with stop_on_interrupt() as stop:

@@ -1,1 +1,0 @@
-"""The command line: `dso` and `deepseek-optimizer`. One file a command; torch and Transformers load where one needs them."""
