@@ -210,6 +210,8 @@ def test_shards(tmp_path: Path) -> None:
         ({"a": "C:one.safetensors"}, "not inside"),
         ({"a": "one\0.safetensors"}, "not inside"),
         ({"a": ""}, "not inside"),
+        ({"a": "9" * 400}, "not there"),
+        ({"a": "\ud800"}, "not there"),
         ({"a": "out.safetensors"}, "leads out"),
         ({"a": "loop.safetensors"}, "resolved|not there|opened"),
         ({"a": "fifo"}, "not a regular file"),
@@ -306,6 +308,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         (tmp_path / "nothing", "does not exist"),
         (tmp_path, "no config.json"),
         ("a\0b", "does not exist"),
+        ("9" * 400, "does not exist"),
     ):
         with pytest.raises(CheckpointError, match=why):
             open_checkpoint(path)

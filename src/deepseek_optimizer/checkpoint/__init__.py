@@ -29,9 +29,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UnsupportedModelError: a GGUF architecture that is not known.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that can't be one
         raise CheckpointError("does not exist", file=path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
             raise CheckpointError("is a file of weights; name its directory, which holds config.json too", file=path)
         return GgufCheckpoint(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ def open_files(directory: Path) -> tuple[dict[Path, DataFile], dict[str, TensorI
     try:
         for name in names:
             path = inside(directory, name)
-            if not path.exists():
+            if not os.path.exists(path):  # unlike Path.exists, False for a name that can't be one
                 raise CheckpointError(f"is named by {INDEX} but is not there; fetch it again", file=path)
             files[path] = DataFile(path)
             for tensor in open_safetensors(files[path]).tensors.values():

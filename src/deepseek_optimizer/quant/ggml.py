@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .base import TILE_COLS, TILE_ROWS, WeightFormat
@@ -150,4 +151,5 @@ def to_float(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
 
     if ggml_type not in GGMLQuantizationType.__members__:
         raise NotImplementedError(f"the installed gguf package does not know {ggml_type}")
-    return torch.from_numpy(quants.dequantize(blocks.contiguous().numpy(), GGMLQuantizationType[ggml_type]))
+    with np.errstate(all="ignore"):  # a broken scale makes NaN, which is for the caller to judge
+        return torch.from_numpy(quants.dequantize(blocks.contiguous().numpy(), GGMLQuantizationType[ggml_type]))
