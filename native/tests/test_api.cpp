@@ -1,0 +1,315 @@
+// The C interface's manners: every mistake gives its code and a message that names the culprit, and changes nothing; what
+// lies outside plans (conversion, products, packing, the cache) does what dso.h says, on any number of threads.
+#include <cmath>
+#include <thread>
+
+#include "plan_fixture.hpp"
+#include "scalar_kernels.hpp"
+
+namespace {
+
+bool refuses(int32_t rc, int32_t code, const char* words, const char* what) {
+  return check(rc == code && strstr(dso_last_error(), words), "%s: code %d (expected %d), message \"%s\" (expected \"%s\")", what, rc, code, dso_last_error(), words);
+}
+
+void contexts() {
+  dso_context* c = nullptr;
+  refuses(dso_context_create("sse9", 1, &c), DSO_EISA, "unknown ISA \"sse9\"; known: avx2", "unknown ISA");
+  check(c == nullptr, "a failed call left a context");
+  refuses(dso_context_create(nullptr, 1, nullptr), DSO_EINVAL, "out is NULL", "no out");
+  refuses(dso_context_create(nullptr, 5000, &c), DSO_EINVAL, "threads is 5000", "too many threads");
+  check(dso_isa_runs_here("sse9") == -1 && dso_isa_runs_here(nullptr) == -1, "unknown names run nowhere");
+  check(dso_isa_name(-1) == nullptr && dso_isa_name(dso_isa_count()) == nullptr, "names out of range");
+  const char* best = nullptr;
+  for (int i = 0; i < dso_isa_count(); ++i) {
+    const char* name = dso_isa_name(i);
+    if (dso_isa_runs_here(name) == 1) {
+      if (strcmp(name, "amx-emulated") != 0) best = name;
+      if (!check(dso_context_create(name, 2, &c) == 0, "%s: %s", name, dso_last_error())) continue;
+      check(strcmp(dso_context_isa(c), name) == 0, "%s: forced, got %s", name, dso_context_isa(c));
+      check(dso_context_threads(c) == 2, "%s: %d threads", name, dso_context_threads(c));
+      dso_context_destroy(c);
+    } else {
+      refuses(dso_context_create(name, 2, &c), DSO_EISA, name, "an ISA that cannot run");
+      check(strstr(dso_last_error(), "lacks") || strstr(dso_last_error(), "not in this build"), "%s: does not say why: %s", name, dso_last_error());
+    }
+  }
+  if (!check(best && dso_context_create(nullptr, 0, &c) == 0, "%s", dso_last_error())) return;
+  check(strcmp(dso_context_isa(c), best) == 0, "the best is %s, got %s", best, dso_context_isa(c));
+  check(dso_context_threads(c) == dso_default_threads(), "default threads");
+  dso_context_destroy(c);
+  const std::string cpu = dso_cpu_description();
+  for (const char* key : {"\"vendor\"", "\"model\"", "\"features\"", "\"caches\"", "\"cores\""}) check(cpu.find(key) != std::string::npos, "%s lacks %s", cpu.c_str(), key);
+}
+
+void errors_are_per_thread() {
+  dso_context_create("sse9", 1, nullptr);
+  dso_context* c;
+  dso_context_create("sse9", 1, &c);
+  std::thread([] { check(dso_last_error()[0] == '\0', "another thread's error"); }).join();
+  check(strstr(dso_last_error(), "sse9"), "this thread's error is gone");
+}
+
+void sizes() {
+  check(dso_tile_bytes(DSO_INT4) == 288 && dso_tile_bytes(77) == -1 && dso_tile_bytes(DSO_VECTOR) == -1, "tile bytes");
+  check(dso_packed_bytes(DSO_BF16, 17, 33) == 4 * 1024, "a started tile is a whole tile");
+  check(dso_packed_bytes(DSO_BF16, 0, 33) == -1 && dso_packed_bytes(DSO_BF16, -5, 33) == -1 && dso_packed_bytes(DSO_F32, INT64_MAX, INT64_MAX) == -1, "absurd shapes");
+  for (int width : {1, 31, 32, 33, 576, 1000})
+    for (int kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16})
+      check(dso_row_bytes(kind, width) == (int64_t)::row_bytes(kind, width), "row_bytes(%d, %d) is %ld", kind, width, (long)dso_row_bytes(kind, width));
+  check(dso_row_bytes(9, 32) == -1 && dso_row_bytes(DSO_SLOT_Q8, 0) == -1 && dso_row_bytes(DSO_SLOT_Q8, -1) == -1, "absurd rows");
+}
+
+// ---- plans: one mistake at a time in a plan that is right
+void plans() {
+  Model m(Spec(), scalar::table, 2);
+  auto create = [&](const char* words, const char* what, auto&& spoil) {
+    std::vector<dso_step> steps = m.steps;
+    std::vector<dso_slot> slots = m.slots;
+    std::vector<dso_weight> weights = m.weights;
+    spoil(steps, slots, weights);
+    dso_plan* plan = nullptr;
+    refuses(dso_plan_create(m.context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), weights.data(), (int32_t)weights.size(),
+                            m.spec.vocab, &plan), DSO_EINVAL, words, what);
+    check(plan == nullptr, "%s: left a plan", what);
+    dso_plan_destroy(plan);
+  };
+  auto step_of = [&](int op) {
+    for (size_t i = 0; i < m.steps.size(); ++i)
+      if (m.steps[i].op == op) return i;
+    abort();
+  };
+  using S = std::vector<dso_step>&;
+  using L = std::vector<dso_slot>&;
+  using W = std::vector<dso_weight>&;
+  const size_t linear = step_of(DSO_OP_LINEAR), attention = step_of(DSO_OP_ATTENTION), gate = step_of(DSO_OP_GATE_UP), rope = step_of(DSO_OP_ROPE_CACHE);
+  create("op 99 is unknown", "op", [&](S s, L, W) { s[0].op = 99; });
+  create("step 0 (EMBEDDING): out[0] is slot 1000", "slot index", [&](S s, L, W) { s[0].out[0] = 1000; });
+  create("in[1] is 0, and must be -1", "extra input", [&](S s, L, W) { s[0].in[1] = 0; });
+  create("w[0] is weight 1000", "weight index", [&](S s, L, W) { s[0].w[0] = 1000; });
+  create("w[0] is weight -1", "no weight", [&](S s, L, W) { s[0].w[0] = -1; });
+  create("kind 9 is unknown", "slot kind", [&](S, L l, W) { l[0].kind = 9; });
+  create("width is -1", "slot width", [&](S, L l, W) { l[0].width = -1; });
+  create("must have width 80", "width against weight", [&](S, L l, W) { l[0].width = 81; });
+  create("selected is 2", "selected", [&](S, L l, W) { l[0].selected = 2; });
+  create("LOGITS must be", "logits width", [&](S, L l, W) { l.back().kind = DSO_SLOT_LOGITS; l.back().width = 3; l.back().selected = 1; });
+  create("takes", "weight bytes", [&](S, L, W w) { w[0].bytes -= 1; });
+  create("data is NULL", "weight data", [&](S, L, W w) { w[0].data = nullptr; });
+  create("format 55", "format", [&](S, L, W w) { w[0].format = 55; });
+  create("a matrix of -3 x 80", "negative rows", [&](S, L, W w) { w[0].rows = -3; });
+  create("must be a VECTOR", "matrix for vector", [&](S s, L, W) { s[1].w[0] = 0; });
+  create("columns, in[0] has width", "columns of w[1]", [&](S s, L, W w) { w[(size_t)s[linear].w[1]] = w[(size_t)s[gate + 1].w[0]]; });
+  create("which no earlier step fills", "read before written", [&](S s, L, W) { std::swap(s[linear], s[gate]); });
+  create("as another out is", "two outs, one slot", [&](S s, L, W) { s[linear].out[2] = s[linear].out[1]; });
+  create("which F32 weights do not read", "activation kind", [&](S s, L l, W) { l[(size_t)s[linear].in[0]].kind = DSO_SLOT_BF16; });
+  create("heads 5 is no multiple of kv_heads 2", "group", [&](S s, L, W) { s[attention].heads = 5; });
+  create("window is -1", "window", [&](S s, L, W) { s[attention].window = -1; });
+  create("layer is -1", "layer", [&](S s, L, W) { s[attention].layer = -1; });
+  create("head_dim is 0", "head_dim", [&](S s, L, W) { s[attention].head_dim = 0; });
+  create("the cache has one shape", "two cache shapes", [&](S s, L, W) { s[attention].kv_heads = 1; });
+  create("out[0] is in[0]", "attention in place", [&](S s, L, W) { s[attention].out[0] = s[attention].in[0]; });
+  create("is both an input and an out", "rope over its key", [&](S s, L, W) {
+    s[rope].heads = s[rope].kv_heads;  // all of one width
+    s[rope].in[0] = s[rope].in[2];
+    s[rope].out[0] = s[rope].in[1];
+  });
+  create("they must be alike", "gate and up", [&](S s, L, W) { s[gate].w[1] = s[gate + 1].w[0]; });
+  create("flags are 64", "flags", [&](S s, L, W) { s[attention].flags = 64; });
+  create("eps is", "eps", [&](S s, L, W) { s[step_of(DSO_OP_ADD_RMS_NORM)].eps = NAN; });
+  create("must hold the selected rows", "select into all rows", [&](S s, L l, W) { l[(size_t)s[step_of(DSO_OP_SELECT_ROWS)].out[0]].selected = 0; });
+  dso_plan* plan = nullptr;
+  refuses(dso_plan_create(nullptr, m.steps.data(), 1, m.slots.data(), 1, nullptr, 0, 5, &plan), DSO_EINVAL, "context is NULL", "no context");
+  refuses(dso_plan_create(m.context.c, nullptr, 1, m.slots.data(), 1, nullptr, 0, 5, &plan), DSO_EINVAL, "steps", "no steps");
+  refuses(dso_plan_run(nullptr, nullptr), DSO_EINVAL, "plan is NULL", "no plan");
+  refuses(dso_plan_run(m.plan, nullptr), DSO_EINVAL, "batch is NULL", "no batch");
+  check(dso_plan_buffer_bytes(m.plan, 10, 2) > 0 && dso_plan_buffer_bytes(m.plan, 20, 2) > dso_plan_buffer_bytes(m.plan, 10, 2), "buffer bytes grow");
+  check(dso_plan_reserve(m.plan, 100, 10) == 0, "reserve: %s", dso_last_error());
+  refuses(dso_plan_reserve(m.plan, -1, 0), DSO_EINVAL, "T is -1", "reserve");
+}
+
+// ---- batches: one mistake at a time; the logits must not be touched
+void batches() {
+  const Spec spec;
+  Model m(spec, scalar::table, 2);
+  dso_cache cache(m.kernels, spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 4);
+  dso_cache small(m.kernels, spec.kv_type, 1, spec.kv_heads, spec.head_dim, 4), other(m.kernels, spec.kv_type, spec.layers, 1, spec.head_dim, 4);
+  struct Data {
+    std::vector<int32_t> ids{1, 2, 3}, positions{40, 0, 1}, query{1, 2}, context{40, 0}, phase{0, 1}, table{0, 1, 2, -1}, rows{0, 2};
+  };
+  std::vector<float> logits((size_t)(2 * spec.vocab));
+  auto run = [&](auto&& spoil) {
+    Data d;
+    std::fill(logits.begin(), logits.end(), 123.0f);
+    dso_batch b{3, 2, 2, 2, d.ids.data(), d.positions.data(), d.query.data(), d.context.data(), d.phase.data(), d.table.data(), d.rows.data(), nullptr, logits.data(), nullptr, &cache};
+    spoil(b, d);
+    return dso_plan_run(m.plan, &b);
+  };
+  using B = dso_batch&;
+  using D = Data&;
+  check(run([](B, D) {}) == 0 && logits[0] != 123.0f, "a good batch: %s", dso_last_error());
+  auto bad = [&](const char* words, auto&& spoil) {
+    refuses(run(spoil), DSO_EINVAL, words, words);
+    check(logits[0] == 123.0f, "%s: wrote before it refused", words);
+  };
+  bad("batch.T is 0", [](B b, D) { b.T = 0; });
+  bad("batch.S is 4", [](B b, D) { b.S = 4; });
+  bad("batch.R is -1", [](B b, D) { b.R = -1; });
+  bad("token_ids[1] is 150, the vocabulary has 150", [](B, D d) { d.ids[1] = 150; });
+  bad("token_ids[2] is -1", [](B, D d) { d.ids[2] = -1; });
+  bad("token_ids and batch.inputs_embeds are both NULL", [](B b, D) { b.token_ids = nullptr; });
+  bad("positions is NULL", [](B b, D) { b.positions = nullptr; });
+  bad("query_len[1] is 0", [](B, D d) { d.query[1] = 0; });
+  bad("query_len sums to 4, T is 3", [](B, D d) { d.query[1] = 3; });
+  bad("context_len[0] is -1", [](B, D d) { d.context[0] = -1; });
+  bad("context_len[0] is 2147483647", [](B, D d) { d.context[0] = INT32_MAX; });
+  bad("phase[0] is 2", [](B, D d) { d.phase[0] = 2; });
+  bad("decode phase come first", [](B, D d) { d.phase = {1, 0}; });
+  bad("sequence 0 needs 3 blocks, max_blocks is 2", [](B, D d) { d.context[0] = 64; });
+  bad("block_table[0][1] is 4", [](B, D d) { d.table[1] = 4; });
+  bad("block_table[1][0] is -3", [](B, D d) { d.table[2] = -3; });
+  bad("block_table is NULL", [](B b, D) { b.block_table = nullptr; });
+  bad("logit_rows[1] is 3", [](B, D d) { d.rows[1] = 3; });
+  bad("must ascend", [](B, D d) { d.rows[0] = 2; });
+  bad("logit_rows is NULL", [](B b, D) { b.logit_rows = nullptr; });
+  bad("logits is NULL", [](B b, D) { b.logits = nullptr; });
+  bad("cache is NULL", [](B b, D) { b.cache = nullptr; });
+  bad("batch.cache has 1 layers", [&](B b, D) { b.cache = &small; });
+  bad("of 1 heads of 16", [&](B b, D) { b.cache = &other; });
+  check(run([](B, D) {}) == 0, "good again: %s", dso_last_error());
+}
+
+void context_goes_first() {  // the plan keeps what it shares
+  const Spec spec;
+  auto m = std::make_unique<Model>(spec, scalar::table, 2);
+  dso_context_destroy(m->context.c);
+  m->context.c = nullptr;
+  Random random(1);
+  Feeder feeder(*m, 4, random);
+  Sequence s{{1, 2, 3}, 0, {}, {}};
+  check(feeder.feed({{&s, 3, DSO_PHASE_PREFILL}}) == 0, "a plan after its context");
+}
+
+void many_callers() {  // two models on a context each, four threads: all get what one gets
+  const Spec spec;
+  std::vector<std::unique_ptr<Model>> models;
+  for (int i = 0; i < 2; ++i) models.push_back(std::make_unique<Model>(spec, scalar::table, 2));
+  std::vector<std::vector<std::vector<float>>> results(4);
+  std::vector<std::thread> callers;
+  for (size_t c = 0; c < 4; ++c)
+    callers.emplace_back([&, c] {
+      Random random(c);
+      Feeder feeder(*models[c % 2], 8, random);
+      Sequence s{{}, 0, {}, {}};
+      for (int i = 0; i < 40; ++i) s.tokens.push_back(i * 7 % spec.vocab);
+      feeder.feed({{&s, 35, DSO_PHASE_PREFILL}});
+      while (s.done < 40) feeder.feed({{&s, 1, DSO_PHASE_DECODE}});
+      results[c] = s.logits;
+    });
+  for (std::thread& c : callers) c.join();
+  for (size_t c = 1; c < 4; ++c) check(results[c] == results[0], "caller %zu got other logits", c);
+}
+
+// ---- outside plans
+void direct() {
+  for (const Variant& v : variants()) {
+    const char* isa = v.name.c_str();
+    Context_ one(*v.kernels, 1), many(*v.kernels, 5);
+    Random random(3);
+    const int rows = 75, cols = 130, T = 40;
+    std::vector<float> w((size_t)(rows * cols)), x((size_t)(T * cols)), bias((size_t)rows);
+    for (float& f : w) f = random.normal();
+    for (float& f : x) f = random.normal();
+    for (float& f : bias) f = random.normal();
+    const struct { int format, kind; double tolerance; } cases[] = {{DSO_F32, DSO_SLOT_F32, 1e-5}, {DSO_BF16, DSO_SLOT_BF16, 0.01}, {DSO_INT8, DSO_SLOT_Q16, 1e-3}, {DSO_INT4, DSO_SLOT_Q8, 0.02}};
+    for (const auto& k : cases) {
+      Buffer packed(::packed_bytes(k.format, rows, cols)), again(packed.size());
+      check(dso_pack(one.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, packed.get()) == 0 && dso_pack(many.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, again.get()) == 0, "pack");
+      check(memcmp(packed.get(), again.get(), packed.size()) == 0, "%s %s: packing depends on threads", isa, ::format_name(k.format));
+      const dso_weight weight{k.format, rows, cols, 0, packed.get(), (int64_t)packed.size()};
+      std::vector<float> real((size_t)(rows * cols)), part((size_t)(20 * cols));
+      check(dso_unpack(many.c, &weight, 0, rows, real.data()) == 0 && dso_unpack(one.c, &weight, 30, 50, part.data()) == 0, "unpack: %s", dso_last_error());
+      check(std::equal(part.begin(), part.end(), real.begin() + 30 * cols), "%s %s: unpacking a part", isa, ::format_name(k.format));
+      std::vector<float> y((size_t)(T * rows)), y2(y.size());
+      check(dso_linear(one.c, &weight, bias.data(), k.kind, x.data(), T, 3, y.data()) == 0 && dso_linear(many.c, &weight, bias.data(), k.kind, x.data(), T, 3, y2.data()) == 0, "linear: %s", dso_last_error());
+      check(y == y2, "%s %s: products depend on threads", isa, ::format_name(k.format));
+      for (int t = 0; t < T; ++t)
+        for (int r = 0; r < rows; ++r) {
+          double sum = bias[(size_t)r], size = 0;
+          for (int c = 0; c < cols; ++c) {
+            const double term = (double)real[(size_t)(r * cols + c)] * x[(size_t)(t * cols + c)];
+            sum += term;
+            size += std::fabs(term);
+          }
+          if (!check(std::fabs(sum - y[(size_t)(t * rows + r)]) <= k.tolerance * size, "%s %s: y[%d, %d] is %g, not %g", isa, ::format_name(k.format), t, r, y[(size_t)(t * rows + r)], sum)) return;
+        }
+      refuses(dso_linear(one.c, &weight, nullptr, k.kind == DSO_SLOT_F32 ? DSO_SLOT_Q8 : DSO_SLOT_F32, x.data(), T, 0, y.data()), DSO_EINVAL, "do not read", "wrong activation");
+      refuses(dso_linear(one.c, &weight, nullptr, k.kind, x.data(), T, T + 1, y.data()), DSO_EINVAL, "decode_rows", "too many decode rows");
+      refuses(dso_unpack(one.c, &weight, 0, rows + 1, real.data()), DSO_EINVAL, "of 75", "rows past the end");
+    }
+    for (int kind : {DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16}) {
+      Buffer a((size_t)(T * dso_row_bytes(kind, cols)), 0), b(a.size(), 0);
+      check(dso_convert(one.c, kind, x.data(), T, cols, a.get()) == 0 && dso_convert(many.c, kind, x.data(), T, cols, b.get()) == 0, "convert");
+      check(memcmp(a.get(), b.get(), a.size()) == 0, "%s: conversion depends on threads", isa);
+    }
+    refuses(dso_convert(one.c, DSO_SLOT_F32, x.data(), T, cols, w.data()), DSO_EINVAL, "slot_kind 0", "convert to F32");
+    refuses(dso_pack(one.c, DSO_Q4_1, DSO_SRC_F32, w.data(), rows, cols, cols, x.data()), DSO_EINVAL, "Q4_1", "pack Q4_1");
+    refuses(dso_pack(one.c, DSO_INT8, 9, w.data(), rows, cols, cols, x.data()), DSO_EINVAL, "src_type 9", "source type");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_F32, w.data(), rows, cols, cols - 1, x.data()), DSO_EINVAL, "stride", "stride");
+  }
+}
+
+void caches() {
+  dso_cache* k = nullptr;
+  refuses(dso_cache_create(7, 1, 1, 16, 4, &k), DSO_EINVAL, "kv_type 7", "kv type");
+  refuses(dso_cache_create(DSO_KV_F32, 0, 1, 16, 4, &k), DSO_EINVAL, "0 layers", "layers");
+  refuses(dso_cache_create(DSO_KV_F32, 1, 1, 16, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
+  refuses(dso_cache_create(DSO_KV_F32, 60000, 60000, 60000, INT32_MAX, &k), DSO_ENOMEM, "", "a cache larger than any address space");
+  check(dso_cache_block_bytes(DSO_KV_BF16, 1, 1, -1) == -1, "absurd block");
+  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (const Variant& v : variants())
+      check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64), "%s: another cache layout", v.name.c_str());
+    check(dso_cache_create(type, 2, 3, 64, 1000, &k) == 0, "cache: %s", dso_last_error());
+    check(dso_cache_block_bytes(type, 2, 3, 64) == k->block_bytes(), "block bytes");
+    // Written by one variant, read by another: the layout is one.
+    const std::vector<Variant> all = variants();
+    Random random(type);
+    const int tokens = 45, width = 3 * 64;
+    std::vector<float> key((size_t)(tokens * width)), value(key.size()), read_k(key.size()), read_v(key.size()), first_k, first_v;
+    for (float& f : key) f = random.normal();
+    for (float& f : value) f = random.normal();
+    const int32_t table[] = {7, 3}, moved[] = {7, 4};
+    for (const Variant& v : all) {
+      v.kernels->kv_write(k->layout, k->view(1, table), 0, tokens, key.data(), width * 4, value.data(), width * 4, 0, 3);
+      check(dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0, "read: %s", dso_last_error());
+      if (first_k.empty()) first_k = read_k, first_v = read_v;
+      check(read_k == first_k && read_v == first_v, "%s: writes another cache", v.name.c_str());
+      for (int t = 0; t < tokens; ++t)
+        for (int i = 0; i < width; ++i) check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) < 0.05, "%s: key[%d][%d]", v.name.c_str(), t, i);
+    }
+    check(dso_cache_copy_block(k, 3, 4) == 0 && dso_cache_read(k, 1, moved, tokens, read_k.data(), read_v.data()) == 0 && read_k == first_k, "a copied block");
+    check(dso_cache_release(k, 8) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 && read_k == first_k, "release of later blocks");
+    check(dso_cache_release(k, 0) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 && read_k[0] == 0, "released memory reads as zero");
+    refuses(dso_cache_copy_block(k, 3, 1000), DSO_EINVAL, "to 1000", "copy past the end");
+    refuses(dso_cache_release(k, -1), DSO_EINVAL, "-1", "release");
+    refuses(dso_cache_read(k, 2, table, 5, read_k.data(), read_v.data()), DSO_EINVAL, "layer 2 of 2", "layer");
+    const int32_t wrong[] = {1000};
+    refuses(dso_cache_read(k, 0, wrong, 5, read_k.data(), read_v.data()), DSO_EINVAL, "block_table[0] is 1000", "block");
+    dso_cache_destroy(k);
+  }
+}
+
+}  // namespace
+
+int main() {
+  check(dso_abi_version() == DSO_ABI_VERSION, "ABI version");
+  errors_are_per_thread();
+  sizes();
+  plans();
+  batches();
+  context_goes_first();
+  many_callers();
+  contexts();
+  caches();
+  direct();
+  return report("test_api");
+}
