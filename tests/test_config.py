@@ -85,7 +85,11 @@ def test_unknown_names_are_refused_with_the_nearest(wrong, right):
 
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
-    [("precision", "fp8", "int8"), ("attention_optimization", "sparse", "flash"), ("attention_optimization", "sliding", "flash")],
+    [
+        ("precision", "fp8", "int8"),
+        ("attention_optimization", "sparse", "flash"),
+        ("attention_optimization", "sliding", "flash"),
+    ],
 )
 def test_names_of_later_parts_say_what_to_use(field, value, remedy):
     with pytest.raises(ConfigError, match=f"not built yet; use '{remedy}'"):

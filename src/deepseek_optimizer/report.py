@@ -70,7 +70,8 @@ class Report:
         table.add_column(overflow="fold")
         table.add_row("weights", self._weights())
         for row in self.formats:
-            table.add_row(f"  {row.format}", f"{row.matrices} matrices, {row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB")
+            size = f"{row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB"
+            table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
         table.add_row("KV cache", f"{self.kv_cache}, {self.kv_block_bytes / 32 / 1024:,.1f} KiB a token")
         for rule in self.rules:
             table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")

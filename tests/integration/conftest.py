@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import CASES, random_ids, random_model
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from support.models import CASES, random_ids, random_model
 
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(unavailable_reason() is not None, reason="no native build"))]
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")),
+]
 
 
 @dataclass
@@ -36,7 +39,9 @@ class Pair:
 def make_pair(case: str = "llama-gqa", backend: str = "reference", **fields: Any) -> Pair:
     plain = random_model(CASES[case]())
     fast = copy.deepcopy(plain)
-    DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32", backend=backend, **fields), batch_size_range=(1, 4)).optimize()
+    DynamicGraphOptimizer(
+        fast, config=DeepSeekConfig(precision="fp32", backend=backend, **fields), batch_size_range=(1, 4)
+    ).optimize()
     return Pair(plain, fast)
 
 

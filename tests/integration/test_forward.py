@@ -9,13 +9,13 @@ import warnings
 
 import pytest
 import torch
-from support.models import CASES, assert_close_rows
 from transformers import DynamicCache
 
 from deepseek_optimizer import PagedCache, UnsupportedRequestError
 from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
+from support.models import CASES, assert_close_rows
 
 from .conftest import make_pair
 
@@ -31,7 +31,9 @@ def phases(monkeypatch):
 
     def watch(model):
         run = model.dso.plan.run
-        monkeypatch.setattr(model.dso.plan, "run", lambda batch, store: (seen.append(batch.phase.tolist()), run(batch, store))[1])
+        monkeypatch.setattr(
+            model.dso.plan, "run", lambda batch, store: (seen.append(batch.phase.tolist()), run(batch, store))[1]
+        )
         return seen
 
     return watch

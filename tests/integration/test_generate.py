@@ -98,7 +98,13 @@ def test_plain_requests(pair, fast_loops, name, lengths):
 @pytest.mark.parametrize("lengths", [(9,), (11, 4, 7)], ids=["one", "left-padded"])
 def test_other_requests_run_transformers_loops(pair, fast_loops, name, lengths):
     assert_same(
-        pair, pair.ids(*lengths), attention_mask=pair.mask(*lengths), max_new_tokens=20, pad_token_id=0, eos_token_id=EOS, **OTHER[name]
+        pair,
+        pair.ids(*lengths),
+        attention_mask=pair.mask(*lengths),
+        max_new_tokens=20,
+        pad_token_id=0,
+        eos_token_id=EOS,
+        **OTHER[name],
     )
     assert fast_loops == []
 
@@ -229,7 +235,10 @@ def test_stop_strings(tiny_model, byte_tokenizer, fast_loops):
 
     from deepseek_optimizer import load_model
 
-    plain, fast = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), load_model(tiny_model, backend="reference")
+    plain, fast = (
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        load_model(tiny_model, backend="reference"),
+    )
     inputs = byte_tokenizer("abc", return_tensors="pt", return_token_type_ids=False)
     whole = plain.generate(**inputs, max_new_tokens=30, do_sample=False)[0, 3:].tolist()
     stop = byte_tokenizer.decode(whole[4:6])

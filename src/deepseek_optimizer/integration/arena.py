@@ -19,8 +19,8 @@ RESERVE_SHARE = 0.1
 class Arena:
     """Shared by all caches of a model. Every use of the manager goes through `locked`.
 
-    Blocks of a cache that was garbage collected come back through `reclaim`, which may run at any moment, in any thread, even in
-    the midst of an allocation: so it only queues them, and whoever holds the lock, or takes it next, frees them.
+    Blocks of a cache that was garbage collected come back through `reclaim`, which may run at any moment, in any thread, even
+    in the midst of an allocation: so it only queues them, and whoever holds the lock, or takes it next, frees them.
     """
 
     def __init__(self, store: KvStore, layers: int) -> None:

@@ -233,8 +233,8 @@ class PagedCache(Cache):
         return len(self.state.sequences) or -1
 
     @property
-    def max_batch_size(self) -> int:
-        return self.batch_size
+    def is_initialized(self) -> bool:
+        return True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last -n columns of every row; a positive n is the number of columns to keep, as it used to be."""

@@ -10,8 +10,8 @@ import torch
 from ..graph.ir import Graph
 
 _FINITE = (
-    "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty",
-    "diversity_penalty", "encoder_repetition_penalty", "guidance_scale", "max_time",
+    "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "length_penalty", "diversity_penalty", "encoder_repetition_penalty", "guidance_scale", "max_time",
 )  # fmt: skip
 
 
@@ -23,7 +23,8 @@ def check_prompt(inputs: Any, graph: Graph) -> None:
     if inputs is None:
         return  # generate begins with the bos token, or says that there is none
     if not isinstance(inputs, torch.Tensor) or inputs.ndim not in (2, 3):
-        raise ValueError(f"the prompt must be a tensor of ids [batch, tokens], got {getattr(inputs, 'shape', type(inputs).__name__)}")
+        what = getattr(inputs, "shape", type(inputs).__name__)
+        raise ValueError(f"the prompt must be a tensor of ids [batch, tokens], got {what}")
     if 0 in inputs.shape:
         raise ValueError(f"the prompt is empty ({tuple(inputs.shape)}); give at least one token, for example the bos token")
     if inputs.shape[1] > graph.max_positions:
@@ -55,4 +56,4 @@ def check_generation(config: Any) -> None:
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
     if config.do_sample and config.temperature is not None and config.temperature <= 0:
-        raise ValueError(f"temperature must be above 0 for sampling, got {config.temperature!r}; use do_sample=False for greedy")
+        raise ValueError(f"temperature must be above 0 for sampling, got {config.temperature!r}; for greedy, do_sample=False")

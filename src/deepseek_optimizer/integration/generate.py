@@ -2,8 +2,8 @@
 
 A plain request (greedy or sampling, any logits processors and stopping criteria, a streamer) goes through Transformers' own
 preparation and then a loop of ours, which drives the plan without building model inputs, masks and outputs at every token.
-Everything else (beams, assistants, prompt lookup, ...) runs Transformers' loops over the plan's forward. Given equal logits both
-choose the same tokens, and draw the same random numbers.
+Everything else (beams, assistants, prompt lookup, ...) runs Transformers' loops over the plan's forward. Given equal logits
+both choose the same tokens, and draw the same random numbers.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ def _sample(
         streamer.end()
     if not as_dict:
         return input_ids
-    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, **{cache_name(): cache})
+    fields: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": raw_logits, cache_name(): cache}
+    return GenerateDecoderOnlyOutput(**fields)
 
 
 def _next_positions(model_kwargs: dict[str, Any], cache: PagedCache, rows: int) -> Any:

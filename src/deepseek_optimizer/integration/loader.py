@@ -1,4 +1,4 @@
-"""Loading a checkpoint into an optimised model: built on the meta device, filled tensor by tensor, nothing drawn or copied twice."""
+"""Loading a checkpoint into an optimised model: built on the meta device, filled tensor by tensor, nothing drawn at random."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         check_config(raw)
         settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
-        model = _empty_model(raw, checkpoint)
-        dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint, raw)
+        model = _empty_model(raw)
+        dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
         graph, _ = plan_graph(model.config, ())
         swap_on_meta(model, graph, settings, dtype, checkpoint.natural_format)
         with _progress(checkpoint) as progress:
@@ -78,7 +78,9 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     if not isinstance(checkpoint, PackedCheckpoint):
         if section is not None and not isinstance(checkpoint, GgufCheckpoint):
             method = section.get("quant_method") if isinstance(section, dict) else section
-            raise CheckpointError(f"is quantised by {method!r}, which cannot be taken over; use the original", file=checkpoint.path)
+            raise CheckpointError(
+                f"is quantised by {method!r}, which cannot be taken over; use the original", file=checkpoint.path
+            )
         return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields, "modules": None, "format_version": None})
     stored = DeepSeekConfig(**section).to_dict()
     given = {**(config.to_dict() if config else {}), **fields}
@@ -87,26 +89,28 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     formats = {entry["format"] for entry in stored["modules"].values()}
     if wanted != "auto" and formats != {wanted}:
         raise CheckpointError(
-            f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead", file=checkpoint.path
+            f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead",
+            file=checkpoint.path,
         )
     return DeepSeekConfig(**{**stored, **given, **packed})
 
 
-def _empty_model(raw: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
+def _empty_model(raw: dict[str, Any]) -> Any:
     """The model on the meta device, with the buffers that it computes from the config real."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     hf_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     with torch.device("meta"):
-        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
+        made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+        model = made(hf_config)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and any(b.is_meta for b in child._buffers.values() if b is not None):
                 parent._modules[name] = type(child)(config=model.config)  # rotary embeddings: buffers follow from the config
-    return model  # type: ignore[no-any-return]
+    return model
 
 
-def _float_dtype(checkpoint: Checkpoint, raw: dict[str, Any]) -> torch.dtype:
+def _float_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of what is not packed: that of the norms as stored."""
     stored = next((_FLOATS[i.dtype] for i in checkpoint.tensors.values() if len(i.shape) == 1 and i.dtype in _FLOATS), None)
     return stored or torch.bfloat16

@@ -3,8 +3,8 @@
 Weights live here once; a plan binds the same storage. Each module also has a forward of its own, correct and differentiable
 in its input, for what the plan does not serve: training of adapters, inner hooks, attention weights.
 
-`weight` is a uint8 parameter of tiles (see `quant/base.py`), so `state_dict`, `save_pretrained` and tying work as ever. Both are
-subclasses of torch's modules, so that PEFT, which looks for `nn.Linear`, wraps them.
+`weight` is a uint8 parameter of tiles (see `quant/base.py`), so `state_dict`, `save_pretrained` and tying work as ever. Both
+are subclasses of torch's modules, so that PEFT, which looks for `nn.Linear`, wraps them.
 """
 
 from __future__ import annotations
@@ -133,7 +133,14 @@ class PackedEmbedding(nn.Embedding):
     weight: nn.Parameter
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, format: str, *, padding_idx: int | None = None, dtype: torch.dtype, device: Any = None
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        format: str,
+        *,
+        padding_idx: int | None = None,
+        dtype: torch.dtype,
+        device: Any = None,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx

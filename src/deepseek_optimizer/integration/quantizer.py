@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -25,27 +23,6 @@ from .runtime import choose_backend, packer_of, plan_graph
 from .swap import swap_on_meta
 
 
-class PackWeight(ConversionOps):
-    """Packs one parameter as it arrives."""
-
-    def __init__(self, quantizer: PackingQuantizer) -> None:
-        self.quantizer = quantizer
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        assert full_layer_name is not None
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        rows, cols = module.packed.rows, module.packed.cols
-        if tuple(weight.shape) != (rows, cols):
-            raise CheckpointError(f"has shape {tuple(weight.shape)}, the config makes it {(rows, cols)}", tensor=full_layer_name)
-        tiles = self.quantizer.packer(weight, module.format)
-        return {full_layer_name: nn.Parameter(tiles, requires_grad=False)}
-
-
 class PackingQuantizer(HfQuantizer):
     """See the module's docstring. Registered under "deepseek_optimizer" by `register`."""
 
@@ -53,7 +30,7 @@ class PackingQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
         # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # type: ignore[no-untyped-call]
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         if not self.pre_quantized and self.quantization_config.modules is not None:
             self.quantization_config.modules = None
 
@@ -79,7 +56,9 @@ class PackingQuantizer(HfQuantizer):
         path, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(path), Packed)
 
-    def get_quantize_ops(self) -> PackWeight:
+    def get_quantize_ops(self) -> Any:
+        from .pack_op import PackWeight  # what it stands on takes a second to import
+
         return PackWeight(self)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
@@ -126,5 +105,3 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(DeepSeekConfig)
         register_quantizer(QUANT_METHOD)(PackingQuantizer)
-
-

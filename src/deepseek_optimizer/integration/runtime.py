@@ -21,14 +21,14 @@ from ..models import build_graph
 from ..quant import Packer, reference_packer
 from .arena import Arena, arena_blocks
 from .modules import Packed, PackedLinear, matmul_panels
-from .swap import matrices_of, sites, weights_of
+from .swap import matrices_of, weights_of
 
 
 class OptimizerWarning(UserWarning):
     """Something works, but slower than it could; said once a model."""
 
 
-def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Backend, str | None]:
+def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, str | None]:
     """The backend for a model on `device`, and why it is not the native one where that might surprise.
 
     Raises:
@@ -63,7 +63,9 @@ def plan_graph(config: Any, rule_names: tuple[str, ...] | None) -> tuple[Graph, 
 class Runtime:
     """Binds a plan to one model instance. Attached as `model.dso`.
 
-    The model owns the runtime, so the way back is a weak reference: dropping the model frees everything at once.
+    The model owns the runtime, and the way back is a weak reference, so that dropping the model frees everything at once. In
+    `load_model(path).generate(...)` the model is dropped before the call begins: what it consists of is kept here, and
+    `model` puts it together again.
 
     Attributes:
         config, graph, rules: what was asked for, and what the rules made of it.
@@ -85,17 +87,32 @@ class Runtime:
         self._arena: Arena | None = None
         self._backend: Backend | None = None
         self._shape = [
-            (path, name, type(child)) for path, m in model.named_modules() for name, child in m._modules.items() if child is not None
+            (path, name, type(child))
+            for path, m in model.named_modules()
+            for name, child in m._modules.items()
+            if child is not None
         ]
         self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
-        _check_tied(model, self.graph)
+        _check_bound(model, self.graph)
 
     @property
     def model(self) -> Any:
+        """The model. Hold on to it as long as it is needed."""
         model = self._model()
         if model is None:
-            raise BackendError("the model this plan was bound to is gone")
+            model = object.__new__(self._class)
+            model.__dict__.update(self._parts)
+            self.attach(model)
         return model
+
+    def attach(self, model: Any) -> None:
+        """Puts the plan in charge of this instance."""
+        from .wrapper import instance_methods
+
+        self._model, self._class = weakref.ref(model), type(model)
+        own = {"dso": self, **instance_methods(self)}
+        self._parts = {name: value for name, value in model.__dict__.items() if name not in own}
+        model.__dict__.update(own)
 
     @property
     def backend(self) -> Backend:
@@ -204,6 +221,7 @@ class Runtime:
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
         twin._model = weakref.ref(model)
+        twin._parts = copy.deepcopy(self._parts, memo)
         twin._plan = twin._arena = None
         twin.config = copy.deepcopy(self.config, memo)
         twin.notes, twin._told = list(self.notes), set(self._told)
@@ -239,16 +257,16 @@ def runtime_of(model: Any) -> Runtime:
         if isinstance(found, Runtime):
             return found
     raise ConfigError(
-        f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config=DeepSeekConfig(...), or "
-        "convert it with DynamicGraphOptimizer(model).optimize()"
+        f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
+        "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
     )
 
 
-def _check_tied(model: Any, graph: Graph) -> None:
-    """The graph reads tied weights once, under one name: the modules must share them."""
-    held: dict[str, Any] = {}
-    for site in sites(model, graph):
-        if isinstance(site.module, Packed) and held.setdefault(site.weight, site.module.weight) is not site.module.weight:
+def _check_bound(model: Any, graph: Graph) -> None:
+    """Every packed matrix must be one that the graph reads: a head that should be tied but is not would be left out."""
+    bound = {m.data.data_ptr() for m in matrices_of(model, graph).values()}
+    for name, module in model.named_modules():
+        if isinstance(module, Packed) and module.weight.data_ptr() not in bound:
             raise ConfigError(
-                f"config.tie_word_embeddings is true, but {site.name}.weight differs from {site.weight}; set it to false"
+                f"{name}.weight is not tied to the embedding, though config.tie_word_embeddings is true; set it to false"
             )

@@ -17,8 +17,8 @@ from .swap import matrices_of
 class PackedSave:
     """`model.save_pretrained`, on the instance.
 
-    A directory that is not there yet appears at once when all is written. In one that is there (a tokenizer in it, perhaps), each
-    file is replaced at once. Adapters, uploads and state dicts given by the caller go to Transformers' own.
+    A directory that is not there yet appears at once when all is written. In one that is there (a tokenizer in it, perhaps),
+    each file is replaced at once. Adapters, uploads and state dicts given by the caller go to Transformers' own.
     """
 
     def __init__(self, runtime: Runtime) -> None:

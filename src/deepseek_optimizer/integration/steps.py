@@ -107,9 +107,7 @@ def _chunks(kept: Bool | None, rows: int, q: int, limit: int) -> Iterator[list[_
         yield pieces
 
 
-def _batch(
-    state: PagedState, new: Columns, pieces: list[_Piece], before: list[int], place: Int64
-) -> tuple[StepBatch, Int64]:
+def _batch(state: PagedState, new: Columns, pieces: list[_Piece], before: list[int], place: Int64) -> tuple[StepBatch, Int64]:
     """One step, and where each of its logit rows goes in [B * n]. Takes the blocks."""
     rows = [p.row for p in pieces]
     counts = np.array([len(p.columns) for p in pieces], np.int32)

@@ -89,16 +89,18 @@ class PlanForward:
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        source = embeds if ids is None else ids
+        source: Any = embeds if ids is None else ids
         if source.ndim != (2 if embeds is None else 3) or 0 in source.shape:
-            raise ValueError(f"an empty or misshapen prompt: {tuple(source.shape)}; give ids [batch, tokens], at least one token")
+            raise ValueError(
+                f"an empty or misshapen prompt {tuple(source.shape)}: give ids [batch, tokens], one token at least"
+            )
         use_cache = call.get("use_cache")
         keep_cache = cache is not None or (config.use_cache if use_cache is None else use_cache)
         if keep_cache and cache is None:
             cache = PagedCache(runtime.model)
         state = cache.state if cache is not None else PagedState(runtime.arena)
-        hidden_asked = call.get("output_hidden_states")
-        new = self._columns(state, ids, embeds, call, bool(config.output_hidden_states if hidden_asked is None else hidden_asked))
+        asked = call.get("output_hidden_states")
+        new = self._columns(state, ids, embeds, call, bool(config.output_hidden_states if asked is None else asked))
         if not state.sequences:
             state.start(source.shape[0])
         elif len(state.sequences) != source.shape[0]:
@@ -141,7 +143,10 @@ class PlanForward:
                 "shorten the prompt, or ask for fewer new tokens"
             )
         keep = call.get("logits_to_keep", 0)
-        wanted = np.unique(_columns_of(keep, q)) if isinstance(keep, torch.Tensor) else np.arange(max(q - keep, 0) if keep else 0, q)
+        if isinstance(keep, torch.Tensor):
+            wanted = np.unique(_columns_of(keep, q))
+        else:
+            wanted = np.arange(max(q - keep, 0) if keep else 0, q)
         kept = _kept(state, call.get("attention_mask"), rows, q)
         return Columns(ids32, embeds, positions, kept, wanted, self._phase(state, q), hidden)
 
@@ -179,7 +184,8 @@ def _kept(state: PagedState, mask: torch.Tensor | None, rows: int, q: int) -> Bo
         return None
     if mask.shape != (rows, state.columns + q):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} cached tokens it must be {(rows, state.columns + q)}"
+            f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} cached tokens it must be "
+            f"{(rows, state.columns + q)}"
         )
     kept = mask.cpu().numpy() != 0
     past = kept[:, : state.columns]
@@ -218,16 +224,23 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     mark_quantized(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.dso = runtime
+    if "dso" not in model.__dict__:
+        model.register_load_state_dict_post_hook(_rebind)
+    runtime.attach(model)
     _ = runtime.plan  # compiled now, so that what is wrong is said at load
-    model.forward = PlanForward(runtime)
-    model.generate = PlanGenerate(runtime)
-    model.register_load_state_dict_post_hook(_rebind)
-    model._apply = _Apply(runtime)
-    model.save_pretrained = PackedSave(runtime)
-    model.report = runtime.report
-    model.resize_token_embeddings = _Refuse("resize the embeddings of the float model, then optimise it")
     return model
+
+
+def instance_methods(runtime: Runtime) -> dict[str, Any]:
+    """What an optimised model has in place of its class's own, and beside it."""
+    return {
+        "forward": PlanForward(runtime),
+        "generate": PlanGenerate(runtime),
+        "save_pretrained": PackedSave(runtime),
+        "resize_token_embeddings": _Refuse("resize the embeddings of the float model, then optimise it"),
+        "report": runtime.report,
+        "_apply": _Apply(runtime),
+    }
 
 
 def _rebind(module: Any, keys: Any) -> None:

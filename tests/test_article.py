@@ -1,0 +1,48 @@
+"""The article's calls, chapter by chapter, as a reader would type them. Grows with the package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def loading(path):  # 2.2
+    from deepseek_optimizer import DeepSeekConfig, load_model
+
+    config = DeepSeekConfig(precision="bf16", kernel_fusion=True, attention_optimization="flash")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, torch_dtype=torch.bfloat16, device_map="auto", low_cpu_mem_usage=True, quantization_config=config
+    )
+    return model, load_model(path, config)
+
+
+def dynamic_graph(model):  # 3.1
+    from deepseek_optimizer import DynamicGraphOptimizer
+
+    optimizer = DynamicGraphOptimizer(model, fusion_rules=["attention_softmax", "layer_norm"], batch_size_range=(4, 32))
+    optimized = optimizer.optimize()
+    print(optimizer.report())
+    return optimized
+
+
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
+def test_loading(tiny_model):
+    prompt = torch.tensor([[5, 6, 7]])
+    answers = []
+    for model in loading(tiny_model):
+        assert isinstance(model, PreTrainedModel)
+        answers.append(model.generate(prompt, max_new_tokens=8, do_sample=False).tolist())
+    assert len(answers[0][0]) == 11
+    assert {f["format"] for f in model.report().to_dict()["formats"]} == {"bf16"}
+
+
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
+def test_dynamic_graph(tiny_model, capsys):
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    prompt = torch.tensor([[5, 6, 7]])
+    expected = plain.generate(prompt, max_new_tokens=12, do_sample=False)
+    optimized = dynamic_graph(plain)
+    assert torch.equal(optimized.generate(prompt, max_new_tokens=12, do_sample=False), expected)
+    table = capsys.readouterr().out
+    assert "rule attention_softmax" in table and "rule layer_norm" in table
