@@ -211,7 +211,7 @@ def test_shards(tmp_path: Path) -> None:
         ({"a": "one\0.safetensors"}, "not inside"),
         ({"a": ""}, "not inside"),
         ({"a": "9" * 400}, "not there"),
-        ({"a": "\ud800"}, "not there"),
+        ({"a": "\ud800"}, "cannot be resolved"),
         ({"a": "out.safetensors"}, "leads out"),
         ({"a": "loop.safetensors"}, "resolved|not there|opened"),
         ({"a": "fifo"}, "not a regular file"),
