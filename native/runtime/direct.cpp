@@ -40,7 +40,6 @@ void check_activation(int32_t format, int32_t kind) {
 
 void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride, void* packed) {
   if (tile_bytes(format) < 0) fail(DSO_EINVAL, "format %d is unknown", format);
-  if (format == DSO_Q4_1) fail(DSO_EINVAL, "Q4_1 is repacked from GGUF, never made from floats");
   if (packed_bytes(format, rows, cols) < 0) fail(DSO_EINVAL, "a matrix of %lld x %lld", (long long)rows, (long long)cols);
   if (source_type != DSO_SRC_F32 && source_type != DSO_SRC_BF16 && source_type != DSO_SRC_F16)
     fail(DSO_EINVAL, "src_type %d is unknown", source_type);

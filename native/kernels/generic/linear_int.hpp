@@ -138,7 +138,7 @@ DSO_INLINE void finish(const Output& out, int64_t t, int64_t tile, F acc) {
   store(y, out.bias ? add(acc, load(out.bias + 16 * tile, n)) : acc, n);
 }
 
-constexpr int block_tokens = 4;
+constexpr int int_block_tokens = 4;
 
 // ---- few tokens: N tile rows at a time, so that a second block of tokens finds them in the cache.
 template <int format, int kind, int M, int N>
@@ -155,7 +155,7 @@ static void stream_block(const Matrix& w, const Output& out, Rows<kind> x, int64
 
 template <int format, int kind, int N>
 static void stream_tiles(const Matrix& w, const Output& out, Rows<kind> x, int64_t T, int64_t tile) {
-  for (int64_t t = 0; t < T; t += block_tokens) switch (T - t) {
+  for (int64_t t = 0; t < T; t += int_block_tokens) switch (T - t) {
       case 1: stream_block<format, kind, 1, N>(w, out, x, t, tile); break;
       case 2: stream_block<format, kind, 2, N>(w, out, x, t, tile); break;
       case 3: stream_block<format, kind, 3, N>(w, out, x, t, tile); break;
@@ -194,7 +194,7 @@ static void panel_tokens(LinearScratch& s, const uint8_t* w, Rows<kind> x, int64
   for (int n = 0; n < N; ++n)
     for (int64_t g = g0; g < g1; ++g)
       W::unpack(w + n * (x.width / 32 * P::bytes) + g * P::bytes, s.panel + (n * panel_groups + g - g0) * W::bytes);
-  for (int64_t t = 0; t < T; t += block_tokens) switch (T - t) {
+  for (int64_t t = 0; t < T; t += int_block_tokens) switch (T - t) {
       case 1: panel_block<format, kind, 1, N>(s, x, t, column, g0, g1); break;
       case 2: panel_block<format, kind, 2, N>(s, x, t, column, g0, g1); break;
       case 3: panel_block<format, kind, 3, N>(s, x, t, column, g0, g1); break;

@@ -17,6 +17,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def backend(isa: str) -> cpu.CpuBackend:
     """The native backend on one variant, two threads."""
-    made = cpu.CpuBackend(isa=isa, threads=2)
+    made = cpu.CpuBackend(isa=cpu.exact(isa), threads=2)
     assert made.isa == isa  # proof that the forced variant is the one that runs
     return made

@@ -13,15 +13,17 @@ from . import native, packer
 from .compile import compile_graph
 from .plan import CpuPlan, CpuStore
 
-__all__ = ["CpuBackend", "CpuPlan", "CpuStore", "unavailable_reason"]
+__all__ = ["CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
+
+FAMILIES = ("avx2", "avx512")  # ISA names that stand for several variants
 
 unavailable_reason = native.unavailable_reason
 
 
 class CpuBackend:
     """Args:
-    isa: "avx2", "avx512", "amx", or one of `native.isa_names()`; None: the best that runs here. "avx2" and "avx512" mean the best
-        variant of that family.
+    isa: None: the best that runs here. "avx2", "avx512": the best variant of that family. "avx2-base", "avx512-base", "avx512-vnni",
+        ...: exactly that variant.
     threads: None: what affinity and cgroup limits allow.
 
     Raises:
@@ -69,9 +71,14 @@ class CpuBackend:
         return packer.linear(self.context, x, matrix, bias, **options)
 
 
+def exact(name: str) -> str:
+    """The `isa` argument that means exactly this one of `native.isa_names()`."""
+    return f"{name}-base" if name in FAMILIES else name
+
+
 def _variant(isa: str | None) -> str | None:
-    """A family's best variant that runs here; exact names as they are. The library refuses what cannot run."""
-    if isa not in ("avx2", "avx512"):
-        return isa
-    members = [n for n in native.isa_names() if n == isa or n.startswith(isa + "-")]
+    """The native name of what was asked for. The library refuses what cannot run."""
+    if isa not in FAMILIES:
+        return isa.removesuffix("-base") if isa else None
+    members = [n for n in native.isa_names() if n.split("-")[0] == isa]
     return next((n for n in reversed(members) if native.isa_runs_here(n)), isa)

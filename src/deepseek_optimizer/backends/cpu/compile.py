@@ -141,11 +141,9 @@ def compile_graph(
     compiler = _Compiler(graph, weights, activation)
     nodes = compiler.graph.nodes
     steps = [compiler.step(n) for n in nodes]
-    head = next(n for n in reversed(nodes) if n.op == "lm_head")
-    logits = compiler.slot_of[head.outputs[0]]
-    compiler.slots[logits].kind = SLOT_KINDS["logits"]
+    compiler.slots[compiler.slot_of[nodes[-1].outputs[0]]].kind = SLOT_KINDS["logits"]
     return CpuPlan(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
-        all_logits=not head.outputs[0].selected, rope=compiler.rope,
+        rope=compiler.rope,
     )  # fmt: skip

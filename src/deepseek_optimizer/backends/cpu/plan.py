@@ -71,12 +71,10 @@ class CpuPlan:
         vocab_size: int,
         hidden_size: int,
         hidden_states: int,
-        all_logits: bool,
         rope: list[tuple[Any, torch.Tensor]],
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
-        self._all_logits = all_logits  # without rule `last_logits` the head runs on every token
         self._rope = rope  # (spec, its frequencies in place) of length-dependent kinds
         self._steps = len(steps)
         handle = C.c_void_p()
@@ -87,14 +85,13 @@ class CpuPlan:
             )
         )  # fmt: skip
         self.handle = handle
-        self._batch = Batch()
 
     def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
         """One step. Shapes and ids are checked by the library before anything is written."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         for spec, frequencies in self._rope:
             frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(batch.positions.max()) + 1)))
-        logits = torch.empty(tokens if self._all_logits else rows, self.vocab_size)
+        logits = torch.empty(rows, self.vocab_size)
         hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
         embeds = batch.inputs_embeds
         if embeds is not None:
@@ -111,8 +108,6 @@ class CpuPlan:
         b.logits, b.hidden = logits.data_ptr(), None if hidden is None else hidden.data_ptr()
         b.cache = store.handle
         check(self.lib.dso_plan_run(self.handle, C.byref(b)))
-        if self._all_logits:
-            logits = logits[torch.from_numpy(batch.logit_rows.astype(np.int64))]
         return StepOutput(logits, hidden)
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
