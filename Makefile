@@ -1,4 +1,4 @@
-# make test | demo | lint | test-native | native | wheel | clean: each works alone, from a fresh clone.
+# make test | demo | lint | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test demo lint wheel clean
+.PHONY: help env test demo lint wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -53,6 +53,11 @@ lint: env
 	$(BIN)/mypy
 
 include native/native.mk
+
+# A million mutated headers of safetensors, GGUF and packed files; the suite runs a short round of the same.
+FUZZ_INPUTS ?= 1000000
+fuzz: env
+	$(BIN)/python tests/fuzz/fuzz_headers.py --inputs $(FUZZ_INPUTS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

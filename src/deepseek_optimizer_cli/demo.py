@@ -17,8 +17,9 @@ def demo(
     """Fetch SmolLM2-135M-Instruct, answer a question, and compare with Transformers."""
     from deepseek_optimizer.bench import demo as bench
 
-    from .model import print_json
+    from .model import no_bars_in_pipes, print_json
 
+    no_bars_in_pipes()
     result = bench.run(rounds=rounds, threads=threads, show=not as_json)
     if as_json:
         print_json(result)

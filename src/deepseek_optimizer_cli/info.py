@@ -52,9 +52,20 @@ def machine_facts() -> dict[str, Any]:
         "reason": _why(backend.isa),
         "isa": backend.isa,
         "threads": backend.threads,
-        "isas": {name: native.isa_runs_here(name) for name in native.isa_names()},
+        "isas": {name: _runs_or_why_not(name) for name in native.isa_names()},
         "cpu": native.cpu_description(),
     }
+
+
+def _runs_or_why_not(isa: str) -> str:
+    from deepseek_optimizer.backends.cpu import native
+    from deepseek_optimizer.errors import BackendError
+
+    try:
+        native.Context(isa, 1)
+    except BackendError as error:
+        return str(error)
+    return "runs here"
 
 
 def _why(isa: str) -> str:
@@ -71,7 +82,10 @@ def _print_machine(facts: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(k if v is True else f"{k}: {v}" for k, v in value.items() if v not in (False, None))
-        table.add_row(name.replace("_", " "), str(value))
-    Console().print(table)
+        for i, (part, text) in enumerate(value.items() if isinstance(value, dict) else [("", value)]):
+            if isinstance(text, list):
+                text = ", ".join(map(str, text))
+            elif isinstance(text, dict):
+                text = ", ".join(f"{k} {v // 1024} KiB" for k, v in text.items())
+            table.add_row(name if i == 0 else "", part, str(text))
+    Console(highlight=False).print(table)

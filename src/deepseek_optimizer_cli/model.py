@@ -23,14 +23,19 @@ def _show_ours(message: Warning | str, category: type[Warning], *_where: Any) ->
         typer.echo(f"dso: {message}", err=True)
 
 
+def no_bars_in_pipes() -> None:
+    """Turns Transformers' progress bars off where nobody watches; ours look at the stream themselves."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def load(model: str, fields: dict[str, Any]) -> tuple[Any, Any]:
     """The optimised model and its tokenizer. Every problem with either is an error that `app.Commands` prints."""
     from deepseek_optimizer import load_model, load_tokenizer
 
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # Transformers' and the hub's; ours look at the stream themselves
+    no_bars_in_pipes()
     tokenizer = load_tokenizer(model)
     return load_model(model, **fields), tokenizer
 

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,14 +148,8 @@ def _print(console: Console, result: dict[str, Any], rounds: int) -> None:
     for name in result["sides"]:
         table.add_column(name, justify="right")
     sides = list(result["sides"].values())
-    rows = [
-        ("load, s", "load_s", 1, "{:.2f}"),
-        ("first token, ms", "first_token_s", 1e3, "{:.0f}"),
-        ("tokens a second", "tokens_per_s", 1, "{:.1f}"),
-        ("memory, MB", "memory_bytes", 1e-6, "{:.0f}"),
-    ]
-    for label, key, unit, form in rows:
-        table.add_row(label, *(_cell(side[key], sides[0][key], unit, form) for side in sides))
+    for label, key, form in _ROWS:
+        table.add_row(label, *(_cell(side[key], sides[0][key], form) for side in sides))
     table.add_row("same answer", *("yes" if side["same_answer"] else "no" for side in sides))
     table.add_row("same next token", *("-" if s["agreed"] is None else f"{s['agreed']:.0f} of {s['of']}" for s in sides))
     console.print(table)
@@ -164,9 +159,21 @@ def _print(console: Console, result: dict[str, Any], rounds: int) -> None:
     )
 
 
-def _cell(value: float | None, baseline: float | None, unit: float, form: str) -> str:
-    """A figure, and its ratio to the first column's."""
-    if value is None or not baseline:
+# Label, figure, and how it is written: its own value, then how it compares with the first column's.
+_ROWS: list[tuple[str, str, Callable[[float, float], tuple[str, str]]]] = [
+    ("load, s", "load_s", lambda v, base: (f"{v:.2f}", _faster(base / v))),
+    ("first token, ms", "first_token_s", lambda v, base: (f"{v * 1e3:.0f}", _faster(base / v))),
+    ("tokens a second", "tokens_per_s", lambda v, base: (f"{v:.1f}", _faster(v / base))),
+    ("memory, MB", "memory_bytes", lambda v, base: (f"{v / 1e6:.0f}", f"{v / base:.0%}")),
+]
+
+
+def _faster(ratio: float) -> str:
+    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+
+
+def _cell(value: float | None, base: float | None, form: Callable[[float, float], tuple[str, str]]) -> str:
+    if not value or not base:
         return "-"
-    text = form.format(value * unit)
-    return text if value == baseline else f"{text} ({value / baseline:.2g}x)"
+    text, comparison = form(value, base)
+    return text if value == base else f"{text} ({comparison})"
