@@ -6,8 +6,8 @@
 //
 // A lane is an output row; a step is 64 bytes of weights (16 rows x 4 bytes) against 4 broadcast bytes of activations: one F32
 // column, or two BF16 columns. Steps of a tile row lie one after the other, whatever the tile. A block is M tokens x N tiles of
-// accumulators in registers. Few rows stream the weights once (memory bound); more rows walk over a panel of
-// weights that stays in L1.
+// accumulators in registers. Few rows stream the weights once (memory bound); more rows walk over a panel of weights that stays
+// in L1.
 #pragma once
 #include <immintrin.h>
 
@@ -38,6 +38,13 @@ struct Output {       // where a block's results go
   bool begin, end;    // of the columns: start from zero, add the bias
 };
 
+// n outputs from p on, as many as a tile has: a masked store costs many times a plain one on AVX2.
+DSO_INLINE F read(const float* p, int64_t n) { return n >= lanes ? load(p) : load(p, n); }
+DSO_INLINE void write(float* p, F x, int64_t n) {
+  if (n >= lanes) return store(p, x);
+  store(p, x, n);
+}
+
 // M tokens x N tiles over `steps` steps. w_next: bytes from a tile row to the next. stream: w comes from memory.
 template <int format, int M, int N, bool stream>
 static void block(const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_stride, int64_t steps, const Output& out) {
@@ -47,7 +54,7 @@ static void block(const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       const float* y = (const float*)((const uint8_t*)out.y + m * out.stride) + n * lanes;
-      acc[m][n] = out.begin ? zero() : load(y, out.columns - n * lanes);
+      acc[m][n] = out.begin ? zero() : read(y, out.columns - n * lanes);
     }
   }
   for (int64_t s = 0; s < steps; s++, w += step_bytes, x += 4) {
@@ -83,11 +90,11 @@ static void block(const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_
   for (int n = 0; n < N; n++) {
     const int64_t columns = out.columns - n * lanes;
     const bool biased = out.end && out.bias;
-    const F b = biased ? load(out.bias + n * lanes, columns) : zero();
+    const F b = biased ? read(out.bias + n * lanes, columns) : zero();
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       float* y = (float*)((uint8_t*)out.y + m * out.stride) + n * lanes;
-      store(y, biased ? add(acc[m][n], b) : acc[m][n], columns);
+      write(y, biased ? add(acc[m][n], b) : acc[m][n], columns);
     }
   }
 }
