@@ -204,6 +204,7 @@ void dso_plan::share(const Interval& interval, int thread) {
 
 void dso_plan::close(const Interval& interval) {
   for (int32_t i = interval.parallel; i < interval.end; ++i) {
+    if (steps_[i].op->tasks(run_) == 0) continue;
     const double end = i + 1 < interval.end ? step_ends_[i - interval.parallel] : now();
     steps_[i].seconds += end - mark_;
     mark_ = end;
