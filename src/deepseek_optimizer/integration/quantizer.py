@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -64,7 +65,10 @@ class PackingQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         graph, _ = plan_graph(model.config, ())
         _check_files(checkpoint_files)
-        swap_on_meta(model, graph, self.quantization_config, kwargs.get("dtype") or model.dtype)
+        dtype = kwargs.get("dtype") or model.dtype
+        swap_on_meta(model, graph, self.quantization_config, dtype)
+        if not self.pre_quantized:
+            _expect_floats(model, dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -82,6 +86,16 @@ class PackingQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters are; the packed weights themselves are frozen."""
         return True
+
+
+def _expect_floats(model: Any, dtype: torch.dtype) -> None:
+    """Float placeholders for the weights to come: before 5.24, Transformers casts what it reads to the placeholder's dtype."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, Packed):
+            shape = (module.packed.rows, module.packed.cols)
+            empty = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+            module.weight = made.setdefault(id(module.weight), empty)
 
 
 def _check_files(files: Any) -> None:
