@@ -61,6 +61,8 @@ struct Kernels {
                    const float* val, int64_t v_stride, int64_t h0, int64_t h1);
   void (*kv_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* key, float* value);  // [kv_heads, tokens, head_dim]
 
+  // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
+  // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
   // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
   // over the absolute chunk `chunk` of attn_chunk tokens. Row r sees tokens [max(0, ctx + r + 1 - window), ctx + r] of the
   // cache (window 0: from 0). Writes for every (row, q head): m, l and o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16)

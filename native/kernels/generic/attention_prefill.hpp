@@ -2,7 +2,7 @@
 // softmax kept online. Where the ISA has a bf16 dot product, q and weights are rounded to bf16 for BF16 and INT8 caches.
 #pragma once
 #include "attention.hpp"
-#include "attention_decode.hpp"
+#include "attention_decode.hpp"  // any_nan of a row
 
 namespace dso::DSO_ISA_NAMESPACE {
 
@@ -36,11 +36,11 @@ static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, co
     s.l[i] = 0;
     memset(output(i), 0, d * 4);
   }
-  const Rows rows = {q, q_stride, group, r0, r1, ctx, window, scale};
-  constexpr Read bf16 = has_dot_bf16 ? Read::dot : Read::bf16, i8 = has_dot_bf16 ? Read::dot : Read::i8;
+  const QueryRows rows = {q, q_stride, group, r0, r1, ctx, window, scale};
+  constexpr Read i8 = has_dot_bf16 ? Read::dot : Read::i8;
   for (int64_t chunk = visible(ctx, window, r0).begin / attn_chunk; chunk * attn_chunk < ctx + r1; ++chunk) {
     if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
-    else if (l.type == DSO_KV_BF16) attend_chunk<bf16>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
+    else if (l.type == DSO_KV_BF16) attend_chunk<read_bf16>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
     else attend_chunk<i8>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
   }
   bool poisoned = false;
