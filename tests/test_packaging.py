@@ -75,7 +75,7 @@ PROBE = """
 import json, sys, warnings
 from deepseek_optimizer import load_model
 with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
+    warnings.simplefilter("default")  # what a user sees
     models = [load_model(sys.argv[1], precision="int8") for _ in range(2)]
 import torch
 tokens = models[0].generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)

@@ -18,7 +18,9 @@ def quiet() -> None:
     warnings.showwarning = _show_ours
 
 
-def _show_ours(message: Warning | str, category: type[Warning], *_where: Any) -> None:
+def _show_ours(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
     if category.__module__.startswith("deepseek_optimizer."):
         typer.echo(f"dso: {message}", err=True)
 
@@ -28,7 +30,7 @@ def no_bars_in_pipes() -> None:
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
 
 
 def load(model: str, fields: dict[str, Any]) -> tuple[Any, Any]:
