@@ -253,3 +253,24 @@ def test_size_of_the_arena():
     assert arena_blocks(1000, 10_500) == 10
     assert arena_blocks(1000, 10) == 1
     assert 0 < arena_blocks(1 << 20, None) * (1 << 20) < available_bytes()
+
+
+def test_reclaim_in_the_midst_of_a_step_gives_memory_back_after_it():
+    class Plan:
+        def run(self, batch, store):
+            arena.reclaim([sequence])  # as the collector may
+            return "done"
+
+    class Store(_Store):
+        released = ()
+
+        def release(self, from_block):
+            self.released += (from_block,)
+
+    arena = Arena(Store(), layers=1)
+    with arena.locked() as manager:
+        sequence = SequenceBlocks(manager)
+        sequence.append(5)
+    assert arena.run(Plan(), None) == "done"
+    assert arena.manager.free_blocks == 64
+    assert arena.store.released == (0,)

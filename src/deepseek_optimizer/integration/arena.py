@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from ..backends.base import BLOCK_TOKENS, KvStore
+from ..backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
 from ..cache import BlockManager, SequenceBlocks
 
 RESERVE_BYTES = 256 << 20
@@ -27,6 +26,8 @@ class Arena:
         self.store, self.layers = store, layers
         self.manager = BlockManager(store.num_blocks)
         self._lock = threading.Lock()
+        self._store_lock = threading.Lock()  # taken after _lock where both are
+        self._release_due = False
         self._garbage: deque[list[SequenceBlocks]] = deque()
 
     @contextmanager
@@ -52,13 +53,33 @@ class Arena:
                 self._lock.release()
 
     def _sweep(self) -> None:
-        if not self._garbage:
-            return
         while self._garbage:
+            self._release_due = True
             for sequence in self._garbage.popleft():
                 sequence.free()
-        if self.manager.high_water == 0:
-            self.store.release(0)
+        # The store may be busy, in this very thread if the collector ran in a step: whoever is at it comes back for this.
+        if self._release_due and self._store_lock.acquire(blocking=False):
+            try:
+                self._release_due = False
+                if self.manager.high_water == 0:
+                    self.store.release(0)
+            finally:
+                self._store_lock.release()
+
+    def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
+        """One step over the store, one at a time: a store may move its memory as it grows."""
+        with self._store_lock:
+            made = plan.run(batch, self.store)
+        if self._release_due:
+            self._try_sweep()
+        return made
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Bytes for blocks that were split off a shared one."""
+        if copies:
+            with self._store_lock:
+                for source, target in copies:
+                    self.store.copy_block(source, target)
 
     @property
     def used_bytes(self) -> int:
@@ -90,9 +111,3 @@ def _cgroup_number(name: str, default: int) -> int:
         return int((Path("/sys/fs/cgroup") / name).read_text())
     except (OSError, ValueError):  # not Linux, no such controller, or "max"
         return default
-
-
-def copy_blocks(store: Any, copies: list[tuple[int, int]]) -> None:
-    """Bytes for blocks that were split off a shared one."""
-    for source, target in copies:
-        store.copy_block(source, target)

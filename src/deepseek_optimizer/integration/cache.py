@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..backends.base import BLOCK_TOKENS, Int32
 from ..cache import SequenceBlocks
 from ..errors import UnsupportedRequestError
-from .arena import Arena, copy_blocks
+from .arena import Arena
 
 Bool = npt.NDArray[np.bool_]
 
@@ -65,7 +65,7 @@ class PagedState:
         if count == 1 and sequence.tokens % BLOCK_TOKENS and sequence.manager.users(sequence.blocks[-1]) == 1:
             sequence.tokens += 1  # the common step: room in a block of its own
             return
-        copy_blocks(self.arena.store, sequence.append(count))
+        self.arena.copy_blocks(sequence.append(count))
         self._write_table(row)
 
     def append_one(self, rows: list[int]) -> bool:

@@ -57,7 +57,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     An error leaves the cache as it was.
     """
     rows, q = new.positions.shape
-    model, plan, store = runtime.graph, runtime.plan, state.arena.store
+    model, plan = runtime.graph, runtime.plan
     before = [sequence.tokens for sequence in state.sequences]
     logits: torch.Tensor | None = None
     hidden = None
@@ -68,7 +68,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     try:
         for pieces in _chunks(new.kept, rows, q, runtime.config.prefill_chunk):
             batch, targets = _batch(state, new, pieces, before, place)
-            made = plan.run(batch, store)
+            made = state.arena.run(plan, batch)
             if len(targets) == rows * len(new.wanted):  # one step gave everything, in order
                 logits = made.logits.view(rows, len(new.wanted), -1)
             elif len(targets):
@@ -144,7 +144,7 @@ class DecodeSteps:
     """
 
     def __init__(self, runtime: Runtime, state: PagedState, positions: Int32) -> None:
-        self.state, self.plan, self.store = state, runtime.plan, state.arena.store
+        self.state, self.plan = state, runtime.plan
         self.rows = list(range(len(positions)))
         rows = len(positions)
         self.batch = StepBatch(
@@ -181,7 +181,7 @@ class DecodeSteps:
         b.context_len += 1
         state.add_columns(1, None if len(self.rows) == len(state.sequences) else state.only(self.rows))
         try:
-            logits: torch.Tensor = self.plan.run(b, self.store).logits
+            logits: torch.Tensor = state.arena.run(self.plan, b).logits
         except BaseException:
             state.crop_columns(state.columns - 1)
             raise
