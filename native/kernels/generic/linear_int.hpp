@@ -112,7 +112,7 @@ static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64
 
 // N tile rows for all tokens.
 template <int format, int kind, int N>
-static void tile_rows(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
+static void rows_of_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
   switch (T) {
     case 1: return block<format, kind, 1, N, true>(w, out, x, 0, tile);
     case 2: return block<format, kind, 2, N, true>(w, out, x, 0, tile);
@@ -134,8 +134,8 @@ static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, 
   constexpr int N = registers >= 32 ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators
   int64_t tile = begin;
   if (T > 2)
-    for (; tile + N <= end; tile += N) tile_rows<format, kind, N>(w, out, x, T, tile);
-  for (; tile < end; ++tile) tile_rows<format, kind, 1>(w, out, x, T, tile);
+    for (; tile + N <= end; tile += N) rows_of_tiles<format, kind, N>(w, out, x, T, tile);
+  for (; tile < end; ++tile) rows_of_tiles<format, kind, 1>(w, out, x, T, tile);
 }
 
 template <int kind>
