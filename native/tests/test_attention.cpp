@@ -79,7 +79,7 @@ static std::vector<float> in_tasks(Setup& s, Family family, Random& random) {
 
 static bool rounds_to_bf16(const Setup& s, Family f) {  // families that round q and the weights
   const bool has_dot = s.variant.name == "avx512-bf16" || s.variant.name.starts_with("amx");
-  return has_dot && (s.c.type == DSO_KV_BF16 ? f != Family::eager : s.c.type == DSO_KV_INT8 && f == Family::prefill);
+  return has_dot && s.c.type != DSO_KV_F32 && f != Family::eager;
 }
 
 static void against_reference(Setup& s, Family family, const std::vector<float>& out) {

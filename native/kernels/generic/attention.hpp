@@ -12,12 +12,13 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-enum class Read { f32, bf16, i8, dot };  // how a panel is read: as it lies, widened to fp32, or BF16 by dot_bf16
+enum class Read { f32, bf16, i8, dot, i8_dot };  // how a panel is read: as fp32, or as BF16 by dot_bf16
 
-constexpr Read read_bf16 = has_dot_bf16 ? Read::dot : Read::bf16;
 
-template <Read T> constexpr int64_t row_bytes = T == Read::i8 ? 32 : 128;  // of a panel's row, or pair of rows
-template <Read T> constexpr int row_depth = T == Read::bf16 || T == Read::dot ? 2 : 1;
+template <Read T> constexpr bool narrow = T == Read::dot || T == Read::i8_dot;  // q and weights are bf16
+template <Read T> constexpr int row_depth = T == Read::bf16 || narrow<T> ? 2 : 1;
+template <Read T> constexpr int64_t row_bytes = T == Read::i8 ? 32 : T == Read::i8_dot ? 64 : 128;  // of a panel's row, or pair of rows
+template <Read T> constexpr int64_t column_bytes = T == Read::i8 || T == Read::i8_dot ? 1 : 4;
 constexpr int tile_cols = registers >= 32 ? 2 : 1;  // registers of 16 columns in a tile
 constexpr int tile_rows = registers >= 32 ? 8 : 4;
 constexpr int64_t chunk_blocks = attn_chunk / block_tokens;
@@ -34,10 +35,13 @@ DSO_INLINE void product(const void* a, const uint8_t* panel, int64_t rows, int64
   for (int64_t i = 0; i < rows; ++i, panel += row_bytes<T>) {
     __builtin_prefetch(panel + ahead);
     if constexpr (tile_cols == 2 && row_bytes<T> == 128) __builtin_prefetch(panel + ahead + 64);
-    if constexpr (T == Read::dot) {
+    if constexpr (narrow<T>) {
       B b[tile_cols];
 #pragma GCC unroll 2
-      for (int n = 0; n < tile_cols; ++n) b[n] = load_bytes(panel + 64 * n);
+      for (int n = 0; n < tile_cols; ++n) {
+        if constexpr (T == Read::dot) b[n] = load_bytes(panel + 64 * n);
+        else b[n] = pair_bf16(to_float(load_i8(panel + 16 * n)), to_float(load_i8(panel + 32 + 16 * n)));  // exact
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const B x = broadcast4((const uint16_t*)a + r * row_stride + 2 * i);
@@ -93,7 +97,7 @@ struct Block {  // one kv head of one block, ready to read
   const float *k_scale, *v_scale;  // INT8 only
 };
 
-constexpr int64_t block_room_bytes = 2 * block_tokens * max_head_dim * 2 + 2 * block_tokens * 4;  // what visible_block may need
+constexpr int64_t block_room_bytes = block_tokens * max_head_dim * 4;  // what visible_block may need: V in fp32
 
 // Copies a V panel with zeros for tokens outside [begin, end) of the block.
 template <Read T> static void copy_seen(const uint8_t* panel, int64_t begin, int64_t end, uint8_t* out) {
@@ -103,15 +107,6 @@ template <Read T> static void copy_seen(const uint8_t* panel, int64_t begin, int
     const uint32_t mask = (first ? 0xffffu : 0) | (last ? 0xffff0000u : 0);
     for (int64_t c = 0; c < 32; ++c) ((uint32_t*)out)[row * 32 + c] = ((const uint32_t*)panel)[row * 32 + c] & mask;
   }
-}
-
-// INT8 rows as BF16 pairs, exactly, without their scale.
-static void widen(const uint8_t* panel, int64_t pairs, uint8_t* out) {
-  for (int64_t i = 0; i < pairs; ++i)
-    for (int64_t c = 0; c < 32; c += 16) {
-      const uint8_t* x = panel + i * 64 + c;
-      store_bytes(out + i * 128 + c * 4, pair_bf16(to_float(load_i8(x)), to_float(load_i8(x + 32))));
-    }
 }
 
 // Block `block` of a kv head for reading by T, when tokens of `seen` matter. Values and scales that a weight of 0 could
@@ -127,19 +122,12 @@ static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_hea
     b.k_scale = (const float*)(head + h.k_scale);
     b.v_scale = (const float*)(head + h.v_scale);
     if (begin > 0 || end < block_tokens) {
-      float* scale = (float*)(room + 2 * block_tokens * max_head_dim * 2);
+      float* scale = (float*)room;
       for (int64_t i = 0; i < block_tokens; i += 16) store(scale + i, keep(load(b.v_scale + i), begin - i, end - i, zero()));
       b.v_scale = scale;
     }
-    if constexpr (T == Read::dot) {
-      uint8_t* values = room + block_tokens * max_head_dim * 2;
-      widen(b.k, l.head_dim / 2, room);
-      for (int64_t p = 0; p < panels; ++p) widen(b.v + p * h.panel, block_tokens / 2, values + p * block_tokens * 64);
-      b.k = room;
-      b.v = values;
-    }
   } else if (begin > 0 || end < block_tokens) {
-    if constexpr (T != Read::i8) {
+    if constexpr (column_bytes<T> == 4) {
       for (int64_t p = 0; p < panels; ++p) copy_seen<T>(b.v + p * h.panel, begin, end, room + p * h.panel);
       b.v = room;
     }
@@ -148,7 +136,7 @@ static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_hea
 }
 
 // Column k of a tile's rows, as product reads them.
-template <Read T> DSO_INLINE const void* tile_column(const void* a, int64_t k) { return (const char*)a + k * (T == Read::dot ? 2 : 4); }
+template <Read T> DSO_INLINE const void* tile_column(const void* a, int64_t k) { return (const char*)a + k * (narrow<T> ? 2 : 4); }
 
 // ---- a tile of rows against a chunk ------------------------------------------------------------------------------------
 
@@ -195,7 +183,7 @@ static void block_logits(const Block& b, int64_t token, int64_t head_dim, const 
       for (int n = 0; n < tile_cols; ++n) acc[r][n] = zero();
     for (int64_t k = 0; k < head_dim; k += 32) {
       const int64_t depth = head_dim - k < 32 ? head_dim - k : 32;
-      product<T, R>(tile_column<T>(q, k), b.k + k / row_depth<T> * row_bytes<T> + c * row_bytes<T> / 32, depth / row_depth<T>, ahead[k / 32], acc);
+      product<T, R>(tile_column<T>(q, k), b.k + k / row_depth<T> * row_bytes<T> + c * column_bytes<T>, depth / row_depth<T>, ahead[k / 32], acc);
     }
     for (int n = 0; n < tile_cols; ++n) {
       const int64_t t = c + 16 * n;
@@ -220,7 +208,7 @@ template <Read T> DSO_INLINE float weights(float* s, float m, const Block* block
       F x = exp2(sub(load(s + at), set(m)));
       total = add(total, x);
       if (blocks[b].v_scale) x = mul(x, load(blocks[b].v_scale + t));
-      if constexpr (T == Read::dot) round_bf16(p + at, x);
+      if constexpr (narrow<T>) round_bf16(p + at, x);
       else store(s + at, x);
     }
   return sum(total);
@@ -230,7 +218,7 @@ template <Read T> DSO_INLINE float weights(float* s, float m, const Block* block
 template <Read T, int R> static void add_values(const Stretch& x, int64_t head_dim, const void* p, const float* fade, float* const* o) {
   const int64_t* ahead = x.ahead + x.count * x.panels;
   for (int64_t column = 0; column < head_dim; column += 16 * tile_cols) {
-    const int64_t panel = column / 32, offset = panel * x.panel_bytes + column % 32 * row_bytes<T> / 32;
+    const int64_t panel = column / 32, offset = panel * x.panel_bytes + column % 32 * column_bytes<T>;
     F acc[R][tile_cols];
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < tile_cols; ++n) {
@@ -267,7 +255,7 @@ template <Read T, int R> static void attend(const Stretch& x, int64_t head_dim, 
     const float total = weights<T>(w.s + r * row_stride, base[r], x.blocks, x.count, w.p + r * row_stride);
     state.l[r] = state.l[r] * fade[r] + total;
   }
-  add_values<T, R>(x, head_dim, T == Read::dot ? (const void*)w.p : (const void*)w.s, fade, state.o);
+  add_values<T, R>(x, head_dim, narrow<T> ? (const void*)w.p : (const void*)w.s, fade, state.o);
 }
 
 template <Read T>
@@ -293,7 +281,7 @@ template <Read T> static void bring_query(const float* q, int64_t head_dim, floa
   const F s = set(scale * log2e);
   for (int64_t i = 0; i < head_dim; i += 16) {
     const F x = mul(load(q + i, head_dim - i), s);
-    if constexpr (T == Read::dot) round_bf16((uint16_t*)w.q + r * row_stride + i, x);
+    if constexpr (narrow<T>) round_bf16((uint16_t*)w.q + r * row_stride + i, x);
     else store(w.q + r * row_stride + i, x);
   }
 }
@@ -351,5 +339,14 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
     }
     attend_rows<T>((int)(i1 - i0), part, l.head_dim, see, state, w);
   }
+}
+
+// The same for any type of cache. Both families read it alike: where the ISA has a bf16 dot product, q and weights are
+// rounded to bf16 for BF16 and INT8 caches, whose int8 numbers are exact in bf16 and take their scale outside the product.
+template <class Output>
+static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m, float* ell, Output output, Workspace& w) {
+  if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, view, kv_head, rows, chunk, m, ell, output, w);
+  else if (l.type == DSO_KV_BF16) attend_chunk<has_dot_bf16 ? Read::dot : Read::bf16>(l, view, kv_head, rows, chunk, m, ell, output, w);
+  else attend_chunk<has_dot_bf16 ? Read::i8_dot : Read::i8>(l, view, kv_head, rows, chunk, m, ell, output, w);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

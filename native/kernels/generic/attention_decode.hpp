@@ -1,7 +1,5 @@
 // The decode family: one chunk of 256 tokens a task, so that a lone sequence feeds every thread, then a merge in order. The
-// heads of a group, and the rows of speculated tokens, share each load of the cache. BF16 is read by dot_bf16 where the ISA
-// has it (fp32 products would take as long as reading the cache, and the two hardly overlap); F32 and INT8 keep q and
-// weights in fp32.
+// heads of a group, and the rows of speculated tokens, share each load of the cache: reading it is what takes the time.
 #pragma once
 #include "attention.hpp"
 
@@ -35,9 +33,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
     }
     const QueryRows task = {q + h0 * d, q_stride, heads, r0, r1, ctx, window, scale};
     const auto output = [=](int64_t i) { return out + i * stride + 16; };
-    if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, v, kv_head, task, chunk, m, sum, output, w);
-    else if (l.type == DSO_KV_BF16) attend_chunk<read_bf16>(l, v, kv_head, task, chunk, m, sum, output, w);
-    else attend_chunk<Read::i8>(l, v, kv_head, task, chunk, m, sum, output, w);
+    attend_cache(l, v, kv_head, task, chunk, m, sum, output, w);
     for (int64_t i = 0; i < rows; ++i) {
       out[i * stride] = m[i];
       out[i * stride + 1] = sum[i];

@@ -18,7 +18,7 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
     for (int64_t c = 0; c < block_tokens; c += 16 * tile_cols) {
       F acc[1][tile_cols];
       for (int i = 0; i < tile_cols; ++i) acc[0][i] = zero();
-      product<T, 1>(q, block.k + c * row_bytes<T> / 32, d / row_depth<T>, 0, acc);
+      product<T, 1>(q, block.k + c * column_bytes<T>, d / row_depth<T>, 0, acc);
       for (int i = 0; i < tile_cols; ++i) {
         const int64_t slot = c + 16 * i, t = b * block_tokens + slot;
         F x = mul(acc[0][i], set(scale));
@@ -54,7 +54,7 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
         const int64_t c = column + 16 * i;
         acc[0][i] = c < d ? load(o + c, d - c) : zero();
       }
-      product<T, 1>(weight, block.v + column / 32 * panel_bytes + column % 32 * row_bytes<T> / 32, block_tokens / row_depth<T>, 0, acc);
+      product<T, 1>(weight, block.v + column / 32 * panel_bytes + column % 32 * column_bytes<T>, block_tokens / row_depth<T>, 0, acc);
       for (int i = 0; i < tile_cols; ++i) {
         const int64_t c = column + 16 * i;
         if (c < d) store(o + c, acc[0][i], d - c);

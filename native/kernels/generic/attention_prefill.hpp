@@ -1,5 +1,5 @@
 // The prefill family: up to attn_rows rows of a sequence and all their heads against the cache, chunk after chunk, with the
-// softmax kept online. Where the ISA has a bf16 dot product, q and weights are rounded to bf16 for BF16 and INT8 caches.
+// softmax kept online.
 #pragma once
 #include "attention.hpp"
 #include "attention_decode.hpp"  // any_nan of a row
@@ -37,12 +37,8 @@ static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, co
     memset(output(i), 0, d * 4);
   }
   const QueryRows rows = {q, q_stride, group, r0, r1, ctx, window, scale};
-  constexpr Read i8 = has_dot_bf16 ? Read::dot : Read::i8;
-  for (int64_t chunk = visible(ctx, window, r0).begin / attn_chunk; chunk * attn_chunk < ctx + r1; ++chunk) {
-    if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
-    else if (l.type == DSO_KV_BF16) attend_chunk<read_bf16>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
-    else attend_chunk<i8>(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
-  }
+  for (int64_t chunk = visible(ctx, window, r0).begin / attn_chunk; chunk * attn_chunk < ctx + r1; ++chunk)
+    attend_cache(l, v, kv_head, rows, chunk, s.m, s.l, output, s.work);
   bool poisoned = false;
   for (int64_t i = 0; i < count; ++i) {
     float* out = output(i);
