@@ -27,8 +27,8 @@ template <class Body> double best_seconds(Body body) {
 __attribute__((target("avx2"))) void read_all(const uint8_t* p, size_t bytes) {
   __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
   for (size_t i = 0; i + 128 <= bytes; i += 128) {
-    _mm_prefetch((const char*)p + i + 2048, _MM_HINT_T0);
-    _mm_prefetch((const char*)p + i + 2112, _MM_HINT_T0);
+    _mm_prefetch((const char*)p + i + 8192, _MM_HINT_T0);
+    _mm_prefetch((const char*)p + i + 8256, _MM_HINT_T0);
     a = _mm256_or_si256(a, _mm256_load_si256((const __m256i*)(p + i)));
     b = _mm256_or_si256(b, _mm256_load_si256((const __m256i*)(p + i + 32)));
     c = _mm256_or_si256(c, _mm256_load_si256((const __m256i*)(p + i + 64)));

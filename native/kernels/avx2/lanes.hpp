@@ -1,6 +1,7 @@
 // The SIMD lane type on AVX2 (FMA, F16C; AVX-VNNI where the translation unit has it): the names of avx512/lanes.hpp over
 // pairs of 256-bit registers. Ordered float operations and integer dots give the bits that AVX-512 gives.
-#pragma once
+#ifndef DSO_AVX2_LANES_HPP  // not #pragma once: test_lanes includes it for several ISAs
+#define DSO_AVX2_LANES_HPP
 #include <immintrin.h>
 
 #include <cstdint>
@@ -188,3 +189,4 @@ DSO_INLINE __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i a) {
 }
 DSO_INLINE F dot_bf16(F acc, B w, B a) { return {dot_bf16_half(acc.lo, w.lo, a.lo), dot_bf16_half(acc.hi, w.hi, a.hi)}; }
 }  // namespace dso::DSO_ISA_NAMESPACE
+#endif

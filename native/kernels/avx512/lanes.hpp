@@ -4,7 +4,8 @@
 //
 // Included inside a per-variant namespace (DSO_ISA_NAMESPACE) and everything here has internal linkage by that: no
 // function compiled for AVX-512 may be shared with a translation unit of another ISA.
-#pragma once
+#ifndef DSO_AVX512_LANES_HPP  // not #pragma once: test_lanes includes it for several ISAs
+#define DSO_AVX512_LANES_HPP
 #include <immintrin.h>
 
 #include <cstdint>
@@ -132,3 +133,4 @@ DSO_INLINE F dot_bf16(F acc, B w, B a) {
 }
 #endif
 }  // namespace dso::DSO_ISA_NAMESPACE
+#endif

@@ -1,5 +1,6 @@
 // Elementary functions on lanes: the same bits on every ISA.
-#pragma once
+#ifndef DSO_MATH_HPP  // not #pragma once: test_lanes includes it for several ISAs
+#define DSO_MATH_HPP
 
 namespace dso::DSO_ISA_NAMESPACE {
 
@@ -43,3 +44,4 @@ DSO_INLINE float from_bf16(uint16_t x) {
   return f;
 }
 }  // namespace dso::DSO_ISA_NAMESPACE
+#endif

@@ -1,0 +1,203 @@
+// The checks of test_lanes.cpp, included once per ISA after its lanes and math.hpp. Everything against scalar code; `bits`
+// collects results that must also be the same on every ISA.
+namespace dso::DSO_ISA_NAMESPACE {
+
+struct Floats {
+  alignas(64) float at[16];
+};
+DSO_INLINE Floats out(F x) {
+  Floats f;
+  store(f.at, x);
+  return f;
+}
+struct Ints {
+  alignas(64) int32_t at[16];
+};
+DSO_INLINE Ints out_int(I x) {
+  Ints i;
+  store_bytes(i.at, x);
+  return i;
+}
+
+static void check_memory(const char* isa, Random& random) {
+  float memory[48];
+  for (int n = 0; n <= 17; ++n) {
+    const int used = n < 16 ? n : 16;
+    for (int i = 0; i < 48; ++i) memory[i] = (float)(i + 1);
+    const Floats part = out(load(memory + 8, n));
+    for (int i = 0; i < 16; ++i) check(part.at[i] == (i < used ? memory[8 + i] : 0.0f), "%s load of %d: lane %d is %g", isa, n, i, part.at[i]);
+    store(memory + 8, set(-1.0f), n);
+    for (int i = 0; i < 48; ++i) check(memory[i] == (i >= 8 && i < 8 + used ? -1.0f : (float)(i + 1)), "%s store of %d: element %d is %g", isa, n, i, memory[i]);
+  }
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    alignas(64) float x[16];
+    for (float& e : x) e = repeat % 2 ? from_bits(random.bits()) : random.normal();
+    uint16_t b[16], h[16];
+    store_bf16(b, load(x));
+    const Floats back = out(load_bf16(b));
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t u = to_bits(x[i]);
+      const uint16_t want = std::isnan(x[i]) ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+      check(b[i] == want, "%s store_bf16(%08x) is %04x, not %04x", isa, u, b[i], want);
+      check(same(back.at[i], from_bits((uint32_t)b[i] << 16)), "%s load_bf16(%04x)", isa, b[i]);
+      h[i] = (uint16_t)random.bits();
+    }
+    const Floats halves = out(load_f16(h));
+    for (int i = 0; i < 16; ++i) {
+      check(same(halves.at[i], half_to_float(h[i])), "%s load_f16(%04x) is %g", isa, h[i], halves.at[i]);
+      check(same(from_f16(h[i]), half_to_float(h[i])), "%s from_f16(%04x)", isa, h[i]);
+      if (!std::isnan(half_to_float(h[i]))) check(to_f16(half_to_float(h[i])) == h[i], "%s to_f16 of %04x", isa, h[i]);
+    }
+  }
+}
+
+static void check_arithmetic(const char* isa, Random& random) {
+  const float special[] = {0.0f, -0.0f, NAN, INFINITY, -INFINITY, 1.0f, 1e-40f, 3.4e38f};
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    alignas(64) float a[16], b[16], c[16];
+    for (int i = 0; i < 16; ++i) {
+      a[i] = repeat % 3 ? random.normal() * 100 : from_bits(random.bits());
+      b[i] = repeat % 3 ? random.normal() : special[random.below(8)];
+      c[i] = repeat % 5 ? random.normal() * 1e-3f : special[random.below(8)];
+    }
+    const F x = load(a), y = load(b), z = load(c);
+    const Floats fused = out(fma(x, y, z)), negated = out(fnma(x, y, z)), top = out(max(x, y)), bottom = out(min(x, y)), rounded = out(round(x)), size = out(abs(x));
+    for (int i = 0; i < 16; ++i) {
+      check(same(fused.at[i], std::fmaf(a[i], b[i], c[i])), "%s fma(%g, %g, %g) is %g", isa, a[i], b[i], c[i], fused.at[i]);
+      check(same(negated.at[i], std::fmaf(-a[i], b[i], c[i])), "%s fnma(%g, %g, %g) is %g", isa, a[i], b[i], c[i], negated.at[i]);
+      check(same(top.at[i], a[i] > b[i] ? a[i] : b[i]), "%s max(%g, %g) is %g", isa, a[i], b[i], top.at[i]);
+      check(same(bottom.at[i], a[i] < b[i] ? a[i] : b[i]), "%s min(%g, %g) is %g", isa, a[i], b[i], bottom.at[i]);
+      check(same(rounded.at[i], std::nearbyint(a[i])), "%s round(%g) is %g", isa, a[i], rounded.at[i]);
+      check(same(size.at[i], std::fabs(a[i])), "%s abs(%g)", isa, a[i]);
+    }
+    float tree[16];
+    memcpy(tree, b, sizeof tree);
+    for (int half = 8; half >= 1; half /= 2)
+      for (int i = 0; i < half; ++i) tree[i] = tree[i] + tree[i + half];
+    check(same(sum(y), tree[0]), "%s sum: %g, not %g", isa, sum(y), tree[0]);
+    float most = -INFINITY;
+    bool nan = false;
+    for (float e : b) {
+      nan = nan || std::isnan(e);
+      most = e > most ? e : most;
+    }
+    check(any_nan(y) == nan, "%s any_nan", isa);
+    if (!nan) check(largest(y) == most, "%s largest: %g, not %g", isa, largest(y), most);
+  }
+  for (int n = -252; n <= 252; ++n) {  // down into the denormals and up to infinity, rounded once
+    alignas(64) float a[16];
+    for (float& e : a) e = 0.5f + random.uniform();
+    const Floats scaled = out(scale2(load(a), set((float)n)));
+    for (int i = 0; i < 16; ++i) check(same(scaled.at[i], std::ldexp(a[i], n)), "%s scale2(%g, %d) is %g", isa, a[i], n, scaled.at[i]);
+  }
+}
+
+static void check_integers(const char* isa, Random& random) {
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    alignas(64) int32_t v[16];
+    int8_t bytes[16], stored[16];
+    alignas(64) float f[16];
+    int32_t total = 0;
+    for (int i = 0; i < 16; ++i) {
+      v[i] = (int32_t)random.bits();
+      bytes[i] = (int8_t)random.bits();
+      f[i] = (float)(random.below(65536) - 32768) * 0.5f;
+      total += v[i] >> 8;
+    }
+    const I x = load_bytes(v);
+    check(isum(sar<8>(x)) == total, "%s isum", isa);
+    const Ints left = out_int(shl<8>(x)), right = out_int(sar<8>(x)), wide = out_int(load_i8(bytes)), unsign = out_int(load_u8(bytes)), near = out_int(to_int(load(f)));
+    const Ints difference = out_int(isub(sar<1>(x), iset(77))), added = out_int(iadd(sar<1>(x), iset(-77)));
+    const Floats floats = out(to_float(x));
+    store_i8(stored, load_i8(bytes));
+    for (int i = 0; i < 16; ++i) {
+      check(left.at[i] == (int32_t)((uint32_t)v[i] << 8) && right.at[i] == v[i] >> 8, "%s shift of %d", isa, v[i]);
+      check(wide.at[i] == bytes[i] && unsign.at[i] == (uint8_t)bytes[i] && stored[i] == bytes[i], "%s byte %d", isa, bytes[i]);
+      check(near.at[i] == (int)std::nearbyint(f[i]), "%s to_int(%g) is %d", isa, f[i], near.at[i]);
+      check(floats.at[i] == (float)v[i], "%s to_float(%d)", isa, v[i]);
+      check(difference.at[i] == (v[i] >> 1) - 77 && added.at[i] == difference.at[i], "%s isub and iadd", isa);
+    }
+  }
+}
+
+static void check_dots(const char* isa, Random& random) {
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    alignas(64) uint8_t w[64];
+    int8_t a[4];
+    const int style = repeat % 4;  // extremes saturate a naive maddubs
+    for (uint8_t& e : w) e = style == 0 ? 255 : (uint8_t)random.bits();
+    for (int8_t& e : a) e = style < 2 ? -128 : style == 2 ? 127 : (int8_t)random.bits();
+    const B codes = load_bytes(w), spread = broadcast4(a);
+    const Ints any = out_int(dot_u8(iset(1000), codes, spread));
+    const Ints low = out_int(dot_u4(iset(1000), low_nibbles(codes), spread)), high = out_int(dot_u4(iset(-5), high_nibbles(codes), spread));
+    I pairs = izero();
+    for (int i = 0; i < 8; ++i) pairs = pairs_u4(pairs, low_nibbles(codes), spread);
+    const Ints group = out_int(add_pairs(pairs));
+    for (int i = 0; i < 16; ++i) {
+      int32_t u8 = 1000, lo = 1000, hi = -5;
+      for (int k = 0; k < 4; ++k) {
+        u8 += w[4 * i + k] * a[k];
+        lo += (w[4 * i + k] & 15) * a[k];
+        hi += (w[4 * i + k] >> 4) * a[k];
+      }
+      check(any.at[i] == u8, "%s dot_u8: %d, not %d", isa, any.at[i], u8);
+      check(low.at[i] == lo && high.at[i] == hi, "%s dot_u4: %d %d, not %d %d", isa, low.at[i], high.at[i], lo, hi);
+      check(group.at[i] == 8 * (lo - 1000), "%s add_pairs: %d, not %d", isa, group.at[i], 8 * (lo - 1000));
+    }
+    alignas(64) uint16_t bw[32], ba[32];
+    alignas(64) float acc[16];
+    for (int i = 0; i < 32; ++i) {
+      bw[i] = (uint16_t)(to_bits(random.normal()) >> 16);
+      ba[i] = (uint16_t)(to_bits(random.normal()) >> 16);
+      acc[i / 2] = random.normal();
+    }
+    const Floats dot = out(dot_bf16(load(acc), load_bytes(bw), load_bytes(ba)));
+    for (int i = 0; i < 16; ++i) {
+      const double p0 = (double)from_bf16(bw[2 * i]) * from_bf16(ba[2 * i]), p1 = (double)from_bf16(bw[2 * i + 1]) * from_bf16(ba[2 * i + 1]);
+      const double bound = 2e-7 * (std::fabs(acc[i]) + std::fabs(p0) + std::fabs(p1));
+      check(std::fabs(dot.at[i] - (acc[i] + p0 + p1)) <= bound, "%s dot_bf16: %.9g, not %.9g", isa, dot.at[i], acc[i] + p0 + p1);
+    }
+  }
+}
+
+// e^x from -106 to 90 and at the ends; 2^x down from 0; silu.
+static void check_math(const char* isa, std::vector<uint32_t>& bits) {
+  double worst = 0, worst2 = 0;
+  for (int step = 0; step < 40000; ++step) {
+    alignas(64) float x[16], minus[16];
+    for (int i = 0; i < 16; ++i) {
+      x[i] = -106.0f + 196.0f * (float)(step * 16 + i) / 640000.0f;
+      minus[i] = -160.0f * (float)(step * 16 + i) / 640000.0f;
+    }
+    const Floats e = out(exp(load(x))), e2 = out(exp2(load(minus))), s = out(silu(load(x)));
+    for (int i = 0; i < 16; ++i) {
+      const double want = std::exp((double)x[i]), want2 = std::exp2((double)minus[i]);
+      if (want > 1.2e-38 && want < 3.4e38) worst = std::fmax(worst, std::fabs(e.at[i] / want - 1));
+      else check(want < 1 ? std::fabs(e.at[i] - want) <= 1.2e-7 * want + 1.5e-45 : std::isinf(e.at[i]) || want < 3.41e38, "%s exp(%g) is %g", isa, x[i], e.at[i]);
+      if (want2 > 1.2e-38) worst2 = std::fmax(worst2, std::fabs(e2.at[i] / want2 - 1));
+      else check(std::fabs(e2.at[i] - want2) <= 2e-7 * want2 + 1.5e-45, "%s exp2(%g) is %g", isa, minus[i], e2.at[i]);
+      const double sigmoid = x[i] / (1 + std::exp(-(double)x[i]));
+      if (x[i] > -87) check(std::fabs(s.at[i] - sigmoid) <= 4e-7 * std::fabs(sigmoid), "%s silu(%g) is %g, not %g", isa, x[i], s.at[i], sigmoid);
+      else check(std::fabs(s.at[i]) <= 1e-35, "%s silu(%g) is %g", isa, x[i], s.at[i]);
+      for (float y : {e.at[i], e2.at[i], s.at[i]}) bits.push_back(to_bits(y));
+    }
+  }
+  check(worst < 1.2e-7, "%s exp: relative error %.3g", isa, worst);
+  check(worst2 < 2e-7, "%s exp2: relative error %.3g", isa, worst2);
+  const struct { float x, exp, exp2; } ends[] = {{-INFINITY, 0, 0}, {-3e38f, 0, 0}, {0, 1, 1}, {-0.0f, 1, 1}, {NAN, NAN, NAN}};
+  for (const auto& end : ends) {
+    check(same(out(exp(set(end.x))).at[5], end.exp), "%s exp(%g) is %g", isa, end.x, out(exp(set(end.x))).at[5]);
+    check(same(out(exp2(set(end.x))).at[5], end.exp2), "%s exp2(%g) is %g", isa, end.x, out(exp2(set(end.x))).at[5]);
+  }
+  check(std::isinf(out(exp(set(INFINITY))).at[3]) && std::isinf(out(exp(set(3e38f))).at[3]), "%s exp(inf)", isa);
+}
+
+static void check_lanes(const char* isa, std::vector<uint32_t>& bits) {
+  Random random(17);
+  check_memory(isa, random);
+  check_arithmetic(isa, random);
+  check_integers(isa, random);
+  check_dots(isa, random);
+  check_math(isa, bits);
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,64 @@
+// The lanes of each ISA and the functions on them against scalar code, and against each other. This file is compiled for any
+// x86-64; each ISA's checks are compiled for that ISA, and run where it is there.
+#include <immintrin.h>
+
+#include "check.hpp"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#define DSO_ISA_NAMESPACE lanes_avx2
+#include "../kernels/avx2/lanes.hpp"
+#include "../kernels/generic/math.hpp"
+#include "lanes_checks.inl"
+#undef DSO_ISA_NAMESPACE
+#undef DSO_AVX2_LANES_HPP
+#undef DSO_MATH_HPP
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avxvnni")
+#define DSO_ISA_NAMESPACE lanes_avx2_vnni
+#include "../kernels/avx2/lanes.hpp"
+#include "../kernels/generic/math.hpp"
+#include "lanes_checks.inl"
+#undef DSO_ISA_NAMESPACE
+#undef DSO_MATH_HPP
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+#define DSO_ISA_NAMESPACE lanes_avx512
+#include "../kernels/avx512/lanes.hpp"
+#include "../kernels/generic/math.hpp"
+#include "lanes_checks.inl"
+#undef DSO_ISA_NAMESPACE
+#undef DSO_AVX512_LANES_HPP
+#undef DSO_MATH_HPP
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+#define DSO_ISA_NAMESPACE lanes_avx512_bf16
+#include "../kernels/avx512/lanes.hpp"
+#include "../kernels/generic/math.hpp"
+#include "lanes_checks.inl"
+#pragma GCC pop_options
+
+int main() {
+  const struct { const char* isa; void (*run)(const char*, std::vector<uint32_t>&); } all[] = {
+      {"avx2", lanes_avx2::check_lanes},
+      {"avx2-vnni", lanes_avx2_vnni::check_lanes},
+      {"avx512", lanes_avx512::check_lanes},
+      {"avx512-bf16", lanes_avx512_bf16::check_lanes},
+  };
+  std::vector<uint32_t> first;
+  for (const auto& lanes : all) {
+    if (dso_isa_runs_here(lanes.isa) != 1) continue;
+    std::vector<uint32_t> bits;
+    lanes.run(lanes.isa, bits);
+    if (first.empty()) first = bits;
+    check(bits == first, "%s: exp, exp2 or silu differ from another ISA's", lanes.isa);
+  }
+  check(!first.empty(), "no ISA runs here");
+  return report("test_lanes");
+}
