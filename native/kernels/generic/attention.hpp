@@ -295,7 +295,8 @@ struct QueryRows {
 };
 
 template <Read T, class Output>
-static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m, float* ell, Output output, Workspace& w) {
+static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
+                         float* ell, Output output, Workspace& w) {
   const int64_t start = chunk * attn_chunk, count = (rows.r1 - rows.r0) * rows.group;
   const Span all = {visible(rows.ctx, rows.window, rows.r0).begin, visible(rows.ctx, rows.window, rows.r1 - 1).end};
   // Blocks [from, to) of the chunk that tokens [begin, end) touch.
@@ -344,7 +345,8 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
 // The same for any type of cache. Both families read it alike: where the ISA has a bf16 dot product, q and weights are
 // rounded to bf16 for BF16 and INT8 caches, whose int8 numbers are exact in bf16 and take their scale outside the product.
 template <class Output>
-static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m, float* ell, Output output, Workspace& w) {
+static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
+                         float* ell, Output output, Workspace& w) {
   if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, view, kv_head, rows, chunk, m, ell, output, w);
   else if (l.type == DSO_KV_BF16) attend_chunk<has_dot_bf16 ? Read::dot : Read::bf16>(l, view, kv_head, rows, chunk, m, ell, output, w);
   else attend_chunk<has_dot_bf16 ? Read::i8_dot : Read::i8>(l, view, kv_head, rows, chunk, m, ell, output, w);
