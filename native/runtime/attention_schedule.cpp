@@ -11,7 +11,7 @@ constexpr int64_t kPrivateFloats = 1 << 18;  // partial results a thread keeps a
 bool AttentionSchedule::last(int32_t i) {
   Countdown& c = countdowns_[i];
   if (c.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return false;
-  c.left.store(c.total, std::memory_order_relaxed);  // the barrier before the next layer publishes it
+  c.left.store(c.total, std::memory_order_relaxed);  // the next stage publishes it
   return true;
 }
 

@@ -1,7 +1,8 @@
 #include "direct.hpp"
 
 #include <algorithm>
-#include <atomic>
+#include <functional>
+#include <vector>
 
 #include "error.hpp"
 #include "layout.hpp"
@@ -10,27 +11,29 @@
 namespace dso {
 namespace {
 
-// f(begin, end, thread) over blocks of [0, n), by whichever thread is free.
-class Shared {
- public:
-  Shared(int64_t n, int64_t block) : n_(n), block_(block) {}
-  template <class F>
-  void work(int thread, F&& f) {
-    for (int64_t begin; (begin = next_.fetch_add(block_, std::memory_order_relaxed)) < n_;)
-      f(begin, std::min(n_, begin + block_), thread);
-  }
-
- private:
-  const int64_t n_, block_;
-  std::atomic<int64_t> next_{0};
+struct Stage {
+  int64_t tasks;
+  std::function<void(int64_t index, int thread)> task;
 };
 
-template <class F>
-void parallel(Context& c, int64_t n, int64_t block, F&& f) {
+class Stages final : public Job {
+ public:
+  explicit Stages(std::vector<Stage> stages) : stages_(std::move(stages)) {}
+  int64_t next() override { return opened_ == stages_.size() ? -1 : stages_[opened_++].tasks; }
+  void task(int64_t index, int thread) override { stages_[opened_ - 1].task(index, thread); }
+
+ private:
+  const std::vector<Stage> stages_;
+  size_t opened_ = 0;
+};
+
+void parallel(Context& c, int64_t tasks, std::function<void(int64_t, int)> task) {
   ThreadPool::Lease lease(c.pool);
-  Shared shared(n, block);
-  lease.team().run([&](int thread) { shared.work(thread, f); });
+  Stages stages({{tasks, std::move(task)}});
+  lease.team().run(stages);
 }
+
+constexpr int64_t kRows = 8;  // that a task converts
 
 void check_activation(int32_t format, int32_t kind) {
   if (!reads(format, kind)) fail(DSO_EINVAL, "activation is %s, which %s weights do not read", kind_name(kind), format_name(format));
@@ -46,9 +49,8 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   if (stride < cols) fail(DSO_EINVAL, "stride is %lld, cols are %lld", (long long)stride, (long long)cols);
   if (!source || !packed) fail(DSO_EINVAL, "src or dst is NULL");
   const int64_t stride_bytes = stride * (source_type == DSO_SRC_F32 ? 4 : 2);
-  parallel(c, ceil_div(rows, kTileRows), 1, [&](int64_t tile, int64_t end, int) {
-    for (; tile < end; ++tile)
-      c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, tile, static_cast<uint8_t*>(packed));
+  parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
+    c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, tile, static_cast<uint8_t*>(packed));
   });
 }
 
@@ -58,9 +60,15 @@ void unpack(Context& c, const dso_weight& weight, int64_t row_begin, int64_t row
     fail(DSO_EINVAL, "rows %lld to %lld of %d", (long long)row_begin, (long long)row_end, w.rows);
   if (row_begin == row_end) return;
   if (!out) fail(DSO_EINVAL, "dst is NULL");
-  parallel(c, row_end - row_begin, kTileRows, [&](int64_t begin, int64_t end, int) {
-    c.kernels.unpack_rows(w, row_begin + begin, row_begin + end, out + begin * w.cols, 4 * int64_t(w.cols));
+  parallel(c, ceil_div(row_end - row_begin, kTileRows), [&](int64_t block, int) {
+    const int64_t begin = row_begin + block * kTileRows, end = std::min(begin + kTileRows, row_end);
+    c.kernels.unpack_rows(w, begin, end, out + block * kTileRows * w.cols, 4 * int64_t(w.cols));
   });
+}
+
+// Rows of task `block`.
+static void convert_block(const Kernels& k, int32_t kind, const float* x, int64_t T, int64_t width, uint8_t* rows, int64_t stride, int64_t block) {
+  for (int64_t t = block * kRows; t < std::min(T, (block + 1) * kRows); ++t) k.convert(kind, x + t * width, 0, width, width, rows + t * stride);
 }
 
 void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width, void* rows) {
@@ -70,9 +78,8 @@ void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width,
   if (T < 0) fail(DSO_EINVAL, "T is %lld", (long long)T);
   if (T == 0) return;
   if (!x || !rows) fail(DSO_EINVAL, "x or rows is NULL");
-  parallel(c, T, 8, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t)
-      c.kernels.convert(kind, x + t * width, 0, width, width, static_cast<uint8_t*>(rows) + t * stride);
+  parallel(c, ceil_div(T, kRows), [&](int64_t block, int) {
+    convert_block(c.kernels, kind, x, T, width, static_cast<uint8_t*>(rows), stride, block);
   });
 }
 
@@ -93,23 +100,18 @@ void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kin
   uint8_t* rows = converted ? c.scratch.data() : reinterpret_cast<uint8_t*>(const_cast<float*>(x));  // only read in that case
 
   const PhaseGrids grids = cut_by_phase(w, kind, T, decode, team.threads(), tile_rows(w) * tile_row_bytes(w));
-  Shared conversion(converted ? T : 0, 8), first(grids.grid[0].tasks(), 1), second(grids.grid[1].tasks(), 1);
-  auto product = [&](const LinearGrid& g, Shared& tasks, int thread) {
-    tasks.work(thread, [&](int64_t task, int64_t, int) {
-      const int64_t row = g.first_row(task), tile = g.first_tile(task);
-      c.kernels.linear(w, bias, kind, rows + row * x_stride, x_stride, g.end_row(task) - row, g.prefill, tile,
-                       std::min(tile + g.block_tiles, tile_rows(w)), y + row * w.rows, 4 * int64_t(w.rows),
-                       c.scratch.data() + scratch_at + thread * scratch);
-    });
+  auto convert_rows = [&](int64_t block, int) { convert_block(c.kernels, kind, x, T, w.cols, rows, x_stride, block); };
+  auto product = [&](int64_t task, int thread) {
+    const bool first = task < grids.grid[0].tasks();
+    const LinearGrid& g = grids.grid[first ? 0 : 1];
+    if (!first) task -= grids.grid[0].tasks();
+    const int64_t row = g.first_row(task), tile = g.first_tile(task);
+    c.kernels.linear(w, bias, kind, rows + row * x_stride, x_stride, g.end_row(task) - row, g.prefill, tile,
+                     std::min(tile + g.block_tiles, tile_rows(w)), y + row * w.rows, 4 * int64_t(w.rows),
+                     c.scratch.data() + scratch_at + thread * scratch);
   };
-  team.run([&](int thread) {
-    conversion.work(thread, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) c.kernels.convert(kind, x + t * w.cols, 0, w.cols, w.cols, rows + t * x_stride);
-    });
-    team.barrier.arrive();
-    product(grids.grid[0], first, thread);
-    product(grids.grid[1], second, thread);
-  });
+  Stages stages({{converted ? ceil_div(T, kRows) : 0, convert_rows}, {grids.grid[0].tasks() + grids.grid[1].tasks(), product}});
+  team.run(stages);
 }
 
 }  // namespace dso

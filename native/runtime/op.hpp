@@ -37,7 +37,7 @@ class Op {
   virtual ~Op() = default;
   // Called when T, R or the decode rows differ from the last run's: decides how the work is cut.
   virtual void shape(const Run& run) = 0;
-  // Elements touched: below kSerialWork one thread does all of it while the others wait at a barrier they needed anyhow.
+  // Elements touched: below kSerialWork one thread does all of it, while the next stage is opened.
   virtual int64_t work(const Run& run) const = 0;
   virtual int64_t tasks(const Run& run) const = 0;
   virtual void task(const Run& run, int64_t index, int thread) = 0;

@@ -1,5 +1,5 @@
 // Attention over the paged cache. The last task to finish a row's heads merges its chunks, the last to finish its block of rows
-// converts them for the matrix product that follows: neither costs a barrier.
+// converts them for the matrix product that follows: neither costs a stage.
 #include "attention_schedule.hpp"
 #include "cache.hpp"
 #include "ops.hpp"

@@ -73,8 +73,6 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
   needs_ = source.needs;
   resources_ = n_slots + 1 + int32_t(needs_.layers);
   run_.slots.resize(n_slots);
-  tickets_ = std::vector<Ticket>(n_steps);
-  step_ends_.resize(n_steps);
 }
 
 int64_t dso_plan::buffer_bytes(int64_t T, int64_t R) const {
@@ -117,31 +115,32 @@ void dso_plan::reshape() {
   shape_ = {};  // until all of it is done
   for (size_t i = 0; i < slots_.size(); ++i) run_.slots[i].count = slots_[i].selected ? b.R : b.T;
   for (Step& s : steps_) s.op->shape(run_);
-  make_intervals();
+  make_stages();
   shape_ = shape;
 }
 
-// A step joins the interval unless it reads what another in it writes, or writes what another reads or writes; one with
-// little work is done by whoever opens the interval, so only steps of that sort may go before it there.
-void dso_plan::make_intervals() {
-  intervals_.clear();
-  std::vector<bool> read(resources_), written(resources_);  // by the parallel steps of the interval
+// A step joins the stage unless it reads what another shared step of it writes, or writes what another reads or writes. One
+// with little work is done while the stage is opened, so it goes before the shared ones or into a new stage.
+void dso_plan::make_stages() {
+  stages_.clear();
+  std::vector<bool> read(resources_), written(resources_);  // by the shared steps of the stage
   for (int32_t i = 0; i < int32_t(steps_.size()); ++i) {
     const Step& s = steps_[i];
     if (s.op->tasks(run_) == 0) continue;  // such as hidden states that nobody asked for
     const bool serial = s.op->work(run_) < kSerialWork;
-    bool meet = intervals_.empty() || (serial && intervals_.back().parallel < intervals_.back().end);
-    for (int32_t r : s.reads) meet |= written[r];
-    for (int32_t w : s.writes) meet |= written[w] || read[w];
-    if (meet) {
-      intervals_.push_back({i, i, i});
+    const bool shared = !stages_.empty() && stages_.back().shared < stages_.back().end;
+    bool fresh = stages_.empty() || (shared && (serial || timing_));  // timed steps share a stage with no other
+    for (int32_t r : s.reads) fresh |= written[r];
+    for (int32_t w : s.writes) fresh |= written[w] || read[w];
+    if (fresh) {
+      stages_.push_back({i, i, i});
       read.assign(resources_, false);
       written.assign(resources_, false);
     }
-    Interval& interval = intervals_.back();
-    interval.end = i + 1;
+    Stage& stage = stages_.back();
+    stage.end = i + 1;
     if (serial) {
-      interval.parallel = i + 1;
+      stage.shared = i + 1;
       continue;
     }
     for (int32_t r : s.reads) read[r] = true;
@@ -159,61 +158,45 @@ void dso_plan::run(const dso_batch& batch) {
     if (slots_[i].kind == DSO_SLOT_LOGITS)
       run_.slots[i] = {reinterpret_cast<uint8_t*>(batch.logits), 4 * int64_t(slots_[i].width), run_.batch.R};
 
-  if (intervals_.empty()) return;
+  stage_ = 0;
   if (timing_) mark_ = now();
-  open(intervals_.front());
-  lease.team().run([&](int thread) { walk(lease.team(), thread); });
-  if (timing_) {
-    close(intervals_.back());
-    ++runs_;
-  }
+  lease.team().run(*this);
+  runs_ += timing_;
 }
 
-void dso_plan::walk(Team& team, int thread) {
-  for (size_t i = 0; i < intervals_.size(); ++i) {
-    if (i > 0)
-      team.barrier.arrive([&] {
-        if (timing_) close(intervals_[i - 1]);
-        open(intervals_[i]);
-      });
-    share(intervals_[i], thread);
-  }
-}
-
-void dso_plan::open(const Interval& interval) {
-  for (int32_t i = interval.begin; i < interval.parallel; ++i) {
-    Step& s = steps_[i];
-    for (int64_t t = 0, n = s.op->tasks(run_); t < n; ++t) s.op->task(run_, t, 0);  // thread 0's scratch: it is waiting or us
-    if (timing_) {
-      const double end = now();
-      s.seconds += end - mark_;
-      mark_ = end;
-    }
-  }
-  for (int32_t i = interval.parallel; i < interval.end; ++i) tickets_[i - interval.parallel].next.store(0, std::memory_order_relaxed);
-}
-
-void dso_plan::share(const Interval& interval, int thread) {
-  for (int32_t i = interval.parallel; i < interval.end; ++i) {
+int64_t dso_plan::next() {
+  if (timing_ && stage_ > 0 && stages_[stage_ - 1].shared < stages_[stage_ - 1].end) took(stages_[stage_ - 1].end - 1);
+  if (stage_ == stages_.size()) return -1;
+  const Stage& stage = stages_[stage_++];
+  for (int32_t i = stage.begin; i < stage.shared; ++i) {
     Op& op = *steps_[i].op;
-    std::atomic<int64_t>& next = tickets_[i - interval.parallel].next;
-    for (int64_t n = op.tasks(run_), t; (t = next.fetch_add(1, std::memory_order_relaxed)) < n;) op.task(run_, t, thread);
-    if (timing_ && thread == 0) step_ends_[i - interval.parallel] = now();
+    const int64_t n = op.tasks(run_);
+    for (int64_t t = 0; t < n; ++t) op.task(run_, t, 0);  // no task runs now, so any thread's scratch is free
+    if (timing_ && n > 0) took(i);
+  }
+  int64_t tasks = 0;
+  for (int32_t i = stage.shared; i < stage.end; ++i) tasks += steps_[i].op->tasks(run_);
+  return tasks;
+}
+
+void dso_plan::task(int64_t index, int thread) {
+  for (int32_t i = stages_[stage_ - 1].shared;; ++i) {
+    const int64_t n = steps_[i].op->tasks(run_);
+    if (index < n) return steps_[i].op->task(run_, index, thread);
+    index -= n;
   }
 }
 
-void dso_plan::close(const Interval& interval) {
-  for (int32_t i = interval.parallel; i < interval.end; ++i) {
-    if (steps_[i].op->tasks(run_) == 0) continue;
-    const double end = i + 1 < interval.end ? step_ends_[i - interval.parallel] : now();
-    steps_[i].seconds += end - mark_;
-    mark_ = end;
-  }
+void dso_plan::took(int32_t step) {
+  const double end = now();
+  steps_[step].seconds += end - mark_;
+  mark_ = end;
 }
 
 void dso_plan::set_timing(bool on) {
   ThreadPool::Lease lease(context_->pool);
   timing_ = on;
+  shape_ = {};  // timed steps do not share stages
   if (!on) return;
   runs_ = 0;
   for (Step& s : steps_) s.seconds = 0;

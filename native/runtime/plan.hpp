@@ -1,5 +1,5 @@
-// A plan and its interpreter. All threads walk the same list of steps; they meet only where a step depends on one since the
-// last meeting, and short steps are done at the meeting itself, by the last thread to arrive.
+// A plan and its interpreter. Steps that do not depend on each other form a stage, whose tasks all threads share; short steps
+// are done between stages, by the thread that ended the last one.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -9,7 +9,7 @@
 #include "op.hpp"
 #include "step_reader.hpp"
 
-struct dso_plan {
+struct dso_plan final : private dso::Job {
  public:
   dso_plan(std::shared_ptr<dso::Context> context, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,
            const dso_weight* weights, int32_t n_weights, int32_t vocab_size);
@@ -27,22 +27,16 @@ struct dso_plan {
     std::vector<int32_t> reads, writes;
     double seconds = 0;
   };
-  // Steps between two meetings: first those for the last thread to arrive, then those that all share out.
-  struct Interval {
-    int32_t begin, parallel, end;
+  struct Stage {
+    int32_t begin, shared, end;  // steps [begin, shared) are done by whoever opens the stage, [shared, end) by all
   };
 
   void reshape();
-  void make_intervals();
+  void make_stages();
   void place(int64_t T, int64_t R);
-  void walk(dso::Team& team, int thread);
-  void open(const Interval& interval);                   // by one thread, while the others wait
-  void close(const Interval& interval);                  // timing, likewise
-  void share(const Interval& interval, int thread);
-
-  struct alignas(64) Ticket {
-    std::atomic<int64_t> next{0};
-  };
+  int64_t next() override;
+  void task(int64_t index, int thread) override;
+  void took(int32_t step);  // timing: it ended now
 
   const std::shared_ptr<dso::Context> context_;
   std::vector<dso_slot> slots_;
@@ -52,8 +46,8 @@ struct dso_plan {
 
   dso::Run run_;
   dso::Arena arena_;
-  std::vector<Interval> intervals_;
-  std::vector<Ticket> tickets_;  // one for each parallel step of an interval
+  std::vector<Stage> stages_;
+  size_t stage_ = 0;  // the one that next() opens
   struct Shape {
     int64_t T = -1, R = -1, decode_rows = -1, decode_logits = -1;
     bool hidden = false;
@@ -62,6 +56,5 @@ struct dso_plan {
 
   bool timing_ = false;
   int64_t runs_ = 0;
-  double mark_ = 0;                // when the interval, or its last step that thread 0 has ended, began
-  std::vector<double> step_ends_;  // of thread 0, in the interval
+  double mark_ = 0;  // when the step being timed began
 };

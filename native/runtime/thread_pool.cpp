@@ -56,59 +56,78 @@ class SignalsBlocked {  // threads started meanwhile leave signals to the host p
 
 }  // namespace
 
-Barrier::Barrier(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSpinSeconds) : 0) {}
-
-void Barrier::wait(uint32_t phase) {
-  for (const uint64_t start = __rdtsc(); __rdtsc() - start < spin_ticks_;) {
-    if (phase_.load(std::memory_order_acquire) != phase) return;
-    _mm_pause();
-  }
-  // Either release() sees this sleeper, or the futex sees the new phase: both sides store, then load, in one total order.
-  sleepers_.fetch_add(1);
-  while (phase_.load() == phase) futex_wait(&phase_, phase);
-  sleepers_.fetch_sub(1);
-}
-
-void Barrier::release() {
-  phase_.fetch_add(1);
-  if (sleepers_.load() > 0) futex_wake_all(&phase_);
-}
-
-void Barrier::abandon(int waiting) {
-  while (arrived_.load() < waiting) std::this_thread::yield();
-  arrived_.store(0);
-  release();
-}
-
-Team::Team(int threads) : barrier(threads), threads_(threads) {
+Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSpinSeconds) : 0) {
   SignalsBlocked blocked;
   try {
     workers_.reserve(threads - 1);
     for (int t = 1; t < threads; ++t) {
-      workers_.emplace_back([this, t] { work(t); });
+      workers_.emplace_back([this, t] { serve(t); });
       pthread_setname_np(workers_.back().native_handle(), "dso-worker");
     }
   } catch (const std::system_error& e) {
-    stop_ = true;
-    barrier.abandon(int(workers_.size()));
-    for (std::thread& w : workers_) w.join();
-    fail(DSO_ENOMEM, "could not start thread %zu of %d: %s", workers_.size() + 1, threads, e.what());
+    const size_t started = workers_.size();
+    stop();
+    fail(DSO_ENOMEM, "could not start thread %zu of %d: %s", started + 1, threads, e.what());
   }
 }
 
-Team::~Team() {
+Team::~Team() { stop(); }
+
+void Team::stop() {
   stop_ = true;
-  barrier.arrive();
+  publish();
   for (std::thread& w : workers_) w.join();
 }
 
-void Team::work(int thread) {
+void Team::run(Job& job) {
+  job_ = &job;
+  finished_.store(false, std::memory_order_relaxed);
+  advance();
+  serve(0);
+}
+
+void Team::serve(int thread) {
   for (;;) {
-    barrier.arrive();
-    if (stop_) return;
-    job_(argument_, thread);
-    barrier.arrive();
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (thread == 0 ? finished_.load(std::memory_order_relaxed) : stop_.load(std::memory_order_relaxed)) return;
+    // A task once taken keeps the stage open, so all taken here are of one stage, though it may be newer than `phase`.
+    int64_t done = 0;
+    for (int64_t n; (n = untaken_.fetch_sub(1, std::memory_order_acq_rel)) > 0; ++done) job_->task(tasks_ - n, thread);
+    if (done > 0 && unfinished_.fetch_sub(done, std::memory_order_acq_rel) == done)
+      advance();
+    else
+      wait(phase);
   }
+}
+
+void Team::advance() {
+  int64_t n;
+  while ((n = job_->next()) == 0) {
+  }
+  if (n < 0) {
+    finished_.store(true, std::memory_order_relaxed);
+    return publish();  // from here on the job may be gone
+  }
+  tasks_ = n;
+  unfinished_.store(n, std::memory_order_relaxed);
+  untaken_.store(n, std::memory_order_release);
+  publish();
+}
+
+void Team::publish() {
+  phase_.fetch_add(1);
+  if (sleepers_.load() > 0) futex_wake_all(&phase_);
+}
+
+void Team::wait(uint32_t phase) {
+  for (const uint64_t start = __rdtsc(); __rdtsc() - start < spin_ticks_;) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+    _mm_pause();
+  }
+  // Either publish() sees this sleeper, or the futex sees the new phase: both sides store, then load, in one total order.
+  sleepers_.fetch_add(1);
+  while (phase_.load() == phase) futex_wait(&phase_, phase);
+  sleepers_.fetch_sub(1);
 }
 
 struct ThreadPool::Owned {

@@ -1,47 +1,28 @@
-// A team of threads that run one function together (SPMD) and meet at barriers.
+// Threads that work through a job together: a row of stages, each so many independent tasks, each stage after the one before.
 //
-// Between runs the team waits at the same barrier that it uses within them: the caller's arrival is the start signal. A
-// waiter spins for tens of microseconds (a decode step has over a hundred barriers, and a futex wake costs more than the
-// work between two of them), then sleeps, so that a core taken by another process is not also burnt by us.
+// There is no barrier that all must reach. Whoever finishes a stage's last task opens the next one, and a thread that holds no
+// task is not waited for: one that the system has put aside (a core is shared with another process) or is still waking up
+// joins when it can. Waiting threads spin for tens of microseconds (a decode step has over a hundred stages, and waking
+// costs more than most of them), then sleep.
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 namespace dso {
 
-class Barrier {
+class Job {  // neither member may throw
  public:
-  explicit Barrier(int threads);
-  // The last thread to arrive runs `work` before any is let go: a serial step costs no barrier of its own.
-  template <class Work>
-  void arrive(Work&& work) {
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);  // cannot change before this thread arrives
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads_) return wait(phase);
-    work();
-    arrived_.store(0, std::memory_order_relaxed);
-    release();
-  }
-  void arrive() {
-    arrive([] {});
-  }
-  void abandon(int waiting);  // lets go `waiting` threads though others never came
+  // Called by one thread while no task runs: does what is not worth sharing, then opens the next stage. Returns how many
+  // tasks it has, 0 for none, -1 when the job is done.
+  virtual int64_t next() = 0;
+  virtual void task(int64_t index, int thread) = 0;  // index in [0, tasks of the stage)
 
- private:
-  void wait(uint32_t phase);
-  void release();
-
-  const int threads_;
-  const uint64_t spin_ticks_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
-  std::atomic<int> sleepers_{0};
+ protected:
+  ~Job() = default;
 };
 
 class Team {  // `threads` of them, the caller included
@@ -51,25 +32,27 @@ class Team {  // `threads` of them, the caller included
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  // f(thread) on every thread, 0 being the caller; returns when all have returned. f must not throw.
-  template <class F>
-  void run(F&& f) {
-    job_ = [](void* f, int thread) { (*static_cast<std::remove_reference_t<F>*>(f))(thread); };
-    argument_ = const_cast<void*>(static_cast<const void*>(std::addressof(f)));
-    barrier.arrive();
-    f(0);
-    barrier.arrive();
-  }
+  void run(Job& job);  // returns when the job is done; the caller is thread 0
   int threads() const { return threads_; }
-  Barrier barrier;
 
  private:
-  void work(int thread);
+  void serve(int thread);
+  void advance();
+  void publish();
+  void wait(uint32_t phase);
+  void stop();
 
   const int threads_;
-  void (*job_)(void*, int) = nullptr;
-  void* argument_ = nullptr;
-  bool stop_ = false;
+  const uint64_t spin_ticks_;
+  // Written by whoever advances, while no task is out; read by those who hold one.
+  Job* job_ = nullptr;
+  int64_t tasks_ = 0;
+  std::atomic<bool> finished_{true}, stop_{false};
+
+  alignas(64) std::atomic<int64_t> untaken_{0};     // tasks of the stage; below zero by those who came too late
+  alignas(64) std::atomic<int64_t> unfinished_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};      // counts stages: what waiting threads watch
+  std::atomic<int> sleepers_{0};
   std::vector<std::thread> workers_;
 };
 

@@ -1,4 +1,4 @@
-// What the runtime itself costs: a barrier, the start of a run, a whole decode step, and what is left when another process
+// What the runtime itself costs: a stage, the start of a run, a whole decode step, and what is left when another process
 // takes a core.
 //   bench_runtime [threads]           (default: as many as this process may use)
 #include <sched.h>
@@ -46,21 +46,29 @@ class Busy {  // a process that takes all it can get of the last CPU
   const pid_t child_;
 };
 
+struct Empty final : Job {  // a task a thread
+  int64_t stages, tasks;
+  Empty(int64_t stages, int64_t tasks) : stages(stages), tasks(tasks) {}
+  int64_t next() override { return stages-- > 0 ? tasks : -1; }
+  void task(int64_t, int) override {}
+};
+
 void pool(int threads) {
   ThreadPool pool(threads);
   ThreadPool::Lease lease(pool);
   Team& team = lease.team();
-  constexpr int rounds = 20000;
-  const double barrier = best(10, [&] { team.run([&](int) { for (int i = 0; i < rounds; ++i) team.barrier.arrive(); }); });
-  printf("barrier, %d threads        %8.3f us\n", threads, barrier / rounds * 1e6);
-  const double start = best(10, [&] { for (int i = 0; i < 1000; ++i) team.run([](int) {}); });
-  printf("empty run, awake          %8.3f us\n", start / 1000 * 1e6);
+  auto run = [&](int64_t stages) {
+    Empty job(stages, threads);
+    team.run(job);
+  };
+  constexpr int stages = 20000;
+  printf("stage, %d threads          %8.3f us\n", threads, best(10, [&] { run(stages); }) / stages * 1e6);
   double asleep = 1e9;
   for (int i = 0; i < 50; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    asleep = std::min(asleep, seconds([&] { team.run([](int) {}); }));
+    asleep = std::min(asleep, seconds([&] { run(1); }));
   }
-  printf("empty run, asleep (best)  %8.3f us\n", asleep * 1e6);
+  printf("run of one stage, asleep  %8.3f us\n", asleep * 1e6);
 }
 
 

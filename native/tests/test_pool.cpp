@@ -1,5 +1,4 @@
-// The thread pool: every thread runs once, barriers order what lies between them, serial work runs once; several pools, callers
-// and forks; and how many CPUs a process may use.
+// The thread pool: every task once, stage after stage; several pools, callers and forks; and how many CPUs a process may use.
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -17,47 +16,85 @@
 
 namespace {
 
-// Each round every thread writes its place, then reads all others': wrong if a barrier lets one through early.
-long mistakes_of(Team& team, int rounds) {
-  std::vector<long> place((size_t)team.threads(), -1);
-  std::atomic<long> wrong{0};
-  long serial = 0;
-  team.run([&](int thread) {
-    for (long round = 0; round < rounds; ++round) {
-      place[(size_t)thread] = round;
-      team.barrier.arrive([&] { ++serial; });
-      if (serial != round + 1) ++wrong;
-      for (long p : place)
-        if (p != round) ++wrong;
-      team.barrier.arrive();
-    }
-  });
-  return wrong + (serial != rounds);
+// Stages of a few tasks, now and then none. As each opens, every task of the one before must have run, once, and none be running.
+class Checked final : public Job {
+ public:
+  Checked(int threads, int stages, void (*pause)(int64_t stage, int thread) = nullptr) : threads_(threads), stages_(stages), pause_(pause) {}
+  int64_t next() override {
+    if (running_ != 0) ++wrong_;
+    for (int i = 0; i < tasks_; ++i)
+      if (ran_[i] != 1) ++wrong_;
+    if (stage_ == stages_) return -1;
+    ++stage_;
+    tasks_ = (stage_ * 7 + stage_ / 5) % most;
+    for (auto& r : ran_) r = 0;
+    return tasks_;
+  }
+  void task(int64_t index, int thread) override {
+    ++running_;
+    if (index < 0 || index >= tasks_ || thread < 0 || thread >= threads_) ++wrong_;
+    else ++ran_[index];
+    if (pause_) pause_(stage_, thread);
+    --running_;
+  }
+  long mistakes() const { return wrong_ + (stage_ != stages_); }
+
+ private:
+  static constexpr int most = 9;
+  const int threads_, stages_;
+  void (*const pause_)(int64_t, int);
+  long stage_ = 0;
+  int tasks_ = 0;
+  std::atomic<int> ran_[most] = {}, running_{0};
+  std::atomic<long> wrong_{0};
+};
+
+long mistakes_of(Team& team, int stages) {
+  Checked job(team.threads(), stages);
+  team.run(job);
+  return job.mistakes();
 }
 
-void barriers() {
+void stages() {
   for (int n : {1, 2, 3, 5}) {
     ThreadPool pool(n);
     for (int run = 0; run < 3; ++run) {
       ThreadPool::Lease lease(pool);
-      const long wrong = mistakes_of(lease.team(), n > 2 ? 200 : 5000);  // more threads than cores: mostly sleeps and wakes
+      const long wrong = mistakes_of(lease.team(), n > 2 ? 500 : 20000);  // more threads than cores: mostly sleeps and wakes
       check(wrong == 0, "%d threads: %ld mistakes", n, wrong);
+      check(mistakes_of(lease.team(), 0) == 0, "%d threads: an empty job", n);
     }
   }
 }
 
-void sleeps_and_wakes() {  // pauses longer than the spin, on either side
+void all_take_part() {  // tasks that wait for one another: with one thread missing it would never end
+  static std::atomic<int> inside;
+  struct Meet final : Job {
+    int stage = 0;
+    int64_t next() override {
+      inside = 0;
+      return stage++ == 20 ? -1 : 3;
+    }
+    void task(int64_t, int) override {
+      ++inside;
+      while (inside < 3) std::this_thread::yield();
+    }
+  } job;
+  ThreadPool pool(3);
+  ThreadPool::Lease lease(pool);
+  lease.team().run(job);
+}
+
+void sleeps_and_wakes() {  // pauses longer than the spin, between runs and within, on either side
   ThreadPool pool(2);
   ThreadPool::Lease lease(pool);
   for (int i = 0; i < 5; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
-    std::atomic<int> ran{0};
-    lease.team().run([&](int thread) {
-      if (thread == i % 2) std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      lease.team().barrier.arrive();
-      ++ran;
+    Checked job(2, 12, [](int64_t stage, int thread) {
+      if (stage % 2 == thread) std::this_thread::sleep_for(std::chrono::microseconds(300));
     });
-    check(ran == 2, "%d threads ran after a pause", ran.load());
+    lease.team().run(job);
+    check(job.mistakes() == 0, "%ld mistakes with pauses", job.mistakes());
   }
 }
 
@@ -80,21 +117,25 @@ void callers_take_turns() {
 }
 
 void nesting() {
-  ThreadPool outer(2), inner(3);
-  ThreadPool::Lease lease(outer);
-  long wrong = 0;
-  lease.team().run([&](int thread) {
-    if (thread != 0) return;
-    ThreadPool::Lease within(inner);  // another pool: works
-    wrong += mistakes_of(within.team(), 20);
-    try {
-      ThreadPool::Lease again(outer);  // the same: would wait for itself
-      ++wrong;
-    } catch (const Error& e) {
-      wrong += e.code != DSO_ESTATE;
+  struct Outer final : Job {
+    ThreadPool outer{2}, inner{3};
+    long wrong = 0;
+    bool opened = false;
+    int64_t next() override { return opened ? -1 : (opened = true, 1); }
+    void task(int64_t, int) override {
+      ThreadPool::Lease within(inner);  // another pool: works
+      wrong += mistakes_of(within.team(), 20);
     }
-  });
-  check(wrong == 0, "nesting: %ld mistakes", wrong);
+  } job;
+  ThreadPool::Lease lease(job.outer);
+  lease.team().run(job);
+  check(job.wrong == 0, "nesting: %ld mistakes", job.wrong);
+  try {
+    ThreadPool::Lease again(job.outer);  // the same: would wait for itself
+    check(false, "one thread leases a pool twice");
+  } catch (const Error& e) {
+    check(e.code == DSO_ESTATE, "code %d", e.code);
+  }
 }
 
 int exit_code_of_child(int (*body)(ThreadPool&), ThreadPool& pool) {
@@ -169,7 +210,8 @@ void cgroups() {
 }  // namespace
 
 int main() {
-  barriers();
+  stages();
+  all_take_part();
   sleeps_and_wakes();
   callers_take_turns();
   nesting();
