@@ -3,9 +3,9 @@
 //   acc = fma(float(dot), scale_w * scale_a, acc);  Q4_1 also  acc = fma(min * scale_a, float(sum a), acc);
 // and y = acc + bias.
 //
-// A few tile rows meet all tokens, a block of 4 at a time; the first block brings the weights from memory. Packed tiles are
-// read as they are: unpacking uses ports that dots leave free. Measured on Zen 5, panels of unpacked weights in L1, blocks of
-// K and blocks of tokens by cache size all gained nothing at any token count from 8 to 512.
+// A few tile rows meet all tokens, 4 at a time; the first 4 bring the weights from memory, the others find them in a cache.
+// Packed tiles are read as they are: unpacking uses ports that dots leave free. Measured on Zen 5, panels of unpacked weights in
+// L1, blocks of K and blocks of tokens by cache size all gained nothing at any token count from 8 to 512.
 #pragma once
 #include "int_tiles.hpp"
 
@@ -47,21 +47,17 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
     for (int n = 0; n < N; ++n) acc[m][n] = pairs ? iadd(acc[m][n], add_pairs(sum[m][n])) : sum[m][n];
 }
 
-// Asks for the weights `distance` bytes on; past the end of a row that is the beginning of the next N rows. The hardware's own
-// prefetchers stop at every 4 KB page.
-template <class W, int N> DSO_INLINE void prefetch(const uint8_t* w, int64_t row_bytes, int64_t groups_left) {
-  constexpr int64_t distance = 8192 / W::bytes * W::bytes;
-  const uint8_t* p = w + distance + (groups_left * W::bytes <= distance ? (N - 1) * row_bytes : 0);
-  for (int n = 0; n < N; ++n)
-    for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(p + n * row_bytes + i);
+// Asks for the weights `distance` bytes on, in this tile row or the next: the hardware's own prefetchers stop at every page.
+template <class W> DSO_INLINE void prefetch(const uint8_t* w) {
+  constexpr int64_t distance = 8192;
+  for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + distance + i);
 }
 
-// All groups of M tokens x N tile rows, by the recipe.
-template <class W, int kind, int M, int N, bool first>
+// All groups of M tokens x N tile rows, by the recipe. `stream`: the weights come from memory.
+template <class W, int kind, int M, int N, bool stream>
 DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const Rows<kind>& x) {
-  const int64_t groups = x.width / 32;
-  for (int64_t g = 0; g < groups; ++g, w += W::bytes) {
-    if constexpr (first) prefetch<W, N>(w, row_bytes, groups - g);
+  for (int64_t g = 0; g < x.width / 32; ++g, w += W::bytes) {
+    if constexpr (stream) prefetch<W>(w);
     I start[M], dot[M][N];
     for (int m = 0; m < M; ++m) start[m] = iset(-W::offset * x.sums(m)[g]);
     for (int m = 0; m < M; ++m)
@@ -98,44 +94,43 @@ DSO_INLINE void finish(const Output& out, int64_t t, int64_t tile, F acc) {
   store(y, out.bias ? add(acc, load(out.bias + 16 * tile, n)) : acc, n);
 }
 
-// `first`: these tokens bring the weights into the cache.
-template <int format, int kind, int M, int N, bool first>
+template <int format, int kind, int M, int N, bool stream>
 static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tile) {
   const int64_t row_bytes = x.width / 32 * Packed<format>::bytes;
   F acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = zero();
-  accumulate<Packed<format>, kind, M, N, first>(acc, w.data + tile * row_bytes, row_bytes, x.from(t));
+  accumulate<Packed<format>, kind, M, N, stream>(acc, w.data + tile * row_bytes, row_bytes, x.from(t));
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) finish(out, t + m, tile + n, acc[m][n]);
 }
 
-// N tile rows for all tokens.
+constexpr int block_rows = 4;  // tokens
+
+template <int format, int kind, int N, bool stream>
+static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile) {
+  switch (tokens) {
+    case 1: return block<format, kind, 1, N, stream>(w, out, x, t, tile);
+    case 2: return block<format, kind, 2, N, stream>(w, out, x, t, tile);
+    case 3: return block<format, kind, 3, N, stream>(w, out, x, t, tile);
+    default: return block<format, kind, block_rows, N, stream>(w, out, x, t, tile);
+  }
+}
+
+// N tile rows: one after the other for the first tokens, since one stream of memory is the fastest; then all N for a block of
+// tokens, which share each activation between them.
 template <int format, int kind, int N>
-static void rows_of_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
-  switch (T) {
-    case 1: return block<format, kind, 1, N, true>(w, out, x, 0, tile);
-    case 2: return block<format, kind, 2, N, true>(w, out, x, 0, tile);
-    case 3: return block<format, kind, 3, N, true>(w, out, x, 0, tile);
-  }
-  block<format, kind, 4, N, true>(w, out, x, 0, tile);
-  int64_t t = 4;
-  for (; t + 4 <= T; t += 4) block<format, kind, 4, N, false>(w, out, x, t, tile);
-  switch (T - t) {
-    case 1: return block<format, kind, 1, N, false>(w, out, x, t, tile);
-    case 2: return block<format, kind, 2, N, false>(w, out, x, t, tile);
-    case 3: return block<format, kind, 3, N, false>(w, out, x, t, tile);
-  }
+static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
+  for (int n = 0; n < N; ++n) up_to_a_block<format, kind, 1, true>(w, out, x, 0, T, tile + n);
+  for (int64_t t = block_rows; t < T; t += block_rows) up_to_a_block<format, kind, N, false>(w, out, x, t, T - t, tile);
 }
 
 template <int format, int kind>
 static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t begin, int64_t end) {
-  // One stream of memory is the fastest; more tokens are bound by arithmetic, and share each activation between tile rows.
-  constexpr int N = registers >= 32 ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators
+  constexpr int N = registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; dots without VNNI need registers
   int64_t tile = begin;
-  if (T > 2)
-    for (; tile + N <= end; tile += N) rows_of_tiles<format, kind, N>(w, out, x, T, tile);
-  for (; tile < end; ++tile) rows_of_tiles<format, kind, 1>(w, out, x, T, tile);
+  for (; tile + N <= end; tile += N) some_tiles<format, kind, N>(w, out, x, T, tile);
+  for (; tile < end; ++tile) some_tiles<format, kind, 1>(w, out, x, T, tile);
 }
 
 template <int kind>
