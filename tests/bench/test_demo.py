@@ -92,7 +92,7 @@ def test_sides_take_turns_and_medians_are_shown(monkeypatch):
     text = io.StringIO()
     result = {"model": "m.gguf", "cpu": "A CPU", "threads": 2, "sides": sides}
     demo._print(Console(file=text, width=200), result, 3)
-    assert "A CPU" in text.getvalue() and "90.0 (4.5x faster)" in text.getvalue() and "60 of 64" in text.getvalue()
+    assert "A CPU" in text.getvalue() and "90.0 (4.5x)" in text.getvalue() and "60 of 64" in text.getvalue()
 
 
 def test_a_side_that_fails_is_an_error_with_its_output():

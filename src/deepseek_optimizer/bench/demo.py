@@ -154,8 +154,9 @@ def _print(console: Console, result: dict[str, Any], rounds: int) -> None:
     table.add_row("same next token", *("-" if s["agreed"] is None else f"{s['agreed']:.0f} of {s['of']}" for s in sides))
     console.print(table)
     console.print(
-        f"Medians of {rounds} processes a side, in turns. Memory: peak above a process that only imported. First token: the "
-        f"question above, on a model just loaded. Tokens a second and next tokens: {TOKENS} tokens of another answer, greedy."
+        f"Medians of {rounds} processes a side, in turns; in brackets: times as fast, and the share of memory. Memory: peak above "
+        f"a process that only imported. First token: the question above, on a model just loaded. Tokens a second and next tokens: "
+        f"{TOKENS} tokens of another answer, greedy."
     )
 
 
@@ -169,7 +170,7 @@ _ROWS: list[tuple[str, str, Callable[[float, float], tuple[str, str]]]] = [
 
 
 def _faster(ratio: float) -> str:
-    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+    return f"{ratio:.1f}x" if ratio >= 1 else f"{ratio:.2g}x"
 
 
 def _cell(value: float | None, base: float | None, form: Callable[[float, float], tuple[str, str]]) -> str:
