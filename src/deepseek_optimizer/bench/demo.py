@@ -154,9 +154,9 @@ def _print(console: Console, result: dict[str, Any], rounds: int) -> None:
     table.add_row("same next token", *("-" if s["agreed"] is None else f"{s['agreed']:.0f} of {s['of']}" for s in sides))
     console.print(table)
     console.print(
-        f"Medians of {rounds} processes a side, in turns; in brackets: times as fast, and the share of memory. Memory: peak above "
-        f"a process that only imported. First token: the question above, on a model just loaded. Tokens a second and next tokens: "
-        f"{TOKENS} tokens of another answer, greedy."
+        f"Medians of {rounds} processes a side, in turns; in brackets: times as fast, and the share of memory. Memory: peak "
+        f"above a process that only imported. First token: the question above, on a model just loaded. The last row and tokens "
+        f"a second: {TOKENS} tokens of another answer, greedy."
     )
 
 
