@@ -110,7 +110,7 @@ DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block
  * A slot is a buffer whose row count is set by each run: T tokens, or R logit rows for slots after SELECT_ROWS.
  * Kinds of slot: F32 rows; BF16 rows (activations rounded to nearest even); Q8 rows: activations quantised by groups of
  * 32 along the row (width padded to 32): int8 q[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where
- * scale = max|x|/127, q = rint(x * (127/max|x|)); a group of zeros, or of max|x| < 2^-100, whose factor could overflow, has
+ * scale = max|x|/127, q = rint(x * (127/max|x|)); a group whose factor overflows (zeros, or max|x| below 1e-34) has
  * scale 0 and q = 0; a group with a NaN or infinity has scale NaN and q = 0 (the same for Q16).
  * Q16 rows, for formats whose own error is smaller than int8 activations' (SmolLM2: int8 activations alone cost a KL of
  * 0.003): int8 hi[wp], int8 lo[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where q = rint(x * (32512/max|x|)),
