@@ -26,7 +26,7 @@ enum {
   DSO_EINVAL = 1,  /* a bad argument: the message names it */
   DSO_ENOMEM = 2,  /* memory could not be had */
   DSO_EISA = 3,    /* the ISA that was asked for is unknown or cannot run here */
-  DSO_ESTATE = 4,  /* called at the wrong time (a plan run twice at once, a context freed under a plan) */
+  DSO_ESTATE = 4,  /* called at the wrong time (a run started from inside a run on the same context) */
 };
 DSO_API const char* dso_last_error(void); /* of the calling thread; never NULL */
 
@@ -43,7 +43,7 @@ DSO_API const char* dso_cpu_description(void);         /* JSON: vendor, model na
 typedef struct dso_context dso_context;
 /* isa NULL: the best that runs here. A family name ("avx2", "avx512") means exactly that variant.
  * threads <= 0: affinity and cgroup limits decide. The pool's threads start at the first run and are rebuilt
- * after a fork. A context may be used by several plans; runs on one context are serialised. */
+ * after a fork. A context may be used by several plans, which keep it alive; runs on one context are serialised. */
 DSO_API int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out);
 DSO_API void dso_context_destroy(dso_context* c);
 DSO_API const char* dso_context_isa(const dso_context* c);
@@ -115,7 +115,7 @@ DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block
  * Q16 rows, for formats whose own error is smaller than int8 activations' (SmolLM2: int8 activations alone cost a KL of
  * 0.003): int8 hi[wp], int8 lo[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where q = rint(x * (32512/max|x|)),
  * scale = max|x|/32512, hi = (q + 128) >> 8 in [-127, 127], lo = q - 256 hi in [-128, 127].
- * LOGITS is the caller's output buffer (F32 rows). */
+ * LOGITS is the caller's output buffer (F32 rows of vocab_size, always selected). */
 enum { DSO_SLOT_F32 = 0, DSO_SLOT_BF16 = 1, DSO_SLOT_Q8 = 2, DSO_SLOT_Q16 = 3, DSO_SLOT_LOGITS = 4 };
 typedef struct dso_slot { int32_t kind, width, selected, reserved; } dso_slot; /* selected: rows are the logit rows */
 
