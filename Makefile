@@ -49,7 +49,7 @@ demo: env
 	$(BIN)/dso demo
 
 lint: env
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 
 include native/native.mk

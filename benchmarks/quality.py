@@ -1,10 +1,10 @@
 """What each format costs in quality, on SmolLM2-135M-Instruct and text that every Python ships: `make quality`.
 
-For each format the KL divergence of its next-token distribution from the fp32 model's (mean, median, 99.9%), how often both name
-the same token, and the largest difference of logits in terms of the row's largest, through prefill (the text at once) and
-through decode (token by token): their kernels differ. Transformers' own bf16 stands beside them. SmolLM2's weights were 4-bit
-(Q4_1) before; `q4_1` holds them without loss, so its rows show what arithmetic alone costs, and the others begin with weights
-rounded to bf16.
+For each format the KL divergence of its next-token distribution from the fp32 model's (mean, median, 99.9%), how often both
+name the same token, and the largest difference of logits in terms of the row's largest, through prefill (the text at once)
+and through decode (token by token): their kernels differ. Transformers' own bf16 stands beside them. SmolLM2's weights were
+4-bit (Q4_1) before; `q4_1` holds them without loss, so its rows show what arithmetic alone costs, and the others begin with
+weights rounded to bf16.
 """
 
 from __future__ import annotations

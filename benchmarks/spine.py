@@ -2,9 +2,9 @@
 
     python benchmarks/spine.py [smol] [r1q15] [--rounds 3] [--out benchmarks/results/spine.json]
 
-smol: SmolLM2-135M-Instruct (real weights, from a package registry). r1q15: the shape of R1-Distill-Qwen-1.5B with random weights,
-made here; right for speed, meaningless as text. A figure is the median over rounds; a ratio is the median of the rounds' own
-ratios, with the lowest and the highest beside it. Prints a table, then one line of JSON.
+smol: SmolLM2-135M-Instruct (real weights, from a package registry). r1q15: the shape of R1-Distill-Qwen-1.5B with random
+weights, made here; right for speed, meaningless as text. A figure is the median over rounds; a ratio is the median of the
+rounds' own ratios, with the lowest and the highest beside it. Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def packed(source: Path, precision: str) -> Path:
     """The packed checkpoint of `source`, made once beside it by the command a user would type."""
     target = source.with_name(f"{source.name}-{precision}")
     if not target.exists():
-        subprocess.run([sys.executable, "-m", "deepseek_optimizer", "convert", source, target, "--precision", precision], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "deepseek_optimizer", "convert", source, target, "--precision", precision], check=True
+        )
     return target
 
 
@@ -112,7 +114,9 @@ def main() -> None:
         rows += compare("R1-Distill-Qwen-1.5B shape, warm start", bf16, ours, a.rounds, "--load-only")
         rows += compare("R1-Distill-Qwen-1.5B shape, cold start", bf16, ours, a.rounds, "--load-only", "--cold")
     report = {"cpu": cpu_name(), "threads": usable_cpus(), "versions": versions(), "rounds": a.rounds, "rows": rows}
-    print(f"{report['cpu']}, {report['threads']} threads; better: how many times, median (lowest - highest) of {a.rounds} rounds")
+    print(
+        f"{report['cpu']}, {report['threads']} threads; better: how many times, median (lowest - highest) of {a.rounds} rounds"
+    )
     for r in rows:
         print(
             f"{r['work']:40} {r['side']:16} {r['figure']:17} {r['transformers']:9.2f} -> {r['ours']:9.2f} {r['unit']:6}"

@@ -22,7 +22,7 @@ def info(
     facts = machine_facts()
     report = None
     if model is not None:
-        from deepseek_optimizer.optimizer import report as report_of
+        from deepseek_optimizer import report as report_of
 
         loaded, _ = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
         report = report_of(loaded)

@@ -209,7 +209,7 @@ class Runtime:
 
     def report(self) -> Any:
         """What was optimised and how: `report.Report`."""
-        from ..report import make_report
+        from .report import make_report
 
         return make_report(self)
 

@@ -1,4 +1,4 @@
-"""Native backend tests run on each ISA variant that this host has, and are skipped, saying so, where there is no native build."""
+"""Native backend tests run on each ISA variant that this host has; without a native build they are skipped and say so."""
 
 from __future__ import annotations
 

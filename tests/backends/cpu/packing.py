@@ -25,5 +25,6 @@ def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[s
 
 def dequantised(weights: dict[str, PackedMatrix | torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
-        n: get_format(w.format).unpack(w.data, w.rows, w.cols) if isinstance(w, PackedMatrix) else w.float() for n, w in weights.items()
+        n: get_format(w.format).unpack(w.data, w.rows, w.cols) if isinstance(w, PackedMatrix) else w.float()
+        for n, w in weights.items()
     }

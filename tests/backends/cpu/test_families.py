@@ -9,15 +9,26 @@ from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
-from tests.support.models import (
-    CASES, assert_close_rows, random_ids, random_model, transformers_hidden, transformers_logits, weights_of,
+from support.models import (
+    CASES,
+    assert_close_rows,
+    random_ids,
+    random_model,
+    transformers_hidden,
+    transformers_logits,
+    weights_of,
 )  # fmt: skip
-from tests.support.steps import Part, run_step, runner
+from support.steps import Part, run_step, runner
 
 from .packing import dequantised, packed_weights
 
 ALL = ["qkv", "rope_cache", "attention_softmax", "layer_norm", "gate_up", "last_logits"]
-RULE_SETS = {"all": ALL, "none": [], **{f"only {r}": [r] for r in ALL}, **{f"without {r}": [x for x in ALL if x != r] for r in ALL}}
+RULE_SETS = {
+    "all": ALL,
+    "none": [],
+    **{f"only {r}": [r] for r in ALL},
+    **{f"without {r}": [x for x in ALL if x != r] for r in ALL},
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,7 +109,11 @@ def test_a_row_is_the_same_in_any_company(backend, format_name, kv, phase):
         run_step(r.plan, r.store, [Part(other, random_ids(model.config, n, seed=n))])
     mine, rows = r.sequence(), []
     for begin, end in ((0, 50), (50, 53), (53, 90)):
-        company = [Part(others[0], [5], DECODE), Part(others[1], [7, 8, 9], DECODE), Part(others[2], random_ids(model.config, 35, seed=begin), PREFILL)]
+        company = [
+            Part(others[0], [5], DECODE),
+            Part(others[1], [7, 8, 9], DECODE),
+            Part(others[2], random_ids(model.config, 35, seed=begin), PREFILL),
+        ]
         part = Part(mine, ids[begin:end], phase)
         parts = [*company[:2], part, company[2]] if phase == DECODE else [*company, part]
         first = sum(len(p.ids) for p in parts[: parts.index(part)])

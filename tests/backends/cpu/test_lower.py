@@ -5,7 +5,7 @@ from __future__ import annotations
 from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
-from tests.support.models import CASES
+from support.models import CASES
 
 
 def lowered(formats, kinds, names=None, case="llama-gqa"):
@@ -33,9 +33,15 @@ def test_makers_write_what_their_readers_read():
 
 def test_a_value_read_in_two_kinds_is_made_in_f32_and_converted_once_each():
     graph = lowered(lambda w: "int8" if "v_proj" in w else "int4", KINDS)
-    first = [n for n in graph.nodes if n.op == "linear" and any(".layers.0.self_attn." in w and "o_proj" not in w for w in n.weights)]
+    first = [
+        n for n in graph.nodes if n.op == "linear" and any(".layers.0.self_attn." in w and "o_proj" not in w for w in n.weights)
+    ]
     assert sorted(n.inputs[0].kind for n in first) == ["q16", "q8"]  # qkv split in two
-    converts = [n for n in graph.nodes if n.op == "convert" and n.inputs[0] == next(c for c in graph.nodes if c.op == "convert").inputs[0]]
+    converts = [
+        n
+        for n in graph.nodes
+        if n.op == "convert" and n.inputs[0] == next(c for c in graph.nodes if c.op == "convert").inputs[0]
+    ]
     assert len(converts) == 2 and {n.outputs[0].kind for n in converts} == {"q8", "q16"}
 
 

@@ -21,10 +21,12 @@ unavailable_reason = native.unavailable_reason
 
 
 class CpuBackend:
-    """Args:
-    isa: None: the best that runs here. "avx2", "avx512": the best variant of that family. "avx2-base", "avx512-base", "avx512-vnni",
-        ...: exactly that variant.
-    threads: None: what affinity and cgroup limits allow.
+    """Graphs compiled to native plans.
+
+    Args:
+        isa: None: the best that runs here. "avx2", "avx512": the best variant of that family. "avx2-base", "avx512-base",
+            "avx512-vnni", ...: exactly that variant.
+        threads: None: what affinity and cgroup limits allow.
 
     Raises:
         BackendError: no native build, or the ISA cannot run here (the message says what is missing).

@@ -1,8 +1,8 @@
 """Lowering: which values a native plan holds in bf16, q8 or q16 rows, and where they are converted.
 
-A product reads its input in the kind its weight's format asks for. Where every reader of a value wants the same kind, the op that
-makes the value writes that kind itself (a norm that quantises its result); elsewhere a `convert` step makes it, once. Ops over
-several matrices are split where their formats want different kinds. The last node's output is the caller's logits.
+A product reads its input in the kind its weight's format asks for. Where every reader of a value wants the same kind, the op
+that makes the value writes that kind itself (a norm that quantises its result); elsewhere a `convert` step makes it, once.
+Ops over several matrices are split where their formats want different kinds. The last node's output is the caller's logits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
 def _selection(nodes: list[Node]) -> list[Node]:
     """Without rule `last_logits` the head runs on every token; the rows asked for are picked from its output."""
     logits = nodes[-1].outputs[0]
-    return [] if logits.selected else [Node("select_rows", (logits,), (replace(logits, name=f"{logits.name}.rows", selected=True),))]
+    return (
+        []
+        if logits.selected
+        else [Node("select_rows", (logits,), (replace(logits, name=f"{logits.name}.rows", selected=True),))]
+    )
 
 
 def _as(value: Value, kind: str) -> Value:

@@ -21,8 +21,9 @@ VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 OPS = {
-    "embedding": 1, "rms_norm": 2, "head_norm": 2, "add": 3, "add_rms_norm": 4, "convert": 5, "linear": 6, "rope_table": 7, "rope": 8,
-    "cache_write": 9, "rope_cache": 10, "attention": 11, "swiglu": 12, "gate_up": 13, "select_rows": 14, "hidden_out": 15,
+    "embedding": 1, "rms_norm": 2, "head_norm": 2, "add": 3, "add_rms_norm": 4, "convert": 5, "linear": 6, "rope_table": 7,
+    "rope": 8, "cache_write": 9, "rope_cache": 10, "attention": 11, "swiglu": 12, "gate_up": 13, "select_rows": 14,
+    "hidden_out": 15,
 }  # fmt: skip
 FLAG_EAGER, FLAG_INTERLEAVED = 1, 2
 _EINVAL, _ENOMEM = 1, 2
@@ -47,7 +48,8 @@ class Step(C.Structure):
 
     _fields_ = [
         ("op", I32), ("flags", I32), ("inputs", I32 * 4), ("outputs", I32 * 3), ("w", I32 * 3), ("b", I32 * 3), ("layer", I32),
-        ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32), ("eps", C.c_float), ("scale", C.c_float),
+        ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32),
+        ("eps", C.c_float), ("scale", C.c_float),
     ]  # fmt: skip
 
 
@@ -55,9 +57,9 @@ class Batch(C.Structure):
     """dso_batch."""
 
     _fields_ = [
-        ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR), ("query_len", PTR),
-        ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR), ("inputs_embeds", PTR), ("logits", PTR),
-        ("hidden", PTR), ("cache", PTR),
+        ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR),
+        ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
+        ("inputs_embeds", PTR), ("logits", PTR), ("hidden", PTR), ("cache", PTR),
     ]  # fmt: skip
 
 
@@ -129,7 +131,9 @@ def library() -> Any:
             raise BackendError(f"{path} lacks {name}: it belongs to another version; reinstall deepseek-optimizer")
         function.restype, function.argtypes = result, arguments
     if lib.dso_abi_version() != ABI_VERSION:
-        raise BackendError(f"{path} has ABI {lib.dso_abi_version()}, this package needs {ABI_VERSION}; reinstall deepseek-optimizer")
+        raise BackendError(
+            f"{path} has ABI {lib.dso_abi_version()}, this package needs {ABI_VERSION}; reinstall deepseek-optimizer"
+        )
     return lib
 
 
@@ -168,7 +172,7 @@ class Context:
         return int(self.lib.dso_context_threads(self.handle))
 
     def __del__(self) -> None:
-        handle, self.handle = getattr(self, "handle", None), None
+        handle = self.__dict__.pop("handle", None)
         if handle:
             self.lib.dso_context_destroy(handle)
 

@@ -26,7 +26,14 @@ def pack(context: Context, weight: torch.Tensor, format_name: str) -> torch.Tens
     out = torch.empty((-(-rows // 16), -(-cols // 32), fmt.tile_bytes), dtype=torch.uint8)
     check(
         context.lib.dso_pack(
-            context.handle, FORMATS[format_name], _SOURCES[weight.dtype], weight.data_ptr(), rows, cols, weight.stride(0), out.data_ptr()
+            context.handle,
+            FORMATS[format_name],
+            _SOURCES[weight.dtype],
+            weight.data_ptr(),
+            rows,
+            cols,
+            weight.stride(0),
+            out.data_ptr(),
         )
     )
     return out

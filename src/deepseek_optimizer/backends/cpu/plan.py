@@ -51,7 +51,7 @@ class CpuStore:
         return key, value
 
     def __del__(self) -> None:
-        handle, self.handle = getattr(self, "handle", None), None
+        handle = self.__dict__.pop("handle", None)
         if handle:
             self.lib.dso_cache_destroy(handle)
 
@@ -133,6 +133,6 @@ class CpuPlan:
         raise BackendError("a compiled plan cannot be copied; compile the copied model's graph again")
 
     def __del__(self) -> None:
-        handle, self.handle = getattr(self, "handle", None), None
+        handle = self.__dict__.pop("handle", None)
         if handle:
             self.lib.dso_plan_destroy(handle)

@@ -119,9 +119,9 @@ def _plain(value: Any) -> Any:
 
 def make_report(runtime: Any) -> Report:
     """The report of an optimised model's runtime."""
-    from .graph.rules import RULES
-    from .integration.convert import parameter_bytes
-    from .integration.swap import matrices_of
+    from ..graph.rules import RULES
+    from .convert import parameter_bytes
+    from .swap import matrices_of
 
     backend, graph = runtime.backend, runtime.graph
     formats: dict[str, list[Any]] = {}
