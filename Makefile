@@ -1,4 +1,4 @@
-# make test | demo | lint | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | demo | lint | bench | quality | test-lowest | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test demo lint wheel fuzz clean
+.PHONY: help env test test-lowest demo lint bench quality wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -48,6 +48,28 @@ test: env
 demo: env
 	$(BIN)/dso demo
 
+# What touches Transformers, on the lowest release that pyproject.toml admits; `make test` has the newest.
+LOWEST := .venv-lowest
+LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimizer.py
+
+$(LOWEST)/.installed: $(WHEELS)/.built
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev]" "transformers~=$(LOWEST_TRANSFORMERS).0"
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(PYTEST_ARGS)
+
+# Ratios in alternating runs; nothing else may run meanwhile. BENCH picks the work: smol, r1q15.
+BENCH ?= smol r1q15
+bench: env
+	$(BIN)/python benchmarks/spine.py $(BENCH) --out benchmarks/results/spine.json
+
+quality: env
+	$(BIN)/python benchmarks/quality.py
+
 lint: env
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
@@ -60,4 +82,4 @@ fuzz: env
 	$(BIN)/python tests/fuzz/fuzz_headers.py --inputs $(FUZZ_INPUTS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from deepseek_optimizer import PagedCache, load_model
 from deepseek_optimizer.bench import smollm2
 from deepseek_optimizer.bench.demo import dequantised
+from deepseek_optimizer.chat.conversation import prompt_ids
 from deepseek_optimizer.integration.compat import cache_name
 
 pytestmark = pytest.mark.slow
@@ -79,7 +80,10 @@ def test_divergence_from_fp32(bf16_directory, ids, fp32_logits, precision, bound
 def test_gguf_logits_are_the_dequantised_models(gguf, ids, run, kv_cache, bound):
     reference = prefill(
         AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True)
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
         ),
         ids,
     )
@@ -91,8 +95,7 @@ def test_gguf_logits_are_the_dequantised_models(gguf, ids, run, kv_cache, bound)
 def test_bf16_greedy_text_is_transformers_or_parts_at_a_near_tie(bf16_directory, tokenizer, question):
     theirs = AutoModelForCausalLM.from_pretrained(bf16_directory, dtype=torch.bfloat16)
     ours = load_model(bf16_directory, precision="bf16")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt")
-    prompt = prompt["input_ids"] if not torch.is_tensor(prompt) else prompt
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
     options = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     expected, got = theirs.generate(prompt, **options)[0], ours.generate(prompt, **options)[0]
     length = min(len(expected), len(got))
