@@ -9,7 +9,7 @@
 
 #include <chrono>
 #include <climits>
-#include <system_error>
+#include <exception>
 
 #include "error.hpp"
 
@@ -64,10 +64,9 @@ Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSp
       workers_.emplace_back([this, t] { serve(t); });
       pthread_setname_np(workers_.back().native_handle(), "dso-worker");
     }
-  } catch (const std::system_error& e) {
-    const size_t started = workers_.size();
+  } catch (const std::exception& e) {  // no thread to be had (system_error), or no memory for its handle
     stop();
-    fail(DSO_ENOMEM, "could not start thread %zu of %d: %s", started + 1, threads, e.what());
+    fail(DSO_ENOMEM, "could not start thread %zu of %d: %s", workers_.size() + 1, threads, e.what());
   }
 }
 
@@ -89,7 +88,7 @@ void Team::run(Job& job) {
 void Team::serve(int thread) {
   for (;;) {
     const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (thread == 0 ? finished_.load(std::memory_order_relaxed) : stop_.load(std::memory_order_relaxed)) return;
+    if (thread == 0 ? finished_.load(std::memory_order_acquire) : stop_.load(std::memory_order_relaxed)) return;
     // A task once taken keeps the stage open, so all taken here are of one stage, though it may be newer than `phase`.
     int64_t done = 0;
     for (int64_t n; (n = untaken_.fetch_sub(1, std::memory_order_acq_rel)) > 0; ++done) job_->task(tasks_ - n, thread);
@@ -105,8 +104,8 @@ void Team::advance() {
   while ((n = job_->next()) == 0) {
   }
   if (n < 0) {
-    finished_.store(true, std::memory_order_relaxed);
-    return publish();  // from here on the job may be gone
+    finished_.store(true, std::memory_order_release);  // the caller may see this before the new phase, and return
+    return publish();                                  // from here on the job may be gone
   }
   tasks_ = n;
   unfinished_.store(n, std::memory_order_relaxed);

@@ -2,17 +2,32 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <new>
 #include <thread>
 
 #include "check.hpp"
 #include "cpu_limits.hpp"
 #include "error.hpp"
 #include "thread_pool.hpp"
+
+namespace {
+thread_local long allocations_left = -1;  // this thread's; -1: any number
+}
+
+__attribute__((noinline)) void* operator new(size_t bytes) {
+  if (allocations_left == 0) throw std::bad_alloc();
+  if (allocations_left > 0) --allocations_left;
+  if (void* p = malloc(bytes)) return p;
+  throw std::bad_alloc();
+}
+__attribute__((noinline)) void operator delete(void* p) noexcept { free(p); }
+__attribute__((noinline)) void operator delete(void* p, size_t) noexcept { free(p); }
 
 namespace {
 
@@ -65,6 +80,48 @@ void stages() {
       check(mistakes_of(lease.team(), 0) == 0, "%d threads: an empty job", n);
     }
   }
+}
+
+// What tasks write, the next stage and the caller read: plain numbers, so that ThreadSanitizer sees a missing order.
+void results_are_seen() {
+  struct Count final : Job {
+    int stage = 0;
+    long count[2] = {}, wrong = 0;
+    int64_t next() override {
+      wrong += count[0] != stage || count[1] != stage;
+      return stage == 3 ? -1 : (++stage, 2);
+    }
+    void task(int64_t i, int) override {
+      ++count[i];
+      for (int k = 0; k < 20; ++k) _mm_pause();
+    }
+  };
+  ThreadPool pool(2);
+  for (int run = 0; run < 20000; ++run) {
+    ThreadPool::Lease lease(pool);
+    Count job;
+    lease.team().run(job);
+    if (!check(job.wrong == 0 && job.count[0] == 3 && job.count[1] == 3, "run %d: results of a task are missing", run)) return;
+  }
+}
+
+// Memory runs out as the team is made: an error, whatever was being allocated, and no thread is left behind.
+void no_memory() {
+  ThreadPool pool(4);
+  for (int after = 0; after < 8; ++after) {
+    try {
+      allocations_left = after;
+      ThreadPool::Lease lease(pool);
+      allocations_left = -1;
+      check(mistakes_of(lease.team(), 20) == 0, "a team made with %d allocations", after);
+      return;
+    } catch (const std::bad_alloc&) {  // before the first thread
+    } catch (const Error& e) {
+      check(e.code == DSO_ENOMEM, "code %d", e.code);
+    }
+    allocations_left = -1;
+  }
+  check(false, "no team with 8 allocations");
 }
 
 void all_take_part() {  // tasks that wait for one another: with one thread missing it would never end
@@ -211,6 +268,8 @@ void cgroups() {
 
 int main() {
   stages();
+  results_are_seen();
+  no_memory();
   all_take_part();
   sleeps_and_wakes();
   callers_take_turns();
