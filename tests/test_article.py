@@ -37,6 +37,15 @@ def test_loading(tiny_model):
     assert {f["format"] for f in model.report().to_dict()["formats"]} == {"bf16"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", [0, "cuda", {"": 0}])
+def test_a_device_that_is_not_there(tiny_model, device):
+    from deepseek_optimizer import ConfigError, DeepSeekConfig
+
+    with pytest.raises(ConfigError, match='device_map="cpu"'):
+        AutoModelForCausalLM.from_pretrained(tiny_model, device_map=device, quantization_config=DeepSeekConfig())
+
+
 @pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
 def test_dynamic_graph(tiny_model, capsys):
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

@@ -51,6 +51,9 @@ class PackingQuantizer(HfQuantizer):
             return {"": "cuda:0" if gpu else "cpu"}
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             raise ConfigError(f"device_map must name one device for an optimised model, got {device_map}")
+        named = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
+        if not torch.cuda.is_available() and any(name.isdigit() or name.startswith("cuda") for name in named):
+            raise ConfigError(f'device_map {device_map} names a CUDA device, and none can be reached here; use device_map="cpu"')
         return device_map
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
