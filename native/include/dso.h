@@ -94,7 +94,8 @@ DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, i
 
 /* ---- KV cache: blocks of 32 tokens in one growing arena -------------------------------------------------
  * A block holds DSO_BLOCK_TOKENS tokens of ALL layers. Memory is reserved at creation, becomes resident when first
- * written, and goes back with dso_cache_release. The inner layout belongs to the kernels; whole blocks can be copied. */
+ * written, and goes back with dso_cache_release. The inner layout belongs to the kernels; whole blocks can be copied.
+ * head_dim is even and at most 256. */
 #define DSO_BLOCK_TOKENS 32
 enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
 typedef struct dso_cache dso_cache;

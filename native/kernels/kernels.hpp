@@ -83,6 +83,7 @@ struct Kernels {
 
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family
 constexpr int64_t attn_rows = 32;    // query rows of a prefill task
+constexpr int64_t max_head_dim = 256;  // and head_dim is even: cache and attention take columns in pairs
 
 // One per variant; null where the compiler could not build it.
 const Kernels* kernels_avx2();

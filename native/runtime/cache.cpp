@@ -11,7 +11,7 @@ int64_t kv_layer_bytes(const Kernels& kernels, int32_t type, int64_t layers, int
   if (type != DSO_KV_F32 && type != DSO_KV_BF16 && type != DSO_KV_INT8) fail(DSO_EINVAL, "cache: kv_type %d is unknown", type);
   if (layers < 1 || layers > 65536) fail(DSO_EINVAL, "cache: %lld layers", (long long)layers);
   if (kv_heads < 1 || kv_heads > 65536) fail(DSO_EINVAL, "cache: %lld kv_heads", (long long)kv_heads);
-  if (head_dim < 1 || head_dim > 65536) fail(DSO_EINVAL, "cache: head_dim %lld", (long long)head_dim);
+  if (!is_head_dim(head_dim)) fail(DSO_EINVAL, "cache: head_dim is %lld, and must be even and at most %d", (long long)head_dim, int(max_head_dim));
   return round_up(kernels.kv_layer_bytes(type, kv_heads, head_dim), 64);
 }
 

@@ -21,6 +21,9 @@ bool is_f32(int32_t slot_kind);  // F32 and LOGITS
 const char* format_name(int32_t format);
 const char* kind_name(int32_t slot_kind);
 
+// Whether the cache and attention take heads of this size.
+constexpr bool is_head_dim(int64_t n) { return n >= 2 && n <= max_head_dim && n % 2 == 0; }
+
 // The activation kinds a format's product reads.
 bool reads(int32_t format, int32_t slot_kind);
 

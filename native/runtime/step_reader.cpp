@@ -90,7 +90,7 @@ void StepReader::attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool
   BatchNeeds& needs = plan_.needs;
   if (layer < 0 || layer >= 65536) refuse("layer is %d", layer);
   positive("kv_heads", kv_heads);
-  positive("head_dim", head_dim);
+  if (!is_head_dim(head_dim)) refuse("head_dim is %d, and must be even and at most %d", head_dim, int(max_head_dim));
   if (needs.layers > 0 && (needs.kv_heads != kv_heads || needs.head_dim != head_dim))
     refuse("kv_heads %d of %d, but an earlier step uses %lld of %lld, and the cache has one shape", kv_heads, head_dim,
            (long long)needs.kv_heads, (long long)needs.head_dim);

@@ -105,7 +105,7 @@ void plans() {
   create("heads 5 is no multiple of kv_heads 2", "group", [&](S s, L, W) { s[attention].heads = 5; });
   create("window is -1", "window", [&](S s, L, W) { s[attention].window = -1; });
   create("layer is -1", "layer", [&](S s, L, W) { s[attention].layer = -1; });
-  create("head_dim is 0", "head_dim", [&](S s, L, W) { s[attention].head_dim = 0; });
+  for (int d : {0, 17, 320}) create("must be even and at most 256", "head_dim", [&](S s, L, W) { s[attention].head_dim = d; });
   create("the cache has one shape", "two cache shapes", [&](S s, L, W) { s[attention].kv_heads = 1; });
   create("out[0] is in[0]", "attention in place", [&](S s, L, W) { s[attention].out[0] = s[attention].in[0]; });
   create("is both an input and an out", "rope over its key", [&](S s, L, W) {
@@ -263,7 +263,9 @@ void caches() {
   refuses(dso_cache_create(7, 1, 1, 16, 4, &k), DSO_EINVAL, "kv_type 7", "kv type");
   refuses(dso_cache_create(DSO_KV_F32, 0, 1, 16, 4, &k), DSO_EINVAL, "0 layers", "layers");
   refuses(dso_cache_create(DSO_KV_F32, 1, 1, 16, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
-  refuses(dso_cache_create(DSO_KV_F32, 60000, 60000, 60000, INT32_MAX, &k), DSO_ENOMEM, "", "a cache larger than any address space");
+  for (int d : {0, 1, 15, 255, 258, 320, 65536})
+    refuses(dso_cache_create(DSO_KV_BF16, 1, 1, d, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
+  refuses(dso_cache_create(DSO_KV_F32, 60000, 60000, 256, INT32_MAX, &k), DSO_ENOMEM, "", "a cache larger than any address space");
   check(dso_cache_block_bytes(DSO_KV_BF16, 1, 1, -1) == -1, "absurd block");
   for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
     for (const Variant& v : variants())

@@ -12,7 +12,6 @@
 namespace dso::DSO_ISA_NAMESPACE {
 
 constexpr int64_t block_tokens = DSO_BLOCK_TOKENS;
-constexpr int64_t max_head_dim = 256;
 
 DSO_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
