@@ -12,9 +12,16 @@ from ...errors import BackendError
 from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput
 from .native import KV_TYPES, Batch, Context, Slot, Step, Weight, check
 
+_INT32 = np.dtype(np.int32)
 
-def _address(array: Int32) -> int:
-    """Data pointer of a contiguous int32 array (`__array_interface__` costs a third of `.ctypes`)."""
+
+def _address(array: Int32, name: str, *shape: int) -> int:
+    """Data pointer of a contiguous int32 array of this shape (`__array_interface__` costs a third of `.ctypes`).
+
+    Raises: ValueError for any other array: the library sees a pointer, and would read past its end.
+    """
+    if array.dtype != _INT32 or array.shape != shape or not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be contiguous int32 {list(shape)}, and is {array.dtype} {list(array.shape)}")
     return int(array.__array_interface__["data"][0])
 
 
@@ -47,7 +54,8 @@ class CpuStore:
         if table.size * BLOCK_TOKENS < tokens:
             raise ValueError(f"a table of {table.size} blocks does not hold {tokens} tokens")
         key, value = (torch.empty(self.kv_heads, tokens, self.head_dim) for _ in range(2))
-        check(self.lib.dso_cache_read(self.handle, layer, _address(table), tokens, key.data_ptr(), value.data_ptr()))
+        address = _address(table, "block_table", table.size)
+        check(self.lib.dso_cache_read(self.handle, layer, address, tokens, key.data_ptr(), value.data_ptr()))
         return key, value
 
     def __del__(self) -> None:
@@ -87,7 +95,7 @@ class CpuPlan:
         self.handle = handle
 
     def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
-        """One step. Shapes and ids are checked by the library before anything is written."""
+        """One step. Shapes are checked here, ids and lengths by the library, before anything is written."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         for spec, frequencies in self._rope:
             frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(batch.positions.max()) + 1)))
@@ -95,15 +103,19 @@ class CpuPlan:
         hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
         embeds = batch.inputs_embeds
         if embeds is not None:
-            embeds = embeds.detach().to(torch.float32).contiguous()
+            embeds = embeds.detach().to("cpu", torch.float32).contiguous()
             if tuple(embeds.shape) != (tokens, self.hidden_size):
                 raise ValueError(f"inputs_embeds has shape {tuple(embeds.shape)}, this step needs {(tokens, self.hidden_size)}")
+        sequences, blocks = len(batch.query_len), batch.block_table.shape[-1]
         b = Batch()
-        b.T, b.S, b.R, b.max_blocks = tokens, len(batch.query_len), rows, batch.block_table.shape[1]
-        b.token_ids = _address(batch.token_ids) if embeds is None else None
-        b.positions, b.query_len = _address(batch.positions), _address(batch.query_len)
-        b.context_len, b.phase = _address(batch.context_len), _address(batch.phase)
-        b.block_table, b.logit_rows = _address(batch.block_table), _address(batch.logit_rows)
+        b.T, b.S, b.R, b.max_blocks = tokens, sequences, rows, blocks
+        b.token_ids = _address(batch.token_ids, "token_ids", tokens) if embeds is None else None
+        b.positions = _address(batch.positions, "positions", tokens)
+        b.query_len = _address(batch.query_len, "query_len", sequences)
+        b.context_len = _address(batch.context_len, "context_len", sequences)
+        b.phase = _address(batch.phase, "phase", sequences)
+        b.block_table = _address(batch.block_table, "block_table", sequences, blocks)
+        b.logit_rows = _address(batch.logit_rows, "logit_rows", rows)
         b.inputs_embeds = None if embeds is None else embeds.data_ptr()
         b.logits, b.hidden = logits.data_ptr(), None if hidden is None else hidden.data_ptr()
         b.cache = store.handle
