@@ -54,6 +54,17 @@ class SignalsBlocked {  // threads started meanwhile leave signals to the host p
   sigset_t before_;
 };
 
+// Which thread takes a task must not change its bits, and a host may have set its thread to flush denormals (torch can, and
+// so does loading a library built with -ffast-math). Round to nearest, denormals as they are, no traps.
+class StandardFloats {
+ public:
+  StandardFloats() { _mm_setcsr(0x1f80); }
+  ~StandardFloats() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_ = _mm_getcsr();
+};
+
 }  // namespace
 
 Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSpinSeconds) : 0) {
@@ -61,7 +72,10 @@ Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSp
   try {
     workers_.reserve(threads - 1);
     for (int t = 1; t < threads; ++t) {
-      workers_.emplace_back([this, t] { serve(t); });
+      workers_.emplace_back([this, t] {
+        StandardFloats floats;
+        serve(t);
+      });
       pthread_setname_np(workers_.back().native_handle(), "dso-worker");
     }
   } catch (const std::exception& e) {  // no thread to be had (system_error), or no memory for its handle
@@ -79,6 +93,7 @@ void Team::stop() {
 }
 
 void Team::run(Job& job) {
+  StandardFloats floats;
   job_ = &job;
   finished_.store(false, std::memory_order_relaxed);
   advance();

@@ -105,6 +105,35 @@ void results_are_seen() {
   }
 }
 
+// All threads compute alike, whatever the caller's thread is set to, and the caller's setting stays.
+void floats() {
+  struct Tiny final : Job {
+    int64_t left = 50;
+    std::atomic<int> flushed{0};
+    int64_t next() override { return left-- > 0 ? 2 : -1; }
+    void task(int64_t, int) override {
+      volatile float x = 1e-38f;
+      x = x * 0.01f;
+      flushed += x == 0;
+      for (int k = 0; k < 200; ++k) _mm_pause();  // so that both take some
+    }
+  };
+  const unsigned before = _mm_getcsr(), flushing = before | 0x8040;
+  ThreadPool pool(2);
+  for (unsigned setting : {flushing, before, flushing}) {  // the first is what the workers inherit
+    _mm_setcsr(setting);
+    Tiny job;
+    {
+      ThreadPool::Lease lease(pool);
+      lease.team().run(job);
+    }
+    const unsigned after = _mm_getcsr();
+    _mm_setcsr(before);
+    check(job.flushed == 0, "%d denormals became zero", job.flushed.load());
+    check((after & 0x8040) == (setting & 0x8040), "the caller's setting was %x, is %x", setting, after);
+  }
+}
+
 // Memory runs out as the team is made: an error, whatever was being allocated, and no thread is left behind.
 void no_memory() {
   ThreadPool pool(4);
@@ -269,6 +298,7 @@ void cgroups() {
 int main() {
   stages();
   results_are_seen();
+  floats();
   no_memory();
   all_take_part();
   sleeps_and_wakes();
