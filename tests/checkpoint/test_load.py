@@ -54,9 +54,9 @@ def test_all_of_it(tmp_path: Path, panel: int, monkeypatch: pytest.MonkeyPatch) 
 def test_the_packer_that_is_handed_in_packs(tmp_path: Path) -> None:
     calls: list[str] = []
 
-    def packer(weight: torch.Tensor, name: str) -> torch.Tensor:
+    def packer(weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         calls.append(name)
-        return quant.reference_packer(weight, name)
+        return quant.reference_packer(weight, name, out)
 
     list(stream_weights(checkpoint_of(tmp_path, TENSORS), WANTED, SHAPES, packer=packer))
     assert sorted(calls) == ["bf16", "int4", "q4_1"]

@@ -14,7 +14,7 @@ import torch
 from ..errors import CheckpointError
 from ..quant import PackedMatrix, Packer, get_format, ggml, reference_packer
 from ..quant.base import TILE_ROWS
-from ..quant.tiles import panels, tile_counts
+from ..quant.tiles import empty_tiles, panels
 from .base import PANEL_ELEMENTS, Checkpoint, TensorInfo
 from .files import DataFile
 from .gguf_config import ROPE_FACTORS, parameter_name, transformers_config, vocabulary_size
@@ -76,7 +76,7 @@ class GgufCheckpoint(Checkpoint):
             if stored not in _FLOAT_FORMATS:
                 self._converted[stored, format] += 1
             return super().packed(name, format, packer)
-        out = torch.empty(*tile_counts(rows, cols), get_format(format).tile_bytes, dtype=torch.uint8)
+        out = empty_tiles(rows, cols, get_format(format).tile_bytes)
         for begin, end in panels(rows, cols, PANEL_ELEMENTS):
             blocks = self._blocks(name, begin, end)
             self.check_finite(name, ggml.block_scales(blocks, stored, cols))

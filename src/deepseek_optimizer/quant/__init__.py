@@ -29,9 +29,10 @@ def get_format(name: str) -> WeightFormat:
     raise ConfigError(f"unknown weight format {name!r}{hint} (known: {', '.join(FORMATS)})")
 
 
-def reference_packer(weight: torch.Tensor, name: str) -> torch.Tensor:
+def reference_packer(weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """Packs in plain torch: the `Packer` that serves where no native one was built."""
-    return get_format(name).pack(weight)
+    tiles = get_format(name).pack(weight)
+    return tiles if out is None else out.copy_(tiles)
 
 
 def pack(weight: torch.Tensor, name: str, packer: Packer = reference_packer) -> PackedMatrix:

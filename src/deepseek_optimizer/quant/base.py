@@ -7,15 +7,20 @@ plain torch: the definition that the native packer must equal bit for bit, and w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
 
 TILE_ROWS, TILE_COLS = 16, 32
 
-# (float matrix [N, K], format name) -> uint8 tiles. A backend hands its own packer in; this package imports no backend.
-Packer = Callable[[torch.Tensor, str], torch.Tensor]
+
+class Packer(Protocol):
+    """Float matrix [N, K], format name -> uint8 tiles, in `out` where it is given (contiguous, of the tiles' shape).
+
+    A backend hands its own packer in; this package imports no backend.
+    """
+
+    def __call__(self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 class WeightFormat(Protocol):

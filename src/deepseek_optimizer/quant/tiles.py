@@ -29,6 +29,11 @@ def tile_counts(rows: int, cols: int) -> tuple[int, int]:
     return -(-rows // TILE_ROWS), -(-cols // TILE_COLS)
 
 
+def empty_tiles(rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
+    """Uninitialised tiles of a matrix, uint8 [ceil(rows/16), ceil(cols/32), tile_bytes]."""
+    return torch.empty(*tile_counts(rows, cols), tile_bytes, dtype=torch.uint8)
+
+
 def panels(rows: int, cols: int, elements: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:
     """Row ranges [begin, end) of about `elements` numbers; every begin is a multiple of 16."""
     step = max(TILE_ROWS, elements // max(cols, 1) // TILE_ROWS * TILE_ROWS)
@@ -74,8 +79,7 @@ def pack_panels(weight: torch.Tensor, tile_bytes: int, encode: Encode) -> torch.
     """float [N, K] -> uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes]."""
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"pack takes a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
-    tiles, groups = tile_counts(*weight.shape)
-    out = torch.empty(tiles, groups, tile_bytes, dtype=torch.uint8)
+    out = empty_tiles(weight.shape[0], weight.shape[1], tile_bytes)
     for begin, end in panels(*weight.shape):
         words, halves = encode(pad_to_tiles(weight[begin:end].detach()))
         write_tiles(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], words, halves)

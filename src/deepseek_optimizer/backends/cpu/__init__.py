@@ -61,9 +61,9 @@ class CpuBackend:
         c = graph.cache
         return int(self.context.lib.dso_cache_block_bytes(native.KV_TYPES[kv_dtype], c.layers, c.kv_heads, c.head_dim))
 
-    def pack(self, weight: torch.Tensor, format_name: str) -> torch.Tensor:
+    def pack(self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         """A `quant.Packer` on this backend's threads."""
-        return packer.pack(self.context, weight, format_name)
+        return packer.pack(self.context, weight, name, out)
 
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
         return packer.unpack(self.context, matrix, begin, end)

@@ -9,21 +9,28 @@ import torch
 from ...errors import BackendError
 from ...quant import get_format
 from ...quant.packed import PackedMatrix
+from ...quant.tiles import empty_tiles, tile_counts
 from .native import FORMATS, SLOT_KINDS, Context, Weight, check
 
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def pack(context: Context, weight: torch.Tensor, format_name: str) -> torch.Tensor:
-    """float [N, K] (fp32, bf16 or fp16) -> uint8 tiles, the bits of `quant.get_format(format_name).pack`."""
+def pack(context: Context, weight: torch.Tensor, format_name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """float [N, K] (fp32, bf16 or fp16) -> uint8 tiles, the bits of `quant.get_format(format_name).pack`.
+
+    `out`: contiguous tiles to fill; None: fresh ones.
+    """
     weight = weight.detach()
     if weight.dtype not in _SOURCES:
         weight = weight.float()
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
     rows, cols = weight.shape
-    fmt = get_format(format_name)
-    out = torch.empty((-(-rows // 16), -(-cols // 32), fmt.tile_bytes), dtype=torch.uint8)
+    tile_bytes = get_format(format_name).tile_bytes
+    if out is None:
+        out = empty_tiles(rows, cols, tile_bytes)
+    elif out.shape != (*tile_counts(rows, cols), tile_bytes) or out.dtype != torch.uint8 or not out.is_contiguous():
+        raise ValueError(f"{out.dtype} {tuple(out.shape)} are not the tiles of a {rows} x {cols} matrix in {format_name}")
     check(
         context.lib.dso_pack(
             context.handle,
