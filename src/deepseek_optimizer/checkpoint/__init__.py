@@ -15,7 +15,7 @@ from .directory import SafetensorsCheckpoint, open_files, read_config
 from .gguf import GgufCheckpoint
 from .load import LoadProgress, check_tensors, stream_weights
 from .packed import PackedCheckpoint, is_packed, packed_section, save_packed
-from .tokenizer import check_tokenizer_size, load_tokenizer
+from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -54,6 +54,7 @@ __all__ = [
     "TensorInfo",
     "atomic_directory",
     "check_tensors",
+    "check_tokenizer_beside",
     "check_tokenizer_size",
     "load_tokenizer",
     "open_checkpoint",

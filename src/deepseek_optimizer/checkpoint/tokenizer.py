@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from ..errors import CheckpointError
 from .base import Checkpoint
+from .files import DataFile, inside
 from .gguf import GgufCheckpoint
+
+_MAX_BYTES = 256 << 20
+_NUMBER = re.compile(rb'"\s*:\s*(\d{1,18})')  # what stands after a key: every id of a vocabulary, and a few other numbers
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -39,3 +45,35 @@ def check_tokenizer_size(tokens: int, vocab_size: Any, file: object) -> None:
             "fetch the tokenizer that belongs to these weights",
             file=file,
         )
+
+
+def check_tokenizer_beside(checkpoint: Checkpoint) -> None:
+    """CheckpointError if the tokenizer that lies with the weights is too large for them. One that is missing, or that can't be
+    read, is nothing to the model: `load_tokenizer` speaks of it.
+
+    Costs milliseconds: the ids of a vocabulary are numbers after keys, and where none of these is too large, nothing is parsed.
+    """
+    size = checkpoint.config().get("vocab_size")
+    if isinstance(checkpoint, GgufCheckpoint):
+        check_tokenizer_size(checkpoint.vocabulary_size or 0, size, checkpoint.path)
+        return
+    if not isinstance(size, int) or not (checkpoint.path / "tokenizer.json").is_file():
+        return
+    file = DataFile(inside(checkpoint.path, "tokenizer.json"))
+    try:
+        text = file.read(0, file.size) if file.size <= _MAX_BYTES else b""
+    finally:
+        file.close()
+    if b"Unigram" in text or max(map(int, _NUMBER.findall(text)), default=0) >= size:  # Unigram's ids are places in a list
+        check_tokenizer_size(_largest_id(text) + 1, size, file.path)
+
+
+def _largest_id(text: bytes) -> int:
+    """The largest id of a tokenizer.json, -1 where there is none."""
+    try:
+        whole = json.loads(text)
+        vocabulary = whole["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        return max(-1, *ids, *(token["id"] for token in whole.get("added_tokens") or ()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return -1

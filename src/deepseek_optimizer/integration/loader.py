@@ -13,15 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, GgufCheckpoint, LoadProgress, PackedCheckpoint, open_checkpoint, stream_weights
+from ..checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    LoadProgress,
+    PackedCheckpoint,
+    check_tokenizer_beside,
+    open_checkpoint,
+    stream_weights,
+)
 from ..checkpoint.load import IGNORED
 from ..config import DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..models import check_config
 from ..quant import PackedMatrix
-from .modules import Packed
 from .runtime import choose_backend, packer_of, plan_graph
-from .swap import swap_on_meta
+from .swap import expected_tensors, swap_on_meta
 from .wrapper import bind
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -55,9 +62,10 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     with open_checkpoint(resolve(path)) as checkpoint:
         raw = checkpoint.config()
         check_config(raw)
+        check_tokenizer_beside(checkpoint)
         settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
-        model = _empty_model(raw)
+        model = _empty_model(raw, checkpoint.path)
         dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
         graph, _ = plan_graph(model.config, ())
         swap_on_meta(model, graph, settings, dtype, checkpoint.natural_format)
@@ -95,14 +103,17 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     return DeepSeekConfig(**{**stored, **given, **packed})
 
 
-def _empty_model(raw: dict[str, Any]) -> Any:
+def _empty_model(raw: dict[str, Any], path: Path) -> Any:
     """The model on the meta device, with the buffers that it computes from the config real."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    hf_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    with torch.device("meta"):
+    try:
+        hf_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
-        model = made(hf_config)
+        with torch.device("meta"):
+            model = made(hf_config)
+    except Exception as error:  # fields that only Transformers reads: it raises whatever a wrong one leads it to
+        raise ConfigError(f"{path}: Transformers cannot use this config: {' '.join(str(error).split())}") from error
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and any(b.is_meta for b in child._buffers.values() if b is not None):
@@ -120,15 +131,7 @@ def _fill(
     model: Any, checkpoint: Checkpoint, packer: Any, cast: torch.dtype | None, progress: Callable[[LoadProgress], None] | None
 ) -> None:
     tied = dict(model.all_tied_weights_keys or {})
-    wanted: dict[str, str | None] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in tied:
-            continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        is_matrix = isinstance(module, Packed) and name.endswith(".weight")
-        wanted[name] = module.format if is_matrix else None
-        shapes[name] = (module.packed.rows, module.packed.cols) if is_matrix else tuple(parameter.shape)
+    wanted, shapes = expected_tensors(model)
     ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
     for name, value in stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored)):
         tensor = value.data if isinstance(value, PackedMatrix) else value if cast is None else value.to(cast)

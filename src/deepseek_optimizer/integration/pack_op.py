@@ -34,5 +34,7 @@ class PackWeight(ConversionOps):
             raise CheckpointError(
                 f"has shape {tuple(weight.shape)}, the config makes it {(rows, cols)}", tensor=full_layer_name
             )
+        if not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
+            self.quantizer.not_finite.append(full_layer_name)  # said after loading: Transformers hides an error raised here
         tiles = self.quantizer.packer(weight, module.format)
         return {full_layer_name: nn.Parameter(tiles, requires_grad=False)}

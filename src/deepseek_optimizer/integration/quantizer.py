@@ -16,12 +16,12 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import check_tensors, check_tokenizer_beside, open_checkpoint
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from .modules import Packed
 from .runtime import choose_backend, packer_of, plan_graph
-from .swap import swap_on_meta
+from .swap import expected_tensors, swap_on_meta
 
 
 class PackingQuantizer(HfQuantizer):
@@ -32,6 +32,7 @@ class PackingQuantizer(HfQuantizer):
     def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
         # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.not_finite: list[str] = []  # parameters that were found to hold NaN or infinity
         if not self.pre_quantized and self.quantization_config.modules is not None:
             self.quantization_config.modules = None
 
@@ -44,6 +45,15 @@ class PackingQuantizer(HfQuantizer):
             raise ConfigError(f"dtype {dtype} cannot be packed; use float32 or bfloat16")
         return torch.float32 if self.quantization_config.precision == "fp32" else dtype
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first hook that sees the config: what is wrong with it is said before a model is made from it, and where a
+        directory holds pickles only, before Transformers opens one."""
+        plan_graph(config, ())
+        folder = Path(config.name_or_path)
+        if config.name_or_path and folder.is_dir() and not any(folder.rglob("*.safetensors")):
+            open_checkpoint(folder).close()
+        return config
+
     def update_device_map(self, device_map: Any) -> Any:
         """One device: a plan does not span several."""
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -53,7 +63,9 @@ class PackingQuantizer(HfQuantizer):
             raise ConfigError(f"device_map must name one device for an optimised model, got {device_map}")
         named = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
         if not torch.cuda.is_available() and any(name.isdigit() or name.startswith("cuda") for name in named):
-            raise ConfigError(f'device_map {device_map} names a CUDA device, and none can be reached here; use device_map="cpu"')
+            raise ConfigError(
+                f'device_map {device_map} names a CUDA device, and none can be reached here; use device_map="cpu"'
+            )
         return device_map
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -67,9 +79,9 @@ class PackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         graph, _ = plan_graph(model.config, ())
-        _check_files(checkpoint_files)
         dtype = kwargs.get("dtype") or model.dtype
         swap_on_meta(model, graph, self.quantization_config, dtype)
+        _check_files(checkpoint_files, model)
         if not self.pre_quantized:
             _expect_floats(model, dtype)
         return model
@@ -80,6 +92,11 @@ class PackingQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Packed) and not getattr(module.weight, "_is_hf_initialized", False):
                 raise CheckpointError("is missing", file=model.config.name_or_path, tensor=f"{name}.weight")
+        vectors = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+        for name in (*self.not_finite, *vectors):
+            raise CheckpointError(
+                "holds NaN or infinite weights; fetch the file again", file=model.config.name_or_path, tensor=name
+            )
         return bind(model, self.quantization_config)
 
     def is_serializable(self) -> bool:
@@ -101,11 +118,21 @@ def _expect_floats(model: Any, dtype: torch.dtype) -> None:
             module.weight = made.setdefault(id(module.weight), empty)
 
 
-def _check_files(files: Any) -> None:
-    """Headers and indexes checked by our own reader before Transformers takes memory for them."""
+def _check_files(files: Any, model: Any) -> None:
+    """Headers, indexes, names and shapes checked by our own reader before Transformers takes memory for them."""
     names = {Path(file).name for file in files or ()}
-    if files and (names == {"model.safetensors"} or all(name.startswith("model-") for name in names)):
-        open_checkpoint(Path(files[0]).parent).close()
+    if pickled := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise CheckpointError(
+            "is pickled, which can run code when opened, so it is not; convert it to safetensors where you trust its source",
+            file=pickled[0],
+        )
+    if not files or not (names == {"model.safetensors"} or all(name.startswith("model-") for name in names)):
+        return
+    with open_checkpoint(Path(files[0]).parent) as checkpoint:
+        check_tokenizer_beside(checkpoint)
+        formats, shapes = expected_tensors(model)
+        if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
+            check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
 
 
 def mark_quantized(model: Any, config: DeepSeekConfig) -> None:

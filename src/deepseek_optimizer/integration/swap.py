@@ -97,6 +97,21 @@ def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Pack
         del module, site
 
 
+def expected_tensors(model: Any) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]]]:
+    """What a checkpoint must hold for a swapped model, tied parameters once: formats (None for plain tensors), and shapes."""
+    tied = model.all_tied_weights_keys or {}
+    formats: dict[str, str | None] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in tied:
+            continue
+        module = model.get_submodule(name.rpartition(".")[0])
+        is_matrix = isinstance(module, Packed) and name.endswith(".weight")
+        formats[name] = module.format if is_matrix else None
+        shapes[name] = (module.packed.rows, module.packed.cols) if is_matrix else tuple(parameter.shape)
+    return formats, shapes
+
+
 def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedMatrix | torch.Tensor]:
     """What a backend compiles with: matrices packed, vectors as they are. The storage is the modules' own."""
     found: dict[str, PackedMatrix | torch.Tensor] = {}

@@ -14,6 +14,7 @@ from ..graph.ir import Graph
 from .fields import Fields
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+MAX_LABELS = 1 << 16
 
 
 def build_graph(config: Any) -> Graph:
@@ -39,7 +40,10 @@ def check_config(raw: Mapping[str, Any]) -> None:
     from transformers import CONFIG_MAPPING  # heavy, and needed for the defaults of fields left out
 
     model_type: Any = raw.get("model_type")
-    _build(Fields(raw, CONFIG_MAPPING[model_type] if model_type in FAMILIES else None), model_type)
+    fields = Fields(raw, CONFIG_MAPPING[model_type] if model_type in FAMILIES else None)
+    _build(fields, model_type)
+    if "num_labels" in raw:  # nothing here uses it, but Transformers makes a table of that length
+        fields.integer("num_labels", MAX_LABELS)
 
 
 def _build(fields: Fields, model_type: Any) -> Graph:

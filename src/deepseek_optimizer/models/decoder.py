@@ -63,10 +63,13 @@ def read_decoder(
     head_dim = fields.integer("head_dim", MAX_WIDTH, default=hidden // heads)
     if heads * head_dim > MAX_WIDTH:
         raise ConfigError(f"config.head_dim: {heads} heads of {head_dim} are wider than {MAX_WIDTH}")
+    vocab, pad = fields.integer("vocab_size", MAX_VOCAB), fields.get("pad_token_id")
+    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocab <= pad < vocab):
+        raise ConfigError(f"config.pad_token_id: expected a token below vocab_size {vocab}, got {pad!r}")
     max_positions = fields.integer("max_position_embeddings", MAX_POSITIONS)
     return Decoder(
         family, layers, hidden, fields.integer("intermediate_size", MAX_WIDTH), heads, kv_heads, head_dim,
-        fields.integer("vocab_size", MAX_VOCAB), max_positions, fields.positive("rms_norm_eps"),
+        vocab, max_positions, fields.positive("rms_norm_eps"),
         fields.flag("tie_word_embeddings"), read_rope(fields, head_dim, max_positions),
         _windows(fields, layers) if sliding else (0,) * layers, qkv_bias, o_bias, mlp_bias, qk_norm,
     )  # fmt: skip
