@@ -1,0 +1,70 @@
+"""The Python view of the C interface against `dso.h` itself: structs field by field, prototypes, constants."""
+
+from __future__ import annotations
+
+import ctypes as C
+import re
+from pathlib import Path
+
+import pytest
+
+from deepseek_optimizer.backends.base import BLOCK_TOKENS, DECODE, PREFILL
+from deepseek_optimizer.backends.cpu import native
+
+HEADER = Path(__file__).parents[3] / "native" / "include" / "dso.h"
+TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
+SCALARS = {"int32_t": C.c_int32, "int64_t": C.c_int64, "float": C.c_float, "double": C.c_double, "void": None}
+CONSTANTS = {name: int(value) for name, value in re.findall(r"\b(DSO_\w+)\s*=\s*(-?\d+)", TEXT)}
+
+
+def ctype(declared: str):
+    """`const int32_t*` and the like."""
+    plain = declared.replace("const", "").strip()
+    if plain == "char*":
+        return C.c_char_p
+    return C.c_void_p if "*" in plain else SCALARS[plain]
+
+
+def declarations(text: str):
+    """(type, name, length or None) of `type a, b[4];` lists."""
+    for line in filter(str.strip, text.split(";")):
+        kind, names = re.fullmatch(r"\s*((?:const\s+)?\w+\s*\**)\s*(.*?)\s*", line, re.S).groups()
+        for name in names.split(","):
+            name, length = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", name).groups()
+            yield ctype(kind), name, length
+
+
+@pytest.mark.parametrize("struct", [native.Weight, native.Slot, native.Step, native.Batch])
+def test_structs(struct):
+    body = re.search(rf"typedef struct (dso_{struct.__name__.lower()}) {{(.*?)}}", TEXT, re.S)[2]
+    renamed = {"in": "inputs", "out": "outputs"} if struct is native.Step else {}
+    expected = [(renamed.get(n, n), t * int(length) if length else t) for t, n, length in declarations(body)]
+    assert [(name, kind) for name, kind in struct._fields_] == expected
+
+
+def test_prototypes():
+    found = re.findall(r"DSO_API\s+([\w\s]+?\**)\s*(dso_\w+)\(([^)]*)\)", TEXT)
+    expected = {}
+    for result, name, arguments in found:
+        kinds = [ctype(re.sub(r"\b\w+$", "", a.strip())) for a in arguments.split(",")] if arguments != "void" else []
+        expected[name] = (ctype(result), kinds)
+    assert native._SIGNATURES == expected
+
+
+def test_constants():
+    assert native.ABI_VERSION == int(re.search(r"#define DSO_ABI_VERSION (\d+)", TEXT)[1])
+    assert native.BLOCK_TOKENS == BLOCK_TOKENS == int(re.search(r"#define DSO_BLOCK_TOKENS (\d+)", TEXT)[1])
+    assert (DECODE, PREFILL) == (CONSTANTS["DSO_PHASE_DECODE"], CONSTANTS["DSO_PHASE_PREFILL"])
+    names = {"fp32": "F32", "head_norm": "RMS_NORM"}
+    for prefix, values in (
+        ("DSO_", native.FORMATS),
+        ("DSO_SLOT_", native.SLOT_KINDS),
+        ("DSO_KV_", native.KV_TYPES),
+        ("DSO_OP_", native.OPS),
+    ):
+        for name, value in values.items():
+            assert CONSTANTS[prefix + names.get(name, name.upper())] == value, name
+    assert {v for n, v in CONSTANTS.items() if n.startswith("DSO_OP_")} == set(native.OPS.values())
+    assert (native.FLAG_EAGER, native.FLAG_INTERLEAVED) == (CONSTANTS["DSO_FLAG_EAGER"], CONSTANTS["DSO_FLAG_INTERLEAVED"])
+    assert native.VECTOR == CONSTANTS["DSO_VECTOR"]
+    assert (native._EINVAL, native._ENOMEM) == (CONSTANTS["DSO_EINVAL"], CONSTANTS["DSO_ENOMEM"])
