@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
 
@@ -125,6 +125,24 @@ def test_pickles_are_never_opened(folder, load):
     with pytest.raises(CheckpointError, match="pytorch_model.bin.*pickled|pickled.*pytorch_model.bin"):
         load(folder)
     assert not (folder / "ran").exists()
+
+
+@both
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", 3, None])
+def test_an_index_that_leads_out(folder, tiny_model, load, name):
+    shutil.copytree(tiny_model, folder.parent / "other")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors")
+    index = {} if name is None else {"weight_map": names | {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not inside the checkpoint|weight_map must map"):
+        load(folder)
+
+
+def test_a_config_from_a_directory_without_weights(folder, tiny_model):
+    (folder / "model.safetensors").unlink()
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(tiny_model, config=config, quantization_config=DeepSeekConfig(backend="reference"))
 
 
 @both

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint import check_tensors, check_tokenizer_beside, open_checkpoint
+from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from .modules import Packed
@@ -46,12 +47,14 @@ class PackingQuantizer(HfQuantizer):
         return torch.float32 if self.quantization_config.precision == "fp32" else dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The first hook that sees the config: what is wrong with it is said before a model is made from it, and where a
-        directory holds pickles only, before Transformers opens one."""
+        """The first hook that sees the config. What is wrong with it is said before a model is made from it, and what is wrong
+        with a directory's files before Transformers opens any: a pickle, an index that leads out of it."""
         plan_graph(config, ())
         folder = Path(config.name_or_path)
-        if config.name_or_path and folder.is_dir() and not any(folder.rglob("*.safetensors")):
-            open_checkpoint(folder).close()
+        if config.name_or_path and folder.is_dir():
+            standard = any((folder / name).is_file() for name in (SINGLE, INDEX))
+            if standard or (any(folder.glob("*.bin")) and not any(folder.rglob("*.safetensors"))):
+                open_checkpoint(folder).close()
         return config
 
     def update_device_map(self, device_map: Any) -> Any:
