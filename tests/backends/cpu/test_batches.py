@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
+from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, random_model, weights_of
@@ -92,3 +94,15 @@ def test_blocks_outside_the_cache(ready, block):
     table[0, 1] = block
     with pytest.raises(ValueError, match=rf"block_table\[0\]\[1\] is {block}"):
         made.plan.run(replace(batch, block_table=table), made.store)
+
+
+def test_a_copy_shares_what_it_copies(ready):
+    made, batch, logits = ready
+    for _ in range(3):  # a copy that destroyed it would leave nothing to the next
+        plan, store = copy.copy(made.plan), copy.copy(made.store)
+        assert torch.equal(plan.run(batch, store).logits, logits)
+        del plan, store
+    with pytest.raises(BackendError, match="cannot be copied"):
+        copy.deepcopy(made.plan)
+    with pytest.raises(ValueError, match="ctypes"):
+        copy.deepcopy(made.store)

@@ -149,6 +149,30 @@ def check(code: int) -> None:
     raise BackendError(message)
 
 
+class Handle:
+    """An object of the library, as its functions take it; destroyed with the last Python object that holds it.
+
+    Args:
+        create, destroy: the library's functions; `create` takes `arguments` and where to put the pointer.
+    """
+
+    def __init__(self, create: Any, destroy: Any, *arguments: Any) -> None:
+        self._as_parameter_ = PTR()
+        check(create(*arguments, C.byref(self._as_parameter_)))
+        self._destroy = destroy
+
+    @property
+    def address(self) -> int | None:
+        return self._as_parameter_.value
+
+    def __copy__(self) -> Handle:
+        return self  # two that destroy one object would do it twice
+
+    def __del__(self) -> None:
+        if "_destroy" in self.__dict__:
+            self._destroy(self._as_parameter_)
+
+
 class Context:
     """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialised.
 
@@ -159,9 +183,8 @@ class Context:
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
         self.lib = library()
-        handle = PTR()
-        check(self.lib.dso_context_create(isa.encode() if isa else None, threads or 0, C.byref(handle)))
-        self.handle = handle
+        name = isa.encode() if isa else None
+        self.handle = Handle(self.lib.dso_context_create, self.lib.dso_context_destroy, name, threads or 0)
 
     @property
     def isa(self) -> str:
@@ -170,11 +193,6 @@ class Context:
     @property
     def threads(self) -> int:
         return int(self.lib.dso_context_threads(self.handle))
-
-    def __del__(self) -> None:
-        handle = self.__dict__.pop("handle", None)
-        if handle:
-            self.lib.dso_context_destroy(handle)
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import BackendError
 from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput
-from .native import KV_TYPES, Batch, Context, Slot, Step, Weight, check
+from .native import KV_TYPES, Batch, Context, Handle, Slot, Step, Weight, check
 
 _INT32 = np.dtype(np.int32)
 
@@ -39,9 +39,9 @@ class CpuStore:
         self.num_blocks = num_blocks
         self.kv_heads, self.head_dim, self.kv_dtype = kv_heads, head_dim, kv_dtype
         self.block_bytes = int(self.lib.dso_cache_block_bytes(KV_TYPES[kv_dtype], layers, kv_heads, head_dim))
-        handle = C.c_void_p()
-        check(self.lib.dso_cache_create(KV_TYPES[kv_dtype], layers, kv_heads, head_dim, num_blocks, C.byref(handle)))
-        self.handle = handle
+        self.handle = Handle(
+            self.lib.dso_cache_create, self.lib.dso_cache_destroy, KV_TYPES[kv_dtype], layers, kv_heads, head_dim, num_blocks
+        )
 
     def copy_block(self, source: int, target: int) -> None:
         check(self.lib.dso_cache_copy_block(self.handle, source, target))
@@ -57,11 +57,6 @@ class CpuStore:
         address = _address(table, "block_table", table.size)
         check(self.lib.dso_cache_read(self.handle, layer, address, tokens, key.data_ptr(), value.data_ptr()))
         return key, value
-
-    def __del__(self) -> None:
-        handle = self.__dict__.pop("handle", None)
-        if handle:
-            self.lib.dso_cache_destroy(handle)
 
 
 class CpuPlan:
@@ -85,14 +80,10 @@ class CpuPlan:
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
         self._rope = rope  # (spec, its frequencies in place) of length-dependent kinds
         self._steps = len(steps)
-        handle = C.c_void_p()
-        check(
-            self.lib.dso_plan_create(
-                context.handle, (Step * len(steps))(*steps), len(steps), (Slot * len(slots))(*slots), len(slots),
-                (Weight * len(weights))(*weights), len(weights), vocab_size, C.byref(handle),
-            )
+        self.handle = Handle(
+            self.lib.dso_plan_create, self.lib.dso_plan_destroy, context.handle, (Step * len(steps))(*steps), len(steps),
+            (Slot * len(slots))(*slots), len(slots), (Weight * len(weights))(*weights), len(weights), vocab_size,
         )  # fmt: skip
-        self.handle = handle
 
     def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
         """One step. Shapes are checked here, ids and lengths by the library, before anything is written."""
@@ -118,7 +109,7 @@ class CpuPlan:
         b.logit_rows = _address(batch.logit_rows, "logit_rows", rows)
         b.inputs_embeds = None if embeds is None else embeds.data_ptr()
         b.logits, b.hidden = logits.data_ptr(), None if hidden is None else hidden.data_ptr()
-        b.cache = store.handle
+        b.cache = store.handle.address
         check(self.lib.dso_plan_run(self.handle, C.byref(b)))
         return StepOutput(logits, hidden)
 
@@ -143,8 +134,3 @@ class CpuPlan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise BackendError("a compiled plan cannot be copied; compile the copied model's graph again")
-
-    def __del__(self) -> None:
-        handle = self.__dict__.pop("handle", None)
-        if handle:
-            self.lib.dso_plan_destroy(handle)
