@@ -60,15 +60,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
     """See `load_model`."""
     with open_checkpoint(resolve(path)) as checkpoint:
-        raw = checkpoint.config()
-        check_config(raw)
-        check_tokenizer_beside(checkpoint)
-        settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
+        model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
-        model = _empty_model(raw, checkpoint.path)
-        dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
-        graph, _ = plan_graph(model.config, ())
-        swap_on_meta(model, graph, settings, dtype, checkpoint.natural_format)
         with _progress(checkpoint) as progress:
             _fill(model, checkpoint, packer_of(backend), dtype if settings.precision == "fp32" else None, progress)
         model.config.dtype = dtype
@@ -77,6 +70,24 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         notes = checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     return bind(model.eval(), settings, bytes_before=total, notes=notes)
+
+
+def sketch(
+    checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]
+) -> tuple[Any, DeepSeekConfig, torch.dtype]:
+    """The model that a load would make, checked but empty: its packed modules are on the meta device. Only headers are read.
+
+    Returns: the model, its settings, and the dtype of what is not packed.
+    """
+    raw = checkpoint.config()
+    check_config(raw)
+    check_tokenizer_beside(checkpoint)
+    settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
+    model = _empty_model(raw, checkpoint.path)
+    dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
+    graph, _ = plan_graph(model.config, ())
+    swap_on_meta(model, graph, settings, dtype, checkpoint.natural_format)
+    return model, settings, dtype
 
 
 def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]) -> DeepSeekConfig:
