@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL
-from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
+from deepseek_optimizer.backends.cpu import CpuBackend, native, unavailable_reason
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
@@ -106,3 +106,10 @@ def test_a_copy_shares_what_it_copies(ready):
         copy.deepcopy(made.plan)
     with pytest.raises(ValueError, match="ctypes"):
         copy.deepcopy(made.store)
+
+
+@pytest.mark.parametrize("head_dim", [0, 17, 320])
+def test_refuses_heads_it_cannot_hold(head_dim):
+    assert native.block_bytes("bf16", 1, 1, 256) == 32 * 256 * 2 * 2
+    with pytest.raises(ValueError, match="must be even and at most 256"):
+        native.block_bytes("bf16", 1, 1, head_dim)

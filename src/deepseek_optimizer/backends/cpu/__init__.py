@@ -59,7 +59,7 @@ class CpuBackend:
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         c = graph.cache
-        return int(self.context.lib.dso_cache_block_bytes(native.KV_TYPES[kv_dtype], c.layers, c.kv_heads, c.head_dim))
+        return native.block_bytes(kv_dtype, c.layers, c.kv_heads, c.head_dim)
 
     def pack(self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         """A `quant.Packer` on this backend's threads."""

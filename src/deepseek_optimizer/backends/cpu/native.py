@@ -201,6 +201,14 @@ def shared_context(isa: str | None, threads: int | None) -> Context:
     return Context(isa, threads)
 
 
+def block_bytes(kv_dtype: str, layers: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes of a block of 32 tokens of all layers. Raises ValueError for a shape that no cache can have."""
+    found = int(library().dso_cache_block_bytes(KV_TYPES[kv_dtype], layers, kv_heads, head_dim))
+    if found < 0:
+        check(_EINVAL)
+    return found
+
+
 def isa_names() -> list[str]:
     """Every ISA variant this library was built with, best last."""
     lib = library()

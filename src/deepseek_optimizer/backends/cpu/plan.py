@@ -10,7 +10,7 @@ import torch
 
 from ...errors import BackendError
 from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput
-from .native import KV_TYPES, Batch, Context, Handle, Slot, Step, Weight, check
+from .native import KV_TYPES, Batch, Context, Handle, Slot, Step, Weight, block_bytes, check
 
 _INT32 = np.dtype(np.int32)
 
@@ -38,7 +38,7 @@ class CpuStore:
         self.lib = context.lib
         self.num_blocks = num_blocks
         self.kv_heads, self.head_dim, self.kv_dtype = kv_heads, head_dim, kv_dtype
-        self.block_bytes = int(self.lib.dso_cache_block_bytes(KV_TYPES[kv_dtype], layers, kv_heads, head_dim))
+        self.block_bytes = block_bytes(kv_dtype, layers, kv_heads, head_dim)
         self.handle = Handle(
             self.lib.dso_cache_create, self.lib.dso_cache_destroy, KV_TYPES[kv_dtype], layers, kv_heads, head_dim, num_blocks
         )
