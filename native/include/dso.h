@@ -62,8 +62,9 @@ DSO_API int32_t dso_default_threads(void);             /* min(affinity, ceil(cgr
  *   Q4_1  320 B: nibbles as INT4 holding q in [0, 15], then fp16 scale[16], fp16 min[16]          W = scale * q + min
  * VECTOR is a plain float[cols] (norm weights, biases, inverse frequencies): rows = 1. */
 enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_INT8 = 2, DSO_INT4 = 3, DSO_Q4_1 = 4, DSO_VECTOR = 100 };
-/* fp16 is only a source type of dso_pack. */
-enum { DSO_SRC_F32 = 0, DSO_SRC_BF16 = 1, DSO_SRC_F16 = 2 };
+/* Source types of dso_pack. GGML: rows of blocks of the type that holds the format's own numbers, repacked without rounding:
+ * Q4_0 for INT4, Q4_1 for Q4_1, Q8_0 for INT8; cols and stride are multiples of 32. */
+enum { DSO_SRC_F32 = 0, DSO_SRC_BF16 = 1, DSO_SRC_F16 = 2, DSO_SRC_GGML = 3 };
 
 typedef struct dso_weight {
   int32_t format, rows, cols, reserved;

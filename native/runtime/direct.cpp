@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "error.hpp"
+#include "ggml_blocks.hpp"
 #include "layout.hpp"
 #include "linear_grid.hpp"
 
@@ -41,13 +42,24 @@ void check_activation(int32_t format, int32_t kind) {
 
 }  // namespace
 
+static void pack_blocks(Context& c, int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride, uint8_t* packed) {
+  const int64_t block = ggml_block_bytes(format);
+  if (block < 0) fail(DSO_EINVAL, "format %s holds no ggml type's numbers", format_name(format));
+  if (cols % kTileCols || stride % kTileCols)
+    fail(DSO_EINVAL, "rows of ggml blocks have a multiple of 32 columns, not %lld every %lld", (long long)cols, (long long)stride);
+  parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
+    repack_tile_row(format, source, rows, cols, stride / kTileCols * block, tile, packed);
+  });
+}
+
 void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride, void* packed) {
   if (tile_bytes(format) < 0) fail(DSO_EINVAL, "format %d is unknown", format);
   if (packed_bytes(format, rows, cols) < 0) fail(DSO_EINVAL, "a matrix of %lld x %lld", (long long)rows, (long long)cols);
-  if (source_type != DSO_SRC_F32 && source_type != DSO_SRC_BF16 && source_type != DSO_SRC_F16)
+  if (source_type != DSO_SRC_F32 && source_type != DSO_SRC_BF16 && source_type != DSO_SRC_F16 && source_type != DSO_SRC_GGML)
     fail(DSO_EINVAL, "src_type %d is unknown", source_type);
   if (stride < cols) fail(DSO_EINVAL, "stride is %lld, cols are %lld", (long long)stride, (long long)cols);
   if (!source || !packed) fail(DSO_EINVAL, "src or dst is NULL");
+  if (source_type == DSO_SRC_GGML) return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
   const int64_t stride_bytes = stride * (source_type == DSO_SRC_F32 ? 4 : 2);
   parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
     c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, tile, static_cast<uint8_t*>(packed));

@@ -255,6 +255,9 @@ void direct() {
     refuses(dso_pack(one.c, DSO_VECTOR, DSO_SRC_F32, w.data(), rows, cols, cols, x.data()), DSO_EINVAL, "format 100", "pack a vector");
     refuses(dso_pack(one.c, DSO_INT8, 9, w.data(), rows, cols, cols, x.data()), DSO_EINVAL, "src_type 9", "source type");
     refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_F32, w.data(), rows, cols, cols - 1, x.data()), DSO_EINVAL, "stride", "stride");
+    refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, x.data()), DSO_EINVAL, "BF16", "ggml blocks as bf16");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, x.data()), DSO_EINVAL, "33 every 64", "columns of ggml blocks");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, x.data()), DSO_EINVAL, "32 every 33", "stride of ggml blocks");
   }
 }
 

@@ -57,9 +57,15 @@ def test_q8_0_keeps_minus_128() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_rows_can_change_places(name: str) -> None:
-    blocks, order = random_blocks(48, 64, name), torch.randperm(48)
-    assert torch.equal(ggml.repack(blocks, name, 64, order), ggml.repack(blocks[order], name, 64))
+def test_the_reference_packer_repacks_blocks(name: str) -> None:
+    blocks = random_blocks(48, 64, name)
+    out = torch.empty_like(ggml.repack(blocks, name, 64))
+    assert quant.reference_packer(blocks, ggml.lossless_format(name), out) is out
+    assert torch.equal(out, ggml.repack(blocks, name, 64))
+    with pytest.raises(ValueError, match="41 bytes"):
+        quant.reference_packer(torch.zeros(3, 41, dtype=torch.uint8), ggml.lossless_format(name))
+    with pytest.raises(ValueError, match="bf16"):
+        quant.reference_packer(blocks, "bf16")
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "F64", "Q5_0", "Q4_K", "Q6_K", "IQ4_NL"])

@@ -80,7 +80,7 @@ class GgufCheckpoint(Checkpoint):
         for begin, end in panels(rows, cols, PANEL_ELEMENTS):
             blocks = self._blocks(name, begin, end)
             self.check_finite(name, ggml.block_scales(blocks, stored, cols))
-            out[begin // TILE_ROWS : -(-end // TILE_ROWS)] = ggml.repack(blocks, stored, cols)
+            packer(blocks, format, out[begin // TILE_ROWS : -(-end // TILE_ROWS)])
         return PackedMatrix(format, rows, cols, out)
 
     def conversions(self) -> list[str]:
@@ -100,8 +100,9 @@ class GgufCheckpoint(Checkpoint):
         size = tensor.shape[0] // heads if heads else 1  # rows change places within a head only
         first, last = begin // size * size, -(-end // size) * size
         data = self._file.read_tensor(tensor.offset + first * stride, (last - first) * stride).view(last - first, stride)
-        if heads:
-            data = data[_halves_first(last - first, (last - first) // size)[begin - first : end - first]]
+        if heads:  # in numpy for the reason that `_all_finite` has
+            order = _halves_first(last - first, (last - first) // size)[begin - first : end - first]
+            data = torch.from_numpy(data.numpy()[order.numpy()])
         return data
 
     def _interleaved_heads(self, name: str) -> int:

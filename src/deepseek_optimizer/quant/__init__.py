@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from ..errors import ConfigError
+from . import ggml
 from .base import TILE_COLS, TILE_ROWS, Packer, WeightFormat
 from .bf16 import Bf16
 from .fp32 import Fp32
@@ -31,7 +32,10 @@ def get_format(name: str) -> WeightFormat:
 
 def reference_packer(weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """Packs in plain torch: the `Packer` that serves where no native one was built."""
-    tiles = get_format(name).pack(weight)
+    if weight.dtype == torch.uint8:
+        tiles = ggml.repack(weight, *ggml.blocks_for(name, weight.shape[1]))
+    else:
+        tiles = get_format(name).pack(weight)
     return tiles if out is None else out.copy_(tiles)
 
 

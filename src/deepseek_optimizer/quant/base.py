@@ -17,6 +17,7 @@ TILE_ROWS, TILE_COLS = 16, 32
 class Packer(Protocol):
     """Float matrix [N, K], format name -> uint8 tiles, in `out` where it is given (contiguous, of the tiles' shape).
 
+    A uint8 matrix is rows of ggml blocks of the type with this format's own numbers (see `ggml.py`): repacked, nothing rounded.
     A backend hands its own packer in; this package imports no backend.
     """
 

@@ -15,7 +15,7 @@ from .base import TILE_COLS, TILE_ROWS, WeightFormat
 from .int4 import Int4
 from .int8 import Int8
 from .q4_1 import Q4_1
-from .tiles import panels, tile_counts, write_tiles
+from .tiles import empty_tiles, panels, write_tiles
 
 
 @dataclass(frozen=True)
@@ -96,26 +96,33 @@ def lossless_format(ggml_type: str) -> str | None:
     return _LOSSLESS[ggml_type].format.name if ggml_type in _LOSSLESS else None
 
 
+def blocks_for(format: str, row_bytes: int) -> tuple[str, int]:
+    """The ggml type with this format's numbers, and how many of them are in a row of so many bytes; ValueError if none are."""
+    for kind in GGML_TYPES.values():
+        if lossless_format(kind.name) == format and row_bytes % kind.block_bytes == 0:
+            return kind.name, row_bytes // kind.block_bytes * kind.block
+    raise ValueError(f"rows of {row_bytes} bytes are not blocks of a ggml type with the numbers of {format}")
+
+
 def block_scales(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
-    """The fp16 numbers in front of the blocks of a type that has a lossless format: [N, cols/32, 1 or 2]."""
-    groups = blocks.reshape(blocks.shape[0], cols // TILE_COLS, -1)
-    return groups[..., : 2 * _LOSSLESS[ggml_type].numbers].contiguous().view(torch.float16)
+    """The fp16 numbers in front of the blocks of a type that has a lossless format: a view [N, cols/32, 1 or 2]."""
+    groups = blocks.view(blocks.shape[0], cols // TILE_COLS, -1)
+    return groups[..., : 2 * _LOSSLESS[ggml_type].numbers].view(torch.float16)
 
 
-def repack(blocks: torch.Tensor, ggml_type: str, cols: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+def repack(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
     """ggml blocks -> tiles of `lossless_format(ggml_type)`.
 
     Args:
         blocks: uint8 [N, bytes of a row], as a GGUF file stores a matrix.
         ggml_type: "Q4_0", "Q4_1" or "Q8_0".
         cols: numbers in a row, a multiple of 32.
-        rows: optional int64 [N]: row i of the result is row `rows[i]` of the source (llama's q and k).
     """
     twin, n = _LOSSLESS[ggml_type], blocks.shape[0]
-    down, across = tile_counts(n, cols)
-    out = torch.empty(down, across, twin.format.tile_bytes, dtype=torch.uint8)
+    across = cols // TILE_COLS
+    out = empty_tiles(n, cols, twin.format.tile_bytes)
     for begin, end in panels(n, cols):
-        panel = (blocks[begin:end] if rows is None else blocks[rows[begin:end]]).reshape(end - begin, across, -1)
+        panel = blocks[begin:end].reshape(end - begin, across, -1)
         codes = panel[..., 2 * twin.numbers :].clone(memory_format=torch.contiguous_format).view(torch.int32)
         codes = codes ^ _TOP_BITS if ggml_type == "Q8_0" else _reorder_nibbles(codes)
         halves = block_scales(panel.flatten(1), ggml_type, cols).unbind(-1)

@@ -8,7 +8,7 @@ import torch
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.backends.cpu import native
 from deepseek_optimizer.errors import BackendError
-from deepseek_optimizer.quant import get_format
+from deepseek_optimizer.quant import get_format, reference_packer
 from deepseek_optimizer.quant.packed import PackedMatrix
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
@@ -50,6 +50,23 @@ def test_the_native_packer_gives_the_references_bits(backend, format_name, dtype
         assert torch.equal(packed, get_format(format_name).pack(w)), (rows, cols)
         matrix = PackedMatrix(format_name, rows, cols, packed)
         assert torch.equal(backend.unpack(matrix), get_format(format_name).unpack(packed, rows, cols))
+
+
+@pytest.mark.parametrize("format_name, block_bytes", [("int8", 34), ("int4", 18), ("q4_1", 20)])
+def test_the_native_packer_repacks_ggml_blocks_as_the_reference_does(backend, format_name, block_bytes):
+    generator = torch.Generator().manual_seed(4)
+    for rows, groups in ((1, 1), (16, 2), (17, 3), (50, 5), (129, 2)):
+        blocks = torch.randint(0, 256, (rows, groups * block_bytes), dtype=torch.uint8, generator=generator)
+        expected = reference_packer(blocks, format_name)
+        assert torch.equal(backend.pack(blocks, format_name), expected), (rows, groups)
+        assert torch.equal(backend.pack(blocks.repeat(1, 2)[:, : blocks.shape[1]], format_name), expected)
+        out = torch.empty_like(expected)
+        assert backend.pack(blocks, format_name, out) is out
+        assert torch.equal(out, expected)
+        with pytest.raises(ValueError, match="not the tiles"):
+            backend.pack(blocks, format_name, out[..., 1:])
+    with pytest.raises(ValueError, match="bytes"):
+        backend.pack(blocks[:, 1:], format_name)
 
 
 @pytest.mark.parametrize("format_name", ["int8", "int4", "q4_1"])

@@ -7,25 +7,28 @@ import ctypes as C
 import torch
 
 from ...errors import BackendError
-from ...quant import get_format
+from ...quant import get_format, ggml
 from ...quant.packed import PackedMatrix
 from ...quant.tiles import empty_tiles, tile_counts
 from .native import FORMATS, SLOT_KINDS, Context, Weight, check
 
-_SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # uint8: ggml blocks
 
 
 def pack(context: Context, weight: torch.Tensor, format_name: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    """float [N, K] (fp32, bf16 or fp16) -> uint8 tiles, the bits of `quant.get_format(format_name).pack`.
+    """float [N, K] (fp32, bf16 or fp16), or ggml blocks -> uint8 tiles, the bits of `quant.reference_packer`.
 
     `out`: contiguous tiles to fill; None: fresh ones.
     """
     weight = weight.detach()
     if weight.dtype not in _SOURCES:
         weight = weight.float()
-    if weight.stride(-1) != 1:
+    if weight.stride(-1) != 1 or weight.dtype == torch.uint8:
         weight = weight.contiguous()
     rows, cols = weight.shape
+    stride = weight.stride(0)
+    if weight.dtype == torch.uint8:
+        cols = stride = ggml.blocks_for(format_name, cols)[1]
     tile_bytes = get_format(format_name).tile_bytes
     if out is None:
         out = empty_tiles(rows, cols, tile_bytes)
@@ -39,7 +42,7 @@ def pack(context: Context, weight: torch.Tensor, format_name: str, out: torch.Te
             weight.data_ptr(),
             rows,
             cols,
-            weight.stride(0),
+            stride,
             out.data_ptr(),
         )
     )
