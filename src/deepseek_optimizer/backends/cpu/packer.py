@@ -23,10 +23,10 @@ def pack(context: Context, weight: torch.Tensor, format_name: str, out: torch.Te
     weight = weight.detach()
     if weight.dtype not in _SOURCES:
         weight = weight.float()
-    if weight.stride(-1) != 1 or weight.dtype == torch.uint8:
-        weight = weight.contiguous()
     rows, cols = weight.shape
-    stride = weight.stride(0)
+    if weight.stride(1) != 1 or weight.stride(0) < cols or weight.dtype == torch.uint8:  # transposed, or a row shown many times
+        weight = weight.contiguous()
+    stride = max(weight.stride(0), cols)  # a single row may have any
     if weight.dtype == torch.uint8:
         cols = stride = ggml.blocks_for(format_name, cols)[1]
     tile_bytes = get_format(format_name).tile_bytes
@@ -86,6 +86,8 @@ def linear(
     flat = x.detach().reshape(-1, matrix.cols).float().contiguous()
     out = torch.empty(flat.shape[0], matrix.rows)
     bias32 = None if bias is None else bias.detach().float().contiguous()
+    if bias32 is not None and bias32.shape != (matrix.rows,):
+        raise ValueError(f"bias has shape {tuple(bias32.shape)}, the matrix has {matrix.rows} rows")
     if flat.shape[0]:
         check(
             context.lib.dso_linear(

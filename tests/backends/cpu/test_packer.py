@@ -1,0 +1,49 @@
+"""Packing and single products outside plans: any tensor works, or is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
+from deepseek_optimizer.quant import get_format
+from deepseek_optimizer.quant.packed import PackedMatrix
+
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return CpuBackend(threads=1)
+
+
+VIEWS = {
+    "transposed": lambda w: w.T,
+    "columns": lambda w: w[:, 3:40],
+    "every other row": lambda w: w[::2],
+    "one row many times": lambda w: w[:1].expand(5, -1),
+    "one column many times": lambda w: w[:, :1].expand(-1, 33),
+    "one row, whose stride says nothing": lambda w: w[:, :1].contiguous().T,
+    "one column": lambda w: w[:, :1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_packs_views(cpu, view, dtype):
+    weight = view(torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(dtype))
+    assert torch.equal(cpu.pack(weight, "int8"), get_format("int8").pack(weight.contiguous().float()))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (5, 0)])
+def test_refuses_empty_matrices(cpu, shape):
+    with pytest.raises(ValueError, match="a matrix of"):
+        cpu.pack(torch.empty(shape), "int8")
+
+
+@pytest.mark.parametrize("length", [19, 21, 1])
+def test_refuses_a_bias_of_another_length(cpu, length):
+    matrix = PackedMatrix("fp32", 20, 32, cpu.pack(torch.ones(20, 32), "fp32"))
+    assert torch.equal(cpu.linear(torch.ones(1, 32), matrix, torch.ones(20)), torch.full((1, 20), 33.0))
+    with pytest.raises(ValueError, match="bias has shape"):
+        cpu.linear(torch.ones(1, 32), matrix, torch.ones(length))
