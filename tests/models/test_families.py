@@ -37,6 +37,13 @@ def test_config_is_only_read_and_its_file_checks_too(case: str) -> None:
     check_config(json.loads(config.to_json_string(use_diff=False)))
 
 
+def test_a_config_that_says_nothing_of_rope_but_its_base() -> None:
+    """As R1-Distill-Qwen-1.5B's does; `rope_scaling`, which the class has as a property, is no default."""
+    raw = {name: value for name, value in qwen2().to_dict().items() if not name.startswith("rope_")}
+    check_config(raw)
+    check_config({**raw, "rope_theta": 10000})
+
+
 def test_old_spelling_of_rope_and_fields_left_out() -> None:
     """A config.json of Transformers 4: rope_theta and rope_scaling, and no head_dim or key-value heads."""
     raw = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "rope_theta": 5e5,

@@ -27,7 +27,10 @@ class Fields:
         if not isinstance(self._config, Mapping):
             return getattr(self._config, name, default)
         found = self._config.get(name, _MISSING)
-        return getattr(self._defaults, name, default) if found is _MISSING else found
+        if found is _MISSING:
+            found = getattr(self._defaults, name, default)
+            return default if isinstance(found, property) else found  # a property (rope_scaling) has no value without an object
+        return found
 
     def integer(self, name: str, high: int, *, default: int | None = None) -> int:
         """An integer from 1 to `high`; `default` (if there is one) stands for None."""
