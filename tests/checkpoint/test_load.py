@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deepseek_optimizer import quant
-from deepseek_optimizer.checkpoint import Checkpoint, LoadProgress, open_checkpoint, stream_weights
+from deepseek_optimizer.checkpoint import Checkpoint, LoadProgress, all_finite, open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint import base as checkpoint_base
 from deepseek_optimizer.errors import CheckpointError, ConfigError
 from support.checkpoint_files import safetensors_bytes
@@ -49,6 +49,17 @@ def test_all_of_it(tmp_path: Path, panel: int, monkeypatch: pytest.MonkeyPatch) 
     assert seen[-1].seconds_left == 0 and all(p.seconds_left >= 0 for p in seen)
     assert LoadProgress("x", 0, 10, 0, 1, 1.0).seconds_left is None
     assert LoadProgress("x", 25, 100, 1, 4, 2.0).seconds_left == 6.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite(dtype: torch.dtype) -> None:
+    extremes = [torch.finfo(dtype).max, -torch.finfo(dtype).max, torch.finfo(dtype).tiny, -0.0]
+    values = torch.tensor(extremes * 6, dtype=dtype).view(4, 6)
+    assert all_finite(values) and all_finite(values.t()[::2]) and all_finite(values[:0])
+    for wrong in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        broken = values.clone()
+        broken[2, 4] = wrong
+        assert not all_finite(broken) and not all_finite(broken[:, ::2]) and all_finite(broken[:, ::3])
 
 
 def test_the_packer_that_is_handed_in_packs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .atomic import atomic_directory
-from .base import Checkpoint, TensorInfo
+from .base import Checkpoint, TensorInfo, all_finite
 from .directory import SafetensorsCheckpoint, open_files, read_config
 from .gguf import GgufCheckpoint
 from .load import LoadProgress, check_tensors, stream_weights
@@ -52,6 +52,7 @@ __all__ = [
     "PackedCheckpoint",
     "SafetensorsCheckpoint",
     "TensorInfo",
+    "all_finite",
     "atomic_directory",
     "check_tensors",
     "check_tokenizer_beside",

@@ -95,7 +95,7 @@ class Checkpoint(ABC):
 
     def check_finite(self, name: str, values: torch.Tensor) -> None:
         """CheckpointError if a weight is NaN or infinite."""
-        if not _all_finite(values):
+        if not all_finite(values):
             raise CheckpointError("holds NaN or infinite weights; fetch the file again", file=self.info(name).file, tensor=name)
 
     def conversions(self) -> list[str]:
@@ -113,15 +113,16 @@ class Checkpoint(ABC):
         self.close()
 
 
-def _all_finite(values: torch.Tensor) -> bool:
+def all_finite(values: torch.Tensor) -> bool:
     """Whether no float is NaN or infinite: read as whole numbers, those begin at infinity's bits, for either sign.
 
-    In numpy, on this thread alone: torch's threads would take the cores from the packer's for milliseconds at each change.
+    In numpy, on this thread alone: between packings, torch's threads and the packer's take the cores from each other, for
+    milliseconds at each change.
     """
     if not values.numel():
         return True
     size = values.element_size()
-    whole = {2: torch.int16, 4: torch.int32}[size]
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     infinity = int(torch.tensor(torch.inf, dtype=values.dtype).view(whole))
-    bits = values.view(whole).numpy()
+    bits = values.detach().cpu().view(whole).numpy()
     return bool(bits.max() < infinity and bits.view(f"u{size}").max() < infinity + (1 << 8 * size - 1))

@@ -100,7 +100,7 @@ class GgufCheckpoint(Checkpoint):
         size = tensor.shape[0] // heads if heads else 1  # rows change places within a head only
         first, last = begin // size * size, -(-end // size) * size
         data = self._file.read_tensor(tensor.offset + first * stride, (last - first) * stride).view(last - first, stride)
-        if heads:  # in numpy for the reason that `_all_finite` has
+        if heads:  # in numpy for the reason that `all_finite` has
             order = _halves_first(last - first, (last - first) // size)[begin - first : end - first]
             data = torch.from_numpy(data.numpy()[order.numpy()])
         return data

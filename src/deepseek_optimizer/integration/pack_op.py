@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
+from ..checkpoint import all_finite
 from ..errors import CheckpointError
 
 
@@ -15,7 +16,7 @@ class PackWeight(ConversionOps):
     """Packs one parameter.
 
     Args:
-        quantizer: the `PackingQuantizer`, which knows the packer.
+        quantizer: the `PackingQuantizer`, which knows the packer and the files that are read.
     """
 
     def __init__(self, quantizer: Any) -> None:
@@ -34,7 +35,8 @@ class PackWeight(ConversionOps):
             raise CheckpointError(
                 f"has shape {tuple(weight.shape)}, the config makes it {(rows, cols)}", tensor=full_layer_name
             )
-        if not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
+        if not all_finite(weight):
             self.quantizer.not_finite.append(full_layer_name)  # said after loading: Transformers hides an error raised here
         tiles = self.quantizer.packer(weight, module.format)
+        self.quantizer.mapped.was_read(weight.nbytes)  # else the whole float file would stay in memory until loading ends
         return {full_layer_name: nn.Parameter(tiles, requires_grad=False)}

@@ -20,6 +20,7 @@ from ..checkpoint import check_tensors, check_tokenizer_beside, open_checkpoint
 from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
+from .mapped import MappedFiles
 from .modules import Packed
 from .runtime import choose_backend, packer_of, plan_graph
 from .swap import expected_tensors, swap_on_meta
@@ -85,6 +86,7 @@ class PackingQuantizer(HfQuantizer):
         dtype = kwargs.get("dtype") or model.dtype
         swap_on_meta(model, graph, self.quantization_config, dtype)
         _check_files(checkpoint_files, model)
+        self.mapped = MappedFiles(checkpoint_files or ())
         if not self.pre_quantized:
             _expect_floats(model, dtype)
         return model
@@ -100,6 +102,8 @@ class PackingQuantizer(HfQuantizer):
             raise CheckpointError(
                 "holds NaN or infinite weights; fetch the file again", file=model.config.name_or_path, tensor=name
             )
+        if not self.pre_quantized:
+            self.mapped.give_back()
         return bind(model, self.quantization_config)
 
     def is_serializable(self) -> bool:

@@ -1,0 +1,134 @@
+"""Peak memory of every way to load: never over the packed size, the largest tensor and a little. Each in a process of its own.
+
+DSO_TEST_MODEL=<directory with a float checkpoint of some GB> adds the slow test, on a model of real size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.bench.process import PeakMemory
+from support.checkpoint_files import ARRAY, F32, STRING, U32, gguf_bytes, gguf_tensor, model_values
+
+pytestmark = [
+    pytest.mark.skipif(PeakMemory().bytes() is None, reason="the system does not tell the peak of a process's memory"),
+    pytest.mark.skipif(unavailable_reason() is not None, reason="no native build: the reference packer's panels are larger"),
+]
+
+LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 4, 1024, 8192, 16384
+SLACK = 150_000_000  # the float file is three times as large, so that to keep it in memory fails
+BIG, BIG_SLACK = os.environ.get("DSO_TEST_MODEL"), 500_000_000
+
+PROGRAM = """
+import json, sys
+import torch, transformers
+import transformers.models.auto.modeling_auto, transformers.core_model_loading
+import transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
+import deepseek_optimizer, deepseek_optimizer_cli.app
+from deepseek_optimizer.bench.process import PeakMemory
+from deepseek_optimizer.checkpoint import open_checkpoint
+
+way, path, out = sys.argv[1:]
+memory = PeakMemory()
+if way == "load_model":
+    model = deepseek_optimizer.load_model(path, precision="int4")
+elif way == "from_pretrained":
+    config = deepseek_optimizer.DeepSeekConfig(precision="int4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+else:
+    sys.argv[1:] = ["convert", path, out, "--precision", "int4"]
+    try:
+        deepseek_optimizer_cli.app.main()
+    except SystemExit as stop:
+        assert not stop.code
+peak = memory.bytes()
+if way == "convert":
+    model = deepseek_optimizer.load_model(out)
+packed = sum(p.numel() * p.element_size() for p in model.parameters())
+with open_checkpoint(path) as checkpoint:
+    sizes = [info.nbytes for info in checkpoint.tensors.values()]
+print(json.dumps({"peak": peak, "packed": packed, "largest": max(sizes), "file": sum(sizes)}))
+"""
+
+
+def check(way: str, model: Path | str, out: Path, slack: int) -> None:
+    command = [sys.executable, "-c", PROGRAM, way, str(model), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["file"] > found["largest"] + slack  # else there would be nothing to see
+    assert found["peak"] <= found["packed"] + found["largest"] + slack, found
+
+
+def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Transformers' name -> GGUF's name and the shape."""
+    square, wide, tall = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+    block = {
+        "self_attn.q_proj": ("attn_q", square), "self_attn.k_proj": ("attn_k", square), "self_attn.v_proj": ("attn_v", square),
+        "self_attn.o_proj": ("attn_output", square), "mlp.gate_proj": ("ffn_gate", wide), "mlp.up_proj": ("ffn_up", wide),
+        "mlp.down_proj": ("ffn_down", tall), "input_layernorm": ("attn_norm", (HIDDEN,)),
+        "post_attention_layernorm": ("ffn_norm", (HIDDEN,)),
+    }  # fmt: skip
+    top = {"model.embed_tokens": ("token_embd", (VOCAB, HIDDEN)), "model.norm": ("output_norm", (HIDDEN,))}
+    top["lm_head"] = ("output", (VOCAB, HIDDEN))
+    layers = {
+        f"model.layers.{i}.{name}": (f"blk.{i}.{short}", shape) for i in range(LAYERS) for name, (short, shape) in block.items()
+    }
+    return {f"{name}.weight": (f"{short}.weight", shape) for name, (short, shape) in {**top, **layers}.items()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The same sizes as a directory of safetensors and as GGUF: 0.6 GB, deleted when the tests are done."""
+    folder = tmp_path_factory.mktemp("models")
+    weights = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, (_, shape) in shapes().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
+        "intermediate_size": INTERMEDIATE, "vocab_size": VOCAB, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "max_position_embeddings": 256, "dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)  # `dso convert` takes it along
+    values = {
+        **model_values("llama", LAYERS), "llama.embedding_length": (U32, HIDDEN),
+        "llama.feed_forward_length": (U32, INTERMEDIATE), "llama.attention.head_count": (U32, 16),
+        "llama.attention.head_count_kv": (U32, 16), "llama.rope.dimension_count": (U32, HIDDEN // 16),
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, [f"t{i}" for i in range(VOCAB)])),
+        "tokenizer.ggml.scores": (ARRAY, (F32, [0.0] * VOCAB)),
+    }  # fmt: skip
+    kinds = {1: "F32", 2: "F16"}
+    stored = {shape: gguf_tensor("", torch.full(shape, 0.01), kinds[len(shape)]) for _, shape in shapes().values()}
+    tensors = [(short, *stored[shape][1:]) for short, shape in shapes().values()]
+    (folder / "model.gguf").write_bytes(gguf_bytes(values, tensors))
+    yield {"safetensors": folder, "gguf": folder / "model.gguf"}
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    "way, kind",
+    [("load_model", "safetensors"), ("load_model", "gguf"), ("convert", "safetensors"), ("from_pretrained", "safetensors")],
+)
+def test_peak_memory_stays_at_the_packed_size(models, tmp_path, way, kind):
+    check(way, models[kind], tmp_path / "out", SLACK)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BIG is None, reason="DSO_TEST_MODEL names no model")
+@pytest.mark.parametrize("way", ["load_model", "convert", "from_pretrained"])
+def test_peak_memory_of_a_large_model(tmp_path, way):
+    check(way, BIG, tmp_path / "out", BIG_SLACK)
