@@ -35,18 +35,21 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
         BackendError: backend="cpu" cannot be had.
     """
     from ..backends.cpu import CpuBackend, unavailable_reason
-    from ..backends.reference import ReferenceBackend
 
     if device.type != "cpu":
         if config.backend == "cpu":
             raise BackendError(f"the cpu backend cannot run a model on {device}; move it with model.to('cpu')")
-        return ReferenceBackend(device), f"the model is on {device}, where the reference backend serves"
-    if config.backend == "reference":
-        return ReferenceBackend(device), None
-    reason = unavailable_reason()
-    if reason is None or config.backend == "cpu" or config.isa is not None:
-        return CpuBackend(isa=config.isa, threads=config.threads), None
-    return ReferenceBackend(device), f"the reference backend serves, much slower than the native one: {reason}"
+        note = f"the model is on {device}, where the reference backend serves"
+    elif config.backend == "reference":
+        note = None
+    else:
+        reason = unavailable_reason()
+        if reason is None or config.backend == "cpu" or config.isa is not None:
+            return CpuBackend(isa=config.isa, threads=config.threads), None
+        note = f"the reference backend serves, much slower than the native one: {reason}"
+    from ..backends.reference import ReferenceBackend  # not before it is needed: a fast start
+
+    return ReferenceBackend(device), note
 
 
 def packer_of(backend: Backend) -> Packer:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from ...errors import BackendError
 from ...graph.ir import Graph
 from ...quant.packed import PackedMatrix
 from . import native, packer
 from .compile import compile_graph
+from .environment import forced_isa, forced_threads
 from .plan import CpuPlan, CpuStore
 
 __all__ = ["CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
@@ -24,18 +26,25 @@ class CpuBackend:
     """Graphs compiled to native plans.
 
     Args:
-        isa: None: the best that runs here. "avx2", "avx512": the best variant of that family. "avx2-base", "avx512-base",
-            "avx512-vnni", ...: exactly that variant.
-        threads: None: what affinity and cgroup limits allow.
+        isa: None: DSO_ISA, or else the best that runs here. "avx2", "avx512": the best variant of that family. "avx2-base",
+            "avx512-base", "avx512-vnni", ...: exactly that variant.
+        threads: None: DSO_THREADS, or else what affinity and cgroup limits allow.
 
     Raises:
         BackendError: no native build, or the ISA cannot run here (the message says what is missing).
+        ConfigError: DSO_THREADS is not a number of threads.
     """
 
     name = "cpu"
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
-        self.context = native.shared_context(_variant(isa), threads)
+        wanted = isa or forced_isa()
+        try:
+            self.context = native.shared_context(_variant(wanted), threads or forced_threads())
+        except BackendError as error:
+            if isa is None and wanted is not None:
+                raise BackendError(f"DSO_ISA={wanted}: {error}") from error
+            raise
 
     @property
     def isa(self) -> str:

@@ -1,0 +1,27 @@
+"""What the environment asks of the native backend where the config leaves it open: DSO_ISA and DSO_THREADS.
+
+Both are read when a backend is made. Empty is the same as unset; anything that can't be meant is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ...errors import ConfigError
+
+MAX_THREADS = 1024
+
+
+def forced_isa() -> str | None:
+    """DSO_ISA as it stands: the library refuses what it does not know and what cannot run here."""
+    return os.environ.get("DSO_ISA") or None
+
+
+def forced_threads() -> int | None:
+    """DSO_THREADS. Raises: ConfigError."""
+    text = os.environ.get("DSO_THREADS") or None
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= MAX_THREADS):
+        raise ConfigError(f"DSO_THREADS must be a whole number from 1 to {MAX_THREADS}, got {text!r}; correct or unset it")
+    return int(text)
