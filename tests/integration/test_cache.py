@@ -218,6 +218,16 @@ class _Store:
     def release(self, from_block): ...
 
 
+def test_the_limit_of_ulimit_counts(monkeypatch):
+    import psutil
+
+    used = psutil.Process().memory_info().vms
+    monkeypatch.setattr("resource.getrlimit", lambda _: (used + (1 << 30), -1))
+    assert available_bytes() < (1 << 30) + (1 << 28)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (used // 2, -1))
+    assert available_bytes() == 0
+
+
 def test_reclaim_in_the_midst_of_an_allocation_waits():
     """A finaliser may run while the manager is at work, in the same thread: it must not touch it then."""
     arena = Arena(_Store(), layers=1)

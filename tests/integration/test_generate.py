@@ -337,6 +337,11 @@ BAD = [
     ({"repetition_penalty": 0.0}, "penalty"),
     ({"max_new_tokens": 0}, "max_new_tokens"),
     ({"max_new_tokens": -5}, "max_new_tokens"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens"),
+    ({"num_beams": 0}, "num_beams"),
+    ({"num_return_sequences": 1 << 40, "do_sample": True}, "num_return_sequences"),
+    ({"attention_mask": torch.ones(1, 2)}, "attention_mask has shape"),
+    ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 of the prompt ends in padding.*padding_side"),
     ({"no_such_option": 1}, "no_such_option"),
 ]
 
@@ -356,6 +361,10 @@ def test_bad_options(pair, options, name):
         (torch.tensor([[-3]]), "outside the vocabulary"),
         (torch.zeros(1, 5000, dtype=torch.long), "context holds 4096"),
         (torch.tensor([1, 2]), "batch, tokens"),
+        ([[1, 2]], "batch, tokens"),
+        (torch.tensor([[1.0, 2.0]]), "integer token ids, got torch.float32"),
+        (torch.tensor([[True]]), "integer token ids"),
+        (torch.zeros(1, 2, 72, dtype=torch.long), "floating point embeddings"),
     ],
 )
 def test_bad_prompts(pair, ids, message):

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 from ..backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
 from ..cache import BlockManager, SequenceBlocks
 
@@ -96,13 +101,15 @@ def arena_blocks(block_bytes: int, kv_cache_memory: int | None) -> int:
 
 
 def available_bytes() -> int:
-    """Memory this process can still take: what the machine has available, and the cgroup's limit leaves."""
+    """Memory this process can still take: what is available, and the limits of the cgroup and of `ulimit` leave."""
     import psutil  # comes with accelerate
 
     available = int(psutil.virtual_memory().available)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        rest = _cgroup_number(limit, 1 << 62) - _cgroup_number(used, 0)
+    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        rest = _cgroup_number(most, 1 << 62) - _cgroup_number(used, 0)
         available = min(available, max(rest, 0))
+    if resource is not None and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        available = min(available, max(limit - int(psutil.Process().memory_info().vms), 0))
     return available
 
 

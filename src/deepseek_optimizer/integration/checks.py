@@ -15,8 +15,17 @@ _FINITE = (
 )  # fmt: skip
 
 
-def check_prompt(inputs: Any, graph: Graph) -> None:
-    """ids [B, n] or embeddings [B, n, H]: not empty, inside the vocabulary, inside the context.
+_KINDS = {2: "integer token ids", 3: "floating point embeddings"}
+# Smallest values, and largest where memory is taken for each.
+_WHOLE = {
+    "max_new_tokens": (1, None), "max_length": (0, None), "min_new_tokens": (None, None), "min_length": (0, None),
+    "top_k": (0, None), "num_beams": (1, 1 << 12), "num_return_sequences": (1, 1 << 12), "no_repeat_ngram_size": (0, None),
+    "prompt_lookup_num_tokens": (1, None), "num_assistant_tokens": (1, None),
+}  # fmt: skip
+
+
+def check_prompt(inputs: Any, mask: Any, graph: Graph) -> None:
+    """ids [B, n] or embeddings [B, n, H]: not empty, inside the vocabulary, inside the context, padded on the left only.
 
     Raises: ValueError.
     """
@@ -31,6 +40,18 @@ def check_prompt(inputs: Any, graph: Graph) -> None:
         raise ValueError(
             f"the prompt has {inputs.shape[1]} tokens, the model's context holds {graph.max_positions}; shorten the prompt"
         )
+    if inputs.is_floating_point() != (inputs.ndim == 3) or inputs.dtype == torch.bool:
+        raise ValueError(f"a prompt of {inputs.ndim} dimensions must be {_KINDS[inputs.ndim]}, got {inputs.dtype}")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        rows, columns = inputs.shape[:2]
+        if mask.shape[0] != rows or mask.shape[1] < columns:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, but the prompt {(rows, columns)}")
+        if not mask[:, -1].all():
+            row = int((mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(
+                f"row {row} of the prompt ends in padding, and what follows would continue that; "
+                "pad on the left: tokenizer.padding_side = 'left'"
+            )
     if inputs.ndim == 2:
         low, high = (int(extreme) for extreme in inputs.aminmax())
         if low < 0 or high >= graph.vocab_size:
@@ -51,6 +72,14 @@ def check_generation(config: Any) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
+    for name, (low, high) in _WHOLE.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or (low is not None and value < low) or (high is not None and value > high):
+            most = "" if high is None else f", {high} at most"
+            raise ValueError(f"{name} must be a whole number{'' if low is None else f' from {low} on'}{most}, got {value!r}")
     for name in ("top_p", "min_p"):
         value = getattr(config, name, None)
         if value is not None and not 0 <= value <= 1:

@@ -49,7 +49,7 @@ class PlanGenerate:
         call = {**dict(zip(self._order, args, strict=False)), **kwargs}
         model = self.runtime.model
         config, inputs = self._settled(call)
-        check_prompt(inputs, self.runtime.graph)
+        check_prompt(inputs, call.get("attention_mask"), self.runtime.graph)
         check_generation(config)
         given = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
         reason = self.runtime.changed()

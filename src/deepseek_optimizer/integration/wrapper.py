@@ -90,10 +90,14 @@ class PlanForward:
         if (ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         source: Any = embeds if ids is None else ids
+        if not isinstance(source, torch.Tensor):
+            raise ValueError(f"the prompt must be a tensor of ids [batch, tokens], got {type(source).__name__}")
         if source.ndim != (2 if embeds is None else 3) or 0 in source.shape:
             raise ValueError(
                 f"an empty or misshapen prompt {tuple(source.shape)}: give ids [batch, tokens], one token at least"
             )
+        if embeds is None and (source.is_floating_point() or source.dtype == torch.bool):
+            raise ValueError(f"token ids must be integers, got {source.dtype}")
         use_cache = call.get("use_cache")
         keep_cache = cache is not None or (config.use_cache if use_cache is None else use_cache)
         if keep_cache and cache is None:
@@ -137,9 +141,10 @@ class PlanForward:
             positions = np.broadcast_to(np.arange(state.columns, state.columns + q, dtype=np.int32), (rows, q))
         else:
             positions = np.broadcast_to(given[:, -q:].cpu().numpy().astype(np.int32), (rows, q))
-        if int(positions.max()) >= graph.max_positions or int(positions.min()) < 0:
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= graph.max_positions:
             raise ValueError(
-                f"position {int(positions.max())} is outside the model's context of {graph.max_positions} tokens; "
+                f"position {low if low < 0 else high} is outside the model's context of {graph.max_positions} tokens; "
                 "shorten the prompt, or ask for fewer new tokens"
             )
         keep = call.get("logits_to_keep", 0)
