@@ -35,6 +35,7 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
         BackendError: backend="cpu" cannot be had.
     """
     from ..backends.cpu import CpuBackend, unavailable_reason
+    from ..backends.cpu.environment import forced_isa
 
     if device.type != "cpu":
         if config.backend == "cpu":
@@ -44,7 +45,7 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
         note = None
     else:
         reason = unavailable_reason()
-        if reason is None or config.backend == "cpu" or config.isa is not None:
+        if reason is None or config.backend == "cpu" or config.isa or forced_isa():
             return CpuBackend(isa=config.isa, threads=config.threads), None
         note = f"the reference backend serves, much slower than the native one: {reason}"
     from ..backends.reference import ReferenceBackend  # not before it is needed: a fast start
