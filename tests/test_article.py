@@ -55,3 +55,19 @@ def test_dynamic_graph(tiny_model, capsys):
     assert torch.equal(optimized.generate(prompt, max_new_tokens=12, do_sample=False), expected)
     table = capsys.readouterr().out
     assert "rule attention_softmax" in table and "rule layer_norm" in table
+
+
+def benchmark(model, tokenizer):  # 5.1
+    from deepseek_optimizer import benchmark_model
+
+    result = benchmark_model(model, tokenizer, ["What is a hash table?", "Name three rivers."])
+    print(result["p50"], result["p90"], result["throughput"])  # ms, ms, generated tokens a second
+
+
+def test_benchmark(tiny_model, byte_tokenizer, capsys):
+    from deepseek_optimizer import load_model
+
+    for model in (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), load_model(tiny_model)):
+        benchmark(model, byte_tokenizer)
+        p50, p90, throughput = map(float, capsys.readouterr().out.split())
+        assert 0 < p50 <= p90 and throughput > 0

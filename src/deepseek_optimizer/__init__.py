@@ -21,6 +21,7 @@ from .errors import (
 from .integration.quantizer import register as _register
 
 if TYPE_CHECKING:
+    from .bench.benchmark import benchmark_model
     from .integration.cache import PagedCache
     from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
 
@@ -30,6 +31,7 @@ _LAZY = {
     "load_tokenizer": "optimizer",
     "report": "optimizer",
     "PagedCache": "integration.cache",
+    "benchmark_model": "bench.benchmark",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "PagedCache",
     "UnsupportedModelError",
     "UnsupportedRequestError",
+    "benchmark_model",
     "load_model",
     "load_tokenizer",
     "report",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import chat, convert, demo, info, run
+from . import bench, chat, convert, demo, info, run
 
 
 class Commands(TyperGroup):
@@ -72,6 +72,7 @@ app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

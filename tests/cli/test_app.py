@@ -18,10 +18,10 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f" {name} " in done.stdout for name in ("run", "chat", "convert", "info", "demo"))
+    assert all(f" {name} " in done.stdout for name in ("run", "chat", "convert", "info", "demo", "bench"))
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "convert", "info", "demo"])
+@pytest.mark.parametrize("command", ["run", "chat", "convert", "info", "demo", "bench"])
 def test_every_command_has_help(dso, command):
     result = dso(command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout

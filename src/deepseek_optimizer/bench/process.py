@@ -40,6 +40,14 @@ class PeakMemory:
         return None if self._base is None else _status("VmHWM") - self._base
 
 
+def peak_resident_bytes() -> int | None:
+    """The largest resident size this process had so far. None where Linux doesn't tell."""
+    try:
+        return _status("VmHWM")
+    except OSError:
+        return None
+
+
 def _status(field: str) -> int:
     """A size out of /proc/self/status, in bytes."""
     for line in _STATUS.read_text().splitlines():

@@ -1,0 +1,93 @@
+"""`benchmark_model`: real prompts through a model, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .figures import figures, samples
+from .process import peak_resident_bytes
+from .runs import Run, timed
+from .statistics import summary
+
+
+def benchmark_model(
+    model: Any,
+    tokenizer: Any,
+    test_cases: Sequence[Any],
+    *,
+    max_new_tokens: int = 128,
+    repeats: int = 3,
+    warmup: int = 1,
+    **generation: Any,
+) -> dict[str, Any]:
+    """Answers every test case `repeats` times, after `warmup` answers to the first that do not count, and times the tokens.
+
+    Args:
+        model: any Transformers model that generates, optimised or not.
+        tokenizer: the model's own.
+        test_cases: what to ask: texts (put into the model's chat template where it has one), chats (lists of messages), or
+            token ids (a tensor [T] or [1, T]).
+        max_new_tokens: at most; an answer may end sooner, as it would for a user.
+        generation: passed to `model.generate`; greedy unless it says otherwise.
+
+    Returns:
+        "p50", "p90", "p99": milliseconds from request to last token. "throughput": generated tokens a second, prompts
+        included. "figures": TTFT, TPOT, inter-token latency, prefill and decode speed, each with p50, p90 and p99.
+        "memory_bytes": the process's peak so far, None where the system doesn't tell. "cases": tokens, text and times of each.
+
+    Raises:
+        ValueError: there are no test cases, or one does not fit the model's context.
+    """
+    if isinstance(test_cases, str) or not len(test_cases):
+        raise ValueError("test_cases must be a list of prompts, and hold at least one")
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
+    prompts = [_ids(case, tokenizer).to(model.device) for case in test_cases]
+    options: dict[str, Any] = {"do_sample": False, **generation}
+    limits = [min(max_new_tokens, _room(model, ids)) for ids in prompts]
+    for _ in range(warmup):
+        timed(model, prompts[0], max_new_tokens=limits[0], **options)
+    runs: list[Run] = []
+    cases: list[dict[str, Any]] = []
+    for _ in range(repeats):
+        for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
+            run, new = timed(model, ids, max_new_tokens=limit, **options)
+            runs.append(run)
+            if len(cases) < len(prompts):
+                text = tokenizer.decode(new[0], skip_special_tokens=True)
+                cases.append({"prompt_tokens": ids.shape[1], "new_tokens": new.shape[1], "text": text, "e2e_ms": []})
+            cases[number]["e2e_ms"].append(run.e2e_s * 1e3)
+    seconds = sum(run.e2e_s for run in runs)
+    return {
+        **summary([run.e2e_s * 1e3 for run in runs]),
+        "throughput": sum(run.generated for run in runs) / seconds,
+        "requests_s": len(runs) / seconds,
+        "figures": figures(samples(runs)),
+        "memory_bytes": peak_resident_bytes(),
+        "cases": cases,
+    }
+
+
+def _ids(case: Any, tokenizer: Any) -> Any:
+    """int64 [1, T]."""
+    from ..chat.conversation import prompt_ids
+
+    if isinstance(case, str):
+        return prompt_ids(tokenizer, [{"role": "user", "content": case}])
+    if isinstance(case, list) and case and isinstance(case[0], dict):
+        return prompt_ids(tokenizer, case)
+    import torch
+
+    ids = torch.as_tensor(case, dtype=torch.int64)
+    return ids.reshape(1, -1) if ids.ndim == 1 else ids
+
+
+def _room(model: Any, ids: Any) -> int:
+    """New tokens that still fit the model's context."""
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"a test case must be one prompt of at least one token, got ids of shape {list(ids.shape)}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and ids.shape[1] >= context:
+        raise ValueError(f"a test case of {ids.shape[1]} tokens leaves no room in the model's context of {context}")
+    return context - ids.shape[1] if context is not None else 1 << 30

@@ -1,0 +1,60 @@
+"""From the times of tokens to named figures. Every side of a comparison goes through these definitions.
+
+Prefill tokens/s is prompt tokens over TTFT, what surrounds the first step included. Decode tokens/s counts what comes after
+the first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .runs import Run
+from .statistics import summary
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A figure's unit, and which way is better."""
+
+    label: str
+    unit: str
+    more_is_better: bool
+
+
+KINDS = {
+    "ttft_ms": Kind("first token", "ms", False),
+    "tpot_ms": Kind("time a token", "ms", False),
+    "itl_ms": Kind("between tokens", "ms", False),
+    "e2e_ms": Kind("whole request", "ms", False),
+    "prefill_tok_s": Kind("prefill", "tok/s", True),
+    "decode_tok_s": Kind("decode", "tok/s", True),
+    "output_tok_s": Kind("output", "tok/s", True),
+    "requests_s": Kind("requests", "1/s", True),
+    "load_s": Kind("load", "s", False),
+    "to_first_token_s": Kind("load to first token", "s", False),
+    "memory_bytes": Kind("peak memory", "bytes", False),
+}
+
+
+def samples(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Figure -> one sample a run (one a gap for `itl_ms`); without those that need a second token where there is none."""
+    found: dict[str, list[float]] = {
+        "ttft_ms": [r.ttft_s * 1e3 for r in runs],
+        "tpot_ms": [r.tpot_s * 1e3 for r in runs if r.tpot_s is not None],
+        "itl_ms": [gap * 1e3 for r in runs for gap in r.gaps_s],
+        "e2e_ms": [r.e2e_s * 1e3 for r in runs],
+        "prefill_tok_s": [r.batch * r.prompt / r.ttft_s for r in runs],
+        "decode_tok_s": [r.batch / r.tpot_s for r in runs if r.tpot_s],
+        "output_tok_s": [r.generated / r.e2e_s for r in runs],
+        "requests_s": [r.batch / r.e2e_s for r in runs],
+    }
+    return {name: values for name, values in found.items() if values}
+
+
+def figures(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Figure -> {"unit", "p50", "p90", "p99", "samples"}."""
+    return {
+        name: {"unit": KINDS[name].unit, **summary(v, KINDS[name].more_is_better), "samples": v} for name, v in values.items()
+    }

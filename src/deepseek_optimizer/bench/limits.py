@@ -1,0 +1,57 @@
+"""A measured speed against the machine's own: how much of its reading and of its products a model gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .machine import matrix_tera, read_gb_s
+from .traffic import Traffic
+from .work import Work
+
+
+class Limits:
+    """Measures the machine, each thing once.
+
+    Args:
+        threads: as many as the model uses.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._read: dict[int, float] = {}
+        self._matrix: dict[str, float] | None = None
+
+    def share(self, traffic: Traffic, work: Work, ttft_ms: float, decode_tok_s: float | None) -> dict[str, Any]:
+        """Bytes and operations of this work, what was reached, and percents of what the machine does.
+
+        Reading is measured over as many bytes as a decode step reads, since what fits a cache comes from there. The matrix
+        peak is that of the fastest kind of product here, named beside it.
+        """
+        if self._matrix is None:
+            self._matrix = matrix_tera(self.threads)
+        kind = max(self._matrix, key=self._matrix.__getitem__)
+        tera = traffic.prefill_operations(work) / (ttft_ms / 1e3) / 1e12
+        found: dict[str, Any] = {
+            "prefill_operations": traffic.prefill_operations(work),
+            "prefill_tera": tera,
+            "matrix_tera": self._matrix,
+            "matrix_percent": 100 * tera / self._matrix[kind],
+            "matrix_percent_of": f"torch's {kind} product",
+            "token_bytes": traffic.token_bytes(work),
+        }
+        if decode_tok_s:
+            size = int(traffic.step_bytes(work))
+            if size not in self._read:
+                self._read[size] = read_gb_s(size, self.threads)
+            reached = traffic.token_bytes(work) * decode_tok_s / 1e9
+            found |= {
+                "read_gb_s": reached,
+                "machine_read_gb_s": self._read[size],
+                "bandwidth_percent": 100 * reached / self._read[size],
+            }
+        return found
+
+
+def cost_per_million(price_per_hour: float, output_tok_s: float) -> float:
+    """What a million generated tokens cost, prompts included, on a machine of this price at this speed all the time."""
+    return price_per_hour / 3600 / output_tok_s * 1e6

@@ -1,0 +1,68 @@
+"""What this machine can do, measured: the speeds that a model's bytes and operations are held against.
+
+Reading: numpy's maximum over int32, one Python thread a processor (it releases the GIL), each over a share of its own, the best
+of several passes. It reaches what a hand-written AVX-512 loop reads. The size matters: what fits a cache is read from there.
+Products: torch.mm of 2048 x 2048 in fp32 and bf16, and torch._int_mm of int8, where this torch has them; the best of several.
+These are what a library reaches, not the units' own peak, so that a better kernel can pass 100%.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+_MEGABYTE = 1 << 20
+
+
+def read_gb_s(size: int, threads: int, seconds: float = 1.0) -> float:
+    """GB/s (1e9 bytes) of reading `size` bytes over and over, all threads together."""
+    import numpy as np
+
+    count = max(min(size, 1 << 30), _MEGABYTE) // 4
+    shares = np.array_split(np.ones(count, np.int32), threads)
+    passes = max(1, (256 << 20) // (count * 4))
+
+    def read(share: Any) -> None:
+        for _ in range(passes):
+            share.max()
+
+    with ThreadPoolExecutor(threads) as pool:
+        once = _best(lambda: list(pool.map(read, shares)), seconds)
+    return count * 4 * passes / once / 1e9
+
+
+def matrix_tera(threads: int, size: int = 2048, seconds: float = 0.3) -> dict[str, float]:
+    """Kind of product -> 1e12 multiplications and additions a second."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = {}
+    try:
+        for name, a in (
+            ("fp32", torch.ones(size, size)),
+            ("bf16", torch.ones(size, size, dtype=torch.bfloat16)),
+            ("int8", torch.ones(size, size, dtype=torch.int8)),
+        ):
+            product = torch._int_mm if name == "int8" else torch.mm
+            try:
+                found[name] = 2 * size**3 / _best(partial(product, a, a), seconds) / 1e12
+            except RuntimeError:
+                continue  # this torch has no such product on the CPU
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def _best(work: Callable[[], Any], seconds: float) -> float:
+    """The shortest of as many calls as fit the time, four at least; the first is not counted."""
+    work()
+    best, calls, end = float("inf"), 0, time.perf_counter() + seconds
+    while calls < 4 or time.perf_counter() < end:
+        started = time.perf_counter()
+        work()
+        best, calls = min(best, time.perf_counter() - started), calls + 1
+    return best

@@ -1,0 +1,21 @@
+"""Transformers itself, in bf16: the release installed here, which is the one an optimised model comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..work import Work
+from .base import arguments
+
+MODULE = "deepseek_optimizer.bench.sides.model"
+
+
+class Transformers:
+    name = "transformers"
+    requirements: Sequence[str] = ()
+    environment: dict[str, str] = {}
+
+    def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
+        options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
+        return [str(python), "-m", MODULE, "transformers", str(model), *options]

@@ -1,0 +1,57 @@
+"""The unoptimised model: what Transformers makes of the same files."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def load_plain(path: str | Path, dtype: Any) -> Any:
+    """Transformers' own model in `dtype`, from a directory or a GGUF file, which is dequantised.
+
+    Raises:
+        ConfigError: a packed checkpoint, whose original weights are gone.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    from ..config import QUANT_METHOD
+    from ..integration.loader import resolve
+
+    path = resolve(path)
+    if path.suffix != ".gguf":
+        config = AutoConfig.from_pretrained(path)
+        section = getattr(config, "quantization_config", None) or {}
+        if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
+            raise ConfigError(f"{path} is packed: name the model it was made from, to compare with")
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=dtype,
+        quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.eval()
+
+
+def dequantised(gguf: Path) -> Path:
+    """The GGUF file's weights as a bf16 checkpoint beside it, made once by Transformers."""
+    target = gguf.with_name(gguf.stem + "-bf16")
+    if target.exists():
+        return target
+    import torch
+    from transformers import AutoTokenizer
+
+    partial = Path(tempfile.mkdtemp(dir=gguf.parent))
+    try:
+        load_plain(gguf, torch.bfloat16).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

@@ -1,0 +1,143 @@
+"""One request or batch through `model.generate`, with the time of every token. Any Transformers model, optimised or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .work import Work
+
+
+@dataclass(frozen=True)
+class Run:
+    """A call of `generate`.
+
+    Attributes:
+        prompt: tokens of each row that were computed before the first new one.
+        batch: rows.
+        times: seconds from the call to each token of the batch; one entry a step.
+        generated: tokens of all rows together.
+    """
+
+    prompt: int
+    batch: int
+    times: tuple[float, ...]
+    generated: int
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token."""
+        return self.times[0]
+
+    @property
+    def e2e_s(self) -> float:
+        return self.times[-1]
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first: (E2E - TTFT) / (N - 1). None where there is no second."""
+        steps = len(self.times) - 1
+        return (self.e2e_s - self.ttft_s) / steps if steps else None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Inter-token latencies."""
+        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+
+
+class TokenTimes:
+    """A streamer that notes when each step's tokens came. `generate` puts the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def timed(model: Any, ids: Any, *, computed: int | None = None, **generation: Any) -> tuple[Run, Any]:
+    """One call of `generate`.
+
+    Args:
+        ids: int64 [B, T], without padding.
+        computed: prompt tokens that are not in a cache given in `generation`; None: all.
+
+    Returns: the times, and the new ids int64 [B, N].
+    """
+    streamer = TokenTimes()
+    started = time.perf_counter()
+    out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **generation)
+    new = out[:, ids.shape[1] :]
+    times = tuple(t - started for t in streamer.times)
+    return Run(ids.shape[1] if computed is None else computed, ids.shape[0], times, new.numel()), new
+
+
+def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int = 0) -> Iterator[Run]:
+    """`repeats` runs of one work, greedy, over random tokens that differ from run to run, so that no cache can know them.
+
+    Lengths are exact: nothing ends a sequence early. Runs before the first counted one: `warmup`.
+
+    Raises:
+        ValueError: the work does not fit the model's context.
+    """
+    import torch
+
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and work.length > room:
+        raise ValueError(f"{work} needs a context of {work.length} tokens, and the model has {room}")
+    generator = torch.Generator().manual_seed(seed)
+    cache = deep_cache(model, work, generator) if work.depth else {}
+    past = cache.pop("ids", None)
+    for i in range(warmup + repeats):
+        ids = random_ids(model, work.batch, work.prompt, generator)
+        if past is not None:
+            ids = torch.cat([past, ids], dim=1)
+        with exact_length(model):
+            options = {"max_new_tokens": work.new, "do_sample": False, "num_beams": 1}
+            run, _ = timed(model, ids, computed=work.prompt, **options, **cache)
+        for stored in cache.values():
+            stored.crop(-(stored.get_seq_length() - work.depth))
+        if i >= warmup:
+            yield run
+
+
+def random_ids(model: Any, batch: int, tokens: int, generator: Any) -> Any:
+    """int64 [batch, tokens] on the model's device; the first ids of a vocabulary are often special, and left out."""
+    import torch
+
+    high = model.config.get_text_config().vocab_size
+    return torch.randint(min(10, high - 1), high, (batch, tokens), generator=generator).to(model.device)
+
+
+def deep_cache(model: Any, work: Work, generator: Any) -> dict[str, Any]:
+    """{"ids": what was read, argument of `generate`: the cache that holds it}."""
+    import torch
+
+    from ..integration.compat import cache_name
+
+    ids = random_ids(model, work.batch, work.depth, generator)
+    with torch.inference_mode():
+        output = model(ids, use_cache=True, logits_to_keep=1)
+    return {"ids": ids, cache_name(): output[cache_name()]}
+
+
+class exact_length:
+    """Inside, the model's generation config names no end of sequence, so that every run has the same number of tokens."""
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.generation_config
+
+    def __enter__(self) -> None:
+        self.before = self.config.eos_token_id
+        self.config.eos_token_id = None
+
+    def __exit__(self, *_: Any) -> None:
+        self.config.eos_token_id = self.before

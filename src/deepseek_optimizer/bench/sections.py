@@ -1,0 +1,147 @@
+"""A report as titled tables of text, which the terminal and the HTML page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .figures import KINDS
+from .work import Work
+
+SHOWN = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s", "output_tok_s", "requests_s")
+
+
+@dataclass(frozen=True)
+class Section:
+    """header and rows are text; the first column holds names. note: how the figures are meant."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def sections(report: dict[str, Any]) -> Iterator[Section]:
+    """Those that the report has something for."""
+    yield Section("", ("", ""), tuple(_facts(report)))
+    for entry in report["works"]:
+        yield _work(entry)
+    if "quality" in report:
+        yield _quality(report["quality"])
+    if "pairs" in report:
+        pairs = report["pairs"]
+        rows = [(label, f"{pairs[key]:.1f}", pairs[f"{key}_signature"]) for label, key in (("BLEU", "bleu"), ("chrF", "chrf"))]
+        yield Section(f"Answers to {pairs['pairs']} sources", ("", "score", "counted as"), tuple(rows))
+    if "ablation" in report:
+        yield _ablation(report["ablation"])
+    if "against" in report:
+        yield _against(report["against"])
+    if "baseline" in report:
+        yield _baseline(report["baseline"])
+
+
+def name_of(work: dict[str, Any] | None) -> str:
+    return str(Work(**work)) if work else "whole run"
+
+
+def number(value: float, unit: str = "") -> str:
+    """Three significant digits or more; bytes as MB."""
+    if unit == "bytes":
+        return f"{value / 1e6:,.0f} MB"
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+def _facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "model", report["model"]
+    yield "machine", f"{report['cpu']}, {report['threads']} threads"
+    yield "backend", report["backend"]
+    yield "weights", ", ".join(f"{name} {number(size, 'bytes')}" for name, size in report["formats"].items())
+    yield "versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    yield "load", number(report["load_s"], "s")
+    if report["memory_bytes"] is not None:
+        yield "peak memory", f"{number(report['memory_bytes'], 'bytes')} above a process that only imported"
+
+
+def _work(entry: dict[str, Any]) -> Section:
+    rows = []
+    for name in SHOWN:
+        if name in entry["figures"]:
+            figure = entry["figures"][name]
+            values = tuple(number(figure[p]) for p in ("p50", "p90", "p99"))
+            rows.append((f"{KINDS[name].label}, {figure['unit']}", *values, str(len(figure["samples"]))))
+    return Section(name_of(entry["work"]), ("", "p50", "p90", "p99", "samples"), tuple(rows), " ".join(_meaning(entry)))
+
+
+def _meaning(entry: dict[str, Any]) -> Iterator[str]:
+    limits = entry["limits"]
+    if limits:
+        if "read_gb_s" in limits:
+            yield (
+                f"A token reads {number(limits['token_bytes'], 'bytes')}: {limits['read_gb_s']:.1f} GB/s, "
+                f"{limits['bandwidth_percent']:.0f}% of the {limits['machine_read_gb_s']:.1f} measured here for that size."
+            )
+        yield (
+            f"Prefill computes {limits['prefill_tera']:.3f} T operations/s, {limits['matrix_percent']:.0f}% of "
+            f"{limits['matrix_percent_of']}."
+        )
+    if entry["watts"] is not None:
+        yield f"{entry['watts']:.1f} W (RAPL, processor packages), {entry['joules_per_token']:.3f} J a token."
+    if entry["cost_per_million"] is not None:
+        yield f"A million generated tokens cost {entry['cost_per_million']:.3f}."
+
+
+def _quality(quality: dict[str, Any]) -> Section:
+    rows = (
+        ("KL mean", f"{quality['kl_mean']:.5f}"),
+        ("KL median", f"{quality['kl_median']:.5f}"),
+        ("KL 99.9%", f"{quality['kl_999']:.5f}"),
+        ("same top token", f"{quality['same_top_percent']:.2f}%"),
+        ("perplexity ratio", f"{quality['perplexity_ratio']:.4f} +- {quality['perplexity_ratio_error']:.4f}"),
+        ("perplexity", f"{quality['perplexity']:.3f} (unoptimised: {quality['reference_perplexity']:.3f})"),
+    )
+    note = f"{quality['tokens']} tokens of {quality['text']}, against Transformers in fp32."
+    return Section("Quality", ("", ""), rows, note)
+
+
+def _ablation(rows: list[dict[str, Any]]) -> Section:
+    batches = list(dict.fromkeys(row["work"]["batch"] for row in rows))
+    figures = list(dict.fromkeys(row["figure"] for row in rows))
+    cells = {(r["variant"], r["work"]["batch"], r["figure"]): f"{r['side']:,.1f} ({r['better']:.2f}x)" for r in rows}
+    header = ("tok/s", *(f"{KINDS[f].label}, batch {b}" for b in batches for f in figures))
+    names = dict.fromkeys(row["variant"] for row in rows)
+    body = tuple((name, *(cells[name, b, f] for b in batches for f in figures)) for name in names)
+    title = f"Fusion rules, {rows[0]['work']['prompt']:,} tokens in"
+    return Section(title, header, body, "In brackets: of the speed with all rules, round by round.")
+
+
+def _against(rows: list[dict[str, Any]]) -> Section:
+    body = tuple(
+        (
+            f"{row['against']}: {KINDS[row['figure']].label}",
+            name_of(row["work"]),
+            number(row["baseline"], row["unit"]),
+            number(row["side"], row["unit"]),
+            f"{row['better']:.2f}x ({row['lowest']:.2f} - {row['highest']:.2f})",
+        )
+        for row in rows
+    )
+    note = "Sides in turns, in processes of their own; median, lowest and highest ratio of the rounds. Above 1: ours is better."
+    return Section("Against", ("", "work", "theirs", "ours", "better"), body, note)
+
+
+def _baseline(rows: list[dict[str, Any]]) -> Section:
+    body = tuple(
+        (
+            name_of(row["work"]),
+            row["figure"],
+            number(row["before"], row["unit"]),
+            number(row["now"], row["unit"]),
+            f"{row['change_percent']:+.1f}%",
+            f"{row['noise_percent']:.1f}%",
+            "REGRESSED" if row["regressed"] else "",
+        )
+        for row in rows
+    )
+    return Section("Against the baseline", ("work", "figure", "before", "now", "worse by", "allowed", ""), body)

@@ -1,0 +1,76 @@
+"""A Transformers model, optimised or not, as a side:
+
+    python -m deepseek_optimizer.bench.sides.model transformers MODEL --prompt 512 --new 64
+    python -m deepseek_optimizer.bench.sides.model optimised MODEL --precision int4 ...
+
+Both go through `model.generate`, and import the same modules before the clock and the memory count start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..work import Work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=["transformers", "optimised"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights in Transformers")
+    parser.add_argument("--config", type=json.loads, default={}, help="fields of DeepSeekConfig, as JSON")
+    parser.add_argument("--threads", type=int, required=True)
+    for name, value in asdict(Work()).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--repeats", type=int, default=3, help="0: stop after the first token")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="drop the model's files from the page cache first")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  else their import would count as loading
+
+    from ... import load_model
+    from ..plain import load_plain
+    from ..process import PeakMemory
+    from ..runs import repeated
+
+    torch.set_num_threads(a.threads)
+    if a.cold:
+        drop_from_page_cache(a.model)
+    memory, started = PeakMemory(), time.perf_counter()
+    if a.side == "transformers":
+        model = load_plain(a.model, getattr(torch, a.dtype))
+    else:
+        model = load_model(a.model, **{"threads": a.threads, **a.config})
+    load_s = time.perf_counter() - started
+    list(repeated(model, Work(prompt=16, new=1), repeats=1, warmup=0))
+    result: dict[str, Any] = {"load_s": load_s, "to_first_token_s": time.perf_counter() - started, "runs": []}
+    if a.repeats:
+        work = Work(a.prompt, a.new, a.depth, a.batch)
+        result["runs"] = [asdict(run) for run in repeated(model, work, repeats=a.repeats, warmup=a.warmup)]
+    return {**result, "memory_bytes": memory.bytes()}
+
+
+def drop_from_page_cache(model: Path) -> None:
+    """The model's files leave the page cache, so that loading reads the disk."""
+    for path in model.iterdir() if model.is_dir() else [model]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()

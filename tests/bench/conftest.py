@@ -1,0 +1,57 @@
+"""Models to measure: small enough that what is tested is the measuring."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def plain(tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture
+def optimised(tiny_model):
+    from deepseek_optimizer import load_model
+
+    return load_model(tiny_model, precision="int8", threads=1)
+
+
+@pytest.fixture(params=["plain", "optimised"])
+def either(request):
+    """Transformers' own model, and an optimised one."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def report():
+    """report(decode=[...], **fields): a report of one work as `dso bench` makes it."""
+    from deepseek_optimizer.bench.figures import figures
+    from deepseek_optimizer.bench.report import SCHEMA
+
+    def make(decode=(100.0, 101.0, 99.0), **fields):
+        values = {
+            "ttft_ms": [50.0, 51.0, 49.0],
+            "itl_ms": [10.0, 9.0, 11.0],
+            "prefill_tok_s": [1000.0, 1010.0, 990.0],
+            "decode_tok_s": list(decode),
+            "output_tok_s": [80.0, 81.0, 79.0],
+        }
+        entry = {
+            "work": {"prompt": 64, "new": 8, "depth": 0, "batch": 1},
+            "figures": figures(values),
+            "limits": None,
+            "watts": None,
+            "joules_per_token": None,
+            "cost_per_million": None,
+        }
+        return {
+            "schema": SCHEMA, "model": "m", "cpu": "A CPU", "threads": 2, "config": {"precision": "int4"}, "backend": "cpu",
+            "formats": {"int4": 76_000_000}, "versions": {"torch": "2"}, "load_s": 1.0, "memory_bytes": 10**8, "works": [entry],
+            **fields,
+        }  # fmt: skip
+
+    return make

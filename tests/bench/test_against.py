@@ -1,0 +1,163 @@
+"""Sides in turns, ratios, peers and their environments; and what each fusion rule gains."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_optimizer.bench import against
+from deepseek_optimizer.bench.ablation import ablate, variants
+from deepseek_optimizer.bench.peers import PEERS, environments, get_peer
+from deepseek_optimizer.bench.work import Work
+from deepseek_optimizer.errors import BackendError, ConfigError
+
+
+def _side(log: Path, name: str, ttft: float) -> list[str]:
+    result = {
+        "load_s": 2.0,
+        "memory_bytes": None,
+        "runs": [{"prompt": 10, "batch": 1, "times": [ttft, 2 * ttft], "generated": 2}],
+    }
+    code = f"open({str(log)!r}, 'a').write({name!r}); print('noise'); print({json.dumps(result)!r})"
+    return [sys.executable, "-c", code]
+
+
+def test_sides_take_turns(tmp_path):
+    log, notes = tmp_path / "log", []
+    found = against.alternate({"a": _side(log, "a", 0.5), "b": _side(log, "b", 0.25)}, 3, notes.append)
+    assert log.read_text() == "ababab" and notes[0] == "round 1 of 3: a" and len(notes) == 6
+    assert [v["ttft_ms"] for v in found["b"]] == [250] * 3
+    assert found["a"][0]["load_s"] == 2 and "memory_bytes" not in found["a"][0]
+    rows = against.ratio_rows(found, "a", ["prefill_tok_s", "memory_bytes"])
+    assert [(r["name"], r["figure"], r["better"]) for r in rows] == [("b", "prefill_tok_s", 2.0)]
+
+
+def test_a_ratio_is_of_rounds_and_above_one_is_better():
+    theirs = [
+        {"decode_tok_s": 10.0, "ttft_ms": 10.0},
+        {"decode_tok_s": 20.0, "ttft_ms": 20.0},
+        {"decode_tok_s": 10.0, "ttft_ms": 5.0},
+    ]
+    ours = [
+        {"decode_tok_s": 20.0, "ttft_ms": 5.0},
+        {"decode_tok_s": 30.0, "ttft_ms": 5.0},
+        {"decode_tok_s": 30.0, "ttft_ms": 10.0},
+    ]
+    row = against.ratio_row("decode_tok_s", theirs, ours)
+    assert (row["baseline"], row["side"]) == (10, 30)
+    assert (row["lowest"], row["better"], row["highest"]) == (1.5, 2, 3)
+    row = against.ratio_row("ttft_ms", theirs, ours)
+    assert (row["lowest"], row["better"], row["highest"]) == (0.5, 2, 4)
+
+
+def test_a_side_that_fails_is_an_error_with_its_output():
+    with pytest.raises(RuntimeError, match="went wrong"):
+        against.run_json([sys.executable, "-c", "raise SystemExit('went wrong')"])
+
+
+@pytest.mark.parametrize("side", ["transformers", "optimised"])
+def test_the_model_side_prints_runs(tiny_model, side):
+    command = [sys.executable, "-m", "deepseek_optimizer.bench.sides.model", side, tiny_model, "--threads", "1"]
+    options = ["--prompt", "12", "--new", "3", "--batch", "2", "--repeats", "2", "--cold", "--config", '{"precision": "int8"}']
+    result = against.run_json([*map(str, command), *options])
+    assert [(r["prompt"], r["batch"], len(r["times"]), r["generated"]) for r in result["runs"]] == [(12, 2, 3, 6)] * 2
+    values = against.values_of(result)
+    assert 0 < values["load_s"] < values["to_first_token_s"] and values["decode_tok_s"] > 0
+
+
+def test_commands_of_peers(tmp_path):
+    work = Work(7, 5, 3, 2)
+    for name, model in (("transformers", tmp_path), ("llama.cpp", tmp_path / "m.gguf")):
+        command = get_peer(name).command(Path("/env/python"), model, work, threads=4, repeats=6, warmup=1)
+        text = " ".join(command)
+        assert command[0] == "/env/python" and str(model) in command
+        assert "--prompt 7 --new 5 --depth 3 --batch 2 --threads 4 --repeats 6 --warmup 1" in text
+    with pytest.raises(ConfigError, match="--peer-model llama.cpp=FILE"):
+        get_peer("llama.cpp").command(Path("p"), tmp_path, work, threads=1, repeats=1, warmup=0)
+    with pytest.raises(ConfigError, match="transformers, llama.cpp"):
+        get_peer("llama")
+
+
+def test_scripts_of_foreign_environments_import_nothing_of_ours():
+    command = PEERS["llama.cpp"].command(Path(sys.executable), Path("m.gguf"), Work(), threads=1, repeats=1, warmup=0)
+    done = subprocess.run([command[0], "-I", command[1], "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--prompt" in done.stdout
+    assert "deepseek_optimizer" not in Path(command[1]).read_text()
+
+
+@pytest.fixture
+def fake_venv(tmp_path, monkeypatch):
+    """`setup(peer)` without pip: an interpreter that notes how it was called and exits as told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    state = {"code": 0, "calls": []}
+
+    def create(target, clear, with_pip):
+        (Path(target) / "bin").mkdir(parents=True, exist_ok=True)
+        (Path(target) / "bin" / "python").touch()
+
+    def run(command, env, **_):
+        state["calls"].append((command, env))
+        return subprocess.CompletedProcess(command, state["code"], "", "WARNING: x\nERROR: no compiler\n")
+
+    monkeypatch.setattr(environments.venv, "create", create)
+    monkeypatch.setattr(environments.subprocess, "run", run)
+    return state
+
+
+def test_an_environment_is_made_once(fake_venv, tmp_path):
+    peer = PEERS["llama.cpp"]
+    with pytest.raises(ConfigError, match="--setup-peers --against llama.cpp"):
+        environments.interpreter(peer)
+    python = environments.setup(peer)
+    assert environments.setup(peer) == environments.interpreter(peer) == python and python.is_relative_to(tmp_path)
+    ((command, env),) = fake_venv["calls"]
+    assert list(peer.requirements) == command[-len(peer.requirements) :] and env["CMAKE_ARGS"] == "-DGGML_NATIVE=ON"
+    assert environments.setup(PEERS["transformers"]) == Path(sys.executable)
+
+
+def test_an_environment_that_failed_is_not_taken_for_one(fake_venv):
+    fake_venv["code"] = 1
+    with pytest.raises(BackendError, match="llama.cpp: ERROR: no compiler"):
+        environments.setup(PEERS["llama.cpp"])
+    assert not environments.directory(PEERS["llama.cpp"]).exists()
+    environments.directory(PEERS["llama.cpp"]).mkdir(parents=True)  # as a killed process leaves it
+    with pytest.raises(ConfigError):
+        environments.interpreter(PEERS["llama.cpp"])
+    fake_venv["code"] = 0
+    assert environments.setup(PEERS["llama.cpp"]).exists()
+
+
+def test_variants():
+    found = variants(("a", "b"))
+    assert found == {"all rules": ("a", "b"), "without a": ("b",), "without b": ("a",), "no rules": ()}
+
+
+def test_ablation_measures_every_rule_and_leaves_the_model_as_it_was(optimised):
+    import torch
+
+    ids = torch.tensor([[5, 6, 7]])
+    before = optimised.report().to_dict()
+    expected = optimised.generate(ids, max_new_tokens=6, do_sample=False)
+    seen = []
+    rows = ablate(optimised, context=20, new=3, batches=(1, 2), rounds=2, note=seen.append)
+    rules = before["config"]["fusion_rules"] or [row["rule"] for row in before["rules"]]
+    names = ["all rules", *(f"without {r}" for r in rules), "no rules"]
+    assert [(r["variant"], r["work"]["batch"], r["figure"]) for r in rows] == [
+        (name, batch, figure) for name in names for batch in (1, 2) for figure in ("prefill_tok_s", "decode_tok_s")
+    ]
+    assert all(r["better"] == 1 for r in rows if r["variant"] == "all rules") and all(r["side"] > 0 for r in rows)
+    assert [text.rpartition(": ")[2] for text in seen] == names * 2
+    after = optimised.report().to_dict()
+    assert (after["rules"], after["kernels"], after["config"]) == (before["rules"], before["kernels"], before["config"])
+    assert torch.equal(optimised.generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_ablation_without_rules_is_refused(tiny_model):
+    from deepseek_optimizer import load_model
+
+    with pytest.raises(ConfigError, match="kernel_fusion=True"):
+        ablate(load_model(tiny_model, kernel_fusion=False), context=8)

@@ -1,0 +1,72 @@
+"""Percentiles, and the definitions of the figures, by hand-made times."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from deepseek_optimizer.bench.figures import KINDS, figures, samples
+from deepseek_optimizer.bench.runs import Run
+from deepseek_optimizer.bench.statistics import median_error, percentile, summary
+from deepseek_optimizer.bench.work import Work, grid, numbers
+
+
+@pytest.mark.parametrize("percent", [0, 1, 50, 90, 99, 100])
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_percentile_is_numpys(percent, count):
+    values = np.random.default_rng(count).normal(size=count).tolist()
+    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+
+
+def test_percentiles_go_towards_the_worse_end():
+    values = [float(v) for v in range(101)]
+    assert summary(values) == {"p50": 50, "p90": 90, "p99": 99}
+    assert summary(values, more_is_better=True) == {"p50": 50, "p90": 10, "p99": 1}
+
+
+def test_error_of_a_median():
+    rng = np.random.default_rng(0)
+    medians = [np.median(rng.normal(size=25)) for _ in range(4000)]
+    errors = [median_error(rng.normal(size=25).tolist()) for _ in range(1000)]
+    assert np.mean(errors) == pytest.approx(np.std(medians), rel=0.05)
+    assert median_error([1.0, 2.0]) is None
+
+
+def test_figures_of_a_batch():
+    # 2 rows of 100 prompt tokens; the first tokens after 0.5 s, then three more steps, 1.1 s in all
+    run = Run(prompt=100, batch=2, times=(0.5, 0.6, 0.9, 1.1), generated=8)
+    found = {name: values[0] for name, values in samples([run]).items()}
+    assert found["ttft_ms"] == pytest.approx(500)
+    assert found["tpot_ms"] == pytest.approx((1.1 - 0.5) / 3 * 1e3)
+    assert samples([run])["itl_ms"] == pytest.approx([100, 300, 200])
+    assert found["e2e_ms"] == pytest.approx(1100)
+    assert found["prefill_tok_s"] == pytest.approx(2 * 100 / 0.5)
+    assert found["decode_tok_s"] == pytest.approx(2 * 3 / 0.6)
+    assert found["output_tok_s"] == pytest.approx(8 / 1.1)
+    assert found["requests_s"] == pytest.approx(2 / 1.1)
+
+
+def test_one_token_has_no_decode_figures():
+    found = samples([Run(10, 1, (0.5,), 1)])
+    assert not {"tpot_ms", "itl_ms", "decode_tok_s"} & found.keys()
+    assert found["ttft_ms"] == [500]
+    assert figures(found)["ttft_ms"] == {"unit": "ms", "p50": 500, "p90": 500, "p99": 500, "samples": [500]}
+
+
+def test_every_figure_is_known():
+    assert samples([Run(1, 1, (1.0, 2.0), 2)]).keys() <= KINDS.keys()
+    assert all(math.isfinite(v) for v in summary([1.0]).values())
+
+
+def test_works():
+    assert numbers("1,4,32") == [1, 4, 32]
+    assert [(w.prompt, w.batch) for w in grid([8, 16], [4], [0], [1, 2])] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert Work(10, 5, depth=3).length == 18
+    assert str(Work(10, 5, 3, 2)) == "10 in after 3, 5 out, batch 2"
+    with pytest.raises(ValueError, match="commas"):
+        numbers("1;2")
+    for wrong in ({"prompt": 0}, {"new": 0}, {"depth": -1}, {"batch": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Work(**wrong)

@@ -1,0 +1,91 @@
+"""Bytes and operations counted by hand, the machine's speeds, and energy counters as Linux shows them."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.bench import limits as module
+from deepseek_optimizer.bench.energy import Energy
+from deepseek_optimizer.bench.limits import Limits, cost_per_million
+from deepseek_optimizer.bench.machine import matrix_tera, read_gb_s
+from deepseek_optimizer.bench.traffic import Traffic, traffic_of
+from deepseek_optimizer.bench.work import Work
+
+HIDDEN, INNER, LAYERS, KV = 64, 128, 2, 32  # of the tiny model
+WEIGHTS = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV + 3 * HIDDEN * INNER)
+
+
+def test_traffic_of_a_plain_model(plain):
+    head = HIDDEN * plain.config.vocab_size
+    assert traffic_of(plain) == Traffic((WEIGHTS + head) * 4, 2 * LAYERS * KV * 4, WEIGHTS, head, LAYERS * HIDDEN)
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
+def test_traffic_of_an_optimised_model_is_what_its_plan_reads(optimised, plain):
+    found, floats = traffic_of(optimised), traffic_of(plain)
+    tiles = LAYERS * (2 * 4 * 2 + 2 * 2 * 2 + 2 * 8 * 2 + 4 * 4) + -(-plain.config.vocab_size // 16) * 2
+    assert found.weight_bytes == tiles * 544  # int8 tiles of 16 x 32; the embedding is tied, and read as the head
+    assert found.kv_bytes == optimised.report().kv_block_bytes / 32 >= 2 * LAYERS * KV * 2  # heads of 16 are padded
+    assert (found.weights, found.head_weights) == (floats.weights, floats.head_weights)
+
+
+def test_bytes_and_operations():
+    traffic = Traffic(weight_bytes=1000, kv_bytes=10, weights=100, head_weights=7, attention_width=3)
+    work = Work(prompt=4, new=2, depth=5, batch=2)
+    assert traffic.step_bytes(work) == 1000 + 2 * 10 * (5 + 4 + 1)
+    assert traffic.token_bytes(work) == 600
+    pairs = 6 + 7 + 8 + 9  # each prompt token sees the cache and those up to itself
+    assert traffic.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * pairs)
+
+
+def test_shares(monkeypatch):
+    measured = []
+    monkeypatch.setattr(module, "read_gb_s", lambda size, threads: measured.append((size, threads)) or 50.0)
+    monkeypatch.setattr(module, "matrix_tera", lambda threads: {"fp32": 0.5, "int8": 2.0})
+    traffic, work = Traffic(10**8, 0, 10**8, 0, 0), Work(100, 10)
+    limits = Limits(3)
+    for _ in range(2):
+        share = limits.share(traffic, work, ttft_ms=100, decode_tok_s=250)
+    assert measured == [(10**8, 3)]
+    assert share["read_gb_s"] == pytest.approx(25) and share["bandwidth_percent"] == pytest.approx(50)
+    assert share["prefill_tera"] == pytest.approx(0.2) and share["matrix_percent"] == pytest.approx(10)
+    assert "int8" in share["matrix_percent_of"]
+    assert "bandwidth_percent" not in limits.share(traffic, work, 100, None)
+
+
+def test_the_machine_is_measured():
+    assert 0.1 < read_gb_s(4 << 20, 1, seconds=0.05) < 10_000
+    found = matrix_tera(1, size=256, seconds=0.02)
+    assert found["fp32"] > 1e-4 and all(v > 0 for v in found.values())
+
+
+def test_cost():
+    assert cost_per_million(3.6, 100) == pytest.approx(10)  # 0.001 a second; 10,000 s
+
+
+def _domain(root, name, used, top=1000):
+    (root / name).mkdir()
+    (root / name / "energy_uj").write_text(f"{used}\n")
+    (root / name / "max_energy_range_uj").write_text(f"{top}\n")
+
+
+def test_energy_of_packages_alone_and_across_a_wrap(tmp_path):
+    _domain(tmp_path, "intel-rapl:0", 900)
+    _domain(tmp_path, "intel-rapl:1", 100)
+    _domain(tmp_path, "intel-rapl:0:0", 5)
+    _domain(tmp_path, "intel-rapl-mmio:0", 5)
+    energy = Energy(tmp_path)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("99")  # 901 is the first after 1000: 101 + 99
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("150")
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("77")
+    assert energy.joules == pytest.approx((200 + 50) / 1e6)
+    assert energy.watts > 0
+
+
+def test_energy_that_cannot_be_read_is_none(tmp_path):
+    assert Energy(tmp_path / "missing").joules is None
+    _domain(tmp_path, "intel-rapl:0", 1)
+    energy = Energy(tmp_path)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    assert energy.joules is None and energy.watts is None

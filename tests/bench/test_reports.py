@@ -1,0 +1,182 @@
+"""Comparing with a baseline, and what people get to see."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from deepseek_optimizer.bench import baseline
+from deepseek_optimizer.bench.html import page
+from deepseek_optimizer.bench.svg import Bar, bars, lines
+from deepseek_optimizer.bench.table import show
+from deepseek_optimizer.errors import ConfigError
+
+WORK = {"prompt": 64, "new": 8, "depth": 0, "batch": 1}
+RATIO = {
+    "figure": "decode_tok_s",
+    "unit": "tok/s",
+    "baseline": 10.0,
+    "side": 25.0,
+    "better": 2.5,
+    "lowest": 2.25,
+    "highest": 3.0,
+}
+QUALITY = {
+    "text": "Python's documentation", "tokens": 128, "kl_mean": 0.25, "kl_median": 0.125, "kl_999": 2.0,
+    "same_top_percent": 75.0, "perplexity": 30.0, "reference_perplexity": 20.0, "perplexity_ratio": 1.5,
+    "perplexity_ratio_error": 0.0625,
+}  # fmt: skip
+
+
+@pytest.fixture
+def full(report):
+    """A report with every section."""
+    found = report(
+        quality=dict(QUALITY),
+        pairs={"pairs": 2, "bleu": 31.5, "bleu_signature": "b", "chrf": 52.5, "chrf_signature": "c"},
+        ablation=[{"variant": name, "work": WORK, **RATIO} for name in ("all rules", "without qkv")],
+        against=[{"against": "llama.cpp", "name": "ours", "work": WORK, **RATIO}],
+    )
+    found["works"][0].update(
+        limits={
+            "token_bytes": 77e6, "read_gb_s": 16.5, "bandwidth_percent": 55.0, "machine_read_gb_s": 30.0,
+            "prefill_tera": 0.276, "matrix_percent": 51.0, "matrix_percent_of": "torch's int8 product",
+        },
+        watts=12.5, joules_per_token=0.125, cost_per_million=0.566,
+    )  # fmt: skip
+    found["baseline"] = baseline.compare(found, report(decode=[50.0, 50.0, 50.0]))
+    return found
+
+
+def test_slower_beyond_noise_is_a_regression(report):
+    now = report(decode=[90.0, 91.0, 89.0])
+    rows = {row["figure"]: row for row in baseline.compare(now, report())}
+    assert rows["decode_tok_s"]["regressed"] and rows["decode_tok_s"]["change_percent"] == pytest.approx(10)
+    assert not any(row["regressed"] for name, row in rows.items() if name != "decode_tok_s")
+    assert not any(row["regressed"] for row in baseline.compare(report(), now))
+
+
+def test_what_scatters_is_no_regression(report):
+    now, old = report(decode=[60.0, 90.0, 120.0]), report(decode=[70.0, 100.0, 130.0])
+    assert not any(row["regressed"] for row in baseline.compare(now, old))
+    now, old = report(decode=[96.0, 96.0, 96.0]), report(decode=[100.0, 100.0, 100.0])
+    assert not any(row["regressed"] for row in baseline.compare(now, old))
+    assert any(row["regressed"] for row in baseline.compare(now, old, tolerance=0.01))
+
+
+def test_times_memory_and_quality_regress_upwards(report):
+    now = report(memory_bytes=2 * 10**8, quality={**QUALITY, "kl_mean": 0.5})
+    now["works"][0]["figures"]["ttft_ms"].update(p50=80.0, samples=[80.0, 80.0, 80.0])
+    rows = baseline.compare(now, report(quality=QUALITY))
+    assert {row["figure"] for row in rows if row["regressed"]} == {"ttft_ms", "memory_bytes", "kl_mean"}
+
+
+@pytest.mark.parametrize("name, value", [("model", "another"), ("cpu", "x"), ("threads", 1), ("config", {}), ("schema", 99)])
+def test_what_cannot_be_compared_is_refused(report, name, value):
+    with pytest.raises(ConfigError, match=f"another {name}"):
+        baseline.compare(report(), report(**{name: value}))
+
+
+def test_no_work_in_common(report):
+    other = report()
+    other["works"][0]["work"] = {**WORK, "prompt": 65}
+    with pytest.raises(ConfigError, match="no work in common"):
+        baseline.compare(report(), other)
+
+
+def test_reading_a_baseline(report, tmp_path):
+    file = tmp_path / "b"
+    for text in (json.dumps(report(), indent=1), "a table\n" + json.dumps(report()) + "\n"):
+        file.write_text(text)
+        assert baseline.read(file) == report()
+    for text in ("", "[]", "{}", "no json", json.dumps({"works": None, "schema": 1})):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="not a report"):
+            baseline.read(file)
+
+
+def _shown(report):
+    text = io.StringIO()
+    show(Console(file=text, width=200), report)
+    return text.getvalue()
+
+
+def test_the_table_shows_every_section(full):
+    text = _shown(full)
+    for expected in (
+        "76 MB", "64 in, 8 out, batch 1", "16.5 GB/s, 55% of the 30.0", "12.5 W", "cost 0.566", "0.25000", "75.00%",
+        "1.5000 +- 0.0625", "31.5", "without qkv", "25.0 (2.50x)", "2.50x (2.25 - 3.00)", "Against the baseline",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_markup_in_names_is_text(report):
+    name = "[bold]x[/] <script>alert(1)</script>"
+    assert name in _shown(report(model=name))
+    assert "<script>" not in page(report(model=name))
+
+
+class _Page(HTMLParser):
+    """Checks that elements nest, and collects tags and attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack, self.tags, self.links = [], [], []
+        self.feed(text)
+        assert not self.stack
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+
+def test_the_page_stands_alone(full):
+    text = page(full)
+    found = _Page(text)
+    assert not found.links and not {"script", "link", "img"} & set(found.tags)
+    assert "@import" not in text and "url(" not in text
+    assert found.tags.count("svg") == 5  # decode, prefill, gaps, one batch of the ablation, peers
+    for part in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + part[: part.index("</svg>") + 6])
+
+
+def test_the_page_holds_the_report(full):
+    from html import unescape
+
+    text = page(full)
+    assert json.loads(unescape(text[text.index("<pre>") + 5 : text.index("</pre>")])) == full
+
+
+def test_a_page_of_a_small_report(report):
+    small = copy.deepcopy(report())
+    del small["works"][0]["figures"]["itl_ms"], small["works"][0]["figures"]["decode_tok_s"]
+    assert _Page(page(small)).tags.count("svg") == 1
+
+
+def test_bars_are_to_scale():
+    root = ElementTree.fromstring(bars("t", [Bar("a", 10, 8, 20, "ten"), Bar("b", 5, 5, 5, "five")], mark=10))
+    space = "{http://www.w3.org/2000/svg}"
+    widths = [float(r.get("width")) for r in root.iter(f"{space}rect")]
+    assert widths[0] == pytest.approx(2 * widths[1]) and widths[0] == pytest.approx(230)
+    whisker, _, mark = (line for line in root.iter(f"{space}line"))
+    assert float(whisker.get("x2")) == pytest.approx(250 + 460) and float(mark.get("x1")) == pytest.approx(250 + 230)
+
+
+def test_lines_span_the_plot():
+    root = ElementTree.fromstring(lines("t", {"a": [0, 5, 10], "b": [3]}, "x", "ms"))
+    points = [p.get("points") for p in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert points[0] == "250.0,210.0 480.0,120.0 710.0,30.0" and len(points[1].split()) == 1
