@@ -2,7 +2,7 @@
 
 Float checkpoints are read with pread, so that their pages never count as this process's memory and a file cut short while
 open is an error instead of a SIGBUS. Packed checkpoints are mapped: they are used in place. Copying them into memory of our
-own, huge pages or not, was measured (1 GB, Zen 5, warm): first token after 0.9 s or more instead of 0.2, for 4 to 6 % in decode.
+own, huge pages or not, was measured (1 GB, Zen 5, warm): first token after 0.9 s or more instead of 0.2, for 4-6 % in decode.
 """
 
 from __future__ import annotations
