@@ -165,3 +165,12 @@ def test_not_a_model_that_can_be_optimised(model):
         DynamicGraphOptimizer(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="not an optimised model"):
         report(model)
+
+
+def test_models_without_a_dtype_or_weights_to_pack(model):
+    with pytest.raises(ConfigError, match="float64.*model.float"):
+        DynamicGraphOptimizer(model.double())
+    with pytest.raises(ConfigError, match="meta device"):
+        DynamicGraphOptimizer(model.float().to("meta"))
+    with pytest.raises(ConfigError, match="must be a DeepSeekConfig or None, got dict"):
+        DynamicGraphOptimizer(model, config={"precision": "int8"})

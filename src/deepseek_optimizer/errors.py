@@ -49,8 +49,8 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
     def __init__(self, needed: int, free: int) -> None:
         self.needed, self.free = needed, free
         super().__init__(
-            f"KV cache: {needed} more block(s) needed, {free} free. Free a sequence, shorten the request, or raise the "
-            "cache's size."
+            f"KV cache: {needed} more block(s) needed, {free} free. Shorten the request, send fewer at once, or raise "
+            "kv_cache_memory."
         )
 
 

@@ -13,7 +13,9 @@ from .errors import ConfigError
 def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = None, **fields: Any) -> Any:
     """Loads a checkpoint as an optimised Transformers model, on the CPU, ready to generate.
 
-    Weights are packed as they stream in: beside the packed model, memory for a panel of rows is all it takes.
+    Weights are packed as they stream in: beside the packed model, memory for a panel of rows is all it takes. Those of a packed
+    checkpoint are mapped from its file instead: as long as the model lives, replace that file (`save_pretrained` and
+    `dso convert` do), but don't write into it or cut it short, which the system answers with SIGBUS.
 
     Args:
         path: a directory as `save_pretrained` writes it (float or packed), a .gguf file, or a hub name.
@@ -73,7 +75,10 @@ class DynamicGraphOptimizer:
         config: DeepSeekConfig | None = None,
     ) -> None:
         from .integration.runtime import plan_graph
+        from .integration.swap import NATURAL
 
+        if config is not None and not isinstance(config, DeepSeekConfig):
+            raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
         given = {"fusion_rules": fusion_rules, "batch_size_range": batch_size_range}
         fields = {} if config is None else config.to_dict()
         self.config = DeepSeekConfig(**{**fields, **{name: value for name, value in given.items() if value is not None}})
@@ -82,6 +87,10 @@ class DynamicGraphOptimizer:
         if not hasattr(model, "config"):
             raise ConfigError(f"expected a Transformers model, got {type(model).__name__}")
         plan_graph(model.config, self.config.rules)
+        if (dtype := getattr(model, "dtype", None)) not in NATURAL:
+            raise ConfigError(f"a model of dtype {dtype} cannot be packed; use model.float() or model.bfloat16() first")
+        if model.device.type == "meta":
+            raise ConfigError("the model is on the meta device: it has no weights yet; load them first")
         self.model = model
 
     def optimize(self) -> Any:

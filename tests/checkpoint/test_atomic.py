@@ -109,3 +109,9 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     before = set(events[: events.index("rename")])
     assert {"a", "b", "sub"} <= before and any(e.endswith(".tmp") for e in before)
     assert events[-1] == tmp_path.name
+
+
+def test_a_full_disk_names_the_target(tmp_path):
+    with pytest.raises(OSError, match="No space left.*out"), atomic_directory(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())

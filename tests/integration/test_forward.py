@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from deepseek_optimizer import PagedCache, UnsupportedRequestError
 from deepseek_optimizer.backends.base import DECODE, PREFILL
+from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows
@@ -409,9 +410,9 @@ def test_resizing_is_refused(fresh_pair):
         fresh_pair.fast.resize_token_embeddings(300)
 
 
-def test_pickle_is_refused(fresh_pair, tmp_path):
-    with pytest.raises(Exception, match="save_pretrained"):
-        torch.save(fresh_pair.fast, tmp_path / "model.pt")
+def test_pickle_is_refused(pair, tmp_path):
+    with pytest.raises(BackendError, match="save_pretrained"):
+        torch.save(pair.fast, tmp_path / "model.pt")
 
 
 def test_a_dropped_model_frees_everything_at_once(fresh_pair):

@@ -44,6 +44,10 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
             except OSError as error:
                 raise CheckpointError(f"cannot take its final name: {error}", file=target) from error
         _sync(target.parent)
+    except OSError as error:
+        if error.filename is None:  # a write does not know its file, and a full disk should be found
+            error.filename = str(target)
+        raise
     finally:
         if temporary.is_symlink() or temporary.is_file():
             temporary.unlink()

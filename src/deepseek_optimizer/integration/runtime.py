@@ -23,6 +23,8 @@ from .arena import Arena, arena_blocks
 from .modules import Packed, PackedLinear, matmul_panels
 from .swap import matrices_of, weights_of
 
+_NO_PICKLE = "an optimised model cannot be pickled; save it with save_pretrained and load it with load_model"
+
 
 class OptimizerWarning(UserWarning):
     """Something works, but slower than it could; said once a model."""
@@ -238,7 +240,7 @@ class Runtime:
         return found
 
     def __reduce__(self) -> Any:
-        raise BackendError("an optimised model cannot be pickled; save it with save_pretrained and load it with load_model")
+        raise BackendError(_NO_PICKLE)
 
 
 class Shared:
@@ -252,6 +254,9 @@ class Shared:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         return self
+
+    def __reduce__(self) -> Any:
+        raise BackendError(_NO_PICKLE)
 
 
 def runtime_of(model: Any) -> Runtime:
