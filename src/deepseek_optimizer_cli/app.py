@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, chat, convert, demo, info, run
+from . import bench, chat, convert, demo, doctor, info, run
 
 
 class Commands(TyperGroup):
@@ -71,6 +71,7 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
 

@@ -44,6 +44,7 @@ def machine_facts() -> dict[str, Any]:
     if reason is not None:
         return {**facts, "backend": "reference", "reason": reason}
     from deepseek_optimizer.backends.cpu import CpuBackend
+    from deepseek_optimizer.doctor.checks.features import why_not
 
     backend = CpuBackend()
     return {
@@ -52,20 +53,9 @@ def machine_facts() -> dict[str, Any]:
         "reason": _why(backend.isa),
         "isa": backend.isa,
         "threads": backend.threads,
-        "isas": {name: _runs_or_why_not(name) for name in native.isa_names()},
+        "isas": {name: why_not(name) or "runs here" for name in native.isa_names()},
         "cpu": native.cpu_description(),
     }
-
-
-def _runs_or_why_not(isa: str) -> str:
-    from deepseek_optimizer.backends.cpu import native
-    from deepseek_optimizer.errors import BackendError
-
-    try:
-        native.Context(isa, 1)
-    except BackendError as error:
-        return str(error)
-    return "runs here"
 
 
 def _why(isa: str) -> str:

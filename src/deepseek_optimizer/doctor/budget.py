@@ -1,0 +1,112 @@
+"""How much memory a model takes with its settings, reckoned from headers: weights, cache and buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .case import Case
+from .cgroup import memory_left
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes. Attributes:
+    weights: packed matrices and plain tensors, tied ones once.
+    cache_per_token: of one sequence, all layers, K and V.
+    buffers: the plan's, at its largest step.
+    free: what this process can still take.
+    matrices: shapes of the packed matrices.
+    formats: bytes of the packed matrices by format.
+    """
+
+    weights: int
+    cache_per_token: int
+    buffers: int
+    free: int
+    kv_cache: str
+    matrices: tuple[tuple[int, int], ...]
+    formats: dict[str, int]
+
+    def needed(self, tokens: int) -> int:
+        """Bytes with `tokens` in the cache, over all sequences."""
+        return self.weights + self.buffers + self.cache_per_token * tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that fit beside the weights, over all sequences; 0 where not even those fit."""
+        return max(0, self.free - self.weights - self.buffers) // self.cache_per_token
+
+    def weights_in(self, format_name: str) -> int:
+        """Bytes of all weights if every matrix were in this format."""
+        from ..quant import get_format
+        from ..quant.tiles import tile_counts
+
+        tile = get_format(format_name).tile_bytes
+        packed = sum(down * across * tile for down, across in (tile_counts(*shape) for shape in self.matrices))
+        return self.weights - sum(self.formats.values()) + packed
+
+
+def budget(case: Case) -> Budget:
+    """The budget of the case's model."""
+    from ..backends.base import BLOCK_TOKENS
+    from ..integration.swap import expected_tensors
+    from ..quant import get_format
+    from ..quant.tiles import tile_counts
+
+    wanted, shapes = expected_tensors(case.sketch)
+    matrices = {name: shapes[name] for name, format_name in wanted.items() if format_name}
+    formats: dict[str, int] = {}
+    for name, (rows, cols) in matrices.items():
+        format_name = str(wanted[name])
+        down, across = tile_counts(rows, cols)
+        formats[format_name] = formats.get(format_name, 0) + down * across * get_format(format_name).tile_bytes
+    plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
+    kv = case.settings.kv_cache
+    if kv == "auto":
+        kv = "fp32" if set(formats) == {"fp32"} else "bf16"
+    left = memory_left(case.machine)
+    return Budget(
+        weights=sum(formats.values()) + plain,
+        cache_per_token=_block_bytes(case, kv) // BLOCK_TOKENS,
+        buffers=_buffers(case, {name: str(wanted[name]) for name in matrices}),
+        free=case.machine.available_bytes if left is None else min(left, case.machine.available_bytes),
+        kv_cache=kv,
+        matrices=tuple((rows, cols) for rows, cols in matrices.values()),
+        formats=formats,
+    )
+
+
+def _block_bytes(case: Case, kv: str) -> int:
+    """Of the backend that would serve, asked without making it: its settings may be what is wrong."""
+    from ..backends.cpu import native, unavailable_reason
+    from ..backends.reference import ReferenceBackend
+
+    if case.settings.backend == "reference" or unavailable_reason() is not None:
+        return ReferenceBackend().block_bytes(case.graph, kv)
+    c = case.graph.cache
+    return int(native.library().dso_cache_block_bytes(native.KV_TYPES[kv], c.layers, c.kv_heads, c.head_dim))
+
+
+def _buffers(case: Case, format_of: dict[str, str]) -> int:
+    """What the native plan reserves for its largest step. The reference backend makes and drops the same rows in fp32."""
+    from ..backends.cpu import native, unavailable_reason
+    from ..backends.cpu.compile import ACTIVATIONS, INTEGER_FORMATS
+    from ..backends.cpu.lower import lower
+    from ..graph.planner import assign_slots
+    from ..quant import get_format
+
+    def kind_of(name: str) -> str:
+        forced = ACTIVATIONS.get(case.settings.activation) if format_of[name] in INTEGER_FORMATS else None
+        return forced or get_format(format_of[name]).activation
+
+    def row_bytes(kind: str, width: int) -> int:
+        if unavailable_reason() is not None:
+            return 4 * width
+        return int(native.library().dso_row_bytes(native.SLOT_KINDS[kind], width))
+
+    lowered: Any = lower(case.graph, kind_of, lambda name: format_of[name])
+    high = case.settings.batch_size_range[1]
+    tokens = max(case.settings.prefill_chunk, high)
+    slots = assign_slots(lowered).slots
+    return sum(row_bytes(slot.kind, slot.width) * (high if slot.selected else tokens) for slot in slots)

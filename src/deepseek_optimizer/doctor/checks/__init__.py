@@ -1,0 +1,15 @@
+"""The standing checks: one a file, each with `NAME` and `check(case)`, which yields findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from ..case import Case
+from ..finding import Finding
+from . import checkpoint, environment, features, memory, native, pages, threads, tokenizer, versions
+
+Check = Callable[[Case], Iterator[Finding]]
+
+OF_THE_MACHINE: Mapping[str, Check] = {m.NAME: m.check for m in (versions, native, features, threads, environment, pages)}
+# The first is the condition of the others: what can't be opened can't be looked into.
+OF_THE_MODEL: Mapping[str, Check] = {m.NAME: m.check for m in (checkpoint, tokenizer, memory)}

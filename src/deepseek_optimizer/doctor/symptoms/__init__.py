@@ -1,0 +1,37 @@
+"""Symptoms that users name: one a file, each a `SYMPTOM` with the checks it depends on and its own measurement."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from ...errors import ConfigError
+from . import cuda_error, garbage, out_of_memory, repetition, slow
+from .base import Symptom
+
+SYMPTOMS: Mapping[str, Symptom] = {
+    "out-of-memory": out_of_memory.SYMPTOM,
+    "repetition": repetition.SYMPTOM,
+    "cuda-error": cuda_error.SYMPTOM,
+    "slow": slow.SYMPTOM,
+    "garbage": garbage.SYMPTOM,
+}
+# Known names whose cause lies in parts that are not built yet.
+_LATER = {
+    "latency-jitter": "it is measured on the scheduler that batches requests (batch_size_range), which is not built yet; "
+    "'slow' measures single requests",
+}
+
+
+def get_symptom(name: str) -> Symptom:
+    """The symptom called `name`. Raises ConfigError where there is none, or not yet."""
+    if name in SYMPTOMS:
+        return SYMPTOMS[name]
+    if name in _LATER:
+        raise ConfigError(f"symptom {name!r} cannot be examined: {_LATER[name]}")
+    near = difflib.get_close_matches(name, SYMPTOMS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown symptom {name!r}{hint} (known: {', '.join(SYMPTOMS)})")
+
+
+__all__ = ["SYMPTOMS", "Symptom", "get_symptom"]

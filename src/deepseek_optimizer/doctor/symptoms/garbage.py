@@ -1,0 +1,164 @@
+"""Garbage: weights that are not numbers, kernels that compute something else, a quantisation that went too far, or a tokenizer
+that isn't the model's. Each is measured on a paragraph of plain English.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ...errors import CheckpointError
+from ..budget import budget
+from ..case import Case
+from ..finding import Finding
+from .base import Symptom
+
+NAME = "garbage"
+TEXT = (
+    "The sun is a star at the centre of the solar system. The planets, among them the Earth, move around it, and the Moon "
+    "moves around the Earth. Light from the sun takes about eight minutes to reach us. Plants use this light to grow, and "
+    "animals eat plants or other animals. Without the sun there would be no life on Earth."
+)
+CHANCE = 0.9  # of ln(vocabulary): above that a model reads English no better than chance
+KERNEL_KL = 0.05  # nats: ten times what 8-bit activations cost on SmolLM2 (0.003) and more
+QUANTISED_KL = 1.0  # nats: int4 costs 0.4 on SmolLM2, whose text is still good
+NOTABLE_KL = 0.1  # nats: what a user should know of
+
+
+def measure(case: Case) -> Iterator[Finding]:
+    """Weights first, then logits, then logits against the reference backend's, then against unquantised weights'."""
+    damaged = list(_weights(case))
+    yield from damaged
+    if damaged:
+        return  # it would not load
+    ids = _ids(case)
+    own = _logits(case.load(), ids)
+    finding = judge_text(_loss(own, ids), own, case)
+    yield finding
+    if not math.isnan(finding.facts["loss"]):
+        yield judge_kernels(_divergence(_logits(case.load(backend="reference"), ids), own), case)
+        yield from _quantisation(case, own, ids)
+
+
+def _weights(case: Case) -> Iterator[Finding]:
+    """Reads every tensor once; one finding for the first that holds what isn't a number."""
+    from ...quant.tiles import panels
+
+    checkpoint = case.checkpoint
+    for name in checkpoint.tensors:
+        try:
+            shape = checkpoint.shape(name)
+            if len(shape) == 2 and checkpoint.kind != "packed":  # a packed one is unpacked whole
+                for begin, end in panels(*shape):
+                    checkpoint.check_finite(name, checkpoint.read_rows(name, begin, end))
+            else:
+                checkpoint.check_finite(name, checkpoint.read(name))
+        except CheckpointError as error:
+            yield Finding(
+                NAME, "error", f"{name} is damaged", str(error),
+                "fetch the file again; if it was made here, training or conversion overflowed (fp16 ends at 65,504): use bf16",
+                {"tensor": name},
+            )  # fmt: skip
+            return
+
+
+def judge_text(loss: float, logits: Any, case: Case) -> Finding:
+    """Whether the model reads plain English at all."""
+    chance = math.log(case.sketch.config.vocab_size)
+    facts = {"loss": loss, "perplexity": math.exp(min(loss, 700)) if not math.isnan(loss) else None, "chance_loss": chance}
+    if math.isnan(loss):
+        bad = int((~logits.isfinite()).sum())
+        return Finding(
+            NAME, "error", f"{bad} of {logits.numel()} logits are not numbers, though the weights are",
+            "a value overflowed on the way: activations beyond the format's range, or a faulty kernel",
+            "try activation='int16', then backend='reference'; report it if only the native backend does this", facts,
+        )  # fmt: skip
+    if loss > CHANCE * chance:
+        return Finding(
+            NAME, "error", f"the model reads plain English no better than chance: loss {loss:.2f}, chance {chance:.2f}",
+            "the tokenizer is another model's, the weights are damaged or untrained, or it was trained on other languages",
+            "take tokenizer and weights from one source, and compare their checksums", facts,
+        )  # fmt: skip
+    reads = f"the model reads plain English: perplexity {math.exp(loss):.1f} (chance {math.exp(chance):,.0f})"
+    return Finding(NAME, "ok", reads, facts=facts)
+
+
+def judge_kernels(kl: float, case: Case) -> Finding:
+    """Whether the backend computes what the same weights say in plain torch."""
+    facts = {"kl_to_reference": kl, "allowed": KERNEL_KL}
+    if not kl <= KERNEL_KL:  # NaN fails too
+        return Finding(
+            NAME, "error", f"the native kernels disagree with plain torch over the same weights: KL {kl:.3g}",
+            "a fault of a kernel on this CPU, or activations that 8 bits can't hold",
+            "activation='int16' if that brings it down; else backend='reference', and report it with `dso info`", facts,
+        )  # fmt: skip
+    return Finding(NAME, "ok", f"the kernels agree with plain torch over the same weights: KL {kl:.2g}", facts=facts)
+
+
+def _quantisation(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
+    """Against the weights as they are stored, where the case quantises them further and both fit."""
+    precision = case.settings.precision
+    if case.checkpoint.kind == "packed":
+        yield Finding(NAME, "note", "what packing cost can't be measured: the original weights aren't here")
+    elif precision != "auto":
+        whole = sum(info.nbytes for info in case.checkpoint.tensors.values())
+        if whole > budget(case).free:
+            yield Finding(
+                NAME, "note", f"what {precision} costs can't be measured here", "the stored weights don't fit beside it", "",
+                {"bytes": whole},
+            )  # fmt: skip
+        else:
+            yield judge_quantisation(_divergence(_logits(case.load(precision="auto"), ids), own), precision)
+
+
+def judge_quantisation(kl: float, precision: str) -> Finding:
+    """Whether the format still says what the stored weights say."""
+    facts = {"kl_to_stored": kl, "allowed": QUANTISED_KL, "precision": precision}
+    if not kl <= QUANTISED_KL:
+        return Finding(
+            NAME, "error", f"{precision} changes what the model says: KL {kl:.2f} to the stored weights",
+            "its weights have outliers that so few bits can't hold", "precision='int8', or 'auto' for no loss", facts,
+        )  # fmt: skip
+    if kl > NOTABLE_KL:
+        return Finding(
+            NAME, "note", f"{precision} costs KL {kl:.2f} to the stored weights", "small models feel few bits more",
+            "precision='int8' costs less, 'auto' nothing", facts,
+        )  # fmt: skip
+    return Finding(NAME, "ok", f"{precision} stays near the stored weights: KL {kl:.2g}", facts=facts)
+
+
+def _ids(case: Case) -> Any:
+    """The paragraph's tokens, int64 [1, T], within the model's context."""
+    return case.tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : case.graph.max_positions]
+
+
+def _logits(model: Any, ids: Any) -> Any:
+    """float32 [T, V]; the model is dropped before another is loaded."""
+    import torch
+
+    with torch.inference_mode():
+        made = model(ids, use_cache=False).logits[0].float()
+    del model
+    gc.collect()
+    return made
+
+
+def _loss(logits: Any, ids: Any) -> float:
+    """Mean negative log likelihood of each token after the first, in nats; NaN if any logit is not a number."""
+    import torch
+
+    if not logits.isfinite().all():
+        return math.nan
+    return float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]))
+
+
+def _divergence(p: Any, q: Any) -> float:
+    """Mean KL(p || q) over the rows, in nats."""
+    import torch
+
+    return float(torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean"))
+
+
+SYMPTOM = Symptom(measure, checks=("tokenizer",))

@@ -1,0 +1,61 @@
+"""Out of memory: who has it, and which limit is the tightest. What the model needs is the check `memory`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..case import Case
+from ..cgroup import memory_left
+from ..finding import Finding
+from ..machine import Machine
+from .base import Symptom
+
+NAME = "out-of-memory"
+_MUCH = 0.1  # of the machine's memory: what one other process must hold to be worth naming
+
+
+def measure(case: Case) -> Iterator[Finding]:
+    """Limits below what the machine has, and other processes that hold much of it."""
+    machine = case.machine
+    total = _meminfo(machine, "MemTotal")
+    left = memory_left(machine)
+    facts = {"available": machine.available_bytes, "total": total, "cgroup_left": left}
+    if left is not None and left < machine.available_bytes:
+        free = machine.available_bytes / 1e9
+        yield Finding(
+            NAME, "warning", f"the container's limit leaves {left / 1e9:.2f} GB of the {free:.2f} GB that are free",
+            "beyond a cgroup's limit the kernel kills the process", "raise it (docker run --memory, resources.limits.memory)",
+            facts,
+        )  # fmt: skip
+    if machine.read("/proc/sys/vm/overcommit_memory") == "2":
+        yield Finding(
+            NAME, "warning", "the kernel refuses memory that is reserved but not used",
+            "vm.overcommit_memory=2; the cache reserves its whole range, and uses it as it grows",
+            "sysctl vm.overcommit_memory=0, or bound the cache with kv_cache_memory", facts,
+        )  # fmt: skip
+    for name, pid, held in _large_processes(total):
+        yield Finding(
+            NAME, "note", f"{name} (process {pid}) holds {held / 1e9:.2f} GB", "it shares this machine's memory",
+            "end it if it isn't needed", {**facts, "process": name, "pid": pid, "bytes": held},
+        )  # fmt: skip
+
+
+def _meminfo(machine: Machine, field: str) -> int:
+    for line in (machine.read("/proc/meminfo") or "").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _large_processes(total: int) -> Iterator[tuple[str, int, int]]:
+    import psutil
+
+    me = psutil.Process().pid
+    for process in psutil.process_iter(["pid", "name", "memory_info"]):
+        info = process.info
+        held = info["memory_info"].rss if info["memory_info"] else 0
+        if info["pid"] != me and total and held > total * _MUCH:
+            yield info["name"], info["pid"], held
+
+
+SYMPTOM = Symptom(measure, checks=("memory",), loads=False)

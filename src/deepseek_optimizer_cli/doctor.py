@@ -1,0 +1,70 @@
+"""`dso doctor [MODEL]`: what makes it fail, or run slower or worse than it could, with the remedy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+
+if TYPE_CHECKING:
+    from deepseek_optimizer.doctor import Finding
+
+_MARKS = {"ok": ("ok", "green"), "note": ("note", "cyan"), "warning": ("warning", "yellow"), "error": ("ERROR", "red")}
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
+    symptom: Annotated[
+        str | None,
+        typer.Option("--symptom", "-s", help="Look into one of: out-of-memory, repetition, cuda-error, slow, garbage."),
+    ] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens a sequence to make room for.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once to make room for.")] = 1,
+    precision: o.Precision = None,
+    kv_cache: o.KvCache = None,
+    threads: o.Threads = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Examine machine and installation; with MODEL, the model too. Exit code 1 where something will not work."""
+    from deepseek_optimizer.config import DeepSeekConfig
+    from deepseek_optimizer.doctor import Case, examine, examine_symptom
+
+    from .model import no_bars_in_pipes, print_json
+
+    no_bars_in_pipes()
+    fields = o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads)
+    DeepSeekConfig(**fields)  # a wrong option is the caller's error, not a finding
+    with Case(model=model, fields=fields, context=context, batch=batch) as case:
+        findings = examine(case) if symptom is None else examine_symptom(case, symptom)
+    counts = Counter(finding.severity for finding in findings)
+    if as_json:
+        print_json({"model": model, "symptom": symptom, "errors": counts["error"], "findings": [f.to_dict() for f in findings]})
+    else:
+        _print(findings, counts)
+    if counts["error"]:
+        raise typer.Exit(1)
+
+
+def _print(findings: list[Finding], counts: Counter[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        mark, colour = _MARKS[finding.severity]
+        lines = [finding.what]
+        if finding.cause:
+            lines.append(f"because: {finding.cause}")
+        if finding.fix:
+            lines.append(f"fix: {finding.fix}")
+        table.add_row(Text(mark, style=colour), finding.check, Text("\n".join(lines)))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings")

@@ -1,0 +1,57 @@
+"""Checkpoints that can't be loaded, found without loading them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.doctor import examine
+from deepseek_optimizer.doctor.checks import checkpoint
+
+
+def test_whole(case, tiny_model, one):
+    finding = one(checkpoint.check(case(model=str(tiny_model))), "ok", "all that the model needs")
+    assert finding.facts["family"] == "llama" and finding.facts["stored_as"] == {"F32": finding.facts["tensors"]}
+
+
+def cut(copy):
+    file = copy.path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "truncated": cut,
+    "no weights": lambda copy: (copy.path / "model.safetensors").unlink(),
+    "a tensor less": lambda copy: copy.edit_weights(lambda w: w.pop("model.norm.weight")),
+    "a tensor too many": lambda copy: copy.edit_weights(lambda w: w.update(extra=torch.ones(2))),
+    "another shape": lambda copy: copy.edit("config.json", intermediate_size=160),
+    "another family": lambda copy: copy.edit("config.json", model_type="gpt2"),
+    "another quantiser": lambda copy: copy.edit("config.json", quantization_config={"quant_method": "gptq"}),
+    "a tokenizer too large": lambda copy: copy.edit("config.json", vocab_size=100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged(case, model_copy, one, damage):
+    DAMAGES[damage](model_copy)
+    findings = examine(case(model=str(model_copy.path)))
+    one(findings, "error", "cannot be loaded")
+    assert findings[-1].check == "checkpoint"  # what can't be opened isn't looked into
+
+
+def test_missing(case, one, tmp_path):
+    assert "nowhere" in one(checkpoint.check(case(model=str(tmp_path / "nowhere"))), "error", "cannot be loaded").cause
+
+
+def test_tied_weights_may_be_stored_twice(case, model_copy, one):
+    model_copy.edit_weights(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    one(checkpoint.check(case(model=str(model_copy.path))), "ok", "all that the model needs")
+
+
+def test_gguf_conversions_are_named(case, one, tmp_path):
+    from support.checkpoint_files import gguf_bytes, model_tensors, model_values
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama", kind="Q5_0")))
+    found = list(checkpoint.check(case(model=str(path))))
+    assert [f.severity for f in found] == ["ok", "note"] and "Q5_0" in found[1].what

@@ -1,0 +1,102 @@
+"""Bytes that a model needs, reckoned from headers, against what is free; and who else has memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer import load_model
+from deepseek_optimizer.doctor.budget import budget
+from deepseek_optimizer.doctor.checks import memory
+from deepseek_optimizer.doctor.symptoms import out_of_memory
+
+
+@pytest.mark.parametrize("fields", [{}, {"precision": "int4"}, {"precision": "int8", "kv_cache": "int8"}])
+def test_the_budget_is_what_loading_takes(case, tiny_model, fields):
+    needs = budget(case(model=str(tiny_model), fields=fields))
+    model = load_model(tiny_model, **fields)
+    report = model.report()
+    assert needs.weights == report.bytes_after
+    assert needs.kv_cache == report.kv_cache and needs.cache_per_token == report.kv_block_bytes // 32
+    if report.backend == "cpu":
+        row = -(-model.config.vocab_size * 4 // 64) * 64  # logits are the caller's memory, and reckoned too
+        assert needs.buffers == model.dso.plan.buffer_bytes(512, 32) + 32 * row
+
+
+def test_the_size_in_other_formats(case, tiny_model):
+    needs = budget(case(model=str(tiny_model)))
+    for name in memory.SMALLER:
+        assert needs.weights_in(name) == budget(case(model=str(tiny_model), fields={"precision": name})).weights
+
+
+def test_fits(case, tiny_model, one):
+    finding = one(memory.check(case(model=str(tiny_model))), "ok", "1 x 256 tokens")
+    assert finding.facts["needed"] < finding.facts["free"]
+
+
+def free_for(case, path, tokens):
+    """Bytes that weights, buffers and so many tokens need."""
+    return budget(case(model=str(path))).needed(tokens)
+
+
+def test_weights_do_not_fit(case, machine, tiny_model, one):
+    needs = budget(case(model=str(tiny_model)))
+    box = machine(available_bytes=needs.weights_in("int8") + needs.buffers + 100)
+    finding = one(memory.check(case(model=str(tiny_model), machine=box)), "error", "weights do not fit")
+    assert "precision='int8'" in finding.fix
+
+
+def test_nothing_makes_it_fit(case, machine, tiny_model, one):
+    box = machine(available_bytes=1000)
+    finding = one(memory.check(case(model=str(tiny_model), machine=box)), "error", "weights do not fit")
+    assert "smaller model" in finding.fix
+
+
+@pytest.mark.parametrize(("context", "severity"), [(None, "warning"), (200, "error")])
+def test_context_does_not_fit(case, machine, tiny_model, one, context, severity):
+    box = machine(available_bytes=free_for(case, tiny_model, 100))
+    finding = one(memory.check(case(model=str(tiny_model), machine=box, context=context)), severity, "tokens do not fit")
+    assert "100 tokens" in finding.fix and "kv_cache='int8'" in finding.fix and finding.facts["most_tokens"] == 100
+
+
+def test_batch_does_not_fit(case, machine, tiny_model, one):
+    box = machine(available_bytes=free_for(case, tiny_model, 100))
+    finding = one(memory.check(case(model=str(tiny_model), machine=box, context=30, batch=4)), "error", "4 x 30 tokens")
+    assert "batch_size_range" in finding.fix and "25 tokens" in finding.fix
+
+
+def test_beyond_the_models_context(case, tiny_model, one):
+    one(memory.check(case(model=str(tiny_model), context=300)), "error", "beyond the model's 256")
+
+
+@pytest.mark.parametrize(("context", "severity"), [(None, "warning"), (200, "error")])
+def test_the_cache_was_granted_too_little(case, tiny_model, one, context, severity):
+    given = case(model=str(tiny_model), context=context, fields={"kv_cache_memory": 1 << 16})
+    finding = one(memory.check(given), severity, "kv_cache_memory holds")
+    assert str(budget(given).cache_per_token * (context or 256)) in finding.fix
+
+
+def test_a_container_limit_counts(case, machine, tiny_model, one):
+    files = {"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "1000"}
+    given = case(model=str(tiny_model), machine=machine(files))
+    assert one(memory.check(given), "error", "weights do not fit").facts["free"] == 4000
+    one(out_of_memory.measure(given), "warning", "the container's limit leaves")
+
+
+def test_overcommit_is_off(case, machine, one):
+    box = machine({"/proc/sys/vm/overcommit_memory": "2\n"})
+    one(out_of_memory.measure(case(machine=box)), "warning", "reserved but not used")
+
+
+def test_other_processes_are_named(case, machine, one, monkeypatch):
+    import psutil
+
+    class Other:
+        info = {"pid": -1, "name": "browser", "memory_info": psutil.Process().memory_info()}
+
+    monkeypatch.setattr(psutil, "process_iter", lambda attrs: [Other])
+    found = one(out_of_memory.measure(case(machine=machine({"/proc/meminfo": "MemTotal:  1024 kB\n"}))), "note", "browser")
+    assert found.facts["bytes"] > 1 << 20
+
+
+def test_a_quiet_machine(case):
+    assert list(out_of_memory.measure(case())) == []

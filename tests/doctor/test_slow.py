@@ -1,0 +1,63 @@
+"""Slow answers: what each set of figures means, and that the figures are measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer import load_model
+from deepseek_optimizer.doctor.symptoms import slow
+from deepseek_optimizer.doctor.symptoms.slow import Decode
+
+GOOD = {"seconds": 0.010, "others": 0.0, "bytes": 400_000_000, "backend": "cpu", "threads": 2, "formats": ("int4",)}
+
+
+def judged(**changes):
+    return list(slow.judge(Decode(**{**GOOD, **changes}), bandwidth=50e9))  # 8 ms a token is the floor
+
+
+def test_near_the_limit(one):
+    finding = one(judged(), "ok", "80% of the limit")
+    assert finding.facts["floor_ms"] == pytest.approx(8) and not finding.fix
+
+
+def test_near_the_limit_with_large_weights(one):
+    assert "int4" in one(judged(formats=("bf16",)), "ok", "80% of the limit").fix
+
+
+def test_far_from_the_limit(one):
+    assert "threads" in one(judged(seconds=0.04), "warning", "20% of the limit").cause
+
+
+def test_busy_processors(one):
+    found = judged(seconds=0.04, others=1.2)
+    one(found, "warning", "other processes used 1.2")
+    assert "other processes" in one(found, "warning", "20% of the limit").cause
+
+
+def test_a_small_model(one):
+    assert "so small" in one(judged(bytes=4_000_000), "note", "of the limit").cause
+
+
+def test_the_reference_backend(one):
+    found = judged(seconds=3.0, backend="reference", threads=None)
+    one(found, "warning", "the reference backend runs")
+    assert len(found) == 1
+
+
+def test_what_the_model_itself_noted(one):
+    found = judged(notes=("module 'x' has forward hooks",))
+    assert any(f.severity == "warning" and "forward hooks" in f.what for f in found)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_measured(tiny_model, backend):
+    model = load_model(tiny_model, backend=backend)
+    decode = slow.measure_decode(model)
+    assert 0 < decode.seconds < 10 and decode.backend == model.report().backend
+    assert 0 < decode.bytes <= model.report().bytes_after
+    assert decode.others is None or 0 <= decode.others
+
+
+def test_from_end_to_end(case, tiny_model):
+    found = list(slow.measure(case(model=str(tiny_model))))
+    assert found and all(f.facts["read_gb_per_s"] > 0 and f.facts["ms_per_token"] > 0 for f in found)

@@ -1,0 +1,89 @@
+"""Threads against processors: affinity, quota, hyper-threads."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.doctor.cgroup import cpu_quota, memory_left
+from deepseek_optimizer.doctor.checks import threads
+
+V2 = {"/proc/self/cgroup": "0::/pod/box\n"}
+V1 = {"/proc/self/cgroup": "3:cpuacct,cpu:/box\n2:memory:/box\n0::/\n"}
+
+
+def test_as_many_as_there_are(case, one):
+    finding = one(threads.check(case()), "ok", "4 threads on 4")
+    assert finding.facts["cgroup_cpus"] is None
+
+
+def test_more_than_processors(case, one):
+    assert "ask for 4" in one(threads.check(case(fields={"threads": 9})), "warning", "9 threads share 4").fix
+
+
+def test_more_than_the_quota(case, machine, one):
+    files = {**V2, "/sys/fs/cgroup/pod/box/cpu.max": "150000 100000"}
+    finding = one(threads.check(case(machine=machine(files), fields={"threads": 4})), "warning", "the cgroup allows 1.5")
+    assert finding.facts["cgroup_cpus"] == 1.5 and "ask for 2" in finding.fix
+
+
+def test_the_quota_sets_the_number(case, machine, one):
+    files = {**V2, "/sys/fs/cgroup/pod/cpu.max": "200000 100000", "/sys/fs/cgroup/pod/box/cpu.max": "max 100000"}
+    one(threads.check(case(machine=machine(files))), "ok", "2 threads on 2")
+
+
+def test_fewer_than_processors(case, one):
+    one(threads.check(case(fields={"threads": 1})), "note", "1 threads leave 3 of 4")
+
+
+def test_the_environment_asks(case, one, monkeypatch):
+    monkeypatch.setenv("DSO_THREADS", "6")
+    one(threads.check(case()), "warning", "6 threads share 4")
+    one(threads.check(case(fields={"threads": 4})), "ok", "4 threads")
+
+
+def test_the_environment_asks_for_nonsense(case, one, monkeypatch):
+    monkeypatch.setenv("DSO_THREADS", "all")
+    assert "all" in one(threads.check(case()), "error", "DSO_THREADS").cause
+
+
+def test_throttled(case, machine, one):
+    files = {**V2, "/sys/fs/cgroup/pod/box/cpu.stat": "nr_periods 90\nnr_throttled 17\n"}
+    finding = one(threads.check(case(machine=machine(files))), "warning", "stopped this container 17 times")
+    assert finding.facts["throttled_periods"] == 17
+
+
+def test_affinity(case, machine, one):
+    one(threads.check(case(machine=machine(usable_cpus=2))), "note", "2 of 4 processors")
+
+
+def test_hyper_threads(case, machine, one):
+    assert "threads=2" in one(threads.check(case(machine=machine(physical_cores=2))), "note", "4 threads on 2 cores").fix
+
+
+def test_no_hyper_threads_no_note(case):
+    assert [f.severity for f in threads.check(case())] == ["ok"]
+
+
+@pytest.mark.parametrize("folder", ["cpu", "cpu,cpuacct"])
+def test_quota_of_cgroup_v1(machine, folder):
+    base = f"/sys/fs/cgroup/{folder}/box"
+    assert cpu_quota(machine({**V1, f"{base}/cpu.cfs_quota_us": "50000", f"{base}/cpu.cfs_period_us": "100000"})) == 0.5
+
+
+def test_no_quota_in_cgroup_v1(machine):
+    base = "/sys/fs/cgroup/cpu/box"
+    assert cpu_quota(machine({**V1, f"{base}/cpu.cfs_quota_us": "-1", f"{base}/cpu.cfs_period_us": "100000"})) is None
+
+
+def test_memory_of_both_cgroups(machine):
+    v1 = "/sys/fs/cgroup/memory/box"
+    assert memory_left(machine({**V1, f"{v1}/memory.limit_in_bytes": "1000", f"{v1}/memory.usage_in_bytes": "400"})) == 600
+    v2 = "/sys/fs/cgroup/pod"
+    assert memory_left(machine({**V2, f"{v2}/memory.max": "5000", f"{v2}/memory.current": "6000"})) == 0
+
+
+def test_no_memory_limit(machine):
+    assert memory_left(machine()) is None
+    v1 = "/sys/fs/cgroup/memory/box"  # v1 writes no limit as a number
+    files = {**V1, f"{v1}/memory.limit_in_bytes": "9223372036854771712", f"{v1}/memory.usage_in_bytes": "1"}
+    assert memory_left(machine(files)) is None
