@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from deepseek_optimizer.bench import smollm2
-from deepseek_optimizer.bench.demo import dequantised
+from deepseek_optimizer.bench.against import alternate, ratio_rows
+from deepseek_optimizer.bench.peers.base import arguments
+from deepseek_optimizer.bench.plain import dequantised
 from deepseek_optimizer.bench.process import cpu_name, usable_cpus
+from deepseek_optimizer.bench.sections import number
+from deepseek_optimizer.bench.work import Work
 from deepseek_optimizer.versions import versions
 
-SIDE = Path(__file__).with_name("side.py")
-FIGURES = {  # name: (unit, whether more is better)
-    "prefill_tok_s": ("tok/s", True),
-    "decode_tok_s": ("tok/s", True),
-    "to_first_token_s": ("s", False),
-    "memory_bytes": ("GB", False),
-}
+FIGURES = ("prefill_tok_s", "decode_tok_s", "to_first_token_s", "memory_bytes")
 
 
 def r1q15() -> Path:
@@ -61,38 +58,14 @@ def packed(source: Path, precision: str) -> Path:
     return target
 
 
-def side(kind: str, model: Path, *options: str) -> dict[str, Any]:
-    command = [sys.executable, str(SIDE), kind, str(model), "--threads", str(usable_cpus()), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
-def compare(name: str, theirs: Path, ours: dict[str, list[Any]], rounds: int, *options: str) -> list[dict[str, Any]]:
-    """One row a figure and an optimised side. ours: label -> [path, option, ...]."""
-    samples: list[dict[str, dict[str, Any]]] = []
-    for turn in range(rounds):
-        print(f"{name}: round {turn + 1} of {rounds}", file=sys.stderr)
-        row = {"transformers": side("transformers", theirs, *options)}
-        row.update({label: side("optimised", arguments[0], *arguments[1:], *options) for label, arguments in ours.items()})
-        samples.append(row)
-    rows = []
-    for label in ours:
-        for figure, (unit, more) in FIGURES.items():
-            if figure not in samples[0][label]:
-                continue
-            pairs = [(s["transformers"][figure], s[label][figure]) for s in samples]
-            ratios = sorted(mine / base if more else base / mine for base, mine in pairs)
-            scale = 1e-9 if unit == "GB" else 1
-            rows.append({
-                "work": name, "side": label, "figure": figure, "unit": unit,
-                "transformers": statistics.median(base for base, _ in pairs) * scale,
-                "ours": statistics.median(mine for _, mine in pairs) * scale,
-                "better": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1],
-            })  # fmt: skip
-    return rows
+def compare(name: str, theirs: Path, ours: dict[str, Path], work: Work, rounds: int, *options: str) -> list[dict[str, Any]]:
+    """One row a figure and an optimised side. ours: label -> model."""
+    common = [*arguments(work, threads=usable_cpus(), repeats=3, warmup=1), *options]
+    module = [sys.executable, "-m", "deepseek_optimizer.bench.sides.model"]
+    sides = {"transformers": [*module, "transformers", str(theirs), *common]}
+    sides.update({label: [*module, "optimised", str(model), *common] for label, model in ours.items()})
+    found = alternate(sides, rounds, lambda text: print(f"{name}: {text}", file=sys.stderr))
+    return [{"work": name, **row} for row in ratio_rows(found, "transformers", FIGURES)]
 
 
 def main() -> None:
@@ -105,22 +78,22 @@ def main() -> None:
     if "smol" in a.work:
         gguf = smollm2.fetch()
         bf16 = dequantised(gguf)
-        ours = {"q4_1 (lossless)": [gguf], **{p: [packed(bf16, p)] for p in ("int4", "int8", "bf16")}}
-        rows += compare("SmolLM2-135M, 512 in", bf16, ours, a.rounds)
+        ours = {"q4_1 (lossless)": gguf, **{p: packed(bf16, p) for p in ("int4", "int8", "bf16")}}
+        rows += compare("SmolLM2-135M, 512 in", bf16, ours, Work(512, 33), a.rounds)
     if "r1q15" in a.work:
         bf16 = r1q15()
-        ours = {"int4": [packed(bf16, "int4")]}
-        rows += compare("R1-Distill-Qwen-1.5B shape, 512 in", bf16, ours, a.rounds, "--new", "16")
-        rows += compare("R1-Distill-Qwen-1.5B shape, warm start", bf16, ours, a.rounds, "--load-only")
-        rows += compare("R1-Distill-Qwen-1.5B shape, cold start", bf16, ours, a.rounds, "--load-only", "--cold")
+        ours, work = {"int4": packed(bf16, "int4")}, Work(512, 17)
+        rows += compare("R1-Distill-Qwen-1.5B shape, 512 in", bf16, ours, work, a.rounds)
+        rows += compare("R1-Distill-Qwen-1.5B shape, warm start", bf16, ours, work, a.rounds, "--repeats", "0")
+        rows += compare("R1-Distill-Qwen-1.5B shape, cold start", bf16, ours, work, a.rounds, "--repeats", "0", "--cold")
     report = {"cpu": cpu_name(), "threads": usable_cpus(), "versions": versions(), "rounds": a.rounds, "rows": rows}
     print(
         f"{report['cpu']}, {report['threads']} threads; better: how many times, median (lowest - highest) of {a.rounds} rounds"
     )
     for r in rows:
         print(
-            f"{r['work']:40} {r['side']:16} {r['figure']:17} {r['transformers']:9.2f} -> {r['ours']:9.2f} {r['unit']:6}"
-            f"{r['better']:6.2f}x ({r['lowest']:.2f} - {r['highest']:.2f})"
+            f"{r['work']:40} {r['name']:16} {r['figure']:17} {number(r['baseline'], r['unit']):>14} -> "
+            f"{number(r['side'], r['unit']):>14} {r['better']:6.2f}x ({r['lowest']:.2f} - {r['highest']:.2f})"
         )
     if a.out:
         a.out.parent.mkdir(parents=True, exist_ok=True)

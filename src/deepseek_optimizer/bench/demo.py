@@ -8,9 +8,7 @@ bf16 checkpoint as it loads.
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..versions import versions
 from . import smollm2
+from .against import run_json
+from .plain import dequantised
 from .process import cpu_name, usable_cpus
-from .side import QUESTION
+from .sides.answer import QUESTION
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,32 +67,6 @@ def run(*, rounds: int = 3, threads: int | None = None, show: bool = True) -> di
     return result
 
 
-def dequantised(gguf: Path) -> Path:
-    """The GGUF file's weights as a bf16 checkpoint beside it, made once by Transformers."""
-    target = gguf.with_name(gguf.stem + "-bf16")
-    if target.exists():
-        return target
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    partial = Path(tempfile.mkdtemp(dir=gguf.parent))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
 def _answer(gguf: Path, threads: int) -> None:
     from .. import load_model, load_tokenizer
     from ..chat.conversation import answer, prompt_ids
@@ -123,12 +97,7 @@ def _measure(sides: dict[str, list[str]], common: list[str], rounds: int, consol
 
 
 def _run_side(arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "deepseek_optimizer.bench.side", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return run_json([sys.executable, "-m", "deepseek_optimizer.bench.sides.answer", *arguments])
 
 
 def _median(runs: list[dict[str, Any]], baseline: str) -> dict[str, Any]:

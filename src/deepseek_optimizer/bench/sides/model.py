@@ -3,7 +3,7 @@
     python -m deepseek_optimizer.bench.sides.model transformers MODEL --prompt 512 --new 64
     python -m deepseek_optimizer.bench.sides.model optimised MODEL --precision int4 ...
 
-Both go through `model.generate`, and import the same modules before the clock and the memory count start.
+Both go through `model.generate`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..work import Work
+from .load import SIDES, load_side
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=["transformers", "optimised"])
+    parser.add_argument("side", choices=SIDES)
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", default="bfloat16", help="of the weights in Transformers")
     parser.add_argument("--config", type=json.loads, default={}, help="fields of DeepSeekConfig, as JSON")
@@ -35,30 +36,18 @@ def main() -> None:
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    import transformers.models.llama.modeling_llama
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  else their import would count as loading
-
-    from ... import load_model
-    from ..plain import load_plain
-    from ..process import PeakMemory
     from ..runs import repeated
 
-    torch.set_num_threads(a.threads)
     if a.cold:
         drop_from_page_cache(a.model)
-    memory, started = PeakMemory(), time.perf_counter()
-    if a.side == "transformers":
-        model = load_plain(a.model, getattr(torch, a.dtype))
-    else:
-        model = load_model(a.model, **{"threads": a.threads, **a.config})
-    load_s = time.perf_counter() - started
-    list(repeated(model, Work(prompt=16, new=1), repeats=1, warmup=0))
-    result: dict[str, Any] = {"load_s": load_s, "to_first_token_s": time.perf_counter() - started, "runs": []}
+    side = load_side(a.side, a.model, threads=a.threads, dtype=a.dtype, config=a.config)
+    list(repeated(side.model, Work(prompt=16, new=1), repeats=1, warmup=0))
+    to_first_token_s = time.perf_counter() - side.started
+    result: dict[str, Any] = {"load_s": side.load_s, "to_first_token_s": to_first_token_s, "runs": []}
     if a.repeats:
         work = Work(a.prompt, a.new, a.depth, a.batch)
-        result["runs"] = [asdict(run) for run in repeated(model, work, repeats=a.repeats, warmup=a.warmup)]
-    return {**result, "memory_bytes": memory.bytes()}
+        result["runs"] = [asdict(run) for run in repeated(side.model, work, repeats=a.repeats, warmup=a.warmup)]
+    return {**result, "memory_bytes": side.memory.bytes()}
 
 
 def drop_from_page_cache(model: Path) -> None:

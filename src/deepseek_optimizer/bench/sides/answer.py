@@ -1,19 +1,19 @@
-"""One side of a comparison, in a process of its own: loads, answers, and prints its figures as the last line, in JSON.
+"""A side of the demo: answers a question, then goes on with a longer one to time tokens on.
 
-    python -m deepseek_optimizer.bench.side transformers MODEL --tokenizer DIR
-    python -m deepseek_optimizer.bench.side optimised MODEL --tokenizer DIR --precision int4
+    python -m deepseek_optimizer.bench.sides.answer transformers MODEL --tokenizer DIR
+    python -m deepseek_optimizer.bench.sides.answer optimised MODEL --tokenizer DIR --precision int4
 
-Both sides import the same modules before the clock and the memory count start, go through `model.generate` with the same
-prompts, and use the same number of threads.
+Both go through `model.generate` with the same prompts. Prints its figures as the last line, in JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
+
+from .load import SIDES, load_side
 
 QUESTION = "What is the capital of France?"
 ESSAY = "Explain how a steam engine works."  # long enough an answer to time tokens on
@@ -21,7 +21,7 @@ ESSAY = "Explain how a steam engine works."  # long enough an answer to time tok
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=["transformers", "optimised"])
+    parser.add_argument("side", choices=SIDES)
     parser.add_argument("model")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--precision")
@@ -33,34 +33,24 @@ def main() -> None:
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Figures of one side: seconds, tokens a second, bytes, and the answer."""
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401  else its import would count as loading
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from .. import load_model
-    from ..chat.conversation import answer, prompt_ids
-    from .process import PeakMemory
+    from ...chat.conversation import answer, prompt_ids
 
-    torch.set_num_threads(a.threads)
     tokenizer = AutoTokenizer.from_pretrained(a.tokenizer)
     question, essay = (prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in (QUESTION, ESSAY))
-    memory = PeakMemory()
-    started = time.perf_counter()
-    if a.side == "transformers":
-        model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16)
-    else:
-        model = load_model(a.model, threads=a.threads, **({"precision": a.precision} if a.precision else {}))
-    load_s = time.perf_counter() - started
+    side = load_side(a.side, a.model, threads=a.threads, config={"precision": a.precision} if a.precision else {})
+    model = side.model
 
     greedy: dict[str, Any] = {"do_sample": False}
     reply = answer(model, tokenizer, question, lambda _piece: None, **greedy)
     model.generation_config.eos_token_id = None  # the same number of tokens on every side
     runs = [answer(model, tokenizer, essay, lambda _piece: None, max_new_tokens=a.tokens, **greedy) for _ in range(2)]
     result = {
-        "load_s": load_s,
+        "load_s": side.load_s,
         "first_token_s": reply.first_token_s,
         "tokens_per_s": max(run.tokens_per_s for run in runs),
-        "memory_bytes": memory.bytes(),
+        "memory_bytes": side.memory.bytes(),
         "answer": reply.text,
         "ids": runs[-1].ids,
     }

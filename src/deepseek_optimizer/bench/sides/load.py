@@ -1,0 +1,45 @@
+"""Loading a side's model, with the clock and the memory count around nothing else."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..process import PeakMemory
+
+SIDES = ("transformers", "optimised")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """started: of the clock, before loading. memory: counts from there on."""
+
+    model: Any
+    memory: PeakMemory
+    started: float
+    load_s: float
+
+
+def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat16", config: dict[str, Any]) -> Loaded:
+    """One of `SIDES`. Both import the same modules first, and get the same number of threads.
+
+    Args:
+        dtype: of the weights in Transformers.
+        config: fields of DeepSeekConfig.
+    """
+    import torch
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  else their import would count as loading
+
+    from ... import load_model
+    from ..plain import load_plain
+
+    torch.set_num_threads(threads)
+    memory, started = PeakMemory(), time.perf_counter()
+    if side == "transformers":
+        model = load_plain(path, getattr(torch, dtype))
+    else:
+        model = load_model(path, **{"threads": threads, **config})
+    return Loaded(model, memory, started, time.perf_counter() - started)
