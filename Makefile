@@ -73,6 +73,7 @@ quality: env
 lint: env
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+	! test -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile Dockerfile.cuda
 
 include native/native.mk
 

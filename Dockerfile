@@ -1,0 +1,31 @@
+# The CPU image. Built from the root of the repository; see README.md.
+#   docker build -t deepseek-optimizer .
+#   docker run --rm deepseek-optimizer
+# The wheel is built in a stage of its own, whose image has the compiler; what ships has none.
+ARG PYTHON=3.12.12
+
+FROM python:${PYTHON}-bookworm AS wheel
+WORKDIR /source
+COPY pyproject.toml CMakeLists.txt README.md LICENSE ./
+COPY native native
+COPY src src
+# A native part that does not compile is an error here, not a fallback.
+RUN DSO_REQUIRE_NATIVE=1 pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM python:${PYTHON}-slim-bookworm
+ARG TORCH=2.13.0
+ARG TRANSFORMERS=5.24.0
+# PyTorch's own index has the build without CUDA's libraries: a tenth of the size.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch==${TORCH}"
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    pip install --no-cache-dir "transformers==${TRANSFORMERS}" /wheels/*.whl
+
+RUN useradd --create-home --uid 1000 dso
+USER 1000
+WORKDIR /home/dso
+# Models lie under ~/.cache; made here, so that a volume mounted there belongs to the user.
+RUN mkdir .cache
+VOLUME ["/home/dso/.cache"]
+ENTRYPOINT ["dso"]
+CMD ["demo"]

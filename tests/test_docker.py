@@ -1,0 +1,77 @@
+"""The Dockerfiles, as far as they can be checked without an engine: their sources, pins, user and default command."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("Dockerfile", "Dockerfile.cuda")
+
+
+@pytest.fixture(params=FILES)
+def text(request):
+    return (ROOT / request.param).read_text()
+
+
+def sources(text):
+    return [s for line in re.findall(r"^COPY (?!--)(.*)$", text, re.M) for s in line.split()[:-1]]
+
+
+def test_what_is_copied_is_there_and_sent_to_the_engine(text):
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert sources(text) and set(sources(text)) == sent
+    assert all((ROOT / source).exists() for source in sources(text))
+
+
+def test_versions_are_pinned_within_what_the_package_admits(text):
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib came with Python 3.11")
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    pins = dict(re.findall(r"^ARG (\w+)=([\d.]+)$", text, re.M))
+    assert pins["TORCH"] in needs["torch"] and pins["TRANSFORMERS"] in needs["transformers"]
+    assert pins["PYTHON"] in Requirement(f"python{project['requires-python']}").specifier
+
+
+def test_bases_are_pinned_and_the_compiler_stays_behind(text):
+    bases = re.findall(r"^FROM (\S+)", text, re.M)
+    assert bases == ["python:${PYTHON}-bookworm", "python:${PYTHON}-slim-bookworm"]
+
+
+def test_it_does_not_run_as_root(text):
+    last = re.findall(r"^USER (\S+)$", text, re.M)[-1]
+    assert last.isdigit() and last != "0"
+
+
+def test_the_default_command_exists(text):
+    from typer.testing import CliRunner
+
+    from deepseek_optimizer_cli.app import app
+
+    command = json.loads(re.findall(r"^CMD (.*)$", text, re.M)[-1])
+    shown = CliRunner().invoke(app, [*command, "--help"])
+    assert shown.exit_code == 0 and command[0] in shown.stdout
+
+
+def test_both_build_the_wheel_the_same_way():
+    cpu, cuda = (re.search(r"^FROM.*? AS wheel$.*?(?=^FROM)", (ROOT / f).read_text(), re.M | re.S)[0] for f in FILES)
+    assert cpu == cuda
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lint(name):
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([hadolint, name], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
