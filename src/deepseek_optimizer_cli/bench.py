@@ -71,7 +71,7 @@ def bench(
             return
         raise ValueError("name a model: a directory, a .gguf file or a name on the hub")
 
-    from deepseek_optimizer.bench import baseline as earlier
+    from deepseek_optimizer.bench.baseline import read
     from deepseek_optimizer.bench.report import Request, run
     from deepseek_optimizer.bench.work import grid, numbers
 
@@ -94,11 +94,10 @@ def bench(
         peer_models=_peer_models(peer_model or []),
         rounds=rounds,
         price_per_hour=price_per_hour,
+        baseline=read(baseline) if baseline else None,
+        tolerance=tolerance / 100,
     )
-    old = earlier.read(baseline) if baseline else None
     report = run(request, _note)
-    if old is not None:
-        report["baseline"] = earlier.compare(report, old, tolerance / 100)
     _write(report, html, as_json)
     if any(row["regressed"] for row in report.get("baseline", ())):
         raise typer.Exit(1)

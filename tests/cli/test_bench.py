@@ -60,6 +60,17 @@ def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):
         assert again.exit_code == code, again.output
         assert _report(again)["baseline"][0]["regressed"] == bool(code)
 
+    file.write_text(json.dumps({**report, "cpu": "another"}))
+    refused = dso("bench", tiny_model, *SMALL, "--baseline", file)
+    assert refused.exit_code == 2 and "another cpu" in refused.stderr and "12 in" not in refused.stderr  # nothing measured yet
+
+
+def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, tiny_model, monkeypatch):
+    size = 512 << 20
+    monkeypatch.setattr(limits, "read_gb_s", lambda *_: float(len(b"x" * size)))  # written, so resident
+    memory = _report(dso("bench", tiny_model, *SMALL, "--json"))["memory_bytes"]
+    assert memory is None or memory < size / 2
+
 
 @pytest.mark.parametrize(
     "options, message",

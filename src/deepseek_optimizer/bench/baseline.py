@@ -35,17 +35,27 @@ def read(path: Path) -> dict[str, Any]:
     raise ConfigError(f"{path} is not a report of `dso bench --json`")
 
 
+def check(report: dict[str, Any], baseline: dict[str, Any], works: list[dict[str, Any]]) -> None:
+    """Before anything is measured: whether the two can be compared.
+
+    Raises:
+        ConfigError: another model, machine or configuration, or no work in common.
+    """
+    for name in SAME:
+        if report.get(name) != baseline.get(name):
+            raise ConfigError(f"the baseline is of another {name}: {baseline.get(name)!r}, and this is {report.get(name)!r}")
+    if not any(entry["work"] in works for entry in baseline["works"]):
+        raise ConfigError("the baseline has no work in common with this report")
+
+
 def compare(report: dict[str, Any], baseline: dict[str, Any], tolerance: float = 0.05) -> list[dict[str, Any]]:
     """Rows {"work", "figure", "unit", "before", "now", "change_percent" (above 0: worse), "noise_percent", "regressed"}.
 
     A figure regressed if it is worse by more than `tolerance`, and by more than three standard errors of the two medians.
 
-    Raises:
-        ConfigError: the two cannot be compared: another model, machine, configuration, or no work in common.
+    Raises: ConfigError, as `check`.
     """
-    for name in SAME:
-        if report.get(name) != baseline.get(name):
-            raise ConfigError(f"the baseline is of another {name}: {baseline.get(name)!r}, and this is {report.get(name)!r}")
+    check(report, baseline, [entry["work"] for entry in report["works"]])
     before = {json.dumps(entry["work"]): entry["figures"] for entry in baseline["works"]}
     rows = []
     for entry in report["works"]:
@@ -53,8 +63,6 @@ def compare(report: dict[str, Any], baseline: dict[str, Any], tolerance: float =
         for name in WATCHED:
             if name in old and name in entry["figures"]:
                 rows.append({"work": entry["work"], **_row(name, old[name]["samples"], entry["figures"][name], tolerance)})
-    if not rows:
-        raise ConfigError("the baseline has no work in common with this report")
     for name, unit in (("memory_bytes", "bytes"), ("kl_mean", "nats")):
         old_value, value = _single(baseline, name), _single(report, name)
         if old_value and value:

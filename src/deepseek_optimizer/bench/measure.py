@@ -20,18 +20,17 @@ def measure(
     *,
     repeats: int = 5,
     warmup: int = 1,
-    limits: Limits | None = None,
     price_per_hour: float | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """One entry a work: {"work", "figures", "limits", "watts", "joules_per_token", "cost_per_million"}; None where unknown.
+    `hold_against` fills in "limits".
 
     Args:
         model: a Transformers model, optimised or not.
-        limits: the machine to compare with; None: no percents.
         price_per_hour: of this machine, in whatever currency the cost is wanted.
     """
-    traffic, entries = traffic_of(model), []
+    entries = []
     for work in works:
         note(str(work))
         energy = Energy()
@@ -39,16 +38,24 @@ def measure(
         joules, watts = energy.joules, energy.watts
         found = figures(samples(runs))
         speed = found["output_tok_s"]["p50"]
-        decode = found["decode_tok_s"]["p50"] if "decode_tok_s" in found else None
         generated = sum(run.generated for run in runs) * (repeats + warmup) / repeats  # the counter saw the warm-up too
         entries.append(
             {
                 "work": asdict(work),
                 "figures": found,
-                "limits": limits and limits.share(traffic, work, found["ttft_ms"]["p50"], decode),
+                "limits": None,
                 "watts": watts,
                 "joules_per_token": None if joules is None else joules / generated,
                 "cost_per_million": None if price_per_hour is None else cost_per_million(price_per_hour, speed),
             }
         )
     return entries
+
+
+def hold_against(limits: Limits, model: Any, entries: Sequence[dict[str, Any]]) -> None:
+    """Sets each entry's "limits". A step of its own: measuring the machine takes memory, which is not the model's."""
+    traffic = traffic_of(model)
+    for entry in entries:
+        found = entry["figures"]
+        decode = found["decode_tok_s"]["p50"] if "decode_tok_s" in found else None
+        entry["limits"] = limits.share(traffic, Work(**entry["work"]), found["ttft_ms"]["p50"], decode)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Request:
         ablate: each fusion rule off in turn.
         against: names of peers; `rounds`: processes a side; `peer_models`: name -> the model in that peer's own format.
         price_per_hour: of this machine.
+        baseline: an earlier report to compare with; `tolerance`: see `baseline.compare`.
     """
 
     model: str
@@ -47,11 +49,13 @@ class Request:
     peer_models: Mapping[str, str] = field(default_factory=dict)
     rounds: int = 3
     price_per_hour: float | None = None
+    baseline: dict[str, Any] | None = None
+    tolerance: float = 0.05
 
 
 def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Keys: schema, model, cpu, threads, config, isa, versions, load_s, memory_bytes, works, and where asked for quality,
-    pairs, ablation, against.
+    """Keys: schema, model, cpu, threads, config, backend, formats, versions, load_s, memory_bytes, works, and where asked
+    for quality, pairs, ablation, against, baseline.
 
     Raises:
         ConfigError, CheckpointError, ValueError: before anything is measured, where that can be known.
@@ -59,8 +63,9 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     import torch
 
     from .. import load_model, load_tokenizer
+    from .baseline import check, compare
     from .limits import Limits
-    from .measure import measure
+    from .measure import hold_against, measure
     from .process import PeakMemory, cpu_name
 
     peers = _peer_commands(request)  # what is not set up is said now, not after minutes
@@ -72,15 +77,6 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     load_s = time.perf_counter() - started
     made = model.report()
     threads = made.threads or torch.get_num_threads()
-    works = measure(
-        model,
-        request.works,
-        repeats=request.repeats,
-        warmup=request.warmup,
-        limits=Limits(threads),
-        price_per_hour=request.price_per_hour,
-        note=note,
-    )
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "model": str(request.model),
@@ -91,9 +87,20 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
         "formats": {row.format: row.bytes for row in made.formats},
         "versions": versions(),
         "load_s": load_s,
-        "memory_bytes": memory.bytes(),
-        "works": works,
     }
+    if request.baseline:
+        check(report, request.baseline, [asdict(work) for work in request.works])
+    report["works"] = measure(
+        model,
+        request.works,
+        repeats=request.repeats,
+        warmup=request.warmup,
+        price_per_hour=request.price_per_hour,
+        note=note,
+    )
+    report["memory_bytes"] = memory.bytes()
+    note("the machine's own speed")
+    hold_against(Limits(threads), model, report["works"])
     if request.quality:
         note("quality")
         report["quality"] = _quality(request, model, tokenizer, text)
@@ -110,6 +117,8 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     if peers:
         del model  # its memory and its threads are the sides' now
         report["against"] = _against(request, peers, threads, note)
+    if request.baseline:
+        report["baseline"] = compare(report, request.baseline, request.tolerance)
     return report
 
 
@@ -159,9 +168,6 @@ def _against(
     request: Request, peers: Mapping[str, Callable[[Work, int], list[str]]], threads: int, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Ratios of ours to each peer, for each work."""
-    import json
-    from dataclasses import asdict
-
     from .against import alternate, ratio_rows
     from .peers.base import arguments
 
