@@ -49,6 +49,18 @@ def test_what_the_model_itself_noted(one):
     assert any(f.severity == "warning" and "forward hooks" in f.what for f in found)
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(0.02, True), (0.038, False), (0.05, False)])
+def test_fewer_threads_are_tried_where_decoding_is_slow(case, tiny_model, one, monkeypatch, seconds, said):
+    timed = iter([Decode(**{**GOOD, "seconds": 0.04, "threads": 4}), Decode(**{**GOOD, "seconds": seconds, "threads": 2})])
+    monkeypatch.setattr(slow, "measure_decode", lambda model: next(timed))
+    monkeypatch.setattr("deepseek_optimizer.bench.machine.read_gb_s", lambda size, threads: 50.0)
+    found = list(slow.measure(case(model=str(tiny_model))))
+    assert next(timed, None) is None  # both were measured
+    if said:
+        assert "threads=2" in one(found, "warning", "threads=2 is faster than 4").fix
+    assert len(found) == 1 + said
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_measured(tiny_model, backend):
     model = load_model(tiny_model, backend=backend)

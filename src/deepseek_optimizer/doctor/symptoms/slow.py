@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..budget import budget
 from ..case import Case
 from ..finding import Finding, Severity
 from .base import Symptom
@@ -17,6 +18,7 @@ NAME = "slow"
 PROMPT_TOKENS, TOKENS, ROUNDS = 32, 24, 3
 GOOD_SHARE = 0.5  # of the read limit: what decoding should reach at least
 SMALL = 32 << 20  # bytes a token, below which reading them is not what takes the time
+CLEARLY = 0.9  # of the time: what fewer threads must take to be called faster
 BUSY = 0.3  # processors' worth of other work on ours that shows in the figures
 
 
@@ -39,7 +41,24 @@ def measure(case: Case) -> Iterator[Finding]:
     from ...bench.machine import read_gb_s
 
     decode = measure_decode(case.loaded)
-    yield from judge(decode, read_gb_s(decode.bytes, decode.threads or case.machine.usable_cpus) * 1e9)
+    found = list(judge(decode, read_gb_s(decode.bytes, decode.threads or case.machine.usable_cpus) * 1e9))
+    yield from found
+    slow = any(finding.severity == "warning" for finding in found)
+    if slow and decode.threads and decode.threads > 1 and decode.bytes < budget(case).free:  # a second copy of the weights
+        fewer = measure_decode(case.load(threads=(decode.threads + 1) // 2))
+        if fewer.seconds < decode.seconds * CLEARLY:
+            yield fewer_threads(decode, fewer)
+
+
+def fewer_threads(all_of_them: Decode, fewer: Decode) -> Finding:
+    """Half as many threads are faster."""
+    before, after = all_of_them.seconds * 1e3, fewer.seconds * 1e3
+    return Finding(
+        NAME, "warning", f"threads={fewer.threads} is faster than {all_of_them.threads}: {after:.1f} ms a token, not {before:.1f}",
+        "some threads have no processor, or no path to memory, of their own: other processes, hyper-threads, or a quota",
+        f"threads={fewer.threads}, or DSO_THREADS={fewer.threads}",
+        {"threads": fewer.threads, "ms_per_token": after, "ms_per_token_before": before},
+    )  # fmt: skip
 
 
 def measure_decode(model: Any) -> Decode:
