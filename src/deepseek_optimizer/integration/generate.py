@@ -9,7 +9,6 @@ both choose the same tokens, and draw the same random numbers.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .cache import PagedCache
 from .checks import check_generation, check_prompt
 from .compat import CACHE_NAMES, cache_name
+from .instance_method import Replacement
 from .runtime import Runtime
 from .steps import DecodeSteps
 
@@ -34,19 +34,14 @@ _PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _HANDS_OFF = ("assistant_model", "synced_gpus", "custom_generate")
 
 
-class PlanGenerate:
-    """`model.generate`, on the instance. Takes what the class's own takes."""
+class PlanGenerate(Replacement):
+    """`model.generate`. Takes what the class's own takes."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        model = runtime.model
-        self._original = type(model).generate
-        self.__signature__ = inspect.signature(self._original.__get__(model))
-        self._order = [n for n, p in self.__signature__.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    replaces = "generate"
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = {**dict(zip(self._order, args, strict=False)), **kwargs}
+        call = self.named(args, kwargs)
         model = self.runtime.model
         config, inputs = self._settled(call)
         check_prompt(inputs, call.get("attention_mask"), self.runtime.graph)
@@ -93,15 +88,6 @@ class PlanGenerate:
             and not call.get("output_hidden_states")
             and "prepare_inputs_for_generation" not in self.runtime.model.__dict__
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlanGenerate:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.runtime = self.runtime.copied(memo)
-        return twin
-
-    def __reduce__(self) -> Any:
-        return self.runtime.__reduce__()
 
 
 def _keep_stop_strings(call: dict[str, Any], config: Any) -> None:

@@ -10,19 +10,16 @@ from typing import Any
 
 from ..checkpoint import atomic_directory
 from ..checkpoint.packed import write_safetensors
-from .runtime import Runtime
+from .instance_method import InstanceMethod
 from .swap import matrices_of
 
 
-class PackedSave:
+class PackedSave(InstanceMethod):
     """`model.save_pretrained`, on the instance.
 
     A directory that is not there yet appears at once when all is written. In one that is there (a tokenizer in it, perhaps),
     each file is replaced at once. Adapters, uploads and state dicts given by the caller go to Transformers' own.
     """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         model = self.runtime.model
@@ -56,9 +53,6 @@ class PackedSave:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         write_safetensors(folder / "model.safetensors", {**matrices, **rest})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedSave:
-        return PackedSave(self.runtime.copied(memo))
 
 
 def _sync(path: Path) -> None:

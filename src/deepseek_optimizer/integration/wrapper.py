@@ -10,7 +10,6 @@ their logits and hidden states are zero. And no gradient flows: where one is nee
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..errors import UnsupportedRequestError
 from .cache import Bool, PagedCache, PagedState
 from .compat import cache_name, causal_output, take_cache
 from .generate import PlanGenerate
+from .instance_method import InstanceMethod, Replacement
 from .quantizer import mark_quantized
 from .runtime import Runtime
 from .save import PackedSave
@@ -37,18 +37,13 @@ _SERVED = {
 _NO_CACHE = "begin again without a cache, or pass a transformers.DynamicCache() from the first call on"
 
 
-class PlanForward:
-    """`model.forward`. Has the signature of the model's class, which `generate` and the Trainer look at."""
+class PlanForward(Replacement):
+    """`model.forward`."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        model = runtime.model
-        self._original = type(model).forward
-        self.__signature__ = inspect.signature(self._original.__get__(model))
-        self._order = [n for n, p in self.__signature__.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    replaces = "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = {**dict(zip(self._order, args, strict=False)), **kwargs}
+        call = self.named(args, kwargs)
         cache = take_cache(call)
         reason = self.why_not(call, cache)
         if reason is None:
@@ -170,15 +165,6 @@ class PlanForward:
         )
         return loss
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlanForward:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.runtime = self.runtime.copied(memo)
-        return twin
-
-    def __reduce__(self) -> Any:
-        return self.runtime.__reduce__()
-
 
 def _kept(state: PagedState, mask: torch.Tensor | None, rows: int, q: int) -> Bool | None:
     """bool [rows, q]: which new columns hold a token. None where all do.
@@ -255,11 +241,8 @@ def _rebind(module: Any, keys: Any) -> None:
         found.rebind()
 
 
-class _Apply:
+class _Apply(InstanceMethod):
     """`model._apply`, which `.to()` goes through: a move to another device binds anew."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
 
     def __call__(self, fn: Any, recurse: bool = True) -> Any:
         model = self.runtime.model
@@ -270,9 +253,6 @@ class _Apply:
         else:
             self.runtime.rebind()
         return model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Apply:
-        return _Apply(self.runtime.copied(memo))
 
 
 class _Refuse:
