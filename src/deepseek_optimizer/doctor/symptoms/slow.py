@@ -54,7 +54,7 @@ def fewer_threads(whole: Decode, fewer: Decode) -> Finding:
     """Half as many threads are faster."""
     before, after = whole.seconds * 1e3, fewer.seconds * 1e3
     return Finding(
-        NAME, "warning", f"threads={fewer.threads} is faster than {whole.threads}: {after:.1f} ms a token to {before:.1f}",
+        NAME, "warning", f"threads={fewer.threads} is faster than {whole.threads}: {after:.1f} ms a token, {before:.1f} before",
         "some threads have no processor, or no path to memory, of their own: other processes, hyper-threads, or a quota",
         f"threads={fewer.threads}, or DSO_THREADS={fewer.threads}",
         {"threads": fewer.threads, "ms_per_token": after, "ms_per_token_before": before},
