@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -30,3 +32,13 @@ def dso_process():
         return subprocess.run(command, input=input, capture_output=True, text=True, timeout=120)
 
     return start
+
+
+@pytest.fixture
+def endless_model(tiny_model, tmp_path):
+    """The tiny model without an end of sequence: a random model may say it first thing."""
+    folder = shutil.copytree(tiny_model, tmp_path / "endless")
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
+    return folder

@@ -43,7 +43,7 @@ def test_mistakes_do_not_end_the_conversation(dso, tiny_model, tmp_path):
     assert [m["content"] for m in json.loads(saved.read_text(encoding="utf-8")) if m["role"] == "user"] == ["Two"]
 
 
-def test_interrupt_stops_the_answer_and_not_the_conversation(dso, tiny_model, tmp_path, monkeypatch):
+def test_interrupt_stops_the_answer_and_not_the_conversation(dso, endless_model, tmp_path, monkeypatch):
     saved, pieces = tmp_path / "talk.json", []
 
     def write(text):
@@ -53,7 +53,7 @@ def test_interrupt_stops_the_answer_and_not_the_conversation(dso, tiny_model, tm
 
     monkeypatch.setattr(stream, "write_now", write)
     lines = ["One", "Two", f"/save {saved}"]
-    result = dso("chat", tiny_model, "-t", "2", "--seed", "1", "-n", "20", input="\n".join(lines) + "\n")
+    result = dso("chat", endless_model, "-t", "2", "--seed", "1", "-n", "20", input="\n".join(lines) + "\n")
     assert result.exit_code == 0, result.output
     messages = json.loads(saved.read_text(encoding="utf-8"))
     assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant"]

@@ -51,13 +51,13 @@ def test_bad_arguments_are_one_line(dso, tiny_model, arguments, message):
     assert last.startswith("dso: ") and message in last and all("reference backend" in note for note in notes)
 
 
-def test_interrupt_ends_the_answer_with_code_130(dso, tiny_model, monkeypatch):
+def test_interrupt_ends_the_answer_with_code_130(dso, endless_model, monkeypatch):
     def write(text):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(stream, "write_now", write)
     before = signal.getsignal(signal.SIGINT)
-    result = dso("run", tiny_model, "Hello", "-t", "2", "--seed", "1", "-n", "200")
+    result = dso("run", endless_model, "Hello", "-t", "2", "--seed", "1", "-n", "200")
     assert result.exit_code == 130 and "Traceback" not in result.output
     assert signal.getsignal(signal.SIGINT) is before
 
