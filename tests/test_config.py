@@ -12,7 +12,7 @@ from deepseek_optimizer import ConfigError, DeepSeekConfig
 from deepseek_optimizer.config import FUSION_RULES
 
 GOOD = {
-    "precision": ["auto", "int4", "int8", "bf16", "fp32"],
+    "precision": ["auto", "int4", "q4_1", "int8", "bf16", "fp32"],
     "kernel_fusion": [True, False],
     "fusion_rules": [None, [], ["qkv"], ("attention_softmax", "layer_norm")],
     "attention_optimization": ["flash", "eager"],
@@ -26,6 +26,7 @@ GOOD = {
     "prefill_chunk": [1, 4096],
     "batch_size_range": [(1, 1), [4, 32]],
     "fast_path": [True, False],
+    "calibration": [None, "notes.txt"],
     "modules": [None, {"lm_head": {"format": "int4", "shape": [16, 32]}}],
     "format_version": [None, 1],
     "quant_method": ["deepseek_optimizer"],
@@ -45,6 +46,7 @@ BAD = {
     "prefill_chunk": [0, -1, True, None],
     "batch_size_range": [(0, 1), (4, 2), (1,), 4, (1, 2, 3), (True, 4), (1, float("inf"))],
     "fast_path": ["on", None],
+    "calibration": ["", " ", 4, b"notes.txt", True],
     "modules": [[], {"a": "int4"}, {"a": {}}],
     "format_version": [0, "1"],
     "quant_method": ["bitsandbytes", None],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, Literal
@@ -18,7 +19,7 @@ QUANT_METHOD: Final = "deepseek_optimizer"
 FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 
-Precision = Literal["auto", "int4", "int8", "bf16", "fp32", "fp8"]
+Precision = Literal["auto", "int4", "q4_1", "int8", "bf16", "fp32", "fp8"]
 Attention = Literal["flash", "eager"]
 KvCache = Literal["auto", "fp32", "bf16", "int8"]
 Isa = Literal["avx2", "avx512", "amx"]
@@ -80,6 +81,12 @@ def _range(name: str, value: Any) -> tuple[int, int]:
     raise ConfigError(f"{name} must be (smallest, largest) batch size with 1 <= smallest <= largest, got {value!r}")
 
 
+def _path(name: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(text := os.fspath(value), str) or not text.strip():
+        raise ConfigError(f"{name} must be the path of a text file or None, got {value!r}")
+    return text
+
+
 def _modules(name: str, value: Any) -> dict[str, dict[str, Any]]:
     entries = value.values() if isinstance(value, Mapping) else (None,)
     if not all(isinstance(entry, Mapping) and isinstance(entry.get("format"), str) for entry in entries):
@@ -94,8 +101,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
     Every field is checked when it is set, at construction and later. Unknown names are refused.
 
     Attributes:
-        precision: format of the weight matrices: "int4" (4.5 bits a weight), "int8", "bf16", "fp32", or "auto": as they are,
-            without loss (a float model in its own dtype, a GGUF file's or packed checkpoint's own formats).
+        precision: format of the weight matrices: "int4" (4.5 bits a weight), "q4_1" (5 bits, with a minimum), "int8",
+            "bf16", "fp32", or "auto": as they are, without loss (a float model in its own dtype, a GGUF file's or packed
+            checkpoint's own formats).
         kernel_fusion: False leaves every fusion rule out; results stay the same within the format's tolerance.
         fusion_rules: names of the rules to apply (`FUSION_RULES`); None is all of them.
         attention_optimization: "flash" (online softmax, no score matrix) or "eager" (scores in full; leaves the rule
@@ -111,6 +119,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         prefill_chunk: most tokens in one prefill step; bounds the size of the plan's buffers.
         batch_size_range: (smallest, largest) number of sequences to size buffers for.
         fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
+        calibration: path of a UTF-8 text, some pages like those the model will see: `load_model` runs the original over it and
+            weighs the rounding of int4 and q4_1 by how strongly each input column is used. None: all columns alike.
         modules: format and shape of every packed matrix by module name, as found in a packed checkpoint; not for users.
         format_version: version of that description; not for users.
     """
@@ -130,12 +140,13 @@ class DeepSeekConfig(QuantizationConfigMixin):
     prefill_chunk: int = 512
     batch_size_range: tuple[int, int] = (1, 32)
     fast_path: bool = True
+    calibration: str | None = None
     modules: dict[str, dict[str, Any]] | None = None
     format_version: int | None = None
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "quant_method": _one_of(QUANT_METHOD),
-        "precision": _one_of("auto", "int4", "int8", "bf16", "fp32"),
+        "precision": _one_of("auto", "int4", "q4_1", "int8", "bf16", "fp32"),
         "kernel_fusion": _flag,
         "fusion_rules": _optional(_rules),
         "attention_optimization": _one_of("flash", "eager"),
@@ -149,6 +160,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "prefill_chunk": _integer(1, 1 << 20),
         "batch_size_range": _range,
         "fast_path": _flag,
+        "calibration": _optional(_path),
         "modules": _optional(_modules),
         "format_version": _optional(_integer(1, 1 << 16)),
     }
