@@ -15,6 +15,22 @@ class UnsupportedModelError(ConfigError):
     """The model's family or one of its features is not known; the message lists what is."""
 
 
+class KlBudgetError(ConfigError):
+    """No choice of formats keeps the KL divergence within `kl_budget`.
+
+    Args:
+        budget: what was allowed, in nats a token.
+        reached: the smallest that was measured.
+    """
+
+    def __init__(self, budget: float, reached: float) -> None:
+        self.budget, self.reached = budget, reached
+        super().__init__(
+            f"kl_budget={budget:g}: the smallest KL divergence that can be reached is {reached:.3g}. Allow that much, or give "
+            'kv_cache and formats more bits ("auto" and None keep all of them)'
+        )
+
+
 class CheckpointError(DeepSeekOptimizerError, ValueError):
     """A checkpoint file is damaged, incomplete or lies about itself.
 

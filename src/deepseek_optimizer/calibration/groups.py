@@ -1,0 +1,45 @@
+"""Which matrices are given one format together: those that one fused kernel reads.
+
+Found in the graph with every rule applied: the weights of one node (q, k and v; gate and up; the experts of a layer) belong
+together, and so do nodes that share a matrix (a tied embedding and head). A new family or rule needs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..graph.ir import Graph
+
+
+@dataclass(frozen=True)
+class Group:
+    """Attributes:
+    matrices: parameter names, in order of use.
+    start: index of the last hidden state that does not depend on them; None where even the first one does.
+    """
+
+    matrices: tuple[str, ...]
+    start: int | None
+
+
+def format_groups(graph: Graph, matrices: Collection[str]) -> list[Group]:
+    """The groups of a graph with all its rules applied, in order of use.
+
+    Args:
+        matrices: names of the weights that have a format; others (norms, biases) are passed over.
+    """
+    members: dict[str, set[str]] = {}  # name -> the group it is in; its members share one set
+    starts: dict[str, int | None] = {}  # in order of use
+    at: int | None = None
+    for node in graph.nodes:
+        if node.op == "hidden_out":
+            at = node.attrs["index"]
+        names = [name for name in node.weights if name in matrices]
+        together = set(names).union(*(members.get(name, ()) for name in names))
+        members.update(dict.fromkeys(together, together))
+        for name in names:
+            starts.setdefault(name, at)
+    groups = {id(group): group for name in starts for group in (members[name],)}
+    ordered = [tuple(name for name in starts if name in group) for group in groups.values()]
+    return [Group(names, starts[names[0]]) for names in ordered]

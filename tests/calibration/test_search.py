@@ -1,0 +1,64 @@
+"""The search over predictions that are wrong: what counts is what the assembled model measures."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from deepseek_optimizer import ConfigError
+from deepseek_optimizer.calibration.budget import Option, path, total_bytes, total_kl
+from deepseek_optimizer.calibration.search import search
+from deepseek_optimizer.errors import KlBudgetError
+
+GROUPS = [
+    [
+        Option(("int4",), 45, weight * 0.1),
+        Option(("q4_1",), 50, weight * 0.06),
+        Option(("int8",), 85, weight * 4e-4),
+        Option(("bf16",), 160, 0.0),
+    ]
+    for weight in [1.07**i for i in range(40)]
+]
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.5, 6.0])
+@pytest.mark.parametrize("budget", [50.0, 5.0, 0.5, 0.05])
+def test_the_measured_kl_is_just_within_the_budget(factor: float, budget: float) -> None:
+    calls = []
+
+    def measured(choice):
+        calls.append(choice)
+        return factor * total_kl(choice) ** 1.1
+
+    chosen, curve = search(GROUPS, budget, 0.0, measured)
+    assert chosen in curve
+    assert chosen.measured_kl == measured(chosen.choice) <= budget
+    smaller = [c for c in path(GROUPS) if total_bytes(c) < chosen.bytes]
+    assert all(factor * total_kl(c) ** 1.1 > 0.95 * budget for c in smaller), "no smaller choice of the path would do"
+    assert len(calls) <= 16 and len(set(calls[:-1])) == len(calls) - 1, "nothing is measured twice"
+
+
+def test_the_curve_falls_and_says_what_it_is_made_of() -> None:
+    _, curve = search(GROUPS, 1.0, 0.0, lambda choice: 2 * total_kl(choice))
+    assert len(curve) >= 6
+    for before, after in itertools.pairwise(curve):
+        assert before.bytes < after.bytes
+        assert before.measured_kl > after.measured_kl
+        assert before.predicted_kl > after.predicted_kl
+    assert curve[0].counts() == {"int4": 40}
+    assert all(sum(point.counts().values()) == 40 for point in curve)
+
+
+def test_what_is_there_anyway_counts() -> None:
+    chosen, curve = search(GROUPS, 1.0, 0.9, lambda choice: 0.9 + total_kl(choice))
+    assert 0.9 <= chosen.measured_kl <= 1.0
+    assert all(math.isclose(point.predicted_kl, point.measured_kl) for point in curve)
+
+
+def test_a_budget_below_the_best_names_what_can_be_reached() -> None:
+    with pytest.raises(KlBudgetError, match="kl_budget=0.01: .* is 0.02") as caught:
+        search(GROUPS, 0.01, 0.02, lambda choice: 0.02 + total_kl(choice))
+    assert (caught.value.budget, caught.value.reached) == (0.01, 0.02)
+    assert isinstance(caught.value, ConfigError)
