@@ -7,17 +7,12 @@ difference of the two losses of one token; its error comes from the spread of d,
 from __future__ import annotations
 
 import math
-import pydoc_data.topics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..calibration.text import sample_text as sample_text
+
 Logits = Callable[[Any, Any], Any]  # model, ids int64 [1, T] -> float32 [T, V]
-
-
-def sample_text() -> str:
-    """English prose and code that every Python ships: its own documentation."""
-    topics = pydoc_data.topics.topics
-    return "\n".join(topics[name] for name in sorted(topics) if len(topics[name]) > 2000)
 
 
 def stretches(tokenizer: Any, text: str, tokens: int, count: int) -> list[Any]:

@@ -1,8 +1,9 @@
-"""The calibration text: a user's file as stretches of token ids."""
+"""The calibration text: a user's file, or one that every Python ships, as stretches of token ids."""
 
 from __future__ import annotations
 
 import os
+import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from ..errors import ConfigError
 
 LENGTH, COUNT = 512, 32  # tokens of a stretch, and how many at most: column statistics hardly move after 16,000 tokens
 MAX_BYTES = 64 << 20  # far more than calibration reads; a larger file is a mistake that would take minutes to tokenise
+
+
+def sample_text() -> str:
+    """English prose and code that every Python ships, for who has no text of their own: its own documentation."""
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[name] for name in sorted(topics) if len(topics[name]) > 2000)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
