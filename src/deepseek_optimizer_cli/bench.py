@@ -43,14 +43,19 @@ def bench(
     ] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each fusion rule in turn.")] = False,
     against: Annotated[
-        str | None, typer.Option("--against", help="Engines to compare with, commas between: transformers, llama.cpp.")
+        str | None,
+        typer.Option(
+            "--against",
+            help="Engines to compare with, commas between: transformers, openvino, vllm, llama.cpp; or llama.cpp-avx2 and "
+            "llama.cpp-avx512, built for less.",
+        ),
     ] = None,
     peer_model: Annotated[
         list[str] | None, typer.Option("--peer-model", metavar="PEER=PATH", help="The model in that peer's own format.")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns for --against and --ablate.")] = 3,
     setup_peers: Annotated[
-        bool, typer.Option("--setup-peers", help="Make the environments of the engines in --against.")
+        bool, typer.Option("--setup-peers", help="Make the environments of the engines in --against; of all without it.")
     ] = False,
     baseline: Annotated[
         Path | None,

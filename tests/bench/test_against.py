@@ -15,6 +15,8 @@ from deepseek_optimizer.bench.peers import PEERS, environments, get_peer
 from deepseek_optimizer.bench.work import Work
 from deepseek_optimizer.errors import BackendError, ConfigError
 
+WORK = Work(7, 5, batch=2)
+
 
 def _side(log: Path, name: str, ttft: float) -> list[str]:
     result = {
@@ -55,8 +57,9 @@ def test_a_ratio_is_of_rounds_and_above_one_is_better():
 
 
 def test_a_side_that_fails_is_an_error_with_its_output():
-    with pytest.raises(RuntimeError, match="went wrong"):
-        against.run_json([sys.executable, "-c", "raise SystemExit('went wrong')"])
+    with pytest.raises(BackendError, match="^went wrong .exit code 1 of: ") as caught:
+        against.run_json([sys.executable, "-c", "raise SystemExit('first\\nwent wrong')"])
+    assert "first" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("side", ["transformers", "optimised"])
@@ -69,24 +72,51 @@ def test_the_model_side_prints_runs(tiny_model, side):
     assert 0 < values["load_s"] < values["to_first_token_s"] and values["decode_tok_s"] > 0
 
 
-def test_commands_of_peers(tmp_path):
-    work = Work(7, 5, 3, 2)
-    for name, model in (("transformers", tmp_path), ("llama.cpp", tmp_path / "m.gguf")):
-        command = get_peer(name).command(Path("/env/python"), model, work, threads=4, repeats=6, warmup=1)
-        text = " ".join(command)
-        assert command[0] == "/env/python" and str(model) in command
-        assert "--prompt 7 --new 5 --depth 3 --batch 2 --threads 4 --repeats 6 --warmup 1" in text
-    with pytest.raises(ConfigError, match="--peer-model llama.cpp=FILE"):
-        get_peer("llama.cpp").command(Path("p"), tmp_path, work, threads=1, repeats=1, warmup=0)
+@pytest.fixture
+def models(tmp_path):
+    """Peer -> something it would take for a model."""
+    plain, exported, file = tmp_path / "plain", tmp_path / "exported", tmp_path / "m.gguf"
+    for folder, name in ((plain, "config.json"), (exported, "openvino_model.xml")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    return {name: plain if name in ("transformers", "vllm") else exported if name == "openvino" else file for name in PEERS}
+
+
+def _command(peer, model, work=WORK):
+    return get_peer(peer).command(Path("/env/bin/python"), model, work, threads=4, repeats=6, warmup=1)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_commands_of_peers(name, models):
+    command = _command(name, models[name])
+    assert command[0] == "/env/bin/python" and str(models[name]) in command
+    assert "--prompt 7 --new 5 --depth 0 --batch 2 --threads 4 --repeats 6 --warmup 1" in " ".join(command)
+
+
+def test_what_a_peer_cannot_read_names_the_remedy(models, tmp_path):
     with pytest.raises(ConfigError, match="transformers, llama.cpp"):
         get_peer("llama")
+    for name in ("llama.cpp", "llama.cpp-avx2"):
+        with pytest.raises(ConfigError, match=f"--peer-model {name}=FILE"):
+            _command(name, models["vllm"])
+    with pytest.raises(
+        ConfigError, match="/env/bin/optimum-cli export openvino -m .*plain .*--weight-format int4.*openvino=OUT"
+    ):
+        _command("openvino", models["vllm"])
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "config.json").write_text('{"quantization_config": {"quant_method": "deepseek_optimizer", "modules": {}}}')
+    for name in ("transformers", "vllm"):
+        with pytest.raises(ConfigError, match=f"{name} cannot read; .*--reference"):
+            _command(name, packed)
+        with pytest.raises(ConfigError, match=f"--peer-model {name}=DIR"):
+            _command(name, models["openvino"])
 
 
-def test_scripts_of_foreign_environments_import_nothing_of_ours():
-    command = PEERS["llama.cpp"].command(Path(sys.executable), Path("m.gguf"), Work(), threads=1, repeats=1, warmup=0)
-    done = subprocess.run([command[0], "-I", command[1], "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--prompt" in done.stdout
-    assert "deepseek_optimizer" not in Path(command[1]).read_text()
+@pytest.mark.parametrize("name", ["openvino", "vllm"])
+def test_depth_is_refused_where_an_engine_has_none(name, models):
+    with pytest.raises(ConfigError, match=f"{name} cannot begin behind a filled cache"):
+        _command(name, models[name], Work(7, 5, 3))
 
 
 @pytest.fixture
@@ -117,6 +147,14 @@ def test_an_environment_is_made_once(fake_venv, tmp_path):
     ((command, env),) = fake_venv["calls"]
     assert list(peer.requirements) == command[-len(peer.requirements) :] and env["CMAKE_ARGS"] == "-DGGML_NATIVE=ON"
     assert environments.setup(PEERS["transformers"]) == Path(sys.executable)
+
+
+def test_what_breaks_an_engine_is_removed_and_builds_do_not_share_a_place(fake_venv):
+    environments.setup(PEERS["vllm"])
+    actions = [command[3:] for command, _ in fake_venv["calls"]]
+    assert actions[0] == ["install", "--quiet", *PEERS["vllm"].requirements]
+    assert actions[1] == ["uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"]
+    assert len({environments.directory(peer) for peer in PEERS.values()}) == len(PEERS)
 
 
 def test_an_environment_that_failed_is_not_taken_for_one(fake_venv):

@@ -7,11 +7,13 @@ the highest beside it.
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..errors import BackendError
 from .figures import KINDS, samples
 from .runs import Run
 from .statistics import percentile
@@ -24,11 +26,13 @@ def run_json(command: Command) -> dict[str, Any]:
     """What a process prints as its last line, in JSON.
 
     Raises:
-        RuntimeError: it failed; holds what it wrote to stderr.
+        BackendError: it failed; holds the last line it wrote to stderr, and its cause the rest.
     """
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    words = list(map(str, command))
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr.strip()}")
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BackendError(f"{said} (exit code {done.returncode} of: {shlex.join(words)})") from RuntimeError(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -158,7 +158,8 @@ def _peer_commands(request: Request) -> dict[str, Callable[[Work, int], list[str
         def command(work: Work, threads: int) -> list[str]:
             return peer.command(python, model, work, threads=threads, repeats=request.repeats, warmup=request.warmup)
 
-        command(request.works[0], 1)
+        for work in request.works:
+            command(work, 1)
         return command
 
     return {name: starter(name) for name in request.against}

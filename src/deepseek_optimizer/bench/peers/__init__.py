@@ -11,10 +11,13 @@ from types import MappingProxyType
 
 from ...errors import ConfigError
 from .base import Peer
-from .llama_cpp import LlamaCpp
+from .llama_cpp import BUILDS, LlamaCpp
+from .openvino import OpenVino
 from .transformers import Transformers
+from .vllm import Vllm
 
-PEERS: Mapping[str, Peer] = MappingProxyType({peer.name: peer for peer in (Transformers(), LlamaCpp())})
+_ALL: tuple[Peer, ...] = (Transformers(), *map(LlamaCpp, BUILDS), OpenVino(), Vllm())
+PEERS: Mapping[str, Peer] = MappingProxyType({peer.name: peer for peer in _ALL})
 
 
 def get_peer(name: str) -> Peer:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from ...errors import ConfigError
 from ..work import Work
 
 
@@ -16,17 +18,19 @@ class Peer(Protocol):
     Attributes:
         name: as on the command line.
         requirements: what pip installs into its own environment; none: it runs in this interpreter's.
+        unwanted: what pip then removes from it.
         environment: variables that pip's builds read.
     """
 
     name: str
     requirements: Sequence[str]
+    unwanted: Sequence[str]
     environment: dict[str, str]
 
     def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
         """What starts the side, with the interpreter given.
 
-        Raises: ConfigError where this engine does not read such a model.
+        Raises: ConfigError where this engine does not read such a model, or cannot do such work.
         """
 
 
@@ -39,3 +43,20 @@ def arguments(work: Work, *, threads: int, repeats: int, warmup: int) -> list[st
     """Options that every side takes."""
     options = {**asdict(work), "threads": threads, "repeats": repeats, "warmup": warmup}
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def check_directory(peer: str, model: Path) -> None:
+    """Raises ConfigError where `model` is no Transformers directory, or one that only this package reads."""
+    from ...checkpoint.packed import is_packed
+
+    config = model / "config.json"
+    if not config.exists():
+        raise ConfigError(f"{peer} reads Transformers directories, not {model}; name one with --peer-model {peer}=DIR")
+    if is_packed(json.loads(config.read_text(encoding="utf-8"))):
+        raise ConfigError(f"{model} is packed, which {peer} cannot read; name the model it was made from with --reference")
+
+
+def check_depth(peer: str, work: Work) -> None:
+    """Raises ConfigError: for engines that cannot begin behind a filled cache."""
+    if work.depth:
+        raise ConfigError(f"{peer} cannot begin behind a filled cache; leave --depth out, and give a longer --prompt")

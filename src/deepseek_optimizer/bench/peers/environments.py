@@ -50,13 +50,19 @@ def setup(peer: Peer) -> Path:
         return interpreter(peer)
     try:
         venv.create(target, clear=True, with_pip=True)
-        command = [str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", *peer.requirements]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **peer.environment})
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise BackendError(f"cannot set up {peer.name}: {said}")
+        _pip(peer, "install", *peer.requirements)
+        if peer.unwanted:
+            _pip(peer, "uninstall", "--yes", *peer.unwanted)
         _complete(peer).touch()
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
     return interpreter(peer)
+
+
+def _pip(peer: Peer, action: str, *arguments: str) -> None:
+    command = [str(directory(peer) / "bin" / "python"), "-m", "pip", action, "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **peer.environment})
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BackendError(f"cannot set up {peer.name}: {said}")

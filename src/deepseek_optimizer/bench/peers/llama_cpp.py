@@ -1,4 +1,4 @@
-"""llama.cpp, built for this very CPU out of llama-cpp-python's source on the package registry."""
+"""llama.cpp, built out of llama-cpp-python's source on the package registry: for this very CPU, or for an instruction set."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from ...errors import ConfigError
 from ..work import Work
 from .base import arguments, script
 
+_AVX2 = "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
+_AVX512 = "-DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON"
+BUILDS = {"llama.cpp": "-DGGML_NATIVE=ON", "llama.cpp-avx2": _AVX2, "llama.cpp-avx512": f"{_AVX2} {_AVX512}"}
+
 
 class LlamaCpp:
-    name = "llama.cpp"
-    requirements: Sequence[str] = ("--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36")
-    environment: dict[str, str] = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+    requirements: Sequence[str] = ("--no-cache-dir", "--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36")
+    unwanted: Sequence[str] = ()
+
+    def __init__(self, name: str) -> None:
+        """name: one of `BUILDS`."""
+        self.name = name
+        self.environment = {"CMAKE_ARGS": BUILDS[name]}
 
     def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
         if model.suffix != ".gguf":
-            raise ConfigError(f"llama.cpp reads .gguf files, not {model}; name one with --peer-model llama.cpp=FILE.gguf")
+            raise ConfigError(f"{self.name} reads .gguf files, not {model}; name one with --peer-model {self.name}=FILE.gguf")
         options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
         return [str(python), script("llama_cpp_side.py"), str(model), *options]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..work import Work
-from .base import arguments
+from .base import arguments, check_directory
 
 MODULE = "deepseek_optimizer.bench.sides.model"
 
@@ -14,8 +14,11 @@ MODULE = "deepseek_optimizer.bench.sides.model"
 class Transformers:
     name = "transformers"
     requirements: Sequence[str] = ()
+    unwanted: Sequence[str] = ()
     environment: dict[str, str] = {}
 
     def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
+        if model.suffix != ".gguf":
+            check_directory(self.name, model)
         options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
         return [str(python), "-m", MODULE, "transformers", str(model), *options]

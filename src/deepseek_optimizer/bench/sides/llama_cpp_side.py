@@ -10,21 +10,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import random
 import time
 from typing import Any
 
+from foreign import main, resident
+
 CHUNK = 512  # tokens a llama_decode call takes in prefill
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--threads", type=int, required=True)
-    for name, value in (("prompt", 512), ("new", 64), ("depth", 0), ("batch", 1), ("repeats", 3), ("warmup", 1)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    print(json.dumps(measure(parser.parse_args())))
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
@@ -94,12 +86,5 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     return {"load_s": load_s, "to_first_token_s": to_first_token_s, "memory_bytes": memory_bytes, "runs": runs}
 
 
-def resident(field: str) -> int:
-    """A size out of /proc/self/status, in bytes."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
 if __name__ == "__main__":
-    main()
+    main(measure)

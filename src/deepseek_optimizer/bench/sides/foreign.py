@@ -1,0 +1,25 @@
+"""What sides share that run in an engine's own environment. Imports nothing but the standard library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+
+def main(measure: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
+    """Reads the options that every side takes, and prints what `measure` makes of them as the last line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, required=True)
+    for name, value in (("prompt", 512), ("new", 64), ("depth", 0), ("batch", 1), ("repeats", 3), ("warmup", 1)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    print(json.dumps(measure(parser.parse_args())), flush=True)
+
+
+def resident(field: str) -> int:
+    """A size out of this process's status (VmRSS: now, VmHWM: its peak), in bytes."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
