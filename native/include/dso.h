@@ -49,6 +49,9 @@ DSO_API void dso_context_destroy(dso_context* c);
 DSO_API const char* dso_context_isa(const dso_context* c);
 DSO_API int32_t dso_context_threads(const dso_context* c);
 DSO_API int32_t dso_default_threads(void);             /* min(affinity, ceil(cgroup quota)) */
+/* Bytes a second at which the context's threads together read `bytes` (1 MiB at least; taken for the call) over and over:
+ * the fastest of the rounds that fit `seconds`, four at least. */
+DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second);
 
 /* ---- weights --------------------------------------------------------------------------------------------
  * A matrix W[rows, cols] (out features, in features) is packed in tiles of 16 rows x 32 columns, tile row by tile

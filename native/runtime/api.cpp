@@ -1,4 +1,5 @@
 // The C border: pointers checked, exceptions turned into codes. What each call does lies behind it.
+#include "bandwidth.hpp"
 #include "cache.hpp"
 #include "context.hpp"
 #include "cpu_features.hpp"
@@ -53,6 +54,9 @@ int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out) 
 void dso_context_destroy(dso_context* c) { delete c; }  // plans made on it keep what they share
 const char* dso_context_isa(const dso_context* c) { return c ? c->shared->kernels.isa : nullptr; }
 int32_t dso_context_threads(const dso_context* c) { return c ? c->shared->pool.threads() : 0; }
+int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second) {
+  return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });
+}
 
 int64_t dso_tile_bytes(int32_t format) { return tile_bytes(format); }
 int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols) { return packed_bytes(format, rows, cols); }

@@ -42,6 +42,25 @@ void contexts() {
   for (const char* key : {"\"vendor\"", "\"model\"", "\"features\"", "\"caches\"", "\"cores\""}) check(cpu.find(key) != std::string::npos, "%s lacks %s", cpu.c_str(), key);
 }
 
+void bandwidth() {
+  for (int threads : {1, 3}) {
+    dso_context* c = nullptr;
+    if (!check(dso_context_create(nullptr, threads, &c) == 0, "%s", dso_last_error())) return;
+    double found = 0;
+    refuses(dso_read_bandwidth(c, 1000, 0, &found), DSO_EINVAL, "bytes is 1000", "too little to read");
+    refuses(dso_read_bandwidth(c, 1 << 20, -1, &found), DSO_EINVAL, "seconds is -1", "negative time");
+    refuses(dso_read_bandwidth(c, 1 << 20, NAN, &found), DSO_EINVAL, "seconds is", "no time");
+    refuses(dso_read_bandwidth(c, INT64_C(1) << 60, 0, &found), DSO_ENOMEM, "could not be had", "too much to read");
+    refuses(dso_read_bandwidth(c, 1 << 20, 0, nullptr), DSO_EINVAL, "bytes_per_second is NULL", "no place for it");
+    check(found == 0, "a failed call left %g", found);
+    for (int64_t bytes : {1 << 20, (3 << 20) + 77}) {
+      check(dso_read_bandwidth(c, bytes, 0, &found) == 0, "%s", dso_last_error());
+      check(found > 1e7 && found < 1e14, "%d threads read %g bytes a second", threads, found);
+    }
+    dso_context_destroy(c);
+  }
+}
+
 void errors_are_per_thread() {
   dso_context_create("sse9", 1, nullptr);
   dso_context* c;
@@ -314,6 +333,7 @@ int main() {
   context_goes_first();
   many_callers();
   contexts();
+  bandwidth();
   caches();
   direct();
   return report("test_api");

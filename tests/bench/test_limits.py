@@ -6,6 +6,7 @@ import pytest
 
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.bench import limits as module
+from deepseek_optimizer.bench import machine
 from deepseek_optimizer.bench.energy import Energy
 from deepseek_optimizer.bench.limits import Limits, cost_per_million
 from deepseek_optimizer.bench.machine import matrix_tera, read_gb_s
@@ -55,7 +56,9 @@ def test_shares(monkeypatch):
 
 
 def test_the_machine_is_measured():
-    assert 0.1 < read_gb_s(4 << 20, 1, seconds=0.05) < 10_000
+    for threads in (1, 2):
+        assert 0.1 < read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
+        assert 0.1 < machine._numpy_read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
     found = matrix_tera(1, size=256, seconds=0.02)
     assert found["fp32"] > 1e-4 and all(v > 0 for v in found.values())
 

@@ -75,6 +75,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_context_isa": (C.c_char_p, [PTR]),
     "dso_context_threads": (I32, [PTR]),
     "dso_default_threads": (I32, []),
+    "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
     "dso_tile_bytes": (I64, [I32]),
     "dso_packed_bytes": (I64, [I32, I64, I64]),
     "dso_pack": (I32, [PTR, I32, I32, PTR, I64, I64, I64, PTR]),
@@ -193,6 +194,13 @@ class Context:
     @property
     def threads(self) -> int:
         return int(self.lib.dso_context_threads(self.handle))
+
+    def read_bandwidth(self, size: int, seconds: float) -> float:
+        """Bytes a second at which all threads together read `size` bytes (1 MiB at least) over and over, the fastest round of
+        `seconds`. Raises ValueError, MemoryError."""
+        found = C.c_double()
+        check(self.lib.dso_read_bandwidth(self.handle, size, seconds, C.byref(found)))
+        return found.value
 
 
 @functools.lru_cache(maxsize=8)
