@@ -27,6 +27,9 @@ GOOD = {
     "batch_size_range": [(1, 1), [4, 32]],
     "fast_path": [True, False],
     "calibration": [None, "notes.txt"],
+    "kl_budget": [None, 0.02, 1],
+    "formats": [None, {}, {"lm_head": "int8", "model.layers.0.mlp.up_proj": "q4_1"}],
+    "curve": [None, [{"bits": 4.5, "measured_kl": 0.3}]],
     "modules": [None, {"lm_head": {"format": "int4", "shape": [16, 32]}}],
     "format_version": [None, 1],
     "quant_method": ["deepseek_optimizer"],
@@ -47,6 +50,9 @@ BAD = {
     "batch_size_range": [(0, 1), (4, 2), (1,), 4, (1, 2, 3), (True, 4), (1, float("inf"))],
     "fast_path": ["on", None],
     "calibration": ["", " ", 4, b"notes.txt", True],
+    "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
+    "formats": [["int8"], {"lm_head": "int3"}, {"lm_head": None}, {1: "int8"}],
+    "curve": ["0.3", {"bits": 4.5}, [4.5]],
     "modules": [[], {"a": "int4"}, {"a": {}}],
     "format_version": [0, "1"],
     "quant_method": ["bitsandbytes", None],
@@ -145,6 +151,32 @@ def test_format_of():
     assert config.format_of("head.weight", "bf16") == "int8"
     assert config.format_of("other.weight", "bf16") == "int4"
     assert DeepSeekConfig().format_of("other.weight", "bf16") == "bf16"
+
+
+def test_formats_go_before_precision_but_not_before_what_is_packed():
+    config = DeepSeekConfig(precision="int4", formats={"head": "int8", "embed": "q4_1"})
+    assert [config.format_of(f"{n}.weight", "bf16") for n in ("head", "embed", "other")] == ["int8", "q4_1", "int4"]
+    config.modules = {"head": {"format": "fp32", "shape": [1, 1]}}
+    assert config.format_of("head.weight", "bf16") == "fp32"
+
+
+def test_a_budget_needs_every_matrix_as_it_is_at_first():
+    config = DeepSeekConfig(kl_budget=0.1, formats={"head": "int8"})
+    assert config.format_of("head.weight", "bf16") == "bf16"
+
+
+def test_a_budget_and_a_precision_exclude_each_other():
+    for make in (lambda: DeepSeekConfig(precision="int4", kl_budget=0.1), lambda: DeepSeekConfig(kl_budget=1, precision="bf16")):
+        with pytest.raises(ConfigError, match="kl_budget .*leave precision at"):
+            make()
+    config = DeepSeekConfig(kl_budget=0.1)
+    with pytest.raises(ConfigError, match="kl_budget"):
+        config.precision = "int8"
+    assert config == DeepSeekConfig(kl_budget=0.1)
+    config.kl_budget = None
+    config.precision = "int8"
+    with pytest.raises(ConfigError, match="kl_budget"):
+        config.kl_budget = 0.1
 
 
 def test_repr_shows_what_differs():

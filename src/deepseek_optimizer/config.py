@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.graph.rules import RULES
+from deepseek_optimizer.quant import get_format
 
 QUANT_METHOD: Final = "deepseek_optimizer"
 FUSION_RULES: Final = tuple(RULES)
@@ -32,6 +34,9 @@ _PLANNED: Final = {
     ("attention_optimization", "sliding"): "sliding-window attention is not built yet; use 'flash'",
     ("attention_optimization", "sparse"): "sparse attention is not built yet; use 'flash'",
 }
+
+
+_LONG: Final = ("formats", "curve", "modules")  # left out where a config is shown
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
@@ -62,6 +67,14 @@ def _integer(low: int, high: int) -> Callable[[str, Any], int]:
     return check
 
 
+def _agree(precision: str, kl_budget: float | None, **_: Any) -> None:
+    if kl_budget is not None and precision != "auto":
+        raise ConfigError(
+            f'kl_budget chooses the formats itself, so it cannot be met with precision={precision!r}; leave precision at "auto", '
+            "or name single matrices in formats"
+        )
+
+
 def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
@@ -85,6 +98,27 @@ def _path(name: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(text := os.fspath(value), str) or not text.strip():
         raise ConfigError(f"{name} must be the path of a text file or None, got {value!r}")
     return text
+
+
+def _above_zero(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def _formats(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(module, str) for module in value):
+        raise ConfigError(f"{name} must map names of modules to names of formats, got {value!r}")
+    try:
+        return {module: get_format(format).name for module, format in value.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _points(name: str, value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(point, Mapping) for point in value):
+        raise ConfigError(f"{name} must be a list of measured points, as a packed checkpoint has it, got {value!r}")
+    return tuple(dict(point) for point in value)
 
 
 def _modules(name: str, value: Any) -> dict[str, dict[str, Any]]:
@@ -121,6 +155,12 @@ class DeepSeekConfig(QuantizationConfigMixin):
         fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
         calibration: path of a UTF-8 text, some pages like those the model will see: `load_model` runs the original over it and
             weighs the rounding of int4 and q4_1 by how strongly each input column is used. None: all columns alike.
+        kl_budget: only with precision "auto": the smallest formats are chosen, matrix by matrix, with which the mean KL divergence
+            to the model as it is stays within this many nats a token, as measured on the calibration text (None: on one that
+            every Python ships). 0.02 is hardly noticed; int4 throughout costs some tenths. None: no loss is allowed.
+        formats: format of single matrices by module name, such as {"lm_head": "int8"}; goes before `precision`. After a load
+            with `kl_budget` these are the formats that were chosen; matrices named beforehand keep theirs.
+        curve: size and quality of the choices that were measured, as found in a packed checkpoint; not for users.
         modules: format and shape of every packed matrix by module name, as found in a packed checkpoint; not for users.
         format_version: version of that description; not for users.
     """
@@ -141,6 +181,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
     batch_size_range: tuple[int, int] = (1, 32)
     fast_path: bool = True
     calibration: str | None = None
+    kl_budget: float | None = None
+    formats: dict[str, str] | None = None
+    curve: tuple[dict[str, Any], ...] | None = None
     modules: dict[str, dict[str, Any]] | None = None
     format_version: int | None = None
 
@@ -161,6 +204,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "batch_size_range": _range,
         "fast_path": _flag,
         "calibration": _optional(_path),
+        "kl_budget": _optional(_above_zero),
+        "formats": _optional(_formats),
+        "curve": _optional(_points),
         "modules": _optional(_modules),
         "format_version": _optional(_integer(1, 1 << 16)),
     }
@@ -173,6 +219,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):  # private names are Transformers' own bookkeeping
             value = self._known(name)(name, value)
+        if name in ("precision", "kl_budget"):
+            _agree(**{"precision": "auto", "kl_budget": None, **self.__dict__, name: value})
         object.__setattr__(self, name, value)
 
     @classmethod
@@ -194,10 +242,14 @@ class DeepSeekConfig(QuantizationConfigMixin):
         return tuple(r for r in FUSION_RULES if r in chosen)
 
     def format_of(self, weight: str, natural: str) -> str:
-        """Name of the format of one weight matrix; `natural` is the one that keeps it as it is."""
-        entry = (self.modules or {}).get(weight.removesuffix(".weight"))
-        if entry is not None:
-            return str(entry["format"])
+        """Name of the format that one weight matrix is loaded in; `natural` is the one that keeps it as it is."""
+        module = weight.removesuffix(".weight")
+        if self.modules and module in self.modules:
+            return str(self.modules[module]["format"])
+        if self.kl_budget is not None:  # formats are chosen on the model as it is
+            return natural
+        if self.formats and module in self.formats:
+            return self.formats[module]
         return natural if self.precision == "auto" else self.precision
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,7 +260,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def __repr__(self) -> str:
-        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name != "modules"}
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name not in _LONG}
         changed = {name: value for name, (value, default) in values.items() if value != default}
         return f"DeepSeekConfig({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 

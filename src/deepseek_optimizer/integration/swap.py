@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import DeepSeekConfig
-from ..errors import BackendError, UnsupportedModelError
+from ..errors import BackendError, ConfigError, UnsupportedModelError
 from ..graph.ir import Graph
 from ..quant import PackedMatrix, Packer, get_format
 from .modules import Packed, PackedEmbedding, PackedLinear
@@ -45,6 +46,18 @@ def sites(model: nn.Module, graph: Graph) -> list[Site]:
     return found
 
 
+def _named_sites(model: nn.Module, graph: Graph, config: DeepSeekConfig) -> list[Site]:
+    """The sites, once every module that `config.formats` names is found to be one."""
+    found = sites(model, graph)
+    names = dict.fromkeys(site.weight.removesuffix(".weight") for site in found)
+    for name in config.formats or ():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"formats names {name!r}, which is no matrix of this model{hint}")
+    return found
+
+
 def packed_twin(module: nn.Module, format_name: str, dtype: torch.dtype) -> PackedLinear | PackedEmbedding:
     """An empty packed module for a float one, on the meta device. Biases are the float module's own."""
     get_format(format_name)
@@ -70,7 +83,7 @@ def swap_on_meta(
         natural: a weight's name -> the format that keeps it as it is stored; None: that of `dtype`.
     """
     first: dict[str, nn.Parameter] = {}
-    for site in sites(model, graph):
+    for site in _named_sites(model, graph, config):
         own = NATURAL[dtype] if natural is None else natural(site.weight)
         twin = packed_twin(site.module, config.format_of(site.weight, own), dtype)
         twin.weight = first.setdefault(site.weight, twin.weight)
@@ -80,7 +93,7 @@ def swap_on_meta(
 def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Packer) -> None:
     """Converts a loaded float model module by module; each original's memory is free before the next is packed."""
     done: dict[str, nn.Parameter] = {}
-    for site in sites(model, graph):
+    for site in _named_sites(model, graph, config):
         if isinstance(site.module, Packed):
             continue
         module = site.module
