@@ -26,7 +26,6 @@ import json, sys
 from types import SimpleNamespace as N
 class LLMPipeline:
     def __init__(self, model, device, **options): print(json.dumps([model, device, options]), file=sys.stderr)
-    def get_tokenizer(self): return N(get_vocab=lambda: dict.fromkeys(range(100)))
     def generate(self, inputs, options):
         batch, prompt = inputs[0].shape
         assert options.ignore_eos and not options.do_sample and options.min_new_tokens == options.max_new_tokens
@@ -82,7 +81,8 @@ def side(tmp_path):
     def run(script, modules, *options):
         for name, code in modules.items():
             (tmp_path / f"{name}.py").write_text(code)
-        command = [sys.executable, str(Path(sides.__file__).with_name(script)), "M", "--threads", "1", *options]
+        (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+        command = [sys.executable, str(Path(sides.__file__).with_name(script)), str(tmp_path), "--threads", "1", *options]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1]), [json.loads(line) for line in done.stderr.splitlines()]
@@ -93,19 +93,19 @@ def side(tmp_path):
 WORK = ("--prompt", "12", "--new", "4", "--batch", "3", "--repeats", "2", "--warmup", "1")
 
 
-def test_openvino(side):
+def test_openvino(side, tmp_path):
     result, notes = side("openvino_side.py", {"openvino": OPENVINO, "openvino_genai": OPENVINO_GENAI}, *WORK)
-    assert notes == [["M", "CPU", {"INFERENCE_NUM_THREADS": 1}], [1, 16, 1], [3, 12, 4], [3, 12, 4], [3, 12, 4]]
+    assert notes == [[str(tmp_path), "CPU", {"INFERENCE_NUM_THREADS": 1}], [1, 16, 1], [3, 12, 4], [3, 12, 4], [3, 12, 4]]
     assert [(r["prompt"], r["batch"], r["generated"]) for r in result["runs"]] == [(12, 3, 12)] * 2
     assert result["runs"][0]["times"] == pytest.approx([0.05, 0.06, 0.07, 0.08])
     values = values_of(result)
     assert values["decode_tok_s"] == pytest.approx(300) and values["memory_bytes"] > 0
 
 
-def test_vllm_counts_a_step_when_the_last_sequence_has_its_token(side):
+def test_vllm_counts_a_step_when_the_last_sequence_has_its_token(side, tmp_path):
     result, notes = side("vllm_side.py", {"vllm": VLLM}, *WORK)
     options = {"dtype": "bfloat16", "max_model_len": 20, "enable_prefix_caching": False, "seed": 0}
-    assert notes == [["M", options, 1, "0"]]
+    assert notes == [[str(tmp_path), options, 1, "0"]]
     assert [(r["prompt"], r["batch"], r["generated"]) for r in result["runs"]] == [(12, 3, 12)] * 2
     times = result["runs"][0]["times"]
     assert len(times) == 4 and times == sorted(times) and times[0] >= 0.03 and times[-1] >= 0.06

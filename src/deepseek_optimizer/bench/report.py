@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -170,14 +168,13 @@ def _against(
 ) -> list[dict[str, Any]]:
     """Ratios of ours to each peer, for each work."""
     from .against import alternate, ratio_rows
-    from .peers.base import arguments
+    from .peers.base import own_command
 
     rows = []
     for work in request.works:
-        common = arguments(work, threads=threads, repeats=request.repeats, warmup=request.warmup)
-        side = [sys.executable, "-m", "deepseek_optimizer.bench.sides.model", "optimised", str(request.model)]
+        options = {"threads": threads, "repeats": request.repeats, "warmup": request.warmup}
         sides = {name: command(work, threads) for name, command in peers.items()}
-        sides["ours"] = [*side, "--config", json.dumps(request.fields), *common]
+        sides["ours"] = own_command("optimised", request.model, work, **options, fields=request.fields)
         found = alternate(sides, request.rounds, note)
         for name in peers:
             pair = {name: found[name], "ours": found["ours"]}

@@ -9,20 +9,16 @@ from .work import Work
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Attributes:
-    weight_bytes: matrices read in a step, whatever its batch; of an embedding only the rows looked up are read: left out.
-    kv_bytes: of the cache, a token of context.
-    weights: numbers in the matrices that every prompt token is multiplied with.
-    head_weights: numbers in the output head, which the last token of a prompt alone needs.
-    attention_width: numbers of all query heads of all layers together.
+class Reads:
+    """What decoding reads, in any engine.
+
+    Attributes:
+        weight_bytes: matrices read in a step, whatever its batch; of an embedding only the rows looked up are read: left out.
+        kv_bytes: of the cache, a token of context.
     """
 
     weight_bytes: int
     kv_bytes: float
-    weights: int
-    head_weights: int
-    attention_width: int
 
     def step_bytes(self, work: Work) -> float:
         """Read in a decode step half way through the output."""
@@ -31,6 +27,19 @@ class Traffic:
     def token_bytes(self, work: Work) -> float:
         """Read for each generated token: the weights' share falls with the batch."""
         return self.step_bytes(work) / work.batch
+
+
+@dataclass(frozen=True)
+class Traffic(Reads):
+    """Attributes:
+    weights: numbers in the matrices that every prompt token is multiplied with.
+    head_weights: numbers in the output head, which the last token of a prompt alone needs.
+    attention_width: numbers of all query heads of all layers together.
+    """
+
+    weights: int
+    head_weights: int
+    attention_width: int
 
     def prefill_operations(self, work: Work) -> float:
         """Multiplications and additions until the first tokens: matrices, the head once a row, causal attention."""

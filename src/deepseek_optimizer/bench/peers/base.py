@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...errors import ConfigError
 from ..work import Work
@@ -43,6 +44,22 @@ def arguments(work: Work, *, threads: int, repeats: int, warmup: int) -> list[st
     """Options that every side takes."""
     options = {**asdict(work), "threads": threads, "repeats": repeats, "warmup": warmup}
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def own_command(
+    side: str,
+    model: str | Path,
+    work: Work,
+    *,
+    threads: int,
+    repeats: int,
+    warmup: int,
+    fields: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What starts one of `sides.load.SIDES`, which run in this package's own environment; fields: of DeepSeekConfig."""
+    options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
+    config = ["--config", json.dumps(dict(fields))] if fields else []
+    return [sys.executable, "-m", "deepseek_optimizer.bench.sides.model", side, str(model), *config, *options]
 
 
 def check_directory(peer: str, model: Path) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..work import Work
-from .base import arguments, check_directory
-
-MODULE = "deepseek_optimizer.bench.sides.model"
+from .base import check_directory, own_command
 
 
 class Transformers:
@@ -20,5 +18,4 @@ class Transformers:
     def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
         if model.suffix != ".gguf":
             check_directory(self.name, model)
-        options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
-        return [str(python), "-m", MODULE, "transformers", str(model), *options]
+        return own_command("transformers", model, work, threads=threads, repeats=repeats, warmup=warmup)

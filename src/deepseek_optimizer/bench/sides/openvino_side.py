@@ -9,7 +9,9 @@ any number. A step's time is that of the last sequence.
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 from foreign import main, resident
@@ -26,7 +28,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     pipeline = openvino_genai.LLMPipeline(a.model, "CPU", INFERENCE_NUM_THREADS=a.threads)
     load_s = time.perf_counter() - started
     generator = np.random.default_rng(0)
-    vocabulary = len(pipeline.get_tokenizer().get_vocab())
+    vocabulary = json.loads((Path(a.model) / "config.json").read_text())["vocab_size"]
 
     def run(batch: int, prompt: int, new: int) -> dict[str, Any]:
         options = openvino_genai.GenerationConfig()
