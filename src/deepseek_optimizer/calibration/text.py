@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ MAX_BYTES = 64 << 20  # far more than calibration reads; a larger file is a mist
 
 def sample_text() -> str:
     """English prose and code that every Python ships, for who has no text of their own: its own documentation."""
-    topics = pydoc_data.topics.topics
+    from pydoc_data.topics import topics  # half a megabyte
+
     return "\n".join(topics[name] for name in sorted(topics) if len(topics[name]) > 2000)
 
 
