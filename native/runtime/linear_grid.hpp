@@ -19,6 +19,13 @@ struct LinearGrid {
   int64_t first_tile(int64_t task) const { return task / row_blocks * block_tiles; }
 };
 
+// Task `index` of `tasks`, taken by `threads` threads in turns, as a place in their order in memory: each thread mostly goes on
+// where it ended, so that what its kernels fetched ahead is what comes next.
+inline int64_t in_stretches(int64_t index, int64_t tasks, int64_t threads) {
+  const int64_t lane = index % threads, longer = tasks % threads;
+  return lane * (tasks / threads) + std::min(lane, longer) + index / threads;
+}
+
 // `matrix_bytes`: of all matrices that share the step. `tiles_step`: blocks of tiles are multiples of it.
 LinearGrid cut(const Matrix& w, int32_t kind, int64_t row_begin, int64_t rows, bool prefill, int threads, int64_t matrix_bytes,
                int64_t tiles_step = 1);

@@ -42,6 +42,7 @@ class Linear final : public Op {
   int64_t scratch_bytes(const Run& run) const override { return int64_t(run.kernels.linear_scratch); }
 
   void task(const Run& run, int64_t index, int thread) override {
+    index = in_stretches(index, tasks_, run.threads);
     size_t i = parts_.size() - 1;
     while (parts_[i].first_task > index) --i;
     const Part& part = parts_[i];
@@ -89,6 +90,7 @@ class GateUp final : public Op {
   int64_t scratch_bytes(const Run& run) const override { return buffers_at(run) + 2 * 4 * block_floats_; }
 
   void task(const Run& run, int64_t index, int thread) override {
+    index = in_stretches(index, tasks(run), run.threads);
     int i = 0;
     for (; index >= grids_.grid[i].tasks(); ++i) index -= grids_.grid[i].tasks();
     const LinearGrid& g = grids_.grid[i];

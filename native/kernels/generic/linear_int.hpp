@@ -3,7 +3,7 @@
 //   acc = fma(float(dot), scale_w * scale_a, acc);  Q4_1 also  acc = fma(min * scale_a, float(sum a), acc);
 // and y = acc + bias.
 //
-// A few tile rows meet all tokens, 4 at a time; the first 4 bring the weights from memory, the others find them in a cache.
+// A few tile rows meet all tokens, 4 at a time, while the tile rows that come next are fetched into L2.
 // Packed tiles are read as they are: unpacking uses ports that dots leave free. Measured on Zen 5, panels of unpacked weights in
 // L1, blocks of K and blocks of tokens by cache size all gained nothing at any token count from 8 to 512.
 #pragma once
@@ -47,17 +47,30 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
     for (int n = 0; n < N; ++n) acc[m][n] = pairs ? iadd(acc[m][n], add_pairs(sum[m][n])) : sum[m][n];
 }
 
-// Asks for the weights `distance` bytes on, in this tile row or the next: the hardware's own prefetchers stop at every page.
-template <class W> DSO_INLINE void prefetch(const uint8_t* w) {
-  constexpr int64_t distance = 8192;
-  for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + distance + i);
-}
+// What is asked for ahead of its use: the hardware's own prefetchers stop at every page.
+// Stream: the weights `distance` bytes on, for those that are met by one block of tokens.
+struct Stream {
+  template <class W> inline __attribute__((always_inline)) void step(const uint8_t* w) {
+    constexpr int64_t distance = 8192;
+    for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + distance + i);
+  }
+};
+// Ahead: the tile rows that come next, into L2, in equal portions while all blocks of tokens meet the present ones.
+struct Ahead {
+  const uint8_t *at, *end;
+  int64_t portion;  // bytes a group, a multiple of 64
+  template <class W> inline __attribute__((always_inline)) void step(const uint8_t*) {
+    if (at >= end) return;
+    for (int64_t i = 0; i < portion; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += portion;
+  }
+};
 
-// All groups of M tokens x N tile rows, by the recipe. `stream`: the weights come from memory.
-template <class W, int kind, int M, int N, bool stream>
-DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const Rows<kind>& x) {
+// All groups of M tokens x N tile rows, by the recipe.
+template <class W, int kind, int M, int N, class Fetch>
+DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const Rows<kind>& x, Fetch& fetch) {
   for (int64_t g = 0; g < x.width / 32; ++g, w += W::bytes) {
-    if constexpr (stream) prefetch<W>(w);
+    fetch.template step<W>(w);
     I start[M], dot[M][N];
     for (int m = 0; m < M; ++m) start[m] = iset(-W::offset * x.sums(m)[g]);
     for (int m = 0; m < M; ++m)
@@ -94,41 +107,47 @@ DSO_INLINE void finish(const Output& out, int64_t t, int64_t tile, F acc) {
   store(y, out.bias ? add(acc, load(out.bias + 16 * tile, n)) : acc, n);
 }
 
-template <int format, int kind, int M, int N, bool stream>
-static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tile) {
+template <int format, int kind, int M, int N, class Fetch>
+static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tile, Fetch& fetch) {
   const int64_t row_bytes = x.width / 32 * Packed<format>::bytes;
   F acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = zero();
-  accumulate<Packed<format>, kind, M, N, stream>(acc, w.data + tile * row_bytes, row_bytes, x.from(t));
+  accumulate<Packed<format>, kind, M, N>(acc, w.data + tile * row_bytes, row_bytes, x.from(t), fetch);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) finish(out, t + m, tile + n, acc[m][n]);
 }
 
 constexpr int block_rows = 4;  // tokens
 
-template <int format, int kind, int N, bool stream>
-static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile) {
+template <int format, int kind, int N, class Fetch>
+static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile, Fetch& fetch) {
   switch (tokens) {
-    case 1: return block<format, kind, 1, N, stream>(w, out, x, t, tile);
-    case 2: return block<format, kind, 2, N, stream>(w, out, x, t, tile);
-    case 3: return block<format, kind, 3, N, stream>(w, out, x, t, tile);
-    default: return block<format, kind, block_rows, N, stream>(w, out, x, t, tile);
+    case 1: return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
+    case 2: return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
+    case 3: return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
+    default: return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
   }
 }
 
-// N tile rows: one after the other for the first tokens, since one stream of memory is the fastest; then all N for a block of
-// tokens, which share each activation between them.
+// N tile rows and all tokens, block after block: the tokens of a block share each weight, and the tile rows each activation.
 template <int format, int kind, int N>
 static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
-  for (int n = 0; n < N; ++n) up_to_a_block<format, kind, 1, true>(w, out, x, 0, T, tile + n);
-  for (int64_t t = block_rows; t < T; t += block_rows) up_to_a_block<format, kind, N, false>(w, out, x, t, T - t, tile);
+  const int64_t groups = x.width / 32, row_bytes = groups * Packed<format>::bytes, blocks = (T + block_rows - 1) / block_rows;
+  const uint8_t* next = w.data + (tile + N) * row_bytes;  // past the last tile row nothing is read, only asked for
+  Ahead fetch = {next, next + N * row_bytes, (N * Packed<format>::bytes / blocks + 63) / 64 * 64};
+  for (int64_t t = 0; t < T; t += block_rows) up_to_a_block<format, kind, N>(w, out, x, t, T - t, tile, fetch);
 }
 
 template <int format, int kind>
 static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t begin, int64_t end) {
-  constexpr int N = registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; dots without VNNI need registers
   int64_t tile = begin;
+  if (T <= block_rows) {  // bound by memory, whose fastest way is one stream
+    Stream fetch;
+    for (; tile < end; ++tile) up_to_a_block<format, kind, 1>(w, out, x, 0, T, tile, fetch);
+    return;
+  }
+  constexpr int N = registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; dots without VNNI need registers
   for (; tile + N <= end; tile += N) some_tiles<format, kind, N>(w, out, x, T, tile);
   for (; tile < end; ++tile) some_tiles<format, kind, 1>(w, out, x, T, tile);
 }
