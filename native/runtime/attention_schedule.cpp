@@ -63,7 +63,7 @@ void AttentionSchedule::build(const Run& run) {
     for (int64_t r = 0; r < b.query_len[s]; r += step)
       add_rows(run, kind, s, r, std::min<int64_t>(r + step, b.query_len[s]), std::max<int64_t>(1, total / run.threads));
   }
-  std::sort(tasks.begin(), tasks.end(), [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
+  std::stable_sort(tasks.begin(), tasks.end(), [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
   built_ = run.batch.serial;
 }
 
@@ -82,12 +82,16 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
 
   if (kind == AttentionKind::kEager) private_floats = std::max(private_floats, round_up(context + r1, 16));
   const int32_t rows_left = shape.converts ? new_countdown() : -1;
-  for (int64_t h = 0; h < shape.kv_heads; ++h) {
+  // Where sequences alone are tasks enough, one thread reads all heads: they lie side by side in a block.
+  const bool together = kind == AttentionKind::kDecode && pieces * parts == 1 && 4 * cost * shape.kv_heads <= fair;
+  const int64_t heads_step = together ? shape.kv_heads : 1;
+  for (int64_t h = 0; h < shape.kv_heads; h += heads_step) {
     for (int64_t p = 0; p < parts; ++p) {
       AttentionTask t{};
       t.kind = kind;
       t.sequence = s;
       t.kv_head = h;
+      t.kv_end = h + heads_step;
       t.h0 = p * group / parts;
       t.h1 = (p + 1) * group / parts;
       t.r0 = r0;
@@ -96,7 +100,7 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
       t.chunks = chunks;
       t.part = t.merge = -1;
       t.rows = rows_left;
-      t.cost = cost;
+      t.cost = cost * heads_step;
       if (rows_left >= 0) expect(rows_left, 1);
       const int64_t floats = chunks * rows * (t.h1 - t.h0) * shape.part_floats();
       if (pieces > 1) {

@@ -1,6 +1,6 @@
 // How attention over a ragged batch is cut into tasks. Made once a step of the model, used by all layers that are alike.
 //
-// A task is some heads of one kv head, some rows of one sequence and, in the decode family, a range of absolute chunks of 256
+// A task is some heads of one kv head (of several where sequences are many), some rows of one sequence and, in the decode family, a range of absolute chunks of 256
 // tokens. Which task covers what never changes a row's bits: chunks are merged in order, whoever computed them. Heavy
 // tasks come first, and none is more than a fraction of a thread's share, so that all threads end together.
 #pragma once
@@ -24,7 +24,7 @@ enum class AttentionKind : uint8_t { kDecode, kPrefill, kEager };
 
 struct AttentionTask {
   AttentionKind kind;
-  int64_t sequence, kv_head;
+  int64_t sequence, kv_head, kv_end;  // kv heads [kv_head, kv_end): one after the other, more than one only in the decode family
   int64_t h0, h1;      // q heads, within the kv head's group
   int64_t r0, r1;      // rows, within the sequence
   int64_t c0, c1;      // chunks of this task

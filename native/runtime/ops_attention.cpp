@@ -50,7 +50,15 @@ class Attention final : public Op {
     return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
   }
 
-  void decode(const Run& run, const AttentionTask& t, int thread) {
+  void decode(const Run& run, const AttentionTask& task, int thread) {
+    AttentionTask t = task;
+    for (; t.kv_head < t.kv_end; ++t.kv_head)
+      if (!decode_head(run, t, thread)) return;
+    finish(run, t);
+  }
+
+  // False where another task is left that the merge waits for.
+  bool decode_head(const Run& run, const AttentionTask& t, int thread) {
     const int64_t heads = t.h1 - t.h0, chunk_floats = (t.r1 - t.r0) * heads * shape_.part_floats();
     const int64_t context = run.batch.source->context_len[t.sequence];
     float* parts = t.part < 0 ? private_floats(run, thread) : reinterpret_cast<float*>(run.shared + parts_at(run)) + t.part;
@@ -58,12 +66,12 @@ class Attention final : public Op {
       run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads, t.r0, t.r1,
                                     context, shape_.window, scale_, c, parts + (c - t.first_chunk) * chunk_floats,
                                     run.thread_scratch(thread));
-    if (t.part >= 0 && !schedule_->last(t.merge)) return;
+    if (t.part >= 0 && !schedule_->last(t.merge)) return false;
     for (int64_t r = t.r0; r < t.r1; ++r)
       for (int64_t h = 0; h < heads; ++h)
         run.kernels.attn_merge(parts + ((r - t.r0) * heads + h) * shape_.part_floats(), chunk_floats, t.chunks, shape_.head_dim,
                                result(run, t, r, t.h0 + h));
-    finish(run, t);
+    return true;
   }
 
   void prefill(const Run& run, const AttentionTask& t, int thread) {

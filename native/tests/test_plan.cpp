@@ -118,16 +118,16 @@ bool equal(const Sequence& a, const Sequence& b, const char* isa, const char* wh
   return true;
 }
 
-// Five sequences, each with a prompt and tokens to decode (one at a time, or several as in verification). First each alone on one
+// Sequences, each with a prompt and tokens to decode (one at a time, or several as in verification). First each alone on one
 // thread, its prompt at once; then in random company and chunks.
-void company(const Spec& spec, const Kernels& kernels, int threads, const char* what, int longest) {
+void company(const Spec& spec, const Kernels& kernels, int threads, const char* what, int longest, int sequences = 5) {
   Random random(11);
   struct Life {
     int prompt;
     Sequence alone, mixed;
   };
   std::vector<Life> lives;
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < sequences; ++i) {
     const int prompt = i == 0 ? longest : 1 + random.below(70), total = prompt + 1 + random.below(8);
     const std::vector<int32_t> tokens = random_tokens(total, spec, random);
     lives.push_back({prompt, {tokens, 0, {}, {}}, {tokens, 0, {}, {}}});
@@ -242,6 +242,7 @@ int main() {
     for (int threads : {1, 2, 5}) {
       matches_textbook(s, scalar::table, threads, 50, 2e-5, s.fused ? "fused" : "plain");
       company(s, scalar::table, threads, "f32", 75);
+      company(s, scalar::table, threads, "many, f32", 75, 24);
     }
   matches_textbook(Spec(), scalar::table, 3, 330, 2e-5, "two chunks");
   fused_equals_plain(rich, scalar::table, "f32");
@@ -264,6 +265,7 @@ int main() {
         s.kv_type = k.kv;
         company(s, *v.kernels, 2, k.name, 300);
         company(s, *v.kernels, 5, k.name, 40);
+        company(s, *v.kernels, 2, k.name, 40, 24);  // so many that a task of attention takes all heads of one
         fused_equals_plain(s, *v.kernels, k.name);
       }
     }

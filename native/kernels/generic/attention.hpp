@@ -154,22 +154,24 @@ struct State {  // of R consecutive rows
 
 // Blocks of a chunk as a tile reads them. A piece is 32 rows of a panel: K block by block, then V panel by panel, block by
 // block. ahead[i] is how far from piece i the one lies that is to be fetched meanwhile.
+constexpr int64_t most_pieces = 2 * chunk_blocks * max_head_dim / 32;
+
 struct Stretch {
-  Block blocks[chunk_blocks];
+  const Block* blocks;
   int64_t count, token;        // blocks; the first one's first token
   int64_t panels, panel_bytes;  // of V; K has as many pieces, the last of which may be short
-  int64_t ahead[2 * chunk_blocks * max_head_dim / 32];
+  const int64_t* ahead;
 
   const uint8_t* piece(int64_t i) const {
     const int64_t keys = count * panels, v = i - keys;
     return i < keys ? blocks[i / panels].k + i % panels * panel_bytes : blocks[v % count].v + v / count * panel_bytes;
   }
-  void look_ahead(int64_t distance, const uint8_t* next) {  // next: the K panel that follows, or null
+  void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the K panel that follows, or null
     const int64_t pieces = 2 * count * panels;
     for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t to = i + distance;
+      const int64_t to = i + look_ahead_pieces;
       const uint8_t* target = to < pieces ? piece(to) : next && to - pieces < panels ? next + (to - pieces) * panel_bytes : piece(i);
-      ahead[i] = target - piece(i);
+      out[i] = target - piece(i);
     }
   }
 };
@@ -294,6 +296,8 @@ struct QueryRows {
   float scale;
 };
 
+constexpr int64_t nothing_ahead[most_pieces] = {};
+
 template <Read T, class Output>
 static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
                          float* ell, Output output, Workspace& w) {
@@ -305,17 +309,17 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
     from = begin < 0 ? 0 : begin / block_tokens;
     to = end < 0 ? 0 : end > attn_chunk ? chunk_blocks : round_up(end, block_tokens) / block_tokens;
   };
-  Stretch whole;  // what the rows see together
   int64_t from, to;
   touched(all, from, to);
-  whole.count = to - from;
-  whole.token = start + from * block_tokens;
-  whole.panels = round_up(l.head_dim, 32) / 32;
-  whole.panel_bytes = block_tokens / row_depth<T> * row_bytes<T>;
-  for (int64_t b = from; b < to; ++b) whole.blocks[b - from] = visible_block<T>(l, view, kv_head, start / block_tokens + b, all, w.room[b]);
+  Block blocks[chunk_blocks];  // what the rows see together
+  for (int64_t b = from; b < to; ++b) blocks[b] = visible_block<T>(l, view, kv_head, start / block_tokens + b, all, w.room[b]);
 
+  // What is read after this chunk: the next one, or the next head's first, should the caller go on with it.
+  const HeadLayout layout = head_layout(l.type, l.head_dim);
   const bool more = all.end > start + attn_chunk;
-  const uint8_t* next = more ? kv_head_block(view, head_layout(l.type, l.head_dim), kv_head, (chunk + 1) * chunk_blocks) : nullptr;
+  const uint8_t* next = more                        ? kv_head_block(view, layout, kv_head, (chunk + 1) * chunk_blocks)
+                        : kv_head + 1 < l.kv_heads ? kv_head_block(view, layout, kv_head + 1, all.begin / block_tokens)
+                                                   : nullptr;
 
   const int64_t tiles = (count + tile_rows - 1) / tile_rows;
   for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal size, or nearly
@@ -329,11 +333,13 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
     int64_t first, last;
     touched({see[0].begin, see[i1 - i0 - 1].end}, first, last);
     if (first >= last) continue;
-    Stretch part = whole;
-    part.count = last - first;
-    part.token = start + first * block_tokens;
-    for (int64_t b = first; b < last; ++b) part.blocks[b - first] = whole.blocks[b - from];
-    part.look_ahead(tile == 0 ? look_ahead_pieces : 0, next);
+    Stretch part = {blocks + first, last - first, start + first * block_tokens, round_up(l.head_dim, 32) / 32,
+                    block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead};
+    int64_t ahead[most_pieces];
+    if (tile == 0) {  // the tiles that follow find all of it in the cache
+      part.look_ahead(next, ahead);
+      part.ahead = ahead;
+    }
     for (int64_t i = i0; i < i1; ++i) {
       const float* row = (const float*)((const char*)rows.q + (rows.r0 + i / rows.group) * rows.q_stride);
       bring_query<T>(row + i % rows.group * l.head_dim, l.head_dim, rows.scale, (int)(i - i0), w);
