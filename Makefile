@@ -62,10 +62,12 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(PYTEST_ARGS)
 
-# Ratios in alternating runs; nothing else may run meanwhile. BENCH picks the work: smol, r1q15.
-BENCH ?= smol r1q15
+# Ratios in alternating runs; nothing else may run meanwhile. BENCH picks rows: make bench BENCH="smol-decode spine-smol".
+# The first run also makes models and the other engines' environments, in the user's cache directory.
+BENCH ?=
 bench: env
-	$(BIN)/python benchmarks/spine.py $(BENCH) --out benchmarks/results/spine.json
+	$(BIN)/python -m benchmarks.run $(BENCH)
+	$(BIN)/python -m benchmarks.tables
 
 quality: env
 	$(BIN)/python benchmarks/quality.py
@@ -73,6 +75,7 @@ quality: env
 lint: env
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/mypy -p benchmarks
 	! test -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile Dockerfile.cuda
 
 include native/native.mk

@@ -1,0 +1,74 @@
+"""Measures the standing set and the comparisons with Transformers, all or some, and keeps the results: `make bench`.
+
+    python -m benchmarks.run [NAME...] [--rounds 3] [--quick]
+
+Nothing else may run meanwhile. A row's result is written as soon as it is there. `--quick` shows whether everything works, not
+how fast it is: tiny lengths, one round, and results nowhere but in a directory that is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+from deepseek_optimizer.bench.machine import read_gb_s
+from deepseek_optimizer.bench.process import cpu_name, usable_cpus
+from deepseek_optimizer.versions import versions
+
+from . import measure, results, spine
+from .spine import SPINE, Comparison
+from .standing import STANDING, Row
+from .tables import bar_lines, ratio_lines
+
+SIZES_MB = (76, 900)  # what int4 weights of 135 million and of 1.5 billion parameters take
+
+
+def main() -> None:
+    known: dict[str, Row | Comparison] = {row.name: row for row in (*STANDING, *SPINE)}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; none: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="tiny lengths, one round")
+    parser.add_argument("--results", type=Path, help="directory; default: benchmarks/results, with --quick none")
+    a = parser.parse_args()
+    if unknown := set(a.names) - set(known):
+        parser.error(f"no row is called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    directory = a.results or (None if a.quick else results.DIRECTORY)
+    rounds, seconds = (1, 0.1) if a.quick else (a.rounds, 1.0)
+    threads = usable_cpus()
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": threads,
+        "versions": versions(),
+        "rounds": rounds,
+        "read_gb_s": {f"{size} MB": read_gb_s(size * 10**6, threads, seconds) for size in SIZES_MB},
+    }
+    print(f"{facts['cpu']}, {threads} threads, reads {facts['read_gb_s']} GB/s; median (lowest - highest) of {rounds} rounds")
+    for name in a.names or known:
+        found, kind, lines = _measure(known[name], a.quick, threads, rounds, seconds)
+        print("\n".join(lines), flush=True)
+        if directory:
+            results.merge(kind, {name: {**facts, **found}}, directory)
+
+
+def _measure(
+    row: Row | Comparison, quick: bool, threads: int, rounds: int, seconds: float
+) -> tuple[dict[str, Any], str, list[str]]:
+    """What was found, the set that it belongs to, and what to print of it."""
+
+    def note(text: str) -> None:
+        print(f"{row.name}: {text}", file=sys.stderr)
+
+    if isinstance(row, Row):
+        found = measure.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note, seconds=seconds)
+        return found, "standing", bar_lines(found)
+    found = spine.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note)
+    return found, "spine", ratio_lines(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Results as text: lines for the terminal, and the README's tables between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+
+python -m benchmarks.tables            writes them
+python -m benchmarks.tables --check    exit code 1 where they are not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deepseek_optimizer.bench.figures import KINDS
+from deepseek_optimizer.bench.sections import number
+
+from . import results
+from .models import TITLES
+from .spine import SPINE
+from .standing import STANDING, Bar, Row
+
+README = Path(__file__).parents[1] / "README.md"
+_BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_SPINE_FIGURES = {"512 in": ("prefill_tok_s", "decode_tok_s", "memory_bytes")}  # of the others: the start alone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    a = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if a.check and after != before:
+        raise SystemExit("README.md's tables are not those of benchmarks/results: run python -m benchmarks.tables")
+    README.write_text(after, encoding="utf-8")
+
+
+def filled(text: str, directory: Path = results.DIRECTORY) -> str:
+    """The text with every table made anew."""
+    tables = {"spine": spine_table, "standing": standing_table}
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        return match[1] + "\n".join(tables[name](results.read(name, directory))) + "\n" + match[3]
+
+    return _BLOCK.sub(block, text)
+
+
+def standing_table(entries: results.Entries) -> Iterator[str]:
+    yield from _machines(entries.values())
+    yield "| work | against | theirs | ours | times | at least | read a token, share of the machine's bandwidth | |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in STANDING:
+        for place, bar in enumerate(row.bars):
+            yield _cells(*_standing_cells(row, bar, entries.get(row.name), place))
+
+
+def _standing_cells(row: Row, bar: Bar, entry: dict[str, Any] | None, place: int) -> list[str]:
+    asked = f"{bar.at_least:g}x" + (f", {row.read_percent:g}% of bandwidth" if row.read_percent else "")
+    if entry is None:
+        return [row.title, " or ".join(rival.label for rival in bar.rivals), "", "", "", asked, "", "not measured"]
+    judged, ours = entry["bars"][place], list(entry["sides"])[-1]
+    theirs = judged["against"]
+    read = [_read(entry["read"][name]) for name in (theirs, ours) if name in entry["read"]]
+    figures = [_speed(entry, theirs), _speed(entry, ours), _times(judged)]
+    return [row.title, theirs, *figures, asked, "; ".join(read), judged["verdict"]]
+
+
+def _speed(entry: dict[str, Any], label: str) -> str:
+    return number(statistics.median(entry["sides"][label]), KINDS[entry["figure"]].unit)
+
+
+def _times(ratio: dict[str, Any]) -> str:
+    return f"{ratio['better']:.2f}x ({ratio['lowest']:.2f} - {ratio['highest']:.2f})"
+
+
+def _read(share: dict[str, float]) -> str:
+    return f"{number(share['token_bytes'], 'bytes')}, {share['percent']:.0f}%"
+
+
+def spine_table(entries: results.Entries) -> Iterator[str]:
+    labels = list(dict.fromkeys(row["name"] for entry in entries.values() for row in entry["rows"]))
+    yield from _machines(entries.values())
+    yield _cells("", "Transformers bf16", *labels)
+    yield "|---" * (len(labels) + 2) + "|"
+    for comparison in SPINE:
+        rows = entries[comparison.name]["rows"] if comparison.name in entries else []
+        for figure in _SPINE_FIGURES.get(comparison.title, ("to_first_token_s",)):
+            found = {row["name"]: row for row in rows if row["figure"] == figure}
+            if found:
+                unit = KINDS[figure].unit
+                first = f"{TITLES[comparison.model]}, {comparison.title}: {KINDS[figure].label}"
+                values = [
+                    f"{number(found[label]['side'], unit)} ({found[label]['better']:.1f}x)" if label in found else ""
+                    for label in labels
+                ]
+                yield _cells(first, number(next(iter(found.values()))["baseline"], unit), *values)
+
+
+def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Where and when, once for all rows that agree."""
+    seen = dict.fromkeys(
+        f"{e['cpu']}, {e['threads']} threads, {e['date']}: medians of {e['rounds']} rounds, sides in turns." for e in entries
+    )
+    if seen:
+        yield from seen
+        yield ""
+
+
+def _cells(*values: str) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def bar_lines(entry: dict[str, Any]) -> list[str]:
+    """A measured row of the standing set in the terminal."""
+    lines = [f"{entry['title']}"]
+    for label in entry["sides"]:
+        read = (
+            f"  reads {_read(entry['read'][label])} of {entry['read'][label]['machine_gb_s']:.1f} GB/s"
+            if label in entry["read"]
+            else ""
+        )
+        lines.append(f"  {label:28} {_speed(entry, label):>14}{read}")
+    for bar in entry["bars"]:
+        lines.append(f"  {_times(bar)} of {bar['against']}, at least {bar['at_least']:g}x: {bar['verdict']}")
+    return lines
+
+
+def ratio_lines(entry: dict[str, Any]) -> list[str]:
+    """A comparison with Transformers in the terminal."""
+    return [entry["work"], *(_ratio_line(row) for row in entry["rows"])]
+
+
+def _ratio_line(row: dict[str, Any]) -> str:
+    baseline, side = (number(row[name], row["unit"]) for name in ("baseline", "side"))
+    return f"  {row['name']:16} {KINDS[row['figure']].label:20} {baseline:>14} -> {side:>14} {_times(row)}"
+
+
+if __name__ == "__main__":
+    main()

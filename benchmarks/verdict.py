@@ -1,0 +1,70 @@
+"""What a row's figures mean: what each side read, against what the machine can, and whether the bar was reached."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepseek_optimizer.bench.against import Values, ratio_row
+
+from .standing import Bar, Row
+
+MOST = 0.85  # of the machine's own limit: no bar asks for more
+REACHED, LIMITED, MISSED = "reached", "limited by the machine", "missed"
+
+
+def median(values: Sequence[Values], figure: str) -> float:
+    """Of the rounds."""
+    return statistics.median(v[figure] for v in values)
+
+
+def share(token_bytes: float, tokens_s: float, machine_gb_s: float) -> dict[str, float]:
+    """{"token_bytes", "read_gb_s", "machine_gb_s", "percent"} of a side that reads so much for each of so many tokens."""
+    reached = token_bytes * tokens_s / 1e9
+    return {
+        "token_bytes": token_bytes,
+        "read_gb_s": reached,
+        "machine_gb_s": machine_gb_s,
+        "percent": 100 * reached / machine_gb_s,
+    }
+
+
+def judge(
+    row: Row, found: Mapping[str, Sequence[Values]], ours: str, read: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """One entry a bar: the ratio to the faster of its rivals, what was asked for and the verdict.
+
+    Args:
+        found: label -> figures, one entry a round.
+        ours: our own label.
+        read: label -> `share`; empty where a row is not bound by reading.
+    """
+    return [_judge(row, bar, found, ours, read) for bar in row.bars]
+
+
+def _judge(
+    row: Row, bar: Bar, found: Mapping[str, Sequence[Values]], ours: str, read: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    fastest = max((rival.label for rival in bar.rivals), key=lambda label: median(found[label], row.figure))
+    ratio = ratio_row(row.figure, found[fastest], found[ours])
+    allowed = None
+    if ours in read:  # the ratio at which ours would read at MOST of what the machine can
+        allowed = MOST * read[ours]["machine_gb_s"] * 1e9 / read[ours]["token_bytes"] / ratio["baseline"]
+    enough = row.read_percent is None or read[ours]["percent"] >= row.read_percent
+    return {
+        "against": fastest,
+        "at_least": bar.at_least,
+        "reach": bar.reach,
+        "read_percent": row.read_percent,
+        "allowed": allowed,
+        **{name: ratio[name] for name in ("better", "lowest", "highest")},
+        "verdict": verdict(ratio["better"], bar.at_least, allowed) if enough else MISSED,
+    }
+
+
+def verdict(better: float, at_least: float, allowed: float | None) -> str:
+    """allowed: the ratio at which the machine's limit would be met as far as any bar asks; None: not known."""
+    if better >= at_least:
+        return REACHED
+    return LIMITED if allowed is not None and allowed <= better else MISSED
