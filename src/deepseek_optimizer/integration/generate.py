@@ -192,7 +192,7 @@ def _sample(
         if config.do_sample:
             next_tokens = torch.multinomial(chosen_from.softmax(-1), num_samples=1).squeeze(1)
         else:
-            next_tokens = chosen_from.argmax(-1)
+            next_tokens = _largest(chosen_from)
         if stop.has_eos and not all(alive):
             next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device), next_tokens, pad)
         tokens = next_tokens.tolist()
@@ -220,6 +220,16 @@ def _sample(
         return input_ids
     fields: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": raw_logits, cache_name(): cache}
     return GenerateDecoderOnlyOutput(**fields)
+
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """Index of each row's largest logit, the first of equals: float [B, V] -> int64 [B].
+
+    By numpy on the CPU: torch shares a vocabulary among its own threads, which then wait for the cores that the plan's hold.
+    """
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.detach().numpy().argmax(-1))
 
 
 def _next_positions(model_kwargs: dict[str, Any], cache: PagedCache, rows: int) -> Any:
