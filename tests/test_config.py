@@ -166,9 +166,9 @@ def test_a_budget_needs_every_matrix_as_it_is_at_first():
 
 
 def test_a_budget_and_a_precision_exclude_each_other():
-    for make in (lambda: DeepSeekConfig(precision="int4", kl_budget=0.1), lambda: DeepSeekConfig(kl_budget=1, precision="bf16")):
+    for both in ({"precision": "int4", "kl_budget": 0.1}, {"kl_budget": 1, "precision": "bf16"}):
         with pytest.raises(ConfigError, match="kl_budget .*leave precision at"):
-            make()
+            DeepSeekConfig(**both)
     config = DeepSeekConfig(kl_budget=0.1)
     with pytest.raises(ConfigError, match="kl_budget"):
         config.precision = "int8"

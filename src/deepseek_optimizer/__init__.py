@@ -15,6 +15,7 @@ from .errors import (
     CheckpointError,
     ConfigError,
     DeepSeekOptimizerError,
+    KlBudgetError,
     UnsupportedModelError,
     UnsupportedRequestError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "DeepSeekConfig",
     "DeepSeekOptimizerError",
     "DynamicGraphOptimizer",
+    "KlBudgetError",
     "PagedCache",
     "UnsupportedModelError",
     "UnsupportedRequestError",

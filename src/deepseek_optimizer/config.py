@@ -70,7 +70,7 @@ def _integer(low: int, high: int) -> Callable[[str, Any], int]:
 def _agree(precision: str, kl_budget: float | None, **_: Any) -> None:
     if kl_budget is not None and precision != "auto":
         raise ConfigError(
-            f'kl_budget chooses the formats itself, so it cannot be met with precision={precision!r}; leave precision at "auto", '
+            f"kl_budget chooses the formats itself, so precision={precision!r} cannot be kept; leave precision at 'auto', "
             "or name single matrices in formats"
         )
 
@@ -155,9 +155,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
         fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
         calibration: path of a UTF-8 text, some pages like those the model will see: `load_model` runs the original over it and
             weighs the rounding of int4 and q4_1 by how strongly each input column is used. None: all columns alike.
-        kl_budget: only with precision "auto": the smallest formats are chosen, matrix by matrix, with which the mean KL divergence
-            to the model as it is stays within this many nats a token, as measured on the calibration text (None: on one that
-            every Python ships). 0.02 is hardly noticed; int4 throughout costs some tenths. None: no loss is allowed.
+        kl_budget: only with precision "auto": the smallest formats are chosen, matrix by matrix, with which the mean KL
+            divergence to the model as it is stays within this many nats a token, as measured on the calibration text (without
+            one: on a text that every Python ships). int8 throughout costs some thousandths, int4 some tenths. None: no loss.
         formats: format of single matrices by module name, such as {"lm_head": "int8"}; goes before `precision`. After a load
             with `kl_budget` these are the formats that were chosen; matrices named beforehand keep theirs.
         curve: size and quality of the choices that were measured, as found in a packed checkpoint; not for users.
@@ -241,12 +241,17 @@ class DeepSeekConfig(QuantizationConfigMixin):
             chosen = tuple(r for r in chosen if r != "attention_softmax")
         return tuple(r for r in FUSION_RULES if r in chosen)
 
+    @property
+    def chooses_formats(self) -> bool:
+        """Whether formats are still to be chosen; those of a packed model are."""
+        return self.kl_budget is not None and self.modules is None
+
     def format_of(self, weight: str, natural: str) -> str:
         """Name of the format that one weight matrix is loaded in; `natural` is the one that keeps it as it is."""
         module = weight.removesuffix(".weight")
         if self.modules and module in self.modules:
             return str(self.modules[module]["format"])
-        if self.kl_budget is not None:  # formats are chosen on the model as it is
+        if self.chooses_formats:  # on the model as it is
             return natural
         if self.formats and module in self.formats:
             return self.formats[module]

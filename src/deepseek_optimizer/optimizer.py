@@ -84,6 +84,8 @@ class DynamicGraphOptimizer:
         self.config = DeepSeekConfig(**{**fields, **{name: value for name, value in given.items() if value is not None}})
         if getattr(model, "hf_quantizer", None) is not None and "dso" not in model.__dict__:
             raise ConfigError("the model is quantised by another method; load the original")
+        if self.config.chooses_formats:
+            raise ConfigError("kl_budget needs the model's tokenizer and calibration text; use load_model or `dso convert`")
         if not hasattr(model, "config"):
             raise ConfigError(f"expected a Transformers model, got {type(model).__name__}")
         plan_graph(model.config, self.config.rules)

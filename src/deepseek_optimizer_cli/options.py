@@ -13,6 +13,17 @@ Precision = Annotated[
     str | None,
     typer.Option("--precision", "-p", help="Weights as int4, int8, bf16 or fp32. Default: as they are stored."),
 ]
+KlBudget = Annotated[
+    float | None,
+    typer.Option(
+        "--kl-budget",
+        metavar="NATS",
+        help="Choose formats matrix by matrix: the smallest model whose KL divergence to the original stays within this.",
+    ),
+]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", metavar="FILE", help="A text like those the model will see, to measure on.")
+]
 KvCache = Annotated[str | None, typer.Option("--kv-cache", help="Keys and values as bf16 or int8, or fp32 with fp32 weights.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: what this process may use.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -19,6 +19,20 @@ def test_convert_then_run(dso, tiny_model, tmp_path):
     assert dso("run", out, "Hello", "-t", "0", "-n", "12").stdout == direct.stdout != ""
 
 
+def test_convert_to_a_budget(dso, tiny_model, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    arguments = ("convert", tiny_model, tmp_path / "packed", "--kl-budget", "0.001", "--calibration", tmp_path / "text.txt")
+    result = dso(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    curve = json.loads(result.stdout)["curve"]
+    (chosen,) = (point for point in curve if point["chosen"])
+    assert chosen["measured_kl"] <= 0.001 and len(curve) > 1
+    shown = dso(*arguments, "--force").stdout.splitlines()
+    assert len(shown) == 1 + len(curve) and sum(line.endswith("(chosen)") for line in shown) == 1
+    result = dso("convert", tiny_model, tmp_path / "other", "--kl-budget", "0.001", "--precision", "int4")
+    assert result.exit_code == 2 and "kl_budget chooses the formats itself" in result.stderr
+
+
 def test_an_existing_directory_is_kept_unless_forced(dso, tiny_model, tmp_path):
     out = tmp_path / "packed"
     out.mkdir()

@@ -19,6 +19,7 @@ from ..checkpoint import (
     LoadProgress,
     PackedCheckpoint,
     check_tokenizer_beside,
+    load_tokenizer,
     open_checkpoint,
     stream_weights,
 )
@@ -27,6 +28,7 @@ from ..config import DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..models import check_config
 from ..quant import PackedMatrix
+from .adapt import adapt, calibration_tokens
 from .runtime import choose_backend, packer_of, plan_graph
 from .swap import expected_tensors, swap_on_meta
 from .wrapper import bind
@@ -62,6 +64,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
+        texts = calibration_tokens(settings, load_tokenizer(checkpoint)) if settings.chooses_formats else None
         with _progress(checkpoint) as progress:
             _fill(model, checkpoint, packer_of(backend), dtype if settings.precision == "fp32" else None, progress)
         model.config.dtype = dtype
@@ -69,7 +72,10 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         _generation_config(model, checkpoint.path)
         notes = checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
-    return bind(model.eval(), settings, bytes_before=total, notes=notes)
+    bind(model.eval(), settings, bytes_before=total, notes=notes)
+    if texts is not None:
+        adapt(model, texts)
+    return model
 
 
 def sketch(
@@ -103,7 +109,7 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
         return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields, "modules": None, "format_version": None})
     stored = DeepSeekConfig(**section).to_dict()
     given = {**(config.to_dict() if config else {}), **fields}
-    packed = {"modules": stored["modules"], "format_version": stored["format_version"]}
+    packed = {name: stored[name] for name in ("modules", "format_version", "kl_budget", "formats", "curve")}
     wanted = given.get("precision", "auto")
     formats = {entry["format"] for entry in stored["modules"].values()}
     if wanted != "auto" and formats != {wanted}:
@@ -111,7 +117,18 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
             f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead",
             file=checkpoint.path,
         )
+    if given.get("kl_budget") not in (None, stored["kl_budget"]) or _other_formats(given.get("formats"), stored["modules"]):
+        raise CheckpointError(
+            "is packed already, in other formats: convert the original checkpoint with this kl_budget or formats instead",
+            file=checkpoint.path,
+        )
+    if wanted != "auto":
+        packed["kl_budget"] = None  # it is in one format, whatever chose it
     return DeepSeekConfig(**{**stored, **given, **packed})
+
+
+def _other_formats(given: dict[str, str] | None, modules: dict[str, Any]) -> bool:
+    return any(modules.get(name, {}).get("format") != format for name, format in (given or {}).items())
 
 
 def _empty_model(raw: dict[str, Any], path: Path) -> Any:

@@ -16,7 +16,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import check_tensors, check_tokenizer_beside, open_checkpoint
+from ..checkpoint import check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
 from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
@@ -89,9 +89,19 @@ class PackingQuantizer(HfQuantizer):
         self.mapped = MappedFiles(checkpoint_files or ())
         if not self.pre_quantized:
             _expect_floats(model, dtype)
+        if self.quantization_config.chooses_formats:
+            self.texts = self._calibration_tokens(model.config.name_or_path)
         return model
 
+    def _calibration_tokens(self, path: str) -> list[torch.Tensor]:
+        from .adapt import calibration_tokens
+        from .loader import resolve
+
+        with torch.device("cpu"), open_checkpoint(resolve(path)) as checkpoint:  # by default, tensors here are meta tensors
+            return calibration_tokens(self.quantization_config, load_tokenizer(checkpoint))
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from .adapt import adapt
         from .wrapper import bind
 
         for name, module in model.named_modules():
@@ -104,7 +114,10 @@ class PackingQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self.mapped.give_back()
-        return bind(model, self.quantization_config)
+        bind(model, self.quantization_config)
+        if self.quantization_config.chooses_formats:
+            adapt(model, self.texts)
+        return model
 
     def is_serializable(self) -> bool:
         return True

@@ -35,6 +35,7 @@ class Report:
     formats: weight formats.
     kernels: one row a step of the plan, as the backend describes it.
     bytes_before, bytes_after: of the weights, as given (file or float parameters) and as they are now.
+    curve: where formats were chosen for a `kl_budget`: sizes and qualities that were measured, the smallest first.
     kv_cache, kv_block_bytes: storage of the cache, bytes of a block of 32 tokens.
     config: the settings.
     warnings: what works, but slower than it could, or is not exactly what was stored.
@@ -48,6 +49,7 @@ class Report:
     rules: tuple[RuleRow, ...]
     rules_left_out: tuple[str, ...]
     formats: tuple[FormatRow, ...]
+    curve: tuple[dict[str, Any], ...]
     kernels: tuple[dict[str, Any], ...]
     bytes_before: int | None
     bytes_after: int
@@ -72,6 +74,8 @@ class Report:
         for row in self.formats:
             size = f"{row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB"
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
+        for point in self.curve:
+            table.add_row(f"  {point['bits']:.2f} bits{' (chosen)' if point['chosen'] else ''}", _point(point))
         table.add_row("KV cache", f"{self.kv_cache}, {self.kv_block_bytes / 32 / 1024:,.1f} KiB a token")
         for rule in self.rules:
             table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")
@@ -96,6 +100,11 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip("\n")
+
+
+def _point(point: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in point["formats"].items())
+    return f"{point['bytes'] / 1e6:,.1f} MB, KL {point['measured_kl']:.2g}: {counts}"
 
 
 def _kernel(row: dict[str, Any]) -> str:
@@ -128,7 +137,8 @@ def make_report(runtime: Any) -> Report:
     for matrix in matrices_of(runtime.model, graph).values():
         formats.setdefault(matrix.format, []).append(matrix)
     applied = tuple(RuleRow(r.rule, r.count, r.places) for r in runtime.rules)
-    config = {name: value for name, value in runtime.config.to_dict().items() if name not in ("modules", "format_version")}
+    told_apart = ("modules", "format_version", "curve")
+    config = {name: value for name, value in runtime.config.to_dict().items() if name not in told_apart}
     return Report(
         family=graph.family,
         backend=backend.name,
@@ -141,6 +151,7 @@ def make_report(runtime: Any) -> Report:
             FormatRow(name, len(found), sum(m.rows * m.cols for m in found), sum(m.nbytes for m in found))
             for name, found in formats.items()
         ),
+        curve=runtime.config.curve or (),
         kernels=tuple(runtime.plan.describe()),
         bytes_before=runtime.bytes_before,
         bytes_after=parameter_bytes(runtime.model),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,13 @@ def plan_graph(config: Any, rule_names: tuple[str, ...] | None) -> tuple[Graph, 
     """The graph of a Transformers config with the named rules applied."""
     with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
         return rules.apply(build_graph(config), rule_names)
+
+
+def kv_dtype(asked: str, formats: Iterable[str]) -> str:
+    """Storage of the cache of a model whose matrices have these formats."""
+    if asked != "auto":
+        return asked
+    return "fp32" if set(formats) == {"fp32"} else "bf16"
 
 
 class Runtime:
@@ -133,13 +140,14 @@ class Runtime:
     def plan(self) -> Plan:
         """The compiled plan; compiled again after the weights' storage changed."""
         if self._plan is None:
-            options = self._compile_options()
+            options = self.compile_options()
             self._plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), **options)
             high = self.config.batch_size_range[1]
             self._plan.reserve(max(self.config.prefill_chunk, high), high)
         return self._plan
 
-    def _compile_options(self) -> Mapping[str, Any]:
+    def compile_options(self) -> Mapping[str, Any]:
+        """What `Backend.compile` takes from the config."""
         if self.backend.name == "cpu":
             return {"activation": self.config.activation}
         return {}
@@ -155,10 +163,7 @@ class Runtime:
     @property
     def kv_dtype(self) -> str:
         """Storage of the cache."""
-        if self.config.kv_cache != "auto":
-            return self.config.kv_cache
-        formats = {matrix.format for matrix in matrices_of(self.model, self.graph).values()}
-        return "fp32" if formats == {"fp32"} else "bf16"
+        return kv_dtype(self.config.kv_cache, [m.format for m in matrices_of(self.model, self.graph).values()])
 
     def _set_products(self, backend: Backend) -> None:
         """Packed modules compute with the backend's own product where it has one."""
@@ -170,6 +175,13 @@ class Runtime:
     def rebind(self) -> None:
         """Drops the compiled plan; the next call compiles it from the modules' present storage."""
         self._plan = None
+
+    def replaced(self) -> None:
+        """After packed modules were replaced by others: what was seen of the old ones is forgotten, and caches begin anew."""
+        self._tree = self._arena = None
+        if self._backend is not None:
+            self._set_products(self._backend)
+        self.rebind()
 
     def move(self) -> None:
         """After the model moved to another device: another backend, and caches begin anew."""

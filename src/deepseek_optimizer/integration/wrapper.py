@@ -210,9 +210,7 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     """
     config = copy.deepcopy(config)
     runtime = Runtime(model, config, bytes_before=bytes_before, notes=notes)
-    section = packed_section(matrices_of(model, runtime.graph))
-    config.modules, config.format_version = section["modules"], section["format_version"]
-    mark_quantized(model, config)
+    _describe(model, runtime)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if "dso" not in model.__dict__:
@@ -220,6 +218,21 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     runtime.attach(model)
     _ = runtime.plan  # compiled now, so that what is wrong is said at load
     return model
+
+
+def rebind(model: Any) -> None:
+    """After packed modules were replaced by others: the config says what they are, and the plan is compiled from them."""
+    runtime: Runtime = model.dso
+    runtime.replaced()
+    _describe(model, runtime)
+    _ = runtime.plan
+
+
+def _describe(model: Any, runtime: Runtime) -> None:
+    """Writes into the config, which the model carries, how each matrix is packed."""
+    section = packed_section(matrices_of(model, runtime.graph))
+    runtime.config.modules, runtime.config.format_version = section["modules"], section["format_version"]
+    mark_quantized(model, runtime.config)
 
 
 def instance_methods(runtime: Runtime) -> dict[str, Any]:

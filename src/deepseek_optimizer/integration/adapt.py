@@ -1,0 +1,159 @@
+"""`kl_budget`: formats chosen by what they cost, on a model that was packed without loss, and put in place.
+
+Beside the model as it is, the matrices of the choice that is being measured are in memory; they become the model's own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration.budget import Choice
+from ..calibration.groups import Group, format_groups
+from ..calibration.search import Point, search
+from ..calibration.sensitivity import Probe, measure
+from ..calibration.text import read_text, sample_text, stretches
+from ..config import DeepSeekConfig
+from ..quant import PackedMatrix, get_format
+from ..quant.base import TILE_ROWS
+from ..quant.tiles import empty_tiles, panels
+from .runtime import Runtime, kv_dtype, packer_of, plan_graph, runtime_of
+from .swap import matrices_of, packed_twin, sites, weights_of
+from .wrapper import rebind
+
+LENGTH, COUNT = 128, 4  # calibration: stretches of so many tokens, from all over the text, in one step
+
+
+def calibration_tokens(config: DeepSeekConfig, tokenizer: Any) -> list[torch.Tensor]:
+    """The stretches to measure on, int64 [1, LENGTH] each. ConfigError where the text is too short."""
+    text = sample_text() if config.calibration is None else read_text(config.calibration)
+    return stretches(tokenizer, text, LENGTH, COUNT)
+
+
+def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
+    """Gives each group of matrices the format that `config.kl_budget` leaves it.
+
+    Args:
+        model: bound, packed without loss.
+        texts: the calibration text, int64 [1, n] each.
+
+    Raises:
+        KlBudgetError: even the best formats cost more than the budget; the model is as it was.
+    """
+    runtime = runtime_of(model)
+    groups = format_groups(plan_graph(model.config, None)[0], matrices_of(model, runtime.graph))
+    trial = _Trial(runtime, groups, texts)
+    with _progress() as progress:
+        options = measure(trial.probe, groups, trial.held, trial.repack, progress)
+    assert runtime.config.kl_budget is not None
+    chosen, curve = search(options, runtime.config.kl_budget, trial.base(), trial.measure)
+    matrices = trial.assembled(chosen.choice)
+    _put_in_place(model, runtime, matrices)
+    runtime.config.formats = {name.removesuffix(".weight"): matrix.format for name, matrix in matrices.items()}
+    weights = sum(m.rows * m.cols for m in matrices.values())
+    runtime.config.curve = tuple(_described(point, weights, point is chosen) for point in curve)
+    rebind(model)
+
+
+class _Trial:
+    """The model as it is, and the matrices of the choice that was last measured."""
+
+    def __init__(self, runtime: Runtime, groups: Sequence[Group], texts: Sequence[torch.Tensor]) -> None:
+        model, backend = runtime.model, runtime.backend
+        self.config, self.groups, self.backend = runtime.config, groups, backend
+        self.weights = weights_of(model, runtime.graph)
+        self.stored = {name: w for name, w in self.weights.items() if isinstance(w, PackedMatrix)}
+        self.packed: dict[str, PackedMatrix] = {}
+        as_it_is = kv_dtype("auto", [m.format for m in self.stored.values()])
+        options = runtime.compile_options()
+        self.probe = Probe(backend, plan_graph(model.config, ())[0], self.weights, texts, as_it_is, **options)
+
+    def held(self, name: str, format: str | None) -> str:
+        """The format of a matrix whose group has `format`: what the user named, or its own where the other is no smaller."""
+        own, fixed = self.stored[name].format, (self.config.formats or {}).get(name.removesuffix(".weight"))
+        if fixed is not None or format is None:
+            return fixed or own
+        return format if get_format(format).bits < get_format(own).bits else own
+
+    def repack(self, name: str, format: str) -> PackedMatrix:
+        matrix = self.stored[name]
+        return matrix if matrix.format == format else _repacked(matrix, format, self.backend)
+
+    def base(self) -> float:
+        """The KL of the cache's storage: what the user asked for, or bf16 as soon as one matrix is no longer fp32."""
+        kind = kv_dtype(self.config.kv_cache, ["int8"])
+        return 0.0 if kind == self.probe.kv_dtype else self.probe.kl({}, kv_dtype=kind)
+
+    def assembled(self, choice: Choice) -> dict[str, PackedMatrix]:
+        """All matrices in the formats of a choice; those that the last one had too are not packed again."""
+        wanted = {
+            name: format
+            for group, option in zip(self.groups, choice, strict=True)
+            for name, format in zip(group.matrices, option.formats, strict=True)
+        }
+        self.packed = {name: m for name, m in self.packed.items() if m.format == wanted[name]}  # frees before it packs
+        self.packed = {name: self.packed.get(name) or self.repack(name, format) for name, format in wanted.items()}
+        return self.packed
+
+    def measure(self, choice: Choice) -> float:
+        matrices = self.assembled(choice)
+        return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config.kv_cache, [m.format for m in matrices.values()]))
+
+
+def _repacked(matrix: PackedMatrix, format: str, backend: Any) -> PackedMatrix:
+    """The matrix in another format, by panels of rows: it never stands in memory as floats."""
+    packer, unpacker = packer_of(backend), getattr(backend, "unpack", _unpacked)
+    tiles = empty_tiles(matrix.rows, matrix.cols, get_format(format).tile_bytes)
+    for begin, end in panels(matrix.rows, matrix.cols):
+        packer(unpacker(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)])
+    return PackedMatrix(format, matrix.rows, matrix.cols, tiles)
+
+
+def _unpacked(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
+    """Rows [begin, end) as float32, where the backend has nothing faster; `begin` is a multiple of 16."""
+    tiles = matrix.data[begin // TILE_ROWS : -(-end // TILE_ROWS)]
+    return get_format(matrix.format).unpack(tiles, end - begin, matrix.cols)
+
+
+def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedMatrix]) -> None:
+    """Replaces the packed modules whose format changes, tied ones with one parameter again."""
+    made: dict[str, nn.Parameter] = {}
+    for site in sites(model, runtime.graph):
+        module, matrix = site.module, matrices[site.weight]
+        if module.format == matrix.format:
+            continue
+        twin = packed_twin(module, matrix.format, module.dtype)  # type: ignore[arg-type]
+        twin.weight = made.setdefault(site.weight, nn.Parameter(matrix.data, requires_grad=False))
+        twin.training = module.training
+        setattr(site.parent, site.child, twin)
+
+
+def _described(point: Point, weights: int, chosen: bool) -> dict[str, Any]:
+    return {
+        "bits": 8 * point.bytes / weights,
+        "bytes": point.bytes,
+        "predicted_kl": point.predicted_kl,
+        "measured_kl": point.measured_kl,
+        "formats": point.counts(),
+        "chosen": chosen,
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with the time left, where someone can see it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Measuring what each group of matrices loses", total=None)
+        yield lambda done, total: bar.update(task, total=total, completed=done)
