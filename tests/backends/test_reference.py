@@ -257,3 +257,12 @@ def test_embeddings_of_a_wrong_shape_are_refused() -> None:
     run = small_run()
     with pytest.raises(BackendError, match="inputs_embeds"):
         run_step(run.plan, run.store, [Part(run.sequence(), [1, 2])], inputs_embeds=torch.zeros(2, 71))
+
+
+def test_logits_go_where_the_batch_says() -> None:
+    run = small_run()
+    batch = make_batch([Part(run.sequence(), [1, 2, 3])], run.store)
+    fresh = run.plan.run(batch, run.store).logits
+    room = torch.full_like(fresh, torch.nan)
+    assert run.plan.run(replace(batch, logits=room), run.store).logits is room
+    assert torch.equal(room, fresh)

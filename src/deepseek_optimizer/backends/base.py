@@ -32,6 +32,8 @@ class StepBatch:
         logit_rows: int32 [R], ascending rows of T whose logits are wanted.
         inputs_embeds: float32 [T, H] torch tensor, or None.
         hidden: whether all hidden states are wanted.
+        logits: float32 torch [R, V], contiguous, on the plan's device, for a plan to write into; None: fresh memory. A big
+            batch over a big vocabulary pays for fresh pages at every step.
     """
 
     token_ids: Int32
@@ -43,12 +45,13 @@ class StepBatch:
     logit_rows: Int32
     inputs_embeds: Any = None
     hidden: bool = False
+    logits: Any = None
 
 
 @dataclass
 class StepOutput:
     """logits: float32 torch [R, V] on the plan's device. hidden: float32 torch [n_hidden, T, H] or None (the last one
-    normed, as Transformers returns it). Both are fresh tensors that the caller owns."""
+    normed, as Transformers returns it). The caller owns both; logits are the batch's own tensor where it gave one."""
 
     logits: Any
     hidden: Any = None

@@ -181,7 +181,8 @@ def _sample(
     logits, cache = _prefill(model, input_ids, config, model_kwargs)
     logits = logits.to(input_ids.device)
     rows = input_ids.shape[0]
-    steps = DecodeSteps(runtime, cache.state, _next_positions(model_kwargs, cache, rows))
+    unseen = not as_dict and not logits_processor and not stop.others  # nobody can keep a step's logits
+    steps = DecodeSteps(runtime, cache.state, _next_positions(model_kwargs, cache, rows), overwrite=unseen)
     alive = [True] * rows
     while True:
         if raw_logits is not None:

@@ -141,10 +141,11 @@ class DecodeSteps:
 
     Args:
         positions: int32 [B], of the next token of each row.
+        overwrite: a step may write its logits over those of the step before.
     """
 
-    def __init__(self, runtime: Runtime, state: PagedState, positions: Int32) -> None:
-        self.state, self.plan = state, runtime.plan
+    def __init__(self, runtime: Runtime, state: PagedState, positions: Int32, *, overwrite: bool = False) -> None:
+        self.state, self.plan, self.overwrite = state, runtime.plan, overwrite
         self.rows = list(range(len(positions)))
         rows = len(positions)
         self.batch = StepBatch(
@@ -185,4 +186,6 @@ class DecodeSteps:
         except BaseException:
             state.crop_columns(state.columns - 1)
             raise
+        if self.overwrite:
+            b.logits = logits
         return logits

@@ -113,3 +113,17 @@ def test_refuses_heads_it_cannot_hold(head_dim):
     assert native.block_bytes("bf16", 1, 1, 256) == 32 * 256 * 2 * 2
     with pytest.raises(ValueError, match="must be even and at most 256"):
         native.block_bytes("bf16", 1, 1, head_dim)
+
+
+def test_logits_go_where_the_batch_says(ready):
+    made, batch, logits = ready
+    room = torch.full_like(logits, torch.nan)
+    assert made.plan.run(replace(batch, logits=room), made.store).logits is room
+    assert torch.equal(room, logits)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[:-1], lambda x: x.double(), lambda x: x.repeat(1, 2)[:, ::2]])
+def test_logits_with_no_room(ready, wrong):
+    made, batch, logits = ready
+    with pytest.raises(ValueError, match="logits must be contiguous float32"):
+        made.plan.run(replace(batch, logits=wrong(torch.zeros_like(logits))), made.store)

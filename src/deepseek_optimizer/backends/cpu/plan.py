@@ -90,7 +90,7 @@ class CpuPlan:
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         for spec, frequencies in self._rope:
             frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(batch.positions.max()) + 1)))
-        logits = torch.empty(rows, self.vocab_size)
+        logits = _logits(batch.logits, (rows, self.vocab_size))
         hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
         embeds = batch.inputs_embeds
         if embeds is not None:
@@ -134,3 +134,12 @@ class CpuPlan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise BackendError("a compiled plan cannot be copied; compile the copied model's graph again")
+
+
+def _logits(given: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+    """The tensor that the step writes its logits into."""
+    if given is None:
+        return torch.empty(shape)
+    if given.shape != shape or given.dtype != torch.float32 or given.device.type != "cpu" or not given.is_contiguous():
+        raise ValueError(f"logits must be contiguous float32 {shape} on the CPU, got {given.dtype} {tuple(given.shape)}")
+    return given

@@ -62,7 +62,8 @@ class ReferencePlan:
         head = next(n for n in reversed(self.graph.nodes) if n.op == "lm_head").outputs[0]
         logits = step.values[head] if head.selected else step.values[head][self._rows(batch)]
         hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
-        return StepOutput(logits.float(), hidden)
+        logits = logits.float() if batch.logits is None else batch.logits.copy_(logits)
+        return StepOutput(logits, hidden)
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
         """Nothing to do: torch allocates as it goes."""
