@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 1
+#define DSO_ABI_VERSION 2
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -78,12 +78,13 @@ typedef struct dso_weight {
 DSO_API int64_t dso_tile_bytes(int32_t format);                               /* -1 for an unknown format */
 DSO_API int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols);
 /* Packs rows [0, rows) of a row-major matrix (row stride `stride` elements); dst holds dso_packed_bytes. INT8: scale =
- * max|w|/127 rounded to fp16, w = rint(W/scale) clamped to +-127. INT4: scale as ggml's q4_0 (the element of largest
- * magnitude, the first of equals, / -8, rounded to fp16; q = clamp(rint(w / scale), -8, 7)). Q4_1: min = min(w) rounded to
- * fp16, scale = (max(w) - min(w)) / 15 rounded to fp16, q = clamp(rint((w - min) / scale), 0, 15), with the rounded min.
- * Corner cases and padding: docs/contracts.md, "Packing to the bit". Bit-identical to the reference in quant/. */
+ * max|w|/127 rounded to fp16, w = rint(W/scale) clamped to +-127. INT4 and Q4_1: of several scales (and minima), in fp16, those of
+ * least weighted error; ggml's own comes first, so no group has a larger one than in ggml. The weight of an element's error is
+ * importance[column] (float[cols], finite, not negative: the mean square of what the column is multiplied with), or, where importance
+ * is NULL, the element's magnitude. Other formats and GGML sources don't read it. Which scales, corner cases and padding:
+ * docs/contracts.md, "Packing to the bit". Bit-identical to the reference in quant/. */
 DSO_API int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols,
-                         int64_t stride, void* dst);
+                         int64_t stride, const float* importance, void* dst);
 DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst); /* [rows, cols] */
 
 /* ---- one product outside a plan (module forwards, tests) ------------------------------------------------

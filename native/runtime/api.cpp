@@ -62,8 +62,9 @@ int64_t dso_tile_bytes(int32_t format) { return tile_bytes(format); }
 int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols) { return packed_bytes(format, rows, cols); }
 int64_t dso_row_bytes(int32_t slot_kind, int64_t width) { return row_bytes(slot_kind, width); }
 
-int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, void* dst) {
-  return guarded([&] { pack(shared(c), format, src_type, src, rows, cols, stride, dst); });
+int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride,
+                 const float* importance, void* dst) {
+  return guarded([&] { pack(shared(c), format, src_type, src, rows, cols, stride, importance, dst); });
 }
 int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst) {
   return guarded([&] { unpack(shared(c), given(w, "weight"), row_begin, row_end, dst); });

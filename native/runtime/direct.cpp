@@ -1,6 +1,7 @@
 #include "direct.hpp"
 
 #include <algorithm>
+#include <cfloat>
 #include <functional>
 #include <vector>
 
@@ -52,7 +53,8 @@ static void pack_blocks(Context& c, int32_t format, const uint8_t* source, int64
   });
 }
 
-void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride, void* packed) {
+void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride,
+          const float* importance, void* packed) {
   if (tile_bytes(format) < 0) fail(DSO_EINVAL, "format %d is unknown", format);
   if (packed_bytes(format, rows, cols) < 0) fail(DSO_EINVAL, "a matrix of %lld x %lld", (long long)rows, (long long)cols);
   if (source_type != DSO_SRC_F32 && source_type != DSO_SRC_BF16 && source_type != DSO_SRC_F16 && source_type != DSO_SRC_GGML)
@@ -60,9 +62,11 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   if (stride < cols) fail(DSO_EINVAL, "stride is %lld, cols are %lld", (long long)stride, (long long)cols);
   if (!source || !packed) fail(DSO_EINVAL, "src or dst is NULL");
   if (source_type == DSO_SRC_GGML) return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
+  for (int64_t k = 0; importance && k < cols; ++k)
+    if (!(importance[k] >= 0 && importance[k] <= FLT_MAX)) fail(DSO_EINVAL, "importance[%lld] is %g", (long long)k, double(importance[k]));
   const int64_t stride_bytes = stride * (source_type == DSO_SRC_F32 ? 4 : 2);
   parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
-    c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, tile, static_cast<uint8_t*>(packed));
+    c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, importance, tile, static_cast<uint8_t*>(packed));
   });
 }
 

@@ -58,7 +58,7 @@ class Model {
     w.resize((size_t)rows * cols);
     for (float& v : w) v = random.normal() / std::sqrt((float)cols);
     auto packed = std::make_unique<Buffer>(::packed_bytes(format, rows, cols));
-    check(dso_pack(context.c, format, DSO_SRC_F32, w.data(), rows, cols, cols, packed->get()) == 0, "pack: %s", dso_last_error());
+    check(dso_pack(context.c, format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed->get()) == 0, "pack: %s", dso_last_error());
     weights.push_back({format, rows, cols, 0, packed->get(), (int64_t)packed->size()});
     packed_.push_back(std::move(packed));
     return (int32_t)weights.size() - 1;

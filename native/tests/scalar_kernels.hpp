@@ -31,7 +31,7 @@ inline void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
 inline void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride) {
   for (int64_t r = begin; r < end; ++r) embed_row(w, (int32_t)r, 1, (float*)((uint8_t*)out + (r - begin) * stride));
 }
-inline void pack_tile(int32_t, int32_t, const void* src, int64_t rows, int64_t cols, int64_t stride, int64_t tile, uint8_t* dst) {
+inline void pack_tile(int32_t, int32_t, const void* src, int64_t rows, int64_t cols, int64_t stride, const float*, int64_t tile, uint8_t* dst) {
   const int64_t groups = (cols + 31) / 32;
   for (int64_t k = 0; k < groups * 32; ++k)
     for (int64_t r = 0; r < 16; ++r) {

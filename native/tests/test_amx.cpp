@@ -104,7 +104,7 @@ std::vector<uint8_t> weights(int format, int rows, int cols, Random& random) {
   std::vector<float> w((size_t)(rows * cols));
   for (float& x : w) x = random.normal();
   std::vector<uint8_t> packed(packed_bytes(format, rows, cols));
-  for (int tile = 0; tile < (rows + 15) / 16; ++tile) kernels_avx512_bf16()->pack_tile(format, DSO_SRC_F32, w.data(), rows, cols, 4 * cols, tile, packed.data());
+  for (int tile = 0; tile < (rows + 15) / 16; ++tile) kernels_avx512_bf16()->pack_tile(format, DSO_SRC_F32, w.data(), rows, cols, 4 * cols, nullptr, tile, packed.data());
   return packed;
 }
 
@@ -169,7 +169,7 @@ void bf16_prefill(const Kernels& amx) {
     for (float& e : x) e = from_bits(to_bits(random.normal() * (random.below(8) ? 1 : 1e-38f)) & 0xffff0000);
     for (float& e : bias) e = random.normal();
     std::vector<uint8_t> packed(packed_bytes(DSO_BF16, r.rows, r.cols));
-    for (int tile = 0; tile < (r.rows + 15) / 16; ++tile) amx.pack_tile(DSO_BF16, DSO_SRC_F32, w.data(), r.rows, r.cols, 4 * r.cols, tile, packed.data());
+    for (int tile = 0; tile < (r.rows + 15) / 16; ++tile) amx.pack_tile(DSO_BF16, DSO_SRC_F32, w.data(), r.rows, r.cols, 4 * r.cols, nullptr, tile, packed.data());
     const std::vector<uint8_t> got = product(amx, r, packed, x, bias);
     bool right = true;
     for (int t = 0; right && t < r.T; ++t)

@@ -242,7 +242,7 @@ void direct() {
     const struct { int format, kind; double tolerance; } cases[] = {{DSO_F32, DSO_SLOT_F32, 1e-5}, {DSO_BF16, DSO_SLOT_BF16, 0.01}, {DSO_INT8, DSO_SLOT_Q16, 1e-3}, {DSO_INT4, DSO_SLOT_Q8, 0.02}, {DSO_Q4_1, DSO_SLOT_Q16, 1e-3}};
     for (const auto& k : cases) {
       Buffer packed(::packed_bytes(k.format, rows, cols)), again(packed.size());
-      check(dso_pack(one.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, packed.get()) == 0 && dso_pack(many.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, again.get()) == 0, "pack");
+      check(dso_pack(one.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed.get()) == 0 && dso_pack(many.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, again.get()) == 0, "pack");
       check(memcmp(packed.get(), again.get(), packed.size()) == 0, "%s %s: packing depends on threads", isa, ::format_name(k.format));
       const dso_weight weight{k.format, rows, cols, 0, packed.get(), (int64_t)packed.size()};
       std::vector<float> real((size_t)(rows * cols)), part((size_t)(20 * cols));
@@ -271,12 +271,15 @@ void direct() {
       check(memcmp(a.get(), b.get(), a.size()) == 0, "%s: conversion depends on threads", isa);
     }
     refuses(dso_convert(one.c, DSO_SLOT_F32, x.data(), T, cols, w.data()), DSO_EINVAL, "slot_kind 0", "convert to F32");
-    refuses(dso_pack(one.c, DSO_VECTOR, DSO_SRC_F32, w.data(), rows, cols, cols, x.data()), DSO_EINVAL, "format 100", "pack a vector");
-    refuses(dso_pack(one.c, DSO_INT8, 9, w.data(), rows, cols, cols, x.data()), DSO_EINVAL, "src_type 9", "source type");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_F32, w.data(), rows, cols, cols - 1, x.data()), DSO_EINVAL, "stride", "stride");
-    refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, x.data()), DSO_EINVAL, "BF16", "ggml blocks as bf16");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, x.data()), DSO_EINVAL, "33 every 64", "columns of ggml blocks");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, x.data()), DSO_EINVAL, "32 every 33", "stride of ggml blocks");
+    refuses(dso_pack(one.c, DSO_VECTOR, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "format 100", "pack a vector");
+    refuses(dso_pack(one.c, DSO_INT8, 9, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "src_type 9", "source type");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_F32, w.data(), rows, cols, cols - 1, nullptr, x.data()), DSO_EINVAL, "stride", "stride");
+    const std::vector<float> negative(cols, -1.0f), infinite(cols, INFINITY);
+    refuses(dso_pack(one.c, DSO_INT4, DSO_SRC_F32, w.data(), rows, cols, cols, negative.data(), x.data()), DSO_EINVAL, "importance[0] is -1", "negative importance");
+    refuses(dso_pack(one.c, DSO_INT4, DSO_SRC_F32, w.data(), rows, cols, cols, infinite.data(), x.data()), DSO_EINVAL, "importance[0] is inf", "infinite importance");
+    refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL, "BF16", "ggml blocks as bf16");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "33 every 64", "columns of ggml blocks");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "32 every 33", "stride of ggml blocks");
   }
 }
 

@@ -28,7 +28,7 @@ Case make(int format, int rows, int cols, int tokens, Random& random) {
 
 void pack(Case& c, const Kernels& k) {
   c.packed.resize(packed_bytes(c.format, c.rows, c.cols));
-  for (int tile = 0; tile < (c.rows + 15) / 16; ++tile) k.pack_tile(c.format, DSO_SRC_F32, c.w.data(), c.rows, c.cols, 4 * c.cols, tile, c.packed.data());
+  for (int tile = 0; tile < (c.rows + 15) / 16; ++tile) k.pack_tile(c.format, DSO_SRC_F32, c.w.data(), c.rows, c.cols, 4 * c.cols, nullptr, tile, c.packed.data());
 }
 
 struct Run {

@@ -1,5 +1,6 @@
 // Packing on every variant: the exact bytes of the rule in docs/contracts.md, written here a second time in scalar code; back
 // within each format's bound; nothing outside a tile row's place is written, nothing outside the source is read.
+#include <algorithm>
 #include <utility>
 
 #include "check.hpp"
@@ -31,14 +32,16 @@ struct Source {
   int type, rows, cols, gap;  // gap: elements between rows
   std::vector<uint8_t> bytes; // ends with the last row
   std::vector<float> values;  // [rows][cols], exact
+  std::vector<float> importance = {};  // of the columns; empty: none is given
 
   int64_t size() const { return type == DSO_SRC_F32 ? 4 : 2; }
   int64_t stride() const { return (cols + gap) * size(); }
+  const float* weights(int column) const { return importance.empty() ? nullptr : &importance[(size_t)column]; }
   float at(int r, int c) const { return values[(size_t)r * (size_t)cols + (size_t)c]; }
 };
 
 Source make(int type, int rows, int cols, int gap, const std::vector<float>& wanted) {
-  Source s{type, rows, cols, gap, {}, {}};
+  Source s{type, rows, cols, gap, {}, {}, {}};
   s.bytes.assign((size_t)((rows - 1) * s.stride() + cols * s.size()), 0x7f);  // a gap of NaNs
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < cols; ++c) {
@@ -58,7 +61,37 @@ struct Group {
   int codes[32];  // as stored
 };
 
-Group group_of(int format, const float* w, int n) {
+// What a scale and a minimum make of a group, in float32, the sums over columns in order.
+struct Trial {
+  int format, n;
+  const float *w, *importance;
+  float scale, min, error = 0, codes[32];
+
+  Trial(int format, int n, const float* w, const float* importance, float scale, float min) : format(format), n(n), w(w), importance(importance), scale(scale), min(min) {
+    const float least = format == DSO_INT4 ? -8.0f : 0.0f, most = format == DSO_INT4 ? 7.0f : 15.0f, inverse = scale != 0 ? 1 / scale : 0;
+    for (int i = 0; i < n; ++i) {
+      const float y = w[i] - min;
+      codes[i] = std::fmin(std::fmax(std::nearbyint(y * inverse), least), most);
+      const float d = y - codes[i] * scale;
+      error += d * d * weight(i);
+    }
+  }
+  float weight(int i) const { return importance ? importance[i] : std::fabs(w[i]); }
+
+  Trial fitted() const {
+    float sw = 0, sq = 0, sqq = 0, sy = 0, sqy = 0;
+    for (int i = 0; i < n; ++i) {
+      const float y = w[i] - min, wq = weight(i) * codes[i];
+      sw += weight(i), sq += wq, sqq += wq * codes[i], sy += weight(i) * y, sqy += wq * y;
+    }
+    const float determinant = sw * sqq - sq * sq, step = std::fabs(scale);
+    const float s = format == DSO_INT4 ? sqy / sqq : (sw * sqy - sq * sy) / determinant, m = format == DSO_INT4 ? 0 : (sqq * sy - sq * sqy) / determinant;
+    const auto limited = [](float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; };  // NaN stays
+    return {format, n, w, importance, rounded(scale + limited(s - scale, step / 16)), rounded(min + limited(m, step / 2))};
+  }
+};
+
+Group group_of(int format, const float* w, int n, const float* importance) {
   Group out;
   const int zero = format == DSO_INT8 ? 128 : format == DSO_INT4 ? 8 : 0;
   for (int& code : out.codes) code = zero;
@@ -69,19 +102,31 @@ Group group_of(int format, const float* w, int n) {
     if (std::fabs(w[i]) > std::fabs(first)) first = w[i];
   }
   const float most = std::fmax(std::fabs(low), std::fabs(high));
-  uint16_t scale = to_half(format == DSO_INT8 ? most / 127.0f : format == DSO_INT4 ? first / -8.0f : (high - low) / 15.0f);
-  uint16_t min = format == DSO_Q4_1 ? to_half(low) : 0;
-  if (!std::isfinite(half_to_float(scale)) || !std::isfinite(half_to_float(min))) return out.scale = 0x7e00, out;
-  if (min == 0x8000) min = 0;
-  out.min = min;
-  if ((scale & 0x7fff) == 0) return out;
-  out.scale = scale;
-  const float least = format == DSO_INT8 ? -127.0f : format == DSO_INT4 ? -8.0f : 0.0f;
-  const float largest = format == DSO_INT8 ? 127.0f : format == DSO_INT4 ? 7.0f : 15.0f;
-  for (int i = 0; i < n; ++i) {
-    const float q = std::nearbyint((w[i] - half_to_float(min)) / half_to_float(scale));
-    out.codes[i] = zero + (int)std::fmin(std::fmax(q, least), largest);
+  float scale = rounded(format == DSO_INT8 ? most / 127.0f : format == DSO_INT4 ? first / -8.0f : (high - low) / 15.0f);
+  float min = format == DSO_Q4_1 ? rounded(low) : 0.0f;
+  if (!std::isfinite(scale) || !std::isfinite(min)) return out.scale = 0x7e00, out;
+  out.min = min == 0 ? 0 : to_half(min);
+  if (scale == 0) return out;
+  if (format == DSO_INT8) {
+    for (int i = 0; i < n; ++i) out.codes[i] = zero + (int)std::fmin(std::fmax(std::nearbyint(w[i] / scale), -127), 127);
+    return out.scale = to_half(scale), out;
   }
+  Trial best(format, n, w, importance, scale, min);
+  const auto consider = [&](const Trial& other) { if (other.error < best.error) best = other; };
+  const auto end = [&](float e) { consider({format, n, w, importance, rounded(first / e), 0}); };
+  if (format == DSO_INT4 && importance)
+    for (const float sign : {-1.0f, 1.0f})
+      for (const float e : {6.5f, 7.0f, 7.5f, 8.0f, 8.5f, 9.0f, 9.5f}) end(sign * e);
+  if (format == DSO_Q4_1)
+    for (int below = 0; below < 4; ++below)
+      for (int above = 0; above < 4; ++above) {
+        const float from = low + (high - low) * (float)below / 32, to = high - (high - low) * (float)above / 32;
+        consider({format, n, w, importance, rounded((to - from) / 15), rounded(from)});
+      }
+  consider(best.fitted());
+  for (int i = 0; i < n; ++i) out.codes[i] = zero + (int)best.codes[i];
+  out.min = best.min == 0 ? 0 : to_half(best.min);
+  out.scale = best.scale == 0 ? 0 : to_half(best.scale);
   return out;
 }
 
@@ -102,7 +147,7 @@ std::vector<uint8_t> reference(int format, const Source& s) {
           memcpy(tile + (k / 2 * 16 + r % 16) * 4 + k % 2 * 2, &h, 2);
         }
       if (format == DSO_F32 || format == DSO_BF16) continue;
-      const Group group = group_of(format, w, n);
+      const Group group = group_of(format, w, n, s.weights(32 * g));
       for (int k = 0; k < 32; ++k) {
         int shift;
         const size_t at = code_at(format, r, 32 * g + k, s.cols, &shift);
@@ -138,7 +183,7 @@ float decoded(int format, const std::vector<uint8_t>& packed, int r, int c, int 
 }
 
 // What |unpacked - w| never exceeds, for a group of n whose scale neither over- nor underflows fp16.
-double bound(int format, const float* w, int n, int i) {
+double bound(int format, const float* w, int n, int i, bool importance) {
   double low = w[0], high = w[0];
   for (int k = 0; k < n; ++k) low = std::fmin(low, w[k]), high = std::fmax(high, w[k]);
   const double most = std::fmax(std::fabs(low), std::fabs(high)), half = std::ldexp(1.0, -11), tiny = std::ldexp(1.0, -25);
@@ -146,8 +191,15 @@ double bound(int format, const float* w, int n, int i) {
     case DSO_F32: return 0;
     case DSO_BF16: return std::fabs(w[i]) / 256;
     case DSO_INT8: return most / 254 + 128 * (most / 127 * half + tiny);
-    case DSO_INT4: return most / 8 * (std::fabs(w[i]) > most * 7.5 / 8 ? 1 : 0.5) + 9 * (most / 8 * half + tiny);
-    default: return (high - low) / 30 + 16 * ((high - low) / 15 * half + tiny) + std::fabs(low) * half + tiny + 1e-6 * most;
+    case DSO_INT4: {
+      const double step = most / (importance ? 6.5 : 8) * 17 / 16, shortest = most / (importance ? 9.5 : 8) * 15 / 16;
+      const bool far = !importance && high != -low && (w[i] > 0) == (high > -low);  // on the side that has 8 steps
+      return std::fmax(step / 2, std::fabs(w[i]) - (far ? 8 : 7) * shortest) + 9 * (step * half + tiny);
+    }
+    default: {
+      const double span = high - low, step = span / 15 * 17 / 16, trim = span * 3 / 32, from = low + trim + step / 2, to = high - trim - span / 15 * 23 / 16;
+      return std::fmax(step / 2, std::fmax(from - w[i], w[i] - to)) + 16 * (step * half + tiny) + 2 * (std::fmax(std::fabs(low), std::fabs(from)) * half + tiny) + 1e-6 * most;
+    }
   }
 }
 
@@ -158,7 +210,7 @@ void compare(const Variant& v, int format, const Source& s, const std::vector<ui
   Buffer source(s.bytes.size()), packed(want.size());
   memcpy(source.get(), s.bytes.data(), s.bytes.size());
   const int one = random.below(tiles);  // first a single tile row: the others stay untouched
-  auto pack = [&](int tile) { v.kernels->pack_tile(format, s.type, source.get(), s.rows, s.cols, s.stride(), tile, packed.get()); };
+  auto pack = [&](int tile) { v.kernels->pack_tile(format, s.type, source.get(), s.rows, s.cols, s.stride(), s.weights(0), tile, packed.get()); };
   pack(one);
   for (size_t i = 0; i < want.size(); ++i) {
     const uint8_t expected = i / tile_row == (size_t)one ? want[i] : 0xa5;
@@ -199,9 +251,36 @@ void bounded(int format, const Source& s, const std::vector<uint8_t>& packed) {
   for (int r = 0; r < s.rows; ++r)
     for (int c = 0; c < s.cols; ++c) {
       const int g = c / 32 * 32, n = std::min(32, s.cols - g);
-      const double error = std::fabs((double)decoded(format, packed, r, c, s.cols) - s.at(r, c)), limit = bound(format, &s.values[(size_t)(r * s.cols + g)], n, c - g);
+      const double error = std::fabs((double)decoded(format, packed, r, c, s.cols) - s.at(r, c)), limit = bound(format, &s.values[(size_t)(r * s.cols + g)], n, c - g, !s.importance.empty());
       if (!check(error <= limit, "%s (%d, %d): %g comes back with error %g, over %g", format_name(format), r, c, s.at(r, c), error, limit)) return;
     }
+}
+
+// No group's weighted error is above that of ggml's own scale (and minimum), but for the rounding of the sums.
+void no_worse_than_ggml(int format, const Source& s, const std::vector<uint8_t>& packed) {
+  if (format != DSO_INT4 && format != DSO_Q4_1) return;
+  for (int r = 0; r < s.rows; ++r)
+    for (int g = 0; g < s.cols; g += 32) {
+      const int n = std::min(32, s.cols - g);
+      const float* w = &s.values[(size_t)(r * s.cols + g)];
+      const float low = *std::min_element(w, w + n), high = *std::max_element(w, w + n);
+      const float largest = *std::max_element(w, w + n, [](float a, float b) { return std::fabs(a) < std::fabs(b); });
+      const float scale = rounded(format == DSO_INT4 ? largest / -8 : (high - low) / 15), min = format == DSO_INT4 ? 0 : rounded(low);
+      double ours = 0, theirs = 0;
+      for (int i = 0; i < n; ++i) {
+        const double weight = s.importance.empty() ? std::fabs(w[i]) : s.importance[(size_t)(g + i)];
+        const double code = scale == 0 ? 0 : std::fmin(std::fmax(std::nearbyint((w[i] - min) / scale), format == DSO_INT4 ? -8 : 0), format == DSO_INT4 ? 7 : 15);
+        ours += weight * std::pow(decoded(format, packed, r, g + i, s.cols) - w[i], 2), theirs += weight * std::pow(code * scale + min - w[i], 2);
+      }
+      if (!check(ours <= theirs * (1 + 1e-4), "%s row %d group %d: weighted error %g, ggml's is %g", format_name(format), r, g / 32, ours, theirs)) return;
+    }
+}
+
+// Weights of columns over some magnitudes, some of them zero.
+std::vector<float> importance_of(int cols, Random& random) {
+  std::vector<float> found;
+  for (int c = 0; c < cols; ++c) found.push_back(random.below(8) ? std::ldexp(random.uniform(), random.below(12) - 6) : 0);
+  return found;
 }
 
 void shapes(const std::vector<Variant>& all) {
@@ -213,10 +292,12 @@ void shapes(const std::vector<Variant>& all) {
       const float level = std::ldexp(1.0f, random.below(12) - 8), shift = random.below(2) ? 0 : random.normal() * level;
       for (float& x : wanted) x = random.normal() * level + shift;
       for (int type : sources) {
-        const Source s = make(type, rows, cols, random.below(3), wanted);
+        Source s = make(type, rows, cols, random.below(3), wanted);
+        if (random.below(2)) s.importance = importance_of(cols, random);
         for (int format : formats) {
           const std::vector<uint8_t> want = reference(format, s);
           bounded(format, s, want);
+          no_worse_than_ggml(format, s, want);
           for (const Variant& v : all) compare(v, format, s, want, random);
         }
       }
@@ -253,7 +334,8 @@ void corners(const std::vector<Variant>& all) {
         }
       }
     for (int type : sources) {
-      const Source s = make(type, rows, cols, 1, wanted);
+      Source s = make(type, rows, cols, 1, wanted);
+      if (round % 4 > 1) s.importance = importance_of(cols, random);
       for (int format : formats) {
         const std::vector<uint8_t> want = reference(format, s);
         for (const Variant& v : all) compare(v, format, s, want, random);
@@ -273,7 +355,7 @@ void again(const std::vector<Variant>& all) {
   const Source s = make(DSO_SRC_F32, 16, 128, 0, wanted);
   for (const Variant& v : all) {
     Buffer packed(packed_bytes(DSO_INT4, 16, 128));
-    v.kernels->pack_tile(DSO_INT4, DSO_SRC_F32, s.bytes.data(), 16, 128, s.stride(), 0, packed.get());
+    v.kernels->pack_tile(DSO_INT4, DSO_SRC_F32, s.bytes.data(), 16, 128, s.stride(), nullptr, 0, packed.get());
     std::vector<float> back(16 * 128);
     v.kernels->unpack_rows({DSO_INT4, 16, 128, packed.get()}, 0, 16, back.data(), 4 * 128);
     for (size_t i = 0; i < back.size(); ++i)

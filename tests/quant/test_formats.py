@@ -24,6 +24,13 @@ def matrix(rows: int, cols: int, dtype: torch.dtype = torch.float32, seed: int =
     return w.to(dtype)
 
 
+def importance_of(cols: int) -> torch.Tensor:
+    """Weights of columns over some magnitudes; some are zero."""
+    generator = torch.Generator().manual_seed(cols)
+    found = torch.randn(cols, generator=generator).exp() ** 2
+    return found * (torch.rand(cols, generator=generator) > 0.2)
+
+
 @pytest.mark.parametrize("name", quant.FORMATS)
 @pytest.mark.parametrize("dtype", SOURCES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,10 +39,11 @@ def test_error_stays_within_the_bound(name: str, dtype: torch.dtype, shape: tupl
     packed = fmt.pack(weight)
     assert packed.dtype == torch.uint8
     assert packed.shape == (math.ceil(shape[0] / 16), math.ceil(shape[1] / 32), fmt.tile_bytes)
-    error = (fmt.unpack(packed, *shape).double() - weight.double()).abs()
-    bound = fmt.error_bound(weight).double()
-    assert error.shape == bound.shape == weight.shape
-    assert (error <= bound).all(), (error - bound).max()
+    for importance in (None, importance_of(shape[1])):
+        error = (fmt.unpack(fmt.pack(weight, importance), *shape).double() - weight.double()).abs()
+        bound = fmt.error_bound(weight, importance).double()
+        assert error.shape == bound.shape == weight.shape
+        assert (error <= bound).all(), (error - bound).max()
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
@@ -68,34 +76,135 @@ def numbers(tile: np.ndarray, name: str, row: int) -> list[float]:
     return [float(halves[i * 16 + row]) for i in range(len(halves) // 16)]
 
 
+f32 = np.float32
+
+
+def ggml_choice(name: str, group: np.ndarray) -> tuple[np.float32, np.float32]:
+    """ggml's scale and minimum of one group, rounded to fp16."""
+    if name == "int4":
+        return f32(np.float16(group[np.abs(group).argmax()] / f32(-8))), f32(0)
+    return f32(np.float16((group.max() - group.min()) / f32(15))), f32(np.float16(group.min()))
+
+
+def try_numbers(name: str, group: np.ndarray, c: np.ndarray, s: np.float32, m: np.float32) -> tuple[np.float32, np.ndarray]:
+    """Weighted error and codes, in float32 by the contract's words; c: the weights of the errors."""
+    low, high = (-8, 7) if name == "int4" else (0, 15)
+    y = group - m
+    q = np.clip(np.rint(y * (f32(1) / s)), low, high).astype(np.float32) if s else np.zeros_like(y)
+    error = f32(0)
+    for term in ((y - q * s) * (y - q * s)) * c:
+        error = f32(error + term)
+    return error, q
+
+
+def search(name: str, group: np.ndarray, importance: np.ndarray | None) -> tuple[np.float32, np.float32]:
+    """docs/contracts.md, "Packing to the bit": the scale and minimum of int4 and q4_1."""
+
+    def half(x: np.float32) -> np.float32:
+        return f32(np.float16(x))
+
+    def total(terms: np.ndarray) -> np.float32:
+        found = f32(0)
+        for term in terms:
+            found = f32(found + term)
+        return found
+
+    c = np.abs(group) if importance is None else importance
+    low, high, e = group.min(), group.max(), group[np.abs(group).argmax()]
+    choices = [ggml_choice(name, group)]
+    if name == "int4" and importance is not None:
+        ends = (-6.5, -7, -7.5, -8.5, -9, -9.5, 6.5, 7, 7.5, 8, 8.5, 9, 9.5)
+        choices += [(half(e / f32(d)), f32(0)) for d in ends]
+    if name == "q4_1":
+        r = f32(high - low)
+        for a, b in [(a, b) for a in range(4) for b in range(4)][1:]:
+            lo, hi = low + r * f32(a / 32), high - r * f32(b / 32)
+            choices.append((half((hi - lo) / f32(15)), half(lo)))
+    s, m = choices[0]
+    if s == 0:
+        return s, m
+    best, q = try_numbers(name, group, c, s, m)
+    for s2, m2 in choices[1:]:
+        error, codes = try_numbers(name, group, c, s2, m2)
+        if error < best:
+            best, q, s, m = error, codes, s2, m2
+    y = group - m
+    w, sq, sqq, sy, sqy = total(c), total(c * q), total((c * q) * q), total(c * y), total((c * q) * y)
+    with np.errstate(all="ignore"):
+        d = w * sqq - sq * sq
+        new, moved = (sqy / sqq, f32(0)) if name == "int4" else ((w * sqy - sq * sy) / d, (sqq * sy - sq * sqy) / d)
+    s2 = half(s + np.clip(new - s, -abs(s) / f32(16), abs(s) / f32(16)))
+    m2 = half(m + np.clip(moved, -abs(s) / f32(2), abs(s) / f32(2)))
+    return (s2, m2) if try_numbers(name, group, c, s2, m2)[0] < best else (s, m)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
 @pytest.mark.parametrize("shape", [(16, 32), (19, 50)])
-def test_codes_follow_the_definition(name: str, shape: tuple[int, int]) -> None:
+def test_codes_follow_the_definition(name: str, shape: tuple[int, int], weighted: bool) -> None:
     """One group at a time in numpy's float32: same scale, same codes, at the places dso.h names."""
-    weight = matrix(*shape, seed=3)
-    packed = quant.get_format(name).pack(weight).numpy()
-    f32 = np.float32
+    weight, importance = matrix(*shape, seed=3), importance_of(shape[1]) if weighted else None
+    packed = quant.get_format(name).pack(weight, importance).numpy()
     for row in range(shape[0]):
         for first in range(0, shape[1], 32):
             group = weight[row, first : first + 32].numpy()
             tile = packed[row // 16, first // 32]
             minimum = f32(0)
+            zero = {"int8": 128, "int4": 8, "q4_1": 0}[name]
             if name == "int8":
-                scale, low, high, zero = np.float16(np.abs(group).max() / f32(127)), -127, 127, 128
-            elif name == "int4":
-                scale, low, high, zero = np.float16(group[np.abs(group).argmax()] / f32(-8)), -8, 7, 8
+                scale = f32(np.float16(np.abs(group).max() / f32(127)))
+                q = np.clip(np.rint(group / scale), -127, 127) if scale else np.zeros_like(group)
             else:
-                scale, low, high, zero = np.float16((group.max() - group.min()) / f32(15)), 0, 15, 0
-                minimum = f32(np.float16(group.min()))
+                c = None if importance is None else importance[first : first + 32].numpy()
+                scale, minimum = search(name, group, c)
+                q = try_numbers(name, group, np.ones_like(group), scale, minimum)[1]
             stored = numbers(tile, name, row % 16)
             assert stored == ([float(scale), float(minimum)] if name == "q4_1" else [float(scale)])
-            quotient = (group - minimum) / f32(scale) if scale else np.zeros_like(group)
-            q = np.clip(np.rint(quotient), low, high).astype(int) + zero
+            q = q.astype(int) + zero
             assert [code(tile, name, row % 16, c) for c in range(len(group))] == q.tolist()
             assert {code(tile, name, row % 16, c) for c in range(len(group), 32)} <= {zero}, "padding is codes of zero"
     for row in range(shape[0] % 16 or 16, 16):
         assert all(n == 0 for n in numbers(packed[-1, -1], name, row))
         assert {code(packed[-1, -1], name, row, c) for c in range(32)} == {zero}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["int4", "q4_1"])
+def test_no_group_has_a_larger_weighted_error_than_in_ggml(name: str, weighted: bool) -> None:
+    weight, importance = matrix(65, 332), importance_of(332) if weighted else None
+    got = quant.get_format(name)
+    ours = (got.unpack(got.pack(weight, importance), 65, 332) - weight).double().square().numpy()
+    better = 0
+    for row in range(65):
+        for first in range(0, 332, 32):
+            group = weight[row, first : first + 32].numpy()
+            c = np.abs(group) if importance is None else importance[first : first + 32].numpy()
+            theirs, _ = try_numbers(name, group, c, *ggml_choice(name, group))
+            found = (ours[row, first : first + 32] * c).sum()
+            assert found <= theirs * (1 + 1e-5), (row, first)
+            better += bool(found < 0.98 * theirs)
+    assert better > 65 * 10 / 2, "and most groups have a smaller one"
+
+
+@pytest.mark.parametrize("name", ["int4", "q4_1"])
+def test_importance_spares_the_columns_that_matter(name: str) -> None:
+    weight, importance = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), torch.ones(256)
+    importance[::4] = 100
+    fmt = quant.get_format(name)
+    plain, weighted = ((fmt.unpack(fmt.pack(weight, i), 64, 256) - weight).square() for i in (None, importance))
+    assert weighted[:, ::4].mean() < 0.7 * plain[:, ::4].mean()
+    assert torch.equal(fmt.pack(weight, importance), fmt.pack(weight, importance * 4)), "only proportions count"
+
+
+@pytest.mark.parametrize("name", ["int4", "q4_1"])
+def test_importance_that_is_none(name: str) -> None:
+    weight, fmt = torch.ones(3, 40), quant.get_format(name)
+    for wrong in (torch.ones(39), torch.ones(40, 1), torch.ones(40).double()):
+        with pytest.raises(ValueError, match=r"importance must be float32 \[40\]"):
+            fmt.pack(weight, wrong)
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite and not negative"):
+            fmt.pack(weight, torch.full((40,), value))
 
 
 def test_float_layouts() -> None:
@@ -135,7 +244,7 @@ def test_int4_takes_the_first_of_equal_magnitudes() -> None:
     weight[0, 1], weight[0, 7] = 8.0, -8.0
     weight[1, 1], weight[1, 7] = -8.0, 8.0
     got = quant.unpack(quant.pack(weight, "int4"))
-    assert got[0, 1] == 8 and got[0, 7] == -7 and got[1, 1] == -8 and got[1, 7] == 7
+    assert got[0, 1] * 7 == got[0, 7] * -8 > 0 and got[1, 1] * 7 == got[1, 7] * -8 < 0, "8 steps, and 7 for the second"
 
 
 @pytest.mark.parametrize("name", quant.FORMATS)

@@ -37,6 +37,7 @@ DSO_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a*b +
 DSO_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
 DSO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }              // b where either is NaN
 DSO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+DSO_INLINE F less(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }  // a < b ? x : y
 DSO_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 DSO_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // half to even
 DSO_INLINE F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }        // a * 2^n, n integral

@@ -12,12 +12,10 @@
 
 #include "../kernels.hpp"
 #include "dso.h"
+#include "pack_search.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 namespace packing {
-
-constexpr int R = 16, C = 32;  // rows and columns of a tile
-static_assert(R == lanes);
 
 static constexpr int64_t tile_bytes(int32_t format) {
   switch (format) {
@@ -29,12 +27,6 @@ static constexpr int64_t tile_bytes(int32_t format) {
     default: return -1;
   }
 }
-
-// Codes of a format: clamped to [least, most], stored as code + zero.
-template <int format> struct Code;
-template <> struct Code<DSO_INT8> { static constexpr int least = -127, most = 127, zero = 128, bits = 8; };
-template <> struct Code<DSO_INT4> { static constexpr int least = -8, most = 7, zero = 8, bits = 4; };
-template <> struct Code<DSO_Q4_1> { static constexpr int least = 0, most = 15, zero = 0, bits = 4; };
 
 // ---- reading the source
 
@@ -75,9 +67,6 @@ template <int rows, int cols> static inline void transpose(const void* in, void*
 
 // ---- scales
 
-static inline void to_f16(const float* x, uint16_t* h) {  // 16 values, nearest even
-  for (int r = 0; r < R; r += 8) _mm_storeu_si128((__m128i*)(h + r), _mm256_cvtps_ph(_mm256_loadu_ps(x + r), _MM_FROUND_TO_NEAREST_INT));
-}
 static inline bool finite16(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
 
 // The first element of largest magnitude in row r, where the largest and the least are opposite.
@@ -86,58 +75,69 @@ static inline float first_of_largest(const float (*t)[R], int r, float magnitude
     if (t[k][r] == magnitude || t[k][r] == -magnitude) return t[k][r];
   return magnitude;  // not reached: the magnitude was found among these
 }
+static inline F largest_of(const float (*t)[R], F high, F low) {
+  alignas(64) float hi[R], lo[R], e[R];
+  store(hi, high), store(lo, low);
+  for (int r = 0; r < R; r++) e[r] = hi[r] > -lo[r] ? hi[r] : hi[r] < -lo[r] ? lo[r] : first_of_largest(t, r, hi[r]);
+  return load(e);
+}
 
-// Scales of 16 groups, t[column][row] of which n columns are real. Writes scale and min as fp16, and the divisor and the
-// subtrahend of the codes. Rows without a usable scale are blanked in t: their codes are the code of zero.
+// The numbers of 16 groups, t[column][row] of which n columns are real; written as fp16, and returned as decoding reads them, but zero
+// instead of a scale that is NaN. Rows without a usable scale are blanked in t: their codes are the code of zero.
 template <int format>
-static inline void scales(float (*t)[R], int n, uint16_t* scale16, uint16_t* min16, float* divisor, float* subtrahend) {
-  alignas(64) float largest[R], least[R], raw[R], low[R], bad[R];
+static inline Numbers numbers_of(float (*t)[R], int n, const float* importance, uint16_t* scale16, uint16_t* min16) {
+  alignas(64) float bad[R], settled[R];
   F hi = load(t[0]), lo = hi, nan = mul(hi, zero());
   for (int k = 1; k < n; k++) {
     const F x = load(t[k]);
     hi = max(hi, x), lo = min(lo, x), nan = fma(x, zero(), nan);  // NaN and infinity times zero stay NaN
   }
-  store(largest, hi), store(least, lo), store(bad, nan);
-  store(low, format == DSO_Q4_1 ? lo : zero());
-  if constexpr (format == DSO_INT8) store(raw, div(max(hi, sub(zero(), lo)), set(127)));
-  if constexpr (format == DSO_Q4_1) store(raw, div(sub(hi, lo), set(15)));
-  if constexpr (format == DSO_INT4) {
-    for (int r = 0; r < R; r++) {
-      const float hi = largest[r], lo = least[r];
-      const float e = hi > -lo ? hi : hi < -lo ? lo : first_of_largest(t, r, hi);
-      raw[r] = e / -8.0f;
-    }
-  }
-  to_f16(raw, scale16), to_f16(low, min16);
-  store(divisor, load_f16(scale16));
+  store(bad, nan);
+  [[maybe_unused]] F largest = zero();
+  Numbers found;
+  if constexpr (format == DSO_INT8) found = {as_f16(div(max(hi, sub(zero(), lo)), set(127))), zero()};
+  if constexpr (format == DSO_INT4) largest = largest_of(t, hi, lo), found = first_int4(largest);
+  if constexpr (format == DSO_Q4_1) found = first_q4_1(lo, hi);
+  auto write = [&] {
+    alignas(64) float scale[R], least[R];
+    store(scale, found.scale), store(least, found.least);
+    to_f16(scale, scale16), to_f16(least, min16);
+  };
+  write();
+  bool blank[R];
   for (int r = 0; r < R; r++) {
-    const bool blank = bad[r] != bad[r] || !finite16(scale16[r]) || !finite16(min16[r]);
-    if (blank) {
-      for (int k = 0; k < C; k++) t[k][r] = 0;
-      scale16[r] = 0x7e00, min16[r] = 0;
-    } else if ((scale16[r] & 0x7fff) == 0) {
-      scale16[r] = 0;
-    }
-    if (min16[r] == 0x8000) min16[r] = 0;
-    if (blank || scale16[r] == 0) divisor[r] = __builtin_inff();  // anything finite over infinity is code zero
+    blank[r] = bad[r] != bad[r] || !finite16(scale16[r]) || !finite16(min16[r]);
+    settled[r] = blank[r] || (scale16[r] & 0x7fff) == 0 ? 0.0f : -1.0f;
+    for (int k = 0; blank[r] && k < C; k++) t[k][r] = 0;
   }
-  store(subtrahend, load_f16(min16));
+  if constexpr (format == DSO_INT4) found = search_int4({t, n, importance}, found, load(settled), largest);
+  if constexpr (format == DSO_Q4_1) found = search_q4_1({t, n, importance}, found, load(settled), lo, hi);
+  write();
+  for (int r = 0; r < R; r++) {
+    if (blank[r]) scale16[r] = 0, min16[r] = 0;
+    if ((scale16[r] & 0x7fff) == 0) scale16[r] = 0;
+    if (min16[r] == 0x8000) min16[r] = 0;
+  }
+  found = {load_f16(scale16), load_f16(min16)};
+  for (int r = 0; r < R; r++)
+    if (blank[r]) scale16[r] = 0x7e00;
+  return found;
 }
 
 // ---- one tile
 
-template <int format> static inline void pack_codes(const float* staged, int n, uint8_t* dst) {
+template <int format> static inline void pack_codes(const float* staged, int n, const float* importance, uint8_t* dst) {
   using Q = Code<format>;
-  alignas(64) float t[C][R], divisor[R], subtrahend[R];
+  alignas(64) float t[C][R];
   alignas(32) uint16_t scale16[R], min16[R];
   transpose<R, C>(staged, t);
-  scales<format>(t, n, scale16, min16, divisor, subtrahend);
-  const F d = load(divisor), m = load(subtrahend);
-  for (int k = n; k < C; k++) store(t[k], m);  // padding columns: the code of zero
+  const Numbers with = numbers_of<format>(t, n, importance, scale16, min16);
+  for (int k = n; k < C; k++) store(t[k], with.least);  // padding columns: the code of zero
+  const F inverse = inverse_of(with.scale), divisor = less(zero(), abs(with.scale), with.scale, set(__builtin_inff()));
   auto code = [&](int k) {
-    F x = load(t[k]);
-    if constexpr (format == DSO_Q4_1) x = sub(x, m);
-    return iadd(to_int(min(max(div(x, d), set(Q::least)), set(Q::most))), iset(Q::zero));
+    const F y = above_least<format>(load(t[k]), with.least);
+    if constexpr (format == DSO_INT8) return iadd(to_int(min(max(div(y, divisor), set(Q::least)), set(Q::most))), iset(Q::zero));
+    else return iadd(to_int(nearest<format>(y, inverse)), iset(Q::zero));
   };
   auto byte = [&](int j, int b) {  // byte b of every lane of the j-th 64 bytes
     if constexpr (Q::bits == 8) return code(4 * j + b);
@@ -232,8 +232,8 @@ static void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out,
 }
 
 // One tile row: rows [16 tile, 16 tile + 16) of src, whose rows are `stride` bytes apart, to their place in dst.
-static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, int64_t tile,
-                      uint8_t* dst) {
+static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, const float* importance,
+                      int64_t tile, uint8_t* dst) {
   using namespace packing;
   const int64_t groups = (cols + C - 1) / C, size = src_type == DSO_SRC_F32 ? 4 : 2;
   const uint8_t* first_row = (const uint8_t*)src + tile * R * stride;
@@ -244,12 +244,13 @@ static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t
   for (int64_t g = 0; g < groups; g++, dst += tile_bytes(format)) {
     const int64_t n = cols - g * C < C ? cols - g * C : C;
     for (int64_t r = 0; r < real_rows; r++) read_row(src_type, first_row + r * stride + g * C * size, n, staged + r * C);
+    const float* weights = importance ? importance + g * C : nullptr;
     switch (format) {
       case DSO_F32: transpose<R, C>(staged, dst); break;
       case DSO_BF16: pack_bf16(staged, dst); break;
-      case DSO_INT8: pack_codes<DSO_INT8>(staged, (int)n, dst); break;
-      case DSO_INT4: pack_codes<DSO_INT4>(staged, (int)n, dst); break;
-      case DSO_Q4_1: pack_codes<DSO_Q4_1>(staged, (int)n, dst); break;
+      case DSO_INT8: pack_codes<DSO_INT8>(staged, (int)n, nullptr, dst); break;
+      case DSO_INT4: pack_codes<DSO_INT4>(staged, (int)n, weights, dst); break;
+      case DSO_Q4_1: pack_codes<DSO_Q4_1>(staged, (int)n, weights, dst); break;
     }
   }
 }

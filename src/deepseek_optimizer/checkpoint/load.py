@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -43,6 +44,7 @@ def stream_weights(
     packer: Packer = reference_packer,
     progress: Callable[[LoadProgress], None] | None = None,
     ignored: Iterable[str] = IGNORED,
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, PackedMatrix | torch.Tensor]]:
     """The wanted tensors in the order of the file: packed matrices, and plain tensors where the format is None.
 
@@ -55,12 +57,13 @@ def stream_weights(
         packer: packs a panel; the native one where it is built.
         progress: called after each tensor.
         ignored: patterns (whole names) of stored tensors that need not be wanted.
+        importance: parameter name -> how much an error in each of its columns weighs, as `Packer` has it; some may be absent.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape, or holds NaN. It names the tensor.
     """
     check_tensors(checkpoint, wanted, shapes, ignored)
-    return _stream(checkpoint, wanted, packer, progress)
+    return _stream(checkpoint, wanted, packer, progress, importance or {})
 
 
 def check_tensors(
@@ -90,7 +93,11 @@ def check_tensors(
 
 
 def _stream(
-    checkpoint: Checkpoint, wanted: Mapping[str, str | None], packer: Packer, progress: Callable[[LoadProgress], None] | None
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, str | None],
+    packer: Packer,
+    progress: Callable[[LoadProgress], None] | None,
+    importance: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, PackedMatrix | torch.Tensor]]:
     infos = sorted((checkpoint.info(name) for name in wanted), key=lambda i: (str(i.file), i.offset))
     total, done, start = sum(i.nbytes for i in infos), 0, time.monotonic()
@@ -102,7 +109,8 @@ def _stream(
             yield info.name, tensor
             del tensor  # the caller has it; nothing here may keep it alive
         else:
-            yield info.name, checkpoint.packed(info.name, format, packer)
+            weighing = partial(packer, importance=importance[info.name]) if info.name in importance else packer
+            yield info.name, checkpoint.packed(info.name, format, weighing)
         done += info.nbytes
         if progress is not None:
             progress(LoadProgress(info.name, done, total, count, len(infos), time.monotonic() - start))

@@ -30,19 +30,23 @@ def get_format(name: str) -> WeightFormat:
     raise ConfigError(f"unknown weight format {name!r}{hint} (known: {', '.join(FORMATS)})")
 
 
-def reference_packer(weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+def reference_packer(
+    weight: torch.Tensor, name: str, out: torch.Tensor | None = None, importance: torch.Tensor | None = None
+) -> torch.Tensor:
     """Packs in plain torch: the `Packer` that serves where no native one was built."""
     if weight.dtype == torch.uint8:
         tiles = ggml.repack(weight, *ggml.blocks_for(name, weight.shape[1]))
     else:
-        tiles = get_format(name).pack(weight)
+        tiles = get_format(name).pack(weight, importance)
     return tiles if out is None else out.copy_(tiles)
 
 
-def pack(weight: torch.Tensor, name: str, packer: Packer = reference_packer) -> PackedMatrix:
-    """float [N, K] -> the packed matrix in format `name`."""
+def pack(
+    weight: torch.Tensor, name: str, packer: Packer = reference_packer, importance: torch.Tensor | None = None
+) -> PackedMatrix:
+    """float [N, K] -> the packed matrix in format `name`; `importance` as `Packer` has it."""
     get_format(name)
-    return PackedMatrix(name, weight.shape[0], weight.shape[1], packer(weight, name))
+    return PackedMatrix(name, weight.shape[0], weight.shape[1], packer(weight, name, importance=importance))
 
 
 def unpack(matrix: PackedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -17,11 +17,15 @@ TILE_ROWS, TILE_COLS = 16, 32
 class Packer(Protocol):
     """Float matrix [N, K], format name -> uint8 tiles, in `out` where it is given (contiguous, of the tiles' shape).
 
-    A uint8 matrix is rows of ggml blocks of the type with this format's own numbers (see `ggml.py`): repacked, nothing rounded.
+    `importance`: float32 [K], finite, not negative: how much an error in a column weighs. int4 and q4_1 choose their scales by
+    it (`search.py`); the others don't read it. A uint8 matrix is rows of ggml blocks of the type with this format's own numbers
+    (see `ggml.py`): repacked, nothing rounded.
     A backend hands its own packer in; this package imports no backend.
     """
 
-    def __call__(self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor: ...
+    def __call__(
+        self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None, importance: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
 
 class WeightFormat(Protocol):
@@ -34,13 +38,13 @@ class WeightFormat(Protocol):
     activation: ClassVar[str]
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> torch.Tensor:
-        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]."""
+    def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """float [N, K], and see `Packer` for importance -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]."""
 
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 tiles -> float [rows, cols]; exact in float32."""
 
     @staticmethod
-    def error_bound(weight: torch.Tensor) -> torch.Tensor:
-        """float [N, K]: what |unpack(pack(w)) - w| never exceeds, element by element."""
+    def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """float [N, K]: what |unpack(pack(w, importance)) - w| never exceeds, element by element."""

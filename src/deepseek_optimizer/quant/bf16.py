@@ -19,7 +19,7 @@ class Bf16:
     activation: ClassVar[str] = "bf16"
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> torch.Tensor:
+    def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 1024]."""
         return pack_panels(weight, Bf16.tile_bytes, _encode)
 
@@ -29,7 +29,7 @@ class Bf16:
         return unpack_panels(packed, rows, cols, dtype, lambda words, _: words.view(torch.bfloat16), words=16)
 
     @staticmethod
-    def error_bound(weight: torch.Tensor) -> torch.Tensor:
+    def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Half a unit in the last of 8 significant bits; 2^-134 where bf16 is subnormal."""
         return (weight.float().abs() * 2.0**-8).clamp_min(2.0**-134)
 

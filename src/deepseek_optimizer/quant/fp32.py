@@ -19,7 +19,7 @@ class Fp32:
     activation: ClassVar[str] = "f32"
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> torch.Tensor:
+    def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 2048]."""
         return pack_panels(weight, Fp32.tile_bytes, _encode)
 
@@ -29,7 +29,7 @@ class Fp32:
         return unpack_panels(packed, rows, cols, dtype, lambda words, _: words.view(torch.float32), words=32)
 
     @staticmethod
-    def error_bound(weight: torch.Tensor) -> torch.Tensor:
+    def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Zero."""
         return torch.zeros_like(weight, dtype=torch.float32)
 

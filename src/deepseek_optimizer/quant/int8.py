@@ -20,7 +20,7 @@ class Int8:
     activation: ClassVar[str] = "q16"
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> torch.Tensor:
+    def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 544]."""
         return pack_panels(weight, Int8.tile_bytes, _encode)
 
@@ -30,7 +30,7 @@ class Int8:
         return unpack_panels(packed, rows, cols, dtype, _decode, words=8, halves=1)
 
     @staticmethod
-    def error_bound(weight: torch.Tensor) -> torch.Tensor:
+    def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Half a step, and what rounding the scale to fp16 takes off the largest element."""
         groups = grouped(pad_to_tiles(weight))
         step = groups.abs().amax(-1, keepdim=True) / 127

@@ -1,4 +1,8 @@
-"""q4_1: 4 bits with a scale and a minimum by groups of 32 columns (5 bits). ggml's Q4_1 is the same numbers."""
+"""q4_1: 4 bits with a scale and a minimum by groups of 32 columns (5 bits). ggml's Q4_1 is the same numbers.
+
+The first choice is ggml's: codes from the group's least element to its greatest. Ranges that leave something off at either end
+are tried as well, and the best is fitted (`search.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,14 @@ from typing import ClassVar
 import torch
 
 from .base import TILE_COLS
-from .groups import grouped, join_nibbles, quantise, round_scale, scale_error, split_nibbles, to_words, ungroup
+from .groups import grouped, join_nibbles, round_scale, scale_error, split_nibbles, to_words, ungroup
+from .search import REFIT, Best, by_column, error_weights, in_order, nearest, pad_importance, weighted_error, within
 from .tiles import pack_panels, pad_to_tiles, unpack_panels
+
+# What is left off of a group's range, below and above: the first is ggml's choice.
+TRIMS = tuple((below / 32, above / 32) for below in range(4) for above in range(4))
+_MOST = TRIMS[-1][0]
+SHIFT = 1 / 2  # how far a fit may move the minimum, in steps
 
 
 class Q4_1:
@@ -21,10 +31,10 @@ class Q4_1:
     activation: ClassVar[str] = "q16"
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> torch.Tensor:
-        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 320]."""
-        tail = weight.shape[-1] % TILE_COLS
-        return pack_panels(weight, Q4_1.tile_bytes, lambda panel: _encode(panel, tail))
+    def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """float [N, K], float32 [K] -> uint8 [ceil(N/16), ceil(K/32), 320]."""
+        padded, tail = pad_importance(importance, weight.shape[-1]), weight.shape[-1] % TILE_COLS
+        return pack_panels(weight, Q4_1.tile_bytes, lambda panel: _encode(panel, padded, tail))
 
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,13 +42,15 @@ class Q4_1:
         return unpack_panels(packed, rows, cols, dtype, _decode, words=4, halves=2)
 
     @staticmethod
-    def error_bound(weight: torch.Tensor) -> torch.Tensor:
-        """Half a step, and the rounding of scale, minimum and sum."""
+    def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """Half the largest step that may be chosen, or the way to the narrowest range; and the rounding of all three."""
         groups = grouped(pad_to_tiles(weight))
         low, high = (x.unsqueeze(-1) for x in _range(groups, weight.shape[-1] % TILE_COLS))
         step = (high - low) / 15
-        rounding = 15.5 * scale_error(step) + scale_error(low) + 2.0**-22 * (low.abs() + groups.abs())
-        return ungroup(step / 2 + rounding, weight)
+        long, trim = step * (1 + REFIT), _MOST * (high - low)
+        least, greatest = low + trim + long * SHIFT, high - trim - (SHIFT + 15 * REFIT) * step
+        rounding = 15.5 * scale_error(long) + scale_error(low) + scale_error(least) + 2.0**-22 * (low.abs() + groups.abs())
+        return ungroup(torch.maximum(long / 2, torch.maximum(least - groups, groups - greatest)) + rounding, weight)
 
 
 def _range(groups: torch.Tensor, tail: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +61,51 @@ def _range(groups: torch.Tensor, tail: int) -> tuple[torch.Tensor, torch.Tensor]
     return low, high
 
 
-def _encode(panel: torch.Tensor, tail: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def _encode(panel: torch.Tensor, importance: torch.Tensor | None, tail: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     groups = grouped(panel)
-    low, high = _range(groups, tail)
-    scale, minimum = round_scale((high - low) / 15), round_scale(low)
+    x = by_column(groups)
+    scale, minimum = _search(x, *_range(groups, tail), importance)
     broken = ~(scale.isfinite() & minimum.isfinite())
-    scale.masked_fill_(broken, torch.nan)
-    minimum.masked_fill_(broken, 0.0)
-    q = quantise(groups - minimum.float().unsqueeze(-1), scale, 0, 15)
+    scale, minimum = scale.masked_fill(broken, torch.nan), minimum.masked_fill(broken, 0.0)
+    q = nearest(x - minimum.float(), scale, 0, 15).masked_fill_(broken, 0.0).permute(1, 2, 0).contiguous()
     if tail:
         q[:, -1, tail:] = 0
     return join_nibbles(to_words(q)), (scale, minimum)
+
+
+def _search(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Scales and minima, fp16 [n, g], of groups x float32 [32, n, g] that reach from low to high [n, g]."""
+    weights = error_weights(x, importance)
+    best = Best()
+
+    def consider(scale: torch.Tensor, minimum: torch.Tensor) -> None:
+        y = x - minimum.float()
+        best.consider(weighted_error(y, nearest(y, scale, 0, 15), scale, weights), (scale, minimum))
+
+    span = high - low
+    for below, above in TRIMS:
+        least = low + span * below
+        consider(round_scale((high - span * above - least) / 15), round_scale(least))
+    scale, minimum = best.chosen
+    consider(*_fitted(x, scale, minimum, weights))
+    return best.chosen
+
+
+def _fitted(
+    x: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum of least error for the codes that the given ones make, not far from them."""
+    old, y = scale.float(), x - minimum.float()
+    q = nearest(y, scale, 0, 15)
+    wq = weights * q
+    total, sum_q, sum_qq = in_order(weights.expand_as(x)), in_order(wq), in_order(wq * q)
+    sum_y, sum_qy = in_order(weights * y), in_order(wq * y)
+    determinant = total * sum_qq - sum_q * sum_q
+    new = old + within((total * sum_qy - sum_q * sum_y) / determinant - old, old.abs() * REFIT)
+    moved = minimum.float() + within((sum_qq * sum_y - sum_q * sum_qy) / determinant, old.abs() * SHIFT)
+    return round_scale(new), round_scale(moved)
 
 
 def _decode(words: torch.Tensor, halves: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -46,10 +46,31 @@ def test_the_native_packer_gives_the_references_bits(backend, format_name, dtype
     for rows, cols in ((1, 1), (16, 32), (17, 33), (50, 130), (129, 64)):
         w = (torch.randn(rows, cols, generator=generator) * 0.1).to(dtype)
         w[0, 0] = 0
+        w *= torch.tensor([[1.0, 1e-4, 1e-7]]).repeat(rows, 1).view(-1)[:rows, None]  # fp16 subnormals, and zero
         packed = backend.pack(w, format_name)
         assert torch.equal(packed, get_format(format_name).pack(w)), (rows, cols)
+        importance = torch.rand(cols, generator=generator).square()
+        weighted = backend.pack(w, format_name, importance=importance)
+        assert torch.equal(weighted, get_format(format_name).pack(w, importance)), (rows, cols)
         matrix = PackedMatrix(format_name, rows, cols, packed)
         assert torch.equal(backend.unpack(matrix), get_format(format_name).unpack(packed, rows, cols))
+
+
+@pytest.mark.parametrize("format_name", ["int4", "q4_1"])
+def test_the_native_packer_searches_as_the_reference_does(backend, format_name):
+    """Enough groups that each choice is the best of some; broken ones and equal magnitudes among them."""
+    generator = torch.Generator().manual_seed(6)
+    w = torch.randn(320, 1000, generator=generator) * torch.logspace(-8, 5, 320)[:, None]
+    w[::7, 40], w[3::7, 50] = torch.nan, -torch.inf
+    w[1::7] = w[1::7].sign()
+    importance = torch.randn(1000, generator=generator).exp() * (torch.rand(1000, generator=generator) > 0.2)
+    for given in (None, importance, importance * 1e30, torch.zeros(1000)):
+        assert torch.equal(backend.pack(w, format_name, importance=given), get_format(format_name).pack(w, given))
+    for wrong in (importance[1:], importance.double()):
+        with pytest.raises(ValueError, match=r"importance must be float32 \[1000\]"):
+            backend.pack(w, format_name, importance=wrong)
+    with pytest.raises(ValueError, match=r"importance\[0\] is -1"):
+        backend.pack(w, format_name, importance=-torch.ones(1000))
 
 
 @pytest.mark.parametrize("format_name, block_bytes", [("int8", 34), ("int4", 18), ("q4_1", 20)])

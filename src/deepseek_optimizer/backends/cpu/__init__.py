@@ -70,9 +70,11 @@ class CpuBackend:
         c = graph.cache
         return native.block_bytes(kv_dtype, c.layers, c.kv_heads, c.head_dim)
 
-    def pack(self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    def pack(
+        self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None, importance: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """A `quant.Packer` on this backend's threads."""
-        return packer.pack(self.context, weight, name, out)
+        return packer.pack(self.context, weight, name, out, importance)
 
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
         return packer.unpack(self.context, matrix, begin, end)

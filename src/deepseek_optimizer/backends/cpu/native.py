@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import BackendError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 BLOCK_TOKENS = 32
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4}
@@ -78,7 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
     "dso_tile_bytes": (I64, [I32]),
     "dso_packed_bytes": (I64, [I32, I64, I64]),
-    "dso_pack": (I32, [PTR, I32, I32, PTR, I64, I64, I64, PTR]),
+    "dso_pack": (I32, [PTR, I32, I32, PTR, I64, I64, I64, PTR, PTR]),
     "dso_unpack": (I32, [PTR, PTR, I64, I64, PTR]),
     "dso_linear": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
     "dso_row_bytes": (I64, [I32, I64]),

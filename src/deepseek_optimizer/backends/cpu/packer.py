@@ -15,10 +15,18 @@ from .native import FORMATS, SLOT_KINDS, Context, Weight, check
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # uint8: ggml blocks
 
 
-def pack(context: Context, weight: torch.Tensor, format_name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+def pack(
+    context: Context,
+    weight: torch.Tensor,
+    format_name: str,
+    out: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
     """float [N, K] (fp32, bf16 or fp16), or ggml blocks -> uint8 tiles, the bits of `quant.reference_packer`.
 
-    `out`: contiguous tiles to fill; None: fresh ones.
+    Args:
+        out: contiguous tiles to fill; None: fresh ones.
+        importance: float32 [K], as `quant.Packer` has it.
     """
     weight = weight.detach()
     if weight.dtype not in _SOURCES:
@@ -34,6 +42,10 @@ def pack(context: Context, weight: torch.Tensor, format_name: str, out: torch.Te
         out = empty_tiles(rows, cols, tile_bytes)
     elif out.shape != (*tile_counts(rows, cols), tile_bytes) or out.dtype != torch.uint8 or not out.is_contiguous():
         raise ValueError(f"{out.dtype} {tuple(out.shape)} are not the tiles of a {rows} x {cols} matrix in {format_name}")
+    if importance is not None:
+        if importance.shape != (cols,) or importance.dtype != torch.float32:
+            raise ValueError(f"importance must be float32 [{cols}], not {importance.dtype} {tuple(importance.shape)}")
+        importance = importance.contiguous()
     check(
         context.lib.dso_pack(
             context.handle,
@@ -43,6 +55,7 @@ def pack(context: Context, weight: torch.Tensor, format_name: str, out: torch.Te
             rows,
             cols,
             stride,
+            None if importance is None else importance.data_ptr(),
             out.data_ptr(),
         )
     )
