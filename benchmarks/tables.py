@@ -58,7 +58,7 @@ def standing_table(entries: results.Entries) -> Iterator[str]:
 
 
 def _standing_cells(row: Row, bar: Bar, entry: dict[str, Any] | None, place: int) -> list[str]:
-    asked = f"{bar.at_least:g}x" + (f", {row.read_percent:g}% of bandwidth" if row.read_percent else "")
+    asked = _asked(bar.at_least, row.read_percent)
     if entry is None:
         return [row.title, " or ".join(rival.label for rival in bar.rivals), "", "", "", asked, "", "not measured"]
     judged, ours = entry["bars"][place], list(entry["sides"])[-1]
@@ -66,6 +66,10 @@ def _standing_cells(row: Row, bar: Bar, entry: dict[str, Any] | None, place: int
     read = [_read(entry["read"][name]) for name in (theirs, ours) if name in entry["read"]]
     figures = [_speed(entry, theirs), _speed(entry, ours), _times(judged)]
     return [row.title, theirs, *figures, asked, "; ".join(read), judged["verdict"]]
+
+
+def _asked(at_least: float, read_percent: float | None) -> str:
+    return f"{at_least:g}x" + (f" and {read_percent:g}% of bandwidth" if read_percent else "")
 
 
 def _speed(entry: dict[str, Any], label: str) -> str:
@@ -124,7 +128,9 @@ def bar_lines(entry: dict[str, Any]) -> list[str]:
         )
         lines.append(f"  {label:28} {_speed(entry, label):>14}{read}")
     for bar in entry["bars"]:
-        lines.append(f"  {_times(bar)} of {bar['against']}, at least {bar['at_least']:g}x: {bar['verdict']}")
+        lines.append(
+            f"  {_times(bar)} of {bar['against']}, at least {_asked(bar['at_least'], bar['read_percent'])}: {bar['verdict']}"
+        )
     return lines
 
 
