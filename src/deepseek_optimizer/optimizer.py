@@ -86,6 +86,8 @@ class DynamicGraphOptimizer:
             raise ConfigError("the model is quantised by another method; load the original")
         if self.config.chooses_formats:
             raise ConfigError("kl_budget needs the model's tokenizer and calibration text; use load_model or `dso convert`")
+        if self.config.calibration is not None:
+            raise ConfigError("calibration needs the model's files and tokenizer; use load_model or `dso convert`")
         if not hasattr(model, "config"):
             raise ConfigError(f"expected a Transformers model, got {type(model).__name__}")
         plan_graph(model.config, self.config.rules)

@@ -11,7 +11,7 @@ MODEL_HELP = "A model directory, a .gguf file, or a name on the hub."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", "-p", help="Weights as int4, int8, bf16 or fp32. Default: as they are stored."),
+    typer.Option("--precision", "-p", help="Weights as int4, q4_1, int8, bf16 or fp32. Default: as they are stored."),
 ]
 KlBudget = Annotated[
     float | None,
@@ -22,7 +22,12 @@ KlBudget = Annotated[
     ),
 ]
 Calibration = Annotated[
-    str | None, typer.Option("--calibration", metavar="FILE", help="A text like those the model will see, to measure on.")
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="A text like those the model will see: 4-bit weights are rounded, and formats chosen, by it.",
+    ),
 ]
 KvCache = Annotated[str | None, typer.Option("--kv-cache", help="Keys and values as bf16 or int8, or fp32 with fp32 weights.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: what this process may use.")]

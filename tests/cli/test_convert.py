@@ -33,6 +33,18 @@ def test_convert_to_a_budget(dso, tiny_model, tmp_path):
     assert result.exit_code == 2 and "kl_budget chooses the formats itself" in result.stderr
 
 
+def test_convert_with_a_calibration_text(dso, tiny_model, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    for name, more in (("plain", ()), ("weighed", ("--calibration", tmp_path / "text.txt"))):
+        result = dso("convert", tiny_model, tmp_path / name, "--precision", "q4_1", *more)
+        assert result.exit_code == 0, result.output
+    plain, weighed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "weighed"))
+    assert len(plain) == len(weighed) and plain != weighed
+    (tmp_path / "text.txt").write_bytes(b"\xff")
+    result = dso("convert", tiny_model, tmp_path / "other", "-p", "int4", "--calibration", tmp_path / "text.txt")
+    assert result.exit_code == 2 and "is not UTF-8" in result.stderr and not (tmp_path / "other").exists()
+
+
 def test_an_existing_directory_is_kept_unless_forced(dso, tiny_model, tmp_path):
     out = tmp_path / "packed"
     out.mkdir()

@@ -5,9 +5,7 @@ Beside the model as it is, the matrices of the choice that is being measured are
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from ..config import DeepSeekConfig
 from ..quant import PackedMatrix, get_format
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import empty_tiles, panels
+from .progress import counted
 from .runtime import Runtime, kv_dtype, packer_of, plan_graph, runtime_of
 from .swap import matrices_of, packed_twin, sites, weights_of
 from .wrapper import rebind
@@ -48,7 +47,7 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     runtime = runtime_of(model)
     groups = format_groups(plan_graph(model.config, None)[0], matrices_of(model, runtime.graph))
     trial = _Trial(runtime, groups, texts)
-    with _progress() as progress:
+    with counted("Measuring what each group of matrices loses") as progress:
         options = measure(trial.probe, groups, trial.held, trial.repack, progress)
     assert runtime.config.kl_budget is not None
     chosen, curve = search(options, runtime.config.kl_budget, trial.base(), trial.measure)
@@ -142,18 +141,3 @@ def _described(point: Point, weights: int, chosen: bool) -> dict[str, Any]:
         "formats": point.counts(),
         "chosen": chosen,
     }
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with the time left, where someone can see it."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Measuring what each group of matrices loses", total=None)
-        yield lambda done, total: bar.update(task, total=total, completed=done)

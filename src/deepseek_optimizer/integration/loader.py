@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..errors import CheckpointError, ConfigError
 from ..models import check_config
 from ..quant import PackedMatrix
 from .adapt import adapt, calibration_tokens
+from .importance import importance_for
 from .runtime import choose_backend, packer_of, plan_graph
 from .swap import expected_tensors, swap_on_meta
 from .wrapper import bind
@@ -65,12 +66,17 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
         texts = calibration_tokens(settings, load_tokenizer(checkpoint)) if settings.chooses_formats else None
+        same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
+        importance, notes = importance_for(
+            checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
+        )
         with _progress(checkpoint) as progress:
-            _fill(model, checkpoint, packer_of(backend), dtype if settings.precision == "fp32" else None, progress)
+            cast = dtype if settings.precision == "fp32" else None
+            _fill(model, checkpoint, packer_of(backend), cast, progress, importance)
         model.config.dtype = dtype
         model.config._name_or_path = str(checkpoint.path)
         _generation_config(model, checkpoint.path)
-        notes = checkpoint.conversions() if settings.precision == "auto" else []
+        notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     bind(model.eval(), settings, bytes_before=total, notes=notes)
     if texts is not None:
@@ -122,6 +128,11 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
             "is packed already, in other formats: convert the original checkpoint with this kl_budget or formats instead",
             file=checkpoint.path,
         )
+    if given.get("calibration") not in (None, stored["calibration"]):
+        raise CheckpointError(
+            "is packed already: a calibration text weighs how the original is rounded; convert the original with it",
+            file=checkpoint.path,
+        )
     if wanted != "auto":
         packed["kl_budget"] = None  # it is in one format, whatever chose it
     return DeepSeekConfig(**{**stored, **given, **packed})
@@ -156,12 +167,17 @@ def _float_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _fill(
-    model: Any, checkpoint: Checkpoint, packer: Any, cast: torch.dtype | None, progress: Callable[[LoadProgress], None] | None
+    model: Any,
+    checkpoint: Checkpoint,
+    packer: Any,
+    cast: torch.dtype | None,
+    progress: Callable[[LoadProgress], None] | None,
+    importance: Mapping[str, torch.Tensor],
 ) -> None:
     tied = dict(model.all_tied_weights_keys or {})
     wanted, shapes = expected_tensors(model)
     ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
-    for name, value in stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored)):
+    for name, value in stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored), importance):
         tensor = value.data if isinstance(value, PackedMatrix) else value if cast is None else value.to(cast)
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -35,8 +35,14 @@ class PackingQuantizer(HfQuantizer):
         # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.not_finite: list[str] = []  # parameters that were found to hold NaN or infinity
-        if not self.pre_quantized and self.quantization_config.modules is not None:
-            self.quantization_config.modules = None
+        if self.pre_quantized:
+            return
+        self.quantization_config.modules = None
+        if self.quantization_config.calibration is not None and not self.quantization_config.chooses_formats:
+            raise ConfigError(
+                "calibration reads the checkpoint twice, which from_pretrained does not: use load_model(path, config), or load "
+                "what `dso convert --calibration FILE` writes"
+            )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))

@@ -76,6 +76,8 @@ class Report:
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
         for point in self.curve:
             table.add_row(f"  {point['bits']:.2f} bits{' (chosen)' if point['chosen'] else ''}", _point(point))
+        if self.config["calibration"] is not None:
+            table.add_row("calibration text", self.config["calibration"])
         table.add_row("KV cache", f"{self.kv_cache}, {self.kv_block_bytes / 32 / 1024:,.1f} KiB a token")
         for rule in self.rules:
             table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")

@@ -20,6 +20,8 @@ from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1())})
 
+WEIGHED = frozenset({"int4", "q4_1"})  # formats that choose their scales by the columns' importance
+
 
 def get_format(name: str) -> WeightFormat:
     """The format called `name`; ConfigError with the nearest name where there is none."""
@@ -69,6 +71,7 @@ __all__ = [
     "FORMATS",
     "TILE_COLS",
     "TILE_ROWS",
+    "WEIGHED",
     "PackedMatrix",
     "Packer",
     "WeightFormat",
