@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model, load_tokenizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import KlBudgetError
-from deepseek_optimizer.integration.adapt import calibration_tokens
+from deepseek_optimizer.integration.adapt import calibration_tokens, spread
 from deepseek_optimizer.quant import get_format
 from support.models import CASES, random_model
 
@@ -171,7 +172,25 @@ def test_a_calibration_text_is_used(original, tmp_path):
         load_model(original, kl_budget=0.1, calibration=str(short), backend=FAST)
     model = load_model(original, kl_budget=0.1, calibration=str(long), backend=FAST)
     tokens = calibration_tokens(model.dso.config, load_tokenizer(original))
-    assert kl_between(model, load_model(original, backend=FAST), tokens) <= 0.1 * 1.001
+    assert len(tokens) == 17 and [t.tolist() for t in spread(tokens)] == [tokens[i].tolist() for i in (0, 4, 8, 12)]
+    chosen = next(p for p in model.report().curve if p["chosen"])
+    measured = kl_between(model, load_model(original, backend=FAST), spread(tokens))
+    assert measured == pytest.approx(chosen["measured_kl"], rel=1e-3) and measured <= 0.1
+    plain = load_model(original, formats=formats_of(model), backend=FAST)
+    name = next(name for name, format in formats_of(model).items() if format == "int4")
+    tiles = [m.get_parameter(f"{name}.weight") for m in (model, plain)]
+    assert not torch.equal(*tiles), "int4 is rounded by what the text shows"
+
+
+def test_a_context_shorter_than_a_stretch(original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "short")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 48}))
+    for model in (
+        load_model(folder, kl_budget=0.3, backend=FAST),
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig(kl_budget=0.3, backend=FAST)),
+    ):
+        assert model.report().curve
 
 
 def test_a_model_that_is_loaded_already_has_no_tokenizer(original):

@@ -20,18 +20,30 @@ from ..config import DeepSeekConfig
 from ..quant import PackedMatrix, get_format
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import empty_tiles, panels
+from .importance import measure_importance
 from .progress import counted
 from .runtime import Runtime, kv_dtype, packer_of, plan_graph, runtime_of
 from .swap import matrices_of, packed_twin, sites, weights_of
 from .wrapper import rebind
 
-LENGTH, COUNT = 128, 4  # calibration: stretches of so many tokens, from all over the text, in one step
+LENGTH, COUNT = 128, 4  # KL is measured on stretches of so many tokens, from all over the text, in one step
+WEIGHED_BY = 64  # stretches of a user's text that say which columns matter; KL is measured on some of these
 
 
-def calibration_tokens(config: DeepSeekConfig, tokenizer: Any) -> list[torch.Tensor]:
-    """The stretches to measure on, int64 [1, LENGTH] each. ConfigError where the text is too short."""
-    text = sample_text() if config.calibration is None else read_text(config.calibration)
-    return stretches(tokenizer, text, LENGTH, COUNT)
+def calibration_tokens(config: DeepSeekConfig, tokenizer: Any, context: int = LENGTH) -> list[torch.Tensor]:
+    """The stretches to calibrate on, int64 [1, LENGTH] each, or of the model's context where that is shorter.
+
+    Raises:
+        ConfigError: the text cannot be read, or is too short.
+    """
+    if config.calibration is None:
+        return stretches(tokenizer, sample_text(), min(LENGTH, context), COUNT)
+    return stretches(tokenizer, read_text(config.calibration), min(LENGTH, context), WEIGHED_BY)
+
+
+def spread(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """COUNT of the stretches, evenly spread: those that KL is measured on."""
+    return [texts[i * len(texts) // COUNT] for i in range(COUNT)] if len(texts) > COUNT else list(texts)
 
 
 def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
@@ -39,14 +51,18 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
 
     Args:
         model: bound, packed without loss.
-        texts: the calibration text, int64 [1, n] each.
+        texts: the calibration text, int64 [1, n] each. A text of the user's also weighs the rounding, as it does elsewhere.
 
     Raises:
         KlBudgetError: even the best formats cost more than the budget; the model is as it was.
     """
     runtime = runtime_of(model)
     groups = format_groups(plan_graph(model.config, None)[0], matrices_of(model, runtime.graph))
-    trial = _Trial(runtime, groups, texts)
+    importance = {}
+    if runtime.config.calibration is not None:
+        with counted("Calibrating") as progress:
+            importance = measure_importance(model, texts, progress)
+    trial = _Trial(runtime, groups, spread(texts), importance)
     with counted("Measuring what each group of matrices loses") as progress:
         options = measure(trial.probe, groups, trial.held, trial.repack, progress)
     assert runtime.config.kl_budget is not None
@@ -62,9 +78,15 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
 class _Trial:
     """The model as it is, and the matrices of the choice that was last measured."""
 
-    def __init__(self, runtime: Runtime, groups: Sequence[Group], texts: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        groups: Sequence[Group],
+        texts: Sequence[torch.Tensor],
+        importance: Mapping[str, torch.Tensor],
+    ) -> None:
         model, backend = runtime.model, runtime.backend
-        self.config, self.groups, self.backend = runtime.config, groups, backend
+        self.config, self.groups, self.backend, self.importance = runtime.config, groups, backend, importance
         self.weights = weights_of(model, runtime.graph)
         self.stored = {name: w for name, w in self.weights.items() if isinstance(w, PackedMatrix)}
         self.packed: dict[str, PackedMatrix] = {}
@@ -81,7 +103,7 @@ class _Trial:
 
     def repack(self, name: str, format: str) -> PackedMatrix:
         matrix = self.stored[name]
-        return matrix if matrix.format == format else _repacked(matrix, format, self.backend)
+        return matrix if matrix.format == format else _repacked(matrix, format, self.backend, self.importance.get(name))
 
     def base(self) -> float:
         """The KL of the cache's storage: what the user asked for, or bf16 as soon as one matrix is no longer fp32."""
@@ -104,12 +126,12 @@ class _Trial:
         return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config.kv_cache, [m.format for m in matrices.values()]))
 
 
-def _repacked(matrix: PackedMatrix, format: str, backend: Any) -> PackedMatrix:
-    """The matrix in another format, by panels of rows: it never stands in memory as floats."""
+def _repacked(matrix: PackedMatrix, format: str, backend: Any, importance: torch.Tensor | None) -> PackedMatrix:
+    """The matrix in another format, by panels of rows: it never stands in memory as floats. `importance`: see `Packer`."""
     packer, unpacker = packer_of(backend), getattr(backend, "unpack", _unpacked)
     tiles = empty_tiles(matrix.rows, matrix.cols, get_format(format).tile_bytes)
     for begin, end in panels(matrix.rows, matrix.cols):
-        packer(unpacker(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)])
+        packer(unpacker(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)], importance)
     return PackedMatrix(format, matrix.rows, matrix.cols, tiles)
 
 

@@ -65,7 +65,9 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
-        texts = calibration_tokens(settings, load_tokenizer(checkpoint)) if settings.chooses_formats else None
+        texts = None
+        if settings.chooses_formats:
+            texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
         same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
         importance, notes = importance_for(
             checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)

@@ -96,15 +96,16 @@ class PackingQuantizer(HfQuantizer):
         if not self.pre_quantized:
             _expect_floats(model, dtype)
         if self.quantization_config.chooses_formats:
-            self.texts = self._calibration_tokens(model.config.name_or_path)
+            self.texts = self._calibration_tokens(model.config)
         return model
 
-    def _calibration_tokens(self, path: str) -> list[torch.Tensor]:
+    def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
         from .adapt import calibration_tokens
         from .loader import resolve
 
-        with torch.device("cpu"), open_checkpoint(resolve(path)) as checkpoint:  # by default, tensors here are meta tensors
-            return calibration_tokens(self.quantization_config, load_tokenizer(checkpoint))
+        with torch.device("cpu"), open_checkpoint(resolve(config.name_or_path)) as checkpoint:  # else meta tensors
+            tokenizer = load_tokenizer(checkpoint)
+            return calibration_tokens(self.quantization_config, tokenizer, config.max_position_embeddings)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from .adapt import adapt
