@@ -71,6 +71,7 @@ bench: env
 
 quality: env
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.auto
 
 lint: env
 	$(BIN)/ruff check src tests benchmarks
