@@ -70,7 +70,7 @@ bench: env
 	$(BIN)/python -m benchmarks.tables
 
 quality: env
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json
 	$(BIN)/python -m benchmarks.auto
 
 lint: env
