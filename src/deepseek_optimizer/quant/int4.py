@@ -42,14 +42,14 @@ class Int4:
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """Half the largest step that may be chosen, or the way to the last code; and the rounding of the scale."""
+        """Half the largest step that may be chosen, or the way to the last code; and two roundings of the scale."""
         groups = grouped(pad_to_tiles(weight))
         ends = [abs(end) for end in (ENDS[:1] if importance is None else ENDS)]
         largest = _largest(groups).unsqueeze(-1)
         long, short = largest.abs() / min(ends) * (1 + REFIT), largest.abs() / max(ends) * (1 - REFIT)
         # Codes reach 8 steps on the side of the largest element, 7 on the other; with importance, the sides may be swapped.
         reach = 7 + (groups.sign() == largest.sign()).float() if importance is None else 7
-        return ungroup(torch.maximum(long / 2, groups.abs() - reach * short) + 8.5 * scale_error(long), weight)
+        return ungroup(torch.maximum(long / 2, groups.abs() - reach * short) + 17 * scale_error(long), weight)
 
 
 def _largest(groups: torch.Tensor) -> torch.Tensor:

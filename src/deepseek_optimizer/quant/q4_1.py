@@ -43,13 +43,13 @@ class Q4_1:
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """Half the largest step that may be chosen, or the way to the narrowest range; and the rounding of all three."""
+        """Half the largest step that may be chosen, or the way to the narrowest range; and both roundings of all three."""
         groups = grouped(pad_to_tiles(weight))
         low, high = (x.unsqueeze(-1) for x in _range(groups, weight.shape[-1] % TILE_COLS))
         step = (high - low) / 15
         long, trim = step * (1 + REFIT), _MOST * (high - low)
         least, greatest = low + trim + long * SHIFT, high - trim - (SHIFT + 15 * REFIT) * step
-        rounding = 15.5 * scale_error(long) + scale_error(low) + scale_error(least) + 2.0**-22 * (low.abs() + groups.abs())
+        rounding = 32 * scale_error(long) + scale_error(low) + scale_error(least) + 2.0**-22 * (low.abs() + groups.abs())
         return ungroup(torch.maximum(long / 2, torch.maximum(least - groups, groups - greatest)) + rounding, weight)
 
 
