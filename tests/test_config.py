@@ -49,7 +49,7 @@ BAD = {
     "prefill_chunk": [0, -1, True, None],
     "batch_size_range": [(0, 1), (4, 2), (1,), 4, (1, 2, 3), (True, 4), (1, float("inf"))],
     "fast_path": ["on", None],
-    "calibration": ["", " ", 4, b"notes.txt", True],
+    "calibration": ["", " ", "a\0b", 4, b"notes.txt", True],
     "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
     "formats": [["int8"], {"lm_head": "int3"}, {"lm_head": None}, {1: "int8"}],
     "curve": ["0.3", {"bits": 4.5}, [4.5]],

@@ -95,7 +95,8 @@ def _range(name: str, value: Any) -> tuple[int, int]:
 
 
 def _path(name: str, value: Any) -> str:
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(text := os.fspath(value), str) or not text.strip():
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text.strip() or "\0" in text:  # no system takes a path with a NUL in it
         raise ConfigError(f"{name} must be the path of a text file or None, got {value!r}")
     return text
 
