@@ -107,7 +107,7 @@ def test_what_is_wrong_with_the_text_is_said_before_weights_are_read(original, t
 
     monkeypatch.setattr(loader, "_fill", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "short.txt").write_text("Too short.")
-    for name, message in (("absent.txt", "cannot be read"), ("short.txt", "10 tokens, too few")):
+    for name, message in (("absent.txt", "cannot be read"), ("short.txt", "short.txt has 10 tokens, too few")):
         with pytest.raises(ConfigError, match=message):
             load_model(original, precision="int4", calibration=str(tmp_path / name))
 

@@ -42,15 +42,17 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ConfigError(f"calibration: {file} cannot be read: {error.strerror or error}") from error
 
 
-def stretches(tokenizer: Any, text: str, length: int = LENGTH, count: int = COUNT) -> list[torch.Tensor]:
+def stretches(
+    tokenizer: Any, text: str, length: int = LENGTH, count: int = COUNT, source: str = "the text"
+) -> list[torch.Tensor]:
     """At most `count` stretches of `length` tokens, spread evenly over the text: ids int64 [1, length] each.
 
     Raises:
-        ConfigError: the text is shorter than one stretch.
+        ConfigError: the text is shorter than one stretch. It calls the text `source`: the file's name, where there is one.
     """
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     whole = len(ids) // length
     if whole == 0:
-        raise ConfigError(f"calibration: the text has {len(ids)} tokens, too few to measure by; give at least {length}")
+        raise ConfigError(f"calibration: {source} has {len(ids)} tokens, too few to measure by; give at least {length}")
     chosen = range(whole) if whole <= count else [i * whole // count for i in range(count)]
     return [ids[None, i * length : (i + 1) * length] for i in chosen]

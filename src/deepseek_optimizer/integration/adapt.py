@@ -38,7 +38,7 @@ def calibration_tokens(config: DeepSeekConfig, tokenizer: Any, context: int = LE
     """
     if config.calibration is None:
         return stretches(tokenizer, sample_text(), min(LENGTH, context), COUNT)
-    return stretches(tokenizer, read_text(config.calibration), min(LENGTH, context), WEIGHED_BY)
+    return stretches(tokenizer, read_text(config.calibration), min(LENGTH, context), WEIGHED_BY, config.calibration)
 
 
 def spread(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ def importance_for(
     if not any(format in WEIGHED and checkpoint.lossless_format(name) != format for name, format in formats.items()):
         return {}, [UNUSED]
     length = min(LENGTH, checkpoint.config().get("max_position_embeddings", LENGTH))
-    texts = stretches(load_tokenizer(checkpoint), read_text(settings.calibration), length)
+    texts = stretches(load_tokenizer(checkpoint), read_text(settings.calibration), length, source=settings.calibration)
     original = load_original()  # shows a bar of its own
     with counted("Calibrating") as progress:
         return measure_importance(original, texts, progress), []
