@@ -68,7 +68,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON too, as the last line.")] = False,
 ) -> None:
     """Measure a model: time to first token, tokens a second, memory, quality."""
-    names = [name.strip() for name in against.split(",")] if against else []
+    names = [name.strip() for name in (against or "").split(",") if name.strip()]
     if setup_peers:
         _set_up(names)
     if model is None:

@@ -20,6 +20,8 @@ def convert(
     as_json: o.AsJson = False,
 ) -> None:
     """Write a packed copy of a model, with its tokenizer."""
+    if out.exists() and Path(model).exists() and out.samefile(model):
+        raise ValueError(f"{out} is the model itself, which packing would lose; name another directory")
     if out.exists() and not force:
         raise ValueError(f"{out} exists; name another directory, or replace it with --force")
 

@@ -66,3 +66,10 @@ def test_an_interrupted_convert_leaves_nothing(dso, tiny_model, tmp_path, monkey
     result = dso("convert", tiny_model, tmp_path / "packed")
     assert result.exit_code == (130 if error is KeyboardInterrupt else 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_not_packed_over_itself(dso, tiny_model):
+    before = sorted(p.name for p in tiny_model.iterdir())
+    result = dso("convert", tiny_model, tiny_model, "--precision", "int4", "--force")
+    assert result.exit_code == 2 and "the model itself" in result.stderr
+    assert sorted(p.name for p in tiny_model.iterdir()) == before
