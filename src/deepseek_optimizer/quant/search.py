@@ -18,12 +18,17 @@ from .base import TILE_COLS
 REFIT = 1 / 16  # how far a fit may move a scale: bounds the error of columns whose weight is next to nothing
 
 
+def check_importance(importance: torch.Tensor, cols: int) -> None:
+    """Raises: ValueError, unless it is float32 [cols]."""
+    if importance.shape != (cols,) or importance.dtype != torch.float32:
+        raise ValueError(f"importance must be float32 [{cols}], not {importance.dtype} {tuple(importance.shape)}")
+
+
 def pad_importance(importance: torch.Tensor | None, cols: int) -> torch.Tensor | None:
     """Importance float32 [cols] -> [ceil32(cols)], zeros past the end; ValueError for another shape, or what is no weight."""
     if importance is None:
         return None
-    if importance.shape != (cols,) or importance.dtype != torch.float32:
-        raise ValueError(f"importance must be float32 [{cols}], not {importance.dtype} {tuple(importance.shape)}")
+    check_importance(importance, cols)
     if not (importance.isfinite() & (importance >= 0)).all():
         raise ValueError("importance must be finite and not negative")
     return torch.nn.functional.pad(importance, (0, -cols % TILE_COLS))

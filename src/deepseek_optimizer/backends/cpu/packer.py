@@ -9,6 +9,7 @@ import torch
 from ...errors import BackendError
 from ...quant import get_format, ggml
 from ...quant.packed import PackedMatrix
+from ...quant.search import check_importance
 from ...quant.tiles import empty_tiles, tile_counts
 from .native import FORMATS, SLOT_KINDS, Context, Weight, check
 
@@ -43,8 +44,7 @@ def pack(
     elif out.shape != (*tile_counts(rows, cols), tile_bytes) or out.dtype != torch.uint8 or not out.is_contiguous():
         raise ValueError(f"{out.dtype} {tuple(out.shape)} are not the tiles of a {rows} x {cols} matrix in {format_name}")
     if importance is not None:
-        if importance.shape != (cols,) or importance.dtype != torch.float32:
-            raise ValueError(f"importance must be float32 [{cols}], not {importance.dtype} {tuple(importance.shape)}")
+        check_importance(importance, cols)
         importance = importance.contiguous()
     check(
         context.lib.dso_pack(
