@@ -31,7 +31,9 @@ class StepBatch:
         block_table: int32 [S, max_blocks], block ids that cover context_len + query_len tokens.
         logit_rows: int32 [R], ascending rows of T whose logits are wanted.
         inputs_embeds: float32 [T, H] torch tensor, or None.
+        states: float32 [T, H] torch tensor, what `state_in` gives; None for graphs without it.
         hidden: whether all hidden states are wanted.
+        last_hidden: whether the last one (normed) is wanted by itself.
         logits: float32 torch [R, V], contiguous, on the plan's device, for a plan to write into; None: fresh memory. A big
             batch over a big vocabulary pays for fresh pages at every step.
     """
@@ -46,15 +48,19 @@ class StepBatch:
     inputs_embeds: Any = None
     hidden: bool = False
     logits: Any = None
+    states: Any = None
+    last_hidden: bool = False
 
 
 @dataclass
 class StepOutput:
     """logits: float32 torch [R, V] on the plan's device. hidden: float32 torch [n_hidden, T, H] or None (the last one
-    normed, as Transformers returns it). The caller owns both; logits are the batch's own tensor where it gave one."""
+    normed, as Transformers returns it); last_hidden: float32 [T, H] or None. The caller owns all; logits are the batch's own
+    tensor where it gave one."""
 
     logits: Any
     hidden: Any = None
+    last_hidden: Any = None
 
 
 class KvStore(Protocol):
@@ -69,7 +75,8 @@ class KvStore(Protocol):
         """Gives memory of blocks >= from_block back to the system; their content is lost."""
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[Any, Any]:
-        """K and V of one sequence's layer as torch float32 [kv_heads, tokens, head_dim]."""
+        """K and V of one sequence's layer as torch float32 [kv_heads, tokens, head_dim]; of a latent cache the latents
+        [tokens, rank + rope], and the indexer's keys [tokens, index] or None."""
 
 
 class Plan(Protocol):

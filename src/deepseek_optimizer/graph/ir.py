@@ -12,7 +12,7 @@ Ops, inputs -> outputs; all values are float rows [T, width] unless `selected` (
 | head_norm | x | y | w [head_dim] | eps, heads, head_dim |
 | linear | x | y1.. yn | n matrices [N_i, K] over one input | biases: tuple of names or None |
 | rope_table | | table [T, rot]: cos, then sin | | rope: models.rope.RopeSpec |
-| rope | x, table | y | | heads, head_dim, interleaved |
+| rope | x, table | y | | heads, head_dim, interleaved, offset: numbers [offset, offset + rot) of a head turn |
 | cache_write | k, v | | | layer, kv_heads, head_dim |
 | attention | q | o | | layer, heads, kv_heads, head_dim, scale, window, softmax: "eager" or "online" |
 | swiglu | gate, up | h | | |
@@ -20,6 +20,38 @@ Ops, inputs -> outputs; all values are float rows [T, width] unless `selected` (
 | select_rows | x | y (selected) | | |
 | hidden_out | x | | | index |
 | lm_head | x | logits | matrix [V, H] | bias: name or None |
+| layer_norm | x | y | w, b | eps |
+| concat | x, y | z: x, then y | | |
+| state_in | | x | | | the step's `states`: hidden states of another plan, for an MTP layer |
+
+Multi-head latent attention (DeepSeek-V2, section 2.1; its cache is a LatentSpec):
+
+| op | inputs | outputs | weights | attrs |
+|---|---|---|---|---|
+| latent | kv_a [T, rank + rope], table | c [T, rank + rope] | w [rank] | eps, rank, interleaved: c is the norm of the first `rank` numbers, then the others turned |
+| latent_write | c | | | layer |
+| mla_attention | q [T, heads * (nope + rope)] turned, and chosen if sparse | o [T, heads * v_dim] | kv_b [heads * (nope + v_dim), rank] | layer, heads, nope, rope, rank, v_dim, scale, form: "expanded" or "absorbed" |
+| index_write | k [T, index] | | | layer |
+| index_choose | q [T, heads * index], w [T, heads] | chosen [T, top_k] | | layer, heads, index, top_k, scale |
+
+Head h of q has its `nope` numbers first, then `rope`. kv_b's rows of head h are its `nope` key rows, then its `v_dim` value rows.
+Expanded, keys and values of every head are made of the whole cache (as Transformers does it). Absorbed, they are made of none:
+q_h kv_b_h meets the latents as they are, and values are made of the weighted sum of latents; a backend may expand where that
+is cheaper, in phase PREFILL only. `chosen`: numbers of tokens of the row's own sequence, ascending, as floats, -1 behind the
+last; a row sees no others. `index_choose` takes the top_k visible tokens t of largest
+scale * sum over heads of w_h relu(q_h . k_t), all where there are no more (DeepSeek-V3.2, section 2.1).
+
+Experts (DeepSeekMoE; V3's report, section 2.1.2):
+
+| op | inputs | outputs | weights | attrs |
+|---|---|---|---|---|
+| router | x | routes [T, 2 * top_k] | matrix [E, H] in fp32 | bias: name of [E] or None; experts, top_k, groups, top_groups, scoring: "softmax" or "sigmoid", group_score: "max" or "top2", normalise, scale |
+| experts_gate_up | x, routes | h [T * top_k, I] | stack gate_up: 2 E of [I, H], gate and up of each expert in turn | experts, top_k, grouped |
+| experts_down | h, routes | y [T, H] | stack down: E of [H, I] | experts, top_k, grouped |
+
+`routes`: a token's chosen experts, ascending, as floats; then their weights. Row t * top_k + j of h (a value with repeat=top_k) is
+silu(gate x) * (up x) of token t and its j-th chosen expert. y is the weighted sum over j, ascending. `grouped`: a backend goes by
+experts instead of tokens, so that an expert's weights are read once; the numbers are the same.
 
 The result is `lm_head`'s output. As a family builds a graph it has all T rows, and the backend hands out those asked for; rule
 `last_logits` selects them before the final norm, so that the head runs on R rows only.
@@ -40,12 +72,14 @@ from typing import Any
 @dataclass(frozen=True)
 class Value:
     """One buffer of rows. `width`: elements a row. `selected`: rows are the logit rows instead of the tokens. `kind`: how a
-    backend holds them; families and rules make "f32" only, a backend's lowering also "bf16", "q8", "q16"."""
+    backend holds them; families and rules make "f32" only, a backend's lowering also "bf16", "q8", "q16". `repeat`: rows a
+    token has."""
 
     name: str
     width: int
     selected: bool = False
     kind: str = "f32"
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +105,19 @@ class CacheSpec:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class LatentSpec:
+    """What one sequence keeps a token under multi-head latent attention: per layer, a latent of `rank` numbers and a turned key
+    of `rope` numbers that all heads share, and, with a lightning indexer, its key of `index` numbers (0: none).
+
+    Layers beyond those of the graph belong to MTP layers, whose plans use the same blocks."""
+
+    layers: int
+    rank: int
+    rope: int
+    index: int = 0
+
+
 @dataclass
 class Graph:
     """Nodes in execution order, with what the rest of the house must know about the model."""
@@ -80,7 +127,7 @@ class Graph:
     vocab_size: int
     hidden_size: int
     hidden_states: int  # how many hidden_out there are: layers + 1
-    cache: CacheSpec
+    cache: CacheSpec | LatentSpec
     max_positions: int
 
     def consumers(self, value: Value) -> Iterator[tuple[int, Node]]:

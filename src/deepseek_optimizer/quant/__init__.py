@@ -15,7 +15,7 @@ from .bf16 import Bf16
 from .fp32 import Fp32
 from .int4 import Int4
 from .int8 import Int8
-from .packed import PackedMatrix
+from .packed import PackedMatrix, PackedStack
 from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1())})
@@ -73,6 +73,7 @@ __all__ = [
     "TILE_ROWS",
     "WEIGHED",
     "PackedMatrix",
+    "PackedStack",
     "Packer",
     "WeightFormat",
     "get_format",

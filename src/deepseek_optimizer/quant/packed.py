@@ -1,4 +1,4 @@
-"""A packed matrix: bytes, format and shape together."""
+"""Packed matrices: bytes, format and shape together."""
 
 from __future__ import annotations
 
@@ -19,3 +19,25 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """`count` matrices of one shape and format (experts, heads), each packed by itself.
+
+    `data`: uint8 [count, ceil(rows/16), ceil(cols/32), tile_bytes], contiguous.
+    """
+
+    format: str
+    count: int
+    rows: int
+    cols: int
+    data: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    def matrix(self, index: int) -> PackedMatrix:
+        """One of them, a view."""
+        return PackedMatrix(self.format, self.rows, self.cols, self.data[index])
