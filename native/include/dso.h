@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 2
+#define DSO_ABI_VERSION 3
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -62,17 +62,19 @@ DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds
  *   INT8  544 B: uint8   [8 k/4][16 r][4] = w + 128, then fp16 scale[16]            w in [-128, 127], W = scale * w
  *   INT4  288 B: uint8   [4 j][16 r][4]: low nibble of byte (j, r, b) is column 8j + b, high nibble 8j + 4 + b,
  *                nibble = w + 8, then fp16 scale[16]                                w in [-8, 7],    W = scale * w
+ *   FP8   544 B: E4M3   [16 k/2][16 r][2], then float scale, zeros to 544         W = scale * value; one scale a tile
  *   Q4_1  320 B: nibbles as INT4 holding q in [0, 15], then fp16 scale[16], fp16 min[16]          W = scale * q + min
- * VECTOR is a plain float[cols] (norm weights, biases, inverse frequencies): rows = 1. */
-enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_INT8 = 2, DSO_INT4 = 3, DSO_Q4_1 = 4, DSO_VECTOR = 100 };
+ * VECTOR is a plain float[cols] (norm weights, biases, inverse frequencies): rows = 1.
+ * A weight may be a stack of `count` matrices of rows x cols (experts, heads), each packed by itself, one after the other. */
+enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_INT8 = 2, DSO_INT4 = 3, DSO_Q4_1 = 4, DSO_FP8 = 5, DSO_VECTOR = 100 };
 /* Source types of dso_pack. GGML: rows of blocks of the type that holds the format's own numbers, repacked without rounding:
  * Q4_0 for INT4, Q4_1 for Q4_1, Q8_0 for INT8; cols and stride are multiples of 32. */
 enum { DSO_SRC_F32 = 0, DSO_SRC_BF16 = 1, DSO_SRC_F16 = 2, DSO_SRC_GGML = 3 };
 
 typedef struct dso_weight {
-  int32_t format, rows, cols, reserved;
+  int32_t format, rows, cols, count; /* count 0 or 1: one matrix */
   const void* data;
-  int64_t bytes; /* checked against the format and the shape */
+  int64_t bytes; /* of the whole stack; checked against the format and the shape */
 } dso_weight;
 
 DSO_API int64_t dso_tile_bytes(int32_t format);                               /* -1 for an unknown format */
@@ -100,16 +102,21 @@ DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, i
 /* ---- KV cache: blocks of 32 tokens in one growing arena -------------------------------------------------
  * A block holds DSO_BLOCK_TOKENS tokens of ALL layers. Memory is reserved at creation, becomes resident when first
  * written, and goes back with dso_cache_release. The inner layout belongs to the kernels; whole blocks can be copied.
- * head_dim is even and at most 256. */
+ * Full (rank 0): K and V of kv_heads x head_dim; head_dim is even and at most 256; rope and index are 0.
+ * Latent (rank > 0): of a token and layer one row of rank numbers and `rope` more, the same for all heads, and `index` numbers of
+ * the lightning indexer's key (0: none). F32 and BF16: the numbers; INT8: rank int8 in groups of 128 with an fp32 scale each, the
+ * rope part in bf16; the index key bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope and index are multiples of 2. */
 #define DSO_BLOCK_TOKENS 32
 enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
 typedef struct dso_cache dso_cache;
-DSO_API int64_t dso_cache_block_bytes(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim);
-DSO_API int32_t dso_cache_create(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim, int64_t blocks, dso_cache** out);
+typedef struct dso_cache_shape { int32_t kv_type, layers, kv_heads, head_dim, rank, rope, index, reserved; } dso_cache_shape;
+DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
+DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);
 DSO_API void dso_cache_destroy(dso_cache* k);
 DSO_API int32_t dso_cache_copy_block(dso_cache* k, int32_t from, int32_t to);
 DSO_API int32_t dso_cache_release(dso_cache* k, int32_t from_block); /* blocks >= from_block go back to the system */
-/* Reads one layer of a sequence back: K and V as float [kv_heads, tokens, head_dim], for adapters and tests. */
+/* Reads one layer of a sequence back, for adapters and tests. Full: key and value are float [kv_heads, tokens, head_dim].
+ * Latent: key is float [tokens, rank + rope], value float [tokens, index], or NULL. */
 DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value);
 
 /* ---- plan: a flat list of steps over slots ---------------------------------------------------------------
@@ -123,7 +130,8 @@ DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block
  * scale = max|x|/32512, hi = (q + 128) >> 8 in [-127, 127], lo = q - 256 hi in [-128, 127].
  * LOGITS is the caller's output buffer (F32 rows of vocab_size, always selected). */
 enum { DSO_SLOT_F32 = 0, DSO_SLOT_BF16 = 1, DSO_SLOT_Q8 = 2, DSO_SLOT_Q16 = 3, DSO_SLOT_LOGITS = 4 };
-typedef struct dso_slot { int32_t kind, width, selected, reserved; } dso_slot; /* selected: rows are the logit rows */
+/* selected: rows are the logit rows. repeat: rows a token has (0 or 1: one); row t * repeat + j is token t's j-th. */
+typedef struct dso_slot { int32_t kind, width, selected, repeat; } dso_slot;
 
 enum {
   /* in[], out[]: slots. w[], b[]: weights. -1 where absent. "any": F32, BF16, Q8 or Q16. */
@@ -136,21 +144,56 @@ enum {
                              in0 must be Q8 or Q16 for INT8, INT4, Q4_1; BF16 for BF16; F32 for F32 */
   DSO_OP_ROPE_TABLE = 7,  /* w0 = inverse frequencies vector [rot/2]; scale multiplies -> out0 F32 [T, rot]: cos | sin.
                              angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double */
-  DSO_OP_ROPE = 8,        /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs (2i, 2i+1) */
+  DSO_OP_ROPE = 8,        /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs (2i, 2i+1).
+                             Numbers [offset, offset + rot) of each head turn */
   DSO_OP_CACHE_WRITE = 9, /* in0 key, in1 value (F32, kv_heads*head_dim), layer */
   DSO_OP_ROPE_CACHE = 10, /* in0 q, in1 k, in2 v, in3 table -> out0 rotated q (may alias in0); rotated k and v go to the cache */
   DSO_OP_ATTENTION = 11,  /* in0 q F32 [T, heads*head_dim], layer, scale, window (0: none) -> out0 any. EAGER flag: score matrix */
   DSO_OP_SWIGLU = 12,     /* in0 gate, in1 up F32 -> out0 any: silu(gate) * up */
   DSO_OP_GATE_UP = 13,    /* in0, w0 gate, w1 up (b0, b1) -> out0 any: silu(W0 x) * (W1 x); formats of w0 and w1 equal */
   DSO_OP_SELECT_ROWS = 14,/* in0 F32 -> out0 F32, a selected slot: rows batch->logit_rows */
-  DSO_OP_HIDDEN_OUT = 15, /* in0 F32 -> batch->hidden + index * T * width, when asked for; index = layer field */
+  DSO_OP_HIDDEN_OUT = 15, /* in0 F32 -> batch->hidden + index * T * width, when asked for; index = layer field.
+                             LAST flag: also -> batch->last_hidden, when asked for */
+
+  /* Experts. routes: F32 [T, 2 * top_k]: the chosen experts' numbers, ascending, then their weights. */
+  DSO_OP_ROUTE = 16,      /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1) -> out0 routes */
+  DSO_OP_EXPERTS_GATE_UP = 17, /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat = top_k.
+                             GROUPED flag: rows of out0 lie by expert, in the order that EXPERTS_DOWN of the same routes expects */
+  DSO_OP_EXPERTS_DOWN = 18, /* in0 as EXPERTS_GATE_UP made it, in1 routes, w0 stack of experts -> out0 F32: sum over j, ascending, of
+                             weight_j * (W x_j). GROUPED flag as there */
+
+  /* Multi-head latent attention over a latent cache. Widths: q is heads * (nope + rope), latents are rank + rope. */
+  DSO_OP_LATENT = 19,     /* in0 F32 [T, rank + rope], in1 table, w0 vector [rank], eps -> out0 F32: norm of the first rank numbers, then
+                             the others turned. INTERLEAVED flag */
+  DSO_OP_LATENT_WRITE = 20, /* in0 F32 [T, rank + rope], layer */
+  DSO_OP_MLA_ABSORB = 21, /* in0 q F32, w0 stack of heads [rank, nope] (F32 or BF16) -> out0 F32 [T, heads * (rank + rope)]: of each head
+                             W q_nope, then q_rope as it is; rows that MLA_ATTENTION will expand are left as they are */
+  DSO_OP_MLA_ATTENTION = 22, /* in0 q, in1 what MLA_ABSORB made, in2 chosen tokens F32 (or -1), w0 kv_b [heads * (nope + v_dim), rank] any
+                             format, layer, scale -> out0 F32 [T, heads * rank] weighted sums of latents of absorbed rows, out1 F32
+                             [T, heads * v_dim] of expanded ones. EXPAND flag: every row is expanded, and in1, out0 are -1 */
+  DSO_OP_MLA_VALUE = 23,  /* in0 sums of latents, in1 what MLA_ATTENTION made of expanded rows, w0 stack of heads [v_dim, rank] ->
+                             out0 any [T, heads * v_dim] */
+  /* The lightning indexer. */
+  DSO_OP_LAYER_NORM = 24, /* in0 F32, w0 vector, b0 vector, eps -> out0 any */
+  DSO_OP_INDEX_WRITE = 25, /* in0 F32 [T, index], layer */
+  DSO_OP_INDEX_CHOOSE = 26, /* in0 q F32 [T, heads * index], in1 F32 [T, heads], layer, top_k, scale -> out0 F32 [T, top_k]: tokens of the
+                             row's sequence, ascending; -1 behind the last */
+  /* MTP layers. */
+  DSO_OP_STATE_IN = 27,   /* batch->states -> out0 F32 */
+  DSO_OP_CONCAT = 28,     /* in0, in1 F32 -> out0 any: in0's numbers, then in1's */
 };
-enum { DSO_FLAG_EAGER = 1, DSO_FLAG_INTERLEAVED = 2 };
+enum { DSO_FLAG_EAGER = 1, DSO_FLAG_INTERLEAVED = 2, DSO_FLAG_GROUPED = 4, DSO_FLAG_EXPAND = 8, DSO_FLAG_LAST = 16,
+       DSO_FLAG_SIGMOID = 32,   /* ROUTE: scores are sigmoids, not a softmax */
+       DSO_FLAG_TOP2 = 64,      /* ROUTE: a group's score is the sum of its best two, not its best */
+       DSO_FLAG_NORMALISE = 128 /* ROUTE: weights are divided by their sum */ };
 
 typedef struct dso_step {
   int32_t op, flags;
   int32_t in[4], out[3], w[3], b[3];
   int32_t layer, heads, kv_heads, head_dim, window;
+  int32_t offset;                /* ROPE: where in a head the numbers that turn begin */
+  int32_t nope, rope, rank, v_dim, index; /* latent attention */
+  int32_t experts, top_k, groups, top_groups;
   float eps, scale;
 } dso_step;
 
@@ -174,8 +217,10 @@ typedef struct dso_batch {
   const int32_t* block_table;  /* [S, max_blocks]: blocks for context_len + query_len tokens */
   const int32_t* logit_rows;   /* [R], ascending */
   const float* inputs_embeds;  /* [T, H] or NULL */
+  const float* states;         /* [T, H]: what STATE_IN gives; NULL for plans without it */
   float* logits;               /* [R, vocab_size] */
   float* hidden;               /* [n_hidden, T, H] or NULL */
+  float* last_hidden;          /* [T, H]: the normed last state alone, or NULL */
   dso_cache* cache;            /* NULL only for plans without attention */
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);

@@ -20,6 +20,9 @@ struct KvLayout {      // of one cache; the kernels own what is inside a block
   int32_t type;        // DSO_KV_*
   int32_t kv_heads, head_dim;
   int64_t layer_bytes; // bytes of one layer within a block; a multiple of 64
+  // A latent cache has these instead of heads: 32 rows of `rank` and `rope` numbers, token after token; then 32 rows of `index`
+  // numbers of the indexer. See latent_row_bytes and index_row_bytes in runtime/layout.hpp.
+  int32_t rank = 0, rope = 0, index = 0;
 };
 
 // A sequence's view of one layer of the cache: token t lies in block table[t / 32], slot t % 32.
@@ -53,7 +56,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
-  void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t rot, bool interleaved, float* out);
+  void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, float* out);
 
   // ---- cache and attention
   int64_t (*kv_layer_bytes)(int32_t type, int64_t kv_heads, int64_t head_dim);

@@ -77,15 +77,15 @@ int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T
   return guarded([&] { convert(shared(c), slot_kind, x, T, width, rows); });
 }
 
-int64_t dso_cache_block_bytes(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim) {
+int64_t dso_cache_block_bytes(const dso_cache_shape* shape) {
   int64_t bytes = -1;
-  guarded([&] { bytes = layers * kv_layer_bytes(choose_kernels(nullptr), kv_type, layers, kv_heads, head_dim); });
+  guarded([&] { bytes = given(shape, "shape").layers * checked_layout(choose_kernels(nullptr), *shape).layer_bytes; });
   return bytes;
 }
-int32_t dso_cache_create(int32_t kv_type, int32_t layers, int32_t kv_heads, int32_t head_dim, int64_t blocks, dso_cache** out) {
+int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out) {
   return guarded([&] {
     given(out, "out") = nullptr;
-    *out = new dso_cache(choose_kernels(nullptr), kv_type, layers, kv_heads, head_dim, blocks);
+    *out = new dso_cache(choose_kernels(nullptr), given(shape, "shape"), blocks);
   });
 }
 void dso_cache_destroy(dso_cache* k) { delete k; }

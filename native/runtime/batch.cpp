@@ -12,7 +12,11 @@ namespace {
 void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   const dso_cache* k = b.cache;
   if (!k) fail(DSO_EINVAL, "batch.cache is NULL, and the plan has attention");
-  if (k->layout.kv_heads != needs.kv_heads || k->layout.head_dim != needs.head_dim || k->layers < needs.layers)
+  const KvLayout& l = k->layout;
+  if (l.rank != needs.rank || l.rope != needs.rope || (needs.index > 0 && l.index != needs.index))
+    fail(DSO_EINVAL, "batch.cache has latents of %d and %d, index keys of %d; the plan needs %lld and %lld, %lld", l.rank, l.rope, l.index,
+         (long long)needs.rank, (long long)needs.rope, (long long)needs.index);
+  if (l.kv_heads != needs.kv_heads || l.head_dim != needs.head_dim || k->layers < needs.layers)
     fail(DSO_EINVAL, "batch.cache has %lld layers of %d heads of %d, the plan needs %lld of %lld of %lld", (long long)k->layers,
          k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads, (long long)needs.head_dim);
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");

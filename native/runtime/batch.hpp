@@ -13,6 +13,7 @@ struct BatchNeeds {
   bool token_ids = false, positions = false, logits = false;
   int64_t layers = 0;          // of the cache; 0: no cache is used
   int64_t kv_heads = 0, head_dim = 0;
+  int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead
 };
 
 // Consecutive rows of one sequence that lie in one cache block.

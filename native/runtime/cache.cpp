@@ -6,13 +6,27 @@
 #include "layout.hpp"
 
 namespace dso {
+namespace {
+KvLayout checked_latent(const dso_cache_shape& s) {
+  auto even = [](const char* name, int64_t n, int64_t least) {
+    if (n < least || n > (1 << 16) || n % 2) fail(DSO_EINVAL, "cache: %s is %lld, and must be even and from %lld to 65536", name, (long long)n, (long long)least);
+  };
+  if (s.kv_heads != 0 || s.head_dim != 0) fail(DSO_EINVAL, "cache: kv_heads %d and head_dim %d beside a rank of %d", s.kv_heads, s.head_dim, s.rank);
+  even("rank", s.rank, 2);
+  even("rope", s.rope, 2);
+  even("index", s.index, 0);
+  const int64_t row = latent_row_bytes(s.kv_type, s.rank, s.rope) + index_row_bytes(s.kv_type, s.index);
+  return {s.kv_type, 0, 0, round_up(DSO_BLOCK_TOKENS * row, 64), s.rank, s.rope, s.index};
+}
+}  // namespace
 
-int64_t kv_layer_bytes(const Kernels& kernels, int32_t type, int64_t layers, int64_t kv_heads, int64_t head_dim) {
-  if (type != DSO_KV_F32 && type != DSO_KV_BF16 && type != DSO_KV_INT8) fail(DSO_EINVAL, "cache: kv_type %d is unknown", type);
-  if (layers < 1 || layers > 65536) fail(DSO_EINVAL, "cache: %lld layers", (long long)layers);
-  if (kv_heads < 1 || kv_heads > 65536) fail(DSO_EINVAL, "cache: %lld kv_heads", (long long)kv_heads);
-  if (!is_head_dim(head_dim)) fail(DSO_EINVAL, "cache: head_dim is %lld, and must be even and at most %d", (long long)head_dim, int(max_head_dim));
-  return round_up(kernels.kv_layer_bytes(type, kv_heads, head_dim), 64);
+KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& s) {
+  if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8) fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
+  if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers", s.layers);
+  if (s.rank != 0 || s.rope != 0 || s.index != 0) return checked_latent(s);
+  if (s.kv_heads < 1 || s.kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads", s.kv_heads);
+  if (!is_head_dim(s.head_dim)) fail(DSO_EINVAL, "cache: head_dim is %d, and must be even and at most %d", s.head_dim, int(max_head_dim));
+  return {s.kv_type, s.kv_heads, s.head_dim, round_up(kernels.kv_layer_bytes(s.kv_type, s.kv_heads, s.head_dim), 64)};
 }
 
 namespace {
@@ -27,10 +41,10 @@ int64_t checked_bytes(int64_t blocks, int64_t block_bytes) {
 
 using namespace dso;
 
-dso_cache::dso_cache(const Kernels& k, int32_t type, int32_t n_layers, int32_t kv_heads, int32_t head_dim, int64_t n_blocks)
+dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_blocks)
     : kernels(k),
-      layout{type, kv_heads, head_dim, kv_layer_bytes(kernels, type, n_layers, kv_heads, head_dim)},
-      layers(n_layers),
+      layout(checked_layout(kernels, shape)),
+      layers(shape.layers),
       blocks(n_blocks),
       arena(checked_bytes(n_blocks, block_bytes())) {}
 
@@ -50,7 +64,7 @@ void dso_cache::read(int64_t layer, const int32_t* table, int64_t tokens, float*
   if (layer < 0 || layer >= layers) fail(DSO_EINVAL, "cache: layer %lld of %lld", (long long)layer, (long long)layers);
   if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens", (long long)tokens);
   if (tokens == 0) return;
-  if (!table || !key || !value) fail(DSO_EINVAL, "cache: block_table, key or value is NULL");
+  if (!table || !key || (!value && !layout.rank)) fail(DSO_EINVAL, "cache: block_table, key or value is NULL");
   for (int64_t b = 0; b < ceil_div(tokens, DSO_BLOCK_TOKENS); ++b)
     if (table[b] < 0 || table[b] >= blocks)
       fail(DSO_EINVAL, "cache: block_table[%lld] is %d, there are %lld blocks", (long long)b, table[b], (long long)blocks);

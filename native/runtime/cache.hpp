@@ -2,10 +2,11 @@
 // layer), so that whole blocks can be copied, shared and given back. What is inside a layer belongs to the kernels.
 #pragma once
 #include "arena.hpp"
+#include "dso.h"
 #include "kernels.hpp"
 
 struct dso_cache {
-  dso_cache(const dso::Kernels& kernels, int32_t type, int32_t layers, int32_t kv_heads, int32_t head_dim, int64_t blocks);
+  dso_cache(const dso::Kernels& kernels, const dso_cache_shape& shape, int64_t blocks);
 
   void copy_block(int64_t from, int64_t to);
   void release(int64_t from_block);
@@ -23,6 +24,6 @@ struct dso_cache {
 };
 
 namespace dso {
-// Of one layer within a block. DSO_EINVAL for a bad shape or type.
-int64_t kv_layer_bytes(const Kernels& kernels, int32_t type, int64_t layers, int64_t kv_heads, int64_t head_dim);
+// What one layer of a block holds. DSO_EINVAL for a bad shape or type.
+KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& shape);
 }  // namespace dso

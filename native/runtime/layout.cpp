@@ -74,15 +74,30 @@ bool reads(int32_t format, int32_t slot_kind) {
   }
 }
 
+int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope) {
+  if (kv_type == DSO_KV_F32) return 4 * (rank + rope);
+  if (kv_type == DSO_KV_BF16) return 2 * (rank + rope);
+  return rank + 4 * ceil_div(rank, kLatentGroup) + 2 * rope;
+}
+
+int64_t index_row_bytes(int32_t kv_type, int64_t index) { return (kv_type == DSO_KV_F32 ? 4 : 2) * index; }
+
 Matrix check_matrix(const dso_weight& w, const std::string& what) {
+  return check_stack(w, 1, what).first;
+}
+
+Stack check_stack(const dso_weight& w, int64_t count, const std::string& what) {
   if (tile_bytes(w.format) < 0) fail(DSO_EINVAL, "%s: format %d is no packed matrix format", what.c_str(), w.format);
   const int64_t expected = packed_bytes(w.format, w.rows, w.cols);
   if (expected < 0) fail(DSO_EINVAL, "%s: a matrix of %d x %d", what.c_str(), w.rows, w.cols);
+  const int64_t given = w.count == 0 ? 1 : w.count;
+  if (given != count) fail(DSO_EINVAL, "%s: a stack of %lld matrices, not of %lld", what.c_str(), (long long)given, (long long)count);
   if (!w.data) fail(DSO_EINVAL, "%s: data is NULL", what.c_str());
-  if (w.bytes != expected)
-    fail(DSO_EINVAL, "%s: %s of %d x %d takes %lld bytes, not %lld", what.c_str(), format_name(w.format), w.rows, w.cols,
-         (long long)expected, (long long)w.bytes);
-  return {w.format, w.rows, w.cols, static_cast<const uint8_t*>(w.data)};
+  int64_t all;
+  if (__builtin_mul_overflow(expected, count, &all) || w.bytes != all)
+    fail(DSO_EINVAL, "%s: %s of %d x %d takes %lld bytes, times %lld; not %lld", what.c_str(), format_name(w.format), w.rows, w.cols,
+         (long long)expected, (long long)count, (long long)w.bytes);
+  return {{w.format, w.rows, w.cols, static_cast<const uint8_t*>(w.data)}, count, expected};
 }
 
 const float* check_vector(const dso_weight& w, int64_t cols, const std::string& what) {

@@ -8,6 +8,12 @@
 
 namespace dso {
 
+struct Stack {  // matrices of one shape, each packed by itself, one after the other
+  Matrix first;
+  int64_t count, bytes;  // bytes: of one
+  Matrix at(int64_t i) const { return {first.format, first.rows, first.cols, first.data + i * bytes}; }
+};
+
 constexpr int64_t kTileRows = 16, kTileCols = 32;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -24,11 +30,18 @@ const char* kind_name(int32_t slot_kind);
 // Whether the cache and attention take heads of this size.
 constexpr bool is_head_dim(int64_t n) { return n >= 2 && n <= max_head_dim && n % 2 == 0; }
 
+// A token's row in a latent cache: rank + rope numbers (INT8: the rank numbers in groups of 128, each group's fp32 scale behind
+// all of them, then the rope numbers in bf16); and its row of the indexer's key.
+constexpr int64_t kLatentGroup = 128;
+int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope);
+int64_t index_row_bytes(int32_t kv_type, int64_t index);
+
 // The activation kinds a format's product reads.
 bool reads(int32_t format, int32_t slot_kind);
 
 // Error DSO_EINVAL, beginning with `what`, unless w is a packed matrix (or, for check_vector, a VECTOR of `cols`).
 Matrix check_matrix(const dso_weight& w, const std::string& what);
+Stack check_stack(const dso_weight& w, int64_t count, const std::string& what);  // of so many matrices
 const float* check_vector(const dso_weight& w, int64_t cols, const std::string& what);
 
 inline int64_t tile_rows(const Matrix& w) { return ceil_div(w.rows, kTileRows); }

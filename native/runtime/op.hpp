@@ -45,6 +45,11 @@ class Op {
   virtual int64_t shared_bytes(const Run&) const { return 0; }
   // Called for every run, before it starts, by the calling thread.
   virtual void prepare(const Run&) {}
+  // Whether this run has nothing to do here, such as hidden states that nobody asked for.
+  virtual bool idle(const Run& run) const { return tasks(run) == 0; }
+  // Called once all that it reads is there, by the one thread that opens its stage, before anyone asks for its tasks: work whose
+  // cut depends on data, such as which experts were chosen.
+  virtual void open(const Run&) {}
 };
 
 constexpr int64_t kSerialWork = 8192;

@@ -33,10 +33,10 @@ class RopeTable final : public RowOp {
 
 struct Rotation {
   SlotRef table;
-  int64_t heads, head_dim;
+  int64_t heads, head_dim, offset;
   bool interleaved;
   void operator()(const Run& run, int64_t row, const float* x, int64_t n_heads, float* out) const {
-    run.kernels.rope(x, run.slots[table.index].f32(row), n_heads, head_dim, table.width, interleaved, out);
+    run.kernels.rope(x, run.slots[table.index].f32(row), n_heads, head_dim, offset, table.width, interleaved, out);
   }
 };
 
@@ -119,8 +119,10 @@ SlotRef token_rows(StepReader& s, int i, int64_t width = 0) {
 Rotation rotation(StepReader& s, int table) {
   const int64_t heads = s.positive("heads", s.step.heads), head_dim = s.positive("head_dim", s.step.head_dim);
   const SlotRef t = token_rows(s, table);
-  if (t.width > head_dim || t.width % 2) s.refuse("in[%d], the table, has width %lld for a head_dim of %lld", table, (long long)t.width, (long long)head_dim);
-  return {t, heads, head_dim, (s.step.flags & DSO_FLAG_INTERLEAVED) != 0};
+  if (s.step.offset < 0) s.refuse("offset is %d", s.step.offset);
+  if (s.step.offset + t.width > head_dim || t.width % 2)
+    s.refuse("in[%d], the table, has width %lld for a head_dim of %lld from %d on", table, (long long)t.width, (long long)head_dim, s.step.offset);
+  return {t, heads, head_dim, s.step.offset, (s.step.flags & DSO_FLAG_INTERLEAVED) != 0};
 }
 
 }  // namespace

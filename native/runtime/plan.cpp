@@ -9,13 +9,15 @@ using namespace dso;
 
 namespace {
 
-constexpr int32_t kMostSteps = 1 << 20, kMostSlots = 1 << 20;
+constexpr int32_t kMostSteps = 1 << 20, kMostSlots = 1 << 20, kMostRepeat = 1 << 12;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+int64_t slot_rows(const dso_slot& s, int64_t T, int64_t R) { return (s.selected ? R : T) * std::max(1, s.repeat); }
+
 int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) {
   if (s.kind == DSO_SLOT_LOGITS) return 0;  // the caller's
-  return round_up(row_bytes(s.kind, s.width) * (s.selected ? R : T), 64);
+  return round_up(row_bytes(s.kind, s.width) * slot_rows(s, T, R), 64);
 }
 
 void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
@@ -24,7 +26,8 @@ void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
     if (row_bytes(s.kind, 32) < 0) fail(DSO_EINVAL, "slot %d: kind %d is unknown", i, s.kind);
     if (row_bytes(s.kind, s.width) < 0) fail(DSO_EINVAL, "slot %d: width is %d", i, s.width);
     if (s.selected != 0 && s.selected != 1) fail(DSO_EINVAL, "slot %d: selected is %d", i, s.selected);
-    if (s.kind == DSO_SLOT_LOGITS && (s.width != vocab_size || !s.selected))
+    if (s.repeat < 0 || s.repeat > kMostRepeat) fail(DSO_EINVAL, "slot %d: repeat is %d", i, s.repeat);
+    if (s.kind == DSO_SLOT_LOGITS && (s.width != vocab_size || !s.selected || s.repeat > 1))
       fail(DSO_EINVAL, "slot %d: LOGITS must be selected rows of vocab_size %d, not width %d", i, vocab_size, s.width);
   }
 }
@@ -95,7 +98,7 @@ void dso_plan::place(int64_t T, int64_t R) {
   int64_t at = 0;
   for (size_t i = 0; i < slots_.size(); ++i) {
     const dso_slot& s = slots_[i];
-    run_.slots[i] = {arena_.data() + at, row_bytes(s.kind, s.width), s.selected ? R : T};
+    run_.slots[i] = {arena_.data() + at, row_bytes(s.kind, s.width), slot_rows(s, T, R)};
     at += slot_bytes(s, T, R);
   }
   run_.shared = arena_.data() + shared_at;
@@ -113,7 +116,7 @@ void dso_plan::reshape() {
   const Shape shape{b.T, b.R, b.decode_rows, b.decode_logits, b.source->hidden != nullptr};
   if (shape == shape_) return;
   shape_ = {};  // until all of it is done
-  for (size_t i = 0; i < slots_.size(); ++i) run_.slots[i].count = slots_[i].selected ? b.R : b.T;
+  for (size_t i = 0; i < slots_.size(); ++i) run_.slots[i].count = slot_rows(slots_[i], b.T, b.R);
   for (Step& s : steps_) s.op->shape(run_);
   make_stages();
   shape_ = shape;
@@ -126,7 +129,7 @@ void dso_plan::make_stages() {
   std::vector<bool> read(resources_), written(resources_);  // by the shared steps of the stage
   for (int32_t i = 0; i < int32_t(steps_.size()); ++i) {
     const Step& s = steps_[i];
-    if (s.op->tasks(run_) == 0) continue;  // such as hidden states that nobody asked for
+    if (s.op->idle(run_)) continue;
     const bool serial = s.op->work(run_) < kSerialWork;
     const bool shared = !stages_.empty() && stages_.back().shared < stages_.back().end;
     bool fresh = stages_.empty() || (shared && (serial || timing_));  // timed steps share a stage with no other
@@ -170,12 +173,18 @@ int64_t dso_plan::next() {
   const Stage& stage = stages_[stage_++];
   for (int32_t i = stage.begin; i < stage.shared; ++i) {
     Op& op = *steps_[i].op;
+    if (op.idle(run_)) continue;
+    op.open(run_);
     const int64_t n = op.tasks(run_);
     for (int64_t t = 0; t < n; ++t) op.task(run_, t, 0);  // no task runs now, so any thread's scratch is free
-    if (timing_ && n > 0) took(i);
+    if (timing_) took(i);
   }
   int64_t tasks = 0;
-  for (int32_t i = stage.shared; i < stage.end; ++i) tasks += steps_[i].op->tasks(run_);
+  for (int32_t i = stage.shared; i < stage.end; ++i) {
+    if (steps_[i].op->idle(run_)) continue;
+    steps_[i].op->open(run_);
+    tasks += steps_[i].op->tasks(run_);
+  }
   return tasks;
 }
 

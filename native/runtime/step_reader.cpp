@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <iterator>
 
 #include "error.hpp"
 #include "layout.hpp"
@@ -12,8 +13,10 @@ namespace {
 
 const char* op_name(int32_t op) {
   static constexpr const char* names[] = {"EMBEDDING", "RMS_NORM", "ADD", "ADD_RMS_NORM", "CONVERT", "LINEAR", "ROPE_TABLE", "ROPE",
-                                          "CACHE_WRITE", "ROPE_CACHE", "ATTENTION", "SWIGLU", "GATE_UP", "SELECT_ROWS", "HIDDEN_OUT"};
-  return op >= 1 && op <= 15 ? names[op - 1] : "unknown op";
+                                          "CACHE_WRITE", "ROPE_CACHE", "ATTENTION", "SWIGLU", "GATE_UP", "SELECT_ROWS", "HIDDEN_OUT", "ROUTE",
+                                          "EXPERTS_GATE_UP", "EXPERTS_DOWN", "LATENT", "LATENT_WRITE", "MLA_ABSORB", "MLA_ATTENTION", "MLA_VALUE",
+                                          "LAYER_NORM", "INDEX_WRITE", "INDEX_CHOOSE", "STATE_IN", "CONCAT"};
+  return op >= 1 && op <= int32_t(std::size(names)) ? names[op - 1] : "unknown op";
 }
 
 bool allowed(SlotKinds kinds, int32_t kind) {
@@ -46,20 +49,22 @@ SlotRef StepReader::slot(const char* field, int i, int32_t index, SlotKinds kind
   if (index < 0 || index >= plan_.n_slots) refuse("%s[%d] is slot %d, the plan has %d", field, i, index, plan_.n_slots);
   const dso_slot& s = plan_.slots[index];
   if (!allowed(kinds, s.kind)) refuse("%s[%d] may not be %s (slot %d)", field, i, kind_name(s.kind), index);
-  return {index, s.kind, s.width, s.selected != 0};
+  return {index, s.kind, s.width, s.selected != 0, std::max(1, s.repeat)};
 }
 
-SlotRef StepReader::in(int i, SlotKinds kinds, int64_t width) {
+SlotRef StepReader::in(int i, SlotKinds kinds, int64_t width, int64_t repeat) {
   const SlotRef s = slot("in", i, step.in[i], kinds);
   if (width && s.width != width) refuse("in[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+  if (s.repeat != repeat) refuse("in[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
   if (!plan_.written[s.index]) refuse("in[%d] is slot %d, which no earlier step fills", i, s.index);
   reads.push_back(s.index);
   return s;
 }
 
-SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected) {
+SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat) {
   const SlotRef s = slot("out", i, step.out[i], kinds);
   if (s.width != width) refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+  if (s.repeat != repeat) refuse("out[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
   if (s.selected != selected) refuse("out[%d], slot %d, must hold %s rows", i, s.index, selected ? "the selected" : "all");
   if (std::find(writes.begin(), writes.end(), s.index) != writes.end()) refuse("out[%d] is slot %d, as another out is", i, s.index);
   writes.push_back(s.index);
@@ -73,6 +78,10 @@ const dso_weight& StepReader::weight(char field, int i) const {
 }
 
 Matrix StepReader::matrix(int i) const { return check_matrix(weight('w', i), name() + text(": w[%d] (weight %d)", i, step.w[i])); }
+
+Stack StepReader::stack(int i, int64_t count) const {
+  return check_stack(weight('w', i), count, name() + text(": w[%d] (weight %d)", i, step.w[i]));
+}
 
 const float* StepReader::vector(int field, int i, int64_t cols) const {
   const int32_t index = (field == 'w' ? step.w : step.b)[i];
@@ -88,15 +97,41 @@ int32_t StepReader::positive(const char* field, int32_t value) const {
 
 void StepReader::attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes_cache) {
   BatchNeeds& needs = plan_.needs;
-  if (layer < 0 || layer >= 65536) refuse("layer is %d", layer);
   positive("kv_heads", kv_heads);
   if (!is_head_dim(head_dim)) refuse("head_dim is %d, and must be even and at most %d", head_dim, int(max_head_dim));
+  if (needs.rank > 0 || needs.index > 0) refuse("heads, but an earlier step uses latents, and the cache is of one kind");
   if (needs.layers > 0 && (needs.kv_heads != kv_heads || needs.head_dim != head_dim))
     refuse("kv_heads %d of %d, but an earlier step uses %lld of %lld, and the cache has one shape", kv_heads, head_dim,
            (long long)needs.kv_heads, (long long)needs.head_dim);
   needs.kv_heads = kv_heads;
   needs.head_dim = head_dim;
-  needs.layers = std::max<int64_t>(needs.layers, layer + 1);
+  uses_layer(layer, writes_cache);
+}
+
+void StepReader::attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes_cache) {
+  BatchNeeds& needs = plan_.needs;
+  positive("rank", rank);
+  positive("rope", rope);
+  if (needs.kv_heads > 0) refuse("latents, but an earlier step uses heads, and the cache is of one kind");
+  if (needs.rank > 0 && (needs.rank != rank || needs.rope != rope))
+    refuse("rank %d and rope %d, but an earlier step uses %lld and %lld, and the cache has one shape", rank, rope, (long long)needs.rank, (long long)needs.rope);
+  needs.rank = rank;
+  needs.rope = rope;
+  uses_layer(layer, writes_cache);
+}
+
+void StepReader::attends_index(int32_t layer, int32_t index, bool writes_cache) {
+  BatchNeeds& needs = plan_.needs;
+  positive("index", index);
+  if (needs.kv_heads > 0) refuse("an index, but an earlier step uses heads, and the cache is of one kind");
+  if (needs.index > 0 && needs.index != index) refuse("index %d, but an earlier step uses %lld, and the cache has one shape", index, (long long)needs.index);
+  needs.index = index;
+  uses_layer(layer, writes_cache);
+}
+
+void StepReader::uses_layer(int32_t layer, bool writes_cache) {
+  if (layer < 0 || layer >= 65536) refuse("layer is %d", layer);
+  plan_.needs.layers = std::max<int64_t>(plan_.needs.layers, layer + 1);
   (writes_cache ? writes : reads).push_back(shared_resource() + 1 + layer);
 }
 

@@ -7,6 +7,7 @@
 #include "batch.hpp"
 #include "dso.h"
 #include "kernels.hpp"
+#include "layout.hpp"
 
 namespace dso {
 
@@ -27,6 +28,7 @@ struct SlotRef {
   int32_t index = -1, kind = 0;
   int64_t width = 0;
   bool selected = false;
+  int64_t repeat = 1;
 };
 
 enum SlotKinds { kF32Only, kInteger, kConverted, kAnyKind };  // kConverted: BF16, Q8, Q16
@@ -37,14 +39,17 @@ class StepReader {
 
   const dso_step& step;
 
-  SlotRef in(int i, SlotKinds kinds, int64_t width = 0);                   // width 0: any
-  SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected);
+  SlotRef in(int i, SlotKinds kinds, int64_t width = 0, int64_t repeat = 1);  // width 0: any
+  SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);
   Matrix matrix(int i) const;
+  Stack stack(int i, int64_t count) const;
   const float* vector(int field_w_or_b, int i, int64_t cols) const;        // 'w' or 'b'
   const float* bias(int i, int64_t rows) const;                            // null where b[i] is -1
   bool has_weight(int i) const { return step.w[i] != -1; }
   int32_t positive(const char* field, int32_t value) const;
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
+  void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
+  void attends_index(int32_t layer, int32_t index, bool writes);
   void uses_shared() { writes.push_back(shared_resource()); }
   // The step takes no more than these; a field set beyond them is a mistake in the plan.
   void takes(int ins, int outs, int ws, int bs, int32_t flags) const;
@@ -60,6 +65,7 @@ class StepReader {
  private:
   SlotRef slot(const char* field, int i, int32_t index, SlotKinds kinds) const;
   const dso_weight& weight(char field, int i) const;
+  void uses_layer(int32_t layer, bool writes);
 
   PlanSource& plan_;
   const int32_t index_;

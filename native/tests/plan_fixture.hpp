@@ -208,7 +208,7 @@ struct Sequence {
 class Feeder {
  public:
   Feeder(Model& model, int64_t blocks, Random& random)
-      : model_(model), cache_(model.kernels, model.spec.kv_type, model.spec.layers, model.spec.kv_heads, model.spec.head_dim, blocks) {
+      : model_(model), cache_(model.kernels, {model.spec.kv_type, model.spec.layers, model.spec.kv_heads, model.spec.head_dim, 0, 0, 0, 0}, blocks) {
     for (int32_t i = 0; i < blocks; ++i) free_.push_back(i);
     for (size_t i = free_.size(); i > 1; --i) std::swap(free_[i - 1], free_[(size_t)random.below((int)i)]);
   }

@@ -52,15 +52,16 @@ inline void add(const float* a, const float* b, int64_t n, float* out) {
 inline void swiglu(const float* g, const float* u, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = g[i] / (1 + std::exp(-g[i])) * u[i];
 }
-inline void rope(const float* x, const float* table, int64_t heads, int64_t d, int64_t rot, bool interleaved, float* out) {
+inline void rope(const float* x, const float* table, int64_t heads, int64_t d, int64_t offset, int64_t rot, bool interleaved, float* out) {
   for (int64_t h = 0; h < heads; ++h, x += d, out += d) {
     for (int64_t i = 0; i < rot / 2; ++i) {
-      const int64_t p = interleaved ? 2 * i : i, q = interleaved ? 2 * i + 1 : i + rot / 2;
+      const int64_t p = offset + (interleaved ? 2 * i : i), q = offset + (interleaved ? 2 * i + 1 : i + rot / 2);
       const float a = x[p], b = x[q], c = table[i], s = table[rot / 2 + i];
       out[p] = a * c - b * s;
       out[q] = b * c + a * s;
     }
-    for (int64_t i = rot; i < d; ++i) out[i] = x[i];
+    for (int64_t i = 0; i < d; ++i)
+      if (i < offset || i >= offset + rot) out[i] = x[i];
   }
 }
 

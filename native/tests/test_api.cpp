@@ -150,8 +150,9 @@ void plans() {
 void batches() {
   const Spec spec;
   Model m(spec, scalar::table, 2);
-  dso_cache cache(m.kernels, spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 4);
-  dso_cache small(m.kernels, spec.kv_type, 1, spec.kv_heads, spec.head_dim, 4), other(m.kernels, spec.kv_type, spec.layers, 1, spec.head_dim, 4);
+  dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 4);
+  dso_cache small(m.kernels, {spec.kv_type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 4);
+  dso_cache other(m.kernels, {spec.kv_type, spec.layers, 1, spec.head_dim, 0, 0, 0, 0}, 4);
   struct Data {
     std::vector<int32_t> ids{1, 2, 3}, positions{40, 0, 1}, query{1, 2}, context{40, 0}, phase{0, 1}, table{0, 1, 2, -1}, rows{0, 2};
   };
@@ -159,7 +160,7 @@ void batches() {
   auto run = [&](auto&& spoil) {
     Data d;
     std::fill(logits.begin(), logits.end(), 123.0f);
-    dso_batch b{3, 2, 2, 2, d.ids.data(), d.positions.data(), d.query.data(), d.context.data(), d.phase.data(), d.table.data(), d.rows.data(), nullptr, logits.data(), nullptr, &cache};
+    dso_batch b{3, 2, 2, 2, d.ids.data(), d.positions.data(), d.query.data(), d.context.data(), d.phase.data(), d.table.data(), d.rows.data(), nullptr, nullptr, logits.data(), nullptr, nullptr, &cache};
     spoil(b, d);
     return dso_plan_run(m.plan, &b);
   };
@@ -283,20 +284,35 @@ void direct() {
   }
 }
 
+int32_t create(dso_cache_shape shape, int64_t blocks, dso_cache** out) { return dso_cache_create(&shape, blocks, out); }
+int64_t block_bytes(dso_cache_shape shape) { return dso_cache_block_bytes(&shape); }
+
+void latent_caches() {
+  dso_cache* k = nullptr;
+  refuses(create({DSO_KV_BF16, 1, 1, 16, 32, 16, 0, 0}, 4, &k), DSO_EINVAL, "beside a rank", "heads in a latent cache");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 31, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 31", "odd rank");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 0, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 0", "no rank");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 0, 0, 0}, 4, &k), DSO_EINVAL, "rope is 0", "no rope");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 16, -2, 0}, 4, &k), DSO_EINVAL, "index is -2", "negative index");
+  check(block_bytes({DSO_KV_BF16, 27, 0, 0, 512, 64, 0, 0}) == 32 * 31104, "V2-Lite's cache");
+  check(block_bytes({DSO_KV_INT8, 1, 0, 0, 512, 64, 0, 0}) == 32 * 656, "a latent in int8");
+  check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0}) == 2 * 32 * 4 * (576 + 128), "index keys");
+}
+
 void caches() {
   dso_cache* k = nullptr;
-  refuses(dso_cache_create(7, 1, 1, 16, 4, &k), DSO_EINVAL, "kv_type 7", "kv type");
-  refuses(dso_cache_create(DSO_KV_F32, 0, 1, 16, 4, &k), DSO_EINVAL, "0 layers", "layers");
-  refuses(dso_cache_create(DSO_KV_F32, 1, 1, 16, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
+  refuses(create({7, 1, 1, 16, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "kv_type 7", "kv type");
+  refuses(create({DSO_KV_F32, 0, 1, 16, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "0 layers", "layers");
+  refuses(create({DSO_KV_F32, 1, 1, 16, 0, 0, 0, 0}, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
   for (int d : {0, 1, 15, 255, 258, 320, 65536})
-    refuses(dso_cache_create(DSO_KV_BF16, 1, 1, d, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
-  refuses(dso_cache_create(DSO_KV_F32, 60000, 60000, 256, INT32_MAX, &k), DSO_ENOMEM, "", "a cache larger than any address space");
-  check(dso_cache_block_bytes(DSO_KV_BF16, 1, 1, -1) == -1, "absurd block");
+    refuses(create({DSO_KV_BF16, 1, 1, d, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
+  refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0}, INT32_MAX, &k), DSO_ENOMEM, "", "a cache larger than any address space");
+  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "absurd block");
   for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
     for (const Variant& v : variants())
       check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64), "%s: another cache layout", v.name.c_str());
-    check(dso_cache_create(type, 2, 3, 64, 1000, &k) == 0, "cache: %s", dso_last_error());
-    check(dso_cache_block_bytes(type, 2, 3, 64) == k->block_bytes(), "block bytes");
+    check(create({type, 2, 3, 64, 0, 0, 0, 0}, 1000, &k) == 0, "cache: %s", dso_last_error());
+    check(block_bytes({type, 2, 3, 64, 0, 0, 0, 0}) == k->block_bytes(), "block bytes");
     // Written by one variant, read by another: the layout is one.
     const std::vector<Variant> all = variants();
     Random random(type);
@@ -338,6 +354,7 @@ int main() {
   contexts();
   bandwidth();
   caches();
+  latent_caches();
   direct();
   return report("test_api");
 }

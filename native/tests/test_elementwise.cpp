@@ -42,7 +42,7 @@ static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random
   }
 }
 
-static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t rot, bool interleaved, bool in_place, Random& random) {
+static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, bool in_place, Random& random) {
   const int64_t n = heads * head_dim, half = rot / 2;
   const std::vector<float> x = normal((size_t)n, 1, random);
   std::vector<float> angles((size_t)rot);
@@ -55,14 +55,14 @@ static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t rot,
   fill(in, x);
   fill(table, angles);
   float* o = in_place ? floats(in) : floats(out);
-  v.kernels->rope(floats(in), floats(table), heads, head_dim, rot, interleaved, o);
+  v.kernels->rope(floats(in), floats(table), heads, head_dim, offset, rot, interleaved, o);
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t i = 0; i < head_dim; ++i) {
       float want = x[(size_t)(h * head_dim + i)];
-      if (i < rot) {
-        const int64_t pair = interleaved ? i / 2 : i % half;
-        const bool second = interleaved ? i % 2 : i >= half;
-        const int64_t other = interleaved ? i ^ 1 : second ? i - half : i + half;
+      if (const int64_t j = i - offset; j >= 0 && j < rot) {
+        const int64_t pair = interleaved ? j / 2 : j % half;
+        const bool second = interleaved ? j % 2 : j >= half;
+        const int64_t other = offset + (interleaved ? j ^ 1 : second ? j - half : j + half);
         const volatile float a = want * angles[(size_t)pair], b = x[(size_t)(h * head_dim + other)] * angles[(size_t)(half + pair)];
         want = second ? a + b : a - b;  // as Transformers rounds: two products, one sum
       }
@@ -92,7 +92,7 @@ int main() {
   for (const Variant& v : all) {
     for (int i = 0; i < 60; ++i) {
       const int64_t d = 2 * (1 + random.below(128)), rot = random.below(2) ? d : 2 * (1 + random.below((int)d / 2));
-      rope(v, 1 + random.below(5), d, rot, i & 1, i & 2, random);
+      rope(v, 1 + random.below(5), d, random.below((int)(d - rot) + 1), rot, i & 1, i & 2, random);
     }
     extremes(v);
   }

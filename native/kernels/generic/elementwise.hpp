@@ -35,12 +35,14 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   if (i < n) store(out + i, mul(silu(load(gate + i, n - i)), load(up + i, n - i)), n - i);
 }
 
-// Rotates the first `rot` numbers of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), passes the rest
+// Rotates numbers [offset, offset + rot) of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), passes the rest
 // through. Pairs are (i, i + rot/2), or (2i, 2i+1) when interleaved. out may be x.
-static void rope(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t rot, bool interleaved, float* out) {
+static void rope(const float* x_heads, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, float* out_heads) {
   const int64_t half = rot / 2;
   const float *cosine = table, *sine = table + half;
-  for (int64_t h = 0; h < heads; ++h, x += head_dim, out += head_dim) {
+  for (int64_t h = 0; h < heads; ++h, x_heads += head_dim, out_heads += head_dim) {
+    const float* x = x_heads + offset;
+    float* out = out_heads + offset;
     if (interleaved) {
       for (int64_t i = 0; i < half; ++i) {
         const float a = x[2 * i], b = x[2 * i + 1];
@@ -55,8 +57,9 @@ static void rope(const float* x, const float* table, int64_t heads, int64_t head
         store(out + half + i, add(mul(b, c), mul(a, s)), n);
       }
     }
-    if (out != x)
-      for (int64_t i = rot; i < head_dim; ++i) out[i] = x[i];
+    if (out == x) continue;
+    for (int64_t i = 0; i < offset; ++i) out_heads[i] = x_heads[i];
+    for (int64_t i = offset + rot; i < head_dim; ++i) out_heads[i] = x_heads[i];
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

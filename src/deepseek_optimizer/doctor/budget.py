@@ -84,8 +84,7 @@ def _block_bytes(case: Case, kv: str) -> int:
 
     if case.settings.backend == "reference" or unavailable_reason() is not None:
         return ReferenceBackend().block_bytes(case.graph, kv)
-    c = case.graph.cache
-    return int(native.library().dso_cache_block_bytes(native.KV_TYPES[kv], c.layers, c.kv_heads, c.head_dim))
+    return native.block_bytes(case.graph.cache, kv)
 
 
 def _buffers(case: Case, format_of: dict[str, str]) -> int:

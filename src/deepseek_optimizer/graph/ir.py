@@ -28,30 +28,34 @@ Multi-head latent attention (DeepSeek-V2, section 2.1; its cache is a LatentSpec
 
 | op | inputs | outputs | weights | attrs |
 |---|---|---|---|---|
-| latent | kv_a [T, rank + rope], table | c [T, rank + rope] | w [rank] | eps, rank, interleaved: c is the norm of the first `rank` numbers, then the others turned |
+| latent | kv_a, table | c, both [T, rank + rope] | w [rank] | eps, rank, interleaved |
 | latent_write | c | | | layer |
-| mla_attention | q [T, heads * (nope + rope)] turned, and chosen if sparse | o [T, heads * v_dim] | kv_b [heads * (nope + v_dim), rank] | layer, heads, nope, rope, rank, v_dim, scale, form: "expanded" or "absorbed" |
+| mla_attention | q [T, heads * (nope + rope)], chosen where sparse | o [T, heads * v_dim] | kv_b | layer, heads, nope, rope,
+rank, v_dim, scale, form: "expanded" or "absorbed" |
 | index_write | k [T, index] | | | layer |
 | index_choose | q [T, heads * index], w [T, heads] | chosen [T, top_k] | | layer, heads, index, top_k, scale |
 
-Head h of q has its `nope` numbers first, then `rope`. kv_b's rows of head h are its `nope` key rows, then its `v_dim` value rows.
-Expanded, keys and values of every head are made of the whole cache (as Transformers does it). Absorbed, they are made of none:
-q_h kv_b_h meets the latents as they are, and values are made of the weighted sum of latents; a backend may expand where that
-is cheaper, in phase PREFILL only. `chosen`: numbers of tokens of the row's own sequence, ascending, as floats, -1 behind the
-last; a row sees no others. `index_choose` takes the top_k visible tokens t of largest
-scale * sum over heads of w_h relu(q_h . k_t), all where there are no more (DeepSeek-V3.2, section 2.1).
+c is the norm of the first `rank` numbers of kv_a, then the others turned. Head h of q has its `nope` numbers first, then
+`rope`, turned. kv_b is [heads * (nope + v_dim), rank]; its rows of head h are its `nope` key rows, then its `v_dim` value rows.
+Expanded, keys and values of every head are made of the whole cache, as Transformers does it. Absorbed, of nothing: q_h kv_b_h
+meets the latents as they are, and values are made of the weighted sum of latents; a backend may expand where that is cheaper,
+in phase PREFILL only. `chosen`: numbers of tokens of the row's own sequence, ascending, as floats, -1 behind the last; a row
+sees no others. `index_choose` takes the top_k visible tokens t of largest scale * sum over heads of w_h relu(q_h . k_t), all
+where there are no more (DeepSeek-V3.2, section 2.1).
 
 Experts (DeepSeekMoE; V3's report, section 2.1.2):
 
 | op | inputs | outputs | weights | attrs |
 |---|---|---|---|---|
-| router | x | routes [T, 2 * top_k] | matrix [E, H] in fp32 | bias: name of [E] or None; experts, top_k, groups, top_groups, scoring: "softmax" or "sigmoid", group_score: "max" or "top2", normalise, scale |
-| experts_gate_up | x, routes | h [T * top_k, I] | stack gate_up: 2 E of [I, H], gate and up of each expert in turn | experts, top_k, grouped |
-| experts_down | h, routes | y [T, H] | stack down: E of [H, I] | experts, top_k, grouped |
+| router | x | routes [T, 2 * top_k] | matrix [E, H], fp32 | bias: name of [E] or None; experts, top_k, groups, top_groups,
+scoring: "softmax" or "sigmoid", group_score: "max" or "top2", normalise, scale |
+| experts_gate_up | x, routes | h [T * top_k, I] | gate_up [E, 2 I, H]: gate over up | experts, top_k, grouped |
+| experts_down | h, routes | y [T, H] | down [E, H, I] | experts, top_k, grouped |
 
-`routes`: a token's chosen experts, ascending, as floats; then their weights. Row t * top_k + j of h (a value with repeat=top_k) is
-silu(gate x) * (up x) of token t and its j-th chosen expert. y is the weighted sum over j, ascending. `grouped`: a backend goes by
-experts instead of tokens, so that an expert's weights are read once; the numbers are the same.
+`routes`: a token's chosen experts, ascending, as floats; then their weights. Row t * top_k + j of h (a value with
+repeat=top_k) is silu(gate x) * (up x) of token t and its j-th chosen expert. y is the weighted sum over j, ascending.
+`grouped`: a backend goes by experts instead of tokens, so that an expert's weights are read once; the numbers are the same.
+Packed, gate_up is a stack of 2 E matrices [I, H] (gate and up of each expert in turn), down one of E.
 
 The result is `lm_head`'s output. As a family builds a graph it has all T rows, and the backend hands out those asked for; rule
 `last_logits` selects them before the final norm, so that the head runs on R rows only.

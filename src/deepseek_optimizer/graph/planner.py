@@ -22,11 +22,12 @@ IN_PLACE: Mapping[str, tuple[tuple[int, int], ...]] = {
 
 @dataclass(frozen=True)
 class Slot:
-    """A buffer: `width` elements a row, rows held as `kind`, for all tokens or for the selected rows."""
+    """A buffer: `width` elements a row, rows held as `kind`, `repeat` of them for each token or selected row."""
 
     width: int
     kind: str
     selected: bool
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def assign_slots(graph: Graph) -> SlotPlan:
     free: dict[Slot, list[int]] = {}
 
     def take(value: Value) -> int:
-        shape = Slot(value.width, value.kind, value.selected)
+        shape = Slot(value.width, value.kind, value.selected, value.repeat)
         reusable = free.get(shape)
         if reusable and value != result:
             return reusable.pop()
@@ -79,7 +80,7 @@ def _overwritten(node: Node, out_index: int, dying: set[Value]) -> Value | None:
     out = node.outputs[out_index]
     for candidate_out, in_index in IN_PLACE.get(node.op, ()):
         source = node.inputs[in_index]
-        same = (source.width, source.kind, source.selected) == (out.width, out.kind, out.selected)
+        same = (source.width, source.kind, source.selected, source.repeat) == (out.width, out.kind, out.selected, out.repeat)
         if candidate_out == out_index and source in dying and same:
             return source
     return None

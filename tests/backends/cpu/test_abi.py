@@ -65,6 +65,8 @@ def test_constants():
         for name, value in values.items():
             assert CONSTANTS[prefix + names.get(name, name.upper())] == value, name
     assert {v for n, v in CONSTANTS.items() if n.startswith("DSO_OP_")} == set(native.OPS.values())
-    assert (native.FLAG_EAGER, native.FLAG_INTERLEAVED) == (CONSTANTS["DSO_FLAG_EAGER"], CONSTANTS["DSO_FLAG_INTERLEAVED"])
+    assert {f"DSO_FLAG_{n.upper()}": v for n, v in native.FLAGS.items()} == {
+        n: v for n, v in CONSTANTS.items() if n.startswith("DSO_FLAG_")
+    }
     assert native.VECTOR == CONSTANTS["DSO_VECTOR"]
     assert (native._EINVAL, native._ENOMEM) == (CONSTANTS["DSO_EINVAL"], CONSTANTS["DSO_ENOMEM"])

@@ -13,6 +13,7 @@ from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import CpuBackend, native, unavailable_reason
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.ir import CacheSpec, LatentSpec
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, random_model, weights_of
 from support.steps import Part, make_batch, run_step, runner
@@ -110,9 +111,16 @@ def test_a_copy_shares_what_it_copies(ready):
 
 @pytest.mark.parametrize("head_dim", [0, 17, 320])
 def test_refuses_heads_it_cannot_hold(head_dim):
-    assert native.block_bytes("bf16", 1, 1, 256) == 32 * 256 * 2 * 2
+    assert native.block_bytes(CacheSpec(1, 1, 256), "bf16") == 32 * 256 * 2 * 2
     with pytest.raises(ValueError, match="must be even and at most 256"):
-        native.block_bytes("bf16", 1, 1, head_dim)
+        native.block_bytes(CacheSpec(1, 1, head_dim), "bf16")
+
+
+@pytest.mark.parametrize(("kv", "bytes_a_token"), [("bf16", 1152), ("int8", 656), ("fp32", 2304)])
+def test_what_a_latent_takes(kv, bytes_a_token):
+    assert native.block_bytes(LatentSpec(27, 512, 64), kv) == 32 * 27 * bytes_a_token
+    with pytest.raises(ValueError, match="rank is 33"):
+        native.block_bytes(LatentSpec(27, 33, 64), kv)
 
 
 def test_logits_go_where_the_batch_says(ready):

@@ -63,12 +63,10 @@ class CpuBackend:
         return compile_graph(self.context, graph, weights, **options)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> CpuStore:
-        c = graph.cache
-        return CpuStore(self.context, c.layers, c.kv_heads, c.head_dim, kv_dtype, num_blocks)
+        return CpuStore(self.context, graph.cache, kv_dtype, num_blocks)
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        c = graph.cache
-        return native.block_bytes(kv_dtype, c.layers, c.kv_heads, c.head_dim)
+        return native.block_bytes(graph.cache, kv_dtype)
 
     def pack(
         self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None, importance: torch.Tensor | None = None

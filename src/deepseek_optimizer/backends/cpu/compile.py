@@ -13,7 +13,7 @@ from ...graph.planner import assign_slots
 from ...quant import get_format
 from ...quant.packed import PackedMatrix
 from .lower import lower
-from .native import FLAG_EAGER, FLAG_INTERLEAVED, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
+from .native import FLAGS, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
 from .packer import weight_struct
 from .plan import CpuPlan
 
@@ -29,7 +29,7 @@ class _Compiler:
         self.graph = lower(graph, self.kind_of, self.format_of)
         planned = assign_slots(self.graph)
         self.slot_of: Mapping[Value, int] = planned.slot_of
-        self.slots = [Slot(SLOT_KINDS[s.kind], s.width, int(s.selected), 0) for s in planned.slots]
+        self.slots = [Slot(SLOT_KINDS[s.kind], s.width, int(s.selected), s.repeat) for s in planned.slots]
         self.weights: list[Weight] = []
         self.keep: list[Any] = []
         self.index: dict[str, int] = {}
@@ -106,10 +106,11 @@ class _Compiler:
         s.b[:] = bs + [-1] * (3 - len(bs))
         s.layer = a.get("index", a.get("layer", 0))
         s.heads, s.kv_heads = a.get("heads", 0), a.get("kv_heads", 0)
+        s.offset = a.get("offset", 0)
         s.head_dim, s.window = a.get("head_dim", 0), a.get("window") or 0
         s.eps = a.get("eps", 0.0)
         s.scale = a["rope"].scaling if op == "rope_table" else a.get("scale", 1.0)
-        s.flags = (FLAG_EAGER if a.get("softmax") == "eager" else 0) | (FLAG_INTERLEAVED if a.get("interleaved") else 0)
+        s.flags = sum(FLAGS[flag] for flag in _flags(a))
         return s
 
     def row(self, node: Node) -> dict[str, Any]:
@@ -127,6 +128,11 @@ class _Compiler:
         if node.op == "attention":
             row["softmax"] = node.attrs.get("softmax", "eager")
         return row
+
+
+def _flags(attrs: Mapping[str, Any]) -> list[str]:
+    """Names of the flags that a node's attributes set."""
+    return (["eager"] if attrs.get("softmax") == "eager" else []) + [n for n in ("interleaved", "grouped") if attrs.get(n)]
 
 
 def compile_graph(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BackendError
+from ...graph.ir import CacheSpec, LatentSpec
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 BLOCK_TOKENS = 32
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4}
@@ -23,9 +24,11 @@ KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 OPS = {
     "embedding": 1, "rms_norm": 2, "head_norm": 2, "add": 3, "add_rms_norm": 4, "convert": 5, "linear": 6, "rope_table": 7,
     "rope": 8, "cache_write": 9, "rope_cache": 10, "attention": 11, "swiglu": 12, "gate_up": 13, "select_rows": 14,
-    "hidden_out": 15,
+    "hidden_out": 15, "route": 16, "experts_gate_up": 17, "experts_down": 18, "latent": 19, "latent_write": 20,
+    "mla_absorb": 21, "mla_attention": 22, "mla_value": 23, "layer_norm": 24, "index_write": 25, "index_choose": 26,
+    "state_in": 27, "concat": 28,
 }  # fmt: skip
-FLAG_EAGER, FLAG_INTERLEAVED = 1, 2
+FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128}
 _EINVAL, _ENOMEM = 1, 2
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
@@ -34,13 +37,13 @@ I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
 class Weight(C.Structure):
     """dso_weight."""
 
-    _fields_ = [("format", I32), ("rows", I32), ("cols", I32), ("reserved", I32), ("data", PTR), ("bytes", I64)]
+    _fields_ = [("format", I32), ("rows", I32), ("cols", I32), ("count", I32), ("data", PTR), ("bytes", I64)]
 
 
 class Slot(C.Structure):
     """dso_slot."""
 
-    _fields_ = [("kind", I32), ("width", I32), ("selected", I32), ("reserved", I32)]
+    _fields_ = [("kind", I32), ("width", I32), ("selected", I32), ("repeat", I32)]
 
 
 class Step(C.Structure):
@@ -49,8 +52,15 @@ class Step(C.Structure):
     _fields_ = [
         ("op", I32), ("flags", I32), ("inputs", I32 * 4), ("outputs", I32 * 3), ("w", I32 * 3), ("b", I32 * 3), ("layer", I32),
         ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32),
-        ("eps", C.c_float), ("scale", C.c_float),
+        ("offset", I32), ("nope", I32), ("rope", I32), ("rank", I32), ("v_dim", I32), ("index", I32), ("experts", I32),
+        ("top_k", I32), ("groups", I32), ("top_groups", I32), ("eps", C.c_float), ("scale", C.c_float),
     ]  # fmt: skip
+
+
+class CacheShape(C.Structure):
+    """dso_cache_shape."""
+
+    _fields_ = [(n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "reserved")]
 
 
 class Batch(C.Structure):
@@ -59,7 +69,7 @@ class Batch(C.Structure):
     _fields_ = [
         ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR),
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
-        ("inputs_embeds", PTR), ("logits", PTR), ("hidden", PTR), ("cache", PTR),
+        ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
     ]  # fmt: skip
 
 
@@ -83,8 +93,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_linear": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
     "dso_row_bytes": (I64, [I32, I64]),
     "dso_convert": (I32, [PTR, I32, PTR, I64, I64, PTR]),
-    "dso_cache_block_bytes": (I64, [I32, I32, I32, I32]),
-    "dso_cache_create": (I32, [I32, I32, I32, I32, I64, PTR]),
+    "dso_cache_block_bytes": (I64, [PTR]),
+    "dso_cache_create": (I32, [PTR, I64, PTR]),
     "dso_cache_destroy": (None, [PTR]),
     "dso_cache_copy_block": (I32, [PTR, I32, I32]),
     "dso_cache_release": (I32, [PTR, I32]),
@@ -209,9 +219,16 @@ def shared_context(isa: str | None, threads: int | None) -> Context:
     return Context(isa, threads)
 
 
-def block_bytes(kv_dtype: str, layers: int, kv_heads: int, head_dim: int) -> int:
+def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
+    """What the library calls the cache of this spec."""
+    if isinstance(spec, LatentSpec):
+        return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, 0)
+    return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0)
+
+
+def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
     """Bytes of a block of 32 tokens of all layers. Raises ValueError for a shape that no cache can have."""
-    found = int(library().dso_cache_block_bytes(KV_TYPES[kv_dtype], layers, kv_heads, head_dim))
+    found = int(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
     if found < 0:
         check(_EINVAL)
     return found

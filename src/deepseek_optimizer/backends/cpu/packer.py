@@ -8,7 +8,7 @@ import torch
 
 from ...errors import BackendError
 from ...quant import get_format, ggml
-from ...quant.packed import PackedMatrix
+from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
 from ...quant.tiles import empty_tiles, tile_counts
 from .native import FORMATS, SLOT_KINDS, Context, Weight, check
@@ -69,7 +69,15 @@ def weight_struct(matrix: PackedMatrix) -> Weight:
     data = matrix.data
     if data.dtype != torch.uint8 or not data.is_contiguous() or data.device.type != "cpu":
         raise BackendError(f"packed data must be contiguous uint8 on the CPU, not {data.dtype} on {data.device}")
-    return Weight(FORMATS[matrix.format], matrix.rows, matrix.cols, 0, data.data_ptr(), data.numel())
+    return Weight(FORMATS[matrix.format], matrix.rows, matrix.cols, 1, data.data_ptr(), data.numel())
+
+
+def stack_struct(stack: PackedStack) -> Weight:
+    """The C view of a stack of matrices; the caller keeps `stack.data` alive."""
+    one = weight_struct(stack.matrix(0))
+    if not stack.data.is_contiguous():
+        raise BackendError("a stack of matrices must be contiguous")
+    return Weight(one.format, stack.rows, stack.cols, stack.count, stack.data.data_ptr(), stack.nbytes)
 
 
 def unpack(context: Context, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:

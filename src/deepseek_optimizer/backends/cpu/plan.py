@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from ...errors import BackendError
+from ...graph.ir import CacheSpec, LatentSpec
 from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput
-from .native import KV_TYPES, Batch, Context, Handle, Slot, Step, Weight, block_bytes, check
+from .native import Batch, Context, Handle, Slot, Step, Weight, block_bytes, cache_shape, check
 
 _INT32 = np.dtype(np.int32)
 
@@ -29,19 +30,18 @@ class CpuStore:
     """Paged K and V in the native arena: memory is taken as blocks are first written.
 
     Args:
-        layers, kv_heads, head_dim: the model's cache spec.
+        spec: the model's.
         kv_dtype: "fp32", "bf16" or "int8".
         num_blocks: capacity in blocks of 32 tokens.
     """
 
-    def __init__(self, context: Context, layers: int, kv_heads: int, head_dim: int, kv_dtype: str, num_blocks: int) -> None:
+    def __init__(self, context: Context, spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int) -> None:
         self.lib = context.lib
         self.num_blocks = num_blocks
-        self.kv_heads, self.head_dim, self.kv_dtype = kv_heads, head_dim, kv_dtype
-        self.block_bytes = block_bytes(kv_dtype, layers, kv_heads, head_dim)
-        self.handle = Handle(
-            self.lib.dso_cache_create, self.lib.dso_cache_destroy, KV_TYPES[kv_dtype], layers, kv_heads, head_dim, num_blocks
-        )
+        self.spec, self.kv_dtype = spec, kv_dtype
+        self.block_bytes = block_bytes(spec, kv_dtype)
+        shape = cache_shape(spec, kv_dtype)
+        self.handle = Handle(self.lib.dso_cache_create, self.lib.dso_cache_destroy, C.byref(shape), num_blocks)
 
     def copy_block(self, source: int, target: int) -> None:
         check(self.lib.dso_cache_copy_block(self.handle, source, target))
@@ -49,13 +49,19 @@ class CpuStore:
     def release(self, from_block: int) -> None:
         check(self.lib.dso_cache_release(self.handle, from_block))
 
-    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         table = np.ascontiguousarray(block_table, dtype=np.int32)
         if table.size * BLOCK_TOKENS < tokens:
             raise ValueError(f"a table of {table.size} blocks does not hold {tokens} tokens")
-        key, value = (torch.empty(self.kv_heads, tokens, self.head_dim) for _ in range(2))
+        spec = self.spec
+        if isinstance(spec, LatentSpec):
+            key = torch.empty(tokens, spec.rank + spec.rope)
+            value = torch.empty(tokens, spec.index) if spec.index else None
+        else:
+            key, value = (torch.empty(spec.kv_heads, tokens, spec.head_dim) for _ in range(2))
         address = _address(table, "block_table", table.size)
-        check(self.lib.dso_cache_read(self.handle, layer, address, tokens, key.data_ptr(), value.data_ptr()))
+        second = None if value is None else value.data_ptr()
+        check(self.lib.dso_cache_read(self.handle, layer, address, tokens, key.data_ptr(), second))
         return key, value
 
 

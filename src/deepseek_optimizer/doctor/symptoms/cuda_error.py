@@ -100,7 +100,8 @@ def judge(cuda: Cuda, machine: Machine) -> Iterator[Finding]:
     elif cuda.build is None:
         yield error(
             f"there is an NVIDIA driver ({cuda.driver}), but torch {cuda.torch} is a build for CPUs",
-            "it came from an index of CPU builds", "pip install torch from PyPI, or from https://download.pytorch.org/whl/cu128",
+            "it came from an index of CPU builds",
+            "pip install torch from PyPI, or from https://download.pytorch.org/whl/cu128",
         )
     elif cuda.driver is None and not cuda.devices:
         yield error(
@@ -111,12 +112,14 @@ def judge(cuda: Cuda, machine: Machine) -> Iterator[Finding]:
     elif _too_old(cuda):
         least = ".".join(map(str, MINIMUM_DRIVER[int(str(cuda.build).split(".")[0])]))
         yield error(
-            f"the driver {cuda.driver} is too old for CUDA {cuda.build}", f"torch's build needs {least} or newer",
+            f"the driver {cuda.driver} is too old for CUDA {cuda.build}",
+            f"torch's build needs {least} or newer",
             f"update the driver to {least} or newer, or install a torch built for an older CUDA",
         )
     elif visible is not None and not cuda.devices:
         yield error(
-            f"CUDA_VISIBLE_DEVICES={visible!r} hides every card", "torch sees only the cards it lists",
+            f"CUDA_VISIBLE_DEVICES={visible!r} hides every card",
+            "torch sees only the cards it lists",
             "unset CUDA_VISIBLE_DEVICES, or name cards that exist (nvidia-smi -L)",
         )
     elif not cuda.devices:
