@@ -84,7 +84,7 @@ MATRIX = pack(torch.ones(33, 48), "int8")
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": 3}, "format_version is 3"),
         ({"format_version": None}, "format_version is None"),
         ({"modules": []}, "modules must be"),
         ({"modules": {"a": {"format": "int8"}}}, "format and shape"),

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quant import PackedMatrix, Packer, get_format, reference_packer
+from ..quant import PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_ROWS
-from ..quant.tiles import empty_tiles, panels
+from ..quant.tiles import empty_tiles, panels, tile_counts
+from .stacks import Part, StackShape, is_stack, merged_shape, parts
 
 PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
 
@@ -66,25 +67,56 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Rows [begin, end) of a matrix, float."""
+        """Rows [begin, end) of a matrix, float [end - begin, cols]; of a tensor of more dimensions, all but the last count as
+        rows."""
 
     def lossless_format(self, name: str) -> str | None:
-        """The weight format that holds this matrix exactly, if there is one."""
+        """The weight format that holds this stored matrix exactly, if there is one."""
         return {"BF16": "bf16", "F16": "fp32", "F32": "fp32"}.get(self.info(name).dtype)
 
     def natural_format(self, name: str) -> str:
-        """The format to keep this matrix in when the user names none: without loss, or the nearest in size."""
+        """The format to keep this stored matrix in when the user names none: without loss, or the nearest in size."""
         return self.lossless_format(name) or "bf16"
+
+    def own_format(self, name: str, shape: tuple[int, ...]) -> str:
+        """`natural_format` of a parameter: of a stack, the largest of those of its parts. Absent parts have none."""
+        formats = {self.natural_format(tensor) for tensor in self.stored(name, shape) if tensor in self.tensors}
+        return max(formats or {"bf16"}, key=lambda format: (get_format(format).bits, format))
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The tensors that hold a parameter of this shape, with theirs: itself, or the parts of a stack."""
+        if len(shape) != 3 or not is_stack(name):
+            return {name: shape}
+        stack: StackShape = shape
+        if name in self.tensors:
+            return {name: merged_shape(name, stack)}
+        return dict.fromkeys((part.tensor for part in self.parts(name, stack)), shape[1:])
+
+    def parts(self, name: str, shape: StackShape) -> list[Part]:
+        """Where the matrices of a stack are, in order."""
+        return parts(name, shape, self.tensors)
 
     def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
         """The matrix in `format`, read and packed panel by panel: beside the result, one panel is all the memory it takes."""
         rows, cols = self.matrix_shape(name)
         out = empty_tiles(rows, cols, get_format(format).tile_bytes)
-        for begin, end in panels(rows, cols, PANEL_ELEMENTS):
-            panel = self.read_rows(name, begin, end)
-            self.check_finite(name, panel)
-            packer(panel, format, out[begin // TILE_ROWS : -(-end // TILE_ROWS)])
+        self.pack_rows(name, 0, rows, format, packer, out)
         return PackedMatrix(format, rows, cols, out)
+
+    def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
+        """A stack in `format`, matrix by matrix into its place, each as `packed` does it."""
+        count, rows, cols = shape
+        out = torch.empty(count, *tile_counts(rows, cols), get_format(format).tile_bytes, dtype=torch.uint8)
+        for i, part in enumerate(self.parts(name, shape)):
+            self.pack_rows(part.tensor, part.row, part.row + rows, format, packer, out[i])
+        return PackedStack(format, count, rows, cols, out)
+
+    def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
+        """Rows [begin, end) of a stored matrix, packed as a matrix of their own into the tiles `out`."""
+        for top, bottom in panels(end - begin, self.shape(name)[-1], PANEL_ELEMENTS):
+            panel = self.read_rows(name, begin + top, begin + bottom)
+            self.check_finite(name, panel)
+            packer(panel, format, out[top // TILE_ROWS : -(-bottom // TILE_ROWS)])
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of a matrix; CheckpointError for anything else."""

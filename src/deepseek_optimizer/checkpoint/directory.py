@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -109,9 +110,9 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         info = self.info(name)
-        stride = info.nbytes // info.shape[0]
+        stride = info.nbytes // math.prod(info.shape[:-1])
         data = self._files[info.file].read_tensor(info.offset + begin * stride, (end - begin) * stride)
-        return self._float(data.view(self._dtype(info))).reshape(end - begin, *info.shape[1:])
+        return self._float(data.view(self._dtype(info))).reshape(end - begin, info.shape[-1])
 
     @staticmethod
     def _float(values: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Blocks of Q4_0, Q4_1 and Q8_0 are repacked as they are; other quantised types ar
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -12,9 +13,9 @@ from typing import ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quant import PackedMatrix, Packer, get_format, ggml, reference_packer
+from ..quant import Packer, ggml
 from ..quant.base import TILE_ROWS
-from ..quant.tiles import empty_tiles, panels
+from ..quant.tiles import panels
 from .base import PANEL_ELEMENTS, Checkpoint, TensorInfo
 from .files import DataFile
 from .gguf_config import ROPE_FACTORS, parameter_name, transformers_config, vocabulary_size
@@ -49,7 +50,7 @@ class GgufCheckpoint(Checkpoint):
     def read(self, name: str) -> torch.Tensor:
         info = self.info(name)
         if len(info.shape) > 1:
-            return self.read_rows(name, 0, info.shape[0])
+            return self.read_rows(name, 0, math.prod(info.shape[:-1])).reshape(info.shape)
         values = self._read(self._stored[name], name)
         heads = self._interleaved_heads(name)
         return values[_halves_first(info.shape[0], heads)] if heads else values
@@ -57,7 +58,7 @@ class GgufCheckpoint(Checkpoint):
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         tensor = self._stored[self.info(name).name]
         values = self._decode(tensor, name, self._blocks(name, begin, end))
-        return values.reshape(end - begin, *tensor.shape[1:])
+        return values.reshape(end - begin, tensor.shape[-1])
 
     def lossless_format(self, name: str) -> str | None:
         stored = self.info(name).dtype
@@ -69,19 +70,16 @@ class GgufCheckpoint(Checkpoint):
             return "bf16"  # fp32 would be exact, and twice or once the size: more than anyone asks of weights
         return self.lossless_format(name) or ("q4_1" if stored in _FOUR_BITS else "int8")
 
-    def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
-        rows, cols = self.matrix_shape(name)
-        stored = self.info(name).dtype
+    def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
+        stored, cols = self.info(name).dtype, self.shape(name)[-1]
         if ggml.lossless_format(stored) != format:
             if stored not in _FLOAT_FORMATS:
                 self._converted[stored, format] += 1
-            return super().packed(name, format, packer)
-        out = empty_tiles(rows, cols, get_format(format).tile_bytes)
-        for begin, end in panels(rows, cols, PANEL_ELEMENTS):
-            blocks = self._blocks(name, begin, end)
+            return super().pack_rows(name, begin, end, format, packer, out)
+        for top, bottom in panels(end - begin, cols, PANEL_ELEMENTS):
+            blocks = self._blocks(name, begin + top, begin + bottom)
             self.check_finite(name, ggml.block_scales(blocks, stored, cols))
-            packer(blocks, format, out[begin // TILE_ROWS : -(-end // TILE_ROWS)])
-        return PackedMatrix(format, rows, cols, out)
+            packer(blocks, format, out[top // TILE_ROWS : -(-bottom // TILE_ROWS)])
 
     def conversions(self) -> list[str]:
         return [
@@ -95,7 +93,7 @@ class GgufCheckpoint(Checkpoint):
     def _blocks(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Rows [begin, end) as stored, uint8 [rows, bytes of a row], in Transformers' order."""
         tensor = self._stored[name]
-        stride = tensor.nbytes // tensor.shape[0]
+        stride = tensor.nbytes // math.prod(tensor.shape[:-1])
         heads = self._interleaved_heads(name)
         size = tensor.shape[0] // heads if heads else 1  # rows change places within a head only
         first, last = begin // size * size, -(-end // size) * size

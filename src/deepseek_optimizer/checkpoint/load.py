@@ -11,8 +11,9 @@ from functools import partial
 import torch
 
 from ..errors import CheckpointError
-from ..quant import PackedMatrix, Packer, get_format, reference_packer
-from .base import Checkpoint
+from ..quant import PackedWeight, Packer, get_format, reference_packer
+from .base import Checkpoint, TensorInfo
+from .stacks import beyond_the_last
 
 # Buffers that old checkpoints carry and models compute themselves.
 IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.self_attn\.(bias|masked_bias)")
@@ -45,15 +46,15 @@ def stream_weights(
     progress: Callable[[LoadProgress], None] | None = None,
     ignored: Iterable[str] = IGNORED,
     importance: Mapping[str, torch.Tensor] | None = None,
-) -> Iterator[tuple[str, PackedMatrix | torch.Tensor]]:
-    """The wanted tensors in the order of the file: packed matrices, and plain tensors where the format is None.
+) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
+    """The wanted tensors in the order of the file: packed matrices and stacks, and plain tensors where the format is None.
 
     Names, shapes and formats are checked before the first tensor is read. Memory beside what is handed out stays at a panel of
     rows. NaN and infinite weights are refused as they are met.
 
     Args:
         wanted: parameter name -> weight format, or None for a plain float tensor.
-        shapes: the shape the model expects of each.
+        shapes: the shape the model expects of each; of a stack its count, rows and cols.
         packer: packs a panel; the native one where it is built.
         progress: called after each tensor.
         ignored: patterns (whole names) of stored tensors that need not be wanted.
@@ -63,7 +64,7 @@ def stream_weights(
         CheckpointError: a tensor is missing, left over, or of another shape, or holds NaN. It names the tensor.
     """
     check_tensors(checkpoint, wanted, shapes, ignored)
-    return _stream(checkpoint, wanted, packer, progress, importance or {})
+    return _stream(checkpoint, wanted, shapes, packer, progress, importance or {})
 
 
 def check_tensors(
@@ -73,47 +74,65 @@ def check_tensors(
     ignored: Iterable[str] = IGNORED,
 ) -> None:
     """The checks of `stream_weights` alone; nothing is read."""
-    if missing := [name for name in wanted if name not in checkpoint.tensors]:
+    needed = {name: checkpoint.stored(name, tuple(shapes[name])) for name in wanted}
+    known = {tensor for stored in needed.values() for tensor in stored}
+    if missing := [tensor for stored in needed.values() for tensor in stored if tensor not in checkpoint.tensors]:
         raise CheckpointError(f"lacks {_list(missing)}", file=checkpoint.path, tensor=missing[0])
     skip = re.compile("|".join(f"(?:{p})" for p in ignored) or r"(?!)")
-    if unexpected := [name for name in checkpoint.tensors if name not in wanted and not skip.fullmatch(name)]:
+    for name in checkpoint.tensors:
+        if name not in known and (why := beyond_the_last(name, shapes)):
+            raise CheckpointError(why, file=checkpoint.info(name).file, tensor=name)
+    if unexpected := [name for name in checkpoint.tensors if name not in known and not skip.fullmatch(name)]:
         raise CheckpointError(
             f"has {_list(unexpected)}, which the model does not know", file=checkpoint.path, tensor=unexpected[0]
         )
     for name, format in wanted.items():
-        if tuple(shapes[name]) != checkpoint.shape(name):
-            raise CheckpointError(
-                f"has shape {checkpoint.shape(name)}, but the config makes it {tuple(shapes[name])}",
-                file=checkpoint.info(name).file,
-                tensor=name,
-            )
+        for tensor, shape in needed[name].items():
+            if shape != checkpoint.shape(tensor):
+                raise CheckpointError(
+                    f"has shape {checkpoint.shape(tensor)}, but the config makes it {shape}",
+                    file=checkpoint.info(tensor).file,
+                    tensor=tensor,
+                )
         if format is not None:
             get_format(format)
-            checkpoint.matrix_shape(name)
+            if len(shapes[name]) != 3:
+                checkpoint.matrix_shape(name)
 
 
 def _stream(
     checkpoint: Checkpoint,
     wanted: Mapping[str, str | None],
+    shapes: Mapping[str, tuple[int, ...]],
     packer: Packer,
     progress: Callable[[LoadProgress], None] | None,
     importance: Mapping[str, torch.Tensor],
-) -> Iterator[tuple[str, PackedMatrix | torch.Tensor]]:
-    infos = sorted((checkpoint.info(name) for name in wanted), key=lambda i: (str(i.file), i.offset))
-    total, done, start = sum(i.nbytes for i in infos), 0, time.monotonic()
-    for count, info in enumerate(infos, 1):
-        format = wanted[info.name]
+) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
+    tensors = {name: [checkpoint.info(t) for t in checkpoint.stored(name, tuple(shapes[name]))] for name in wanted}
+    order = sorted(wanted, key=lambda name: _place(tensors[name]))
+    sizes = {name: sum(info.nbytes for info in tensors[name]) for name in wanted}
+    total, done, start = sum(sizes.values()), 0, time.monotonic()
+    for count, name in enumerate(order, 1):
+        format = wanted[name]
         if format is None:
-            tensor = checkpoint.read(info.name)
-            checkpoint.check_finite(info.name, tensor)
-            yield info.name, tensor
+            tensor = checkpoint.read(name)
+            checkpoint.check_finite(name, tensor)
+            yield name, tensor
             del tensor  # the caller has it; nothing here may keep it alive
         else:
-            weighing = partial(packer, importance=importance[info.name]) if info.name in importance else packer
-            yield info.name, checkpoint.packed(info.name, format, weighing)
-        done += info.nbytes
+            weighing = partial(packer, importance=importance[name]) if name in importance else packer
+            if len(shape := tuple(shapes[name])) == 3:
+                yield name, checkpoint.packed_stack(name, format, shape, weighing)  # type: ignore[arg-type]  # three numbers
+            else:
+                yield name, checkpoint.packed(name, format, weighing)
+        done += sizes[name]
         if progress is not None:
-            progress(LoadProgress(info.name, done, total, count, len(infos), time.monotonic() - start))
+            progress(LoadProgress(name, done, total, count, len(order), time.monotonic() - start))
+
+
+def _place(infos: list[TensorInfo]) -> tuple[str, int]:
+    """Where in the files the first of these tensors is."""
+    return min((str(info.file), info.offset) for info in infos)
 
 
 def _list(names: list[str]) -> str:

@@ -1,17 +1,22 @@
 """Packed checkpoints: written once, mapped afterwards.
 
 A directory with config.json and model.safetensors. A packed matrix lies under the parameter's own name as uint8
-[ceil(rows/16), ceil(cols/32), tile_bytes], the tiles of `native/include/dso.h`; everything else is an ordinary float tensor.
-config.json says what the tiles are:
+[ceil(rows/16), ceil(cols/32), tile_bytes], the tiles of `native/include/dso.h`, and a stack of experts' matrices as
+[count, ceil(rows/16), ceil(cols/32), tile_bytes]; everything else is an ordinary float tensor. config.json says what the tiles
+are:
 
     "quantization_config": {
         "quant_method": "deepseek_optimizer", "format_version": 1,
-        "modules": {"model.layers.0.mlp.up_proj": {"format": "int4", "shape": [1536, 576]}, ...},
+        "modules": {
+            "model.layers.0.mlp.up_proj": {"format": "int4", "shape": [1536, 576]},
+            "model.layers.1.mlp.experts.down_proj": {"format": "int4", "shape": [64, 2048, 1408]}, ...
+        },
         ... fields of DeepSeekConfig
     }
 
-A module's matrix is its `.weight`. The file is a valid safetensors file; tensors begin at multiples of 64 bytes where their
-sizes allow it, matrices first.
+A module's matrix is its `.weight`; a stack is named by its parameter, and its shape is count, rows, cols. Files with stacks
+have format_version 2, others 1, so that older readers refuse what they don't know and nothing else. The file is a valid
+safetensors file; tensors begin at multiples of 64 bytes where their sizes allow it, matrices first.
 """
 
 from __future__ import annotations
@@ -26,30 +31,32 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..quant import PackedMatrix, Packer, get_format, reference_packer, unpack
+from ..quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format, reference_packer, unpack
 from ..quant.tiles import tile_counts
 from .atomic import atomic_directory
 from .base import TensorInfo
 from .directory import CONFIG, SINGLE, SafetensorsCheckpoint
 from .files import DataFile
+from .stacks import StackShape
 
-QUANT_METHOD, FORMAT_VERSION = "deepseek_optimizer", 1
+QUANT_METHOD = "deepseek_optimizer"
+VERSION, VERSION_WITH_STACKS = 1, 2
 _ALIGN = 64
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """What config.json says about one matrix."""
+    """What config.json says about one matrix [rows, cols], or one stack [count, rows, cols]."""
 
     format: str
-    rows: int
-    cols: int
+    shape: tuple[int, ...]
 
     @property
-    def tiles(self) -> tuple[int, int, int]:
+    def tiles(self) -> tuple[int, ...]:
         """Shape of the uint8 tensor."""
-        return (*tile_counts(self.rows, self.cols), get_format(self.format).tile_bytes)
+        *count, rows, cols = self.shape
+        return (*count, *tile_counts(rows, cols), get_format(self.format).tile_bytes)
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -65,8 +72,13 @@ def packed_entries(config: Mapping[str, Any], file: Path) -> dict[str, PackedEnt
         return CheckpointError(what, file=file, tensor=module)
 
     quantization = config["quantization_config"]
-    if quantization.get("format_version") != FORMAT_VERSION:
-        raise wrong(f"quantization_config.format_version is {quantization.get('format_version')!r}; {FORMAT_VERSION} is read")
+    version = quantization.get("format_version")
+    if version not in (VERSION, VERSION_WITH_STACKS):
+        raise wrong(
+            f"quantization_config.format_version is {version!r}; {VERSION} and {VERSION_WITH_STACKS} are read: "
+            "update deepseek-optimizer, or convert the original again"
+        )
+    dimensions = (2,) if version == VERSION else (2, 3)
     modules = quantization["modules"]
     if not isinstance(modules, dict):
         raise wrong("quantization_config.modules must be an object")
@@ -79,18 +91,22 @@ def packed_entries(config: Mapping[str, Any], file: Path) -> dict[str, PackedEnt
         except ConfigError as error:
             raise wrong(str(error), module) from error
         shape = entry["shape"]
-        if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in shape):
-            raise wrong(f"shape must be two whole numbers > 0, not {shape!r}", module)
-        entries[f"{module}.weight"] = PackedEntry(entry["format"], *shape)
+        whole = isinstance(shape, list) and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
+        if not whole or len(shape) not in dimensions:
+            many = " or ".join({2: "two", 3: "three"}[n] for n in dimensions)
+            raise wrong(f"shape must be {many} whole numbers > 0, not {shape!r}", module)
+        entries[module if len(shape) == 3 else f"{module}.weight"] = PackedEntry(entry["format"], tuple(shape))
     return entries
 
 
-def packed_section(matrices: Mapping[str, PackedMatrix]) -> dict[str, Any]:
-    """The part of quantization_config that describes these matrices, by parameter name."""
-    if outside := [name for name in matrices if not name.endswith(".weight")]:
-        raise ValueError(f"a packed matrix must be some module's .weight: {outside[0]!r}")
-    modules = {name.removesuffix(".weight"): {"format": m.format, "shape": [m.rows, m.cols]} for name, m in matrices.items()}
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "modules": modules}
+def packed_section(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
+    """The part of quantization_config that describes these matrices and stacks, by parameter name."""
+    stacks = [name for name, weight in weights.items() if isinstance(weight, PackedStack)]
+    if outside := [name for name in weights if name.endswith(".weight") == (name in stacks)]:
+        raise ValueError(f"a packed matrix must be some module's .weight, and a stack must not: {outside[0]!r}")
+    modules = {name.removesuffix(".weight"): {"format": w.format, "shape": list(w.shape)} for name, w in weights.items()}
+    version = VERSION_WITH_STACKS if stacks else VERSION
+    return {"quant_method": QUANT_METHOD, "format_version": version, "modules": modules}
 
 
 class PackedCheckpoint(SafetensorsCheckpoint):
@@ -105,7 +121,7 @@ class PackedCheckpoint(SafetensorsCheckpoint):
             info = self.info(name)
             if info.dtype != "U8" or info.shape != entry.tiles:
                 raise CheckpointError(
-                    f"is {info.dtype} {info.shape}; {entry.format} [{entry.rows}, {entry.cols}] is U8 {entry.tiles}",
+                    f"is {info.dtype} {info.shape}; {entry.format} {list(entry.shape)} is U8 {entry.tiles}",
                     file=info.file,
                     tensor=name,
                 )
@@ -115,37 +131,54 @@ class PackedCheckpoint(SafetensorsCheckpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         entry = self._entries.get(name)
-        return (entry.rows, entry.cols) if entry else super().shape(name)
+        return entry.shape if entry else super().shape(name)
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {name: shape} if name in self._entries else super().stored(name, shape)
 
     def lossless_format(self, name: str) -> str | None:
         return self._entries[name].format if name in self._entries else super().lossless_format(name)
 
     def read(self, name: str) -> torch.Tensor:
-        return unpack(self.packed(name, self._entries[name].format)) if name in self._entries else super().read(name)
+        entry = self._entries.get(name)
+        if entry is None:
+            return super().read(name)
+        if len(entry.shape) == 2:
+            return unpack(self.packed(name, entry.format))
+        stack = self.packed_stack(name, entry.format, entry.shape)  # type: ignore[arg-type]  # three numbers
+        return torch.stack([unpack(stack.matrix(i)) for i in range(stack.count)])
 
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
-        return self.read(name)[begin:end] if name in self._entries else super().read_rows(name, begin, end)
+        return self.read(name).flatten(0, -2)[begin:end] if name in self._entries else super().read_rows(name, begin, end)
 
     def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
         """The matrix in place, without a copy; it can't be had in another format than it was packed in."""
-        entry = self._entries.get(name)
-        if entry is None:
+        if name not in self._entries:
             return super().packed(name, format, packer)
+        rows, cols = self.matrix_shape(name)
+        return PackedMatrix(format, rows, cols, self._mapped(name, format))
+
+    def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
+        """The stack in place, as `packed` has matrices."""
+        if name not in self._entries:
+            return super().packed_stack(name, format, shape, packer)
+        return PackedStack(format, *shape, self._mapped(name, format))
+
+    def _mapped(self, name: str, format: str) -> torch.Tensor:
+        info, entry = self.info(name), self._entries[name]
         if format != entry.format:
             raise CheckpointError(
                 f"is packed as {entry.format}, not {format}: convert the original checkpoint instead",
                 file=self.path,
                 tensor=name,
             )
-        info = self.info(name)
-        data = self._files[info.file].map_tensor(info.offset, info.nbytes).view(entry.tiles)
-        return PackedMatrix(entry.format, entry.rows, entry.cols, data)
+        return self._files[info.file].map_tensor(info.offset, info.nbytes).view(entry.tiles)
 
 
 def save_packed(
     target: str | Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, PackedMatrix | torch.Tensor],
+    tensors: Mapping[str, PackedWeight | torch.Tensor],
     *,
     quantization: Mapping[str, Any] | None = None,
     extra_files: Iterable[Path] = (),
@@ -161,7 +194,7 @@ def save_packed(
         extra_files: files to copy along (tokenizer, generation config).
         overwrite: replace an existing target.
     """
-    section = dict(quantization or {}) | packed_section({n: t for n, t in tensors.items() if isinstance(t, PackedMatrix)})
+    section = dict(quantization or {}) | packed_section({n: t for n, t in tensors.items() if isinstance(t, PackedWeight)})
     whole = {k: v for k, v in config.items() if k != "auto_map"} | {"quantization_config": section}
     with atomic_directory(target, overwrite) as directory:
         text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
@@ -171,9 +204,9 @@ def save_packed(
             shutil.copyfile(path, directory / path.name)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, PackedMatrix | torch.Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, PackedWeight | torch.Tensor]) -> None:
     """One safetensors file, streamed: no copy of a tensor is made, and the packed ones begin at multiples of 64 bytes."""
-    plain = {name: (t.data if isinstance(t, PackedMatrix) else t).detach().cpu().contiguous() for name, t in tensors.items()}
+    plain = {name: (t.data if isinstance(t, PackedWeight) else t).detach().cpu().contiguous() for name, t in tensors.items()}
     sizes = {name: t.numel() * t.element_size() for name, t in plain.items()}
     # Holes are not allowed in the format, so sizes that keep the alignment come first; then larger items before smaller.
     order = sorted(plain, key=lambda n: (sizes[n] % _ALIGN != 0, -plain[n].element_size(), n))

@@ -27,7 +27,7 @@ from ..checkpoint.load import IGNORED
 from ..config import DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..models import check_config
-from ..quant import PackedMatrix
+from ..quant import PackedWeight
 from .adapt import adapt, calibration_tokens
 from .importance import importance_for
 from .runtime import choose_backend, packer_of, plan_graph
@@ -180,7 +180,7 @@ def _fill(
     wanted, shapes = expected_tensors(model)
     ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
     for name, value in stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored), importance):
-        tensor = value.data if isinstance(value, PackedMatrix) else value if cast is None else value.to(cast)
+        tensor = value.data if isinstance(value, PackedWeight) else value if cast is None else value.to(cast)
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     for target, source in tied.items():

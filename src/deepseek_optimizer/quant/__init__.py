@@ -15,7 +15,7 @@ from .bf16 import Bf16
 from .fp32 import Fp32
 from .int4 import Int4
 from .int8 import Int8
-from .packed import PackedMatrix, PackedStack
+from .packed import PackedMatrix, PackedStack, PackedWeight
 from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1())})
@@ -74,6 +74,7 @@ __all__ = [
     "WEIGHED",
     "PackedMatrix",
     "PackedStack",
+    "PackedWeight",
     "Packer",
     "WeightFormat",
     "get_format",

@@ -1,4 +1,4 @@
-"""Packed matrices: bytes, format and shape together."""
+"""Packed matrices, and stacks of them: bytes, format and shape together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class PackedMatrix:
     rows: int
     cols: int
     data: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.cols
 
     @property
     def nbytes(self) -> int:
@@ -35,9 +39,16 @@ class PackedStack:
     data: torch.Tensor
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.count, self.rows, self.cols
+
+    @property
     def nbytes(self) -> int:
         return self.data.numel()
 
     def matrix(self, index: int) -> PackedMatrix:
         """One of them, a view."""
         return PackedMatrix(self.format, self.rows, self.cols, self.data[index])
+
+
+PackedWeight = PackedMatrix | PackedStack
