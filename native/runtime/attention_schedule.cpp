@@ -8,25 +8,6 @@ constexpr int64_t kDecodeRows = 8;          // rows that share a read of the cac
 constexpr int64_t kPrivateFloats = 1 << 18;  // partial results a thread keeps at hand, where it can choose
 }  // namespace
 
-bool AttentionSchedule::last(int32_t i) {
-  Countdown& c = countdowns_[i];
-  if (c.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return false;
-  c.left.store(c.total, std::memory_order_relaxed);  // the next stage publishes it
-  return true;
-}
-
-int32_t AttentionSchedule::new_countdown() {
-  const int32_t i = countdowns_used_++;
-  countdowns_[i].total = 0;
-  countdowns_[i].left.store(0, std::memory_order_relaxed);
-  return i;
-}
-
-void AttentionSchedule::expect(int32_t i, int32_t more) {
-  countdowns_[i].total += more;
-  countdowns_[i].left.store(countdowns_[i].total, std::memory_order_relaxed);
-}
-
 AttentionKind AttentionSchedule::kind_of(const Run& run, int64_t sequence) const {
   if (shape.eager) return AttentionKind::kEager;
   return run.batch.source->phase[sequence] == DSO_PHASE_DECODE ? AttentionKind::kDecode : AttentionKind::kPrefill;
@@ -45,7 +26,6 @@ void AttentionSchedule::build(const Run& run) {
   if (built_ == run.batch.serial) return;
   tasks.clear();
   shared_floats = private_floats = 0;
-  countdowns_used_ = 0;
   const dso_batch& b = *run.batch.source;
   auto chunks_of = [&](int64_t s) { return ceil_div(int64_t(b.context_len[s]) + b.query_len[s], attn_chunk); };
   int64_t total = 0, blocks = 0;
@@ -55,8 +35,7 @@ void AttentionSchedule::build(const Run& run) {
     blocks += ceil_div(n, rows_of_a_block(kind_of(run, s), chunks_of(s)));
   }
   // A countdown for each block of rows, and one for each set of heads of it.
-  const size_t most = size_t(blocks * (1 + shape.heads));
-  if (countdowns_.size() < most) countdowns_ = std::vector<Countdown>(most + most / 2);
+  countdowns_.reset(size_t(blocks * (1 + shape.heads)));
   for (int64_t s = 0; s < b.S; ++s) {
     const AttentionKind kind = kind_of(run, s);
     const int64_t step = rows_of_a_block(kind, chunks_of(s));
@@ -81,7 +60,7 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
   cost /= pieces * parts;
 
   if (kind == AttentionKind::kEager) private_floats = std::max(private_floats, round_up(context + r1, 16));
-  const int32_t rows_left = shape.converts ? new_countdown() : -1;
+  const int32_t rows_left = shape.converts ? countdowns_.add() : -1;
   // Where sequences alone are tasks enough, one thread reads all heads: they lie side by side in a block.
   const bool together = kind == AttentionKind::kDecode && pieces * parts == 1 && 4 * cost * shape.kv_heads <= fair;
   const int64_t heads_step = together ? shape.kv_heads : 1;
@@ -101,13 +80,12 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
       t.part = t.merge = -1;
       t.rows = rows_left;
       t.cost = cost * heads_step;
-      if (rows_left >= 0) expect(rows_left, 1);
+      if (rows_left >= 0) countdowns_.expect(rows_left, 1);
       const int64_t floats = chunks * rows * (t.h1 - t.h0) * shape.part_floats();
       if (pieces > 1) {
         t.part = shared_floats;
         shared_floats += floats;
-        t.merge = new_countdown();
-        expect(t.merge, int32_t(pieces));
+        t.merge = countdowns_.add(int32_t(pieces));
       } else if (kind == AttentionKind::kDecode) {
         private_floats = std::max(private_floats, floats);
       }

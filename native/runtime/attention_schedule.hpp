@@ -4,10 +4,10 @@
 // tokens. Which task covers what never changes a row's bits: chunks are merged in order, whoever computed them. Heavy
 // tasks come first, and none is more than a fraction of a thread's share, so that all threads end together.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
+#include "countdown.hpp"
 #include "op.hpp"
 
 namespace dso {
@@ -39,8 +39,7 @@ class AttentionSchedule {
   explicit AttentionSchedule(const AttentionShape& shape) : shape(shape) {}
   void build(const Run& run);  // does nothing when it is up to date
 
-  // True for the one caller that completes what countdown `i` waits for; it then starts anew, for the next layer.
-  bool last(int32_t i);
+  bool last(int32_t countdown) { return countdowns_.last(countdown); }
 
   const AttentionShape shape;
   std::vector<AttentionTask> tasks;
@@ -48,21 +47,14 @@ class AttentionSchedule {
   int64_t private_floats = 0;  // of one task with all its chunks, or the scores of an eager row
 
  private:
-  struct Countdown {
-    std::atomic<int32_t> left{0};
-    int32_t total = 0;
-  };
   // One sequence's rows [r0, r1), all heads.
   void add_rows(const Run& run, AttentionKind kind, int64_t sequence, int64_t r0, int64_t r1, int64_t fair);
-  int32_t new_countdown();
-  void expect(int32_t countdown, int32_t more);
   int64_t rows_of_a_block(AttentionKind kind, int64_t chunks) const;
   AttentionKind kind_of(const Run& run, int64_t sequence) const;
   int64_t first_token(int64_t context, int64_t row) const;
 
   int64_t built_ = 0;
-  int32_t countdowns_used_ = 0;
-  std::vector<Countdown> countdowns_;
+  Countdowns countdowns_;
 };
 
 }  // namespace dso
