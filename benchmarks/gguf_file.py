@@ -51,10 +51,15 @@ def _describe(writer: Any, config: Any) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    stand_in_tokenizer(writer, config.vocab_size)
+
+
+def stand_in_tokenizer(writer: Any, tokens: int) -> None:
+    """A vocabulary of the right size, for engines that want one."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_list([f"t{i}" for i in range(tokens)])
+    writer.add_token_types([1] * tokens)
     writer.add_token_merges(["t 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -29,11 +29,12 @@ def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None],
     commands = {rival.label: _command(row, rival, threads) for rival in row.rivals}
     ours = row.ours.label
     commands[ours] = _command(row, row.ours, threads)
-    step = {name: r.step_bytes(row.work) for name, r in _reads(row, threads).items()}
+    work = {side.label: side.work or row.work for side in (*row.rivals, row.ours)}
+    step = {name: r.step_bytes(work[name]) for name, r in _reads(row, threads).items()}
     before = {name: read_gb_s(int(size), threads, seconds) for name, size in step.items()}
     found = alternate(commands, rounds, note)
     limits = {name: max(before[name], read_gb_s(int(size), threads, seconds)) for name, size in step.items()}
-    read = {name: share(size / row.work.batch, median(found[name], row.figure), limits[name]) for name, size in step.items()}
+    read = {name: share(size / work[name].batch, median(found[name], row.figure), limits[name]) for name, size in step.items()}
     return {
         "title": row.title,
         "model": row.model,
@@ -47,18 +48,23 @@ def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None],
 
 def _command(row: Row, side: Rival, threads: int) -> list[str]:
     options = {"threads": threads, "repeats": row.repeats, "warmup": row.warmup}
-    path = model(row.model, side.form)
+    path, work = model(row.model, side.form), side.work or row.work
     if side.engine != OURS:
         peer = get_peer(side.engine)
-        return peer.command(setup(peer), path, row.work, **options)
-    command = own_command("optimised", path, row.work, **options, fields=row.fields)
+        return peer.command(setup(peer), path, work, **options)
+    command = own_command("optimised", path, work, **options, fields=row.fields)
     busy = row.busy and side == row.ours
     return [sys.executable, "-m", "benchmarks.neighbour", *command] if busy else command
 
 
 def _reads(row: Row, threads: int) -> dict[str, reads.Reads]:
-    """Label -> what decoding reads; none for other figures, which reading does not bound."""
+    """Label -> what decoding reads, of ours and of llama.cpp; none for other figures, which reading does not bound."""
     if row.figure != DECODE:
         return {}
-    own = reads.of_ours(model(row.model, row.ours.form), {"threads": threads, **row.fields})
-    return {r.label: own if r.engine == OURS else reads.of_gguf(model(row.model, r.form)) for r in (*row.rivals, row.ours)}
+    sides = (*row.rivals, row.ours)
+    forms = dict.fromkeys(side.form for side in sides if side.engine == OURS)
+    own = {form: reads.of_ours(model(row.model, form), {"threads": threads, **row.fields}) for form in forms}
+    files = {side.form: side for side in sides if side.engine.startswith("llama.cpp")}
+    theirs = {form: reads.of_gguf(model(row.model, form)) for form in files}
+    found = {side.label: own[side.form] if side.engine == OURS else theirs.get(side.form) for side in sides}
+    return {label: r for label, r in found.items() if r is not None}

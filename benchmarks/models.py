@@ -1,7 +1,8 @@
-"""What is measured on, made once in the user's cache directory: two models, each in every form that an engine reads.
+"""What is measured on, made once in the user's cache directory, each model in every form that an engine reads.
 
-smol: SmolLM2-135M-Instruct, real weights, from a package registry. r1q15: the shape of R1-Distill-Qwen-1.5B with random
-weights; right for speed, meaningless as text.
+smol: SmolLM2-135M-Instruct, real weights, from a package registry. The others are shapes with random weights, right for speed,
+meaningless as text: r1q15 that of R1-Distill-Qwen-1.5B, v2l6 that of DeepSeek-V2-Lite with 6 of its 27 layers, v2lite all of
+them, as random blocks of a GGUF file: in floats it would not fit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deepseek_optimizer.bench import smollm2
 from deepseek_optimizer.bench.peers import get_peer
@@ -18,9 +20,12 @@ from deepseek_optimizer.bench.peers.environments import setup
 from deepseek_optimizer.bench.peers.openvino import export_command
 from deepseek_optimizer.bench.plain import dequantised
 
-from . import gguf_file
+from . import gguf_file, gguf_v2lite
 
-TITLES = {"smol": "SmolLM2-135M", "r1q15": "R1-Distill-Qwen-1.5B shape"}
+TITLES = {
+    "smol": "SmolLM2-135M", "r1q15": "R1-Distill-Qwen-1.5B shape", "v2l6": "DeepSeek-V2-Lite shape, 6 layers",
+    "v2lite": "DeepSeek-V2-Lite shape",
+}  # fmt: skip
 
 
 def model(name: str, form: str) -> Path:
@@ -33,7 +38,10 @@ def model(name: str, form: str) -> Path:
     """
     if form == "gguf" and name == "smol":
         return smollm2.fetch()
-    bf16 = dequantised(smollm2.fetch()) if name == "smol" else _once(smollm2.cache_directory() / name, _random_qwen2)
+    if name == "v2lite":
+        return _v2lite(form)
+    random = {"r1q15": _random_qwen2, "v2l6": _random_deepseek_v2}
+    bf16 = dequantised(smollm2.fetch()) if name == "smol" else _once(smollm2.cache_directory() / name, random[name])
     if form == "bf16":
         return bf16
     if form.startswith("Q"):
@@ -42,6 +50,17 @@ def model(name: str, form: str) -> Path:
         python = setup(get_peer("openvino"))
         return _once(bf16.with_name(f"{bf16.name}-openvino"), lambda target: _quietly(export_command(python, bf16, target)))
     return _once(bf16.with_name(f"{bf16.name}-{form}"), lambda target: _pack(bf16, target, form))
+
+
+def _v2lite(form: str) -> Path:
+    """Random blocks of Q4_0, or the same blocks packed."""
+    blocks = smollm2.cache_directory() / "v2lite-Q4_0.gguf"
+    _once(blocks, lambda target: gguf_v2lite.write(target, "Q4_0"))
+    if form == "Q4_0":
+        return blocks
+    if form != "int4":
+        raise ValueError(f"v2lite is there as Q4_0 and as int4, not as {form}")
+    return _once(blocks.with_name("v2lite-int4"), lambda target: _pack(blocks, target, "auto"))
 
 
 def _once(target: Path, make: Callable[[Path], None]) -> Path:
@@ -68,16 +87,35 @@ def _pack(source: Path, target: Path, precision: str) -> None:
 
 
 def _random_qwen2(target: Path) -> None:
-    """Weights ~ N(0, 0.02), norms 1; SmolLM2's tokenizer stands in, since some engines want one."""
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
         vocab_size=151936, max_position_embeddings=131072, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    made = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    _random_model(Qwen2ForCausalLM, config, target)
+
+
+def _random_deepseek_v2(target: Path) -> None:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        num_hidden_layers=6, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64,
+        n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=102400, topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0, norm_topk_prob=False,
+        max_position_embeddings=32768, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    _random_model(DeepseekV2ForCausalLM, config, target)
+
+
+def _random_model(kind: Any, config: Any, target: Path) -> None:
+    """Weights ~ N(0, 0.02), norms 1; SmolLM2's tokenizer stands in, since some engines want one."""
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    made = kind._from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, p in made.named_parameters():
             p.fill_(1) if "norm" in name else p.zero_() if name.endswith("bias") else p.normal_(0, 0.02)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_optimizer.bench.traffic import Reads, traffic_of
+from deepseek_optimizer.bench.traffic import Experts, Reads, traffic_of
 
 __all__ = ["Reads", "of_gguf", "of_ours"]
 
@@ -19,7 +19,7 @@ def of_ours(path: Path, fields: Mapping[str, Any]) -> Reads:
 
 
 def of_gguf(path: Path) -> Reads:
-    """In llama.cpp: every matrix but an embedding that is not the head too; keys and values in fp16."""
+    """In llama.cpp: every matrix but an embedding that is not the head too, of experts those chosen; the cache in fp16."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -30,9 +30,14 @@ def of_gguf(path: Path) -> Reads:
         return int(found.contents())
 
     architecture = reader.fields["general.architecture"].contents()
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors if len(tensor.shape) == 2}
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors if len(tensor.shape) >= 2}
     if "output.weight" in sizes:
         del sizes["token_embd.weight"]
-    head_dim = field("embedding_length") // field("attention.head_count")
-    kv_bytes = 2 * 2 * field("block_count") * field("attention.head_count_kv") * head_dim
-    return Reads(sum(sizes.values()), kv_bytes)
+    stacks = {name: size for name, size in sizes.items() if "_exps." in name}
+    experts = tuple(Experts(size, field("expert_count"), field("expert_used_count")) for size in stacks.values())
+    if architecture == "deepseek2":  # latents, and keys that all heads share
+        numbers = field("block_count") * field("attention.key_length")
+    else:
+        head_dim = field("embedding_length") // field("attention.head_count")
+        numbers = 2 * field("block_count") * field("attention.head_count_kv") * head_dim
+    return Reads(sum(sizes.values()) - sum(stacks.values()), 2 * numbers, experts=experts)

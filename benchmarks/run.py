@@ -19,6 +19,7 @@ from deepseek_optimizer.bench.process import cpu_name, usable_cpus
 from deepseek_optimizer.versions import versions
 
 from . import measure, results, spine
+from .deepseek import DEEPSEEK
 from .spine import SPINE, Comparison
 from .standing import STANDING, Row
 from .tables import bar_lines, ratio_lines
@@ -27,7 +28,7 @@ SIZES_MB = (76, 900)  # what int4 weights of 135 million and of 1.5 billion para
 
 
 def main() -> None:
-    known: dict[str, Row | Comparison] = {row.name: row for row in (*STANDING, *SPINE)}
+    known: dict[str, Row | Comparison] = {row.name: row for row in (*STANDING, *DEEPSEEK, *SPINE)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--rounds", type=int, default=3)
@@ -65,7 +66,7 @@ def _measure(
 
     if isinstance(row, Row):
         found = measure.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note, seconds=seconds)
-        return found, "standing", bar_lines(found)
+        return found, "deepseek" if row in DEEPSEEK else "standing", bar_lines(found)
     found = spine.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note)
     return found, "spine", ratio_lines(found)
 

@@ -16,27 +16,32 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Rival:
-    """engine: a name of `bench.peers.PEERS`, or `OURS`. form: of the model, see `models.model`. label: for people."""
+    """engine: a name of `bench.peers.PEERS`, or `OURS`. form: of the model, see `models.model`. label: for people. work: where
+    it is not the row's own."""
 
     engine: str
     form: str
     label: str
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The fastest of `rivals` times `at_least` is asked for; `reach`: what would be better still."""
+    """The fastest of `rivals` times `at_least` is asked for, or that ours reads at `or_percent` of the machine's bandwidth.
+    `reach`: what would be better still."""
 
     rivals: tuple[Rival, ...]
     at_least: float
     reach: float | None = None
+    or_percent: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
     """Attributes:
     name: for the command line and the results.
-    model: of `models.TITLES`. Ours runs on its int4, packed.
+    model: of `models.TITLES`.
+    form: that ours runs on.
     figure: of `bench.figures.KINDS`; more is better.
     bars: one each that ours is measured against.
     fields: of DeepSeekConfig, for ours.
@@ -55,11 +60,12 @@ class Row:
     busy: bool = False
     repeats: int = 2
     warmup: int = 1
+    form: str = "int4"
 
     @property
     def ours(self) -> Rival:
         conditions = [f"{name}={value}" for name, value in self.fields.items()] + ["a core taken"] * self.busy
-        return Rival(OURS, "int4", ", ".join(("ours int4", *conditions)))
+        return Rival(OURS, self.form, ", ".join((f"ours {self.form}", *conditions)))
 
     @property
     def rivals(self) -> list[Rival]:

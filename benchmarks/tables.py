@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepseek_optimizer.bench.figures import KINDS
 from deepseek_optimizer.bench.sections import number
 
 from . import results
+from .deepseek import DEEPSEEK
 from .models import TITLES
 from .spine import SPINE
 from .standing import STANDING, Bar, Row
@@ -39,7 +41,11 @@ def main() -> None:
 
 def filled(text: str, directory: Path = results.DIRECTORY) -> str:
     """The text with every table made anew."""
-    tables = {"spine": spine_table, "standing": standing_table}
+    tables: dict[str, Callable[[results.Entries], Iterator[str]]] = {
+        "spine": spine_table,
+        "standing": standing_table,
+        "deepseek": partial(standing_table, rows=DEEPSEEK),
+    }
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
@@ -48,17 +54,17 @@ def filled(text: str, directory: Path = results.DIRECTORY) -> str:
     return _BLOCK.sub(block, text)
 
 
-def standing_table(entries: results.Entries) -> Iterator[str]:
+def standing_table(entries: results.Entries, rows: Sequence[Row] = STANDING) -> Iterator[str]:
     yield from _machines(entries.values())
     yield "| work | against | theirs | ours | times | at least | read a token, share of the machine's bandwidth | |"
     yield "|---|---|---|---|---|---|---|---|"
-    for row in STANDING:
+    for row in rows:
         for place, bar in enumerate(row.bars):
             yield _cells(*_standing_cells(row, bar, entries.get(row.name), place))
 
 
 def _standing_cells(row: Row, bar: Bar, entry: dict[str, Any] | None, place: int) -> list[str]:
-    asked = _asked(bar.at_least, row.read_percent)
+    asked = _asked(bar.at_least, row.read_percent, bar.or_percent)
     if entry is None:
         return [row.title, " or ".join(rival.label for rival in bar.rivals), "", "", "", asked, "", "not measured"]
     judged, ours = entry["bars"][place], list(entry["sides"])[-1]
@@ -68,8 +74,9 @@ def _standing_cells(row: Row, bar: Bar, entry: dict[str, Any] | None, place: int
     return [row.title, theirs, *figures, asked, "; ".join(read), judged["verdict"]]
 
 
-def _asked(at_least: float, read_percent: float | None) -> str:
-    return f"{at_least:g}x" + (f" and {read_percent:g}% of bandwidth" if read_percent else "")
+def _asked(at_least: float, read_percent: float | None, or_percent: float | None) -> str:
+    both = [f"{word} {percent:g}% of bandwidth" for word, percent in (("and", read_percent), ("or", or_percent)) if percent]
+    return " ".join([f"{at_least:g}x", *both])
 
 
 def _speed(entry: dict[str, Any], label: str) -> str:
@@ -128,9 +135,8 @@ def bar_lines(entry: dict[str, Any]) -> list[str]:
         )
         lines.append(f"  {label:28} {_speed(entry, label):>14}{read}")
     for bar in entry["bars"]:
-        lines.append(
-            f"  {_times(bar)} of {bar['against']}, at least {_asked(bar['at_least'], bar['read_percent'])}: {bar['verdict']}"
-        )
+        asked = _asked(bar["at_least"], bar["read_percent"], bar.get("or_percent"))
+        lines.append(f"  {_times(bar)} of {bar['against']}, at least {asked}: {bar['verdict']}")
     return lines
 
 

@@ -51,20 +51,23 @@ def _judge(
     allowed = None
     if ours in read:  # the ratio at which ours would read at MOST of what the machine can
         allowed = MOST * read[ours]["machine_gb_s"] * 1e9 / read[ours]["token_bytes"] / ratio["baseline"]
-    enough = row.read_percent is None or read[ours]["percent"] >= row.read_percent
+    percent = read[ours]["percent"] if ours in read else 0.0
+    enough = row.read_percent is None or percent >= row.read_percent
+    reached = ratio["better"] >= bar.at_least or (bar.or_percent is not None and percent >= bar.or_percent)
     return {
         "against": fastest,
         "at_least": bar.at_least,
         "reach": bar.reach,
+        "or_percent": bar.or_percent,
         "read_percent": row.read_percent,
         "allowed": allowed,
         **{name: ratio[name] for name in ("better", "lowest", "highest")},
-        "verdict": verdict(ratio["better"], bar.at_least, allowed) if enough else MISSED,
+        "verdict": verdict(reached, ratio["better"], allowed) if enough else MISSED,
     }
 
 
-def verdict(better: float, at_least: float, allowed: float | None) -> str:
+def verdict(reached: bool, better: float, allowed: float | None) -> str:
     """allowed: the ratio at which the machine's limit would be met as far as any bar asks; None: not known."""
-    if better >= at_least:
+    if reached:
         return REACHED
     return LIMITED if allowed is not None and allowed <= better else MISSED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.bench import limits as module
@@ -10,7 +11,7 @@ from deepseek_optimizer.bench import machine
 from deepseek_optimizer.bench.energy import Energy
 from deepseek_optimizer.bench.limits import Limits, cost_per_million
 from deepseek_optimizer.bench.machine import matrix_tera, read_gb_s
-from deepseek_optimizer.bench.traffic import Traffic, traffic_of
+from deepseek_optimizer.bench.traffic import Experts, Reads, Traffic, traffic_of
 from deepseek_optimizer.bench.work import Work
 
 HIDDEN, INNER, LAYERS, KV = 64, 128, 2, 32  # of the tiny model
@@ -92,3 +93,20 @@ def test_energy_that_cannot_be_read_is_none(tmp_path):
     energy = Energy(tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     assert energy.joules is None and energy.watts is None
+
+
+def test_a_step_reads_only_the_experts_that_are_chosen():
+    reads = Reads(100, 0, experts=(Experts(6400, 64, 6),))
+    assert reads.step_bytes(Work(1, 1)) == pytest.approx(100 + 600)
+    both = 6400 * (1 - (58 / 64) ** 2)  # two tokens share some
+    assert reads.step_bytes(Work(1, 1, batch=2)) == pytest.approx(100 + both)
+
+
+def test_traffic_of_a_family_that_is_not_known_here():
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50,
+    ))  # fmt: skip
+    layer = 32 * 3 * 32 + 32 * 32 + 2 * 32 * 64
+    found = traffic_of(model)
+    assert (found.weights, found.head_weights) == (2 * layer, 32 * 50)
+    assert found.weight_bytes == 4 * (found.weights + found.head_weights)

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..backends.base import BLOCK_TOKENS
+from ..errors import ConfigError
+from ..graph.ir import Node
 from .work import Work
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's routed experts. nbytes: of all of them; each token's router chooses `chosen` of `count`."""
+
+    nbytes: int
+    count: int
+    chosen: int
+
+    def read(self, tokens: int) -> float:
+        """Bytes that so many tokens read together, if their choices are independent and even."""
+        return self.nbytes * (1 - (1 - self.chosen / self.count) ** tokens)
 
 
 @dataclass(frozen=True)
@@ -15,14 +33,17 @@ class Reads:
     Attributes:
         weight_bytes: matrices read in a step, whatever its batch; of an embedding only the rows looked up are read: left out.
         kv_bytes: of the cache, a token of context.
+        experts: matrices of which a step reads some.
     """
 
     weight_bytes: int
     kv_bytes: float
+    experts: tuple[Experts, ...] = field(default=(), kw_only=True)
 
     def step_bytes(self, work: Work) -> float:
         """Read in a decode step half way through the output."""
-        return self.weight_bytes + work.batch * self.kv_bytes * (work.depth + work.prompt + work.new / 2)
+        cache = work.batch * self.kv_bytes * (work.depth + work.prompt + work.new / 2)
+        return self.weight_bytes + cache + sum(layer.read(work.batch) for layer in self.experts)
 
     def token_bytes(self, work: Work) -> float:
         """Read for each generated token: the weights' share falls with the batch."""
@@ -34,7 +55,7 @@ class Traffic(Reads):
     """Attributes:
     weights: numbers in the matrices that every prompt token is multiplied with.
     head_weights: numbers in the output head, which the last token of a prompt alone needs.
-    attention_width: numbers of all query heads of all layers together.
+    attention_width: numbers of all query heads of all layers together (where keys and values differ in width: their mean).
     """
 
     weights: int
@@ -49,28 +70,71 @@ class Traffic(Reads):
 
 
 def traffic_of(model: Any) -> Traffic:
-    """Of a Transformers model. What an optimised one reads is what its plan's steps say (`plan.describe()`), where they do."""
+    """Of a Transformers model. What an optimised one reads is what its plan's steps say (`plan.describe()`), of another what its
+    parameters take."""
+    from ..graph.analysis import weight_shapes
+    from ..models import build_graph
+
+    try:
+        graph = build_graph(model.config)
+    except ConfigError:
+        return _of_unknown_family(model)
+    shapes = weight_shapes(graph)
+    head_weights = next(math.prod(shapes[n.weights[0]]) for n in graph.nodes if n.op == "lm_head")
+    if "dso" in model.__dict__:
+        runtime = model.dso
+        steps = [row for row in runtime.plan.describe() if row["op"] != "embedding" and "bytes" in row]
+        kv_bytes: float = runtime.backend.block_bytes(runtime.graph, runtime.kv_dtype) / BLOCK_TOKENS
+    else:
+        size = model.dtype.itemsize
+        steps = [_step(node, shapes, size) for node in graph.nodes if node.op in _PRODUCTS]
+        kv_bytes = graph.cache.numbers * size
+    return Traffic(
+        weight_bytes=sum(row["bytes"] for row in steps if "experts" not in row),
+        kv_bytes=kv_bytes,
+        experts=tuple(Experts(row["bytes"], row["experts"], row["top_k"]) for row in steps if "experts" in row),
+        weights=sum(_multiplied(node, shapes) for node in graph.nodes if node.op in _PRODUCTS) - head_weights,
+        head_weights=head_weights,
+        attention_width=sum(_attention_width(node) for node in graph.nodes),
+    )
+
+
+def _of_unknown_family(model: Any) -> Traffic:
+    """Every linear layer is taken to meet every token."""
     from torch import nn
 
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     head = model.get_output_embeddings()
-    head_weights = head.in_features * head.out_features
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if "dso" in model.__dict__:
-        from ..backends.base import BLOCK_TOKENS
-
-        runtime = model.dso
-        steps = [row["bytes"] for row in runtime.plan.describe() if row["op"] != "embedding" and "bytes" in row]
-        kv_bytes: float = runtime.backend.block_bytes(runtime.graph, runtime.kv_dtype) / BLOCK_TOKENS
-    else:
-        steps = []
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        kv_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Traffic(
-        weight_bytes=sum(steps or [m.weight.numel() * m.weight.element_size() for m in linears]),
-        kv_bytes=kv_bytes,
-        weights=sum(m.in_features * m.out_features for m in linears) - head_weights,
-        head_weights=head_weights,
+        weight_bytes=sum(m.weight.numel() * m.weight.element_size() for m in linears),
+        kv_bytes=2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize,
+        weights=sum(m.in_features * m.out_features for m in linears) - head.in_features * head.out_features,
+        head_weights=head.in_features * head.out_features,
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_dim,
     )
+
+
+_PRODUCTS = ("linear", "lm_head", "router", "experts_gate_up", "experts_down", "mla_attention")
+
+
+def _step(node: Node, shapes: Mapping[str, tuple[int, ...]], size: int) -> dict[str, int]:
+    """As a plan's `describe` has it, of weights of so many bytes a number."""
+    experts = {name: node.attrs[name] for name in ("experts", "top_k")} if node.op.startswith("experts") else {}
+    return {"bytes": size * sum(math.prod(shapes[name]) for name in node.weights), **experts}
+
+
+def _multiplied(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Numbers that each token is multiplied with."""
+    weights = sum(math.prod(shapes[name]) for name in node.weights)
+    return weights * node.attrs["top_k"] // node.attrs["experts"] if node.op.startswith("experts") else weights
+
+
+def _attention_width(node: Node) -> int:
+    """Half of the numbers of a query's heads and of their results."""
+    a = node.attrs
+    if node.op == "attention":
+        return int(a["heads"] * a["head_dim"])
+    return int(a["heads"] * (a["nope"] + a["rope"] + a["v_dim"]) // 2) if node.op == "mla_attention" else 0

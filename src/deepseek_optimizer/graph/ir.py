@@ -108,6 +108,11 @@ class CacheSpec:
     kv_heads: int
     head_dim: int
 
+    @property
+    def numbers(self) -> int:
+        """Of one token, all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class LatentSpec:
@@ -120,6 +125,11 @@ class LatentSpec:
     rank: int
     rope: int
     index: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Of one token, all layers."""
+        return self.layers * (self.rank + self.rope + self.index)
 
 
 @dataclass

@@ -121,6 +121,7 @@ class _Compiler:
             row["weights"] = list(matrices)
             row["format"] = ",".join(dict.fromkeys(self.format_of(n) for n in matrices))
             row["bytes"] = sum(self.matrix(n).nbytes for n in matrices)
+        row |= {name: node.attrs[name] for name in ("experts", "top_k") if node.op.startswith("experts")}
         if node.inputs and node.inputs[0].kind != "f32":
             row["activation"] = node.inputs[0].kind
         if node.outputs and node.outputs[-1].kind != "f32":

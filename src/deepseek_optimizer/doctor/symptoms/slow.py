@@ -79,7 +79,8 @@ def measure_decode(model: Any) -> Decode:
             others = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / whole
         seconds = min(seconds, max(whole - first, 1e-9) / TOKENS)
     formats = tuple(row.format for row in report.formats)
-    size = traffic_of(model).weight_bytes  # the cache of so short a sequence adds little
+    traffic = traffic_of(model)
+    size = traffic.weight_bytes + sum(layer.read(1) for layer in traffic.experts)  # so short a cache adds little
     return Decode(seconds, others, size, report.backend, report.threads, formats, report.warnings)
 
 
