@@ -70,9 +70,10 @@ class Traffic(Reads):
 
 
 def traffic_of(model: Any) -> Traffic:
-    """Of a Transformers model. What an optimised one reads is what its plan's steps say (`plan.describe()`), of another what its
+    """Of a Transformers model. What an optimised one reads is what its plan says (`plan.describe()`), of another what its
     parameters take."""
     from ..graph.analysis import weight_shapes
+    from ..integration.swap import weights_of
     from ..models import build_graph
 
     try:
@@ -83,11 +84,14 @@ def traffic_of(model: Any) -> Traffic:
     head_weights = next(math.prod(shapes[n.weights[0]]) for n in graph.nodes if n.op == "lm_head")
     if "dso" in model.__dict__:
         runtime = model.dso
-        steps = [row for row in runtime.plan.describe() if row["op"] != "embedding" and "bytes" in row]
+        held = {name: weight.nbytes for name, weight in weights_of(model, graph).items()}
+        described = [row for row in runtime.plan.describe() if row["op"] != "embedding" and "bytes" in row]
+        steps = described or [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]  # the reference tells no bytes
         kv_bytes: float = runtime.backend.block_bytes(runtime.graph, runtime.kv_dtype) / BLOCK_TOKENS
     else:
         size = model.dtype.itemsize
-        steps = [_step(node, shapes, size) for node in graph.nodes if node.op in _PRODUCTS]
+        held = {name: size * math.prod(shape) for name, shape in shapes.items()}
+        steps = [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]
         kv_bytes = graph.cache.numbers * size
     return Traffic(
         weight_bytes=sum(row["bytes"] for row in steps if "experts" not in row),
@@ -120,10 +124,10 @@ def _of_unknown_family(model: Any) -> Traffic:
 _PRODUCTS = ("linear", "lm_head", "router", "experts_gate_up", "experts_down", "mla_attention")
 
 
-def _step(node: Node, shapes: Mapping[str, tuple[int, ...]], size: int) -> dict[str, int]:
-    """As a plan's `describe` has it, of weights of so many bytes a number."""
+def _step(node: Node, held: Mapping[str, int]) -> dict[str, int]:
+    """As a plan's `describe` has it. held: bytes of each weight."""
     experts = {name: node.attrs[name] for name in ("experts", "top_k")} if node.op.startswith("experts") else {}
-    return {"bytes": size * sum(math.prod(shapes[name]) for name in node.weights), **experts}
+    return {"bytes": sum(held[name] for name in node.weights), **experts}
 
 
 def _multiplied(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
