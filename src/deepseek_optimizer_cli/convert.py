@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,26 +19,58 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Write a packed copy of a model, with its tokenizer."""
+    """Write a packed copy of a model, with its tokenizer.
+
+    It is written as it is read, layer by layer, so that a model larger than memory converts too; --calibration needs memory for
+    the original, and --kl-budget for the original and the copy. After an interruption the same command goes on where it was.
+    """
     if out.exists() and Path(model).exists() and out.samefile(model):
         raise ValueError(f"{out} is the model itself, which packing would lose; name another directory")
     if out.exists() and not force:
         raise ValueError(f"{out} exists; name another directory, or replace it with --force")
 
-    from deepseek_optimizer.checkpoint import atomic_directory
+    from deepseek_optimizer.checkpoint.atomic import leftovers
 
-    from .model import load, print_json
+    from .model import print_json
 
-    loaded, tokenizer = load(model, o.model_fields(precision=precision, kl_budget=kl_budget, calibration=calibration))
-    with atomic_directory(out, overwrite=force) as partial:
-        loaded.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    for path in leftovers(out):
+        _tell(f"{path} is left over from an interrupted run, unless one is at it now; it may be deleted")
+    fields = o.model_fields(precision=precision, kl_budget=kl_budget, calibration=calibration)
+    curve = _stream(model, out, fields, force) if kl_budget is None else _in_memory(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    curve = loaded.report().curve
     if as_json:
-        print_json({"model": model, "out": str(out), "bytes": size, "curve": list(curve)})
+        print_json({"model": model, "out": str(out), "bytes": size, "curve": curve})
         return
     typer.echo(f"{out}: {size / 1e6:,.0f} MB")
     for point in curve:
         chosen = "  (chosen)" if point["chosen"] else ""
         typer.echo(f"{point['bits']:6.2f} bits {point['bytes'] / 1e6:10,.1f} MB   KL {point['measured_kl']:.2g}{chosen}")
+
+
+def _stream(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
+    """From file to file."""
+    from deepseek_optimizer import load_tokenizer
+    from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+
+    from .model import no_bars_in_pipes
+
+    no_bars_in_pipes()
+    pack_checkpoint(model, out, fields, tokenizer=load_tokenizer(model), overwrite=force, tell=_tell)
+    return []
+
+
+def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
+    """The points of the curve that choosing the formats has measured."""
+    from deepseek_optimizer.checkpoint import atomic_directory
+
+    from .model import load
+
+    loaded, tokenizer = load(model, fields)
+    with atomic_directory(out, overwrite=force) as partial:
+        loaded.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return list(loaded.report().curve)
+
+
+def _tell(line: str) -> None:
+    typer.echo(f"dso: {line}", err=True)

@@ -102,8 +102,8 @@ def _die_at(n: int) -> None:
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, rename = atomic._sync, os.rename
-    monkeypatch.setattr(atomic, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = atomic.sync, os.rename
+    monkeypatch.setattr(atomic, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
     write(tmp_path / "t", "x")
     before = set(events[: events.index("rename")])

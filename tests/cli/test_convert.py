@@ -57,15 +57,38 @@ def test_an_existing_directory_is_kept_unless_forced(dso, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
-def test_an_interrupted_convert_leaves_nothing(dso, tiny_model, tmp_path, monkeypatch, error):
+def test_an_interrupted_convert_is_gone_on_with(dso, tiny_model, tmp_path, monkeypatch, error):
     def fails(self, folder, **options):  # the model is written already, the tokenizer is not
         assert any(Path(folder).iterdir())
         raise error
 
-    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fails)
+        result = dso("convert", tiny_model, tmp_path / "packed")
+        assert result.exit_code == (130 if error is KeyboardInterrupt else 2)
+        assert "the same command goes on" in result.stderr and not (tmp_path / "packed").exists()
     result = dso("convert", tiny_model, tmp_path / "packed")
+    assert result.exit_code == 0 and "1 of 1 files are finished" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+    assert dso("convert", tiny_model, tmp_path / "other").stderr == ""
+    assert (tmp_path / "packed/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+def test_an_interrupted_convert_to_a_budget_leaves_nothing(dso, tiny_model, tmp_path, monkeypatch, error):
+    def fails(self, folder, **options):
+        raise error
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fails)
+    result = dso("convert", tiny_model, tmp_path / "packed", "--kl-budget", "1")
     assert result.exit_code == (130 if error is KeyboardInterrupt else 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_told(dso, tiny_model, tmp_path):
+    (tmp_path / ".packed.0123abcd.tmp").mkdir()
+    result = dso("convert", tiny_model, tmp_path / "packed")
+    assert result.exit_code == 0 and ".packed.0123abcd.tmp is left over" in result.stderr
 
 
 def test_a_model_is_not_packed_over_itself(dso, tiny_model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -28,22 +29,13 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
         overwrite: replace a target that exists; otherwise that is a CheckpointError.
     """
     target = Path(os.path.abspath(target))
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
-        _check_free(target, overwrite)
-        if os.path.lexists(target):
-            _exchange(temporary, target)  # `temporary` is the old one now
-        else:
-            try:
-                os.rename(temporary, target)
-            except OSError as error:
-                raise CheckpointError(f"cannot take its final name: {error}", file=target) from error
-        _sync(target.parent)
+        publish(temporary, target, overwrite)
     except OSError as error:
         if error.filename is None:  # a write does not know its file, and a full disk should be found
             error.filename = str(target)
@@ -55,7 +47,30 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Syncs `temporary`, a directory on the same file system, and gives it the target's name at once; a target that was there
+    has the temporary name afterwards."""
+    _sync_tree(temporary)
+    check_free(target, overwrite)
+    if os.path.lexists(target):
+        _exchange(temporary, target)
+    else:
+        try:
+            os.rename(temporary, target)
+        except OSError as error:
+            raise CheckpointError(f"cannot take its final name: {error}", file=target) from error
+    sync(target.parent)
+
+
+def leftovers(target: str | os.PathLike[str]) -> list[Path]:
+    """Temporary directories of `atomic_directory` beside `target`: of runs that were killed, or are at it now."""
+    target = Path(os.path.abspath(target))
+    mine = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp(\.old)?")
+    return sorted(p for p in target.parent.iterdir() if mine.fullmatch(p.name)) if target.parent.is_dir() else []
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """CheckpointError if the target exists and may not be replaced."""
     if not overwrite and os.path.lexists(target):
         raise CheckpointError("exists already; name another directory or ask to overwrite it", file=target)
 
@@ -63,11 +78,12 @@ def _check_free(target: Path, overwrite: bool) -> None:
 def _sync_tree(directory: Path) -> None:
     for root, _, names in os.walk(directory):
         for name in names:
-            _sync(Path(root, name))
-        _sync(Path(root))
+            sync(Path(root, name))
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file, or a directory's names, to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no handle on a directory to flush
     fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -70,6 +70,10 @@ class Checkpoint(ABC):
         """Rows [begin, end) of a matrix, float [end - begin, cols]; of a tensor of more dimensions, all but the last count as
         rows."""
 
+    def float_dtype(self, name: str) -> torch.dtype:
+        """The dtype that `read` gives."""
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.info(name).dtype, torch.float32)
+
     def lossless_format(self, name: str) -> str | None:
         """The weight format that holds this stored matrix exactly, if there is one."""
         return {"BF16": "bf16", "F16": "fp32", "F32": "fp32"}.get(self.info(name).dtype)

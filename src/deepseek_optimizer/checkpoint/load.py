@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..quant import PackedWeight, Packer, get_format, reference_packer
-from .base import Checkpoint, TensorInfo
+from .base import Checkpoint
 from .stacks import beyond_the_last
 
 # Buffers that old checkpoints carry and models compute themselves.
@@ -46,6 +46,7 @@ def stream_weights(
     progress: Callable[[LoadProgress], None] | None = None,
     ignored: Iterable[str] = IGNORED,
     importance: Mapping[str, torch.Tensor] | None = None,
+    order: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """The wanted tensors in the order of the file: packed matrices and stacks, and plain tensors where the format is None.
 
@@ -59,12 +60,15 @@ def stream_weights(
         progress: called after each tensor.
         ignored: patterns (whole names) of stored tensors that need not be wanted.
         importance: parameter name -> how much an error in each of its columns weighs, as `Packer` has it; some may be absent.
+        order: names of those that are to come, and how they follow; None: all, as they lie in the files.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape, or holds NaN. It names the tensor.
     """
     check_tensors(checkpoint, wanted, shapes, ignored)
-    return _stream(checkpoint, wanted, shapes, packer, progress, importance or {})
+    if order is None:
+        order = sorted(wanted, key=lambda name: _place(checkpoint, name, shapes[name]))
+    return _stream(checkpoint, {name: wanted[name] for name in order}, shapes, packer, progress, importance or {})
 
 
 def check_tensors(
@@ -108,11 +112,9 @@ def _stream(
     progress: Callable[[LoadProgress], None] | None,
     importance: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
-    tensors = {name: [checkpoint.info(t) for t in checkpoint.stored(name, tuple(shapes[name]))] for name in wanted}
-    order = sorted(wanted, key=lambda name: _place(tensors[name]))
-    sizes = {name: sum(info.nbytes for info in tensors[name]) for name in wanted}
+    sizes = {name: sum(checkpoint.info(t).nbytes for t in checkpoint.stored(name, tuple(shapes[name]))) for name in wanted}
     total, done, start = sum(sizes.values()), 0, time.monotonic()
-    for count, name in enumerate(order, 1):
+    for count, name in enumerate(wanted, 1):
         format = wanted[name]
         if format is None:
             tensor = checkpoint.read(name)
@@ -127,11 +129,12 @@ def _stream(
                 yield name, checkpoint.packed(name, format, weighing)
         done += sizes[name]
         if progress is not None:
-            progress(LoadProgress(name, done, total, count, len(order), time.monotonic() - start))
+            progress(LoadProgress(name, done, total, count, len(wanted), time.monotonic() - start))
 
 
-def _place(infos: list[TensorInfo]) -> tuple[str, int]:
-    """Where in the files the first of these tensors is."""
+def _place(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    """Where in the files the first of a parameter's tensors is."""
+    infos = (checkpoint.info(tensor) for tensor in checkpoint.stored(name, tuple(shape)))
     return min((str(info.file), info.offset) for info in infos)
 
 

@@ -37,12 +37,11 @@ from .atomic import atomic_directory
 from .base import TensorInfo
 from .directory import CONFIG, SINGLE, SafetensorsCheckpoint
 from .files import DataFile
+from .layout import Stored, bytes_of, layout_of
 from .stacks import StackShape
 
 QUANT_METHOD = "deepseek_optimizer"
 VERSION, VERSION_WITH_STACKS = 1, 2
-_ALIGN = 64
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -204,26 +203,10 @@ def save_packed(
             shutil.copyfile(path, directory / path.name)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, PackedWeight | torch.Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
     """One safetensors file, streamed: no copy of a tensor is made, and the packed ones begin at multiples of 64 bytes."""
-    plain = {name: (t.data if isinstance(t, PackedWeight) else t).detach().cpu().contiguous() for name, t in tensors.items()}
-    sizes = {name: t.numel() * t.element_size() for name, t in plain.items()}
-    # Holes are not allowed in the format, so sizes that keep the alignment come first; then larger items before smaller.
-    order = sorted(plain, key=lambda n: (sizes[n] % _ALIGN != 0, -plain[n].element_size(), n))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in order:
-        if plain[name].dtype not in _DTYPES:
-            raise ValueError(f"{name}: {plain[name].dtype} can't be saved; use one of {', '.join(map(str, _DTYPES))}")
-        header[name] = {
-            "dtype": _DTYPES[plain[name].dtype],
-            "shape": list(plain[name].shape),
-            "data_offsets": [at, at + sizes[name]],
-        }
-        at += sizes[name]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGN)
+    layout = layout_of(tensors)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(plain[name].reshape(-1).view(torch.uint8).numpy().data)
+        file.write(layout.header)
+        for name in layout.order:
+            file.write(bytes_of(tensors[name]))

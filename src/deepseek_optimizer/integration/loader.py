@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..checkpoint.load import IGNORED
 from ..config import DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..models import check_config
-from ..quant import PackedWeight
+from ..quant import PackedWeight, Packer
 from .adapt import adapt, calibration_tokens
 from .importance import importance_for
 from .runtime import choose_backend, packer_of, plan_graph
@@ -72,12 +72,10 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         importance, notes = importance_for(
             checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
         )
-        with _progress(checkpoint) as progress:
+        with reading_bar(checkpoint) as progress:
             cast = dtype if settings.precision == "fp32" else None
-            _fill(model, checkpoint, packer_of(backend), cast, progress, importance)
-        model.config.dtype = dtype
-        model.config._name_or_path = str(checkpoint.path)
-        _generation_config(model, checkpoint.path)
+            _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
+        name_source(model, checkpoint.path, dtype)
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     bind(model.eval(), settings, bytes_before=total, notes=notes)
@@ -168,24 +166,32 @@ def _float_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return stored or torch.bfloat16
 
 
-def _fill(
+def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]) -> None:
+    for name, value in weights:
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = nn.Parameter(value.data, requires_grad=False)
+    for target, source in dict(model.all_tied_weights_keys or {}).items():
+        path, _, leaf = target.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+
+
+def weights_for(
     model: Any,
     checkpoint: Checkpoint,
-    packer: Any,
+    packer: Packer,
     cast: torch.dtype | None,
-    progress: Callable[[LoadProgress], None] | None,
-    importance: Mapping[str, torch.Tensor],
-) -> None:
+    progress: Callable[[LoadProgress], None] | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    order: Sequence[str] | None = None,
+) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
+    """What a sketched model wants, as `stream_weights` has it. `cast`: the dtype of plain tensors; None: as they are stored."""
     tied = dict(model.all_tied_weights_keys or {})
     wanted, shapes = expected_tensors(model)
     ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
-    for name, value in stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored), importance):
-        tensor = value.data if isinstance(value, PackedWeight) else value if cast is None else value.to(cast)
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    for target, source in tied.items():
-        path, _, leaf = target.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored), importance, order)
+    for name, value in streamed:
+        yield name, value if isinstance(value, PackedWeight) or cast is None else value.to(cast)
+        del value  # the caller has it; nothing here may keep it alive
 
 
 def _same_tensor(checkpoint: Checkpoint, target: str, source: str) -> str:
@@ -204,7 +210,10 @@ def _same_tensor(checkpoint: Checkpoint, target: str, source: str) -> str:
     return target
 
 
-def _generation_config(model: Any, path: Path) -> None:
+def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
+    """Writes into a model's configs what it was loaded from; takes the checkpoint's generation config over."""
+    model.config.dtype = dtype
+    model.config._name_or_path = str(path)
     from transformers import GenerationConfig
 
     if (path / "generation_config.json").is_file():
@@ -215,7 +224,7 @@ def _generation_config(model: Any, path: Path) -> None:
 
 
 @contextmanager
-def _progress(checkpoint: Checkpoint) -> Iterator[Callable[[LoadProgress], None] | None]:
+def reading_bar(checkpoint: Checkpoint, doing: str = "Loading") -> Iterator[Callable[[LoadProgress], None] | None]:
     """A bar with the time left, where someone can see it."""
     if not sys.stderr.isatty() or isinstance(checkpoint, PackedCheckpoint):  # packed ones are mapped: done at once
         yield None
@@ -225,5 +234,5 @@ def _progress(checkpoint: Checkpoint) -> Iterator[Callable[[LoadProgress], None]
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"Loading {checkpoint.path.name}", total=None)
+        task = bar.add_task(f"{doing} {checkpoint.path.name}", total=None)
         yield lambda p: bar.update(task, total=p.total_bytes, completed=p.done_bytes)

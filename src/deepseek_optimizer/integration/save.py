@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import atomic_directory
 from ..checkpoint.packed import write_safetensors
 from .instance_method import InstanceMethod
@@ -48,11 +50,16 @@ class PackedSave(InstanceMethod):
         model, graph = self.runtime.model, self.runtime.graph
         matrices = matrices_of(model, graph)
         rest = {name: p.detach() for name, p in model.named_parameters() if name in graph.weights() and name not in matrices}
-        model.config.dtype = str(model.dtype).removeprefix("torch.")
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        save_configs(model, model.dtype, folder)
         write_safetensors(folder / "model.safetensors", {**matrices, **rest})
+
+
+def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:
+    """config.json and generation_config.json. `dtype`: that of what is not packed."""
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,82 @@
+"""A model's tensors over several files: which goes where, known before the first is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+from .directory import INDEX, SINGLE
+from .layout import Layout, Stored, bytes_of, layout_of
+
+SHARD_BYTES = 2 << 30
+_LAYER = re.compile(r".*?\.layers\.\d+(?=\.)")
+
+
+class Writable(Protocol):
+    """A binary file that is written from front to end."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file. `name`: within the checkpoint's directory."""
+
+    name: str
+    layout: Layout
+
+
+def plan_shards(tensors: Mapping[str, Stored], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """Files of about `shard_bytes`, cut between layers: a layer is never split, and a larger one has a file of its own.
+
+    Args:
+        tensors: in the model's order; on the meta device, since only shapes and dtypes are looked at.
+    """
+    groups = [list(names) for _, names in groupby(tensors, _layer_of)]
+    files: list[list[str]] = []
+    size = shard_bytes
+    for names in groups:
+        more = sum(tensors[n].data.numel() * tensors[n].data.element_size() for n in names)
+        if size + more > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].extend(names)
+        size += more
+    names = [SINGLE] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    return [Shard(name, layout_of({n: tensors[n] for n in held})) for name, held in zip(names, files, strict=True)]
+
+
+def _layer_of(name: str) -> str | None:
+    match = _LAYER.match(name)
+    return match[0] if match else None
+
+
+def write_shard(file: Writable, shard: Shard, weights: Iterator[tuple[str, Stored]]) -> None:
+    """Writes the shard's tensors, the next ones of `weights`, one after the other; none is kept."""
+    file.write(shard.layout.header)
+    written = len(shard.layout.header)
+    for expected in shard.layout.order:
+        name, value = next(weights)
+        data = bytes_of(value)
+        if name != expected:
+            raise AssertionError(f"{name} came where {shard.name} has {expected}")
+        file.write(data)
+        written += data.nbytes
+        del value, data
+    if written != shard.layout.size:
+        raise AssertionError(f"{shard.name} has {written} bytes instead of {shard.layout.size}")
+
+
+def write_index(directory: Path, shards: Sequence[Shard]) -> None:
+    """model.safetensors.index.json, where there is more than one file."""
+    if len(shards) == 1:
+        return
+    total = sum(shard.layout.size - len(shard.layout.header) for shard in shards)
+    weight_map = {name: shard.name for shard in shards for name in shard.layout.order}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    (directory / INDEX).write_text(text + "\n", encoding="utf-8")

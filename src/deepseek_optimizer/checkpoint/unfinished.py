@@ -1,0 +1,226 @@
+"""A directory that takes more than one run to write: what was finished before a kill is found again, checked, and kept.
+
+Beside the target lies `.<name>.unfinished.tmp`, with the finished files in `files/` and a journal. Its first line says what is
+being made of what; each further line names a file that is whole, with its size and checksum. A run that would make the same
+goes on from there; one that would make something else begins afresh. At the end `files/` takes the target's name at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+from ..errors import CheckpointError
+from .atomic import check_free, publish, sync
+
+_JOURNAL, _FILES = "journal.jsonl", "files"
+_MAX_JOURNAL = 64 << 20
+_CHUNK = 1 << 24
+
+
+class Unfinished:
+    """Context manager. Left by an error that a second run may not meet (no space, Ctrl-C), it stays if a file was finished.
+
+    Args:
+        target: the directory to make in the end.
+        identity: what is made of what, as JSON types; a leftover of the same identity is gone on with.
+        names: the files worth going on for.
+        overwrite: whether the target may exist.
+
+    Attributes:
+        folder: where all files of the target go.
+        finished: names of the files that are there and whole.
+        news: what was found, for the user; None where nothing was.
+
+    Raises:
+        CheckpointError: the target exists, or another process is at it.
+    """
+
+    def __init__(self, target: Path, identity: Mapping[str, Any], names: Collection[str], overwrite: bool = False) -> None:
+        self.target = Path(os.path.abspath(target))
+        self.path = self.target.parent / f".{self.target.name}.unfinished.tmp"
+        self.folder = self.path / _FILES
+        self.overwrite = overwrite
+        check_free(self.target, overwrite)
+        self._handle = _locked(self.path, self.target)
+        try:
+            self.news, entries = self._take_over(json.loads(json.dumps(identity)), names)
+        except BaseException:
+            self._unlock()
+            raise
+        self.finished = set(entries)
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        worth_keeping = kind is not None and issubclass(kind, (OSError, KeyboardInterrupt, MemoryError)) and self.finished
+        if not worth_keeping:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[_Checked]:
+        """A binary file to write from front to end. It appears under its name, and in the journal, when it is whole."""
+        part = self.folder / f"{name}.part"
+        try:
+            with open(part, "wb") as raw:
+                checked = _Checked(raw)
+                yield checked
+                raw.flush()
+                os.fsync(raw.fileno())
+            os.replace(part, self.folder / name)
+            sync(self.folder)
+        except OSError as error:
+            if error.filename is None:  # a write does not know its file, and a full disk should be found
+                error.filename = str(part)
+            raise
+        with open(self.path / _JOURNAL, "ab") as journal:
+            journal.write(_line(_entry(name, checked.count, checked.hash.hexdigest())))
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.finished.add(name)
+
+    def publish(self) -> None:
+        """Gives `folder` the target's name."""
+        publish(self.folder, self.target, self.overwrite)
+
+    def _unlock(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _take_over(self, identity: dict[str, Any], names: Collection[str]) -> tuple[str | None, dict[str, dict[str, Any]]]:
+        """Leaves what can be gone on with, and nothing else; the journal says the same."""
+        before, entries = self._read_journal()
+        news, kept = None, {}
+        if before == identity:
+            kept = {n: e for n, e in entries.items() if n in names and self._is_whole(n, e)}
+            news = f"going on with {self.path}: {len(kept)} of {len(names)} files are finished"
+            if damaged := sorted(n for n in entries if n in names and n not in kept):
+                news += f"; damaged, so made again: {', '.join(damaged)}"
+        elif before is not None:
+            other = [name for name in identity if before.get(name) != identity[name]]
+            news = f"{self.path} was left by a conversion with another {' and '.join(other) or 'identity'}: beginning afresh"
+        elif any(self.path.iterdir()):
+            news = f"{self.path} is left over, with a journal that cannot be read: beginning afresh"
+        for path in self.path.iterdir():
+            if path != self.folder and not (path.name == _JOURNAL and stat.S_ISREG(_mode(path))):
+                _remove(path)
+        if not stat.S_ISDIR(_mode(self.folder)):
+            _remove(self.folder)
+            self.folder.mkdir()
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                _remove(path)
+        self._write_journal({"identity": identity}, *kept.values())
+        return news, kept
+
+    def _read_journal(self) -> tuple[Any, dict[str, dict[str, Any]]]:
+        """The identity (None where it can't be read), and the entries that can."""
+        path = self.path / _JOURNAL
+        if not stat.S_ISREG(_mode(path)) or path.stat().st_size > _MAX_JOURNAL:
+            return None, {}
+        lines = []
+        for text in path.read_bytes().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except (ValueError, RecursionError):  # the last line of a killed run may be half written
+                lines.append(None)
+        if not lines or not isinstance(lines[0], dict) or not isinstance(lines[0].get("identity"), dict):
+            return None, {}
+        entries = [e for e in lines[1:] if isinstance(e, dict) and isinstance(e.get("file"), str)]
+        return lines[0]["identity"], {e["file"]: e for e in entries}
+
+    def _write_journal(self, *lines: Mapping[str, Any]) -> None:
+        """A new journal in place of the old one, at once: a kill in between must not lose what was finished."""
+        part = self.path / f"{_JOURNAL}.part"
+        with open(part, "wb") as journal:
+            journal.write(b"".join(map(_line, lines)))
+            journal.flush()
+            os.fsync(journal.fileno())
+        os.replace(part, self.path / _JOURNAL)
+        sync(self.path)
+
+    def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
+        """Whether the file is the one that was finished, byte for byte."""
+        path = self.folder / name
+        if not stat.S_ISREG(_mode(path)) or path.stat().st_size != entry.get("bytes"):
+            return False
+        found = hashlib.sha256()
+        with open(path, "rb") as file:
+            while data := file.read(_CHUNK):
+                found.update(data)
+        return _entry(name, path.stat().st_size, found.hexdigest()) == entry
+
+
+class _Checked:
+    """Counts and hashes what goes into a file."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self.count, self.hash = raw, 0, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        self._raw.write(data)
+        self.hash.update(data)
+        self.count += memoryview(data).nbytes
+
+
+def _entry(name: str, size: int, digest: str) -> dict[str, Any]:
+    return {"file": name, "bytes": size, "sha256": digest}
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _mode(path: Path) -> int:
+    """Of the name itself: a link is not followed. 0 where there is nothing."""
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return 0
+
+
+def _remove(path: Path) -> None:
+    if stat.S_ISDIR(_mode(path)):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, target: Path) -> int | None:
+    """The directory, made if need be and locked for as long as this handle is open, or this process alive."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            pass
+        if not stat.S_ISDIR(_mode(path)):
+            raise CheckpointError("is in the way of a temporary directory; remove it", file=path)
+        if fcntl is None:
+            return None
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise CheckpointError("another process is writing it", file=target) from error
+        except OSError:
+            return handle  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # whoever had it has finished, and removed it, meanwhile

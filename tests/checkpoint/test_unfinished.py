@@ -1,0 +1,215 @@
+"""A directory written over several runs: what was finished stays, what was not, or is not what the journal says, does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from deepseek_optimizer.checkpoint import unfinished
+from deepseek_optimizer.checkpoint.unfinished import Unfinished
+from deepseek_optimizer.errors import CheckpointError
+
+NAMES = ["a", "b", "c"]
+IDENTITY = {"source": [["x", 1]], "settings": {"precision": "int4"}}
+
+
+def write(directory: Unfinished, name: str) -> None:
+    with directory.file(name) as file:
+        file.write(name.encode() * 1000)
+        file.write(memoryview(b"end"))
+
+
+def interrupted(target: Path, names: list[str] = NAMES[:2], identity: dict = IDENTITY) -> Path:
+    """Leaves a run that was stopped after these files; its temporary directory."""
+    with pytest.raises(KeyboardInterrupt), Unfinished(target, identity, NAMES) as directory:
+        for name in names:
+            write(directory, name)
+        raise KeyboardInterrupt
+    return directory.path
+
+
+def resume(target: Path, identity: dict = IDENTITY) -> tuple[set[str], str | None]:
+    """Finishes the run: which files were there, and what was said."""
+    with Unfinished(target, identity, NAMES) as directory:
+        found, news = set(directory.finished), directory.news
+        assert found == {p.name for p in directory.folder.iterdir()}
+        for name in NAMES:
+            if name not in found:
+                write(directory, name)
+        assert not target.exists()
+        directory.publish()
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == {n: n.encode() * 1000 + b"end" for n in NAMES}
+    assert os.listdir(target.parent) == [target.name]
+    return found, news
+
+
+def test_in_one_go(tmp_path: Path) -> None:
+    assert resume(tmp_path / "t") == (set(), None)
+
+
+def test_gone_on_with(tmp_path: Path) -> None:
+    path = interrupted(tmp_path / "t")
+    (path / "files" / "c.part").write_bytes(b"half")
+    (path / "files" / "stray").mkdir()
+    (path / "stray").write_bytes(b"")
+    found, news = resume(tmp_path / "t")
+    assert found == {"a", "b"} and news is not None and "going on" in news and "2 of 3" in news
+
+
+def test_another_identity_begins_afresh(tmp_path: Path) -> None:
+    interrupted(tmp_path / "t")
+    found, news = resume(tmp_path / "t", {**IDENTITY, "settings": {"precision": "int8"}})
+    assert found == set() and news is not None and "another settings: beginning afresh" in news
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path / "files" / "a", 500)
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "files" / "a").read_bytes())
+    data[700] ^= 1
+    (path / "files" / "a").write_bytes(data)
+
+
+def link(path: Path) -> None:
+    os.rename(path / "files" / "a", path.parent / "elsewhere")
+    (path / "files" / "a").symlink_to(path.parent / "elsewhere")
+
+
+def edit(path: Path, **change: object) -> None:
+    lines = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+    lines = [line | change if line.get("file") == "a" else line for line in lines]
+    (path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, link, lambda p: edit(p, bytes=7), lambda p: edit(p, sha256="0" * 64), lambda p: edit(p, more=1)]
+)
+def test_damaged_files_are_made_again(tmp_path: Path, damage) -> None:
+    damage(interrupted(tmp_path / "t"))
+    with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
+        assert directory.finished == {"b"} and directory.news is not None and "damaged, so made again: a" in directory.news
+        write(directory, "a")
+        assert (directory.folder / "a").read_bytes() == b"a" * 1000 + b"end" and not (directory.folder / "a").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [b"", b"\0" * 100, b"[]\n", b'{"identity": 3}\n', b"[" * 100_000, b'{"identity": {}', b'"' + b"x" * 100 + b'"\n', None],
+)
+def test_a_journal_that_cannot_be_read(tmp_path: Path, journal: bytes | None) -> None:
+    path = interrupted(tmp_path / "t") / "journal.jsonl"
+    path.unlink()
+    if journal is None:
+        path.mkdir()
+    else:
+        path.write_bytes(journal)
+    found, news = resume(tmp_path / "t")
+    assert found == set() and news is not None and "cannot be read: beginning afresh" in news
+
+
+def test_a_half_written_last_line(tmp_path: Path) -> None:
+    path = interrupted(tmp_path / "t")
+    os.truncate(path / "journal.jsonl", (path / "journal.jsonl").stat().st_size - 10)
+    found, _ = resume(tmp_path / "t")
+    assert found == {"a"}
+
+
+def test_entries_that_lead_elsewhere_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    path = interrupted(tmp_path / "t")
+    edit(path, file="../../../mine")
+    (path / "files" / "out").symlink_to(tmp_path)
+    with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
+        assert directory.finished == {"b"} and os.listdir(directory.folder) == ["b"]
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / ".t.unfinished.tmp"
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        (tmp_path / "other").mkdir()
+        place.symlink_to(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="in the way"):
+        Unfinished(tmp_path / "t", IDENTITY, NAMES)
+    assert place.is_symlink() or place.read_text() == "mine"
+
+
+def test_nothing_stays_of_an_error_that_will_come_again(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError), Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
+        write(directory, "a")
+        raise CheckpointError("NaN")
+    with pytest.raises(KeyboardInterrupt), Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
+        raise KeyboardInterrupt  # nothing is finished
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwriting(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(CheckpointError, match="exists already"):
+        Unfinished(target, IDENTITY, NAMES)
+    with Unfinished(target, IDENTITY, NAMES, overwrite=True) as directory:
+        write(directory, "a")
+        assert (target / "old").exists()
+        directory.publish()
+    assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["t"]
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
+        write(directory, "a")
+        with pytest.raises(CheckpointError, match="another process"):
+            Unfinished(tmp_path / "t", IDENTITY, NAMES)
+        assert (directory.folder / "a").exists()
+
+
+def test_killed_at_every_step(tmp_path: Path) -> None:
+    """SIGKILL before the n-th sync, rename or removal, for every n; a second run makes the same of what it finds."""
+    finished = set()
+    for n in range(100):
+        target = tmp_path / str(n) / "t"
+        child = os.fork()
+        if child == 0:
+            try:
+                _die_at(n)
+                resume(target)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        if target.exists():  # killed while it tidied up: the target is whole all the same
+            assert sorted(os.listdir(target)) == NAMES
+        else:
+            found, _ = resume(target)
+            finished.add(len(found))
+    assert n >= 15 and finished == {0, 1, 2, 3}
+
+
+def _die_at(n: int) -> None:
+    left = [n]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
+    unfinished.shutil.rmtree = counted(unfinished.shutil.rmtree)
