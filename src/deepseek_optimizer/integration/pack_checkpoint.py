@@ -129,10 +129,15 @@ def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> di
         if format is None:
             planned[name] = torch.empty(shapes[name], dtype=cast or checkpoint.float_dtype(name), device="meta")
         else:
-            shape = shapes[name]
-            tiles = torch.empty(PackedEntry(format, shape).tiles, dtype=torch.uint8, device="meta")
-            planned[name] = (PackedStack if len(shape) == 3 else PackedMatrix)(format, *shape, tiles)
+            planned[name] = _promise(format, shapes[name])
     return planned
+
+
+def _promise(format: str, shape: tuple[int, ...]) -> PackedWeight:
+    tiles = torch.empty(PackedEntry(format, shape).tiles, dtype=torch.uint8, device="meta")
+    if len(shape) == 3:
+        return PackedStack(format, shape[0], shape[1], shape[2], tiles)
+    return PackedMatrix(format, shape[0], shape[1], tiles)
 
 
 def _identity(checkpoint: Checkpoint, settings: DeepSeekConfig, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -155,4 +160,6 @@ def _check_space(out: Path, needed: int) -> None:
     """OSError if the disk has less room than the files still to be written take."""
     free = shutil.disk_usage(Path(os.path.abspath(out)).parent).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:,.1f} GB are still to be written, but {free / 1e9:,.1f} GB are free", str(out))
+        raise OSError(
+            errno.ENOSPC, f"{needed / 1e9:,.1f} GB are still to be written, but {free / 1e9:,.1f} GB are free", str(out)
+        )
