@@ -12,7 +12,7 @@ from deepseek_optimizer import ConfigError, DeepSeekConfig
 from deepseek_optimizer.config import FUSION_RULES
 
 GOOD = {
-    "precision": ["auto", "int4", "q4_1", "int8", "bf16", "fp32"],
+    "precision": ["auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"],
     "kernel_fusion": [True, False],
     "fusion_rules": [None, [], ["qkv"], ("attention_softmax", "layer_norm")],
     "attention_optimization": ["flash", "eager"],
@@ -94,7 +94,6 @@ def test_unknown_names_are_refused_with_the_nearest(wrong, right):
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
     [
-        ("precision", "fp8", "int8"),
         ("attention_optimization", "sparse", "flash"),
         ("attention_optimization", "sliding", "flash"),
     ],

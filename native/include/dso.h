@@ -62,8 +62,9 @@ DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds
  *   INT8  544 B: uint8   [8 k/4][16 r][4] = w + 128, then fp16 scale[16]            w in [-128, 127], W = scale * w
  *   INT4  288 B: uint8   [4 j][16 r][4]: low nibble of byte (j, r, b) is column 8j + b, high nibble 8j + 4 + b,
  *                nibble = w + 8, then fp16 scale[16]                                w in [-8, 7],    W = scale * w
- *   FP8   544 B: E4M3   [16 k/2][16 r][2], then float scale, zeros to 544         W = scale * value; one scale a tile
  *   Q4_1  320 B: nibbles as INT4 holding q in [0, 15], then fp16 scale[16], fp16 min[16]          W = scale * q + min
+ *   FP8   544 B: E4M3    [16 k/2][16 r][2], then float scale, zeros to 544         W = scale * value. The tiles of a block of 128 x
+ *                128 share their scale; it is NaN where one of them has a NaN code (0x7f, 0xff)
  * VECTOR is a plain float[cols] (norm weights, biases, inverse frequencies): rows = 1.
  * A weight may be a stack of `count` matrices of rows x cols (experts, heads), each packed by itself, one after the other. */
 enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_INT8 = 2, DSO_INT4 = 3, DSO_Q4_1 = 4, DSO_FP8 = 5, DSO_VECTOR = 100 };
@@ -83,15 +84,20 @@ DSO_API int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols);
  * max|w|/127 rounded to fp16, w = rint(W/scale) clamped to +-127. INT4 and Q4_1: of several scales (and minima), in fp16, those of
  * least weighted error; ggml's own comes first, so no group has a larger one than in ggml. The weight of an element's error is
  * importance[column] (float[cols], finite, not negative: the mean square of what the column is multiplied with), or, where importance
- * is NULL, the element's magnitude. Other formats and GGML sources don't read it. Which scales, corner cases and padding:
+ * is NULL, the element's magnitude. Other formats and GGML sources don't read it. FP8: scale = max|W|/448 of each
+ * block of 128 x 128, W/scale rounded to nearest even; src begins at a block's first row. Which scales, corner cases and padding:
  * docs/contracts.md, "Packing to the bit". Bit-identical to the reference in quant/. */
 DSO_API int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols,
                          int64_t stride, const float* importance, void* dst);
+/* FP8 out of what is E4M3 by blocks already: codes [rows, cols] (row stride `stride`) and scales float [ceil(rows/128)]
+ * [ceil(cols/128)], dense. Nothing is rounded. */
+DSO_API int32_t dso_pack_fp8(dso_context* c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride,
+                             void* dst);
 DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst); /* [rows, cols] */
 
 /* ---- one product outside a plan (module forwards, tests) ------------------------------------------------
  * y[T, rows] = x[T, cols] W^T + bias (NULL: none), all fp32 row-major and dense. Same kernels and the same bits as a
- * plan's LINEAR of the same family. activation: the DSO_SLOT_* kind that x is converted to first (F32 for F32, BF16 for BF16,
+ * plan's LINEAR of the same family. activation: the DSO_SLOT_* kind that x is converted to first (F32 for F32, BF16 for BF16 and FP8,
  * Q8 or Q16 for the integer formats). decode_rows: how many leading rows run the decode family (the rest: prefill). */
 DSO_API int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const float* x, int64_t T,
                            int64_t decode_rows, float* y);
@@ -141,7 +147,7 @@ enum {
   DSO_OP_ADD_RMS_NORM = 4,/* in0 residual, in1 delta, w0, eps -> out0 = in0 + in1 F32 (may alias in0), out1 = norm(out0) any */
   DSO_OP_CONVERT = 5,     /* in0 F32 -> out0 BF16, Q8 or Q16 */
   DSO_OP_LINEAR = 6,      /* in0, up to 3 matrices over one input (w0..2, b0..2) -> out0..2 F32.
-                             in0 must be Q8 or Q16 for INT8, INT4, Q4_1; BF16 for BF16; F32 for F32 */
+                             in0 must be Q8 or Q16 for INT8, INT4, Q4_1; BF16 for BF16 and FP8; F32 for F32 */
   DSO_OP_ROPE_TABLE = 7,  /* w0 = inverse frequencies vector [rot/2]; scale multiplies -> out0 F32 [T, rot]: cos | sin.
                              angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double */
   DSO_OP_ROPE = 8,        /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs (2i, 2i+1).

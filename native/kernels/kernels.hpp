@@ -48,7 +48,8 @@ struct Kernels {
 
   void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
   void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);
-  // One tile row; src is the whole matrix, dst the whole packed matrix. importance: of the columns, for INT4 and Q4_1; may be null.
+  // One tile row (FP8: number `tile` of the bands of 8 tile rows, which share scales); src is the whole matrix, dst the whole packed
+  // matrix. importance: of the columns, for INT4 and Q4_1; may be null.
   void (*pack_tile)(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, const float* importance,
                     int64_t tile, uint8_t* dst);
 

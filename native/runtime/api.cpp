@@ -66,6 +66,9 @@ int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* s
                  const float* importance, void* dst) {
   return guarded([&] { pack(shared(c), format, src_type, src, rows, cols, stride, importance, dst); });
 }
+int32_t dso_pack_fp8(dso_context* c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, void* dst) {
+  return guarded([&] { pack_fp8(shared(c), codes, scales, rows, cols, stride, dst); });
+}
 int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst) {
   return guarded([&] { unpack(shared(c), given(w, "weight"), row_begin, row_end, dst); });
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "error.hpp"
+#include "fp8_blocks.hpp"
 #include "ggml_blocks.hpp"
 #include "layout.hpp"
 #include "linear_grid.hpp"
@@ -65,8 +66,17 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   for (int64_t k = 0; importance && k < cols; ++k)
     if (!(importance[k] >= 0 && importance[k] <= FLT_MAX)) fail(DSO_EINVAL, "importance[%lld] is %g", (long long)k, double(importance[k]));
   const int64_t stride_bytes = stride * (source_type == DSO_SRC_F32 ? 4 : 2);
-  parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
+  parallel(c, ceil_div(rows, band_rows(format)), [&](int64_t tile, int) {
     c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, importance, tile, static_cast<uint8_t*>(packed));
+  });
+}
+
+void pack_fp8(Context& c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, void* packed) {
+  if (packed_bytes(DSO_FP8, rows, cols) < 0) fail(DSO_EINVAL, "a matrix of %lld x %lld", (long long)rows, (long long)cols);
+  if (stride < cols) fail(DSO_EINVAL, "stride is %lld, cols are %lld", (long long)stride, (long long)cols);
+  if (!codes || !scales || !packed) fail(DSO_EINVAL, "codes, scales or dst is NULL");
+  parallel(c, ceil_div(rows, band_rows(DSO_FP8)), [&](int64_t band, int) {
+    repack_fp8_band(codes, scales, rows, cols, stride, band, static_cast<uint8_t*>(packed));
   });
 }
 

@@ -11,12 +11,15 @@ int64_t tile_bytes(int32_t format) {
   switch (format) {
     case DSO_F32: return 2048;
     case DSO_BF16: return 1024;
-    case DSO_INT8: return 544;
+    case DSO_INT8:
+    case DSO_FP8: return 544;
     case DSO_INT4: return 288;
     case DSO_Q4_1: return 320;
     default: return -1;
   }
 }
+
+int64_t band_rows(int32_t format) { return format == DSO_FP8 ? 128 : kTileRows; }
 
 int64_t packed_bytes(int32_t format, int64_t rows, int64_t cols) {
   if (tile_bytes(format) < 0 || rows < 1 || cols < 1 || rows >= kLargest || cols >= kLargest) return -1;
@@ -47,6 +50,7 @@ const char* format_name(int32_t format) {
     case DSO_INT8: return "INT8";
     case DSO_INT4: return "INT4";
     case DSO_Q4_1: return "Q4_1";
+    case DSO_FP8: return "FP8";
     case DSO_VECTOR: return "VECTOR";
     default: return "an unknown format";
   }
@@ -66,7 +70,8 @@ const char* kind_name(int32_t slot_kind) {
 bool reads(int32_t format, int32_t slot_kind) {
   switch (format) {
     case DSO_F32: return slot_kind == DSO_SLOT_F32;
-    case DSO_BF16: return slot_kind == DSO_SLOT_BF16;
+    case DSO_BF16:
+    case DSO_FP8: return slot_kind == DSO_SLOT_BF16;
     case DSO_INT8:
     case DSO_INT4:
     case DSO_Q4_1: return slot_kind == DSO_SLOT_Q8 || slot_kind == DSO_SLOT_Q16;

@@ -45,7 +45,7 @@ LinearGrid cut(const Matrix& w, int32_t kind, int64_t row_begin, int64_t rows, b
 
 PhaseGrids cut_by_phase(const Matrix& w, int32_t kind, int64_t rows, int64_t decode, int threads, int64_t matrix_bytes, int64_t tiles_step) {
   PhaseGrids out;
-  const bool one_family = kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16;
+  const bool one_family = kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16 || w.format == DSO_FP8;
   if (one_family) decode = decode < rows ? 0 : rows;
   if (decode > 0) out.grid[out.count++] = cut(w, kind, 0, decode, false, threads, matrix_bytes, tiles_step);
   if (decode < rows) out.grid[out.count++] = cut(w, kind, decode, rows - decode, true, threads, matrix_bytes, tiles_step);

@@ -30,8 +30,8 @@ inline int64_t in_stretches(int64_t index, int64_t tasks, int64_t threads) {
 LinearGrid cut(const Matrix& w, int32_t kind, int64_t row_begin, int64_t rows, bool prefill, int threads, int64_t matrix_bytes,
                int64_t tiles_step = 1);
 
-// The leading `decode` rows and the others, in at most two grids. Integer products are exact, so for them both phases are one
-// family, and one grid reads the weights once.
+// The leading `decode` rows and the others, in at most two grids. For integer formats and FP8 both phases
+// are one family, and one grid reads the weights once.
 struct PhaseGrids {
   LinearGrid grid[2];
   int count = 0;

@@ -117,14 +117,15 @@ inline size_t tile_bytes(int format) {
   switch (format) {
     case DSO_F32: return 2048;
     case DSO_BF16: return 1024;
-    case DSO_INT8: return 544;
+    case DSO_INT8:
+    case DSO_FP8: return 544;
     case DSO_INT4: return 288;
     case DSO_Q4_1: return 320;
   }
   abort();
 }
 inline size_t code_bytes(int format) { return format == DSO_INT8 ? 512 : 256; }  // before a tile's scales
-inline const char* format_name(int format) { return format == DSO_INT8 ? "int8" : format == DSO_INT4 ? "int4" : format == DSO_Q4_1 ? "q4_1" : format == DSO_BF16 ? "bf16" : "f32"; }
+inline const char* format_name(int format) { return format == DSO_INT8 ? "int8" : format == DSO_INT4 ? "int4" : format == DSO_Q4_1 ? "q4_1" : format == DSO_BF16 ? "bf16" : format == DSO_FP8 ? "fp8" : "f32"; }
 inline size_t packed_bytes(int format, int64_t rows, int64_t cols) { return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * tile_bytes(format); }
 inline size_t row_bytes(int kind, int64_t width) {  // of a slot
   const size_t wp = (size_t)(width + 31) / 32 * 32;

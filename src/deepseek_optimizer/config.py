@@ -21,7 +21,7 @@ QUANT_METHOD: Final = "deepseek_optimizer"
 FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 
-Precision = Literal["auto", "int4", "q4_1", "int8", "bf16", "fp32", "fp8"]
+Precision = Literal["auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
 Attention = Literal["flash", "eager"]
 KvCache = Literal["auto", "fp32", "bf16", "int8"]
 Isa = Literal["avx2", "avx512", "amx"]
@@ -30,7 +30,6 @@ Activation = Literal["auto", "int8", "int16"]
 
 # Names that later parts of the plan define: known, so that the message says what to use until then.
 _PLANNED: Final = {
-    ("precision", "fp8"): "the FP8 format is not built yet; use 'int8' (as small) or 'bf16'",
     ("attention_optimization", "sliding"): "sliding-window attention is not built yet; use 'flash'",
     ("attention_optimization", "sparse"): "sparse attention is not built yet; use 'flash'",
 }
@@ -137,8 +136,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
     Attributes:
         precision: format of the weight matrices: "int4" (4.5 bits a weight), "q4_1" (5 bits, with a minimum), "int8",
-            "bf16", "fp32", or "auto": as they are, without loss (a float model in its own dtype, a GGUF file's or packed
-            checkpoint's own formats).
+            "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": as they are, without loss (a float model in its own
+            dtype, a GGUF file's, FP8 or packed checkpoint's own formats).
         kernel_fusion: False leaves every fusion rule out; results stay the same within the format's tolerance.
         fusion_rules: names of the rules to apply (`FUSION_RULES`); None is all of them.
         attention_optimization: "flash" (online softmax, no score matrix) or "eager" (scores in full; leaves the rule
@@ -190,7 +189,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "quant_method": _one_of(QUANT_METHOD),
-        "precision": _one_of("auto", "int4", "q4_1", "int8", "bf16", "fp32"),
+        "precision": _one_of("auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"),
         "kernel_fusion": _flag,
         "fusion_rules": _optional(_rules),
         "attention_optimization": _one_of("flash", "eager"),

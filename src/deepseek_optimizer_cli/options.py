@@ -11,7 +11,7 @@ MODEL_HELP = "A model directory, a .gguf file, or a name on the hub."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", "-p", help="Weights as int4, q4_1, int8, bf16 or fp32. Default: as they are stored."),
+    typer.Option("--precision", "-p", help="Weights as int4, q4_1, int8, fp8, bf16 or fp32. Default: as they are stored."),
 ]
 KlBudget = Annotated[
     float | None,

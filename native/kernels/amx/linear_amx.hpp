@@ -5,7 +5,7 @@
 // are one family and only speed decides between them. Q16 rows are their high and low bytes as the two tiles of tokens.
 //
 // BF16: the prefill family of this ISA. Tile products of 32 columns, ascending, each added to C as TDPBF16PS does; bias last.
-// Decode keeps the vector kernel. A family may not depend on the token count, so prefill takes tiles for a single token too.
+// FP8 keeps the generic kernel. Decode keeps the vector kernel. A family may not depend on the token count, so prefill takes tiles for a single token too.
 #pragma once
 #include <cstdint>
 
@@ -167,7 +167,7 @@ constexpr size_t linear_amx_scratch_bytes = linear_scratch_bytes > sizeof(tiled:
 static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, bool prefill,
                        int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
   const Output out = {bias, y, y_stride, w.rows};
-  if (kind == DSO_SLOT_BF16 && prefill) return tiled::floats(w, out, x, x_stride, T, tile_begin, tile_end, scratch);
+  if (w.format == DSO_BF16 && prefill) return tiled::floats(w, out, x, x_stride, T, tile_begin, tile_end, scratch);
   if (T > tiled::vector_tokens) {
     if (kind == DSO_SLOT_Q8) return tiled::by_format<DSO_SLOT_Q8>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
     if (kind == DSO_SLOT_Q16) return tiled::by_format<DSO_SLOT_Q16>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);

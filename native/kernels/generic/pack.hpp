@@ -21,7 +21,8 @@ static constexpr int64_t tile_bytes(int32_t format) {
   switch (format) {
     case DSO_F32: return 2048;
     case DSO_BF16: return 1024;
-    case DSO_INT8: return 544;
+    case DSO_INT8:
+    case DSO_FP8: return 544;
     case DSO_INT4: return 288;
     case DSO_Q4_1: return 320;
     default: return -1;
@@ -158,6 +159,71 @@ static inline void pack_bf16(const float* staged, uint8_t* dst) {
   transpose<R, C / 2>(rows, dst);  // pairs of columns move together
 }
 
+// ---- a band of FP8: 128 rows, whose blocks of 128 columns have a scale each
+
+constexpr int E4M3_BLOCK = 128;
+
+// Nearest even; |x| <= 448. Below 2^-6 numbers are multiples of 2^-9, as a sum with 2^14 rounds them.
+static inline uint8_t to_e4m3(float x) {
+  uint32_t u, small;
+  memcpy(&u, &x, 4);
+  const uint32_t magnitude = u & 0x7fffffff;
+  float sum;
+  memcpy(&sum, &magnitude, 4);
+  sum += 16384.0f;
+  memcpy(&small, &sum, 4);
+  const uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+  return (uint8_t)((magnitude < 0x3c800000 ? small - 0x46800000 : normal) | (u >> 24 & 0x80));
+}
+
+static inline float from_e4m3(uint8_t code) {
+  const uint32_t magnitude = code & 0x7f, bits = magnitude == 0x7f ? 0x7fc00000 : (magnitude << 20) + (120u << 23);
+  float x;
+  memcpy(&x, &bits, 4);
+  if (magnitude < 8) x = (float)magnitude * (1.0f / 512);
+  return code & 0x80 ? -x : x;
+}
+
+// max|W| / 448 of a block, `rows` x `cols` of it real; NaN where a number is NaN or infinite.
+static inline float scale_of_block(int32_t src_type, const uint8_t* src, int64_t stride, int64_t rows, int64_t cols) {
+  F most = zero(), nan = zero();
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < cols; c += C) {
+      alignas(64) float row[C];
+      read_row(src_type, src + r * stride + c * (src_type == DSO_SRC_F32 ? 4 : 2), cols - c < C ? cols - c : C, row);
+      for (int k = 0; k < C; k += lanes) {
+        const F x = load(row + k);
+        most = max(abs(x), most), nan = fma(x, zero(), nan);
+      }
+    }
+  return any_nan(nan) ? __builtin_nanf("") : largest(most) / 448.0f;
+}
+
+static void pack_band_fp8(int32_t src_type, const uint8_t* src, int64_t stride, int64_t rows, int64_t cols, uint8_t* dst) {
+  const int64_t size = src_type == DSO_SRC_F32 ? 4 : 2, row_bytes = (cols + C - 1) / C * tile_bytes(DSO_FP8);
+  for (int64_t first = 0; first < cols; first += E4M3_BLOCK) {
+    const int64_t columns = cols - first < E4M3_BLOCK ? cols - first : E4M3_BLOCK;
+    const float scale = scale_of_block(src_type, src + first * size, stride, rows, columns);
+    const F divisor = set(scale), largest_code = set(448.0f);
+    for (int64_t r0 = 0; r0 < rows; r0 += R)
+      for (int64_t c = first; c < first + columns; c += C) {
+        alignas(64) float x[R][C] = {};
+        alignas(64) uint8_t codes[R][C];
+        for (int64_t r = 0; scale > 0 && r < R && r0 + r < rows; r++) {
+          read_row(src_type, src + (r0 + r) * stride + c * size, cols - c < C ? cols - c : C, x[r]);
+          for (int k = 0; k < C; k += lanes) store(x[r] + k, max(min(div(load(x[r] + k), divisor), largest_code), sub(zero(), largest_code)));
+        }
+        for (int r = 0; r < R; r++)
+          for (int k = 0; k < C; k++) codes[r][k] = to_e4m3(x[r][k]);
+        uint8_t* tile = dst + r0 / R * row_bytes + c / C * tile_bytes(DSO_FP8);
+        for (int pair = 0; pair < C / 2; pair++)
+          for (int r = 0; r < R; r++) memcpy(tile + (pair * R + r) * 2, &codes[r][2 * pair], 2);
+        memset(tile + R * C, 0, (size_t)(tile_bytes(DSO_FP8) - R * C));
+        memcpy(tile + R * C, &scale, 4);
+      }
+  }
+}
+
 // ---- one row back
 
 // Columns [0, 32) of row r of a tile.
@@ -171,6 +237,10 @@ template <int format> static inline void unpack_group(const uint8_t* tile, int r
       const uint32_t even = pair << 16, odd = pair & 0xffff0000u;
       memcpy(out + k, &even, 4), memcpy(out + k + 1, &odd, 4);
     }
+  } else if constexpr (format == DSO_FP8) {
+    float scale;
+    memcpy(&scale, tile + R * C, 4);
+    for (int k = 0; k < C; k++) out[k] = from_e4m3(tile[(k / 2 * R + r) * 2 + k % 2]) * scale;
   } else {
     using Q = Code<format>;
     uint16_t h;
@@ -224,6 +294,7 @@ static void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
     case DSO_INT8: return unpack_row<DSO_INT8>(w, row, scale, out);
     case DSO_INT4: return unpack_row<DSO_INT4>(w, row, scale, out);
     case DSO_Q4_1: return unpack_row<DSO_Q4_1>(w, row, scale, out);
+    case DSO_FP8: return unpack_row<DSO_FP8>(w, row, scale, out);
   }
 }
 
@@ -231,11 +302,15 @@ static void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out,
   for (int64_t row = begin; row < end; row++) embed_row(w, (int32_t)row, 1.0f, (float*)((uint8_t*)out + (row - begin) * stride));
 }
 
-// One tile row: rows [16 tile, 16 tile + 16) of src, whose rows are `stride` bytes apart, to their place in dst.
+// One tile row: rows [16 tile, 16 tile + 16) of src, whose rows are `stride` bytes apart, to their place in dst. FP8: 128 rows.
 static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, const float* importance,
                       int64_t tile, uint8_t* dst) {
   using namespace packing;
   const int64_t groups = (cols + C - 1) / C, size = src_type == DSO_SRC_F32 ? 4 : 2;
+  if (format == DSO_FP8) {
+    const int64_t first = tile * E4M3_BLOCK, n = rows - first < E4M3_BLOCK ? rows - first : E4M3_BLOCK;
+    return pack_band_fp8(src_type, (const uint8_t*)src + first * stride, stride, n, cols, dst + first / R * groups * tile_bytes(format));
+  }
   const uint8_t* first_row = (const uint8_t*)src + tile * R * stride;
   const int64_t real_rows = rows - tile * R < R ? rows - tile * R : R;
   alignas(64) float staged[R * C];

@@ -9,16 +9,17 @@ from types import MappingProxyType
 import torch
 
 from ..errors import ConfigError
-from . import ggml
-from .base import TILE_COLS, TILE_ROWS, Packer, WeightFormat
+from . import fp8, ggml
+from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS, Packer, WeightFormat
 from .bf16 import Bf16
+from .fp8 import Fp8
 from .fp32 import Fp32
 from .int4 import Int4
 from .int8 import Int8
 from .packed import PackedMatrix, PackedStack, PackedWeight
 from .q4_1 import Q4_1
 
-FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1())})
+FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1(), Fp8())})
 
 WEIGHED = frozenset({"int4", "q4_1"})  # formats that choose their scales by the columns' importance
 
@@ -33,10 +34,17 @@ def get_format(name: str) -> WeightFormat:
 
 
 def reference_packer(
-    weight: torch.Tensor, name: str, out: torch.Tensor | None = None, importance: torch.Tensor | None = None
+    weight: torch.Tensor,
+    name: str,
+    out: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Packs in plain torch: the `Packer` that serves where no native one was built."""
-    if weight.dtype == torch.uint8:
+    if weight.dtype == torch.float8_e4m3fn:
+        fp8.check_target(name)
+        tiles = fp8.repack(weight, fp8.check_scale(weight, scale))
+    elif weight.dtype == torch.uint8:
         tiles = ggml.repack(weight, *ggml.blocks_for(name, weight.shape[1]))
     else:
         tiles = get_format(name).pack(weight, importance)
@@ -69,6 +77,7 @@ def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = to
 
 __all__ = [
     "FORMATS",
+    "PANEL_ROWS",
     "TILE_COLS",
     "TILE_ROWS",
     "WEIGHED",

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 
 TILE_ROWS, TILE_COLS = 16, 32
+PANEL_ROWS = 128  # rows that are packed apart from others begin at a multiple of it: the tallest block with a scale (fp8)
 
 
 class Packer(Protocol):
@@ -19,12 +20,18 @@ class Packer(Protocol):
 
     `importance`: float32 [K], finite, not negative: how much an error in a column weighs. int4 and q4_1 choose their scales by
     it (`search.py`); the others don't read it. A uint8 matrix is rows of ggml blocks of the type with this format's own numbers
-    (see `ggml.py`): repacked, nothing rounded.
+    (see `ggml.py`): repacked, nothing rounded. A float8_e4m3fn matrix with its blocks' `scale`, float32 [ceil(N/128),
+    ceil(K/128)], becomes "fp8" as it is. Parts of a matrix may be packed apart where they begin at a multiple of PANEL_ROWS.
     A backend hands its own packer in; this package imports no backend.
     """
 
     def __call__(
-        self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None, importance: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        name: str,
+        out: torch.Tensor | None = None,
+        importance: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .base import TILE_COLS, TILE_ROWS
+from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS
 
 PANEL_ELEMENTS = 1 << 19  # 2 MB as float32: stays in the second-level cache's reach
 
@@ -35,8 +35,8 @@ def empty_tiles(rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
 
 
 def panels(rows: int, cols: int, elements: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Row ranges [begin, end) of about `elements` numbers; every begin is a multiple of 16."""
-    step = max(TILE_ROWS, elements // max(cols, 1) // TILE_ROWS * TILE_ROWS)
+    """Row ranges [begin, end) of about `elements` numbers; every begin is a multiple of PANEL_ROWS."""
+    step = max(PANEL_ROWS, elements // max(cols, 1) // PANEL_ROWS * PANEL_ROWS)
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 

@@ -69,10 +69,15 @@ class CpuBackend:
         return native.block_bytes(graph.cache, kv_dtype)
 
     def pack(
-        self, weight: torch.Tensor, name: str, out: torch.Tensor | None = None, importance: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        name: str,
+        out: torch.Tensor | None = None,
+        importance: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A `quant.Packer` on this backend's threads."""
-        return packer.pack(self.context, weight, name, out, importance)
+        return packer.pack(self.context, weight, name, out, importance, scale)
 
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
         return packer.unpack(self.context, matrix, begin, end)

@@ -17,7 +17,7 @@ from ...graph.ir import CacheSpec, LatentSpec
 ABI_VERSION = 3
 BLOCK_TOKENS = 32
 
-FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4}
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4, "fp8": 5}
 VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -89,6 +89,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_tile_bytes": (I64, [I32]),
     "dso_packed_bytes": (I64, [I32, I64, I64]),
     "dso_pack": (I32, [PTR, I32, I32, PTR, I64, I64, I64, PTR, PTR]),
+    "dso_pack_fp8": (I32, [PTR, PTR, PTR, I64, I64, I64, PTR]),
     "dso_unpack": (I32, [PTR, PTR, I64, I64, PTR]),
     "dso_linear": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
     "dso_row_bytes": (I64, [I32, I64]),

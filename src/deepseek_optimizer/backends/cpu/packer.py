@@ -7,7 +7,7 @@ import ctypes as C
 import torch
 
 from ...errors import BackendError
-from ...quant import get_format, ggml
+from ...quant import fp8, get_format, ggml
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
 from ...quant.tiles import empty_tiles, tile_counts
@@ -22,15 +22,17 @@ def pack(
     format_name: str,
     out: torch.Tensor | None = None,
     importance: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float [N, K] (fp32, bf16 or fp16), or ggml blocks -> uint8 tiles, the bits of `quant.reference_packer`.
+    """float [N, K] (fp32, bf16 or fp16), ggml blocks, or E4M3 -> uint8 tiles, the bits of `quant.reference_packer`.
 
     Args:
         out: contiguous tiles to fill; None: fresh ones.
         importance: float32 [K], as `quant.Packer` has it.
+        scale: the blocks' scales of an E4M3 matrix, as `quant.Packer` has them.
     """
     weight = weight.detach()
-    if weight.dtype not in _SOURCES:
+    if weight.dtype not in (*_SOURCES, torch.float8_e4m3fn):
         weight = weight.float()
     rows, cols = weight.shape
     if weight.stride(1) != 1 or weight.stride(0) < cols or weight.dtype == torch.uint8:  # transposed, or a row shown many times
@@ -38,11 +40,16 @@ def pack(
     stride = max(weight.stride(0), cols)  # a single row may have any
     if weight.dtype == torch.uint8:
         cols = stride = ggml.blocks_for(format_name, cols)[1]
-    tile_bytes = get_format(format_name).tile_bytes
-    if out is None:
-        out = empty_tiles(rows, cols, tile_bytes)
-    elif out.shape != (*tile_counts(rows, cols), tile_bytes) or out.dtype != torch.uint8 or not out.is_contiguous():
-        raise ValueError(f"{out.dtype} {tuple(out.shape)} are not the tiles of a {rows} x {cols} matrix in {format_name}")
+    out = _tiles_for(rows, cols, format_name, out)
+    if weight.dtype == torch.float8_e4m3fn:
+        fp8.check_target(format_name)
+        scale = fp8.check_scale(weight, scale).contiguous()
+        check(
+            context.lib.dso_pack_fp8(
+                context.handle, weight.data_ptr(), scale.data_ptr(), rows, cols, stride, out.data_ptr()
+            )
+        )
+        return out
     if importance is not None:
         check_importance(importance, cols)
         importance = importance.contiguous()
@@ -59,6 +66,16 @@ def pack(
             out.data_ptr(),
         )
     )
+    return out
+
+
+def _tiles_for(rows: int, cols: int, format_name: str, out: torch.Tensor | None) -> torch.Tensor:
+    """`out` if it is the tiles of such a matrix, ValueError if not; fresh ones where it is None."""
+    tile_bytes = get_format(format_name).tile_bytes
+    if out is None:
+        return empty_tiles(rows, cols, tile_bytes)
+    if out.shape != (*tile_counts(rows, cols), tile_bytes) or out.dtype != torch.uint8 or not out.is_contiguous():
+        raise ValueError(f"{out.dtype} {tuple(out.shape)} are not the tiles of a {rows} x {cols} matrix in {format_name}")
     return out
 
 

@@ -1,0 +1,149 @@
+"""fp8: E4M3 with one fp32 scale for each block of 128 x 128 weights, as DeepSeek's own checkpoints are stored.
+
+E4M3 has 4 exponent bits (bias 7), 3 of mantissa, subnormals down to 2^-9, 448 as its largest number, no infinities, and NaN at
+0x7f and 0xff. A published checkpoint's `weight_scale_inv` is the scale that is stored here.
+
+Sources: DeepSeek-V3 technical report, section 3.3.2 (fine-grained quantisation); Micikevicius et al., "FP8 Formats for Deep
+Learning" (2022).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from .base import TILE_COLS, TILE_ROWS
+from .tiles import empty_tiles, pad_to_tiles, panels, tile_counts
+
+BLOCK = 128  # rows and columns that share a scale
+LARGEST = 448.0
+_CODES, _NAN = TILE_ROWS * TILE_COLS, 0x7F
+_DOWN, _ACROSS = BLOCK // TILE_ROWS, BLOCK // TILE_COLS  # tiles of a block
+
+
+class Fp8:
+    """544 bytes a tile: E4M3 [16 k/2][16 r][2], the block's fp32 scale, zeros. W = scale * value, scale = max|W| / 448."""
+
+    name: ClassVar[str] = "fp8"
+    code: ClassVar[int] = 5
+    tile_bytes: ClassVar[int] = 544
+    bits: ClassVar[float] = 8.5
+    activation: ClassVar[str] = "bf16"
+
+    @staticmethod
+    def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 544]. A block that holds NaN or infinity has scale NaN, and zeros."""
+        if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"pack takes a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+        out = empty_tiles(*weight.shape, Fp8.tile_bytes)
+        for begin, end in panels(*weight.shape):
+            codes, scale = quantise(weight[begin:end].detach())
+            _write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes, scale)
+        return out
+
+    @staticmethod
+    def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """uint8 tiles -> float [rows, cols]: value times scale, rounded once, in float32."""
+        if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
+            raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not the tiles of a {rows} x {cols} matrix")
+        out = torch.empty(rows, cols, dtype=dtype)
+        for begin, end in panels(rows, cols):
+            tiles = packed[begin // TILE_ROWS : -(-end // TILE_ROWS)].contiguous()
+            values = _by_rows(tiles[..., :_CODES]).view(torch.float8_e4m3fn).float()
+            scale = tiles.view(torch.float32)[..., _CODES // 4]
+            values = values.unflatten(0, (-1, TILE_ROWS)).unflatten(-1, (-1, TILE_COLS)) * scale[:, None, :, None]
+            out[begin:end] = values.flatten(2).flatten(0, 1)[: end - begin, :cols]
+        return out
+
+    @staticmethod
+    def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """Half a unit in the last of 4 significant bits, or of E4M3's subnormals; and what rounding the scale takes off."""
+        w = weight.float()
+        scale = expand(block_maxima(w) / LARGEST, *w.shape)
+        rounding = w.abs() * 2.0**-22 + LARGEST * 2.0**-150  # the scale's own: relative, absolute where it is subnormal
+        return torch.maximum(w.abs() * 2.0**-4, scale * 2.0**-10) + rounding
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float [N, K] -> float8_e4m3fn [N, K] and float32 scales [ceil(N/128), ceil(K/128)]; the blocks begin at (0, 0)."""
+    w = weight.float()
+    scale = block_maxima(w) / LARGEST
+    scale.masked_fill_(~scale.isfinite(), torch.nan)
+    each = expand(scale, *w.shape)
+    values = (w / each).masked_fill_((each == 0) | each.isnan(), 0.0).clamp_(-LARGEST, LARGEST)
+    return values.to(torch.float8_e4m3fn), scale
+
+
+def repack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A matrix that is E4M3 by blocks already -> tiles; nothing is rounded. A block that holds a NaN gets scale NaN.
+
+    Args:
+        codes: float8_e4m3fn [N, K].
+        scale: float32 [ceil(N/128), ceil(K/128)].
+    """
+    check_scale(codes, scale)
+    out = empty_tiles(*codes.shape, Fp8.tile_bytes)
+    for begin, end in panels(*codes.shape):
+        _write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes[begin:end], scale[begin // BLOCK : -(-end // BLOCK)])
+    return out
+
+
+def dequantise(codes: torch.Tensor, scale: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+    """float8_e4m3fn [n, K], rows `first_row` and on of a matrix with these scales -> float32 [n, K]."""
+    rows = torch.arange(first_row, first_row + codes.shape[0]) // BLOCK
+    return codes.float() * scale.float()[rows].repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+
+
+def scale_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Shape of the scales of a matrix."""
+    return -(-rows // BLOCK), -(-cols // BLOCK)
+
+
+def check_scale(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """`scale`, if it is one of these codes; ValueError if not."""
+    if codes.dim() != 2 or codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"codes must be a float8_e4m3fn matrix, not {codes.dtype} {tuple(codes.shape)}")
+    wanted = scale_shape(*codes.shape)
+    if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != wanted:
+        got = None if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+        raise ValueError(f"scale must be float32 {list(wanted)} for {tuple(codes.shape)} codes, not {got}")
+    return scale
+
+
+def check_target(format: str) -> None:
+    """ValueError unless E4M3 codes can become this format as they are."""
+    if format != Fp8.name:
+        raise ValueError(f"E4M3 weights are packed as {Fp8.name}, not {format}: dequantise them for another format")
+
+
+def block_maxima(weight: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each block, [N, K] -> [ceil(N/128), ceil(K/128)]; NaN where a block holds one."""
+    down, across = scale_shape(*weight.shape)
+    padded = torch.nn.functional.pad(weight.abs(), (0, across * BLOCK - weight.shape[1], 0, down * BLOCK - weight.shape[0]))
+    return padded.view(down, BLOCK, across, BLOCK).amax((1, 3))
+
+
+def expand(scale: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Each weight's scale, [ceil(N/128), ceil(K/128)] -> [N, K]."""
+    return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
+
+
+def _write(out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """float8 [n, K] and its blocks' scales -> the tiles `out`, uint8 [ceil(n/16), ceil(K/32), 544]."""
+    down, across, _ = out.shape
+    codes = pad_to_tiles(codes.view(torch.uint8))
+    broken = block_maxima((codes & 0x7F == _NAN).to(torch.uint8)).bool()
+    scale = scale.masked_fill(broken, torch.nan)
+    pairs = codes.view(down, TILE_ROWS, across, TILE_COLS // 2, 2).permute(0, 2, 3, 1, 4)
+    out[..., :_CODES].view(down, across, TILE_COLS // 2, TILE_ROWS, 2).copy_(pairs)
+    out[..., _CODES:] = 0
+    tiles_scale = scale.repeat_interleave(_DOWN, 0)[:down].repeat_interleave(_ACROSS, 1)[:, :across]
+    out.view(torch.float32)[..., _CODES // 4] = tiles_scale
+
+
+def _by_rows(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of tiles, uint8 [t, g, 512] -> [16t, 32g]."""
+    down, across, _ = codes.shape
+    pairs = codes.reshape(down, across, TILE_COLS // 2, TILE_ROWS, 2)
+    return pairs.permute(0, 3, 1, 2, 4).reshape(down * TILE_ROWS, across * TILE_COLS)
