@@ -49,17 +49,18 @@ int main(int argc, char** argv) {
     if (*only && std::string(only) != "all" && variant.name != only) continue;
     const Kernels& k = *variant.kernels;
     printf("%s  cols %d rows %d\n", variant.name.c_str(), cols, rows);
-    for (int format : {DSO_INT4, DSO_Q4_1, DSO_INT8})
-      for (int kind : {DSO_SLOT_Q8, DSO_SLOT_Q16}) {
+    for (int format : {DSO_INT4, DSO_Q4_1, DSO_INT8, DSO_FP8, DSO_BF16})
+      for (int kind : {DSO_SLOT_Q8, DSO_SLOT_Q16, DSO_SLOT_BF16}) {
+        if ((kind == DSO_SLOT_BF16) != (format == DSO_FP8 || format == DSO_BF16)) continue;
         const size_t bytes = packed_bytes(format, rows, cols);
         Buffer data(bytes), scratch(k.linear_scratch);
         Random random(1);
         for (size_t i = 0; i < bytes; ++i) data[i] = (uint8_t)(i * 2654435761u >> 13);
-        for (size_t tile = 0; tile < bytes; tile += tile_bytes(format))  // finite scales
+        for (size_t tile = 0; tile < bytes; tile += tile_bytes(format))  // finite scales; of FP8, one float
           for (size_t i = code_bytes(format); i < tile_bytes(format); i += 2) data[tile + i + 1] = 0x14;
         const Matrix w = {format, rows, cols, data.get()};
         const double read = best_seconds([&] { read_all(data.get(), bytes); });
-        printf("  %-5s %-4s %6.1f MB  read %5.1f GB/s |", format_name(format), kind == DSO_SLOT_Q8 ? "q8" : "q16", bytes / 1e6, bytes / read / 1e9);
+        printf("  %-5s %-4s %6.1f MB  read %5.1f GB/s |", format_name(format), kind == DSO_SLOT_Q8 ? "q8" : kind == DSO_SLOT_Q16 ? "q16" : "bf16", bytes / 1e6, bytes / read / 1e9);
         for (int T : tokens) {
           const size_t stride = row_bytes(kind, cols);
           Buffer x(T * stride);

@@ -109,6 +109,17 @@ inline float half_to_float(uint16_t h) {
                                         : std::ldexp((float)mantissa, -24);
   return h >> 15 ? -magnitude : magnitude;
 }
+inline float e4m3_to_float(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const float magnitude = exponent == 15 && mantissa == 7 ? NAN : exponent ? std::ldexp(8.0f + (float)mantissa, exponent - 10) : std::ldexp((float)mantissa, -9);
+  return code >> 7 ? -magnitude : magnitude;
+}
+inline uint8_t to_e4m3(float x) {  // nearest even, |x| <= 448
+  const float a = std::fabs(x);
+  const int exponent = a < std::ldexp(1.0f, -6) ? -6 : std::ilogb(a);
+  const int units = (int)std::nearbyint(std::ldexp((double)a, 3 - exponent));    // of the last place; 16 carries over
+  return (uint8_t)((std::signbit(x) ? 0x80 : 0) | (units + ((exponent + 6) << 3)));  // the implicit bit makes a subnormal normal
+}
 // Equal bits, or both NaN: which NaN comes out of an operation on two is the processor's choice.
 inline bool same(float a, float b) { return to_bits(a) == to_bits(b) || (std::isnan(a) && std::isnan(b)); }
 
@@ -124,9 +135,10 @@ inline size_t tile_bytes(int format) {
   }
   abort();
 }
-inline size_t code_bytes(int format) { return format == DSO_INT8 ? 512 : 256; }  // before a tile's scales
+inline size_t code_bytes(int format) { return format == DSO_INT8 || format == DSO_FP8 ? 512 : format == DSO_BF16 ? 1024 : 256; }  // before a tile's scales
 inline const char* format_name(int format) { return format == DSO_INT8 ? "int8" : format == DSO_INT4 ? "int4" : format == DSO_Q4_1 ? "q4_1" : format == DSO_BF16 ? "bf16" : format == DSO_FP8 ? "fp8" : "f32"; }
 inline size_t packed_bytes(int format, int64_t rows, int64_t cols) { return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * tile_bytes(format); }
+inline int band_rows(int format) { return format == DSO_FP8 ? 128 : 16; }  // what pack_tile packs at a time
 inline size_t row_bytes(int kind, int64_t width) {  // of a slot
   const size_t wp = (size_t)(width + 31) / 32 * 32;
   const size_t bytes = kind == DSO_SLOT_BF16 ? 2 * wp : kind == DSO_SLOT_Q8 ? wp + wp / 4 : kind == DSO_SLOT_Q16 ? 2 * wp + wp / 4 : 4 * (size_t)width;
@@ -136,6 +148,7 @@ inline size_t row_bytes(int kind, int64_t width) {  // of a slot
 inline size_t code_at(int format, int64_t row, int64_t col, int64_t cols, int* shift) {
   const size_t tile = (size_t)(row / 16 * ((cols + 31) / 32) + col / 32) * tile_bytes(format);
   const int r = (int)(row % 16), k = (int)(col % 32);
+  if (format == DSO_FP8) return *shift = 0, tile + (size_t)((k / 2 * 16 + r) * 2 + k % 2);
   *shift = format == DSO_INT8 ? 0 : k / 4 % 2 * 4;
   return tile + (size_t)((format == DSO_INT8 ? k / 4 : k / 8) * 64 + r * 4 + k % 4);
 }

@@ -121,6 +121,21 @@ static void check_integers(const char* isa, Random& random) {
   }
 }
 
+static void check_e4m3(const char* isa) {
+  for (int first = 0; first < 256; first += 32) {
+    uint8_t codes[32];
+    alignas(64) uint16_t wide[32];
+    for (int i = 0; i < 32; ++i) codes[i] = (uint8_t)(first + i);
+    store_bytes(wide, expand_e4m3(codes));
+    for (int i = 0; i < 32; ++i) {
+      const float want = e4m3_to_float(codes[i]), got = from_bits((uint32_t)wide[i] << 16);
+      if (std::isnan(want)) continue;
+      check(to_bits(got * 256) == to_bits(want), "%s expand_e4m3(%02x) is %g / 256, not %g", isa, codes[i], got * 256, want);
+      check(got == 0 || std::fabs(got) >= 1.2e-38f, "%s expand_e4m3(%02x) is subnormal", isa, codes[i]);
+    }
+  }
+}
+
 static void check_dots(const char* isa, Random& random) {
   for (int repeat = 0; repeat < 3000; ++repeat) {
     alignas(64) uint8_t w[64];
@@ -198,6 +213,7 @@ static void check_lanes(const char* isa, std::vector<uint32_t>& bits) {
   check_memory(isa, random);
   check_arithmetic(isa, random);
   check_integers(isa, random);
+  check_e4m3(isa);
   check_dots(isa, random);
   check_math(isa, bits);
 }

@@ -240,7 +240,7 @@ void direct() {
     for (float& f : w) f = random.normal();
     for (float& f : x) f = random.normal();
     for (float& f : bias) f = random.normal();
-    const struct { int format, kind; double tolerance; } cases[] = {{DSO_F32, DSO_SLOT_F32, 1e-5}, {DSO_BF16, DSO_SLOT_BF16, 0.01}, {DSO_INT8, DSO_SLOT_Q16, 1e-3}, {DSO_INT4, DSO_SLOT_Q8, 0.02}, {DSO_Q4_1, DSO_SLOT_Q16, 1e-3}};
+    const struct { int format, kind; double tolerance; } cases[] = {{DSO_F32, DSO_SLOT_F32, 1e-5}, {DSO_BF16, DSO_SLOT_BF16, 0.01}, {DSO_INT8, DSO_SLOT_Q16, 1e-3}, {DSO_INT4, DSO_SLOT_Q8, 0.02}, {DSO_Q4_1, DSO_SLOT_Q16, 1e-3}, {DSO_FP8, DSO_SLOT_BF16, 0.01}};
     for (const auto& k : cases) {
       Buffer packed(::packed_bytes(k.format, rows, cols)), again(packed.size());
       check(dso_pack(one.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed.get()) == 0 && dso_pack(many.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, again.get()) == 0, "pack");
@@ -297,6 +297,38 @@ void latent_caches() {
   check(block_bytes({DSO_KV_BF16, 27, 0, 0, 512, 64, 0, 0}) == 32 * 31104, "V2-Lite's cache");
   check(block_bytes({DSO_KV_INT8, 1, 0, 0, 512, 64, 0, 0}) == 32 * 656, "a latent in int8");
   check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0}) == 2 * 32 * 4 * (576 + 128), "index keys");
+}
+
+// E4M3 by blocks: the codes and scales of what dso_pack makes of their values, wherever the rows lie.
+void e4m3_blocks() {
+  Context_ one(*variants()[0].kernels, 1), many(*variants()[0].kernels, 5);
+  Random random(5);
+  const int rows = 300, cols = 170, gap = 7;
+  std::vector<uint8_t> codes((size_t)(rows * (cols + gap)), 0x7f);  // NaNs between the rows
+  std::vector<float> scales, values((size_t)(rows * cols));
+  for (int i = 0; i < 3 * 2; ++i) scales.push_back(std::ldexp(1.0f, random.below(9) - 4));
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < cols; ++c) {
+      uint8_t code = (uint8_t)(r % 128 == 5 && c % 128 == 3 ? 0x7e : random.bits());  // 448 in each block
+      if ((code & 0x7f) == 0x7f) code = 0;
+      codes[(size_t)(r * (cols + gap) + c)] = code;
+      values[(size_t)(r * cols + c)] = e4m3_to_float(code) * scales[(size_t)(r / 128 * 2 + c / 128)];
+    }
+  Buffer packed(::packed_bytes(DSO_FP8, rows, cols)), again(packed.size()), rounded(packed.size());
+  check(dso_pack_fp8(one.c, codes.data(), scales.data(), rows, cols, cols + gap, packed.get()) == 0 && dso_pack_fp8(many.c, codes.data(), scales.data(), rows, cols, cols + gap, again.get()) == 0, "pack_fp8: %s", dso_last_error());
+  check(dso_pack(one.c, DSO_FP8, DSO_SRC_F32, values.data(), rows, cols, cols, nullptr, rounded.get()) == 0, "pack: %s", dso_last_error());
+  check(memcmp(packed.get(), again.get(), packed.size()) == 0, "pack_fp8 depends on threads");
+  check(memcmp(packed.get(), rounded.get(), packed.size()) == 0, "pack_fp8 does not keep codes and scales");
+  codes[(size_t)(200 * (cols + gap) + 140)] = 0xff;
+  check(dso_pack_fp8(one.c, codes.data(), scales.data(), rows, cols, cols + gap, packed.get()) == 0, "pack_fp8 with a NaN");
+  std::vector<float> back(values.size());
+  const dso_weight weight{DSO_FP8, rows, cols, 0, packed.get(), (int64_t)packed.size()};
+  check(dso_unpack(one.c, &weight, 0, rows, back.data()) == 0, "unpack: %s", dso_last_error());
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < cols; ++c) check(std::isnan(back[(size_t)(r * cols + c)]) == (r / 128 == 1 && c / 128 == 1), "a NaN code: (%d, %d) is %g", r, c, back[(size_t)(r * cols + c)]);
+  refuses(dso_pack_fp8(one.c, codes.data(), scales.data(), rows, cols, cols - 1, packed.get()), DSO_EINVAL, "stride", "stride");
+  refuses(dso_pack_fp8(one.c, codes.data(), nullptr, rows, cols, cols, packed.get()), DSO_EINVAL, "NULL", "no scales");
+  refuses(dso_pack_fp8(one.c, codes.data(), scales.data(), 0, cols, cols, packed.get()), DSO_EINVAL, "0 x 170", "no rows");
 }
 
 void caches() {
@@ -356,5 +388,6 @@ int main() {
   caches();
   latent_caches();
   direct();
+  e4m3_blocks();
   return report("test_api");
 }

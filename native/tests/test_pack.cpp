@@ -6,7 +6,7 @@
 #include "check.hpp"
 
 namespace {
-constexpr int formats[] = {DSO_F32, DSO_BF16, DSO_INT8, DSO_INT4, DSO_Q4_1};
+constexpr int formats[] = {DSO_F32, DSO_BF16, DSO_INT8, DSO_INT4, DSO_Q4_1, DSO_FP8};
 constexpr int sources[] = {DSO_SRC_F32, DSO_SRC_BF16, DSO_SRC_F16};
 constexpr const char* source_names[] = {"f32", "bf16", "f16"};
 
@@ -130,7 +130,38 @@ Group group_of(int format, const float* w, int n, const float* importance) {
   return out;
 }
 
+// The scales of the blocks of 128 x 128.
+struct Fp8Scales {
+  int across;
+  std::vector<float> each;
+  explicit Fp8Scales(const Source& s) : across((s.cols + 127) / 128), each((size_t)((s.rows + 127) / 128 * across), 0.0f) {
+    for (int r = 0; r < s.rows; ++r)
+      for (int c = 0; c < s.cols; ++c) {
+        float& most = at(r, c);
+        const float w = std::fabs(s.at(r, c));
+        most = std::isnan(most) || !std::isfinite(w) ? NAN : std::fmax(most, w);
+      }
+    for (float& most : each) most /= 448.0f;
+  }
+  float& at(int r, int c) { return each[(size_t)(r / 128 * across + c / 128)]; }
+};
+
+std::vector<uint8_t> fp8_reference(const Source& s) {
+  std::vector<uint8_t> packed(packed_bytes(DSO_FP8, s.rows, s.cols), 0);
+  Fp8Scales scales(s);
+  for (int r = 0; r < (s.rows + 15) / 16 * 16; ++r)
+    for (int c = 0; c < (s.cols + 31) / 32 * 32; ++c) {
+      int shift;
+      const size_t at = code_at(DSO_FP8, r, c, s.cols, &shift);
+      const float scale = scales.at(std::min(r, s.rows - 1), std::min(c, s.cols - 1));
+      memcpy(&packed[at / 544 * 544 + 512], &scale, 4);
+      if (r < s.rows && c < s.cols && scale > 0) packed[at] = to_e4m3(std::fmax(std::fmin(s.at(r, c) / scale, 448.0f), -448.0f));
+    }
+  return packed;
+}
+
 std::vector<uint8_t> reference(int format, const Source& s) {
+  if (format == DSO_FP8) return fp8_reference(s);
   std::vector<uint8_t> packed(packed_bytes(format, s.rows, s.cols), 0);
   const int groups = (s.cols + 31) / 32;
   for (int r = 0; r < (s.rows + 15) / 16 * 16; ++r)
@@ -175,6 +206,11 @@ float decoded(int format, const std::vector<uint8_t>& packed, int r, int c, int 
   }
   int shift;
   const uint8_t byte = packed[code_at(format, r, c, cols, &shift)];
+  if (format == DSO_FP8) {
+    float scale;
+    memcpy(&scale, tile + 512, 4);
+    return e4m3_to_float(byte) * scale;
+  }
   const int code = format == DSO_INT8 ? byte - 128 : (byte >> shift & 15) - (format == DSO_INT4 ? 8 : 0);
   memcpy(&h, tile + code_bytes(format) + r % 16 * 2, 2);
   memcpy(&m, tile + code_bytes(format) + r % 16 * 2 + (format == DSO_Q4_1 ? 32 : 0), 2);
@@ -205,8 +241,8 @@ double bound(int format, const float* w, int n, int i, bool importance) {
 
 // ---- checks
 void compare(const Variant& v, int format, const Source& s, const std::vector<uint8_t>& want, Random& random) {
-  const int tiles = (s.rows + 15) / 16;
-  const size_t tile_row = want.size() / (size_t)tiles;
+  const int tiles = (s.rows + band_rows(format) - 1) / band_rows(format);  // or, for FP8, bands of them
+  const size_t tile_row = want.size() / (size_t)((s.rows + 15) / 16) * (size_t)band_rows(format) / 16;
   Buffer source(s.bytes.size()), packed(want.size());
   memcpy(source.get(), s.bytes.data(), s.bytes.size());
   const int one = random.below(tiles);  // first a single tile row: the others stay untouched
@@ -248,10 +284,11 @@ void compare(const Variant& v, int format, const Source& s, const std::vector<ui
 }
 
 void bounded(int format, const Source& s, const std::vector<uint8_t>& packed) {
+  Fp8Scales scales(s);
   for (int r = 0; r < s.rows; ++r)
     for (int c = 0; c < s.cols; ++c) {
       const int g = c / 32 * 32, n = std::min(32, s.cols - g);
-      const double error = std::fabs((double)decoded(format, packed, r, c, s.cols) - s.at(r, c)), limit = bound(format, &s.values[(size_t)(r * s.cols + g)], n, c - g, !s.importance.empty());
+      const double error = std::fabs((double)decoded(format, packed, r, c, s.cols) - s.at(r, c)), limit = format == DSO_FP8 ? std::fmax(std::fabs(s.at(r, c)) / 16, scales.at(r, c) / 1024) * (1 + 1e-6) + 1e-43 : bound(format, &s.values[(size_t)(r * s.cols + g)], n, c - g, !s.importance.empty());
       if (!check(error <= limit, "%s (%d, %d): %g comes back with error %g, over %g", format_name(format), r, c, s.at(r, c), error, limit)) return;
     }
 }
@@ -362,14 +399,40 @@ void again(const std::vector<Variant>& all) {
       if (!check(back[i] == wanted[i], "%s: %g came back as %g", v.name.c_str(), wanted[i], back[i])) break;
   }
 }
+// FP8: several blocks, some of them broken; and every number halfway between two codes, and its neighbours.
+void e4m3(const std::vector<Variant>& all) {
+  Random random(4);
+  for (int round = 0; round < 8; ++round) {
+    const int rows = 100 + random.below(200), cols = 1 + random.below(400);
+    std::vector<float> wanted;
+    for (int i = 0; i < rows * cols; ++i) wanted.push_back(random.below(8) ? std::ldexp(random.normal(), -random.below(20)) : 0);
+    if (round % 2) wanted[(size_t)random.below(rows * cols)] = random.below(2) ? NAN : -INFINITY;
+    if (round == 4) std::fill_n(wanted.begin(), 128 * cols, 1e-44f);  // a scale of zero
+    for (int type : sources) {
+      const Source s = make(type, rows, cols, random.below(3), wanted);
+      const std::vector<uint8_t> want = reference(DSO_FP8, s);
+      if (round % 2 == 0) bounded(DSO_FP8, s, want);
+      for (const Variant& v : all) compare(v, DSO_FP8, s, want, random);
+    }
+  }
+  std::vector<float> halves;  // with 448 among them the scale is 1
+  for (int code = 0; code < 0x7e; ++code) {
+    const float middle = (e4m3_to_float((uint8_t)code) + e4m3_to_float((uint8_t)(code + 1))) / 2;
+    for (float x : {middle, std::nextafter(middle, 0.0f), std::nextafter(middle, 500.0f), e4m3_to_float((uint8_t)(code + 1))}) halves.push_back(x), halves.push_back(-x);
+  }
+  const Source s = make(DSO_SRC_F32, 8, (int)halves.size() / 8, 0, halves);
+  for (const Variant& v : all) compare(v, DSO_FP8, s, reference(DSO_FP8, s), random);
+}
 }  // namespace
 
 int main() {
+  for (int code = 0; code < 0x7f; ++code) check(to_e4m3(e4m3_to_float((uint8_t)code)) == code, "the test's own E4M3 is wrong at %02x", code);
   for (uint32_t h = 0; h < 0x7c00; ++h) check(to_half(half_to_float((uint16_t)h)) == h, "the test's own fp16 is wrong at %04x", h);
   const std::vector<Variant> all = variants();
   if (all.empty()) return report("test_pack");
   shapes(all);
   corners(all);
   again(all);
+  e4m3(all);
   return report("test_pack");
 }

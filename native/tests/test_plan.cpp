@@ -257,7 +257,7 @@ int main() {
     hidden_and_embeddings(*v.kernels);
     const struct { const char* name; int32_t format, activation, kv; } kinds[] = {
         {"f32", DSO_F32, DSO_SLOT_F32, DSO_KV_F32},     {"bf16", DSO_BF16, DSO_SLOT_BF16, DSO_KV_BF16}, {"int8", DSO_INT8, DSO_SLOT_Q16, DSO_KV_INT8},
-        {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_KV_BF16}};
+        {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_KV_BF16},   {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_KV_BF16}};
     for (const auto& k : kinds) {
       for (Spec s : {Spec(), rich}) {
         s.format = k.format;

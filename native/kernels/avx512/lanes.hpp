@@ -126,7 +126,7 @@ DSO_INLINE B expand_e4m3(const void* p) {
   // Exponent and mantissa move to their places; exponents 0..15 (bias 7) meet 112: as bf16's 112 + e they are e - 15.
   __m512i x = _mm512_ternarylogic_epi32(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x07f0), _mm512_set1_epi16(0x3800), 0xea);  // a & b | c
   x = _mm512_mask_permutexvar_epi16(x, _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78)), code, subnormals);
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi16((short)0x8000), code, x, 0xca);  // the sign: a ? b : c
+  return _mm512_ternarylogic_epi32(x, code, _mm512_set1_epi16((short)0x8000), 0xd8);  // the sign: c ? b : a
 }
 
 // Two bf16 columns a lane: acc + w0*a0 + w1*a1. Its rounding belongs to the variant (a kernel family is fixed per variant).

@@ -8,7 +8,7 @@ import torch
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.backends.cpu import native
 from deepseek_optimizer.errors import BackendError
-from deepseek_optimizer.quant import get_format, reference_packer
+from deepseek_optimizer.quant import fp8, get_format, reference_packer
 from deepseek_optimizer.quant.packed import PackedMatrix
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
@@ -39,7 +39,7 @@ def test_the_default_is_the_best_that_runs_and_never_an_emulation():
     assert cpu.CpuBackend().isa == best
 
 
-@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "q4_1"])
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "q4_1", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_native_packer_gives_the_references_bits(backend, format_name, dtype):
     generator = torch.Generator().manual_seed(3)
@@ -88,6 +88,39 @@ def test_the_native_packer_repacks_ggml_blocks_as_the_reference_does(backend, fo
             backend.pack(blocks, format_name, out[..., 1:])
     with pytest.raises(ValueError, match="bytes"):
         backend.pack(blocks[:, 1:], format_name)
+
+
+def test_the_native_packer_takes_e4m3_blocks_as_the_reference_does(backend):
+    generator = torch.Generator().manual_seed(8)
+    for rows, cols in ((1, 1), (128, 128), (17, 300), (300, 130)):
+        codes, scale = fp8.quantise(torch.randn(rows, cols, generator=generator))
+        expected = reference_packer(codes, "fp8", scale=scale)
+        assert torch.equal(backend.pack(codes, "fp8", scale=scale), expected), (rows, cols)
+        wide = torch.cat([codes.view(torch.uint8)] * 2, 1)[:, :cols].view(torch.float8_e4m3fn)
+        assert torch.equal(backend.pack(wide, "fp8", torch.empty_like(expected), scale=scale), expected)
+        assert torch.equal(backend.unpack(PackedMatrix("fp8", rows, cols, expected)), fp8.dequantise(codes, scale))
+    codes.view(torch.uint8)[200, 5] = 0x7F
+    assert torch.equal(backend.pack(codes, "fp8", scale=scale), reference_packer(codes, "fp8", scale=scale))
+    for packer in (backend.pack, reference_packer):
+        with pytest.raises(ValueError, match=r"scale must be float32 \[3, 2\].*not None"):
+            packer(codes, "fp8")
+        with pytest.raises(ValueError, match="packed as fp8, not int8"):
+            packer(codes, "int8", scale=scale)
+
+
+def test_fp8_products_are_near_and_the_same_in_any_company(backend):
+    """Every way through the kernel: streamed, in panels, tails of tiles and of blocks; E4M3's subnormals among the weights."""
+    generator = torch.Generator().manual_seed(9)
+    for rows, cols in ((5, 3), (70, 100), (200, 333)):
+        w = torch.randn(rows, cols, generator=generator) * torch.rand(rows, cols, generator=generator) ** 12
+        matrix = PackedMatrix("fp8", rows, cols, get_format("fp8").pack(w))
+        x, bias = torch.randn(40, cols, generator=generator).bfloat16().float(), torch.randn(rows, generator=generator)
+        real = backend.unpack(matrix).double()
+        y = backend.linear(x, matrix, bias)
+        size = x.double().abs() @ real.abs().T + bias.abs()
+        assert ((y - (x.double() @ real.T + bias)).abs() <= size * (cols + 3) * 2.0**-24).all()
+        for count in (1, 2, 3, 4, 5, 6, 7, 13):
+            assert torch.equal(backend.linear(x[40 - count :], matrix, bias, decode_rows=count // 2), y[40 - count :]), count
 
 
 @pytest.mark.parametrize("format_name", ["int8", "int4", "q4_1"])

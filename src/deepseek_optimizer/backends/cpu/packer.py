@@ -44,11 +44,7 @@ def pack(
     if weight.dtype == torch.float8_e4m3fn:
         fp8.check_target(format_name)
         scale = fp8.check_scale(weight, scale).contiguous()
-        check(
-            context.lib.dso_pack_fp8(
-                context.handle, weight.data_ptr(), scale.data_ptr(), rows, cols, stride, out.data_ptr()
-            )
-        )
+        check(context.lib.dso_pack_fp8(context.handle, weight.data_ptr(), scale.data_ptr(), rows, cols, stride, out.data_ptr()))
         return out
     if importance is not None:
         check_importance(importance, cols)
