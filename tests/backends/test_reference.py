@@ -26,7 +26,7 @@ from support.models import (
 )
 from support.steps import Part, Runner, make_batch, run_step, runner
 
-FAMILIES = ["llama-biases", "qwen2-windows", "qwen3-tied"]
+FAMILIES = ["llama-biases", "qwen2-windows", "qwen3-tied", "deepseek_v2-greedy", "deepseek_v3-groups", "deepseek_v32-types"]
 LONG = ["llama-llama3", "llama-yarn", "qwen2-windows", "qwen3-gqa"]
 
 

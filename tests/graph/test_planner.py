@@ -8,11 +8,11 @@ import pytest
 
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
-from deepseek_optimizer.graph.planner import SlotPlan, assign_slots
+from deepseek_optimizer.graph.planner import Slot, SlotPlan, assign_slots
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
-MAY_OVERWRITE = {"add": {0: (0, 1)}, "add_rms_norm": {0: (0,)}, "rope": {0: (0,)}, "rope_cache": {0: (0,)}}
+MAY_OVERWRITE = {"add": {0: (0, 1)}, "add_rms_norm": {0: (0,)}, "rope": {0: (0,)}, "rope_cache": {0: (0,)}, "latent": {0: (0,)}}
 
 
 def check_plan(graph: Graph, plan: SlotPlan) -> None:
@@ -26,7 +26,7 @@ def check_plan(graph: Graph, plan: SlotPlan) -> None:
             allowed = {plan.slot_of[node.inputs[i]] for i in MAY_OVERWRITE.get(node.op, {}).get(index, ())}
             assert slot not in {plan.slot_of[v] for v in node.inputs} - allowed, f"{node.op} writes over an input"
             shape = plan.slots[slot]
-            assert (shape.width, shape.kind, shape.selected) == (value.width, value.kind, value.selected)
+            assert shape == Slot(value.width, value.kind, value.selected, value.repeat)
             held[slot] = value
 
 

@@ -11,14 +11,14 @@ from deepseek_optimizer.models import build_graph
 from support.models import CASES
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "qwen3-gqa", "qwen2-windows"])
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3-gqa", "qwen2-windows", "deepseek_v32-indexer"])
 @pytest.mark.parametrize("index", range(4))
 def test_what_is_left_of_a_model(case: str, index: int) -> None:
     graph = build_graph(CASES[case]())
     rest = resumed(graph, index)
     check_graph(rest)
     check_graph(rules.apply(rest)[0])
-    layers = {n.attrs["layer"] for n in rest.nodes if n.op == "attention"}
+    layers = {n.attrs["layer"] for n in rest.nodes if n.op in ("attention", "mla_attention")}
     assert layers == set(range(index, 3))
     assert sum(n.op == "rope_table" for n in rest.nodes) == (index < 3)
     assert not any(f"layers.{i}." in name for name in rest.weights() for i in range(index))

@@ -12,6 +12,7 @@ from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import GraphError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import hidden_only
+from deepseek_optimizer.graph.ir import LatentSpec
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
 from support.models import (
@@ -27,13 +28,14 @@ from support.models import (
 from support.steps import Part, run_step, runner
 
 ALL = tuple(rules.RULES)
+LATENT = ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v32-types", "youtu-halves"]
 CHOICES = {
     "none": (), "all": ALL, **{f"only {r}": (r,) for r in ALL}, **{f"without {r}": tuple(o for o in ALL if o != r) for r in ALL}
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("case", ["llama-biases", "qwen2-windows", "qwen3-tied"])
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-windows", "qwen3-tied", *LATENT])
 def test_results_do_not_depend_on_rules(case: str, choice: str) -> None:
     model = random_model(CASES[case]())
     ids = random_ids(model.config, 70)
@@ -49,16 +51,22 @@ def test_each_rule_fires_everywhere(case: str) -> None:
     config = CASES[case]()
     graph = build_graph(config)
     layers = config.num_hidden_layers
+    plain = 0 if isinstance(graph.cache, LatentSpec) else layers  # with keys and values per head
+    experts = sum(n.op == "router" for n in graph.nodes)
     expected = {
-        "qkv": layers, "rope_cache": layers, "attention_softmax": layers, "gate_up": layers, "last_logits": 1,
+        "qkv": layers, "rope_cache": plain, "attention_softmax": plain, "mla_absorb": layers - plain, "experts": experts,
+        "gate_up": layers, "last_logits": 1,
         "layer_norm": 2 * layers - 1,  # all norms but the first of the model and the last, whose rows are selected
     }  # fmt: skip
     fused, reports = rules.apply(graph)
     assert {r.rule: r.count for r in reports} == expected
     assert all(r.count == len(r.places) for r in reports)
     ops = Counter(node.op for node in fused.nodes)
-    assert ops["linear"] == 3 * layers and ops["gate_up"] == ops["rope_cache"] == ops["attention"] == layers
-    assert not ops["rope"] and not ops["cache_write"] and not ops["swiglu"] and ops["add"] == 1
+    assert ops["gate_up"] == layers and ops["rope_cache"] == ops["attention"] == plain and not ops["cache_write"]
+    assert not ops["swiglu"] and ops["add"] == 1 + experts and (ops["linear"] == 3 * layers or not plain)
+    assert not ops["rope"] or not plain
+    assert all(n.attrs["form"] == "absorbed" for n in fused.nodes if n.op == "mla_attention")
+    assert all(n.attrs["grouped"] for n in fused.nodes if n.op.startswith("experts_"))
     assert fused.weights() and set(fused.weights()) == set(graph.weights())
     alone = {name: rules.apply(graph, [name])[1][0].count for name in ALL}
     assert alone == {**expected, "layer_norm": 2 * layers}  # alone, the final norm is fused too

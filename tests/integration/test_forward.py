@@ -16,7 +16,7 @@ from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
-from support.models import CASES, assert_close_rows
+from support.models import assert_close_rows, native_cases
 
 from .conftest import make_pair
 
@@ -40,7 +40,7 @@ def phases(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", native_cases())
 @torch.no_grad()
 def test_logits_equal_transformers_on_every_family(case):
     pair = make_pair(case)

@@ -22,8 +22,9 @@ def test_graph_names_every_parameter_of_the_model(case: str) -> None:
     model = random_model(CASES[case]())
     graph = build_graph(model.config)
     check_graph(graph)
-    assert set(graph.weights()) == {name for name, _ in model.named_parameters()}  # tied heads are listed once
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied heads are listed once
+    shapes |= {name: tuple(b.shape) for name, b in model.named_buffers() if "correction_bias" in name}
+    assert set(graph.weights()) == set(shapes)
     assert weight_shapes(graph) == weight_shapes(rules.apply(graph)[0]) == shapes
     assert graph.family == case.split("-")[0]
 
@@ -68,7 +69,7 @@ def test_windows(config: Any, windows: list[int]) -> None:
     assert [n.attrs["window"] for n in attentions] == windows
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v3", "", None, 7, ["llama"]])
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "", None, 7, ["llama"]])
 def test_unknown_family_names_the_known_ones(model_type: Any) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         check_config({"model_type": model_type})

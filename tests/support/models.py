@@ -12,10 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    YoutuConfig,
+)
 from transformers.models.auto import AutoModelForCausalLM
 
 TOLERANCE = 1e-4  # of the row's largest logit, in fp32
+
+# Families that the native backend runs; its tests take their cases from CASES by these prefixes.
+NATIVE_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 def llama(**fields: Any) -> LlamaConfig:
@@ -28,6 +40,50 @@ def qwen2(**fields: Any) -> Qwen2Config:
 
 def qwen3(**fields: Any) -> Qwen3Config:
     return Qwen3Config(**{**_small(), "head_dim": 16, **fields})
+
+
+def deepseek_v2(**fields: Any) -> DeepseekV2Config:
+    return DeepseekV2Config(
+        **{**_latent(), **_EXPERTS, "num_attention_heads": 6, "num_key_value_heads": None, "hidden_size": 72, **fields}
+    )
+
+
+def deepseek_v3(**fields: Any) -> DeepseekV3Config:
+    experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True, "num_nextn_predict_layers": 1}
+    return DeepseekV3Config(**{**_latent(), **_EXPERTS, **experts, "num_attention_heads": 3, **fields})
+
+
+def deepseek_v32(**fields: Any) -> DeepseekV32Config:
+    """So many index heads because a key that all of them shun has a score of exactly 0, and several such are ties."""
+    experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True}
+    index = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 20}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    return DeepseekV32Config(**{**_latent(), **_EXPERTS, **experts, **index, **heads, **fields})
+
+
+def youtu(**fields: Any) -> YoutuConfig:
+    heads = fields.get("num_attention_heads", 3)
+    defaults = {**_latent(), "num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True}
+    return YoutuConfig(**{**defaults, **fields})
+
+
+def _latent() -> dict[str, Any]:
+    """Numbers of a head that turn, that do not, and of its value are all different, and no multiple of a tile."""
+    return {
+        **_small(), "num_key_value_heads": None, "kv_lora_rank": 40, "q_lora_rank": 28, "qk_nope_head_dim": 20,
+        "qk_rope_head_dim": 12, "v_head_dim": 18,
+    }  # fmt: skip
+
+
+_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 12, "num_experts_per_tok": 4, "n_shared_experts": 2, "moe_intermediate_size": 44,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
+}  # fmt: skip
+
+
+def native_cases() -> list[str]:
+    """Names of the cases that the native backend runs."""
+    return [name for name in CASES if name.split("-")[0] in NATIVE_FAMILIES]
 
 
 def _small() -> dict[str, Any]:
@@ -43,6 +99,12 @@ def rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
 
+_YARN = rope(
+    "yarn", factor=32.0, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=1.0, beta_fast=32, beta_slow=1
+)
+_LITE = rope("yarn", factor=32.0, original_max_position_embeddings=128, mscale=0.707, mscale_all_dim=0.707)
+_UNEQUAL = rope("yarn", factor=4.0, original_max_position_embeddings=1024, mscale=0.5, mscale_all_dim=0.8)
+_LIMITED = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 37, "max_window_layers": 1}
 _LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=512)
 
@@ -70,27 +132,48 @@ CASES: dict[str, Callable[[], Any]] = {
     "qwen3-layer-types": lambda: qwen3(
         use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
+    "deepseek_v2-greedy": lambda: deepseek_v2(q_lora_rank=None, **_LITE),
+    "deepseek_v2-groups": lambda: deepseek_v2(**_LIMITED),
+    "deepseek_v2-biases": lambda: deepseek_v2(attention_bias=True, mlp_bias=True, hidden_size=80, num_attention_heads=16),
+    "deepseek_v2-dense": lambda: deepseek_v2(first_k_dense_replace=3, **_UNEQUAL),
+    "deepseek_v3-groups": lambda: deepseek_v3(**_YARN),
+    "deepseek_v3-direct": lambda: deepseek_v3(q_lora_rank=None, num_experts_per_tok=3, tie_word_embeddings=True),
+    "deepseek_v3-halves": lambda: deepseek_v3(rope_interleave=False, norm_topk_prob=False, num_attention_heads=20),
+    "deepseek_v3-biases": lambda: deepseek_v3(attention_bias=True, n_group=1, topk_group=1, num_experts_per_tok=2),
+    "deepseek_v32-indexer": lambda: deepseek_v32(**_YARN),
+    "deepseek_v32-types": lambda: deepseek_v32(
+        mlp_layer_types=["sparse", "dense", "sparse"], attention_bias=True, index_topk=40
+    ),
+    "youtu-tied": youtu,
+    "youtu-halves": lambda: youtu(
+        rope_interleave=False, tie_word_embeddings=False, attention_bias=True, num_attention_heads=16
+    ),
+    "youtu-direct": lambda: youtu(q_lora_rank=None, num_attention_heads=20, **_YARN),
 }
 
 
 def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model whose weights, norms and biases are all random and of a size that makes every part count."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products want multiples of 16 bytes
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of the size of the scores' own differences
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "embed" in name:
                 parameter.copy_(noise)
-            elif parameter.ndim == 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            elif parameter.ndim >= 2:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
     return model
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameter path -> tensor; what `Backend.compile` takes."""
+    """Path of a parameter or buffer -> tensor; what `Backend.compile` takes."""
     return dict(model.state_dict())
 
 

@@ -56,6 +56,7 @@ scoring: "softmax" or "sigmoid", group_score: "max" or "top2", normalise, scale 
 repeat=top_k) is silu(gate x) * (up x) of token t and its j-th chosen expert. y is the weighted sum over j, ascending.
 `grouped`: a backend goes by experts instead of tokens, so that an expert's weights are read once; the numbers are the same.
 Packed, gate_up is a stack of 2 E matrices [I, H] (gate and up of each expert in turn), down one of E.
+Of equal scores (of experts, of groups, of tokens in `index_choose`) the lower number goes first.
 
 The result is `lm_head`'s output. As a family builds a graph it has all T rows, and the backend hands out those asked for; rule
 `last_logits` selects them before the final norm, so that the head runs on R rows only.

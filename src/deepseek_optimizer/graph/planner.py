@@ -17,6 +17,7 @@ IN_PLACE: Mapping[str, tuple[tuple[int, int], ...]] = {
     "add_rms_norm": ((0, 0),),
     "rope": ((0, 0),),
     "rope_cache": ((0, 0),),
+    "latent": ((0, 0),),
 }
 
 

@@ -23,7 +23,8 @@ def node_text(node: Node) -> str:
 
 def _value_text(value: Value) -> str:
     kind = "" if value.kind == "f32" else f":{value.kind}"
-    return f"{value.name}[{'R' if value.selected else 'T'},{value.width}]{kind}"
+    rows = ("R" if value.selected else "T") + (f"*{value.repeat}" if value.repeat > 1 else "")
+    return f"{value.name}[{rows},{value.width}]{kind}"
 
 
 def _attr_text(value: Any) -> str:

@@ -1,33 +1,73 @@
 """Model families: one file a `model_type`, each with `build(fields) -> Graph`, found by name.
 
-A family reads a config only: no weights, no modules. To add one, write `models/<model_type>.py` and name it in `FAMILIES`.
+A family reads a config only: no weights, no modules. To add one, write `models/<model_type>.py` and name it in `FAMILIES`. One
+with layers for multi-token prediction also has `build_mtp(fields, depth, layers) -> Graph`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..graph.ir import Graph
 from .fields import Fields
 
-FAMILIES = ("llama", "qwen2", "qwen3")
-MAX_LABELS = 1 << 16
+FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
+MAX_LABELS, MAX_MTP_LAYERS = 1 << 16, 64
 
 
-def build_graph(config: Any) -> Graph:
+def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
     """The unfused graph of a model.
 
     Args:
         config: a Transformers config object (`model.config`).
+        mtp_layers: how many MTP layers are loaded beside the model; the cache has room for them too.
 
     Raises:
         UnsupportedModelError: the family, or a feature the config asks for, is not known here.
         ConfigError: a field is wrong; the message names it.
     """
-    return _build(Fields(config), getattr(config, "model_type", None))
+    fields = _fields(config)
+    graph = _build(fields, _model_type(config))
+    _check_mtp(config, mtp_layers)
+    return replace(graph, cache=replace(graph.cache, layers=graph.cache.layers + mtp_layers))
+
+
+def mtp_layers(config: Any) -> int:
+    """How many layers for multi-token prediction the config promises beside the model's own; 0 in families without.
+
+    Args:
+        config: a Transformers config object, or the content of a config.json.
+    """
+    family = _family(_model_type(config))
+    fields = _fields(config)
+    if not hasattr(family, "build_mtp") or fields.get("num_nextn_predict_layers") is None:
+        return 0
+    return fields.integer("num_nextn_predict_layers", MAX_MTP_LAYERS, low=0)
+
+
+def build_mtp_graph(config: Any, depth: int, layers: int | None = None) -> Graph:
+    """The unfused graph of one MTP layer. A step of it needs `states`: hidden states, and as tokens those that follow them.
+
+    Weights are named as checkpoints have them: `model.layers.{num_hidden_layers + depth}.*`.
+
+    Args:
+        depth: which layer, from 0.
+        layers: how many are loaded, None for all: the graph of the model must be built for as many, since they share a cache.
+
+    Raises:
+        ConfigError: the config promises no such layer.
+    """
+    count = mtp_layers(config) if layers is None else layers
+    _check_mtp(config, count)
+    if not 0 <= depth < count:
+        raise ConfigError(f"config.num_nextn_predict_layers: there is no MTP layer {depth} of {count}")
+    graph: Graph = _family(_model_type(config)).build_mtp(_fields(config), depth, count)
+    return graph
 
 
 def check_config(raw: Mapping[str, Any]) -> None:
@@ -37,19 +77,39 @@ def check_config(raw: Mapping[str, Any]) -> None:
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"config: expected an object with fields, got {type(raw).__name__}")
-    from transformers import CONFIG_MAPPING  # heavy, and needed for the defaults of fields left out
-
-    model_type: Any = raw.get("model_type")
-    fields = Fields(raw, CONFIG_MAPPING[model_type] if model_type in FAMILIES else None)
-    _build(fields, model_type)
+    fields = _fields(raw)
+    _build(fields, raw.get("model_type"))
+    mtp_layers(raw)
     if "num_labels" in raw:  # nothing here uses it, but Transformers makes a table of that length
         fields.integer("num_labels", MAX_LABELS)
 
 
-def _build(fields: Fields, model_type: Any) -> Graph:
+def _model_type(config: Any) -> Any:
+    return config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+
+
+def _fields(config: Any) -> Fields:
+    """The config's fields; of a mapping with its class's defaults."""
+    if not isinstance(config, Mapping) or config.get("model_type") not in FAMILIES:
+        return Fields(config)
+    from transformers import CONFIG_MAPPING  # heavy, and needed for the defaults of fields left out
+
+    return Fields(config, CONFIG_MAPPING[config["model_type"]])
+
+
+def _family(model_type: Any) -> ModuleType:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"config.model_type {model_type!r} is not a family this version can optimise. Known: {', '.join(FAMILIES)}."
         )
-    graph: Graph = import_module(f"{__name__}.{model_type}").build(fields)
+    return import_module(f"{__name__}.{model_type}")
+
+
+def _build(fields: Fields, model_type: Any) -> Graph:
+    graph: Graph = _family(model_type).build(fields)
     return graph
+
+
+def _check_mtp(config: Any, count: int) -> None:
+    if count > (promised := mtp_layers(config)):
+        raise ConfigError(f"config.num_nextn_predict_layers: {count} MTP layers are asked for, the config promises {promised}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
+from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
 from .fields import Fields
@@ -12,28 +14,60 @@ from .rope import RopeSpec, read_rope
 MAX_LAYERS, MAX_HEADS, MAX_WIDTH, MAX_VOCAB, MAX_POSITIONS = 4096, 16384, 1 << 20, 1 << 24, (1 << 31) - 1
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Sizes of a model. windows: per layer, how many tokens attention sees, 0 for all. qkv_bias, o_bias, mlp_bias: which
-    projections have one. qk_norm: whether q and k are normed per head."""
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """Sizes that every decoder has. tied: the head is the embedding. mlp_bias: whether dense MLPs have biases."""
 
     family: str
     layers: int
     hidden: int
     intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
     max_positions: int
     eps: float
     tied: bool
     rope: RopeSpec
+    mlp_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Trunk):
+    """A model whose attention has keys and values per head.
+
+    windows: per layer, how many tokens attention sees, 0 for all. qkv_bias, o_bias: which projections have one. qk_norm:
+    whether q and k are normed per head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
     windows: tuple[int, ...]
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
     qk_norm: bool = False
+
+
+def read_trunk(fields: Fields, family: str, turning: int, name: str = "head_dim", *, mlp_bias: bool = False) -> Trunk:
+    """Reads and checks the fields that all families share.
+
+    Args:
+        turning: how many numbers of a head RoPE turns; `name` is the field that says so.
+    """
+    fields.require("hidden_act", "silu")
+    vocab, pad = fields.integer("vocab_size", MAX_VOCAB), fields.get("pad_token_id")
+    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocab <= pad < vocab):
+        raise ConfigError(f"config.pad_token_id: expected a token below vocab_size {vocab}, got {pad!r}")
+    max_positions = fields.integer("max_position_embeddings", MAX_POSITIONS)
+    return Trunk(
+        family=family, layers=fields.integer("num_hidden_layers", MAX_LAYERS), hidden=fields.integer("hidden_size", MAX_WIDTH),
+        intermediate=fields.integer("intermediate_size", MAX_WIDTH), vocab=vocab, max_positions=max_positions,
+        eps=fields.positive("rms_norm_eps"), tied=fields.flag("tie_word_embeddings"),
+        rope=read_rope(fields, turning, max_positions, name), mlp_bias=mlp_bias,
+    )  # fmt: skip
+
+
+def parts_of(trunk: Trunk) -> dict[str, Any]:
+    """The trunk's fields by name, to build what has more of them."""
+    return {field.name: getattr(trunk, field.name) for field in fields_of(Trunk)}
 
 
 def read_decoder(
@@ -46,13 +80,11 @@ def read_decoder(
     qk_norm: bool = False,
     sliding: bool = False,
 ) -> Decoder:
-    """Reads and checks the fields that all families share.
+    """Reads and checks the fields of a model whose attention has keys and values per head.
 
     Args:
         sliding: whether the family's attention knows sliding windows.
     """
-    fields.require("hidden_act", "silu")
-    layers = fields.integer("num_hidden_layers", MAX_LAYERS)
     hidden = fields.integer("hidden_size", MAX_WIDTH)
     heads = fields.integer("num_attention_heads", MAX_HEADS)
     kv_heads = fields.integer("num_key_value_heads", MAX_HEADS, default=heads)
@@ -63,15 +95,11 @@ def read_decoder(
     head_dim = fields.integer("head_dim", MAX_WIDTH, default=hidden // heads)
     if heads * head_dim > MAX_WIDTH:
         raise ConfigError(f"config.head_dim: {heads} heads of {head_dim} are wider than {MAX_WIDTH}")
-    vocab, pad = fields.integer("vocab_size", MAX_VOCAB), fields.get("pad_token_id")
-    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocab <= pad < vocab):
-        raise ConfigError(f"config.pad_token_id: expected a token below vocab_size {vocab}, got {pad!r}")
-    max_positions = fields.integer("max_position_embeddings", MAX_POSITIONS)
+    trunk = read_trunk(fields, family, head_dim, mlp_bias=mlp_bias)
     return Decoder(
-        family, layers, hidden, fields.integer("intermediate_size", MAX_WIDTH), heads, kv_heads, head_dim,
-        vocab, max_positions, fields.positive("rms_norm_eps"),
-        fields.flag("tie_word_embeddings"), read_rope(fields, head_dim, max_positions),
-        _windows(fields, layers) if sliding else (0,) * layers, qkv_bias, o_bias, mlp_bias, qk_norm,
+        **parts_of(trunk), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        windows=_windows(fields, trunk.layers) if sliding else (0,) * trunk.layers,
+        qkv_bias=qkv_bias, o_bias=o_bias, qk_norm=qk_norm,
     )  # fmt: skip
 
 

@@ -32,12 +32,12 @@ class Fields:
             return default if isinstance(found, property) else found  # a property (rope_scaling) has no value without an object
         return found
 
-    def integer(self, name: str, high: int, *, default: int | None = None) -> int:
-        """An integer from 1 to `high`; `default` (if there is one) stands for None."""
+    def integer(self, name: str, high: int, *, low: int = 1, default: int | None = None) -> int:
+        """An integer from `low` to `high`; `default` (if there is one) stands for None."""
         value = self.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise ConfigError(f"config.{name}: expected an integer from 1 to {high}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"config.{name}: expected an integer from {low} to {high}, got {value!r}")
         return value
 
     def positive(self, name: str) -> float:

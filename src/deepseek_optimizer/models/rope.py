@@ -7,6 +7,7 @@ numbers of a head turn. Source: Su et al. 2021, and transformers.modeling_rope_u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,8 @@ _REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
 @dataclass(frozen=True, eq=False)
 class RopeSpec:
     """kind: one of KINDS. rot: numbers of a head that turn. inv_freq: float32 [rot/2]. scaling: multiplies cos and sin.
-    grow: for "dynamic", length of a sequence longer than `context` tokens -> inv_freq."""
+    grow: for "dynamic", length of a sequence longer than `context` tokens -> inv_freq. attention_scale: what latent attention's
+    scores are multiplied by for it (Transformers' yarn_apply_mscale)."""
 
     kind: str
     rot: int
@@ -36,6 +38,7 @@ class RopeSpec:
     scaling: float = 1.0
     grow: Callable[[int], Frequencies] | None = None
     context: int = 0
+    attention_scale: float = 1.0
 
     @property
     def is_dynamic(self) -> bool:
@@ -47,13 +50,13 @@ class RopeSpec:
         return self.inv_freq if self.grow is None or length <= self.context else self.grow(length)
 
 
-def read_rope(fields: Fields, head_dim: int, max_positions: int) -> RopeSpec:
-    """The RoPE of a model whose heads turn whole.
+def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "head_dim") -> RopeSpec:
+    """The RoPE of a model of whose heads `head_dim` numbers turn, as field `name` says.
 
     Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`; never changes the config.
     """
     if head_dim % 2:
-        raise ConfigError(f"config.head_dim: RoPE needs an even number, got {head_dim}")
+        raise ConfigError(f"config.{name}: RoPE needs an even number, got {head_dim}")
     parameters = _parameters(fields, max_positions)
     kind = parameters["rope_type"]
     try:
@@ -63,12 +66,12 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int) -> RopeSpec:
     if 2 * len(inv_freq) != head_dim:
         raise UnsupportedModelError(
             f"config.rope_parameters['partial_rotary_factor']: {2 * len(inv_freq)} of {head_dim} numbers of a head would turn; "
-            "in this family whole heads do"
+            f"in this family all of {name} do"
         )
     if not (np.isfinite(inv_freq).all() and np.isfinite(scaling)):
         raise ConfigError(f"config.rope_parameters: {parameters!r} give frequencies that are not finite")
     grow = partial(_inv_freq, parameters, head_dim, max_positions) if kind == "dynamic" else None
-    return RopeSpec(kind, head_dim, inv_freq, scaling, grow, max_positions)
+    return RopeSpec(kind, head_dim, inv_freq, scaling, grow, max_positions, _attention_scale(parameters))
 
 
 def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
@@ -93,10 +96,21 @@ def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
     for name in ("rope_theta", "original_max_position_embeddings", *_REQUIRED.get(kind, ())):
         if name in parameters or name in _REQUIRED.get(kind, ()):
             positive(f"rope_parameters[{name!r}]", parameters.get(name))
+    for name in ("mscale", "mscale_all_dim"):  # DeepSeek's own code has 0 for none
+        if parameters.get(name) == 0 and not isinstance(parameters[name], bool):
+            del parameters[name]
     for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor"):
         if parameters.get(name) is not None:
             positive(f"rope_parameters[{name!r}]", parameters[name])
     return parameters
+
+
+def _attention_scale(parameters: dict[str, Any]) -> float:
+    """The square of yarn's factor for all numbers of a head: it counts in queries and keys. Source: DeepSeek-V2's own code."""
+    factor, all_dim = parameters.get("factor"), parameters.get("mscale_all_dim")
+    if parameters["rope_type"] == "default" or not factor or not all_dim or factor <= 1:
+        return 1.0
+    return float((0.1 * all_dim * math.log(factor) + 1.0) ** 2)
 
 
 def _compute(parameters: dict[str, Any], head_dim: int, max_positions: int, length: Any) -> tuple[Frequencies, float]:

@@ -12,6 +12,7 @@ from deepseek_optimizer.models import build_graph
 from support.models import (
     CASES,
     assert_close_rows,
+    native_cases,
     random_ids,
     random_model,
     transformers_hidden,
@@ -31,7 +32,7 @@ RULE_SETS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", native_cases())
 def test_fp32_equals_transformers(backend, case):
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), None)

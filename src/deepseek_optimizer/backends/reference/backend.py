@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from ...errors import BackendError
-from ...graph.analysis import weight_shapes
+from ...graph.analysis import stack_shapes, weight_shapes
 from ...graph.ir import Graph
 from ...graph.validate import check_graph
-from ...quant.packed import PackedMatrix
+from ...quant.packed import PackedStack, PackedWeight
 from .plan import ReferencePlan
-from .store import TorchStore, store_block_bytes
+from .store import Store, make_store, store_block_bytes
 
 
 class ReferenceBackend:
@@ -33,12 +33,12 @@ class ReferenceBackend:
         return f"torch {str(self.dtype).removeprefix('torch.')} on {self.device}"
 
     def compile(
-        self, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], *, activation: str | None = None
+        self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], *, activation: str | None = None
     ) -> ReferencePlan:
         """Binds a graph to weights.
 
         Args:
-            weights: parameter path -> packed matrix (dequantised here) or float tensor.
+            weights: parameter path -> packed matrix or stack (dequantised here) or float tensor.
             activation: None: products read rows as they are. "format": rows are rounded first to what the native product of
                 each weight's format reads; "bf16", "q8" or "q16": to that. So kernel error and quantisation error can be told
                 apart.
@@ -48,18 +48,21 @@ class ReferenceBackend:
             GraphError: the graph is not well formed.
         """
         check_graph(graph)
+        stacks = stack_shapes(graph)
         for name, shape in weight_shapes(graph).items():
             weight = weights.get(name)
             if weight is None:
                 raise BackendError(f"the graph needs weight {name!r}, which is not given")
-            given = (weight.rows, weight.cols) if isinstance(weight, PackedMatrix) else tuple(weight.shape)
-            if given != shape:
-                raise BackendError(f"weight {name!r} has shape {given}, the graph needs {shape}")
+            needed, given = shape, tuple(weight.shape)
+            if isinstance(weight, PackedStack):
+                needed = stacks.get(name, shape)
+            if given != needed:
+                raise BackendError(f"weight {name!r} has shape {given}, the graph needs {needed}")
         return ReferencePlan(graph, weights, self.device, self.dtype, activation)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> TorchStore:
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> Store:
         """An empty cache of `num_blocks` blocks; kv_dtype is "fp32", "bf16" or "int8"."""
-        return TorchStore(graph.cache, kv_dtype, num_blocks, self.device)
+        return make_store(graph.cache, kv_dtype, num_blocks, self.device)
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         """Bytes of one block, all layers together."""

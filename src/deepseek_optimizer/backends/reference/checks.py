@@ -29,6 +29,9 @@ def check_batch(batch: StepBatch, graph: Graph, num_blocks: int) -> None:
 
 
 def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
+    wanted = (tokens, graph.hidden_size) if any(n.op == "state_in" for n in graph.nodes) else None
+    given = None if batch.states is None else tuple(batch.states.shape)
+    _require(given == wanted, "states", f"shape {wanted} is needed" if wanted else "this graph takes none")
     if batch.inputs_embeds is not None:
         wanted = (tokens, graph.hidden_size)
         _require(tuple(batch.inputs_embeds.shape) == wanted, "inputs_embeds", f"shape {wanted} is needed")

@@ -31,19 +31,24 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) 
     return (torch.cat((angle.cos(), angle.sin()), -1) * scaling).float()
 
 
-def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool) -> torch.Tensor:
-    """Turns the first `rot` numbers of each head: pairs (i, i + rot/2), or (2i, 2i + 1) if interleaved."""
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, offset: int = 0) -> torch.Tensor:
+    """Turns numbers [offset, offset + rot) of each head: pairs (i, i + rot/2), or (2i, 2i + 1) if interleaved."""
     rot = table.shape[-1]
     cos, sin = (part[:, None, :].to(x.dtype) for part in table.chunk(2, -1))
     by_head = x.unflatten(-1, (heads, -1))
-    turning, still = by_head[..., :rot], by_head[..., rot:]
+    before, turning, behind = by_head.tensor_split((offset, offset + rot), -1)
     if interleaved:
         a, b = turning[..., 0::2], turning[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     else:
         a, b = turning.chunk(2, -1)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.cat((turned, still), -1).flatten(-2)
+    return torch.cat((before, turned, behind), -1).flatten(-2)
 
 
 def visible(queries: int, context: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
@@ -58,10 +63,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
     Args:
         q: float32 [queries, kv_heads, group, head_dim]: the `group` query heads that share a K and V.
-        k, v: float32 [keys, kv_heads, head_dim].
+        k: float32 [keys, kv_heads, head_dim].
+        v: float32 [keys, kv_heads, v_dim].
         mask: bool [queries, keys], True where a query sees a key.
 
-    Returns: float32, of q's shape.
+    Returns: float32 [queries, kv_heads, group, v_dim].
     """
     scores = _scores(q, k, mask, scale)
     return torch.einsum("qhgk,khd->qhgd", torch.softmax(scores, -1), v)
@@ -71,7 +77,7 @@ def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     """`attention` without a score matrix: keys in blocks of 32, ascending, with running maximum and sum (Milakov and
     Gimelshein 2018): m' = max(m, max s); l' = l e^(m - m') + sum e^(s - m'); o' = o e^(m - m') + e^(s - m') v."""
     m = q.new_full(q.shape[:-1], -torch.inf)
-    total, out = q.new_zeros(q.shape[:-1]), torch.zeros_like(q)
+    total, out = q.new_zeros(q.shape[:-1]), q.new_zeros((*q.shape[:-1], v.shape[-1]))
     for begin in range(0, len(k), BLOCK_TOKENS):
         block = slice(begin, begin + BLOCK_TOKENS)
         scores = _scores(q, k[block], mask[:, block], scale)
@@ -93,3 +99,8 @@ def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     return F.silu(gate) * up
+
+
+def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [..., count]: where the largest numbers of the last axis are, largest first; of equals the first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]

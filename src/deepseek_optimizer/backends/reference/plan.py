@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import BackendError
-from ...graph.analysis import hidden_only
+from ...graph.analysis import hidden_only, weight_shapes
 from ...graph.ir import Graph, Node, Value
-from ...quant.packed import PackedMatrix
+from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ..base import StepBatch, StepOutput
-from . import ops
+from . import latent, moe, ops
 from .checks import check_batch
-from .store import TorchStore
+from .store import Store
 
 
 @dataclass
@@ -25,7 +25,7 @@ class _Step:
     """What the ops of one run share. sequences: (rows of the step, tokens before them, blocks as int64 [n])."""
 
     batch: StepBatch
-    store: TorchStore
+    store: Any
     device: torch.device
     dtype: torch.dtype
     sequences: list[tuple[slice, int, torch.Tensor]]
@@ -39,31 +39,39 @@ class ReferencePlan:
     def __init__(
         self,
         graph: Graph,
-        weights: Mapping[str, PackedMatrix | torch.Tensor],
+        weights: Mapping[str, PackedWeight | torch.Tensor],
         device: torch.device,
         dtype: torch.dtype,
         activation: str | None,
     ) -> None:
         self.graph, self.device, self.dtype = graph, device, dtype
-        self._weights = {name: _dense(weights[name], device, dtype) for name in graph.weights()}
-        self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedMatrix)}
+        exact = {name for n in graph.nodes if n.op == "router" for name in (*n.weights, n.attrs["bias"])}
+        shapes = weight_shapes(graph)
+        self._weights = {
+            name: _dense(weights[name], device, torch.float32 if name in exact else dtype).reshape(shapes[name])
+            for name in graph.weights()
+        }
+        self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], (PackedMatrix, PackedStack))}
         self._activation = {name: _activation(self._formats.get(name), activation) for name in graph.weights()}
         self._only_hidden = hidden_only(graph)
+        self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
 
     @torch.no_grad()
-    def run(self, batch: StepBatch, store: TorchStore) -> StepOutput:
+    def run(self, batch: StepBatch, store: Store) -> StepOutput:
         check_batch(batch, self.graph, store.num_blocks)
         step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device))
+        unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
         for i, node in enumerate(self.graph.nodes):
-            if not batch.hidden and i in self._only_hidden:
+            if not batch.hidden and i in unwanted:
                 continue
             made = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
             step.values.update(zip(node.outputs, made, strict=True))
         head = next(n for n in reversed(self.graph.nodes) if n.op == "lm_head").outputs[0]
         logits = step.values[head] if head.selected else step.values[head][self._rows(batch)]
         hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
+        last = step.hidden[self.graph.hidden_states - 1] if batch.last_hidden else None
         logits = logits.float() if batch.logits is None else batch.logits.copy_(logits)
-        return StepOutput(logits, hidden)
+        return StepOutput(logits, hidden, last)
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
         """Nothing to do: torch allocates as it goes."""
@@ -72,7 +80,7 @@ class ReferencePlan:
         """An upper bound: every value of the graph at once."""
         rows = {False: tokens, True: logit_rows}
         values = {v for node in self.graph.nodes for v in node.outputs}
-        return sum(rows[v.selected] * v.width * self.dtype.itemsize for v in values)
+        return sum(rows[v.selected] * v.repeat * v.width * self.dtype.itemsize for v in values)
 
     def describe(self) -> list[dict[str, Any]]:
         return [
@@ -85,13 +93,17 @@ class ReferencePlan:
         return torch.from_numpy(batch.logit_rows).to(self.device, torch.int64)
 
     def _product(self, x: torch.Tensor, name: str, bias: str | None) -> torch.Tensor:
-        """x W^T + b, x rounded first to what a native kernel would read, if that was asked for."""
-        kind = self._activation[name]
-        if kind is not None:
-            from ...quant.activations import fake_quantize
+        """x W^T + b."""
+        return F.linear(self._rounded(x, name), self._weights[name], None if bias is None else self._weights[bias])
 
-            x = fake_quantize(x.float(), kind).to(x.dtype)
-        return F.linear(x, self._weights[name], None if bias is None else self._weights[bias])
+    def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """x as the native product with this weight would read it, if that was asked for."""
+        kind = self._activation[name]
+        if kind is None:
+            return x
+        from ...quant.activations import fake_quantize
+
+        return fake_quantize(x.float(), kind).to(x.dtype)
 
     # ---- one method an op: inputs as tensors -> outputs as a tuple
 
@@ -120,7 +132,7 @@ class ReferencePlan:
         return (torch.cat(parts),)
 
     def _rope(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (ops.rope(x, table, node.attrs["heads"], node.attrs["interleaved"]),)
+        return (ops.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], node.attrs.get("offset", 0)),)
 
     def _cache_write(self, step: _Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k, v = (rows.unflatten(-1, (node.attrs["kv_heads"], -1)) for rows in (k, v))
@@ -147,6 +159,75 @@ class ReferencePlan:
             out[rows] = attend(q[rows], k, v, mask, node.attrs["scale"])
         return (out.flatten(1).to(self.dtype),)
 
+    def _latent(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (latent.latent(x, table, self._weights[node.weights[0]], node.attrs["eps"], node.attrs["interleaved"]),)
+
+    def _latent_write(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for rows, context, table in step.sequences:
+            step.store.write(node.attrs["layer"], table, context, x[rows])
+        return ()
+
+    def _mla_attention(
+        self, step: _Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """As `_attention`; expanded, keys and values are products like others, rounded to the rows' dtype."""
+        a, name = node.attrs, node.weights[0]
+        q = q.float().unflatten(-1, (a["heads"], -1))
+        out = q.new_empty(*q.shape[:2], a["v_dim"])
+        kv_b = self._weights[name].float().unflatten(0, (a["heads"], -1))
+        for rows, context, table in step.sequences:
+            keys = context + rows.stop - rows.start
+            latents = step.store.gather(a["layer"], table, keys)
+            mask = ops.visible(keys - context, context, keys, 0, self.device)
+            if chosen is not None:
+                mask &= latent.seen(chosen[rows], keys)
+            if a["form"] == "absorbed":
+                out[rows] = latent.attend_absorbed(q[rows], latents, kv_b, mask, a["scale"])
+            else:
+                kv = self._product(latents[:, : a["rank"]].to(self.dtype), name, None).float().unflatten(-1, (a["heads"], -1))
+                out[rows] = latent.attend_expanded(q[rows], kv, latents[:, a["rank"] :], mask, a["scale"])
+        return (out.flatten(1).to(self.dtype),)
+
+    def _index_write(self, step: _Step, node: Node, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for rows, context, table in step.sequences:
+            step.store.write_index(node.attrs["layer"], table, context, k[rows])
+        return ()
+
+    def _index_choose(self, step: _Step, node: Node, q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In float32 whatever the rows' dtype: so are the numbers of tokens that come out."""
+        a, chosen = node.attrs, []
+        q, weights = q.float().unflatten(-1, (a["heads"], -1)), weights.float()
+        for rows, context, table in step.sequences:
+            keys = context + rows.stop - rows.start
+            scores = latent.index_scores(q[rows], weights[rows], step.store.gather_index(a["layer"], table, keys), a["scale"])
+            chosen.append(latent.choose(scores, ops.visible(keys - context, context, keys, 0, self.device), a["top_k"]))
+        return (torch.cat(chosen),)
+
+    def _router(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In float32 whatever the rows' dtype."""
+        options = {name: value for name, value in node.attrs.items() if name not in ("bias", "experts")}
+        bias = node.attrs["bias"] and self._weights[node.attrs["bias"]]
+        return (moe.route(F.linear(x.float(), self._weights[node.weights[0]]), bias, **options),)
+
+    def _experts_gate_up(self, step: _Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        name = node.weights[0]
+        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], node.attrs["grouped"]),)
+
+    def _experts_down(self, step: _Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        name = node.weights[0]
+        made = moe.down(self._rounded(hidden, name), routes, self._weights[name], node.attrs["grouped"])
+        return (made.to(self.dtype),)
+
+    def _layer_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weight, bias = (self._weights[name] for name in node.weights)
+        return (ops.layer_norm(x, weight, bias, node.attrs["eps"]),)
+
+    def _concat(self, step: _Step, node: Node, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.cat((x, y), -1),)
+
+    def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+        return (step.batch.states.detach().to(self.device, self.dtype),)
+
     def _swiglu(self, step: _Step, node: Node, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.swiglu(gate, up),)
 
@@ -164,7 +245,7 @@ class ReferencePlan:
         return (x[self._rows(step.batch)],)
 
     def _hidden_out(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if step.batch.hidden:
+        if step.batch.hidden or step.batch.last_hidden:
             step.hidden[node.attrs["index"]] = x.float()
         return ()
 
@@ -182,6 +263,17 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "cache_write": ReferencePlan._cache_write,
     "rope_cache": ReferencePlan._rope_cache,
     "attention": ReferencePlan._attention,
+    "latent": ReferencePlan._latent,
+    "latent_write": ReferencePlan._latent_write,
+    "mla_attention": ReferencePlan._mla_attention,
+    "index_write": ReferencePlan._index_write,
+    "index_choose": ReferencePlan._index_choose,
+    "router": ReferencePlan._router,
+    "experts_gate_up": ReferencePlan._experts_gate_up,
+    "experts_down": ReferencePlan._experts_down,
+    "layer_norm": ReferencePlan._layer_norm,
+    "concat": ReferencePlan._concat,
+    "state_in": ReferencePlan._state_in,
     "swiglu": ReferencePlan._swiglu,
     "gate_up": ReferencePlan._gate_up,
     "add": ReferencePlan._add,
@@ -201,7 +293,10 @@ def _sequences(batch: StepBatch, device: torch.device) -> list[tuple[slice, int,
     ]
 
 
-def _dense(weight: PackedMatrix | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """As float; a stack as [count, rows, cols]."""
+    if isinstance(weight, PackedStack):
+        return torch.stack([_dense(weight.matrix(i), device, dtype) for i in range(weight.count)])
     if isinstance(weight, PackedMatrix):
         from ...quant import get_format
 

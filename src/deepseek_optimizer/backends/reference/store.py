@@ -1,19 +1,27 @@
-"""Paged K and V as torch tensors [blocks, 32, kv_heads, head_dim], one of each a layer."""
+"""Paged caches as torch tensors [blocks, 32, ...], some of each a layer: keys and values, or latents."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec
+from ...graph.ir import CacheSpec, LatentSpec
 from ..base import BLOCK_TOKENS, Int32
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+LATENT_GROUP = 128  # numbers of an int8 latent that share a scale
 
 
-def store_block_bytes(spec: CacheSpec, kv_dtype: str) -> int:
-    """Bytes of one block of all layers; int8 has a float32 scale for each token and head."""
-    row = spec.head_dim * _dtype(kv_dtype).itemsize + (4 if kv_dtype == "int8" else 0)
+def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
+    """Bytes of one block of all layers. int8 has a float32 scale for each token and head, or each group of a token's latent;
+    what a latent cache keeps beside the latents is bf16 then."""
+    dtype = _dtype(kv_dtype)
+    if isinstance(spec, LatentSpec):
+        scales = 4 * _groups(spec) if kv_dtype == "int8" else 0
+        beside = (spec.rope + spec.index) * _beside(dtype).itemsize
+        return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + beside)
+    row = spec.head_dim * dtype.itemsize + (4 if kv_dtype == "int8" else 0)
     return 2 * spec.layers * BLOCK_TOKENS * spec.kv_heads * row
 
 
@@ -24,54 +32,22 @@ def _dtype(kv_dtype: str) -> torch.dtype:
         raise BackendError(f"unknown KV cache dtype {kv_dtype!r}; known: {', '.join(DTYPES)}") from None
 
 
-class TorchStore:
-    """Implements `KvStore`. Memory grows with the highest block written.
+def _beside(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.int8 else dtype
 
-    int8: scale = max|x| / 127 of a token's head, q = rint(x / scale).
-    """
 
-    def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
-        self.spec, self.kv_dtype, self.num_blocks = spec, kv_dtype, num_blocks
+def _groups(spec: LatentSpec) -> int:
+    return -(-spec.rank // LATENT_GROUP)
+
+
+class _Blocks:
+    """Blocks over some tensors [blocks, 32, ...]. Memory grows with the highest block written."""
+
+    def __init__(self, spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int) -> None:
+        self.kv_dtype, self.num_blocks = kv_dtype, num_blocks
         self.block_bytes = store_block_bytes(spec, kv_dtype)
-        shape = (0, BLOCK_TOKENS, spec.kv_heads, spec.head_dim)
-        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for _ in range(2 * spec.layers)]
-        self._scales = [torch.zeros(shape[:3], device=device) for _ in range(2 * spec.layers if kv_dtype == "int8" else 0)]
-
-    def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Puts K and V, float [n, kv_heads, head_dim], at tokens [start, start + n) of a sequence.
-
-        Args:
-            table: int64 [blocks], the sequence's blocks.
-        """
-        tokens = torch.arange(start, start + len(key), device=table.device)
-        blocks, places = table[tokens // BLOCK_TOKENS], tokens % BLOCK_TOKENS
-        self._grow(int(blocks.max()) + 1)
-        for i, rows in ((2 * layer, key), (2 * layer + 1, value)):
-            if self.kv_dtype == "int8":
-                scale = rows.float().abs().amax(-1) / 127
-                self._scales[i][blocks, places] = scale
-                rows = torch.round(rows.float() / torch.where(scale == 0, 1.0, scale)[..., None])
-            self._data[i][blocks, places] = rows.to(self._data[i].dtype)
-
-    def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
-        blocks = table[: -(-tokens // BLOCK_TOKENS)]
-        both = []
-        for i in (2 * layer, 2 * layer + 1):
-            rows = self._data[i][blocks].flatten(0, 1)[:tokens].float()
-            if self.kv_dtype == "int8":
-                rows = rows * self._scales[i][blocks].flatten(0, 1)[:tokens, :, None]
-            both.append(rows)
-        return both[0], both[1]
-
-    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        table = torch.from_numpy(block_table).to(self._data[0].device, torch.int64)
-        if len(table) * BLOCK_TOKENS < tokens:
-            raise BackendError(f"a table of {len(table)} blocks does not hold {tokens} tokens")
-        if tokens and int(table.max()) >= len(self._data[0]):
-            raise BackendError(f"block {int(table.max())} was never written")
-        key, value = self.gather(layer, table, tokens)
-        return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+        self._data: list[torch.Tensor] = []
+        self._scales: list[torch.Tensor] = []  # of int8 numbers
 
     def copy_block(self, source: int, target: int) -> None:
         self._grow(max(source, target) + 1)
@@ -80,6 +56,21 @@ class TorchStore:
 
     def release(self, from_block: int) -> None:
         self._resize(min(from_block, len(self._data[0])))
+
+    def _places(self, table: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and places in them of a sequence's tokens [start, start + count); there is memory for them after this."""
+        tokens = torch.arange(start, start + count, device=table.device)
+        blocks = table[tokens // BLOCK_TOKENS]
+        self._grow(int(blocks.max()) + 1)
+        return blocks, tokens % BLOCK_TOKENS
+
+    def _table(self, block_table: Int32, tokens: int) -> torch.Tensor:
+        table = torch.from_numpy(block_table).to(self._data[0].device, torch.int64)
+        if len(table) * BLOCK_TOKENS < tokens:
+            raise BackendError(f"a table of {len(table)} blocks does not hold {tokens} tokens")
+        if tokens and int(table.max()) >= len(self._data[0]):
+            raise BackendError(f"block {int(table.max())} was never written")
+        return table
 
     def _grow(self, blocks: int) -> None:
         have = len(self._data[0])
@@ -94,3 +85,110 @@ class TorchStore:
                 tensors[i] = old.new_zeros((blocks, *old.shape[1:]))
                 kept = min(blocks, len(old))
                 tensors[i][:kept] = old[:kept]
+
+
+class TorchStore(_Blocks):
+    """Implements `KvStore`: K and V, [blocks, 32, kv_heads, head_dim] each.
+
+    int8: scale = max|x| / 127 of a token's head, q = rint(x / scale).
+    """
+
+    def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
+        super().__init__(spec, kv_dtype, num_blocks)
+        shape = (0, BLOCK_TOKENS, spec.kv_heads, spec.head_dim)
+        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for _ in range(2 * spec.layers)]
+        self._scales = [torch.zeros(shape[:3], device=device) for _ in range(2 * spec.layers if kv_dtype == "int8" else 0)]
+
+    def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts K and V, float [n, kv_heads, head_dim], at tokens [start, start + n) of a sequence.
+
+        Args:
+            table: int64 [blocks], the sequence's blocks.
+        """
+        at = self._places(table, start, len(key))
+        for i, rows in ((2 * layer, key), (2 * layer + 1, value)):
+            if self.kv_dtype == "int8":
+                rows, self._scales[i][at] = _quantised(rows.float())
+            self._data[i][at] = rows.to(self._data[i].dtype)
+
+    def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
+        blocks = table[: -(-tokens // BLOCK_TOKENS)]
+        both = []
+        for i in (2 * layer, 2 * layer + 1):
+            rows = self._data[i][blocks].flatten(0, 1)[:tokens].float()
+            if self.kv_dtype == "int8":
+                rows = rows * self._scales[i][blocks].flatten(0, 1)[:tokens, :, None]
+            both.append(rows)
+        return both[0], both[1]
+
+    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = self.gather(layer, self._table(block_table, tokens), tokens)
+        return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+
+
+class LatentStore(_Blocks):
+    """Implements `KvStore`: a token's latent of `rank` numbers, its turned key of `rope`, and an indexer's key of `index`.
+
+    int8: latents only, scale = max|x| / 127 of a group of 128 numbers (the last may be shorter), q = rint(x / scale).
+    """
+
+    def __init__(self, spec: LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
+        super().__init__(spec, kv_dtype, num_blocks)
+        self.spec, dtype = spec, _dtype(kv_dtype)
+        for width, kind in ((spec.rank, dtype), (spec.rope, _beside(dtype)), (spec.index, _beside(dtype))):
+            self._data += [torch.zeros((0, BLOCK_TOKENS, width), dtype=kind, device=device) for _ in range(spec.layers)]
+        if kv_dtype == "int8":
+            self._scales = [torch.zeros((0, BLOCK_TOKENS, _groups(spec)), device=device) for _ in range(spec.layers)]
+
+    def write(self, layer: int, table: torch.Tensor, start: int, rows: torch.Tensor) -> None:
+        """Puts latents and turned keys, float [n, rank + rope], at tokens [start, start + n) of a sequence."""
+        at, spec = self._places(table, start, len(rows)), self.spec
+        latent, turned = rows.split((spec.rank, spec.rope), -1)
+        if self.kv_dtype == "int8":
+            padded = F.pad(latent.float(), (0, _groups(spec) * LATENT_GROUP - spec.rank))
+            quantised, self._scales[layer][at] = _quantised(padded.unflatten(-1, (-1, LATENT_GROUP)))
+            latent = quantised.flatten(-2)[:, : spec.rank]
+        for i, part in ((layer, latent), (layer + spec.layers, turned)):
+            self._data[i][at] = part.to(self._data[i].dtype)
+
+    def gather(self, layer: int, table: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Latents and turned keys of a sequence's first `tokens` tokens, float32 [tokens, rank + rope]."""
+        latent, turned = (self._rows(self._data[i], table, tokens) for i in (layer, layer + self.spec.layers))
+        if self.kv_dtype == "int8":
+            scales = self._rows(self._scales[layer], table, tokens)
+            latent = latent * scales.repeat_interleave(LATENT_GROUP, -1)[:, : self.spec.rank]
+        return torch.cat((latent, turned), -1)
+
+    def write_index(self, layer: int, table: torch.Tensor, start: int, keys: torch.Tensor) -> None:
+        """Puts the indexer's keys, float [n, index]."""
+        at = self._places(table, start, len(keys))
+        data = self._data[layer + 2 * self.spec.layers]
+        data[at] = keys.to(data.dtype)
+
+    def gather_index(self, layer: int, table: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The indexer's keys of a sequence's first `tokens` tokens, float32 [tokens, index]."""
+        return self._rows(self._data[layer + 2 * self.spec.layers], table, tokens)
+
+    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        table = self._table(block_table, tokens)
+        return self.gather(layer, table, tokens), self.gather_index(layer, table, tokens) if self.spec.index else None
+
+    @staticmethod
+    def _rows(data: torch.Tensor, table: torch.Tensor, tokens: int) -> torch.Tensor:
+        return data[table[: -(-tokens // BLOCK_TOKENS)]].flatten(0, 1)[:tokens].float()
+
+
+Store = TorchStore | LatentStore
+
+
+def make_store(spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> Store:
+    """An empty cache of `num_blocks` blocks."""
+    made = LatentStore if isinstance(spec, LatentSpec) else TorchStore
+    return made(spec, kv_dtype, num_blocks, device)  # type: ignore[arg-type]
+
+
+def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x by its last axis as whole numbers from -127 to 127, and their scales."""
+    scale = x.abs().amax(-1) / 127
+    return torch.round(x / torch.where(scale == 0, 1.0, scale)[..., None]), scale

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from ...errors import GraphError
 from ..ir import Graph
-from . import attention_softmax, gate_up, last_logits, layer_norm, qkv, rope_cache
+from . import attention_softmax, experts, gate_up, last_logits, layer_norm, mla_absorb, qkv, rope_cache
 
 Rewrite = Callable[[Graph], tuple[Graph, list[str]]]
 
@@ -23,6 +23,8 @@ RULES: Mapping[str, Rewrite] = MappingProxyType(
         "qkv": qkv.rewrite,
         "rope_cache": rope_cache.rewrite,
         "attention_softmax": attention_softmax.rewrite,
+        "mla_absorb": mla_absorb.rewrite,
+        "experts": experts.rewrite,
         "last_logits": last_logits.rewrite,
         "layer_norm": layer_norm.rewrite,
         "gate_up": gate_up.rewrite,

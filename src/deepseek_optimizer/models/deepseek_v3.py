@@ -1,0 +1,27 @@
+"""DeepSeek-V3, R1: latent attention, sigmoid router, MTP layers."""
+
+from __future__ import annotations
+
+from ..graph.ir import Graph
+from .blocks import FeedForward, trunk_graph
+from .experts import feed_forward, first_dense, read_sigmoid_routing
+from .fields import Fields
+from .mla import LatentDecoder, attention, read_latent_decoder
+from .mtp import mtp_graph
+
+
+def build(fields: Fields) -> Graph:
+    d, forward = _read(fields, mtp_layers=0)
+    return trunk_graph(d, d.cache, attention(d), forward)
+
+
+def build_mtp(fields: Fields, depth: int, layers: int) -> Graph:
+    d, forward = _read(fields, layers)
+    return mtp_graph(d, d.cache, attention(d), forward, depth, layers)
+
+
+def _read(fields: Fields, mtp_layers: int) -> tuple[LatentDecoder, FeedForward]:
+    d = read_latent_decoder(fields, "deepseek_v3", interleaved=fields.flag("rope_interleave"))
+    sparse = first_dense(fields, d.layers)
+    routing = read_sigmoid_routing(fields, d.hidden) if any(sparse) or mtp_layers else None
+    return d, feed_forward(d, routing, sparse)

@@ -1,0 +1,137 @@
+"""A mixture of experts as graph nodes, and what a config says of it.
+
+y = sum over the chosen experts of weight * expert(x), plus the shared experts, which are one gated MLP. Source: DeepSeekMoE
+(2024); DeepSeek-V3 (2024), section 2.1.2, for scores with a correction bias that picks experts but does not weigh them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..graph.ir import Node, Value
+from .blocks import FeedForward, add, emit, linear, mlp
+from .decoder import MAX_LAYERS, MAX_WIDTH, Trunk
+from .fields import Fields
+
+MAX_EXPERTS, MAX_EXPERT_WEIGHTS = 1 << 14, 1 << 46  # of one layer's stack
+
+
+@dataclass(frozen=True)
+class Routing:
+    """top_k of `experts` experts of `width` numbers in between are chosen, in the best `top_groups` of `groups` groups; see op
+    `router` for the rest. shared: width of the shared experts together. bias: whether scores are corrected for the choice."""
+
+    experts: int
+    top_k: int
+    groups: int
+    top_groups: int
+    scoring: str
+    group_score: str
+    normalise: bool
+    scale: float
+    bias: bool
+    width: int
+    shared: int
+
+
+def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
+    """DeepSeek-V2's: softmax over all experts; greedy, or the best of the groups whose best expert is best."""
+    _only(fields, "scoring_func", None, "softmax")
+    _only(fields, "norm_topk_prob", None, False)  # Transformers' router would ignore it
+    _only(fields, "topk_method", "greedy", "group_limited_greedy")
+    limited = fields.get("topk_method") == "group_limited_greedy"
+    return _routing(fields, hidden, grouped=limited, scoring="softmax", group_score="max", normalise=False, bias=False)
+
+
+def read_sigmoid_routing(fields: Fields, hidden: int) -> Routing:
+    """DeepSeek-V3's: sigmoid scores, corrected by a bias for the choice; groups count by their best two experts."""
+    _only(fields, "scoring_func", None, "sigmoid")
+    _only(fields, "topk_method", None, "noaux_tc")
+    normalise = fields.flag("norm_topk_prob")
+    return _routing(fields, hidden, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=True)
+
+
+def _routing(fields: Fields, hidden: int, *, grouped: bool, group_score: str, **rest: Any) -> Routing:
+    experts = fields.integer("n_routed_experts", MAX_EXPERTS)
+    top_k = fields.integer("num_experts_per_tok", MAX_EXPERTS)
+    if top_k > experts:
+        raise ConfigError(f"config.num_experts_per_tok: {top_k} of n_routed_experts {experts} cannot be chosen")
+    groups = fields.integer("n_group", MAX_EXPERTS) if grouped else 1
+    if experts % groups:
+        raise ConfigError(f"config.n_group: {groups} does not divide n_routed_experts {experts}")
+    if group_score == "top2" and experts // groups < 2:
+        raise ConfigError(f"config.n_group: {groups} leaves one expert a group, and a group's score is the sum of its best two")
+    top_groups = fields.integer("topk_group", MAX_EXPERTS) if grouped else 1
+    if top_groups > groups:
+        raise ConfigError(f"config.topk_group: {top_groups} of n_group {groups} cannot be chosen")
+    if top_k > top_groups * (experts // groups):
+        raise ConfigError(
+            f"config.num_experts_per_tok: {top_k} cannot be chosen among topk_group {top_groups} groups of {experts // groups}"
+        )
+    width, shared = fields.integer("moe_intermediate_size", MAX_WIDTH), fields.integer("n_shared_experts", MAX_EXPERTS)
+    if width * shared > MAX_WIDTH:
+        raise ConfigError(f"config.n_shared_experts: {shared} experts of {width} are wider than {MAX_WIDTH}")
+    if 2 * experts * width * hidden > MAX_EXPERT_WEIGHTS:
+        raise ConfigError(f"config.n_routed_experts: {experts} experts of {width} x {hidden} are more than a layer can have")
+    scale = fields.positive("routed_scaling_factor")
+    return Routing(
+        experts=experts, top_k=top_k, groups=groups, top_groups=top_groups, group_score=group_score, scale=scale, width=width,
+        shared=width * shared, **rest,
+    )  # fmt: skip
+
+
+def first_dense(fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Per layer whether it has experts: all but the first `first_k_dense_replace`."""
+    dense = fields.integer("first_k_dense_replace", MAX_LAYERS, low=0)
+    _only(fields, "moe_layer_freq", None, 1)
+    return tuple(layer >= dense for layer in range(layers))
+
+
+def listed_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Per layer whether it has experts, as `mlp_layer_types` says; without one as `first_dense`."""
+    kinds = fields.get("mlp_layer_types")
+    if kinds is None:
+        return first_dense(fields, layers)
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != layers or any(kind not in ("dense", "sparse") for kind in kinds):
+        raise ConfigError(f"config.mlp_layer_types: expected 'dense' or 'sparse' for each of {layers} layers, got {kinds!r}")
+    return tuple(kind == "sparse" for kind in kinds)
+
+
+def _only(fields: Fields, name: str, *allowed: Any) -> None:
+    value = fields.get(name)
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        known = ", ".join(repr(a) for a in allowed if a is not None)
+        raise UnsupportedModelError(f"config.{name} {value!r} is not supported in this family. Supported: {known}.")
+
+
+def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) -> FeedForward:
+    """A dense MLP, or experts where `sparse` says so, and in every layer behind the last (MTP layers)."""
+
+    def forward(nodes: list[Node], x: Value, layer: int) -> Value:
+        name, path = f"l{layer}.mlp", f"model.layers.{layer}.mlp"
+        if routing is None or (layer < d.layers and not sparse[layer]):
+            return mlp(nodes, d, x, name, path, d.intermediate)
+        return _experts(nodes, d, routing, x, name, path)
+
+    return forward
+
+
+def _experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, name: str, path: str) -> Value:
+    """Routed and shared experts in this order, so that a backend can run the steps of both side by side."""
+    routes = emit(
+        nodes, "router", (x,), f"{name}.routes", 2 * r.top_k, f"{path}.gate.weight",
+        bias=f"{path}.gate.e_score_correction_bias" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
+        top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalise=r.normalise, scale=r.scale,
+    )  # fmt: skip
+    which = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
+    hidden = Value(f"{name}.experts", r.width, repeat=r.top_k)
+    nodes.append(Node("experts_gate_up", (x, routes), (hidden,), (f"{path}.experts.gate_up_proj",), which))
+    gate, up = (
+        linear(nodes, x, f"{name}.shared_{p}", r.shared, f"{path}.shared_experts.{p}_proj", d.mlp_bias) for p in ("gate", "up")
+    )
+    shared = emit(nodes, "swiglu", (gate, up), f"{name}.shared_h", r.shared)
+    routed = emit(nodes, "experts_down", (hidden, routes), f"{name}.routed", d.hidden, f"{path}.experts.down_proj", **which)
+    down = linear(nodes, shared, f"{name}.shared_down", d.hidden, f"{path}.shared_experts.down_proj", d.mlp_bias)
+    return add(nodes, routed, down, f"{name}.out")

@@ -1,0 +1,142 @@
+"""Multi-head latent attention as graph nodes, and what a config says of it.
+
+Keys and values of all heads come of one latent a token, which is all that the cache keeps, beside one turned key that the heads
+share. Source: DeepSeek-V2 (2024), section 2.1; the indexer that picks what a token sees: DeepSeek-V3.2 (2025), section 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from ..graph.ir import LatentSpec, Node, Value
+from .blocks import Attend, emit, linear, norm
+from .decoder import MAX_HEADS, MAX_WIDTH, Trunk, parts_of, read_trunk
+from .fields import Fields
+
+INNER_EPS = 1e-6  # of the norms inside attention: Transformers builds them without the config's rms_norm_eps
+MAX_SPARSE_POSITIONS = 1 << 24  # numbers of tokens travel as float32, which is exact up to here
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """The lightning indexer: `heads` queries and one key of `width` numbers a token; a token sees `top_k` tokens."""
+
+    heads: int
+    width: int
+    top_k: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentDecoder(Trunk):
+    """A model with latent attention.
+
+    nope, v_dim: a head's numbers that do not turn, and of its value; `rope.rot` more turn. rank: of the latent. q_rank: of the
+    queries' own latent, None where there is none. interleaved: how pairs lie. scale: of the scores. bias: whether the
+    projections to latents and the output have one.
+    """
+
+    heads: int
+    nope: int
+    v_dim: int
+    rank: int
+    q_rank: int | None
+    interleaved: bool
+    scale: float
+    bias: bool
+    indexer: Indexer | None = None
+
+    @property
+    def cache(self) -> LatentSpec:
+        return LatentSpec(self.layers, self.rank, self.rope.rot, self.indexer.width if self.indexer else 0)
+
+
+def read_latent_decoder(
+    fields: Fields, family: str, *, interleaved: bool, mlp_bias: bool = False, sparse: bool = False
+) -> LatentDecoder:
+    """Reads and checks the fields of a model with latent attention.
+
+    Args:
+        sparse: whether the family has a lightning indexer.
+    """
+    heads = fields.integer("num_attention_heads", MAX_HEADS)
+    if fields.integer("num_key_value_heads", MAX_HEADS, default=heads) != heads:
+        raise ConfigError(
+            f"config.num_key_value_heads: latent attention needs as many as num_attention_heads ({heads}), "
+            f"got {fields.get('num_key_value_heads')!r}"
+        )
+    nope, turning, v_dim, rank = (
+        fields.integer(name, MAX_WIDTH) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )
+    q, kv = heads * (nope + turning), heads * (nope + v_dim)
+    for name, width in (("qk_nope_head_dim", q), ("v_head_dim", kv), ("kv_lora_rank", rank + turning)):
+        if width > MAX_WIDTH:
+            raise ConfigError(f"config.{name}: {fields.get(name)} makes rows of {width} numbers, {MAX_WIDTH} at most")
+    q_rank = None if fields.get("q_lora_rank") is None and not sparse else fields.integer("q_lora_rank", MAX_WIDTH)
+    trunk = read_trunk(fields, family, turning, "qk_rope_head_dim", mlp_bias=mlp_bias)
+    if sparse and trunk.max_positions > MAX_SPARSE_POSITIONS:
+        most = f"{MAX_SPARSE_POSITIONS} at most with an indexer"
+        raise ConfigError(f"config.max_position_embeddings: {most}, got {trunk.max_positions}")
+    return LatentDecoder(
+        **parts_of(trunk), heads=heads, nope=nope, v_dim=v_dim, rank=rank, q_rank=q_rank, interleaved=interleaved,
+        scale=(nope + turning) ** -0.5 * trunk.rope.attention_scale, bias=fields.flag("attention_bias"),
+        indexer=_indexer(fields, turning) if sparse else None,
+    )  # fmt: skip
+
+
+def _indexer(fields: Fields, turning: int) -> Indexer:
+    heads, width = fields.integer("index_n_heads", MAX_HEADS), fields.integer("index_head_dim", MAX_WIDTH)
+    if width < turning:
+        raise ConfigError(f"config.index_head_dim: {width} numbers, of which qk_rope_head_dim ({turning}) would turn")
+    if heads * width > MAX_WIDTH:
+        raise ConfigError(f"config.index_head_dim: {heads} heads of {width} are wider than {MAX_WIDTH}")
+    return Indexer(heads, width, fields.integer("index_topk", MAX_WIDTH))
+
+
+def attention(d: LatentDecoder) -> Attend:
+    """Projections through latents, RoPE of a part of each head, cache write, attention over latents, output projection."""
+
+    def attend(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
+        name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
+        head, width = d.nope + d.rope.rot, d.rank + d.rope.rot
+        q_from, q_path = x, f"{path}.q_proj"
+        if d.q_rank is not None:
+            down = linear(nodes, x, f"{name}.q_a", d.q_rank, f"{path}.q_a_proj", d.bias)
+            q_from, q_path = norm(nodes, down, f"{name}.q_latent", f"{path}.q_a_layernorm", INNER_EPS), f"{path}.q_b_proj"
+        q = linear(nodes, q_from, f"{name}.q", d.heads * head, q_path)
+        q = emit(
+            nodes, "rope", (q, table), f"{name}.q_rope", q.width, heads=d.heads, head_dim=head, offset=d.nope,
+            interleaved=d.interleaved,
+        )  # fmt: skip
+        kv_a = linear(nodes, x, f"{name}.kv_a", width, f"{path}.kv_a_proj_with_mqa", d.bias)
+        latent = emit(
+            nodes, "latent", (kv_a, table), f"{name}.latent", width, f"{path}.kv_a_layernorm.weight", eps=INNER_EPS,
+            rank=d.rank, interleaved=d.interleaved,
+        )  # fmt: skip
+        nodes.append(Node("latent_write", (latent,), attrs={"layer": layer}))
+        seen = (_choose(nodes, d.indexer, x, q_from, table, layer),) if d.indexer else ()
+        attended = emit(
+            nodes, "mla_attention", (q, *seen), f"{name}.attn", d.heads * d.v_dim, f"{path}.kv_b_proj.weight", layer=layer,
+            heads=d.heads, nope=d.nope, rope=d.rope.rot, rank=d.rank, v_dim=d.v_dim, scale=d.scale, form="expanded",
+        )  # fmt: skip
+        return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.o_proj", d.bias)
+
+    return attend
+
+
+def _choose(nodes: list[Node], indexer: Indexer, x: Value, q_latent: Value, table: Value, layer: int) -> Value:
+    """Which tokens each token sees. Unlike attention's, its pairs lie in halves, and the numbers that turn come first."""
+    name, path = f"l{layer}.index", f"model.layers.{layer}.self_attn.indexer"
+    turn: dict[str, Any] = {"head_dim": indexer.width, "offset": 0, "interleaved": False}
+    q = linear(nodes, q_latent, f"{name}_q", indexer.heads * indexer.width, f"{path}.wq_b")
+    q = emit(nodes, "rope", (q, table), f"{name}_q_rope", q.width, heads=indexer.heads, **turn)
+    k, normed = linear(nodes, x, f"{name}_k", indexer.width, f"{path}.wk"), Value(f"{name}_k_norm", indexer.width)
+    nodes.append(Node("layer_norm", (k,), (normed,), (f"{path}.k_norm.weight", f"{path}.k_norm.bias"), {"eps": INNER_EPS}))
+    k = emit(nodes, "rope", (normed, table), f"{name}_k_rope", k.width, heads=1, **turn)
+    nodes.append(Node("index_write", (k,), attrs={"layer": layer}))
+    weights = linear(nodes, x, f"{name}_w", indexer.heads, f"{path}.weights_proj")
+    return emit(
+        nodes, "index_choose", (q, weights), f"{name}_chosen", indexer.top_k, layer=layer, heads=indexer.heads,
+        index=indexer.width, top_k=indexer.top_k, scale=(indexer.width * indexer.heads) ** -0.5,
+    )  # fmt: skip

@@ -1,0 +1,35 @@
+"""A layer that predicts one token further (multi-token prediction), as a graph of its own.
+
+Its rows are the model's last hidden state of a token (or that of the MTP layer before) together with the embedding of the token
+after it. Source: DeepSeek-V3 (2024), section 2.2; Transformers' MtpLayer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..graph.ir import Graph, LatentSpec, Node, Value
+from .blocks import Attend, FeedForward, decoder_layer, emit, linear, norm
+from .decoder import Trunk
+
+
+def mtp_graph(d: Trunk, cache: LatentSpec, attend: Attend, feed_forward: FeedForward, depth: int, layers: int) -> Graph:
+    """The unfused graph of MTP layer `depth` of `layers`, which follow the model's own in the cache.
+
+    Its one hidden state is its normed result: the state that the next MTP layer takes in.
+    """
+    layer = d.layers + depth
+    name, path = f"l{layer}", f"model.layers.{layer}"
+    nodes: list[Node] = []
+    embedded = emit(nodes, "embedding", (), "embed", d.hidden, f"{path}.embed_tokens.weight", scale=1.0)
+    table = emit(nodes, "rope_table", (), "rope", d.rope.rot, rope=d.rope)
+    embedded = norm(nodes, embedded, f"{name}.embed_norm", f"{path}.enorm", d.eps)
+    state = emit(nodes, "state_in", (), "state", d.hidden)
+    state = norm(nodes, state, f"{name}.state_norm", f"{path}.hnorm", d.eps)
+    both = emit(nodes, "concat", (embedded, state), f"{name}.both", 2 * d.hidden)
+    x: Value = linear(nodes, both, f"{name}.in", d.hidden, f"{path}.eh_proj")
+    x = decoder_layer(nodes, d, x, table, layer, attend, feed_forward)
+    normed = norm(nodes, x, "final", f"{path}.shared_head.norm", d.eps)
+    nodes.append(Node("hidden_out", (normed,), attrs={"index": 0}))
+    emit(nodes, "lm_head", (normed,), "logits", d.vocab, f"{path}.shared_head.head.weight", bias=None)
+    return Graph(d.family, nodes, d.vocab, d.hidden, 1, replace(cache, layers=cache.layers + layers), d.max_positions)
