@@ -7,6 +7,7 @@ sequence in blocks of its own. `columns` and `kept` are the bridge between the t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class PagedState:
         kept: bool [rows, columns], which columns are real tokens; None where all are.
         recording: Transformers will roll back: calls of several tokens verify guesses (assisted decoding).
         steps: forward calls since `recording` was set; the first of them is still a prefill.
+        follower: given the last hidden states of every token that a forward call adds: (row, float32 [n, H], in order).
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -39,6 +41,7 @@ class PagedState:
         self.columns = 0
         self.kept: Bool | None = None
         self.recording, self.steps = False, 0
+        self.follower: Callable[[int, torch.Tensor], None] | None = None
         self._tables: Int32 = np.zeros((0, 1), np.int32)
         weakref.finalize(self, arena.reclaim, self.sequences).atexit = False
 
@@ -97,6 +100,11 @@ class PagedState:
             new = np.ones((len(self.sequences), count), np.bool_) if kept is None else kept
             self.kept = np.concatenate([old, new], axis=1)
         self.columns += count
+
+    def written(self, count: int) -> None:
+        """The one row got `count` more tokens by way of its blocks."""
+        self._write_table(0)
+        self.add_columns(count, None)
 
     def only(self, rows: list[int]) -> Bool:
         """bool [all rows, 1]: one new column that these rows have."""

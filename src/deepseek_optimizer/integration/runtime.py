@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from ..backends.base import Backend, Plan
 from ..config import DeepSeekConfig
+from ..engine.speculative.gate import SpeculationReport
 from ..errors import BackendError, ConfigError
 from ..graph import rules
 from ..graph.ir import Graph
@@ -84,6 +85,7 @@ class Runtime:
         config, graph, rules: what was asked for, and what the rules made of it.
         backend: runs the plan.
         notes: warnings given so far, for the report.
+        speculation: what drafts did for the last request that had any: `engine.speculative.gate.SpeculationReport`.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Runtime:
         self.config, self.bytes_before = config, bytes_before
         self.graph, self.rules = plan_graph(model.config, config.rules)
         self.notes: list[str] = []
+        self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()
         for note in notes or ():
             self.tell(note)

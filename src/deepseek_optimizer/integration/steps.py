@@ -69,6 +69,10 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
         for pieces in _chunks(new.kept, rows, q, runtime.config.prefill_chunk):
             batch, targets = _batch(state, new, pieces, before, place)
             made = state.arena.run(plan, batch)
+            if state.follower is not None:
+                ends = np.cumsum(batch.query_len)
+                for piece, end in zip(pieces, ends, strict=True):
+                    state.follower(piece.row, made.last_hidden[end - len(piece.columns) : end])
             if len(targets) == rows * len(new.wanted):  # one step gave everything, in order
                 logits = made.logits.view(rows, len(new.wanted), -1)
             elif len(targets):
@@ -132,6 +136,7 @@ def _batch(state: PagedState, new: Columns, pieces: list[_Piece], before: list[i
         logit_rows=wanted.astype(np.int32),
         inputs_embeds=embeds,
         hidden=new.hidden,
+        last_hidden=state.follower is not None,
     )
     return batch, row_of[wanted] * n + goes_to[wanted]
 

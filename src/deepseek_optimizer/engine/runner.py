@@ -1,0 +1,100 @@
+"""Ragged steps of a plan over sequences: from Python lists to a `StepBatch`, and the blocks that a step writes into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..backends.base import BLOCK_TOKENS, DECODE, PREFILL, Int32, Plan, StepBatch, StepOutput
+from ..cache import BlockManager
+from .sequence import Part, Sequence
+
+_FEW = 16  # rows of a sequence up to which the decode family serves where either may
+
+
+class Memory(Protocol):
+    """The cache memory that sequences share, and runs over it."""
+
+    def locked(self) -> AbstractContextManager[BlockManager]: ...
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None: ...
+
+    def run(self, plan: Plan, batch: StepBatch) -> StepOutput: ...
+
+
+class Runner:
+    """A plan over a memory."""
+
+    def __init__(self, plan: Plan, memory: Memory) -> None:
+        self.plan, self.memory = plan, memory
+
+    def reserve(self, sequences: Iterable[Sequence], counts: Iterable[int]) -> None:
+        """Room for so many more tokens of each.
+
+        Raises: CacheFullError, with nothing changed.
+        """
+        done: list[tuple[Sequence, int]] = []
+        with self.memory.locked():
+            try:
+                for sequence, count in zip(sequences, counts, strict=True):
+                    before = sequence.cached
+                    self.memory.copy_blocks(sequence.blocks.append(count))
+                    done.append((sequence, before))
+            except BaseException:
+                for sequence, before in done:
+                    sequence.blocks.crop(before)
+                raise
+
+    def crop(self, sequences: Iterable[Sequence], tokens: Iterable[int]) -> None:
+        """Keeps the first so many tokens of each."""
+        with self.memory.locked():
+            for sequence, count in zip(sequences, tokens, strict=True):
+                sequence.blocks.crop(count)
+
+    def verify(self, parts: list[Part], *, last_hidden: bool) -> StepOutput:
+        """Logits of every row, by the decode family: to the bit those that plain decoding gives."""
+        return self._run(parts, DECODE, np.arange(sum(len(p.ids) for p in parts), dtype=np.int32), last_hidden=last_hidden)
+
+    def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
+        """A step of a drafting plan: logits of each sequence's last row if asked for, hidden states of all rows.
+
+        Args:
+            states: hidden states that go in, float32 [n, H] each; together a row for every token.
+        """
+        counts = [len(p.ids) for p in parts]
+        rows = np.cumsum(counts, dtype=np.int32) - 1 if logits else np.zeros(0, np.int32)
+        phase = DECODE if max(counts) <= _FEW else PREFILL  # nothing but speed depends on it
+        return self._run(parts, phase, rows.astype(np.int32), torch.cat(states), last_hidden=True)
+
+    def _run(
+        self, parts: list[Part], phase: int, rows: Int32, states: torch.Tensor | None = None, *, last_hidden: bool
+    ) -> StepOutput:
+        counts = np.array([len(p.ids) for p in parts], np.int32)
+        starts = np.array([p.start for p in parts], np.int32)
+        hidden_from = np.array([p.first_block * BLOCK_TOKENS for p in parts], np.int32)
+        first = np.array([p.sequence.first_position for p in parts], np.int32)
+        before = np.cumsum(counts) - counts
+        batch = StepBatch(
+            token_ids=np.array([token for p in parts for token in p.ids], np.int32),
+            positions=np.repeat(starts + first - before.astype(np.int32), counts) + np.arange(counts.sum(), dtype=np.int32),
+            query_len=counts,
+            context_len=starts - hidden_from,
+            phase=np.full(len(parts), phase, np.int32),
+            block_table=_tables([p.sequence.blocks.blocks[p.first_block :] for p in parts]),
+            logit_rows=rows,
+            states=states,
+            last_hidden=last_hidden,
+        )
+        return self.memory.run(self.plan, batch)
+
+
+def _tables(blocks: list[list[int]]) -> Int32:
+    """int32 [S, max_blocks]; zero past a sequence's own."""
+    table = np.zeros((len(blocks), max(map(len, blocks))), np.int32)
+    for row, own in zip(table, blocks, strict=True):
+        row[: len(own)] = own
+    return table

@@ -1,0 +1,44 @@
+"""What a proposer of drafts is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens proposed to follow a sequence's own.
+
+    Attributes:
+        q: float32 numpy [V] of each, the distribution it was drawn from; None: it was chosen for certain. What sampling must
+            know to keep the model's distribution.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    q: list[Any] | None = None
+
+
+class Proposer(Protocol):
+    """Proposes what may follow sequences.
+
+    Attributes:
+        name: for reports, and for what is remembered of its cost.
+        wants_states: `follow` is to be called with the model's hidden states.
+    """
+
+    name: str
+    wants_states: bool
+
+    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
+        """At most so many drafts for each. Blocks for them are there already."""
+
+    def follow(self, sequence: Sequence, states: Any) -> None:
+        """The model's last hidden states (normed), float32 torch [n, H], of the n tokens of this sequence that came into the
+        cache since the last call, in order. The next token of each is among `sequence.tokens`, but for the very last one's,
+        which may not be known yet."""
+
+    def fork(self, sequence: Sequence, twin: Sequence) -> None:
+        """`twin` begins as a copy of `sequence`, cache included."""

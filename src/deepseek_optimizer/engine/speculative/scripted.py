@@ -1,0 +1,41 @@
+"""Drafts out of a known continuation, right with a given probability: for tests, and to measure what drafts are worth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from ..sequence import Sequence
+from .base import Draft
+
+
+class ScriptedProposer:
+    """Free drafts that agree with a script, each with probability `agree` whatever its place; otherwise the token beside it.
+
+    Args:
+        scripts: a sequence's index -> all its tokens, prompt included, as plain decoding gives them.
+        agree: probability that a draft is the script's token.
+        vocab_size: tokens are below it.
+    """
+
+    name = "scripted"
+    wants_states = False
+
+    def __init__(self, scripts: Mapping[int, list[int]], agree: float, vocab_size: int, seed: int = 0) -> None:
+        self._scripts, self._agree, self._vocab = scripts, agree, vocab_size
+        self._random = random.Random(seed)
+
+    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
+        found = []
+        for sequence, count in zip(sequences, most, strict=True):
+            begin = len(sequence.tokens)
+            script = self._scripts[sequence.index][begin : begin + count]
+            found.append(Draft([t if self._random.random() < self._agree else (t + 1) % self._vocab for t in script]))
+        return found
+
+    def follow(self, sequence: Sequence, states: Any) -> None:
+        """Needs nothing."""
+
+    def fork(self, sequence: Sequence, twin: Sequence) -> None:
+        """Has nothing."""
