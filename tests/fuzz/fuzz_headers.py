@@ -17,6 +17,7 @@ Files live in memory (/dev/shm). Exit status 1 and the input's number if any of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -40,7 +41,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from deepseek_optimizer.checkpoint import open_checkpoint, packed_section  # noqa: E402
 from deepseek_optimizer.errors import CheckpointError, ConfigError  # noqa: E402
 from deepseek_optimizer.quant import pack  # noqa: E402
-from support.checkpoint_files import gguf_bytes, model_tensors, model_values, safetensors_bytes  # noqa: E402
+from support.checkpoint_files import (  # noqa: E402
+    STACKS,
+    deepseek2_tensors,
+    deepseek2_values,
+    gguf_bytes,
+    model_tensors,
+    model_values,
+    safetensors_bytes,
+)
 
 ADDRESS_SPACE = 256 << 20  # above what the process has when the inputs begin; no input is larger than 64 KB
 PYTHON_MEMORY = 256 << 10  # beside the file's own size: what opening the smallest good file takes, and some
@@ -76,8 +85,11 @@ def seeds() -> list[Case]:
         ("packed config", {"config.json": packed_config, "model.safetensors": tiles}, "config.json", len(packed_config)),
         ("index", files, "model.safetensors.index.json", len(index)),
     ]
-    for architecture, kind in (("llama", "Q4_0"), ("qwen2", "Q8_0"), ("qwen3", "Q5_0")):
-        values, tensors = model_values(architecture), model_tensors(architecture, kind=kind)
+    for architecture, kind in (("llama", "Q4_0"), ("qwen2", "Q8_0"), ("qwen3", "Q5_0"), ("deepseek2", "Q8_0")):
+        if architecture == "deepseek2":
+            values, tensors = deepseek2_values(), deepseek2_tensors(kind)
+        else:
+            values, tensors = model_values(architecture), model_tensors(architecture, kind=kind)
         whole = gguf_bytes(values, tensors)
         cases.append(
             (f"gguf {architecture}", {"x.gguf": whole}, "x.gguf", len(gguf_bytes(values, [(*t[:3], b"") for t in tensors])))
@@ -194,6 +206,13 @@ def exercise(path: Path) -> None:
                     checkpoint.packed(name, checkpoint.natural_format(name))
             except CheckpointError:
                 pass
+        for name, shape in STACKS.items():  # of the deepseek2 case; no other has these tensors
+            if all(
+                checkpoint.tensors.get(part) and checkpoint.shape(part) == s
+                for part, s in checkpoint.stored(name, shape).items()
+            ):
+                with contextlib.suppress(CheckpointError):
+                    checkpoint.packed_stack(name, checkpoint.own_format(name, shape), shape)
 
 
 def too_slow(*_: Any) -> None:

@@ -20,7 +20,16 @@ def test_twenty_thousand_inputs() -> None:
     run = fuzz("--inputs", "20000", "--seed", "7", "--jobs", "2")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1])["inputs"] == 20_000
-    for kind in ("safetensors", "packed tiles", "packed config", "index", "gguf llama", "gguf qwen2", "gguf qwen3"):
+    for kind in (
+        "safetensors",
+        "packed tiles",
+        "packed config",
+        "index",
+        "gguf llama",
+        "gguf qwen2",
+        "gguf qwen3",
+        "gguf deepseek2",
+    ):
         for outcome in ("opened", "refused"):  # a fuzzer whose every input is refused tests the first check only
             assert f"{kind}: {outcome}" in run.stdout
 

@@ -147,3 +147,57 @@ def model_tensors(
             block |= {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
         shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     return [gguf_tensor(name, random(*shape), kind if len(shape) == 2 else "F32") for name, shape in shapes.items()]
+
+
+def deepseek2_values() -> dict[str, tuple[int, Any]]:
+    """Metadata of the smallest DeepSeek-V3: two layers, the first dense, and four experts."""
+    sizes = {
+        "block_count": 2, "context_length": 128, "embedding_length": 32, "feed_forward_length": 32,
+        "attention.head_count": 2, "attention.head_count_kv": 1, "attention.kv_lora_rank": 32, "attention.q_lora_rank": 32,
+        "attention.key_length": 48, "attention.value_length": 32, "attention.key_length_mla": 48,
+        "attention.value_length_mla": 32, "rope.dimension_count": 16, "leading_dense_block_count": 1, "expert_count": 4,
+        "expert_used_count": 2, "expert_shared_count": 1, "expert_feed_forward_length": 32, "expert_gating_func": 2,
+        "expert_group_count": 2, "expert_group_used_count": 1, "nextn_predict_layers": 0,
+    }  # fmt: skip
+    numbers = {
+        "attention.layer_norm_rms_epsilon": 1e-5, "expert_weights_scale": 2.5, "rope.scaling.factor": 4.0,
+        "rope.scaling.yarn_log_multiplier": 0.1,
+    }  # fmt: skip
+    own: dict[str, tuple[int, Any]] = {
+        **{key: (U32, value) for key, value in sizes.items()},
+        **{key: (F32, value) for key, value in numbers.items()},
+        "rope.scaling.type": (STRING, "yarn"),
+        "rope.scaling.original_context_length": (U32, 64),
+        "expert_weights_norm": (BOOL, 1),
+    }
+    return {"general.architecture": (STRING, "deepseek2"), **{f"deepseek2.{key}": value for key, value in own.items()}}
+
+
+STACKS = {"model.layers.1.mlp.experts.gate_up_proj": (8, 32, 32), "model.layers.1.mlp.experts.down_proj": (4, 32, 32)}
+
+
+def deepseek2_tensors(kind: str = "Q8_0") -> list[tuple[str, int, tuple[int, ...], bytes]]:
+    """Random weights that go with `deepseek2_values`."""
+    attention = {
+        "attn_norm.weight": (32,), "attn_q_a.weight": (32, 32), "attn_q_a_norm.weight": (32,), "attn_q_b.weight": (96, 32),
+        "attn_kv_a_mqa.weight": (48, 32), "attn_kv_a_norm.weight": (32,), "attn_k_b.weight": (2, 32, 32),
+        "attn_v_b.weight": (2, 32, 32), "attn_output.weight": (32, 64), "ffn_norm.weight": (32,),
+    }  # fmt: skip
+    roles = ("gate", "up", "down")
+    dense = {f"ffn_{role}.weight": (32, 32) for role in roles}
+    sparse = {f"ffn_{role}_exps.weight": (4, 32, 32) for role in roles} | {
+        f"ffn_{role}_shexp.weight": (32, 32) for role in roles
+    }
+    sparse |= {"ffn_gate_inp.weight": (4, 32), "exp_probs_b.bias": (4,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (VOCAB, 32),
+        "output_norm.weight": (32,),
+        "output.weight": (VOCAB, 32),
+    }
+    shapes |= {f"blk.0.{name}": shape for name, shape in {**attention, **dense}.items()}
+    shapes |= {f"blk.1.{name}": shape for name, shape in {**attention, **sparse}.items()}
+    generator = torch.Generator().manual_seed(0)
+    return [
+        gguf_tensor(name, torch.randn(shape, generator=generator) * 0.1, kind if len(shape) > 1 else "F32")
+        for name, shape in shapes.items()
+    ]

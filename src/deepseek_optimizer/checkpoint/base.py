@@ -138,6 +138,10 @@ class Checkpoint(ABC):
         """One line for each kind of stored weight that was not kept exactly where the user may have expected it."""
         return []
 
+    def remarks(self) -> list[str]:
+        """One line for each thing that is in the files and left out."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Closes the files. Tensors already made stay good."""

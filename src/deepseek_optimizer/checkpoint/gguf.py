@@ -19,7 +19,10 @@ from ..quant.tiles import panels
 from .base import PANEL_ELEMENTS, Checkpoint, TensorInfo
 from .files import DataFile
 from .gguf_config import ROPE_FACTORS, parameter_name, transformers_config, vocabulary_size
-from .gguf_header import GgufTensor, read_header
+from .gguf_deepseek2 import prediction_tensors, split_kv_b
+from .gguf_header import GgufHeader, GgufTensor, read_header
+from .gguf_metadata import Metadata
+from .stacks import Part, StackShape
 
 _FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # without loss
 _FOUR_BITS = {"Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"}
@@ -36,13 +39,18 @@ class GgufCheckpoint(Checkpoint):
             header = read_header(self._file)
             factors = header.tensors.pop(ROPE_FACTORS, None)
             config = transformers_config(header, path, None if factors is None else self._read(factors, ROPE_FACTORS).float())
+            self._remarks = _leave_out_predictions(header, path)
             self._stored: dict[str, GgufTensor] = {parameter_name(t.name): t for t in header.tensors.values()}
             if len(self._stored) != len(header.tensors):
                 raise CheckpointError("two tensors stand for one parameter", file=path)
+            self._split = split_kv_b(self._stored, config, path) if "kv_lora_rank" in config else {}
         except BaseException:
             self._file.close()
             raise
         tensors = {name: TensorInfo(name, t.type.name, t.shape, path, t.offset, t.nbytes) for name, t in self._stored.items()}
+        for name, pair in self._split.items():
+            nbytes = pair.keys.nbytes + pair.values.nbytes
+            tensors[name] = TensorInfo(name, pair.type_name, pair.shape, path, pair.keys.offset, nbytes)
         super().__init__(path, config, tensors)
         self.vocabulary_size = vocabulary_size(header)
         self._converted: Counter[tuple[str, str]] = Counter()
@@ -56,23 +64,43 @@ class GgufCheckpoint(Checkpoint):
         return values[_halves_first(info.shape[0], heads)] if heads else values
 
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        if name in self._split:
+            return self._split[name].rows(
+                begin, end, lambda tensor, *span: self._decode(tensor, name, self._rows(tensor, *span))
+            )
         tensor = self._stored[self.info(name).name]
-        values = self._decode(tensor, name, self._blocks(name, begin, end))
-        return values.reshape(end - begin, tensor.shape[-1])
+        return self._decode(tensor, name, self._blocks(name, begin, end)).reshape(end - begin, tensor.shape[-1])
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        if roles := self._gate_and_up(name):
+            return dict.fromkeys(roles, (shape[0] // 2, *shape[1:]))
+        return super().stored(name, shape)
+
+    def parts(self, name: str, shape: StackShape) -> list[Part]:
+        if roles := self._gate_and_up(name):
+            return [Part(roles[i % 2], i // 2 * shape[1]) for i in range(shape[0])]
+        return super().parts(name, shape)
+
+    def _gate_and_up(self, name: str) -> tuple[str, str] | None:
+        """The tensors of a layer's experts' gates and ups, where they are apart."""
+        gate, up = (name.replace(".experts.gate_up_proj", f".experts.{role}_proj") for role in ("gate", "up"))
+        return (gate, up) if name.endswith(".experts.gate_up_proj") and name not in self.tensors else None
 
     def lossless_format(self, name: str) -> str | None:
         stored = self.info(name).dtype
+        if name in self._split:  # groups along a head's keys, which are columns no more
+            return _FLOAT_FORMATS.get(stored)
         return _FLOAT_FORMATS.get(stored) or ggml.lossless_format(stored)
 
     def natural_format(self, name: str) -> str:
         stored = self.info(name).dtype
-        if stored in ("F16", "F32"):
+        if stored in ("F16", "F32") or name in self._split:
             return "bf16"  # fp32 would be exact, and twice or once the size: more than anyone asks of weights
         return self.lossless_format(name) or ("q4_1" if stored in _FOUR_BITS else "int8")
 
     def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
         stored, cols = self.info(name).dtype, self.shape(name)[-1]
-        if ggml.lossless_format(stored) != format:
+        if ggml.lossless_format(stored) != format or name in self._split:
             if stored not in _FLOAT_FORMATS:
                 self._converted[stored, format] += 1
             return super().pack_rows(name, begin, end, format, packer, out)
@@ -87,21 +115,28 @@ class GgufCheckpoint(Checkpoint):
             for (stored, format), n in sorted(self._converted.items())
         ]
 
+    def remarks(self) -> list[str]:
+        return self._remarks
+
     def close(self) -> None:
         self._file.close()
 
     def _blocks(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Rows [begin, end) as stored, uint8 [rows, bytes of a row], in Transformers' order."""
         tensor = self._stored[name]
-        stride = tensor.nbytes // math.prod(tensor.shape[:-1])
         heads = self._interleaved_heads(name)
         size = tensor.shape[0] // heads if heads else 1  # rows change places within a head only
         first, last = begin // size * size, -(-end // size) * size
-        data = self._file.read_tensor(tensor.offset + first * stride, (last - first) * stride).view(last - first, stride)
+        data = self._rows(tensor, first, last)
         if heads:  # in numpy for the reason that `all_finite` has
             order = _halves_first(last - first, (last - first) // size)[begin - first : end - first]
             data = torch.from_numpy(data.numpy()[order.numpy()])
         return data
+
+    def _rows(self, tensor: GgufTensor, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) as they lie in the file, uint8 [rows, bytes of a row]; dimensions but the last count as rows."""
+        stride = tensor.nbytes // math.prod(tensor.shape[:-1])
+        return self._file.read_tensor(tensor.offset + begin * stride, (end - begin) * stride).view(end - begin, stride)
 
     def _interleaved_heads(self, name: str) -> int:
         """How many heads of the file's rotate-pairs order this tensor has: llama's q and k. 0 for all others."""
@@ -131,6 +166,15 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"is {tensor.type.name}, which is not read ({error})", file=self._file.path, tensor=name
             ) from error
+
+
+def _leave_out_predictions(header: GgufHeader, path: Path) -> list[str]:
+    """Takes the tensors of layers for multi-token prediction out of `header`; says so."""
+    meta = Metadata(header, path)
+    names = prediction_tensors(meta) if meta.architecture == "deepseek2" else []
+    for name in names:
+        del header.tensors[name]
+    return [f"{len(names)} tensors for multi-token prediction are left out: GGUF files give none"] if names else []
 
 
 def _halves_first(rows: int, heads: int) -> torch.Tensor:

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
+from .gguf_deepseek2 import LAYER as DEEPSEEK2_LAYER
+from .gguf_deepseek2 import WHOLE, decoder_layers, deepseek2_config
 from .gguf_header import GgufArray, GgufHeader
+from .gguf_metadata import Metadata
 
 # GGUF architecture -> (Transformers' model_type, class)
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "deepseek2": ("deepseek_v3", "DeepseekV3ForCausalLM"),  # or another of DeepSeek's: see gguf_deepseek2
 }
 ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling, written out as a factor per frequency
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -36,6 +40,7 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    **DEEPSEEK2_LAYER,
 }
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_]+)\.(weight|bias)")
 
@@ -44,52 +49,23 @@ def parameter_name(name: str) -> str:
     """Transformers' name of a GGUF tensor; the name as it is where it has none (the loader then reports it)."""
     if match := _BLOCK.fullmatch(name):
         layer, part, leaf = match.groups()
+        if f"{part}.{leaf}" in WHOLE:
+            return f"model.layers.{int(layer)}.{WHOLE[f'{part}.{leaf}']}"
         return f"model.layers.{int(layer)}.{_LAYER[part]}.{leaf}" if part in _LAYER else name
     part, _, leaf = name.rpartition(".")
     return f"{_TOP[part]}.{leaf}" if part in _TOP else name
 
 
-class _Metadata:
-    """Typed access to a header's values; errors name the key and the file."""
-
-    def __init__(self, header: GgufHeader, path: Path) -> None:
-        self.values, self.path = header.values, path
-        self.architecture = self.text("general.architecture")
-
-    def wrong(self, key: str, what: str) -> CheckpointError:
-        return CheckpointError(f"{key} {what}", file=self.path)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.values.get(key, default)
-        if not isinstance(value, str):
-            raise self.wrong(key, "is missing" if value is None else f"must be text, not {value!r}")
-        return value
-
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self.values.get(key, default)
-        if type(value) is not int or not least <= value < 1 << 31:
-            raise self.wrong(key, "is missing" if value is None else f"must be a whole number >= {least}, not {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise self.wrong(key, "is missing" if value is None else f"must be a positive number, not {value!r}")
-        return float(value)
-
-    def of_model(self, key: str) -> str:
-        return f"{self.architecture}.{key}"
-
-
 def transformers_config(header: GgufHeader, path: Path, rope_factors: torch.Tensor | None) -> dict[str, Any]:
     """The config.json this model would have. `rope_factors`: the values of `rope_freqs.weight`, where it is there."""
-    meta = _Metadata(header, path)
+    meta = Metadata(header, path)
     if meta.architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{path}: GGUF architecture {meta.architecture!r} is not known (known: {', '.join(ARCHITECTURES)})"
         )
     model_type, model_class = ARCHITECTURES[meta.architecture]
-    layers = meta.integer(meta.of_model("block_count"))
+    latent = meta.architecture == "deepseek2"
+    layers = decoder_layers(meta) if latent else meta.integer(meta.of_model("block_count"))
     if f"blk.{layers - 1}.attn_norm.weight" not in header.tensors:
         raise meta.wrong(meta.of_model("block_count"), f"is {layers}, but there is no block {layers - 1} in the file")
     heads = meta.integer(meta.of_model("attention.head_count"))
@@ -112,10 +88,10 @@ def transformers_config(header: GgufHeader, path: Path, rope_factors: torch.Tens
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "vocab_size": embedding.shape[0],
     }
-    head_dim = meta.of_model("attention.key_length")
-    if head_dim not in meta.values and model_type == "llama":
-        head_dim = meta.of_model("rope.dimension_count")
-    config["head_dim"] = meta.integer(head_dim, hidden // heads)
+    if latent:
+        config |= deepseek2_config(meta, config["rope_parameters"])
+    else:
+        config["head_dim"] = _head_dim(meta, hidden // heads)
     if model_type in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if model_type == "llama":
@@ -128,13 +104,20 @@ def transformers_config(header: GgufHeader, path: Path, rope_factors: torch.Tens
     return config
 
 
+def _head_dim(meta: Metadata, default: int) -> int:
+    key = meta.of_model("attention.key_length")
+    if key not in meta.values and meta.architecture == "llama":
+        key = meta.of_model("rope.dimension_count")
+    return meta.integer(key, default)
+
+
 def vocabulary_size(header: GgufHeader) -> int | None:
     """How many tokens the file's tokenizer has, or None if it has none."""
     tokens = header.values.get("tokenizer.ggml.tokens")
     return tokens.length if isinstance(tokens, GgufArray) else None
 
 
-def _rope(meta: _Metadata, factors: torch.Tensor | None) -> dict[str, Any]:
+def _rope(meta: Metadata, factors: torch.Tensor | None) -> dict[str, Any]:
     theta = meta.number(meta.of_model("rope.freq_base"), 10000.0)
     kind = meta.text(meta.of_model("rope.scaling.type"), "none")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
@@ -154,7 +137,7 @@ def _rope(meta: _Metadata, factors: torch.Tensor | None) -> dict[str, Any]:
     return rope
 
 
-def _llama3(meta: _Metadata, factors: torch.Tensor, theta: float) -> dict[str, Any]:
+def _llama3(meta: Metadata, factors: torch.Tensor, theta: float) -> dict[str, Any]:
     """llama3's parameters, from the factors they were written out to: every frequency is divided by its factor.
 
     Every published model has the bounds 1 and 4 over 8192 positions. That these and the largest factor give the file's own

@@ -76,6 +76,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
             cast = dtype if settings.precision == "fp32" else None
             _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
         name_source(model, checkpoint.path, dtype)
+        notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     bind(model.eval(), settings, bytes_before=total, notes=notes)

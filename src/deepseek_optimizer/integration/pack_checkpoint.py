@@ -118,7 +118,7 @@ def _write(
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)
-    return notes + (checkpoint.conversions() if settings.precision == "auto" else [])
+    return notes + checkpoint.remarks() + (checkpoint.conversions() if settings.precision == "auto" else [])
 
 
 def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> dict[str, Stored]:
