@@ -149,7 +149,7 @@ def tensors(model: PreTrainedModel, whole_kv_b: bool = False, merged_experts: bo
 
 
 def kind_of(name: str, kinds: Mapping[str, str]) -> str:
-    """The type a tensor is stored in: F32 for vectors and routers, else that of the last of `kinds` whose key is in its name."""
+    """The type a tensor is stored in: F32 for vectors and routers, else of the last of `kinds` whose key is in its name."""
     if "norm" in name or name.endswith("bias") or "ffn_gate_inp" in name:
         return "F32"
     return [kind for part, kind in kinds.items() if part in name][-1]
