@@ -10,7 +10,7 @@ namespace dso {
 // What a plan asks of the batches it is given.
 struct BatchNeeds {
   int64_t vocab = 0;           // ids are below it: the smaller of vocab_size and the embedding's rows
-  bool token_ids = false, positions = false, logits = false;
+  bool token_ids = false, positions = false, states = false, logits = false;
   int64_t layers = 0;          // of the cache; 0: no cache is used
   int64_t kv_heads = 0, head_dim = 0;
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead

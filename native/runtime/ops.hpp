@@ -19,6 +19,8 @@ std::unique_ptr<Op> make_convert(StepReader& step);
 std::unique_ptr<Op> make_swiglu(StepReader& step);
 std::unique_ptr<Op> make_select_rows(StepReader& step);
 std::unique_ptr<Op> make_hidden_out(StepReader& step);
+std::unique_ptr<Op> make_state_in(StepReader& step);
+std::unique_ptr<Op> make_concat(StepReader& step);
 // ops_rope.cpp
 std::unique_ptr<Op> make_rope_table(StepReader& step);
 std::unique_ptr<Op> make_rope(StepReader& step);

@@ -1,4 +1,4 @@
-// Steps that treat each row alone: embedding, norms, sums, conversions, SwiGLU, copies of rows.
+// Steps that treat each row alone: embedding, norms, sums, conversions, SwiGLU, copies of rows, rows side by side.
 #include <cstring>
 
 #include "ops.hpp"
@@ -149,14 +149,47 @@ class SelectRows final : public RowsOf {
 
 class HiddenOut final : public RowsOf {
  public:
-  HiddenOut(const SlotRef& in, int64_t index) : RowsOf(in), index_(index) {}
+  HiddenOut(const SlotRef& in, int64_t index, bool last) : RowsOf(in), index_(index), last_(last) {}
 
  private:
-  int64_t rows(const Run& run) const override { return run.batch.source->hidden ? run.batch.T : 0; }
+  int64_t rows(const Run& run) const override {
+    const dso_batch& b = *run.batch.source;
+    return b.hidden || (last_ && b.last_hidden) ? run.batch.T : 0;
+  }
   void row(const Run& run, int64_t r, int) override {
-    std::memcpy(run.batch.source->hidden + (index_ * run.batch.T + r) * like_.width, at(run, like_, r), 4 * like_.width);
+    const dso_batch& b = *run.batch.source;
+    const int64_t n = like_.width;
+    if (b.hidden) std::memcpy(b.hidden + (index_ * run.batch.T + r) * n, at(run, like_, r), 4 * n);
+    if (last_ && b.last_hidden) std::memcpy(b.last_hidden + r * n, at(run, like_, r), 4 * n);
   }
   const int64_t index_;
+  const bool last_;
+};
+
+class StateIn final : public RowsOf {
+ public:
+  using RowsOf::RowsOf;
+
+ private:
+  void row(const Run& run, int64_t r, int) override {
+    std::memcpy(f32(run, like_, r), run.batch.source->states + r * like_.width, 4 * like_.width);
+  }
+};
+
+class Concat final : public RowsOf {
+ public:
+  Concat(const SlotRef& a, const SlotRef& b, const SlotRef& out) : RowsOf(out), a_(a), b_(b) {}
+  int64_t scratch_bytes(const Run&) const override { return is_f32(like_.kind) ? 0 : 4 * like_.width; }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override {
+    const int64_t n = like_.width;
+    float* both = is_f32(like_.kind) ? f32(run, like_, r) : reinterpret_cast<float*>(run.thread_scratch(thread));
+    std::memcpy(both, at(run, a_, r), 4 * a_.width);
+    std::memcpy(both + a_.width, at(run, b_, r), 4 * b_.width);
+    if (!is_f32(like_.kind)) run.kernels.convert(like_.kind, both, 0, n, n, raw(run, like_, r));
+  }
+  const SlotRef a_, b_;
 };
 
 float checked_eps(const StepReader& s) {
@@ -223,11 +256,25 @@ std::unique_ptr<Op> make_select_rows(StepReader& s) {
 }
 
 std::unique_ptr<Op> make_hidden_out(StepReader& s) {
-  s.takes(1, 0, 0, 0, 0);
+  s.takes(1, 0, 0, 0, DSO_FLAG_LAST);
   const SlotRef in = s.in(0, kF32Only);
   if (in.selected) s.refuse("in[0], slot %d, holds selected rows", in.index);
   if (s.step.layer < 0) s.refuse("layer (the index) is %d", s.step.layer);
-  return std::make_unique<HiddenOut>(in, s.step.layer);
+  return std::make_unique<HiddenOut>(in, s.step.layer, s.step.flags & DSO_FLAG_LAST);
+}
+
+std::unique_ptr<Op> make_state_in(StepReader& s) {
+  s.takes(0, 1, 0, 0, 0);
+  const SlotRef out = s.out(0, kF32Only, 0, false);
+  s.plan().needs.states = true;
+  return std::make_unique<StateIn>(out);
+}
+
+std::unique_ptr<Op> make_concat(StepReader& s) {
+  s.takes(2, 1, 0, 0, 0);
+  const SlotRef a = s.in(0, kF32Only), b = s.in(1, kF32Only), out = s.out(0, kAnyKind, a.width + b.width, a.selected);
+  if (a.selected != b.selected) s.refuse("in[0] and in[1] hold different rows");
+  return std::make_unique<Concat>(a, b, out);
 }
 
 }  // namespace dso

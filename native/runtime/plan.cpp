@@ -51,6 +51,8 @@ std::unique_ptr<Op> dso::make_op(StepReader& s) {
     case DSO_OP_GATE_UP: return make_gate_up(s);
     case DSO_OP_SELECT_ROWS: return make_select_rows(s);
     case DSO_OP_HIDDEN_OUT: return make_hidden_out(s);
+    case DSO_OP_STATE_IN: return make_state_in(s);
+    case DSO_OP_CONCAT: return make_concat(s);
     default: s.refuse("op %d is unknown", s.step.op);
   }
 }
@@ -113,7 +115,7 @@ void dso_plan::reserve(int64_t T, int64_t R) {
 
 void dso_plan::reshape() {
   const Batch& b = run_.batch;
-  const Shape shape{b.T, b.R, b.decode_rows, b.decode_logits, b.source->hidden != nullptr};
+  const Shape shape{b.T, b.R, b.decode_rows, b.decode_logits, b.source->hidden != nullptr, b.source->last_hidden != nullptr};
   if (shape == shape_) return;
   shape_ = {};  // until all of it is done
   for (size_t i = 0; i < slots_.size(); ++i) run_.slots[i].count = slot_rows(slots_[i], b.T, b.R);

@@ -63,7 +63,7 @@ SlotRef StepReader::in(int i, SlotKinds kinds, int64_t width, int64_t repeat) {
 
 SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat) {
   const SlotRef s = slot("out", i, step.out[i], kinds);
-  if (s.width != width) refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+  if (width && s.width != width) refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
   if (s.repeat != repeat) refuse("out[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
   if (s.selected != selected) refuse("out[%d], slot %d, must hold %s rows", i, s.index, selected ? "the selected" : "all");
   if (std::find(writes.begin(), writes.end(), s.index) != writes.end()) refuse("out[%d] is slot %d, as another out is", i, s.index);

@@ -40,7 +40,7 @@ class StepReader {
   const dso_step& step;
 
   SlotRef in(int i, SlotKinds kinds, int64_t width = 0, int64_t repeat = 1);  // width 0: any
-  SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);
+  SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);  // as for in
   Matrix matrix(int i) const;
   Stack stack(int i, int64_t count) const;
   const float* vector(int field_w_or_b, int i, int64_t cols) const;        // 'w' or 'b'

@@ -111,6 +111,8 @@ class _Compiler:
         s.eps = a.get("eps", 0.0)
         s.scale = a["rope"].scaling if op == "rope_table" else a.get("scale", 1.0)
         s.flags = sum(FLAGS[flag] for flag in _flags(a))
+        if op == "hidden_out" and s.layer == self.graph.hidden_states - 1:
+            s.flags |= FLAGS["last"]
         return s
 
     def row(self, node: Node) -> dict[str, Any]:

@@ -98,11 +98,9 @@ class CpuPlan:
             frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(batch.positions.max()) + 1)))
         logits = _logits(batch.logits, (rows, self.vocab_size))
         hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
-        embeds = batch.inputs_embeds
-        if embeds is not None:
-            embeds = embeds.detach().to("cpu", torch.float32).contiguous()
-            if tuple(embeds.shape) != (tokens, self.hidden_size):
-                raise ValueError(f"inputs_embeds has shape {tuple(embeds.shape)}, this step needs {(tokens, self.hidden_size)}")
+        last = torch.empty(tokens, self.hidden_size) if batch.last_hidden else None
+        embeds = self._rows_of(batch.inputs_embeds, "inputs_embeds", tokens)
+        states = self._rows_of(batch.states, "states", tokens)
         sequences, blocks = len(batch.query_len), batch.block_table.shape[-1]
         b = Batch()
         b.T, b.S, b.R, b.max_blocks = tokens, sequences, rows, blocks
@@ -113,11 +111,19 @@ class CpuPlan:
         b.phase = _address(batch.phase, "phase", sequences)
         b.block_table = _address(batch.block_table, "block_table", sequences, blocks)
         b.logit_rows = _address(batch.logit_rows, "logit_rows", rows)
-        b.inputs_embeds = None if embeds is None else embeds.data_ptr()
-        b.logits, b.hidden = logits.data_ptr(), None if hidden is None else hidden.data_ptr()
+        b.inputs_embeds, b.states = _pointer(embeds), _pointer(states)
+        b.logits, b.hidden, b.last_hidden = logits.data_ptr(), _pointer(hidden), _pointer(last)
         b.cache = store.handle.address
         check(self.lib.dso_plan_run(self.handle, C.byref(b)))
-        return StepOutput(logits, hidden)
+        return StepOutput(logits, hidden, last)
+
+    def _rows_of(self, given: torch.Tensor | None, name: str, tokens: int) -> torch.Tensor | None:
+        """A batch's float rows as the library reads them."""
+        if given is None:
+            return None
+        if tuple(given.shape) != (tokens, self.hidden_size):
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, this step needs {(tokens, self.hidden_size)}")
+        return given.detach().to("cpu", torch.float32).contiguous()
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
         check(self.lib.dso_plan_reserve(self.handle, tokens, logit_rows))
@@ -140,6 +146,10 @@ class CpuPlan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise BackendError("a compiled plan cannot be copied; compile the copied model's graph again")
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _logits(given: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:

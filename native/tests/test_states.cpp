@@ -1,0 +1,120 @@
+// What MTP layers need beside the rest: STATE_IN, CONCAT into every kind of row, and the last hidden state by itself.
+#include <numeric>
+
+#include "cache.hpp"
+#include "check.hpp"
+#include "context.hpp"
+#include "plan.hpp"
+#include "scalar_kernels.hpp"
+
+namespace {
+
+struct Case {
+  const char* name;
+  int32_t format, slot;
+};
+
+dso_step step(int32_t op, std::vector<int32_t> in, std::vector<int32_t> out, std::vector<int32_t> w = {}) {
+  dso_step s{};
+  s.op = op;
+  s.scale = 1;
+  auto fill = [](int32_t* to, int n, const std::vector<int32_t>& from) {
+    for (int i = 0; i < n; ++i) to[i] = i < (int)from.size() ? from[(size_t)i] : -1;
+  };
+  fill(s.in, 4, in);
+  fill(s.out, 3, out);
+  fill(s.w, 3, w);
+  fill(s.b, 3, {});
+  return s;
+}
+
+// logits = W [embedding, state]: against dso_linear of the rows put side by side here.
+void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t T, int threads) {
+  Random random(uint64_t(H * 100 + T));
+  dso_context context{std::make_shared<Context>(kernels, threads)};
+  const int32_t V = 37;
+  auto matrix = [&](int32_t rows, int32_t cols, int32_t format, Buffer& packed, std::vector<float>& w) {
+    w.resize((size_t)rows * cols);
+    for (float& v : w) v = random.normal();
+    check(dso_pack(&context, format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed.get()) == 0, "pack: %s", dso_last_error());
+    return dso_weight{format, rows, cols, 0, packed.get(), (int64_t)packed.size()};
+  };
+  Buffer table(::packed_bytes(DSO_F32, V, H)), head(::packed_bytes(c.format, V, 2 * H));
+  std::vector<float> embed, w;
+  const dso_weight weights[] = {matrix(V, H, DSO_F32, table, embed), matrix(V, 2 * H, c.format, head, w)};
+  const dso_slot slots[] = {{DSO_SLOT_F32, H, 0, 0}, {DSO_SLOT_F32, H, 0, 0}, {c.slot, 2 * H, 0, 0}, {DSO_SLOT_F32, V, 0, 0}, {DSO_SLOT_LOGITS, V, 1, 0}};
+  std::vector<dso_step> steps = {step(DSO_OP_EMBEDDING, {}, {0}, {0}), step(DSO_OP_STATE_IN, {}, {1}),   step(DSO_OP_HIDDEN_OUT, {0}, {}),
+                                 step(DSO_OP_HIDDEN_OUT, {1}, {}),     step(DSO_OP_CONCAT, {0, 1}, {2}), step(DSO_OP_LINEAR, {2}, {3}, {1}),
+                                 step(DSO_OP_SELECT_ROWS, {3}, {4})};
+  steps[3].layer = 1;
+  steps[3].flags = DSO_FLAG_LAST;
+  dso_plan* plan = nullptr;
+  if (!check(dso_plan_create(&context, steps.data(), (int32_t)steps.size(), slots, 5, weights, 2, V, &plan) == 0, "plan: %s", dso_last_error())) return;
+
+  std::vector<int32_t> ids((size_t)T), rows((size_t)T);
+  std::iota(rows.begin(), rows.end(), 0);
+  std::vector<float> states((size_t)(T * H)), both((size_t)(2 * T * H)), expected((size_t)(T * V)), found(expected.size(), NAN);
+  for (float& v : states) v = random.normal();
+  for (int32_t t = 0; t < T; ++t) {
+    ids[(size_t)t] = random.below(V);
+    std::copy_n(embed.begin() + (long)ids[(size_t)t] * H, H, both.begin() + (long)t * 2 * H);
+    std::copy_n(states.begin() + (long)t * H, H, both.begin() + (long)t * 2 * H + H);
+  }
+  check(dso_linear(&context, &weights[1], nullptr, c.slot, both.data(), T, T, expected.data()) == 0, "linear: %s", dso_last_error());
+
+  const int32_t query[] = {T}, context_len[] = {0}, phase[] = {DSO_PHASE_DECODE};
+  dso_batch b{};
+  b.T = b.R = T;
+  b.S = 1;
+  b.token_ids = ids.data();
+  b.query_len = query;
+  b.context_len = context_len;
+  b.phase = phase;
+  b.logit_rows = rows.data();
+  b.logits = found.data();
+  check(dso_plan_run(plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "batch.states is NULL"), "no states: %s", dso_last_error());
+  b.states = states.data();
+  // Hidden states: none, the last by itself, all, both.
+  for (int asked = 0; asked < 4; ++asked) {
+    std::vector<float> last(states.size(), NAN), all(2 * states.size(), NAN);
+    b.last_hidden = asked & 1 ? last.data() : nullptr;
+    b.hidden = asked & 2 ? all.data() : nullptr;
+    std::fill(found.begin(), found.end(), NAN);
+    check(dso_plan_run(plan, &b) == 0, "run: %s", dso_last_error());
+    check(memcmp(found.data(), expected.data(), 4 * found.size()) == 0, "%s, %s, %d wide, %d rows: not the rows side by side", kernels.isa, c.name, H, T);
+    if (asked & 1) check(last == states, "%s: last_hidden is not the last state", kernels.isa);
+    if (asked & 2) check(std::equal(states.begin(), states.end(), all.begin() + T * H), "%s: hidden state 1 is another", kernels.isa);
+  }
+  dso_plan_destroy(plan);
+}
+
+void refused() {
+  dso_context context{std::make_shared<Context>(scalar::table, 1)};
+  const dso_slot slots[] = {{DSO_SLOT_F32, 8, 0, 0}, {DSO_SLOT_F32, 15, 0, 0}, {DSO_SLOT_LOGITS, 8, 1, 0}};
+  auto refuse = [&](const dso_step& second, const char* says) {
+    const dso_step steps[] = {step(DSO_OP_STATE_IN, {}, {0}), second};
+    dso_plan* plan = nullptr;
+    check(dso_plan_create(&context, steps, 2, slots, 3, nullptr, 0, 8, &plan) == DSO_EINVAL && strstr(dso_last_error(), says), "got: %s", dso_last_error());
+  };
+  refuse(step(DSO_OP_CONCAT, {0, 0}, {1}), "out[0] must have width 16");
+  refuse(step(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step fills");
+  refuse(step(DSO_OP_STATE_IN, {0}, {1}), "must be -1");
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {{"f32", DSO_F32, DSO_SLOT_F32}, {"bf16", DSO_BF16, DSO_SLOT_BF16}, {"int8", DSO_INT8, DSO_SLOT_Q16}, {"int4", DSO_INT4, DSO_SLOT_Q8}};
+  auto all = [](const Kernels& k, const Case& c) {
+    for (int32_t H : {8, 33, 200})
+      for (int32_t T : {1, 5, 70})
+        for (int threads : {1, 3}) rows_side_by_side(k, c, H, T, threads);
+  };
+  all(scalar::table, cases[0]);  // it has F32 only
+#ifndef DSO_SCALAR_ONLY
+  for (const Variant& v : variants())
+    for (const Case& c : cases) all(*v.kernels, c);
+#endif
+  refused();
+  return report("test_states");
+}

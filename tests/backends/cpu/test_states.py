@@ -1,0 +1,91 @@
+"""`state_in`, `concat`, and the last hidden state by itself, in whole plans."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.backends.base import DECODE
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.ir import Graph, Node, Value
+from deepseek_optimizer.models import build_graph
+from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of
+from support.steps import Part, make_batch, runner
+
+from .packing import dequantised, packed_weights
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "int4": 6e-2}  # see test_families
+
+
+def with_states(graph: Graph, weight: str) -> Graph:
+    """The graph with [embedding, state] W in place of the embedding, as an MTP layer begins."""
+    embedding = graph.nodes[0]
+    x = embedding.outputs[0]
+    first, state, both = Value("first", x.width), Value("state", x.width), Value("both", 2 * x.width)
+    graph.nodes[:1] = [
+        embedding.with_(outputs=(first,)),
+        Node("state_in", (), (state,)),
+        Node("concat", (first, state), (both,)),
+        Node("linear", (both,), (x,), (weight,), {"biases": (None,)}),
+    ]
+    return graph
+
+
+@pytest.mark.parametrize("format_name", TOLERANCE)
+@pytest.mark.parametrize("fused", [False, True])
+def test_states_against_the_reference(backend, format_name, fused):
+    model = random_model(CASES["llama-gqa"]())
+    hidden = model.config.hidden_size
+    graph, _ = rules.apply(with_states(build_graph(model.config), "in.weight"), None if fused else [])
+    generator = torch.Generator().manual_seed(1)
+    weights = packed_weights(
+        {**weights_of(model), "in.weight": torch.randn(hidden, 2 * hidden, generator=generator) / 12}, format_name
+    )
+    states = torch.randn(40, hidden, generator=generator)
+    ids = random_ids(model.config, 40)
+    made = []
+    for r in (
+        runner(backend, graph, weights),
+        runner(ReferenceBackend(), graph, dequantised(weights)),
+    ):
+        blocks = r.sequence()
+        batch = make_batch([Part(blocks, ids, DECODE)], r.store)
+        batch.states, batch.last_hidden = states, True
+        made.append(r.plan.run(batch, r.store))
+    native, reference = made
+    assert native.hidden is None
+    assert_close_rows(native.logits, reference.logits, TOLERANCE[format_name])
+    assert_close_rows(native.last_hidden, reference.last_hidden, TOLERANCE[format_name])
+
+
+def test_last_hidden_is_the_last_of_all(backend):
+    """With the head on some rows only: all rows have their state all the same, and logits do not change by the asking."""
+    model = random_model(CASES["qwen3-gqa"]())
+    graph, _ = rules.apply(build_graph(model.config), None)
+    r = runner(backend, graph, packed_weights(weights_of(model), "fp32"))
+    ids, made = random_ids(model.config, 37), []
+    for hidden, last in ((True, True), (False, True), (True, False), (False, False)):
+        batch = make_batch([Part(r.sequence(), ids, DECODE, rows=[3, 36])], r.store, hidden=hidden)
+        batch.last_hidden = last
+        made.append(r.plan.run(batch, r.store))
+    both, last, every, none = made
+    assert torch.equal(last.last_hidden, both.last_hidden)
+    assert torch.equal(last.last_hidden, every.hidden[-1])
+    assert every.last_hidden is None
+    assert none.hidden is None
+    assert none.last_hidden is None
+    assert all(torch.equal(m.logits, both.logits) for m in made)
+
+
+def test_states_of_a_wrong_shape_are_refused(backend):
+    model = random_model(CASES["llama-gqa"]())
+    graph, _ = rules.apply(with_states(build_graph(model.config), "in.weight"), None)
+    hidden = model.config.hidden_size
+    r = runner(backend, graph, packed_weights({**weights_of(model), "in.weight": torch.zeros(hidden, 2 * hidden)}, "fp32"))
+    batch = make_batch([Part(r.sequence(), [1, 2], DECODE)], r.store)
+    with pytest.raises(ValueError, match="batch.states is NULL"):
+        r.plan.run(batch, r.store)
+    batch.states = torch.zeros(3, hidden)
+    with pytest.raises(ValueError, match="states has shape"):
+        r.plan.run(batch, r.store)
