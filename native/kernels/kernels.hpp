@@ -23,6 +23,7 @@ struct KvLayout {      // of one cache; the kernels own what is inside a block
   // A latent cache has these instead of heads: 32 rows of `rank` and `rope` numbers, token after token; then 32 rows of `index`
   // numbers of the indexer. See latent_row_bytes and index_row_bytes in runtime/layout.hpp.
   int32_t rank = 0, rope = 0, index = 0;
+  int64_t row_bytes = 0, index_bytes = 0;  // of one row
 };
 
 // A sequence's view of one layer of the cache: token t lies in block table[t / 32], slot t % 32.
@@ -55,6 +56,7 @@ struct Kernels {
 
   // ---- element-wise, one row each
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
   void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, float* out);
@@ -84,6 +86,17 @@ struct Kernels {
   void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
                      float* scores, float* o);  // sees tokens [first, n)
   size_t attn_scratch;  // bytes, private to the caller's thread
+
+  // ---- the lightning indexer, over the index keys of a latent cache
+  void (*index_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride);  // as kv_write
+  // One row of q [heads, index], brought into the order that index_scores reads: index_query_bytes(heads, index), 64-aligned.
+  void (*index_query)(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed);
+  int64_t (*index_query_bytes)(int64_t heads, int64_t index);
+  // scores[t - begin] = scale * sum over h of w_h relu(q_h . k_t), for tokens [begin, end); NaN counts as infinity.
+  void (*index_scores)(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end,
+                       float scale, float* scores);
+  // The k largest of n scores, 0 < k < n, of equal ones the first: their numbers, ascending, as floats. No score is NaN.
+  void (*index_select)(const float* scores, int64_t n, int64_t k, float* chosen);
 };
 
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family

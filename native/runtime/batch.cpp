@@ -9,11 +9,14 @@
 namespace dso {
 namespace {
 
+constexpr int64_t kMostNumbered = int64_t(1) << 24;  // integers below it are exact in fp32
+
 void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   const dso_cache* k = b.cache;
   if (!k) fail(DSO_EINVAL, "batch.cache is NULL, and the plan has attention");
   const KvLayout& l = k->layout;
-  if (l.rank != needs.rank || l.rope != needs.rope || (needs.index > 0 && l.index != needs.index))
+  const bool latents = needs.rank > 0 || needs.index == 0;  // index keys alone fit beside any
+  if ((latents && (l.rank != needs.rank || l.rope != needs.rope)) || (needs.index > 0 && l.index != needs.index))
     fail(DSO_EINVAL, "batch.cache has latents of %d and %d, index keys of %d; the plan needs %lld and %lld, %lld", l.rank, l.rope, l.index,
          (long long)needs.rank, (long long)needs.rope, (long long)needs.index);
   if (l.kv_heads != needs.kv_heads || l.head_dim != needs.head_dim || k->layers < needs.layers)
@@ -21,6 +24,8 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
          k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads, (long long)needs.head_dim);
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
   for (int64_t s = 0; s < b.S; ++s) {
+    if (needs.index > 0 && int64_t(b.context_len[s]) + b.query_len[s] > kMostNumbered)
+      fail(DSO_EINVAL, "batch: sequence %lld is longer than %lld tokens: chosen ones are numbered in fp32", (long long)s, (long long)kMostNumbered);
     const int64_t blocks = ceil_div(int64_t(b.context_len[s]) + b.query_len[s], DSO_BLOCK_TOKENS);
     if (blocks > b.max_blocks)
       fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, max_blocks is %d", (long long)s, (long long)blocks, b.max_blocks);

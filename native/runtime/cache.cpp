@@ -15,8 +15,8 @@ KvLayout checked_latent(const dso_cache_shape& s) {
   even("rank", s.rank, 2);
   even("rope", s.rope, 2);
   even("index", s.index, 0);
-  const int64_t row = latent_row_bytes(s.kv_type, s.rank, s.rope) + index_row_bytes(s.kv_type, s.index);
-  return {s.kv_type, 0, 0, round_up(DSO_BLOCK_TOKENS * row, 64), s.rank, s.rope, s.index};
+  const int64_t row = latent_row_bytes(s.kv_type, s.rank, s.rope), index = index_row_bytes(s.kv_type, s.index);
+  return {s.kv_type, 0, 0, round_up(DSO_BLOCK_TOKENS * (row + index), 64), s.rank, s.rope, s.index, row, index};
 }
 }  // namespace
 

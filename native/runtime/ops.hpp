@@ -13,6 +13,7 @@ std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
 // ops_elementwise.cpp
 std::unique_ptr<Op> make_embedding(StepReader& step);
 std::unique_ptr<Op> make_rms_norm(StepReader& step);
+std::unique_ptr<Op> make_layer_norm(StepReader& step);
 std::unique_ptr<Op> make_add(StepReader& step);
 std::unique_ptr<Op> make_add_rms_norm(StepReader& step);
 std::unique_ptr<Op> make_convert(StepReader& step);
@@ -28,6 +29,9 @@ std::unique_ptr<Op> make_cache_write(StepReader& step);
 std::unique_ptr<Op> make_rope_cache(StepReader& step);
 // ops_attention.cpp
 std::unique_ptr<Op> make_attention(StepReader& step);
+// ops_index.cpp
+std::unique_ptr<Op> make_index_write(StepReader& step);
+std::unique_ptr<Op> make_index_choose(StepReader& step);
 // ops_linear.cpp
 std::unique_ptr<Op> make_linear(StepReader& step);
 std::unique_ptr<Op> make_gate_up(StepReader& step);

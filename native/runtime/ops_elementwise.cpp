@@ -38,28 +38,32 @@ class Embedding final : public RowsOf {
   const float scale_;
 };
 
-// norm(x) into a row of any kind, by way of fp32.
+// norm(x) into a row of any kind, by way of fp32. RMS, or, with a bias, layer norm.
 class Norm {
  public:
-  Norm(const float* weight, float eps, const SlotRef& out) : weight_(weight), eps_(eps), out_(out) {}
+  Norm(const float* weight, const float* bias, float eps, const SlotRef& out) : weight_(weight), bias_(bias), eps_(eps), out_(out) {}
   int64_t scratch_bytes() const { return is_f32(out_.kind) ? 0 : 4 * out_.width; }
   void operator()(const Run& run, const float* x, int64_t r, int thread) const {
     uint8_t* out = run.slots[out_.index].row(r);
-    if (is_f32(out_.kind)) return run.kernels.rms_norm(x, weight_, out_.width, eps_, reinterpret_cast<float*>(out));
+    if (is_f32(out_.kind)) return norm(run, x, reinterpret_cast<float*>(out));
     float* normed = reinterpret_cast<float*>(run.thread_scratch(thread));
-    run.kernels.rms_norm(x, weight_, out_.width, eps_, normed);
+    norm(run, x, normed);
     run.kernels.convert(out_.kind, normed, 0, out_.width, out_.width, out);
   }
 
  private:
-  const float* weight_;
+  void norm(const Run& run, const float* x, float* out) const {
+    if (bias_) run.kernels.layer_norm(x, weight_, bias_, out_.width, eps_, out);
+    else run.kernels.rms_norm(x, weight_, out_.width, eps_, out);
+  }
+  const float *weight_, *bias_;
   const float eps_;
   const SlotRef out_;
 };
 
-class RmsNorm final : public RowsOf {
+class RowNorm final : public RowsOf {
  public:
-  RmsNorm(const SlotRef& in, const Norm& norm) : RowsOf(in), norm_(norm) {}
+  RowNorm(const SlotRef& in, const Norm& norm) : RowsOf(in), norm_(norm) {}
   int64_t scratch_bytes(const Run&) const override { return norm_.scratch_bytes(); }
 
  private:
@@ -217,7 +221,13 @@ std::unique_ptr<Op> make_rms_norm(StepReader& s) {
     return std::make_unique<HeadNorm>(in, out, s.vector('w', 0, head_dim), heads, head_dim, checked_eps(s));
   }
   const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, in.width, in.selected);
-  return std::make_unique<RmsNorm>(in, Norm(s.vector('w', 0, in.width), checked_eps(s), out));
+  return std::make_unique<RowNorm>(in, Norm(s.vector('w', 0, in.width), nullptr, checked_eps(s), out));
+}
+
+std::unique_ptr<Op> make_layer_norm(StepReader& s) {
+  s.takes(1, 1, 1, 1, 0);
+  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, in.width, in.selected);
+  return std::make_unique<RowNorm>(in, Norm(s.vector('w', 0, in.width), s.vector('b', 0, in.width), checked_eps(s), out));
 }
 
 std::unique_ptr<Op> make_add(StepReader& s) {
@@ -232,7 +242,7 @@ std::unique_ptr<Op> make_add_rms_norm(StepReader& s) {
   const SlotRef residual = s.in(0, kF32Only), delta = s.in(1, kF32Only, residual.width);
   const SlotRef sum = s.out(0, kF32Only, residual.width, residual.selected), out = s.out(1, kAnyKind, residual.width, residual.selected);
   if (residual.selected != delta.selected) s.refuse("in[0] and in[1] hold different rows");
-  return std::make_unique<AddRmsNorm>(residual, delta, sum, Norm(s.vector('w', 0, residual.width), checked_eps(s), out));
+  return std::make_unique<AddRmsNorm>(residual, delta, sum, Norm(s.vector('w', 0, residual.width), nullptr, checked_eps(s), out));
 }
 
 std::unique_ptr<Op> make_convert(StepReader& s) {

@@ -110,15 +110,9 @@ class RopeCache final : public CacheOp {
   const Rotation rotate_;
 };
 
-SlotRef token_rows(StepReader& s, int i, int64_t width = 0) {
-  const SlotRef slot = s.in(i, kF32Only, width);
-  if (slot.selected) s.refuse("in[%d], slot %d, holds selected rows", i, slot.index);
-  return slot;
-}
-
 Rotation rotation(StepReader& s, int table) {
   const int64_t heads = s.positive("heads", s.step.heads), head_dim = s.positive("head_dim", s.step.head_dim);
-  const SlotRef t = token_rows(s, table);
+  const SlotRef t = s.token_rows(table);
   if (s.step.offset < 0) s.refuse("offset is %d", s.step.offset);
   if (s.step.offset + t.width > head_dim || t.width % 2)
     s.refuse("in[%d], the table, has width %lld for a head_dim of %lld from %d on", table, (long long)t.width, (long long)head_dim, s.step.offset);
@@ -140,7 +134,7 @@ std::unique_ptr<Op> make_rope_table(StepReader& s) {
 std::unique_ptr<Op> make_rope(StepReader& s) {
   s.takes(2, 1, 0, 0, DSO_FLAG_INTERLEAVED);
   const Rotation rotate = rotation(s, 1);
-  const SlotRef in = token_rows(s, 0, rotate.heads * rotate.head_dim), out = s.out(0, kF32Only, in.width, false);
+  const SlotRef in = s.token_rows(0, rotate.heads * rotate.head_dim), out = s.out(0, kF32Only, in.width, false);
   s.alias_only(out, in);
   return std::make_unique<Rope>(in, out, rotate);
 }
@@ -149,7 +143,7 @@ std::unique_ptr<Op> make_cache_write(StepReader& s) {
   s.takes(2, 0, 0, 0, 0);
   s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, true);
   const int64_t width = int64_t(s.step.kv_heads) * s.step.head_dim;
-  const SlotRef key = token_rows(s, 0, width), value = token_rows(s, 1, width);
+  const SlotRef key = s.token_rows(0, width), value = s.token_rows(1, width);
   return std::make_unique<CacheWrite>(key, value, s.step.layer, s.step.kv_heads);
 }
 
@@ -158,7 +152,7 @@ std::unique_ptr<Op> make_rope_cache(StepReader& s) {
   s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, true);
   const Rotation rotate = rotation(s, 3);
   const int64_t kv_width = int64_t(s.step.kv_heads) * s.step.head_dim;
-  const SlotRef q = token_rows(s, 0, rotate.heads * rotate.head_dim), key = token_rows(s, 1, kv_width), value = token_rows(s, 2, kv_width);
+  const SlotRef q = s.token_rows(0, rotate.heads * rotate.head_dim), key = s.token_rows(1, kv_width), value = s.token_rows(2, kv_width);
   const SlotRef out = s.out(0, kF32Only, q.width, false);
   s.alias_only(out, q);
   return std::make_unique<RopeCache>(q, key, value, out, s.step.layer, s.step.kv_heads, rotate);

@@ -53,6 +53,9 @@ std::unique_ptr<Op> dso::make_op(StepReader& s) {
     case DSO_OP_HIDDEN_OUT: return make_hidden_out(s);
     case DSO_OP_STATE_IN: return make_state_in(s);
     case DSO_OP_CONCAT: return make_concat(s);
+    case DSO_OP_LAYER_NORM: return make_layer_norm(s);
+    case DSO_OP_INDEX_WRITE: return make_index_write(s);
+    case DSO_OP_INDEX_CHOOSE: return make_index_choose(s);
     default: s.refuse("op %d is unknown", s.step.op);
   }
 }
@@ -67,7 +70,7 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
   check_slots(slots, n_slots, vocab_size);
   slots_.assign(slots, slots + n_slots);
 
-  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}};
+  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}, {}};
   for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
   for (int32_t i = 0; i < n_steps; ++i) {
     StepReader reader(source, steps[i], i);

@@ -61,6 +61,12 @@ SlotRef StepReader::in(int i, SlotKinds kinds, int64_t width, int64_t repeat) {
   return s;
 }
 
+SlotRef StepReader::token_rows(int i, int64_t width) {
+  const SlotRef s = in(i, kF32Only, width);
+  if (s.selected) refuse("in[%d], slot %d, holds selected rows", i, s.index);
+  return s;
+}
+
 SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat) {
   const SlotRef s = slot("out", i, step.out[i], kinds);
   if (width && s.width != width) refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);

@@ -12,6 +12,7 @@
 namespace dso {
 
 class AttentionSchedule;
+class IndexSchedule;
 
 struct PlanSource {  // what dso_plan_create was given, and what the steps have asked of batches so far
   const dso_slot* slots;
@@ -22,6 +23,7 @@ struct PlanSource {  // what dso_plan_create was given, and what the steps have 
   BatchNeeds needs;
   std::vector<bool> written;  // slots that an earlier step fills
   std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike
+  std::vector<std::shared_ptr<IndexSchedule>> index_schedules;
 };
 
 struct SlotRef {
@@ -40,6 +42,7 @@ class StepReader {
   const dso_step& step;
 
   SlotRef in(int i, SlotKinds kinds, int64_t width = 0, int64_t repeat = 1);  // width 0: any
+  SlotRef token_rows(int i, int64_t width = 0);  // in(i) in fp32, of all tokens
   SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);  // as for in
   Matrix matrix(int i) const;
   Stack stack(int i, int64_t count) const;

@@ -71,6 +71,9 @@ static void check_arithmetic(const char* isa, Random& random) {
       check(same(chosen.at[i], a[i] < b[i] ? c[i] : b[i]), "%s less(%g, %g) chose %g", isa, a[i], b[i], chosen.at[i]);
       check(same(size.at[i], std::fabs(a[i])), "%s abs(%g)", isa, a[i]);
     }
+    uint32_t reached = 0;
+    for (int i = 0; i < 16; ++i) reached |= (uint32_t)(a[i] >= b[i]) << i;
+    check(at_least(x, y) == reached, "%s at_least: %04x, not %04x", isa, at_least(x, y), reached);
     float tree[16];
     memcpy(tree, b, sizeof tree);
     for (int half = 8; half >= 1; half /= 2)

@@ -46,6 +46,12 @@ inline void rms_norm(const float* x, const float* w, int64_t n, float eps, float
   const float scale = 1 / std::sqrt(sum / (float)n + eps);
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * w[i];
 }
+inline void layer_norm(const float* x, const float* w, const float* b, int64_t n, float eps, float* out) {
+  double mean = 0, variance = 0;
+  for (int64_t i = 0; i < n; ++i) mean += x[i] / (double)n;
+  for (int64_t i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean) / (double)n;
+  for (int64_t i = 0; i < n; ++i) out[i] = (float)((x[i] - mean) / std::sqrt(variance + eps) * w[i] + b[i]);
+}
 inline void add(const float* a, const float* b, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
 }
@@ -139,7 +145,52 @@ inline void attn_merge(const float* part, int64_t stride, int64_t chunks, int64_
   for (int64_t i = 0; i < d; ++i) out[i] /= sum;
 }
 
-inline const Kernels table = {"scalar", convert, linear, 0, embed_row, unpack_rows, pack_tile, rms_norm, add, swiglu, rope,
-                              kv_layer_bytes, kv_write, kv_read, attn_decode_chunk, attn_merge, attn_prefill, attn_eager, 0};
+// The indexer's keys, in a cache of fp32 or bf16 rows behind the latents.
+inline uint8_t* index_row(const KvLayout& l, const KvView& v, int64_t t) {
+  return v.base + v.table[t / 32] * v.block_stride + 32 * l.row_bytes + t % 32 * l.index_bytes;
+}
+inline float index_number(const KvLayout& l, const KvView& v, int64_t t, int64_t i) {
+  const uint8_t* row = index_row(l, v, t);
+  if (l.type == DSO_KV_F32) return ((const float*)row)[i];
+  return from_bits((uint32_t)((const uint16_t*)row)[i] << 16);
+}
+inline void index_write(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t stride) {
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < l.index; ++i) {
+      const float x = ((const float*)((const char*)k + t * stride))[i];
+      const uint32_t u = to_bits(x);
+      if (l.type == DSO_KV_F32) ((float*)index_row(l, v, start + t))[i] = x;
+      else ((uint16_t*)index_row(l, v, start + t))[i] = (uint16_t)(std::isnan(x) ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+    }
+}
+inline void index_query(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed) { memcpy(packed, q, (size_t)(heads * l.index) * 4); }
+inline int64_t index_query_bytes(int64_t heads, int64_t index) { return heads * index * 4; }
+inline double index_score(const KvLayout& l, const KvView& v, int64_t heads, const float* q, const float* w, int64_t t, double scale) {
+  double score = 0;
+  for (int64_t h = 0; h < heads; ++h) {
+    double x = 0;
+    for (int64_t i = 0; i < l.index; ++i) x += (double)q[h * l.index + i] * index_number(l, v, t, i);
+    score += (x < 0 ? 0 : x) * w[h];
+  }
+  return score * scale;
+}
+inline void index_scores(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end,
+                         float scale, float* scores) {
+  for (int64_t t = begin; t < end; ++t) {
+    const float s = (float)index_score(l, v, heads, (const float*)q, w, t, scale);
+    scores[t - begin] = std::isnan(s) ? INFINITY : s;
+  }
+}
+inline void index_select(const float* scores, int64_t n, int64_t k, float* chosen) {
+  std::vector<int64_t> order((size_t)n);
+  for (int64_t i = 0; i < n; ++i) order[(size_t)i] = i;
+  std::stable_sort(order.begin(), order.end(), [=](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+  std::sort(order.begin(), order.begin() + k);
+  for (int64_t i = 0; i < k; ++i) chosen[i] = (float)order[(size_t)i];
+}
+
+inline const Kernels table = {"scalar", convert, linear, 0, embed_row, unpack_rows, pack_tile, rms_norm, layer_norm, add, swiglu, rope,
+                              kv_layer_bytes, kv_write, kv_read, attn_decode_chunk, attn_merge, attn_prefill, attn_eager, 0,
+                              index_write, index_query, index_query_bytes, index_scores, index_select};
 
 }  // namespace scalar

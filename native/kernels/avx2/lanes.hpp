@@ -82,6 +82,10 @@ DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of 
   return {_mm256_blendv_ps(other.lo, a.lo, _mm256_castsi256_ps(_mm256_andnot_si256(l.lo, h.lo))),
           _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(_mm256_andnot_si256(l.hi, h.hi)))};
 }
+DSO_INLINE uint32_t at_least(F a, F b) {  // bit i: a >= b in lane i
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ)), hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
+  return (uint32_t)(lo | hi << 8);
+}
 DSO_INLINE bool any_nan(F a) { return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) != 0; }
 
 // ---- 16-bit floats in memory

@@ -59,6 +59,7 @@ DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of 
   const __mmask16 m = first(hi < 0 ? 0 : hi) & ~first(lo < 0 ? 0 : lo);
   return _mm512_mask_mov_ps(other, m, a);
 }
+DSO_INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // bit i: a >= b in lane i
 DSO_INLINE bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 
 // ---- 16-bit floats in memory

@@ -22,6 +22,24 @@ static void rms_norm(const float* x, const float* weight, int64_t n, float eps, 
   if (i < n) store(out + i, mul(mul(load(x + i, n - i), scale), load(weight + i, n - i)), n - i);
 }
 
+// (x - mean) / sqrt(variance + eps) * weight + bias. The variance is the mean of squared distances: a mean far from zero costs
+// no digits. Sums as in rms_norm.
+static void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out) {
+  const auto total = [=](auto term) {
+    F s[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+      for (int j = 0; j < 4; ++j) s[j] = add(s[j], term(load(x + i + 16 * j)));
+    for (; i < n; i += 16) s[0] = add(s[0], keep(term(load(x + i, n - i)), 0, n - i, zero()));
+    return sum(add(add(s[0], s[1]), add(s[2], s[3])));
+  };
+  const F mean = set(total([](F v) { return v; }) / (float)n);
+  const float variance = total([=](F v) { return mul(sub(v, mean), sub(v, mean)); }) / (float)n;
+  const F scale = set(1.0f / __builtin_sqrtf(variance + eps));
+  for (int64_t i = 0; i < n; i += 16)
+    store(out + i, fma(mul(sub(load(x + i, n - i), mean), scale), load(weight + i, n - i), load(bias + i, n - i)), n - i);
+}
+
 static void add(const float* a, const float* b, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(out + i, add(load(a + i), load(b + i)));

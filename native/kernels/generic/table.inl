@@ -13,6 +13,7 @@
 #include "attention_prefill.hpp"
 #include "convert.hpp"
 #include "elementwise.hpp"
+#include "index.hpp"
 #include "kv.hpp"
 #include "linear.hpp"
 #include "pack.hpp"
@@ -36,6 +37,7 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .unpack_rows = isa::unpack_rows,
       .pack_tile = isa::pack_tile,
       .rms_norm = isa::rms_norm,
+      .layer_norm = isa::layer_norm,
       .add = isa::add,
       .swiglu = isa::swiglu,
       .rope = isa::rope,
@@ -47,6 +49,11 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .attn_prefill = isa::attn_prefill,
       .attn_eager = isa::attn_eager,
       .attn_scratch = isa::attn_scratch_bytes,
+      .index_write = isa::index_write,
+      .index_query = isa::index_query,
+      .index_query_bytes = isa::index_query_bytes,
+      .index_scores = isa::index_scores,
+      .index_select = isa::index_select,
   };
   return &table;
 }

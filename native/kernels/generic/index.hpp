@@ -1,0 +1,212 @@
+// The lightning indexer (DeepSeek-V3.2, section 2.1): a token's score is the sum over heads h of w_h relu(q_h . k), and the tokens of
+// largest score are chosen.
+//
+// A key row is `index` numbers, row-major. Lanes are heads: q of a row lies in tiles of 16 heads, number after number, and keys are
+// broadcast, so that no sum runs across lanes until the very end: relu and the weights are applied lane by lane, tiles ascending,
+// and one horizontal sum makes the score. Every product is one chain over the numbers ascending: a score's bits depend on q, w
+// and the key alone, not on the range of tokens that was asked for.
+#pragma once
+
+namespace dso::DSO_ISA_NAMESPACE {
+namespace indexer {
+
+enum class Keys { f32, bf16, dot };  // bf16: widened to fp32; dot: read by dot_bf16, with q in bf16 pairs as well
+
+constexpr int most_tokens = 4;                       // of a block of accumulators
+constexpr int most_tiles = registers >= 32 ? 4 : 1;  // so that these, a tile row each and a broadcast fit the registers
+
+DSO_INLINE uint8_t* block_keys(const KvLayout& l, const KvView& v, int64_t block) {
+  return v.base + v.table[block] * v.block_stride + block_tokens * l.row_bytes;
+}
+template <Keys K> DSO_INLINE int64_t tile_bytes(int64_t index) { return index * lanes * (K == Keys::dot ? 2 : 4); }
+
+// total[t] += relu(q . k_t) * w over the heads of N tiles.
+template <Keys K, int N>
+static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uint8_t* const* keys, int64_t index, F (&total)[most_tokens]) {
+  const int64_t tile = tile_bytes<K>(index);
+  F acc[most_tokens][N];
+#pragma GCC unroll 4
+  for (int t = 0; t < most_tokens; ++t)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[t][n] = zero();
+  if constexpr (K == Keys::dot) {
+    for (int64_t i = 0; i < index; i += 2, q += 64) {
+      B part[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) part[n] = load_bytes(q + n * tile);
+#pragma GCC unroll 4
+      for (int t = 0; t < most_tokens; ++t) {
+        const B k = broadcast4(keys[t] + 2 * i);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[t][n] = dot_bf16(acc[t][n], part[n], k);
+      }
+    }
+  } else if constexpr (K == Keys::bf16) {
+    for (int64_t i = 0; i < index; i += 2, q += 128) {
+      F even[N], odd[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        even[n] = load((const float*)(q + n * tile));
+        odd[n] = load((const float*)(q + n * tile + 64));
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < most_tokens; ++t) {
+        const B k = broadcast4(keys[t] + 2 * i);
+        const F k0 = even_bf16(k), k1 = odd_bf16(k);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[t][n] = fma(odd[n], k1, fma(even[n], k0, acc[t][n]));
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < index; ++i, q += 64) {
+      F part[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) part[n] = load((const float*)(q + n * tile));
+#pragma GCC unroll 4
+      for (int t = 0; t < most_tokens; ++t) {
+        const F k = set(((const float*)keys[t])[i]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[t][n] = fma(part[n], k, acc[t][n]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const F weight = load(w + n * lanes, heads - n * lanes);
+#pragma GCC unroll 4
+    for (int t = 0; t < most_tokens; ++t) total[t] = fma(max(zero(), acc[t][n]), weight, total[t]);  // a NaN stays
+  }
+}
+
+template <Keys K>
+static void scores_of(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end, float scale,
+                      float* scores) {
+  const int64_t row = l.index_bytes, tile = tile_bytes<K>(l.index), tiles = (heads + lanes - 1) / lanes;
+  for (int64_t t = begin; t < end;) {
+    const int64_t block = t / block_tokens, last = (block + 1) * block_tokens < end ? (block + 1) * block_tokens : end;
+    const uint8_t* first = block_keys(l, v, block);
+    const uint8_t* next = last < end ? block_keys(l, v, block + 1) : first;
+    for (; t < last; t += most_tokens) {
+      const int64_t slot = t % block_tokens, n = last - t < most_tokens ? last - t : most_tokens;
+      const uint8_t* keys[most_tokens];  // the last one again, where there are fewer
+      for (int64_t i = 0; i < most_tokens; ++i) keys[i] = first + (slot + (i < n ? i : n - 1)) * row;
+      for (int64_t i = 0; i < n * row; i += 64) __builtin_prefetch(next + slot * row + i);
+      F total[most_tokens] = {zero(), zero(), zero(), zero()};
+      int64_t i = 0;
+      for (; i + most_tiles <= tiles; i += most_tiles)
+        add_heads<K, most_tiles>(q + i * tile, w + i * lanes, heads - i * lanes, keys, l.index, total);
+      for (; i < tiles; ++i) add_heads<K, 1>(q + i * tile, w + i * lanes, heads - i * lanes, keys, l.index, total);
+      for (int64_t j = 0; j < n; ++j) {
+        const float score = sum(total[j]) * scale;
+        scores[t - begin + j] = score == score ? score : __builtin_inff();  // torch.topk takes NaN for the largest, too
+      }
+    }
+    t = last;
+  }
+}
+
+// Numbers in the order of floats: key(a) < key(b) where a < b; the floats between two keys are all there are.
+DSO_INLINE uint32_t key_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+DSO_INLINE float of_key(uint32_t key) {
+  const uint32_t u = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+static int64_t count_from(const float* x, int64_t n, float least) {  // how many are not below it
+  const F bound = set(least);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += lanes) count += __builtin_popcount(at_least(load(x + i, n - i), bound) & (n - i < lanes ? (1u << (n - i)) - 1 : 0xffffu));
+  return count;
+}
+}  // namespace indexer
+
+static constexpr int64_t index_query_bytes(int64_t heads, int64_t index) { return (heads + lanes - 1) / lanes * lanes * index * 4; }
+
+static void index_write(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride) {
+  for (int64_t t = start; t < start + n; ++t, k = (const float*)((const char*)k + k_stride)) {
+    uint8_t* row = indexer::block_keys(l, v, t / block_tokens) + t % block_tokens * l.index_bytes;
+    if (l.type == DSO_KV_F32) {
+      memcpy(row, k, l.index * 4);
+      continue;
+    }
+    int64_t i = 0;
+    for (; i + lanes <= l.index; i += lanes) store_bf16(row + 2 * i, load(k + i));
+    if (i == l.index) continue;
+    uint16_t rest[lanes];  // a neighbour's row may lie behind
+    store_bf16(rest, load(k + i, l.index - i));
+    memcpy(row + 2 * i, rest, 2 * (l.index - i));
+  }
+}
+
+// [tiles][index][16 heads] fp32, or [tiles][index / 2][16 heads][2] bf16; heads past the last are zero.
+static void index_query(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed) {
+  const int64_t index = l.index, tiles = (heads + lanes - 1) / lanes;
+  const bool dot = l.type != DSO_KV_F32 && has_dot_bf16;
+  const int64_t tile = dot ? indexer::tile_bytes<indexer::Keys::dot>(index) : indexer::tile_bytes<indexer::Keys::f32>(index);
+  memset(packed + (tiles - 1) * tile, 0, tile);
+  for (int64_t h = 0; h < heads; ++h, q += index) {
+    uint8_t* out = packed + h / lanes * tile + h % lanes * 4;
+    if (!dot) {
+      for (int64_t i = 0; i < index; ++i) memcpy(out + i * 64, q + i, 4);
+      continue;
+    }
+    for (int64_t i = 0; i < index; i += lanes) {
+      uint16_t rounded[lanes];
+      round_bf16(rounded, load(q + i, index - i));
+      for (int64_t j = 0; j < lanes && i + j < index; j += 2) memcpy(out + (i + j) / 2 * 64, rounded + j, 4);
+    }
+  }
+}
+
+static void index_scores(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end,
+                         float scale, float* scores) {
+  if (l.type == DSO_KV_F32) indexer::scores_of<indexer::Keys::f32>(l, v, heads, q, w, begin, end, scale, scores);
+  else indexer::scores_of<has_dot_bf16 ? indexer::Keys::dot : indexer::Keys::bf16>(l, v, heads, q, w, begin, end, scale, scores);
+}
+
+// The k-th largest is found by halving the range of floats between the smallest and the largest, each time counting how many scores
+// are not below the middle: 32 passes at most, about 17 of 32,768 scores, for a count of exactly k ends it.
+static void index_select(const float* scores, int64_t n, int64_t k, float* chosen) {
+  using namespace indexer;
+  F low = set(scores[0]), high = low;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const F x = keep(load(scores + i, n - i), 0, n - i, low);
+    low = min(low, x);
+    high = max(high, x);
+  }
+  // At least k are not below lo, fewer not below hi. A largest of -0 counts as 0, which it equals.
+  uint32_t lo = key_of(-largest(sub(zero(), low))), hi = key_of(largest(high) + 0.0f) + 1;
+  int64_t above = 0;  // how many are not below hi
+  while (hi - lo > 1) {
+    const uint32_t middle = lo + (hi - lo) / 2;
+    const int64_t count = count_from(scores, n, of_key(middle));
+    if (count == k) {  // all of these and no other
+      hi = middle;
+      above = k;
+      break;
+    }
+    if (count > k) lo = middle;
+    else {
+      hi = middle;
+      above = count;
+    }
+  }
+  const F sure = set(of_key(hi)), bound = set(of_key(lo));
+  for (int64_t i = 0, ties = k - above; i < n; i += lanes) {
+    const uint32_t there = n - i < lanes ? (1u << (n - i)) - 1 : 0xffffu;
+    const F x = load(scores + i, n - i);
+    uint32_t take = at_least(x, sure) & there;
+    if (ties > 0) {
+      uint32_t equal = at_least(x, bound) & there & ~take;
+      for (; equal && ties > 0; equal &= equal - 1, --ties) take |= equal & -equal;  // the first ones
+    }
+    for (; take; take &= take - 1) *chosen++ = (float)(i + __builtin_ctz(take));
+  }
+}
+}  // namespace dso::DSO_ISA_NAMESPACE
