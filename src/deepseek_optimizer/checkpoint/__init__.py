@@ -1,6 +1,7 @@
 """Checkpoint files: opened with suspicion, read as a stream.
 
-`open_checkpoint` knows directories of safetensors files, directories this package packed, and .gguf files.
+`open_checkpoint` knows directories of safetensors files (float, or FP8 by blocks), directories this package packed, and .gguf
+files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ..errors import CheckpointError
 from .atomic import atomic_directory
 from .base import Checkpoint, TensorInfo, all_finite
 from .directory import SafetensorsCheckpoint, open_files, read_config
+from .fp8 import Fp8Checkpoint, is_fp8
 from .gguf import GgufCheckpoint
 from .load import LoadProgress, check_tensors, stream_weights
 from .packed import PackedCheckpoint, is_packed, packed_section, save_packed
@@ -22,11 +24,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens and validates a checkpoint; nothing but headers is read.
 
     Args:
-        path: a directory with config.json and safetensors files (plain or packed), or a .gguf file.
+        path: a directory with config.json and safetensors files (plain, FP8 or packed), or a .gguf file.
 
     Raises:
         CheckpointError: it is damaged, incomplete, or holds only pickles (never opened). Names file and tensor.
-        UnsupportedModelError: a GGUF architecture that is not known.
+        UnsupportedModelError: a GGUF architecture, or a kind of FP8, that is not known.
     """
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, False for a name that can't be one
@@ -38,7 +40,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config = read_config(path)
     files, tensors = open_files(path)
     try:
-        return (PackedCheckpoint if is_packed(config) else SafetensorsCheckpoint)(path, config, files, tensors)
+        made = PackedCheckpoint if is_packed(config) else Fp8Checkpoint if is_fp8(config) else SafetensorsCheckpoint
+        return made(path, config, files, tensors)
     except BaseException:
         for file in files.values():
             file.close()
@@ -47,6 +50,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 __all__ = [
     "Checkpoint",
+    "Fp8Checkpoint",
     "GgufCheckpoint",
     "LoadProgress",
     "PackedCheckpoint",

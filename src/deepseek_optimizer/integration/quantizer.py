@@ -16,7 +16,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
+from ..checkpoint import Fp8Checkpoint, check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
 from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
@@ -24,6 +24,8 @@ from .mapped import MappedFiles
 from .modules import Packed
 from .runtime import choose_backend, packer_of, plan_graph
 from .swap import expected_tensors, swap_on_meta
+
+_FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
 
 
 class PackingQuantizer(HfQuantizer):
@@ -61,7 +63,9 @@ class PackingQuantizer(HfQuantizer):
         if config.name_or_path and folder.is_dir():
             standard = any((folder / name).is_file() for name in (SINGLE, INDEX))
             if standard or (any(folder.glob("*.bin")) and not any(folder.rglob("*.safetensors"))):
-                open_checkpoint(folder).close()
+                with open_checkpoint(folder) as checkpoint:
+                    if isinstance(checkpoint, Fp8Checkpoint):
+                        raise ConfigError(f"{folder}: {_FP8}")
         return config
 
     def update_device_map(self, device_map: Any) -> Any:

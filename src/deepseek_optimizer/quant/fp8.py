@@ -36,7 +36,7 @@ class Fp8:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 544]. A block that holds NaN or infinity has scale NaN, and zeros."""
         if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"pack takes a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
-        out = empty_tiles(*weight.shape, Fp8.tile_bytes)
+        out = empty_tiles(weight.shape[0], weight.shape[1], Fp8.tile_bytes)
         for begin, end in panels(*weight.shape):
             codes, scale = quantise(weight[begin:end].detach())
             _write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes, scale)
@@ -83,7 +83,7 @@ def repack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         scale: float32 [ceil(N/128), ceil(K/128)].
     """
     check_scale(codes, scale)
-    out = empty_tiles(*codes.shape, Fp8.tile_bytes)
+    out = empty_tiles(codes.shape[0], codes.shape[1], Fp8.tile_bytes)
     for begin, end in panels(*codes.shape):
         _write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes[begin:end], scale[begin // BLOCK : -(-end // BLOCK)])
     return out
@@ -115,6 +115,11 @@ def check_target(format: str) -> None:
     """ValueError unless E4M3 codes can become this format as they are."""
     if format != Fp8.name:
         raise ValueError(f"E4M3 weights are packed as {Fp8.name}, not {format}: dequantise them for another format")
+
+
+def has_nan(codes: torch.Tensor) -> bool:
+    """Whether one of the codes, uint8 of any shape, is NaN."""
+    return bool((codes.numpy() & 0x7F == _NAN).any())  # in numpy for the reason that `checkpoint.all_finite` has
 
 
 def block_maxima(weight: torch.Tensor) -> torch.Tensor:
