@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,8 +20,9 @@ from .base import PANEL_ELEMENTS, Checkpoint, TensorInfo
 from .files import DataFile
 from .gguf_config import ROPE_FACTORS, parameter_name, transformers_config, vocabulary_size
 from .gguf_deepseek2 import prediction_tensors, split_kv_b
-from .gguf_header import GgufHeader, GgufTensor, read_header
+from .gguf_header import GgufArray, GgufHeader, GgufTensor, read_array, read_header
 from .gguf_metadata import Metadata
+from .gguf_tokenizer import build_tokenizer, builds
 from .stacks import Part, StackShape
 
 _FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # without loss
@@ -53,6 +54,7 @@ class GgufCheckpoint(Checkpoint):
             tensors[name] = TensorInfo(name, pair.type_name, pair.shape, path, pair.keys.offset, nbytes)
         super().__init__(path, config, tensors)
         self.vocabulary_size = vocabulary_size(header)
+        self._metadata = {key: value for key, value in header.values.items() if key.startswith(("general.", "tokenizer."))}
         self._converted: Counter[tuple[str, str]] = Counter()
 
     def read(self, name: str) -> torch.Tensor:
@@ -114,6 +116,16 @@ class GgufCheckpoint(Checkpoint):
             f"{n} {'matrix' if n == 1 else 'matrices'} stored as {stored} converted to {format}, which rounds them again"
             for (stored, format), n in sorted(self._converted.items())
         ]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer where it is one that Transformers would build wrongly; None elsewhere. See `gguf_tokenizer`."""
+        if not builds(str(self._metadata["general.architecture"]), self._metadata):
+            return None
+        return build_tokenizer(self._metadata, self._array, self.path)
+
+    def _array(self, key: str) -> list[Any]:
+        value = self._metadata.get(key)
+        return read_array(self._file, value) if isinstance(value, GgufArray) else []
 
     def remarks(self) -> list[str]:
         return self._remarks

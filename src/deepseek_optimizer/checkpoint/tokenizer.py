@@ -26,9 +26,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         if checkpoint.path.is_dir():
             tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.path), trust_remote_code=False)
-        else:
+        elif not isinstance(checkpoint, GgufCheckpoint) or (tokenizer := checkpoint.tokenizer()) is None:
             # AutoTokenizer would first read the whole header with gguf's slow reader (3 s), only to choose this class.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(checkpoint.path.parent), gguf_file=checkpoint.path.name)
+    except CheckpointError:
+        raise
     except Exception as error:  # Transformers and tokenizers raise whatever a damaged file leads them to
         raise CheckpointError(f"has no tokenizer that can be read: {error}", file=checkpoint.path) from error
     # Transformers may add its class's default end marker to a GGUF vocabulary: what the file itself lists is what counts.

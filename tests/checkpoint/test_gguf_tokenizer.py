@@ -1,0 +1,157 @@
+"""Tokenizers of DeepSeek's GGUF files: the tokens of the tokenizer that the file was written from."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import gguf
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from deepseek_optimizer import load_tokenizer
+from deepseek_optimizer.checkpoint import open_checkpoint
+from deepseek_optimizer.checkpoint.gguf_tokenizer import RULES, _set
+from deepseek_optimizer.errors import CheckpointError
+from support.gguf_deepseek2 import v2_lite, write_gguf
+from support.models import random_model
+
+BOS, EOS, USER, THINK = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<think>"
+TEXT = (
+    "The quick brown fox jumped over 1234567 lazy dogs;\n\n  it didn't care!  \tNaïve façade, Ωmega Straße. "
+    "def f(x):\n    return x[0] + 3.14159e-10  # 注释 你好，世界。かな カナ 한국어 ✓ 😀 e\u0301 \r\n end   "
+)
+# What DeepSeek's own tokenizer.json files have in front of ByteLevel: Coder's and V3's.
+PUBLISHED: dict[str, Callable[[], list]] = {
+    "deepseek-coder": lambda: [
+        *(
+            pre_tokenizers.Split(Regex(cut), "isolated")
+            for cut in ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")
+        ),
+        pre_tokenizers.Digits(individual_digits=True),
+    ],
+    "deepseek-v3": lambda: [
+        pre_tokenizers.Split(Regex(cut), "isolated")
+        for cut in (
+            r"\p{N}{1,3}",
+            "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+            "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+            "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+        )
+    ],
+}
+
+
+def original(rule: str) -> Tokenizer:
+    """A tokenizer trained on the text above, cut as DeepSeek publishes it."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*PUBLISHED[rule](), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=[BOS, EOS, USER], show_progress=False
+    )
+    inner.train_from_iterator([TEXT] * 3, trainer)
+    inner.add_tokens([AddedToken(THINK, normalized=False)])
+    return inner
+
+
+def writes(inner: Tokenizer, rule: str | None, **more: object) -> Callable[[gguf.GGUFWriter], None]:
+    """What the converter writes of it."""
+    ids = inner.get_vocab()
+    vocabulary = sorted(ids, key=lambda token: ids[token])
+    merges = [" ".join(merge) for merge in json.loads(inner.to_str())["model"]["merges"]]
+    kinds = {BOS: 3, EOS: 3, USER: 3, THINK: 4}
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        if rule is not None:
+            writer.add_tokenizer_pre(rule)
+        writer.add_token_list(more.get("tokens", vocabulary))
+        writer.add_token_types([kinds.get(token, 1) for token in vocabulary])
+        writer.add_token_merges(more.get("merges", merges))
+        writer.add_bos_token_id(more.get("bos", inner.token_to_id(BOS)))
+        writer.add_eos_token_id(inner.token_to_id(EOS))
+        writer.add_add_bos_token(more.get("add_bos", True))
+        writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}")
+
+    return write
+
+
+def save(path: Path, tokenizer: Callable[[gguf.GGUFWriter], None] | None, **config: int) -> Path:
+    model = random_model(v2_lite(vocab_size=500, num_hidden_layers=1, first_k_dense_replace=0, **config))
+    return write_gguf(path, model, {"": "Q8_0"}, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("rule", PUBLISHED)
+def test_the_tokens_of_the_original(tmp_path: Path, rule: str) -> None:
+    inner = original(rule)
+    tokenizer = load_tokenizer(save(tmp_path / "m.gguf", writes(inner, rule)))
+    rng = random.Random(0)
+    pieces = [TEXT, BOS, USER, THINK, "  ", "\n\n", "123456789", "don't", "漢字かな", "'ll", "½²", "a\u0301", "x" * 40]
+    for _ in range(50):
+        text = "".join(rng.choice(pieces)[rng.randrange(30) :] for _ in range(rng.randrange(1, 9)))
+        expected = inner.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, add_special_tokens=False) == expected
+        assert tokenizer.encode(text) == [inner.token_to_id(BOS), *expected]
+        assert tokenizer.decode(expected) == inner.decode(expected, skip_special_tokens=False)
+    assert tokenizer.encode(f"{USER}{THINK}", add_special_tokens=False) == [inner.token_to_id(USER), inner.token_to_id(THINK)]
+    assert tokenizer.decode(tokenizer.encode(f"{USER}{THINK}x"), skip_special_tokens=True) == f"{THINK}x"
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS) and len(tokenizer) == inner.get_vocab_size()
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == f"{BOS}x"
+
+
+def test_without_a_marker_in_front(tmp_path: Path) -> None:
+    inner = original("deepseek-v3")
+    tokenizer = load_tokenizer(save(tmp_path / "m.gguf", writes(inner, "deepseek-v3", add_bos=False)))
+    assert tokenizer.encode("fox") == inner.encode("fox").ids
+
+
+def cut(patterns: Iterable[str], text: str) -> list[str]:
+    pieces = [text]
+    for pattern in patterns:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        pieces = [piece for whole in pieces for piece, _ in split.pre_tokenize_str(whole)]
+    return pieces
+
+
+def test_the_rule_of_v2() -> None:
+    """No tokenizer.json of V2's is at hand here, so by what the parts mean. Each cuts the pieces that the one before has made,
+    and the marks' ":-~" has the letters of ASCII in it, so that these part from others."""
+    rule = RULES["deepseek-llm"]
+    assert rule is not None
+    pieces = ["Hello", " w", "ö", "rld", ",", " it", "'", "s", " ", "2024", "!", "\n", "Ω", "mega"]
+    assert cut(rule, "Hello wörld, it's 2024!\nΩmega") == pieces
+    assert cut(rule, "你好，世界。 end  ") == ["你好", "，", "世界", "。", " end", "  "]
+    assert cut(rule[1:2], "Äß-Ж_Ա+ꭰ=ა/Ａ b") == ["Äß", "-", "Ж", "_", "Ա", "+", "ꭰ", "=ა/", "Ａ", " b"]
+    listed = {c for c in map(chr, range(0x1E944)) if c.isalpha() and cut(rule[1:2], f"a{c}") == [f"a{c}"]}
+    assert len(listed) == 2729 and {unicodedata.category(c) for c in listed} == {"Lu", "Ll", "Lt"}
+    assert _set("41-5A B5 21-2F") == r"[A-Zµ\!-\/]"
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        ({"rule": "kimi-k2"}, "by the rule 'kimi-k2'.*AutoTokenizer.from_pretrained"),
+        ({"merges": ["a b c"]}, "merge that is not two tokens: 'a b c'"),
+        ({"merges": ["zz zzz"]}, "no tokenizer that can be read"),
+        ({"tokens": ["a"] * 400}, "a token twice"),
+        ({"bos": 100_000}, "bos_token_id is 100000, of"),
+    ],
+)
+def test_what_cannot_be_built_is_an_error_and_the_model_opens(tmp_path: Path, more: dict, why: str) -> None:
+    inner = original("deepseek-v3")
+    path = save(tmp_path / "m.gguf", writes(inner, more.pop("rule", "deepseek-v3"), **more))
+    with pytest.raises(CheckpointError, match=why):
+        load_tokenizer(path)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.read("lm_head.weight").shape == (500, 96)
+
+
+def test_a_file_without_a_tokenizer(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.gguf", None)
+    with pytest.raises(CheckpointError, match="no tokenizer that can be read"):
+        load_tokenizer(path)
