@@ -97,10 +97,26 @@ struct Kernels {
                        float scale, float* scores);
   // The k largest of n scores, 0 < k < n, of equal ones the first: their numbers, ascending, as floats. No score is NaN.
   void (*index_select)(const float* scores, int64_t n, int64_t k, float* chosen);
+
+  // ---- latent caches
+  void (*latent_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
+  void (*latent_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index);  // index may be null
+
+  // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the caller's
+  // thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads them.
+  int64_t (*mla_scratch)(const KvLayout& l);
+  int64_t (*mla_query_bytes)(const KvLayout& l);  // of a packed query, a multiple of 64
+  void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
+  // Tokens chosen[0 .. n) of the sequence; where null, [first, first + n). All of them must have been written.
+  void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
+  // The query sees the first `seen` tokens (none where seen <= 0) and knows nothing of the others. Writes for every head what
+  // attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
+  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t seen, float* part, uint8_t* scratch);
 };
 
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family
 constexpr int64_t attn_rows = 32;    // query rows of a prefill task
+constexpr int64_t mla_heads = 16;    // of a packed query
 constexpr int64_t max_head_dim = 256;  // and head_dim is even: cache and attention take columns in pairs
 
 // One per variant; null where the compiler could not build it.

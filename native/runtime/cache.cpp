@@ -68,5 +68,5 @@ void dso_cache::read(int64_t layer, const int32_t* table, int64_t tokens, float*
   for (int64_t b = 0; b < ceil_div(tokens, DSO_BLOCK_TOKENS); ++b)
     if (table[b] < 0 || table[b] >= blocks)
       fail(DSO_EINVAL, "cache: block_table[%lld] is %d, there are %lld blocks", (long long)b, table[b], (long long)blocks);
-  kernels.kv_read(layout, view(layer, table), tokens, key, value);
+  (layout.rank ? kernels.latent_read : kernels.kv_read)(layout, view(layer, table), tokens, key, value);
 }

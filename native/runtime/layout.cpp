@@ -79,6 +79,12 @@ bool reads(int32_t format, int32_t slot_kind) {
   }
 }
 
+int32_t finest_kind(int32_t format) {
+  for (int32_t kind : {DSO_SLOT_F32, DSO_SLOT_Q16, DSO_SLOT_BF16})
+    if (reads(format, kind)) return kind;
+  return -1;
+}
+
 int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope) {
   if (kv_type == DSO_KV_F32) return 4 * (rank + rope);
   if (kv_type == DSO_KV_BF16) return 2 * (rank + rope);

@@ -39,6 +39,7 @@ int64_t index_row_bytes(int32_t kv_type, int64_t index);
 
 // The activation kinds a format's product reads.
 bool reads(int32_t format, int32_t slot_kind);
+int32_t finest_kind(int32_t format);  // of those, the one that loses least
 
 // Error DSO_EINVAL, beginning with `what`, unless w is a packed matrix (or, for check_vector, a VECTOR of `cols`).
 Matrix check_matrix(const dso_weight& w, const std::string& what);

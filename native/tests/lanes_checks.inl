@@ -179,6 +179,44 @@ static void check_dots(const char* isa, Random& random) {
   }
 }
 
+static void check_pairs(const char* isa, Random& random) {
+  for (int repeat = 0; repeat < 1000; ++repeat) {
+    alignas(64) uint16_t a[32], b[32];
+    alignas(64) float even[16], odd[16];
+    for (int i = 0; i < 32; ++i) {
+      a[i] = (uint16_t)(to_bits(random.normal()) >> 16);
+      b[i] = (uint16_t)(to_bits(random.normal()) >> 16);
+    }
+    B x, y;
+    pair_columns(load_bytes(a), load_bytes(b), x, y);
+    F first = even_bf16(x), second = even_bf16(y), first_b = odd_bf16(x), second_b = odd_bf16(y);
+    in_columns(first, second);
+    in_columns(first_b, second_b);
+    const Floats columns[2] = {out(first), out(second)}, columns_b[2] = {out(first_b), out(second_b)};
+    for (int i = 0; i < 32; ++i)
+      check(columns[i / 16].at[i % 16] == from_bf16(a[i]) && columns_b[i / 16].at[i % 16] == from_bf16(b[i]), "%s pair_columns, in_columns: column %d", isa, i);
+
+    for (int i = 0; i < 16; ++i) {
+      even[i] = repeat % 8 ? random.normal() : i % 3 ? 0.0f : NAN;
+      odd[i] = random.uniform();
+    }
+    alignas(64) uint16_t pairs[32], rounded[2][16];
+    store_bytes(pairs, round_pair_bf16(load(even), load(odd)));
+    round_bf16(rounded[0], load(even));
+    round_bf16(rounded[1], load(odd));
+    for (int i = 0; i < 32; ++i) check(pairs[i] == rounded[i % 2][i / 2], "%s round_pair_bf16: number %d is %04x, not %04x", isa, i, pairs[i], rounded[i % 2][i / 2]);
+  }
+  alignas(64) uint32_t square[16][16], turned[16][16];
+  for (auto& row : square)
+    for (uint32_t& e : row) e = random.bits();
+  B rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = load_bytes(square[i]);
+  transpose(rows);
+  for (int i = 0; i < 16; ++i) store_bytes(turned[i], rows[i]);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) check(turned[j][i] == square[i][j], "%s transpose: [%d][%d]", isa, j, i);
+}
+
 // e^x from -106 to 90 and at the ends; 2^x down from 0; silu.
 static void check_math(const char* isa, std::vector<uint32_t>& bits) {
   double worst = 0, worst2 = 0;
@@ -218,6 +256,7 @@ static void check_lanes(const char* isa, std::vector<uint32_t>& bits) {
   check_integers(isa, random);
   check_e4m3(isa);
   check_dots(isa, random);
+  check_pairs(isa, random);
   check_math(isa, bits);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -200,8 +200,60 @@ DSO_INLINE __m256i expand_e4m3_half(const void* p) {
 }
 DSO_INLINE B expand_e4m3(const void* p) { return {expand_e4m3_half(p), expand_e4m3_half((const char*)p + 16)}; }
 
+// Two rows of 32 16-bit numbers to pairs of one column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. What was
+// summed over such pairs goes back into columns 0-15 and 16-31 by in_columns.
+DSO_INLINE void pair_columns(B a, B b, B& x, B& y) {
+  x = {_mm256_unpacklo_epi16(a.lo, b.lo), _mm256_unpacklo_epi16(a.hi, b.hi)};
+  y = {_mm256_unpackhi_epi16(a.lo, b.lo), _mm256_unpackhi_epi16(a.hi, b.hi)};
+}
+DSO_INLINE void in_columns(F& x, F& y) {
+  const F a = x, b = y;
+  x = {_mm256_permute2f128_ps(a.lo, b.lo, 0x20), _mm256_permute2f128_ps(a.lo, b.lo, 0x31)};
+  y = {_mm256_permute2f128_ps(a.hi, b.hi, 0x20), _mm256_permute2f128_ps(a.hi, b.hi, 0x31)};
+}
+
+DSO_INLINE void transpose_half(__m256i (&x)[8]) {  // 8 x 8
+  __m256i t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    x[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    x[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    x[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    x[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m256i a = x[j], b = x[j + 4];
+    x[j] = _mm256_permute2x128_si256(a, b, 0x20);
+    x[j + 4] = _mm256_permute2x128_si256(a, b, 0x31);
+  }
+}
+DSO_INLINE void transpose(B (&x)[16]) {  // 16 x 16 lanes
+  __m256i quarter[4][8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    quarter[0][i] = x[i].lo;
+    quarter[1][i] = x[i + 8].lo;
+    quarter[2][i] = x[i].hi;
+    quarter[3][i] = x[i + 8].hi;
+  }
+  for (auto& q : quarter) transpose_half(q);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    x[i] = {quarter[0][i], quarter[1][i]};
+    x[i + 8] = {quarter[2][i], quarter[3][i]};
+  }
+}
+
 constexpr bool has_dot_bf16 = false;  // dot_bf16 is no faster than two fmas
 DSO_INLINE void round_bf16(void* p, F x) { store_bf16(p, x); }
+DSO_INLINE __m256i round_pair_bf16_half(__m256 even, __m256 odd) { return _mm256_or_si256(bf16_bits(even), _mm256_slli_epi32(bf16_bits(odd), 16)); }
+DSO_INLINE B round_pair_bf16(F even, F odd) { return {round_pair_bf16_half(even.lo, odd.lo), round_pair_bf16_half(even.hi, odd.hi)}; }
 
 // Two bf16 columns a lane: acc + w0*a0 + w1*a1, by two fmas. Its rounding belongs to the variant.
 DSO_INLINE __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i a) {

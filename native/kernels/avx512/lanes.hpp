@@ -65,12 +65,13 @@ DSO_INLINE bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 
 // ---- 16-bit floats in memory
 DSO_INLINE F load_bf16(const void* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
 DSO_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-DSO_INLINE void store_bf16(void* p, F x) {  // nearest even, NaN kept quiet; denormals as they are
+DSO_INLINE __m512i bf16_bits(F x) {  // nearest even in the low halves, NaN kept quiet; denormals as they are
   __m512i u = _mm512_castps_si512(x);
   __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
   r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+  return _mm512_srli_epi32(r, 16);
 }
+DSO_INLINE void store_bf16(void* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(x))); }
 
 // ---- int32
 DSO_INLINE I izero() { return _mm512_setzero_si512(); }
@@ -130,14 +131,56 @@ DSO_INLINE B expand_e4m3(const void* p) {
   return _mm512_ternarylogic_epi32(x, code, _mm512_set1_epi16((short)0x8000), 0xd8);  // the sign: c ? b : a
 }
 
+// Two rows of 32 16-bit numbers to pairs of one column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. What was
+// summed over such pairs goes back into columns 0-15 and 16-31 by in_columns.
+DSO_INLINE void pair_columns(B a, B b, B& x, B& y) {
+  x = _mm512_unpacklo_epi16(a, b);
+  y = _mm512_unpackhi_epi16(a, b);
+}
+DSO_INLINE void in_columns(F& x, F& y) {
+  const F a = x;
+  x = _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), y);
+  y = _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31), y);
+}
+
+DSO_INLINE void transpose(B (&x)[16]) {  // 16 x 16 lanes
+  B t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // x[i + j]: columns 4k + j of rows i .. i + 3, for each k
+    x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const B even = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88), even8 = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
+    const B odd = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd), odd8 = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
+    x[j] = _mm512_shuffle_i32x4(even, even8, 0x88);
+    x[j + 4] = _mm512_shuffle_i32x4(odd, odd8, 0x88);
+    x[j + 8] = _mm512_shuffle_i32x4(even, even8, 0xdd);
+    x[j + 12] = _mm512_shuffle_i32x4(odd, odd8, 0xdd);
+  }
+}
+
 // Two bf16 columns a lane: acc + w0*a0 + w1*a1. Its rounding belongs to the variant (a kernel family is fixed per variant).
 #ifdef __AVX512BF16__
 constexpr bool has_dot_bf16 = true;
 DSO_INLINE void round_bf16(void* p, F x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }  // as the dot reads: denormals are 0
+DSO_INLINE B round_pair_bf16(F even, F odd) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
 DSO_INLINE F dot_bf16(F acc, B w, B a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
 #else
 constexpr bool has_dot_bf16 = false;
 DSO_INLINE void round_bf16(void* p, F x) { store_bf16(p, x); }
+DSO_INLINE B round_pair_bf16(F even, F odd) { return _mm512_or_si512(bf16_bits(even), _mm512_slli_epi32(bf16_bits(odd), 16)); }
 DSO_INLINE F dot_bf16(F acc, B w, B a) {
   const __m512i hi = _mm512_set1_epi32((int)0xffff0000);
   acc = fma(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), acc);

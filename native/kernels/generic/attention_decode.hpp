@@ -50,20 +50,29 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
 }
 
 // out = sum of o 2^(m - largest m), over the sum of l 2^(m - largest m); chunks that saw nothing have m = -inf and weigh 0.
+// Up to 64 columns at a time: the weights are the same for all.
+template <int N> DSO_INLINE void merge_columns(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns, float* out) {
+  F o[N], l = zero();
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) o[n] = zero();
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float* p = part + c * part_stride;
+    const F weight = exp2(set(p[0] - top));
+    l = fma(weight, set(p[1]), l);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) o[n] = fma(weight, load(p + 16 + column + 16 * n, columns - 16 * n), o[n]);
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) store(out + column + 16 * n, div(o[n], l), columns - 16 * n);
+}
+
 static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
   float top = minus_infinity();
   for (int64_t c = 0; c < chunks; ++c)
     if (part[c * part_stride] > top) top = part[c * part_stride];
   if (top == minus_infinity()) top = 0;
-  for (int64_t i = 0; i < head_dim; i += 16) {
-    F o = zero(), l = zero();
-    for (int64_t c = 0; c < chunks; ++c) {
-      const float* p = part + c * part_stride;
-      const F weight = exp2(set(p[0] - top));
-      o = fma(weight, load(p + 16 + i, head_dim - i), o);
-      l = fma(weight, set(p[1]), l);
-    }
-    store(out + i, div(o, l), head_dim - i);
-  }
+  int64_t i = 0;
+  for (; i + 64 <= head_dim; i += 64) merge_columns<4>(part, part_stride, chunks, top, i, 64, out);
+  for (; i < head_dim; i += 16) merge_columns<1>(part, part_stride, chunks, top, i, head_dim - i, out);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

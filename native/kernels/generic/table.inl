@@ -15,7 +15,9 @@
 #include "elementwise.hpp"
 #include "index.hpp"
 #include "kv.hpp"
+#include "latent.hpp"
 #include "linear.hpp"
+#include "mla_decode.hpp"
 #include "pack.hpp"
 
 #ifndef DSO_LINEAR
@@ -54,6 +56,13 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .index_query_bytes = isa::index_query_bytes,
       .index_scores = isa::index_scores,
       .index_select = isa::index_select,
+      .latent_write = isa::latent_write,
+      .latent_read = isa::latent_read,
+      .mla_scratch = isa::mla_scratch,
+      .mla_query_bytes = isa::mla_query_bytes,
+      .mla_query = isa::mla_query,
+      .mla_tokens = isa::mla_tokens,
+      .mla_attend = isa::mla_attend,
   };
   return &table;
 }

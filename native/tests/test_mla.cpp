@@ -1,0 +1,185 @@
+// Multi-head latent attention's kernels on every variant: latents to the cache and back, and absorbed attention against
+// softmax(scale q K^T) V in doubles over what the cache holds. A head's bits depend on nothing but its q and the tokens it sees.
+#include "latent_fixture.hpp"
+
+static void writing(const Variant& v, const KvLayout& l, Random& random) {
+  LatentCache c(*v.kernels, l, 80, random);
+  const int64_t width = c.width(), start = random.below(40), n = 1 + random.below(40);
+  std::vector<float> x = normal((size_t)(n * width), 3, random);
+  const std::vector<uint8_t> before(c.memory.get(), c.memory.get() + c.memory.size());
+  c.write(start, x);
+  const std::vector<float> got = c.read();
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < width; ++i) {
+      const float given = x[(size_t)(t * width + i)], found = got[(size_t)((start + t) * width + i)];
+      float largest = 0;  // of its group
+      for (int64_t j = i / 128 * 128; j < std::min<int64_t>(l.rank, i / 128 * 128 + 128); ++j) largest = std::max(largest, std::fabs(x[(size_t)(t * width + j)]));
+      const bool coded = l.type == DSO_KV_INT8 && i < l.rank;
+      const bool right = coded ? std::fabs(found - given) <= largest / 127 * 0.5001f : same(found, l.type == DSO_KV_F32 ? given : rounded_bf16(given));
+      if (!check(right, "%s %s rank=%d rope=%d: token %ld [%ld] is %g, not %g", v.name.c_str(), kv_name(l.type), l.rank, l.rope, (long)(start + t), (long)i, found, given)) return;
+    }
+  // Nothing but the rows was touched.
+  for (int64_t b = 0; b < (int64_t)c.table.size(); ++b)
+    for (int64_t i = 0; i < l.layer_bytes; ++i) {
+      const int64_t token = b * 32 + i / l.row_bytes, at = c.table[(size_t)b] * l.layer_bytes + i;
+      if (i < 32 * l.row_bytes && token >= start && token < start + n) continue;
+      if (!check(c.memory[(size_t)at] == before[(size_t)at], "%s %s: byte %ld of block %ld was overwritten", v.name.c_str(), kv_name(l.type), (long)i, (long)b)) return;
+    }
+  // A NaN poisons its group, or its number.
+  x.assign((size_t)width, 1.0f);
+  x[0] = NAN;
+  c.write(start, x);
+  check(std::isnan(c.read()[(size_t)(start * width)]), "%s %s: a NaN was lost", v.name.c_str(), kv_name(l.type));
+}
+
+// The index keys behind the latents, as INDEX_WRITE lays them.
+static void reading_index(const Variant& v, int type, Random& random) {
+  LatentCache c(*v.kernels, LatentCache::shape(type, 30, 6, 10), 70, random);
+  c.write(0, normal((size_t)(70 * c.width()), 1, random));
+  std::vector<float> keys = normal(70 * 10, 1, random), latents((size_t)(70 * c.width())), got(70 * 10);
+  for (int64_t t = 0; t < 70; ++t)
+    for (int64_t i = 0; i < 10; ++i) {
+      uint8_t* row = c.memory.get() + c.table[(size_t)t / 32] * c.layout.layer_bytes + 32 * c.layout.row_bytes + t % 32 * c.layout.index_bytes;
+      float& key = keys[(size_t)(t * 10 + i)];
+      if (type != DSO_KV_F32) key = rounded_bf16(key);
+      const uint32_t bits = to_bits(key);
+      if (type == DSO_KV_F32) memcpy(row + 4 * i, &bits, 4);
+      else memcpy(row + 2 * i, (const char*)&bits + 2, 2);
+    }
+  v.kernels->latent_read(c.layout, c.view, 70, latents.data(), got.data());
+  check(got == keys, "%s %s: index keys", v.name.c_str(), kv_name(type));
+  check(latents == c.read(), "%s %s: latents beside index keys", v.name.c_str(), kv_name(type));
+}
+
+struct Setup {
+  const Variant& variant;
+  LatentCache cache;
+  int64_t heads;
+  float scale;
+  std::vector<float> q;  // [heads, rank + rope]
+  Buffer scratch, packed;
+
+  Setup(const Variant& v, const KvLayout& l, int64_t tokens, int64_t heads, float magnitude, Random& random)
+      : variant(v), cache(*v.kernels, l, tokens + random.below(40), random), heads(heads), scale(0.13f), q(normal((size_t)(heads * (l.rank + l.rope)), magnitude, random)),
+        scratch((size_t)v.kernels->mla_scratch(l), 0xff), packed((size_t)v.kernels->mla_query_bytes(l), 0xff) {
+    cache.write(0, normal((size_t)(tokens * cache.width()), 1, random));
+  }
+  const KvLayout& layout() const { return cache.layout; }
+  int64_t part_floats() const { return layout().rank + 16; }
+
+  // Heads [h0, h1) over the first `seen` of the tokens given; out: [h1 - h0, rank].
+  std::vector<float> run(int64_t h0, int64_t h1, const std::vector<int32_t>* chosen, int64_t seen, int64_t given) {
+    const Kernels& k = *variant.kernels;
+    const int64_t chunks = (given + attn_chunk - 1) / attn_chunk, n = h1 - h0;
+    k.mla_query(layout(), q.data() + h0 * cache.width(), n, scale, packed.get());
+    Buffer part((size_t)(chunks * n * part_floats()) * 4, 0xff);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = c * attn_chunk;
+      k.mla_tokens(layout(), cache.view, chosen ? chosen->data() + first : nullptr, first, std::min(attn_chunk, given - first), scratch.get());
+      k.mla_attend(layout(), packed.get(), n, std::min(attn_chunk, seen - first), (float*)part.get() + c * n * part_floats(), scratch.get());
+    }
+    std::vector<float> out((size_t)(n * layout().rank));
+    for (int64_t h = 0; h < n; ++h) k.attn_merge((float*)part.get() + h * part_floats(), n * part_floats(), chunks, layout().rank, out.data() + h * layout().rank);
+    return out;
+  }
+  std::vector<float> all(const std::vector<int32_t>* chosen, int64_t seen, int64_t given) {
+    std::vector<float> out;
+    for (int64_t h = 0; h < heads; h += mla_heads) {
+      const std::vector<float> tile = run(h, std::min(heads, h + mla_heads), chosen, seen, given);
+      out.insert(out.end(), tile.begin(), tile.end());
+    }
+    return out;
+  }
+};
+
+static void against_reference(Setup& s, const std::vector<float>& out, const std::vector<int32_t>& tokens, const char* what) {
+  const KvLayout& l = s.layout();
+  const int64_t width = s.cache.width();
+  const bool rounded = l.type != DSO_KV_F32;  // q, weights, and what int8 stands for
+  std::vector<float> rows = s.cache.read();
+  if (rounded)
+    for (float& x : rows) x = rounded_bf16(x);
+  for (int64_t h = 0; h < s.heads; ++h) {
+    std::vector<double> q((size_t)width), logit, value((size_t)l.rank, 0.0);
+    for (int64_t i = 0; i < width; ++i) {
+      const float x = s.q[(size_t)(h * width + i)] * (s.scale * 1.44269504f);  // in units of log 2
+      q[(size_t)i] = (rounded ? rounded_bf16(x) : x) * M_LN2;
+    }
+    double top = -INFINITY, size = 0, total = 0, largest = 0;
+    for (int32_t t : tokens) {
+      double x = 0, a = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        const double term = q[(size_t)i] * rows[(size_t)(t * width + i)];
+        x += term;
+        a += std::fabs(term);
+      }
+      logit.push_back(x);
+      top = std::max(top, x);
+      size = std::max(size, a);
+    }
+    for (size_t j = 0; j < tokens.size(); ++j) {
+      const double p = std::exp(logit[j] - top);
+      total += p;
+      for (int64_t i = 0; i < l.rank; ++i) {
+        const float x = rows[(size_t)(tokens[j] * width + i)];
+        value[(size_t)i] += p * x;
+        largest = std::max(largest, (double)std::fabs(x));
+      }
+    }
+    // A logit is off by less than 4 ulp of the sum of its terms' sizes; bf16 weights by 2^-9 each.
+    const double bound = largest * (2e-6 + 4 * 6e-8 * 2 * size + (rounded ? 0x1p-8 : 0));
+    for (int64_t i = 0; i < l.rank; ++i) {
+      const float got = out[(size_t)(h * l.rank + i)];
+      if (!check(std::fabs(got - value[(size_t)i] / total) <= bound, "%s %s %s: rank=%d rope=%d heads=%ld tokens=%zu: head %ld [%ld]: %.7g, not %.7g (bound %.2g)", s.variant.name.c_str(),
+                 kv_name(l.type), what, l.rank, l.rope, (long)s.heads, tokens.size(), (long)h, (long)i, got, value[(size_t)i] / total, bound))
+        return;
+    }
+  }
+}
+
+static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_t heads, float magnitude, Random& random) {
+  Setup s(v, l, tokens, heads, magnitude, random);
+  const std::vector<float> out = s.all(nullptr, tokens, tokens);
+  std::vector<int32_t> every((size_t)tokens);
+  for (size_t i = 0; i < every.size(); ++i) every[i] = (int32_t)i;
+  against_reference(s, out, every, "dense");
+  auto name = [&] { return v.name + " " + kv_name(l.type); };
+
+  check(s.all(&every, tokens, tokens) == out, "%s: chosen, all of them, differs from dense", name().c_str());
+  const int64_t h = random.below((int)heads);  // alone, and thus in another lane
+  const std::vector<float> alone = s.run(h, h + 1, nullptr, tokens, tokens);
+  check(!memcmp(alone.data(), out.data() + h * l.rank, (size_t)l.rank * 4), "%s: heads=%ld rank=%d tokens=%ld: head %ld differs alone", name().c_str(), (long)heads, l.rank, (long)tokens, (long)h);
+
+  std::vector<int32_t> some;  // as an indexer chooses
+  for (int32_t t : every)
+    if (random.below(3) == 0 || (t + 1 == tokens && some.empty())) some.push_back(t);
+  against_reference(s, s.all(&some, (int64_t)some.size(), (int64_t)some.size()), some, "chosen");
+
+  // What a row does not see may hold anything.
+  const int64_t seen = 1 + random.below((int)tokens);
+  const std::vector<float> prefix = s.all(nullptr, seen, seen);
+  std::vector<float> poison((size_t)((tokens - seen) * s.cache.width()));
+  for (float& x : poison) x = random.below(2) ? NAN : INFINITY;
+  s.cache.write(seen, poison);
+  check(s.all(nullptr, seen, tokens) == prefix, "%s: rank=%d: %ld of %ld tokens: what lies behind shows", name().c_str(), l.rank, (long)seen, (long)tokens);
+  memset(s.scratch.get(), 0x7f, s.scratch.size());
+  check(s.all(nullptr, seen, seen) == prefix, "%s: what scratch held shows", name().c_str());
+}
+
+int main() {
+  Random random(5);
+  for (const Variant& v : variants()) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+      for (int i = 0; i < 12; ++i) writing(v, LatentCache::shape(type, 2 * (1 + random.below(200)), 2 * (1 + random.below(32)), 2 * random.below(20)), random);
+      reading_index(v, type, random);
+      const int32_t ranks[] = {32, 2, 30, 34, 64, 96, 128, 130, 200, 256, 512}, heads[] = {1, 3, 16, 20};
+      for (int i = 0; i < 22; ++i) {
+        const int64_t tokens = i % 3 == 0 ? 1 + random.below(1100) : 1 + random.below(80);
+        const float magnitude = i % 8 == 6 ? 30.0f : i % 8 == 7 ? 1e3f : 1.0f;
+        absorbed(v, LatentCache::shape(type, ranks[i % 11], 2 * (1 + random.below(32)), 2 * random.below(3)), tokens, heads[random.below(4)], magnitude, random);
+      }
+      absorbed(v, LatentCache::shape(type, 512, 64, 128), 300, 128, 1.0f, random);
+    }
+  }
+  return report("test_mla");
+}
