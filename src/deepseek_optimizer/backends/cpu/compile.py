@@ -99,12 +99,16 @@ class _Compiler:
         s.inputs[:] = slots_in + [-1] * (4 - len(slots_in))
         s.outputs[:] = slots_out + [-1] * (3 - len(slots_out))
         ws = [self.weight(n) for n in node.weights]
+        bs = [self.weight(n) for n in biases]
         if op == "rope_table":
             ws = [self.frequencies(a["rope"])]
+        elif op == "layer_norm":
+            ws, bs = ws[:1], ws[1:]
         s.w[:] = ws + [-1] * (3 - len(ws))
-        bs = [self.weight(n) for n in biases]
         s.b[:] = bs + [-1] * (3 - len(bs))
-        s.layer = a.get("index", a.get("layer", 0))
+        s.layer = a["index"] if op == "hidden_out" else a.get("layer", 0)
+        if op.startswith("index_"):
+            s.index, s.top_k = a.get("index", node.inputs[0].width), a.get("top_k", 0)
         s.heads, s.kv_heads = a.get("heads", 0), a.get("kv_heads", 0)
         s.offset = a.get("offset", 0)
         s.head_dim, s.window = a.get("head_dim", 0), a.get("window") or 0

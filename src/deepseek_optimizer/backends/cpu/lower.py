@@ -13,7 +13,7 @@ from dataclasses import replace
 from ...graph.ir import Graph, Node, Value
 
 # The op's output (by index) that the native step can write in any kind.
-WRITES_ANY = {"rms_norm": 0, "add_rms_norm": 1, "attention": 0, "swiglu": 0, "gate_up": 0, "concat": 0}
+WRITES_ANY = {"rms_norm": 0, "layer_norm": 0, "add_rms_norm": 1, "attention": 0, "swiglu": 0, "gate_up": 0, "concat": 0}
 PRODUCTS = ("linear", "lm_head", "gate_up")
 
 

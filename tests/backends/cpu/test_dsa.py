@@ -1,0 +1,106 @@
+"""DeepSeek's sparse attention, native: the indexer by itself against the reference's scores, on every ISA."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepseek_optimizer.backends.base import DECODE, PREFILL
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.backends.reference.latent import index_scores
+from deepseek_optimizer.backends.reference.ops import layer_norm, rope, rope_table
+from deepseek_optimizer.graph.ir import Graph, LatentSpec, Node, Value
+from deepseek_optimizer.models import build_graph
+from support.models import CASES, random_ids
+from support.steps import Part, run_step, runner
+
+from .packing import packed_weights
+
+VOCAB, HEADS, INDEX, ROT, TOP_K = 97, 20, 24, 12, 40
+SCALE = (INDEX * HEADS) ** -0.5
+TIE = 1e-5  # scores closer than this, in terms of the row's largest, may change places
+
+
+def indexer_graph() -> Graph:
+    """The indexer's nodes as a family builds them. Hidden state 0 is what it chose: as wide as an embedding."""
+    x, table, q, turned = Value("x", TOP_K), Value("table", ROT), Value("q", HEADS * INDEX), Value("q.rope", HEADS * INDEX)
+    k, normed, key, w = Value("k", INDEX), Value("k.norm", INDEX), Value("k.rope", INDEX), Value("w", HEADS)
+    chosen, logits = Value("chosen", TOP_K), Value("logits", VOCAB)
+    spec = next(n.attrs["rope"] for n in build_graph(CASES["deepseek_v32-indexer"]()).nodes if n.op == "rope_table")
+    turn = {"head_dim": INDEX, "offset": 0, "interleaved": False}
+    choice = {"layer": 1, "heads": HEADS, "index": INDEX, "top_k": TOP_K, "scale": SCALE}
+    nodes = [
+        Node("embedding", (), (x,), ("embed.weight",), {"scale": 1.0}),
+        Node("rope_table", (), (table,), (), {"rope": spec}),
+        Node("linear", (x,), (q, k), ("q.weight", "k.weight"), {"biases": (None, None)}),
+        Node("linear", (x,), (w,), ("w.weight",), {"biases": (None,)}),
+        Node("rope", (q, table), (turned,), (), {"heads": HEADS, **turn}),
+        Node("layer_norm", (k,), (normed,), ("norm.weight", "norm.bias"), {"eps": 1e-6}),
+        Node("rope", (normed, table), (key,), (), {"heads": 1, **turn}),
+        Node("index_write", (key,), (), (), {"layer": 1}),
+        Node("index_choose", (turned, w), (chosen,), (), choice),
+        Node("hidden_out", (chosen,), (), (), {"index": 0}),
+        Node("lm_head", (x,), (logits,), ("head.weight",), {"bias": None}),
+    ]  # fmt: skip
+    return Graph("indexer", nodes, VOCAB, TOP_K, 1, LatentSpec(2, 6, 4, INDEX), 4096)
+
+
+def indexer_weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "embed": (VOCAB, TOP_K),
+        "q": (HEADS * INDEX, TOP_K),
+        "k": (INDEX, TOP_K),
+        "w": (HEADS, TOP_K),
+        "head": (VOCAB, TOP_K),
+    }
+    made = {f"{name}.weight": torch.randn(shape, generator=generator) * TOP_K**-0.5 for name, shape in shapes.items()}
+    return made | {f"norm.{leaf}": torch.randn(INDEX, generator=generator) for leaf in ("weight", "bias")}
+
+
+def scores_of(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
+    """float64 [T, T] of every token against every token."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    spec = next(n.attrs["rope"] for n in indexer_graph().nodes if n.op == "rope_table")
+    table = rope_table(torch.arange(len(ids)), torch.as_tensor(spec.inv_freq), spec.scaling)
+    x = w["embed.weight"][ids]
+    q = rope(x @ w["q.weight"].T, table, HEADS, False).unflatten(-1, (HEADS, INDEX))
+    k = rope(layer_norm(x @ w["k.weight"].T, w["norm.weight"], w["norm.bias"], 1e-6), table, 1, False)
+    return index_scores(q, x @ w["w.weight"].T, k, SCALE)
+
+
+def check_choice(chosen: torch.Tensor, scores: torch.Tensor, tie: float) -> None:
+    """Ascending, seen, and none of those left out scores more than one taken by `tie` of the largest."""
+    for row, (places, score) in enumerate(zip(chosen.long(), scores, strict=True)):
+        count, seen = min(row + 1, TOP_K), score[: row + 1]
+        taken = places[:count]
+        assert (places[count:] == -1).all()
+        assert (taken[0] >= 0) and (taken[-1] <= row) and (taken.diff() > 0).all()
+        left = torch.ones(row + 1, dtype=torch.bool)
+        left[taken] = False
+        if left.any():
+            assert seen[left].max() <= seen[taken].min() + tie * seen.abs().max()
+
+
+def chosen_by(r, ids: list[int], chunks: tuple[int, ...] = (), phase: int = PREFILL) -> torch.Tensor:
+    blocks, made, begin = r.sequence(), [], 0
+    for size in (*chunks, len(ids)):
+        if part := ids[begin : begin + size]:
+            made.append(run_step(r.plan, r.store, [Part(blocks, part, phase)], hidden=True).hidden[0])
+        begin += size
+    blocks.free()
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize(("kv", "tie"), [("fp32", TIE), ("bf16", 2e-2), ("int8", 2e-2)])
+def test_the_choice_is_that_of_the_scores(backend, kv, tie):
+    weights, ids = indexer_weights(), random_ids(SimpleNamespace(vocab_size=VOCAB), 400)
+    scores = scores_of(weights, ids)
+    r = runner(backend, indexer_graph(), packed_weights(weights, "fp32"), kv=kv)
+    made = chosen_by(r, ids)
+    check_choice(made, scores, tie)
+    assert torch.equal(made, chosen_by(r, ids, (1, 7, 39, 1, 1, 64)))
+    assert torch.equal(made, chosen_by(r, ids, (100, 1, 1, 150), DECODE))
+    check_choice(chosen_by(runner(ReferenceBackend(), indexer_graph(), weights, kv=kv), ids), scores, tie)
