@@ -12,8 +12,8 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import Graph, Node, Value
 from deepseek_optimizer.graph.printing import node_text, to_text
 from deepseek_optimizer.graph.validate import check_graph
-from deepseek_optimizer.models import build_graph
-from support.models import llama, qwen3
+from deepseek_optimizer.models import build_graph, build_mtp_graph
+from support.models import deepseek_v3, deepseek_v32, llama, qwen3
 
 
 def first(graph: Graph, op: str) -> int:
@@ -68,6 +68,61 @@ DAMAGES = {
 }
 
 
+LATENT_DAMAGES = {
+    "latents never written": (without("latent_write"), "latents of a layer before"),
+    "latents written twice": (twice("latent_write"), "latents of a layer a second time"),
+    "index keys never written": (without("index_write"), "index keys of a layer before"),
+    "index keys written twice": (twice("index_write"), "index keys of a layer a second time"),
+    "layer outside": (attr("latent_write", layer=3), "do not fit"),
+    "attention's layer outside": (attr("mla_attention", layer=3), "do not fit"),
+    "rank": (attr("mla_attention", rank=39), "do not fit"),
+    "rank of the latent": (attr("latent", rank=39), "do not fit"),
+    "heads": (attr("mla_attention", heads=2), "do not fit"),
+    "width of a value": (attr("mla_attention", v_dim=17), "do not fit"),
+    "form": (attr("mla_attention", form="folded"), "do not fit"),
+    "offset": (attr("rope", offset=21), "do not fit"),
+    "index heads": (attr("index_choose", heads=7), "do not fit"),
+    "index width": (attr("index_choose", index=12, heads=40), "do not fit"),
+    "tokens chosen": (attr("index_choose", top_k=15), "do not fit"),
+    "groups": (attr("router", groups=5), "do not fit"),
+    "groups chosen": (attr("router", top_groups=4), "do not fit"),
+    "experts in the groups": (attr("router", groups=12, top_groups=2), "do not fit"),
+    "experts chosen": (attr("router", top_k=3), "do not fit"),
+    "scoring": (attr("router", scoring="linear"), "do not fit"),
+    "score of a group": (attr("router", group_score="mean"), "do not fit"),
+    "experts a token": (attr("experts_gate_up", top_k=3), "do not fit"),
+    "more chosen than there are": (attr("experts_down", experts=3), "do not fit"),
+    "rows a token": (outputs("experts_gate_up", Value("l1.mlp.experts", 44)), "do not fit"),
+    "rows a token elsewhere": (outputs("swiglu", Value("h", 136, repeat=2)), "several rows a token"),
+    "norm of another width": (outputs("layer_norm", Value("k", 20)), "do not fit"),
+    "selected rows": (outputs("router", Value("routes", 8, selected=True)), "mixes"),
+    "inputs": (lambda g: [*g.nodes, Node("mla_attention")], r"0 inputs, needs \(1, 2\)"),
+}
+
+
+@pytest.mark.parametrize("name", LATENT_DAMAGES)
+def test_damage_to_latent_attention_and_experts_is_found(name: str) -> None:
+    damage, message = LATENT_DAMAGES[name]
+    graph = build_graph(deepseek_v32())
+    check_graph(graph)
+    with pytest.raises(GraphError, match=message):
+        check_graph(replace(graph, nodes=damage(graph)))
+
+
+def test_damage_to_an_mtp_layer_is_found() -> None:
+    graph = build_mtp_graph(deepseek_v3(), 0)
+    check_graph(graph)
+    for damage in (outputs("concat", Value("l3.both", 143)), outputs("state_in", Value("state", 71))):
+        with pytest.raises(GraphError, match="do not fit"):
+            check_graph(replace(graph, nodes=damage(graph)))
+
+
+def test_ops_need_the_cache_they_are_for() -> None:
+    for ours, theirs in ((llama(), deepseek_v3()), (deepseek_v3(), llama())):
+        with pytest.raises(GraphError, match="do not fit"):
+            check_graph(replace(build_graph(ours), cache=build_graph(theirs).cache))
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found(name: str) -> None:
     damage, message = DAMAGES[name]
@@ -95,3 +150,4 @@ def test_text_form() -> None:
     assert node_text(graph.nodes[4]) == "l0.q[T,72] = linear(l0.attn_in) model.layers.0.self_attn.q_proj.weight biases=(None,)"
     assert "logits[R,211] = lm_head(final.rows) lm_head.weight" in to_text(rules.apply(graph)[0])
     assert "rope=default/12" in to_text(graph)
+    assert "l1.mlp.experts[T*4,44] = experts_gate_up(l1.mlp_in, l1.mlp.routes)" in to_text(build_graph(deepseek_v3()))

@@ -156,19 +156,24 @@ def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32)
     """A model whose weights, norms and biases are all random and of a size that makes every part count."""
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products want multiples of 16 bytes
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
+    return randomise(model, seed)
+
+
+@torch.no_grad()
+def randomise(model: Any, seed: int = 0) -> Any:
+    """The module, with all its weights drawn anew."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):  # of the size of the scores' own differences
-                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "embed" in name:
-                parameter.copy_(noise)
-            elif parameter.ndim >= 2:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-            else:
-                parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of the size of the scores' own differences
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "embed" in name:
+            parameter.copy_(noise)
+        elif parameter.ndim >= 2:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
     return model
 
 

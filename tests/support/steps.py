@@ -24,8 +24,9 @@ class Part:
     positions: list[int] | None = None
 
 
-def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, inputs_embeds: Any = None) -> StepBatch:
-    """Takes blocks for the parts' tokens (copying shared ones in `store`) and describes the step. Decode parts come first."""
+def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, inputs_embeds: Any = None, **more: Any) -> StepBatch:
+    """Takes blocks for the parts' tokens (copying shared ones in `store`) and describes the step. Decode parts come first.
+    `more`: other fields of the step."""
     token_ids: list[int] = []
     positions: list[int] = []
     logit_rows: list[int] = []
@@ -43,7 +44,7 @@ def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, input
     as_int32 = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
     return StepBatch(
         as_int32(token_ids), as_int32(positions), as_int32([len(part.ids) for part in parts]), as_int32(context),
-        as_int32([part.phase for part in parts]), table, as_int32(logit_rows), inputs_embeds, hidden,
+        as_int32([part.phase for part in parts]), table, as_int32(logit_rows), inputs_embeds, hidden, **more,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ def build_mtp(fields: Fields, depth: int, layers: int) -> Graph:
 
 
 def _read(fields: Fields, mtp_layers: int) -> tuple[LatentDecoder, FeedForward]:
+    fields.only("mlp_bias", None, False)
     d = read_latent_decoder(fields, "deepseek_v3", interleaved=fields.flag("rope_interleave"))
     sparse = first_dense(fields, d.layers)
     routing = read_sigmoid_routing(fields, d.hidden) if any(sparse) or mtp_layers else None

@@ -21,6 +21,8 @@ def build_mtp(fields: Fields, depth: int, layers: int) -> Graph:
 
 
 def _read(fields: Fields, mtp_layers: int) -> tuple[LatentDecoder, FeedForward]:
+    fields.only("rope_interleave", None, True)  # Transformers has no other form of this family
+    fields.only("mlp_bias", None, False)
     d = read_latent_decoder(fields, "deepseek_v32", interleaved=True, sparse=True)
     layers = listed_layers(fields, d.layers)
     routing = read_sigmoid_routing(fields, d.hidden) if any(layers) or mtp_layers else None

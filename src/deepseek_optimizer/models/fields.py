@@ -57,6 +57,13 @@ class Fields:
         if value != only:
             raise UnsupportedModelError(f"config.{name} {value!r} is not supported. Supported: {only!r}.")
 
+    def only(self, name: str, *allowed: Any) -> None:
+        """Refuses every value but these; True is not 1 here."""
+        value = self.get(name)
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            known = ", ".join(repr(a) for a in allowed if a is not None)
+            raise UnsupportedModelError(f"config.{name} {value!r} is not supported in this family. Supported: {known}.")
+
 
 def positive(name: str, value: Any) -> float:
     """`value` if it is a finite number above 0, for the field (or entry of a field) called `name`."""

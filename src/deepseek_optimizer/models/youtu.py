@@ -10,5 +10,6 @@ from .mla import attention, read_latent_decoder
 
 
 def build(fields: Fields) -> Graph:
+    fields.only("mlp_bias", None, False)
     d = read_latent_decoder(fields, "youtu", interleaved=fields.flag("rope_interleave"))
     return trunk_graph(d, d.cache, attention(d), feed_forward(d, None, ()))

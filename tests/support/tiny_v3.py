@@ -1,0 +1,52 @@
+"""The small trained DeepSeek-V3 model that lies beside the repository: real routers, acceptance rates and perplexities.
+
+It is found by the environment variable DSO_TINY_V3, or as ../shared/models/tiny-v3; where it is not, tests that need it are
+skipped and say so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def tiny_v3() -> Path:
+    """The model's folder; skips the test where there is none."""
+    given = os.environ.get("DSO_TINY_V3")
+    path = Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "models" / "tiny-v3"
+    if not (path / "config.json").is_file():
+        pytest.skip(f"the trained model tiny-v3 is not at {path}; set DSO_TINY_V3 to its folder")
+    return path
+
+
+def documents(path: Path, count: int, length: int) -> list[list[int]]:
+    """`count` documents that the model has not seen, cut to `length` tokens; shorter ones are left out."""
+    tokens = np.load(path / "val_tokens.npy").astype(np.int64)
+    starts = np.flatnonzero(tokens == 0)
+    found = [tokens[a:b][:length].tolist() for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b - a >= length]
+    assert len(found) >= count, f"only {len(found)} documents of {length} tokens"
+    return found[:count]
+
+
+@cache
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Every weight in float32, MTP layers too, experts stacked as Transformers has them in memory."""
+    stored = {name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
+    experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name in list(stored):
+        if found := _EXPERT.fullmatch(name):
+            experts.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = stored.pop(name)
+    for path_, parts in experts.items():
+        ordered = [parts[i] for i in range(len(parts))]
+        stored[f"{path_}.gate_up_proj"] = torch.stack([torch.cat((p["gate"], p["up"])) for p in ordered])
+        stored[f"{path_}.down_proj"] = torch.stack([p["down"] for p in ordered])
+    return stored
