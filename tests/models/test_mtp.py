@@ -120,6 +120,9 @@ def test_families_without_layers() -> None:
     assert mtp_layers(raw) == 2
     with pytest.raises(ConfigError, match="num_nextn_predict_layers: 1 MTP layers are asked for, the config promises 0"):
         build_graph(youtu(), mtp_layers=1)
+    for count in (-1, 3):
+        with pytest.raises(ConfigError, match=f"{count} MTP layers are asked for, the config promises 2"):
+            build_graph(raw, mtp_layers=count)
     with pytest.raises(ConfigError, match="no MTP layer 0 of 0"):
         build_mtp_graph(llama(), 0)
     for depth in (-1, 2):

@@ -111,5 +111,6 @@ def _build(fields: Fields, model_type: Any) -> Graph:
 
 
 def _check_mtp(config: Any, count: int) -> None:
-    if count > (promised := mtp_layers(config)):
+    promised = mtp_layers(config)
+    if not 0 <= count <= promised:
         raise ConfigError(f"config.num_nextn_predict_layers: {count} MTP layers are asked for, the config promises {promised}")
