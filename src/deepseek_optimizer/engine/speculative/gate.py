@@ -32,7 +32,7 @@ class SpeculationReport:
 
     Attributes:
         rounds: steps of the model; `drafted` of them verified drafts.
-        accepted_length: tokens that a round with drafts gave a sequence, on average: 1 where no draft ever held.
+        accepted_length: tokens that a sequence got in a round with drafts of its own, on average: 1 where no draft ever held.
         acceptance: of each position, the share of drafts that held among those whose forerunners held.
         proposed: how many drafts each of these shares is of.
         chosen: (drafts, rounds) in order of time: so many rounds in a row were allowed so many drafts.
@@ -62,8 +62,8 @@ class Gate:
         self._credit: float | None = None
         self._since, self._wait, self._turn = 0, _SOON, 0  # rounds since the best was left for another, and until it will be
         self._chosen: list[tuple[int, int]] = []
-        self._rounds = self._drafted = 0
-        self._tokens = self._seconds = self._plain = 0.0
+        self._rounds = self._drafted = self._lengths = self._with = 0
+        self._seconds = self._plain = 0.0
 
     def acceptance(self, j: int) -> float:
         """Estimate for draft j (from 0), given that those before it held."""
@@ -128,9 +128,7 @@ class Gate:
             self._count(n, held)
         plain = self.costs.seconds(sequences, 0)
         self._rounds += 1
-        if drafted:
-            self._drafted += 1
-            self._tokens += tokens
+        self._drafted += drafted > 0
         if plain is not None:
             self._seconds += seconds
             self._plain += tokens * plain
@@ -139,6 +137,8 @@ class Gate:
                 self._credit = min(self._credit + saved + SHARE * seconds, MOST * plain)
 
     def _count(self, drafted: int, held: int) -> None:
+        self._lengths += (1 + held) * (drafted > 0)
+        self._with += drafted > 0
         for j in range(min(drafted, held + 1)):  # those behind a draft that fell say nothing
             self._held[j] = self._held[j] * _FADING + (j < held)
             self._tried[j] = self._tried[j] * _FADING + 1
@@ -150,7 +150,7 @@ class Gate:
         return SpeculationReport(
             rounds=self._rounds,
             drafted=self._drafted,
-            accepted_length=self._tokens / self._drafted if self._drafted else 1.0,
+            accepted_length=self._lengths / self._with if self._with else 1.0,
             acceptance=tuple(a / n if n else 0.0 for a, n in zip(self._accepted, self._proposed, strict=True)),
             proposed=tuple(self._proposed),
             chosen=tuple(self._chosen),

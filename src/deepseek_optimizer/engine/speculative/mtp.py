@@ -130,7 +130,8 @@ class MtpProposer:
         parts, inputs = [], []
         for d in active:
             begin, count = d.track.done[k], d.track.seen - d.track.done[k]
-            ids = [*d.sequence.tokens[begin + k + 1 :], *d.tokens][:count]
+            first = begin + k + 1
+            ids = [*d.sequence.tokens[first:], *d.tokens[max(0, first - len(d.sequence.tokens)) :]][:count]
             parts.append(Part(d.sequence, ids, begin, d.track.base // BLOCK_TOKENS))
             inputs += [*d.track.waiting[k], d.guessed] if d.guessed is not None else d.track.waiting[k]
         made = self._layers[k].draft(parts, inputs, logits=True)

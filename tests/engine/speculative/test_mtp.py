@@ -1,0 +1,227 @@
+"""MTP drafts against their definition: every layer run over all rows, from nothing, for every round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_optimizer.backends.base import DECODE
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.engine.runner import Runner
+from deepseek_optimizer.engine.sequence import Part, Sequence, rows_of
+from deepseek_optimizer.engine.speculative import mtp
+from deepseek_optimizer.engine.speculative.decoder import SpeculativeDecoder
+from deepseek_optimizer.engine.speculative.mtp import MtpProposer
+from deepseek_optimizer.graph.analysis import weight_shapes
+from deepseek_optimizer.graph.ir import Graph
+from deepseek_optimizer.integration.arena import Arena
+from deepseek_optimizer.models import build_graph, build_mtp_graph
+from support import steps
+from support.models import deepseek_v3, random_ids, random_model, weights_of
+
+
+def random_weights(graph: Graph, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in weight_shapes(graph).items():
+        noise = torch.randn(shape, generator=generator)
+        made[name] = noise * shape[-1] ** -0.5 if len(shape) > 1 else noise * 0.2 + (0.0 if "bias" in name else 1.0)
+    return made
+
+
+@dataclass
+class World:
+    """A random model with MTP layers on the reference backend."""
+
+    config: Any
+    plans: list[Any]
+    graph: Graph
+    backend: ReferenceBackend = field(default_factory=ReferenceBackend)
+
+    @classmethod
+    def make(cls, layers: int) -> World:
+        config = deepseek_v3(num_nextn_predict_layers=layers)
+        graph = build_graph(config, layers)
+        backend = ReferenceBackend()
+        plans = [backend.compile(graph, weights_of(random_model(config)))]
+        for depth in range(layers):
+            g = build_mtp_graph(config, depth)
+            plans.append(backend.compile(g, random_weights(g, depth)))
+        return cls(config, plans, graph, backend)
+
+    def arena(self) -> Arena:
+        return Arena(self.backend.new_store(self.graph, "fp32", 64), self.graph.cache.layers)
+
+    def drafts(self, tokens: list[int], count: int, base: int = 0) -> list[int]:
+        """What MTP layers draft behind tokens, the last of which is not in the cache; they have seen no row before `base`."""
+        store = self.backend.new_store(self.graph, "fp32", 64)
+        main = steps.Runner(self.plans[0], store)
+        blocks, cached, drafts = main.sequence(), len(tokens) - 1, []
+
+        def run(plan: Any, ids: list[int], start: int, states: Any) -> Any:
+            batch = steps.make_batch([steps.Part(main.sequence(), ids, DECODE, rows=[len(ids) - 1])], store)
+            batch.positions = batch.positions + start
+            batch.block_table = table
+            batch.context_len[:] = start - base
+            batch.states, batch.last_hidden = states, True
+            return plan.run(batch, store)
+
+        blocks.append(cached + count)
+        table = blocks.table()[None, base // 32 :]
+        batch = steps.make_batch([steps.Part(main.sequence(), tokens[:-1], DECODE)], store)
+        batch.block_table, batch.last_hidden = blocks.table()[None], True
+        states = self.plans[0].run(batch, store).last_hidden[base:]
+        for k, plan in enumerate(self.plans[1:]):
+            made = run(plan, [*tokens, *drafts][base + k + 1 : cached + k + 1], base, states)
+            drafts.append(int(made.logits[0].argmax()))
+            states = made.last_hidden
+        for further in range(count - len(drafts)):
+            made = run(self.plans[-1], drafts[-1:], cached + further, states[-1:])
+            drafts.append(int(made.logits[0].argmax()))
+            states = made.last_hidden
+        return drafts[:count]
+
+
+class Watched(MtpProposer):
+    """Holds each proposal against the definition."""
+
+    def __init__(self, world: World, layers: list[Runner], bases: dict[int, int]) -> None:
+        super().__init__(layers, lambda index, drafted, logits: (int(logits.argmax()), None))
+        self.world, self.bases, self.compared = world, bases, 0
+
+    def propose(self, sequences, most):
+        drafts = super().propose(sequences, most)
+        for s, n, d in zip(sequences, most, drafts, strict=True):
+            base = self.bases.get(s.index, 0)
+            expected = self.world.drafts(s.tokens, n, base) if n and len(s.tokens) - 1 > base else []
+            assert d.tokens == expected, f"sequence {s.index} at {s.cached}"
+            self.compared += bool(expected)
+        return drafts
+
+
+class Accepting:
+    """Accepts a random number of drafts, and then a random token: what a model does, for the cache's purposes."""
+
+    def __init__(self, vocab: int) -> None:
+        self.random, self.vocab = np.random.default_rng(0), vocab
+
+    def accept(self, index, draft, logits, used=None):
+        assert len(logits) == len(draft.tokens) + 1
+        held = self.random.integers(len(draft.tokens) + 1)
+        return [*draft.tokens[:held], int(self.random.integers(self.vocab))]
+
+
+class Script:
+    """A gate that allows what it is told."""
+
+    def __init__(self, chosen: list[int]) -> None:
+        self.chosen = list(chosen)
+
+    def choose(self, sequences, most=None):
+        return min(self.chosen.pop(0), most)
+
+    def record(self, seconds, outcomes):
+        pass
+
+
+def decoder_of(world: World, chosen: list[int], bases: dict[int, int] | None = None) -> SpeculativeDecoder:
+    arena = world.arena()
+    proposer = Watched(world, [Runner(plan, arena) for plan in world.plans[1:]], bases or {})
+    return SpeculativeDecoder(Runner(world.plans[0], arena), proposer, Accepting(211), Script(chosen))
+
+
+def begin(decoder: SpeculativeDecoder, index: int, ids: list[int], *, seen_from: int = 0, chunk: int = 1000) -> Sequence:
+    """A sequence whose prompt is in the cache, and whose states from a token on the proposer was given."""
+    runner = decoder.runner
+    sequence = Sequence(index, ids, runner_blocks(runner), first_position=3)
+    for start in range(0, len(ids) - 1, chunk):
+        part = Part(sequence, ids[start : min(start + chunk, len(ids) - 1)], start)
+        runner.reserve([sequence], [len(part.ids)])
+        states = runner.verify([part], last_hidden=True).last_hidden
+        if start >= seen_from:
+            decoder.proposer.follow(sequence, states)
+    return sequence
+
+
+def runner_blocks(runner: Runner) -> Any:
+    from deepseek_optimizer.cache import SequenceBlocks
+
+    return SequenceBlocks(runner.memory.manager)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def world(request) -> World:
+    return World.make(request.param)
+
+
+def test_drafts_are_those_of_the_definition(world):
+    """Sequences of unequal lengths, drafts accepted and refused at random, rounds without any in between."""
+    chosen = [3, 1, 0, 4, 2, 0, 0, 3, 1, 5, 2]
+    decoder = decoder_of(world, chosen)
+    ids = random_ids(world.config, 60)
+    sequences = [begin(decoder, 0, ids[:40]), begin(decoder, 7, ids[40:43]), begin(decoder, 3, ids[43:45])]
+    for _ in range(len(chosen)):
+        decoder.round(sequences, [9, 6, 3])
+        assert all(s.cached == len(s.tokens) - 1 for s in sequences)
+    assert decoder.proposer.compared == 3 * sum(n > 0 for n in chosen)
+    decoder.runner.crop(sequences, [0] * 3)
+    assert decoder.runner.memory.manager.free_blocks == 64
+
+
+def test_one_leaves_and_room_is_unequal(world):
+    decoder = decoder_of(world, [3] * 6)
+    ids = random_ids(world.config, 60)
+    sequences = [begin(decoder, i, ids[20 * i : 20 * i + 5 + 7 * i]) for i in range(3)]
+    decoder.round(sequences, [1, 2, 4])
+    decoder.round(sequences, [9, 1, 9])
+    for _ in range(4):
+        decoder.round(sequences[1:], [2, 9])
+
+
+def test_waiting_states_are_run_before_there_are_too_many(world, monkeypatch):
+    """Chunks of a prompt, and long stretches without drafts: drafts stay those of the definition."""
+    monkeypatch.setattr(mtp, "_FLUSH", 8)
+    chosen = [2, *[0] * 20, 3, 1, *[0] * 9, 2]
+    decoder = decoder_of(world, chosen)
+    sequence = begin(decoder, 0, random_ids(world.config, 70), chunk=9)
+    for _ in range(len(chosen)):
+        decoder.round([sequence], [9])
+        track = decoder.proposer._tracks[0]
+        assert sum(len(t) for t in track.waiting[0]) <= 8
+    assert decoder.proposer.compared == 4
+
+
+def test_a_prefix_that_was_not_seen(world):
+    """The layers then see from the next block on, and draft nothing before."""
+    decoder = decoder_of(world, [3] * 30, {0: 64})
+    sequence = begin(decoder, 0, random_ids(world.config, 50), seen_from=40, chunk=40)
+    for _ in range(30):
+        decoder.round([sequence], [9])
+    assert decoder.proposer.compared > 5
+
+
+def test_a_fork_goes_on_by_itself(world):
+    decoder = decoder_of(world, [3] * 8)
+    ids = random_ids(world.config, 40)
+    one = begin(decoder, 0, ids)
+    twin = Sequence(1, list(one.tokens), one.blocks.fork(), one.first_position)
+    decoder.proposer.fork(one, twin)
+    for _ in range(8):
+        decoder.round([one, twin], [9, 9])
+    assert one.tokens != twin.tokens
+    assert decoder.proposer.compared == 16
+
+
+def test_nothing_seen_nothing_drafted(world):
+    decoder = decoder_of(world, [3], {0: 1000})
+    sequence = begin(decoder, 0, random_ids(world.config, 20), seen_from=1000)
+    assert len(decoder.round([sequence], [9])[0]) == 1
+
+
+def test_rows_of():
+    parts = [Part(None, [1, 2], 0), Part(None, [3], 0), Part(None, [4, 5, 6], 0)]
+    assert [r.tolist() for r in rows_of(np.arange(6), parts)] == [[0, 1], [2], [3, 4, 5]]
