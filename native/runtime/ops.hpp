@@ -32,6 +32,14 @@ std::unique_ptr<Op> make_attention(StepReader& step);
 // ops_index.cpp
 std::unique_ptr<Op> make_index_write(StepReader& step);
 std::unique_ptr<Op> make_index_choose(StepReader& step);
+// ops_latent.cpp
+std::unique_ptr<Op> make_latent(StepReader& step);
+std::unique_ptr<Op> make_latent_write(StepReader& step);
+// ops_mla.cpp
+std::unique_ptr<Op> make_mla_absorb(StepReader& step);
+std::unique_ptr<Op> make_mla_value(StepReader& step);
+// ops_mla_attention.cpp
+std::unique_ptr<Op> make_mla_attention(StepReader& step);
 // ops_linear.cpp
 std::unique_ptr<Op> make_linear(StepReader& step);
 std::unique_ptr<Op> make_gate_up(StepReader& step);

@@ -49,6 +49,11 @@ std::unique_ptr<Op> dso::make_op(StepReader& s) {
     case DSO_OP_ATTENTION: return make_attention(s);
     case DSO_OP_SWIGLU: return make_swiglu(s);
     case DSO_OP_GATE_UP: return make_gate_up(s);
+    case DSO_OP_LATENT: return make_latent(s);
+    case DSO_OP_LATENT_WRITE: return make_latent_write(s);
+    case DSO_OP_MLA_ABSORB: return make_mla_absorb(s);
+    case DSO_OP_MLA_ATTENTION: return make_mla_attention(s);
+    case DSO_OP_MLA_VALUE: return make_mla_value(s);
     case DSO_OP_SELECT_ROWS: return make_select_rows(s);
     case DSO_OP_HIDDEN_OUT: return make_hidden_out(s);
     case DSO_OP_STATE_IN: return make_state_in(s);
@@ -70,7 +75,7 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
   check_slots(slots, n_slots, vocab_size);
   slots_.assign(slots, slots + n_slots);
 
-  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}, {}};
+  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}, {}, {}};
   for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
   for (int32_t i = 0; i < n_steps; ++i) {
     StepReader reader(source, steps[i], i);

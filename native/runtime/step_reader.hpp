@@ -13,6 +13,7 @@ namespace dso {
 
 class AttentionSchedule;
 class IndexSchedule;
+class MlaSchedule;
 
 struct PlanSource {  // what dso_plan_create was given, and what the steps have asked of batches so far
   const dso_slot* slots;
@@ -24,6 +25,7 @@ struct PlanSource {  // what dso_plan_create was given, and what the steps have 
   std::vector<bool> written;  // slots that an earlier step fills
   std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike
   std::vector<std::shared_ptr<IndexSchedule>> index_schedules;
+  std::vector<std::shared_ptr<MlaSchedule>> mla_schedules;
 };
 
 struct SlotRef {

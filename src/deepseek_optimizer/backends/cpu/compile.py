@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import Graph, Node, Value
+from ...graph.ir import Graph, LatentSpec, Node, Value
 from ...graph.planner import assign_slots
 from ...quant import get_format
-from ...quant.packed import PackedMatrix
+from ...quant.packed import PackedMatrix, PackedStack
 from .lower import lower
+from .mla_weights import absorbed_stacks
 from .native import FLAGS, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
-from .packer import weight_struct
+from .packer import stack_struct, weight_struct
 from .plan import CpuPlan
 
 INTEGER_FORMATS = ("int8", "int4", "q4_1")
@@ -24,8 +25,10 @@ ACTIVATIONS = {"int8": "q8", "int16": "q16"}
 class _Compiler:
     """Collects slots, weights and steps of one graph."""
 
-    def __init__(self, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], activation: str) -> None:
-        self.given, self.activation = weights, activation
+    def __init__(
+        self, context: Context, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], activation: str
+    ) -> None:
+        self.given, self.activation = {**weights, **absorbed_stacks(context, graph, weights)}, activation
         self.graph = lower(graph, self.kind_of, self.format_of)
         planned = assign_slots(self.graph)
         self.slot_of: Mapping[Value, int] = planned.slot_of
@@ -35,12 +38,12 @@ class _Compiler:
         self.index: dict[str, int] = {}
         self.rope: list[tuple[Any, torch.Tensor]] = []
 
-    def matrix(self, name: str) -> PackedMatrix:
+    def matrix(self, name: str) -> PackedMatrix | PackedStack:
         try:
             found = self.given[name]
         except KeyError:
             raise BackendError(f"the graph needs weight {name!r}, which the model does not have") from None
-        if not isinstance(found, PackedMatrix):
+        if not isinstance(found, PackedMatrix | PackedStack):
             raise BackendError(f"the cpu backend needs {name!r} packed, not a {type(found).__name__}")
         return found
 
@@ -64,7 +67,7 @@ class _Compiler:
             else:
                 matrix = self.matrix(name)
                 self.keep.append(matrix.data)
-                self._add(name, weight_struct(matrix))
+                self._add(name, stack_struct(matrix) if isinstance(matrix, PackedStack) else weight_struct(matrix))
         return self.index[name]
 
     def _add(self, name: str, weight: Weight) -> None:
@@ -95,6 +98,8 @@ class _Compiler:
         s.op = OPS[op]
         slots_in = [self.slot_of[v] for v in node.inputs]
         slots_out = [self.slot_of[v] for v in node.outputs]
+        if op == "mla_attention" and a["form"] == "expanded":  # what the absorbed form would read and write
+            slots_in, slots_out = [slots_in[0], -1, *slots_in[1:]], [-1, *slots_out]
         biases = a.get("biases") or ((a["bias"],) if a.get("bias") else ())
         s.inputs[:] = slots_in + [-1] * (4 - len(slots_in))
         s.outputs[:] = slots_out + [-1] * (3 - len(slots_out))
@@ -109,6 +114,9 @@ class _Compiler:
         s.layer = a["index"] if op == "hidden_out" else a.get("layer", 0)
         if op.startswith("index_"):
             s.index, s.top_k = a.get("index", node.inputs[0].width), a.get("top_k", 0)
+        if isinstance(cache := self.graph.cache, LatentSpec):
+            s.rank, s.rope = cache.rank, cache.rope
+        s.nope, s.v_dim = a.get("nope", 0), a.get("v_dim", 0)
         s.heads, s.kv_heads = a.get("heads", 0), a.get("kv_heads", 0)
         s.offset = a.get("offset", 0)
         s.head_dim, s.window = a.get("head_dim", 0), a.get("window") or 0
@@ -122,7 +130,7 @@ class _Compiler:
     def row(self, node: Node) -> dict[str, Any]:
         """What the report says of a step."""
         row: dict[str, Any] = {"op": node.op, "output": node.outputs[0].name if node.outputs else None}
-        matrices = [n for n in node.weights if isinstance(self.given.get(n), PackedMatrix)]
+        matrices = [n for n in node.weights if isinstance(self.given.get(n), PackedMatrix | PackedStack)]
         if matrices:
             row["weights"] = list(matrices)
             row["format"] = ",".join(dict.fromkeys(self.format_of(n) for n in matrices))
@@ -134,12 +142,16 @@ class _Compiler:
             row["writes"] = node.outputs[-1].kind
         if node.op == "attention":
             row["softmax"] = node.attrs.get("softmax", "eager")
+        if node.op == "mla_attention":
+            absorbed = node.attrs["form"] == "absorbed"
+            row["form"] = "absorbed (decode), cheaper form (prefill)" if absorbed else "expanded"
         return row
 
 
 def _flags(attrs: Mapping[str, Any]) -> list[str]:
     """Names of the flags that a node's attributes set."""
-    return (["eager"] if attrs.get("softmax") == "eager" else []) + [n for n in ("interleaved", "grouped") if attrs.get(n)]
+    chosen = {"eager": attrs.get("softmax") == "eager", "expand": attrs.get("form") == "expanded"}
+    return [n for n, on in chosen.items() if on] + [n for n in ("interleaved", "grouped") if attrs.get(n)]
 
 
 def compile_graph(
@@ -151,7 +163,7 @@ def compile_graph(
         weights: matrices packed, vectors as 1-D tensors (copied to fp32).
         activation: rows that integer products read: "auto" (what each format asks for), "int8" or "int16".
     """
-    compiler = _Compiler(graph, weights, activation)
+    compiler = _Compiler(context, graph, weights, activation)
     nodes = compiler.graph.nodes
     steps = [compiler.step(n) for n in nodes]
     compiler.slots[compiler.slot_of[nodes[-1].outputs[0]]].kind = SLOT_KINDS["logits"]

@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ...graph.ir import Graph, Node, Value
+from .mla_weights import key_stack, value_stack
 
 # The op's output (by index) that the native step can write in any kind.
-WRITES_ANY = {"rms_norm": 0, "layer_norm": 0, "add_rms_norm": 1, "attention": 0, "swiglu": 0, "gate_up": 0, "concat": 0}
+WRITES_ANY = {
+    "rms_norm": 0, "layer_norm": 0, "add_rms_norm": 1, "attention": 0, "swiglu": 0, "gate_up": 0, "concat": 0, "mla_value": 0,
+}  # fmt: skip
 PRODUCTS = ("linear", "lm_head", "gate_up")
 
 
@@ -64,7 +67,22 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         halves = tuple(replace(out, name=f"{out.name}.{part}") for part in ("gate", "up"))
         pair = node.with_(outputs=halves)
         return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node("swiglu", halves, node.outputs)]
+    if node.op == "mla_attention" and node.attrs["form"] == "absorbed":
+        return _absorbed(node)
     return [node]
+
+
+def _absorbed(node: Node) -> list[Node]:
+    """Queries to the space of latents, attention, and sums of latents to values. Rows that the step expands after all go past
+    both products."""
+    (q, *chosen), (out,), (kv_b,), a = node.inputs, node.outputs, node.weights, node.attrs
+    absorbed = Value(f"{out.name}.q", a["heads"] * (a["rank"] + a["rope"]))
+    sums, expanded = Value(f"{out.name}.latents", a["heads"] * a["rank"]), Value(f"{out.name}.expanded", out.width)
+    return [
+        Node("mla_absorb", (q,), (absorbed,), (key_stack(kv_b),), a),
+        node.with_(inputs=(q, absorbed, *chosen), outputs=(sums, expanded)),
+        Node("mla_value", (sums, expanded), (out,), (value_stack(kv_b),), a),
+    ]
 
 
 def _linear(node: Node, indices: list[int], biases: tuple[str | None, ...]) -> Node:

@@ -1,0 +1,143 @@
+#include "mla_schedule.hpp"
+
+namespace dso {
+namespace {
+constexpr int64_t kAbsorbedRows = 8;        // rows that share a read of the cache
+constexpr int64_t kPartFloats = 1 << 23;    // partial results of a block of rows, where it can choose
+constexpr int64_t kExpandedRows = 512;      // rows that share keys and values made for them
+constexpr int64_t kLeastExpandedRows = 64;
+
+// Pairs of a row and a token it sees.
+int64_t seen(int64_t context, int64_t rows) { return rows * context + rows * (rows + 1) / 2; }
+
+// Multiply-adds a head, for `rows` rows behind `context` tokens.
+int64_t absorbed_cost(const MlaShape& s, int64_t context, int64_t rows) {
+  return rows * s.rank * (s.nope + s.v_dim) + seen(context, rows) * (2 * s.rank + s.rope);
+}
+int64_t expanded_cost(const MlaShape& s, int64_t context, int64_t rows) {
+  int64_t made = 0;  // tokens for which keys and values are made
+  for (int64_t r = 0; r < rows; r += kExpandedRows) made += context + std::min(r + kExpandedRows, rows);
+  return made * s.rank * (s.nope + s.v_dim) + seen(context, rows) * (s.head_dim() + s.v_dim);
+}
+}  // namespace
+
+bool MlaShape::can_expand() const { return is_head_dim(head_dim()) && is_head_dim(v_dim); }
+
+bool MlaSchedule::expands(const Run& run, int64_t s) const {
+  if (shape.expand) return true;
+  (void)run, (void)s; return false;
+}
+
+int64_t MlaSchedule::absorbed_rows(int64_t chunks) const {
+  return std::clamp<int64_t>(kPartFloats / (chunks * shape.heads * shape.part_floats()), 1, kAbsorbedRows);
+}
+
+// Fewer where the heads alone are too few tasks: making keys and values again costs less than threads that wait.
+int64_t MlaSchedule::expanded_rows(const Run& run, int64_t rows) const {
+  return std::clamp(round_up(ceil_div(rows * shape.heads, run.threads), kLeastExpandedRows), kLeastExpandedRows, kExpandedRows);
+}
+
+void MlaSchedule::add_range(int64_t rows, bool decode, bool expanded) {
+  const int64_t begin = ranges.empty() ? 0 : ranges.back().end;
+  if (!ranges.empty() && ranges.back().decode == decode && ranges.back().expanded == expanded) ranges.back().end += rows;
+  else ranges.push_back({begin, begin + rows, decode, expanded});
+}
+
+void MlaSchedule::build(const Run& run) {
+  if (built_ == run.batch.serial) return;
+  tasks.clear();
+  ranges.clear();
+  shared_floats = private_floats = queries = 0;
+  any_expanded = false;
+  const dso_batch& b = *run.batch.source;
+  auto rows_of_a_block = [&](int64_t s, bool expanded) {
+    return expanded ? expanded_rows(run, b.query_len[s]) : absorbed_rows(ceil_div(int64_t(b.context_len[s]) + b.query_len[s], attn_chunk));
+  };
+  int64_t total = 0, blocks = 0;
+  for (int64_t s = 0; s < b.S; ++s) {
+    const bool expanded = expands(run, s);
+    any_expanded |= expanded;
+    add_range(b.query_len[s], b.phase[s] == DSO_PHASE_DECODE, expanded);
+    total += shape.heads * (expanded ? expanded_cost : absorbed_cost)(shape, b.context_len[s], b.query_len[s]);
+    blocks += ceil_div(b.query_len[s], rows_of_a_block(s, expanded));
+  }
+  countdowns.reset(size_t(blocks * ceil_div(shape.heads, mla_heads)));
+  const int64_t fair = std::max<int64_t>(1, total / run.threads);
+  for (int64_t s = 0; s < b.S; ++s) {
+    const bool expanded = expands(run, s);
+    const int64_t step = rows_of_a_block(s, expanded);
+    for (int64_t r = 0; r < b.query_len[s]; r += step) {
+      const int64_t end = std::min<int64_t>(r + step, b.query_len[s]);
+      expanded ? add_expanded(run, s, r, end, fair) : add_absorbed(run, s, r, end, fair);
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const MlaTask& x, const MlaTask& y) { return x.cost > y.cost; });
+  built_ = run.batch.serial;
+}
+
+void MlaSchedule::add_absorbed(const Run& run, int64_t s, int64_t r0, int64_t r1, int64_t fair) {
+  const int64_t rows = r1 - r0, tokens = run.batch.source->context_len[s] + r1, chunks = ceil_div(tokens, attn_chunk);
+  const int64_t sets = ceil_div(shape.heads, mla_heads), floats = chunks * rows * shape.part_floats();  // floats: of a head
+
+  // First along the cache, where a task costs nothing more by it; then by heads, which makes each task read the cache again.
+  int64_t cost = shape.heads * rows * tokens * (2 * shape.rank + shape.rope);
+  int64_t pieces = std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, chunks);
+  const int64_t span = ceil_div(chunks, pieces);
+  pieces = ceil_div(chunks, span);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(2 * cost / pieces, fair), 1, sets);
+  cost /= pieces * parts;
+  for (int64_t p = 0; p < parts; ++p) {
+    MlaTask t{};
+    t.sequence = s;
+    t.h0 = p * sets / parts * mla_heads;
+    t.h1 = std::min((p + 1) * sets / parts * mla_heads, shape.heads);
+    t.r0 = r0;
+    t.r1 = r1;
+    t.chunks = chunks;
+    t.part = t.merge = -1;
+    t.cost = cost;
+    if (pieces > 1) {
+      t.part = shared_floats;
+      shared_floats += floats * (t.h1 - t.h0);
+      t.merge = countdowns.add();
+      countdowns.expect(t.merge, int32_t(pieces));
+    } else {
+      private_floats = std::max(private_floats, floats * (t.h1 - t.h0));
+    }
+    queries = std::max(queries, rows * ceil_div(t.h1 - t.h0, mla_heads));
+    for (t.c0 = 0; t.c0 < chunks; t.c0 = t.c1) {
+      t.c1 = std::min(chunks, t.c0 + span);
+      tasks.push_back(t);
+    }
+  }
+}
+
+// Heads of a task share the latents brought into the form that kv_b reads.
+void MlaSchedule::add_expanded(const Run& run, int64_t s, int64_t r0, int64_t r1, int64_t fair) {
+  const int64_t cost = expanded_cost(shape, run.batch.source->context_len[s] + r0, r1 - r0);
+  const int64_t heads = std::clamp<int64_t>(fair / (4 * cost), 1, shape.heads);
+  for (int64_t h = 0; h < shape.heads; h += heads) {
+    MlaTask t{};
+    t.expanded = true;
+    t.sequence = s;
+    t.h0 = h;
+    t.h1 = std::min(h + heads, shape.heads);
+    t.r0 = r0;
+    t.r1 = r1;
+    t.part = t.merge = -1;
+    t.cost = cost * (t.h1 - t.h0);
+    tasks.push_back(t);
+  }
+}
+
+std::shared_ptr<MlaSchedule> mla_schedule(StepReader& s) {
+  const MlaShape shape{s.positive("heads", s.step.heads), s.positive("nope", s.step.nope), s.positive("rope", s.step.rope),
+                       s.positive("rank", s.step.rank),   s.positive("v_dim", s.step.v_dim), (s.step.flags & DSO_FLAG_EXPAND) != 0};
+  if (shape.expand && !shape.can_expand())
+    s.refuse("heads of %lld, with values of %lld, cannot be expanded: both must be even and at most %d", (long long)shape.head_dim(), (long long)shape.v_dim, int(max_head_dim));
+  auto& known = s.plan().mla_schedules;
+  auto alike = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k->shape == shape; });
+  return alike != known.end() ? *alike : known.emplace_back(std::make_shared<MlaSchedule>(shape));
+}
+
+}  // namespace dso

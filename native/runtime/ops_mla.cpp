@@ -1,0 +1,161 @@
+// The products around absorbed attention: queries to the space of latents, and sums of latents to values, head by head.
+#include <numeric>
+
+#include "mla_schedule.hpp"
+#include "ops.hpp"
+
+namespace dso {
+namespace {
+
+constexpr int64_t kRows = 64;  // of a task: a head's weights are read once for them
+constexpr int64_t kTasksAThread = 4;
+
+// Tasks of some heads and some rows of one form and phase.
+class HeadsOp : public Op {
+ public:
+  // `together`: heads go in multiples of it. expanded: rows of that form have tasks too.
+  HeadsOp(std::shared_ptr<MlaSchedule> schedule, const Stack& w, int64_t together, bool expanded)
+      : schedule_(std::move(schedule)), shape_(schedule_->shape), w_(w), together_(together), expanded_(expanded) {}
+
+  void shape(const Run&) override {}
+  int64_t work(const Run&) const override { return kSerialWork; }
+  bool idle(const Run&) const override { return false; }  // which rows are of which form changes from run to run
+  void prepare(const Run& run) override {
+    schedule_->build(run);
+    blocks_.clear();
+    for (const RowRange& range : schedule_->ranges) {
+      if (range.expanded && !expanded_) continue;
+      for (int64_t r = range.begin; r < range.end; r += kRows)
+        blocks_.push_back({r, std::min(r + kRows, range.end), range.decode, range.expanded});
+    }
+    const int64_t wanted = ceil_div(kTasksAThread * run.threads, std::max<int64_t>(1, blocks_.size()));
+    heads_ = round_up(ceil_div(shape_.heads, wanted), together_);
+  }
+  int64_t tasks(const Run&) const override { return int64_t(blocks_.size()) * ceil_div(shape_.heads, heads_); }
+  void task(const Run& run, int64_t index, int thread) override {
+    const int64_t blocks = int64_t(blocks_.size()), h0 = index / blocks * heads_;
+    block(run, blocks_[index % blocks], h0, std::min(h0 + heads_, shape_.heads), thread);
+  }
+
+ protected:
+  virtual void block(const Run& run, const RowRange& rows, int64_t h0, int64_t h1, int thread) = 0;
+
+  // Columns of fp32 rows as the weights read them: where they lie, or converted in scratch.
+  Rows read(const Run& run, const Rows& from, const RowRange& rows, int64_t column, int64_t kind, uint8_t* scratch) const {
+    if (kind == DSO_SLOT_F32) return {reinterpret_cast<uint8_t*>(from.f32(rows.begin) + column), from.stride, rows.end - rows.begin};
+    const Rows converted{scratch, row_bytes(kind, w_.first.cols), rows.end - rows.begin};
+    for (int64_t i = 0; i < converted.count; ++i)
+      run.kernels.convert(kind, from.f32(rows.begin + i) + column, 0, w_.first.cols, w_.first.cols, converted.row(i));
+    return converted;
+  }
+  void product(const Run& run, int64_t head, int32_t kind, const Rows& x, bool decode, float* y, int64_t y_stride, int thread) const {
+    const Matrix w = w_.at(head);
+    run.kernels.linear(w, nullptr, kind, x.data, x.stride, x.count, !decode, 0, tile_rows(w), y, y_stride, run.thread_scratch(thread));
+  }
+  int64_t converted_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
+
+  const std::shared_ptr<MlaSchedule> schedule_;
+  const MlaShape shape_;
+  const Stack w_;
+
+ private:
+  const int64_t together_;
+  const bool expanded_;
+  std::vector<RowRange> blocks_;
+  int64_t heads_ = 1;
+};
+
+class Absorb final : public HeadsOp {
+ public:
+  Absorb(std::shared_ptr<MlaSchedule> schedule, const Stack& w, const SlotRef& q, const SlotRef& out)
+      : HeadsOp(std::move(schedule), w, 1, false), q_(q), out_(out), kind_(finest_kind(w.first.format)) {}
+  int64_t scratch_bytes(const Run& run) const override { return converted_at(run) + kRows * row_bytes(DSO_SLOT_BF16, shape_.nope); }
+
+ private:
+  void block(const Run& run, const RowRange& rows, int64_t h0, int64_t h1, int thread) override {
+    const Rows &q = run.slots[q_.index], &out = run.slots[out_.index];
+    for (int64_t h = h0; h < h1; ++h) {
+      const int64_t from = h * shape_.head_dim(), to = h * shape_.width();
+      const Rows x = read(run, q, rows, from, kind_, run.thread_scratch(thread) + converted_at(run));
+      product(run, h, kind_, x, rows.decode, out.f32(rows.begin) + to, out.stride, thread);
+      for (int64_t r = rows.begin; r < rows.end; ++r)
+        std::copy_n(q.f32(r) + from + shape_.nope, shape_.rope, out.f32(r) + to + shape_.rank);
+    }
+  }
+  const SlotRef q_, out_;
+  const int32_t kind_;
+};
+
+class Value final : public HeadsOp {
+ public:
+  Value(std::shared_ptr<MlaSchedule> schedule, const Stack& w, int32_t kind, const SlotRef& sums, const SlotRef& expanded, const SlotRef& out)
+      // Whole groups of 32 columns, so that conversion needs no other task's.
+      : HeadsOp(std::move(schedule), w, is_f32(out.kind) ? 1 : 32 / std::gcd<int64_t>(32, w.first.rows), true), kind_(kind), sums_(sums), expanded_(expanded), out_(out) {}
+  int64_t scratch_bytes(const Run& run) const override { return values_at(run) + kRows * 4 * out_.width; }
+
+ private:
+  int64_t values_at(const Run& run) const { return converted_at(run) + kRows * row_bytes(kind_, shape_.rank); }
+
+  void block(const Run& run, const RowRange& rows, int64_t h0, int64_t h1, int thread) override {
+    const int64_t column = h0 * shape_.v_dim, end = h1 * shape_.v_dim, n = rows.end - rows.begin;
+    Rows values{run.thread_scratch(thread) + values_at(run), 4 * (end - column), n};  // columns [column, end)
+    const Rows& out = run.slots[out_.index];
+    if (rows.expanded) {
+      const Rows& made = run.slots[expanded_.index];
+      values = {reinterpret_cast<uint8_t*>(made.f32(rows.begin) + column), made.stride, n};
+    } else {
+      if (is_f32(out_.kind)) values = {reinterpret_cast<uint8_t*>(out.f32(rows.begin) + column), out.stride, n};
+      for (int64_t h = h0; h < h1; ++h) {
+        const Rows x = read(run, run.slots[sums_.index], rows, h * shape_.rank, kind_, run.thread_scratch(thread) + converted_at(run));
+        product(run, h, kind_, x, rows.decode, values.f32(0) + (h - h0) * shape_.v_dim, values.stride, thread);
+      }
+      if (is_f32(out_.kind)) return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (is_f32(out_.kind)) std::copy_n(values.f32(i), end - column, out.f32(rows.begin + i) + column);
+      else run.kernels.convert(out_.kind, values.f32(i), column, end, out_.width, out.row(rows.begin + i));
+    }
+  }
+  const int32_t kind_;
+  const SlotRef sums_, expanded_, out_;
+};
+
+SlotRef token_rows(StepReader& s, int i, int64_t width) {
+  const SlotRef slot = s.in(i, kF32Only, width);
+  if (slot.selected) s.refuse("in[%d], slot %d, holds selected rows", i, slot.index);
+  return slot;
+}
+
+Stack heads_stack(StepReader& s, const MlaShape& shape, int64_t rows, int64_t cols) {
+  const Stack w = s.stack(0, shape.heads);
+  if (w.first.rows != rows || w.first.cols != cols)
+    s.refuse("w[0] has matrices of %d x %d, not of %lld x %lld", w.first.rows, w.first.cols, (long long)rows, (long long)cols);
+  return w;
+}
+
+}  // namespace
+
+std::unique_ptr<Op> make_mla_absorb(StepReader& s) {
+  s.takes(1, 1, 1, 0, 0);
+  auto schedule = mla_schedule(s);
+  const MlaShape& shape = schedule->shape;
+  const Stack w = heads_stack(s, shape, shape.rank, shape.nope);
+  if (w.first.format != DSO_F32 && w.first.format != DSO_BF16) s.refuse("w[0] is %s, and must be F32 or BF16", format_name(w.first.format));
+  const SlotRef q = token_rows(s, 0, shape.heads * shape.head_dim()), out = s.out(0, kF32Only, shape.heads * shape.width(), false);
+  if (out.index == q.index) s.refuse("out[0] is in[0]");
+  return std::make_unique<Absorb>(std::move(schedule), w, q, out);
+}
+
+std::unique_ptr<Op> make_mla_value(StepReader& s) {
+  s.takes(2, 1, 1, 0, 0);
+  auto schedule = mla_schedule(s);
+  const MlaShape& shape = schedule->shape;
+  const Stack w = heads_stack(s, shape, shape.v_dim, shape.rank);
+  const int32_t kind = finest_kind(w.first.format);
+  const SlotRef sums = token_rows(s, 0, shape.heads * shape.rank), expanded = token_rows(s, 1, shape.heads * shape.v_dim);
+  const SlotRef out = s.out(0, kAnyKind, expanded.width, false);
+  if (out.index == sums.index || out.index == expanded.index) s.refuse("out[0] is an input");
+  return std::make_unique<Value>(std::move(schedule), w, kind, sums, expanded, out);
+}
+
+}  // namespace dso

@@ -1,0 +1,74 @@
+"""kv_b as absorbed attention reads it: a stack of heads for the queries, and one for the values.
+
+Head h of kv_b has `nope` key rows, then `v_dim` value rows, each of `rank` columns. Queries meet the key rows' columns, so
+those are transposed: [rank, nope], in fp32 where kv_b is, else in bf16, since a format's groups would run along the other
+axis. Value rows stay as they are: kv_b's own tiles where a head's rows fill whole ones, else bf16 (or fp32) again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...errors import BackendError
+from ...graph.ir import Graph
+from ...quant import get_format
+from ...quant.base import TILE_ROWS
+from ...quant.packed import PackedMatrix, PackedStack
+from ...quant.tiles import tile_counts
+from . import packer
+from .native import Context
+
+
+def key_stack(kv_b: str) -> str:
+    """The name that a plan gives the keys' stack of this weight."""
+    return f"{kv_b}:keys"
+
+
+def value_stack(kv_b: str) -> str:
+    """The name that a plan gives the values' stack of this weight."""
+    return f"{kv_b}:values"
+
+
+def absorbed_stacks(context: Context, graph: Graph, weights: Mapping[str, Any]) -> dict[str, PackedStack]:
+    """Both stacks of every kv_b that the graph absorbs, by the names above. Other weights are not looked at.
+
+    Raises: BackendError where kv_b is missing, not packed, or of another shape.
+    """
+    stacks = {}
+    for node in graph.nodes:
+        if node.op != "mla_attention" or node.attrs["form"] != "absorbed":
+            continue
+        (name,), a = node.weights, node.attrs
+        matrix, shape = weights.get(name), (a["heads"] * (a["nope"] + a["v_dim"]), a["rank"])
+        if not isinstance(matrix, PackedMatrix) or (matrix.rows, matrix.cols) != shape:
+            raise BackendError(f"latent attention needs {name!r} as a packed matrix of {shape[0]} x {shape[1]}")
+        stacks[key_stack(name)] = _keys(context, matrix, a["heads"], a["nope"], a["v_dim"])
+        stacks[value_stack(name)] = _values(context, matrix, a["heads"], a["nope"], a["v_dim"])
+    return stacks
+
+
+def _keys(context: Context, kv_b: PackedMatrix, heads: int, nope: int, v_dim: int) -> PackedStack:
+    stack = _empty("fp32" if kv_b.format == "fp32" else "bf16", heads, kv_b.cols, nope)
+    for head, tiles in enumerate(stack.data):
+        begin = head * (nope + v_dim)
+        packer.pack(context, packer.unpack(context, kv_b, begin, begin + nope).T.contiguous(), stack.format, tiles)
+    return stack
+
+
+def _values(context: Context, kv_b: PackedMatrix, heads: int, nope: int, v_dim: int) -> PackedStack:
+    if nope % TILE_ROWS == 0 and v_dim % TILE_ROWS == 0:
+        tiles = kv_b.data.unflatten(0, (heads, -1))[:, nope // TILE_ROWS :].contiguous()
+        return PackedStack(kv_b.format, heads, v_dim, kv_b.cols, tiles)
+    stack = _empty("fp32" if kv_b.format == "fp32" else "bf16", heads, v_dim, kv_b.cols)
+    for head, tiles in enumerate(stack.data):
+        end = (head + 1) * (nope + v_dim)
+        packer.pack(context, packer.unpack(context, kv_b, end - v_dim, end), stack.format, tiles)
+    return stack
+
+
+def _empty(format_name: str, count: int, rows: int, cols: int) -> PackedStack:
+    shape = (count, *tile_counts(rows, cols), get_format(format_name).tile_bytes)
+    return PackedStack(format_name, count, rows, cols, torch.empty(shape, dtype=torch.uint8))
