@@ -33,7 +33,7 @@ class Proposer(Protocol):
     wants_states: bool
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        """At most so many drafts for each. Room for them, and for the last token, is in the cache already, and counted there."""
+        """At most so many drafts for each. The cache has room for them and the last token, which `cached` counts already."""
 
     def follow(self, sequence: Sequence, states: Any) -> None:
         """The model's last hidden states (normed), float32 torch [n, H], of the n tokens of this sequence that came into the
