@@ -59,6 +59,9 @@ struct Kernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*softmax)(const float* x, int64_t n, float* out);
+  void (*sigmoid)(const float* x, int64_t n, float* out);
+  void (*add_scaled)(const float* x, float scale, int64_t n, float* y);  // y = fma(x, scale, y)
   void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, float* out);
 
   // ---- cache and attention

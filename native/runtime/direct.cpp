@@ -125,7 +125,7 @@ void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kin
   c.scratch.reserve(scratch_at + scratch * team.threads());
   uint8_t* rows = converted ? c.scratch.data() : reinterpret_cast<uint8_t*>(const_cast<float*>(x));  // only read in that case
 
-  const PhaseGrids grids = cut_by_phase(w, kind, T, decode, team.threads(), tile_rows(w) * tile_row_bytes(w));
+  const PhaseGrids grids = cut_by_phase(w, kind, T, decode, team.threads(), matrix_bytes(w));
   auto convert_rows = [&](int64_t block, int) { convert_block(c.kernels, kind, x, T, w.cols, rows, x_stride, block); };
   auto product = [&](int64_t task, int thread) {
     const bool first = task < grids.grid[0].tasks();

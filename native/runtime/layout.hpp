@@ -48,5 +48,9 @@ const float* check_vector(const dso_weight& w, int64_t cols, const std::string& 
 
 inline int64_t tile_rows(const Matrix& w) { return ceil_div(w.rows, kTileRows); }
 inline int64_t tile_row_bytes(const Matrix& w) { return ceil_div(w.cols, kTileCols) * tile_bytes(w.format); }
+inline int64_t matrix_bytes(const Matrix& w) { return tile_rows(w) * tile_row_bytes(w); }
+inline Matrix tiles_of(const Matrix& w, int64_t begin, int64_t end) {  // rows of tiles [begin, end) as a matrix of their own
+  return {w.format, int32_t((end * kTileRows < w.rows ? end * kTileRows : w.rows) - begin * kTileRows), w.cols, w.data + begin * tile_row_bytes(w)};
+}
 
 }  // namespace dso

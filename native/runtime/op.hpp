@@ -41,6 +41,7 @@ class Op {
   virtual int64_t work(const Run& run) const = 0;
   virtual int64_t tasks(const Run& run) const = 0;
   virtual void task(const Run& run, int64_t index, int thread) = 0;
+  // Asked before the slots have their places: of these only the counts are known.
   virtual int64_t scratch_bytes(const Run&) const { return 0; }  // private to a thread
   virtual int64_t shared_bytes(const Run&) const { return 0; }
   // Called for every run, before it starts, by the calling thread.

@@ -10,6 +10,9 @@ namespace dso {
 
 std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
 
+// How many leading rows, of rows like these, belong to sequences in decode phase.
+inline int64_t decode_rows(const Run& run, const SlotRef& rows) { return rows.selected ? run.batch.decode_logits : run.batch.decode_rows; }
+
 // ops_elementwise.cpp
 std::unique_ptr<Op> make_embedding(StepReader& step);
 std::unique_ptr<Op> make_rms_norm(StepReader& step);
@@ -43,5 +46,10 @@ std::unique_ptr<Op> make_mla_attention(StepReader& step);
 // ops_linear.cpp
 std::unique_ptr<Op> make_linear(StepReader& step);
 std::unique_ptr<Op> make_gate_up(StepReader& step);
+// ops_route.cpp
+std::unique_ptr<Op> make_route(StepReader& step);
+// ops_experts.cpp
+std::unique_ptr<Op> make_experts_gate_up(StepReader& step);
+std::unique_ptr<Op> make_experts_down(StepReader& step);
 
 }  // namespace dso

@@ -5,10 +5,6 @@
 namespace dso {
 namespace {
 
-int64_t decode_rows(const Run& run, const SlotRef& rows) { return rows.selected ? run.batch.decode_logits : run.batch.decode_rows; }
-
-int64_t matrix_bytes(const Matrix& w) { return tile_rows(w) * tile_row_bytes(w); }
-
 SlotRef activations(StepReader& s, const Matrix& w) {
   const SlotRef in = s.in(0, kAnyKind, w.cols);
   if (!reads(w.format, in.kind)) s.refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(in.kind), in.index, format_name(w.format));
@@ -119,10 +115,8 @@ class GateUp final : public Op {
   void product(const Run& run, const Matrix& w, const float* bias, const LinearGrid& g, int64_t row, int64_t n, int64_t tile,
                int64_t tile_end, float* buffer, int64_t stride, int thread) const {
     const Rows& x = run.slots[in_.index];
-    const Matrix part{w.format, int32_t(std::min<int64_t>(w.rows, tile_end * kTileRows) - tile * kTileRows), w.cols,
-                      w.data + tile * tile_row_bytes(w)};
-    run.kernels.linear(part, bias ? bias + tile * kTileRows : nullptr, in_.kind, x.row(row), x.stride, n, g.prefill, 0, tile_end - tile,
-                       buffer, 4 * stride, run.thread_scratch(thread));
+    run.kernels.linear(tiles_of(w, tile, tile_end), bias ? bias + tile * kTileRows : nullptr, in_.kind, x.row(row), x.stride, n, g.prefill, 0,
+                       tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
   }
 
   const SlotRef in_, out_;

@@ -11,6 +11,8 @@
 namespace dso {
 namespace {
 
+constexpr int32_t kMostExperts = 1 << 14;  // numbers of experts are exact in fp32
+
 const char* op_name(int32_t op) {
   static constexpr const char* names[] = {"EMBEDDING", "RMS_NORM", "ADD", "ADD_RMS_NORM", "CONVERT", "LINEAR", "ROPE_TABLE", "ROPE",
                                           "CACHE_WRITE", "ROPE_CACHE", "ATTENTION", "SWIGLU", "GATE_UP", "SELECT_ROWS", "HIDDEN_OUT", "ROUTE",
@@ -99,6 +101,12 @@ const float* StepReader::bias(int i, int64_t rows) const { return step.b[i] == -
 int32_t StepReader::positive(const char* field, int32_t value) const {
   if (value < 1 || value > (1 << 24)) refuse("%s is %d", field, value);
   return value;
+}
+
+Chosen StepReader::chosen() const {
+  if (step.experts < 1 || step.experts > kMostExperts) refuse("experts is %d, and must be 1 to %d", step.experts, kMostExperts);
+  if (step.top_k < 1 || step.top_k > step.experts) refuse("top_k is %d, and must be 1 to experts, %d", step.top_k, step.experts);
+  return {step.experts, step.top_k};
 }
 
 void StepReader::attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes_cache) {

@@ -14,6 +14,7 @@ namespace dso {
 class AttentionSchedule;
 class IndexSchedule;
 class MlaSchedule;
+class ExpertGroups;
 
 struct PlanSource {  // what dso_plan_create was given, and what the steps have asked of batches so far
   const dso_slot* slots;
@@ -26,6 +27,7 @@ struct PlanSource {  // what dso_plan_create was given, and what the steps have 
   std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike
   std::vector<std::shared_ptr<IndexSchedule>> index_schedules;
   std::vector<std::shared_ptr<MlaSchedule>> mla_schedules;
+  std::vector<std::shared_ptr<ExpertGroups>> groups;          // shared by the steps over one slot of routes
 };
 
 struct SlotRef {
@@ -33,6 +35,11 @@ struct SlotRef {
   int64_t width = 0;
   bool selected = false;
   int64_t repeat = 1;
+};
+
+struct Chosen {  // experts of a row: top_k of so many
+  int64_t experts, top_k;
+  bool operator==(const Chosen&) const = default;
 };
 
 enum SlotKinds { kF32Only, kInteger, kConverted, kAnyKind };  // kConverted: BF16, Q8, Q16
@@ -52,6 +59,7 @@ class StepReader {
   const float* bias(int i, int64_t rows) const;                            // null where b[i] is -1
   bool has_weight(int i) const { return step.w[i] != -1; }
   int32_t positive(const char* field, int32_t value) const;
+  Chosen chosen() const;  // fields experts and top_k
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
   void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
   void attends_index(int32_t layer, int32_t index, bool writes);

@@ -58,6 +58,18 @@ inline void add(const float* a, const float* b, int64_t n, float* out) {
 inline void swiglu(const float* g, const float* u, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = g[i] / (1 + std::exp(-g[i])) * u[i];
 }
+inline void softmax(const float* x, int64_t n, float* out) {
+  float sum = 0;
+  const float top = *std::max_element(x, x + n);
+  for (int64_t i = 0; i < n; ++i) sum += out[i] = std::exp(x[i] - top);
+  for (int64_t i = 0; i < n; ++i) out[i] /= sum;
+}
+inline void sigmoid(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = 1 / (1 + std::exp(-x[i]));
+}
+inline void add_scaled(const float* x, float scale, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = std::fma(x[i], scale, y[i]);
+}
 inline void rope(const float* x, const float* table, int64_t heads, int64_t d, int64_t offset, int64_t rot, bool interleaved, float* out) {
   for (int64_t h = 0; h < heads; ++h, x += d, out += d) {
     for (int64_t i = 0; i < rot / 2; ++i) {
@@ -189,7 +201,7 @@ inline void index_select(const float* scores, int64_t n, int64_t k, float* chose
   for (int64_t i = 0; i < k; ++i) chosen[i] = (float)order[(size_t)i];
 }
 
-inline const Kernels table = {"scalar", convert, linear, 0, embed_row, unpack_rows, pack_tile, rms_norm, layer_norm, add, swiglu, rope,
+inline const Kernels table = {"scalar", convert, linear, 0, embed_row, unpack_rows, pack_tile, rms_norm, layer_norm, add, swiglu, softmax, sigmoid, add_scaled, rope,
                               kv_layer_bytes, kv_write, kv_read, attn_decode_chunk, attn_merge, attn_prefill, attn_eager, 0,
                               index_write, index_query, index_query_bytes, index_scores, index_select, {}, {}, {}, {}, {}, {}, {}};
 

@@ -1,4 +1,6 @@
 // Element-wise kernels on every variant: against doubles, the same bits on every ISA, any width, no byte out of place.
+#include <algorithm>
+
 #include "kv_fixture.hpp"
 
 static float* floats(Buffer& b) { return (float*)b.get(); }
@@ -18,20 +20,27 @@ static std::vector<float> run(const Kernels& k, int op, const Inputs& in, int64_
   if (op == 0) k.rms_norm(floats(a), floats(b), n, 1e-5f, o);
   if (op == 1) k.add(floats(a), floats(b), n, o);
   if (op == 2) k.swiglu(floats(a), floats(b), n, o);
+  if (op == 3) k.sigmoid(floats(a), n, o);
+  if (op == 4) k.softmax(floats(a), n, o);
+  if (op == 5) k.add_scaled(floats(b), 0.7f, n, o = floats(a));
   return std::vector<float>(o, o + n);
 }
 
 static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random& random) {
-  const char* names[] = {"rms_norm", "add", "swiglu"};
+  const char* names[] = {"rms_norm", "add", "swiglu", "sigmoid", "softmax", "add_scaled"};
   const Inputs in = {normal((size_t)n, scale, random), normal((size_t)n, 1, random)};
-  double square = 0;
-  for (float x : in.a) square += (double)x * x;
-  for (int op = 0; op < 3; ++op) {
+  const double top = *std::max_element(in.a.begin(), in.a.end());
+  double square = 0, shares = 0;
+  for (float x : in.a) square += (double)x * x, shares += std::exp(x - top);
+  for (int op = 0; op < 6; ++op) {
     const std::vector<float> first = run(*all[0].kernels, op, in, n, false);
     for (int64_t i = 0; i < n; ++i) {
       const double a = in.a[(size_t)i], b = in.b[(size_t)i];
-      const double want = op == 0 ? a / std::sqrt(square / (double)n + 1e-5) * b : op == 1 ? a + b : a / (1 + std::exp(-a)) * b;
-      if (!check(std::fabs(first[(size_t)i] - want) <= 1e-6 * std::fabs(want) + 1e-37, "%s %s n=%ld [%ld]: %.8g, not %.8g", all[0].name.c_str(), names[op], (long)n, (long)i,
+      const double wanted[] = {a / std::sqrt(square / (double)n + 1e-5) * b, a + b, a / (1 + std::exp(-a)) * b, 1 / (1 + std::exp(-a)), std::exp(a - top) / shares,
+                               std::fma(b, 0.7f, a)};
+      const double want = wanted[op], size = op == 5 ? std::fabs(a) + std::fabs(b) : std::fabs(want);
+      const double error = op == 4 ? 2e-6 + 1e-7 * (top - a) : 1e-6;  // of a difference that is rounded, then taken to a power
+      if (!check(std::fabs(first[(size_t)i] - want) <= error * size + 1e-37, "%s %s n=%ld [%ld]: %.8g, not %.8g", all[0].name.c_str(), names[op], (long)n, (long)i,
                  first[(size_t)i], want))
         break;
     }
@@ -80,6 +89,21 @@ static void extremes(const Variant& v) {
     const double want = g[i] / (1 + std::exp(-(double)g[i]));
     check(std::isnan(g[i]) ? std::isnan(y[i]) : y[i] == want || std::fabs(y[i] - want) <= 1e-6 * std::fabs(want) + 1e-37, "%s silu(%g) = %g", v.name.c_str(), g[i], y[i]);
   }
+  const std::vector<float> s = run(*v.kernels, 3, {g, one}, (int64_t)g.size(), false);
+  for (size_t i = 0; i < g.size(); ++i) {
+    const double want = 1 / (1 + std::exp(-(double)g[i]));
+    check(std::isnan(g[i]) ? std::isnan(s[i]) : std::fabs(s[i] - want) <= 1e-6 * want + 1e-37, "%s sigmoid(%g) = %g", v.name.c_str(), g[i], s[i]);
+  }
+  for (float bad : {(float)NAN, INFINITY})
+    for (int at : {0, 5, 36}) {
+      std::vector<float> x(37, 1.0f);
+      x[(size_t)at] = bad;
+      for (float y : run(*v.kernels, 4, {x, x}, 37, false)) check(std::isnan(y), "%s softmax with %g at %d: %g", v.name.c_str(), bad, at, y);
+    }
+  std::vector<float> x(37, -INFINITY);
+  x[20] = 3;
+  const std::vector<float> certain = run(*v.kernels, 4, {x, x}, 37, false);
+  for (size_t i = 0; i < 37; ++i) check(certain[i] == (i == 20), "%s softmax of a certain choice: %g at %zu", v.name.c_str(), certain[i], i);
   const std::vector<float> zeros(37, 0.0f), ones(37, 1.0f);
   for (float x : run(*v.kernels, 0, {zeros, ones}, 37, false)) check(x == 0, "%s rms_norm of zeros is %g", v.name.c_str(), x);
 }

@@ -53,6 +53,39 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   if (i < n) store(out + i, mul(silu(load(gate + i, n - i)), load(up + i, n - i)), n - i);
 }
 
+DSO_INLINE void store_some(float* p, F x, int64_t n) {  // a masked store costs many times a plain one on AVX2
+  if (n >= 16) return store(p, x);
+  store(p, x, n);
+}
+
+// e^(x - max x) over their sum, which runs over one row of lanes. A NaN or a positive infinity makes all NaN, as in torch.
+static void softmax(const float* x, int64_t n, float* out) {
+  const F least = set(-__builtin_inff());
+  F top = least;
+  for (int64_t i = 0; i < n; i += 16) top = max(top, keep(load(x + i, n - i), 0, n - i, least));
+  const F shift = set(largest(top));
+  F total = zero();
+  for (int64_t i = 0; i < n; i += 16) {
+    const F e = exp(sub(load(x + i, n - i), shift));
+    store_some(out + i, e, n - i);
+    total = add(total, keep(e, 0, n - i, zero()));
+  }
+  const F whole = set(sum(total));
+  for (int64_t i = 0; i < n; i += 16) store_some(out + i, div(load(out + i, n - i), whole), n - i);
+}
+
+static void sigmoid(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16) store_some(out + i, sigmoid(load(x + i, n - i)), n - i);
+}
+
+// y = fma(x, scale, y)
+static void add_scaled(const float* x, float scale, int64_t n, float* y) {
+  const F factor = set(scale);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, fma(load(x + i), factor, load(y + i)));
+  if (i < n) store(y + i, fma(load(x + i, n - i), factor, load(y + i, n - i)), n - i);
+}
+
 // Rotates numbers [offset, offset + rot) of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), passes the rest
 // through. Pairs are (i, i + rot/2), or (2i, 2i+1) when interleaved. out may be x.
 static void rope(const float* x_heads, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, float* out_heads) {

@@ -33,6 +33,7 @@ DSO_INLINE F exp2(F x) {
   return scale2(fma(p, f, set(1.0f)), n);
 }
 
+DSO_INLINE F sigmoid(F x) { return div(set(1.0f), add(set(1.0f), exp(sub(zero(), x)))); }
 DSO_INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }  // x * sigmoid(x)
 
 DSO_INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }

@@ -10,8 +10,8 @@ import torch
 from ...errors import BackendError
 from ...graph.ir import Graph, LatentSpec, Node, Value
 from ...graph.planner import assign_slots
-from ...quant import get_format
-from ...quant.packed import PackedMatrix, PackedStack
+from ...quant import get_format, pack
+from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .lower import lower
 from .mla_weights import absorbed_stacks
 from .native import FLAGS, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
@@ -20,15 +20,21 @@ from .plan import CpuPlan
 
 INTEGER_FORMATS = ("int8", "int4", "q4_1")
 ACTIVATIONS = {"int8": "q8", "int16": "q16"}
+_FLAG_ATTRS: Mapping[str, tuple[str, Any]] = {  # flag -> the attribute that sets it, and its value then
+    "eager": ("softmax", "eager"), "interleaved": ("interleaved", True), "grouped": ("grouped", True),
+    "sigmoid": ("scoring", "sigmoid"), "top2": ("group_score", "top2"), "normalise": ("normalise", True),
+    "expand": ("form", "expanded"),
+}  # fmt: skip
 
 
 class _Compiler:
     """Collects slots, weights and steps of one graph."""
 
     def __init__(
-        self, context: Context, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], activation: str
+        self, context: Context, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], activation: str
     ) -> None:
-        self.given, self.activation = {**weights, **absorbed_stacks(context, graph, weights)}, activation
+        self.given = {**weights, **_router_matrices(graph, weights), **absorbed_stacks(context, graph, weights)}
+        self.activation = activation
         self.graph = lower(graph, self.kind_of, self.format_of)
         planned = assign_slots(self.graph)
         self.slot_of: Mapping[Value, int] = planned.slot_of
@@ -38,12 +44,12 @@ class _Compiler:
         self.index: dict[str, int] = {}
         self.rope: list[tuple[Any, torch.Tensor]] = []
 
-    def matrix(self, name: str) -> PackedMatrix | PackedStack:
+    def matrix(self, name: str) -> PackedWeight:
         try:
             found = self.given[name]
         except KeyError:
             raise BackendError(f"the graph needs weight {name!r}, which the model does not have") from None
-        if not isinstance(found, PackedMatrix | PackedStack):
+        if not isinstance(found, PackedWeight):
             raise BackendError(f"the cpu backend needs {name!r} packed, not a {type(found).__name__}")
         return found
 
@@ -113,13 +119,15 @@ class _Compiler:
         s.b[:] = bs + [-1] * (3 - len(bs))
         s.layer = a["index"] if op == "hidden_out" else a.get("layer", 0)
         if op.startswith("index_"):
-            s.index, s.top_k = a.get("index", node.inputs[0].width), a.get("top_k", 0)
+            s.index = a.get("index", node.inputs[0].width)
         if isinstance(cache := self.graph.cache, LatentSpec):
             s.rank, s.rope = cache.rank, cache.rope
         s.nope, s.v_dim = a.get("nope", 0), a.get("v_dim", 0)
         s.heads, s.kv_heads = a.get("heads", 0), a.get("kv_heads", 0)
         s.offset = a.get("offset", 0)
         s.head_dim, s.window = a.get("head_dim", 0), a.get("window") or 0
+        s.experts, s.top_k = a.get("experts", 0), a.get("top_k", 0)
+        s.groups, s.top_groups = a.get("groups", 0), a.get("top_groups", 0)
         s.eps = a.get("eps", 0.0)
         s.scale = a["rope"].scaling if op == "rope_table" else a.get("scale", 1.0)
         s.flags = sum(FLAGS[flag] for flag in _flags(a))
@@ -130,7 +138,7 @@ class _Compiler:
     def row(self, node: Node) -> dict[str, Any]:
         """What the report says of a step."""
         row: dict[str, Any] = {"op": node.op, "output": node.outputs[0].name if node.outputs else None}
-        matrices = [n for n in node.weights if isinstance(self.given.get(n), PackedMatrix | PackedStack)]
+        matrices = [n for n in node.weights if isinstance(self.given.get(n), PackedWeight)]
         if matrices:
             row["weights"] = list(matrices)
             row["format"] = ",".join(dict.fromkeys(self.format_of(n) for n in matrices))
@@ -150,17 +158,23 @@ class _Compiler:
 
 def _flags(attrs: Mapping[str, Any]) -> list[str]:
     """Names of the flags that a node's attributes set."""
-    chosen = {"eager": attrs.get("softmax") == "eager", "expand": attrs.get("form") == "expanded"}
-    return [n for n, on in chosen.items() if on] + [n for n in ("interleaved", "grouped") if attrs.get(n)]
+    return [flag for flag, (name, value) in _FLAG_ATTRS.items() if attrs.get(name) == value]
+
+
+def _router_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, PackedMatrix]:
+    """Routers' weights, which no format packs, as fp32 matrices: their product decides which experts are chosen."""
+    names = [n.weights[0] for n in graph.nodes if n.op == "router"]
+    floats = {n: w for n in names if isinstance(w := weights.get(n), torch.Tensor)}
+    return {n: pack(w.detach().to("cpu", torch.float32), "fp32") for n, w in floats.items()}
 
 
 def compile_graph(
-    context: Context, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], *, activation: str = "auto"
+    context: Context, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], *, activation: str = "auto"
 ) -> CpuPlan:
     """Binds `graph` to `weights` on this context.
 
     Args:
-        weights: matrices packed, vectors as 1-D tensors (copied to fp32).
+        weights: matrices and stacks of them packed, vectors as 1-D tensors (copied to fp32), routers' matrices as either.
         activation: rows that integer products read: "auto" (what each format asks for), "int8" or "int16".
     """
     compiler = _Compiler(context, graph, weights, activation)

@@ -2,7 +2,8 @@
 
 A product reads its input in the kind its weight's format asks for. Where every reader of a value wants the same kind, the op
 that makes the value writes that kind itself (a norm that quantises its result); elsewhere a `convert` step makes it, once.
-Ops over several matrices are split where their formats want different kinds. The last node's output is the caller's logits.
+Ops over several matrices are split where their formats want different kinds. A router is a product in fp32, then the choice.
+The last node's output is the caller's logits.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from .mla_weights import key_stack, value_stack
 # The op's output (by index) that the native step can write in any kind.
 WRITES_ANY = {
     "rms_norm": 0, "layer_norm": 0, "add_rms_norm": 1, "attention": 0, "swiglu": 0, "gate_up": 0, "concat": 0, "mla_value": 0,
+    "experts_gate_up": 0,
 }  # fmt: skip
-PRODUCTS = ("linear", "lm_head", "gate_up")
+PRODUCTS = ("linear", "lm_head", "gate_up", "experts_gate_up", "experts_down")
 
 
 def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> Graph:
@@ -54,7 +56,8 @@ def _as(value: Value, kind: str) -> Value:
 
 
 def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> list[Node]:
-    """One node a kind for a linear over several matrices; a gate_up of unequal formats as linears and swiglu."""
+    """One node a kind for a linear over several matrices; a gate_up of unequal formats as linears and swiglu; a router as a
+    linear and the choice."""
     biases = node.attrs.get("biases") or (None,) * len(node.weights)
     if node.op == "linear" and len(node.weights) > 1:
         groups: dict[str, list[int]] = {}
@@ -69,6 +72,13 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node("swiglu", halves, node.outputs)]
     if node.op == "mla_attention" and node.attrs["form"] == "absorbed":
         return _absorbed(node)
+    if node.op == "router":
+        routes = node.outputs[0]
+        scores = replace(routes, name=f"{routes.name}.scores", width=node.attrs["experts"])
+        return [
+            Node("linear", node.inputs, (scores,), node.weights, {"biases": (None,)}),
+            Node("route", (scores,), node.outputs, (), node.attrs),
+        ]
     return [node]
 
 

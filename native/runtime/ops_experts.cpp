@@ -1,0 +1,257 @@
+// EXPERTS_GATE_UP and EXPERTS_DOWN: a mixture of experts' products, by groups of rows that share an expert's matrices.
+#include <cstring>
+
+#include "expert_groups.hpp"
+#include "ops.hpp"
+
+namespace dso {
+namespace {
+
+constexpr int64_t kVectorRows = 4;  // up to here kernels take weights tile by tile
+
+struct Experts {  // one of the two steps: what it reads, and the stack it is multiplied with
+  SlotRef in, routes;
+  Stack stack;
+  std::shared_ptr<ExpertGroups> groups;
+
+  int64_t rows(const Run& run) const { return run.slots[routes.index].count; }
+  int64_t pairs(const Run& run) const { return rows(run) * groups->chosen.top_k; }
+  bool one_family() const { return dso::one_family(stack.first, in.kind); }
+  int64_t tiles() const { return tile_rows(stack.first); }
+  int64_t tile_bytes() const { return tile_row_bytes(stack.first); }
+  // What `products` matrices of this stack are cut into where they are bound by memory, in bytes.
+  int64_t stretch(const Run& run, int64_t products) const {
+    return std::clamp(products * stack.bytes / (kTasksAThread * run.threads), kLeastBytes, kMostBytes);
+  }
+};
+
+// The rows of the groups' experts, cut into (expert, block of tiles, block of rows). Like GATE_UP, a task makes the same columns of
+// gate and up in its own buffers and writes silu(gate) * up of them as whole groups of 32 columns.
+class ExpertsGateUp final : public Op {
+ public:
+  ExpertsGateUp(Experts experts, const SlotRef& out) : x_(std::move(experts)), out_(out) {}
+
+  void shape(const Run& run) override {
+    const int64_t pairs = x_.pairs(run);
+    x_.groups->reserve(x_.rows(run));
+    parts_.reserve(2 * (x_.groups->grouped ? std::min(pairs, x_.groups->chosen.experts) : pairs));
+    tasks_ = 0;
+    // The largest blocks that open() may cut: few rows and a long stretch, or many and few tiles.
+    const bool many = pairs >= kFewRows;
+    most_rows_ = many ? std::max(kFewRows, round_up(most_rows(x_.in.kind, x_.stack.first.cols), 4)) : pairs;
+    const int64_t few = std::min(pairs, kFewRows) * std::max(stretches(kVectorRows, kMostBytes).largest(), stretches(kFewRows, kMostBytes).largest());
+    block_floats_ = kTileRows * std::max(few, many ? most_rows_ * kMostTiles : 0);
+  }
+  void open(const Run& run) override {
+    ExpertGroups& groups = *x_.groups;
+    groups.build(run.slots[x_.routes.index], decode_rows(run, x_.in));
+    parts_.clear();
+    bool many = false;
+    for (const Group& g : groups.groups())
+      by_family(g, x_.one_family(), [&](int64_t begin, int64_t end, bool prefill) {
+        parts_.push_back(cut_part(run, g.expert, begin, end, prefill));
+        many |= end - begin >= kFewRows;
+      });
+    // Bound by arithmetic the heaviest go first, so that all threads end together; bound by memory all lie in its order.
+    if (many) std::stable_sort(parts_.begin(), parts_.end(), [](const Part& a, const Part& b) { return a.cost() > b.cost(); });
+    stretches_ = !many;
+    tasks_ = 0;
+    for (Part& p : parts_) {
+      p.first_task = tasks_;
+      tasks_ += p.row_blocks * p.tiles.blocks;
+    }
+  }
+  bool idle(const Run& run) const override { return x_.rows(run) == 0; }
+  int64_t work(const Run&) const override { return kSerialWork; }
+  int64_t tasks(const Run&) const override { return tasks_; }
+  int64_t scratch_bytes(const Run& run) const override { return buffers_at(run) + 2 * 4 * block_floats_; }
+
+  void task(const Run& run, int64_t index, int thread) override {
+    if (stretches_) index = in_stretches(index, tasks_, run.threads);
+    const Part& p = *(std::upper_bound(parts_.begin(), parts_.end(), index, [](int64_t i, const Part& part) { return i < part.first_task; }) - 1);
+    index -= p.first_task;
+    const int64_t begin = p.begin + index % p.row_blocks * p.block_rows, n = std::min(p.block_rows, p.end - begin);
+    const int64_t block = index / p.row_blocks, tile = p.tiles.first(block), tile_end = p.tiles.first(block + 1);
+    const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
+    const int64_t stride = (tile_end - tile) * kTileRows;
+
+    uint8_t* scratch = run.thread_scratch(thread);
+    float* gate = reinterpret_cast<float*>(scratch + buffers_at(run));
+    float* up = gate + block_floats_;
+    const Rows x = rows_of(run, begin, n, scratch + gather_at(run));
+    for (int64_t half = 0; half < 2; ++half)
+      run.kernels.linear(tiles_of(x_.stack.at(2 * p.expert + half), tile, tile_end), nullptr, x_.in.kind, x.data, x.stride, n, p.prefill, 0,
+                         tile_end - tile, half ? up : gate, 4 * stride, scratch);
+    for (int64_t r = 0; r < n; ++r) {
+      float* h = gate + r * stride;
+      run.kernels.swiglu(h, up + r * stride, columns, h);
+      uint8_t* out = run.slots[out_.index].row(begin + r);
+      if (is_f32(out_.kind))
+        std::copy_n(h, columns, reinterpret_cast<float*>(out) + column);
+      else
+        run.kernels.convert(out_.kind, h, column, column + columns, out_.width, out);
+    }
+  }
+
+ private:
+  // More tiles than LinearGrid takes: a task may have to gather its rows first.
+  static constexpr int64_t kMostTiles = 24;
+  static constexpr int64_t kBalancingRows = 8;  // so many cost about as much time as fetching the weights
+
+  struct Part {  // pairs [begin, end) of one expert and family
+    int64_t expert, begin, end;
+    bool prefill;
+    int64_t block_rows, row_blocks;
+    TileBlocks tiles;
+    int64_t first_task;
+    int64_t cost() const { return std::max(block_rows, kBalancingRows) * tiles.largest(); }  // of a task
+  };
+
+  // Blocks of tiles have even length, so that groups of 32 columns stay whole.
+  TileBlocks stretches(int64_t rows, int64_t bytes) const {
+    const int64_t step = rows <= kVectorRows ? 2 : kTileStep;
+    return TileBlocks::of(x_.tiles(), step, ceil_div(x_.tiles() * x_.tile_bytes(), bytes));
+  }
+  Part cut_part(const Run& run, int64_t expert, int64_t begin, int64_t end, bool prefill) const {
+    const int64_t rows = end - begin;
+    if (rows < kFewRows) return {expert, begin, end, prefill, rows, 1, stretches(rows, x_.stretch(run, int64_t(x_.groups->groups().size()))), 0};
+    const int64_t wanted = ceil_div(rows, most_rows(x_.in.kind, x_.stack.first.cols)), block_rows = round_up(ceil_div(rows, wanted), 4);
+    const int64_t fair = x_.groups->pairs() * x_.tiles() / (kTasksAThread * run.threads) / block_rows;  // tiles of a task
+    const int64_t tiles = std::clamp(fair, kTileStep, kMostTiles);
+    return {expert, begin, end, prefill, block_rows, ceil_div(rows, block_rows), TileBlocks::of(x_.tiles(), kTileStep, ceil_div(x_.tiles(), tiles)), 0};
+  }
+
+  int64_t gather_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
+  int64_t buffers_at(const Run& run) const { return gather_at(run) + most_rows_ * row_bytes(x_.in.kind, x_.in.width); }
+
+  // The input rows of pairs [begin, begin + n), copied together where they don't lie so.
+  Rows rows_of(const Run& run, int64_t begin, int64_t n, uint8_t* gathered) const {
+    const Rows& x = run.slots[x_.in.index];
+    const int32_t* tokens = x_.groups->tokens(begin);
+    if (tokens[n - 1] - tokens[0] == n - 1) return {x.row(tokens[0]), x.stride, n};
+    for (int64_t i = 0; i < n; ++i) std::memcpy(gathered + i * x.stride, x.row(tokens[i]), x.stride);
+    return {gathered, x.stride, n};
+  }
+
+  const Experts x_;
+  const SlotRef out_;
+  std::vector<Part> parts_;
+  int64_t tasks_ = 0, most_rows_ = 0, block_floats_ = 0;
+  bool stretches_ = false;
+};
+
+// A task owns a block of columns of a block of tokens, and walks the groups in order, so that each result is one chain of
+// multiply-adds over the token's experts, ascending. The cut follows from the shape alone: each token brings the same work.
+class ExpertsDown final : public Op {
+ public:
+  ExpertsDown(Experts experts, const SlotRef& out) : h_(std::move(experts)), out_(out) {}
+
+  void shape(const Run& run) override {
+    const int64_t rows = h_.rows(run), pairs = h_.pairs(run), tiles = h_.tiles();
+    const int64_t groups = h_.groups->grouped ? std::min(pairs, h_.groups->chosen.experts) : pairs;  // at most
+    token_blocks_ = 1;
+    block_rows_ = std::min(pairs, most_rows(h_.in.kind, h_.stack.first.cols));
+    stretches_ = rows < kFewRows;
+    if (stretches_) {
+      int64_t step = rows <= kVectorRows ? 1 : kTileStep;
+      while (step > 1 && ceil_div(tiles, step) < kTasksAThread * run.threads) step = step > 3 ? 3 : 1;
+      tiles_ = TileBlocks::of(tiles, step, round_up(ceil_div(groups * h_.stack.bytes, h_.stretch(run, groups)), run.threads));
+    } else {
+      int64_t wanted = 2 * kTasksAThread * run.threads;  // narrower blocks cost more, so fewer of them will do
+      for (const int64_t block : {2 * kTileStep, kTileStep, kTileStep / 2, int64_t(1)}) {
+        tiles_ = TileBlocks::of(tiles, std::min(block, kTileStep), ceil_div(tiles, block));
+        while (tiles_.blocks * token_blocks_ < wanted && pairs / groups / (2 * token_blocks_) >= kLeastRows) token_blocks_ *= 2;
+        if (tiles_.blocks * token_blocks_ >= wanted) break;
+        wanted /= 2;
+      }
+    }
+    block_tokens_ = ceil_div(rows, token_blocks_);
+    token_blocks_ = block_tokens_ ? ceil_div(rows, block_tokens_) : 0;
+  }
+  bool idle(const Run& run) const override { return h_.rows(run) == 0; }
+  int64_t work(const Run&) const override { return kSerialWork; }
+  int64_t tasks(const Run&) const override { return tiles_.blocks * token_blocks_; }
+  int64_t scratch_bytes(const Run& run) const override { return buffer_at(run) + 4 * block_rows_ * tiles_.largest() * kTileRows; }
+
+  void task(const Run& run, int64_t index, int thread) override {
+    if (stretches_) index = in_stretches(index, tasks(run), run.threads);
+    const int64_t block = index / token_blocks_, tile = tiles_.first(block), tile_end = tiles_.first(block + 1);
+    const int64_t first = index % token_blocks_ * block_tokens_, end = std::min(first + block_tokens_, h_.rows(run));
+    const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
+    const Rows& y = run.slots[out_.index];
+    for (int64_t t = first; t < end; ++t) std::fill_n(y.f32(t) + column, columns, 0.0f);
+    for (const Group& g : h_.groups->groups()) {
+      const Matrix w = tiles_of(h_.stack.at(g.expert), tile, tile_end);
+      by_family(g, h_.one_family(), [&](int64_t begin, int64_t stop, bool prefill) {
+        if (token_blocks_ > 1) {
+          const int32_t *from = h_.groups->tokens(begin), *to = h_.groups->tokens(stop);
+          stop = begin + (std::lower_bound(from, to, end) - from);
+          begin += std::lower_bound(from, to, first) - from;
+        }
+        for (; begin < stop; begin += block_rows_) add_products(run, w, begin, std::min(block_rows_, stop - begin), prefill, column, columns, thread);
+      });
+    }
+  }
+
+ private:
+  int64_t buffer_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
+
+  void add_products(const Run& run, const Matrix& w, int64_t begin, int64_t n, bool prefill, int64_t column, int64_t columns, int thread) const {
+    uint8_t* scratch = run.thread_scratch(thread);
+    float* buffer = reinterpret_cast<float*>(scratch + buffer_at(run));
+    const Rows &h = run.slots[h_.in.index], &y = run.slots[out_.index];
+    const int64_t stride = round_up(columns, kTileRows);
+    run.kernels.linear(w, nullptr, h_.in.kind, h.row(begin), h.stride, n, prefill, 0, tile_rows(w), buffer, 4 * stride, scratch);
+    const int32_t* tokens = h_.groups->tokens(begin);
+    for (int64_t i = 0; i < n; ++i) run.kernels.add_scaled(buffer + i * stride, h_.groups->weight(begin + i), columns, y.f32(tokens[i]) + column);
+  }
+
+  const Experts h_;
+  const SlotRef out_;
+  TileBlocks tiles_;
+  int64_t token_blocks_ = 1, block_tokens_ = 1, block_rows_ = 1;
+  bool stretches_ = false;
+};
+
+Experts read_experts(StepReader& s, int64_t matrices, int64_t repeat) {
+  const Chosen chosen = s.chosen();
+  const Stack stack = s.stack(0, matrices * chosen.experts);
+  const SlotRef in = s.in(0, kAnyKind, stack.first.cols, repeat), routes = s.in(1, kF32Only, 2 * chosen.top_k);
+  if (!reads(stack.first.format, in.kind))
+    s.refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(in.kind), in.index, format_name(stack.first.format));
+  if (in.selected != routes.selected) s.refuse("in[0] and in[1] hold different rows");
+  return {in, routes, stack, nullptr};
+}
+
+std::shared_ptr<ExpertGroups>* find_groups(StepReader& s, const Experts& x) {
+  const Chosen chosen = s.chosen();
+  const bool grouped = s.step.flags & DSO_FLAG_GROUPED;
+  for (auto& g : s.plan().groups)
+    if (g->routes == x.routes.index && g->chosen == chosen && g->grouped == grouped) return &g;
+  return nullptr;
+}
+
+}  // namespace
+
+std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
+  s.takes(2, 1, 1, 0, DSO_FLAG_GROUPED);
+  Experts x = read_experts(s, 2, 1);
+  const SlotRef out = s.out(0, kAnyKind, x.stack.first.rows, x.in.selected, s.chosen().top_k);
+  if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
+  if (const auto* known = find_groups(s, x)) x.groups = *known;
+  else x.groups = s.plan().groups.emplace_back(std::make_shared<ExpertGroups>(x.routes.index, s.chosen(), (s.step.flags & DSO_FLAG_GROUPED) != 0));
+  return std::make_unique<ExpertsGateUp>(std::move(x), out);
+}
+
+std::unique_ptr<Op> make_experts_down(StepReader& s) {
+  s.takes(2, 1, 1, 0, DSO_FLAG_GROUPED);
+  Experts x = read_experts(s, 1, s.chosen().top_k);
+  const SlotRef out = s.out(0, kF32Only, x.stack.first.rows, x.in.selected);
+  if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
+  const auto* known = find_groups(s, x);
+  if (!known) s.refuse("no earlier EXPERTS_GATE_UP has these routes, slot %d, experts, top_k and flags", x.routes.index);
+  x.groups = *known;
+  return std::make_unique<ExpertsDown>(std::move(x), out);
+}
+
+}  // namespace dso

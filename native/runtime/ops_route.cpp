@@ -1,0 +1,116 @@
+// ROUTE: which experts each row goes to, and with what weights.
+//
+// Scores are a softmax or sigmoids in fp32. The choice is by score plus bias, in the best groups only, and exact: scores are
+// compared as keys, whose upper half orders as the numbers do and whose lower half puts the lower expert (or group) first among
+// equals. A NaN is the largest of all, as in torch.topk, so it is chosen and reaches the row's result instead of being lost.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "ops.hpp"
+
+namespace dso {
+namespace {
+
+using Key = uint64_t;
+
+Key key(float value, int64_t index) {
+  value += 0.0f;  // -0 is 0
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint32_t ordered = std::isnan(value) ? UINT32_MAX : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return Key(ordered) << 32 | (UINT32_MAX - uint32_t(index));
+}
+int64_t index_of(Key k) { return UINT32_MAX - uint32_t(k); }
+float value_of(Key k) {
+  const uint32_t ordered = uint32_t(k >> 32), bits = ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The `count` largest go first, in descending order. A heap of them: for six of 64 its top turns nearly all others away.
+void largest_first(Key* keys, int64_t count, int64_t n) { std::partial_sort(keys, keys + count, keys + n, std::greater<>()); }
+
+struct Routing {
+  int64_t experts, top_k, groups, top_groups;
+  bool sigmoid, top2, normalise;
+  float scale;
+  int64_t group() const { return experts / groups; }
+};
+
+class Route final : public RowOp {
+ public:
+  Route(const SlotRef& in, const SlotRef& out, const float* bias, const Routing& routing) : in_(in), out_(out), bias_(bias), routing_(routing) {}
+  int64_t scratch_bytes(const Run&) const override { return groups_at() + int64_t(sizeof(Key)) * routing_.groups; }
+
+ private:
+  int64_t keys_at() const { return round_up(4 * routing_.experts, 64); }
+  int64_t groups_at() const { return keys_at() + int64_t(sizeof(Key)) * routing_.experts; }
+
+  int64_t rows(const Run& run) const override { return run.slots[in_.index].count; }
+  int64_t row_work() const override { return 8 * routing_.experts; }
+
+  void row(const Run& run, int64_t r, int thread) override {
+    uint8_t* scratch = run.thread_scratch(thread);
+    float* scores = reinterpret_cast<float*>(scratch);
+    Key* keys = reinterpret_cast<Key*>(scratch + keys_at());
+    const int64_t experts = routing_.experts, top_k = routing_.top_k;
+    (routing_.sigmoid ? run.kernels.sigmoid : run.kernels.softmax)(run.slots[in_.index].f32(r), experts, scores);
+    for (int64_t e = 0; e < experts; ++e) keys[e] = key(bias_ ? scores[e] + bias_[e] : scores[e], e);
+    const int64_t candidates = routing_.groups > 1 ? keep_best_groups(keys, reinterpret_cast<Key*>(scratch + groups_at())) : experts;
+    largest_first(keys, top_k, candidates);
+    std::sort(keys, keys + top_k, [](Key a, Key b) { return index_of(a) < index_of(b); });
+
+    float* numbers = run.slots[out_.index].f32(r);
+    float *weights = numbers + top_k, sum = 0;
+    for (int64_t j = 0; j < top_k; ++j) {
+      const int64_t expert = index_of(keys[j]);
+      numbers[j] = float(expert);
+      sum += weights[j] = scores[expert];
+    }
+    const float whole = routing_.normalise ? sum + 1e-20f : 1.0f;
+    for (int64_t j = 0; j < top_k; ++j) weights[j] = weights[j] / whole * routing_.scale;
+  }
+
+  // Moves the keys of experts in the best groups to the front; returns how many.
+  int64_t keep_best_groups(Key* keys, Key* groups) const {
+    const int64_t n = routing_.group(), kept = routing_.top_groups;
+    for (int64_t g = 0; g < routing_.groups; ++g) {
+      Key best = 0, second = 0;
+      for (const Key* k = keys + g * n; k < keys + (g + 1) * n; ++k) {
+        second = std::max(second, std::min(best, *k));
+        best = std::max(best, *k);
+      }
+      groups[g] = key(routing_.top2 ? value_of(best) + value_of(second) : value_of(best), g);
+    }
+    largest_first(groups, kept, routing_.groups);
+    std::sort(groups, groups + kept, [](Key a, Key b) { return index_of(a) < index_of(b); });  // so that a group moves left only
+    for (int64_t i = 0; i < kept; ++i) std::copy_n(keys + index_of(groups[i]) * n, n, keys + i * n);
+    return kept * n;
+  }
+
+  const SlotRef in_, out_;
+  const float* bias_;
+  const Routing routing_;
+};
+
+}  // namespace
+
+std::unique_ptr<Op> make_route(StepReader& s) {
+  s.takes(1, 1, 0, 1, DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALISE);
+  const Chosen chosen = s.chosen();
+  const Routing r{chosen.experts, chosen.top_k, s.positive("groups", s.step.groups), s.positive("top_groups", s.step.top_groups),
+                  (s.step.flags & DSO_FLAG_SIGMOID) != 0, (s.step.flags & DSO_FLAG_TOP2) != 0, (s.step.flags & DSO_FLAG_NORMALISE) != 0, s.step.scale};
+  if (r.experts % r.groups) s.refuse("groups is %lld, which does not divide experts %lld", (long long)r.groups, (long long)r.experts);
+  if (r.top_groups > r.groups) s.refuse("top_groups is %lld of groups %lld", (long long)r.top_groups, (long long)r.groups);
+  if (r.top_k > r.top_groups * r.group())
+    s.refuse("top_k is %lld, and top_groups %lld of %lld experts hold fewer", (long long)r.top_k, (long long)r.top_groups, (long long)r.group());
+  if (r.top2 && r.groups > 1 && r.group() < 2) s.refuse("groups of one expert have no best two");
+  if (!std::isfinite(r.scale)) s.refuse("scale is %g", double(r.scale));
+  const SlotRef in = s.in(0, kF32Only, r.experts), out = s.out(0, kF32Only, 2 * r.top_k, in.selected);
+  if (out.index == in.index) s.refuse("out[0] is in[0]");
+  return std::make_unique<Route>(in, out, s.bias(0, r.experts), r);
+}
+
+}  // namespace dso

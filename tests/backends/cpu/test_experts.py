@@ -1,0 +1,253 @@
+"""Experts in a native plan against Transformers' own modules: routing, every format, grouped or not, any company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+from deepseek_optimizer.backends.base import DECODE, PREFILL, StepBatch
+from deepseek_optimizer.backends.cpu import CpuBackend, exact, unavailable_reason
+from deepseek_optimizer.backends.cpu.lower import lower
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
+from deepseek_optimizer.quant import get_format, pack, unpack
+from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
+from support.models import assert_close_rows
+
+HIDDEN, INNER = 72, 40  # no multiples of 16 and 32
+SIZES = {
+    "hidden_size": HIDDEN, "moe_intermediate_size": INNER, "intermediate_size": INNER, "num_attention_heads": 4,
+    "vocab_size": 9,
+}  # fmt: skip
+
+V2, V3 = DeepseekV2Config, DeepseekV3Config
+CONFIGS: dict[str, Any] = {
+    "v2-greedy": lambda: V2(
+        **SIZES, n_routed_experts=7, num_experts_per_tok=3, n_shared_experts=2, topk_method="greedy", routed_scaling_factor=1.5
+    ),
+    "v2-groups": lambda: V2(
+        **SIZES, n_routed_experts=12, num_experts_per_tok=4, n_shared_experts=1, topk_method="group_limited_greedy", n_group=4,
+        topk_group=2, routed_scaling_factor=16.0,
+    ),
+    "v3-groups": lambda: V3(
+        **SIZES, n_routed_experts=16, num_experts_per_tok=5, n_shared_experts=1, n_group=4, topk_group=2, norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    ),
+    "v3-one-group": lambda: V3(
+        **SIZES, n_routed_experts=5, num_experts_per_tok=5, n_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+    ),
+}  # fmt: skip
+
+
+def random_layer(config: Any, seed: int = 0) -> torch.nn.Module:
+    """The module with random weights, and a correction bias that matters."""
+    layer = (DeepseekV2Moe if isinstance(config, V2) else DeepseekV3MoE)(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(noise * (0.2 if tensor.ndim == 1 else tensor.shape[-1] ** -0.5))
+    return layer
+
+
+def moe_graph(config: Any, grouped: bool = True) -> Graph:
+    """x (given as embeddings) -> experts + shared experts -> hidden state 0; the head is there because a graph needs one."""
+    v3 = isinstance(config, V3)
+    limited = v3 or config.topk_method == "group_limited_greedy"
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    x, y = Value("x", HIDDEN), Value("y", HIDDEN)
+    routes, h = Value("routes", 2 * top_k), Value("h", INNER, repeat=top_k)
+    gate, up, shared = (Value(n, INNER * config.n_shared_experts) for n in ("gate", "up", "shared"))
+    routed, down = Value("routed", HIDDEN), Value("down", HIDDEN)
+    which = {"experts": experts, "top_k": top_k, "grouped": grouped}
+    routing = {
+        "bias": "gate.e_score_correction_bias" if v3 else None, "experts": experts, "top_k": top_k,
+        "groups": config.n_group if limited else 1, "top_groups": config.topk_group if limited else 1,
+        "scoring": "sigmoid" if v3 else "softmax", "group_score": "top2" if v3 else "max",
+        "normalise": v3 and config.norm_topk_prob, "scale": config.routed_scaling_factor,
+    }  # fmt: skip
+    one = {"biases": (None,)}
+    nodes = [
+        Node("embedding", (), (x,), ("embed",), {"scale": 1.0}),
+        Node("router", (x,), (routes,), ("gate.weight",), routing),
+        Node("experts_gate_up", (x, routes), (h,), ("experts.gate_up_proj",), which),
+        Node("linear", (x,), (gate,), ("shared_experts.gate_proj.weight",), one),
+        Node("linear", (x,), (up,), ("shared_experts.up_proj.weight",), one),
+        Node("swiglu", (gate, up), (shared,)),
+        Node("experts_down", (h, routes), (routed,), ("experts.down_proj",), which),
+        Node("linear", (shared,), (down,), ("shared_experts.down_proj.weight",), one),
+        Node("add", (routed, down), (y,)),
+        Node("hidden_out", (y,), (), (), {"index": 0}),
+        Node("lm_head", (y,), (Value("logits", 9),), ("embed",), {"bias": None}),
+    ]
+    return Graph("moe", nodes, 9, HIDDEN, 1, CacheSpec(1, 1, 2), 64)
+
+
+def pack_stack(parameter: torch.Tensor, rows: int, format_name: str) -> PackedStack:
+    """[E, n * rows, cols] -> a stack of E * n matrices."""
+    matrices = parameter.detach().reshape(-1, rows, parameter.shape[-1])
+    data = torch.stack([get_format(format_name).pack(m) for m in matrices])
+    return PackedStack(format_name, len(matrices), rows, parameter.shape[-1], data)
+
+
+def packed(layer: torch.nn.Module, format_name: str, down: str | None = None) -> dict[str, Any]:
+    """What a plan is given: the router's weight stays a float tensor."""
+    state = layer.state_dict()
+    weights: dict[str, Any] = {n: t if n.startswith("gate.") else pack(t, format_name) for n, t in state.items() if t.ndim < 3}
+    weights["experts.gate_up_proj"] = pack_stack(state["experts.gate_up_proj"], INNER, format_name)
+    weights["experts.down_proj"] = pack_stack(state["experts.down_proj"], HIDDEN, down or format_name)
+    weights["embed"] = pack(torch.zeros(9, HIDDEN), "fp32")
+    return weights
+
+
+def dequantised(layer: torch.nn.Module, weights: dict[str, Any]) -> torch.nn.Module:
+    """The same module over the values that packed weights stand for."""
+    state = {}
+    for name, tensor in layer.state_dict().items():
+        weight = weights[name]
+        if isinstance(weight, PackedStack):
+            state[name] = torch.stack([unpack(weight.matrix(i)) for i in range(weight.count)]).reshape(tensor.shape)
+        else:
+            state[name] = unpack(weight) if isinstance(weight, PackedMatrix) else weight
+    layer.load_state_dict(state)
+    return layer
+
+
+class Plan:
+    """Runs rows x [T, HIDDEN] and hands y back."""
+
+    def __init__(self, backend: CpuBackend, graph: Graph, weights: dict[str, Any], **options: Any) -> None:
+        self.plan = backend.compile(graph, weights, **options)
+        self.store = backend.new_store(graph, "fp32", 1)
+
+    def __call__(self, x: torch.Tensor, decode: int = 0) -> torch.Tensor:
+        """The first `decode` rows are sequences in decode phase, the rest is one in prefill phase."""
+        lengths = [1] * decode + ([len(x) - decode] if decode < len(x) else [])
+        zeros = np.zeros(len(lengths), np.int32)
+        phase = np.asarray([DECODE if i < decode else PREFILL for i in range(len(lengths))], np.int32)
+        rows = np.zeros(len(x), np.int32)
+        batch = StepBatch(
+            rows, rows, np.asarray(lengths, np.int32), zeros, phase, zeros[:, None], rows[:0], inputs_embeds=x, hidden=True
+        )
+        return self.plan.run(batch, self.store).hidden[0]
+
+
+def inputs(rows: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def expected(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x[None])[0]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_fp32_equals_transformers(backend, case, grouped):
+    config = CONFIGS[case]()
+    layer = random_layer(config)
+    plan = Plan(backend, moe_graph(config, grouped), packed(layer, "fp32"))
+    x = inputs(300)
+    want = expected(layer, x)
+    for rows, decode in ((1, 0), (1, 1), (6, 3), (67, 0), (300, 20)):
+        assert_close_rows(plan(x[:rows], decode), want[:rows], 1e-5)
+
+
+# What the arithmetic of a format may cost against the same values in fp32: a property of the format's activations.
+FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int4": 6e-2}
+
+
+@pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
+def test_formats_against_their_own_values(backend, format_name):
+    config = CONFIGS["v3-groups"]()
+    layer = random_layer(config)
+    weights = packed(layer, format_name)
+    x = inputs(150)
+    want = expected(dequantised(layer, weights), x)
+    assert_close_rows(Plan(backend, moe_graph(config), weights)(x, 40), want, FORMAT_TOLERANCE[format_name])
+
+
+def test_experts_and_the_rest_in_different_formats(backend):
+    config = CONFIGS["v2-greedy"]()
+    layer = random_layer(config)
+    weights = packed(layer, "int8", down="bf16") | {n: w for n, w in packed(layer, "int4").items() if "shared" in n}
+    x = inputs(40)
+    want = expected(dequantised(layer, weights), x)
+    assert_close_rows(Plan(backend, moe_graph(config), weights)(x), want, FORMAT_TOLERANCE["int4"])
+
+
+@pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
+def test_a_row_is_the_same_in_any_company(isa, format_name):
+    """Alone, in a batch, in either phase's company, grouped or not, on any number of threads: torch.equal."""
+    config = CONFIGS["v2-groups"]()
+    weights = packed(random_layer(config), format_name)
+    x = inputs(260)
+    first = Plan(CpuBackend(isa=exact(isa), threads=1), moe_graph(config), weights)
+    prefill, decode = first(x), first(x, 260)
+    assert torch.equal(prefill[:3], torch.cat([first(x[i : i + 1]) for i in range(3)]))
+    assert torch.equal(decode[:3], torch.cat([first(x[i : i + 1], 1) for i in range(3)]))
+    assert torch.equal(prefill[200:231], first(x[200:231]))
+    for threads in (1, 2, 5, 40):
+        for grouped in (True, False):
+            plan = Plan(CpuBackend(isa=exact(isa), threads=threads), moe_graph(config, grouped), weights)
+            assert torch.equal(plan(x, 90), torch.cat([decode[:90], prefill[90:]]))
+            assert torch.equal(plan(x[7:90], 4), torch.cat([decode[7:11], prefill[11:90]]))
+
+
+def test_all_tokens_to_the_same_experts(backend):
+    config = CONFIGS["v3-groups"]()
+    layer = random_layer(config)
+    layer.gate.e_score_correction_bias[:5] = 10.0
+    x = inputs(200)
+    assert_close_rows(Plan(backend, moe_graph(config), packed(layer, "fp32"))(x), expected(layer, x), 1e-5)
+
+
+def test_one_token_is_not_a_number(backend):
+    config = CONFIGS["v3-groups"]()
+    plan = Plan(backend, moe_graph(config), packed(random_layer(config), "int4"))
+    x = inputs(20)
+    whole = plan(x)
+    x[7, 3] = torch.nan
+    broken = plan(x)
+    assert broken[7].isnan().all()
+    others = [i for i in range(20) if i != 7]
+    assert torch.equal(broken[others], whole[others])
+
+
+def test_one_conversion_serves_routed_and_shared_experts():
+    graph = moe_graph(CONFIGS["v3-groups"]())
+    formats = {"gate.weight": "fp32", "embed": "fp32"}
+    lowered = lower(graph, lambda w: "f32" if w in formats else "q8", lambda w: formats.get(w, "int4")).nodes
+    ops = [n.op for n in lowered]
+    assert ops.count("convert") == 1 and "router" not in ops
+    assert ops[ops.index("route") - 1] == "linear"
+    scores = lowered[ops.index("route")].inputs[0]
+    assert (scores.width, scores.kind, lowered[ops.index("route") - 1].inputs[0].kind) == (16, "f32", "f32")
+    gate_up, down = (lowered[ops.index(op)] for op in ("experts_gate_up", "experts_down"))
+    assert gate_up.inputs[0].kind == "q8" and gate_up.inputs[1].kind == "f32"
+    assert gate_up.outputs[0] == down.inputs[0] and (down.inputs[0].kind, down.inputs[0].repeat) == ("q8", 5)
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
+def test_what_the_plan_says_and_refuses():
+    config = CONFIGS["v2-greedy"]()
+    backend = CpuBackend(threads=1)
+    weights = packed(random_layer(config), "int4")
+    rows = {row["op"]: row for row in backend.compile(moe_graph(config), weights).describe()}
+    stack = weights["experts.gate_up_proj"]
+    assert rows["experts_gate_up"]["bytes"] == stack.nbytes and rows["experts_gate_up"]["format"] == "int4"
+    assert (rows["experts_gate_up"]["writes"], rows["experts_down"]["activation"]) == ("q8", "q8")
+    with pytest.raises(BackendError, match=r"needs weight 'experts\.down_proj'"):
+        backend.compile(moe_graph(config), {n: w for n, w in weights.items() if n != "experts.down_proj"})
+    with pytest.raises(BackendError, match=r"needs 'experts\.gate_up_proj' packed"):
+        backend.compile(moe_graph(config), weights | {"experts.gate_up_proj": torch.zeros(7, 80, 72)})
+    half = PackedStack(stack.format, 7, stack.rows, stack.cols, stack.data[:7])
+    with pytest.raises(ValueError, match="a stack of 7 matrices, not of 14"):
+        backend.compile(moe_graph(config), weights | {"experts.gate_up_proj": half})
