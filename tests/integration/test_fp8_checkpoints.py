@@ -15,7 +15,7 @@ from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
 from support.fp8_files import dequantised, fp8_copy
-from support.models import assert_close_rows
+from support.models import CASES, assert_close_rows, random_model
 
 IDS = torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(1))
 BACKENDS = ["reference", *(["cpu"] if unavailable_reason() is None else [])]
@@ -114,3 +114,23 @@ def test_a_scale_of_the_wrong_shape_is_named_before_anything_is_read(folder, tmp
     with pytest.raises(CheckpointError, match=r"\(2, 2\)") as caught:
         load_model(path, precision=precision)
     assert caught.value.tensor == name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_latent_attention(tmp_path, backend):
+    """kv_b in FP8: absorbed it is other matrices, made of it."""
+    config = CASES["deepseek_v3-groups"]()
+    config.first_k_dense_replace = config.num_hidden_layers
+    random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
+    folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
+    save_file(dequantised(load_file(folder / "model.safetensors")), tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(0, config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(2))
+    model = load_model(folder, backend=backend)
+    assert model.model.layers[2].self_attn.kv_b_proj.format == "fp8"
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)(ids).logits[0]
+        assert_close_rows(model(ids).logits[0], expected, 3e-2)
+        alone = [model(ids[:, :1], use_cache=True)]
+        for token in ids[0, 1:]:
+            alone.append(model(token.view(1, 1), past_key_values=alone[-1].past_key_values, use_cache=True))
+    assert_close_rows(torch.cat([step.logits[0] for step in alone]), expected, 3e-2)

@@ -186,19 +186,19 @@ DSO_INLINE __m256i pair_bf16_half(__m256 even, __m256 odd) {
 DSO_INLINE B pair_bf16(F even, F odd) { return {pair_bf16_half(even.lo, odd.lo), pair_bf16_half(even.hi, odd.hi)}; }
 
 // 32 numbers in E4M3 (two bytes a lane) as bf16, each divided by 256: exact, and none of them subnormal. NaN codes don't occur.
-DSO_INLINE __m256i expand_e4m3_half(const void* p) {
-  const __m256i subnormals = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60,  // m 2^-17: low bytes,
-                                                                       0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38));      // then high bytes
-  const __m256i code = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-  // Exponent and mantissa move to their places; exponents 0..15 (bias 7) meet 112: as bf16's 112 + e they are e - 15.
-  const __m256i normal = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(code, 4), _mm256_set1_epi16(0x07f0)), _mm256_set1_epi16(0x3800));
-  const __m256i m = _mm256_and_si256(code, _mm256_set1_epi16(7));
-  const __m256i at = _mm256_or_si256(_mm256_or_si256(m, _mm256_slli_epi16(m, 8)), _mm256_set1_epi16(0x0800));
-  const __m256i is_subnormal = _mm256_cmpeq_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x78)), _mm256_setzero_si256());
-  const __m256i x = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(subnormals, at), is_subnormal);
-  return _mm256_or_si256(x, _mm256_and_si256(code, _mm256_set1_epi16((short)0x8000)));
+DSO_INLINE B expand_e4m3(const void* p) {
+  const __m256i high_of_subnormal = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, 0, 0, 0, 0, 0, 0, 0, 0));  // m 2^-17
+  const __m256i low_of_subnormal = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i code = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p), 0xd8);  // unpacked by halves, in order again
+  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi8(0x7f)), is_subnormal = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), magnitude);
+  // Exponent and mantissa as the two bytes of a bf16; exponents 0..15 (bias 7) meet 112: as bf16's 112 + e they are e - 15.
+  __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(code, 4), _mm256_set1_epi8(0x07)), _mm256_set1_epi8(0x38));
+  __m256i low = _mm256_and_si256(_mm256_slli_epi16(code, 4), _mm256_set1_epi8((char)0xf0));
+  high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(high_of_subnormal, magnitude), is_subnormal);
+  low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(low_of_subnormal, magnitude), is_subnormal);
+  high = _mm256_or_si256(high, _mm256_xor_si256(code, magnitude));  // the sign
+  return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
 }
-DSO_INLINE B expand_e4m3(const void* p) { return {expand_e4m3_half(p), expand_e4m3_half((const char*)p + 16)}; }
 
 // Two rows of 32 16-bit numbers to pairs of one column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. What was
 // summed over such pairs goes back into columns 0-15 and 16-31 by in_columns.
