@@ -176,7 +176,9 @@ enum {
                              W q_nope, then q_rope as it is; rows that MLA_ATTENTION will expand are left as they are */
   DSO_OP_MLA_ATTENTION = 22, /* in0 q, in1 what MLA_ABSORB made, in2 chosen tokens F32 (or -1), w0 kv_b [heads * (nope + v_dim), rank] any
                              format, layer, scale -> out0 F32 [T, heads * rank] weighted sums of latents of absorbed rows, out1 F32
-                             [T, heads * v_dim] of expanded ones. EXPAND flag: every row is expanded, and in1, out0 are -1 */
+                             [T, heads * v_dim] of expanded ones. EXPAND flag: every row is expanded, and in1, out0 are -1.
+                             top_k > 0: sparse. in2 [T, top_k] as INDEX_CHOOSE makes it is read of rows that see more tokens than
+                             that; the others see all. The steps around it, MLA_ABSORB and MLA_VALUE, have the same top_k */
   DSO_OP_MLA_VALUE = 23,  /* in0 sums of latents, in1 what MLA_ATTENTION made of expanded rows, w0 stack of heads [v_dim, rank] ->
                              out0 any [T, heads * v_dim] */
   /* The lightning indexer. */

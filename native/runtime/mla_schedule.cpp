@@ -14,6 +14,9 @@ int64_t seen(int64_t context, int64_t rows) { return rows * context + rows * (ro
 int64_t absorbed_cost(const MlaShape& s, int64_t context, int64_t rows) {
   return rows * s.rank * (s.nope + s.v_dim) + seen(context, rows) * (2 * s.rank + s.rope);
 }
+int64_t sparse_cost(const MlaShape& s, int64_t rows) {
+  return rows * (s.rank * (s.nope + s.v_dim) + s.top_k * (2 * s.rank + s.rope));
+}
 int64_t expanded_cost(const MlaShape& s, int64_t context, int64_t rows) {
   int64_t made = 0;  // tokens for which keys and values are made
   for (int64_t r = 0; r < rows; r += kExpandedRows) made += context + std::min(r + kExpandedRows, rows);
@@ -23,12 +26,30 @@ int64_t expanded_cost(const MlaShape& s, int64_t context, int64_t rows) {
 
 bool MlaShape::can_expand() const { return is_head_dim(head_dim()) && is_head_dim(v_dim); }
 
-bool MlaSchedule::expands(const Run& run, int64_t s) const {
-  if (shape.expand) return true;
-  (void)run, (void)s; return false;
+void MlaSchedule::find_spans(const Run& run) {
+  spans_.clear();
+  const dso_batch& b = *run.batch.source;
+  for (int64_t s = 0; s < b.S; ++s) {
+    const int64_t rows = b.query_len[s], dense = shape.top_k > 0 ? std::clamp<int64_t>(shape.top_k - b.context_len[s], 0, rows) : rows;
+    if (dense > 0) spans_.push_back({s, 0, dense, false, false});
+    if (dense < rows) spans_.push_back({s, dense, rows, true, false});
+  }
+  for (RowSpan& span : spans_) span.expanded = expands(run, span);
 }
 
-int64_t MlaSchedule::absorbed_rows(int64_t chunks) const {
+bool MlaSchedule::expands(const Run& run, const RowSpan& span) const {
+  if (shape.expand) return true;
+  (void)run, (void)span; return false;
+}
+
+int64_t MlaSchedule::tokens(const Run& run, const RowSpan& span, int64_t end) const {
+  return span.sparse ? shape.top_k : run.batch.source->context_len[span.sequence] + end;
+}
+
+int64_t MlaSchedule::rows_of_a_block(const Run& run, const RowSpan& span) const {
+  if (span.sparse) return 1;
+  if (span.expanded) return expanded_rows(run, span.rows());
+  const int64_t chunks = ceil_div(tokens(run, span, span.r1), attn_chunk);
   return std::clamp<int64_t>(kPartFloats / (chunks * shape.heads * shape.part_floats()), 1, kAbsorbedRows);
 }
 
@@ -49,46 +70,43 @@ void MlaSchedule::build(const Run& run) {
   ranges.clear();
   shared_floats = private_floats = queries = 0;
   any_expanded = false;
-  const dso_batch& b = *run.batch.source;
-  auto rows_of_a_block = [&](int64_t s, bool expanded) {
-    return expanded ? expanded_rows(run, b.query_len[s]) : absorbed_rows(ceil_div(int64_t(b.context_len[s]) + b.query_len[s], attn_chunk));
-  };
+  find_spans(run);
   int64_t total = 0, blocks = 0;
-  for (int64_t s = 0; s < b.S; ++s) {
-    const bool expanded = expands(run, s);
-    any_expanded |= expanded;
-    add_range(b.query_len[s], b.phase[s] == DSO_PHASE_DECODE, expanded);
-    total += shape.heads * (expanded ? expanded_cost : absorbed_cost)(shape, b.context_len[s], b.query_len[s]);
-    blocks += ceil_div(b.query_len[s], rows_of_a_block(s, expanded));
+  for (const RowSpan& span : spans_) {
+    const int64_t context = run.batch.source->context_len[span.sequence];
+    any_expanded |= span.expanded;
+    add_range(span.rows(), run.batch.source->phase[span.sequence] == DSO_PHASE_DECODE, span.expanded);
+    total += shape.heads * (span.sparse     ? sparse_cost(shape, span.rows())
+                            : span.expanded ? expanded_cost(shape, context, span.rows())
+                                            : absorbed_cost(shape, context, span.rows()));
+    blocks += ceil_div(span.rows(), rows_of_a_block(run, span));
   }
   countdowns.reset(size_t(blocks * ceil_div(shape.heads, mla_heads)));
   const int64_t fair = std::max<int64_t>(1, total / run.threads);
-  for (int64_t s = 0; s < b.S; ++s) {
-    const bool expanded = expands(run, s);
-    const int64_t step = rows_of_a_block(s, expanded);
-    for (int64_t r = 0; r < b.query_len[s]; r += step) {
-      const int64_t end = std::min<int64_t>(r + step, b.query_len[s]);
-      expanded ? add_expanded(run, s, r, end, fair) : add_absorbed(run, s, r, end, fair);
-    }
+  for (const RowSpan& span : spans_) {
+    const int64_t step = rows_of_a_block(run, span);
+    for (int64_t r = span.r0; r < span.r1; r += step)
+      (this->*(span.expanded ? &MlaSchedule::add_expanded : &MlaSchedule::add_absorbed))(run, span, r, std::min(r + step, span.r1), fair);
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const MlaTask& x, const MlaTask& y) { return x.cost > y.cost; });
   built_ = run.batch.serial;
 }
 
-void MlaSchedule::add_absorbed(const Run& run, int64_t s, int64_t r0, int64_t r1, int64_t fair) {
-  const int64_t rows = r1 - r0, tokens = run.batch.source->context_len[s] + r1, chunks = ceil_div(tokens, attn_chunk);
+void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, int64_t r1, int64_t fair) {
+  const int64_t rows = r1 - r0, seen = tokens(run, span, r1), chunks = ceil_div(seen, attn_chunk);
   const int64_t sets = ceil_div(shape.heads, mla_heads), floats = chunks * rows * shape.part_floats();  // floats: of a head
 
   // First along the cache, where a task costs nothing more by it; then by heads, which makes each task read the cache again.
-  int64_t cost = shape.heads * rows * tokens * (2 * shape.rank + shape.rope);
+  int64_t cost = shape.heads * rows * seen * (2 * shape.rank + shape.rope);
   int64_t pieces = std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, chunks);
-  const int64_t span = ceil_div(chunks, pieces);
-  pieces = ceil_div(chunks, span);
+  const int64_t stretch = ceil_div(chunks, pieces);
+  pieces = ceil_div(chunks, stretch);
   const int64_t parts = std::clamp<int64_t>(ceil_div(2 * cost / pieces, fair), 1, sets);
   cost /= pieces * parts;
   for (int64_t p = 0; p < parts; ++p) {
     MlaTask t{};
-    t.sequence = s;
+    t.sparse = span.sparse;
+    t.sequence = span.sequence;
     t.h0 = p * sets / parts * mla_heads;
     t.h1 = std::min((p + 1) * sets / parts * mla_heads, shape.heads);
     t.r0 = r0;
@@ -106,20 +124,20 @@ void MlaSchedule::add_absorbed(const Run& run, int64_t s, int64_t r0, int64_t r1
     }
     queries = std::max(queries, rows * ceil_div(t.h1 - t.h0, mla_heads));
     for (t.c0 = 0; t.c0 < chunks; t.c0 = t.c1) {
-      t.c1 = std::min(chunks, t.c0 + span);
+      t.c1 = std::min(chunks, t.c0 + stretch);
       tasks.push_back(t);
     }
   }
 }
 
 // Heads of a task share the latents brought into the form that kv_b reads.
-void MlaSchedule::add_expanded(const Run& run, int64_t s, int64_t r0, int64_t r1, int64_t fair) {
-  const int64_t cost = expanded_cost(shape, run.batch.source->context_len[s] + r0, r1 - r0);
+void MlaSchedule::add_expanded(const Run& run, const RowSpan& span, int64_t r0, int64_t r1, int64_t fair) {
+  const int64_t cost = expanded_cost(shape, run.batch.source->context_len[span.sequence] + r0, r1 - r0);
   const int64_t heads = std::clamp<int64_t>(fair / (4 * cost), 1, shape.heads);
   for (int64_t h = 0; h < shape.heads; h += heads) {
     MlaTask t{};
     t.expanded = true;
-    t.sequence = s;
+    t.sequence = span.sequence;
     t.h0 = h;
     t.h1 = std::min(h + heads, shape.heads);
     t.r0 = r0;
@@ -132,7 +150,9 @@ void MlaSchedule::add_expanded(const Run& run, int64_t s, int64_t r0, int64_t r1
 
 std::shared_ptr<MlaSchedule> mla_schedule(StepReader& s) {
   const MlaShape shape{s.positive("heads", s.step.heads), s.positive("nope", s.step.nope), s.positive("rope", s.step.rope),
-                       s.positive("rank", s.step.rank),   s.positive("v_dim", s.step.v_dim), (s.step.flags & DSO_FLAG_EXPAND) != 0};
+                       s.positive("rank", s.step.rank),   s.positive("v_dim", s.step.v_dim), s.step.top_k, (s.step.flags & DSO_FLAG_EXPAND) != 0};
+  if (shape.top_k < 0) s.refuse("top_k is %d", s.step.top_k);
+  if (shape.top_k > 0 && shape.expand) s.refuse("top_k is %d, but chosen tokens are never expanded", s.step.top_k);
   if (shape.expand && !shape.can_expand())
     s.refuse("heads of %lld, with values of %lld, cannot be expanded: both must be even and at most %d", (long long)shape.head_dim(), (long long)shape.v_dim, int(max_head_dim));
   auto& known = s.plan().mla_schedules;

@@ -1,4 +1,5 @@
-"""DeepSeek's sparse attention, native: the indexer by itself against the reference's scores, on every ISA."""
+"""DeepSeek's sparse attention, native, on every ISA: the indexer by itself against scores in doubles, and whole models against
+Transformers'."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.backends.reference.latent import index_scores
 from deepseek_optimizer.backends.reference.ops import layer_norm, rope, rope_table
+from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import Graph, LatentSpec, Node, Value
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, random_ids
+from support.models import CASES, assert_close_rows, deepseek_v32, random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, run_step, runner
 
 from .packing import packed_weights
@@ -104,3 +106,80 @@ def test_the_choice_is_that_of_the_scores(backend, kv, tie):
     assert torch.equal(made, chosen_by(r, ids, (1, 7, 39, 1, 1, 64)))
     assert torch.equal(made, chosen_by(r, ids, (100, 1, 1, 150), DECODE))
     check_choice(chosen_by(runner(ReferenceBackend(), indexer_graph(), weights, kv=kv), ids), scores, tie)
+
+
+# ---- whole models
+
+
+def sparse_model(top_k: int):
+    """Without experts, whose own near ties would say nothing of attention."""
+    return random_model(deepseek_v32(first_k_dense_replace=3, index_topk=top_k))
+
+
+def sparse_runner(backend, model, format_name: str = "fp32", names: list[str] | None = None, **options):
+    graph, _ = rules.apply(build_graph(model.config), names)
+    return runner(backend, graph, packed_weights(weights_of(model), format_name), **options)
+
+
+@pytest.mark.parametrize(("top_k", "tokens"), [(16, 1), (16, 17), (16, 257), (40, 600), (300, 1000)])
+def test_fp32_equals_transformers(backend, top_k, tokens):
+    """No row of these has a tie: rows that do are rare."""
+    model = sparse_model(top_k)
+    ids = random_ids(model.config, tokens)
+    r, expected = sparse_runner(backend, model), transformers_logits(model, ids)
+    assert_close_rows(r.logits(ids), expected)
+    assert_close_rows(r.logits(ids, phase=DECODE), expected)
+    assert_close_rows(r.logits(ids, chunks=(1, 7, 64, 1, 1)), expected)
+
+
+@pytest.mark.parametrize("names", [[], ["mla_absorb"], ["qkv", "layer_norm"]], ids=["no-rule", "absorbed", "expanded"])
+def test_rules(backend, names):
+    model = sparse_model(16)
+    ids = random_ids(model.config, 120)
+    assert_close_rows(sparse_runner(backend, model, names=names).logits(ids, chunks=(50,)), transformers_logits(model, ids))
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("format_name", ["fp32", "int8"])
+def test_a_row_is_the_same_in_any_company(backend, format_name, kv):
+    model = sparse_model(40)
+    r = sparse_runner(backend, model, format_name, kv=kv)
+    ids = random_ids(model.config, 150)
+    alone = r.logits(ids, phase=DECODE)
+    assert torch.equal(alone, r.logits(ids, chunks=(1, 30, 5, 40, 1), phase=DECODE))
+    others = [r.sequence() for _ in range(3)]
+    for other, n in zip(others, (90, 3, 60), strict=True):
+        run_step(r.plan, r.store, [Part(other, random_ids(model.config, n, seed=n))])
+    mine, rows = r.sequence(), []
+    for begin, end in ((0, 30), (30, 33), (33, 34), (34, 150)):
+        decoding = [Part(others[0], [5], DECODE), Part(others[1], [7, 8, 9], DECODE), Part(mine, ids[begin:end], DECODE)]
+        parts = [*decoding, Part(others[2], random_ids(model.config, 35, seed=begin))]
+        rows.append(run_step(r.plan, r.store, parts).logits[4 : 4 + end - begin])
+    assert torch.equal(alone, torch.cat(rows))
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16"])
+def test_after_a_crop(backend, kv):
+    """On both sides of top_k: what was cropped is forgotten, index keys too."""
+    model = sparse_model(40)
+    r = sparse_runner(backend, model, kv=kv)
+    ids, other = random_ids(model.config, 120), random_ids(model.config, 120, seed=1)
+    for keep in (20, 75):
+        blocks = r.sequence()
+        run_step(r.plan, r.store, [Part(blocks, ids, DECODE)])
+        blocks.crop(keep)
+        again = run_step(r.plan, r.store, [Part(blocks, other, DECODE)]).logits
+        assert torch.equal(again, r.logits(ids[:keep] + other, phase=DECODE)[keep:])
+
+
+@pytest.mark.parametrize(("kv", "tolerance"), [("bf16", 4e-2), ("int8", 6e-2)])
+def test_what_small_caches_cost(backend, kv, tolerance):
+    """In the mean over rows: rounding also makes near scores change places, and who sees another token is another row."""
+    model = sparse_model(40)
+    ids = random_ids(model.config, 300)
+    expected = transformers_logits(model, ids)
+    for phase in (DECODE, PREFILL):
+        made = sparse_runner(backend, model, kv=kv).logits(ids, phase=phase)
+        error = (made - expected).abs().amax(-1) / expected.abs().amax(-1)
+        assert error.mean() <= tolerance
+        assert error[:40].max() <= tolerance / 2  # that see all

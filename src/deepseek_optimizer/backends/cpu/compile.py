@@ -153,6 +153,8 @@ class _Compiler:
         if node.op == "mla_attention":
             absorbed = node.attrs["form"] == "absorbed"
             row["form"] = "absorbed (decode), cheaper form (prefill)" if absorbed else "expanded"
+            if node.attrs.get("top_k"):
+                row["form"] += f"; sparse (absorbed) beyond {node.attrs['top_k']} tokens"
         return row
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ...graph.ir import Graph, Node, Value
-from .mla_weights import key_stack, value_stack
+from .mla_weights import absorbs, key_stack, value_stack
 
 # The op's output (by index) that the native step can write in any kind.
 WRITES_ANY = {
@@ -70,7 +70,7 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         halves = tuple(replace(out, name=f"{out.name}.{part}") for part in ("gate", "up"))
         pair = node.with_(outputs=halves)
         return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node("swiglu", halves, node.outputs)]
-    if node.op == "mla_attention" and node.attrs["form"] == "absorbed":
+    if absorbs(node):
         return _absorbed(node)
     if node.op == "router":
         routes = node.outputs[0]
@@ -85,12 +85,13 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
 def _absorbed(node: Node) -> list[Node]:
     """Queries to the space of latents, attention, and sums of latents to values. Rows that the step expands after all go past
     both products."""
-    (q, *chosen), (out,), (kv_b,), a = node.inputs, node.outputs, node.weights, node.attrs
+    (q, *chosen), (out,), (kv_b,) = node.inputs, node.outputs, node.weights
+    a = {**node.attrs, "form": "absorbed", "top_k": chosen[0].width if chosen else 0}
     absorbed = Value(f"{out.name}.q", a["heads"] * (a["rank"] + a["rope"]))
     sums, expanded = Value(f"{out.name}.latents", a["heads"] * a["rank"]), Value(f"{out.name}.expanded", out.width)
     return [
         Node("mla_absorb", (q,), (absorbed,), (key_stack(kv_b),), a),
-        node.with_(inputs=(q, absorbed, *chosen), outputs=(sums, expanded)),
+        node.with_(inputs=(q, absorbed, *chosen), outputs=(sums, expanded), attrs=a),
         Node("mla_value", (sums, expanded), (out,), (value_stack(kv_b),), a),
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import Graph
+from ...graph.ir import Graph, Node
 from ...quant import get_format
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack
@@ -32,6 +32,12 @@ def value_stack(kv_b: str) -> str:
     return f"{kv_b}:values"
 
 
+def absorbs(node: Node) -> bool:
+    """Whether plans have this attention in absorbed form: also where it is sparse, whatever the graph says. Expanding the few
+    tokens that a row chose, for that row alone, is never cheaper."""
+    return node.op == "mla_attention" and (node.attrs["form"] == "absorbed" or len(node.inputs) > 1)
+
+
 def absorbed_stacks(context: Context, graph: Graph, weights: Mapping[str, Any]) -> dict[str, PackedStack]:
     """Both stacks of every kv_b that the graph absorbs, by the names above. Other weights are not looked at.
 
@@ -39,7 +45,7 @@ def absorbed_stacks(context: Context, graph: Graph, weights: Mapping[str, Any]) 
     """
     stacks = {}
     for node in graph.nodes:
-        if node.op != "mla_attention" or node.attrs["form"] != "absorbed":
+        if not absorbs(node):
             continue
         (name,), a = node.weights, node.attrs
         matrix, shape = weights.get(name), (a["heads"] * (a["nope"] + a["v_dim"]), a["rank"])
