@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -186,3 +187,46 @@ def test_every_field_is_documented():
     for field in fields(DeepSeekConfig):
         if field.name != "quant_method":
             assert f"{field.name}:" in DeepSeekConfig.__doc__
+
+
+class TestFormatsByPattern:
+    CONFIG = DeepSeekConfig(
+        precision="int4",
+        formats={
+            "model.layers.*.mlp.experts.*": "int8",
+            "model.layers.1.*": "bf16",
+            "model.layers.1.mlp.experts.down_proj": "q4_1",
+        },
+    )
+
+    @pytest.mark.parametrize(
+        ("module", "format"),
+        [
+            ("model.layers.1.mlp.experts.down_proj", "q4_1"),
+            ("model.layers.1.mlp.experts.gate_up_proj", "int8"),
+            ("model.layers.1.self_attn.o_proj", "bf16"),
+            ("model.layers.11.self_attn.o_proj", None),
+            ("model.layers.1", None),
+            ("lm_head", None),
+        ],
+    )
+    def test_a_name_goes_before_patterns_and_the_first_pattern_wins(self, module: str, format: str | None) -> None:
+        assert self.CONFIG.named_format(module) == format
+        assert self.CONFIG.format_of(f"{module}.weight", "bf16") == (format or "int4")
+
+    def test_dots_are_dots(self) -> None:
+        assert DeepSeekConfig(formats={"a.*.c": "int8"}).named_format("aXbXc") is None
+        assert DeepSeekConfig(formats={"a.[bc]": "int8"}).named_format("a.b") is None, "only * is special"
+
+    def test_entries_without_a_match(self) -> None:
+        modules = ["model.layers.1.mlp.experts.down_proj", "lm_head"]
+        config = DeepSeekConfig(formats={"lm_head": "int8", "*.experts.*": "int8", "*.expert.*": "int8", "head": "int8"})
+        assert config.unmatched(modules) == ["*.expert.*", "head"]
+
+    @pytest.mark.parametrize(
+        ("fields", "format"),
+        [({"precision": "int4"}, "int8"), ({"precision": "bf16"}, "bf16"), ({"precision": "int8"}, "int8"), ({}, "q4_1"),
+         ({"precision": "int4", "formats": {"a": "int4"}}, "int4")],
+    )  # fmt: skip
+    def test_the_least_format_holds_for_precision_alone(self, fields: dict[str, Any], format: str) -> None:
+        assert DeepSeekConfig(**fields).format_of("a.weight", "q4_1", "int8") == format

@@ -7,7 +7,8 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, Literal
 
@@ -158,8 +159,10 @@ class DeepSeekConfig(QuantizationConfigMixin):
         kl_budget: only with precision "auto": the smallest formats are chosen, matrix by matrix, with which the mean KL
             divergence to the model as it is stays within this many nats a token, as measured on the calibration text (without
             one: on a text that every Python ships). int8 throughout costs some thousandths, int4 some tenths. None: no loss.
-        formats: format of single matrices by module name, such as {"lm_head": "int8"}; goes before `precision`. After a load
-            with `kl_budget` these are the formats that were chosen; matrices named beforehand keep theirs.
+        formats: format of single matrices by module name, such as {"lm_head": "int8"}, or of all that a pattern with * fits,
+            such as {"model.layers.*.mlp.experts.*": "int8"}; goes before `precision`. A name goes before patterns, of those the
+            first that fits. After a load with `kl_budget` these are the formats that were chosen; matrices named beforehand
+            keep theirs.
         curve: size and quality of the choices that were measured, as found in a packed checkpoint; not for users.
         modules: format and shape of every packed matrix by module name, as found in a packed checkpoint; not for users.
         format_version: version of that description; not for users.
@@ -246,16 +249,32 @@ class DeepSeekConfig(QuantizationConfigMixin):
         """Whether formats are still to be chosen; those of a packed model are."""
         return self.kl_budget is not None and self.modules is None
 
-    def format_of(self, weight: str, natural: str) -> str:
-        """Name of the format that one weight matrix is loaded in; `natural` is the one that keeps it as it is."""
+    def format_of(self, weight: str, natural: str, least: str | None = None) -> str:
+        """Name of the format that one weight matrix is loaded in.
+
+        Args:
+            natural: the one that keeps it as it is.
+            least: the smallest that `precision` may make it; one named in `formats` may be smaller.
+        """
         module = weight.removesuffix(".weight")
         if self.modules and module in self.modules:
             return str(self.modules[module]["format"])
         if self.chooses_formats:  # on the model as it is
             return natural
-        if self.formats and module in self.formats:
-            return self.formats[module]
-        return natural if self.precision == "auto" else self.precision
+        if (named := self.named_format(module)) is not None:
+            return named
+        if self.precision == "auto":
+            return natural
+        return self.precision if least is None else larger(self.precision, least)
+
+    def named_format(self, module: str) -> str | None:
+        """What `formats` says of a module: by its name, or else by the first pattern that fits it."""
+        formats = self.formats or {}
+        return formats.get(module) or next((f for entry, f in formats.items() if _fits(entry, module)), None)
+
+    def unmatched(self, modules: Collection[str]) -> list[str]:
+        """The entries of `formats` that none of these modules has or fits."""
+        return [e for e in self.formats or () if e not in modules and not any(_fits(e, module) for module in modules)]
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types; `from_dict` reads them back to an equal config."""
@@ -271,6 +290,16 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def larger(*formats: str) -> str:
+    """The format with the most bits a weight; the first of equals."""
+    return max(formats, key=lambda name: get_format(name).bits)
+
+
+def _fits(entry: str, module: str) -> bool:
+    """Whether an entry of `formats` is a pattern, and this module's name fits it: * stands for any characters."""
+    return "*" in entry and re.fullmatch(".*".join(map(re.escape, entry.split("*"))), module) is not None
 
 
 def _jsonable(value: Any) -> Any:
