@@ -19,12 +19,12 @@ from ..backends.base import BLOCK_TOKENS, PREFILL, Backend, KvStore, StepBatch
 from ..graph import rules
 from ..graph.ir import Graph
 from ..graph.resume import resumed
-from ..quant import PackedMatrix
+from ..quant import PackedWeight
 from .budget import Option
 from .groups import Group
 
 Float32 = npt.NDArray[np.float32]
-Repack = Callable[[str, str], PackedMatrix]  # a matrix's name, format -> that matrix in it; the model's own where it has it
+Repack = Callable[[str, str], PackedWeight]  # a matrix's name, format -> that matrix in it; the model's own where it has it
 
 FORMATS = ("int4", "q4_1", "int8", "bf16")  # that a group may be given, the smallest first
 
@@ -63,7 +63,7 @@ class Probe:
         for i in range(0, len(logits), _KL_ROWS):
             logits[i : i + _KL_ROWS] = _log_softmax(logits[i : i + _KL_ROWS])
 
-    def kl(self, replaced: Mapping[str, PackedMatrix], start: int | None = None, kv_dtype: str | None = None) -> float:
+    def kl(self, replaced: Mapping[str, PackedWeight], start: int | None = None, kv_dtype: str | None = None) -> float:
         """Mean KL divergence, in nats a token, with some matrices replaced.
 
         Args:
@@ -80,7 +80,7 @@ class Probe:
         """Bytes of a group as it is."""
         return sum(self.weights[name].nbytes for name in group.matrices)
 
-    def _run(self, graph: Graph, replaced: Mapping[str, PackedMatrix], kv_dtype: str) -> tuple[Float32, Any]:
+    def _run(self, graph: Graph, replaced: Mapping[str, PackedWeight], kv_dtype: str) -> tuple[Float32, Any]:
         plan = self.backend.compile(graph, {**self.weights, **replaced}, **self._options)
         if kv_dtype not in self._stores:
             self._stores[kv_dtype] = self.backend.new_store(graph, kv_dtype, self._batch.block_table.size)

@@ -14,7 +14,7 @@ import torch
 from ..errors import CheckpointError
 from ..quant import PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_ROWS
-from ..quant.tiles import empty_tiles, panels, tile_counts
+from ..quant.tiles import empty_stack, empty_tiles, panels
 from .stacks import Part, StackShape, is_stack, merged_shape, parts
 
 PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
@@ -110,7 +110,7 @@ class Checkpoint(ABC):
     def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
         """A stack in `format`, matrix by matrix into its place, each as `packed` does it."""
         count, rows, cols = shape
-        out = torch.empty(count, *tile_counts(rows, cols), get_format(format).tile_bytes, dtype=torch.uint8)
+        out = empty_stack(count, rows, cols, get_format(format).tile_bytes)
         for i, part in enumerate(self.parts(name, shape)):
             self.pack_rows(part.tensor, part.row, part.row + rows, format, packer, out[i])
         return PackedStack(format, count, rows, cols, out)

@@ -5,6 +5,7 @@ Beside the model as it is, the matrices of the choice that is being measured are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ from ..calibration.groups import Group, format_groups
 from ..calibration.search import Point, search
 from ..calibration.sensitivity import Probe, measure
 from ..calibration.text import read_text, sample_text, stretches
-from ..config import DeepSeekConfig
-from ..quant import PackedMatrix, get_format
+from ..config import DeepSeekConfig, larger
+from ..graph.least import least_formats
+from ..quant import PackedMatrix, PackedStack, PackedWeight, get_format
 from ..quant.base import TILE_ROWS
-from ..quant.tiles import empty_tiles, panels
+from ..quant.tiles import empty_stack, empty_tiles, panels
 from .importance import measure_importance
 from .progress import counted
 from .runtime import Runtime, kv_dtype, packer_of, plan_graph, runtime_of
@@ -70,7 +72,7 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     matrices = trial.assembled(chosen.choice)
     _put_in_place(model, runtime, matrices)
     runtime.config.formats = {name.removesuffix(".weight"): matrix.format for name, matrix in matrices.items()}
-    weights = sum(m.rows * m.cols for m in matrices.values())
+    weights = sum(math.prod(m.shape) for m in matrices.values())
     runtime.config.curve = tuple(_described(point, weights, point is chosen) for point in curve)
     rebind(model)
 
@@ -88,29 +90,40 @@ class _Trial:
         model, backend = runtime.model, runtime.backend
         self.config, self.groups, self.backend, self.importance = runtime.config, groups, backend, importance
         self.weights = weights_of(model, runtime.graph)
-        self.stored = {name: w for name, w in self.weights.items() if isinstance(w, PackedMatrix)}
-        self.packed: dict[str, PackedMatrix] = {}
+        self.stored = {name: w for name, w in self.weights.items() if isinstance(w, PackedWeight)}
+        self.least = least_formats(runtime.graph)
+        self.packed: dict[str, PackedWeight] = {}
         as_it_is = kv_dtype("auto", [m.format for m in self.stored.values()])
         options = runtime.compile_options()
         self.probe = Probe(backend, plan_graph(model.config, ())[0], self.weights, texts, as_it_is, **options)
 
     def held(self, name: str, format: str | None) -> str:
         """The format of a matrix whose group has `format`: what the user named, or its own where the other is no smaller."""
-        own, fixed = self.stored[name].format, (self.config.formats or {}).get(name.removesuffix(".weight"))
+        own, fixed = self.stored[name].format, self.config.named_format(name.removesuffix(".weight"))
         if fixed is not None or format is None:
             return fixed or own
+        format = larger(format, self.least.get(name, format))
         return format if get_format(format).bits < get_format(own).bits else own
 
-    def repack(self, name: str, format: str) -> PackedMatrix:
-        matrix = self.stored[name]
-        return matrix if matrix.format == format else _repacked(matrix, format, self.backend, self.importance.get(name))
+    def repack(self, name: str, format: str) -> PackedWeight:
+        weight, importance = self.stored[name], self.importance.get(name)
+        if weight.format == format:
+            return weight
+        if isinstance(weight, PackedMatrix):
+            tiles = empty_tiles(*weight.shape, get_format(format).tile_bytes)
+            _repack(weight, format, self.backend, importance, tiles)
+            return PackedMatrix(format, *weight.shape, tiles)
+        stack = empty_stack(*weight.shape, get_format(format).tile_bytes)
+        for i in range(weight.count):
+            _repack(weight.matrix(i), format, self.backend, importance, stack[i])
+        return PackedStack(format, *weight.shape, stack)
 
     def base(self) -> float:
         """The KL of the cache's storage: what the user asked for, or bf16 as soon as one matrix is no longer fp32."""
         kind = kv_dtype(self.config.kv_cache, ["int8"])
         return 0.0 if kind == self.probe.kv_dtype else self.probe.kl({}, kv_dtype=kind)
 
-    def assembled(self, choice: Choice) -> dict[str, PackedMatrix]:
+    def assembled(self, choice: Choice) -> dict[str, PackedWeight]:
         """All matrices in the formats of a choice; those that the last one had too are not packed again."""
         wanted = {
             name: format
@@ -126,13 +139,11 @@ class _Trial:
         return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config.kv_cache, [m.format for m in matrices.values()]))
 
 
-def _repacked(matrix: PackedMatrix, format: str, backend: Any, importance: torch.Tensor | None) -> PackedMatrix:
-    """The matrix in another format, by panels of rows: it never stands in memory as floats. `importance`: see `Packer`."""
+def _repack(matrix: PackedMatrix, format: str, backend: Any, importance: torch.Tensor | None, tiles: torch.Tensor) -> None:
+    """Fills `tiles` with the matrix in another format, by panels of rows: it never stands in memory as floats."""
     packer, unpacker = packer_of(backend), getattr(backend, "unpack", _unpacked)
-    tiles = empty_tiles(matrix.rows, matrix.cols, get_format(format).tile_bytes)
     for begin, end in panels(matrix.rows, matrix.cols):
         packer(unpacker(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)], importance)
-    return PackedMatrix(format, matrix.rows, matrix.cols, tiles)
 
 
 def _unpacked(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
@@ -141,15 +152,17 @@ def _unpacked(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
     return get_format(matrix.format).unpack(tiles, end - begin, matrix.cols)
 
 
-def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedMatrix]) -> None:
+def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedWeight]) -> None:
     """Replaces the packed modules whose format changes, tied ones with one parameter again."""
     made: dict[str, nn.Parameter] = {}
     for site in sites(model, runtime.graph):
-        module, matrix = site.module, matrices[site.weight]
-        if module.format == matrix.format:
+        module: Any = site.module
+        formats = {leaf: matrices[weight].format for leaf, weight in site.weights.items()}
+        if all(held.format == formats[leaf] for leaf, held in module.held().items()):
             continue
-        twin = packed_twin(module, matrix.format, module.dtype)  # type: ignore[arg-type]
-        twin.weight = made.setdefault(site.weight, nn.Parameter(matrix.data, requires_grad=False))
+        twin = packed_twin(module, formats, module.dtype)
+        for leaf, weight in site.weights.items():
+            setattr(twin, leaf, made.setdefault(weight, nn.Parameter(matrices[weight].data, requires_grad=False)))
         twin.training = module.training
         setattr(site.parent, site.child, twin)
 

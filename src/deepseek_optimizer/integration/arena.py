@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 try:
@@ -20,15 +21,28 @@ RESERVE_BYTES = 256 << 20
 RESERVE_SHARE = 0.1
 
 
+@dataclass(frozen=True)
+class LatentRow:
+    """A token's row as the store reads it: a latent of `rank` numbers, then a turned key. `paired`: the key's pairs lie side by
+    side, where Transformers' own module has all first numbers before all second ones."""
+
+    rank: int
+    paired: bool
+
+
 class Arena:
     """Shared by all caches of a model. Every use of the manager goes through `locked`.
 
     Blocks of a cache that was garbage collected come back through `reclaim`, which may run at any moment, in any thread, even
     in the midst of an allocation: so it only queues them, and whoever holds the lock, or takes it next, frees them.
+
+    Args:
+        layers: the model's own; the store may have more.
+        latent: the shape of a latent cache's rows; None where it holds keys and values.
     """
 
-    def __init__(self, store: KvStore, layers: int) -> None:
-        self.store, self.layers = store, layers
+    def __init__(self, store: KvStore, layers: int, latent: LatentRow | None = None) -> None:
+        self.store, self.layers, self.latent = store, layers, latent
         self.manager = BlockManager(store.num_blocks)
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()  # taken after _lock where both are

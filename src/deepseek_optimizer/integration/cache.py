@@ -163,7 +163,8 @@ class PagedState:
 
 class PagedLayer(CacheLayerMixin):
     """One layer of a `PagedCache`, for those who look at layers. `keys` and `values` are read out of the blocks: float32 copies
-    [rows, kv_heads, columns, head_dim], zero in padding."""
+    [rows, kv_heads, columns, head_dim], zero in padding. Of a latent cache they are what Transformers caches there: latents
+    [rows, 1, columns, rank], and turned keys [rows, 1, columns, rope]."""
 
     is_compileable = False
     is_croppable = True
@@ -185,11 +186,20 @@ class PagedLayer(CacheLayerMixin):
     def _read(self, which: int) -> torch.Tensor:
         state, rows = self.state, []
         for i, sequence in enumerate(state.sequences):
-            found = state.arena.store.read(self.index, sequence.table(), sequence.tokens)[which]
+            found = self._of_sequence(sequence)[which]
             row = found.new_zeros(found.shape[0], state.columns, found.shape[2])
             row[:, slice(None) if state.kept is None else torch.from_numpy(state.kept[i])] = found
             rows.append(row)
         return torch.stack(rows) if rows else torch.empty(0)
+
+    def _of_sequence(self, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, tokens, width]."""
+        arena = self.state.arena
+        first, second = arena.store.read(self.index, sequence.table(), sequence.tokens)
+        if arena.latent is None:
+            return first, second
+        latent, turned = first[None, :, : arena.latent.rank], first[None, :, arena.latent.rank :]
+        return latent, torch.cat((turned[..., 0::2], turned[..., 1::2]), -1) if arena.latent.paired else turned
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: blocks are taken as tokens come."""

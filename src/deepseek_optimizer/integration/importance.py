@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..calibration.text import LENGTH, read_text, stretches
 from ..checkpoint import Checkpoint, PackedCheckpoint, load_tokenizer
 from ..config import DeepSeekConfig
 from ..quant import WEIGHED
+from .packed_experts import PackedExperts
 from .progress import counted
 from .runtime import runtime_of
 from .swap import sites
@@ -47,7 +49,8 @@ def importance_for(
 def measure_importance(
     model: Any, texts: Sequence[torch.Tensor], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Float32 [K], of mean 1, for each matrix that products read; an embedding that no head shares has none.
+    """Float32 [K], of mean 1, for each matrix that products read, and for each stack of experts, whose matrices share it; an
+    embedding that no head shares has none.
 
     Args:
         model: optimised, packed without loss.
@@ -55,17 +58,35 @@ def measure_importance(
         progress: called after each text with how many are done, and how many there are.
     """
     found = sites(model, runtime_of(model).graph)
-    linear = {site.weight: site.module for site in found if isinstance(site.module, nn.Linear)}
-    head = model.get_output_embeddings()
-    columns = ColumnSquares()
-    with one_torch_thread(), torch.inference_mode(), columns.watching({name: m for name, m in linear.items() if m is not head}):
+    head, columns = model.get_output_embeddings(), ColumnSquares()
+    read_by_head = [site.weights["weight"] for site in found if site.module is head and isinstance(head, nn.Linear)]
+    readers: dict[str, nn.Module] = {
+        site.weights["weight"]: site.module for site in found if isinstance(site.module, nn.Linear)
+    }
+    experts = [site for site in found if isinstance(site.module, PackedExperts)]
+    readers |= {site.weights["gate_up_proj"]: site.module for site in experts}  # of all: every token goes to as many
+    with one_torch_thread(), torch.inference_mode(), ExitStack() as watching:
+        watching.enter_context(columns.watching({name: m for name, m in readers.items() if name not in read_by_head}))
+        for site in experts:
+            watching.enter_context(_listening(site.module, partial(columns.add, site.weights["down_proj"])))
         for done, ids in enumerate(texts, 1):
             hidden = model.base_model(ids, use_cache=False)[0]
-            for name in (name for name, module in linear.items() if module is head):
+            for name in read_by_head:
                 columns.add(name, hidden)  # what the head reads: its logits are not needed
             if progress is not None:
                 progress(done, len(texts))
     return columns.importance()
+
+
+@contextmanager
+def _listening(experts: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """What `experts` make of their gates and ups goes to `listener`. A layer's experts share the weights of down's columns: a
+    single one sees too few tokens of a short text."""
+    experts.listener = listener
+    try:
+        yield
+    finally:
+        experts.listener = None
 
 
 @contextmanager

@@ -26,10 +26,12 @@ from ..checkpoint import (
 from ..checkpoint.load import IGNORED
 from ..config import DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
+from ..graph.least import exact_weights
 from ..models import check_config
 from ..quant import PackedWeight, Packer
 from .adapt import adapt, calibration_tokens
 from .importance import importance_for
+from .mtp_layers import mtp_notes, stored_mtp_layers
 from .runtime import choose_backend, packer_of, plan_graph
 from .swap import expected_tensors, swap_on_meta
 from .wrapper import bind
@@ -76,7 +78,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
             cast = dtype if settings.precision == "fp32" else None
             _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
         name_source(model, checkpoint.path, dtype)
-        notes += checkpoint.remarks()
+        notes += checkpoint.remarks() + mtp_notes(checkpoint, model.config)
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     bind(model.eval(), settings, bytes_before=total, notes=notes)
@@ -99,7 +101,7 @@ def sketch(
     model = _empty_model(raw, checkpoint.path)
     dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
     graph, _ = plan_graph(model.config, ())
-    swap_on_meta(model, graph, settings, dtype, checkpoint.natural_format)
+    swap_on_meta(model, graph, settings, dtype, checkpoint.own_format)
     return model, settings, dtype
 
 
@@ -140,7 +142,10 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
 
 
 def _other_formats(given: dict[str, str] | None, modules: dict[str, Any]) -> bool:
-    return any(modules.get(name, {}).get("format") != format for name, format in (given or {}).items())
+    """Whether `formats` asks for what the packed `modules` are not in, or for what is not there."""
+    wanted = DeepSeekConfig(formats=given)
+    named = {module: wanted.named_format(module) for module in modules}
+    return bool(wanted.unmatched(modules)) or any(f not in (None, modules[module]["format"]) for module, f in named.items())
 
 
 def _empty_model(raw: dict[str, Any], path: Path) -> Any:
@@ -156,21 +161,26 @@ def _empty_model(raw: dict[str, Any], path: Path) -> Any:
         raise ConfigError(f"{path}: Transformers cannot use this config: {' '.join(str(error).split())}") from error
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is not None and any(b.is_meta for b in child._buffers.values() if b is not None):
+            if child is not None and any(child._buffers[b].is_meta for b in child._non_persistent_buffers_set):
                 parent._modules[name] = type(child)(config=model.config)  # rotary embeddings: buffers follow from the config
     return model
 
 
 def _float_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of what is not packed: that of the norms as stored."""
-    stored = next((_FLOATS[i.dtype] for i in checkpoint.tensors.values() if len(i.shape) == 1 and i.dtype in _FLOATS), None)
+    norms = (i for i in checkpoint.tensors.values() if len(i.shape) == 1 and i.name.endswith("layernorm.weight"))
+    stored = next((_FLOATS[i.dtype] for i in norms if i.dtype in _FLOATS), None)
     return stored or torch.bfloat16
 
 
 def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]) -> None:
     for name, value in weights:
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = nn.Parameter(value.data, requires_grad=False)
+        module = model.get_submodule(path)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value.data
+        else:
+            module._parameters[leaf] = nn.Parameter(value.data, requires_grad=False)
     for target, source in dict(model.all_tied_weights_keys or {}).items():
         path, _, leaf = target.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
@@ -185,13 +195,16 @@ def weights_for(
     importance: Mapping[str, torch.Tensor] | None = None,
     order: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
-    """What a sketched model wants, as `stream_weights` has it. `cast`: the dtype of plain tensors; None: as they are stored."""
-    tied = dict(model.all_tied_weights_keys or {})
+    """What a sketched model wants, as `stream_weights` has it; what is kept exact (`exact_weights`) as float32. `cast`: the
+    dtype of other plain tensors; None: as they are stored."""
+    tied, exact = dict(model.all_tied_weights_keys or {}), exact_weights(plan_graph(model.config, ())[0])
     wanted, shapes = expected_tensors(model)
     ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
+    ignored += [re.escape(tensor) for layer in stored_mtp_layers(checkpoint, model.config) for tensor in layer]
     streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored), importance, order)
     for name, value in streamed:
-        yield name, value if isinstance(value, PackedWeight) or cast is None else value.to(cast)
+        kept = torch.float32 if name in exact else cast
+        yield name, value if isinstance(value, PackedWeight) or kept is None else value.to(kept)
         del value  # the caller has it; nothing here may keep it alive
 
 

@@ -1,4 +1,5 @@
 """`PackedLinear` and `PackedEmbedding`: they stand where Transformers' modules stood and own the packed weights.
+`packed_experts.py` has the third.
 
 Weights live here once; a plan binds the same storage. Each module also has a forward of its own, correct and differentiable
 in its input, for what the plan does not serve: training of adapters, inner hooks, attention weights.
@@ -16,26 +17,42 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedRequestError
-from ..quant import PackedMatrix, get_format, take_rows, unpack
+from ..quant import PackedMatrix, PackedWeight, get_format, take_rows, unpack
 from ..quant.tiles import panels, tile_counts
 
 # (x [..., K], W, bias [N] or None) -> float32 [..., N]
 Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Tensor]
 
 
-def _empty_tiles(rows: int, cols: int, format_name: str, device: Any) -> nn.Parameter:
-    shape = (*tile_counts(rows, cols), get_format(format_name).tile_bytes)
+class Packed(nn.Module):
+    """What the packed modules have in common.
+
+    Attributes:
+        dtype: floating point type of the model around, which a cast is measured against.
+    """
+
+    dtype: torch.dtype
+
+    def held(self) -> dict[str, PackedWeight]:
+        """The packed weights, by the parameter's name in this module."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Refuses a cast: tiles have no other dtype, and to cast only what is left (norms, biases) would be half a cast."""
+        wanted = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if wanted != self.dtype:
+            formats = ", ".join(dict.fromkeys(weight.format for weight in self.held().values()))
+            raise UnsupportedRequestError(
+                f"this model's weights are packed as {formats}, so it cannot be cast from {self.dtype} to {wanted}; "
+                f"load the original again with dtype={wanted}, or with another precision"
+            )
+        return super()._apply(fn, recurse)
+
+
+def empty_tiles(rows: int, cols: int, format_name: str, device: Any, count: tuple[int, ...] = ()) -> nn.Parameter:
+    """Uninitialised tiles of a matrix, or of a stack of `count`, as a parameter without gradient."""
+    shape = (*count, *tile_counts(rows, cols), get_format(format_name).tile_bytes)
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
-
-
-def _keep_dtype(module: PackedLinear | PackedEmbedding, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Refuses a cast: tiles have no other dtype, and to cast only what is left (norms, biases) would be half a cast."""
-    wanted = fn(torch.empty(0, dtype=module.dtype)).dtype
-    if wanted != module.dtype:
-        raise UnsupportedRequestError(
-            f"this model's weights are packed as {module.format}, so it cannot be cast from {module.dtype} to {wanted}; "
-            f"load the original again with dtype={wanted}, or with another precision"
-        )
 
 
 def matmul_panels(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,16 +70,16 @@ def _panel(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
     return unpack(PackedMatrix(matrix.format, end - begin, matrix.cols, tiles))
 
 
-class _PackedProduct(torch.autograd.Function):
-    """y = product(x); dL/dx = dL/dy @ W with W dequantised by panels. W itself has no gradient.
+class PackedProduct(torch.autograd.Function):
+    """y = product(x, W); dL/dx = dL/dy @ W with W dequantised by panels. W itself has no gradient.
 
     Rounding of the activations, where the format has any, is passed straight through.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: PackedLinear) -> torch.Tensor:
-        ctx.matrix, ctx.dtype = module.packed, x.dtype
-        return module.product(x, module.packed, None).to(x.dtype)
+    def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, product: Product) -> torch.Tensor:
+        ctx.matrix, ctx.dtype = matrix, x.dtype
+        return product(x, matrix, None).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -71,10 +88,10 @@ class _PackedProduct(torch.autograd.Function):
         out = flat.new_zeros(flat.shape[0], matrix.cols)
         for begin, end in panels(matrix.rows, matrix.cols):
             out.addmm_(flat[:, begin:end], _panel(matrix, begin, end).to(flat.device))
-        return out.view(*grad.shape[:-1], matrix.cols).to(ctx.dtype), None
+        return out.view(*grad.shape[:-1], matrix.cols).to(ctx.dtype), None, None
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     """y = x W^T + b with W packed.
 
     Args:
@@ -96,7 +113,7 @@ class PackedLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.in_features, self.out_features, self.format, self.dtype = in_features, out_features, format, dtype
-        self.weight = _empty_tiles(out_features, in_features, format, device)
+        self.weight = empty_tiles(out_features, in_features, format, device)
         # Frozen like the weights: an optimised model is for inference, and adapters bring parameters of their own.
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", made)
@@ -107,23 +124,22 @@ class PackedLinear(nn.Linear):
     def packed(self) -> PackedMatrix:
         return PackedMatrix(self.format, self.out_features, self.in_features, self.weight.data)
 
+    def held(self) -> dict[str, PackedWeight]:
+        return {"weight": self.packed}
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = _PackedProduct.apply(input, self)
+        out: torch.Tensor = PackedProduct.apply(input, self.packed, self.product)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W as float [N, K]."""
         return unpack(self.packed, dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        _keep_dtype(self, fn)
-        return super()._apply(fn, recurse)
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}"
 
 
-class PackedEmbedding(nn.Embedding):
+class PackedEmbedding(Packed, nn.Embedding):
     """Row look-up in a packed table [num_embeddings, embedding_dim]; arguments as `PackedLinear`'s.
 
     Attributes:
@@ -146,12 +162,15 @@ class PackedEmbedding(nn.Embedding):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.format, self.dtype = format, dtype
-        self.weight = _empty_tiles(num_embeddings, embedding_dim, format, device)
+        self.weight = empty_tiles(num_embeddings, embedding_dim, format, device)
         self._is_hf_initialized = True
 
     @property
     def packed(self) -> PackedMatrix:
         return PackedMatrix(self.format, self.num_embeddings, self.embedding_dim, self.weight.data)
+
+    def held(self) -> dict[str, PackedWeight]:
+        return {"weight": self.packed}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return take_rows(self.packed, input, self.dtype)
@@ -160,12 +179,5 @@ class PackedEmbedding(nn.Embedding):
         """The table as float."""
         return unpack(self.packed, dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        _keep_dtype(self, fn)
-        return super()._apply(fn, recurse)
-
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
-
-
-Packed = (PackedLinear, PackedEmbedding)

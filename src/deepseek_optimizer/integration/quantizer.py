@@ -7,6 +7,7 @@ plan takes over once all are there. A packed checkpoint goes the same way withou
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from ..checkpoint import Fp8Checkpoint, check_tensors, check_tokenizer_beside, l
 from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
+from ..graph.least import exact_weights
 from .mapped import MappedFiles
 from .modules import Packed
+from .mtp_layers import stored_mtp_layers
 from .runtime import choose_backend, packer_of, plan_graph
-from .swap import expected_tensors, swap_on_meta
+from .swap import expected_tensors, float_shape, swap_on_meta
 
 _FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
 
@@ -36,7 +39,7 @@ class PackingQuantizer(HfQuantizer):
     def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
         # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        self.not_finite: list[str] = []  # parameters that were found to hold NaN or infinity
+        self.refused: list[CheckpointError] = []  # what was found wrong with parameters as they came
         if self.pre_quantized:
             return
         self.quantization_config.modules = None
@@ -84,17 +87,28 @@ class PackingQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), Packed)
+        module = model.get_submodule(path)
+        return isinstance(module, Packed) and leaf in module.held()
 
     def get_quantize_ops(self) -> Any:
         from .pack_op import PackWeight  # what it stands on takes a second to import
 
         return PackWeight(self)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Experts are handed to `PackWeight` one by one, as they are stored: merged first, as Transformers does it, a layer of
+        them would be in memory three times."""
+        from .pack_op import unmerged
+
+        if self.pre_quantized:
+            return weight_conversions
+        return [unmerged(conversion) for conversion in weight_conversions]
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         graph, _ = plan_graph(model.config, ())
         dtype = kwargs.get("dtype") or model.dtype
         swap_on_meta(model, graph, self.quantization_config, dtype)
+        _expect_fp32(model, exact_weights(graph))
         _check_files(checkpoint_files, model)
         self.mapped = MappedFiles(checkpoint_files or ())
         if not self.pre_quantized:
@@ -115,11 +129,14 @@ class PackingQuantizer(HfQuantizer):
         from .adapt import adapt
         from .wrapper import bind
 
+        if self.refused:
+            raise self.refused[0]
         for name, module in model.named_modules():
-            if isinstance(module, Packed) and not getattr(module.weight, "_is_hf_initialized", False):
-                raise CheckpointError("is missing", file=model.config.name_or_path, tensor=f"{name}.weight")
+            for leaf in module.held() if isinstance(module, Packed) else ():
+                if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
+                    raise CheckpointError("is missing", file=model.config.name_or_path, tensor=f"{name}.{leaf}")
         vectors = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
-        for name in (*self.not_finite, *vectors):
+        for name in vectors:
             raise CheckpointError(
                 "holds NaN or infinite weights; fetch the file again", file=model.config.name_or_path, tensor=name
             )
@@ -143,10 +160,18 @@ def _expect_floats(model: Any, dtype: torch.dtype) -> None:
     """Float placeholders for the weights to come: before 5.24, Transformers casts what it reads to the placeholder's dtype."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        if isinstance(module, Packed):
-            shape = (module.packed.rows, module.packed.cols)
-            empty = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-            module.weight = made.setdefault(id(module.weight), empty)
+        for leaf, weight in module.held().items() if isinstance(module, Packed) else ():
+            empty = nn.Parameter(torch.empty(float_shape(leaf, weight), dtype=dtype, device="meta"), requires_grad=False)
+            setattr(module, leaf, made.setdefault(id(module._parameters[leaf]), empty))
+
+
+def _expect_fp32(model: Any, names: Iterable[str]) -> None:
+    """Before 5.24, Transformers made routers of the model's dtype, and would round what is stored in fp32."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            setattr(module, leaf, nn.Parameter(module._parameters[leaf].float(), requires_grad=False))
 
 
 def _check_files(files: Any, model: Any) -> None:
@@ -164,6 +189,7 @@ def _check_files(files: Any, model: Any) -> None:
         formats, shapes = expected_tensors(model)
         if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
             check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
+            stored_mtp_layers(checkpoint, model.config)
 
 
 def mark_quantized(model: Any, config: DeepSeekConfig) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..backends.base import BLOCK_TOKENS
+from ..graph.ir import Graph, LatentSpec
+from ..graph.least import least_formats
+from ..quant import PackedStack, PackedWeight
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,16 @@ class FormatRow:
 
 
 @dataclass(frozen=True)
+class ExpertsRow:
+    """The layers with experts. `chosen`: of `experts`, by a token; `bytes`: of all of them."""
+
+    layers: int
+    experts: int
+    chosen: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Attributes:
     family, backend, detail: the model's family; the backend, and its ISA and threads or device.
@@ -36,7 +53,9 @@ class Report:
     kernels: one row a step of the plan, as the backend describes it.
     bytes_before, bytes_after: of the weights, as given (file or float parameters) and as they are now.
     curve: where formats were chosen for a `kl_budget`: sizes and qualities that were measured, the smallest first.
-    kv_cache, kv_block_bytes: storage of the cache, bytes of a block of 32 tokens.
+    kv_cache, kv_block_bytes, kv_token_bytes: storage of the cache, bytes of a block of 32 tokens, and of one token.
+    latent: whether it holds latents (MLA) instead of keys and values.
+    experts: None where there are none.
     config: the settings.
     warnings: what works, but slower than it could, or is not exactly what was stored.
     """
@@ -55,6 +74,9 @@ class Report:
     bytes_after: int
     kv_cache: str
     kv_block_bytes: int
+    kv_token_bytes: int
+    latent: bool
+    experts: ExpertsRow | None
     config: dict[str, Any]
     warnings: tuple[str, ...]
 
@@ -78,7 +100,10 @@ class Report:
             table.add_row(f"  {point['bits']:.2f} bits{' (chosen)' if point['chosen'] else ''}", _point(point))
         if self.config["calibration"] is not None:
             table.add_row("calibration text", self.config["calibration"])
-        table.add_row("KV cache", f"{self.kv_cache}, {self.kv_block_bytes / 32 / 1024:,.1f} KiB a token")
+        if (e := self.experts) is not None:
+            table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} a token, {e.bytes / 1e6:,.1f} MB")
+        kind = f"{self.kv_cache} latents" if self.latent else self.kv_cache
+        table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes a token ({self.kv_token_bytes / 1024:,.1f} KiB)")
         for rule in self.rules:
             table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")
         if self.rules_left_out:
@@ -128,6 +153,33 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def _matrices(weight: PackedWeight) -> int:
+    return weight.count if isinstance(weight, PackedStack) else 1
+
+
+def _experts(graph: Graph, matrices: Mapping[str, PackedWeight]) -> ExpertsRow | None:
+    routers = [node for node in graph.nodes if node.op == "router"]
+    if not routers:
+        return None
+    size = sum(weight.nbytes for weight in matrices.values() if isinstance(weight, PackedStack))
+    return ExpertsRow(len(routers), routers[0].attrs["experts"], routers[0].attrs["top_k"], size)
+
+
+def _kept_larger(runtime: Any, matrices: Mapping[str, PackedWeight]) -> list[str]:
+    """A line for each kind of matrix that `precision` did not make as small as others."""
+    found: dict[tuple[str, str], int] = {}
+    config = runtime.config
+    for name in least_formats(runtime.graph):
+        path, format = name.removesuffix(".weight"), matrices[name].format
+        if config.precision not in ("auto", format) and config.named_format(path) is None:
+            key = path.rpartition(".")[2], format
+            found[key] = found.get(key, 0) + 1
+    return [
+        f"{count} x {kind} kept in {format}: {config.precision} would cost more there than elsewhere; `formats` can have it"
+        for (kind, format), count in found.items()
+    ]
+
+
 def make_report(runtime: Any) -> Report:
     """The report of an optimised model's runtime."""
     from ..graph.rules import RULES
@@ -135,9 +187,11 @@ def make_report(runtime: Any) -> Report:
     from .swap import matrices_of
 
     backend, graph = runtime.backend, runtime.graph
-    formats: dict[str, list[Any]] = {}
-    for matrix in matrices_of(runtime.model, graph).values():
+    matrices = matrices_of(runtime.model, graph)
+    formats: dict[str, list[PackedWeight]] = {}
+    for matrix in matrices.values():
         formats.setdefault(matrix.format, []).append(matrix)
+    block_bytes = backend.block_bytes(graph, runtime.kv_dtype)
     applied = tuple(RuleRow(r.rule, r.count, r.places) for r in runtime.rules)
     told_apart = ("modules", "format_version", "curve")
     config = {name: value for name, value in runtime.config.to_dict().items() if name not in told_apart}
@@ -150,7 +204,7 @@ def make_report(runtime: Any) -> Report:
         rules=applied,
         rules_left_out=tuple(name for name in RULES if name not in {row.rule for row in applied}),
         formats=tuple(
-            FormatRow(name, len(found), sum(m.rows * m.cols for m in found), sum(m.nbytes for m in found))
+            FormatRow(name, sum(map(_matrices, found)), sum(math.prod(m.shape) for m in found), sum(m.nbytes for m in found))
             for name, found in formats.items()
         ),
         curve=runtime.config.curve or (),
@@ -158,7 +212,10 @@ def make_report(runtime: Any) -> Report:
         bytes_before=runtime.bytes_before,
         bytes_after=parameter_bytes(runtime.model),
         kv_cache=runtime.kv_dtype,
-        kv_block_bytes=backend.block_bytes(graph, runtime.kv_dtype),
+        kv_block_bytes=block_bytes,
+        kv_token_bytes=block_bytes // BLOCK_TOKENS,
+        latent=isinstance(graph.cache, LatentSpec),
+        experts=_experts(graph, matrices),
         config=config,
-        warnings=tuple(runtime.notes),
+        warnings=(*runtime.notes, *_kept_larger(runtime, matrices)),
     )

@@ -20,8 +20,9 @@ from ..graph import rules
 from ..graph.ir import Graph
 from ..models import build_graph
 from ..quant import Packer, reference_packer
-from .arena import Arena, arena_blocks
+from .arena import Arena, LatentRow, arena_blocks
 from .modules import Packed, PackedLinear, matmul_panels
+from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
 
 _NO_PICKLE = "an optimised model cannot be pickled; save it with save_pretrained and load it with load_model"
@@ -160,7 +161,7 @@ class Runtime:
         if self._arena is None:
             blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), self.config.kv_cache_memory)
             store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
-            self._arena = Arena(store, self.graph.cache.layers)
+            self._arena = Arena(store, self.graph.hidden_states - 1, _latent_row(self.graph))
         return self._arena
 
     @property
@@ -172,7 +173,7 @@ class Runtime:
         """Packed modules compute with the backend's own product where it has one."""
         product = getattr(backend, "linear", None) or matmul_panels
         for module in self.model.modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, (PackedLinear, PackedExperts)):
                 module.product = Shared(product)
 
     def rebind(self) -> None:
@@ -286,11 +287,19 @@ def runtime_of(model: Any) -> Runtime:
     )
 
 
+def _latent_row(graph: Graph) -> LatentRow | None:
+    node = next((node for node in graph.nodes if node.op == "latent"), None)
+    if node is None:
+        return None
+    # V2's own module turns pairs in place; those that came later bring them into halves first, which changes no product.
+    return LatentRow(node.attrs["rank"], node.attrs["interleaved"] and graph.family != "deepseek_v2")
+
+
 def _check_bound(model: Any, graph: Graph) -> None:
     """Every packed matrix must be one that the graph reads: a head that should be tied but is not would be left out."""
     bound = {m.data.data_ptr() for m in matrices_of(model, graph).values()}
     for name, module in model.named_modules():
-        if isinstance(module, Packed) and module.weight.data_ptr() not in bound:
+        if isinstance(module, Packed) and any(w.data.data_ptr() not in bound for w in module.held().values()):
             raise ConfigError(
                 f"{name}.weight is not tied to the embedding, though config.tie_word_embeddings is true; set it to false"
             )

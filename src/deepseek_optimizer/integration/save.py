@@ -13,7 +13,7 @@ import torch
 from ..checkpoint import atomic_directory
 from ..checkpoint.packed import write_safetensors
 from .instance_method import InstanceMethod
-from .swap import matrices_of
+from .swap import weights_of
 
 
 class PackedSave(InstanceMethod):
@@ -48,10 +48,8 @@ class PackedSave(InstanceMethod):
 
     def _write(self, folder: Path) -> None:
         model, graph = self.runtime.model, self.runtime.graph
-        matrices = matrices_of(model, graph)
-        rest = {name: p.detach() for name, p in model.named_parameters() if name in graph.weights() and name not in matrices}
         save_configs(model, model.dtype, folder)
-        write_safetensors(folder / "model.safetensors", {**matrices, **rest})
+        write_safetensors(folder / "model.safetensors", weights_of(model, graph))
 
 
 def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:

@@ -213,6 +213,7 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     _describe(model, runtime)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    model._weight_conversions = []  # packed experts are saved as they are: Transformers would split them into float ones
     if "dso" not in model.__dict__:
         model.register_load_state_dict_post_hook(_rebind)
     runtime.attach(model)

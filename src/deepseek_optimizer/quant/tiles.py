@@ -34,6 +34,11 @@ def empty_tiles(rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
     return torch.empty(*tile_counts(rows, cols), tile_bytes, dtype=torch.uint8)
 
 
+def empty_stack(count: int, rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
+    """Uninitialised tiles of `count` matrices, uint8 [count, ceil(rows/16), ceil(cols/32), tile_bytes]."""
+    return torch.empty(count, *tile_counts(rows, cols), tile_bytes, dtype=torch.uint8)
+
+
 def panels(rows: int, cols: int, elements: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:
     """Row ranges [begin, end) of about `elements` numbers; every begin is a multiple of PANEL_ROWS."""
     step = max(PANEL_ROWS, elements // max(cols, 1) // PANEL_ROWS * PANEL_ROWS)
