@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.bench.process import PeakMemory
 from support.checkpoint_files import ARRAY, F32, STRING, U32, gguf_bytes, gguf_tensor, model_values
+from support.models import NATIVE_FAMILIES
 
 pytestmark = [
     pytest.mark.skipif(PeakMemory().bytes() is None, reason="the system does not tell the peak of a process's memory"),
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 4, 1024, 8192, 16384
+EXPERTS = 48  # of HIDDEN x HIDDEN: merged in floats on the way, they would take far more than the slack
 SLACK = 150_000_000  # the float file is three times as large, so that to keep it in memory fails
 CONVERT_SLACK = 100_000_000
 BIG, BIG_SLACK = os.environ.get("DSO_TEST_MODEL"), 500_000_000
@@ -133,6 +135,40 @@ def models(tmp_path_factory):
 )
 def test_peak_memory_stays_at_the_packed_size(models, tmp_path, way, kind):
     check(way, models[kind], tmp_path / "out", SLACK)
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """One layer of experts, as DeepSeek publishes them: 0.3 GB."""
+    square = torch.full((HIDDEN, HIDDEN), 0.01, dtype=torch.bfloat16)
+    layer, attention = "model.layers.0", {"q_proj": (96, HIDDEN), "kv_a_proj_with_mqa": (96, HIDDEN), "kv_b_proj": (128, 64)}
+    shapes = {f"{layer}.self_attn.{name}": shape for name, shape in {**attention, "o_proj": (HIDDEN, 64)}.items()}
+    shapes |= {f"{layer}.{name}_layernorm": (HIDDEN,) for name in ("input", "post_attention")}
+    shapes |= {f"{layer}.mlp.gate": (EXPERTS, HIDDEN), f"{layer}.self_attn.kv_a_layernorm": (64,), "model.norm": (HIDDEN,)}
+    shapes |= {"model.embed_tokens": (256, HIDDEN), "lm_head": (256, HIDDEN)}
+    weights = {f"{name}.weight": torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    for role in ("gate", "up", "down"):
+        weights |= {f"{layer}.mlp.experts.{e}.{role}_proj.weight": square.clone() for e in range(EXPERTS)}
+        weights[f"{layer}.mlp.shared_experts.{role}_proj.weight"] = square.clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {
+        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": HIDDEN, "num_hidden_layers": 1,
+        "intermediate_size": HIDDEN, "moe_intermediate_size": HIDDEN, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
+        "num_experts_per_tok": 4, "first_k_dense_replace": 0, "num_attention_heads": 1, "num_key_value_heads": 1,
+        "q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+        "vocab_size": 256, "max_position_embeddings": 256, "dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    yield tmp_path
+    (tmp_path / "model.safetensors").unlink()
+
+
+@pytest.mark.skipif("deepseek_v2" not in NATIVE_FAMILIES, reason="the native backend does not run these models yet")
+@pytest.mark.parametrize("way", ["load_model", "from_pretrained", "convert"])
+def test_experts_are_packed_one_by_one(experts, tmp_path, way):
+    check(way, experts, tmp_path / "out", SLACK)
 
 
 @pytest.mark.slow

@@ -1,0 +1,228 @@
+"""Checkpoints and configs of MoE and MLA models that lie: refused by name, before memory is taken for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
+from support.models import CASES, random_model
+
+EXPERTS = "model.layers.1.mlp.experts"
+MTP = "model.layers.3"
+
+
+def from_pretrained(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig(backend="reference"))
+
+
+both = pytest.mark.parametrize("load", [load_model, from_pretrained])
+
+
+def with_mtp_layer(folder: Path) -> None:
+    """What DeepSeek publishes has: one more layer, with two norms, a projection, and copies of the embedding and the head."""
+    tensors = load_file(folder / "model.safetensors")
+    layer = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in tensors.items() if ".layers.2." in n}
+    hidden = tensors["model.norm.weight"]
+    layer |= {f"{MTP}.{name}.weight": hidden.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    layer[f"{MTP}.eh_proj.weight"] = torch.randn(len(hidden), 2 * len(hidden))
+    layer[f"{MTP}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    layer[f"{MTP}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors | layer, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile") / "model"
+    random_model(CASES["deepseek_v3-groups"]()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy, to be spoilt."""
+    return Path(shutil.copytree(original, tmp_path / "m"))
+
+
+def set_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change(folder: Path, name: str, to: Any) -> None:
+    """`to`: what becomes of a tensor; None: it goes."""
+    tensors = load_file(folder / "model.safetensors")
+    old = tensors.pop(name, None)
+    if to is not None:
+        tensors[name] = to(old)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "to", "message"),
+    [
+        (f"{EXPERTS}.7.up_proj.weight", None, "lacks"),
+        (f"{EXPERTS}.11.down_proj.weight", None, "lacks"),
+        ("model.layers.2.mlp.gate.e_score_correction_bias", None, "lacks"),
+        ("model.layers.2.mlp.gate.weight", None, "lacks"),
+        ("model.layers.1.mlp.shared_experts.up_proj.weight", None, "lacks"),
+        ("model.layers.0.self_attn.kv_b_proj.weight", None, "lacks"),
+        (f"{EXPERTS}.12.down_proj.weight", lambda _: torch.zeros(72, 44), "expert 12, but the config has 12 experts"),
+        (f"{EXPERTS}.3.gate_proj.weight", lambda t: t[:-1].clone(), r"\(43, 72\), but the config makes it \(44, 72\)"),
+        (f"{EXPERTS}.3.down_proj.weight", lambda t: t.t().contiguous(), r"\(44, 72\), but the config makes it \(72, 44\)"),
+        ("model.layers.2.mlp.gate.e_score_correction_bias", lambda t: t[:-1].clone(), r"the config makes it \(12,\)"),
+        ("model.layers.1.self_attn.kv_b_proj.weight", lambda t: t[:, :-1].clone(), "the config makes it"),
+        ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", lambda t: t[:-1].clone(), "the config makes it"),
+    ],
+)
+def test_tensors(folder, load, name, to, message):
+    change(folder, name, to)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert caught.value.tensor == name and str(folder) in str(caught.value)
+
+
+@both
+@pytest.mark.parametrize("name", [f"{EXPERTS}.7.up_proj.weight", f"{EXPERTS}.0.down_proj.weight"])
+def test_not_finite(folder, load, name):
+    def spoil(tensor):
+        tensor.view(-1)[7] = torch.nan
+        return tensor
+
+    change(folder, name, spoil)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts.*NaN"):
+        load(folder)
+
+
+@both
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_tok": 13}, "num_experts_per_tok"),  # more than there are
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok"),  # more than the chosen groups have
+        ({"n_group": 5}, "n_group"),
+        ({"topk_group": 4}, "topk_group"),
+        ({"n_routed_experts": 0}, "n_routed_experts"),
+        ({"n_routed_experts": 1 << 40}, "n_routed_experts"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank"),
+        ({"qk_rope_head_dim": 11}, "qk_rope_head_dim"),  # an odd number cannot turn in pairs
+        ({"v_head_dim": 1 << 40}, "v_head_dim"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+    ],
+)
+def test_configs(folder, load, fields, message):
+    set_config(folder, **fields)
+    with pytest.raises(ConfigError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("fields", [{"n_routed_experts": "12"}, {"kv_lora_rank": None}, {"moe_intermediate_size": 0.5}])
+def test_types_that_transformers_own_config_refuses_too(folder, fields):
+    set_config(folder, **fields)
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        load_model(folder)
+
+
+@both
+@pytest.mark.parametrize(
+    ("fields", "tensor"),
+    [
+        ({"n_routed_experts": 15}, f"{EXPERTS}.12.gate_proj.weight"),
+        ({"n_routed_experts": 9}, f"{EXPERTS}.10.down_proj.weight"),
+        ({"kv_lora_rank": 48}, "kv_a_proj_with_mqa.weight"),
+        ({"qk_nope_head_dim": 24}, "q_b_proj.weight"),
+        ({"moe_intermediate_size": 1 << 18}, "experts.0.gate_proj.weight"),
+    ],
+)
+def test_configs_of_another_model(folder, load, fields, tensor):
+    set_config(folder, **fields)
+    with pytest.raises(CheckpointError, match=tensor):
+        load(folder)
+
+
+class TestMtpLayers:
+    @both
+    def test_whole_ones_are_left_out(self, folder, load):
+        with_mtp_layer(folder)
+        if load is load_model:
+            with pytest.warns(UserWarning, match="1 MTP layer of the checkpoint left out"):
+                model = load(folder)
+        else:
+            model = load(folder)
+        assert not any(name.startswith(MTP) for name in model.state_dict())
+
+    @both
+    @pytest.mark.parametrize(
+        "name", ["eh_proj.weight", "hnorm.weight", "shared_head.norm.weight", "mlp.experts.5.up_proj.weight",
+                 "mlp.gate.e_score_correction_bias", "self_attn.kv_b_proj.weight", "input_layernorm.weight"],
+    )  # fmt: skip
+    def test_half_present(self, folder, load, name):
+        with_mtp_layer(folder)
+        change(folder, f"{MTP}.{name}", None)
+        with pytest.raises(CheckpointError, match="others of MTP layer 0") as caught:
+            load(folder)
+        assert caught.value.tensor == f"{MTP}.{name}"
+
+    @both
+    @pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
+    def test_shared_parts_may_be_left_out(self, folder, load, name):
+        with_mtp_layer(folder)
+        change(folder, f"{MTP}.{name}", None)
+        load(folder)
+
+    @both
+    def test_another_shape(self, folder, load):
+        with_mtp_layer(folder)
+        change(folder, f"{MTP}.eh_proj.weight", lambda t: t[:, 1:].clone())
+        with pytest.raises(CheckpointError, match=r"\(72, 143\), but the config makes it \(72, 144\)") as caught:
+            load(folder)
+        assert caught.value.tensor == f"{MTP}.eh_proj.weight"
+
+    def test_more_than_the_config_promises(self, folder):
+        with_mtp_layer(folder)
+        set_config(folder, num_nextn_predict_layers=0)
+        with pytest.raises(CheckpointError, match=f"has {MTP}.*does not know"):
+            load_model(folder)
+
+    @both
+    def test_a_second_layer_without_the_first(self, folder, load):
+        set_config(folder, num_nextn_predict_layers=2)
+        change(folder, "model.layers.4.enorm.weight", lambda _: torch.ones(72))
+        with pytest.raises(CheckpointError, match="lacks model.layers.3"):
+            load(folder)
+
+
+class TestPacked:
+    @pytest.fixture
+    def packed(self, original, tmp_path):
+        load_model(original, precision="int4", backend="reference").save_pretrained(tmp_path / "p")
+        return tmp_path / "p"
+
+    @both
+    def test_one_expert_less(self, packed, load):
+        set_config(packed, n_routed_experts=9)
+        with pytest.raises(CheckpointError, match="the config makes it"):
+            load(packed)
+
+    @both
+    def test_a_missing_stack(self, packed, load):
+        change(packed, f"{EXPERTS}.down_proj", None)
+        with pytest.raises(CheckpointError, match="missing") as caught:
+            load(packed)
+        assert caught.value.tensor == f"{EXPERTS}.down_proj"
+
+    @both
+    def test_a_cut_stack(self, packed, load):
+        change(packed, f"{EXPERTS}.down_proj", lambda t: t[:-1].clone())
+        with pytest.raises(CheckpointError, match=r"is U8 \(11, 5, 2, 288\); int4 \[12, 72, 44\] is U8 \(12, 5, 2, 288\)"):
+            load(packed)

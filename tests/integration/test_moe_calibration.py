@@ -1,0 +1,114 @@
+"""`calibration` and `kl_budget` on models with experts and latent attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from deepseek_optimizer import DeepSeekConfig, load_model, load_tokenizer
+from deepseek_optimizer.calibration.text import sample_text, stretches
+from deepseek_optimizer.integration.importance import measure_importance
+from deepseek_optimizer.quant import get_format
+from support.models import CASES, random_model
+
+CASE = "deepseek_v3-groups"
+STACK = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, byte_tokenizer):
+    """A random fp32 model whose columns are used very unequally, and a text beside it."""
+    config = CASES[CASE]()
+    config.vocab_size = len(byte_tokenizer)
+    model = random_model(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).exp())
+    folder = tmp_path_factory.mktemp("moe") / "model"
+    model.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(sample_text()[:2500], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(original):
+    found = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
+    assert len(found) > 1
+    return found
+
+
+def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
+    """Mean squares of what gate_up and down of layer 1 are multiplied with, from Transformers' own module."""
+    experts = plain.get_submodule(STACK)
+    sums = {"gate_up_proj": torch.zeros(experts.hidden_dim), "down_proj": torch.zeros(experts.intermediate_dim)}
+
+    def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        x, index, _ = arguments
+        for expert in range(module.num_experts):
+            rows = x[(index == expert).any(1)]
+            gate, up = (rows @ module.gate_up_proj[expert].T).chunk(2, -1)
+            sums["gate_up_proj"] += rows.square().sum(0)
+            sums["down_proj"] += (nn.functional.silu(gate) * up).square().sum(0)
+
+    experts.register_forward_pre_hook(hook)
+    with torch.inference_mode():
+        for ids in texts:
+            plain(ids)
+    return sums
+
+
+def test_what_experts_read_is_measured_for_a_layer(original, texts):
+    plain = AutoModelForCausalLM.from_pretrained(original, attn_implementation="eager", experts_implementation="eager")
+    model = load_model(original, backend="reference")
+    found = measure_importance(model, texts)
+    for leaf, squares in squares_that_experts_read(plain, texts).items():
+        torch.testing.assert_close(found[f"{STACK}.{leaf}"], squares / squares.mean(), rtol=1e-3, atol=1e-4)
+    linear = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    assert found.keys() == linear | {
+        f"model.layers.{i}.mlp.experts.{leaf}" for i in (1, 2) for leaf in ("gate_up_proj", "down_proj")
+    }
+    assert model.dso.changed() is None and model.get_submodule(STACK).listener is None, "the model is as it was"
+
+
+def test_experts_are_rounded_by_it(original, texts):
+    text = str(original.parent / "text.txt")
+    plain = AutoModelForCausalLM.from_pretrained(original).get_submodule(STACK)
+    importance = measure_importance(load_model(original, backend="reference"), texts)
+    experts = load_model(original, backend="reference", precision="int4", calibration=text).get_submodule(STACK)
+    for expert in (0, 11):
+        gate, up = plain.gate_up_proj[expert].detach().chunk(2)
+        weights = importance[f"{STACK}.gate_up_proj"]
+        for matrix, floats in ((experts.gate_up.matrix(2 * expert), gate), (experts.gate_up.matrix(2 * expert + 1), up)):
+            assert torch.equal(matrix.data, _packed(floats, weights))
+        assert torch.equal(
+            experts.down.matrix(expert).data, _packed(plain.down_proj[expert].detach(), importance[f"{STACK}.down_proj"])
+        )
+
+
+def _packed(floats: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    return get_format("int4").pack(floats.contiguous(), importance)
+
+
+@pytest.mark.parametrize("way", ["load_model", "from_pretrained"])
+def test_formats_to_a_budget(original, way, tmp_path):
+    if way == "load_model":
+        model = load_model(original, kl_budget=0.02, backend="reference", formats={"*.experts.down_proj": "int8"})
+    else:
+        config = DeepSeekConfig(kl_budget=0.02, backend="reference", formats={"*.experts.down_proj": "int8"})
+        model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
+    formats = {name: entry["format"] for name, entry in model.dso.config.modules.items()}
+    assert {formats[f"model.layers.{i}.mlp.experts.down_proj"] for i in (1, 2)} == {"int8"}, "what was named beforehand"
+    assert not {formats[f"model.layers.{i}.self_attn.kv_b_proj"] for i in range(3)} & {"int4", "q4_1"}
+    assert len(set(formats.values())) > 1
+    chosen = next(point for point in model.report().curve if point["chosen"])
+    assert chosen["measured_kl"] <= 0.02
+    assert sum(chosen["formats"].values()) == len(formats)
+    model.save_pretrained(tmp_path / "m")
+    again = load_model(tmp_path / "m", backend="reference")
+    ids = torch.tensor([[3, 14, 15, 92]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
