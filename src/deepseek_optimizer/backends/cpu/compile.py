@@ -9,6 +9,7 @@ import torch
 
 from ...errors import BackendError
 from ...graph.ir import Graph, LatentSpec, Node, Value
+from ...graph.least import exact_weights
 from ...graph.planner import assign_slots
 from ...quant import get_format, pack
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
@@ -33,7 +34,7 @@ class _Compiler:
     def __init__(
         self, context: Context, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], activation: str
     ) -> None:
-        self.given = {**weights, **_router_matrices(graph, weights), **absorbed_stacks(context, graph, weights)}
+        self.given = {**weights, **_exact_matrices(graph, weights), **absorbed_stacks(context, graph, weights)}
         self.activation = activation
         self.graph = lower(graph, self.kind_of, self.format_of)
         planned = assign_slots(self.graph)
@@ -163,10 +164,9 @@ def _flags(attrs: Mapping[str, Any]) -> list[str]:
     return [flag for flag, (name, value) in _FLAG_ATTRS.items() if attrs.get(name) == value]
 
 
-def _router_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, PackedMatrix]:
-    """Routers' weights, which no format packs, as fp32 matrices: their product decides which experts are chosen."""
-    names = [n.weights[0] for n in graph.nodes if n.op == "router"]
-    floats = {n: w for n in names if isinstance(w := weights.get(n), torch.Tensor)}
+def _exact_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, PackedMatrix]:
+    """Matrices that no format packs, as fp32: their products decide which experts and which tokens are looked at."""
+    floats = {n: w for n in exact_weights(graph) if isinstance(w := weights.get(n), torch.Tensor) and w.ndim == 2}
     return {n: pack(w.detach().to("cpu", torch.float32), "fp32") for n, w in floats.items()}
 
 
@@ -176,7 +176,7 @@ def compile_graph(
     """Binds `graph` to `weights` on this context.
 
     Args:
-        weights: matrices and stacks of them packed, vectors as 1-D tensors (copied to fp32), routers' matrices as either.
+        weights: matrices and stacks of them packed, vectors as 1-D tensors (copied to fp32), `exact_weights` as either.
         activation: rows that integer products read: "auto" (what each format asks for), "int8" or "int16".
     """
     compiler = _Compiler(context, graph, weights, activation)
