@@ -39,7 +39,9 @@ void MlaSchedule::find_spans(const Run& run) {
 
 bool MlaSchedule::expands(const Run& run, const RowSpan& span) const {
   if (shape.expand) return true;
-  (void)run, (void)span; return false;
+  const dso_batch& b = *run.batch.source;
+  if (span.sparse || b.phase[span.sequence] == DSO_PHASE_DECODE || !shape.can_expand()) return false;
+  return expanded_cost(shape, b.context_len[span.sequence], span.rows()) < absorbed_cost(shape, b.context_len[span.sequence], span.rows());
 }
 
 int64_t MlaSchedule::tokens(const Run& run, const RowSpan& span, int64_t end) const {
@@ -68,7 +70,7 @@ void MlaSchedule::build(const Run& run) {
   if (built_ == run.batch.serial) return;
   tasks.clear();
   ranges.clear();
-  shared_floats = private_floats = queries = 0;
+  shared_floats = private_floats = queries = states = 0;
   any_expanded = false;
   find_spans(run);
   int64_t total = 0, blocks = 0;
@@ -144,6 +146,7 @@ void MlaSchedule::add_expanded(const Run& run, const RowSpan& span, int64_t r0, 
     t.r1 = r1;
     t.part = t.merge = -1;
     t.cost = cost * (t.h1 - t.h0);
+    states = std::max(states, (r1 - r0) * (t.h1 - t.h0));
     tasks.push_back(t);
   }
 }

@@ -1,5 +1,5 @@
-// Latent attention over the paged cache, in the form that the schedule chose for each sequence. The last task to finish a row's
-// heads merges its chunks: that costs no stage.
+// Latent attention over the paged cache, in the form that the schedule chose for each sequence. Absorbed, the last task to finish
+// a row's heads merges its chunks: that costs no stage.
 #include "cache.hpp"
 #include "mla_schedule.hpp"
 #include "ops.hpp"
@@ -7,19 +7,29 @@
 namespace dso {
 namespace {
 
+constexpr int64_t kProductRows = 64;  // of latents: what a head makes of them, in fp32, stays in L2 until it lies in panels
+
 class MlaAttention final : public Op {
  public:
-  MlaAttention(std::shared_ptr<MlaSchedule> schedule, const SlotRef& absorbed, const SlotRef& chosen, const SlotRef& sums, int64_t layer, float scale)
-      : schedule_(std::move(schedule)), shape_(schedule_->shape), absorbed_(absorbed), chosen_(chosen), sums_(sums), layer_(layer), scale_(scale) {}
+  struct Slots {
+    SlotRef q, absorbed, chosen, sums, out;
+  };
+  MlaAttention(std::shared_ptr<MlaSchedule> schedule, const Slots& slots, const Matrix& kv_b, int64_t layer, float scale)
+      : schedule_(std::move(schedule)), shape_(schedule_->shape), slots_(slots), kv_b_(kv_b), kind_(finest_kind(kv_b.format)), layer_(layer), scale_(scale) {}
 
   void shape(const Run&) override {}
   int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
   void prepare(const Run& run) override { schedule_->build(run); }
   int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
-  int64_t scratch_bytes(const Run& run) const override { return parts_at(run) + 4 * schedule_->private_floats; }
+  int64_t scratch_bytes(const Run& run) const override {
+    return std::max(parts_at(run) + 4 * schedule_->private_floats, schedule_->any_expanded ? ExpandRoom(*this, run).bytes : 0);
+  }
   int64_t shared_bytes(const Run&) const override { return 4 * schedule_->shared_floats; }
 
-  void task(const Run& run, int64_t index, int thread) override { absorbed(run, schedule_->tasks[index], run.thread_scratch(thread)); }
+  void task(const Run& run, int64_t index, int thread) override {
+    const MlaTask& t = schedule_->tasks[index];
+    t.expanded ? expanded(run, t, run.thread_scratch(thread)) : absorbed(run, t, run.thread_scratch(thread));
+  }
 
  private:
   const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout; }
@@ -37,11 +47,11 @@ class MlaAttention final : public Op {
     uint8_t* packed = scratch + queries_at(run);
     for (int64_t r = t.r0; r < t.r1; ++r)
       for (int64_t h = t.h0; h < t.h1; h += mla_heads, packed += query_bytes)
-        run.kernels.mla_query(layout(run), run.slots[absorbed_.index].f32(row + r) + h * shape_.width(), std::min(mla_heads, t.h1 - h), scale_, packed);
+        run.kernels.mla_query(layout(run), run.slots[slots_.absorbed.index].f32(row + r) + h * shape_.width(), std::min(mla_heads, t.h1 - h), scale_, packed);
     for (int64_t c = t.c0; c < t.c1; ++c) {
       const int64_t first = c * attn_chunk, tokens = std::min(attn_chunk, (t.sparse ? shape_.top_k : context + t.r1) - first);
       int32_t chosen[attn_chunk];
-      if (t.sparse) read_chosen(run.slots[chosen_.index].f32(row + t.r0) + first, tokens, context + t.r0, chosen);
+      if (t.sparse) read_chosen(run.slots[slots_.chosen.index].f32(row + t.r0) + first, tokens, context + t.r0, chosen);
       run.kernels.mla_tokens(layout(run), view, t.sparse ? chosen : nullptr, first, tokens, scratch);
       float* part = parts + c * chunk_floats;
       packed = scratch + queries_at(run);
@@ -54,7 +64,61 @@ class MlaAttention final : public Op {
     for (int64_t r = t.r0; r < t.r1; ++r)
       for (int64_t h = t.h0; h < t.h1; ++h)
         run.kernels.attn_merge(parts + ((r - t.r0) * heads + h - t.h0) * shape_.part_floats(), chunk_floats, t.chunks, shape_.rank,
-                               run.slots[sums_.index].f32(row + r) + h * shape_.rank);
+                               run.slots[slots_.sums.index].f32(row + r) + h * shape_.rank);
+  }
+
+  // Where things lie in a thread's scratch, behind what the kernels keep there.
+  struct ExpandRoom {
+    int64_t latents, numbers, kv, panels, state, bytes;
+    ExpandRoom(const MlaAttention& op, const Run& run) {
+      const int64_t product_columns = round_up(op.shape_.nope + op.shape_.v_dim, kTileRows) + kTileRows;  // a head may begin inside a tile
+      latents = round_up(int64_t(std::max(run.kernels.linear_scratch, run.kernels.attn_scratch)), 64);
+      numbers = latents + attn_chunk * row_bytes(op.kind_, op.shape_.rank);
+      kv = numbers + round_up(4 * op.shape_.rank, 64);
+      panels = kv + kProductRows * 4 * product_columns;
+      state = panels + round_up(run.kernels.mla_panel_bytes(op.head(run)), 64);
+      bytes = state + 2 * 4 * op.schedule_->states;
+    }
+  };
+  MlaHead head(const Run& run) const {
+    return {shape_.nope, shape_.rope, shape_.v_dim, kv_b_.format == DSO_F32 && layout(run).type == DSO_KV_F32};
+  }
+
+  // Chunk by chunk; its latents are brought into rows once for all heads of the task.
+  void expanded(const Run& run, const MlaTask& t, uint8_t* scratch) const {
+    const Kernels& k = run.kernels;
+    const ExpandRoom room(*this, run);
+    const MlaHead shape = head(run);
+    const int64_t context = run.batch.source->context_len[t.sequence], row = run.batch.first_row[t.sequence], rows = t.r1 - t.r0;
+    const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+    const Rows &q = run.slots[slots_.q.index], &out = run.slots[slots_.out.index];
+    const Rows latents{scratch + room.latents, row_bytes(kind_, shape_.rank), attn_chunk};
+    float* state = reinterpret_cast<float*>(scratch + room.state);
+    for (int64_t first = 0; first < context + t.r1; first += attn_chunk) {
+      const int64_t tokens = std::min(attn_chunk, context + t.r1 - first);
+      k.mla_rows(layout(run), view, first, tokens, kind_, reinterpret_cast<float*>(scratch + room.numbers), latents.data, latents.stride);
+      for (int64_t h = t.h0; h < t.h1; ++h) {
+        make_panels(run, view, shape, h, first, tokens, latents, scratch, room);
+        float* m = state + (h - t.h0) * 2 * rows;
+        k.mla_expanded(shape, scratch + room.panels, first / attn_chunk, q.f32(row) + h * shape_.head_dim(), q.stride, t.r0, t.r1, context, scale_,
+                       m, m + rows, out.f32(row) + h * shape_.v_dim, out.stride, scratch);
+      }
+    }
+  }
+
+  // Keys and values of a head: its rows of kv_b, which may begin inside a tile.
+  void make_panels(const Run& run, const KvView& view, const MlaHead& shape, int64_t h, int64_t first, int64_t tokens, const Rows& latents,
+                   uint8_t* scratch, const ExpandRoom& room) const {
+    const int64_t begin = h * (shape_.nope + shape_.v_dim), end = begin + shape_.nope + shape_.v_dim;
+    const int64_t tile = begin / kTileRows, tiles = ceil_div(end, kTileRows) - tile, stride = 4 * tiles * kTileRows;
+    const Matrix part{kv_b_.format, int32_t(std::min<int64_t>(kv_b_.rows - tile * kTileRows, tiles * kTileRows)), kv_b_.cols,
+                      kv_b_.data + tile * tile_row_bytes(kv_b_)};
+    float* kv = reinterpret_cast<float*>(scratch + room.kv);
+    for (int64_t i = 0; i < tokens; i += kProductRows) {
+      const int64_t n = std::min(kProductRows, tokens - i);
+      run.kernels.linear(part, nullptr, kind_, latents.row(i), latents.stride, n, true, 0, tiles, kv, stride, scratch);
+      run.kernels.mla_panels(layout(run), view, shape, first + i, n, kv + begin - tile * kTileRows, stride, scratch + room.panels);
+    }
   }
 
   // Numbers of tokens as they travel between steps. Whatever a slot may hold, none leads outside the row's sequence.
@@ -64,7 +128,9 @@ class MlaAttention final : public Op {
 
   const std::shared_ptr<MlaSchedule> schedule_;
   const MlaShape shape_;
-  const SlotRef absorbed_, chosen_, sums_;
+  const Slots slots_;
+  const Matrix kv_b_;
+  const int32_t kind_;  // that latents are brought into for kv_b
   const int64_t layer_;
   const float scale_;
 };
@@ -80,19 +146,25 @@ SlotRef token_rows(StepReader& s, int i, int64_t width) {
 std::unique_ptr<Op> make_mla_attention(StepReader& s) {
   auto schedule = mla_schedule(s);
   const MlaShape& shape = schedule->shape;
-  s.takes(shape.top_k > 0 ? 3 : 2, 2, 1, 0, 0);
+  s.takes(shape.top_k > 0 ? 3 : 2, 2, 1, 0, DSO_FLAG_EXPAND);
   s.attends_latent(s.step.layer, s.step.rank, s.step.rope, false);
   s.uses_shared();
   const Matrix kv_b = s.matrix(0);
   if (kv_b.rows != shape.heads * (shape.nope + shape.v_dim) || kv_b.cols != shape.rank)
     s.refuse("w[0] is %d x %d, not %lld x %lld", kv_b.rows, kv_b.cols, (long long)(shape.heads * (shape.nope + shape.v_dim)), (long long)shape.rank);
-  token_rows(s, 0, shape.heads * shape.head_dim());
-  const SlotRef absorbed = token_rows(s, 1, shape.heads * shape.width());
-  const SlotRef chosen = shape.top_k > 0 ? token_rows(s, 2, shape.top_k) : SlotRef{};
-  const SlotRef sums = s.out(0, kF32Only, shape.heads * shape.rank, false);
-  s.out(1, kF32Only, shape.heads * shape.v_dim, false);
-  if (sums.index == absorbed.index) s.refuse("out[0] is in[1]");
-  return std::make_unique<MlaAttention>(std::move(schedule), absorbed, chosen, sums, s.step.layer, s.step.scale);
+  MlaAttention::Slots slots;
+  slots.q = token_rows(s, 0, shape.heads * shape.head_dim());
+  slots.out = s.out(1, kF32Only, shape.heads * shape.v_dim, false);
+  if (shape.expand) {
+    if (s.step.in[1] != -1 || s.step.out[0] != -1) s.refuse("in[1] and out[0] belong to absorbed rows, and must be -1 where all are expanded");
+  } else {
+    slots.absorbed = token_rows(s, 1, shape.heads * shape.width());
+    if (shape.top_k > 0) slots.chosen = token_rows(s, 2, shape.top_k);
+    slots.sums = s.out(0, kF32Only, shape.heads * shape.rank, false);
+  }
+  for (const SlotRef& out : {slots.out, slots.sums})
+    if (out.index >= 0 && (out.index == slots.q.index || out.index == slots.absorbed.index)) s.refuse("slot %d is both an input and an out", out.index);
+  return std::make_unique<MlaAttention>(std::move(schedule), slots, kv_b, s.step.layer, s.step.scale);
 }
 
 }  // namespace dso

@@ -159,18 +159,18 @@ constexpr int64_t most_pieces = 2 * chunk_blocks * max_head_dim / 32;
 struct Stretch {
   const Block* blocks;
   int64_t count, token;        // blocks; the first one's first token
-  int64_t panels, panel_bytes;  // of V; K has as many pieces, the last of which may be short
+  int64_t k_pieces, v_panels, panel_bytes;  // K's pieces of a block, the last of which may be short, are as long as a panel of V
   const int64_t* ahead;
 
   const uint8_t* piece(int64_t i) const {
-    const int64_t keys = count * panels, v = i - keys;
-    return i < keys ? blocks[i / panels].k + i % panels * panel_bytes : blocks[v % count].v + v / count * panel_bytes;
+    const int64_t keys = count * k_pieces, v = i - keys;
+    return i < keys ? blocks[i / k_pieces].k + i % k_pieces * panel_bytes : blocks[v % count].v + v / count * panel_bytes;
   }
   void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the K panel that follows, or null
-    const int64_t pieces = 2 * count * panels;
+    const int64_t pieces = count * (k_pieces + v_panels);
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t to = i + look_ahead_pieces;
-      const uint8_t* target = to < pieces ? piece(to) : next && to - pieces < panels ? next + (to - pieces) * panel_bytes : piece(i);
+      const uint8_t* target = to < pieces ? piece(to) : next && to - pieces < k_pieces ? next + (to - pieces) * panel_bytes : piece(i);
       out[i] = target - piece(i);
     }
   }
@@ -217,32 +217,32 @@ template <Read T> DSO_INLINE float weights(float* s, float m, const Block* block
 }
 
 // o = o * fade + p V
-template <Read T, int R> static void add_values(const Stretch& x, int64_t head_dim, const void* p, const float* fade, float* const* o) {
-  const int64_t* ahead = x.ahead + x.count * x.panels;
-  for (int64_t column = 0; column < head_dim; column += 16 * tile_cols) {
+template <Read T, int R> static void add_values(const Stretch& x, int64_t v_dim, const void* p, const float* fade, float* const* o) {
+  const int64_t* ahead = x.ahead + x.count * x.k_pieces;
+  for (int64_t column = 0; column < v_dim; column += 16 * tile_cols) {
     const int64_t panel = column / 32, offset = panel * x.panel_bytes + column % 32 * column_bytes<T>;
     F acc[R][tile_cols];
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < tile_cols; ++n) {
         const int64_t c = column + 16 * n;
-        acc[r][n] = c < head_dim ? mul(set(fade[r]), load(o[r] + c, head_dim - c)) : zero();
+        acc[r][n] = c < v_dim ? mul(set(fade[r]), load(o[r] + c, v_dim - c)) : zero();
       }
     for (int64_t b = 0; b < x.count; ++b)
       product<T, R>(tile_column<T>(p, b * block_tokens), x.blocks[b].v + offset, block_tokens / row_depth<T>, ahead[panel * x.count + b], acc);
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < tile_cols; ++n) {
         const int64_t c = column + 16 * n;
-        if (c < head_dim) store(o[r] + c, acc[r][n], head_dim - c);
+        if (c < v_dim) store(o[r] + c, acc[r][n], v_dim - c);
       }
   }
 }
 
 // Adds a stretch of the cache to the state of R rows whose q lies in w.q.
-template <Read T, int R> static void attend(const Stretch& x, int64_t head_dim, const Span* see, State& state, Workspace& w) {
+template <Read T, int R> static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
   F top[R];
   for (int r = 0; r < R; ++r) top[r] = set(minus_infinity());
   for (int64_t b = 0; b < x.count; ++b)
-    block_logits<T, R>(x.blocks[b], x.token + b * block_tokens, head_dim, see, x.ahead + b * x.panels, w.q, w.s + b * block_tokens, top);
+    block_logits<T, R>(x.blocks[b], x.token + b * block_tokens, k_dim, see, x.ahead + b * x.k_pieces, w.q, w.s + b * block_tokens, top);
   float fade[16] = {};  // 2^(old m - new m), 0 where nothing was seen before
   float base[R];
   for (int r = 0; r < R; ++r) {
@@ -257,23 +257,23 @@ template <Read T, int R> static void attend(const Stretch& x, int64_t head_dim, 
     const float total = weights<T>(w.s + r * row_stride, base[r], x.blocks, x.count, w.p + r * row_stride);
     state.l[r] = state.l[r] * fade[r] + total;
   }
-  add_values<T, R>(x, head_dim, narrow<T> ? (const void*)w.p : (const void*)w.s, fade, state.o);
+  add_values<T, R>(x, v_dim, narrow<T> ? (const void*)w.p : (const void*)w.s, fade, state.o);
 }
 
 template <Read T>
-static void attend_rows(int rows, const Stretch& x, int64_t head_dim, const Span* see, State& state, Workspace& w) {
+static void attend_rows(int rows, const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
   switch (rows) {
-    case 1: return attend<T, 1>(x, head_dim, see, state, w);
-    case 2: return attend<T, 2>(x, head_dim, see, state, w);
-    case 3: return attend<T, 3>(x, head_dim, see, state, w);
-    case 4: return attend<T, 4>(x, head_dim, see, state, w);
+    case 1: return attend<T, 1>(x, k_dim, v_dim, see, state, w);
+    case 2: return attend<T, 2>(x, k_dim, v_dim, see, state, w);
+    case 3: return attend<T, 3>(x, k_dim, v_dim, see, state, w);
+    case 4: return attend<T, 4>(x, k_dim, v_dim, see, state, w);
   }
   if constexpr (tile_rows == 8) {
     switch (rows) {
-      case 5: return attend<T, 5>(x, head_dim, see, state, w);
-      case 6: return attend<T, 6>(x, head_dim, see, state, w);
-      case 7: return attend<T, 7>(x, head_dim, see, state, w);
-      case 8: return attend<T, 8>(x, head_dim, see, state, w);
+      case 5: return attend<T, 5>(x, k_dim, v_dim, see, state, w);
+      case 6: return attend<T, 6>(x, k_dim, v_dim, see, state, w);
+      case 7: return attend<T, 7>(x, k_dim, v_dim, see, state, w);
+      case 8: return attend<T, 8>(x, k_dim, v_dim, see, state, w);
     }
   }
 }
@@ -333,7 +333,7 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
     int64_t first, last;
     touched({see[0].begin, see[i1 - i0 - 1].end}, first, last);
     if (first >= last) continue;
-    Stretch part = {blocks + first, last - first, start + first * block_tokens, round_up(l.head_dim, 32) / 32,
+    Stretch part = {blocks + first, last - first, start + first * block_tokens, round_up(l.head_dim, 32) / 32, round_up(l.head_dim, 32) / 32,
                     block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead};
     int64_t ahead[most_pieces];
     if (tile == 0) {  // the tiles that follow find all of it in the cache
@@ -344,7 +344,7 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
       const float* row = (const float*)((const char*)rows.q + (rows.r0 + i / rows.group) * rows.q_stride);
       bring_query<T>(row + i % rows.group * l.head_dim, l.head_dim, rows.scale, (int)(i - i0), w);
     }
-    attend_rows<T>((int)(i1 - i0), part, l.head_dim, see, state, w);
+    attend_rows<T>((int)(i1 - i0), part, l.head_dim, l.head_dim, see, state, w);
   }
 }
 

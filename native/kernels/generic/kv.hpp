@@ -21,16 +21,17 @@ struct HeadLayout {  // offsets in bytes
   int64_t bytes;     // of one kv head in a block
 };
 
-DSO_INLINE HeadLayout head_layout(int32_t type, int64_t head_dim) {
+DSO_INLINE HeadLayout head_layout(int32_t type, int64_t k_dim, int64_t v_dim) {
   const int64_t element = type == DSO_KV_F32 ? 4 : type == DSO_KV_BF16 ? 2 : 1;
   HeadLayout l;
   l.panel = block_tokens * 32 * element;
-  l.v = round_up(head_dim * block_tokens * element, 64);
-  l.k_scale = l.v + round_up(head_dim, 32) / 32 * l.panel;
+  l.v = round_up(k_dim * block_tokens * element, 64);
+  l.k_scale = l.v + round_up(v_dim, 32) / 32 * l.panel;
   l.v_scale = l.k_scale + block_tokens * 4;
   l.bytes = type == DSO_KV_INT8 ? l.v_scale + block_tokens * 4 : l.k_scale;
   return l;
 }
+DSO_INLINE HeadLayout head_layout(int32_t type, int64_t head_dim) { return head_layout(type, head_dim, head_dim); }
 
 static int64_t kv_layer_bytes(int32_t type, int64_t kv_heads, int64_t head_dim) { return kv_heads * head_layout(type, head_dim).bytes; }
 
@@ -59,11 +60,14 @@ static float int8_row(const float* x, int64_t d, int8_t* out) {
   return tiny ? 0.0f : m / 127.0f;
 }
 
-static void write_f32(const float* k, const float* v, int64_t d, uint8_t* head, const HeadLayout& h, int64_t slot) {
+static void write_f32_key(const float* k, int64_t d, uint8_t* head, int64_t slot) {
   float* keys = (float*)head + slot;
   for (int64_t i = 0; i < d; ++i) keys[i * block_tokens] = k[i];
+}
+
+static void write_f32_value(const float* v, int64_t d, uint8_t* values, const HeadLayout& h, int64_t slot) {
   for (int64_t i = 0; i < d; i += 16) {
-    float* row = (float*)(head + h.v + i / 32 * h.panel) + slot * 32 + i % 32;
+    float* row = (float*)(values + i / 32 * h.panel) + slot * 32 + i % 32;
     store(row, load(v + i, d - i));
   }
 }
@@ -108,7 +112,8 @@ static void kv_write(const KvLayout& l, const KvView& view, int64_t start, int64
       const float* key = (const float*)((const char*)k + t * k_stride) + head * d;
       const float* value = (const float*)((const char*)val + t * v_stride) + head * d;
       if (l.type == DSO_KV_F32) {
-        write_f32(key, value, d, at, layout, slot);
+        write_f32_key(key, d, at, slot);
+        write_f32_value(value, d, at + layout.v, layout, slot);
       } else if (l.type == DSO_KV_INT8) {
         write_int8(key, value, d, at, layout, slot);
       } else {

@@ -30,7 +30,9 @@ static void write_bf16(const float* x, int64_t n, uint8_t* out) {
 }
 
 static void read_bf16(const uint8_t* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, load_bf16(x + 2 * i));
+  for (; i < n; ++i) {
     uint16_t bits;
     memcpy(&bits, x + 2 * i, 2);
     out[i] = from_bf16(bits);
@@ -58,21 +60,29 @@ static void latent_write(const KvLayout& l, const KvView& v, int64_t start, int6
   }
 }
 
+// A row's first rank numbers, and its others where `turned` is given.
+static void latent_numbers(const KvLayout& l, const uint8_t* row, float* latent, float* turned) {
+  if (l.type == DSO_KV_F32) {
+    memcpy(latent, row, 4 * l.rank);
+    if (turned) memcpy(turned, row + 4 * l.rank, 4 * l.rope);
+    return;
+  }
+  if (turned) read_bf16(row + l.row_bytes - 2 * l.rope, l.rope, turned);
+  if (l.type == DSO_KV_BF16) return read_bf16(row, l.rank, latent);
+  const uint8_t* scales = row + l.rank;
+  for (int64_t g = 0; g < l.rank; g += latent_group, scales += 4) {
+    float scale;
+    memcpy(&scale, scales, 4);
+    const int64_t end = g + latent_group < l.rank ? g + latent_group : l.rank;
+    int64_t i = g;
+    for (; i + 16 <= end; i += 16) store(latent + i, mul(to_float(load_i8(row + i)), set(scale)));
+    for (; i < end; ++i) latent[i] = (float)(int8_t)row[i] * scale;
+  }
+}
+
 static void latent_read(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index) {
   for (int64_t t = 0; t < tokens; ++t, latent += l.rank + l.rope) {
-    const uint8_t* row = latent_row(l, v, t);
-    if (l.type == DSO_KV_F32) {
-      memcpy(latent, row, 4 * (l.rank + l.rope));
-    } else if (l.type == DSO_KV_BF16) {
-      read_bf16(row, l.rank + l.rope, latent);
-    } else {
-      for (int64_t i = 0; i < l.rank; ++i) {
-        float scale;
-        memcpy(&scale, row + l.rank + i / latent_group * 4, 4);
-        latent[i] = (float)(int8_t)row[i] * scale;
-      }
-      read_bf16(row + l.row_bytes - 2 * l.rope, l.rope, latent + l.rank);
-    }
+    latent_numbers(l, latent_row(l, v, t), latent, latent + l.rank);
     if (!index) continue;
     if (l.type == DSO_KV_F32) memcpy(index, index_row(l, v, t), 4 * l.index);
     else read_bf16(index_row(l, v, t), l.index, index);

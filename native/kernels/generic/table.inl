@@ -18,6 +18,7 @@
 #include "latent.hpp"
 #include "linear.hpp"
 #include "mla_decode.hpp"
+#include "mla_prefill.hpp"
 #include "pack.hpp"
 
 #ifndef DSO_LINEAR
@@ -66,6 +67,10 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .mla_query = isa::mla_query,
       .mla_tokens = isa::mla_tokens,
       .mla_attend = isa::mla_attend,
+      .mla_rows = isa::mla_rows,
+      .mla_panel_bytes = isa::mla_panel_bytes,
+      .mla_panels = isa::mla_panels,
+      .mla_expanded = isa::mla_expanded,
   };
   return &table;
 }

@@ -37,23 +37,24 @@ FORMATS = {
 
 def latent_model(shape, **fields):
     heads, rank, nope, rope, v_dim = SHAPES[shape]
-    return random_model(
-        youtu(
-            num_attention_heads=heads, kv_lora_rank=rank, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v_dim,
-            num_hidden_layers=2, **fields,
-        )
-    )  # fmt: skip
+    sizes = {"kv_lora_rank": rank, "qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": v_dim}
+    return random_model(youtu(**{"num_attention_heads": heads, "num_hidden_layers": 2, **sizes, **fields}))
 
 
-def graph_of(model, names=None):
-    return rules.apply(build_graph(model.config), names)[0]
+def graph_of(model, form="absorbed"):
+    """The graph with all rules, or all but mla_absorb."""
+    return rules.apply(build_graph(model.config), [n for n in rules.RULES if form == "absorbed" or n != "mla_absorb"])[0]
+
+
+# How rows are attended to: graph's form, phase. Prefill of an absorbed graph takes the form that costs less.
+WAYS = {"absorbed": ("absorbed", DECODE), "expanded": ("expanded", PREFILL), "cheaper": ("absorbed", PREFILL)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("phase", [DECODE, PREFILL])
-def test_fp32_equals_transformers(backend, shape, phase):
-    model = latent_model(shape)
-    r = runner(backend, graph_of(model), packed_weights(weights_of(model), "fp32"))
+@pytest.mark.parametrize("way", WAYS)
+def test_fp32_equals_transformers(backend, shape, way):
+    model, (form, phase) = latent_model(shape), WAYS[way]
+    r = runner(backend, graph_of(model, form), packed_weights(weights_of(model), "fp32"))
     ids = random_ids(model.config, 600)
     expected = transformers_logits(model, ids)
     assert_close_rows(r.logits(ids, phase=phase), expected)
@@ -67,8 +68,8 @@ def test_formats_against_their_own_values(backend, shape, format_name):
     weights = packed_weights(weights_of(model), format_name)
     ids = random_ids(model.config, 70)
     expected = runner(ReferenceBackend(), graph_of(model), dequantised(weights)).logits(ids)
-    r = runner(backend, graph_of(model), weights)
-    for phase in (DECODE, PREFILL):
+    for form, phase in WAYS.values():
+        r = runner(backend, graph_of(model, form), weights)
         assert_close_rows(r.logits(ids, phase=phase), expected, FORMATS[format_name])
 
 
@@ -79,32 +80,85 @@ def test_cache_types(backend, kv, tolerance):
     weights = packed_weights(weights_of(model), "fp32")
     ids = random_ids(model.config, 300)
     expected = runner(ReferenceBackend(), graph_of(model), dequantised(weights), kv=kv).logits(ids)
-    r = runner(backend, graph_of(model), weights, kv=kv)
-    for phase in (DECODE, PREFILL):
+    for form, phase in WAYS.values():
+        r = runner(backend, graph_of(model, form), weights, kv=kv)
         assert_close_rows(r.logits(ids, phase=phase), expected, tolerance)
 
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("format_name", ["fp32", "int8"])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv):
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("form, phase", [WAYS["absorbed"], WAYS["expanded"], ("expanded", DECODE)])
+def test_a_row_is_the_same_in_any_company(backend, format_name, kv, form, phase):
     """Rows of a form are torch.equal whatever the chunk, the place, the threads and the other sequences."""
     model = latent_model("two-sets")
-    weights = packed_weights(weights_of(model), format_name)
-    r = runner(backend, graph_of(model), weights, kv=kv)
+    graph, weights = graph_of(model, form), packed_weights(weights_of(model), format_name)
+    r = runner(backend, graph, weights, kv=kv)
     ids = random_ids(model.config, 330)
-    alone = r.logits(ids, phase=DECODE)
-    assert torch.equal(alone, r.logits(ids, chunks=(1, 30, 5, 240), phase=DECODE))
-    one_thread = runner(CpuBackend(exact(backend.isa), threads=1), graph_of(model), weights, kv=kv)
-    assert torch.equal(alone, one_thread.logits(ids, phase=DECODE))
+    alone = r.logits(ids, phase=phase)
+    assert torch.equal(alone, r.logits(ids, chunks=(1, 30, 5, 240), phase=phase))
+    one_thread = runner(CpuBackend(exact(backend.isa), threads=1), graph, weights, kv=kv)
+    assert torch.equal(alone, one_thread.logits(ids, phase=phase))
     others = [r.sequence() for _ in range(2)]
     for other, n in zip(others, (40, 270), strict=True):
         run_step(r.plan, r.store, [Part(other, random_ids(model.config, n, seed=n))])
     mine, rows = r.sequence(), []
     for begin, end in ((0, 290), (290, 293), (293, 330)):
         before, after = Part(others[0], [5], DECODE), Part(others[1], random_ids(model.config, 35, seed=begin), PREFILL)
-        parts = [before, Part(mine, ids[begin:end], DECODE), after]
+        parts = [before, Part(mine, ids[begin:end], phase), after]
         rows.append(run_step(r.plan, r.store, parts).logits[1 : 1 + end - begin])
     assert torch.equal(alone, torch.cat(rows))
+
+
+@pytest.mark.parametrize("shape", ["tiles", "two-sets"])
+def test_prefill_takes_the_form_of_fewer_multiply_adds(backend, shape):
+    """Which form it was shows in the last bits: in bf16 the two differ. One layer: what is cached depends on no form."""
+    model = latent_model(shape, num_hidden_layers=1)
+    _, rank, nope, rope, v_dim = SHAPES[shape]
+    weights = packed_weights(weights_of(model), "bf16")
+    absorbing, expanding = (runner(backend, graph_of(model, form), weights, kv="bf16") for form in ("absorbed", "expanded"))
+    for context, rows in ((0, 5), (0, 300), (100, 1), (300, 2), (300, 20), (400, 64), (400, 200)):
+        made, pairs = context + rows, rows * context + rows * (rows + 1) // 2
+        cheaper = made * rank * (nope + v_dim) + pairs * (nope + rope + v_dim) < (
+            rows * rank * (nope + v_dim) + pairs * (2 * rank + rope)
+        )
+        ids = random_ids(model.config, made)
+        got = after(absorbing, ids, context, PREFILL)
+        absorbed, expanded = after(absorbing, ids, context, DECODE), after(expanding, ids, context, PREFILL)
+        assert not torch.equal(absorbed, expanded)
+        assert torch.equal(got, expanded if cheaper else absorbed), f"{rows} rows after {context}"
+
+
+def after(r, ids, context, phase):
+    """Logits of ids[context:] in a step of their own."""
+    mine = r.sequence()
+    if context:
+        run_step(r.plan, r.store, [Part(mine, ids[:context], DECODE)])
+    logits = run_step(r.plan, r.store, [Part(mine, ids[context:], phase)]).logits
+    mine.free()
+    return logits
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_nan_reaches_no_row_before_it(backend, way):
+    """Neither from the same step nor from a block's tail that another sequence left behind."""
+    model, (form, phase) = latent_model("tiles"), WAYS[way]
+    for kv in ("fp32", "bf16", "int8"):
+        r = runner(backend, graph_of(model, form), packed_weights(weights_of(model), "bf16"), kv=kv, blocks=12)
+        embeds = model.get_input_embeddings().weight[random_ids(model.config, 70)].detach().clone()
+        expected = prefill_embeds(r, embeds, phase)
+        embeds[41] = torch.nan
+        got = prefill_embeds(r, embeds, phase)
+        assert torch.equal(got[:41], expected[:41])
+        assert got[41:].isnan().all()
+        embeds[41] = 0.0
+        assert torch.equal(prefill_embeds(r, embeds, phase)[:41], expected[:41])
+
+
+def prefill_embeds(r, embeds, phase):
+    mine = r.sequence()
+    logits = run_step(r.plan, r.store, [Part(mine, [0] * len(embeds), phase)], inputs_embeds=embeds).logits
+    mine.free()
+    return logits
 
 
 def test_crop_and_shared_blocks(backend):
