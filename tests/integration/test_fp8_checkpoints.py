@@ -134,3 +134,27 @@ def test_latent_attention(tmp_path, backend):
         for token in ids[0, 1:]:
             alone.append(model(token.view(1, 1), past_key_values=alone[-1].past_key_values, use_cache=True))
     assert_close_rows(torch.cat([step.logits[0] for step in alone]), expected, 3e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deepseek_v3(tmp_path, backend):
+    """Experts tensor by tensor, latent attention with kv_b in FP8; the router, its bias and the norms as stored."""
+    config = CASES["deepseek_v3-groups"]()
+    random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
+    folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
+    stored = load_file(folder / "model.safetensors")
+    assert stored["model.layers.2.mlp.experts.1.up_proj.weight"].dtype == torch.float8_e4m3fn
+    save_file(dequantised(stored), tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(0, config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(2))
+    model = load_model(folder, backend=backend)
+    formats = {row.format: row.matrices for row in model.dso.report().formats}
+    assert formats.keys() == {"fp8", "bf16"} and model.model.layers[2].self_attn.kv_b_proj.format == "fp8"
+    with torch.no_grad():  # in fp32: with rounded activations a router may choose another expert
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)(ids).logits[0]
+        assert_close_rows(load_model(folder, precision="fp32", backend=backend)(ids).logits[0], expected)
+        difference = (model(ids).logits[0] - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert difference.median() < 2e-2, "and most rows meet the same experts"
+    pack_checkpoint(folder, tmp_path / "packed", {})
+    again = load_model(tmp_path / "packed", backend=backend)
+    for (name, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
