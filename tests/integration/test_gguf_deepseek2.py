@@ -1,0 +1,80 @@
+"""DeepSeek's GGUF files, loaded and converted: the logits of Transformers on the file's own numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_optimizer import load_model
+from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+from support.gguf_deepseek2 import dequantised, v2, v2_lite, v3, write_gguf, youtu
+from support.models import assert_close_rows, random_ids, random_model, transformers_logits
+
+MODELS = {"v2": v2, "v2_lite": v2_lite, "v3": v3, "youtu": youtu}
+MIXED = {"": "Q4_0", "token_embd": "Q8_0", "ffn_down_exps": "Q4_1", "attn_output": "Q8_0", "attn_k_b": "F16", "attn_v_b": "F16"}
+KINDS = {"F32": {"": "F32"}, "Q8_0": {"": "Q8_0"}, "Q4_0": {"": "Q4_0"}, "Q4_1": {"": "Q4_1"}, "mixed": MIXED}
+# kv_b_proj is bf16 whatever the halves are stored in, and floats are bf16 when nothing else is asked for.
+AS_STORED = {"F32": {"precision": "fp32"}}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict:
+    return {name: random_model(config()) for name, config in MODELS.items()}
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.filterwarnings("ignore:.*rounds them again")
+def test_logits(tmp_path: Path, models: dict, family: str, kinds: str) -> None:
+    """On the reference backend, in the file's own formats."""
+    path = write_gguf(tmp_path / "m.gguf", models[family], KINDS[kinds])
+    model = load_model(path, backend="reference", kv_cache="fp32", **AS_STORED.get(kinds, {}))
+    theirs = dequantised(models[family], KINDS[kinds])
+    if kinds != "F32":  # what the file does not hold exactly in any format
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("kv_b_proj.weight"):
+                parameter.data = parameter.data.bfloat16().float()
+    ids = random_ids(theirs.config, 40)
+    with torch.no_grad():
+        assert_close_rows(model(torch.tensor([ids])).logits[0], transformers_logits(theirs, ids))
+
+
+def test_formats_are_the_file_s_own(tmp_path: Path, models: dict) -> None:
+    model = load_model(write_gguf(tmp_path / "m.gguf", models["v3"], MIXED), backend="reference")
+    found = {name: module.format for name, module in model.named_modules() if isinstance(getattr(module, "format", None), str)}
+    assert found["model.embed_tokens"] == found["model.layers.0.self_attn.o_proj"] == "int8"
+    assert found["model.layers.0.self_attn.q_b_proj"] == "int4" and found["model.layers.2.self_attn.kv_b_proj"] == "bf16"
+    weights = model.model.layers[1].mlp.experts.held()
+    assert {leaf: weight.format for leaf, weight in weights.items()} == {"gate_up_proj": "int4", "down_proj": "q4_1"}
+    assert not model.report().warnings
+
+
+@pytest.mark.parametrize("family", ["v2_lite", "v3"])
+@pytest.mark.filterwarnings("ignore:.*rounds them again")
+def test_converted(tmp_path: Path, models: dict, family: str) -> None:
+    """Streamed shard by shard, saved by the model, and loaded from the file: one model."""
+    path = write_gguf(tmp_path / "m.gguf", models[family], KINDS["mixed"])
+    pack_checkpoint(path, tmp_path / "packed", {"backend": "reference"}, shard_bytes=1)
+    model = load_model(path, backend="reference")
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.tensor([random_ids(model.config, 20)])
+    with torch.no_grad():
+        expected = model(ids).logits
+        for folder in ("packed", "saved"):
+            assert torch.equal(load_model(tmp_path / folder, backend="reference")(ids).logits, expected)
+    assert (tmp_path / "packed" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
+
+
+def test_layers_for_multi_token_prediction_are_told_of(tmp_path: Path, models: dict) -> None:
+    def edit(values, arrays):
+        values |= {"block_count": 4, "nextn_predict_layers": 1}
+        arrays["blk.3.nextn.eh_proj.weight"] = arrays["blk.2.attn_output.weight"]
+
+    path = write_gguf(tmp_path / "m.gguf", models["v3"], {"": "F16"}, edit=edit)
+    with pytest.warns(UserWarning, match="multi-token prediction are left out"):
+        load_model(path, backend="reference")
+    told: list[str] = []
+    pack_checkpoint(path, tmp_path / "packed", {}, tell=told.append)
+    assert len(told) == 1 and "multi-token prediction" in told[0]
