@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepseek_optimizer import load_model
+from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
 from support.gguf_deepseek2 import dequantised, v2, v2_lite, v3, write_gguf, youtu
 from support.models import assert_close_rows, random_ids, random_model, transformers_logits
@@ -39,6 +40,17 @@ def test_logits(tmp_path: Path, models: dict, family: str, kinds: str) -> None:
     ids = random_ids(theirs.config, 40)
     with torch.no_grad():
         assert_close_rows(model(torch.tensor([ids])).logits[0], transformers_logits(theirs, ids))
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
+@pytest.mark.parametrize("family", MODELS)
+def test_logits_natively(tmp_path: Path, models: dict, family: str) -> None:
+    """In fp32, where kernels have nothing to round."""
+    path = write_gguf(tmp_path / "m.gguf", models[family], {"": "F32"})
+    ids = random_ids(models[family].config, 40)
+    with torch.no_grad():
+        logits = load_model(path, precision="fp32", backend="cpu")(torch.tensor([ids])).logits[0]
+    assert_close_rows(logits, transformers_logits(models[family], ids))
 
 
 def test_formats_are_the_file_s_own(tmp_path: Path, models: dict) -> None:
