@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import torch
 
-from deepseek_optimizer.quant import get_format
-from deepseek_optimizer.quant.packed import PackedMatrix
+from deepseek_optimizer.quant import get_format, pack, unpack
+from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack, PackedWeight
 
 
-def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[str, PackedMatrix | torch.Tensor]:
-    """Every matrix packed by the reference packer; vectors as they are. Tied names share one matrix."""
-    fmt = get_format(format_name)
+def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[str, PackedWeight | torch.Tensor]:
+    """Every matrix packed by the reference packer, experts as stacks; vectors and routers as they are. Tied names share one
+    matrix."""
     done: dict[int, PackedMatrix] = {}
-    out: dict[str, PackedMatrix | torch.Tensor] = {}
+    out: dict[str, PackedWeight | torch.Tensor] = {}
     for name, w in weights.items():
-        if w.ndim != 2:
+        if w.ndim == 3:
+            out[name] = _stack(name, w, format_name)
+        elif w.ndim != 2 or name.split(".")[-2:] == ["gate", "weight"]:
             out[name] = w
-            continue
-        if w.data_ptr() not in done:
-            done[w.data_ptr()] = PackedMatrix(format_name, *w.shape, fmt.pack(w))
-        out[name] = done[w.data_ptr()]
+        else:
+            if w.data_ptr() not in done:
+                done[w.data_ptr()] = pack(w, format_name)
+            out[name] = done[w.data_ptr()]
     return out
 
 
-def dequantised(weights: dict[str, PackedMatrix | torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        n: get_format(w.format).unpack(w.data, w.rows, w.cols) if isinstance(w, PackedMatrix) else w.float()
-        for n, w in weights.items()
-    }
+def _stack(name: str, w: torch.Tensor, format_name: str) -> PackedStack:
+    """[E, rows, cols] -> a stack of E matrices; of 2 E where gate lies over up."""
+    halves = 2 if name.endswith("gate_up_proj") else 1
+    matrices = w.reshape(w.shape[0] * halves, -1, w.shape[2])
+    data = torch.stack([get_format(format_name).pack(m) for m in matrices])
+    return PackedStack(format_name, *matrices.shape, data)
+
+
+def dequantised(weights: dict[str, PackedWeight | torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: _values(n, w) for n, w in weights.items()}
+
+
+def _values(name: str, w: PackedWeight | torch.Tensor) -> torch.Tensor:
+    if isinstance(w, PackedStack):
+        halves = 2 if name.endswith("gate_up_proj") else 1
+        return torch.stack([unpack(w.matrix(i)) for i in range(w.count)]).reshape(-1, halves * w.rows, w.cols)
+    return unpack(w) if isinstance(w, PackedMatrix) else w.float()

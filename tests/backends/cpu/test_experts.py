@@ -16,9 +16,11 @@ from deepseek_optimizer.backends.cpu import CpuBackend, exact, unavailable_reaso
 from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
-from deepseek_optimizer.quant import get_format, pack, unpack
-from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
+from deepseek_optimizer.quant import pack
+from deepseek_optimizer.quant.packed import PackedStack
 from support.models import assert_close_rows
+
+from .packing import dequantised, packed_weights
 
 HIDDEN, INNER = 72, 40  # no multiples of 16 and 32
 SIZES = {
@@ -90,33 +92,17 @@ def moe_graph(config: Any, grouped: bool = True) -> Graph:
     return Graph("moe", nodes, 9, HIDDEN, 1, CacheSpec(1, 1, 2), 64)
 
 
-def pack_stack(parameter: torch.Tensor, rows: int, format_name: str) -> PackedStack:
-    """[E, n * rows, cols] -> a stack of E * n matrices."""
-    matrices = parameter.detach().reshape(-1, rows, parameter.shape[-1])
-    data = torch.stack([get_format(format_name).pack(m) for m in matrices])
-    return PackedStack(format_name, len(matrices), rows, parameter.shape[-1], data)
-
-
 def packed(layer: torch.nn.Module, format_name: str, down: str | None = None) -> dict[str, Any]:
     """What a plan is given: the router's weight stays a float tensor."""
-    state = layer.state_dict()
-    weights: dict[str, Any] = {n: t if n.startswith("gate.") else pack(t, format_name) for n, t in state.items() if t.ndim < 3}
-    weights["experts.gate_up_proj"] = pack_stack(state["experts.gate_up_proj"], INNER, format_name)
-    weights["experts.down_proj"] = pack_stack(state["experts.down_proj"], HIDDEN, down or format_name)
-    weights["embed"] = pack(torch.zeros(9, HIDDEN), "fp32")
-    return weights
+    weights: dict[str, Any] = packed_weights(layer.state_dict(), format_name)
+    if down:
+        weights["experts.down_proj"] = packed_weights(layer.state_dict(), down)["experts.down_proj"]
+    return weights | {"embed": pack(torch.zeros(9, HIDDEN), "fp32")}
 
 
-def dequantised(layer: torch.nn.Module, weights: dict[str, Any]) -> torch.nn.Module:
+def dequantised_layer(layer: torch.nn.Module, weights: dict[str, Any]) -> torch.nn.Module:
     """The same module over the values that packed weights stand for."""
-    state = {}
-    for name, tensor in layer.state_dict().items():
-        weight = weights[name]
-        if isinstance(weight, PackedStack):
-            state[name] = torch.stack([unpack(weight.matrix(i)) for i in range(weight.count)]).reshape(tensor.shape)
-        else:
-            state[name] = unpack(weight) if isinstance(weight, PackedMatrix) else weight
-    layer.load_state_dict(state)
+    layer.load_state_dict({n: w for n, w in dequantised(weights).items() if n != "embed"})
     return layer
 
 
@@ -170,7 +156,7 @@ def test_formats_against_their_own_values(backend, format_name):
     layer = random_layer(config)
     weights = packed(layer, format_name)
     x = inputs(150)
-    want = expected(dequantised(layer, weights), x)
+    want = expected(dequantised_layer(layer, weights), x)
     assert_close_rows(Plan(backend, moe_graph(config), weights)(x, 40), want, FORMAT_TOLERANCE[format_name])
 
 
@@ -179,7 +165,7 @@ def test_experts_and_the_rest_in_different_formats(backend):
     layer = random_layer(config)
     weights = packed(layer, "int8", down="bf16") | {n: w for n, w in packed(layer, "int4").items() if "shared" in n}
     x = inputs(40)
-    want = expected(dequantised(layer, weights), x)
+    want = expected(dequantised_layer(layer, weights), x)
     assert_close_rows(Plan(backend, moe_graph(config), weights)(x), want, FORMAT_TOLERANCE["int4"])
 
 

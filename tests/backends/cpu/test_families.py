@@ -95,10 +95,10 @@ def test_cache_types(backend, kv, tolerance):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
-@pytest.mark.parametrize("phase", [DECODE, PREFILL])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv, phase):
+@pytest.mark.parametrize("case, phase", [("qwen2-gqa", DECODE), ("qwen2-gqa", PREFILL), ("deepseek_v3-groups", DECODE)])
+def test_a_row_is_the_same_in_any_company(backend, format_name, kv, case, phase):
     """Within a kernel family rows are torch.equal whatever the chunk, the place and the other sequences."""
-    model = random_model(CASES["qwen2-gqa"]())
+    model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), None)
     r = runner(backend, graph, packed_weights(weights_of(model), format_name), kv=kv)
     ids = random_ids(model.config, 90)
