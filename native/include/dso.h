@@ -162,7 +162,9 @@ enum {
                              LAST flag: also -> batch->last_hidden, when asked for */
 
   /* Experts. routes: F32 [T, 2 * top_k]: the chosen experts' numbers, ascending, then their weights. */
-  DSO_OP_ROUTE = 16,      /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1) -> out0 routes */
+  DSO_OP_ROUTE = 16,      /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1) -> out0 routes. The choice is by score +
+                             b0, in the top_groups best of `groups`; weights are scores * scale. Of equals the lower number goes
+                             first; a NaN is the largest, so that it is not lost */
   DSO_OP_EXPERTS_GATE_UP = 17, /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat = top_k.
                              GROUPED flag: rows of out0 lie by expert, in the order that EXPERTS_DOWN of the same routes expects */
   DSO_OP_EXPERTS_DOWN = 18, /* in0 as EXPERTS_GATE_UP made it, in1 routes, w0 stack of experts -> out0 F32: sum over j, ascending, of

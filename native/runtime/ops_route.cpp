@@ -14,8 +14,7 @@ namespace {
 
 using Key = uint64_t;
 
-Key key(float value, int64_t index) {
-  value += 0.0f;  // -0 is 0
+Key key(float value, int64_t index) {  // value is not -0: no score is, and so no sum with one
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
   const uint32_t ordered = std::isnan(value) ? UINT32_MAX : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
