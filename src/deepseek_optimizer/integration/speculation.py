@@ -21,8 +21,10 @@ from ..engine.sequence import Sequence
 from ..engine.speculative.base import Draft, Proposer
 from ..engine.speculative.decoder import SpeculativeDecoder
 from ..engine.speculative.gate import Gate
+from ..engine.speculative.mtp import MtpProposer
 from ..engine.speculative.prompt_lookup import PromptLookupProposer
 from ..errors import UnsupportedRequestError
+from ..models import mtp_layers
 from .cache import PagedCache
 from .compat import cache_name
 from .loop import ContextLimit, Stop, next_positions, prefill
@@ -75,8 +77,21 @@ def wanted_drafts(runtime: Runtime, config: Any, given: Any, proposer: Proposer 
         return Drafts(config.prompt_lookup_num_tokens, lambda _: PromptLookupProposer(longest))
     if not config.use_mtp:
         return None
-    raise UnsupportedRequestError(
-        "use_mtp=True, but this model has no MTP layers; leave it out, or take drafts from the text: prompt_lookup_num_tokens=3"
+    plans = runtime.mtp_plans
+    if not plans:
+        raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
+    most = given or max(MOST, len(plans))
+    return Drafts(most, lambda drafter: MtpProposer([Runner(plan, runtime.arena) for plan in plans], drafter.draft))
+
+
+def _why_no_mtp(runtime: Runtime) -> str:
+    if not mtp_layers(runtime.model.config):
+        return "this model has no MTP layers; leave it out, or take drafts from the text: prompt_lookup_num_tokens=3"
+    if runtime.config.mtp == "off":
+        return 'the MTP layers were not loaded: DeepSeekConfig(mtp="off"); load the model again with mtp="auto"'
+    return (
+        "the checkpoint holds no MTP layers (model.layers.N.* behind the last), or the model was converted in memory, where "
+        "Transformers has left them out; load one that has them with load_model, or quantization_config=DeepSeekConfig(...)"
     )
 
 
