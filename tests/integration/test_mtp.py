@@ -216,17 +216,14 @@ def prompts(count: int, length: int) -> torch.Tensor:
     return torch.tensor(documents(tiny_v3(), count, length))
 
 
-def test_trained_drafts_hold_as_often_as_their_training_says(trained, monkeypatch):
+FIXED = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}  # without the gate
+
+
+def test_trained_drafts_hold_as_often_as_their_training_says(trained):
     """README: its argmax agrees with the model's own at 78% of places (teacher forced, which its own text is close to)."""
-
-    class Three(speculation.Gate):
-        def _choice(self, sequences, most):
-            return most
-
-    monkeypatch.setattr(speculation, "Gate", Three)
     ids = prompts(8, 96)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-    assert torch.equal(trained.generate(ids, **options), trained.generate(ids, use_mtp=True, **options))
+    assert torch.equal(trained.generate(ids, **options), trained.generate(ids, **FIXED, **options))
     report = trained.dso.speculation
     assert 0.65 < report.acceptance[0] < 0.9
     assert 0.4 < report.acceptance[1] < 0.8
@@ -234,45 +231,28 @@ def test_trained_drafts_hold_as_often_as_their_training_says(trained, monkeypatc
     assert report.proposed[0] > 100
 
 
-def test_trained_drafts_of_sampled_text(trained, monkeypatch):
+def test_trained_drafts_of_sampled_text(trained):
     """Drafts are drawn from the layer's own distribution through the request's processors, so most hold."""
-
-    class One(speculation.Gate):
-        def _choice(self, sequences, most):
-            return min(most, 1)
-
-    monkeypatch.setattr(speculation, "Gate", One)
     torch.manual_seed(0)
-    options = {
-        "max_new_tokens": 32,
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 40,
-        "eos_token_id": None,
-        "pad_token_id": 2,
-    }
-    trained.generate(prompts(8, 64), use_mtp=True, **options)
+    options = {"max_new_tokens": 32, "temperature": 0.7, "top_k": 40, "eos_token_id": None, "pad_token_id": 2}
+    trained.generate(prompts(8, 64), do_sample=True, num_assistant_tokens=1, **FIXED, **options)
     assert 0.5 < trained.dso.speculation.acceptance[0] < 0.95
 
 
-def test_trained_drafts_of_copies_and_of_a_dialogue(trained, monkeypatch):
+def test_trained_drafts_of_copies_and_of_a_dialogue(trained):
     from deepseek_optimizer import PagedCache
     from deepseek_optimizer.integration.compat import cache_name
 
-    class One(speculation.Gate):
-        def _choice(self, sequences, most):
-            return min(most, 1)
-
-    monkeypatch.setattr(speculation, "Gate", One)
     options = {"max_new_tokens": 50, "eos_token_id": None, "pad_token_id": 2}
     torch.manual_seed(0)
-    trained.generate(prompts(2, 64), use_mtp=True, num_return_sequences=3, do_sample=True, temperature=0.3, **options)
+    sampled = {"num_return_sequences": 3, "do_sample": True, "temperature": 0.3, "num_assistant_tokens": 1}
+    trained.generate(prompts(2, 64), **sampled, **FIXED, **options)
     assert trained.dso.speculation.acceptance[0] > 0.5
     caches, ids = [PagedCache(trained), PagedCache(trained)], prompts(1, 40)
     for _ in range(3):
         texts = [
-            trained.generate(ids, do_sample=False, use_mtp=drafts, **{cache_name(): cache}, **options)
-            for drafts, cache in zip((False, True), caches, strict=True)
+            trained.generate(ids, do_sample=False, **drafts, **{cache_name(): cache}, **options)
+            for drafts, cache in zip(({}, FIXED), caches, strict=True)
         ]
         assert torch.equal(*texts)
         ids = torch.cat([texts[0], prompts(1, 12)[:, 2:]], dim=1)
