@@ -9,6 +9,7 @@ from .standing import DECODE, ONCE, OURS, PREFILL, Q4_0, VLLM, Bar, Rival, Row
 TRANSFORMERS = Rival("transformers", "bf16", "Transformers bf16")
 AT_512, AT_4096 = Work(512, 33), Work(4096, 17)
 SHORT = Rival(OURS, "int4", "ours int4 at 512", AT_512)
+V32_SHORT = Rival(OURS, "int4", "ours int4 at 4,096", AT_4096)
 NEAR_FLOOR = 100 / 1.6  # per cent of bandwidth at which a step takes 1.6 times as long as reading its bytes
 
 DEEPSEEK = (
@@ -26,5 +27,9 @@ DEEPSEEK = (
     Row(
         "v2lite-decode", "V2-Lite decode at 512", "v2lite", Work(512, 17), DECODE,
         (Bar((Q4_0,), 2.5, or_percent=100 / 1.5),), **ONCE,
+    ),
+    Row(
+        "v32-dsa", "v32 decode at 32,768, sparse attention", "v32", Work(32768, 17), DECODE, (Bar((V32_SHORT,), 1 / 1.3),),
+        **ONCE,
     ),
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 smol: SmolLM2-135M-Instruct, real weights, from a package registry. The others are shapes with random weights, right for speed,
 meaningless as text: r1q15 that of R1-Distill-Qwen-1.5B, v2l6 that of DeepSeek-V2-Lite with 6 of its 27 layers, v2lite all of
-them, as random blocks of a GGUF file: in floats it would not fit.
+them, as random blocks of a GGUF file: in floats it would not fit. v32 has two layers of DeepSeek-V3.2, a dense one and one of
+experts, packed from the start.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from deepseek_optimizer.bench.peers.environments import setup
 from deepseek_optimizer.bench.peers.openvino import export_command
 from deepseek_optimizer.bench.plain import dequantised
 
-from . import gguf_file, gguf_v2lite
+from . import gguf_file, gguf_v2lite, random_packed
 
 TITLES = {
     "smol": "SmolLM2-135M", "r1q15": "R1-Distill-Qwen-1.5B shape", "v2l6": "DeepSeek-V2-Lite shape, 6 layers",
-    "v2lite": "DeepSeek-V2-Lite shape",
+    "v2lite": "DeepSeek-V2-Lite shape", "v32": "DeepSeek-V3.2 shape, 2 layers",
 }  # fmt: skip
 
 
@@ -40,6 +41,8 @@ def model(name: str, form: str) -> Path:
         return smollm2.fetch()
     if name == "v2lite":
         return _v2lite(form)
+    if name == "v32":
+        return _v32(form)
     random = {"r1q15": _random_qwen2, "v2l6": _random_deepseek_v2}
     bf16 = dequantised(smollm2.fetch()) if name == "smol" else _once(smollm2.cache_directory() / name, random[name])
     if form == "bf16":
@@ -61,6 +64,20 @@ def _v2lite(form: str) -> Path:
     if form != "int4":
         raise ValueError(f"v2lite is there as Q4_0 and as int4, not as {form}")
     return _once(blocks.with_name("v2lite-int4"), lambda target: _pack(blocks, target, "auto"))
+
+
+def _v32(form: str) -> Path:
+    from transformers import DeepseekV32Config
+
+    if form != "int4":
+        raise ValueError(f"v32 is there as int4 alone, not as {form}")
+    yarn = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32,
+        "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    }  # fmt: skip
+    config = DeepseekV32Config(num_hidden_layers=2, first_k_dense_replace=1, rope_parameters=yarn)  # the rest is V3.2's own
+    target = smollm2.cache_directory() / "v32-int4"
+    return _once(target, lambda path: random_packed.write(config, path, "DeepseekV32ForCausalLM"))
 
 
 def _once(target: Path, make: Callable[[Path], None]) -> Path:

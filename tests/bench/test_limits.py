@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.bench import limits as module
 from deepseek_optimizer.bench import machine
@@ -13,6 +14,7 @@ from deepseek_optimizer.bench.limits import Limits, cost_per_million
 from deepseek_optimizer.bench.machine import matrix_tera, read_gb_s
 from deepseek_optimizer.bench.traffic import Experts, Reads, Traffic, traffic_of
 from deepseek_optimizer.bench.work import Work
+from support.models import CASES, random_model
 
 HIDDEN, INNER, LAYERS, KV = 64, 128, 2, 32  # of the tiny model
 WEIGHTS = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV + 3 * HIDDEN * INNER)
@@ -32,11 +34,23 @@ def test_traffic_of_an_optimised_model_is_what_its_plan_reads(optimised, plain):
     assert (found.weights, found.head_weights) == (floats.weights, floats.head_weights)
 
 
+def test_traffic_of_sparse_attention():
+    model = random_model(CASES["deepseek_v32-indexer"]())
+    plain = traffic_of(model)
+    found = traffic_of(DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference")).optimize())
+    latents, index = (3 * 4 * n for n in (40 + 12, 24))  # layers x bytes x numbers
+    assert (plain.kv_bytes, plain.chosen_bytes) == (latents + index, 0)
+    assert (found.kv_bytes, found.chosen_bytes, found.top_k) == (index, latents, 16)
+
+
 def test_bytes_and_operations():
     traffic = Traffic(weight_bytes=1000, kv_bytes=10, weights=100, head_weights=7, attention_width=3)
     work = Work(prompt=4, new=2, depth=5, batch=2)
     assert traffic.step_bytes(work) == 1000 + 2 * 10 * (5 + 4 + 1)
     assert traffic.token_bytes(work) == 600
+    sparse = Traffic(1000, 10, 100, 7, 3, chosen_bytes=5, top_k=8)
+    assert sparse.step_bytes(work) == 1000 + 2 * (10 * 10 + 5 * 8)
+    assert sparse.step_bytes(Work(prompt=2, new=2)) == 1000 + 10 * 3 + 5 * 3
     pairs = 6 + 7 + 8 + 9  # each prompt token sees the cache and those up to itself
     assert traffic.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * pairs)
 

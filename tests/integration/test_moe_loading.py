@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model
+from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.least import exact_weights, least_formats
 from deepseek_optimizer.integration.packed_experts import PackedExperts
 from deepseek_optimizer.models import build_graph
@@ -237,7 +238,10 @@ class TestFormats:
 def test_what_is_kept_larger_and_exact():
     graph = build_graph(CASES["deepseek_v32-indexer"]())
     least = least_formats(graph)
-    assert least == {f"model.layers.{i}.self_attn.kv_b_proj.weight": "int8" for i in range(3)}
+    large = ("kv_b_proj", "indexer.wq_b", "indexer.wk")
+    assert least == {f"model.layers.{i}.self_attn.{name}.weight": "int8" for i in range(3) for name in large}
+    assert least_formats(rules.apply(graph, None)[0]) == least
+    assert exact_weights(rules.apply(graph, None)[0]) == exact_weights(graph)
     routers = {f"model.layers.{i}.mlp.gate.{leaf}" for i in (1, 2) for leaf in ("weight", "e_score_correction_bias")}
     assert exact_weights(graph) == routers | {f"model.layers.{i}.self_attn.indexer.weights_proj.weight" for i in range(3)}
     dense = build_graph(CASES["llama-gqa"]())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
@@ -34,15 +34,19 @@ class Reads:
         weight_bytes: matrices read in a step, whatever its batch; of an embedding only the rows looked up are read: left out.
         kv_bytes: of the cache, a token of context.
         experts: matrices of which a step reads some.
+        chosen_bytes: of the cache, a token that sparse attention chose; it chooses `top_k` at most.
     """
 
     weight_bytes: int
     kv_bytes: float
     experts: tuple[Experts, ...] = field(default=(), kw_only=True)
+    chosen_bytes: float = field(default=0.0, kw_only=True)
+    top_k: int = field(default=0, kw_only=True)
 
     def step_bytes(self, work: Work) -> float:
         """Read in a decode step half way through the output."""
-        cache = work.batch * self.kv_bytes * (work.depth + work.prompt + work.new / 2)
+        context = work.depth + work.prompt + work.new / 2
+        cache = work.batch * (self.kv_bytes * context + self.chosen_bytes * min(context, self.top_k))
         return self.weight_bytes + cache + sum(layer.read(work.batch) for layer in self.experts)
 
     def token_bytes(self, work: Work) -> float:
@@ -88,19 +92,31 @@ def traffic_of(model: Any) -> Traffic:
         described = [row for row in runtime.plan.describe() if row["op"] != "embedding" and "bytes" in row]
         steps = described or [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]  # the reference tells no bytes
         kv_bytes: float = runtime.backend.block_bytes(runtime.graph, runtime.kv_dtype) / BLOCK_TOKENS
+        chosen_bytes, top_k = _chosen(runtime)
     else:
         size = model.dtype.itemsize
         held = {name: size * math.prod(shape) for name, shape in shapes.items()}
         steps = [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]
-        kv_bytes = graph.cache.numbers * size
+        kv_bytes, chosen_bytes, top_k = graph.cache.numbers * size, 0.0, 0  # Transformers masks what was not chosen
     return Traffic(
         weight_bytes=sum(row["bytes"] for row in steps if "experts" not in row),
-        kv_bytes=kv_bytes,
+        kv_bytes=kv_bytes - chosen_bytes,
+        chosen_bytes=chosen_bytes,
+        top_k=top_k,
         experts=tuple(Experts(row["bytes"], row["experts"], row["top_k"]) for row in steps if "experts" in row),
         weights=sum(_multiplied(node, shapes) for node in graph.nodes if node.op in _PRODUCTS) - head_weights,
         head_weights=head_weights,
         attention_width=sum(_attention_width(node) for node in graph.nodes),
     )
+
+
+def _chosen(runtime: Any) -> tuple[float, int]:
+    """Bytes of a token's latents, and how many tokens sparse attention reads them of; zeros where it is not sparse."""
+    top_k = next((node.attrs["top_k"] for node in runtime.graph.nodes if node.op == "index_choose"), 0)
+    if not top_k:
+        return 0.0, 0
+    latents = replace(runtime.graph, cache=replace(runtime.graph.cache, index=0))
+    return runtime.backend.block_bytes(latents, runtime.kv_dtype) / BLOCK_TOKENS, top_k
 
 
 def _of_unknown_family(model: Any) -> Traffic:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from .ir import Graph
+from ..errors import GraphError
+from .ir import Graph, Value
 
 
 def least_formats(graph: Graph) -> dict[str, str]:
     """Name of a weight -> the format that it is not made smaller than, unless the user names it.
 
     `kv_b` of latent attention: once absorbed, its key half is multiplied the other way round, across the columns that a group
-    of a 4-bit format shares a scale along.
+    of a 4-bit format shares a scale along. The indexer's queries and keys: a token that is not chosen is not a small error.
     """
-    return {node.weights[0]: "int8" for node in graph.nodes if node.op == "mla_attention"}
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op == "mla_attention":
+            names[node.weights[0]] = "int8"
+        elif node.op in ("index_choose", "index_write"):
+            names[_made_by(graph, node.inputs[0])] = "int8"
+    return names
+
+
+def _made_by(graph: Graph, value: Value) -> str:
+    """The matrix whose product this is, before it was normed and turned."""
+    node = graph.producer(value)
+    while node is not None and node.op in ("rope", "layer_norm"):
+        value = node.inputs[0]
+        node = graph.producer(value)
+    if node is None or node.op != "linear":
+        raise GraphError(f"{value.name!r} is not made by a product")
+    return node.weights[node.outputs.index(value)]
 
 
 def exact_weights(graph: Graph) -> frozenset[str]:
@@ -21,6 +39,6 @@ def exact_weights(graph: Graph) -> frozenset[str]:
     for node in graph.nodes:
         if node.op == "router":
             names.update((*node.weights, node.attrs["bias"]))
-        if node.op == "index_choose" and (source := graph.producer(node.inputs[1])) is not None:
-            names.add(source.weights[source.outputs.index(node.inputs[1])])
+        if node.op == "index_choose":
+            names.add(_made_by(graph, node.inputs[1]))
     return frozenset(name for name in names if name is not None)

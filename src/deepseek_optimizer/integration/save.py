@@ -12,7 +12,6 @@ import torch
 
 from ..checkpoint import atomic_directory
 from ..checkpoint.packed import write_safetensors
-from .graphs import whole_graph
 from .instance_method import InstanceMethod
 from .swap import weights_of
 
@@ -48,9 +47,9 @@ class PackedSave(InstanceMethod):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        model = self.runtime.model
+        model, graph = self.runtime.model, self.runtime.graph
         save_configs(model, model.dtype, folder)
-        write_safetensors(folder / "model.safetensors", weights_of(model, whole_graph(model)))
+        write_safetensors(folder / "model.safetensors", weights_of(model, graph))
 
 
 def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:
