@@ -28,6 +28,7 @@ KvCache = Literal["auto", "fp32", "bf16", "int8"]
 Isa = Literal["avx2", "avx512", "amx"]
 BackendName = Literal["auto", "cpu", "reference"]
 Activation = Literal["auto", "int8", "int16"]
+Mtp = Literal["auto", "off"]
 
 # Names that later parts of the plan define: known, so that the message says what to use until then.
 _PLANNED: Final = {
@@ -154,6 +155,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         prefill_chunk: most tokens in one prefill step; bounds the size of the plan's buffers.
         batch_size_range: (smallest, largest) number of sequences to size buffers for.
         fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
+        mtp: "auto": layers for multi-token prediction are loaded where the checkpoint has them, for `generate(use_mtp=True)`;
+            "off": never.
         calibration: path of a UTF-8 text, some pages like those the model will see: `load_model` runs the original over it and
             weighs the rounding of int4 and q4_1 by how strongly each input column is used. None: all columns alike.
         kl_budget: only with precision "auto": the smallest formats are chosen, matrix by matrix, with which the mean KL
@@ -183,6 +186,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     prefill_chunk: int = 512
     batch_size_range: tuple[int, int] = (1, 32)
     fast_path: bool = True
+    mtp: Mtp = "auto"
     calibration: str | None = None
     kl_budget: float | None = None
     formats: dict[str, str] | None = None
@@ -206,6 +210,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "prefill_chunk": _integer(1, 1 << 20),
         "batch_size_range": _range,
         "fast_path": _flag,
+        "mtp": _one_of("auto", "off"),
         "calibration": _optional(_path),
         "kl_budget": _optional(_above_zero),
         "formats": _optional(_formats),

@@ -152,16 +152,6 @@ def test_configs_of_another_model(folder, load, fields, tensor):
 
 class TestMtpLayers:
     @both
-    def test_whole_ones_are_left_out(self, folder, load):
-        with_mtp_layer(folder)
-        if load is load_model:
-            with pytest.warns(UserWarning, match="1 MTP layer of the checkpoint left out"):
-                model = load(folder)
-        else:
-            model = load(folder)
-        assert not any(name.startswith(MTP) for name in model.state_dict())
-
-    @both
     @pytest.mark.parametrize(
         "name", ["eh_proj.weight", "hnorm.weight", "shared_head.norm.weight", "mlp.experts.5.up_proj.weight",
                  "mlp.gate.e_score_correction_bias", "self_attn.kv_b_proj.weight", "input_layernorm.weight"],

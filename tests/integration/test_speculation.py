@@ -22,9 +22,9 @@ EOS = 2
 
 
 class Always:
-    """A gate that always allows all drafts."""
+    """A gate that always allows all drafts, and remembers what became of them."""
 
-    def __init__(self, most):
+    def __init__(self, most, fixed=False):
         self.most, self.rounds = most, []
 
     def choose(self, sequences, most=None):
@@ -346,3 +346,17 @@ def test_the_plain_loop_serves_requests_without_drafts(pair, monkeypatch):
     monkeypatch.setattr(generate_module, "_sample", lambda *a, **k: (served.append(1), sample(*a, **k))[1])
     pair.fast.generate(pair.ids(5), max_new_tokens=3, do_sample=False)
     assert served == [1]
+
+
+def test_a_constant_number_of_drafts_leaves_the_gate_out(pair, monkeypatch):
+    """Then the number drawn does not depend on time: a seed gives the same text again."""
+    from deepseek_optimizer.engine.speculative.gate import Gate
+
+    monkeypatch.setattr(speculation, "Gate", Gate)
+    ids, texts = torch.cat([pair.ids(8)] * 3, dim=1), []
+    options = {"num_assistant_tokens_schedule": "constant", "max_new_tokens": 30, "do_sample": True, "top_k": 3}
+    for _ in range(2):
+        torch.manual_seed(0)
+        texts.append(pair.fast.generate(ids, prompt_lookup_num_tokens=2, eos_token_id=None, **options))
+        assert pair.fast.dso.speculation.chosen[0][0] == 2
+    assert torch.equal(*texts)

@@ -65,9 +65,9 @@ class Case:
     @cached_property
     def graph(self) -> Any:
         """The model's graph, with the rules that the settings ask for."""
-        from ..integration.runtime import plan_graph
+        from ..integration.graphs import loaded_mtp_layers, plan_graph
 
-        return plan_graph(self.sketch.config, self.settings.rules)[0]
+        return plan_graph(self.sketch.config, self.settings.rules, loaded_mtp_layers(self.sketch))[0]
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -44,19 +44,20 @@ class PlanGenerate(Replacement):
         config, inputs = self._settled(call)
         check_prompt(inputs, call.get("attention_mask"), self.runtime.graph)
         check_generation(config)
-        drafts = wanted_drafts(self.runtime, config, _given(call, model, "num_assistant_tokens"), proposer)
-        given = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
+        most, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
+        drafts = wanted_drafts(self.runtime, config, most, schedule, proposer)
+        cache = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
         reason = self.runtime.changed()
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
             return self._handed_on(call, config, proposer)  # the forward says why it is slower
-        if not config.use_cache or not (given is None or isinstance(given, PagedCache)):
+        if not config.use_cache or not (cache is None or isinstance(cache, PagedCache)):
             return self._handed_on(call, config, proposer)
-        if given is None:
+        if cache is None:
             for name in CACHE_NAMES:
                 call.pop(name, None)
-            call[cache_name()] = given = PagedCache(model)
+            call[cache_name()] = cache = PagedCache(model)
             if config.is_assistant:
-                given.activate_past_recording()
+                cache.activate_past_recording()
             owned = True
         else:
             owned = False

@@ -30,9 +30,10 @@ from ..graph.least import exact_weights
 from ..models import check_config
 from ..quant import PackedWeight, Packer
 from .adapt import adapt, calibration_tokens
+from .graphs import whole_graph
 from .importance import importance_for
-from .mtp_layers import mtp_notes, stored_mtp_layers
-from .runtime import choose_backend, packer_of, plan_graph
+from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
+from .runtime import choose_backend, packer_of
 from .swap import expected_tensors, swap_on_meta
 from .wrapper import bind
 
@@ -78,7 +79,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
             cast = dtype if settings.precision == "fp32" else None
             _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
         name_source(model, checkpoint.path, dtype)
-        notes += checkpoint.remarks() + mtp_notes(checkpoint, model.config)
+        notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     bind(model.eval(), settings, bytes_before=total, notes=notes)
@@ -100,8 +101,9 @@ def sketch(
     settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
     model = _empty_model(raw, checkpoint.path)
     dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
-    graph, _ = plan_graph(model.config, ())
-    swap_on_meta(model, graph, settings, dtype, checkpoint.own_format)
+    if settings.mtp == "auto":
+        add_mtp_layers(model, own_tensors(checkpoint, model.config))
+    swap_on_meta(model, whole_graph(model), settings, dtype, checkpoint.own_format)
     return model, settings, dtype
 
 
@@ -197,7 +199,7 @@ def weights_for(
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """What a sketched model wants, as `stream_weights` has it; what is kept exact (`exact_weights`) as float32. `cast`: the
     dtype of other plain tensors; None: as they are stored."""
-    tied, exact = dict(model.all_tied_weights_keys or {}), exact_weights(plan_graph(model.config, ())[0])
+    tied, exact = dict(model.all_tied_weights_keys or {}), exact_weights(whole_graph(model))
     wanted, shapes = expected_tensors(model)
     ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
     ignored += [re.escape(tensor) for layer in stored_mtp_layers(checkpoint, model.config) for tensor in layer]
@@ -210,16 +212,11 @@ def weights_for(
 
 def _same_tensor(checkpoint: Checkpoint, target: str, source: str) -> str:
     """`target`, which the config ties to `source` and the checkpoint stores as well: it must be the same."""
-    info, other = checkpoint.info(target), checkpoint.info(source)
-    same = info.shape == other.shape and info.dtype == other.dtype
-    rows = info.shape[0] if info.shape else 0
-    step = max(1, (1 << 21) // max(1, info.nbytes // max(rows, 1)))
-    for begin in range(0, rows if same else 0, step):
-        end = min(begin + step, rows)
-        same = same and torch.equal(checkpoint.read_rows(target, begin, end), checkpoint.read_rows(source, begin, end))
-    if not same:
+    if not same_tensor(checkpoint, target, source):
         raise CheckpointError(
-            f"differs from {source}, though config.tie_word_embeddings is true; set it to false", file=info.file, tensor=target
+            f"differs from {source}, though config.tie_word_embeddings is true; set it to false",
+            file=checkpoint.info(target).file,
+            tensor=target,
         )
     return target
 

@@ -24,11 +24,11 @@ from ..errors import ConfigError
 from ..graph.least import exact_weights
 from ..quant import PackedMatrix, PackedStack, PackedWeight
 from ..versions import versions
+from .graphs import whole_graph
 from .importance import importance_for
 from .loader import load, name_source, reading_bar, resolve, sketch, weights_for
-from .mtp_layers import mtp_notes
 from .quantizer import mark_quantized
-from .runtime import choose_backend, packer_of, plan_graph
+from .runtime import choose_backend, packer_of
 from .save import save_configs
 from .swap import expected_tensors
 
@@ -120,13 +120,13 @@ def _write(
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)
-    notes += checkpoint.remarks() + mtp_notes(checkpoint, model.config)
+    notes += checkpoint.remarks()
     return notes + (checkpoint.conversions() if settings.precision == "auto" else [])
 
 
 def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> dict[str, Stored]:
     """What will be written, on the meta device, in the model's order."""
-    (formats, shapes), exact = expected_tensors(model), exact_weights(plan_graph(model.config, ())[0])
+    (formats, shapes), exact = expected_tensors(model), exact_weights(whole_graph(model))
     planned: dict[str, Stored] = {}
     for name, format in formats.items():
         if format is None:

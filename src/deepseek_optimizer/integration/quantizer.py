@@ -22,10 +22,11 @@ from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..graph.least import exact_weights
+from .graphs import plan_graph, whole_graph
 from .mapped import MappedFiles
 from .modules import Packed
-from .mtp_layers import stored_mtp_layers
-from .runtime import choose_backend, packer_of, plan_graph
+from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
+from .runtime import choose_backend, packer_of
 from .swap import expected_tensors, float_shape, swap_on_meta
 
 _FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
@@ -105,8 +106,9 @@ class PackingQuantizer(HfQuantizer):
         return [unmerged(conversion) for conversion in weight_conversions]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-        graph, _ = plan_graph(model.config, ())
         dtype = kwargs.get("dtype") or model.dtype
+        self._add_mtp_layers(model, checkpoint_files, dtype)
+        graph = whole_graph(model)
         swap_on_meta(model, graph, self.quantization_config, dtype)
         _expect_fp32(model, exact_weights(graph))
         _check_files(checkpoint_files, model)
@@ -116,6 +118,15 @@ class PackingQuantizer(HfQuantizer):
         if self.quantization_config.chooses_formats:
             self.texts = self._calibration_tokens(model.config)
         return model
+
+    def _add_mtp_layers(self, model: Any, files: Any, dtype: torch.dtype) -> None:
+        """Those of a checkpoint that our own reader can look into."""
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored_keys(
+            model.config
+        )
+        if self.quantization_config.mtp == "auto" and _is_standard(files):
+            with torch.device("cpu"), open_checkpoint(Path(files[0]).parent) as checkpoint:
+                add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
     def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
         from .adapt import calibration_tokens
@@ -182,7 +193,7 @@ def _check_files(files: Any, model: Any) -> None:
             "is pickled, which can run code when opened, so it is not; convert it to safetensors where you trust its source",
             file=pickled[0],
         )
-    if not files or not (names == {"model.safetensors"} or all(name.startswith("model-") for name in names)):
+    if not _is_standard(files):
         return
     with open_checkpoint(Path(files[0]).parent) as checkpoint:
         check_tokenizer_beside(checkpoint)
@@ -190,6 +201,12 @@ def _check_files(files: Any, model: Any) -> None:
         if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
             check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
             stored_mtp_layers(checkpoint, model.config)
+
+
+def _is_standard(files: Any) -> bool:
+    """Whether these are files of a checkpoint under the names that our own reader looks for."""
+    names = {Path(file).name for file in files or ()}
+    return bool(names) and (names == {"model.safetensors"} or all(name.startswith("model-") for name in names))
 
 
 def mark_quantized(model: Any, config: DeepSeekConfig) -> None:

@@ -12,6 +12,7 @@ from ..backends.base import BLOCK_TOKENS
 from ..graph.ir import Graph, LatentSpec
 from ..graph.least import least_formats
 from ..quant import PackedStack, PackedWeight
+from .graphs import loaded_mtp_layers, whole_graph
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Report:
     kv_cache, kv_block_bytes, kv_token_bytes: storage of the cache, bytes of a block of 32 tokens, and of one token.
     latent: whether it holds latents (MLA) instead of keys and values.
     experts: None where there are none.
+    mtp_layers: for multi-token prediction, beside the model's own; weights and cache count them.
     config: the settings.
     warnings: what works, but slower than it could, or is not exactly what was stored.
     """
@@ -77,6 +79,7 @@ class Report:
     kv_token_bytes: int
     latent: bool
     experts: ExpertsRow | None
+    mtp_layers: int
     config: dict[str, Any]
     warnings: tuple[str, ...]
 
@@ -102,6 +105,8 @@ class Report:
             table.add_row("calibration text", self.config["calibration"])
         if (e := self.experts) is not None:
             table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} a token, {e.bytes / 1e6:,.1f} MB")
+        if self.mtp_layers:
+            table.add_row("MTP layers", f"{self.mtp_layers}, for drafts: generate(use_mtp=True)")
         kind = f"{self.kv_cache} latents" if self.latent else self.kv_cache
         table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes a token ({self.kv_token_bytes / 1024:,.1f} KiB)")
         for rule in self.rules:
@@ -169,7 +174,7 @@ def _kept_larger(runtime: Any, matrices: Mapping[str, PackedWeight]) -> list[str
     """A line for each kind of matrix that `precision` did not make as small as others."""
     found: dict[tuple[str, str], int] = {}
     config = runtime.config
-    for name in least_formats(runtime.graph):
+    for name in least_formats(whole_graph(runtime.model)):
         path, format = name.removesuffix(".weight"), matrices[name].format
         if config.precision not in ("auto", format) and config.named_format(path) is None:
             key = path.rpartition(".")[2], format
@@ -186,8 +191,8 @@ def make_report(runtime: Any) -> Report:
     from .convert import parameter_bytes
     from .swap import matrices_of
 
-    backend, graph = runtime.backend, runtime.graph
-    matrices = matrices_of(runtime.model, graph)
+    backend, graph, whole = runtime.backend, runtime.graph, whole_graph(runtime.model)
+    matrices = matrices_of(runtime.model, whole)
     formats: dict[str, list[PackedWeight]] = {}
     for matrix in matrices.values():
         formats.setdefault(matrix.format, []).append(matrix)
@@ -215,7 +220,8 @@ def make_report(runtime: Any) -> Report:
         kv_block_bytes=block_bytes,
         kv_token_bytes=block_bytes // BLOCK_TOKENS,
         latent=isinstance(graph.cache, LatentSpec),
-        experts=_experts(graph, matrices),
+        experts=_experts(whole, matrices),
+        mtp_layers=loaded_mtp_layers(runtime.model),
         config=config,
         warnings=(*runtime.notes, *_kept_larger(runtime, matrices)),
     )

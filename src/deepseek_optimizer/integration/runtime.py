@@ -18,9 +18,9 @@ from ..engine.speculative.gate import SpeculationReport
 from ..errors import BackendError, ConfigError
 from ..graph import rules
 from ..graph.ir import Graph
-from ..models import build_graph
 from ..quant import Packer, reference_packer
 from .arena import Arena, LatentRow, arena_blocks
+from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
 from .modules import Packed, PackedLinear, matmul_panels
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
@@ -62,12 +62,6 @@ def packer_of(backend: Backend) -> Packer:
     return getattr(backend, "pack", reference_packer)
 
 
-def plan_graph(config: Any, rule_names: tuple[str, ...] | None) -> tuple[Graph, list[rules.RuleReport]]:
-    """The graph of a Transformers config with the named rules applied."""
-    with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
-        return rules.apply(build_graph(config), rule_names)
-
-
 def kv_dtype(asked: str, formats: Iterable[str]) -> str:
     """Storage of the cache of a model whose matrices have these formats."""
     if asked != "auto":
@@ -94,13 +88,14 @@ class Runtime:
     ) -> None:
         self._model = weakref.ref(model)
         self.config, self.bytes_before = config, bytes_before
-        self.graph, self.rules = plan_graph(model.config, config.rules)
+        self.graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model))
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()
         for note in notes or ():
             self.tell(note)
         self._plan: Plan | None = None
+        self._mtp_plans: list[Plan] | None = None
         self._arena: Arena | None = None
         self._backend: Backend | None = None
         self._shape = [
@@ -110,7 +105,7 @@ class Runtime:
             if child is not None
         ]
         self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
-        _check_bound(model, self.graph)
+        _check_bound(model, whole_graph(model))
 
     @property
     def model(self) -> Any:
@@ -150,6 +145,14 @@ class Runtime:
             self._plan.reserve(max(self.config.prefill_chunk, high), high)
         return self._plan
 
+    @property
+    def mtp_plans(self) -> list[Plan]:
+        """The plans of the MTP layers that were loaded, by depth; compiled when they are first asked for."""
+        if self._mtp_plans is None:
+            options, fused = self.compile_options(), [rules.apply(g, self.config.rules)[0] for g in mtp_graphs(self.model)]
+            self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), **options) for g in fused]
+        return self._mtp_plans
+
     def compile_options(self) -> Mapping[str, Any]:
         """What `Backend.compile` takes from the config."""
         if self.backend.name == "cpu":
@@ -177,8 +180,8 @@ class Runtime:
                 module.product = Shared(product)
 
     def rebind(self) -> None:
-        """Drops the compiled plan; the next call compiles it from the modules' present storage."""
-        self._plan = None
+        """Drops the compiled plans; the next call compiles them from the modules' present storage."""
+        self._plan = self._mtp_plans = None
 
     def replaced(self) -> None:
         """After packed modules were replaced by others: what was seen of the old ones is forgotten, and caches begin anew."""
@@ -189,7 +192,7 @@ class Runtime:
 
     def move(self) -> None:
         """After the model moved to another device: another backend, and caches begin anew."""
-        self._plan = self._backend = self._arena = None
+        self._plan = self._mtp_plans = self._backend = self._arena = None
 
     def tell(self, note: str) -> None:
         """Warns once."""
@@ -244,7 +247,7 @@ class Runtime:
         twin.__dict__.update(self.__dict__)
         twin._model = weakref.ref(model)
         twin._parts = copy.deepcopy(self._parts, memo)
-        twin._plan = twin._arena = None
+        twin._plan = twin._mtp_plans = twin._arena = None
         twin.config = copy.deepcopy(self.config, memo)
         twin.notes, twin._told = list(self.notes), set(self._told)
         twin._tree = None  # its modules are not all made yet

@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint import atomic_directory
 from ..checkpoint.packed import write_safetensors
+from .graphs import whole_graph
 from .instance_method import InstanceMethod
 from .swap import weights_of
 
@@ -47,9 +48,9 @@ class PackedSave(InstanceMethod):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        model, graph = self.runtime.model, self.runtime.graph
+        model = self.runtime.model
         save_configs(model, model.dtype, folder)
-        write_safetensors(folder / "model.safetensors", weights_of(model, graph))
+        write_safetensors(folder / "model.safetensors", weights_of(model, whole_graph(model)))
 
 
 def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:

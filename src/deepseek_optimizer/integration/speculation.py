@@ -21,8 +21,10 @@ from ..engine.sequence import Sequence
 from ..engine.speculative.base import Draft, Proposer
 from ..engine.speculative.decoder import SpeculativeDecoder
 from ..engine.speculative.gate import Gate
+from ..engine.speculative.mtp import MtpProposer
 from ..engine.speculative.prompt_lookup import PromptLookupProposer
 from ..errors import UnsupportedRequestError
+from ..models import mtp_layers
 from .cache import PagedCache
 from .compat import cache_name
 from .loop import ContextLimit, Stop, next_positions, prefill
@@ -51,32 +53,51 @@ class Drafts:
     Attributes:
         most: drafts a round, at most.
         proposer: makes the proposer, given a sampler for its drafts.
+        fixed: always as many, whether or not they pay.
     """
 
     most: int
     proposer: Callable[[Sampler], Proposer]
+    fixed: bool = False
 
 
-def wanted_drafts(runtime: Runtime, config: Any, given: Any, proposer: Proposer | None) -> Drafts | None:
+def wanted_drafts(
+    runtime: Runtime, config: Any, given: int | None, schedule: str | None, proposer: Proposer | None
+) -> Drafts | None:
     """What a request asks for; None: no drafts.
 
     Args:
         config: the settled generation config.
-        given: `num_assistant_tokens` of the caller's, or None.
+        given, schedule: `num_assistant_tokens` and `num_assistant_tokens_schedule` of the caller's; "constant" leaves the gate
+            out. None: not given.
         proposer: of the caller's own.
 
     Raises:
         UnsupportedRequestError: use_mtp, and there are no MTP layers.
     """
+    fixed = schedule == "constant"
     if proposer is not None:
-        return Drafts(given or MOST, lambda _: proposer)
+        return Drafts(given or MOST, lambda _: proposer, fixed)
     if config.prompt_lookup_num_tokens is not None:  # goes before use_mtp, as in Transformers
         longest = config.max_matching_ngram_size or 3
-        return Drafts(config.prompt_lookup_num_tokens, lambda _: PromptLookupProposer(longest))
+        return Drafts(config.prompt_lookup_num_tokens, lambda _: PromptLookupProposer(longest), fixed)
     if not config.use_mtp:
         return None
-    raise UnsupportedRequestError(
-        "use_mtp=True, but this model has no MTP layers; leave it out, or take drafts from the text: prompt_lookup_num_tokens=3"
+    plans = runtime.mtp_plans
+    if not plans:
+        raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
+    most = given or max(MOST, len(plans))
+    return Drafts(most, lambda drafter: MtpProposer([Runner(plan, runtime.arena) for plan in plans], drafter.draft), fixed)
+
+
+def _why_no_mtp(runtime: Runtime) -> str:
+    if not mtp_layers(runtime.model.config):
+        return "this model has no MTP layers; leave it out, or take drafts from the text: prompt_lookup_num_tokens=3"
+    if runtime.config.mtp == "off":
+        return 'the MTP layers were not loaded: DeepSeekConfig(mtp="off"); load the model again with mtp="auto"'
+    return (
+        "the checkpoint holds no MTP layers (model.layers.N.* behind the last), or the model was converted in memory, where "
+        "Transformers has left them out; load one that has them with load_model, or quantization_config=DeepSeekConfig(...)"
     )
 
 
@@ -239,7 +260,7 @@ def speculative_sample(
     drafter = Sampler(sampled=sampler.sampled, process=request.process if logits_processor and plainly else None)
     proposer = drafts.proposer(drafter)
     sequences, logits, cache = _begin(model, request, proposer, model_kwargs)
-    decoder = SpeculativeDecoder(Runner(runtime.plan, runtime.arena), proposer, sampler, Gate(drafts.most))
+    decoder = SpeculativeDecoder(Runner(runtime.plan, runtime.arena), proposer, sampler, Gate(drafts.most, fixed=drafts.fixed))
     limit = runtime.graph.max_positions - max(s.first_position + len(s.tokens) for s in sequences) + 1
     if stop.max_length is not None:
         limit = min(limit, stop.max_length - request.text.prompt)

@@ -22,6 +22,7 @@ from ..errors import UnsupportedRequestError
 from .cache import Bool, PagedCache, PagedState
 from .compat import cache_name, causal_output, take_cache
 from .generate import PlanGenerate
+from .graphs import whole_graph
 from .instance_method import InstanceMethod, Replacement
 from .quantizer import mark_quantized
 from .runtime import Runtime
@@ -231,7 +232,7 @@ def rebind(model: Any) -> None:
 
 def _describe(model: Any, runtime: Runtime) -> None:
     """Writes into the config, which the model carries, how each matrix is packed."""
-    section = packed_section(matrices_of(model, runtime.graph))
+    section = packed_section(matrices_of(model, whole_graph(model)))
     runtime.config.modules, runtime.config.format_version = section["modules"], section["format_version"]
     mark_quantized(model, runtime.config)
 

@@ -53,10 +53,11 @@ class Gate:
 
     Args:
         most: drafts a sequence, at most.
+        fixed: always that many, whether or not they pay.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most, self.costs = most, StepCosts()
+    def __init__(self, most: int, *, fixed: bool = False) -> None:
+        self.most, self.fixed, self.costs = most, fixed, StepCosts()
         self._held, self._tried = [0.0] * most, [0.0] * most  # fading
         self._accepted, self._proposed = [0] * most, [0] * most  # all
         self._credit: float | None = None
@@ -78,7 +79,7 @@ class Gate:
             most: fewer than the gate's own, where the end is near.
         """
         most = self.most if most is None else min(most, self.most)
-        chosen = self._choice(sequences, most) if most > 0 else 0
+        chosen = most if self.fixed or most <= 0 else self._choice(sequences, most)
         if self._chosen and self._chosen[-1][0] == chosen:
             self._chosen[-1] = (chosen, self._chosen[-1][1] + 1)
         else:

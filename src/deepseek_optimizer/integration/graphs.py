@@ -1,0 +1,58 @@
+"""The graphs of a model: its own, and those of the MTP layers that hang on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..graph import rules
+from ..graph.ir import Graph
+from ..models import build_graph, build_mtp_graph
+
+# What an MTP layer has of its own only where a checkpoint stores it otherwise than the model's.
+SHARED = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
+
+def plan_graph(config: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0) -> tuple[Graph, list[rules.RuleReport]]:
+    """The graph of a Transformers config with the named rules applied; its cache has room for so many MTP layers."""
+    with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
+        return rules.apply(build_graph(config, mtp_layers), rule_names)
+
+
+def loaded_mtp_layers(model: Any) -> int:
+    """How many MTP layers hang on a model, behind its own."""
+    layers = getattr(getattr(model, "model", None), "layers", ())
+    return max(0, len(layers) - int(getattr(model.config, "num_hidden_layers", len(layers))))
+
+
+def mtp_graphs(model: Any) -> list[Graph]:
+    """Unfused, by depth; weights that a layer shares with the model are named as the model's."""
+    graphs = []
+    count = loaded_mtp_layers(model)
+    for depth in range(count):
+        prefix = f"model.layers.{model.config.num_hidden_layers + depth}"
+        tied = dict(model.all_tied_weights_keys or {})
+        shared = {
+            f"{prefix}.{leaf}": tied.get(name, name) for leaf, name in SHARED.items() if not _has(model, f"{prefix}.{leaf}")
+        }
+        with torch.device("cpu"):
+            graph = build_mtp_graph(model.config, depth, count)
+        nodes = [n.with_(weights=tuple(shared.get(w, w) for w in n.weights)) for n in graph.nodes]
+        graphs.append(replace(graph, nodes=nodes))
+    return graphs
+
+
+def whole_graph(model: Any) -> Graph:
+    """All nodes of all graphs in one: for facts about weights, not to be run."""
+    graph, _ = plan_graph(model.config, (), loaded_mtp_layers(model))
+    return replace(graph, nodes=[node for g in (graph, *mtp_graphs(model)) for node in g.nodes])
+
+
+def _has(model: Any, parameter: str) -> bool:
+    try:
+        model.get_submodule(parameter.rpartition(".")[0])
+    except AttributeError:
+        return False
+    return True

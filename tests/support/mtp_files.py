@@ -1,0 +1,51 @@
+"""Checkpoints of DeepSeek-V3 with MTP layers, as DeepSeek publishes them: per-expert tensors, embedding and head repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from deepseek_optimizer.graph.analysis import weight_shapes
+from deepseek_optimizer.models import build_mtp_graph, mtp_layers
+
+from .models import random_model
+
+
+def mtp_tensors(config: Any, depth: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tensors of one MTP layer by their published names, but for what it shares with the model."""
+    generator = torch.Generator().manual_seed(100 * seed + depth)
+    made: dict[str, torch.Tensor] = {}
+    for name, shape in weight_shapes(build_mtp_graph(config, depth)).items():
+        if name.endswith(("embed_tokens.weight", "shared_head.head.weight")):
+            continue
+        noise = torch.randn(shape, generator=generator)
+        value = noise * shape[-1] ** -0.5 if len(shape) > 1 else noise * 0.2 + (0.0 if "bias" in name else 1.0)
+        experts = name.removesuffix(".gate_up_proj").removesuffix(".down_proj")
+        if experts == name:
+            made[name] = value
+            continue
+        for e, matrix in enumerate(value):
+            roles = zip(("gate", "up"), matrix.chunk(2), strict=True) if name.endswith("gate_up_proj") else (("down", matrix),)
+            made |= {f"{experts}.{e}.{role}_proj.weight": part.contiguous() for role, part in roles}
+    return made
+
+
+def save_with_mtp(folder: Path, config: Any, *, repeated: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Saves a random model and its MTP layers; `repeated`: with the model's embedding and head in each of them."""
+    model = random_model(config, dtype=dtype)
+    model.save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    for depth in range(mtp_layers(config)):
+        exact = ("mlp.gate.weight", "e_score_correction_bias")
+        tensors = mtp_tensors(config, depth).items()
+        stored |= {name: value if name.endswith(exact) else value.to(dtype) for name, value in tensors}
+        if repeated:
+            prefix = f"model.layers.{config.num_hidden_layers + depth}"
+            stored[f"{prefix}.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
+            stored[f"{prefix}.shared_head.head.weight"] = stored["lm_head.weight"].clone()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    return model
