@@ -58,7 +58,7 @@ def stand_in_tokenizer(writer: Any, tokens: int) -> None:
     """A vocabulary of the right size, for engines that want one."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"t{i}" for i in range(tokens)])
+    writer.add_token_list(["t", "1", *(f"t{i}" for i in range(tokens - 2))])  # and what the merge joins
     writer.add_token_types([1] * tokens)
     writer.add_token_merges(["t 1"])
     writer.add_bos_token_id(1)
