@@ -19,7 +19,7 @@ using floating::write;
 constexpr int64_t tile_bytes = 544, scale_at = 512;
 constexpr int tile_steps = 16;     // a step: two columns
 constexpr int block_tiles = 4;     // of 32 columns, that share a scale
-constexpr int64_t ahead = 8192;    // bytes prefetched beyond what is streamed
+constexpr int64_t ahead = 4096;    // bytes prefetched beyond what is streamed, of all tile rows together
 constexpr int most_tokens = floating::most_tokens<DSO_BF16>;
 constexpr int panel_rows = tiles_for(most_tokens);
 
@@ -31,7 +31,7 @@ struct Codes {  // tile rows as packed, from one block of columns on
   }
   template <int N> DSO_INLINE void fetch(const Codes& w, int tile) {
     for (int n = 0; n < N; n++)
-      for (int64_t i = 0; i < tile_bytes; i += 64) _mm_prefetch((const char*)w.at + n * w.next + tile * tile_bytes + i + ahead, _MM_HINT_T0);
+      for (int64_t i = 0; i < tile_bytes; i += 64) _mm_prefetch((const char*)w.at + n * w.next + tile * tile_bytes + i + ahead / N, _MM_HINT_T0);
   }
 };
 
