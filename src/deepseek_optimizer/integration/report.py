@@ -141,7 +141,8 @@ def _point(point: dict[str, Any]) -> str:
 
 def _kernel(row: dict[str, Any]) -> str:
     """What distinguishes a step, without its own names and sizes."""
-    parts = (f"{name} {value}" for name, value in row.items() if name not in ("op", "output", "weights", "bytes") and value)
+    own = ("op", "output", "weights", "bytes", "prefill_bytes")
+    parts = (f"{name} {value}" for name, value in row.items() if name not in own and value)
     return ", ".join(parts)
 
 

@@ -14,7 +14,7 @@ from ...graph.planner import assign_slots
 from ...quant import get_format, pack
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .lower import lower
-from .mla_weights import absorbed_stacks
+from .mla_weights import absorbed_stacks, absorbs
 from .native import FLAGS, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
 from .packer import stack_struct, weight_struct
 from .plan import CpuPlan
@@ -144,6 +144,8 @@ class _Compiler:
             row["weights"] = list(matrices)
             row["format"] = ",".join(dict.fromkeys(self.format_of(n) for n in matrices))
             row["bytes"] = sum(self.matrix(n).nbytes for n in matrices)
+        if absorbs(node):  # kv_b itself is read where prefill expands; decode reads its stacks, in the steps around this one
+            row["prefill_bytes"] = row.pop("bytes")
         row |= {name: node.attrs[name] for name in ("experts", "top_k") if node.op.startswith("experts")}
         if node.inputs and node.inputs[0].kind != "f32":
             row["activation"] = node.inputs[0].kind

@@ -80,7 +80,7 @@ def measure_decode(model: Any) -> Decode:
         seconds = min(seconds, max(whole - first, 1e-9) / TOKENS)
     formats = tuple(row.format for row in report.formats)
     traffic = traffic_of(model)
-    size = traffic.weight_bytes + sum(layer.read(1) for layer in traffic.experts)  # so short a cache adds little
+    size = traffic.weight_bytes + round(sum(layer.read(1) for layer in traffic.experts))  # so short a cache adds little
     return Decode(seconds, others, size, report.backend, report.threads, formats, report.warnings)
 
 
