@@ -6,8 +6,9 @@ import pytest
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.doctor.budget import budget
-from deepseek_optimizer.doctor.checks import memory
+from deepseek_optimizer.doctor.checks import checkpoint, memory
 from deepseek_optimizer.doctor.symptoms import out_of_memory
+from support.models import CASES, random_model
 
 
 @pytest.mark.parametrize("fields", [{}, {"precision": "int4"}, {"precision": "int8", "kv_cache": "int8"}])
@@ -100,3 +101,24 @@ def test_other_processes_are_named(case, machine, one, monkeypatch):
 
 def test_a_quiet_machine(case):
     assert list(out_of_memory.measure(case())) == []
+
+
+@pytest.fixture(scope="module")
+def experts_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts") / "model"
+    random_model(CASES["deepseek_v3-groups"]()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fields", [{}, {"precision": "int4"}])
+def test_the_budget_of_experts_and_latents(case, experts_model, fields):
+    fields = {**fields, "backend": "reference"}
+    needs = budget(case(model=str(experts_model), fields=fields))
+    model = load_model(experts_model, **fields)
+    assert needs.weights == model.report().bytes_after
+    assert needs.cache_per_token == model.report().kv_token_bytes
+    assert needs.weights_in("int4") == budget(case(model=str(experts_model), fields={**fields, "precision": "int4"})).weights
+
+
+def test_experts_are_whole(case, experts_model, one):
+    one(checkpoint.check(case(model=str(experts_model), fields={"backend": "reference"})), "ok", "all that the model needs")

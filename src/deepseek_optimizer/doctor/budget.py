@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ class Budget:
     cache_per_token: of one sequence, all layers, K and V.
     buffers: the plan's, at its largest step.
     free: what this process can still take.
-    matrices: shapes of the packed matrices.
+    matrices: of the packed matrices and stacks the shape, and the format that a precision does not make them smaller than.
     formats: bytes of the packed matrices by format.
     """
 
@@ -25,7 +26,7 @@ class Budget:
     buffers: int
     free: int
     kv_cache: str
-    matrices: tuple[tuple[int, int], ...]
+    matrices: tuple[tuple[tuple[int, ...], str | None], ...]
     formats: dict[str, int]
 
     def needed(self, tokens: int) -> int:
@@ -39,28 +40,25 @@ class Budget:
 
     def weights_in(self, format_name: str) -> int:
         """Bytes of all weights if every matrix were in this format."""
-        from ..quant import get_format
-        from ..quant.tiles import tile_counts
+        from ..config import larger
 
-        tile = get_format(format_name).tile_bytes
-        packed = sum(down * across * tile for down, across in (tile_counts(*shape) for shape in self.matrices))
+        packed = sum(_packed_bytes(larger(format_name, least or format_name), shape) for shape, least in self.matrices)
         return self.weights - sum(self.formats.values()) + packed
 
 
 def budget(case: Case) -> Budget:
     """The budget of the case's model."""
     from ..backends.base import BLOCK_TOKENS
+    from ..graph.least import exact_weights, least_formats
     from ..integration.swap import expected_tensors
-    from ..quant import get_format
-    from ..quant.tiles import tile_counts
 
     wanted, shapes = expected_tensors(case.sketch)
     matrices = {name: shapes[name] for name, format_name in wanted.items() if format_name}
     formats: dict[str, int] = {}
-    for name, (rows, cols) in matrices.items():
+    for name, shape in matrices.items():
         format_name = str(wanted[name])
-        down, across = tile_counts(rows, cols)
-        formats[format_name] = formats.get(format_name, 0) + down * across * get_format(format_name).tile_bytes
+        formats[format_name] = formats.get(format_name, 0) + _packed_bytes(format_name, shape)
+    least = least_formats(case.graph)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
     kv = case.settings.kv_cache
     if kv == "auto":
@@ -69,12 +67,19 @@ def budget(case: Case) -> Budget:
     return Budget(
         weights=sum(formats.values()) + plain,
         cache_per_token=_block_bytes(case, kv) // BLOCK_TOKENS,
-        buffers=_buffers(case, {name: str(wanted[name]) for name in matrices}),
+        buffers=_buffers(case, dict.fromkeys(exact_weights(case.graph), "fp32") | {n: str(wanted[n]) for n in matrices}),
         free=case.machine.available_bytes if left is None else min(left, case.machine.available_bytes),
         kv_cache=kv,
-        matrices=tuple((rows, cols) for rows, cols in matrices.values()),
+        matrices=tuple((shape, least.get(name)) for name, shape in matrices.items()),
         formats=formats,
     )
+
+
+def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
+    """Of a matrix [rows, cols] or a stack [count, rows, cols]."""
+    from ..checkpoint.packed import PackedEntry
+
+    return math.prod(PackedEntry(format_name, shape).tiles)
 
 
 def _block_bytes(case: Case, kv: str) -> int:
@@ -108,4 +113,4 @@ def _buffers(case: Case, format_of: dict[str, str]) -> int:
     high = case.settings.batch_size_range[1]
     tokens = max(case.settings.prefill_chunk, high)
     slots = assign_slots(lowered).slots
-    return sum(row_bytes(slot.kind, slot.width) * (high if slot.selected else tokens) for slot in slots)
+    return sum(s.repeat * row_bytes(s.kind, s.width) * (high if s.selected else tokens) for s in slots)

@@ -199,18 +199,31 @@ def weights_for(
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """What a sketched model wants, as `stream_weights` has it; what is kept exact (`exact_weights`) as float32. `cast`: the
     dtype of other plain tensors; None: as they are stored."""
-    tied, exact = dict(model.all_tied_weights_keys or {}), exact_weights(whole_graph(model))
+    exact = exact_weights(whole_graph(model))
     wanted, shapes = expected_tensors(model)
-    ignored = [re.escape(_same_tensor(checkpoint, *pair)) for pair in tied.items() if pair[0] in checkpoint.tensors]
-    ignored += [re.escape(tensor) for layer in stored_mtp_layers(checkpoint, model.config) for tensor in layer]
-    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, (*IGNORED, *ignored), importance, order)
+    for pair in dict(model.all_tied_weights_keys or {}).items():
+        if pair[0] in checkpoint.tensors:
+            _check_same(checkpoint, *pair)
+    ignored = not_wanted(checkpoint, model)
+    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, importance, order)
     for name, value in streamed:
         kept = torch.float32 if name in exact else cast
         yield name, value if isinstance(value, PackedWeight) or kept is None else value.to(kept)
         del value  # the caller has it; nothing here may keep it alive
 
 
-def _same_tensor(checkpoint: Checkpoint, target: str, source: str) -> str:
+def not_wanted(checkpoint: Checkpoint, model: Any) -> list[str]:
+    """Patterns of names that a checkpoint may have and a load leaves: what the model computes itself or has under another name,
+    and what of MTP layers is not wanted.
+
+    Raises: CheckpointError, as `stored_mtp_layers`.
+    """
+    tied = list(model.all_tied_weights_keys or ())
+    layers = stored_mtp_layers(checkpoint, model.config)
+    return [*IGNORED, *map(re.escape, (*tied, *(tensor for layer in layers for tensor in layer)))]
+
+
+def _check_same(checkpoint: Checkpoint, target: str, source: str) -> None:
     """`target`, which the config ties to `source` and the checkpoint stores as well: it must be the same."""
     if not same_tensor(checkpoint, target, source):
         raise CheckpointError(
@@ -218,7 +231,6 @@ def _same_tensor(checkpoint: Checkpoint, target: str, source: str) -> str:
             file=checkpoint.info(target).file,
             tensor=target,
         )
-    return target
 
 
 def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,14 +15,13 @@ NAME = "checkpoint"
 def check(case: Case) -> Iterator[Finding]:
     """What `load_model` would refuse, found without loading."""
     from ...checkpoint import check_tensors
-    from ...checkpoint.load import IGNORED
+    from ...integration.loader import not_wanted
     from ...integration.swap import expected_tensors
 
     try:
         checkpoint, model = case.checkpoint, case.sketch
-        tied = (re.escape(name) for name in model.all_tied_weights_keys or {})
         wanted, shapes = expected_tensors(model)
-        check_tensors(checkpoint, wanted, shapes, ignored=(*IGNORED, *tied))
+        check_tensors(checkpoint, wanted, shapes, not_wanted(checkpoint, model))
     except (CheckpointError, ConfigError) as error:
         at_fault = {name: getattr(error, name, None) for name in ("file", "tensor")}
         yield Finding(
@@ -40,8 +38,9 @@ def check(case: Case) -> Iterator[Finding]:
     whole = f"{case.graph.family} in {checkpoint.kind}: {len(infos)} tensors, all that the model needs"
     yield Finding(NAME, "ok", whole, facts=facts)
     if case.settings.precision == "auto":
-        lossy = (n for n, format_name in wanted.items() if format_name and checkpoint.lossless_format(n) is None)
-        for (stored, kept), count in Counter((checkpoint.info(n).dtype, wanted[n]) for n in lossy).items():
+        parts = ((t, kept) for name, kept in wanted.items() if kept for t in checkpoint.stored(name, shapes[name]))
+        lossy = ((checkpoint.info(t).dtype, kept) for t, kept in parts if checkpoint.lossless_format(t) is None)
+        for (stored, kept), count in Counter(lossy).items():
             yield Finding(
                 NAME, "note", f"{count} matrices stored as {stored} are kept as {kept}, which rounds them again",
                 f"there are no kernels for {stored}", "a GGUF file in Q4_0, Q4_1 or Q8_0 is taken over without loss", facts,
