@@ -50,6 +50,7 @@ def budget(case: Case) -> Budget:
     """The budget of the case's model."""
     from ..backends.base import BLOCK_TOKENS
     from ..graph.least import exact_weights, least_formats
+    from ..integration.graphs import whole_graph
     from ..integration.swap import expected_tensors
 
     wanted, shapes = expected_tensors(case.sketch)
@@ -58,7 +59,8 @@ def budget(case: Case) -> Budget:
     for name, shape in matrices.items():
         format_name = str(wanted[name])
         formats[format_name] = formats.get(format_name, 0) + _packed_bytes(format_name, shape)
-    least = least_formats(case.graph)
+    whole = whole_graph(case.sketch)
+    least, exact = least_formats(whole), exact_weights(whole)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
     kv = case.settings.kv_cache
     if kv == "auto":
@@ -67,7 +69,7 @@ def budget(case: Case) -> Budget:
     return Budget(
         weights=sum(formats.values()) + plain,
         cache_per_token=_block_bytes(case, kv) // BLOCK_TOKENS,
-        buffers=_buffers(case, dict.fromkeys(exact_weights(case.graph), "fp32") | {n: str(wanted[n]) for n in matrices}),
+        buffers=_buffers(case, dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices}),
         free=case.machine.available_bytes if left is None else min(left, case.machine.available_bytes),
         kv_cache=kv,
         matrices=tuple((shape, least.get(name)) for name, shape in matrices.items()),
