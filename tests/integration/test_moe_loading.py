@@ -154,6 +154,13 @@ def test_transformers_own_save_keeps_the_packed_experts(tmp_path):
     assert_same_weights(by_load_model(tmp_path / "packed"), model)
 
 
+def test_optimising_in_place_gives_the_float_experts_back(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved(tmp_path, "deepseek_v3-groups"))
+    floats = [layer.mlp.experts for layer in model.model.layers[1:]]
+    DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference", precision="int4")).optimize()
+    assert all(not list(module.parameters()) for module in floats), "whoever still holds the modules holds no weights"
+
+
 def test_a_copy_of_a_model(tmp_path):
     model = by_load_model(saved(tmp_path, "deepseek_v3-groups"), precision="int8")
     twin = copy.deepcopy(model)
@@ -181,18 +188,20 @@ def test_adapters_on_attention_train_through_experts(tmp_path):
     assert grads and all(g is not None and g.isfinite().all() and g.any() for g in grads)
 
 
-class TestFormats:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        return saved(tmp_path_factory.mktemp("formats"), "deepseek_v3-groups")
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory) -> Path:
+    """Read-only."""
+    return saved(tmp_path_factory.mktemp("formats"), "deepseek_v3-groups")
 
-    def formats(self, folder, **fields):
-        modules = by_load_model(folder, **fields).dso.config.modules
+
+class TestFormats:
+    def formats(self, v3, **fields):
+        modules = by_load_model(v3, **fields).dso.config.modules
         return {name.removeprefix("model.layers."): entry["format"] for name, entry in modules.items()}
 
-    def test_a_name_goes_before_patterns_and_the_first_pattern_wins(self, folder):
+    def test_a_name_goes_before_patterns_and_the_first_pattern_wins(self, v3):
         found = self.formats(
-            folder,
+            v3,
             precision="int4",
             formats={
                 "model.layers.*.mlp.experts.*": "int8",
@@ -206,29 +215,29 @@ class TestFormats:
         assert found["1.mlp.shared_experts.up_proj"] == found["lm_head"] == "int4"
 
     @pytest.mark.parametrize("entry", ["model.layers.*.mlp.expert.*", "model.layers.1.mlp.experts", "model.layers.1.mlp.gate"])
-    def test_an_entry_that_matches_nothing(self, folder, entry):
+    def test_an_entry_that_matches_nothing(self, v3, entry):
         with pytest.raises(ConfigError, match=r"no matrix of this model; did you mean 'model\.layers"):
-            by_load_model(folder, formats={entry: "int8"})
+            by_load_model(v3, formats={entry: "int8"})
 
     @pytest.mark.parametrize("precision, kept", [("int4", "int8"), ("q4_1", "int8"), ("int8", "int8"), ("bf16", "bf16")])
-    def test_kv_b_is_not_made_smaller_than_int8(self, folder, precision, kept):
-        found = self.formats(folder, precision=precision)
+    def test_kv_b_is_not_made_smaller_than_int8(self, v3, precision, kept):
+        found = self.formats(v3, precision=precision)
         assert {f for n, f in found.items() if n.endswith("kv_b_proj")} == {kept}
         assert {f for n, f in found.items() if not n.endswith("kv_b_proj")} == {precision}
 
-    def test_it_is_where_the_user_names_it(self, folder):
-        found = self.formats(folder, precision="int4", formats={"*.kv_b_proj": "int4"})
+    def test_it_is_where_the_user_names_it(self, v3):
+        found = self.formats(v3, precision="int4", formats={"*.kv_b_proj": "int4"})
         assert set(found.values()) == {"int4"}
 
-    def test_the_report_says_so(self, folder):
-        report = by_load_model(folder, precision="int4").report()
+    def test_the_report_says_so(self, v3):
+        report = by_load_model(v3, precision="int4").report()
         assert any("3 x kv_b_proj kept in int8" in note for note in report.warnings)
-        assert not any("kept in" in note for note in by_load_model(folder, precision="int8").report().warnings)
-        named = by_load_model(folder, precision="int4", formats={"*.kv_b_proj": "bf16"})
+        assert not any("kept in" in note for note in by_load_model(v3, precision="int8").report().warnings)
+        named = by_load_model(v3, precision="int4", formats={"*.kv_b_proj": "bf16"})
         assert not any("kept in" in note for note in named.report().warnings)
 
-    def test_a_packed_checkpoint_and_patterns(self, folder, tmp_path):
-        by_load_model(folder, precision="int4", formats={"*.experts.*": "int8"}).save_pretrained(tmp_path / "m")
+    def test_a_packed_checkpoint_and_patterns(self, v3, tmp_path):
+        by_load_model(v3, precision="int4", formats={"*.experts.*": "int8"}).save_pretrained(tmp_path / "m")
         by_load_model(tmp_path / "m", formats={"*.experts.*": "int8"})
         for other in ({"*.experts.*": "int4"}, {"*.nobody.*": "int8"}):
             with pytest.raises(CheckpointError, match="packed already, in other formats"):
