@@ -23,12 +23,16 @@ from support.steps import Part, run_step, runner
 
 from .packing import dequantised, packed_weights
 
-ALL = ["qkv", "rope_cache", "attention_softmax", "layer_norm", "gate_up", "last_logits"]
+LATENT_RULES = ("mla_absorb", "experts")  # that only families with latent attention or experts have places for
+ALL = [name for name in rules.RULES if name not in LATENT_RULES]
 RULE_SETS = {
-    "all": ALL,
-    "none": [],
-    **{f"only {r}": [r] for r in ALL},
-    **{f"without {r}": [x for x in ALL if x != r] for r in ALL},
+    "all": ("qwen3-windows", ALL),
+    "none": ("qwen3-windows", []),
+    **{f"only {r}": ("qwen3-windows", [r]) for r in ALL},
+    **{f"without {r}": ("qwen3-windows", [x for x in ALL if x != r]) for r in ALL},
+    "experts, none": ("deepseek_v3-groups", []),
+    **{f"experts, only {r}": ("deepseek_v3-groups", [r]) for r in LATENT_RULES},
+    **{f"experts, without {r}": ("deepseek_v3-groups", [x for x in rules.RULES if x != r]) for r in LATENT_RULES},
 }
 
 
@@ -45,9 +49,9 @@ def test_fp32_equals_transformers(backend, case):
     assert_close_rows(r.hidden(ids).flatten(0, 1), transformers_hidden(model, ids).flatten(0, 1))
 
 
-@pytest.mark.parametrize("names", RULE_SETS.values(), ids=RULE_SETS.keys())
-def test_every_rule_alone_and_left_out(backend, names):
-    model = random_model(CASES["qwen3-windows"]())
+@pytest.mark.parametrize("case, names", RULE_SETS.values(), ids=RULE_SETS.keys())
+def test_every_rule_alone_and_left_out(backend, case, names):
+    model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), names)
     ids = random_ids(model.config, 77)
     r = runner(backend, graph, packed_weights(weights_of(model), "fp32"))
