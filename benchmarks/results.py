@@ -1,4 +1,4 @@
-"""Results on disk: benchmarks/results/spine.json, standing.json and deepseek.json, name of a row -> what was measured.
+"""Results on disk: benchmarks/results/SET.json for each of `SETS`, name of a row -> what was measured.
 
 Every entry says when and on which machine it was measured, so that a part of a set can be measured again.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DIRECTORY = Path(__file__).with_name("results")
-SETS = ("spine", "standing", "deepseek")
+SETS = ("spine", "standing", "deepseek", "speculation")
 
 Entries = dict[str, dict[str, Any]]
 

@@ -37,6 +37,11 @@ class Runner:
 
         Raises: CacheFullError, with nothing changed.
         """
+        sequences, counts = list(sequences), list(counts)
+        if all(_fits(s, n) for s, n in zip(sequences, counts, strict=True)):  # the common step: nothing to ask the manager for
+            for sequence, count in zip(sequences, counts, strict=True):
+                sequence.blocks.tokens += count
+            return
         done: list[tuple[Sequence, int]] = []
         with self.memory.locked():
             try:
@@ -51,8 +56,11 @@ class Runner:
 
     def crop(self, sequences: Iterable[Sequence], tokens: Iterable[int]) -> None:
         """Keeps the first so many tokens of each."""
+        pairs = [(s, n) for s, n in zip(sequences, tokens, strict=True) if n != s.cached]
+        if not pairs:
+            return
         with self.memory.locked():
-            for sequence, count in zip(sequences, tokens, strict=True):
+            for sequence, count in pairs:
                 sequence.blocks.crop(count)
 
     def verify(self, parts: list[Part], *, last_hidden: bool) -> StepOutput:
@@ -90,6 +98,13 @@ class Runner:
             last_hidden=last_hidden,
         )
         return self.memory.run(self.plan, batch)
+
+
+def _fits(sequence: Sequence, count: int) -> bool:
+    """Whether so many more tokens lie in the last block, and nobody shares it."""
+    used = sequence.cached % BLOCK_TOKENS
+    blocks = sequence.blocks
+    return 0 < used <= BLOCK_TOKENS - count and blocks.manager.users(blocks.blocks[-1]) == 1
 
 
 def _tables(blocks: list[list[int]]) -> Int32:

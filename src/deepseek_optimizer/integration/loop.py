@@ -22,6 +22,10 @@ class ContextLimit(StoppingCriteria):
     def __init__(self, max_positions: int) -> None:
         self.max_positions = max_positions
 
+    def ends(self, length: int, token: int) -> bool:
+        """Whether a row of so many tokens ends at its last one, by the usual criteria."""
+        return token in self.eos or (self.max_length is not None and length >= self.max_length)
+
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.max_positions, device=input_ids.device)
 
@@ -42,11 +46,12 @@ class Stop:
             else:
                 self.others.append(criterion)
 
+    def ends(self, length: int, token: int) -> bool:
+        """Whether a row of so many tokens ends at its last one, by the usual criteria."""
+        return token in self.eos or (self.max_length is not None and length >= self.max_length)
+
     def __call__(self, input_ids: torch.Tensor, tokens: list[int], scores: Any) -> list[bool]:
-        if self.max_length is not None and input_ids.shape[1] >= self.max_length:
-            ended = [True] * len(tokens)
-        else:
-            ended = [token in self.eos for token in tokens]
+        ended = [self.ends(input_ids.shape[1], token) for token in tokens]
         if self.others:
             ended = [a or b for a, b in zip(ended, self.others(input_ids, scores).tolist(), strict=True)]
         return ended

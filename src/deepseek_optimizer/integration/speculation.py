@@ -209,6 +209,13 @@ class _Request:
     def keeps_logits(self) -> bool:
         return self.scores is not None or self.logits is not None
 
+    def _ends(self, row: int) -> bool:
+        """Whether a criterion of the caller's ends the row."""
+        if not self.stop.others:
+            return False
+        scores = None if self.scores is None else tuple(self.scores)
+        return bool(self.stop.others(self.text.prefix(row, []), scores)[0])
+
     def take(self, row: int, tokens: list[int], used: list[Any], stream: _Stream) -> int:
         """Appends tokens up to where the row ends.
 
@@ -221,8 +228,8 @@ class _Request:
                     if kept is not None:
                         kept.append(value)
             self.text.append(row, token)
-            scores = tuple(self.scores) if self.scores is not None and self.stop.others else None
-            if self.stop(self.text.prefix(row, []), [token], scores)[0]:
+            ended = self._ends(row)
+            if ended or self.stop.ends(self.text.lengths[row], token):
                 self.alive[row] = False
             stream.put(self.alive)
             if not self.alive[row]:

@@ -13,20 +13,23 @@ class StepCosts:
     """Of one request: another one's steps, at another context length, cost something else."""
 
     def __init__(self) -> None:
-        self._samples: dict[int, dict[int, deque[float]]] = {}
+        self._samples: dict[tuple[int, int], deque[float]] = {}
+        self._medians: dict[int, dict[int, float]] = {}
 
     def add(self, sequences: int, drafted: int, seconds: float) -> None:
         """A round of so many sequences, which verified so many drafts in all."""
-        self._samples.setdefault(sequences, {}).setdefault(drafted, deque(maxlen=_KEPT)).append(seconds)
+        samples = self._samples.setdefault((sequences, drafted), deque(maxlen=_KEPT))
+        samples.append(seconds)
+        self._medians.setdefault(sequences, {})[drafted] = _middle(samples)
 
     def samples(self, sequences: int, drafted: int) -> int:
         """How many were kept."""
-        return len(self._samples.get(sequences, {}).get(drafted, ()))
+        return len(self._samples.get((sequences, drafted), ()))
 
     def seconds(self, sequences: int, drafted: int) -> float | None:
         """The median; of fewer than three the smallest, since what disturbs makes slower. Between and behind measured numbers
         of drafts along straight lines. None before a plain step was measured."""
-        known = {n: _middle(s) for n, s in self._samples.get(sequences, {}).items()}
+        known = self._medians.get(sequences, {})
         if 0 not in known:
             return None
         if drafted in known:

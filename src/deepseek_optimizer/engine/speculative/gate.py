@@ -115,9 +115,10 @@ class Gate:
         return (min(best + 1, most), 0, best - 1)[self._turn % 3]
 
     def _cost(self, sequences: int, n: int) -> float:
-        found = self.costs.seconds(sequences, sequences * n)
-        assert found is not None  # a plain step was measured
-        return found
+        """Of a round; no less than a plain step's, whatever disturbed that."""
+        found, plain = self.costs.seconds(sequences, sequences * n), self.costs.seconds(sequences, 0)
+        assert found is not None and plain is not None  # a plain step was measured
+        return max(found, plain)
 
     def record(self, seconds: float, outcomes: Iterable[tuple[int, int]]) -> None:
         """What a round took, and of each sequence (drafts verified, drafts that held)."""
