@@ -22,10 +22,6 @@ class ContextLimit(StoppingCriteria):
     def __init__(self, max_positions: int) -> None:
         self.max_positions = max_positions
 
-    def ends(self, length: int, token: int) -> bool:
-        """Whether a row of so many tokens ends at its last one, by the usual criteria."""
-        return token in self.eos or (self.max_length is not None and length >= self.max_length)
-
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.max_positions, device=input_ids.device)
 
