@@ -196,11 +196,6 @@ class Concat final : public RowsOf {
   const SlotRef a_, b_;
 };
 
-float checked_eps(const StepReader& s) {
-  if (!(s.step.eps >= 0 && s.step.eps < 1)) s.refuse("eps is %g", double(s.step.eps));
-  return s.step.eps;
-}
-
 }  // namespace
 
 std::unique_ptr<Op> make_embedding(StepReader& s) {
@@ -218,16 +213,16 @@ std::unique_ptr<Op> make_rms_norm(StepReader& s) {
   if (s.step.heads > 0) {
     const int64_t head_dim = s.positive("head_dim", s.step.head_dim), heads = s.positive("heads", s.step.heads);
     const SlotRef in = s.in(0, kF32Only, heads * head_dim), out = s.out(0, kF32Only, in.width, in.selected);
-    return std::make_unique<HeadNorm>(in, out, s.vector('w', 0, head_dim), heads, head_dim, checked_eps(s));
+    return std::make_unique<HeadNorm>(in, out, s.vector('w', 0, head_dim), heads, head_dim, s.eps());
   }
   const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, in.width, in.selected);
-  return std::make_unique<RowNorm>(in, Norm(s.vector('w', 0, in.width), nullptr, checked_eps(s), out));
+  return std::make_unique<RowNorm>(in, Norm(s.vector('w', 0, in.width), nullptr, s.eps(), out));
 }
 
 std::unique_ptr<Op> make_layer_norm(StepReader& s) {
   s.takes(1, 1, 1, 1, 0);
   const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, in.width, in.selected);
-  return std::make_unique<RowNorm>(in, Norm(s.vector('w', 0, in.width), s.vector('b', 0, in.width), checked_eps(s), out));
+  return std::make_unique<RowNorm>(in, Norm(s.vector('w', 0, in.width), s.vector('b', 0, in.width), s.eps(), out));
 }
 
 std::unique_ptr<Op> make_add(StepReader& s) {
@@ -242,7 +237,7 @@ std::unique_ptr<Op> make_add_rms_norm(StepReader& s) {
   const SlotRef residual = s.in(0, kF32Only), delta = s.in(1, kF32Only, residual.width);
   const SlotRef sum = s.out(0, kF32Only, residual.width, residual.selected), out = s.out(1, kAnyKind, residual.width, residual.selected);
   if (residual.selected != delta.selected) s.refuse("in[0] and in[1] hold different rows");
-  return std::make_unique<AddRmsNorm>(residual, delta, sum, Norm(s.vector('w', 0, residual.width), nullptr, checked_eps(s), out));
+  return std::make_unique<AddRmsNorm>(residual, delta, sum, Norm(s.vector('w', 0, residual.width), nullptr, s.eps(), out));
 }
 
 std::unique_ptr<Op> make_convert(StepReader& s) {

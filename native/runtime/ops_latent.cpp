@@ -45,27 +45,21 @@ class LatentWrite final : public Op {
   const int64_t layer_;
 };
 
-SlotRef token_rows(StepReader& s, int i, int64_t width) {
-  const SlotRef slot = s.in(i, kF32Only, width);
-  if (slot.selected) s.refuse("in[%d], slot %d, holds selected rows", i, slot.index);
-  return slot;
-}
-
 }  // namespace
 
 std::unique_ptr<Op> make_latent(StepReader& s) {
   s.takes(2, 1, 1, 0, DSO_FLAG_INTERLEAVED);
   const int64_t rank = s.positive("rank", s.step.rank), rope = s.positive("rope", s.step.rope);
   if (rope % 2) s.refuse("rope is %lld, and must be even", (long long)rope);
-  const SlotRef in = token_rows(s, 0, rank + rope), table = token_rows(s, 1, rope), out = s.out(0, kF32Only, rank + rope, false);
+  const SlotRef in = s.token_rows(0, rank + rope), table = s.token_rows(1, rope), out = s.out(0, kF32Only, rank + rope, false);
   s.alias_only(out, in);
-  return std::make_unique<Latent>(in, table, out, s.vector('w', 0, rank), s.step.eps, (s.step.flags & DSO_FLAG_INTERLEAVED) != 0);
+  return std::make_unique<Latent>(in, table, out, s.vector('w', 0, rank), s.eps(), (s.step.flags & DSO_FLAG_INTERLEAVED) != 0);
 }
 
 std::unique_ptr<Op> make_latent_write(StepReader& s) {
   s.takes(1, 0, 0, 0, 0);
   s.attends_latent(s.step.layer, s.step.rank, s.step.rope, true);
-  return std::make_unique<LatentWrite>(token_rows(s, 0, int64_t(s.step.rank) + s.step.rope), s.step.layer);
+  return std::make_unique<LatentWrite>(s.token_rows(0, int64_t(s.step.rank) + s.step.rope), s.step.layer);
 }
 
 }  // namespace dso

@@ -120,12 +120,6 @@ class Value final : public HeadsOp {
   const SlotRef sums_, expanded_, out_;
 };
 
-SlotRef token_rows(StepReader& s, int i, int64_t width) {
-  const SlotRef slot = s.in(i, kF32Only, width);
-  if (slot.selected) s.refuse("in[%d], slot %d, holds selected rows", i, slot.index);
-  return slot;
-}
-
 Stack heads_stack(StepReader& s, const MlaShape& shape, int64_t rows, int64_t cols) {
   const Stack w = s.stack(0, shape.heads);
   if (w.first.rows != rows || w.first.cols != cols)
@@ -141,7 +135,7 @@ std::unique_ptr<Op> make_mla_absorb(StepReader& s) {
   const MlaShape& shape = schedule->shape;
   const Stack w = heads_stack(s, shape, shape.rank, shape.nope);
   if (w.first.format != DSO_F32 && w.first.format != DSO_BF16) s.refuse("w[0] is %s, and must be F32 or BF16", format_name(w.first.format));
-  const SlotRef q = token_rows(s, 0, shape.heads * shape.head_dim()), out = s.out(0, kF32Only, shape.heads * shape.width(), false);
+  const SlotRef q = s.token_rows(0, shape.heads * shape.head_dim()), out = s.out(0, kF32Only, shape.heads * shape.width(), false);
   if (out.index == q.index) s.refuse("out[0] is in[0]");
   return std::make_unique<Absorb>(std::move(schedule), w, q, out);
 }
@@ -152,7 +146,7 @@ std::unique_ptr<Op> make_mla_value(StepReader& s) {
   const MlaShape& shape = schedule->shape;
   const Stack w = heads_stack(s, shape, shape.v_dim, shape.rank);
   const int32_t kind = finest_kind(w.first.format);
-  const SlotRef sums = token_rows(s, 0, shape.heads * shape.rank), expanded = token_rows(s, 1, shape.heads * shape.v_dim);
+  const SlotRef sums = s.token_rows(0, shape.heads * shape.rank), expanded = s.token_rows(1, shape.heads * shape.v_dim);
   const SlotRef out = s.out(0, kAnyKind, expanded.width, false);
   if (out.index == sums.index || out.index == expanded.index) s.refuse("out[0] is an input");
   return std::make_unique<Value>(std::move(schedule), w, kind, sums, expanded, out);

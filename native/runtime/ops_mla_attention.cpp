@@ -135,12 +135,6 @@ class MlaAttention final : public Op {
   const float scale_;
 };
 
-SlotRef token_rows(StepReader& s, int i, int64_t width) {
-  const SlotRef slot = s.in(i, kF32Only, width);
-  if (slot.selected) s.refuse("in[%d], slot %d, holds selected rows", i, slot.index);
-  return slot;
-}
-
 }  // namespace
 
 std::unique_ptr<Op> make_mla_attention(StepReader& s) {
@@ -153,17 +147,18 @@ std::unique_ptr<Op> make_mla_attention(StepReader& s) {
   if (kv_b.rows != shape.heads * (shape.nope + shape.v_dim) || kv_b.cols != shape.rank)
     s.refuse("w[0] is %d x %d, not %lld x %lld", kv_b.rows, kv_b.cols, (long long)(shape.heads * (shape.nope + shape.v_dim)), (long long)shape.rank);
   MlaAttention::Slots slots;
-  slots.q = token_rows(s, 0, shape.heads * shape.head_dim());
+  slots.q = s.token_rows(0, shape.heads * shape.head_dim());
   slots.out = s.out(1, kF32Only, shape.heads * shape.v_dim, false);
   if (shape.expand) {
     if (s.step.in[1] != -1 || s.step.out[0] != -1) s.refuse("in[1] and out[0] belong to absorbed rows, and must be -1 where all are expanded");
   } else {
-    slots.absorbed = token_rows(s, 1, shape.heads * shape.width());
-    if (shape.top_k > 0) slots.chosen = token_rows(s, 2, shape.top_k);
+    slots.absorbed = s.token_rows(1, shape.heads * shape.width());
+    if (shape.top_k > 0) slots.chosen = s.token_rows(2, shape.top_k);
     slots.sums = s.out(0, kF32Only, shape.heads * shape.rank, false);
   }
   for (const SlotRef& out : {slots.out, slots.sums})
-    if (out.index >= 0 && (out.index == slots.q.index || out.index == slots.absorbed.index)) s.refuse("slot %d is both an input and an out", out.index);
+    for (const SlotRef& in : {slots.q, slots.absorbed, slots.chosen})
+      if (out.index >= 0 && out.index == in.index) s.refuse("slot %d is both an input and an out", out.index);
   return std::make_unique<MlaAttention>(std::move(schedule), slots, kv_b, s.step.layer, s.step.scale);
 }
 

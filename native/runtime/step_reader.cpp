@@ -103,6 +103,11 @@ int32_t StepReader::positive(const char* field, int32_t value) const {
   return value;
 }
 
+float StepReader::eps() const {
+  if (!(step.eps >= 0 && step.eps < 1)) refuse("eps is %g", double(step.eps));
+  return step.eps;
+}
+
 Chosen StepReader::chosen() const {
   if (step.experts < 1 || step.experts > kMostExperts) refuse("experts is %d, and must be 1 to %d", step.experts, kMostExperts);
   if (step.top_k < 1 || step.top_k > step.experts) refuse("top_k is %d, and must be 1 to experts, %d", step.top_k, step.experts);

@@ -59,6 +59,7 @@ class StepReader {
   const float* bias(int i, int64_t rows) const;                            // null where b[i] is -1
   bool has_weight(int i) const { return step.w[i] != -1; }
   int32_t positive(const char* field, int32_t value) const;
+  float eps() const;
   Chosen chosen() const;  // fields experts and top_k
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
   void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
