@@ -1,6 +1,12 @@
 #include "arena.hpp"
 
 #include <sys/mman.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(data, size)
+#define ASAN_UNPOISON_MEMORY_REGION(data, size)
+#endif
 
 #include <algorithm>
 #include <cerrno>
@@ -22,11 +28,21 @@ Arena::Arena(int64_t bytes) {
   if (size >= kHugePage) madvise(p, size, MADV_HUGEPAGE);  // a wish: without it all still works
   data_ = static_cast<uint8_t*>(p);
   size_ = size;
+  ASAN_POISON_MEMORY_REGION(data_ + bytes, size_ - bytes);
 }
 
 Arena::~Arena() {
+  ASAN_UNPOISON_MEMORY_REGION(data_, size_);  // whoever gets these addresses next
   if (data_) munmap(data_, size_);
 }
+
+void Arena::close() {
+  ASAN_UNPOISON_MEMORY_REGION(data_, size_);
+  if (kGap > 0) std::memset(data_, 0xff, size_);
+  ASAN_POISON_MEMORY_REGION(data_, size_);
+}
+
+void Arena::allow([[maybe_unused]] int64_t from, [[maybe_unused]] int64_t bytes) { ASAN_UNPOISON_MEMORY_REGION(data_ + from, bytes); }
 
 void Arena::reserve(int64_t bytes) {
   if (bytes <= size_) return;

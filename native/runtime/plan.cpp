@@ -17,7 +17,7 @@ int64_t slot_rows(const dso_slot& s, int64_t T, int64_t R) { return (s.selected 
 
 int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) {
   if (s.kind == DSO_SLOT_LOGITS) return 0;  // the caller's
-  return round_up(row_bytes(s.kind, s.width) * slot_rows(s, T, R), 64);
+  return round_up(row_bytes(s.kind, s.width) * slot_rows(s, T, R), 64) + Arena::kGap;
 }
 
 void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
@@ -105,15 +105,19 @@ void dso_plan::place(int64_t T, int64_t R) {
     scratch = std::max(scratch, s.op->scratch_bytes(run_));
   }
   const int64_t slots = round_up(buffer_bytes(T, R), 4096), shared_at = slots;
-  run_.scratch_stride = round_up(scratch, 4096);
-  const int64_t scratch_at = round_up(shared_at + shared, 4096);
+  run_.scratch_stride = round_up(scratch + Arena::kGap, 4096);
+  const int64_t scratch_at = round_up(shared_at + shared + Arena::kGap, 4096);
   arena_.reserve(scratch_at + run_.scratch_stride * run_.threads);
+  arena_.close();
   int64_t at = 0;
   for (size_t i = 0; i < slots_.size(); ++i) {
     const dso_slot& s = slots_[i];
     run_.slots[i] = {arena_.data() + at, row_bytes(s.kind, s.width), slot_rows(s, T, R)};
+    if (slot_bytes(s, T, R) > 0) arena_.allow(at, slot_bytes(s, T, R) - Arena::kGap);
     at += slot_bytes(s, T, R);
   }
+  arena_.allow(shared_at, shared);
+  for (int t = 0; t < run_.threads; ++t) arena_.allow(scratch_at + t * run_.scratch_stride, scratch);
   run_.shared = arena_.data() + shared_at;
   run_.scratch = arena_.data() + scratch_at;
 }
