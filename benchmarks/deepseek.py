@@ -7,7 +7,7 @@ from deepseek_optimizer.bench.work import Work
 from .standing import DECODE, ONCE, OURS, PREFILL, Q4_0, VLLM, Bar, Rival, Row
 
 TRANSFORMERS = Rival("transformers", "bf16", "Transformers bf16")
-AT_512, AT_4096 = Work(512, 33), Work(4096, 17)
+AT_512, AT_4096 = Work(512, 33), Work(4096, 33)
 SHORT = Rival(OURS, "int4", "ours int4 at 512", AT_512)
 V32_SHORT = Rival(OURS, "int4", "ours int4 at 4,096", AT_4096)
 NEAR_FLOOR = 100 / 1.6  # per cent of bandwidth at which a step takes 1.6 times as long as reading its bytes
