@@ -1,4 +1,4 @@
-"""A packed checkpoint of random weights, made of a config alone, tensor by tensor: shapes too large to be written as floats first.
+"""A packed checkpoint of random weights, made of a config alone, tensor by tensor: for shapes too large to be floats first.
 
 Codes are uniform and scales constant, so that weights have a standard deviation of 0.02; norms are 1, biases 0.
 """

@@ -384,3 +384,33 @@ def test_a_stream_that_is_stopped_leaves_nothing_behind(fresh_pair):
         model.generate(fresh_pair.ids(5), max_new_tokens=30, do_sample=False, streamer=Stop())
     assert_same(fresh_pair, fresh_pair.ids(5), max_new_tokens=5, do_sample=False)
     assert model.dso.arena.manager.free_blocks == model.dso.arena.manager.num_blocks
+
+
+def test_torch_keeps_one_thread_beside_the_native_backend(pair):
+    """And gets its own back, also where requests overlap."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen = []
+
+    class Watch(BaseStreamer):
+        def put(self, value):
+            seen.append(torch.get_num_threads())
+
+        def end(self):
+            pass
+
+    def request():
+        pair.fast.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, streamer=Watch())
+
+    try:
+        threads = [threading.Thread(target=request) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        request()
+        for thread in threads:
+            thread.join()
+        assert torch.get_num_threads() == 3
+        native = pair.fast.dso.backend.name == "cpu"
+        assert set(seen) == ({1} if native else {3})
+    finally:
+        torch.set_num_threads(before)

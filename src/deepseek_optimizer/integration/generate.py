@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .loop import ContextLimit, Stop, largest, next_positions, prefill
 from .runtime import Runtime
 from .speculation import speculative_sample, wanted_drafts
 from .steps import DecodeSteps
+from .threads import one_torch_thread
 
 _SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 _HANDS_OFF = ("assistant_model", "synced_gpus", "custom_generate")
@@ -38,7 +40,11 @@ class PlanGenerate(Replacement):
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.named(args, kwargs)
+        native = self.runtime.backend.name == "cpu"
+        with one_torch_thread() if native else nullcontext():
+            return self._generate(self.named(args, kwargs))
+
+    def _generate(self, call: dict[str, Any]) -> Any:
         proposer = call.pop("proposer", None)
         model = self.runtime.model
         config, inputs = self._settled(call)

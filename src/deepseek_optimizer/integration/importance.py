@@ -19,6 +19,7 @@ from .packed_experts import PackedExperts
 from .progress import counted
 from .runtime import runtime_of
 from .swap import sites
+from .threads import one_torch_thread
 
 UNUSED = "the calibration text was not used: no matrix is rounded to " + " or ".join(sorted(WEIGHED))
 
@@ -87,15 +88,3 @@ def _listening(experts: Any, listener: Callable[[torch.Tensor], None]) -> Iterat
         yield
     finally:
         experts.listener = None
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """The products run on the backend's threads: torch's own, which spin between its small operations, would wait for their
-    cores at each change of hands (8 ms an operation on two cores; 31 s for 1,024 tokens of SmolLM2 instead of 1.1)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -111,7 +111,7 @@ def test_a_row_is_the_same_in_any_company(backend, format_name, kv, form, phase)
 
 @pytest.mark.parametrize("shape", ["tiles", "two-sets"])
 def test_prefill_takes_the_form_of_fewer_multiply_adds(backend, shape):
-    """Which form it was shows in the last bits: with a cache in bf16 the two differ. One layer: what is cached depends on no form.
+    """Which form it was shows in the last bits: with a cache in bf16 the two differ. One layer: what is cached depends on none.
     Weights in fp32: their products are of one family in both phases, on every ISA."""
     model = latent_model(shape, num_hidden_layers=1)
     _, rank, nope, rope, v_dim = SHAPES[shape]
