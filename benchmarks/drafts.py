@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepseek_optimizer.bench.runs import Run
+
 PLAIN = "plain"
 
 
@@ -70,7 +72,7 @@ def _turn(model: Any, ids: Any, a: argparse.Namespace, found: dict[str, Any], se
 
     options = {"max_new_tokens": a.new, "do_sample": False, "num_beams": 1}
     run, plain = timed(model, ids, **options)
-    found.setdefault(PLAIN, []).append((1 / run.tpot_s, None))
+    found.setdefault(PLAIN, []).append((_speed(run), None))
     script, vocab = {0: torch.cat([ids, plain], 1)[0].tolist()}, model.config.vocab_size
     ways: dict[str, dict[str, Any]] = {
         f"{agree:.0%} hold": {"proposer": ScriptedProposer(script, agree, vocab, seed)} for agree in a.agree
@@ -84,7 +86,13 @@ def _turn(model: Any, ids: Any, a: argparse.Namespace, found: dict[str, Any], se
         run, drafted = timed(model, ids, **options, **way)
         if not torch.equal(plain, drafted):
             raise SystemExit(f"{side}: the text is not that of plain decoding")
-        found.setdefault(side, []).append((1 / run.tpot_s, model.dso.speculation))
+        found.setdefault(side, []).append((_speed(run), model.dso.speculation))
+
+
+def _speed(run: Run) -> float:
+    """Tokens a second behind the first one."""
+    assert run.tpot_s is not None  # there are several
+    return 1 / run.tpot_s
 
 
 def _summary(runs: list[tuple[float, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from deepseek_optimizer.bench.against import alternate
+from deepseek_optimizer.bench.against import Command, alternate, run_json
 from deepseek_optimizer.bench.machine import read_gb_s
 from deepseek_optimizer.bench.peers import get_peer
 from deepseek_optimizer.bench.peers.base import own_command
@@ -16,7 +16,7 @@ from deepseek_optimizer.bench.peers.environments import setup
 from . import reads
 from .models import model
 from .standing import DECODE, OURS, Rival, Row
-from .verdict import judge, median, share
+from .verdict import judge, share
 
 
 def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None], seconds: float = 1.0) -> dict[str, Any]:
@@ -24,23 +24,32 @@ def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None],
 
     Args:
         seconds: for each measurement of the machine's read bandwidth. It is taken over as many bytes as a side reads, before
-            and after the rounds; the larger one counts, since a limit is what the machine can do.
+            and after the side in every round, since it drifts; the larger one counts, since a limit is what the machine can do.
     """
     commands = {rival.label: _command(row, rival, threads) for rival in row.rivals}
     ours = row.ours.label
     commands[ours] = _command(row, row.ours, threads)
     work = {side.label: side.work or row.work for side in (*row.rivals, row.ours)}
     step = {name: r.step_bytes(work[name]) for name, r in _reads(row, threads).items()}
-    before = {name: read_gb_s(int(size), threads, seconds) for name, size in step.items()}
-    found = alternate(commands, rounds, note)
-    limits = {name: max(before[name], read_gb_s(int(size), threads, seconds)) for name, size in step.items()}
-    read = {name: share(size / work[name].batch, median(found[name], row.figure), limits[name]) for name, size in step.items()}
+    limits: dict[str, list[float]] = {name: [] for name in step}
+
+    def run(name: str, command: Command) -> dict[str, Any]:
+        if name not in step:
+            return run_json(command)
+        before = read_gb_s(int(step[name]), threads, seconds)
+        result = run_json(command)
+        limits[name].append(max(before, read_gb_s(int(step[name]), threads, seconds)))
+        return result
+
+    found = alternate(commands, rounds, note, run)
+    speeds = {name: [values[row.figure] for values in found[name]] for name in commands}
+    read = {name: share(size / work[name].batch, speeds[name], limits[name]) for name, size in step.items()}
     return {
         "title": row.title,
         "model": row.model,
         "work": asdict(row.work),
         "figure": row.figure,
-        "sides": {name: [values[row.figure] for values in found[name]] for name in commands},
+        "sides": speeds,
         "read": read,
         "bars": judge(row, found, ours, read),
     }

@@ -56,7 +56,12 @@ def _planned(config: Any) -> dict[str, Stored]:
             continue
         format, shape = least.get(name, "int4"), stacks.get(name, shape)
         tiles = torch.empty(PackedEntry(format, shape).tiles, dtype=torch.uint8, device="meta")
-        planned[name] = (PackedStack if name in stacks else PackedMatrix)(format, *shape, tiles)
+        if name in stacks:
+            count, rows, cols = shape
+            planned[name] = PackedStack(format, count, rows, cols, tiles)
+        else:
+            rows, cols = shape
+            planned[name] = PackedMatrix(format, rows, cols, tiles)
     return planned
 
 

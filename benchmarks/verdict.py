@@ -19,14 +19,15 @@ def median(values: Sequence[Values], figure: str) -> float:
     return statistics.median(v[figure] for v in values)
 
 
-def share(token_bytes: float, tokens_s: float, machine_gb_s: float) -> dict[str, float]:
-    """{"token_bytes", "read_gb_s", "machine_gb_s", "percent"} of a side that reads so much for each of so many tokens."""
-    reached = token_bytes * tokens_s / 1e9
+def share(token_bytes: float, tokens_s: Sequence[float], machine_gb_s: Sequence[float]) -> dict[str, float]:
+    """{"token_bytes", "read_gb_s", "machine_gb_s", "percent"} of a side that reads so much for each of so many tokens a second,
+    each the median of the rounds; the machine's speed beside each round."""
+    reached = [token_bytes * speed / 1e9 for speed in tokens_s]
     return {
         "token_bytes": token_bytes,
-        "read_gb_s": reached,
-        "machine_gb_s": machine_gb_s,
-        "percent": 100 * reached / machine_gb_s,
+        "read_gb_s": statistics.median(reached),
+        "machine_gb_s": statistics.median(machine_gb_s),
+        "percent": statistics.median(100 * r / limit for r, limit in zip(reached, machine_gb_s, strict=True)),
     }
 
 

@@ -65,7 +65,7 @@ def test_ratios_are_to_the_faster_and_of_rounds():
     ],
 )
 def test_no_bar_asks_for_more_than_the_machine_has(machine_gb_s, expected):
-    read = {OURS: verdict.share(1e8, 17.0, machine_gb_s)}
+    read = {OURS: verdict.share(1e8, [17.0], [machine_gb_s])}
     judged = verdict.judge(ROW, FOUND, OURS, read)[1]
     assert judged["verdict"] == expected
     assert judged["allowed"] == pytest.approx(0.85 * machine_gb_s * 1e9 / 1e8 / 5)
@@ -74,9 +74,9 @@ def test_no_bar_asks_for_more_than_the_machine_has(machine_gb_s, expected):
 def test_a_share_of_the_bandwidth_can_be_asked_for():
     row = replace(ROW, bars=(Bar((SLOW,), 1.0),), read_percent=85)
     for machine, expected in ((1.9, verdict.REACHED), (2.1, verdict.MISSED)):
-        (judged,) = verdict.judge(row, FOUND, OURS, {OURS: verdict.share(1e8, 17.0, machine)})
+        (judged,) = verdict.judge(row, FOUND, OURS, {OURS: verdict.share(1e8, [17.0], [machine])})
         assert judged["verdict"] == expected
-    assert verdict.share(1e8, 17.0, 2.0) == {
+    assert verdict.share(1e8, [10.0, 17.0, 20.0], [4.0, 2.0, 2.0]) == {
         "token_bytes": 1e8, "read_gb_s": pytest.approx(1.7), "machine_gb_s": 2.0, "percent": pytest.approx(85),
     }  # fmt: skip
 
@@ -85,12 +85,15 @@ def test_a_row_runs_its_sides_in_turns_on_their_own_forms(monkeypatch):
     row = next(row for row in STANDING if row.name == "smol-decode")
     seen = {}
 
-    def alternate(commands, rounds, note):
+    def alternate(commands, rounds, note, run):
         seen.update(commands, rounds=rounds)
+        for label in [*commands] * rounds:
+            assert run(label, commands[label]) == "what it printed"
         return {label: _rounds(*[30.0 + place] * rounds) for place, label in enumerate(commands)}
 
     sizes = []
-    speeds = iter([50.0, 50.0, 40.0, 45.0, 60.0, 30.0])  # a side before, then after
+    speeds = iter([50.0, 45.0, 50.0, 60.0, 30.0, 40.0] * 3)  # before a side and after it, each side in turn
+    monkeypatch.setattr(measure, "run_json", lambda command: "what it printed")
     monkeypatch.setattr(measure, "model", lambda name, form: Path(f"{name}.{form}.gguf"))
     monkeypatch.setattr(measure, "setup", lambda peer: Path(f"/{peer.name}/python"))
     monkeypatch.setattr(measure, "alternate", alternate)
@@ -103,7 +106,7 @@ def test_a_row_runs_its_sides_in_turns_on_their_own_forms(monkeypatch):
     assert seen["llama.cpp Q4_1"][0] == "/llama.cpp/python" and "smol.Q4_1.gguf" in seen["llama.cpp Q4_1"]
     assert seen["ours int4"][:2] == [sys.executable, "-m"] and "smol.int4.gguf" in seen["ours int4"]
     context = 1000 * (512 + 65 / 2)
-    assert sizes[:3] == [7 * 10**7 + context, 8 * 10**7 + context, 6 * 10**7 + context] == sizes[3:]
+    assert sizes == [size * 10**7 + context for size in (7, 7, 8, 8, 6, 6)] * 3
     assert [entry["read"][label]["machine_gb_s"] for label in labels] == [50, 60, 40]  # the larger of two
     assert entry["bars"][0]["against"] == "llama.cpp Q4_1" and entry["bars"][0]["better"] == pytest.approx(32 / 31)
     json.dumps(entry)
@@ -219,7 +222,7 @@ def test_tables():
     row = STANDING[0]
     sides = {"llama.cpp Q4_0": [200.0, 210.0, 220.0], "llama.cpp Q4_1": [150.0] * 3, "ours int4": [400.0] * 3}
     found = {label: _rounds(*speeds) for label, speeds in sides.items()}
-    read = {label: verdict.share(8e7, 400.0, 80.0) for label in ("llama.cpp Q4_0", "ours int4")}
+    read = {label: verdict.share(8e7, [400.0], [80.0]) for label in ("llama.cpp Q4_0", "ours int4")}
     facts = {"cpu": "A CPU", "threads": 2, "date": "2026-01-01", "rounds": 3}
     entry = {**facts, "title": row.title, "figure": DECODE, "sides": sides, "read": read}
     lines = list(tables.standing_table({row.name: {**entry, "bars": verdict.judge(row, found, "ours int4", read)}}))

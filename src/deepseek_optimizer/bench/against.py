@@ -45,14 +45,22 @@ def values_of(result: Mapping[str, Any]) -> Values:
 
 
 def alternate(
-    sides: Mapping[str, Command], rounds: int, note: Callable[[str], None] = lambda _: None
+    sides: Mapping[str, Command],
+    rounds: int,
+    note: Callable[[str], None] = lambda _: None,
+    run: Callable[[str, Command], dict[str, Any]] = lambda _, command: run_json(command),
 ) -> dict[str, list[Values]]:
-    """Side -> its figures, one entry a round."""
+    """Side -> its figures, one entry a round.
+
+    Args:
+        note: takes what is going on.
+        run: a side by its name and command, for who measures something beside it.
+    """
     found: dict[str, list[Values]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name, command in sides.items():
             note(f"round {turn + 1} of {rounds}: {name}")
-            found[name].append(values_of(run_json(command)))
+            found[name].append(values_of(run(name, command)))
     return found
 
 
