@@ -27,7 +27,7 @@ from transformers.models.auto import AutoModelForCausalLM
 TOLERANCE = 1e-4  # of the row's largest logit, in fp32
 
 # Families that the native backend runs; its tests take their cases from CASES by these prefixes.
-NATIVE_FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "youtu")
+NATIVE_FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
 
 
 def llama(**fields: Any) -> LlamaConfig:
