@@ -186,8 +186,9 @@ enum {
   /* The lightning indexer. */
   DSO_OP_LAYER_NORM = 24, /* in0 F32, w0 vector, b0 vector, eps -> out0 any */
   DSO_OP_INDEX_WRITE = 25, /* in0 F32 [T, index], layer */
-  DSO_OP_INDEX_CHOOSE = 26, /* in0 q F32 [T, heads * index], in1 F32 [T, heads], layer, top_k, scale -> out0 F32 [T, top_k]: tokens of the
-                             row's sequence, ascending; -1 behind the last */
+  DSO_OP_INDEX_CHOOSE = 26, /* in0 q F32 [T, heads * index], in1 F32 [T, heads], layer, top_k, scale -> out0 F32 [T, top_k]: the visible
+                             tokens of largest scale * sum over h of w_h relu(q_h . k), ascending, of equal scores the earlier token,
+                             and NaN counts as infinity; all where there are no more than top_k; -1 behind the last */
   /* MTP layers. */
   DSO_OP_STATE_IN = 27,   /* batch->states -> out0 F32 */
   DSO_OP_CONCAT = 28,     /* in0, in1 F32 -> out0 any: in0's numbers, then in1's */
