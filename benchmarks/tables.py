@@ -20,6 +20,7 @@ from deepseek_optimizer.bench.sections import number
 from . import results
 from .deepseek import DEEPSEEK
 from .models import TITLES
+from .speculation import SPECULATION
 from .spine import SPINE
 from .standing import STANDING, Bar, Row
 
@@ -45,6 +46,7 @@ def filled(text: str, directory: Path = results.DIRECTORY) -> str:
         "spine": spine_table,
         "standing": standing_table,
         "deepseek": partial(standing_table, rows=DEEPSEEK),
+        "speculation": speculation_table,
     }
 
     def block(match: re.Match[str]) -> str:
@@ -108,6 +110,18 @@ def spine_table(entries: results.Entries) -> Iterator[str]:
                     for label in labels
                 ]
                 yield _cells(first, number(next(iter(found.values()))["baseline"], unit), *values)
+
+
+def speculation_table(entries: results.Entries) -> Iterator[str]:
+    yield from _machines(entries.values())
+    yield "| drafts | plain | with them | times | at least | tokens a round | |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in SPECULATION:
+        for side in entries[row.name]["rows"] if row.name in entries else []:
+            asked = f"{side['at_least']:g}x" if side["at_least"] is not None else ""
+            speeds = [number(side[name], "tok/s") for name in ("plain", "side")]
+            first = f"{row.title}: {side['name']}"
+            yield _cells(first, *speeds, _times(side), asked, f"{side['accepted_length']:.2f}", side["verdict"] or "")
 
 
 def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
