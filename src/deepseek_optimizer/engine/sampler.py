@@ -67,7 +67,7 @@ class Sampler:
 
 def _largest(logits: torch.Tensor) -> int:
     """[1, V] -> the first of the largest. By numpy: torch would wake its own threads beside the plan's."""
-    return int(logits[0].detach().cpu().numpy().argmax())
+    return int(np.argmax(logits[0].detach().cpu().numpy()))
 
 
 def _probabilities(logits: torch.Tensor) -> Float32:

@@ -166,7 +166,7 @@ class DecodeSteps:
     @property
     def next_position(self) -> int:
         """The highest position the next step uses."""
-        return int(self.batch.positions.max()) + 1
+        return int(np.max(self.batch.positions)) + 1
 
     def keep(self, alive: list[int]) -> None:
         """Leaves out rows that are finished; `alive` are places among the present rows."""

@@ -95,7 +95,7 @@ class CpuPlan:
         """One step. Shapes are checked here, ids and lengths by the library, before anything is written."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         for spec, frequencies in self._rope:
-            frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(batch.positions.max()) + 1)))
+            frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(np.max(batch.positions)) + 1)))
         logits = _logits(batch.logits, (rows, self.vocab_size))
         hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
         last = torch.empty(tokens, self.hidden_size) if batch.last_hidden else None

@@ -43,7 +43,7 @@ def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
 
 def _check_blocks(batch: StepBatch, num_blocks: int) -> None:
     needed = -(-(batch.context_len + batch.query_len) // BLOCK_TOKENS)
-    _require(int(needed.max()) <= batch.block_table.shape[1], "block_table", "has too few blocks for its sequence")
+    _require(int(np.max(needed)) <= batch.block_table.shape[1], "block_table", "has too few blocks for its sequence")
     for table, count in zip(batch.block_table, needed, strict=True):
         used = table[:count]
         _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"names blocks outside [0, {num_blocks})")

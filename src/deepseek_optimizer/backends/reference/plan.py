@@ -127,7 +127,7 @@ class ReferencePlan:
         spec, positions = node.attrs["rope"], step.batch.positions
         parts = []
         for rows, _, _ in step.sequences:
-            inv_freq = torch.from_numpy(spec.inv_freq_at(int(positions[rows].max()) + 1)).to(self.device)
+            inv_freq = torch.from_numpy(spec.inv_freq_at(int(np.max(positions[rows])) + 1)).to(self.device)
             parts.append(ops.rope_table(torch.from_numpy(positions[rows]).to(self.device), inv_freq, spec.scaling))
         return (torch.cat(parts),)
 

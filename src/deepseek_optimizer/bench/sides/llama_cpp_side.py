@@ -52,7 +52,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
     def chosen(row: int) -> int:
         logits = L.llama_get_logits_ith(context, row)
-        return int(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocabulary,)).argmax())
+        return int(np.argmax(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocabulary,))))
 
     def read(sequence: int, begin: int, count: int) -> int:
         """Random tokens from position `begin` on; the token that follows them."""
