@@ -11,7 +11,7 @@ import torch
 
 from deepseek_optimizer.checkpoint import Checkpoint, open_checkpoint, save_packed, stream_weights
 from deepseek_optimizer.checkpoint import base as checkpoint_base
-from deepseek_optimizer.checkpoint.stacks import beyond_the_last, parts
+from deepseek_optimizer.checkpoint.stacks import parts, surplus_expert
 from deepseek_optimizer.errors import CheckpointError
 from deepseek_optimizer.quant import PackedMatrix, PackedStack, get_format
 from support.checkpoint_files import safetensors_bytes
@@ -106,7 +106,8 @@ def put(name: str, *shape: int) -> Any:
         (merged, left_out(GATE_UP), f"{BASE}.0.gate_proj.weight", "lacks"),
         (merged, put(GATE_UP, EXPERTS, INTERMEDIATE, HIDDEN), GATE_UP, r"makes it \(5, 80, 72\)"),
         (merged, put(DOWN, EXPERTS + 1, HIDDEN, INTERMEDIATE), DOWN, r"makes it \(5, 72, 40\)"),
-        (merged, put(f"{BASE}.0.gate_proj.weight", INTERMEDIATE, HIDDEN), f"{BASE}.0.gate_proj.weight", "does not know"),
+        (merged, put(f"{BASE}.0.gate_proj.weight", INTERMEDIATE, HIDDEN), f"{BASE}.0.gate_proj.weight", "under another name"),
+        (dict, put(f"{BASE}.03.up_proj.weight", INTERMEDIATE, HIDDEN), f"{BASE}.03.up_proj.weight", "under another name"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_read(tmp_path: Path, form: Any, spoil: Any, tensor: str, why: str) -> None:
@@ -191,5 +192,5 @@ def test_parts_and_surplus() -> None:
     assert [p.row for p in parts(GATE_UP, (4, 7, 1), {GATE_UP})] == [0, 7, 14, 21]
     with pytest.raises(ValueError, match="no stack"):
         parts("model.layers.0.mlp.up_proj.weight", (1, 1, 1), ())
-    assert beyond_the_last(f"{BASE}.4.up_proj.weight", SHAPES) is None
-    assert beyond_the_last("model.layers.9.mlp.experts.4.up_proj.weight", SHAPES) is None
+    assert surplus_expert("model.layers.1.mlp.up_proj.weight", SHAPES) is None
+    assert surplus_expert("model.layers.9.mlp.experts.4.up_proj.weight", SHAPES) is None

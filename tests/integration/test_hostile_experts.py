@@ -91,15 +91,43 @@ def test_tensors(folder, load, name, to, message):
 
 
 @both
-@pytest.mark.parametrize("name", [f"{EXPERTS}.7.up_proj.weight", f"{EXPERTS}.0.down_proj.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [f"{EXPERTS}.7.up_proj.weight", f"{EXPERTS}.0.down_proj.weight", "model.layers.1.mlp.gate.e_score_correction_bias"],
+)
 def test_not_finite(folder, load, name):
     def spoil(tensor):
         tensor.view(-1)[7] = torch.nan
         return tensor
 
     change(folder, name, spoil)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts.*NaN"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\..*NaN"):
         load(folder)
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        (f"{EXPERTS}.7.up_proj.weight", torch.float8_e4m3fn, "stored as F8_E4M3.*quantization_config"),  # codes without scales
+        ("model.layers.0.mlp.up_proj.weight", torch.int8, "stored as I8"),
+        ("model.layers.1.input_layernorm.weight", torch.int32, "stored as I32"),
+    ],
+)
+def test_no_weights(folder, load, name, dtype, message):
+    """Transformers alone would cast them."""
+    change(folder, name, lambda t: t.to(dtype))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert caught.value.tensor == name
+
+
+@both
+def test_both_forms_of_experts(folder, load):
+    change(folder, f"{EXPERTS}.down_proj", lambda _: torch.zeros(12, 72, 44))
+    with pytest.raises(CheckpointError, match="under another name") as caught:
+        load(folder)
+    assert caught.value.tensor == f"{EXPERTS}.0.down_proj.weight"
 
 
 @both

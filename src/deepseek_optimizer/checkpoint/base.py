@@ -129,6 +129,10 @@ class Checkpoint(ABC):
             raise CheckpointError(f"has shape {shape}, which is not a matrix", file=self.info(name).file, tensor=name)
         return shape
 
+    def check_dtype(self, name: str) -> None:
+        """CheckpointError if what is stored under `name` is no weight: whole numbers, or codes without a scale."""
+        return  # kinds that check every type as they open have nothing to add
+
     def check_finite(self, name: str, values: torch.Tensor) -> None:
         """CheckpointError if a weight is NaN or infinite."""
         if not all_finite(values):

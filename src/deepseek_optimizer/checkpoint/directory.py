@@ -114,6 +114,9 @@ class SafetensorsCheckpoint(Checkpoint):
         data = self._files[info.file].read_tensor(info.offset + begin * stride, (end - begin) * stride)
         return self._float(data.view(self._dtype(info))).reshape(end - begin, info.shape[-1])
 
+    def check_dtype(self, name: str) -> None:
+        self._dtype(self.info(name))
+
     @staticmethod
     def _float(values: torch.Tensor) -> torch.Tensor:
         return values.float() if values.dtype == torch.float64 else values
@@ -121,8 +124,9 @@ class SafetensorsCheckpoint(Checkpoint):
     @staticmethod
     def _dtype(info: TensorInfo) -> torch.dtype:
         if info.dtype not in FLOATS:
+            fp8 = "; FP8 needs the quantization_config that it was published with" if info.dtype.startswith("F8") else ""
             raise CheckpointError(
-                f"is stored as {info.dtype}; weights must be {', '.join(FLOATS)}", file=info.file, tensor=info.name
+                f"is stored as {info.dtype}; weights must be {', '.join(FLOATS)}{fp8}", file=info.file, tensor=info.name
             )
         return FLOATS[info.dtype]
 

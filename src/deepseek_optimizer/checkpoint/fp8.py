@@ -59,6 +59,10 @@ class Fp8Checkpoint(SafetensorsCheckpoint):
                 raise CheckpointError(f"is the scale of {name}, which {what}", file=scale.file, tensor=scale.name)
         super().__init__(directory, config, files, weights)
 
+    def check_dtype(self, name: str) -> None:
+        if not self._is_fp8(name):
+            super().check_dtype(name)
+
     def lossless_format(self, name: str) -> str | None:
         return Fp8.name if self._is_fp8(name) else super().lossless_format(name)
 

@@ -13,7 +13,7 @@ import torch
 from ..errors import CheckpointError
 from ..quant import PackedWeight, Packer, get_format, reference_packer
 from .base import Checkpoint
-from .stacks import beyond_the_last
+from .stacks import surplus_expert
 
 # Buffers that old checkpoints carry and models compute themselves.
 IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.self_attn\.(bias|masked_bias)")
@@ -81,10 +81,12 @@ def check_tensors(
     needed = {name: checkpoint.stored(name, tuple(shapes[name])) for name in wanted}
     known = {tensor for stored in needed.values() for tensor in stored}
     if missing := [tensor for stored in needed.values() for tensor in stored if tensor not in checkpoint.tensors]:
-        raise CheckpointError(f"lacks {_list(missing)}", file=checkpoint.path, tensor=missing[0])
+        raise CheckpointError(
+            f"lacks {_list(missing)}; fetch it again, with its config", file=checkpoint.path, tensor=missing[0]
+        )
     skip = re.compile("|".join(f"(?:{p})" for p in ignored) or r"(?!)")
     for name in checkpoint.tensors:
-        if name not in known and (why := beyond_the_last(name, shapes)):
+        if name not in known and (why := surplus_expert(name, shapes)):
             raise CheckpointError(why, file=checkpoint.info(name).file, tensor=name)
     if unexpected := [name for name in checkpoint.tensors if name not in known and not skip.fullmatch(name)]:
         raise CheckpointError(
@@ -98,6 +100,7 @@ def check_tensors(
                     file=checkpoint.info(tensor).file,
                     tensor=tensor,
                 )
+            checkpoint.check_dtype(tensor)
         if format is not None:
             get_format(format)
             if len(shapes[name]) != 3:

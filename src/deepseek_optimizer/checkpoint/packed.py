@@ -135,6 +135,10 @@ class PackedCheckpoint(SafetensorsCheckpoint):
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return {name: shape} if name in self._entries else super().stored(name, shape)
 
+    def check_dtype(self, name: str) -> None:
+        if name not in self._entries:
+            super().check_dtype(name)
+
     def lossless_format(self, name: str) -> str | None:
         return self._entries[name].format if name in self._entries else super().lossless_format(name)
 

@@ -59,14 +59,17 @@ def merged_shape(name: str, shape: StackShape) -> StackShape:
     return count // each, each * rows, cols
 
 
-def beyond_the_last(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What is wrong with an expert's tensor that nothing wants: its number. None for other tensors.
+def surplus_expert(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with an expert's tensor that nothing wants: its number, or that there is another in its place. None for
+    other tensors.
 
     Args:
         shapes: of what is wanted, by parameter name.
     """
     found = _EXPERT.fullmatch(tensor)
     shape = shapes.get(f"{found[1]}.down_proj") if found else None
-    if found is None or shape is None or int(found[2]) < shape[0]:
+    if found is None or shape is None:
         return None
+    if int(found[2]) < shape[0]:
+        return f"is of expert {int(found[2])}, whose weights are there under another name too; take one of the two out"
     return f"is of expert {int(found[2])}, but the config has {shape[0]} experts (n_routed_experts), counted from 0"

@@ -146,8 +146,8 @@ class PackingQuantizer(HfQuantizer):
             for leaf in module.held() if isinstance(module, Packed) else ():
                 if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
                     raise CheckpointError("is missing", file=model.config.name_or_path, tensor=f"{name}.{leaf}")
-        vectors = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
-        for name in vectors:
+        held = (*model.named_parameters(), *model.named_buffers())
+        for name in (name for name, value in held if value.is_floating_point() and not value.isfinite().all()):
             raise CheckpointError(
                 "holds NaN or infinite weights; fetch the file again", file=model.config.name_or_path, tensor=name
             )
