@@ -214,10 +214,15 @@ class TestFormats:
         assert found["2.mlp.shared_experts.up_proj"] == found["2.self_attn.q_b_proj"] == "bf16"
         assert found["1.mlp.shared_experts.up_proj"] == found["lm_head"] == "int4"
 
-    @pytest.mark.parametrize("entry", ["model.layers.*.mlp.expert.*", "model.layers.1.mlp.experts", "model.layers.1.mlp.gate"])
+    @pytest.mark.parametrize("entry", ["model.layers.*.mlp.expert.*", "model.layers.1.mlp.experts", "model.layers.9.*"])
     def test_an_entry_that_matches_nothing(self, v3, entry):
         with pytest.raises(ConfigError, match=r"no matrix of this model; did you mean 'model\.layers"):
             by_load_model(v3, formats={entry: "int8"})
+
+    @pytest.mark.parametrize("entry", ["model.layers.1.mlp.gate", "*.mlp.gate"])
+    def test_an_entry_for_a_router(self, v3, entry):
+        with pytest.raises(ConfigError, match="stays as exact as it is stored"):
+            load_model(v3, formats={entry: "int4"}, backend="reference")
 
     @pytest.mark.parametrize("precision, kept", [("int4", "int8"), ("q4_1", "int8"), ("int8", "int8"), ("bf16", "bf16")])
     def test_kv_b_is_not_made_smaller_than_int8(self, v3, precision, kept):

@@ -65,6 +65,8 @@ def _named_sites(model: nn.Module, graph: Graph, config: DeepSeekConfig) -> list
     found = sites(model, graph)
     names = dict.fromkeys(weight.removesuffix(".weight") for site in found for weight in site.weights.values())
     for entry in config.unmatched(names):
+        if entry not in config.unmatched([weight.removesuffix(".weight") for weight in exact_weights(graph)]):
+            raise ConfigError(f"formats names {entry!r}, which stays as exact as it is stored; leave it out")
         near = difflib.get_close_matches(entry, names, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"formats names {entry!r}, which is no matrix of this model{hint}")
