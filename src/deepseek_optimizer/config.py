@@ -139,7 +139,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     Attributes:
         precision: format of the weight matrices: "int4" (4.5 bits a weight), "q4_1" (5 bits, with a minimum), "int8",
             "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": as they are, without loss (a float model in its own
-            dtype, a GGUF file's, FP8 or packed checkpoint's own formats).
+            dtype, a GGUF file's, FP8 or packed checkpoint's own formats; but F16 and F32 of a GGUF file become bf16).
         kernel_fusion: False leaves every fusion rule out; results stay the same within the format's tolerance.
         fusion_rules: names of the rules to apply (`FUSION_RULES`); None is all of them.
         attention_optimization: "flash" (online softmax, no score matrix) or "eager" (scores in full; leaves the rule

@@ -82,7 +82,9 @@ def check_tensors(
     known = {tensor for stored in needed.values() for tensor in stored}
     if missing := [tensor for stored in needed.values() for tensor in stored if tensor not in checkpoint.tensors]:
         raise CheckpointError(
-            f"lacks {_list(missing)}; fetch it again, with its config", file=checkpoint.path, tensor=missing[0]
+            f"lacks {_list(missing)}; fetch it again, or see whether its config is another model's",
+            file=checkpoint.path,
+            tensor=missing[0],
         )
     skip = re.compile("|".join(f"(?:{p})" for p in ignored) or r"(?!)")
     for name in checkpoint.tensors:
