@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import CheckpointError, DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.errors import UnsupportedRequestError
 from deepseek_optimizer.integration import speculation
+from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import deepseek_v3, deepseek_v32, random_ids
 from support.mtp_files import save_with_mtp
 from support.tiny_v3 import documents, tiny_v3
@@ -202,6 +203,16 @@ def test_a_copy_drafts_by_itself(folder):
     ids = torch.tensor([random_ids(model.config, 9)])
     expected = model.generate(ids, use_mtp=True, max_new_tokens=5, do_sample=False)
     assert torch.equal(copy.deepcopy(model).generate(ids, use_mtp=True, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_with_an_adapter_there_are_no_drafts(one):
+    """The adapter is on the MTP layer too, where no forward of Transformers' would run it."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(by_load_model(one), peft.LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False))
+    options = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 5, "do_sample": False}
+    with pytest.warns(OptimizerWarning, match="without drafts"):
+        text = model.generate(**options, use_mtp=True)
+    assert torch.equal(text, model.generate(**options))
 
 
 # ---- the trained model

@@ -50,12 +50,12 @@ class PlanGenerate(Replacement):
         config, inputs = self._settled(call)
         check_prompt(inputs, call.get("attention_mask"), self.runtime.graph)
         check_generation(config)
-        most, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
-        drafts = wanted_drafts(self.runtime, config, most, schedule, proposer)
         cache = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
         reason = self.runtime.changed()
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
             return self._handed_on(call, config, proposer)  # the forward says why it is slower
+        most, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
+        drafts = wanted_drafts(self.runtime, config, most, schedule, proposer)
         if not config.use_cache or not (cache is None or isinstance(cache, PagedCache)):
             return self._handed_on(call, config, proposer)
         if cache is None:
