@@ -224,6 +224,12 @@ class TestFormats:
         with pytest.raises(ConfigError, match="stays as exact as it is stored"):
             load_model(v3, formats={entry: "int4"}, backend="reference")
 
+    def test_a_packed_checkpoint_may_be_asked_for_what_it_was_packed_as(self, v3, tmp_path):
+        by_load_model(v3, precision="int4").save_pretrained(tmp_path / "p")  # where kv_b is int8
+        assert by_load_model(tmp_path / "p", precision="int4").dso.config.precision == "int4"
+        with pytest.raises(CheckpointError, match="is packed as int4, int8, not q4_1"):
+            by_load_model(tmp_path / "p", precision="q4_1")
+
     @pytest.mark.parametrize("precision, kept", [("int4", "int8"), ("q4_1", "int8"), ("int8", "int8"), ("bf16", "bf16")])
     def test_kv_b_is_not_made_smaller_than_int8(self, v3, precision, kept):
         found = self.formats(v3, precision=precision)

@@ -123,7 +123,7 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     packed = {name: stored[name] for name in ("modules", "format_version", "kl_budget", "formats", "curve")}
     wanted = given.get("precision", "auto")
     formats = {entry["format"] for entry in stored["modules"].values()}
-    if wanted != "auto" and formats != {wanted}:
+    if wanted not in ("auto", stored["precision"]) and formats != {wanted}:
         raise CheckpointError(
             f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead",
             file=checkpoint.path,
