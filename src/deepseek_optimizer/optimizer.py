@@ -37,13 +37,17 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer of a checkpoint that `load_model` takes, checked against the size of the embedding.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: there is none, or it is wrong.
+        ConfigError: the checkpoint's config.json is wrong; Transformers reads it too, and would blame the tokenizer.
     """
     from .checkpoint import load_tokenizer as load
     from .checkpoint import open_checkpoint
     from .integration.loader import resolve
+    from .models import check_config
 
     with open_checkpoint(resolve(path)) as checkpoint:
+        check_config(checkpoint.config())
         return load(checkpoint)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -50,7 +49,12 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"deepseek-optimizer {version('deepseek-optimizer')}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"deepseek-optimizer {version('deepseek-optimizer')}")
+        except PackageNotFoundError:  # a source tree on PYTHONPATH
+            typer.echo("deepseek-optimizer, not installed")
         raise typer.Exit
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import shutil
 import subprocess
 import sys
 
@@ -31,6 +34,25 @@ def test_a_missing_model_is_one_line_and_exit_code_2(dso_process, tmp_path):
     done = dso_process("run", tmp_path / "nowhere", "Hello")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("dso: ") and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+def test_a_wrong_config_is_not_blamed_on_the_tokenizer(dso, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "64"}))
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)  # then Transformers asks the config for the tokenizer's class
+    for command in (["run", folder, "Hello"], ["info", folder], ["convert", folder, tmp_path / "out"]):
+        result = dso(*command)
+        assert result.exit_code == 2 and "config.hidden_size" in result.stderr and "tokenizer" not in result.stderr
+
+
+def test_the_version_of_a_source_tree(dso, monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    result = dso("--version")
+    assert result.exit_code == 0 and result.stdout == "deepseek-optimizer, not installed\n"
 
 
 def test_debug_shows_the_traceback(dso, tmp_path):
