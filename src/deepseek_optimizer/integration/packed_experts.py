@@ -19,6 +19,7 @@ class PackedExperts(Packed):
     """y_t = sum over the chosen experts e of weight_te * down_e (act(gate_e x_t) * (up_e x_t)).
 
     Only the experts that some token chose are multiplied with, each once for all its tokens.
+    Adapters go beside it, on attention: PEFT wants experts of floats, and refuses these (`all-linear` would reach them too).
 
     Args:
         num_experts, hidden_dim, intermediate_dim: E, H and I, named as in Transformers' modules.
