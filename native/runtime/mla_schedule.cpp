@@ -71,12 +71,10 @@ void MlaSchedule::build(const Run& run) {
   tasks.clear();
   ranges.clear();
   shared_floats = private_floats = queries = states = 0;
-  any_expanded = false;
   find_spans(run);
   int64_t total = 0, blocks = 0;
   for (const RowSpan& span : spans_) {
     const int64_t context = run.batch.source->context_len[span.sequence];
-    any_expanded |= span.expanded;
     add_range(span.rows(), run.batch.source->phase[span.sequence] == DSO_PHASE_DECODE, span.expanded);
     total += shape.heads * (span.sparse     ? sparse_cost(shape, span.rows())
                             : span.expanded ? expanded_cost(shape, context, span.rows())
@@ -119,8 +117,7 @@ void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, 
     if (pieces > 1) {
       t.part = shared_floats;
       shared_floats += floats * (t.h1 - t.h0);
-      t.merge = countdowns.add();
-      countdowns.expect(t.merge, int32_t(pieces));
+      t.merge = countdowns.add(int32_t(pieces));
     } else {
       private_floats = std::max(private_floats, floats * (t.h1 - t.h0));
     }
@@ -158,9 +155,7 @@ std::shared_ptr<MlaSchedule> mla_schedule(StepReader& s) {
   if (shape.top_k > 0 && shape.expand) s.refuse("top_k is %d, but chosen tokens are never expanded", s.step.top_k);
   if (shape.expand && !shape.can_expand())
     s.refuse("heads of %lld, with values of %lld, cannot be expanded: both must be even and at most %d", (long long)shape.head_dim(), (long long)shape.v_dim, int(max_head_dim));
-  auto& known = s.plan().mla_schedules;
-  auto alike = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k->shape == shape; });
-  return alike != known.end() ? *alike : known.emplace_back(std::make_shared<MlaSchedule>(shape));
+  return shared_schedule(s.plan().mla_schedules, shape);
 }
 
 }  // namespace dso

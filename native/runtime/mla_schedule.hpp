@@ -60,8 +60,7 @@ class MlaSchedule {
   int64_t shared_floats = 0;   // partial results in shared memory
   int64_t private_floats = 0;  // partial results of a task with all its chunks
   int64_t queries = 0;         // packed queries of a task: rows x sets of mla_heads heads
-  int64_t states = 0;          // of an expanded task: rows x heads
-  bool any_expanded = false;
+  int64_t states = 0;          // of an expanded task: rows x heads; 0: there is none
 
  private:
   void find_spans(const Run& run);

@@ -55,6 +55,13 @@ class Op {
 
 constexpr int64_t kSerialWork = 8192;
 
+// The schedule of this shape among those known, which layers that are alike share; a new one where there is none.
+template <class Schedule, class Shape>
+std::shared_ptr<Schedule> shared_schedule(std::vector<std::shared_ptr<Schedule>>& known, const Shape& shape) {
+  const auto alike = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k->shape == shape; });
+  return alike != known.end() ? *alike : known.emplace_back(std::make_shared<Schedule>(shape));
+}
+
 // Rows dealt out in blocks that are worth taking.
 class RowOp : public Op {
  public:

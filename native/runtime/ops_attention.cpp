@@ -114,15 +114,11 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
   const int64_t heads = s.positive("heads", s.step.heads);
   if (heads % s.step.kv_heads) s.refuse("heads %d is no multiple of kv_heads %d", s.step.heads, s.step.kv_heads);
   if (s.step.window < 0) s.refuse("window is %d", s.step.window);
-  const SlotRef q = s.in(0, kF32Only, heads * s.step.head_dim), out = s.out(0, kAnyKind, q.width, false);
-  if (q.selected) s.refuse("in[0], slot %d, holds selected rows", q.index);
+  const SlotRef q = s.token_rows(0, heads * s.step.head_dim), out = s.out(0, kAnyKind, q.width, false);
   if (out.index == q.index) s.refuse("out[0] is in[0]");
 
   const AttentionShape shape{heads, s.step.kv_heads, s.step.head_dim, s.step.window, (s.step.flags & DSO_FLAG_EAGER) != 0, !is_f32(out.kind)};
-  auto& known = s.plan().schedules;
-  auto alike = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k->shape == shape; });
-  if (alike == known.end()) alike = known.insert(known.end(), std::make_shared<AttentionSchedule>(shape));
-  return std::make_unique<Attention>(q, out, *alike, s.step.layer, s.step.scale);
+  return std::make_unique<Attention>(q, out, shared_schedule(s.plan().schedules, shape), s.step.layer, s.step.scale);
 }
 
 }  // namespace dso

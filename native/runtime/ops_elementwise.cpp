@@ -6,6 +6,15 @@
 namespace dso {
 namespace {
 
+// A row of any kind by way of fp32: make(numbers) writes them where they stay, or into scratch.
+template <class Make> void write_row(const Run& run, const SlotRef& to, int64_t row, int thread, const Make& make) {
+  if (is_f32(to.kind)) return make(run.slots[to.index].f32(row));
+  float* numbers = reinterpret_cast<float*>(run.thread_scratch(thread));
+  make(numbers);
+  write_columns(run, to, row, numbers, 0, to.width);
+}
+int64_t row_scratch(const SlotRef& to) { return is_f32(to.kind) ? 0 : 4 * to.width; }  // bytes that it takes
+
 class RowsOf : public RowOp {  // one row of work for each row of `like`
  public:
   explicit RowsOf(const SlotRef& like) : like_(like) {}
@@ -42,20 +51,15 @@ class Embedding final : public RowsOf {
 class Norm {
  public:
   Norm(const float* weight, const float* bias, float eps, const SlotRef& out) : weight_(weight), bias_(bias), eps_(eps), out_(out) {}
-  int64_t scratch_bytes() const { return is_f32(out_.kind) ? 0 : 4 * out_.width; }
+  int64_t scratch_bytes() const { return row_scratch(out_); }
   void operator()(const Run& run, const float* x, int64_t r, int thread) const {
-    uint8_t* out = run.slots[out_.index].row(r);
-    if (is_f32(out_.kind)) return norm(run, x, reinterpret_cast<float*>(out));
-    float* normed = reinterpret_cast<float*>(run.thread_scratch(thread));
-    norm(run, x, normed);
-    run.kernels.convert(out_.kind, normed, 0, out_.width, out_.width, out);
+    write_row(run, out_, r, thread, [&](float* normed) {
+      if (bias_) run.kernels.layer_norm(x, weight_, bias_, out_.width, eps_, normed);
+      else run.kernels.rms_norm(x, weight_, out_.width, eps_, normed);
+    });
   }
 
  private:
-  void norm(const Run& run, const float* x, float* out) const {
-    if (bias_) run.kernels.layer_norm(x, weight_, bias_, out_.width, eps_, out);
-    else run.kernels.rms_norm(x, weight_, out_.width, eps_, out);
-  }
   const float *weight_, *bias_;
   const float eps_;
   const SlotRef out_;
@@ -128,14 +132,11 @@ class Convert final : public RowsOf {
 class SwiGlu final : public RowsOf {
  public:
   SwiGlu(const SlotRef& gate, const SlotRef& up, const SlotRef& out) : RowsOf(gate), up_(up), out_(out) {}
-  int64_t scratch_bytes(const Run&) const override { return is_f32(out_.kind) ? 0 : 4 * like_.width; }
+  int64_t scratch_bytes(const Run&) const override { return row_scratch(out_); }
 
  private:
   void row(const Run& run, int64_t r, int thread) override {
-    const int64_t n = like_.width;
-    float* h = is_f32(out_.kind) ? f32(run, out_, r) : reinterpret_cast<float*>(run.thread_scratch(thread));
-    run.kernels.swiglu(at(run, like_, r), at(run, up_, r), n, h);
-    if (!is_f32(out_.kind)) run.kernels.convert(out_.kind, h, 0, n, n, raw(run, out_, r));
+    write_row(run, out_, r, thread, [&](float* h) { run.kernels.swiglu(at(run, like_, r), at(run, up_, r), like_.width, h); });
   }
   const SlotRef up_, out_;
 };
@@ -183,15 +184,14 @@ class StateIn final : public RowsOf {
 class Concat final : public RowsOf {
  public:
   Concat(const SlotRef& a, const SlotRef& b, const SlotRef& out) : RowsOf(out), a_(a), b_(b) {}
-  int64_t scratch_bytes(const Run&) const override { return is_f32(like_.kind) ? 0 : 4 * like_.width; }
+  int64_t scratch_bytes(const Run&) const override { return row_scratch(like_); }
 
  private:
   void row(const Run& run, int64_t r, int thread) override {
-    const int64_t n = like_.width;
-    float* both = is_f32(like_.kind) ? f32(run, like_, r) : reinterpret_cast<float*>(run.thread_scratch(thread));
-    std::memcpy(both, at(run, a_, r), 4 * a_.width);
-    std::memcpy(both + a_.width, at(run, b_, r), 4 * b_.width);
-    if (!is_f32(like_.kind)) run.kernels.convert(like_.kind, both, 0, n, n, raw(run, like_, r));
+    write_row(run, like_, r, thread, [&](float* both) {
+      std::memcpy(both, at(run, a_, r), 4 * a_.width);
+      std::memcpy(both + a_.width, at(run, b_, r), 4 * b_.width);
+    });
   }
   const SlotRef a_, b_;
 };

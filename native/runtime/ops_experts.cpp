@@ -85,11 +85,7 @@ class ExpertsGateUp final : public Op {
     for (int64_t r = 0; r < n; ++r) {
       float* h = gate + r * stride;
       run.kernels.swiglu(h, up + r * stride, columns, h);
-      uint8_t* out = run.slots[out_.index].row(begin + r);
-      if (is_f32(out_.kind))
-        std::copy_n(h, columns, reinterpret_cast<float*>(out) + column);
-      else
-        run.kernels.convert(out_.kind, h, column, column + columns, out_.width, out);
+      write_columns(run, out_, begin + r, h, column, column + columns);
     }
   }
 
@@ -216,9 +212,7 @@ class ExpertsDown final : public Op {
 Experts read_experts(StepReader& s, int64_t matrices, int64_t repeat) {
   const Chosen chosen = s.chosen();
   const Stack stack = s.stack(0, matrices * chosen.experts);
-  const SlotRef in = s.in(0, kAnyKind, stack.first.cols, repeat), routes = s.in(1, kF32Only, 2 * chosen.top_k);
-  if (!reads(stack.first.format, in.kind))
-    s.refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(in.kind), in.index, format_name(stack.first.format));
+  const SlotRef in = s.activations(stack.first, repeat), routes = s.in(1, kF32Only, 2 * chosen.top_k);
   if (in.selected != routes.selected) s.refuse("in[0] and in[1] hold different rows");
   return {in, routes, stack, nullptr};
 }

@@ -1,28 +1,22 @@
 // The lightning indexer: its keys on their way to the cache, and the choice of the tokens that sparse attention reads.
-#include "cache.hpp"
+#include "cache_write.hpp"
 #include "index_schedule.hpp"
 #include "ops.hpp"
 
 namespace dso {
 namespace {
 
-// Tasks are pieces of sequences that lie in one cache block.
-class IndexWrite final : public Op {
+class IndexWrite final : public CacheWriter {
  public:
-  IndexWrite(const SlotRef& key, int64_t layer) : key_(key), layer_(layer) {}
-  void shape(const Run&) override {}
+  IndexWrite(const SlotRef& key, int64_t layer) : CacheWriter(layer), key_(key) {}
   int64_t work(const Run& run) const override { return run.batch.T * key_.width; }
-  int64_t tasks(const Run& run) const override { return int64_t(run.batch.pieces.size()); }
-  void task(const Run& run, int64_t index, int) override {
-    const Piece& p = run.batch.pieces[index];
-    const Rows& key = run.slots[key_.index];
-    const dso_cache& cache = *run.batch.source->cache;
-    run.kernels.index_write(cache.layout, cache.view(layer_, run.batch.table(p.sequence)), p.position, p.rows, key.f32(p.row), key.stride);
-  }
 
  private:
+  void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int) override {
+    const Rows& key = run.slots[key_.index];
+    run.kernels.index_write(layout, view, p.position, p.rows, key.f32(p.row), key.stride);
+  }
   const SlotRef key_;
-  const int64_t layer_;
 };
 
 class IndexChoose final : public Op {
@@ -101,10 +95,7 @@ std::unique_ptr<Op> make_index_choose(StepReader& s) {
   const SlotRef q = s.token_rows(0, shape.heads * shape.index), w = s.token_rows(1, shape.heads);
   const SlotRef out = s.out(0, kF32Only, shape.top_k, false);
   if (out.index == q.index || out.index == w.index) s.refuse("out[0], slot %d, is an input", out.index);
-  auto& known = s.plan().index_schedules;
-  auto alike = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k->shape == shape; });
-  if (alike == known.end()) alike = known.insert(known.end(), std::make_shared<IndexSchedule>(shape));
-  return std::make_unique<IndexChoose>(q, w, out, *alike, s.step.layer, s.step.scale);
+  return std::make_unique<IndexChoose>(q, w, out, shared_schedule(s.plan().index_schedules, shape), s.step.layer, s.step.scale);
 }
 
 }  // namespace dso

@@ -1,5 +1,5 @@
 // Latents: normed and turned, and on their way to the cache.
-#include "cache.hpp"
+#include "cache_write.hpp"
 #include "ops.hpp"
 
 namespace dso {
@@ -26,23 +26,17 @@ class Latent final : public RowOp {
   const bool interleaved_;
 };
 
-// Tasks are pieces of sequences that lie in one cache block, so that no two threads write to one block.
-class LatentWrite final : public Op {
+class LatentWrite final : public CacheWriter {
  public:
-  LatentWrite(const SlotRef& in, int64_t layer) : in_(in), layer_(layer) {}
-  void shape(const Run&) override {}
+  LatentWrite(const SlotRef& in, int64_t layer) : CacheWriter(layer), in_(in) {}
   int64_t work(const Run& run) const override { return run.batch.T * in_.width; }
-  int64_t tasks(const Run& run) const override { return int64_t(run.batch.pieces.size()); }
-  void task(const Run& run, int64_t index, int) override {
-    const Piece& p = run.batch.pieces[index];
-    const Rows& x = run.slots[in_.index];
-    const dso_cache& cache = *run.batch.source->cache;
-    run.kernels.latent_write(cache.layout, cache.view(layer_, run.batch.table(p.sequence)), p.position, p.rows, x.f32(p.row), x.stride);
-  }
 
  private:
+  void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int) override {
+    const Rows& x = run.slots[in_.index];
+    run.kernels.latent_write(layout, view, p.position, p.rows, x.f32(p.row), x.stride);
+  }
   const SlotRef in_;
-  const int64_t layer_;
 };
 
 }  // namespace

@@ -5,12 +5,6 @@
 namespace dso {
 namespace {
 
-SlotRef activations(StepReader& s, const Matrix& w) {
-  const SlotRef in = s.in(0, kAnyKind, w.cols);
-  if (!reads(w.format, in.kind)) s.refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(in.kind), in.index, format_name(w.format));
-  return in;
-}
-
 class Linear final : public Op {
  public:
   struct Product {
@@ -101,11 +95,7 @@ class GateUp final : public Op {
     for (int64_t r = 0; r < n; ++r) {
       float* h = gate + r * stride;
       run.kernels.swiglu(h, up + r * stride, columns, h);
-      uint8_t* out = run.slots[out_.index].row(row + r);
-      if (is_f32(out_.kind))
-        std::copy_n(h, columns, reinterpret_cast<float*>(out) + column);
-      else
-        run.kernels.convert(out_.kind, h, column, column + columns, out_.width, out);
+      write_columns(run, out_, row + r, h, column, column + columns);
     }
   }
 
@@ -136,7 +126,7 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
   SlotRef in;
   for (int i = 0; i < n; ++i) {
     const Matrix w = s.matrix(i);
-    if (i == 0) in = activations(s, w);
+    if (i == 0) in = s.activations(w);
     if (w.cols != in.width) s.refuse("w[%d] has %d columns, in[0] has width %lld", i, w.cols, (long long)in.width);
     if (!reads(w.format, in.kind)) s.refuse("in[0] is %s, which the %s weights of w[%d] do not read", kind_name(in.kind), format_name(w.format), i);
     const SlotRef out = s.out(i, kF32Only, w.rows, in.selected);
@@ -152,7 +142,7 @@ std::unique_ptr<Op> make_gate_up(StepReader& s) {
   if (gate.format != up.format || gate.rows != up.rows || gate.cols != up.cols)
     s.refuse("w[0] is %s of %d x %d, w[1] %s of %d x %d: they must be alike", format_name(gate.format), gate.rows, gate.cols,
              format_name(up.format), up.rows, up.cols);
-  const SlotRef in = activations(s, gate), out = s.out(0, kAnyKind, gate.rows, in.selected);
+  const SlotRef in = s.activations(gate), out = s.out(0, kAnyKind, gate.rows, in.selected);
   if (out.index == in.index) s.refuse("out[0] is in[0]");
   return std::make_unique<GateUp>(in, out, gate, up, s.bias(0, gate.rows), s.bias(1, gate.rows));
 }

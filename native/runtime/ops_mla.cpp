@@ -1,6 +1,7 @@
 // The products around absorbed attention: queries to the space of latents, and sums of latents to values, head by head.
 #include <numeric>
 
+#include "linear_grid.hpp"
 #include "mla_schedule.hpp"
 #include "ops.hpp"
 
@@ -8,7 +9,6 @@ namespace dso {
 namespace {
 
 constexpr int64_t kRows = 64;  // of a task: a head's weights are read once for them
-constexpr int64_t kTasksAThread = 4;
 
 // Tasks of some heads and some rows of one form and phase.
 class HeadsOp : public Op {
@@ -41,7 +41,7 @@ class HeadsOp : public Op {
   virtual void block(const Run& run, const RowRange& rows, int64_t h0, int64_t h1, int thread) = 0;
 
   // Columns of fp32 rows as the weights read them: where they lie, or converted in scratch.
-  Rows read(const Run& run, const Rows& from, const RowRange& rows, int64_t column, int64_t kind, uint8_t* scratch) const {
+  Rows read(const Run& run, const Rows& from, const RowRange& rows, int64_t column, int32_t kind, uint8_t* scratch) const {
     if (kind == DSO_SLOT_F32) return {reinterpret_cast<uint8_t*>(from.f32(rows.begin) + column), from.stride, rows.end - rows.begin};
     const Rows converted{scratch, row_bytes(kind, w_.first.cols), rows.end - rows.begin};
     for (int64_t i = 0; i < converted.count; ++i)
@@ -111,10 +111,7 @@ class Value final : public HeadsOp {
       }
       if (is_f32(out_.kind)) return;
     }
-    for (int64_t i = 0; i < n; ++i) {
-      if (is_f32(out_.kind)) std::copy_n(values.f32(i), end - column, out.f32(rows.begin + i) + column);
-      else run.kernels.convert(out_.kind, values.f32(i), column, end, out_.width, out.row(rows.begin + i));
-    }
+    for (int64_t i = 0; i < n; ++i) write_columns(run, out_, rows.begin + i, values.f32(i), column, end);
   }
   const int32_t kind_;
   const SlotRef sums_, expanded_, out_;

@@ -22,7 +22,7 @@ class MlaAttention final : public Op {
   void prepare(const Run& run) override { schedule_->build(run); }
   int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
   int64_t scratch_bytes(const Run& run) const override {
-    return std::max(parts_at(run) + 4 * schedule_->private_floats, schedule_->any_expanded ? ExpandRoom(*this, run).bytes : 0);
+    return std::max(parts_at(run) + 4 * schedule_->private_floats, schedule_->states > 0 ? ExpandRoom(*this, run).bytes : 0);
   }
   int64_t shared_bytes(const Run&) const override { return 4 * schedule_->shared_floats; }
 
@@ -111,8 +111,7 @@ class MlaAttention final : public Op {
                    uint8_t* scratch, const ExpandRoom& room) const {
     const int64_t begin = h * (shape_.nope + shape_.v_dim), end = begin + shape_.nope + shape_.v_dim;
     const int64_t tile = begin / kTileRows, tiles = ceil_div(end, kTileRows) - tile, stride = 4 * tiles * kTileRows;
-    const Matrix part{kv_b_.format, int32_t(std::min<int64_t>(kv_b_.rows - tile * kTileRows, tiles * kTileRows)), kv_b_.cols,
-                      kv_b_.data + tile * tile_row_bytes(kv_b_)};
+    const Matrix part = tiles_of(kv_b_, tile, tile + tiles);
     float* kv = reinterpret_cast<float*>(scratch + room.kv);
     for (int64_t i = 0; i < tokens; i += kProductRows) {
       const int64_t n = std::min(kProductRows, tokens - i);

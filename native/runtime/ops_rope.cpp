@@ -1,7 +1,7 @@
 // Rotary positions, and keys and values on their way to the cache.
 #include <cmath>
 
-#include "cache.hpp"
+#include "cache_write.hpp"
 #include "ops.hpp"
 
 namespace dso {
@@ -54,59 +54,51 @@ class Rope final : public RowOp {
   const Rotation rotate_;
 };
 
-// Tasks are pieces of sequences that lie in one cache block, so that no two threads write to one block.
-class CacheOp : public Op {
+class KvWriter : public CacheWriter {
  public:
-  CacheOp(const SlotRef& key, const SlotRef& value, int64_t layer, int64_t kv_heads)
-      : key_(key), value_(value), layer_(layer), kv_heads_(kv_heads) {}
-  void shape(const Run&) override {}
+  KvWriter(const SlotRef& key, const SlotRef& value, int64_t layer, int64_t kv_heads)
+      : CacheWriter(layer), key_(key), value_(value), kv_heads_(kv_heads) {}
   int64_t work(const Run& run) const override { return run.batch.T * (key_.width + value_.width); }
-  int64_t tasks(const Run& run) const override { return int64_t(run.batch.pieces.size()); }
 
  protected:
-  void write(const Run& run, const Piece& p, const float* key, int64_t key_stride) const {
-    const dso_cache& cache = *run.batch.source->cache;
+  void write_rows(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, const float* key, int64_t key_stride) const {
     const Rows& value = run.slots[value_.index];
-    run.kernels.kv_write(cache.layout, cache.view(layer_, run.batch.table(p.sequence)), p.position, p.rows, key, key_stride,
-                         value.f32(p.row), value.stride, 0, kv_heads_);
+    run.kernels.kv_write(layout, view, p.position, p.rows, key, key_stride, value.f32(p.row), value.stride, 0, kv_heads_);
   }
   const SlotRef key_, value_;
-
- private:
-  const int64_t layer_, kv_heads_;
+  const int64_t kv_heads_;
 };
 
-class CacheWrite final : public CacheOp {
+class CacheWrite final : public KvWriter {
  public:
-  using CacheOp::CacheOp;
-  void task(const Run& run, int64_t index, int) override {
-    const Piece& p = run.batch.pieces[index];
+  using KvWriter::KvWriter;
+
+ private:
+  void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int) override {
     const Rows& key = run.slots[key_.index];
-    write(run, p, key.f32(p.row), key.stride);
+    write_rows(run, p, layout, view, key.f32(p.row), key.stride);
   }
 };
 
-class RopeCache final : public CacheOp {
+class RopeCache final : public KvWriter {
  public:
   RopeCache(const SlotRef& q, const SlotRef& key, const SlotRef& value, const SlotRef& out, int64_t layer, int64_t kv_heads,
             const Rotation& rotate)
-      : CacheOp(key, value, layer, kv_heads), q_(q), out_(out), kv_heads_(kv_heads), rotate_(rotate) {}
-  int64_t work(const Run& run) const override { return CacheOp::work(run) + run.batch.T * q_.width; }
+      : KvWriter(key, value, layer, kv_heads), q_(q), out_(out), rotate_(rotate) {}
+  int64_t work(const Run& run) const override { return KvWriter::work(run) + run.batch.T * q_.width; }
   int64_t scratch_bytes(const Run&) const override { return DSO_BLOCK_TOKENS * key_.width * 4; }
-  void task(const Run& run, int64_t index, int thread) override {
-    const Piece& p = run.batch.pieces[index];
+
+ private:
+  void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int thread) override {
     float* rotated = reinterpret_cast<float*>(run.thread_scratch(thread));
     for (int64_t i = 0; i < p.rows; ++i) {
       const int64_t r = p.row + i;
       rotate_(run, r, run.slots[q_.index].f32(r), rotate_.heads, run.slots[out_.index].f32(r));
       rotate_(run, r, run.slots[key_.index].f32(r), kv_heads_, rotated + i * key_.width);
     }
-    write(run, p, rotated, 4 * key_.width);
+    write_rows(run, p, layout, view, rotated, 4 * key_.width);
   }
-
- private:
   const SlotRef q_, out_;
-  const int64_t kv_heads_;
   const Rotation rotate_;
 };
 

@@ -69,6 +69,12 @@ SlotRef StepReader::token_rows(int i, int64_t width) {
   return s;
 }
 
+SlotRef StepReader::activations(const Matrix& w, int64_t repeat) {
+  const SlotRef s = in(0, kAnyKind, w.cols, repeat);
+  if (!dso::reads(w.format, s.kind)) refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(s.kind), s.index, format_name(w.format));
+  return s;
+}
+
 SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat) {
   const SlotRef s = slot("out", i, step.out[i], kinds);
   if (width && s.width != width) refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);

@@ -52,6 +52,7 @@ class StepReader {
 
   SlotRef in(int i, SlotKinds kinds, int64_t width = 0, int64_t repeat = 1);  // width 0: any
   SlotRef token_rows(int i, int64_t width = 0);  // in(i) in fp32, of all tokens
+  SlotRef activations(const Matrix& w, int64_t repeat = 1);  // in(0), of a kind that products with w read
   SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);  // as for in
   Matrix matrix(int i) const;
   Stack stack(int i, int64_t count) const;
