@@ -138,6 +138,7 @@ struct Kernels {
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family
 constexpr int64_t attn_rows = 32;    // query rows of a prefill task
 constexpr int64_t mla_heads = 16;    // of a packed query
+constexpr int64_t latent_group = 128;  // numbers of an int8 latent that share a scale
 constexpr int64_t max_head_dim = 256;  // and head_dim is even: cache and attention take columns in pairs
 
 // One per variant; null where the compiler could not build it.

@@ -31,9 +31,8 @@ const char* kind_name(int32_t slot_kind);
 // Whether the cache and attention take heads of this size.
 constexpr bool is_head_dim(int64_t n) { return n >= 2 && n <= max_head_dim && n % 2 == 0; }
 
-// A token's row in a latent cache: rank + rope numbers (INT8: the rank numbers in groups of 128, each group's fp32 scale behind
+// A token's row in a latent cache: rank + rope numbers (INT8: the rank numbers in groups of latent_group, each group's fp32 scale behind
 // all of them, then the rope numbers in bf16); and its row of the indexer's key.
-constexpr int64_t kLatentGroup = 128;
 int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope);
 int64_t index_row_bytes(int32_t kv_type, int64_t index);
 

@@ -5,7 +5,9 @@
 // are one family and only speed decides between them. Q16 rows are their high and low bytes as the two tiles of tokens.
 //
 // BF16: the prefill family of this ISA. Tile products of 32 columns, ascending, each added to C as TDPBF16PS does; bias last.
-// FP8 keeps the generic kernel. Decode keeps the vector kernel. A family may not depend on the token count, so prefill takes tiles for a single token too.
+// Decode keeps the vector kernel. A family may not depend on the token count, so prefill takes tiles for a single token too.
+//
+// FP8 keeps the generic kernel.
 #pragma once
 #include <cstdint>
 

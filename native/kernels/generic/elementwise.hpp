@@ -53,11 +53,6 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   if (i < n) store(out + i, mul(silu(load(gate + i, n - i)), load(up + i, n - i)), n - i);
 }
 
-DSO_INLINE void store_some(float* p, F x, int64_t n) {  // a masked store costs many times a plain one on AVX2
-  if (n >= 16) return store(p, x);
-  store(p, x, n);
-}
-
 // e^(x - max x) over their sum, which runs over one row of lanes. A NaN or a positive infinity makes all NaN, as in torch.
 static void softmax(const float* x, int64_t n, float* out) {
   const F least = set(-__builtin_inff());

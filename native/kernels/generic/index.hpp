@@ -6,6 +6,7 @@
 // and one horizontal sum makes the score. Every product is one chain over the numbers ascending: a score's bits depend on q, w
 // and the key alone, not on the range of tokens that was asked for.
 #pragma once
+#include "latent.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 namespace indexer {
@@ -15,9 +16,6 @@ enum class Keys { f32, bf16, dot };  // bf16: widened to fp32; dot: read by dot_
 constexpr int most_tokens = 4;                       // of a block of accumulators
 constexpr int most_tiles = registers >= 32 ? 4 : 1;  // so that these, a tile row each and a broadcast fit the registers
 
-DSO_INLINE uint8_t* block_keys(const KvLayout& l, const KvView& v, int64_t block) {
-  return v.base + v.table[block] * v.block_stride + block_tokens * l.row_bytes;
-}
 template <Keys K> DSO_INLINE int64_t tile_bytes(int64_t index) { return index * lanes * (K == Keys::dot ? 2 : 4); }
 
 // total[t] += relu(q . k_t) * w over the heads of N tiles.
@@ -84,8 +82,8 @@ static void scores_of(const KvLayout& l, const KvView& v, int64_t heads, const u
   const int64_t row = l.index_bytes, tile = tile_bytes<K>(l.index), tiles = (heads + lanes - 1) / lanes;
   for (int64_t t = begin; t < end;) {
     const int64_t block = t / block_tokens, last = (block + 1) * block_tokens < end ? (block + 1) * block_tokens : end;
-    const uint8_t* first = block_keys(l, v, block);
-    const uint8_t* next = last < end ? block_keys(l, v, block + 1) : first;
+    const uint8_t* first = index_row(l, v, block * block_tokens);
+    const uint8_t* next = last < end ? index_row(l, v, (block + 1) * block_tokens) : first;
     for (; t < last; t += most_tokens) {
       const int64_t slot = t % block_tokens, n = last - t < most_tokens ? last - t : most_tokens;
       const uint8_t* keys[most_tokens];  // the last one again, where there are fewer
@@ -130,17 +128,9 @@ static constexpr int64_t index_query_bytes(int64_t heads, int64_t index) { retur
 
 static void index_write(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride) {
   for (int64_t t = start; t < start + n; ++t, k = (const float*)((const char*)k + k_stride)) {
-    uint8_t* row = indexer::block_keys(l, v, t / block_tokens) + t % block_tokens * l.index_bytes;
-    if (l.type == DSO_KV_F32) {
-      memcpy(row, k, l.index * 4);
-      continue;
-    }
-    int64_t i = 0;
-    for (; i + lanes <= l.index; i += lanes) store_bf16(row + 2 * i, load(k + i));
-    if (i == l.index) continue;
-    uint16_t rest[lanes];  // a neighbour's row may lie behind
-    store_bf16(rest, load(k + i, l.index - i));
-    memcpy(row + 2 * i, rest, 2 * (l.index - i));
+    uint8_t* row = index_row(l, v, t);
+    if (l.type == DSO_KV_F32) memcpy(row, k, l.index * 4);
+    else write_bf16(k, l.index, row);
   }
 }
 

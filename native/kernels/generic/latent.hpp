@@ -10,8 +10,6 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-constexpr int64_t latent_group = 128;  // numbers that share a scale
-
 DSO_INLINE uint8_t* latent_row(const KvLayout& l, const KvView& v, int64_t token) {
   return v.base + v.table[token / block_tokens] * v.block_stride + token % block_tokens * l.row_bytes;
 }

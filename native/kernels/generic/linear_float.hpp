@@ -38,12 +38,8 @@ struct Output {       // where a block's results go
   bool begin, end;    // of the columns: start from zero, add the bias
 };
 
-// n outputs from p on, as many as a tile has: a masked store costs many times a plain one on AVX2.
+// n outputs from p on, as many as a tile has.
 DSO_INLINE F read(const float* p, int64_t n) { return n >= lanes ? load(p) : load(p, n); }
-DSO_INLINE void write(float* p, F x, int64_t n) {
-  if (n >= lanes) return store(p, x);
-  store(p, x, n);
-}
 
 // M tokens x N tiles over `steps` steps. w_next: bytes from a tile row to the next. stream: w comes from memory.
 template <int format, int M, int N, bool stream>
@@ -94,7 +90,7 @@ static void block(const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       float* y = (float*)((uint8_t*)out.y + m * out.stride) + n * lanes;
-      write(y, biased ? add(acc[m][n], b) : acc[m][n], columns);
+      store_some(y, biased ? add(acc[m][n], b) : acc[m][n], columns);
     }
   }
 }

@@ -14,7 +14,6 @@ namespace fp8 {
 
 using floating::read;
 using floating::tiles_for;
-using floating::write;
 
 constexpr int64_t tile_bytes = 544, scale_at = 512;
 constexpr int tile_steps = 16;     // a step: two columns
@@ -79,7 +78,7 @@ static void block(const W& w, const float* scales, const uint8_t* x, int64_t x_s
     for (int m = 0; m < M; m++) {
       float* y = (float*)((uint8_t*)out.y + m * out.stride) + n * lanes;
       const F acc = fma(sum[m][n], scale, out.first ? zero() : read(y, columns));
-      write(y, out.bias ? add(acc, bias) : acc, columns);
+      store_some(y, out.bias ? add(acc, bias) : acc, columns);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Elementary functions on lanes: the same bits on every ISA.
+// What every ISA's lanes have in common: elementary functions, to the same bits, conversions of single numbers, stores.
 #ifndef DSO_MATH_HPP  // not #pragma once: test_lanes includes it for several ISAs
 #define DSO_MATH_HPP
 
@@ -43,6 +43,12 @@ DSO_INLINE float from_bf16(uint16_t x) {
   float f;
   memcpy(&f, &u, 4);
   return f;
+}
+
+// n numbers, 16 at most count: a masked store costs many times a plain one on AVX2.
+DSO_INLINE void store_some(float* p, F x, int64_t n) {
+  if (n >= 16) return store(p, x);
+  store(p, x, n);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE
 #endif
