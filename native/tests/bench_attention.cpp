@@ -2,30 +2,11 @@
 // prefill in GFLOP/s (four operations for a visible pair of query and key, per dimension). Best of several runs.
 // Usage: bench_attention [variant]. A table, then one line of JSON.
 #include <immintrin.h>
-#include <time.h>
 
 #include <algorithm>
 
 #include "kv_fixture.hpp"
-
-static double seconds() {  // of this thread: others may hold the core
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-template <class Work> static double best(Work work) {
-  double least = 1e9;
-  double spent = 0;
-  do {
-    const double start = seconds();
-    work();
-    const double t = seconds() - start;
-    least = std::min(least, t);
-    spent += t;
-  } while (spent < 0.3);
-  return least;
-}
+#include "timing.hpp"
 
 struct Shape {
   int32_t kv_heads, group, head_dim;

@@ -2,29 +2,10 @@
 // absorbed: GB/s of cache read, GMAC/s, and nanoseconds for 16 heads and a block of 32 tokens. Prefill of 512 rows behind 4,096
 // tokens: GMAC/s of both forms, and how long a row and head takes in each. Best of several runs.
 // Usage: bench_mla [variant]. A table, then one line of JSON.
-#include <time.h>
-
 #include "latent_fixture.hpp"
+#include "timing.hpp"
 
 constexpr int64_t kRank = 512, kRope = 64, kNope = 128, kValue = 128, kWidth = kRank + kRope;
-
-static double seconds() {  // of this thread: others may hold the core
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-template <class Work> static double best(Work work) {
-  double least = 1e9, spent = 0;
-  do {
-    const double start = seconds();
-    work();
-    const double t = seconds() - start;
-    least = std::min(least, t);
-    spent += t;
-  } while (spent < 0.3);
-  return least;
-}
 
 struct Case {
   const Kernels& k;

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../kernels/kernels.hpp"
@@ -49,7 +50,18 @@ struct Random {  // xorshift64*
     for (int i = 0; i < 12; ++i) s += uniform();
     return s - 6;
   }
+  template <class T> void shuffle(std::vector<T>& x) {
+    for (size_t i = x.size(); i > 1; --i) std::swap(x[i - 1], x[(size_t)below((int)i)]);
+  }
 };
+
+inline std::vector<float> normal(size_t n, float scale, Random& random) {
+  std::vector<float> x(n);
+  for (float& v : x) v = scale * random.normal();
+  return x;
+}
+
+inline const char* kv_name(int type) { return type == DSO_KV_F32 ? "f32" : type == DSO_KV_BF16 ? "bf16" : "int8"; }
 
 // 64-aligned bytes between guards; the destructor checks that the guards are whole.
 class Buffer {

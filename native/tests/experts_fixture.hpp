@@ -2,24 +2,14 @@
 // experts -> hidden states, which hold y and the routes.
 #pragma once
 #include <functional>
-#include <memory>
 
-#include "check.hpp"
-#include "context.hpp"
-#include "plan.hpp"
+#include "plan_parts.hpp"
 
 struct MoeSpec {
   int32_t hidden, inner, experts, top_k;
   int32_t up_format = DSO_F32, up_kind = DSO_SLOT_F32, down_format = DSO_F32, down_kind = DSO_SLOT_F32;
   bool grouped = true;
   int32_t groups = 1, top_groups = 1, flags = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
-};
-
-struct Pool {  // owns a dso_context
-  dso_context* c;
-  Pool(const Kernels& k, int threads) : c(new dso_context{std::make_shared<Context>(k, threads)}) {}
-  ~Pool() { dso_context_destroy(c); }
-  Pool(const Pool&) = delete;
 };
 
 // Weights of one layer, used by plans of any context.
@@ -66,7 +56,7 @@ inline MoeWeights::Fill random_matrices(dso_context* c, uint64_t seed = 3) {
 
 class Moe {
  public:
-  Moe(const MoeSpec& spec, MoeWeights& weights, const Kernels& kernels, int threads) : spec(spec), pool_(kernels, threads), weights_(weights.table(spec)) {
+  Moe(const MoeSpec& spec, MoeWeights& weights, const Kernels& kernels, int threads) : spec(spec), context_(kernels, threads), weights_(weights.table(spec)) {
     const int32_t x = slot(DSO_SLOT_F32, spec.hidden), scores = slot(DSO_SLOT_F32, spec.experts), routes = slot(DSO_SLOT_F32, 2 * spec.top_k);
     const int32_t h = slot(spec.down_kind, spec.inner, spec.top_k), y = slot(DSO_SLOT_F32, spec.hidden);
     add(DSO_OP_EMBEDDING, {}, x, 0);
@@ -79,7 +69,7 @@ class Moe {
     for (dso_step* s : {&add(DSO_OP_EXPERTS_GATE_UP, {read, routes}, h, 2), &add(DSO_OP_EXPERTS_DOWN, {h, routes}, y, 3)}) s->flags = spec.grouped ? DSO_FLAG_GROUPED : 0;
     add(DSO_OP_HIDDEN_OUT, {y}, -1, -1);
     add(DSO_OP_HIDDEN_OUT, {routes}, -1, -1).layer = routes_at();
-    const int32_t rc = dso_plan_create(pool_.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(), weights_.data(), (int32_t)weights_.size(), 1, &plan_);
+    const int32_t rc = dso_plan_create(context_.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(), weights_.data(), (int32_t)weights_.size(), 1, &plan_);
     if (rc) {
       fprintf(stderr, "plan: %s\n", dso_last_error());
       abort();
@@ -125,16 +115,8 @@ class Moe {
     return (int32_t)slots_.size() - 1;
   }
   dso_step& add(int32_t op, const std::vector<int32_t>& in, int32_t out, int32_t weight) {
-    dso_step s{};
-    s.op = op;
-    std::fill_n(s.in, 4, -1);
-    std::fill_n(s.out, 3, -1);
-    std::fill_n(s.w, 3, -1);
-    std::fill_n(s.b, 3, -1);
-    std::copy(in.begin(), in.end(), s.in);
-    s.out[0] = out;
-    s.w[0] = weight;
-    s.scale = op == DSO_OP_ROUTE ? 2.5f : 1.0f;
+    dso_step s = step_of(op, in, {out}, {weight});
+    if (op == DSO_OP_ROUTE) s.scale = 2.5f;
     s.experts = spec.experts;
     s.top_k = spec.top_k;
     s.groups = spec.groups;
@@ -143,7 +125,7 @@ class Moe {
     return steps_.back();
   }
 
-  Pool pool_;
+  OwnContext context_;
   std::vector<dso_weight> weights_;
   std::vector<dso_slot> slots_;
   std::vector<dso_step> steps_ = reserved();

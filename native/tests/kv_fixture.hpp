@@ -2,8 +2,6 @@
 #pragma once
 #include "check.hpp"
 
-inline const char* kv_name(int type) { return type == DSO_KV_F32 ? "f32" : type == DSO_KV_BF16 ? "bf16" : "int8"; }
-
 struct Cache {
   const Kernels& kernels;
   KvLayout layout;
@@ -16,7 +14,7 @@ struct Cache {
       : kernels(k), layout{type, kv_heads, head_dim, k.kv_layer_bytes(type, kv_heads, head_dim)}, tokens(0),
         memory((size_t)(blocks(capacity) * layout.layer_bytes), 0xff), table((size_t)blocks(capacity)) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = (int32_t)i;
-    for (size_t i = table.size(); i > 1; --i) std::swap(table[i - 1], table[(size_t)random.below((int)i)]);
+    random.shuffle(table);
     view = {memory.get(), layout.layer_bytes, table.data()};
   }
   static int64_t blocks(int64_t capacity) { return (capacity + 31) / 32; }
@@ -31,9 +29,3 @@ struct Cache {
     kernels.kv_read(layout, view, tokens, k.data(), v.data());
   }
 };
-
-inline std::vector<float> normal(size_t n, float scale, Random& random) {
-  std::vector<float> x(n);
-  for (float& v : x) v = scale * random.normal();
-  return x;
-}

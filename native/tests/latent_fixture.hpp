@@ -20,7 +20,7 @@ struct LatentCache {
   LatentCache(const Kernels& k, const KvLayout& l, int64_t capacity, Random& random)
       : kernels(k), layout(l), memory((size_t)(Cache::blocks(capacity) * l.layer_bytes), 0xff), table((size_t)Cache::blocks(capacity)) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = (int32_t)i;
-    for (size_t i = table.size(); i > 1; --i) std::swap(table[i - 1], table[(size_t)random.below((int)i)]);
+    random.shuffle(table);
     view = {memory.get(), layout.layer_bytes, table.data()};
   }
   int64_t width() const { return layout.rank + layout.rope; }

@@ -2,12 +2,9 @@
 // runner that feeds ragged batches and keeps each sequence's cache and logits.
 #pragma once
 #include <map>
-#include <memory>
 
 #include "cache.hpp"
-#include "check.hpp"
-#include "context.hpp"
-#include "plan.hpp"
+#include "plan_parts.hpp"
 
 struct Spec {
   int32_t hidden = 80, heads = 6, kv_heads = 2, head_dim = 16, inner = 104, vocab = 150, layers = 2, rot = 16;
@@ -15,13 +12,6 @@ struct Spec {
   int32_t window = 0, flags = 0;  // flags: DSO_FLAG_EAGER, DSO_FLAG_INTERLEAVED
   bool fused = true, qk_norm = false, biases = false, select_first = true;
   bool interleaved() const { return flags & DSO_FLAG_INTERLEAVED; }
-};
-
-struct Context_ {  // owns a dso_context
-  dso_context* c;
-  Context_(const Kernels& k, int threads) : c(new dso_context{std::make_shared<Context>(k, threads)}) {}
-  ~Context_() { dso_context_destroy(c); }
-  Context_(const Context_&) = delete;
 };
 
 class Model {
@@ -41,7 +31,7 @@ class Model {
 
   const Spec spec;
   const Kernels& kernels;
-  Context_ context;
+  OwnContext context;
   std::vector<dso_step> steps;
   std::vector<dso_slot> slots;
   std::vector<dso_weight> weights;
@@ -57,10 +47,7 @@ class Model {
     std::vector<float>& w = raw[name];
     w.resize((size_t)rows * cols);
     for (float& v : w) v = random.normal() / std::sqrt((float)cols);
-    auto packed = std::make_unique<Buffer>(::packed_bytes(format, rows, cols));
-    check(dso_pack(context.c, format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed->get()) == 0, "pack: %s", dso_last_error());
-    weights.push_back({format, rows, cols, 0, packed->get(), (int64_t)packed->size()});
-    packed_.push_back(std::move(packed));
+    weights.push_back(packed_weight(context.c, format, w, 0, rows, cols, packed_));
     return (int32_t)weights.size() - 1;
   }
   int32_t vector(const std::string& name, int32_t n, float mean, float spread, Random& random) {
@@ -74,18 +61,8 @@ class Model {
     std::vector<int32_t> in, out, w, b;
   };
   dso_step& step(int32_t op, const Io& io) {
-    dso_step s{};
-    s.op = op;
-    auto fill = [](int32_t* to, int n, const std::vector<int32_t>& from) {
-      for (int i = 0; i < n; ++i) to[i] = i < (int)from.size() ? from[(size_t)i] : -1;
-    };
-    fill(s.in, 4, io.in);
-    fill(s.out, 3, io.out);
-    fill(s.w, 3, io.w);
-    fill(s.b, 3, io.b);
-    s.eps = 1e-5f;
-    s.scale = 1;
-    steps.push_back(s);
+    steps.push_back(step_of(op, io.in, io.out, io.w, io.b));
+    steps.back().eps = 1e-5f;
     return steps.back();
   }
   int32_t converted(int32_t x, int32_t width, bool selected = false) {  // what a product reads
@@ -210,7 +187,7 @@ class Feeder {
   Feeder(Model& model, int64_t blocks, Random& random)
       : model_(model), cache_(model.kernels, {model.spec.kv_type, model.spec.layers, model.spec.kv_heads, model.spec.head_dim, 0, 0, 0, 0}, blocks) {
     for (int32_t i = 0; i < blocks; ++i) free_.push_back(i);
-    for (size_t i = free_.size(); i > 1; --i) std::swap(free_[i - 1], free_[(size_t)random.below((int)i)]);
+    random.shuffle(free_);
   }
   struct Part {
     Sequence* sequence;

@@ -233,7 +233,7 @@ void many_callers() {  // two models on a context each, four threads: all get wh
 void direct() {
   for (const Variant& v : variants()) {
     const char* isa = v.name.c_str();
-    Context_ one(*v.kernels, 1), many(*v.kernels, 5);
+    OwnContext one(*v.kernels, 1), many(*v.kernels, 5);
     Random random(3);
     const int rows = 75, cols = 130, T = 40;
     std::vector<float> w((size_t)(rows * cols)), x((size_t)(T * cols)), bias((size_t)rows);
@@ -301,7 +301,7 @@ void latent_caches() {
 
 // E4M3 by blocks: the codes and scales of what dso_pack makes of their values, wherever the rows lie.
 void e4m3_blocks() {
-  Context_ one(*variants()[0].kernels, 1), many(*variants()[0].kernels, 5);
+  OwnContext one(*variants()[0].kernels, 1), many(*variants()[0].kernels, 5);
   Random random(5);
   const int rows = 300, cols = 170, gap = 7;
   std::vector<uint8_t> codes((size_t)(rows * (cols + gap)), 0x7f);  // NaNs between the rows

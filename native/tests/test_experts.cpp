@@ -8,12 +8,6 @@
 
 namespace {
 
-std::vector<float> normal(size_t n, Random& random) {
-  std::vector<float> x(n);
-  for (float& v : x) v = random.normal();
-  return x;
-}
-
 // y of one row by its routes, each product by itself: what every plan must equal bit for bit.
 std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k, const float* x, const float* routes, bool prefill) {
   const size_t up_bytes = ::packed_bytes(s.up_format, s.inner, s.hidden), down_bytes = ::packed_bytes(s.down_format, s.hidden, s.inner);
@@ -63,11 +57,11 @@ struct Shape {
 void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const std::vector<int32_t>& tokens, std::vector<int> threads, int32_t flags) {
   MoeSpec spec{shape.hidden, shape.inner, shape.experts, shape.top_k, f.up, f.up_kind, f.down, f.down_kind};
   spec.flags = flags;
-  Pool packing(k, 1);
+  OwnContext packing(k, 1);
   MoeWeights weights(spec, random_matrices(packing.c));
   Random random(9);
   const int32_t most = *std::max_element(tokens.begin(), tokens.end());
-  std::vector<float> x = normal((size_t)most * (size_t)shape.hidden, random);
+  std::vector<float> x = normal((size_t)most * (size_t)shape.hidden, 1, random);
   x[3] = NAN;  // a row that is lost, and no other with it
   std::vector<std::vector<float>> by_phase[2];
   for (bool grouped : {true, false})
@@ -96,12 +90,12 @@ void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const 
 // Against the sum in double, with every kernel in scalar code.
 void matches_textbook() {
   const MoeSpec spec{72, 40, 5, 3};
-  Pool pool(scalar::table, 3);
-  MoeWeights weights(spec, random_matrices(pool.c));
+  OwnContext packing(scalar::table, 3);
+  MoeWeights weights(spec, random_matrices(packing.c));
   Moe moe(spec, weights, scalar::table, 3);
   Random random(4);
   const int32_t T = 90;
-  const std::vector<float> x = normal((size_t)T * 72, random);
+  const std::vector<float> x = normal((size_t)T * 72, 1, random);
   const Moe::Out out = moe.run(x, T, 10);
   auto value = [](const uint8_t* packed, int32_t rows, int32_t cols, size_t matrix, int32_t r, int32_t c) {
     return (double)scalar::weight({DSO_F32, rows, cols, packed + matrix * ::packed_bytes(DSO_F32, rows, cols)}, r, c);

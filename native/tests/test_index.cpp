@@ -5,17 +5,9 @@
 
 #include "cache.hpp"
 #include "scalar_kernels.hpp"
-// After check.hpp, whose names layout.hpp has too.
-#include "context.hpp"
-#include "plan.hpp"
+// After scalar_kernels.hpp, whose names layout.hpp has too.
+#include "plan_parts.hpp"
 
-static const char* kv_name(int type) { return type == DSO_KV_F32 ? "f32" : type == DSO_KV_BF16 ? "bf16" : "int8"; }
-
-static std::vector<float> normal(size_t n, float scale, Random& random) {
-  std::vector<float> x(n);
-  for (float& v : x) v = scale * random.normal();
-  return x;
-}
 static float to_bf16(float x) {
   const uint32_t u = to_bits(x);
   return from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u);
@@ -33,7 +25,7 @@ struct Keys {
       : shape{type, 1, 0, 0, 6, 2, index, 0}, layout(checked_layout(k, shape)), memory((size_t)((tokens + 31) / 32 * layout.layer_bytes), 0xff),
         table((size_t)(tokens + 31) / 32) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = (int32_t)i;
-    for (size_t i = table.size(); i > 1; --i) std::swap(table[i - 1], table[(size_t)random.below((int)i)]);
+    random.shuffle(table);
     view = {memory.get(), layout.layer_bytes, table.data()};
   }
 };
@@ -134,9 +126,7 @@ class Chooser {
     const int32_t rows[] = {shape.heads * shape.index, shape.index, shape.heads};
     for (int i = 0; i < 3; ++i) {
       raw[i] = normal((size_t)(rows[i] * shape.width), 1, random);
-      packed_[i] = std::make_unique<Buffer>(::packed_bytes(DSO_F32, rows[i], shape.width));
-      check(dso_pack(&context_, DSO_F32, DSO_SRC_F32, raw[i].data(), rows[i], shape.width, shape.width, nullptr, packed_[i]->get()) == 0, "pack: %s", dso_last_error());
-      weights.push_back({DSO_F32, rows[i], shape.width, 0, packed_[i]->get(), (int64_t)packed_[i]->size()});
+      weights.push_back(packed_weight(&context_, DSO_F32, raw[i], 0, rows[i], shape.width, packed_));
     }
     gain = normal((size_t)shape.index, 1, random);
     weights.push_back({DSO_VECTOR, 1, shape.index, 0, gain.data(), 4 * (int64_t)shape.index});
@@ -144,17 +134,8 @@ class Chooser {
     weights.push_back({DSO_F32, 1, shape.width, 0, table_.data(), 4 * (int64_t)table_.size()});
     for (int32_t width : {shape.width, rows[0], rows[1], rows[2], shape.index, shape.top_k}) slots.push_back({DSO_SLOT_F32, width, 0, 0});
     auto step = [&](int32_t op, std::vector<int32_t> in, std::vector<int32_t> out, std::vector<int32_t> w, std::vector<int32_t> b) -> dso_step& {
-      dso_step s{};
-      s.op = op;
-      auto fill = [](int32_t* to, size_t n, const std::vector<int32_t>& from) {
-        for (size_t i = 0; i < n; ++i) to[i] = i < from.size() ? from[i] : -1;
-      };
-      fill(s.in, 4, in);
-      fill(s.out, 3, out);
-      fill(s.w, 3, w);
-      fill(s.b, 3, b);
+      dso_step s = step_of(op, in, out, w, b);
       s.eps = 1e-6f;
-      s.scale = 1;
       s.layer = op == DSO_OP_INDEX_WRITE || op == DSO_OP_INDEX_CHOOSE;
       s.index = s.layer ? shape.index : 0;
       steps.push_back(s);
@@ -171,7 +152,7 @@ class Chooser {
     step(DSO_OP_HIDDEN_OUT, {5}, {}, {}, {});
     check(create(&plan_) == 0, "plan: %s", dso_last_error());
     for (int32_t i = 0; i < blocks; ++i) free_.push_back(i);
-    for (size_t i = free_.size(); i > 1; --i) std::swap(free_[i - 1], free_[(size_t)random.below((int)i)]);
+    random.shuffle(free_);
   }
   ~Chooser() { dso_plan_destroy(plan_); }
   Chooser(const Chooser&) = delete;
@@ -238,7 +219,7 @@ class Chooser {
  private:
   dso_context context_;
   dso_cache cache_;
-  std::unique_ptr<Buffer> packed_[3];
+  std::vector<std::unique_ptr<Buffer>> packed_;
   std::vector<float> table_;
   dso_plan* plan_ = nullptr;
   std::vector<int32_t> free_;

@@ -23,8 +23,7 @@ static void round_trip(const Variant& v, int type, int32_t heads, int32_t d, int
   while (cuts.back() < tokens) cuts.push_back(std::min<int64_t>(tokens, cuts.back() + 1 + random.below(random.below(3) ? 5 : 70)));
   std::vector<size_t> order;
   for (size_t i = 0; i + 1 < cuts.size(); ++i) order.push_back(i);
-  if (random.below(2))  // threads may write them in any order
-    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[(size_t)random.below((int)i)]);
+  if (random.below(2)) random.shuffle(order);  // threads may write them in any order
   for (size_t i : order) {
     const int split = random.below(heads + 1);
     for (int part = 0; part < 2; ++part)

@@ -5,10 +5,7 @@
 #include <memory>
 
 #include "cache.hpp"
-#include "check.hpp"
-// After check.hpp, whose names layout.hpp has too.
-#include "context.hpp"
-#include "plan.hpp"
+#include "plan_parts.hpp"
 
 namespace {
 
@@ -25,12 +22,6 @@ struct Shape {
 constexpr int32_t kBlocks = 160;
 constexpr float kScale = 0.4f;
 
-std::vector<float> normal(int64_t n, float size, Random& random) {
-  std::vector<float> x((size_t)n);
-  for (float& v : x) v = random.normal() * size;
-  return x;
-}
-
 struct Weights {  // shared by plans
   std::vector<float> kv_b;  // [heads, nope + v_dim, rank]
   std::vector<std::unique_ptr<Buffer>> packed;
@@ -39,7 +30,7 @@ struct Weights {  // shared by plans
 
   Weights(const Shape& s, const Kernels& k, Random& random) {
     dso_context context{std::make_shared<Context>(k, 1)};
-    kv_b = normal((int64_t)s.heads * (s.nope + s.v_dim) * s.rank, 0.5f, random);
+    kv_b = normal((size_t)s.heads * (s.nope + s.v_dim) * s.rank, 0.5f, random);
     const int32_t keys = s.format == DSO_F32 ? DSO_F32 : DSO_BF16;
     std::vector<float> k_b, v_b;
     for (int64_t h = 0; h < s.heads; ++h) {
@@ -53,8 +44,8 @@ struct Weights {  // shared by plans
     add(context, v_b, s.format, s.heads, s.v_dim, s.rank);
     add(context, {0}, DSO_F32, 1, 1, s.query(), true);  // the embedding: batches bring their own
     if (s.top_k > 0) {
-      add(context, normal((int64_t)s.heads * s.query(), 0.3f, random), DSO_F32, 1, s.heads, s.query());
-      add(context, normal((int64_t)s.index() * s.latent(), 0.3f, random), DSO_F32, 1, s.index(), s.latent());
+      add(context, normal((size_t)s.heads * s.query(), 0.3f, random), DSO_F32, 1, s.heads, s.query());
+      add(context, normal((size_t)s.index() * s.latent(), 0.3f, random), DSO_F32, 1, s.index(), s.latent());
     } else {
       table.resize(6, table[3]);
     }
@@ -70,12 +61,7 @@ struct Weights {  // shared by plans
  private:
   void add(dso_context& c, std::vector<float> w, int32_t format, int32_t count, int32_t rows, int32_t cols, bool zero = false) {
     if (zero) w.assign((size_t)rows * (size_t)cols, 0.0f);
-    const size_t bytes = ::packed_bytes(format, rows, cols);
-    packed.push_back(std::make_unique<Buffer>(bytes * (size_t)count));
-    for (int32_t i = 0; i < count; ++i)
-      check(dso_pack(&c, format, DSO_SRC_F32, w.data() + (size_t)i * (size_t)rows * (size_t)cols, rows, cols, cols, nullptr, packed.back()->get() + (size_t)i * bytes) == 0, "pack: %s",
-            dso_last_error());
-    table.push_back({format, rows, cols, count, packed.back()->get(), (int64_t)packed.back()->size()});
+    table.push_back(packed_weight(&c, format, w, count, rows, cols, packed));
   }
 };
 
@@ -165,15 +151,7 @@ class Plan {
  private:
   int32_t chosen_at() const { return s_.top_k > 0 ? (s_.out() + s_.top_k - 1) / s_.top_k : 0; }  // behind y, in rows of chosen tokens
   void step(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out, const std::vector<int32_t>& w) {
-    dso_step s{};
-    s.op = op;
-    auto fill = [](int32_t* to, size_t n, const std::vector<int32_t>& from) {
-      for (size_t i = 0; i < n; ++i) to[i] = i < from.size() ? from[i] : -1;
-    };
-    fill(s.in, 4, in);
-    fill(s.out, 3, out);
-    fill(s.w, 3, w);
-    fill(s.b, 3, {});
+    dso_step s = step_of(op, in, out, w);
     s.heads = s_.heads;
     s.nope = s_.nope;
     s.rope = s_.rope;
@@ -246,7 +224,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
   std::vector<Sequence> all;
   int32_t block = kBlocks - 1;  // downwards: the arena's last block is in use
   auto add = [&](int32_t context, int32_t rows, int32_t phase) {
-    Sequence q{context, rows, phase, normal((int64_t)(context + rows) * s.query(), 0.2f, random), normal((int64_t)(context + rows) * s.latent(), 0.7f, random), {}};
+    Sequence q{context, rows, phase, normal((size_t)(context + rows) * s.query(), 0.2f, random), normal((size_t)(context + rows) * s.latent(), 0.7f, random), {}};
     for (int32_t i = 0; i < (context + rows + 31) / 32; ++i) q.table.push_back(block--);
     q.table.resize(kBlocks, 0);
     all.push_back(std::move(q));

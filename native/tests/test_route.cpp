@@ -17,20 +17,13 @@ constexpr float kScale = 2.5f;
 class Router {
  public:
   Router(const Spec& spec, const std::vector<float>& bias, const Kernels& kernels, int threads)
-      : spec_(spec), pool_(kernels, threads), bias_(bias), embed_(::packed_bytes(DSO_F32, 1, spec.experts), 0) {
+      : spec_(spec), context_(kernels, threads), bias_(bias), embed_(::packed_bytes(DSO_F32, 1, spec.experts), 0) {
     const dso_slot slots[] = {{DSO_SLOT_F32, spec.experts, 0, 0}, {DSO_SLOT_F32, 2 * spec.top_k, 0, 0}};
     const dso_weight weights[] = {{DSO_F32, 1, spec.experts, 0, embed_.get(), (int64_t)embed_.size()}, {DSO_VECTOR, 1, spec.experts, 0, bias_.data(), 4 * (int64_t)bias_.size()}};
-    dso_step steps[3]{};
-    for (dso_step& s : steps) {
-      for (int32_t* field : {s.in, s.out, s.w, s.b}) std::fill_n(field, field == s.in ? 4 : 3, -1);
-      s.scale = 1;
-    }
-    steps[0].op = DSO_OP_EMBEDDING, steps[0].out[0] = 0, steps[0].w[0] = 0;
-    steps[1].op = DSO_OP_ROUTE, steps[1].in[0] = 0, steps[1].out[0] = 1, steps[1].b[0] = spec.bias ? 1 : -1;
+    dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_ROUTE, {0}, {1}, {}, {spec.bias ? 1 : -1}), step_of(DSO_OP_HIDDEN_OUT, {1}, {})};
     steps[1].flags = spec.flags, steps[1].experts = spec.experts, steps[1].top_k = spec.top_k;
     steps[1].groups = spec.groups, steps[1].top_groups = spec.top_groups, steps[1].scale = kScale;
-    steps[2].op = DSO_OP_HIDDEN_OUT, steps[2].in[0] = 1;
-    check(dso_plan_create(pool_.c, steps, 3, slots, 2, weights, 2, 1, &plan_) == 0, "plan: %s", dso_last_error());
+    check(dso_plan_create(context_.c, steps, 3, slots, 2, weights, 2, 1, &plan_) == 0, "plan: %s", dso_last_error());
   }
   ~Router() { dso_plan_destroy(plan_); }
   Router(const Router&) = delete;
@@ -52,7 +45,7 @@ class Router {
 
  private:
   const Spec spec_;
-  Pool pool_;
+  OwnContext context_;
   const std::vector<float> bias_;
   Buffer embed_;
   dso_plan* plan_ = nullptr;
@@ -172,8 +165,8 @@ void ties_and_broken_scores(const Kernels& k) {
 // A step of experts that is wrong in one field is refused, and the message names it.
 void mistakes() {
   MoeSpec spec{72, 40, 8, 2, DSO_INT4, DSO_SLOT_Q8, DSO_INT4, DSO_SLOT_Q8};
-  Pool pool(*variants()[0].kernels, 1);
-  MoeWeights weights(spec, random_matrices(pool.c));
+  OwnContext context(*variants()[0].kernels, 1);
+  MoeWeights weights(spec, random_matrices(context.c));
   Moe moe(spec, weights, *variants()[0].kernels, 1);
   auto refused = [&](const char* words, const std::function<void(std::vector<dso_step>&, std::vector<dso_slot>&, std::vector<dso_weight>&)>& change) {
     std::vector<dso_step> steps = moe.steps();
@@ -181,7 +174,7 @@ void mistakes() {
     std::vector<dso_weight> table = weights.table(spec);
     change(steps, slots, table);
     dso_plan* plan = nullptr;
-    const int32_t rc = dso_plan_create(pool.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), table.data(), (int32_t)table.size(), 1, &plan);
+    const int32_t rc = dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), table.data(), (int32_t)table.size(), 1, &plan);
     check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "code %d, message \"%s\", expected \"%s\"", rc, dso_last_error(), words);
     if (!rc) dso_plan_destroy(plan);
   };

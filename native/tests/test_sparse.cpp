@@ -5,10 +5,7 @@
 #include <set>
 
 #include "cache.hpp"
-#include "check.hpp"
-// After check.hpp, whose names layout.hpp has too.
-#include "context.hpp"
-#include "plan.hpp"
+#include "plan_parts.hpp"
 
 namespace {
 
@@ -33,11 +30,11 @@ class Plan {
       for (int32_t r = 0; r < widths[i]; ++r) part[(size_t)r * width_ + from + r] = 1;
       stack(part, 1, widths[i], width_);
     }
-    keys = normal(kHeads * kRank * kNope, random);
-    values = normal(kHeads * kValue * kRank, random);
+    keys = normal(kHeads * kRank * kNope, 0.5f, random);
+    values = normal(kHeads * kValue * kRank, 0.5f, random);
     stack(keys, kHeads, kRank, kNope);
     stack(values, kHeads, kValue, kRank);
-    stack(normal(kHeads * (kNope + kValue) * kRank, random), 1, kHeads * (kNope + kValue), kRank);  // of expanded rows: there are none
+    stack(normal(kHeads * (kNope + kValue) * kRank, 0.5f, random), 1, kHeads * (kNope + kValue), kRank);  // of expanded rows: there are none
     stack(std::vector<float>((size_t)width_, 0.0f), 1, 1, width_);                                   // the embedding
     for (int32_t w : {width_, kQuery, kLatent, widths[2], kHeads * kLatent, kHeads * kRank, kOut, kOut}) slots_.push_back({DSO_SLOT_F32, w, 0, 0});
     step(DSO_OP_EMBEDDING, {}, {0}, {6});
@@ -81,12 +78,6 @@ class Plan {
   }
   uint8_t* latent_row(int64_t token) { return cache.view(0, table.data()).base + table[(size_t)token / 32] * cache.block_bytes() + token % 32 * cache.layout.row_bytes; }
 
-  static std::vector<float> normal(int64_t n, Random& random) {
-    std::vector<float> x((size_t)n);
-    for (float& v : x) v = random.normal() * 0.5f;
-    return x;
-  }
-
   const int32_t top_k;
   std::vector<float> keys, values;  // [heads, rank, nope], [heads, v_dim, rank]
   std::vector<int32_t> table;
@@ -100,23 +91,10 @@ class Plan {
 
  private:
   void stack(const std::vector<float>& w, int32_t count, int32_t rows, int32_t cols) {
-    const size_t bytes = ::packed_bytes(DSO_F32, rows, cols);
-    packed_.push_back(std::make_unique<Buffer>(bytes * (size_t)count));
-    for (int32_t i = 0; i < count; ++i)
-      check(dso_pack(&context_, DSO_F32, DSO_SRC_F32, w.data() + (size_t)i * rows * cols, rows, cols, cols, nullptr, packed_.back()->get() + (size_t)i * bytes) == 0, "pack: %s",
-            dso_last_error());
-    weights_.push_back({DSO_F32, rows, cols, count, packed_.back()->get(), (int64_t)packed_.back()->size()});
+    weights_.push_back(packed_weight(&context_, DSO_F32, w, count, rows, cols, packed_));
   }
   void step(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out, const std::vector<int32_t>& w) {
-    dso_step s{};
-    s.op = op;
-    auto fill = [](int32_t* to, size_t n, const std::vector<int32_t>& from) {
-      for (size_t i = 0; i < n; ++i) to[i] = i < from.size() ? from[i] : -1;
-    };
-    fill(s.in, 4, in);
-    fill(s.out, 3, out);
-    fill(s.w, 3, w);
-    fill(s.b, 3, {});
+    dso_step s = step_of(op, in, out, w);
     s.heads = kHeads;
     s.nope = kNope;
     s.rope = kRope;
@@ -134,7 +112,7 @@ class Plan {
   dso_plan* plan_ = nullptr;
 };
 
-Row random_row(Random& random) { return {Plan::normal(kQuery, random), Plan::normal(kLatent, random), {}}; }
+Row random_row(Random& random) { return {normal(kQuery, 0.5f, random), normal(kLatent, 0.5f, random), {}}; }
 
 std::vector<float> random_choice(int64_t count, int64_t of, Random& random) {
   std::set<int> chosen;

@@ -2,9 +2,7 @@
 #include <numeric>
 
 #include "cache.hpp"
-#include "check.hpp"
-#include "context.hpp"
-#include "plan.hpp"
+#include "plan_parts.hpp"
 #include "scalar_kernels.hpp"
 
 namespace {
@@ -14,38 +12,18 @@ struct Case {
   int32_t format, slot;
 };
 
-dso_step step(int32_t op, std::vector<int32_t> in, std::vector<int32_t> out, std::vector<int32_t> w = {}) {
-  dso_step s{};
-  s.op = op;
-  s.scale = 1;
-  auto fill = [](int32_t* to, int n, const std::vector<int32_t>& from) {
-    for (int i = 0; i < n; ++i) to[i] = i < (int)from.size() ? from[(size_t)i] : -1;
-  };
-  fill(s.in, 4, in);
-  fill(s.out, 3, out);
-  fill(s.w, 3, w);
-  fill(s.b, 3, {});
-  return s;
-}
-
 // logits = W [embedding, state]: against dso_linear of the rows put side by side here.
 void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t T, int threads) {
   Random random(uint64_t(H * 100 + T));
   dso_context context{std::make_shared<Context>(kernels, threads)};
   const int32_t V = 37;
-  auto matrix = [&](int32_t rows, int32_t cols, int32_t format, Buffer& packed, std::vector<float>& w) {
-    w.resize((size_t)rows * cols);
-    for (float& v : w) v = random.normal();
-    check(dso_pack(&context, format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed.get()) == 0, "pack: %s", dso_last_error());
-    return dso_weight{format, rows, cols, 0, packed.get(), (int64_t)packed.size()};
-  };
-  Buffer table(::packed_bytes(DSO_F32, V, H)), head(::packed_bytes(c.format, V, 2 * H));
-  std::vector<float> embed, w;
-  const dso_weight weights[] = {matrix(V, H, DSO_F32, table, embed), matrix(V, 2 * H, c.format, head, w)};
+  std::vector<std::unique_ptr<Buffer>> keep;
+  const std::vector<float> embed = normal((size_t)(V * H), 1, random), head = normal((size_t)(V * 2 * H), 1, random);
+  const dso_weight weights[] = {packed_weight(&context, DSO_F32, embed, 0, V, H, keep), packed_weight(&context, c.format, head, 0, V, 2 * H, keep)};
   const dso_slot slots[] = {{DSO_SLOT_F32, H, 0, 0}, {DSO_SLOT_F32, H, 0, 0}, {c.slot, 2 * H, 0, 0}, {DSO_SLOT_F32, V, 0, 0}, {DSO_SLOT_LOGITS, V, 1, 0}};
-  std::vector<dso_step> steps = {step(DSO_OP_EMBEDDING, {}, {0}, {0}), step(DSO_OP_STATE_IN, {}, {1}),   step(DSO_OP_HIDDEN_OUT, {0}, {}),
-                                 step(DSO_OP_HIDDEN_OUT, {1}, {}),     step(DSO_OP_CONCAT, {0, 1}, {2}), step(DSO_OP_LINEAR, {2}, {3}, {1}),
-                                 step(DSO_OP_SELECT_ROWS, {3}, {4})};
+  std::vector<dso_step> steps = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_STATE_IN, {}, {1}),   step_of(DSO_OP_HIDDEN_OUT, {0}, {}),
+                                 step_of(DSO_OP_HIDDEN_OUT, {1}, {}),     step_of(DSO_OP_CONCAT, {0, 1}, {2}), step_of(DSO_OP_LINEAR, {2}, {3}, {1}),
+                                 step_of(DSO_OP_SELECT_ROWS, {3}, {4})};
   steps[3].layer = 1;
   steps[3].flags = DSO_FLAG_LAST;
   dso_plan* plan = nullptr;
@@ -92,13 +70,13 @@ void refused() {
   dso_context context{std::make_shared<Context>(scalar::table, 1)};
   const dso_slot slots[] = {{DSO_SLOT_F32, 8, 0, 0}, {DSO_SLOT_F32, 15, 0, 0}, {DSO_SLOT_LOGITS, 8, 1, 0}};
   auto refuse = [&](const dso_step& second, const char* says) {
-    const dso_step steps[] = {step(DSO_OP_STATE_IN, {}, {0}), second};
+    const dso_step steps[] = {step_of(DSO_OP_STATE_IN, {}, {0}), second};
     dso_plan* plan = nullptr;
     check(dso_plan_create(&context, steps, 2, slots, 3, nullptr, 0, 8, &plan) == DSO_EINVAL && strstr(dso_last_error(), says), "got: %s", dso_last_error());
   };
-  refuse(step(DSO_OP_CONCAT, {0, 0}, {1}), "out[0] must have width 16");
-  refuse(step(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step fills");
-  refuse(step(DSO_OP_STATE_IN, {0}, {1}), "must be -1");
+  refuse(step_of(DSO_OP_CONCAT, {0, 0}, {1}), "out[0] must have width 16");
+  refuse(step_of(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step fills");
+  refuse(step_of(DSO_OP_STATE_IN, {0}, {1}), "must be -1");
 }
 
 }  // namespace
