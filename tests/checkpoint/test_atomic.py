@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from deepseek_optimizer.checkpoint import atomic, atomic_directory
 from deepseek_optimizer.errors import CheckpointError
+from support.killed import die_at
 
 
 def write(target: Path, text: str, overwrite: bool = False) -> None:
@@ -71,7 +73,7 @@ def test_killed_at_every_step(tmp_path: Path, existing: bool) -> None:
             write(target, "old")
         child = os.fork()
         if child == 0:
-            _die_at(n)
+            die_at(n, (os, "fsync"), (os, "rename"), (atomic, "_exchange"), (shutil, "rmtree"))
             write(target, "new", overwrite=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -82,22 +84,6 @@ def test_killed_at_every_step(tmp_path: Path, existing: bool) -> None:
         assert content(target) in ("new", "old" if existing else None)
         steps += 1
     assert steps >= 6, "files, directories, the rename and the parent are separate steps"
-
-
-def _die_at(n: int) -> None:
-    left = [n]
-
-    def counted(function):
-        def call(*args, **kwargs):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            return function(*args, **kwargs)
-
-        return call
-
-    os.fsync, os.rename, atomic._exchange = counted(os.fsync), counted(os.rename), counted(atomic._exchange)
-    atomic.shutil.rmtree = counted(atomic.shutil.rmtree)
 
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from deepseek_optimizer.checkpoint import unfinished
 from deepseek_optimizer.checkpoint.unfinished import Unfinished
 from deepseek_optimizer.errors import CheckpointError
+from support.killed import die_at
 
 NAMES = ["a", "b", "c"]
 IDENTITY = {"source": [["x", 1]], "settings": {"precision": "int4"}}
@@ -181,7 +182,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
         child = os.fork()
         if child == 0:
             try:
-                _die_at(n)
+                die_at(n, (os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree"))
                 resume(target)
             except BaseException:
                 os._exit(1)
@@ -197,19 +198,3 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
             found, _ = resume(target)
             finished.add(len(found))
     assert n >= 15 and finished == {0, 1, 2, 3}
-
-
-def _die_at(n: int) -> None:
-    left = [n]
-
-    def counted(function):
-        def call(*args, **kwargs):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            return function(*args, **kwargs)
-
-        return call
-
-    os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
-    unfinished.shutil.rmtree = counted(unfinished.shutil.rmtree)

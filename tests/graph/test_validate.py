@@ -100,21 +100,21 @@ LATENT_DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", LATENT_DAMAGES)
-def test_damage_to_latent_attention_and_experts_is_found(name: str) -> None:
-    damage, message = LATENT_DAMAGES[name]
-    graph = build_graph(deepseek_v32())
+def check_damage(graph: Graph, damage: Callable[[Graph], list[Node]], message: str) -> None:
+    """The graph is well formed, and not once it is damaged."""
     check_graph(graph)
     with pytest.raises(GraphError, match=message):
         check_graph(replace(graph, nodes=damage(graph)))
 
 
+@pytest.mark.parametrize("name", LATENT_DAMAGES)
+def test_damage_to_latent_attention_and_experts_is_found(name: str) -> None:
+    check_damage(build_graph(deepseek_v32()), *LATENT_DAMAGES[name])
+
+
 def test_damage_to_an_mtp_layer_is_found() -> None:
-    graph = build_mtp_graph(deepseek_v3(), 0)
-    check_graph(graph)
     for damage in (outputs("concat", Value("l3.both", 143)), outputs("state_in", Value("state", 71))):
-        with pytest.raises(GraphError, match="do not fit"):
-            check_graph(replace(graph, nodes=damage(graph)))
+        check_damage(build_mtp_graph(deepseek_v3(), 0), damage, "do not fit")
 
 
 def test_ops_need_the_cache_they_are_for() -> None:
@@ -125,11 +125,7 @@ def test_ops_need_the_cache_they_are_for() -> None:
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found(name: str) -> None:
-    damage, message = DAMAGES[name]
-    graph = build_graph(qwen3())
-    check_graph(graph)
-    with pytest.raises(GraphError, match=message):
-        check_graph(replace(graph, nodes=damage(graph)))
+    check_damage(build_graph(qwen3()), *DAMAGES[name])
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
-
-
-def from_pretrained(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig(backend="reference"))
-
-
-both = pytest.mark.parametrize("load", [load_model, from_pretrained])
+from support.spoilt import both_loaders, set_config, set_tensor
 
 
 @pytest.fixture
@@ -28,18 +21,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "m"))
 
 
-def set_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def set_tensor(folder: Path, name: str, change: Any) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = change(tensors[name])
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-@both
+@both_loaders
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -64,7 +46,7 @@ def test_fields_that_only_transformers_reads(folder, fields):
         load_model(folder)
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize("fields", [{"vocab_size": 1 << 24}, {"hidden_size": 1 << 20, "head_dim": 16}])
 def test_shapes_are_compared_before_anything_is_read(folder, load, fields):
     set_config(folder, **fields)
@@ -72,7 +54,7 @@ def test_shapes_are_compared_before_anything_is_read(folder, load, fields):
         load(folder)
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_not_finite(folder, load, name):
     def spoil(tensor):
@@ -84,14 +66,14 @@ def test_not_finite(folder, load, name):
         load(folder)
 
 
-@both
+@both_loaders
 def test_missing_biases(folder, load):
     set_config(folder, mlp_bias=True)
     with pytest.raises(CheckpointError, match=r"mlp\.gate_proj\.bias"):
         load(folder)
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize("where", ["added", "vocabulary", "unigram"])
 def test_a_tokenizer_larger_than_the_embedding(folder, load, where):
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -114,7 +96,7 @@ def test_a_tokenizer_that_cannot_be_read_is_nothing_to_the_model(folder, text):
     load_model(folder, backend="reference")
 
 
-@both
+@both_loaders
 def test_pickles_are_never_opened(folder, load):
     class Evil:
         def __reduce__(self):
@@ -127,7 +109,7 @@ def test_pickles_are_never_opened(folder, load):
     assert not (folder / "ran").exists()
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", 3, None])
 def test_an_index_that_leads_out(folder, tiny_model, load, name):
     shutil.copytree(tiny_model, folder.parent / "other")
@@ -145,7 +127,7 @@ def test_a_config_from_a_directory_without_weights(folder, tiny_model):
     AutoModelForCausalLM.from_pretrained(tiny_model, config=config, quantization_config=DeepSeekConfig(backend="reference"))
 
 
-@both
+@both_loaders
 def test_code_of_the_checkpoint_is_not_run(folder, load):
     set_config(folder, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
+from deepseek_optimizer import CheckpointError, ConfigError, load_model
 from support.models import CASES, random_model
+from support.mtp_files import with_mtp
+from support.spoilt import both_loaders, set_config, set_tensor
 
+CASE = "deepseek_v3-groups"
 EXPERTS = "model.layers.1.mlp.experts"
 MTP = "model.layers.3"
 
 
-def from_pretrained(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig(backend="reference"))
-
-
-both = pytest.mark.parametrize("load", [load_model, from_pretrained])
-
-
 def with_mtp_layer(folder: Path) -> None:
     """What DeepSeek publishes has: one more layer, with two norms, a projection, and copies of the embedding and the head."""
-    tensors = load_file(folder / "model.safetensors")
-    layer = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in tensors.items() if ".layers.2." in n}
-    hidden = tensors["model.norm.weight"]
-    layer |= {f"{MTP}.{name}.weight": hidden.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
-    layer[f"{MTP}.eh_proj.weight"] = torch.randn(len(hidden), 2 * len(hidden))
-    layer[f"{MTP}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    layer[f"{MTP}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors | layer, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(with_mtp(load_file(path), CASES[CASE]()), path, {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "model"
-    random_model(CASES["deepseek_v3-groups"]()).save_pretrained(folder)
+    random_model(CASES[CASE]()).save_pretrained(folder)
     return folder
 
 
@@ -51,21 +38,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "m"))
 
 
-def set_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def change(folder: Path, name: str, to: Any) -> None:
-    """`to`: what becomes of a tensor; None: it goes."""
-    tensors = load_file(folder / "model.safetensors")
-    old = tensors.pop(name, None)
-    if to is not None:
-        tensors[name] = to(old)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-@both
+@both_loaders
 @pytest.mark.parametrize(
     ("name", "to", "message"),
     [
@@ -84,13 +57,13 @@ def change(folder: Path, name: str, to: Any) -> None:
     ],
 )
 def test_tensors(folder, load, name, to, message):
-    change(folder, name, to)
+    set_tensor(folder, name, to)
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder)
     assert caught.value.tensor == name and str(folder) in str(caught.value)
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize(
     "name",
     [f"{EXPERTS}.7.up_proj.weight", f"{EXPERTS}.0.down_proj.weight", "model.layers.1.mlp.gate.e_score_correction_bias"],
@@ -100,12 +73,12 @@ def test_not_finite(folder, load, name):
         tensor.view(-1)[7] = torch.nan
         return tensor
 
-    change(folder, name, spoil)
+    set_tensor(folder, name, spoil)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\..*NaN"):
         load(folder)
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
@@ -116,21 +89,21 @@ def test_not_finite(folder, load, name):
 )
 def test_no_weights(folder, load, name, dtype, message):
     """Transformers alone would cast them."""
-    change(folder, name, lambda t: t.to(dtype))
+    set_tensor(folder, name, lambda t: t.to(dtype))
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder)
     assert caught.value.tensor == name
 
 
-@both
+@both_loaders
 def test_both_forms_of_experts(folder, load):
-    change(folder, f"{EXPERTS}.down_proj", lambda _: torch.zeros(12, 72, 44))
+    set_tensor(folder, f"{EXPERTS}.down_proj", lambda _: torch.zeros(12, 72, 44))
     with pytest.raises(CheckpointError, match="under another name") as caught:
         load(folder)
     assert caught.value.tensor == f"{EXPERTS}.0.down_proj.weight"
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -161,7 +134,7 @@ def test_types_that_transformers_own_config_refuses_too(folder, fields):
         load_model(folder)
 
 
-@both
+@both_loaders
 @pytest.mark.parametrize(
     ("fields", "tensor"),
     [
@@ -179,29 +152,29 @@ def test_configs_of_another_model(folder, load, fields, tensor):
 
 
 class TestMtpLayers:
-    @both
+    @both_loaders
     @pytest.mark.parametrize(
         "name", ["eh_proj.weight", "hnorm.weight", "shared_head.norm.weight", "mlp.experts.5.up_proj.weight",
                  "mlp.gate.e_score_correction_bias", "self_attn.kv_b_proj.weight", "input_layernorm.weight"],
     )  # fmt: skip
     def test_half_present(self, folder, load, name):
         with_mtp_layer(folder)
-        change(folder, f"{MTP}.{name}", None)
+        set_tensor(folder, f"{MTP}.{name}", None)
         with pytest.raises(CheckpointError, match="others of MTP layer 0") as caught:
             load(folder)
         assert caught.value.tensor == f"{MTP}.{name}"
 
-    @both
+    @both_loaders
     @pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
     def test_shared_parts_may_be_left_out(self, folder, load, name):
         with_mtp_layer(folder)
-        change(folder, f"{MTP}.{name}", None)
+        set_tensor(folder, f"{MTP}.{name}", None)
         load(folder)
 
-    @both
+    @both_loaders
     def test_another_shape(self, folder, load):
         with_mtp_layer(folder)
-        change(folder, f"{MTP}.eh_proj.weight", lambda t: t[:, 1:].clone())
+        set_tensor(folder, f"{MTP}.eh_proj.weight", lambda t: t[:, 1:].clone())
         with pytest.raises(CheckpointError, match=r"\(72, 143\), but the config makes it \(72, 144\)") as caught:
             load(folder)
         assert caught.value.tensor == f"{MTP}.eh_proj.weight"
@@ -212,10 +185,10 @@ class TestMtpLayers:
         with pytest.raises(CheckpointError, match=f"has {MTP}.*does not know"):
             load_model(folder)
 
-    @both
+    @both_loaders
     def test_a_second_layer_without_the_first(self, folder, load):
         set_config(folder, num_nextn_predict_layers=2)
-        change(folder, "model.layers.4.enorm.weight", lambda _: torch.ones(72))
+        set_tensor(folder, "model.layers.4.enorm.weight", lambda _: torch.ones(72))
         with pytest.raises(CheckpointError, match="lacks model.layers.3"):
             load(folder)
 
@@ -226,21 +199,21 @@ class TestPacked:
         load_model(original, precision="int4", backend="reference").save_pretrained(tmp_path / "p")
         return tmp_path / "p"
 
-    @both
+    @both_loaders
     def test_one_expert_less(self, packed, load):
         set_config(packed, n_routed_experts=9)
         with pytest.raises(CheckpointError, match="the config makes it"):
             load(packed)
 
-    @both
+    @both_loaders
     def test_a_missing_stack(self, packed, load):
-        change(packed, f"{EXPERTS}.down_proj", None)
+        set_tensor(packed, f"{EXPERTS}.down_proj", None)
         with pytest.raises(CheckpointError, match="missing") as caught:
             load(packed)
         assert caught.value.tensor == f"{EXPERTS}.down_proj"
 
-    @both
+    @both_loaders
     def test_a_cut_stack(self, packed, load):
-        change(packed, f"{EXPERTS}.down_proj", lambda t: t[:-1].clone())
+        set_tensor(packed, f"{EXPERTS}.down_proj", lambda t: t[:-1].clone())
         with pytest.raises(CheckpointError, match=r"is U8 \(11, 5, 2, 288\); int4 \[12, 72, 44\] is U8 \(12, 5, 2, 288\)"):
             load(packed)

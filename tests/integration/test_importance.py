@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model, load_tokenizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.calibration.text import sample_text, stretches
+from deepseek_optimizer.calibration.text import stretches
 from deepseek_optimizer.integration.importance import UNUSED, measure_importance
 from deepseek_optimizer.quant import get_format
-from support.models import CASES, random_model
+from support.calibrated import save_unequal
 
 BACKENDS = ["reference"] + (["cpu"] if unavailable_reason() is None else [])
 FAST = BACKENDS[-1]
@@ -22,19 +22,8 @@ FAST = BACKENDS[-1]
 
 @pytest.fixture(scope="module", params=["llama-tied", "llama-gqa"])
 def original(request, tmp_path_factory, byte_tokenizer):
-    """A random fp32 model whose columns are used very unequally, tied or not, and a text beside it."""
-    config = CASES[request.param]()
-    config.vocab_size = len(byte_tokenizer)
-    model = random_model(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).exp())
-    folder = tmp_path_factory.mktemp("importance") / "model"
-    model.save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    (folder.parent / "text.txt").write_text(sample_text()[:6000], encoding="utf-8")
-    return folder
+    """Tied or not."""
+    return save_unequal(tmp_path_factory.mktemp("importance") / "model", request.param, byte_tokenizer, 6000)
 
 
 def inputs_of(plain, texts) -> dict[str, torch.Tensor]:

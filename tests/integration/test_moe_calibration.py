@@ -8,10 +8,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import DeepSeekConfig, load_model, load_tokenizer
-from deepseek_optimizer.calibration.text import sample_text, stretches
+from deepseek_optimizer.calibration.text import stretches
 from deepseek_optimizer.integration.importance import measure_importance
 from deepseek_optimizer.quant import get_format
-from support.models import CASES, random_model
+from support.calibrated import save_unequal
 
 CASE = "deepseek_v3-groups"
 STACK = "model.layers.1.mlp.experts"
@@ -19,19 +19,7 @@ STACK = "model.layers.1.mlp.experts"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, byte_tokenizer):
-    """A random fp32 model whose columns are used very unequally, and a text beside it."""
-    config = CASES[CASE]()
-    config.vocab_size = len(byte_tokenizer)
-    model = random_model(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).exp())
-    folder = tmp_path_factory.mktemp("moe") / "model"
-    model.save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    (folder.parent / "text.txt").write_text(sample_text()[:2500], encoding="utf-8")
-    return folder
+    return save_unequal(tmp_path_factory.mktemp("moe") / "model", CASE, byte_tokenizer, 2500)
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,11 @@ def mtp_tensors(config: Any, depth: int, seed: int = 0) -> dict[str, torch.Tenso
     return made
 
 
-def save_with_mtp(folder: Path, config: Any, *, repeated: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Saves a random model and its MTP layers; `repeated`: with the model's embedding and head in each of them."""
-    model = random_model(config, dtype=dtype)
-    model.save_pretrained(folder)
-    stored = load_file(folder / "model.safetensors")
+def with_mtp(
+    stored: dict[str, torch.Tensor], config: Any, *, repeated: bool = True, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors and those of its MTP layers; `repeated`: with the model's embedding and head in each of them."""
+    stored = dict(stored)
     for depth in range(mtp_layers(config)):
         exact = ("mlp.gate.weight", "e_score_correction_bias")
         tensors = mtp_tensors(config, depth).items()
@@ -47,5 +47,13 @@ def save_with_mtp(folder: Path, config: Any, *, repeated: bool = True, dtype: to
             prefix = f"model.layers.{config.num_hidden_layers + depth}"
             stored[f"{prefix}.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
             stored[f"{prefix}.shared_head.head.weight"] = stored["lm_head.weight"].clone()
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    return stored
+
+
+def save_with_mtp(folder: Path, config: Any, *, repeated: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Saves a random model and its MTP layers, as `with_mtp` has them."""
+    model = random_model(config, dtype=dtype)
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    save_file(with_mtp(load_file(path), config, repeated=repeated, dtype=dtype), path, {"format": "pt"})
     return model

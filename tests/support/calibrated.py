@@ -1,0 +1,27 @@
+"""A model that calibration makes a difference to, with a tokenizer and a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek_optimizer.calibration.text import sample_text
+
+from .models import CASES, random_model
+
+
+def save_unequal(folder: Path, case: str, tokenizer: Any, characters: int) -> Path:
+    """Saves a random fp32 model whose columns are used very unequally; the text is `text.txt` beside `folder`."""
+    config = CASES[case]()
+    config.vocab_size = len(tokenizer)
+    model = random_model(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).exp())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(sample_text()[:characters], encoding="utf-8")
+    return folder
