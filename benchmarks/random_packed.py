@@ -17,7 +17,6 @@ from deepseek_optimizer.checkpoint.packed import PackedEntry, packed_section
 from deepseek_optimizer.graph.analysis import stack_shapes, weight_shapes
 from deepseek_optimizer.graph.least import exact_weights, least_formats
 from deepseek_optimizer.models import build_graph
-from deepseek_optimizer.quant import PackedMatrix, PackedStack
 
 DEVIATION = 0.02
 _CODES = {"int4": (256, 4.61), "int8": (512, 73.9)}  # bytes of codes in a tile, standard deviation of a uniform one
@@ -54,14 +53,7 @@ def _planned(config: Any) -> dict[str, Stored]:
             dtype = torch.float32 if name in exact else torch.bfloat16
             planned[name] = torch.empty(shape, dtype=dtype, device="meta")
             continue
-        format, shape = least.get(name, "int4"), stacks.get(name, shape)
-        tiles = torch.empty(PackedEntry(format, shape).tiles, dtype=torch.uint8, device="meta")
-        if name in stacks:
-            count, rows, cols = shape
-            planned[name] = PackedStack(format, count, rows, cols, tiles)
-        else:
-            rows, cols = shape
-            planned[name] = PackedMatrix(format, rows, cols, tiles)
+        planned[name] = PackedEntry(least.get(name, "int4"), stacks.get(name, shape)).promise()
     return planned
 
 

@@ -57,6 +57,13 @@ class PackedEntry:
         *count, rows, cols = self.shape
         return (*count, *tile_counts(rows, cols), get_format(self.format).tile_bytes)
 
+    def promise(self) -> PackedWeight:
+        """The weight without its numbers, on the meta device."""
+        tiles = torch.empty(self.tiles, dtype=torch.uint8, device="meta")
+        if len(self.shape) == 3:
+            return PackedStack(self.format, self.shape[0], self.shape[1], self.shape[2], tiles)
+        return PackedMatrix(self.format, self.shape[0], self.shape[1], tiles)
+
 
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a packed checkpoint."""

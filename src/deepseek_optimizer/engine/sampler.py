@@ -46,7 +46,7 @@ class Sampler:
             return found
 
         if not self.sampled:
-            return accept_greedy(draft.tokens, lambda j: _largest(processed(j)))
+            return accept_greedy(draft.tokens, lambda j: int(largest(processed(j))))
         return accept_sampled(draft.tokens, draft.q, lambda j: _probabilities(processed(j)), _uniform, _drawn)
 
     def draft(self, index: int, drafted: list[int], logits: torch.Tensor) -> tuple[int, Float32 | None]:
@@ -57,7 +57,7 @@ class Sampler:
         """
         processed = self._processed(index, drafted, logits[None])
         if not self.sampled:
-            return _largest(processed), None
+            return int(largest(processed)), None
         q = _probabilities(processed)
         return _drawn(q), q
 
@@ -65,9 +65,14 @@ class Sampler:
         return logits if self._process is None else self._process(index, drafted, logits)
 
 
-def _largest(logits: torch.Tensor) -> int:
-    """[1, V] -> the first of the largest. By numpy: torch would wake its own threads beside the plan's."""
-    return int(np.argmax(logits[0].detach().cpu().numpy()))
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    """Index of each row's largest logit, the first of equals: float [B, V] -> int64 [B].
+
+    By numpy on the CPU: torch shares a vocabulary among its own threads, which then wait for the cores that the plan's hold.
+    """
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.detach().numpy().argmax(-1))
 
 
 def _probabilities(logits: torch.Tensor) -> Float32:

@@ -19,11 +19,12 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..engine.sampler import largest
 from .cache import PagedCache
 from .checks import check_generation, check_prompt
 from .compat import CACHE_NAMES, cache_name
 from .instance_method import Replacement
-from .loop import ContextLimit, Stop, largest, next_positions, prefill
+from .loop import ContextLimit, Stop, next_positions, prefill
 from .runtime import Runtime
 from .speculation import speculative_sample, wanted_drafts
 from .steps import DecodeSteps

@@ -1,4 +1,4 @@
-"""What our generation loops share: the prompt's step, where rows end, the largest logit."""
+"""What our generation loops share: the prompt's step, where rows end, where positions begin."""
 
 from __future__ import annotations
 
@@ -68,16 +68,6 @@ def prefill(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict
     outputs = model._prefill(input_ids[::copies], config, single, is_first_iteration=not config.is_assistant)
     cache.batch_repeat_interleave(copies)
     return outputs.logits[:, -1].repeat_interleave(copies, 0), cache
-
-
-def largest(logits: torch.Tensor) -> torch.Tensor:
-    """Index of each row's largest logit, the first of equals: float [B, V] -> int64 [B].
-
-    By numpy on the CPU: torch shares a vocabulary among its own threads, which then wait for the cores that the plan's hold.
-    """
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        return logits.argmax(-1)
-    return torch.from_numpy(logits.detach().numpy().argmax(-1))
 
 
 def next_positions(model_kwargs: dict[str, Any], columns: int, rows: int) -> Any:

@@ -22,7 +22,7 @@ from ..checkpoint.unfinished import Unfinished
 from ..config import DeepSeekConfig
 from ..errors import ConfigError
 from ..graph.least import exact_weights
-from ..quant import PackedMatrix, PackedStack, PackedWeight
+from ..quant import PackedWeight
 from ..versions import versions
 from .graphs import whole_graph
 from .importance import importance_for
@@ -133,15 +133,8 @@ def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> di
             dtype = torch.float32 if name in exact else cast or checkpoint.float_dtype(name)
             planned[name] = torch.empty(shapes[name], dtype=dtype, device="meta")
         else:
-            planned[name] = _promise(format, shapes[name])
+            planned[name] = PackedEntry(format, shapes[name]).promise()
     return planned
-
-
-def _promise(format: str, shape: tuple[int, ...]) -> PackedWeight:
-    tiles = torch.empty(PackedEntry(format, shape).tiles, dtype=torch.uint8, device="meta")
-    if len(shape) == 3:
-        return PackedStack(format, shape[0], shape[1], shape[2], tiles)
-    return PackedMatrix(format, shape[0], shape[1], tiles)
 
 
 def _identity(checkpoint: Checkpoint, settings: DeepSeekConfig, shards: Sequence[Shard]) -> dict[str, Any]:

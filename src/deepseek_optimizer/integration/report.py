@@ -171,11 +171,10 @@ def _experts(graph: Graph, matrices: Mapping[str, PackedWeight]) -> ExpertsRow |
     return ExpertsRow(len(routers), routers[0].attrs["experts"], routers[0].attrs["top_k"], size)
 
 
-def _kept_larger(runtime: Any, matrices: Mapping[str, PackedWeight]) -> list[str]:
+def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]) -> list[str]:
     """A line for each kind of matrix that `precision` did not make as small as others."""
     found: dict[tuple[str, str], int] = {}
-    config = runtime.config
-    for name in least_formats(whole_graph(runtime.model)):
+    for name in least_formats(graph):
         path, format = name.removesuffix(".weight"), matrices[name].format
         if config.precision not in ("auto", format) and config.named_format(path) is None:
             key = path.rpartition(".")[2], format
@@ -224,5 +223,5 @@ def make_report(runtime: Any) -> Report:
         experts=_experts(whole, matrices),
         mtp_layers=loaded_mtp_layers(runtime.model),
         config=config,
-        warnings=(*runtime.notes, *_kept_larger(runtime, matrices)),
+        warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import atomic_directory
+from ..checkpoint.atomic import atomic_directory, sync
 from ..checkpoint.packed import write_safetensors
 from .graphs import whole_graph
 from .instance_method import InstanceMethod
@@ -40,7 +40,7 @@ class PackedSave(InstanceMethod):
         try:
             self._write(folder)
             for path in sorted(folder.iterdir(), key=lambda p: p.name == "config.json"):  # the config last
-                _sync(path)
+                sync(path)
                 os.replace(path, target / path.name)
             for stale in (*target.glob("model-*-of-*.safetensors"), target / "model.safetensors.index.json"):
                 stale.unlink(missing_ok=True)
@@ -59,8 +59,3 @@ def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

@@ -43,7 +43,7 @@ def reference_packer(
     """Packs in plain torch: the `Packer` that serves where no native one was built."""
     if weight.dtype == torch.float8_e4m3fn:
         fp8.check_target(name)
-        tiles = fp8.repack(weight, fp8.check_scale(weight, scale))
+        tiles = fp8.repack(weight, scale)
     elif weight.dtype == torch.uint8:
         tiles = ggml.repack(weight, *ggml.blocks_for(name, weight.shape[1]))
     else:

@@ -75,14 +75,14 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.to(torch.float8_e4m3fn), scale
 
 
-def repack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def repack(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """A matrix that is E4M3 by blocks already -> tiles; nothing is rounded. A block that holds a NaN gets scale NaN.
 
     Args:
         codes: float8_e4m3fn [N, K].
         scale: float32 [ceil(N/128), ceil(K/128)].
     """
-    check_scale(codes, scale)
+    scale = check_scale(codes, scale)
     out = empty_tiles(codes.shape[0], codes.shape[1], Fp8.tile_bytes)
     for begin, end in panels(*codes.shape):
         _write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes[begin:end], scale[begin // BLOCK : -(-end // BLOCK)])
@@ -91,8 +91,7 @@ def repack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor, first_row: int = 0) -> torch.Tensor:
     """float8_e4m3fn [n, K], rows `first_row` and on of a matrix with these scales -> float32 [n, K]."""
-    rows = torch.arange(first_row, first_row + codes.shape[0]) // BLOCK
-    return codes.float() * scale.float()[rows].repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+    return codes.float() * expand(scale.float(), codes.shape[0], codes.shape[1], first_row)
 
 
 def scale_shape(rows: int, cols: int) -> tuple[int, int]:
@@ -129,9 +128,10 @@ def block_maxima(weight: torch.Tensor) -> torch.Tensor:
     return padded.view(down, BLOCK, across, BLOCK).amax((1, 3))
 
 
-def expand(scale: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Each weight's scale, [ceil(N/128), ceil(K/128)] -> [N, K]."""
-    return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
+def expand(scale: torch.Tensor, rows: int, cols: int, first_row: int = 0) -> torch.Tensor:
+    """The scale of each weight of `rows` rows, `first_row` and on: [ceil(N/128), ceil(K/128)] -> [rows, K]."""
+    blocks = torch.arange(first_row, first_row + rows) // BLOCK
+    return scale[blocks].repeat_interleave(BLOCK, 1)[:, :cols]
 
 
 def _write(out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:

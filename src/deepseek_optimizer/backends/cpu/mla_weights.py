@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ...errors import BackendError
 from ...graph.ir import Graph, Node
 from ...quant import get_format
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack
-from ...quant.tiles import tile_counts
+from ...quant.tiles import empty_stack
 from . import packer
 from .native import Context
 
@@ -76,5 +74,4 @@ def _values(context: Context, kv_b: PackedMatrix, heads: int, nope: int, v_dim: 
 
 
 def _empty(format_name: str, count: int, rows: int, cols: int) -> PackedStack:
-    shape = (count, *tile_counts(rows, cols), get_format(format_name).tile_bytes)
-    return PackedStack(format_name, count, rows, cols, torch.empty(shape, dtype=torch.uint8))
+    return PackedStack(format_name, count, rows, cols, empty_stack(count, rows, cols, get_format(format_name).tile_bytes))

@@ -51,7 +51,7 @@ class ReferencePlan:
             name: _dense(weights[name], device, torch.float32 if name in exact else dtype).reshape(shapes[name])
             for name in graph.weights()
         }
-        self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], (PackedMatrix, PackedStack))}
+        self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedWeight)}
         self._activation = {name: _activation(self._formats.get(name), activation) for name in graph.weights()}
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
