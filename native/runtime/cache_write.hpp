@@ -2,6 +2,7 @@
 #pragma once
 #include "cache.hpp"
 #include "op.hpp"
+#include "step_reader.hpp"
 
 namespace dso {
 
@@ -21,6 +22,22 @@ class CacheWriter : public Op {
 
  private:
   const int64_t layer_;
+};
+
+// Rows as they are, one a token, by a kernel of this form.
+class RowsWriter final : public CacheWriter {
+ public:
+  using Kernel = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
+  RowsWriter(const SlotRef& in, int64_t layer, Kernel kernel) : CacheWriter(layer), in_(in), kernel_(kernel) {}
+  int64_t work(const Run& run) const override { return run.batch.T * in_.width; }
+
+ private:
+  void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int) override {
+    const Rows& x = run.slots[in_.index];
+    (run.kernels.*kernel_)(layout, view, p.position, p.rows, x.f32(p.row), x.stride);
+  }
+  const SlotRef in_;
+  const Kernel kernel_;
 };
 
 }  // namespace dso

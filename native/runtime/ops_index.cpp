@@ -6,19 +6,6 @@
 namespace dso {
 namespace {
 
-class IndexWrite final : public CacheWriter {
- public:
-  IndexWrite(const SlotRef& key, int64_t layer) : CacheWriter(layer), key_(key) {}
-  int64_t work(const Run& run) const override { return run.batch.T * key_.width; }
-
- private:
-  void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int) override {
-    const Rows& key = run.slots[key_.index];
-    run.kernels.index_write(layout, view, p.position, p.rows, key.f32(p.row), key.stride);
-  }
-  const SlotRef key_;
-};
-
 class IndexChoose final : public Op {
  public:
   IndexChoose(const SlotRef& q, const SlotRef& w, const SlotRef& out, std::shared_ptr<IndexSchedule> schedule, int64_t layer, float scale)
@@ -84,7 +71,7 @@ class IndexChoose final : public Op {
 std::unique_ptr<Op> make_index_write(StepReader& s) {
   s.takes(1, 0, 0, 0, 0);
   s.attends_index(s.step.layer, s.step.index, true);
-  return std::make_unique<IndexWrite>(s.token_rows(0, s.step.index), s.step.layer);
+  return std::make_unique<RowsWriter>(s.token_rows(0, s.step.index), s.step.layer, &Kernels::index_write);
 }
 
 std::unique_ptr<Op> make_index_choose(StepReader& s) {

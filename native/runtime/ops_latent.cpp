@@ -26,19 +26,6 @@ class Latent final : public RowOp {
   const bool interleaved_;
 };
 
-class LatentWrite final : public CacheWriter {
- public:
-  LatentWrite(const SlotRef& in, int64_t layer) : CacheWriter(layer), in_(in) {}
-  int64_t work(const Run& run) const override { return run.batch.T * in_.width; }
-
- private:
-  void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int) override {
-    const Rows& x = run.slots[in_.index];
-    run.kernels.latent_write(layout, view, p.position, p.rows, x.f32(p.row), x.stride);
-  }
-  const SlotRef in_;
-};
-
 }  // namespace
 
 std::unique_ptr<Op> make_latent(StepReader& s) {
@@ -53,7 +40,7 @@ std::unique_ptr<Op> make_latent(StepReader& s) {
 std::unique_ptr<Op> make_latent_write(StepReader& s) {
   s.takes(1, 0, 0, 0, 0);
   s.attends_latent(s.step.layer, s.step.rank, s.step.rope, true);
-  return std::make_unique<LatentWrite>(s.token_rows(0, int64_t(s.step.rank) + s.step.rope), s.step.layer);
+  return std::make_unique<RowsWriter>(s.token_rows(0, int64_t(s.step.rank) + s.step.rope), s.step.layer, &Kernels::latent_write);
 }
 
 }  // namespace dso
