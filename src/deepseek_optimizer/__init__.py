@@ -15,7 +15,10 @@ from .errors import (
     CheckpointError,
     ConfigError,
     DeepSeekOptimizerError,
+    EngineBusyError,
+    EngineDeadError,
     KlBudgetError,
+    RequestError,
     UnsupportedModelError,
     UnsupportedRequestError,
 )
@@ -23,8 +26,10 @@ from .integration.quantizer import register as _register
 
 if TYPE_CHECKING:
     from .bench.benchmark import benchmark_model
+    from .engine.request import Request, SamplingParams
     from .integration.cache import PagedCache
     from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
+    from .serving import make_async_engine, make_engine
 
 _LAZY = {
     "DynamicGraphOptimizer": "optimizer",
@@ -33,6 +38,10 @@ _LAZY = {
     "report": "optimizer",
     "PagedCache": "integration.cache",
     "benchmark_model": "bench.benchmark",
+    "make_engine": "serving",
+    "make_async_engine": "serving",
+    "Request": "engine.request",
+    "SamplingParams": "engine.request",
 }
 
 __all__ = [
@@ -43,13 +52,20 @@ __all__ = [
     "DeepSeekConfig",
     "DeepSeekOptimizerError",
     "DynamicGraphOptimizer",
+    "EngineBusyError",
+    "EngineDeadError",
     "KlBudgetError",
     "PagedCache",
+    "Request",
+    "RequestError",
+    "SamplingParams",
     "UnsupportedModelError",
     "UnsupportedRequestError",
     "benchmark_model",
     "load_model",
     "load_tokenizer",
+    "make_async_engine",
+    "make_engine",
     "report",
 ]
 

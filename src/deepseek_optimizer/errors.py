@@ -72,3 +72,33 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
 
 class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
     """Neither the plan nor Transformers' own forward can serve this call; the message names the remedy."""
+
+
+class RequestError(DeepSeekOptimizerError, ValueError):
+    """A field of a request to the engine is wrong: the client's fault.
+
+    Args:
+        field: its name.
+        message: what is wrong with it.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {message}")
+
+
+class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
+    """The engine has as many requests as it takes.
+
+    Args:
+        waiting: requests in it.
+        retry_after: seconds until there may be room, by what requests took lately.
+    """
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        self.waiting, self.retry_after = waiting, retry_after
+        super().__init__(f"{waiting} requests are waiting, and no more are taken; try again in {retry_after:.0f} s")
+
+
+class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
+    """The engine has stopped, by `close` or by an error that is this one's cause; nothing more is answered."""

@@ -7,6 +7,7 @@ writes into it, that one gets a copy of its own, and whoever drives the backend'
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +75,17 @@ class SequenceBlocks:
         self.blocks: list[int] = []
         self.tokens = 0
 
+    def fits(self, count: int) -> bool:
+        """Whether so many more tokens lie in the last block, and nobody shares it: then counting them is all that is needed."""
+        used = self.tokens % BLOCK_TOKENS
+        return 0 < used <= BLOCK_TOKENS - count and self.manager.users(self.blocks[-1]) == 1
+
+    def adopt(self, blocks: list[int]) -> None:
+        """Begins with full blocks that hold what this sequence begins with; they count it among their users already."""
+        if self.blocks:
+            raise ValueError("only an empty sequence can begin with blocks of another")
+        self.blocks, self.tokens = list(blocks), len(blocks) * BLOCK_TOKENS
+
     def append(self, count: int) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
 
@@ -108,6 +120,38 @@ class SequenceBlocks:
             self.manager.release(block)
         del self.blocks[keep:]
         self.tokens = tokens
+
+    def drop(self, first_block: int, count: int, move: Callable[[list[tuple[int, int]], list[int]], None]) -> None:
+        """Lets go of `count` full blocks from the midst; the tokens behind them move up. Those move to other positions too, so
+        blocks there that others hold as well become this sequence's own.
+
+        Args:
+            move: makes the bytes fit, before anything is let go: it gets (source, target) blocks to copy, then all blocks behind
+                the gap as they will be. If it raises, nothing was changed here.
+
+        Raises:
+            CacheFullError: too few free blocks for the copies; nothing was changed.
+        """
+        if first_block < 0 or count < 0 or (first_block + count) * BLOCK_TOKENS > self.tokens:
+            raise ValueError(f"blocks [{first_block}, {first_block + count}) are not full blocks of {self.tokens} tokens")
+        if count == 0:
+            return
+        behind = self.blocks[first_block + count :]
+        shared = [i for i, block in enumerate(behind) if self.manager.users(block) > 1]
+        own = self.manager.allocate(len(shared))
+        moved = list(behind)
+        for i, block in zip(shared, own, strict=True):
+            moved[i] = block
+        try:
+            move([(behind[i], moved[i]) for i in shared], moved)
+        except BaseException:
+            for block in own:
+                self.manager.release(block)
+            raise
+        for block in (*self.blocks[first_block : first_block + count], *(behind[i] for i in shared)):
+            self.manager.release(block)
+        self.blocks[first_block:] = moved
+        self.tokens -= count * BLOCK_TOKENS
 
     def fork(self) -> SequenceBlocks:
         """A sequence with the same content; its blocks are shared until one of the two writes."""

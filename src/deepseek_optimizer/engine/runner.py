@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Protocol
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..backends.base import BLOCK_TOKENS, DECODE, PREFILL, Int32, Plan, StepBatch, StepOutput
-from ..cache import BlockManager
+from ..backends.base import BLOCK_TOKENS, PREFILL, Int32, Plan, StepBatch, StepOutput
+from .memory import Memory
 from .sequence import Part, Sequence
 
 _FEW = 16  # rows of a sequence up to which the decode family serves where either may
 
 
-class Memory(Protocol):
-    """The cache memory that sequences share, and runs over it."""
-
-    def locked(self) -> AbstractContextManager[BlockManager]: ...
-
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None: ...
-
-    def run(self, plan: Plan, batch: StepBatch) -> StepOutput: ...
-
-
 class Runner:
-    """A plan over a memory."""
+    """A plan over a memory.
 
-    def __init__(self, plan: Plan, memory: Memory) -> None:
-        self.plan, self.memory = plan, memory
+    Args:
+        vocab_size: of a plan on the CPU, for `step` to keep memory for its logits; 0: they get fresh memory each time.
+    """
+
+    def __init__(self, plan: Plan, memory: Memory, vocab_size: int = 0) -> None:
+        self.plan, self.memory, self._vocab_size = plan, memory, vocab_size
+        self._logits: torch.Tensor | None = None  # a big batch over a big vocabulary would pay for fresh pages at every step
 
     def reserve(self, sequences: Iterable[Sequence], counts: Iterable[int]) -> None:
         """Room for so many more tokens of each.
@@ -38,7 +32,9 @@ class Runner:
         Raises: CacheFullError, with nothing changed.
         """
         sequences, counts = list(sequences), list(counts)
-        if all(_fits(s, n) for s, n in zip(sequences, counts, strict=True)):  # the common step: nothing to ask the manager for
+        if all(
+            s.blocks.fits(n) for s, n in zip(sequences, counts, strict=True)
+        ):  # the common step: nothing to ask the manager for
             for sequence, count in zip(sequences, counts, strict=True):
                 sequence.blocks.tokens += count
             return
@@ -65,7 +61,21 @@ class Runner:
 
     def verify(self, parts: list[Part], *, last_hidden: bool) -> StepOutput:
         """Logits of every row, by the decode family: to the bit those that plain decoding gives."""
-        return self._run(parts, DECODE, np.arange(sum(len(p.ids) for p in parts), dtype=np.int32), last_hidden=last_hidden)
+        return self._run(parts, np.arange(sum(len(p.ids) for p in parts), dtype=np.int32), last_hidden=last_hidden)
+
+    def step(self, parts: list[Part], rows: list[int], *, last_hidden: bool) -> StepOutput:
+        """A step over parts of both phases. Its logits lie where those of the step before were.
+
+        Args:
+            parts: those of phase DECODE first.
+            rows: ascending rows, of all parts' together, whose logits are wanted.
+        """
+        logits = None
+        if self._vocab_size:
+            if self._logits is None or len(self._logits) < len(rows):
+                self._logits = torch.empty(max(len(rows), 16), self._vocab_size)
+            logits = self._logits[: len(rows)]
+        return self._run(parts, np.array(rows, np.int32), last_hidden=last_hidden, logits=logits)
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
         """A step of a drafting plan: logits of each sequence's last row if asked for, hidden states of all rows.
@@ -75,11 +85,18 @@ class Runner:
         """
         counts = [len(p.ids) for p in parts]
         rows = np.cumsum(counts, dtype=np.int32) - 1 if logits else np.zeros(0, np.int32)
-        phase = DECODE if max(counts) <= _FEW else PREFILL  # nothing but speed depends on it
-        return self._run(parts, phase, rows.astype(np.int32), torch.cat(states), last_hidden=True)
+        if max(counts) > _FEW:  # nothing but speed depends on it
+            parts = [replace(part, phase=PREFILL) for part in parts]
+        return self._run(parts, rows.astype(np.int32), torch.cat(states), last_hidden=True)
 
     def _run(
-        self, parts: list[Part], phase: int, rows: Int32, states: torch.Tensor | None = None, *, last_hidden: bool
+        self,
+        parts: list[Part],
+        rows: Int32,
+        states: torch.Tensor | None = None,
+        *,
+        last_hidden: bool,
+        logits: torch.Tensor | None = None,
     ) -> StepOutput:
         counts = np.array([len(p.ids) for p in parts], np.int32)
         starts = np.array([p.start for p in parts], np.int32)
@@ -91,20 +108,14 @@ class Runner:
             positions=np.repeat(starts + first - before.astype(np.int32), counts) + np.arange(counts.sum(), dtype=np.int32),
             query_len=counts,
             context_len=starts - hidden_from,
-            phase=np.full(len(parts), phase, np.int32),
+            phase=np.array([p.phase for p in parts], np.int32),
             block_table=_tables([p.sequence.blocks.blocks[p.first_block :] for p in parts]),
             logit_rows=rows,
             states=states,
             last_hidden=last_hidden,
+            logits=logits,
         )
         return self.memory.run(self.plan, batch)
-
-
-def _fits(sequence: Sequence, count: int) -> bool:
-    """Whether so many more tokens lie in the last block, and nobody shares it."""
-    used = sequence.cached % BLOCK_TOKENS
-    blocks = sequence.blocks
-    return 0 < used <= BLOCK_TOKENS - count and blocks.manager.users(blocks.blocks[-1]) == 1
 
 
 def _tables(blocks: list[list[int]]) -> Int32:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ..backends.base import DECODE
 from ..cache import SequenceBlocks
 
 
@@ -39,12 +40,14 @@ class Part:
         ids: tokens that go in.
         start: the first one's place in the cache. Room for all is there already.
         first_block: blocks of the sequence before this one are hidden from the step.
+        phase: DECODE or PREFILL: the kernel family.
     """
 
     sequence: Sequence
     ids: list[int]
     start: int
     first_block: int = 0
+    phase: int = DECODE
 
 
 def rows_of(rows: Any, parts: list[Part]) -> list[Any]:

@@ -32,6 +32,9 @@ class Proposer(Protocol):
     name: str
     wants_states: bool
 
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether there is something to propose: cheap, and never wrong where it says no."""
+
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         """At most so many drafts for each. The cache has room for them and the last token, which `cached` counts already."""
 
@@ -42,3 +45,6 @@ class Proposer(Protocol):
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """`twin` begins as a copy of `sequence`, cache included."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended, or lost its cache: nothing of what is remembered of it holds any more."""

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .acceptance import Acceptance
 from .costs import StepCosts
 
 FIRST, SHARE, MOST = 0.8, 0.012, 4.0  # plain steps of credit at first and at most; share of the time that adds to it
 _BETTER = 1.02  # that drafts must promise over plain decoding
-_FADING, _PRIOR = 0.97, 0.7
 _WARM = 2  # plain rounds before the first drafts
 _SOON, _LATER = 4, 32  # rounds after which something beside the best is measured again: doubles from the first to the second
 
@@ -58,18 +58,13 @@ class Gate:
 
     def __init__(self, most: int, *, fixed: bool = False) -> None:
         self.most, self.fixed, self.costs = most, fixed, StepCosts()
-        self._held, self._tried = [0.0] * most, [0.0] * most  # fading
+        self._acceptance = Acceptance(most)
         self._accepted, self._proposed = [0] * most, [0] * most  # all
         self._credit: float | None = None
         self._since, self._wait, self._turn = 0, _SOON, 0  # rounds since the best was left for another, and until it will be
         self._chosen: list[tuple[int, int]] = []
         self._rounds = self._drafted = self._lengths = self._with = 0
         self._seconds = self._plain = 0.0
-
-    def acceptance(self, j: int) -> float:
-        """Estimate for draft j (from 0), given that those before it held."""
-        before = _PRIOR if j == 0 else self.acceptance(j - 1)
-        return (self._held[j] + before) / (self._tried[j] + 1)
 
     def choose(self, sequences: int, most: int | None = None) -> int:
         """Drafts a sequence in the next round.
@@ -92,12 +87,8 @@ class Gate:
             return 0
         if self._credit is None:
             self._credit = FIRST * plain
-        rates, expected = [1 / plain], 1.0
-        likely = 1.0
-        for n in range(1, most + 1):
-            likely *= self.acceptance(n - 1)
-            expected += likely
-            rates.append(expected / self._cost(sequences, n))
+        expected = self._acceptance.expected(most)
+        rates = [1 / plain, *(expected[n] / self._cost(sequences, n) for n in range(1, most + 1))]
         drafts = max(range(1, most + 1), key=lambda n: rates[n])
         best = drafts if rates[drafts] > _BETTER * rates[0] else 0
         self._since += 1
@@ -141,9 +132,8 @@ class Gate:
     def _count(self, drafted: int, held: int) -> None:
         self._lengths += (1 + held) * (drafted > 0)
         self._with += drafted > 0
+        self._acceptance.count(drafted, held)
         for j in range(min(drafted, held + 1)):  # those behind a draft that fell say nothing
-            self._held[j] = self._held[j] * _FADING + (j < held)
-            self._tried[j] = self._tried[j] * _FADING + 1
             self._accepted[j] += j < held
             self._proposed[j] += 1
 

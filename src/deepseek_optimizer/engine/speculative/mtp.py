@@ -100,6 +100,13 @@ class MtpProposer:
         track = self._tracks[sequence.index]
         self._tracks[twin.index] = _Track(track.base, track.seen, list(track.done), [list(w) for w in track.waiting])
 
+    def ready(self, sequence: Sequence) -> bool:
+        track = self._tracks.get(sequence.index)
+        return track is not None and track.done[0] < track.seen
+
+    def forget(self, sequence: Sequence) -> None:
+        self._tracks.pop(sequence.index, None)
+
     def _catch_up(self, sequence: Sequence, track: _Track) -> None:
         """Runs the rows whose tokens are known, for the cache alone."""
         for k, runner in enumerate(self._layers):

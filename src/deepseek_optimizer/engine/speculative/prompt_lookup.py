@@ -33,6 +33,9 @@ class PromptLookupProposer:
         self._sizes = range(longest, min(shortest, longest) - 1, -1)
         self._indexes: dict[int, _Index] = {}
 
+    def ready(self, sequence: Sequence) -> bool:
+        return bool(self._behind(sequence, 1))
+
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         return [Draft(self._behind(sequence, count)) for sequence, count in zip(sequences, most, strict=True)]
 
@@ -54,3 +57,6 @@ class PromptLookupProposer:
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Reads the twin's tokens when it is asked for drafts."""
+
+    def forget(self, sequence: Sequence) -> None:
+        self._indexes.pop(sequence.index, None)

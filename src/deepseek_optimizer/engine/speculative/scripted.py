@@ -26,6 +26,9 @@ class ScriptedProposer:
         self._scripts, self._agree, self._vocab = scripts, agree, vocab_size
         self._random = random.Random(seed)
 
+    def ready(self, sequence: Sequence) -> bool:
+        return len(self._scripts[sequence.index]) > len(sequence.tokens)
+
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         found = []
         for sequence, count in zip(sequences, most, strict=True):
@@ -38,4 +41,7 @@ class ScriptedProposer:
         """Needs nothing."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
+        """Has nothing."""
+
+    def forget(self, sequence: Sequence) -> None:
         """Has nothing."""

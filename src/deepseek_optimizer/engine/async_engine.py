@@ -1,0 +1,279 @@
+"""`AsyncEngine`: the engine on a thread of its own, for an event loop with many clients.
+
+Steps run one after the other on the thread; between two of them it takes in what the loop has sent: new requests,
+cancellations. What a step brings goes to the loop in one call. A client that does not read costs one pending output: what
+comes meanwhile is merged into it. If the thread dies, every request ends with an error and `alive` is False.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EngineBusyError, EngineDeadError
+from .core import EngineCore
+from .request import Output, Request
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+_log = logging.getLogger(__name__)
+_NAP = 0.002  # seconds between steps while nobody can go on
+_ids = itertools.count(1)
+
+
+class Answers:
+    """The outputs of one request: `async for output in answers`. Made by `AsyncEngine.submit`."""
+
+    def __init__(self, engine: AsyncEngine, request: Request) -> None:
+        self._engine, self.request = engine, request
+        self._pending: Output | None = None
+        self._ready = asyncio.Event()
+        self._ended = False  # the last output was handed out
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        output = self._pending
+        assert output is not None
+        self._pending = None
+        self._ready.clear()
+        self._ended = output.finish is not None
+        return output
+
+    def cancel(self) -> None:
+        """Ends it within a step. Does nothing once it has ended."""
+        self._engine.cancel(self.request.id)
+
+    def put(self, output: Output) -> None:
+        """From the loop's own thread."""
+        self._pending = output if self._pending is None else merged(self._pending, output)
+        self._ready.set()
+
+
+def merged(first: Output, then: Output) -> Output:
+    """Two outputs of a request as one."""
+    logprobs = first.logprobs
+    if then.logprobs is not None:
+        logprobs = (first.logprobs or []) + then.logprobs
+    return replace(then, token_ids=first.token_ids + then.token_ids, text=first.text + then.text, logprobs=logprobs)
+
+
+class Admission:
+    """Places in the queue, held while a request is prepared and answered: `with engine.admit(): ...`."""
+
+    def __init__(self, engine: AsyncEngine, requests: int) -> None:
+        self._engine, self._requests = engine, requests
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Gives the places back, once."""
+        self._engine.left(self._requests)
+        self._requests = 0
+
+
+class AsyncEngine:
+    """
+    Args:
+        core: nobody else may use it.
+        model_name: what the API calls it.
+        running: what is entered while steps run: the backend's arrangements with torch's threads.
+    """
+
+    def __init__(self, core: EngineCore, model_name: str, running: Any = nullcontext) -> None:
+        self.core, self.model_name, self._running = core, model_name, running
+        self.tokenizer = core.tokenizer
+        self.context, self.vocab_size = core.facts.context, core.facts.vocab_size
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._dead: BaseException | None = None
+        self._answers: dict[str, Answers] = {}
+        self._admitted = 0
+        self._draining = False
+        self._left: deque[float] = deque(maxlen=64)  # when places were given back
+        self._empty: asyncio.Event | None = None
+
+    @cached_property
+    def registry(self) -> CollectorRegistry:
+        """The engine's metrics. Needs `prometheus-client`."""
+        from prometheus_client import CollectorRegistry
+
+        from .prometheus import EngineCollector
+
+        registry = CollectorRegistry()
+        registry.register(EngineCollector(self))
+        return registry
+
+    # ---- on the loop
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._dead is None and self._thread is not None and self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Places that are taken."""
+        return self._admitted
+
+    @property
+    def capacity(self) -> int:
+        """Places there are."""
+        return self.core.options.batch_size_range[1] + self.core.options.most_waiting
+
+    async def start(self) -> None:
+        """Starts the thread."""
+        self._loop = asyncio.get_running_loop()
+        self._empty = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="dso-engine", daemon=True)
+        self._thread.start()
+
+    def admit(self, requests: int = 1) -> Admission:
+        """Takes places in the queue. To be called before any work is done for the request.
+
+        Raises:
+            EngineBusyError: there are not so many left, or the engine is draining.
+            EngineDeadError: nothing is answered any more.
+        """
+        self._check_alive()
+        if self._draining or self._admitted + requests > self.capacity:
+            raise EngineBusyError(self._admitted, self._retry_after(requests))
+        self._admitted += requests
+        return Admission(self, requests)
+
+    def left(self, requests: int) -> None:
+        """Places are free again."""
+        self._admitted -= requests
+        self._left.extend([time.monotonic()] * requests)
+        if self._admitted == 0 and self._empty is not None:
+            self._empty.set()
+
+    def _retry_after(self, requests: int) -> float:
+        """By the rate at which places became free lately."""
+        if len(self._left) < 2:
+            return 1.0
+        seconds = max(time.monotonic() - self._left[0], 1e-3)
+        return min(60.0, max(1.0, requests * seconds / len(self._left)))
+
+    def submit(self, request: Request) -> Answers:
+        """Queues a request.
+
+        Raises:
+            RequestError: it can never be served as it is.
+            EngineDeadError: nothing is answered any more.
+        """
+        self._check_alive()
+        self.core.check(request)
+        # The engine's own ids: two clients may send the same one.
+        request = replace(request, id=f"{request.id or 'request'}-{next(_ids)}")
+        answers = self._answers[request.id] = Answers(self, request)
+        self._send(request)
+        return answers
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request within a step, if it has not ended yet."""
+        if request_id in self._answers:
+            self._send(request_id)
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise EngineDeadError("the engine has stopped; restart the server") from self._dead
+
+    def _send(self, message: Request | str) -> None:
+        with self._wake:
+            self._inbox.append(message)
+            self._wake.notify()
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            answers = self._answers.get(output.request_id)
+            if answers is None:
+                continue
+            if output.finish is not None:
+                del self._answers[output.request_id]
+            answers.put(output)
+
+    def _died(self, error: BaseException) -> None:
+        self._dead = error
+        for request_id in list(self._answers):
+            self._deliver([Output(request_id, finish="error", error="the engine has stopped")])
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no new requests, and waits for those in it; those that are left after so many seconds are cancelled.
+
+        Returns: whether all could end by themselves.
+        """
+        self._draining = True
+        if self._admitted == 0 or self._empty is None:
+            return True
+        self._empty.clear()
+        try:
+            await asyncio.wait_for(self._empty.wait(), seconds)
+            return True
+        except (TimeoutError, asyncio.TimeoutError):
+            for request_id in list(self._answers):
+                self.cancel(request_id)
+            return False
+
+    async def close(self) -> None:
+        """Ends the thread; requests in it end as cancelled."""
+        for request_id in list(self._answers):
+            self.cancel(request_id)
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    # ---- on the thread
+
+    def _run(self) -> None:
+        assert self._loop is not None
+        try:
+            while True:
+                self._take_in()
+                if self._stopping and self.core.idle:
+                    return
+                with self._running():
+                    outputs = self.core.step()
+                if outputs:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+                elif self.core.nobody_ran:
+                    time.sleep(_NAP)
+        except BaseException as error:
+            _log.exception("the engine's thread has died")
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._died, error)
+
+    def _take_in(self) -> None:
+        with self._wake:
+            while not self._inbox and self.core.idle and not self._stopping:
+                self._wake.wait()
+            messages, self._inbox = self._inbox, deque()
+        for message in messages:
+            if isinstance(message, str):
+                self.core.cancel(message)
+            else:
+                self.core.add(message)

@@ -1,0 +1,229 @@
+"""Who takes part in the next step, and with how many tokens: continuous batching over paged blocks. No torch.
+
+Decoding sequences take part in every step; what the budget leaves goes to prompts, in pieces. Blocks are taken as tokens come.
+Where none are left, unused ones of the prefix cache go first; then whoever is last by priority and arrival loses its own and
+waits, to be run again from its tokens (or from what the prefix cache still has of them).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..backends.base import DECODE, PREFILL
+from ..cache.block_manager import BLOCK_TOKENS
+from ..cache.prefix_cache import PrefixCache, keys
+from ..errors import CacheFullError
+from .batch_size import BatchSize
+from .budget import PromptBudget
+from .running import Running
+
+if TYPE_CHECKING:
+    from .memory import Memory
+
+
+@dataclass
+class Share:
+    """What a request has in a step.
+
+    Attributes:
+        start: place of its first token in the cache.
+        count: tokens that go in, drafts left out.
+        phase: DECODE, or PREFILL for tokens of its prompt.
+        ends: its last known token is among them: it gets its next one.
+        drafts: tokens that go in behind that one.
+        preempted: how often its request had lost its blocks when it was made: if that is more by now, it no longer holds.
+    """
+
+    running: Running
+    start: int
+    count: int
+    phase: int
+    ends: bool
+    drafts: list[int] = field(default_factory=list)
+    preempted: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return self.preempted == self.running.preempted
+
+
+class Scheduler:
+    """
+    Args:
+        memory: where the blocks are.
+        prefix: None: no sharing.
+        invariant: prompts run in the decode family too.
+    """
+
+    def __init__(
+        self, memory: Memory, budget: PromptBudget, batch: BatchSize, prefix: PrefixCache | None, *, invariant: bool = False
+    ) -> None:
+        self.memory, self.budget, self.batch, self.prefix = memory, budget, batch, prefix
+        self._prompt_phase = DECODE if invariant else PREFILL
+        self.waiting: list[Running] = []  # in order
+        self.running: list[Running] = []  # in order
+        self.preemptions = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, running: Running) -> None:
+        insort(self.waiting, running, key=lambda r: r.order)
+
+    def remove(self, running: Running) -> None:
+        """It has ended: its blocks are free, but for those that the prefix cache keeps."""
+        if running in self.waiting:
+            self.waiting.remove(running)
+            return
+        self.running.remove(running)
+        self._free(running)
+
+    def decoders(self, drafts: dict[Running, int]) -> list[Share]:
+        """The shares of those that get a token each, with room in the cache for it and so many drafts."""
+        found = []
+        for running in [r for r in self.running if r.decoding]:
+            if running not in self.running:  # it lost its blocks to one before it
+                continue
+            start, most = running.sequence.cached, drafts.get(running, 0)
+            if most and not self._extend(running, 1 + most):
+                drafts[running] = most = 0
+            if most or self._extend_or_preempt(running, 1):
+                found.append(Share(running, start, 1, DECODE, True, preempted=running.preempted))
+        return found
+
+    def prompts(self, decoding: int) -> list[Share]:
+        """The shares of prompts, beside so many rows that decode: those begun first, then new ones as there is room."""
+        found: list[Share] = []
+        room = self.budget.tokens(decoding)
+        for running in [r for r in self.running if not r.decoding]:
+            if room <= 0:
+                return found
+            if running in self.running:
+                room -= self._piece(running, room, found)
+        for running in self._admitted(room):
+            room -= self._piece(running, room, found)
+            if room <= 0:
+                break
+        return found
+
+    def _piece(self, running: Running, room: int, found: list[Share]) -> int:
+        """Tokens of a prompt that were added to the step."""
+        start, missing = running.sequence.cached, running.missing
+        if start < running.prompt:
+            count, phase = self.budget.part(start, min(missing, running.prompt - start), room), self._prompt_phase
+        else:  # text that is run again: in the family that it was made in, so that it stays the same
+            count, phase = min(missing, room), DECODE
+        if count <= 0 or not self._extend_or_preempt(running, count):
+            return 0
+        found.append(Share(running, start, count, phase, count == missing, preempted=running.preempted))
+        return count
+
+    def _admitted(self, room: int) -> Iterator[Running]:
+        """Takes in who waits, one after the other, as long as there are places and blocks."""
+        if not self.waiting or room <= 0:
+            return
+        most = self.batch.choose()
+        filling = self._being_filled()
+        for running in list(self.waiting):
+            if len(self.running) >= most:
+                return
+            shares = self.prefix is not None and not running.request.embed
+            if shares and self._twin_runs(running, filling):
+                continue
+            if not self._admit(running, shares):
+                return
+            filling.update(running.keys[running.registered :])
+            yield running
+
+    def _twin_runs(self, running: Running, filling: set[bytes]) -> bool:
+        """Whether somebody is computing the next block that it needs: it waits, and finds it in the cache."""
+        assert self.prefix is not None
+        self._know_keys(running, (len(running.sequence.tokens) - 1) // BLOCK_TOKENS)
+        known = self.prefix.known(running.keys)
+        return known < len(running.keys) and running.keys[known] in filling
+
+    def _being_filled(self) -> set[bytes]:
+        return {key for r in self.running if not r.decoding for key in r.keys[r.registered :]}
+
+    def _admit(self, running: Running, shares: bool) -> bool:
+        sequence = running.sequence
+        with self.memory.locked() as manager:
+            if shares:
+                assert self.prefix is not None
+                full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # one token at least is left to be run
+                sequence.blocks.adopt(self.prefix.match(running.keys[:full]))
+                running.registered = len(sequence.blocks.blocks)
+            needed = -(-running.missing // BLOCK_TOKENS) + len(self.running)  # a block each, so that they can go on
+            free = manager.free_blocks + (self.prefix.unused if self.prefix else 0)
+            if needed > free and self.running:
+                sequence.blocks.free()
+                running.registered = 0
+                return False
+        if not running.preempted:
+            running.cached = sequence.cached
+        self.waiting.remove(running)
+        insort(self.running, running, key=lambda r: r.order)
+        return True
+
+    def computed(self, running: Running, tokens: int) -> None:
+        """Its first so many tokens led to logits that are numbers: others may have its full blocks of them."""
+        if self.prefix is None or running.request.embed:
+            return
+        full = tokens // BLOCK_TOKENS
+        if running.shareable is not None:
+            full = min(full, running.shareable)
+        if full <= running.registered:
+            return
+        self._know_keys(running, full)
+        with self.memory.locked():
+            for n in range(running.registered, full):
+                self.prefix.put(running.keys[n], running.sequence.blocks.blocks[n])
+        running.registered = full
+
+    def _know_keys(self, running: Running, blocks: int) -> None:
+        if len(running.keys) < blocks:
+            running.keys = keys(running.sequence.tokens, running.request.salt, blocks, running.keys)
+
+    def _free(self, running: Running) -> None:
+        with self.memory.locked():
+            if self.prefix is not None:
+                self.prefix.touch(running.keys[: running.registered])
+            running.sequence.blocks.free()
+        running.registered = 0
+
+    def _extend(self, running: Running, count: int) -> bool:
+        """Room for so many more tokens, at the cost of the prefix cache alone."""
+        blocks = running.sequence.blocks
+        if blocks.fits(count):  # the common step: nothing to ask the manager for
+            blocks.tokens += count
+            return True
+        with self.memory.locked():
+            for _ in range(2):
+                try:
+                    self.memory.copy_blocks(blocks.append(count))
+                    return True
+                except CacheFullError as error:
+                    if self.prefix is None or self.prefix.evict(error.needed - error.free) < error.needed - error.free:
+                        return False
+        return False
+
+    def _extend_or_preempt(self, running: Running, count: int) -> bool:
+        """Room for so many more tokens, at the cost of those behind it; False: it was the last itself, and waits now."""
+        while not self._extend(running, count):
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is running:
+                return False
+        return True
+
+    def preempt(self, victim: Running) -> None:
+        """It loses its blocks and waits."""
+        self.running.remove(victim)
+        self._free(victim)
+        victim.preempted += 1
+        self.preemptions += 1
+        self.add(victim)

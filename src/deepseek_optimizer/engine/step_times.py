@@ -1,0 +1,58 @@
+"""What steps take, as measured: by their number of decoding rows, and for each prompt token beside them. No torch."""
+
+from __future__ import annotations
+
+_FADING = 0.8
+
+
+class StepTimes:
+    """Fading means; what disturbs makes slower, so a sample counts at most twice the mean."""
+
+    def __init__(self) -> None:
+        self._decode: dict[int, float] = {}
+        self._prompt: float | None = None
+
+    def add(self, seconds: float, rows: int, prompt: int) -> None:
+        """A step of so many decoding rows and prompt tokens."""
+        if prompt == 0:
+            if rows:
+                self._decode[rows] = _mixed(self._decode.get(rows), seconds)
+            return
+        line = self.line() or (0.0, 0.0)
+        plain = (self.decode(rows) or 0.0) if rows else line[0]
+        self._prompt = _mixed(self._prompt, max(seconds - plain, seconds * 0.1) / prompt)
+
+    @property
+    def prompt(self) -> float | None:
+        """Seconds of one prompt token."""
+        return self._prompt
+
+    def decode(self, rows: int) -> float | None:
+        """Seconds of a step with so many rows and no prompt: between known numbers on a line, outside them by `line`."""
+        if not self._decode:
+            return None
+        if rows in self._decode:
+            return self._decode[rows]
+        below = max((n for n in self._decode if n < rows), default=None)
+        above = min((n for n in self._decode if n > rows), default=None)
+        if below is None or above is None:
+            a, b = self.line() or (0.0, 0.0)
+            return a + b * rows
+        at_a, at_b = self._decode[below], self._decode[above]
+        return at_a + (at_b - at_a) * (rows - below) / (above - below)
+
+    def line(self) -> tuple[float, float] | None:
+        """(a, b), neither negative, of a + b rows through what was measured; None before anything was."""
+        points = self._decode
+        if not points:
+            return None
+        n = len(points)
+        mean_x, mean_y = sum(points) / n, sum(points.values()) / n
+        spread = sum((x - mean_x) ** 2 for x in points)
+        slope = sum((x - mean_x) * (y - mean_y) for x, y in points.items()) / spread if spread else 0.0
+        slope = min(max(slope, 0.0), mean_y / mean_x)
+        return mean_y - slope * mean_x, slope
+
+
+def _mixed(mean: float | None, sample: float) -> float:
+    return sample if mean is None else _FADING * mean + (1 - _FADING) * min(sample, 2 * mean)

@@ -1,0 +1,121 @@
+"""Engines for optimised models: what a model brings along is put together here."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from typing import Any
+
+from .engine.async_engine import AsyncEngine
+from .engine.core import EngineCore, ModelFacts
+from .engine.engine import Engine
+from .engine.options import EngineOptions
+from .engine.runner import Runner
+from .engine.sampler import largest
+from .engine.speculative.base import Proposer
+from .engine.speculative.draft_model import DraftModelProposer
+from .engine.speculative.mtp import MtpProposer
+from .engine.speculative.prompt_lookup import PromptLookupProposer
+from .errors import ConfigError, UnsupportedRequestError
+from .graph.ir import LatentSpec
+from .integration.runtime import Runtime, runtime_of
+from .integration.threads import one_torch_thread
+
+_LATENT_CHUNK = 64  # tokens: the form that latent attention takes depends on where a prompt is cut
+_LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # drafts of a round at most
+STALL = 3.0  # what a server's streams may notice of others' prompts
+
+
+def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
+    """An engine that answers many prompts at once: `make_engine(model, tokenizer).generate(["...", "..."])`.
+
+    Args:
+        model: of `load_model`, `from_pretrained` with our config, or `DynamicGraphOptimizer.optimize()`.
+        tokenizer: for prompts and answers that are text.
+        options: of `EngineOptions`, where the model's config does not say; `drafts=False`: no speculative decoding;
+            `draft_model`: a small optimised model of the same tokenizer that drafts for this one.
+
+    Raises:
+        ConfigError: not an optimised model, an unknown option, or one that this model cannot do.
+    """
+    core, running = _core(model, tokenizer, options)
+    return Engine(core, running)
+
+
+def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = None, **options: Any) -> AsyncEngine:
+    """The same for an event loop, such as the server's. Prompts are run in pieces that stall the other streams by STALL at
+    most.
+
+    Args:
+        model_name: what clients call it; None: the last part of the path that it was loaded from.
+    """
+    core, running = _core(model, tokenizer, {"stall": STALL, **options})
+    return AsyncEngine(core, model_name or _name(model), running)
+
+
+def _name(model: Any) -> str:
+    path = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return os.path.basename(os.path.normpath(path))
+
+
+def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore, Any]:
+    runtime = runtime_of(model)
+    config = runtime.config
+    drafts = given.pop("drafts", True)
+    draft_model = given.pop("draft_model", None)
+    unknown = set(given) - {f.name for f in fields(EngineOptions)}
+    if unknown:
+        raise ConfigError(
+            f"an engine has no option {sorted(unknown)[0]!r}; it has {', '.join(f.name for f in fields(EngineOptions))}"
+        )
+    options = EngineOptions(
+        batch_size_range=config.batch_size_range, step_tokens=config.prefill_chunk, batch_invariant=config.batch_invariant
+    )
+    options = replace(options, **given)
+    if (reason := runtime.changed()) is not None:
+        raise UnsupportedRequestError(f"{reason}: an engine runs the plan alone; take it away first")
+    native = runtime.backend.name == "cpu"
+    if options.batch_invariant and not native:
+        raise ConfigError("batch_invariant=True: the reference backend's products depend on the batch; use the native one")
+    vocab = runtime.graph.vocab_size
+    latent = isinstance(runtime.graph.cache, LatentSpec)
+    facts = ModelFacts(
+        vocab_size=vocab,
+        hidden_size=runtime.graph.hidden_size,
+        context=runtime.graph.max_positions,
+        eos=_ends(model),
+        chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
+    )
+    runner = Runner(runtime.plan, runtime.arena, vocab if native else 0)
+    proposers = _proposers(runtime, draft_model) if drafts else None
+    core = EngineCore(runner, runtime.arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
+    return core, one_torch_thread if native else nullcontext
+
+
+def _proposers(runtime: Runtime, draft_model: Any) -> list[tuple[Proposer, int]]:
+    found: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
+    if draft_model is not None:
+        found.append((_draft_model(runtime, draft_model), _DRAFT_MODEL))
+    if plans := runtime.mtp_plans:
+        layers = [Runner(plan, runtime.arena) for plan in plans]
+        found.append((MtpProposer(layers, lambda _, __, logits: (int(largest(logits[None])), None)), max(_MTP, len(plans))))
+    return found
+
+
+def _draft_model(runtime: Runtime, model: Any) -> DraftModelProposer:
+    other = runtime_of(model)
+    mine, theirs = runtime.graph.vocab_size, other.graph.vocab_size
+    if mine != theirs:
+        raise ConfigError(
+            f"draft_model has a vocabulary of {theirs} tokens, the model one of {mine}: they must share a tokenizer"
+        )
+    return DraftModelProposer(Runner(other.plan, other.arena, mine), other.graph.max_positions, other.config.prefill_chunk)
+
+
+def _ends(model: Any) -> frozenset[int]:
+    """Tokens that end a text, by the model's generation config."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config, "eos_token_id", None)
+    return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
