@@ -78,6 +78,8 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     native = runtime.backend.name == "cpu"
     if options.batch_invariant and not native:
         raise ConfigError("batch_invariant=True: the reference backend's products depend on the batch; use the native one")
+    if options.batch_invariant and any(n.op == "rope_table" and n.attrs["rope"].is_dynamic for n in runtime.graph.nodes):
+        raise ConfigError("batch_invariant=True: this model's RoPE is dynamic, it follows the longest sequence of a step")
     vocab = runtime.graph.vocab_size
     latent = isinstance(runtime.graph.cache, LatentSpec)
     facts = ModelFacts(

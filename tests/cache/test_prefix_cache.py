@@ -1,0 +1,124 @@
+"""The prefix cache against a dictionary of whole texts, over a real block manager."""
+
+import random
+
+import pytest
+
+from deepseek_optimizer.cache import BlockManager
+from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
+from deepseek_optimizer.cache.prefix_cache import PrefixCache, keys
+
+
+def text(seed, blocks):
+    rng = random.Random(seed)
+    return [rng.randrange(100) for _ in range(blocks * BLOCK_TOKENS)]
+
+
+def filled(manager, cache, tokens, salt=""):
+    """Takes blocks for a text, puts them in, and ends as their user."""
+    count = len(tokens) // BLOCK_TOKENS
+    blocks = manager.allocate(count)
+    for key, block in zip(keys(tokens, salt, count), blocks, strict=True):
+        cache.put(key, block)
+    for block in blocks:
+        manager.release(block)
+    return blocks
+
+
+def test_the_longest_known_beginning_is_found():
+    manager = BlockManager(20)
+    cache = PrefixCache(manager)
+    blocks = filled(manager, cache, text(1, 4))
+    assert manager.free_blocks == 16 and cache.unused == 4
+    wanted = keys([*text(1, 3), *text(2, 2)], "", 5)
+    assert cache.known(wanted) == 3 and cache.match(wanted) == blocks[:3]
+    assert [manager.users(b) for b in blocks] == [2, 2, 2, 1] and cache.unused == 1
+    assert cache.match(keys(text(3, 2), "", 2)) == []
+
+
+def test_a_block_counts_with_all_before_it():
+    """The same block behind another beginning is another block."""
+    manager = BlockManager(20)
+    cache = PrefixCache(manager)
+    filled(manager, cache, [*text(1, 1), *text(2, 1)])
+    assert cache.match(keys([*text(3, 1), *text(2, 1)], "", 2)) == [] and cache.match(keys(text(2, 1), "", 1)) == []
+
+
+def test_salts_share_nothing():
+    manager = BlockManager(20)
+    cache = PrefixCache(manager)
+    filled(manager, cache, text(1, 2), "a key")
+    for salt in ("", "another", "a ke"):
+        assert cache.known(keys(text(1, 2), salt, 2)) == 0
+    assert cache.known(keys(text(1, 2), "a key", 2)) == 2
+
+
+def test_the_longest_unused_goes_first_and_ends_before_beginnings():
+    manager = BlockManager(20)
+    cache = PrefixCache(manager)
+    old, new = text(1, 2), text(2, 2)
+    filled(manager, cache, old)
+    filled(manager, cache, new)
+    cache.touch(keys(new, "", 2))
+    cache.touch(keys(old, "", 2))
+    assert cache.evict(1) == 1 and cache.known(keys(new, "", 2)) == 1 and cache.known(keys(old, "", 2)) == 2
+    assert cache.evict(2) == 2 and cache.known(keys(new, "", 2)) == 0 and cache.known(keys(old, "", 2)) == 1
+
+
+def test_blocks_in_use_stay():
+    manager = BlockManager(20)
+    cache = PrefixCache(manager)
+    filled(manager, cache, text(1, 3))
+    held = cache.match(keys(text(1, 3), "", 2))
+    assert cache.evict(10) == 1 and all(manager.users(b) == 2 for b in held)
+    cache.clear()
+    assert all(manager.users(b) == 1 for b in held) and len(cache) == 0
+
+
+def test_a_limit_is_kept():
+    manager = BlockManager(20)
+    cache = PrefixCache(manager, most=3)
+    filled(manager, cache, text(1, 2))
+    filled(manager, cache, text(2, 2))
+    assert len(cache) == 3 and manager.free_blocks == 17
+    held = cache.match(keys(text(2, 2), "", 2))
+    filled(manager, cache, text(3, 3))
+    assert len(cache) == 3 and all(manager.users(b) == 2 for b in held)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_at_random(seed):
+    """Nothing leaks, and whatever is found is what a dictionary of texts says."""
+    rng = random.Random(seed)
+    manager = BlockManager(24)
+    cache, holds, contents = PrefixCache(manager, most=rng.choice([None, 8])), [], {}
+    for _ in range(400):
+        action = rng.random()
+        if action < 0.4:
+            tokens = [t for n in range(rng.randrange(1, 5)) for t in text(rng.randrange(3) + 10 * n, 1)]
+            wanted = keys(tokens, "", len(tokens) // BLOCK_TOKENS)
+            found = cache.match(wanted)
+            for n, block in enumerate(found):
+                assert contents[block] == tuple(tokens[: (n + 1) * BLOCK_TOKENS])
+            missing = len(wanted) - len(found)
+            if missing > manager.free_blocks:
+                cache.evict(missing - manager.free_blocks)
+            if missing <= manager.free_blocks:
+                new = manager.allocate(missing)
+                for n, block in enumerate(new, len(found)):
+                    contents[block] = tuple(tokens[: (n + 1) * BLOCK_TOKENS])
+                    cache.put(wanted[n], block)
+                holds.append(found + new)
+            else:
+                holds.append(found)
+        elif action < 0.8 and holds:
+            for block in holds.pop(rng.randrange(len(holds))):
+                manager.release(block)
+        else:
+            cache.evict(rng.randrange(3))
+    for hold in holds:
+        for block in hold:
+            manager.release(block)
+    assert manager.free_blocks + len(cache) == 24 and cache.unused == len(cache)
+    cache.clear()
+    assert manager.free_blocks == 24

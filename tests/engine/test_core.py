@@ -1,0 +1,285 @@
+"""The engine over a model that is a hash of its context: whoever runs beside it, each request gets its own text."""
+
+import random
+
+import numpy as np
+import pytest
+
+from deepseek_optimizer import RequestError
+from deepseek_optimizer.engine.engine import Completion
+from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
+from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+def run(core, requests, limit=20_000):
+    """All answers, by id."""
+    found = {r.id: Completion() for r in requests}
+    for request in requests:
+        core.add(request)
+    for _ in range(limit):
+        for output in core.step():
+            assert found[output.request_id].finish is None
+            found[output.request_id].add(output)
+        if core.idle:
+            return found
+    raise AssertionError("it does not end")
+
+
+def prompts(rng, count, longest=120):
+    return [[rng.randrange(VOCAB - 1) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 7}, {"stall": 2.0}, {"chunk": 32}])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_every_request_gets_its_own_text(options, drafts):
+    rng = random.Random(1)
+    chunk = options.pop("chunk", None) if "chunk" in options else None
+    proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
+    core = make_core(chunk=chunk, proposers=proposers, batch_size_range=(1, 8), **options)
+    texts = prompts(rng, 30)
+    texts += [texts[0] + [1, 2, 3], texts[0], texts[0]]  # that begin alike
+    requests = [
+        Request(p, SamplingParams(temperature=0, max_tokens=rng.randrange(1, 60)), id=str(n)) for n, p in enumerate(texts)
+    ]
+    found = run(core, requests)
+    for request in requests:
+        text = expected(request.prompt, request.sampling.max_tokens)
+        answer = found[request.id]
+        assert answer.token_ids == text
+        assert answer.finish == ("stop" if text[-1] == EOS else "length")
+        assert answer.text == "".join(chr(65 + t) for t in text if t != EOS)
+    assert blocks_in_use(core) == 0
+    assert all(sequences <= 8 for _, sequences in core.runner.seen)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_in_any_company_with_little_room(seed):
+    """Requests come, are cancelled and lose their blocks to others at random; whoever ends by itself has the right text."""
+    rng = random.Random(seed)
+    script = {}
+    proposers = [(ScriptedProposer(script, 0.6, VOCAB, seed), 3)] if seed % 2 else None
+    core = make_core(
+        blocks=rng.randrange(10, 24), chunk=rng.choice([None, 32, 64]), proposers=proposers,
+        step_tokens=rng.choice([16, 64, 512]), batch_size_range=(1, rng.randrange(2, 12)), stall=rng.choice([None, 3.0]),
+    )  # fmt: skip
+    shared = prompts(rng, 3, 90)
+    waiting = []
+    for n in range(60):
+        prompt = rng.choice(shared) + prompts(rng, 1, 50)[0] if rng.random() < 0.6 else prompts(rng, 1, 150)[0]
+        most = rng.randrange(1, 80)
+        sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=rng.random() < 0.5)
+        waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=rng.choice(["", "a"])))
+        script[n + 1] = prompt + expected(prompt, most, EOS if not sampling.ignore_eos else None)
+    found, cancelled, requests = {}, set(), {}
+    while waiting or not core.idle:
+        for _ in range(rng.randrange(4)):
+            if waiting:
+                request = waiting.pop(0)
+                requests[request.id] = request
+                found[request.id] = Completion()
+                core.add(request)
+        if rng.random() < 0.05 and requests:
+            victim = rng.choice(list(requests))
+            if found[victim].finish is None:
+                core.cancel(victim)
+                cancelled.add(victim)
+        for output in core.step():
+            assert found[output.request_id].finish is None
+            found[output.request_id].add(output)
+    for name, request in requests.items():
+        eos = None if request.sampling.ignore_eos else EOS
+        text = expected(request.prompt, request.sampling.max_tokens, eos)
+        answer = found[name]
+        if answer.finish == "cancelled":
+            assert name in cancelled and answer.token_ids == text[: len(answer.token_ids)]
+        else:
+            assert answer.finish in ("stop", "length") and answer.token_ids == text
+    assert blocks_in_use(core) == 0
+    assert core.scheduler.preemptions == core.metrics.preemptions
+
+
+def test_preemption_happens_and_changes_nothing():
+    core = make_core(blocks=8, batch_size_range=(4, 4), prefix_cache=False)
+    requests = [Request([n] * 40, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True), id=str(n)) for n in range(4)]
+    found = run(core, requests)
+    assert core.scheduler.preemptions > 0
+    for request in requests:
+        assert found[request.id].token_ids == expected(request.prompt, 80, None)
+
+
+def test_priority_goes_first():
+    core = make_core(batch_size_range=(1, 1))
+    for n, priority in enumerate([2, 1, 0, 1]):
+        core.add(Request([n], GREEDY, id=str(n), priority=priority))
+    order = []
+    while not core.idle:
+        order += [o.request_id for o in core.step() if o.finish]
+    assert order == ["2", "1", "3", "0"]
+
+
+def test_a_long_prompt_leaves_the_others_their_steps():
+    """While it is run, every step brings the others a token."""
+    core = make_core(step_tokens=64, stall=3.0, blocks=256)
+    core.add(Request([1], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), id="stream"))
+    for _ in range(5):
+        core.step()
+    core.add(Request([2] * 3000, SamplingParams(temperature=0, max_tokens=2), id="long"))
+    steps = 0
+    while True:
+        outputs = {o.request_id: o for o in core.step()}
+        if "long" in outputs:
+            break
+        assert len(outputs["stream"].token_ids) == 1
+        steps += 1
+    assert steps >= 3000 // 64
+
+
+def test_prompts_that_begin_alike_are_run_once():
+    core = make_core()
+    prompt = list(range(50)) * 2  # three full blocks, and four tokens
+    first = run(core, [Request(prompt, GREEDY, id="a")])["a"]
+    assert first.cached_tokens == 0
+    tokens = core.metrics.prompt_tokens
+    again = run(core, [Request([*prompt, 5], GREEDY, id="b")])["b"]
+    assert again.cached_tokens == 96 and core.metrics.prompt_tokens - tokens == 5
+    assert again.token_ids == expected([*prompt, 5], 20)
+    other = run(core, [Request(prompt, GREEDY, id="c", salt="another key")])["c"]
+    assert other.cached_tokens == 0 and other.token_ids == first.token_ids
+
+
+def test_twins_that_come_together_are_run_once():
+    core = make_core()
+    prompt = list(range(60)) * 3
+    found = run(core, [Request(prompt, GREEDY, id=str(n)) for n in range(5)])
+    assert [found[str(n)].cached_tokens for n in range(5)] == [0, 160, 160, 160, 160]
+    assert all(a.token_ids == expected(prompt, 20) for a in found.values())
+
+
+def test_an_answer_is_found_again_in_the_next_turn():
+    core = make_core(proposers=None)
+    prompt = [3] * 40
+    answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
+    turn = [*prompt, *answer.token_ids, 9, 9]
+    assert run(core, [Request(turn, GREEDY, id="b")])["b"].cached_tokens == 96  # of 40 + 60 - 1 that were run
+
+
+def test_not_a_number_ends_its_request_alone_and_is_not_cached():
+    core = make_core()
+    core.runner.broken = {59}
+    short = SamplingParams(temperature=0, max_tokens=10)
+    found = run(core, [Request([1] * 40 + [59], GREEDY, id="bad"), Request([2] * 40, short, id="good")])
+    assert found["bad"].finish == "error" and "finite" in found["bad"].error and not found["bad"].token_ids
+    assert found["good"].token_ids == expected([2] * 40, 10)
+    assert run(core, [Request([1] * 40, GREEDY, id="again")])["again"].cached_tokens == 0
+
+
+def test_memory_that_cannot_be_had_ends_the_step_alone():
+    core = make_core()
+
+    def fail():
+        core.runner.before = lambda: None
+        raise MemoryError("no pages")
+
+    core.runner.before = fail
+    assert run(core, [Request([1, 2], GREEDY, id="a")])["a"].finish == "error"
+    assert run(core, [Request([1, 2], GREEDY, id="b")])["b"].token_ids == expected([1, 2], 20)
+    assert blocks_in_use(core) == 0
+
+
+def test_deadlines_and_cancellation():
+    core = make_core()
+    endless = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+    core.add(Request([1], endless, id="late", deadline=core.clock() + 0.1))
+    core.add(Request([2], endless, id="cancelled"))
+    core.step()
+    core.cancel("cancelled")
+    core.cancel("nobody")
+    finishes = {}
+    while not core.idle:
+        finishes |= {o.request_id: o.finish for o in core.step() if o.finish}
+    assert finishes == {"late": "deadline", "cancelled": "cancelled"} and blocks_in_use(core) == 0
+
+
+def test_stop_strings_and_tokens():
+    prompt = [5, 6]
+    text = expected(prompt, 40, None)
+    core = make_core()
+    letters = "".join(chr(65 + t) for t in text)
+    base = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    stop = letters[6:9]
+    cut = run(core, [Request(prompt, SamplingParams(**base, stop=(stop,)), id="a")])["a"]
+    assert cut.finish == "stop" and cut.stop_reason == stop and cut.text == letters[: letters.index(stop)]
+    kept = run(core, [Request(prompt, SamplingParams(**base, stop=(stop,), include_stop=True), id="b")])["b"]
+    assert kept.text == letters[: letters.index(stop) + 3]
+    token = run(core, [Request(prompt, SamplingParams(**base, stop_token_ids=(text[4],)), id="c")])["c"]
+    assert token.stop_reason == text[4] and token.token_ids == text[: text.index(text[4]) + 1]
+
+
+def test_log_probabilities_are_the_models_own():
+    from support.mock_model import logits_of
+
+    core = make_core()
+    sampling = SamplingParams(temperature=0.7, seed=3, max_tokens=6, logprobs=3, ignore_eos=True, top_k=5)
+    answer = run(core, [Request([4, 4], sampling, id="a")])["a"]
+    context = [4, 4]
+    for token, reported in zip(answer.token_ids, answer.logprobs, strict=True):
+        logits = logits_of(context).astype(np.float64)
+        right = logits - np.log(np.exp(logits).sum())
+        order = sorted(range(VOCAB), key=lambda t: -right[t])[:3]
+        assert reported.token == token and reported.logprob == pytest.approx(right[token], abs=1e-5)
+        assert [t for t, _ in reported.top] == order
+        context.append(token)
+
+
+@pytest.mark.parametrize("options", [{"step_tokens": 5}, {"step_tokens": 512}])
+def test_embeddings_are_the_mean_of_the_states(options):
+    core = make_core(**options)
+    found = run(core, [Request([1, 2, 3, 10], GREEDY, id="a", embed=True), Request([7] * 50, GREEDY, id="b", embed=True)])
+    assert found["a"].embedding == pytest.approx([4.0]) and found["b"].embedding == pytest.approx([7.0])
+    assert found["a"].finish == "stop" and blocks_in_use(core) == 0
+
+
+def test_what_can_never_be_served_is_refused_before_anything_runs():
+    core = make_core(blocks=4, context=200)
+    assert core.check(Request([1] * 127, SamplingParams(max_tokens=None))) == 1
+    for request in (
+        Request([]), Request([1, VOCAB]), Request([-1]), Request([1] * 128, SamplingParams(max_tokens=1)),
+        Request([1] * 100_000), Request([1], SamplingParams(logit_bias={VOCAB: 1})),
+        Request([1], SamplingParams(stop_token_ids=(VOCAB,))),
+    ):  # fmt: skip
+        with pytest.raises(RequestError):
+            core.check(request)
+    wide = make_core(blocks=64, context=200)
+    assert wide.check(Request([1] * 150, SamplingParams(max_tokens=50))) == 50
+    with pytest.raises(RequestError, match="context of 200"):
+        wide.check(Request([1] * 150, SamplingParams(max_tokens=51)))
+
+
+def test_all_tokens_forbidden_is_an_end():
+    core = make_core()
+    sampling = SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(VOCAB), -100))
+    answer = run(core, [Request([1], sampling, id="a")])["a"]
+    assert answer.finish == "stop" and answer.token_ids == [] and "no token" in answer.stop_reason
+
+
+def test_a_seed_gives_the_same_text_with_drafts_in_company_and_without():
+    sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=60, ignore_eos=True)
+    request = Request([8, 8, 8, 8], sampling, id="a")
+    alone = run(make_core(), [request])["a"].token_ids
+    assert run(make_core(), [request])["a"].token_ids == alone
+    script = {n: request.prompt + alone for n in range(1, 9)}
+    drafted = make_core(proposers=[(ScriptedProposer(script, 0.7, VOCAB), 4)])
+    others = [Request([n], SamplingParams(temperature=1.0, max_tokens=50), id=str(n)) for n in range(4)]
+    assert run(drafted, [request, *others])["a"].token_ids == alone
+    assert drafted.drafting.held > 10
+
+
+def test_two_of_one_id_are_refused():
+    core = make_core()
+    core.add(Request([1], GREEDY, id="a"))
+    with pytest.raises(RequestError, match="running already"):
+        core.add(Request([1], GREEDY, id="a"))

@@ -1,0 +1,144 @@
+"""A model that is a hash of its context, over a real block manager: whatever the engine does with blocks and tokens shows.
+
+It keeps tokens in blocks as a real one keeps keys and values, and reads its context back through the step's block tables. So a
+block that was shared wrongly, freed too early or written twice changes the text, and `expected` says what the text must be.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from deepseek_optimizer.cache import BlockManager
+from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
+from deepseek_optimizer.engine.core import EngineCore, ModelFacts
+from deepseek_optimizer.engine.options import EngineOptions
+
+VOCAB = 61
+EOS = 60
+
+
+def next_token(context: list[int]) -> int:
+    """What follows; now and then the end of the text."""
+    return random.Random(hash(tuple(context))).randrange(VOCAB)
+
+
+def logits_of(context: list[int]) -> np.ndarray:
+    """float32 [VOCAB], the largest at `next_token`."""
+    made = np.random.default_rng(abs(hash(tuple(context)))).standard_normal(VOCAB).astype(np.float32)
+    made[next_token(context)] = 6
+    return made
+
+
+def expected(prompt: list[int], most: int, eos: int | None = EOS) -> list[int]:
+    """The greedy text."""
+    text: list[int] = []
+    while len(text) < most:
+        text.append(next_token(prompt + text))
+        if text[-1] == eos:
+            break
+    return text
+
+
+class MockMemory:
+    """Tokens in blocks, and the manager that hands them out."""
+
+    def __init__(self, blocks: int) -> None:
+        self.manager = BlockManager(blocks)
+        self.cells = np.full((blocks, BLOCK_TOKENS), -1, np.int64)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def locked(self) -> Iterator[BlockManager]:
+        with self._lock:
+            yield self.manager
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        for source, target in copies:
+            self.cells[target] = self.cells[source]
+
+    def run(self, plan, batch):
+        raise AssertionError("the mock runner runs by itself")
+
+
+class MockRunner:
+    """What `engine.runner.Runner` does for the engine.
+
+    Attributes:
+        seen: (tokens, sequences) of every step.
+        broken: contexts' last tokens at which logits are NaN.
+        before: called before each step.
+    """
+
+    def __init__(self, memory: MockMemory) -> None:
+        self.memory, self.seen, self.broken, self.before = memory, [], set(), lambda: None
+
+    def step(self, parts, rows, *, last_hidden):
+        self.before()
+        phases = [p.phase for p in parts]
+        assert phases == sorted(phases)
+        made, at = [], 0
+        wanted = set(rows)
+        hidden = []
+        for part in parts:
+            blocks = part.sequence.blocks.blocks
+            assert part.sequence.cached >= part.start + len(part.ids)
+            for n, token in enumerate(part.ids):
+                place = part.start + n
+                block = blocks[place // BLOCK_TOKENS]
+                assert self.memory.manager.users(block) >= 1
+                self.memory.cells[block, place % BLOCK_TOKENS] = token
+            for n in range(len(part.ids)):
+                hidden.append(part.ids[n])
+                if at + n in wanted:
+                    length = part.start + n + 1
+                    used = self.memory.cells[blocks[: -(-length // BLOCK_TOKENS)]].reshape(-1)[:length]
+                    row = logits_of(used.tolist())
+                    made.append(row * np.nan if part.ids[n] in self.broken else row)
+            at += len(part.ids)
+        self.seen.append((at, len(parts)))
+        states = torch.tensor(hidden, dtype=torch.float32)[:, None] if last_hidden else None
+        return SimpleNamespace(logits=torch.from_numpy(np.array(made, np.float32).reshape(-1, VOCAB)), last_hidden=states)
+
+    def crop(self, sequences, tokens):
+        for sequence, count in zip(sequences, tokens, strict=True):
+            sequence.blocks.crop(count)
+
+
+class ByteTokenizer:
+    """A token a character, from "A" on."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) - 65 for c in text]}
+
+    def decode(self, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
+        return "".join(chr(65 + i) for i in ids if not (skip_special_tokens and i == EOS))
+
+
+class Clock:
+    """Counts on by a millisecond each time it is asked."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def make_core(blocks: int = 64, context: int = 10_000, chunk: int | None = None, proposers=None, **options) -> EngineCore:
+    memory = MockMemory(blocks)
+    facts = ModelFacts(vocab_size=VOCAB, hidden_size=1, context=context, eos=frozenset([EOS]), chunk=chunk)
+    return EngineCore(MockRunner(memory), memory, facts, EngineOptions(**options), ByteTokenizer(), proposers, clock=Clock())
+
+
+def blocks_in_use(core: EngineCore) -> int:
+    """Blocks that are neither free nor kept by the prefix cache alone."""
+    manager = core.memory.manager
+    return manager.num_blocks - manager.free_blocks - (core.prefix.unused if core.prefix else 0)

@@ -1,0 +1,223 @@
+"""Engines over real plans: a request's tokens and log probabilities do not depend on who runs beside it.
+
+By default as long as nothing of it is recomputed; with `batch_invariant=True` to the bit, whatever is cut, shared, cancelled,
+preempted or drafted.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from deepseek_optimizer import ConfigError, Request, SamplingParams, UnsupportedRequestError, load_model, make_engine
+from deepseek_optimizer.backends.cpu import unavailable_reason
+from support.models import CASES, random_ids, random_model
+
+native = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
+FAMILIES = [
+    "llama-gqa", "llama-dynamic", "qwen2-windows", "qwen3-gqa", "deepseek_v2-groups", "deepseek_v3-groups",
+    "deepseek_v32-indexer", "youtu-tied",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Case -> a saved model."""
+    made = {}
+
+    def folder(case):
+        if case not in made:
+            made[case] = tmp_path_factory.mktemp("serving") / case
+            random_model(CASES[case]()).save_pretrained(made[case])
+        return made[case]
+
+    return folder
+
+
+def requests(case, count, seed, most=40):
+    """Some of them begin alike, sampled and greedy."""
+    rng, found = random.Random(seed), []
+    shared = [random_ids(CASES[case](), 70, seed=n) for n in range(3)]
+    for n in range(count):
+        prompt = random_ids(CASES[case](), rng.randrange(1, 130), seed=100 + n)
+        if rng.random() < 0.5:
+            prompt = rng.choice(shared) + prompt[:20]
+        fields = {"temperature": 0.0} if rng.random() < 0.5 else {"temperature": 0.8, "top_p": 0.9, "seed": n}
+        sampling = SamplingParams(
+            max_tokens=rng.randrange(most // 2, most), logprobs=2, ignore_eos=rng.random() < 0.7, **fields
+        )
+        found.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(2)))
+    return found
+
+
+def alone(engine, wanted):
+    return {r.id: engine.generate([r])[0] for r in wanted}
+
+
+def in_company(engine, wanted, seed, cancel=0.0, preempt=0.0):
+    """Joined at random; some are cancelled, and some lose their blocks, at random.
+
+    Returns: id -> (token ids, logprobs) of those that ended by themselves."""
+    rng, core, waiting = random.Random(seed), engine.core, list(wanted)
+    found, texts = {}, {r.id: ([], []) for r in wanted}
+    while waiting or not core.idle:
+        for _ in range(rng.randrange(5)):
+            if waiting:
+                core.add(waiting.pop(rng.randrange(len(waiting))))
+        if rng.random() < cancel:
+            core.cancel(rng.choice(wanted).id)
+        if rng.random() < preempt and core.scheduler.running:
+            victim = rng.choice(core.scheduler.running)
+            core.scheduler.preempt(victim)
+            if core.drafting:
+                core.drafting.forget(victim, ended=False)
+        for output in core.step():
+            tokens, logprobs = texts[output.request_id]
+            tokens += output.token_ids
+            logprobs += output.logprobs or []
+            if output.finish in ("stop", "length"):
+                found[output.request_id] = texts[output.request_id]
+            else:
+                assert output.finish in (None, "cancelled"), output.error
+    return found
+
+
+def check_equal(answers, found):
+    for name, (tokens, logprobs) in found.items():
+        assert tokens == answers[name].token_ids
+        assert logprobs == answers[name].logprobs  # floats, to the bit
+
+
+@native
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_request_in_company_is_as_alone(folders, case, precision):
+    model = load_model(folders(case), precision=precision)
+    wanted = requests(case, 24, seed=1)
+    answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
+    for seed, options in enumerate([{}, {"stall": 2.0, "step_tokens": 96}, {"drafts": True, "batch_size_range": (1, 9)}]):
+        engine = make_engine(model, prefix_cache=False, **options)
+        found = in_company(engine, wanted, seed)
+        assert len(found) == len(wanted)
+        check_equal(answers, found)
+
+
+FORMATS = ["fp32", "bf16", "fp8", "int8", "int4", "q4_1"]
+
+
+@native
+@pytest.mark.parametrize(
+    "case,precision",
+    [(c, p) for c in FAMILIES for p in (FORMATS if c in ("llama-gqa", "deepseek_v3-groups") else FORMATS[::4])],
+)
+def test_invariant_to_the_bit_whatever_happens(folders, case, precision):
+    """32 others, little cache, prompts cut anyhow, prefixes shared, requests cancelled, preempted and drafted."""
+    fields = {"precision": precision, "batch_invariant": True}
+    model = load_model(folders(case), **fields)
+    if case == "llama-dynamic":  # whose rotation follows the longest of a step
+        with pytest.raises(ConfigError, match="batch_invariant"):
+            make_engine(model)
+        return
+    wanted = requests(case, 33, seed=2, most=160)
+    answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
+    block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
+    little = load_model(folders(case), **fields, kv_cache_memory=max(1 << 16, 20 * block_bytes))
+    engine = make_engine(little, step_tokens=50, stall=3.0)
+    ended = {}
+    for seed in range(2):
+        found = in_company(engine, wanted, seed, cancel=0.03, preempt=0.1)
+        check_equal(answers, found)
+        ended |= found
+    assert len(ended) > 15 and engine.core.scheduler.preemptions > 0
+    assert engine.core.prefix is not None and engine.core.metrics.cached_tokens > 0
+
+
+@native
+@pytest.mark.parametrize("case", ["llama-gqa", "qwen3-gqa"])
+def test_preempted_by_default_goes_on_as_it_was(folders, case):
+    """What is run again is run in the family that it was made in, so that even here nothing changes."""
+    model = load_model(folders(case), precision="bf16")
+    wanted = requests(case, 20, seed=3, most=150)
+    answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
+    block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
+    little = load_model(folders(case), precision="bf16", kv_cache_memory=20 * block_bytes)
+    engine = make_engine(little, prefix_cache=False, drafts=False)
+    found = in_company(engine, wanted, 0, preempt=0.1)
+    assert engine.core.scheduler.preemptions > 5
+    check_equal(answers, found)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+@pytest.mark.parametrize("case", ["llama-tied", "deepseek_v3-direct"])
+def test_greedy_text_is_generates(folders, case, backend):
+    model = load_model(folders(case), backend=backend, precision="fp32")
+    engine = make_engine(model)
+    for seed in range(3):
+        ids = random_ids(CASES[case](), 50, seed=seed)
+        wanted = model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, 50:].tolist()
+        assert engine.generate([ids], SamplingParams(temperature=0, max_tokens=30))[0].token_ids == wanted
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+def test_embeddings_are_the_mean_of_the_last_hidden_states(folders, backend):
+    model = load_model(folders("llama-gqa"), backend=backend, precision="fp32")
+    ids = [random_ids(CASES["llama-gqa"](), n, seed=n) for n in (1, 40, 200)]
+    engine = make_engine(model, step_tokens=64)
+    for own, answer in zip(ids, engine.generate([Request(i, embed=True) for i in ids]), strict=True):
+        hidden = model(torch.tensor([own]), output_hidden_states=True).hidden_states[-1][0]
+        assert torch.allclose(torch.from_numpy(answer.embedding), hidden.mean(0), atol=1e-5)
+
+
+@native
+def test_a_draft_model_drafts(folders):
+    """The model itself as its own draft model: nearly every draft holds."""
+    model, twin = (load_model(folders("llama-gqa"), precision="fp32") for _ in range(2))
+    ids = random_ids(CASES["llama-gqa"](), 30)
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    plain = make_engine(model, drafts=False).generate([ids, ids[:7]], sampling)
+    engine = make_engine(model, draft_model=twin)
+    engine.core.drafting._proposers.pop(0)  # prompt lookup would be asked first
+    found = engine.generate([ids, ids[:7]], sampling)
+    assert [a.token_ids for a in found] == [a.token_ids for a in plain]
+    assert engine.core.drafting.held > 0 and engine.core.drafting.held >= 0.9 * engine.core.drafting.proposed
+    small = load_model(folders("qwen3-gqa"))
+    other = load_model(_other_vocabulary(folders))
+    with pytest.raises(ConfigError, match="vocabulary"):
+        make_engine(small, draft_model=other)
+
+
+def _other_vocabulary(folders):
+    folder = folders("llama-gqa").parent / "other"
+    random_model(CASES["llama-gqa"]().__class__(**{**CASES["llama-gqa"]().to_dict(), "vocab_size": 50})).save_pretrained(folder)
+    return folder
+
+
+@native
+def test_mtp_layers_draft(folders):
+    from support.tiny_v3 import documents, tiny_v3
+
+    model = load_model(tiny_v3(), precision="bf16")
+    prompts = documents(tiny_v3(), 3, 60)
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    plain = make_engine(model, drafts=False, prefix_cache=False).generate(prompts, sampling)
+    engine = make_engine(model)
+    engine.core.drafting._proposers.pop(0)
+    for _ in range(2):  # the second time behind cached prefixes, which the layers have not seen
+        assert [a.token_ids for a in engine.generate(prompts, sampling)] == [a.token_ids for a in plain]
+    assert engine.core.drafting.held > 0
+
+
+def test_options_that_cannot_be(folders):
+    model = load_model(folders("llama-tied"), backend="reference")
+    with pytest.raises(ConfigError, match="no option 'batch_size'"):
+        make_engine(model, batch_size=3)
+    with pytest.raises(ConfigError, match="batch_invariant"):
+        make_engine(model, batch_invariant=True)
+    with pytest.raises(ConfigError, match="load_model"):
+        make_engine(random_model(CASES["llama-tied"]()))
+    handle = model.model.layers[0].register_forward_hook(lambda *a: None)
+    with pytest.raises(UnsupportedRequestError, match="hooks"):
+        make_engine(model)
+    handle.remove()
