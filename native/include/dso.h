@@ -124,6 +124,18 @@ DSO_API int32_t dso_cache_release(dso_cache* k, int32_t from_block); /* blocks >
 /* Reads one layer of a sequence back, for adapters and tests. Full: key and value are float [kv_heads, tokens, head_dim].
  * Latent: key is float [tokens, rank + rope], value float [tokens, index], or NULL. */
 DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value);
+/* How RoPE turned keys that lie in a cache: numbers [offset, offset + rot) of a key, in pairs (i, i + rot/2) of these, or
+ * (2i, 2i + 1) with the INTERLEAVED flag, by position * inv_freq[i] (float[rot/2]). */
+typedef struct dso_rotation { const float* inv_freq; int32_t rot, offset, flags, reserved; } dso_rotation;
+/* Moves cached tokens by `delta` positions: turns the keys of all layers, and nothing else, in the blocks that hold `tokens` tokens;
+ * what lies behind the last token is turned with its block. The first token's position is `position`; the others count on from there.
+ * Angle of a number: what ROPE_TABLE's fp32 product gives at the new position less what it gives at the old one, in double, so that
+ * turns add up to the very angle of the last position, however many there were. Rounding is the storage's own, once a turn; with INT8
+ * each head gets a new scale. A scale of ROPE_TABLE is in the keys, and stays.
+ * key: of the heads, or of the rope numbers of a latent; index: of the indexer's key, NULL where the cache has none.
+ * Everything is checked before a byte is written. No block may be there twice; whoever shares one must have been given a copy. */
+DSO_API int32_t dso_cache_turn(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
+                               const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta);
 
 /* ---- plan: a flat list of steps over slots ---------------------------------------------------------------
  * A slot is a buffer whose row count is set by each run: T tokens, or R logit rows for slots after SELECT_ROWS.

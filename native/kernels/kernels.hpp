@@ -33,6 +33,12 @@ struct KvView {
   const int32_t* table;
 };
 
+struct Turn {  // of the keys of a block: numbers [offset, offset + rot) of each, in pairs as `rope` has them
+  const float* table;  // cosines and sines of 32 tokens; their order is the kernel's
+  int64_t rot, offset;
+  bool interleaved;
+};
+
 struct MlaHead {  // of expanded latent attention
   int64_t nope, rope, v_dim;  // nope + rope and v_dim are at most max_head_dim
   bool single;                // all in fp32; otherwise keys, values (and where the ISA has it, q and weights) are bf16
@@ -76,6 +82,8 @@ struct Kernels {
                    const float* val, int64_t v_stride, int64_t h0, int64_t h1);
   void (*kv_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* key, float* value);  // [kv_heads, tokens, head_dim]
 
+  void (*kv_turn)(const KvLayout& l, const KvView& v, int64_t block, const Turn& turn);  // table: [rot][32 tokens], cosines first
+
   // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
   // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
   // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
@@ -109,6 +117,8 @@ struct Kernels {
   // ---- latent caches
   void (*latent_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
   void (*latent_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index);  // index may be null
+  // Tables: [32 tokens][rot], each cosines first. index: of the indexer's keys, null where there are none. room: floats for the larger rot.
+  void (*latent_turn)(const KvLayout& l, const KvView& v, int64_t block, const Turn& key, const Turn* index, float* room);
 
   // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the caller's
   // thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads them.

@@ -1,6 +1,7 @@
 // The C border: pointers checked, exceptions turned into codes. What each call does lies behind it.
 #include "bandwidth.hpp"
 #include "cache.hpp"
+#include "cache_turn.hpp"
 #include "context.hpp"
 #include "cpu_features.hpp"
 #include "cpu_limits.hpp"
@@ -100,6 +101,10 @@ int32_t dso_cache_release(dso_cache* k, int32_t from_block) {
 }
 int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value) {
   return guarded([&] { given(k, "cache").read(layer, block_table, tokens, key, value); });
+}
+int32_t dso_cache_turn(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index, const int32_t* block_table,
+                       int32_t tokens, int32_t position, int32_t delta) {
+  return guarded([&] { turn(shared(c), given(k, "cache"), given(key, "key"), index, block_table, tokens, position, delta); });
 }
 
 int32_t dso_plan_create(dso_context* c, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,

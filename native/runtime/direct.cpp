@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <functional>
 #include <vector>
 
 #include "error.hpp"
@@ -10,31 +9,10 @@
 #include "ggml_blocks.hpp"
 #include "layout.hpp"
 #include "linear_grid.hpp"
+#include "parallel.hpp"
 
 namespace dso {
 namespace {
-
-struct Stage {
-  int64_t tasks;
-  std::function<void(int64_t index, int thread)> task;
-};
-
-class Stages final : public Job {
- public:
-  explicit Stages(std::vector<Stage> stages) : stages_(std::move(stages)) {}
-  int64_t next() override { return opened_ == stages_.size() ? -1 : stages_[opened_++].tasks; }
-  void task(int64_t index, int thread) override { stages_[opened_ - 1].task(index, thread); }
-
- private:
-  const std::vector<Stage> stages_;
-  size_t opened_ = 0;
-};
-
-void parallel(Context& c, int64_t tasks, std::function<void(int64_t, int)> task) {
-  ThreadPool::Lease lease(c.pool);
-  Stages stages({{tasks, std::move(task)}});
-  lease.team().run(stages);
-}
 
 constexpr int64_t kRows = 8;  // that a task converts
 

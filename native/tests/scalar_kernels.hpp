@@ -202,7 +202,7 @@ inline void index_select(const float* scores, int64_t n, int64_t k, float* chose
 }
 
 inline const Kernels table = {"scalar", convert, linear, 0, embed_row, unpack_rows, pack_tile, rms_norm, layer_norm, add, swiglu, softmax, sigmoid, add_scaled, rope,
-                              kv_layer_bytes, kv_write, kv_read, attn_decode_chunk, attn_merge, attn_prefill, attn_eager, 0,
-                              index_write, index_query, index_query_bytes, index_scores, index_select, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+                              kv_layer_bytes, kv_write, kv_read, {}, attn_decode_chunk, attn_merge, attn_prefill, attn_eager, 0,
+                              index_write, index_query, index_query_bytes, index_scores, index_select, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
 
 }  // namespace scalar

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.block_manager import BLOCK_TOKENS as BLOCK_TOKENS  # of a cache block, on every backend
+from ..graph.rotation import KeyRotation
 
 Int32 = npt.NDArray[np.int32]
 
@@ -73,6 +74,24 @@ class KvStore(Protocol):
 
     def release(self, from_block: int) -> None:
         """Gives memory of blocks >= from_block back to the system; their content is lost."""
+
+    def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+        """Moves cached tokens by `delta` positions: their keys in all layers turn, and nothing else.
+
+        Angles are exact: however often a key was turned, it has the angle that RoPE's float32 product gives at its last
+        position. What the storage rounds adds up as independent errors do: after eight turns it is 0.5% of a key in bf16,
+        1.3% in int8.
+
+        Args:
+            rotation: the model's, `graph.rotation.key_rotation`.
+            block_table: int32 [blocks], no block twice, none that anybody else uses: blocks turn whole.
+            tokens: that lie in them; what is behind the last one holds anything afterwards.
+            position: RoPE position of the first of them now; the others count on from there.
+
+        Raises:
+            UnsupportedRequestError: the frequencies depend on the length (dynamic RoPE), and the tokens lie where they do.
+            ValueError: a bad table or position. In any case nothing was changed.
+        """
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[Any, Any]:
         """K and V of one sequence's layer as torch float32 [kv_heads, tokens, head_dim]; of a latent cache the latents

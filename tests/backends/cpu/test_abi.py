@@ -34,7 +34,7 @@ def declarations(text: str):
             yield ctype(kind), name, length
 
 
-@pytest.mark.parametrize("struct", [native.Weight, native.Slot, native.Step, native.Batch])
+@pytest.mark.parametrize("struct", [native.Weight, native.Slot, native.Step, native.Batch, native.Rotation])
 def test_structs(struct):
     body = re.search(rf"typedef struct (dso_{struct.__name__.lower()}) {{(.*?)}}", TEXT, re.S)[2]
     renamed = {"in": "inputs", "out": "outputs"} if struct is native.Step else {}

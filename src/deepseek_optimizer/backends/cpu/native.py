@@ -63,6 +63,12 @@ class CacheShape(C.Structure):
     _fields_ = [(n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "reserved")]
 
 
+class Rotation(C.Structure):
+    """dso_rotation."""
+
+    _fields_ = [("inv_freq", PTR), ("rot", I32), ("offset", I32), ("flags", I32), ("reserved", I32)]
+
+
 class Batch(C.Structure):
     """dso_batch."""
 
@@ -100,6 +106,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_cache_copy_block": (I32, [PTR, I32, I32]),
     "dso_cache_release": (I32, [PTR, I32]),
     "dso_cache_read": (I32, [PTR, I32, PTR, I32, PTR, PTR]),
+    "dso_cache_turn": (I32, [PTR, PTR, PTR, PTR, PTR, I32, I32, I32]),
     "dso_plan_create": (I32, [PTR, PTR, I32, PTR, I32, PTR, I32, I32, PTR]),
     "dso_plan_destroy": (None, [PTR]),
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),

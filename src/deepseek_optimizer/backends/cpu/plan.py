@@ -10,8 +10,9 @@ import torch
 
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
+from ...graph.rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput
-from .native import Batch, Context, Handle, Slot, Step, Weight, block_bytes, cache_shape, check
+from .native import FLAGS, Batch, Context, Handle, Rotation, Slot, Step, Weight, block_bytes, cache_shape, check
 
 _INT32 = np.dtype(np.int32)
 
@@ -36,7 +37,7 @@ class CpuStore:
     """
 
     def __init__(self, context: Context, spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int) -> None:
-        self.lib = context.lib
+        self.context, self.lib = context, context.lib
         self.num_blocks = num_blocks
         self.spec, self.kv_dtype = spec, kv_dtype
         self.block_bytes = block_bytes(spec, kv_dtype)
@@ -49,11 +50,16 @@ class CpuStore:
     def release(self, from_block: int) -> None:
         check(self.lib.dso_cache_release(self.handle, from_block))
 
+    def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+        rotation.check(position + tokens)
+        table, frequencies = _table(block_table, tokens), np.ascontiguousarray(rotation.inv_freq, dtype=np.float32)
+        key, index = (None if pairs is None else _rotation(pairs, frequencies) for pairs in (rotation.key, rotation.index))
+        address = _address(table, "block_table", table.size)
+        args = (None if r is None else C.byref(r) for r in (key, index))
+        check(self.lib.dso_cache_turn(self.context.handle, self.handle, *args, address, tokens, position, delta))
+
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        table = np.ascontiguousarray(block_table, dtype=np.int32)
-        if table.size * BLOCK_TOKENS < tokens:
-            raise ValueError(f"a table of {table.size} blocks does not hold {tokens} tokens")
-        spec = self.spec
+        table, spec = _table(block_table, tokens), self.spec
         if isinstance(spec, LatentSpec):
             key = torch.empty(tokens, spec.rank + spec.rope)
             value = torch.empty(tokens, spec.index) if spec.index else None
@@ -63,6 +69,20 @@ class CpuStore:
         second = None if value is None else value.data_ptr()
         check(self.lib.dso_cache_read(self.handle, layer, address, tokens, key.data_ptr(), second))
         return key, value
+
+
+def _table(block_table: Int32, tokens: int) -> Int32:
+    """The table as the library reads it. Raises ValueError for one that ends before the tokens do."""
+    table = np.ascontiguousarray(block_table, dtype=np.int32)
+    if table.size * BLOCK_TOKENS < tokens:
+        raise ValueError(f"a table of {table.size} blocks does not hold {tokens} tokens")
+    return table
+
+
+def _rotation(pairs: Pairs, frequencies: Any) -> Rotation:
+    if 2 * len(frequencies) != pairs.rot:
+        raise ValueError(f"{len(frequencies)} frequencies do not turn {pairs.rot} numbers")
+    return Rotation(frequencies.ctypes.data, pairs.rot, pairs.offset, FLAGS["interleaved"] if pairs.interleaved else 0, 0)
 
 
 class CpuPlan:

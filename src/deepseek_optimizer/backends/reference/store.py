@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
+from ...graph.rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32
+from .ops import rope
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LATENT_GROUP = 128  # numbers of an int8 latent that share a scale
@@ -56,6 +61,25 @@ class _Blocks:
 
     def release(self, from_block: int) -> None:
         self._resize(min(from_block, len(self._data[0])))
+
+    def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+        rotation.check(position + tokens)
+        if min(position, position + delta) < 0 or tokens < 0:
+            raise ValueError(f"{tokens} tokens from position {position} cannot move by {delta}")
+        table = self._table(block_table, tokens)[: -(-tokens // BLOCK_TOKENS)]
+        if len(table.unique()) != len(table) or (table < 0).any():
+            raise ValueError(f"a block may be there once, and {table.tolist()} is the table")
+        if delta and tokens:
+            angles = _angle_table(rotation.inv_freq, position, len(table) * BLOCK_TOKENS, delta, table.device)
+            made = list(self._turned(rotation, table, angles))  # all of it before any is written
+            for tensor, rows in made:
+                tensor[table] = rows.to(tensor.dtype)
+
+    def _turned(
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tensors that turning changes, each with its new rows of the blocks."""
+        raise NotImplementedError
 
     def _places(self, table: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks and places in them of a sequence's tokens [start, start + count); there is memory for them after this."""
@@ -122,6 +146,19 @@ class TorchStore(_Blocks):
             both.append(rows)
         return both[0], both[1]
 
+    def _turned(
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for i in range(0, len(self._data), 2):
+            key = self._data[i][blocks].float()
+            if self.kv_dtype == "int8":
+                key = key * self._scales[i][blocks][..., None]
+            key = _turn(key, angles, rotation.key)
+            if self.kv_dtype == "int8":
+                key, scales = _quantised(key)
+                yield self._scales[i], scales
+            yield self._data[i], key
+
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.gather(layer, self._table(block_table, tokens), tokens)
         return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
@@ -170,6 +207,21 @@ class LatentStore(_Blocks):
         """The indexer's keys of a sequence's first `tokens` tokens, float32 [tokens, index]."""
         return self._rows(self._data[layer + 2 * self.spec.layers], table, tokens)
 
+    def _turned(
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        layers = self.spec.layers
+        if (rotation.index is None) != (self.spec.index == 0):
+            raise ValueError(
+                f"the cache's keys of an indexer have {self.spec.index} numbers, and rotation.index is {rotation.index}"
+            )
+        parts = [(self._data[layers : 2 * layers], rotation.key)]
+        if rotation.index is not None:
+            parts.append((self._data[2 * layers :], rotation.index))
+        for tensors, pairs in parts:
+            for data in tensors:
+                yield data, _turn(data[blocks].float()[..., None, :], angles, pairs)[..., 0, :]
+
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         table = self._table(block_table, tokens)
         return self.gather(layer, table, tokens), self.gather_index(layer, table, tokens) if self.spec.index else None
@@ -192,3 +244,18 @@ def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x by its last axis as whole numbers from -127 to 127, and their scales."""
     scale = x.abs().amax(-1) / 127
     return torch.round(x / torch.where(scale == 0, 1.0, scale)[..., None]), scale
+
+
+def _angle_table(inv_freq: np.ndarray, position: int, count: int, delta: int, device: torch.device) -> torch.Tensor:
+    """cos and sin, float32 [count, rot], of the angles between positions position + t and position + t + delta: RoPE's are
+    float32 products, and their differences are taken in double, so that turns add up to the last position's own angle."""
+    positions = torch.arange(position, position + count, device=device)
+    frequencies = torch.from_numpy(inv_freq).to(device)
+    made, wanted = ((at[:, None].float() * frequencies).double() for at in (positions, positions + delta))
+    return torch.cat(((wanted - made).cos(), (wanted - made).sin()), -1).float()
+
+
+def _turn(key: torch.Tensor, angles: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Keys float32 [blocks, 32, heads, width], turned by a table [blocks * 32, rot]."""
+    rows = rope(key.flatten(0, 1).flatten(1), angles, key.shape[2], pairs.interleaved, pairs.offset)
+    return rows.view(key.shape)

@@ -1,0 +1,99 @@
+// Cached keys moved to other positions, a block at a time and in place. RoPE turns compose: a key made at one position and turned by
+// the difference of two angles is the key of the other, up to what its storage rounds.
+#pragma once
+#include "elementwise.hpp"
+#include "latent.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+
+// A K panel in numbers, [head_dim][32 tokens], lanes being tokens.
+static void turn_panel(float* x, const Turn& turn) {
+  const int64_t half = turn.rot / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    float* first = x + (turn.offset + (turn.interleaved ? 2 * i : i)) * block_tokens;
+    float* second = first + (turn.interleaved ? 1 : half) * block_tokens;
+    for (int64_t t = 0; t < block_tokens; t += lanes) {
+      const F a = load(first + t), b = load(second + t);
+      const F c = load(turn.table + i * block_tokens + t), s = load(turn.table + (half + i) * block_tokens + t);
+      store(first + t, sub(mul(a, c), mul(b, s)));
+      store(second + t, add(mul(b, c), mul(a, s)));
+    }
+  }
+}
+
+static void turn_bf16_panel(uint8_t* panel, int64_t d, const Turn& turn) {
+  float x[max_head_dim * block_tokens];
+  for (int64_t i = 0; i < d; i += 2)
+    for (int64_t t = 0; t < block_tokens; t += lanes) {
+      const B pair = load_bytes(panel + i / 2 * 128 + t * 4);
+      store(x + i * block_tokens + t, even_bf16(pair));
+      store(x + (i + 1) * block_tokens + t, odd_bf16(pair));
+    }
+  turn_panel(x, turn);
+  for (int64_t i = 0; i < d; i += 2)
+    for (int64_t t = 0; t < block_tokens; t += lanes) {
+      uint16_t even[lanes], odd[lanes];
+      store_bf16(even, load(x + i * block_tokens + t));
+      store_bf16(odd, load(x + (i + 1) * block_tokens + t));
+      store_bytes(panel + i / 2 * 128 + t * 4, pair_bf16(load_bf16(even), load_bf16(odd)));
+    }
+}
+
+// int8_row's rule for each token: a key may have another largest number once it is turned.
+static void turn_int8_panel(uint8_t* panel, float* scales, int64_t d, const Turn& turn) {
+  float x[max_head_dim * block_tokens];
+  for (int64_t t = 0; t < block_tokens; t += lanes) {
+    const F scale = load(scales + t);
+    for (int64_t i = 0; i < d; ++i) store(x + i * block_tokens + t, mul(to_float(load_i8(panel + i * block_tokens + t)), scale));
+  }
+  turn_panel(x, turn);
+  for (int64_t t = 0; t < block_tokens; t += lanes) {
+    F top = zero(), poison = zero();
+    for (int64_t i = 0; i < d; ++i) {
+      const F v = load(x + i * block_tokens + t);
+      top = max(top, abs(v));
+      poison = fma(v, zero(), poison);
+    }
+    float largest_of[lanes], poison_of[lanes], inverse_of[lanes];
+    store(largest_of, top);
+    store(poison_of, poison);
+    for (int64_t j = 0; j < lanes; ++j) {
+      const float m = largest_of[j];
+      const bool tiny = m < 1e-36f;
+      inverse_of[j] = tiny ? 0.0f : 127.0f / m;
+      scales[t + j] = poison_of[j] != poison_of[j] ? __builtin_nanf("") : tiny ? 0.0f : m / 127.0f;
+    }
+    const F inverse = load(inverse_of);
+    for (int64_t i = 0; i < d; ++i) store_i8(panel + i * block_tokens + t, to_int(mul(load(x + i * block_tokens + t), inverse)));
+  }
+}
+
+static void kv_turn(const KvLayout& l, const KvView& v, int64_t block, const Turn& turn) {
+  const HeadLayout layout = head_layout(l.type, l.head_dim);
+  for (int64_t head = 0; head < l.kv_heads; ++head) {
+    uint8_t* at = kv_head_block(v, layout, head, block);
+    if (l.type == DSO_KV_F32) turn_panel((float*)at, turn);
+    else if (l.type == DSO_KV_BF16) turn_bf16_panel(at, l.head_dim, turn);
+    else turn_int8_panel(at, (float*)(at + layout.k_scale), l.head_dim, turn);
+  }
+}
+
+// The numbers of a row that turn; only those are rounded again.
+static void turn_row(uint8_t* numbers, bool single, const Turn& turn, int64_t slot, float* room) {
+  const float* table = turn.table + slot * turn.rot;
+  uint8_t* at = numbers + turn.offset * (single ? 4 : 2);
+  if (single) return rope((float*)at, table, 1, turn.rot, 0, turn.rot, turn.interleaved, (float*)at);
+  read_bf16(at, turn.rot, room);
+  rope(room, table, 1, turn.rot, 0, turn.rot, turn.interleaved, room);
+  write_bf16(room, turn.rot, at);
+}
+
+static void latent_turn(const KvLayout& l, const KvView& v, int64_t block, const Turn& key, const Turn* index, float* room) {
+  const bool single = l.type == DSO_KV_F32;
+  for (int64_t slot = 0; slot < block_tokens; ++slot) {
+    const int64_t token = block * block_tokens + slot;
+    turn_row(latent_row(l, v, token) + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot, room);  // the row's last numbers
+    if (index) turn_row(index_row(l, v, token), single, *index, slot, room);
+  }
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

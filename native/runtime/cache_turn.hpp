@@ -1,0 +1,12 @@
+// Cached keys turned to other positions: what a window does with the tokens behind a gap.
+#pragma once
+#include "cache.hpp"
+#include "context.hpp"
+
+namespace dso {
+
+// See dso_cache_turn.
+void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, const int32_t* table, int64_t tokens, int64_t position,
+          int64_t delta);
+
+}  // namespace dso
