@@ -75,6 +75,53 @@ def test_no_block_for_the_copy() -> None:
     assert second.blocks == first.blocks and manager.users(1) == 2
 
 
+def test_drop_from_the_midst() -> None:
+    manager, seen = BlockManager(8), []
+    made = sequence(manager, 150)
+    made.drop(1, 2, lambda copies, behind: seen.append((copies, behind)))
+    assert made.blocks == [0, 3, 4] and made.tokens == 150 - 64 and manager.free_blocks == 5
+    assert seen == [([], [3, 4])]
+    made.drop(1, 0, lambda copies, behind: pytest.fail("nothing goes, nothing moves"))
+    made.drop(1, 1, lambda copies, behind: seen.append((copies, behind)))
+    assert made.blocks == [0, 4] and made.tokens == 150 - 96
+
+
+def test_drop_gives_shared_blocks_behind_the_gap_their_own_copies() -> None:
+    manager, seen = BlockManager(8), []
+    first = sequence(manager, 128)
+    second = first.fork()
+    second.append(5)
+    second.drop(1, 1, lambda copies, behind: seen.append((copies, behind)))
+    assert seen == [([(2, 5), (3, 6)], [5, 6, 4])]
+    assert (first.blocks, second.blocks) == ([0, 1, 2, 3], [0, 5, 6, 4])
+    assert [manager.users(b) for b in range(8)] == [2, 1, 1, 1, 1, 1, 1, 0]
+
+
+def test_a_drop_that_fails_changes_nothing() -> None:
+    manager = BlockManager(6)
+    first = sequence(manager, 128)
+    second = first.fork()
+
+    def fail(copies: object, behind: object) -> None:
+        raise RuntimeError("the store is broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        second.drop(1, 1, fail)
+    assert second.blocks == first.blocks and second.tokens == 128 and manager.free_blocks == 2
+    with pytest.raises(CacheFullError) as error:
+        second.drop(0, 1, fail)  # three copies, two free blocks
+    assert (error.value.needed, error.value.free) == (3, 2)
+    assert second.blocks == first.blocks and [manager.users(b) for b in range(4)] == [2] * 4 and manager.free_blocks == 2
+
+
+@pytest.mark.parametrize("run", [(-1, 1), (0, -1), (0, 5), (3, 1), (4, 0)])
+def test_only_full_blocks_can_be_dropped(run: tuple[int, int]) -> None:
+    made = sequence(BlockManager(8), 120)
+    with pytest.raises(ValueError, match="full blocks"):
+        made.drop(*run, lambda copies, behind: None)
+    assert len(made.blocks) == 4 and made.tokens == 120
+
+
 @pytest.mark.parametrize(
     "call", [lambda s: s.append(-1), lambda s: s.crop(-1), lambda s: s.crop(11), lambda s: BlockManager(-1)]
 )
@@ -85,7 +132,8 @@ def test_bad_numbers(call: object) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_use_keeps_every_sequence_its_tokens(seed: int) -> None:
-    """Each sequence writes its own marks; a mark must still be there whenever it is read, whoever forked or cropped."""
+    """Each sequence writes its own marks; a mark must still be there whenever it is read, whoever forked, cropped or dropped.
+    Tokens that moved up are marked anew, as a store would turn their keys: nobody else may see that."""
     rng = random.Random(seed)
     manager = BlockManager(24)
     bytes_: dict[tuple[int, int], object] = {}  # (block, place) -> mark
@@ -104,8 +152,29 @@ def test_random_use_keeps_every_sequence_its_tokens(seed: int) -> None:
             marks.append(object())
             bytes_[made.blocks[token // 32], token % 32] = marks[-1]
 
+    def drop(made: SequenceBlocks, marks: list[object]) -> None:
+        first = rng.randint(0, made.tokens // 32)
+        count = rng.randint(0, made.tokens // 32 - first)
+        before, free = list(made.blocks), manager.free_blocks
+
+        def move(copies: list[tuple[int, int]], behind: list[int]) -> None:
+            for source, target in copies:
+                bytes_.update({(target, i): bytes_.get((source, i)) for i in range(32)})
+            for block in behind:
+                for i in range(32):
+                    bytes_[block, i] = ("moved", bytes_.get((block, i)))
+            assert len(behind) == len(before) - first - count
+
+        try:
+            made.drop(first, count, move)
+        except CacheFullError:
+            assert made.blocks == before and manager.free_blocks == free
+            return
+        if count:
+            marks[32 * first :] = [("moved", mark) for mark in marks[32 * (first + count) :]]
+
     for _ in range(200):
-        action = rng.choice(("new", "append", "append", "fork", "crop", "free"))
+        action = rng.choice(("new", "append", "append", "fork", "crop", "drop", "free"))
         if action == "new" or not live:
             live.append((SequenceBlocks(manager), []))
             append(*live[-1], rng.randrange(80))
@@ -116,6 +185,8 @@ def test_random_use_keeps_every_sequence_its_tokens(seed: int) -> None:
             append(made, marks, rng.randrange(50))
         elif action == "fork":
             live.append((made.fork(), list(marks)))
+        elif action == "drop":
+            drop(made, marks)
         elif action == "crop":
             made.crop(rng.randint(0, made.tokens))
             del marks[made.tokens :]
@@ -137,4 +208,4 @@ def test_torch_is_not_imported() -> None:
     source = Path(inspect.getfile(BlockManager)).read_text()
     imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
                 if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
-    assert imported <= {"__future__", "heapq", "numpy", "numpy.typing", "errors"}
+    assert imported <= {"__future__", "collections.abc", "heapq", "numpy", "numpy.typing", "errors"}

@@ -126,8 +126,8 @@ class SequenceBlocks:
         blocks there that others hold as well become this sequence's own.
 
         Args:
-            move: makes the bytes fit, before anything is let go: it gets (source, target) blocks to copy, then all blocks behind
-                the gap as they will be. If it raises, nothing was changed here.
+            move: makes the bytes fit, before anything is let go: it gets (source, target) blocks to copy, and all blocks
+                behind the gap as they will be. If it raises, nothing was changed here.
 
         Raises:
             CacheFullError: too few free blocks for the copies; nothing was changed.

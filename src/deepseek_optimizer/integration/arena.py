@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 try:
     import resource
 except ImportError:  # Windows
@@ -16,6 +18,8 @@ except ImportError:  # Windows
 
 from ..backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
 from ..cache import BlockManager, SequenceBlocks
+from ..errors import UnsupportedRequestError
+from ..graph.rotation import KeyRotation
 
 RESERVE_BYTES = 256 << 20
 RESERVE_SHARE = 0.1
@@ -39,10 +43,13 @@ class Arena:
     Args:
         layers: the model's own; the store may have more.
         latent: the shape of a latent cache's rows; None where it holds keys and values.
+        rotation: how the model's keys were turned, for `drop_blocks`; None: it cannot be done.
     """
 
-    def __init__(self, store: KvStore, layers: int, latent: LatentRow | None = None) -> None:
-        self.store, self.layers, self.latent = store, layers, latent
+    def __init__(
+        self, store: KvStore, layers: int, latent: LatentRow | None = None, rotation: KeyRotation | None = None
+    ) -> None:
+        self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
         self.manager = BlockManager(store.num_blocks)
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()  # taken after _lock where both are
@@ -99,6 +106,35 @@ class Arena:
             with self._store_lock:
                 for source, target in copies:
                     self.store.copy_block(source, target)
+
+    def drop_blocks(self, sequence: SequenceBlocks, first_block: int, count: int, first_position: int = 0) -> None:
+        """Lets go of `count` full blocks of a sequence from `first_block` on. The tokens behind them move up, and so do their
+        positions: their keys turn back by 32 * count. Keys and values stay what the whole text made of them otherwise.
+
+        Args:
+            first_position: RoPE position of the sequence's first token; the others count on from there.
+
+        Raises: with nothing changed,
+            CacheFullError: blocks behind the gap are shared, and there are too few for copies of them.
+            UnsupportedRequestError: keys of this model cannot be moved.
+        """
+        rotation = self.rotation
+        if rotation is None:
+            raise UnsupportedRequestError(
+                "this model's cached keys cannot be moved to other positions: run it without a window"
+            )
+        end = first_block + count
+        tokens, position = sequence.tokens - end * BLOCK_TOKENS, first_position + end * BLOCK_TOKENS
+        rotation.check(first_position + sequence.tokens)
+
+        def move(copies: list[tuple[int, int]], blocks: list[int]) -> None:
+            with self._store_lock:
+                for source, target in copies:
+                    self.store.copy_block(source, target)
+                self.store.turn(rotation, np.array(blocks, np.int32), tokens, position, -count * BLOCK_TOKENS)
+
+        with self.locked():
+            sequence.drop(first_block, count, move)
 
     @property
     def used_bytes(self) -> int:

@@ -1,0 +1,148 @@
+"""Which blocks a window lets go, against what it promises, and how large it is."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import random
+from pathlib import Path
+
+import pytest
+
+from deepseek_optimizer.cache import window
+from deepseek_optimizer.cache.window import SMALLEST, Drop, WindowPolicy, window_tokens
+from deepseek_optimizer.errors import ConfigError, RequestError
+
+
+def test_nothing_goes_while_all_fits() -> None:
+    policy = WindowPolicy(window=1024)
+    assert policy.drops(0, coming=700) == policy.drops(1023) == policy.drops(1000, ((0, 1000),), coming=24) == []
+
+
+def test_a_share_goes_at_once_the_oldest_behind_the_sinks() -> None:
+    policy = WindowPolicy(window=1024, sinks=4, share=0.25)
+    assert policy.drops(1024) == [Drop(1, 8)]
+    assert policy.drops(1000, coming=25) == [Drop(1, 8)]
+    assert policy.drops(1024, coming=300) == [Drop(1, 10)]  # more where more is needed
+    assert WindowPolicy(window=1024, sinks=33).drops(1024) == [Drop(2, 8)]
+    assert WindowPolicy(window=1024, sinks=0).drops(1024) == [Drop(0, 8)]
+
+
+def test_pinned_blocks_stay_and_the_last_run_goes_first() -> None:
+    policy = WindowPolicy(window=1024)
+    pinned = ((40, 41), (95, 97), (500, 520))
+    assert policy.drops(1024, pinned) == [Drop(4, 8)]  # blocks 1, 2 and 3 are pinned
+    assert policy.drops(1024, ((70, 80),)) == [Drop(3, 7), Drop(1, 1)]
+    assert policy.drops(1024, ((0, 300),)) == [Drop(10, 8)]
+
+
+def test_the_recent_part_stays() -> None:
+    policy = WindowPolicy(window=1024, recent=0.5)
+    assert policy.drops(1024, ((32, 480),), coming=32) == [Drop(15, 1)]  # half of a share is all there is
+    with pytest.raises(RequestError, match="Pin less"):
+        policy.drops(1024, ((32, 480),), coming=33)
+
+
+def test_renumbered() -> None:
+    spans = ((3, 20), (70, 80), (200, 230), (300, 400))
+    assert Drop(3, 3).renumbered(spans) == ((3, 20), (70, 80), (104, 134), (204, 304))
+    assert Drop(20, 3).renumbered(spans) == spans
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_dialogue_for_ever(seed: int) -> None:
+    """Random windows, spans and steps, each token known by name: the window is never passed, sinks, pinned and recent tokens
+    are always there, and what `check` admits never fails."""
+    rng = random.Random(seed)
+    policy = WindowPolicy(
+        window=rng.randrange(300, 2000),
+        sinks=rng.choice((0, 1, 4, 40)),
+        share=rng.choice((0.05, 0.25, 0.5)),
+        recent=rng.choice((0, 0.1, 0.4)),
+    )
+    pinned: tuple[tuple[int, int], ...] = ()
+    prompt = rng.randrange(1, 3 * policy.window)
+    for _ in range(rng.randrange(4)):
+        begin = rng.randrange(prompt)
+        more = (*pinned, (begin, begin + rng.randrange(1, 60)))
+        if policy.room(more) >= 8:
+            pinned = more
+    room = policy.room(pinned)
+    policy.check(pinned, room)
+    with pytest.raises(RequestError, match="pinned: .*larger window"):
+        policy.check(pinned, room + 1)
+    names = [t for begin, end in pinned for t in range(begin, end)]
+    cached: list[int] = []
+    read, drops = 0, 0
+    while read < 12 * policy.window:
+        coming = rng.choice((1, 1, room, rng.randint(1, room)))
+        recent = cached[len(cached) - policy.recent_tokens :] if policy.recent_tokens else []
+        runs = policy.drops(len(cached), pinned, coming)
+        assert [r.first_block for r in runs] == sorted((r.first_block for r in runs), reverse=True)
+        for run in runs:
+            assert run.count > 0 and run.begin + run.tokens <= len(cached)
+            del cached[run.begin : run.begin + run.tokens]
+            pinned = run.renumbered(pinned)
+            drops += 1
+        assert not recent or cached[-len(recent) :] == recent
+        cached += range(read, read + coming)
+        read += coming
+        assert len(cached) <= policy.window and policy.room(pinned) == room
+        assert cached[: policy.sinks] == list(range(min(policy.sinks, read)))
+        assert [t for b, e in pinned for t in cached[b:e]] == [t for t in names if t < read]
+    assert drops
+
+
+def test_drops_are_rare() -> None:
+    """A token that comes last is moved a few times before it is the oldest, whatever the window."""
+    for size in (256, 1024, 8192):
+        policy, cached, moves = WindowPolicy(window=size), 0, 0
+        for _ in range(5 * size):
+            moves += len(policy.drops(cached))
+            cached += 1 - sum(run.tokens for run in policy.drops(cached))
+        assert 15 <= moves <= 17
+
+
+@pytest.mark.parametrize(
+    "fields", [{"window": 127}, {"window": 1024, "sinks": -1}, {"window": 1024, "share": 0}, {"window": 1024, "share": 0.6},
+               {"window": 1024, "recent": 0.6}, {"window": 1024, "recent": -0.1}, {"window": 1024, "sinks": 705}]
+)  # fmt: skip
+def test_bad_policies(fields: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="window"):
+        WindowPolicy(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("span", [(-1, 4), (5, 5), (9, 3)])
+def test_bad_spans(span: tuple[int, int]) -> None:
+    with pytest.raises(RequestError, match="pinned: a span"):
+        WindowPolicy(window=1024).check((span,))
+
+
+def test_more_at_once_than_any_window_has_room_for_is_the_callers_mistake() -> None:
+    with pytest.raises(ValueError, match="2000 tokens at once"):
+        WindowPolicy(window=1024).drops(900, coming=2000)
+
+
+def test_a_window_grows_with_the_dialogue_up_to_the_trained_context() -> None:
+    sizes = [window_tokens(8192, n, 512, available=100_000) for n in (0, 500, 1024, 3000, 7680, 8000, 1_000_000)]
+    assert sizes == [1024, 1024, 1536, 3520, 7680, 7680, 7680]
+
+
+def test_a_window_shrinks_with_memory_down_to_the_smallest() -> None:
+    sizes = [window_tokens(8192, 7000, 512, available=n) for n in (100_000, 5000, 2000, 1030, 600, 0)]
+    assert sizes == [7520, 4992, 1984, 1024, 1024, 1024]
+    assert window_tokens(8192, 7000, 512, available=0, smallest=256) == 256
+    assert window_tokens(2048, 7000, 1500, available=0) == 548  # the model's context is shorter than the smallest
+
+
+def test_an_answer_that_leaves_no_window() -> None:
+    assert window_tokens(512, 10_000, 512 - SMALLEST, available=10_000) == SMALLEST
+    with pytest.raises(ConfigError, match="max_tokens: .* at most 384"):
+        window_tokens(512, 10_000, 512 - SMALLEST + 1, available=10_000)
+
+
+def test_torch_is_not_imported() -> None:
+    source = Path(inspect.getfile(window)).read_text()
+    imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
+                if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
+    assert imported <= {"__future__", "collections.abc", "dataclasses", "errors", "block_manager"}
