@@ -19,6 +19,7 @@ from .engine.speculative.mtp import MtpProposer
 from .engine.speculative.prompt_lookup import PromptLookupProposer
 from .errors import ConfigError, UnsupportedRequestError
 from .graph.ir import LatentSpec
+from .graph.rotation import key_rotation
 from .integration.runtime import Runtime, runtime_of
 from .integration.threads import one_torch_thread
 
@@ -78,6 +79,10 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     native = runtime.backend.name == "cpu"
     if options.batch_invariant and not native:
         raise ConfigError("batch_invariant=True: the reference backend's products depend on the batch; use the native one")
+    if options.window is not None:
+        if options.batch_invariant:
+            raise ConfigError("batch_invariant=True and a window: when a window slides depends on how prompts are cut; choose one")
+        key_rotation(runtime.graph)  # an error where keys cannot be moved
     if options.batch_invariant and any(n.op == "rope_table" and n.attrs["rope"].is_dynamic for n in runtime.graph.nodes):
         raise ConfigError("batch_invariant=True: this model's RoPE is dynamic, it follows the longest sequence of a step")
     vocab = runtime.graph.vocab_size

@@ -63,6 +63,10 @@ class MockMemory:
         for source, target in copies:
             self.cells[target] = self.cells[source]
 
+    def drop_blocks(self, sequence, first_block, count):
+        with self.locked():
+            sequence.drop(first_block, count, lambda copies, blocks: self.copy_blocks(copies))
+
     def run(self, plan, batch):
         raise AssertionError("the mock runner runs by itself")
 
@@ -94,6 +98,8 @@ class MockRunner:
                 block = blocks[place // BLOCK_TOKENS]
                 assert self.memory.manager.users(block) >= 1
                 self.memory.cells[block, place % BLOCK_TOKENS] = token
+            held = self.memory.cells[blocks].reshape(-1)[: part.start + len(part.ids)].tolist()
+            assert held == [*part.sequence.tokens[: part.start], *part.ids]
             for n in range(len(part.ids)):
                 hidden.append(part.ids[n])
                 if at + n in wanted:

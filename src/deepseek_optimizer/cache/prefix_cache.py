@@ -97,6 +97,12 @@ class PrefixCache:
         """Blocks that could be taken away."""
         return sum(self.manager.users(block) == 1 for block in self._blocks.values())
 
+    def forget(self, keys: list[Key]) -> None:
+        """These are no longer found."""
+        for key in keys:
+            if (block := self._blocks.pop(key, None)) is not None:
+                self.manager.release(block)
+
     def clear(self) -> None:
         """Forgets everything; blocks that sequences use stay theirs."""
         for block in self._blocks.values():

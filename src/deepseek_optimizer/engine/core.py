@@ -28,6 +28,7 @@ from .request import Finish, Output, Request
 from .running import Running
 from .scheduler import Scheduler, Share
 from .sequence import Part, Sequence
+from .sliding import Sliding, window_of
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
 from .step_times import StepTimes
@@ -83,11 +84,16 @@ class EngineCore:
             self.blocks = manager.num_blocks
             self.prefix = PrefixCache(manager) if options.prefix_cache else None
         low, high = options.batch_size_range
+        self.sliding: Sliding | None = None
+        if options.window is not None:
+            window = window_of(options.window, facts.context, self.blocks)
+            self.sliding = Sliding(memory, self.prefix, window, options.sinks, self._moved)
         self.scheduler = Scheduler(
             memory,
             PromptBudget(options.step_tokens, options.stall, self.times, facts.chunk),
             BatchSize(low, high, self.times, options.target_itl),
             self.prefix,
+            self.sliding,
             invariant=options.batch_invariant,
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
@@ -113,6 +119,11 @@ class EngineCore:
             if any(t >= facts.vocab_size for t in tokens):
                 raise RequestError(name, f"names tokens outside the vocabulary of {facts.vocab_size}")
         room, what = facts.context, "the model's context"
+        if self.sliding is not None:
+            if not request.embed:
+                self.sliding.check(request.pinned, len(prompt))
+                return self.sliding.window if sampling.max_tokens is None else sampling.max_tokens
+            room, what = self.sliding.window, "the window"
         if self.blocks * BLOCK_TOKENS < room:
             room, what = self.blocks * BLOCK_TOKENS, "the whole cache (kv_cache_memory)"
         asked = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
@@ -147,6 +158,7 @@ class EngineCore:
             most=self.check(request),
             arrived=self.clock(),
             prompt=len(request.prompt),
+            pinned=request.pinned if self.sliding is not None else (),
         )
         self._requests[request.id] = running
         self.scheduler.add(running)
@@ -231,6 +243,11 @@ class EngineCore:
         self._idle_since = None
         first = min(self._requests.values(), key=lambda r: r.order)
         return [self._end(first, "error", error="the cache is used by others; raise kv_cache_memory, or try again later")]
+
+    def _moved(self, r: Running) -> None:
+        """A window has slid: whoever remembers places in its text is wrong now."""
+        if self.drafting:
+            self.drafting.forget(r, ended=False)
 
     def _expired(self) -> list[Output]:
         """Those that were cancelled, or whose time is up."""

@@ -18,6 +18,8 @@ class EngineOptions:
         prefix_cache: prompts that begin alike (with the same salt) share blocks, also with what was answered before.
         batch_invariant: a request's tokens and log probabilities are the same to the bit, whatever runs beside it and whatever
             is recomputed.
+        window: tokens that a sequence may hold: longer ones let go of their midst and go on for ever; None: they end with the
+            model's context. `sinks` at the beginning always stay.
         most_waiting: requests that an `AsyncEngine` takes beside those that can run.
     """
 
@@ -27,4 +29,6 @@ class EngineOptions:
     target_itl: float | None = None
     prefix_cache: bool = True
     batch_invariant: bool = False
+    window: int | None = None
+    sinks: int = 4
     most_waiting: int = 256

@@ -19,6 +19,7 @@ from ..errors import CacheFullError
 from .batch_size import BatchSize
 from .budget import PromptBudget
 from .running import Running
+from .sliding import Sliding
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -55,13 +56,21 @@ class Scheduler:
     Args:
         memory: where the blocks are.
         prefix: None: no sharing.
+        sliding: of windows; None: there are none.
         invariant: prompts run in the decode family too.
     """
 
     def __init__(
-        self, memory: Memory, budget: PromptBudget, batch: BatchSize, prefix: PrefixCache | None, *, invariant: bool = False
+        self,
+        memory: Memory,
+        budget: PromptBudget,
+        batch: BatchSize,
+        prefix: PrefixCache | None,
+        sliding: Sliding | None = None,
+        *,
+        invariant: bool = False,
     ) -> None:
-        self.memory, self.budget, self.batch, self.prefix = memory, budget, batch, prefix
+        self.memory, self.budget, self.batch, self.prefix, self.sliding = memory, budget, batch, prefix, sliding
         self._prompt_phase = DECODE if invariant else PREFILL
         self.waiting: list[Running] = []  # in order
         self.running: list[Running] = []  # in order
@@ -88,10 +97,13 @@ class Scheduler:
         for running in [r for r in self.running if r.decoding]:
             if running not in self.running:  # it lost its blocks to one before it
                 continue
-            start, most = running.sequence.cached, drafts.get(running, 0)
+            most = drafts.get(running, 0)
+            if most and self.sliding is not None:
+                drafts[running] = most = min(most, self.sliding.most(running) - 1)
             if most and not self._extend(running, 1 + most):
                 drafts[running] = most = 0
             if most or self._extend_or_preempt(running, 1):
+                start = running.sequence.cached - 1 - most
                 found.append(Share(running, start, 1, DECODE, True, preempted=running.preempted))
         return found
 
@@ -113,12 +125,15 @@ class Scheduler:
     def _piece(self, running: Running, room: int, found: list[Share]) -> int:
         """Tokens of a prompt that were added to the step."""
         start, missing = running.sequence.cached, running.missing
+        if self.sliding is not None:
+            room = min(room, self.sliding.most(running))
         if start < running.prompt:
             count, phase = self.budget.part(start, min(missing, running.prompt - start), room), self._prompt_phase
         else:  # text that is run again: in the family that it was made in, so that it stays the same
             count, phase = min(missing, room), DECODE
         if count <= 0 or not self._extend_or_preempt(running, count):
             return 0
+        start = running.sequence.cached - count  # a window may have slid
         found.append(Share(running, start, count, phase, count == missing, preempted=running.preempted))
         return count
 
@@ -157,7 +172,8 @@ class Scheduler:
                 full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # one token at least is left to be run
                 sequence.blocks.adopt(self.prefix.match(running.keys[:full]))
                 running.registered = len(sequence.blocks.blocks)
-            needed = -(-running.missing // BLOCK_TOKENS) + len(self.running)  # a block each, so that they can go on
+            tokens = running.missing if self.sliding is None else min(running.missing, self.sliding.window)
+            needed = -(-tokens // BLOCK_TOKENS) + len(self.running)  # a block each, so that they can go on
             free = manager.free_blocks + (self.prefix.unused if self.prefix else 0)
             if needed > free and self.running:
                 sequence.blocks.free()
@@ -196,7 +212,9 @@ class Scheduler:
         running.registered = 0
 
     def _extend(self, running: Running, count: int) -> bool:
-        """Room for so many more tokens, at the cost of the prefix cache alone."""
+        """Room for so many more tokens, at the cost of its own window and of the prefix cache alone."""
+        if self.sliding is not None and not self.sliding.slide(running, count):
+            return False
         blocks = running.sequence.blocks
         if blocks.fits(count):  # the common step: nothing to ask the manager for
             blocks.tokens += count
@@ -212,8 +230,11 @@ class Scheduler:
         return False
 
     def _extend_or_preempt(self, running: Running, count: int) -> bool:
-        """Room for so many more tokens, at the cost of those behind it; False: it was the last itself, and waits now."""
+        """Room for so many more tokens, at the cost of others' windows and of those behind it; False: it was the last itself,
+        and waits now."""
         while not self._extend(running, count):
+            if self.sliding is not None and self.sliding.shrink(self.running):
+                continue
             victim = self.running[-1]
             self.preempt(victim)
             if victim is running:

@@ -15,9 +15,10 @@ from torch.nn.modules import module as torch_module
 from ..backends.base import Backend, Plan
 from ..config import DeepSeekConfig
 from ..engine.speculative.gate import SpeculationReport
-from ..errors import BackendError, ConfigError
+from ..errors import BackendError, ConfigError, UnsupportedModelError
 from ..graph import rules
 from ..graph.ir import Graph
+from ..graph.rotation import KeyRotation, key_rotation
 from ..quant import Packer, reference_packer
 from .arena import Arena, LatentRow, arena_blocks
 from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
@@ -164,7 +165,7 @@ class Runtime:
         if self._arena is None:
             blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), self.config.kv_cache_memory)
             store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
-            self._arena = Arena(store, self.graph.hidden_states - 1, _latent_row(self.graph))
+            self._arena = Arena(store, self.graph.hidden_states - 1, _latent_row(self.graph), _rotation(self.graph))
         return self._arena
 
     @property
@@ -288,6 +289,13 @@ def runtime_of(model: Any) -> Runtime:
         f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
         "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
     )
+
+
+def _rotation(graph: Graph) -> KeyRotation | None:
+    try:
+        return key_rotation(graph)
+    except UnsupportedModelError:
+        return None  # whoever wants to move keys asks again, and hears why not
 
 
 def _latent_row(graph: Graph) -> LatentRow | None:

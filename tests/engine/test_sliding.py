@@ -1,0 +1,107 @@
+"""Windows in the engine: dialogues run on in bounded memory, what is pinned stays, and what was dropped is told."""
+
+import random
+
+import pytest
+
+from deepseek_optimizer import RequestError
+from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
+from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from support.mock_model import VOCAB, blocks_in_use, make_core, next_token
+
+
+def endless(most):
+    return SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}])
+def test_a_dialogue_runs_on_in_its_window(options, drafts):
+    """Each token follows from what the window holds at that moment; sinks and pinned tokens are in it to the end."""
+    proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
+    core = make_core(blocks=40, context=512, window=320, sinks=4, proposers=proposers, **options)
+    rng = random.Random(3)
+    prompt = [rng.randrange(VOCAB) for _ in range(1_500)]  # five times the window
+    core.add(Request(prompt, endless(1_000), id="a", pinned=((100, 130),)))
+    (running,) = core.scheduler.waiting
+    contexts, dropped, last = [], 0, None
+    while not core.idle:
+        before = list(running.sequence.tokens)
+        for output in core.step():
+            context = list(running.sequence.tokens)
+            new = output.token_ids
+            if dropped == output.dropped_tokens and len(context) > len(new):
+                assert context[: len(before)] == before
+            for n in range(len(new)):
+                assert new[n] == next_token(context[: len(context) - len(new) + n])
+            dropped, last = output.dropped_tokens, output
+        if running.sequence.cached:
+            contexts.append(running.sequence.cached)
+            assert running.sequence.tokens[:4] == prompt[:4]
+            begin, end = running.pinned[0]
+            assert running.sequence.tokens[begin:end] == prompt[100:130]
+    assert max(contexts) <= 320 and last.completion_tokens == 1_000 and last.finish == "length"
+    assert last.dropped_tokens >= 1_500 + 1_000 - 320 and last.dropped_tokens % BLOCK_TOKENS == 0
+    assert blocks_in_use(core) == 0
+
+
+def test_a_moved_block_is_nobody_elses():
+    """What was dropped from under a block is part of what it holds: it must not be found by its tokens alone."""
+    core = make_core(blocks=60, context=512, window=256)
+    rng = random.Random(0)
+    prompt = [rng.randrange(VOCAB) for _ in range(600)]
+    for name in ("a", "b"):
+        core.add(Request(prompt, endless(200), id=name))
+        texts = []
+        while not core.idle:
+            texts += [t for o in core.step() for t in o.token_ids]
+        if name == "a":
+            first = texts
+    assert texts == first
+    assert blocks_in_use(core) == 0
+
+
+def test_windows_shrink_before_anybody_loses_all():
+    core = make_core(blocks=100, context=4_000, window=3_000, prefix_cache=False, batch_size_range=(2, 2))
+    core.add(Request([1] * 2_900, endless(300), id="long"))
+    core.add(Request([2] * 900, endless(100), id="other"))
+    most = {}
+    while not core.idle:
+        for output in core.step():
+            most[output.request_id] = output
+    assert core.scheduler.preemptions == 0 and most["long"].dropped_tokens > 0
+    assert most["other"].completion_tokens == 100 and most["long"].completion_tokens == 300
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_windows_in_company(seed):
+    """Little memory, prompts of all lengths, prefixes in common: nothing leaks, all get what they asked for."""
+    rng = random.Random(seed)
+    core = make_core(blocks=rng.randrange(30, 60), context=1_000, window=rng.choice([256, 500]), batch_size_range=(1, 6),
+                     step_tokens=rng.choice([32, 256]))  # fmt: skip
+    shared = [rng.randrange(VOCAB) for _ in range(300)]
+    wanted = [
+        Request(shared + [n] * rng.randrange(1, 500), endless(rng.randrange(1, 300)), id=str(n), priority=rng.randrange(2))
+        for n in range(14)
+    ]
+    for request in wanted:
+        core.add(request)
+    found = {}
+    while not core.idle:
+        found |= {o.request_id: o for o in core.step()}
+    for request in wanted:
+        output = found[request.id]
+        assert output.finish == "length" and output.completion_tokens == request.sampling.max_tokens
+    assert blocks_in_use(core) == 0
+
+
+def test_what_leaves_no_room_is_refused():
+    core = make_core(blocks=40, context=512, window=256)
+    with pytest.raises(RequestError, match="pinned"):
+        core.check(Request([1] * 400, endless(5), pinned=((0, 250),)))
+    with pytest.raises(RequestError, match="behind the prompt"):
+        core.check(Request([1] * 40, endless(5), pinned=((30, 50),)))
+    with pytest.raises(RequestError, match="the window"):
+        core.check(Request([1] * 300, embed=True))
+    assert core.check(Request([1] * 100_000, endless(10**6))) == 10**6
