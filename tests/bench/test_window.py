@@ -1,0 +1,44 @@
+"""The window's row: well formed, and measured for real on the small trained model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "benchmarks" / "window.py").exists():
+    pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
+sys.path.append(str(ROOT))
+
+from benchmarks.verdict import REACHED  # noqa: E402
+from benchmarks.window import MOST_RATIO, READINGS, Bench, measure  # noqa: E402
+
+from support.tiny_v3 import tiny_v3  # noqa: E402
+
+SMALL = replace(READINGS[0], window=256)
+
+
+def test_the_rows_are_well_formed() -> None:
+    assert len({row.name for row in READINGS}) == len(READINGS)
+    assert all(row.model in ("smol", "tiny-v3") and row.late < 10 for row in READINGS)
+
+
+def test_a_small_window_for_real() -> None:
+    row = measure(SMALL, tiny_v3(), quick=True)
+    assert row["verdict"] == REACHED
+    assert row["read"] == 768 and row["compared"] == 255 and row["drops"] >= 2
+    assert row["most_blocks"] == row["window_blocks"] == 8
+    assert 1 - 0.05 < row["perplexity_ratio"] <= MOST_RATIO and 10 < row["perplexity"] < 60
+
+
+def test_keys_that_do_not_turn_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure can fail: the same reading over a store that leaves keys where they were."""
+    path = tiny_v3()
+    bench = Bench(SMALL, path, quick=True)
+    right = bench.compare(1)
+    monkeypatch.setattr(type(bench.arena.store), "turn", lambda *_: None)
+    wrong = bench.compare(1)
+    assert abs(right["perplexity_ratio"] - 1) < abs(wrong["perplexity_ratio"] - 1) / 2
