@@ -1,0 +1,58 @@
+"""Dialogues that outgrow their window: what stays, and that the cut stays too."""
+
+import random
+
+import pytest
+
+from deepseek_optimizer import RequestError
+from deepseek_optimizer.chat.fit import fit
+
+
+def tokens(messages):
+    return 3 + sum(4 + len(m["content"]) for m in messages)
+
+
+def dialogue(rng, turns, longest=60):
+    found = [{"role": "system", "content": "s" * 20}]
+    for n in range(turns):
+        found.append({"role": "user", "content": f"{n}:" + "q" * rng.randrange(longest)})
+        found.append({"role": "assistant", "content": f"{n}:" + "a" * rng.randrange(longest)})
+    return found
+
+
+def test_what_fits_stays_whole():
+    messages = dialogue(random.Random(0), 3)
+    assert fit(messages, tokens, 10_000).messages == messages and fit(messages, tokens, tokens(messages)).dropped == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cut_stays_for_many_turns(seed):
+    """As the dialogue grows, what is left out grows in few steps, each message once; system and pinned ones stay."""
+    rng = random.Random(seed)
+    messages = dialogue(rng, 80)
+    messages[7]["pinned"] = True
+    most, before, changes = 1_000, 0, 0
+    for turn in range(2, len(messages), 2):
+        found = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, most)
+        assert tokens(found.messages) <= most and found.messages[-1]["content"] == "now"
+        assert found.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in found.messages)
+        assert found.dropped + len(found.messages) == turn + 1 and found.dropped >= before
+        if found.dropped:
+            assert tokens(found.messages) >= 0.4 * most  # not more than is needed
+        changes += found.dropped != before
+        before = found.dropped
+    assert 3 <= changes <= 25  # in 79 turns
+
+
+def test_a_dialogue_goes_on_with_a_question():
+    messages = dialogue(random.Random(1), 40)
+    found = fit([*messages, {"role": "user", "content": "now"}], tokens, 500)
+    assert found.dropped and found.messages[1]["role"] == "user"
+
+
+def test_what_must_stay_must_fit():
+    messages = [{"role": "system", "content": "s" * 900}, *dialogue(random.Random(0), 3)[1:]]
+    with pytest.raises(RequestError, match="messages"):
+        fit(messages, tokens, 500)
+    with pytest.raises(RequestError, match="room for 100"):
+        fit([{"role": "user", "content": "x" * 200}], tokens, 100)

@@ -1,0 +1,37 @@
+"""The engine decides without torch: only what runs a plan, and Transformers' sampler, import it."""
+
+import ast
+from pathlib import Path
+
+import deepseek_optimizer.engine as engine
+
+WITH_TORCH = {"runner.py", "sampler.py"}
+
+
+def imported(tree):
+    """Modules that a file imports when it is imported itself."""
+    nodes = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If):
+            if "TYPE_CHECKING" not in ast.dump(node.test):
+                nodes += [*node.body, *node.orelse]
+        elif isinstance(node, (ast.Try, ast.ClassDef)):
+            nodes += node.body
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def test_no_torch():
+    folder = Path(engine.__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    assert len(files) > 25
+    for file in files:
+        names = set(imported(ast.parse(file.read_text())))
+        if file.name in WITH_TORCH:
+            assert "torch" in names
+            continue
+        assert not any(name.split(".")[0] in ("torch", "transformers") for name in names), file
+        assert not any(name.rstrip().endswith(("runner", "sampler")) for name in names), file
