@@ -138,6 +138,40 @@ def test_a_long_prompt_leaves_the_others_their_steps():
     assert steps >= 3000 // 64
 
 
+def test_a_short_question_need_not_wait_for_a_book():
+    core = make_core(step_tokens=64, blocks=400)
+    core.add(Request([2] * 3000, SamplingParams(temperature=0, max_tokens=2), id="book"))
+    core.step()
+    core.add(Request([3] * 50, SamplingParams(temperature=0, max_tokens=2), id="question"))
+    steps = 0
+    while not any(o.request_id == "question" for o in core.step()):
+        steps += 1
+    assert steps <= 2
+    while not core.idle:
+        last = core.step()
+    assert [o.request_id for o in last] == ["book"]
+
+
+def test_a_grammar_that_fails_ends_its_request_alone():
+    class Broken:
+        finished = False
+
+        def start(self):
+            return self
+
+        def mask(self, bits):
+            return False
+
+        def accept(self, token):
+            raise RuntimeError("a bug")
+
+    core = make_core()
+    bad = SamplingParams(temperature=0, max_tokens=5, grammar=Broken())
+    found = run(core, [Request([1], bad, id="bad"), Request([2], GREEDY, id="b")])
+    assert found["bad"].finish == "error" and "bug" not in found["bad"].error and found["b"].token_ids == expected([2], 20)
+    assert blocks_in_use(core) == 0
+
+
 def test_prompts_that_begin_alike_are_run_once():
     core = make_core()
     prompt = list(range(50)) * 2  # three full blocks, and four tokens

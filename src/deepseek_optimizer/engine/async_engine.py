@@ -102,7 +102,7 @@ class AsyncEngine:
     def __init__(self, core: EngineCore, model_name: str, running: Any = nullcontext) -> None:
         self.core, self.model_name, self._running = core, model_name, running
         self.tokenizer = core.tokenizer
-        self.context, self.vocab_size = core.facts.context, core.facts.vocab_size
+        self.context, self.vocab_size, self.eos = core.facts.context, core.facts.vocab_size, core.facts.eos
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
@@ -276,4 +276,13 @@ class AsyncEngine:
             if isinstance(message, str):
                 self.core.cancel(message)
             else:
-                self.core.add(message)
+                self._add(message)
+
+    def _add(self, request: Request) -> None:
+        assert self._loop is not None
+        try:
+            self.core.add(request)
+        except Exception as error:  # its grammar could not be started, say: the others go on
+            _log.exception("request %s could not begin", request.id)
+            failed = Output(request.id, finish="error", error=f"the request could not begin: {type(error).__name__}")
+            self._loop.call_soon_threadsafe(self._deliver, [failed])

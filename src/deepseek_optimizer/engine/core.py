@@ -5,6 +5,7 @@ No torch but what `runner` hands over: logits are numpy views here.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from .step_times import StepTimes
 if TYPE_CHECKING:
     from .runner import Runner
 
+_log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds without a step before a request is given up
 
 
@@ -312,6 +314,9 @@ class EngineCore:
             return self._end(r, "error", output, error=str(error))
         except NoTokenError:
             finish, output.stop_reason = "stop", "no token may come"
+        except Exception as error:  # of its grammar or its text: no other request has a part in it
+            _log.exception("request %s has failed", r.request.id)
+            return self._end(r, "error", output, error=f"choosing a token failed: {type(error).__name__}")
         output.completion_tokens = r.generated
         self._clock_tokens(r, len(output.token_ids))
         cached = share.start + share.count + len(output.token_ids) - 1  # what was drafted behind it is nobody's text

@@ -8,7 +8,6 @@ waits, to be run again from its tokens (or from what the prefix cache still has 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -108,18 +107,22 @@ class Scheduler:
         return found
 
     def prompts(self, decoding: int) -> list[Share]:
-        """The shares of prompts, beside so many rows that decode: those begun first, then new ones as there is room."""
+        """The shares of prompts, beside so many rows that decode: in order, but half of the room goes to the shortest, so that
+        a short question need not wait for somebody's book."""
+        self._admit_waiting()
         found: list[Share] = []
         room = self.budget.tokens(decoding)
-        for running in [r for r in self.running if not r.decoding]:
-            if room <= 0:
-                return found
-            if running in self.running:
-                room -= self._piece(running, room, found)
-        for running in self._admitted(room):
-            room -= self._piece(running, room, found)
+        filling = [r for r in self.running if not r.decoding]
+        if len(filling) > 1:
+            first, shortest = filling[0], min(filling, key=lambda r: (r.request.priority, r.missing))
+            if shortest is not first and shortest.request.priority == first.request.priority:
+                room -= self._piece(shortest, max(room // 2, min(room, self.budget.fixed or 1)), found)
+                filling.remove(shortest)
+        for running in filling:
             if room <= 0:
                 break
+            if running in self.running:  # and has not lost its blocks to one before it
+                room -= self._piece(running, room, found)
         return found
 
     def _piece(self, running: Running, room: int, found: list[Share]) -> int:
@@ -137,9 +140,9 @@ class Scheduler:
         found.append(Share(running, start, count, phase, count == missing, preempted=running.preempted))
         return count
 
-    def _admitted(self, room: int) -> Iterator[Running]:
+    def _admit_waiting(self) -> None:
         """Takes in who waits, one after the other, as long as there are places and blocks."""
-        if not self.waiting or room <= 0:
+        if not self.waiting:
             return
         most = self.batch.choose()
         filling = self._being_filled()
@@ -152,7 +155,6 @@ class Scheduler:
             if not self._admit(running, shares):
                 return
             filling.update(running.keys[running.registered :])
-            yield running
 
     def _twin_runs(self, running: Running, filling: set[bytes]) -> bool:
         """Whether somebody is computing the next block that it needs: it waits, and finds it in the cache."""
@@ -172,8 +174,8 @@ class Scheduler:
                 full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # one token at least is left to be run
                 sequence.blocks.adopt(self.prefix.match(running.keys[:full]))
                 running.registered = len(sequence.blocks.blocks)
-            tokens = running.missing if self.sliding is None else min(running.missing, self.sliding.window)
-            needed = -(-tokens // BLOCK_TOKENS) + len(self.running)  # a block each, so that they can go on
+            promised = sum(self._lacks(r) for r in self.running)
+            needed = self._lacks(running) + promised + len(self.running)  # and a block each, so that they can go on
             free = manager.free_blocks + (self.prefix.unused if self.prefix else 0)
             if needed > free and self.running:
                 sequence.blocks.free()
@@ -184,6 +186,13 @@ class Scheduler:
         self.waiting.remove(running)
         insort(self.running, running, key=lambda r: r.order)
         return True
+
+    def _lacks(self, running: Running) -> int:
+        """Blocks that it will take before it gets its first token, the last of which may be there in part."""
+        tokens = len(running.sequence.tokens)
+        if self.sliding is not None:
+            tokens = min(tokens, self.sliding.window)
+        return max(0, -(-tokens // BLOCK_TOKENS) - len(running.sequence.blocks.blocks))
 
     def computed(self, running: Running, tokens: int) -> None:
         """Its first so many tokens led to logits that are numbers: others may have its full blocks of them."""
