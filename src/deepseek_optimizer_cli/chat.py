@@ -1,17 +1,18 @@
-"""`dso chat MODEL`: a conversation in the terminal. Ctrl-C ends the answer, Ctrl-D the conversation."""
+"""`dso chat MODEL`: a conversation in the terminal, with a model in this process or (`--url`) on a server. Ctrl-C ends the
+answer, Ctrl-D the conversation."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options as o
 
 if TYPE_CHECKING:
-    from deepseek_optimizer.chat.conversation import Conversation
+    from deepseek_optimizer.chat.conversation import Answer, Conversation, Speaker
 
 HELP = """\
 /help            this list
@@ -25,7 +26,15 @@ Ctrl-C ends the answer. A line that ends in \\ goes on in the next one."""
 
 
 def chat(
-    model: o.Model,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="Talk to this server, ours or any that has OpenAI's API, such as http://host:8000."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--model", help="With --url: what the server calls the model.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="With --url: the server's key.", show_envvar=True)
+    ] = None,
     system: o.System = None,
     max_new_tokens: o.MaxNewTokens = 1024,
     temperature: o.Temperature = None,
@@ -39,16 +48,42 @@ def chat(
     threads: o.Threads = None,
 ) -> None:
     """Talk with a model. /help lists the commands."""
+    fields = o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads)
+    if (model is None) == (url is None):
+        raise ValueError("name a MODEL to load, or a server with --url; one of the two")
+    if url is not None and fields:
+        raise ValueError(f"--{next(iter(fields)).replace('_', '-')} is the server's own choice; leave it out with --url")
+    if url is None and name is not None:
+        raise ValueError("--model names a server's model: it goes with --url; a model to load is the argument MODEL")
+    given = o.sampling_options(
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     from deepseek_optimizer.chat.conversation import Conversation
+
+    speaker = _remote(url, api_key, name, given) if url is not None else _local(str(model), fields, given)
+    _Loop(Conversation(speaker, system), interactive=sys.stdin.isatty()).run()
+
+
+def _local(model: str, fields: dict[str, Any], given: dict[str, Any]) -> Speaker:
+    from deepseek_optimizer import make_engine
+    from deepseek_optimizer.chat.local import EngineSpeaker, default_sampling
 
     from .model import load
 
-    generation = o.generation_arguments(
-        temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-    )
-    loaded, tokenizer = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
-    conversation = Conversation(loaded, tokenizer, system, {"max_new_tokens": max_new_tokens, **generation})
-    _Loop(conversation, interactive=sys.stdin.isatty()).run()
+    loaded, tokenizer = load(model, fields)
+    return EngineSpeaker(make_engine(loaded, tokenizer), default_sampling(loaded, **given))
+
+
+def _remote(url: str, key: str | None, name: str | None, given: dict[str, Any]) -> Speaker:
+    from deepseek_optimizer.chat.remote import RemoteSpeaker
+
+    return RemoteSpeaker(url, key, name, **given)
 
 
 class _Loop:
@@ -56,12 +91,14 @@ class _Loop:
 
     def __init__(self, conversation: Conversation, interactive: bool) -> None:
         self.conversation, self.interactive = conversation, interactive
-        self.last: Any = None
+        self.last: Answer | None = None
         if interactive:
             import readline  # noqa: F401  line editing and history for input()
         self._note("/help lists the commands.")
 
     def run(self) -> None:
+        from deepseek_optimizer.errors import DeepSeekOptimizerError
+
         while True:
             try:
                 line = self._read().strip()
@@ -77,7 +114,8 @@ class _Loop:
                     self._command(line)
                 elif line:
                     self._ask(line)
-            except (ValueError, OSError) as error:  # a prompt too long, a file that can't be written: the conversation goes on
+            except (DeepSeekOptimizerError, ValueError, OSError) as error:
+                # A prompt too long, a server that is busy, a file that can't be written: the conversation goes on.
                 typer.echo(f"dso: {error}", err=True)
 
     def _read(self) -> str:
@@ -94,8 +132,12 @@ class _Loop:
         with stop_on_interrupt() as stop:
             self.last = self.conversation.say(text, write_now, stop)
         write_now("\n")
+        if self.last.dropped_messages:
+            self._note(f"(too long for the context: the {self.last.dropped_messages} oldest messages were left out)")
         if self.last.finish_reason == "length":
             self._note("(cut off by --max-new-tokens or the model's context)")
+        elif self.last.finish_reason == "content_filter":
+            self._note("(cut off by the server's filter)")
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -123,10 +165,13 @@ class _Loop:
             typer.echo(text, err=True)
 
 
-def _stats(last: Any) -> str:
+def _stats(last: Answer | None) -> str:
     if last is None:
         return "no answer yet"
+    if last.new_tokens is None:
+        return f"first word after {last.first_token_s:.2f} s; the server does not count tokens"
+    kept = f" ({last.cached_tokens} of them known from before)" if last.cached_tokens else ""
     return (
-        f"prompt {last.prompt_tokens} tokens, first token after {last.first_token_s:.2f} s, "
+        f"prompt {last.prompt_tokens} tokens{kept}, first token after {last.first_token_s:.2f} s, "
         f"then {last.new_tokens} tokens at {last.tokens_per_s:.1f} a second"
     )

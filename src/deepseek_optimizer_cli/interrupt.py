@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepseek_optimizer.chat.conversation import Stop
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, a first Ctrl-C only sets what the yielded function returns, so that the step in flight ends whole; a second one
-    is the usual KeyboardInterrupt, for a step that does not end."""
-    asked = False
+def stop_on_interrupt() -> Iterator[Stop]:
+    """Inside, a first Ctrl-C only asks what was yielded to stop, so that the step in flight ends whole; a second one is the
+    usual KeyboardInterrupt, for a step that does not end."""
+    from deepseek_optimizer.chat.conversation import Stop
+
+    stop = Stop()
 
     def note(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
         signal.signal(signal.SIGINT, previous)
+        stop.ask()
 
     previous = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: asked
+        yield stop
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -45,40 +45,19 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 
 
-_RANGES = {
-    "temperature": (0, 100),
-    "top_k": (1, 1_000_000),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (0.01, 100),
-}
-
-
 def model_fields(**fields: Any) -> dict[str, Any]:
     """Fields of DeepSeekConfig that were given on the command line."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def generation_arguments(*, temperature: float | None, seed: int | None, **others: Any) -> dict[str, Any]:
-    """Arguments of `generate`. Naming any sampling option turns sampling on; temperature 0 turns it off.
+def sampling_options(**options: Any) -> dict[str, Any]:
+    """Those of the sampling options that were given, for `chat.sampling.sampling_params`.
 
     Raises:
-        ValueError: a value outside its range, before any model is loaded. NaN is outside every range.
+        RequestError: a value outside its range, before any model is loaded.
     """
-    for name, value in {"temperature": temperature, **others}.items():
-        low, high = _RANGES[name]
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value}")
-    arguments = {name: value for name, value in others.items() if value is not None}
-    sampled = arguments.keys() & {"top_k", "top_p", "min_p"} or temperature is not None or seed is not None
-    if temperature == 0:
-        arguments["do_sample"] = False
-    elif sampled:
-        arguments["do_sample"] = True
-        if temperature is not None:
-            arguments["temperature"] = temperature
-    if seed is not None:
-        from transformers import set_seed
+    from deepseek_optimizer.chat.sampling import sampling_params
 
-        set_seed(seed)
-    return arguments
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling_params(**given)
+    return given

@@ -33,29 +33,31 @@ def run(
     if not text.strip():
         raise ValueError("the prompt is empty; give some text")
 
-    from deepseek_optimizer.chat.conversation import answer, prompt_ids
+    from deepseek_optimizer import make_engine
+    from deepseek_optimizer.chat.conversation import prompt_tokens
+    from deepseek_optimizer.chat.local import answer, default_sampling
     from deepseek_optimizer.chat.stream import write_now
 
     from .interrupt import stop_on_interrupt
     from .model import load, print_json
 
-    generation = o.generation_arguments(
-        temperature=temperature, seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    given = o.sampling_options(
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
     )
     started = time.perf_counter()
     loaded, tokenizer = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
+    engine, sampling = make_engine(loaded, tokenizer), default_sampling(loaded, **given)
     load_s = time.perf_counter() - started
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+    tokens = prompt_tokens(tokenizer, messages, raw=raw)
     with stop_on_interrupt() as stop:
-        reply = answer(
-            loaded,
-            tokenizer,
-            prompt_ids(tokenizer, messages, raw=raw),
-            (lambda _piece: None) if as_json else write_now,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            **generation,
-        )
+        reply = answer(engine, tokens, (lambda _piece: None) if as_json else write_now, sampling, stop)
     if as_json:
         print_json({"model": model, "load_s": load_s, **reply.summary()})
     else:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_optimizer.chat.stream import StoppedError, TextStream
+from deepseek_optimizer.chat.stream import TextStream, write_now
 
 
-def _stream(tokenizer, ids, stop=lambda: False, group=1):
+def _stream(tokenizer, ids, group=1):
     pieces: list[str] = []
-    stream = TextStream(tokenizer, pieces.append, stop)
+    stream = TextStream(tokenizer, pieces.append)
     stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for i in range(0, len(ids), group):
         stream.put(torch.tensor(ids[i : i + group]))
@@ -47,11 +47,8 @@ def test_special_tokens_are_not_text(byte_tokenizer):
     assert "".join(pieces) == "ok" and stream.ids[-1] == byte_tokenizer.eos_token_id
 
 
-def test_stop_ends_at_a_token_boundary(byte_tokenizer):
-    seen: list[str] = []
-    stream = TextStream(byte_tokenizer, seen.append, lambda: len(seen) == 2)
-    stream.put(torch.tensor([[1]]))
-    with pytest.raises(StoppedError):
-        for token in byte_tokenizer("abcdef")["input_ids"]:
-            stream.put(torch.tensor([token]))
-    assert seen == ["a", "b"] and len(stream.ids) == 2
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a[31mb\t\n"), (False, "a\x1b[31mb\t\n")])
+def test_a_terminal_is_not_steered_by_what_a_model_writes(capsys, monkeypatch, terminal, shown):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    write_now("a\x1b[31mb\t\n")
+    assert capsys.readouterr().out == shown

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import signal
 
+import pytest
+
 from deepseek_optimizer.chat import stream
+from support.fake_chat_server import FakeChatServer, Reply, error_body
 
 
 def _talk(dso, model, *lines, options=()):
@@ -68,3 +71,51 @@ def test_a_model_without_a_template_is_refused(dso, tiny_model, tmp_path):
     (bare / "chat_template.jinja").unlink()
     result = _talk(dso, bare, "Hello")
     assert result.exit_code == 2 and "no chat template" in result.stderr
+
+
+def test_a_server(dso, tmp_path, monkeypatch):
+    saved = tmp_path / "talk.json"
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with FakeChatServer() as server:
+        server.api_key = "secret"
+        server.replies = [
+            Reply(["Bon", "jour"]),
+            Reply(status=429, error=error_body("full"), headers={"Retry-After": "3"}),
+            Reply(["Encore"], finish="length"),
+        ]
+        lines = ["/system Be brief.", "One", "/stats", "Two", "Three", "/undo", f"/save {saved}"]
+        options = ["--url", server.url, "--api-key", "secret", "-t", "0", "-n", "4", "--seed", "1"]
+        result = dso("chat", *options, input="\n".join(lines) + "\n")
+        bodies = server.bodies
+    assert result.exit_code == 0 and result.stdout == "Bonjour\nEncore\n", result.output
+    assert "10 tokens" in result.stderr and "dso: the server is busy: full; try again in 3 s" in result.stderr
+    assert [m["content"] for m in json.loads(saved.read_text())] == ["Be brief.", "One", "Bonjour"]
+    assert (bodies[0]["temperature"], bodies[0]["max_tokens"], bodies[0]["seed"]) == (0, 4, 1)
+    assert [m["content"] for m in bodies[2]["messages"]] == ["Be brief.", "One", "Bonjour", "Three"]
+
+
+def test_a_server_whose_key_is_in_the_environment(dso, monkeypatch):
+    with FakeChatServer() as server:
+        server.api_key = "secret"
+        assert "refuses the key" in dso("chat", "--url", server.url, "--api-key", "wrong").stderr
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        assert dso("chat", "--url", server.url, "--model", "other", input="Hi\n").stdout == "You said: Hi\n"
+        assert server.bodies[0]["model"] == "other" and "temperature" not in server.bodies[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a MODEL to load, or a server"),
+        (["some/model", "--url", "http://localhost:1"], "one of the two"),
+        (["--url", "localhost:8000"], "--url must be like http://localhost:8000"),
+        (["--url", "http://127.0.0.1:1"], "cannot be reached"),
+        (["--url", "http://127.0.0.1:1", "--kv-cache", "int8"], "--kv-cache is the server's own choice"),
+        (["some/model", "--model", "name"], "--model names a server's model"),
+        (["some/model", "--top-p", "0"], "top_p"),
+    ],
+)
+def test_bad_arguments_are_one_line(dso, arguments, message):
+    result = dso("chat", *arguments, input="Hi\n")
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("dso: ") and message in result.stderr

@@ -69,7 +69,8 @@ def run(*, rounds: int = 3, threads: int | None = None, show: bool = True) -> di
 
 def _answer(gguf: Path, threads: int) -> None:
     from .. import load_model, load_tokenizer
-    from ..chat.conversation import answer, prompt_ids
+    from ..chat.conversation import prompt_ids
+    from ..chat.generate import answer
     from ..chat.stream import write_now
 
     tokenizer = load_tokenizer(gguf)

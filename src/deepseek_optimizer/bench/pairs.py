@@ -37,7 +37,8 @@ _FIELDS = ("source", "reference")
 
 def answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], max_new_tokens: int) -> list[str]:
     """The model's greedy answer to every source."""
-    from ..chat.conversation import answer, prompt_ids
+    from ..chat.conversation import prompt_ids
+    from ..chat.generate import answer
 
     texts = []
     for source, _ in pairs:

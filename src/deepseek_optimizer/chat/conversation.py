@@ -1,31 +1,40 @@
-"""One answer, and a conversation of them. What `dso run`, `dso chat` and the demo share."""
+"""A conversation: turns so far, and whoever answers them, a model in this process or a server."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from .stream import StoppedError, TextStream
+from ..errors import RequestError
+
+Messages = list[dict[str, str]]
 
 
 @dataclass
 class Answer:
-    """Text and how it came. Times in seconds; `tokens_per_s` counts the tokens after the first (0 where there is no second)."""
+    """Text and how it came. Times in seconds; `tokens_per_s` counts the tokens after the first (0 where there is no second).
+
+    Attributes:
+        ids: of its tokens; none where a server gave it.
+        finish_reason: "stop", "length" or "interrupted"; a server may have others.
+        prompt_tokens, new_tokens: None where a server does not tell.
+        cached_tokens: of the prompt, that did not have to be read again.
+        dropped_messages: oldest ones of the dialogue that were left out of the prompt, for it has outgrown the context.
+    """
 
     text: str
     ids: list[int]
-    finish_reason: str  # "stop", "length" or "interrupted"
-    prompt_tokens: int
+    finish_reason: str
+    prompt_tokens: int | None
+    new_tokens: int | None
     first_token_s: float
     tokens_per_s: float
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.ids)
+    cached_tokens: int = 0
+    dropped_messages: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Everything but the ids, for JSON."""
@@ -33,91 +42,83 @@ class Answer:
         return {name: getattr(self, name) for name in names}
 
 
-def prompt_ids(tokenizer: Any, messages: list[dict[str, str]], *, raw: bool = False) -> Any:
-    """Token ids int64 [1, T] of a chat, or of the last message's text as it is (`raw`, and models without a template)."""
-    if raw or not tokenizer.chat_template:
-        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return encoded["input_ids"]
+def rate(tokens: int | None, first: float, last: float) -> float:
+    """Tokens a second after the first, 0 where that cannot be said."""
+    return (tokens - 1) / (last - first) if tokens and tokens > 1 and last > first else 0.0
 
 
-def answer(
-    model: Any,
-    tokenizer: Any,
-    ids: Any,
-    write: Callable[[str], None],
-    *,
-    max_new_tokens: int = 512,
-    stop: Callable[[], bool] = lambda: False,
-    **generation: Any,
-) -> Answer:
-    """Generates after `ids` (int64 [1, T]), writing text as it comes.
+class Stop:
+    """Asks an answer to end, from a signal handler or from whatever takes its text."""
 
-    Args:
-        max_new_tokens: at most; less where the model's context ends sooner.
-        stop: asked at every token; True ends the answer, which then counts as "interrupted".
-        generation: passed to `model.generate`.
+    def __init__(self) -> None:
+        self.asked = False
+        self._then: Callable[[], None] | None = None
+
+    def ask(self) -> None:
+        self.asked = True
+        if self._then is not None:
+            self._then()
+
+    @contextmanager
+    def calling(self, then: Callable[[], None]) -> Iterator[None]:
+        """Inside, asking calls this; at once where somebody has asked before."""
+        if self.asked:
+            then()
+        self._then = then
+        try:
+            yield
+        finally:
+            self._then = None
+
+
+class Speaker(Protocol):
+    """Whoever answers."""
+
+    def answer(self, messages: Messages, write: Callable[[str], None], stop: Stop) -> Answer:
+        """The answer to a chat, written as it comes. Asked to stop, it ends as "interrupted" with what there is."""
+
+
+def prompt_tokens(tokenizer: Any, messages: Messages, *, raw: bool = False) -> list[int]:
+    """Token ids of a chat, or of the last message's text as it is (`raw`, and models without a template).
 
     Raises:
-        ValueError: the prompt alone fills the model's context, or `generate` refuses an argument.
+        RequestError: the model's template does not take these messages.
     """
-    length = ids.shape[-1]
-    room = getattr(model.config, "max_position_embeddings", length + max_new_tokens) - length
-    if room < 1:
-        raise ValueError(f"the prompt's {length} tokens leave no room in the model's context; shorten it or start afresh")
-    limit = min(max_new_tokens, room)
-    stream = TextStream(tokenizer, write, stop)
-    started, finish = time.perf_counter(), "stop"
+    if raw or not tokenizer.chat_template:
+        return list(tokenizer(messages[-1]["content"])["input_ids"])
+    from jinja2 import TemplateError
+
     try:
-        model.generate(
-            input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=stream, max_new_tokens=limit, **generation
-        )
-    except StoppedError:
-        stream.end()
-        finish = "interrupted"
-    count = len(stream.ids)
-    if finish == "stop" and count == limit and stream.ids[-1] not in _end_ids(model):
-        finish = "length"
-    times = stream.times
-    return Answer(
-        text=stream.text,
-        ids=stream.ids,
-        finish_reason=finish,
-        prompt_tokens=length,
-        first_token_s=times[0] - started if times else 0.0,
-        tokens_per_s=(count - 1) / (times[-1] - times[0]) if count > 1 and times[-1] > times[0] else 0.0,
-    )
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except TemplateError as error:
+        raise RequestError("messages", f"the model's chat template does not take them: {error}") from error
+    return list(encoded["input_ids"])
 
 
-def _end_ids(model: Any) -> list[int]:
-    ids = model.generation_config.eos_token_id
-    return ids if isinstance(ids, list) else [ids]
+def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> Any:
+    """The same as a tensor for `generate`: int64 [1, T]."""
+    import torch
+
+    return torch.tensor([prompt_tokens(tokenizer, messages, raw=raw)], dtype=torch.int64)
 
 
 @dataclass
 class Conversation:
     """Turns so far, and how to take the next one. The system prompt, where there is one, is the first message."""
 
-    model: Any
-    tokenizer: Any
+    speaker: Speaker
     system: str | None = None
-    generation: dict[str, Any] = field(default_factory=dict)
-    turns: list[dict[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.tokenizer.chat_template:
-            raise ValueError("this model has no chat template, so it can't hold a conversation; `dso run` continues a text")
+    turns: Messages = field(default_factory=list)
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> Messages:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
-    def say(self, text: str, write: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Answer:
-        """The model's answer to `text`. Both become history, also where the answer was interrupted; an error leaves none."""
+    def say(self, text: str, write: Callable[[str], None], stop: Stop | None = None) -> Answer:
+        """The answer to `text`. Both become history, also where the answer was interrupted; an error leaves none."""
         self.turns.append({"role": "user", "content": text})
         try:
-            ids = prompt_ids(self.tokenizer, self.messages)
-            reply = answer(self.model, self.tokenizer, ids, write, stop=stop, **self.generation)
+            reply = self.speaker.answer(self.messages, write, stop or Stop())
         except BaseException:
             self.turns.pop()
             raise

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _INCOMPLETE = "\ufffd"  # what a tokenizer shows for a character whose bytes are not all there yet
-
-
-class StoppedError(Exception):
-    """Raised inside `generate` at a token boundary when the caller asked to stop: no step is torn."""
 
 
 class TextStream:
@@ -23,11 +21,10 @@ class TextStream:
     Args:
         tokenizer: has `decode`.
         write: takes each piece of text.
-        stop: asked before each token; True ends the answer with `StoppedError`.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> None:
-        self.tokenizer, self.write, self.stop = tokenizer, write, stop
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.write = tokenizer, write
         self.ids: list[int] = []
         self.times: list[float] = []  # perf_counter seconds, one a generated token
         self.text = ""
@@ -39,8 +36,6 @@ class TextStream:
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        if self.stop():
-            raise StoppedError
         ids = value.reshape(-1).tolist()
         self.ids += ids
         self.times += [time.perf_counter()] * len(ids)
@@ -64,6 +59,6 @@ class TextStream:
 
 
 def write_now(text: str) -> None:
-    """A piece of text on stdout, at once: what a terminal passes as `write`."""
-    sys.stdout.write(text)
+    """A piece of text on stdout, at once: what a terminal passes as `write`. What a model says does not steer the terminal."""
+    sys.stdout.write(_CONTROLS.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -35,7 +35,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     """Figures of one side: seconds, tokens a second, bytes, and the answer."""
     from transformers import AutoTokenizer
 
-    from ...chat.conversation import answer, prompt_ids
+    from ...chat.conversation import prompt_ids
+    from ...chat.generate import answer
 
     tokenizer = AutoTokenizer.from_pretrained(a.tokenizer)
     question, essay = (prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in (QUESTION, ESSAY))

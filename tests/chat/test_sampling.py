@@ -1,0 +1,88 @@
+"""A generation config and what a caller says over it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from transformers import GenerationConfig
+
+from deepseek_optimizer.chat.sampling import left_out, sampling_params
+from deepseek_optimizer.engine.request import SamplingParams
+from deepseek_optimizer.errors import RequestError
+
+SAMPLES = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, repetition_penalty=1.1, max_new_tokens=77)
+
+
+def test_nobody_has_chosen_anything():
+    assert sampling_params() == sampling_params(GenerationConfig()) == SamplingParams(temperature=0.0)
+
+
+def test_what_the_authors_chose():
+    found = sampling_params(SAMPLES)
+    assert (found.temperature, found.top_p, found.repetition_penalty, found.max_tokens) == (0.6, 0.95, 1.1, 77)
+    assert found.top_k == 50  # as `generate` has it where nobody says
+
+
+def test_the_caller_goes_first():
+    found = sampling_params(SAMPLES, temperature=1.5, top_k=0, max_new_tokens=5, seed=3)
+    assert (found.temperature, found.top_k, found.max_tokens, found.seed, found.top_p) == (1.5, 0, 5, 3, 0.95)
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, {"temperature": 0.0, "top_k": 4}, {"do_sample": False}])
+def test_greedy_when_asked_to(given):
+    assert sampling_params(SAMPLES, **given).greedy
+
+
+@pytest.mark.parametrize(
+    "given", [{"seed": 1}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 1.0}, {"do_sample": True}]
+)
+def test_naming_a_way_to_sample_samples(given):
+    found = sampling_params(GenerationConfig(), **given)
+    assert not found.greedy and found.temperature == 1.0
+
+
+def test_greedy_keeps_the_penalty():
+    assert sampling_params(GenerationConfig(repetition_penalty=1.2)).repetition_penalty == 1.2
+
+
+def test_transformers_names_and_ours():
+    stops = GenerationConfig(stop_strings=["\n\n"], min_new_tokens=2)
+    assert sampling_params(stops).stop == ("\n\n",) and sampling_params(stops).min_tokens == 2
+    assert sampling_params(stops, stop="END", min_tokens=0).stop == ("END",)
+    assert sampling_params(stop_strings=["a", "b"], stop_token_ids=[7]).stop_token_ids == (7,)
+    assert sampling_params(max_tokens=3) == sampling_params(max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": -1, "do_sample": False}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_new_tokens": 0}, "max_tokens"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"do_sample": "yes"}, "do_sample"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": 1.5}, "stop"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+        ({"num_beams": 4}, "num_beams"),
+    ],
+)
+def test_what_is_wrong_is_named(given, field):
+    with pytest.raises(RequestError) as caught:
+        sampling_params(SAMPLES, **given)
+    assert caught.value.field == field
+
+
+def test_a_misspelt_name_gets_the_nearest():
+    with pytest.raises(RequestError, match="did you mean 'temperature'"):
+        sampling_params(temprature=1)
+
+
+def test_what_only_generate_does():
+    asks = GenerationConfig(num_beams=4, no_repeat_ngram_size=3, typical_p=1.0, suppress_tokens=[], temperature=0.3)
+    assert left_out(asks) == ["num_beams", "no_repeat_ngram_size"]
+    assert left_out(GenerationConfig()) == [] == left_out(SAMPLES)
