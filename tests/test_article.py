@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 
 def loading(path):  # 2.2
@@ -71,3 +74,31 @@ def test_benchmark(tiny_model, byte_tokenizer, capsys):
         benchmark(model, byte_tokenizer)
         p50, p90, throughput = map(float, capsys.readouterr().out.split())
         assert 0 < p50 <= p90 and throughput > 0
+
+
+def dialogue(path):  # 4.1; device=0 on CUDA
+    import deepseek_optimizer  # noqa: F401  registers the task
+
+    chat = pipeline(
+        "conversational",
+        model=path,
+        device="cpu",
+        optimizer_config={"type": "deepseek_realtime", "max_length": 2048, "stream_output": True},
+    )
+    for token in chat("Explain the basic principles of quantum computing", max_length=100):
+        print(token["generated_text"][-1], end="", flush=True)
+    return chat
+
+
+def test_dialogue(tiny_model, tmp_path, capsys):
+    path = shutil.copytree(tiny_model, tmp_path / "model")
+    # A random model that says many things, and ends by no chance.
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (path / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 2.0}))
+    chat = dialogue(str(path))
+    answer = capsys.readouterr().out
+    assert answer and chat.messages == [
+        {"role": "user", "content": "Explain the basic principles of quantum computing"},
+        {"role": "assistant", "content": answer},
+    ]

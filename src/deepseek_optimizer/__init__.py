@@ -1,7 +1,8 @@
 """deepseek-optimizer: makes Hugging Face Transformers models fast and small, and leaves them Transformers models.
 
-Importing this package registers its name with Transformers and does nothing else, so that
-`AutoModelForCausalLM.from_pretrained(path, quantization_config=DeepSeekConfig(...))` works and packed checkpoints load.
+Importing this package registers its names with Transformers and does nothing else, so that
+`AutoModelForCausalLM.from_pretrained(path, quantization_config=DeepSeekConfig(...))` works, packed checkpoints load, and
+`pipeline("conversational", ...)` is a task.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .errors import (
     UnsupportedRequestError,
 )
 from .integration.quantizer import register as _register
+from .integration.task import register_task as _register_task
 
 if TYPE_CHECKING:
     from .bench.benchmark import benchmark_model
@@ -81,3 +83,4 @@ def __getattr__(name: str) -> Any:
 
 
 _register()
+_register_task()

@@ -42,8 +42,11 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
+def resolve(path: str | os.PathLike[str], **hub: Any) -> Path:
     """A local file or directory as it is; a hub name is fetched (safetensors, never pickles), or found in the hub's cache.
+
+    Args:
+        hub: what the hub's client takes beside the name: revision, token, local_files_only, cache_dir.
 
     Raises:
         CheckpointError: there is no such file, and the hub has no such model or cannot be reached.
@@ -56,7 +59,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(text, allow_patterns=_HUB_FILES, **hub))
     except Exception as error:  # the hub's client raises a dozen kinds
         raise CheckpointError(
             f"is neither a local path nor a model the hub can give ({type(error).__name__}: {error})", file=text
