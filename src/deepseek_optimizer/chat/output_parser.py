@@ -1,0 +1,94 @@
+"""A chat answer's text into reasoning, content and calls: the parsers that its model needs, one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .deltas import ContentDelta, Delta, OutputParser
+from .reasoning import CLOSE, OPEN, ReasoningParser, opened_by, thinks
+from .scan import MarkerScanner
+from .tools import ToolFormat
+
+
+def special_markers(tokenizer: Any, tool_format: ToolFormat | None) -> bool:
+    """Whether the answer must be decoded with its special tokens (`skip_special_tokens=False`): tags or markers are among them.
+
+    Args:
+        tokenizer: of Transformers.
+        tool_format: of a request with tools.
+    """
+    markers = {OPEN, CLOSE, *(tool_format.markers if tool_format else ())}
+    return not markers.isdisjoint(tokenizer.all_special_tokens)
+
+
+def make_output_parser(
+    template: str,
+    prompt: str,
+    *,
+    tool_format: ToolFormat | None = None,
+    tool_names: Iterable[str] = (),
+    drop: Iterable[str] = (),
+) -> OutputParser:
+    """For one answer.
+
+    Args:
+        template: the model's chat template: it tells whether the model thinks.
+        prompt: the rendered prompt, whose end may open the thoughts.
+        tool_format: of a request whose tools may be called; None leaves calls in the content.
+        tool_names: of its tools.
+        drop: special tokens to leave out of the text, where it was decoded with them. Tags and markers are never left out.
+    """
+    stages: list[OutputParser] = []
+    kept = set(tool_format.markers if tool_format else ())
+    if thinks(template):
+        kept |= {OPEN, CLOSE}
+        stages.append(ReasoningParser(opened_by(prompt)))
+    if tool_format is not None:
+        stages.append(tool_format.parser(frozenset(tool_names)))
+    dropped = {token for token in drop if token and token not in kept}
+    if dropped:
+        stages.insert(0, Without(dropped))
+    return Chain(stages)
+
+
+class Without:
+    """Leaves strings out of a text.
+
+    Args:
+        strings: which ones.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._scanner = MarkerScanner(strings)
+
+    def feed(self, text: str) -> list[Delta]:
+        return [ContentDelta(piece) for dropped, piece in self._scanner.feed(text) if not dropped]
+
+    def finish(self) -> list[Delta]:
+        return [ContentDelta(piece) for dropped, piece in self._scanner.finish() if not dropped]
+
+
+class Chain:
+    """Parsers one behind the other: each takes what the one before it left as content.
+
+    Args:
+        stages: none leaves all text content.
+    """
+
+    def __init__(self, stages: Sequence[OutputParser]) -> None:
+        self._stages = stages
+
+    def feed(self, text: str) -> list[Delta]:
+        return self._through([ContentDelta(text)] if text else [], 0)
+
+    def finish(self) -> list[Delta]:
+        out: list[Delta] = []
+        for at, stage in enumerate(self._stages):
+            out += self._through(stage.finish(), at + 1)
+        return out
+
+    def _through(self, deltas: list[Delta], first: int) -> list[Delta]:
+        for stage in self._stages[first:]:
+            deltas = [d for delta in deltas for d in (stage.feed(delta.text) if isinstance(delta, ContentDelta) else [delta])]
+        return deltas

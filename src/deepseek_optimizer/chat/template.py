@@ -1,0 +1,202 @@
+"""Messages to the token ids of a prompt, by the model's own chat template.
+
+The template comes with the checkpoint and is a program, so it runs in a process of its own, in Transformers' sandbox, with
+limits on time, memory and the size of what it makes. A request can set variables that the template reads, never the template.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine.worker import JobError, Worker, WorkerError
+from ..errors import RequestError
+from .control_tokens import ControlTokens, Encoded, Marks
+from .messages import check_json, check_messages, check_tools
+from .tools.base import write_json
+
+_JOB = Path(__file__).with_name("template_job.py")
+_OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+_MOST_SHOWN = 300  # characters of an error that a template raises
+# Tokens that end a message, beside the model's own end of text.
+_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    Attributes:
+        ids: token ids.
+        text: what they say, control tokens included.
+        system: (begin, end) of the tokens up to the end of the system message, for `Request.pinned`; None where there is none,
+            or where its place can't be told.
+    """
+
+    ids: list[int]
+    text: str
+    system: tuple[int, int] | None
+
+
+class ChatTemplate:
+    """
+    Args:
+        tokenizer: of Transformers.
+        seconds: of CPU time that rendering may take.
+        memory: bytes that it may take.
+        most_characters: of a rendered prompt.
+    """
+
+    def __init__(self, tokenizer: Any, *, seconds: float = 5.0, memory: int = 1 << 29, most_characters: int = 1 << 24) -> None:
+        self._tokenizer = tokenizer
+        self._worker = Worker(_JOB, {"most": most_characters}, seconds=seconds, memory=memory)
+        self._special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        self._controls: dict[str, ControlTokens] = {}  # by template: with tools it may be another
+        self._inspected: dict[str, Mapping[str, Any]] = {}
+
+    def source(self, tools: bool = False) -> str:
+        """The template that requests with or without tools get.
+
+        Raises:
+            RequestError: the model has none.
+        """
+        try:
+            return str(self._tokenizer.get_chat_template(None, [] if tools else None))
+        except ValueError:
+            raise RequestError(
+                "messages", "this model has no chat template; use /v1/completions, or give its tokenizer a chat_template"
+            ) from None
+
+    def variables(self, tools: bool = False) -> frozenset[str]:
+        """What a request may set by `options`: the variables that the template reads."""
+        return frozenset(self._inspect(self.source(tools))["variables"]) - _OURS - set(self._special)
+
+    def knows_tools(self) -> bool:
+        """Whether the template tells the model about tools."""
+        return "tools" in self._inspect(self.source(tools=True))["variables"]
+
+    def render(
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt of a chat. Blocks: the first one starts a process, a later one takes a millisecond and its tokenizing.
+
+        Args:
+            messages: as OpenAI's API has them. What they say never becomes a control token.
+            tools: as OpenAI's API has them.
+            add_generation_prompt: ends with what an answer begins with.
+            continue_final: the last message, of the assistant, is the beginning of the answer; then without the above.
+            options: values for `variables`, such as `enable_thinking`.
+
+        Raises:
+            RequestError: a message, a tool or an option is not what it should be, or the template fails.
+            EngineBusyError: too many others are waiting for theirs.
+        """
+        checked = check_messages(messages)
+        tools = check_tools(tools) if tools else None
+        source = self.source(tools is not None)
+        if tools is not None and not self.knows_tools():
+            raise RequestError("tools", "this model's chat template has no place for tools")
+        if continue_final and checked[-1]["role"] != "assistant":
+            raise RequestError("messages", "only a last message of the assistant can be continued")
+        variables = self._options(options or {}, tools is not None)
+        if any("tool_calls" in message for message in checked) and self._inspect(source)["arguments_as_text"]:
+            checked = [_arguments_as_text(message) for message in checked]
+        controls = self._controls.get(source) or self._controls.setdefault(source, ControlTokens(self._tokenizer, source))
+        marks = Marks()
+        edged = controls.mark_edges(checked, marks)
+        texts = self._call(
+            {
+                "template": source,
+                "versions": [
+                    {"messages": controls.mark(checked, marks), "tools": controls.mark(tools, marks)},
+                    {"messages": edged, "tools": controls.mark_edges(tools, marks)},
+                ],
+                "variables": {**self._special, **controls.mark(variables, marks)},
+                "add_generation_prompt": add_generation_prompt and not continue_final,
+                "continue_final": continue_final,
+            },
+            marks,
+        )
+        joined = controls.of_template(texts[0], marks) != controls.of_template(texts[1], marks)
+        encoded = controls.encode(texts[1 if joined else 0], marks)
+        if not encoded.ids:
+            raise RequestError("messages", "they make an empty prompt")
+        system = None
+        if checked[0]["role"] == "system":
+            system = self._system_span(texts[1], [message["content"] for message in edged[:2]], encoded, controls, marks)
+        return Prompt(encoded.ids, encoded.text, system)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._worker.close()
+
+    def _inspect(self, source: str) -> Mapping[str, Any]:
+        found = self._inspected.get(source)
+        if found is None:
+            found = self._call({"template": source, "inspect": True, "variables": self._special}, None)
+            self._inspected[source] = found
+        return found
+
+    def _options(self, options: Mapping[str, Any], tools: bool) -> dict[str, Any]:
+        checked = check_json(options, "chat_template_kwargs") if options else {}
+        known = self.variables(tools) if checked else frozenset()
+        for name in checked:
+            if name not in known:
+                has = f"it has {', '.join(sorted(known))}" if known else "it has no options"
+                raise RequestError(str(name), f"the model's chat template does not know it; {has}")
+        return checked
+
+    def _call(self, payload: Mapping[str, Any], marks: Marks | None) -> Any:
+        try:
+            return self._worker.call(payload)
+        except JobError as error:
+            reason = str(error)
+            for mark in (marks.begin, marks.end, marks.edge) if marks else ():
+                reason = reason.replace(mark, "")
+            raise RequestError("messages", f"the model's chat template refuses them: {reason[:_MOST_SHOWN]}") from None
+        except WorkerError as error:
+            raise RequestError("messages", f"the model's chat template fails on them: {error}") from None
+
+    def _system_span(
+        self, edged: str, contents: list[str], encoded: Encoded, controls: ControlTokens, marks: Marks
+    ) -> tuple[int, int] | None:
+        """Where the first message ends in a prompt, with what the template puts behind it before the next one.
+
+        Args:
+            edged: the rendering with marks at the ends of strings.
+            contents: of the first two messages, with those marks.
+        """
+        content = contents[0].strip()
+        at = edged.find(content) if content else -1
+        if at < 0 or encoded.begins is None:
+            return None
+        behind = at + len(content)
+        text = controls.plain(edged[:behind], marks)
+        following = edged.find(contents[1].strip(), behind) if len(contents) > 1 else len(edged)
+        if following >= 0:
+            layout = edged[behind:following]
+            places = list(controls.places_of_template(layout, marks))
+            ends = [at + len(token) for at, token in places if token in _ENDS or token == self._tokenizer.eos_token]
+            end = ends[0] if ends else places[0][0] if places else 0
+            text += controls.plain(layout, marks)[:end]
+        if not encoded.text.startswith(text):
+            return None
+        return 0, bisect_left(encoded.begins, len(text))
+
+
+def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": write_json(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}

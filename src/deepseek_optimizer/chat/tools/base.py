@@ -1,0 +1,214 @@
+"""How models write calls of tools, and the parser that all formats with marked calls share.
+
+A format says which strings stand around a call and what a call's text means. The parser finds calls in a stream. A call comes
+out when it is whole and right, since a call cut short or broken must never look like one that can be run; until then its text
+is held back, and if it is wrong, all of it becomes content: nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ...engine.grammar import CallShape
+from ..deltas import ContentDelta, Delta, OutputParser, ToolCallDelta
+from ..scan import MarkerScanner
+
+_MOST_NAME = 256  # characters
+
+
+class ToolFormat(Protocol):
+    """A way of writing calls. One object a format; parsers have state, formats have none."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The strings around calls. Where one is a special token, its text must not be left out of the answer."""
+
+    @property
+    def shape(self) -> CallShape | None:
+        """How a grammar writes calls; None where the format can't be forced."""
+
+    def parser(self, names: frozenset[str]) -> OutputParser:
+        """For one answer.
+
+        Args:
+            names: of the tools that may be called.
+        """
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call's text means; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+def read_json(text: str) -> Any:
+    """What JSON text means, None where it is not JSON: NaN, infinities and text nested too deep are not."""
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+
+
+def write_json(value: Any) -> str:
+    """As JSON text. Characters stay as they are, but for halves of surrogate pairs, which no encoding can carry."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if encodable(text) else json.dumps(value)
+
+
+def encodable(text: str) -> bool:
+    """Whether it has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_call(name: Any, arguments: Any) -> Call | None:
+    """A call, if both are what they should be.
+
+    Args:
+        name: of the tool.
+        arguments: a dict, or the JSON text of one; None counts as no arguments.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= _MOST_NAME or not name.isprintable():
+        return None
+    if isinstance(arguments, str):
+        arguments = read_json(arguments)
+    elif arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        return None
+    try:
+        return Call(name, write_json(arguments))
+    except RecursionError:
+        return None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(digits)
+    return value
+
+
+def new_id() -> str:
+    """Of a call; unpredictable."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+class CallWriter:
+    """Deltas of calls, and of the content around them: white space beside a call is layout, and dropped."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._held: list[str] = []  # white space, and markers that are dropped if a call follows
+        self._beside = False  # nothing but that came since a call
+
+    @property
+    def beside_call(self) -> bool:
+        """Whether nothing but layout came since a call."""
+        return self._beside
+
+    def layout(self, text: str) -> None:
+        """A marker, or white space: content only if no call stands beside it."""
+        self._held.append(text)
+
+    def text(self, text: str) -> list[Delta]:
+        """Content."""
+        self._held.append(text)
+        if not text.strip():
+            return []
+        whole = "".join(self._held)
+        if self._beside:
+            whole = whole.lstrip()
+        body = whole.rstrip()
+        self._held, self._beside = [whole[len(body) :]] if len(body) < len(whole) else [], False
+        return [ContentDelta(body)]
+
+    def call(self, call: Call) -> list[Delta]:
+        """A whole call."""
+        index, self._calls, self._beside = self._calls, self._calls + 1, True
+        self._held.clear()
+        return [ToolCallDelta(index, new_id(), call.name, ""), ToolCallDelta(index, None, None, call.arguments)]
+
+    def finish(self) -> list[Delta]:
+        """What was held back."""
+        text, self._held = "".join(self._held), []
+        text = text.strip() if self._beside else text
+        return [ContentDelta(text)] if text else []
+
+
+class MarkedCallParser:
+    """Calls that stand between two strings.
+
+    Args:
+        begin, end: around a call.
+        read: what the text between them means, None where it is no call.
+        section: strings around groups of calls, which are layout.
+        closes: of them, those that may follow a call, and are then dropped at once.
+        end_optional: a call at the end of the answer may lack its end. Only where `read` can tell a whole call from the
+            beginning of one.
+    """
+
+    def __init__(
+        self,
+        begin: str,
+        end: str,
+        read: Callable[[str], Call | None],
+        section: tuple[str, ...] = (),
+        closes: tuple[str, ...] = (),
+        end_optional: bool = True,
+    ) -> None:
+        self._begin, self._end, self._read, self._end_optional = begin, end, read, end_optional
+        self._section, self._closes = frozenset(section), frozenset(closes)
+        self._scanner = MarkerScanner((begin, end, *section))
+        self._writer = CallWriter()
+        self._call: list[str] | None = None  # what a call that has begun consists of so far, without its markers
+
+    def feed(self, text: str) -> list[Delta]:
+        return [delta for is_marker, piece in self._scanner.feed(text) for delta in self._take(is_marker, piece)]
+
+    def finish(self) -> list[Delta]:
+        out = [delta for is_marker, piece in self._scanner.finish() for delta in self._take(is_marker, piece)]
+        if self._call is not None and self._end_optional:
+            out += self._close("")
+        elif self._call is not None:
+            out += self._writer.text(self._begin + "".join(self._call))
+        return out + self._writer.finish()
+
+    def _take(self, is_marker: bool, piece: str) -> list[Delta]:
+        if self._call is not None:
+            if not is_marker or piece not in (self._begin, self._end):
+                self._call.append(piece)
+                return []
+            if piece == self._end:
+                return self._close(piece)
+            broken, self._call = self._begin + "".join(self._call), []  # another call begins in this one
+            return self._writer.text(broken)
+        if is_marker and piece == self._begin:
+            self._call = []
+            return []
+        if is_marker and piece in self._section:
+            if not (self._writer.beside_call and piece in self._closes):
+                self._writer.layout(piece)
+            return []
+        return self._writer.text(piece)
+
+    def _close(self, end: str) -> list[Delta]:
+        body, self._call = "".join(self._call or ()), None
+        call = self._read(body)
+        return self._writer.text(self._begin + body + end) if call is None else self._writer.call(call)

@@ -1,0 +1,80 @@
+"""DSML, which DeepSeek writes from V3.2 on. Text stands as it is, other values as JSON:
+
+    <｜DSML｜function_calls>
+    <｜DSML｜invoke name="NAME">
+    <｜DSML｜parameter name="KEY" string="true">text</｜DSML｜parameter>
+    <｜DSML｜parameter name="KEY" string="false">[1, 2]</｜DSML｜parameter>
+    </｜DSML｜invoke>
+    </｜DSML｜function_calls>
+
+V4 calls the outer element `tool_calls`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..deltas import OutputParser
+from .base import Call, MarkedCallParser, make_call, read_json
+
+MARK = "｜DSML｜"
+INVOKE, INVOKE_END = f"<{MARK}invoke", f"</{MARK}invoke>"
+_PARAMETER, _PARAMETER_END = f"<{MARK}parameter", f"</{MARK}parameter>"
+_OPENS = (f"<{MARK}function_calls>", f"<{MARK}tool_calls>")
+_CLOSES = (f"</{MARK}function_calls>", f"</{MARK}tool_calls>")
+_MISSING = object()
+
+
+class DsmlFormat:
+    """See the module. A schema of JSON can't force text that is not JSON, so calls can't be forced."""
+
+    name = "dsml"
+    markers = (*_OPENS, *_CLOSES, INVOKE, INVOKE_END, _PARAMETER, _PARAMETER_END, MARK)
+    shape = None
+
+    def parser(self, names: frozenset[str]) -> OutputParser:
+        return MarkedCallParser(INVOKE, INVOKE_END, read, (*_OPENS, *_CLOSES), _CLOSES, end_optional=False)
+
+
+def read(text: str) -> Call | None:
+    """What stands between `<｜DSML｜invoke` and its end."""
+    at = text.find(">") + 1
+    name = _attributes(text[:at]).get("name")
+    arguments: dict[str, Any] = {}
+    while (at := _skip_space(text, at)) < len(text):
+        if not text.startswith(_PARAMETER, at):
+            return make_call(name, text[at:]) if not arguments else None  # some answers have one JSON object here
+        opened = text.find(">", at)
+        closed = text.find(_PARAMETER_END, opened)
+        if opened < 0 or closed < 0:
+            return None
+        attributes = _attributes(text[at + len(_PARAMETER) : opened])
+        value: Any = text[opened + 1 : closed]
+        if attributes.get("string") == "false":
+            value = _value(value)
+        key = attributes.get("name")
+        if key is None or key in arguments or value is _MISSING:
+            return None
+        arguments[key] = value
+        at = closed + len(_PARAMETER_END)
+    return make_call(name, arguments)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _value(text: str) -> Any:
+    """JSON, where `null` is a value too."""
+    if text.strip() == "null":
+        return None
+    found = read_json(text)
+    return _MISSING if found is None else found
+
+
+def _attributes(text: str) -> dict[str, str]:
+    """`name="f" string="true"`: values have no quotes in them."""
+    parts = text.split('"')
+    return {key.strip().removesuffix("=").strip(): value for key, value in zip(parts[::2], parts[1::2], strict=False)}

@@ -1,0 +1,118 @@
+"""Llama 3: an answer that is one JSON object `{"name": ..., "parameters": {...}}`, or several with `;` between them.
+
+`<|python_tag|>` may stand before it. Nothing else marks a call, so an object counts as one only when it stands at the beginning
+of the answer (or behind another call), has these two fields and names a tool of the request.
+"""
+
+from __future__ import annotations
+
+from ...engine.grammar import CallShape
+from ..deltas import Delta, OutputParser
+from .base import Call, CallWriter, make_call, read_json
+
+PYTHON_TAG = "<|python_tag|>"
+_SPACES = " \t\r\n"
+
+
+class LlamaFormat:
+    """See the module."""
+
+    name = "llama"
+    markers = (PYTHON_TAG,)
+    shape = CallShape(before='{"name": "', between='", "parameters": ', after="}", separator="; ")
+
+    def parser(self, names: frozenset[str]) -> OutputParser:
+        return LlamaParser(names)
+
+
+class LlamaParser:
+    """See `OutputParser`.
+
+    Args:
+        names: of the tools that may be called.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names, self._writer = names, CallWriter()
+        self._state = "between"  # "between" calls, behind a "tag", in an "object", or "plain": no more calls
+        self._held: list[str] = []  # of a tag or an object that is not whole yet
+        self._depth, self._quoted, self._escaped = 0, False, False
+
+    def feed(self, text: str) -> list[Delta]:
+        if self._held and self._state != "object":  # what may become the tag, a few characters
+            text = self._held.pop() + text
+        out: list[Delta] = []
+        at = 0
+        while at < len(text):
+            if self._state == "plain":
+                return out + self._writer.text(text[at:])
+            if self._state == "object":
+                at, deltas = self._within(text, at)
+                out += deltas
+            else:
+                at = self._before(text, at)
+        return out
+
+    def finish(self) -> list[Delta]:
+        rest, self._held = "".join(self._held), []
+        return (self._writer.text(rest) if rest else []) + self._writer.finish()
+
+    def _before(self, text: str, at: int) -> int:
+        """Looks at what comes before an object; returns where to go on."""
+        begin = at
+        spaces = _SPACES + ";" if self._writer.beside_call and self._state == "between" else _SPACES
+        while at < len(text) and text[at] in spaces:
+            at += 1
+        if at > begin:
+            self._writer.layout(text[begin:at])
+        if at == len(text):
+            return at
+        if self._state == "between":
+            if text.startswith(PYTHON_TAG, at):
+                self._writer.layout(PYTHON_TAG)
+                self._state = "tag"
+                return at + len(PYTHON_TAG)
+            if len(text) - at < len(PYTHON_TAG) and PYTHON_TAG.startswith(text[at:]):
+                self._held.append(text[at:])
+                return len(text)
+        self._state = "object" if text[at] == "{" else "plain"
+        return at
+
+    def _within(self, text: str, at: int) -> tuple[int, list[Delta]]:
+        """Reads on to the object's closing brace; returns where to go on."""
+        for here in range(at, len(text)):
+            character = text[here]
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped = character == "\\"
+                self._quoted = character != '"'
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self._held.append(text[at : here + 1])
+                    return here + 1, self._close()
+        self._held.append(text[at:])
+        return len(text), []
+
+    def _close(self) -> list[Delta]:
+        whole, self._held = "".join(self._held), []
+        call = read(whole)
+        if call is None or call.name not in self._names:
+            self._state = "plain"
+            return self._writer.text(whole)
+        self._state = "between"
+        return self._writer.call(call)
+
+
+def read(text: str) -> Call | None:
+    """What one object means."""
+    found = read_json(text)
+    if not isinstance(found, dict):
+        return None
+    arguments = found.get("parameters", found.get("arguments"))
+    return make_call(found.get("name"), arguments) if isinstance(arguments, (dict, str)) else None

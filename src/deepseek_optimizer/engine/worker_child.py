@@ -1,0 +1,68 @@
+"""The process of a `Worker`: reads jobs from its input, writes answers to its output. Run by its path, not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any, BinaryIO
+
+_HEADER = 8
+
+
+def _read(pipe: BinaryIO) -> Any:
+    """The next message; ends the process where there is none."""
+    header = pipe.read(_HEADER)
+    if len(header) < _HEADER:
+        os._exit(0)
+    return json.loads(pipe.read(int.from_bytes(header, "little")))
+
+
+def _write(pipe: BinaryIO, message: Any) -> None:
+    data = json.dumps(message).encode()
+    pipe.write(len(data).to_bytes(_HEADER, "little") + data)
+    pipe.flush()
+
+
+def _limit_memory(more: int) -> None:
+    """To what the process has now, and so much more."""
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def main() -> None:
+    jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not stand among the answers
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    first = _read(jobs)
+    sys.path[:] = first["path"]
+    spec = importlib.util.spec_from_file_location("job", first["job"])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run = module.prepare(first["setup"])
+    if sys.platform == "linux":
+        _limit_memory(first["memory"])
+    _write(answers, ["ready", None])
+    while True:
+        payload = _read(jobs)
+        signal.setitimer(signal.ITIMER_PROF, first["seconds"])  # SIGPROF ends the process, whatever it is in
+        try:
+            answer = ["done", run(payload)]
+        except ValueError as error:
+            answer = ["refused", str(error)]
+        except MemoryError:
+            answer = ["memory", None]
+        except RecursionError:
+            answer = ["refused", "it is nested too deeply"]
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(answers, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Text of a model into reasoning, content and calls: each format, however the text is cut, and text that is none of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+
+from deepseek_optimizer.chat.deltas import ContentDelta, Parsed, ToolCallDelta, collect
+from deepseek_optimizer.chat.output_parser import make_output_parser, special_markers
+from deepseek_optimizer.chat.tools import FORMATS, detect
+
+THINKS = "...{{ content.split('</think>') }}..."
+ARGUMENTS = {"city": "Zürich 🏔 <b>?", "days": [1, {"deep": None}], "quote": 'a "b" \\ }{'}
+TEXT = json.dumps(ARGUMENTS, ensure_ascii=False)
+WHOLE = {
+    "hermes": f'<tool_call>\n{{"name": "weather", "arguments": {TEXT}}}\n</tool_call>\n'
+    '<tool_call>{"arguments": {}, "name": "now"}</tool_call>',
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    f"{TEXT}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{{}}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{TEXT}<｜tool▁call▁end｜>"
+    "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "llama": f'{{"name": "weather", "parameters": {TEXT}}}; {{"name": "now", "parameters": {{}}}}',
+    "dsml": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n'
+    f'<｜DSML｜parameter name="city" string="true">{ARGUMENTS["city"]}</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="days" string="false">[1, {"deep": null}]</｜DSML｜parameter>\n'
+    f'<｜DSML｜parameter name="quote" string="true">{ARGUMENTS["quote"]}</｜DSML｜parameter>\n'
+    '</｜DSML｜invoke>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+}
+BROKEN = {
+    "hermes": [
+        '<tool_call>{"name": "weather", "arguments": {</tool_call>',
+        '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": [1]}</tool_call> after',
+        "<tool_call>",
+        "</tool_call>",
+        "a <tool_call> b",
+        '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
+        "<tool_call>" + "[" * 5000 + "</tool_call>",
+        '<tool_call>{"name": "f", "argum',
+    ],
+    "deepseek_v3": [
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "x\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{",
+        "<｜tool▁call▁begin｜>{}<｜tool▁call▁end｜>",
+        "<｜tool▁calls▁begin｜> then <｜tool▁sep｜> text",
+    ],
+    "llama": [
+        '{"name": "unknown", "parameters": {}}',
+        '{"name": "now"}',
+        '{"answer": 42} ',
+        '<|python_tag|>print("hi")',
+        '{"name": "now", "parameters": {',
+        "<|python_tag|>",
+        "  <|pyth",
+        'text first {"name": "now", "parameters": {}}',
+    ],
+    "dsml": [
+        '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>',
+        "<｜DSML｜function_calls>",
+        '<｜DSML｜invoke name="f">text</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="false">x</｜DSML｜parameter></｜DSML｜invoke>',
+        "<｜DSML｜invoke</｜DSML｜invoke>",
+    ],
+}
+
+
+def parse(text: str, name: str | None, pieces: list[str] | None = None, template: str = "", prompt: str = "") -> Parsed:
+    tool_format = FORMATS[name] if name else None
+    parser = make_output_parser(template, prompt, tool_format=tool_format, tool_names=["weather", "now"])
+    deltas = [delta for piece in (pieces or [text]) for delta in parser.feed(piece)] + parser.finish()
+    for delta in deltas:
+        assert isinstance(delta, ToolCallDelta) or delta.text
+    return collect(deltas)
+
+
+def cut(text: str, seed: int) -> list[str]:
+    choose = random.Random(seed)
+    pieces, at = [], 0
+    while at < len(text):
+        size = choose.choice((1, 1, 2, 3, 7, 40))
+        pieces.append(text[at : at + size])
+        at += size
+    return pieces
+
+
+def same(a: Parsed, b: Parsed) -> bool:
+    calls = [[(call.name, call.arguments) for call in parsed.tool_calls] for parsed in (a, b)]
+    return (a.content, a.reasoning, calls[0]) == (b.content, b.reasoning, calls[1])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_calls_are_found(name):
+    before = "" if name == "llama" else "Let me look.\n\n"
+    found = parse(before + WHOLE[name] + "\n", name)
+    assert [call.name for call in found.tool_calls] == ["weather", "now"]
+    assert [json.loads(call.arguments) for call in found.tool_calls] == [ARGUMENTS, {}]
+    assert found.content == before.strip()
+    assert len({call.id for call in found.tool_calls}) == 2 and all(
+        re.fullmatch("call_[0-9a-f]{24}", c.id) for c in found.tool_calls
+    )
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_first_delta_of_a_call_has_its_name(name):
+    parser = make_output_parser("", "", tool_format=FORMATS[name], tool_names=["weather", "now"])
+    deltas = [d for d in parser.feed(WHOLE[name]) + parser.finish() if isinstance(d, ToolCallDelta)]
+    heads = [(d.index, d.name) for d in deltas if d.id is not None]
+    assert heads == [(0, "weather"), (1, "now")]
+    assert [d.index for d in deltas] == sorted(d.index for d in deltas)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_call_is_content_character_by_character(name):
+    for text in BROKEN[name]:
+        found = parse(text, name)
+        assert found == Parsed(text, "", ()), text
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("seed", range(5))
+def test_how_the_text_is_cut_changes_nothing(name, seed):
+    texts = [WHOLE[name], "a\n\n" + WHOLE[name] + "\n \nb", *BROKEN.get(name, []), WHOLE[name] + BROKEN.get(name, [""])[0]]
+    for text in texts:
+        if len(text) < 2000:
+            assert same(parse(text, name), parse(text, name, cut(text, seed))), text
+            thoughtful = "<think>\nhm\n\nso\n</think>\n\n" + text
+            whole = parse(thoughtful, name, template=THINKS)
+            assert whole.reasoning == "hm\n\nso"
+            assert same(whole, parse(thoughtful, name, cut(thoughtful, seed), template=THINKS))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_random_mixtures_of_markers_lose_nothing_and_depend_on_no_cut(name):
+    parts = [*FORMATS[name].markers, *WHOLE[name].split(">"), "{", "}", '"', "\\", "\n", " ", "a", "<", "｜"]
+    for seed in range(60):
+        choose = random.Random(seed)
+        text = "".join(choose.choice(parts) for _ in range(30))
+        whole = parse(text, name)
+        assert same(whole, parse(text, name, cut(text, seed))), text
+        if not whole.tool_calls:
+            assert whole.content == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "reasoning", "content"),
+    [
+        ("", "<think>a</think>b", "a", "b"),
+        ("", "\n <think>\na\n</think>\n\nb\n", "a", "b\n"),
+        ("x<think>\n", "a\nb</think>c", "a\nb", "c"),
+        ("x<think>\n", "never closed", "never closed", ""),
+        ("x<think>\n\n</think>\n\n", "plain", "", "plain"),
+        ("", "no tag </think> here <think>", "", "no tag </think> here <think>"),
+        ("", "<think>a</think>b<think>c</think>", "a", "b<think>c</think>"),
+        ("", "<think>a</thi</think></think>", "a</thi", "</think>"),
+        ("", "<think></think>", "", ""),
+        ("", "<thin", "", "<thin"),
+        ("", " " * 100 + "<think>a</think>", "", " " * 100 + "<think>a</think>"),
+        ("x<think>", "a</think", "a</think", ""),
+    ],
+)
+def test_thoughts_are_apart(prompt, text, reasoning, content):
+    assert parse(text, None, template=THINKS, prompt=prompt) == Parsed(content, reasoning, ())
+    assert parse(text, None, list(text), template=THINKS, prompt=prompt) == Parsed(content, reasoning, ())
+
+
+def test_a_model_that_does_not_think_may_write_about_tags():
+    assert parse("<think>a</think>b", None).content == "<think>a</think>b"
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(("size", "length"), [(1, 1 << 16), (1 << 20, 1 << 20)])
+def test_a_megabyte_of_anything_ends(name, size, length):
+    """In linear time: a quadratic parser would take hours."""
+    marks = FORMATS[name].markers
+    for unit in (marks[0], marks[0][:-1], '{"name": "now", "parameters": ', '{"a":[', "\n", "</think", '"\\'):
+        text = "x" + unit * (length // len(unit))
+        found = parse(text, name, [text[i : i + size] for i in range(0, len(text), size)], template=THINKS)
+        assert found == Parsed(text, "", ())
+
+
+def test_a_megabyte_of_calls():
+    for name, text in WHOLE.items():
+        assert len(parse(text * (1 << 10), name).tool_calls) == 2 << 10
+
+
+def test_special_tokens_are_left_out_but_for_markers():
+    drop = ["<|im_end|>", "<think>", "</think>", "<tool_call>"]
+    parser = make_output_parser(THINKS, "", tool_format=FORMATS["hermes"], drop=drop)
+    text = '<think>a</think>b<|im_end|><tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>'
+    found = collect([d for piece in text for d in parser.feed(piece)] + parser.finish())
+    assert (found.reasoning, found.content, found.tool_calls[0].name) == ("a", "b", "f")
+
+
+def test_markers_that_are_special_tokens_must_be_seen(byte_tokenizer):
+    assert not special_markers(byte_tokenizer, FORMATS["hermes"])
+
+    class Special:
+        all_special_tokens = ["<|python_tag|>"]
+
+    assert special_markers(Special(), FORMATS["llama"]) and not special_markers(Special(), None)
+
+
+def test_arguments_that_no_encoding_can_carry_are_escaped():
+    text = '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>'
+    assert parse(text, "hermes").tool_calls[0].arguments == '{"a": "\\ud800"}'
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ '<tool_call>' }}", "hermes"),
+        ("<tool_call><function=x>", None),
+        ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>```json", "deepseek_v3"),
+        ("<｜tool▁call▁begin｜><｜tool▁sep｜>", "deepseek_v31"),
+        ("<｜DSML｜invoke", "dsml"),
+        ('<|start_header_id|> {"name": function name, "parameters": dictionary}', "llama"),
+        ("{{ messages }}", None),
+    ],
+)
+def test_the_format_is_known_by_the_template(template, name):
+    found = detect(template)
+    assert (found and found.name) == name
+
+
+def test_content_comes_as_soon_as_it_is_sure():
+    parser = make_output_parser("", "", tool_format=FORMATS["hermes"])
+    assert parser.feed("Hello") == [ContentDelta("Hello")]
+    assert parser.feed(" wor<") == [ContentDelta(" wor")]
+    assert parser.feed("b>") == [ContentDelta("<b>")]

@@ -1,0 +1,148 @@
+"""Work in a process of its own: limits end it and nothing else, and no process is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from deepseek_optimizer.engine.worker import JobError, Worker, WorkerError
+from deepseek_optimizer.errors import EngineBusyError
+
+JOB = """
+import os, sys, time
+def prepare(setup):
+    print("what a job prints is no answer")
+    def run(payload):
+        kind = payload["kind"]
+        if kind == "echo": return [setup, payload["value"]]
+        if kind == "refuse": raise ValueError("no")
+        if kind == "spin":
+            while True: pass
+        if kind == "memory": return len(bytearray(1 << 33))
+        if kind == "die": os._exit(3)
+        if kind == "crash": raise TypeError("a fault of the job")
+        if kind == "sleep": time.sleep(payload["seconds"]); return None
+        if kind == "deep": return run(payload)
+    return run
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    path = tmp_path / "job.py"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.fixture
+def worker(job):
+    made = Worker(job, {"a": 1}, seconds=0.3, patience=0.2)
+    yield made
+    made.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_jobs_are_answered_by_one_process_that_starts_at_the_first(worker):
+    assert worker.pid is None
+    value = {"text": "é👩 \0" * 50_000, "n": [1, None]}
+    assert worker.call({"kind": "echo", "value": value}) == [{"a": 1}, value]
+    pid = worker.pid
+    assert worker.call({"kind": "echo", "value": 2}) == [{"a": 1}, 2] and worker.pid == pid
+
+
+@pytest.mark.parametrize("kind", ["refuse", "deep"])
+def test_a_job_that_says_no_keeps_its_worker(worker, kind):
+    with pytest.raises(JobError, match="no|nested"):
+        worker.call({"kind": kind})
+    pid = worker.pid
+    worker.call({"kind": "echo", "value": 1})
+    assert worker.pid == pid
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("spin", "too long"), ("memory", "too much memory"), ("die", "failed"), ("crash", "failed")]
+)
+def test_a_job_that_ends_its_worker_is_followed_by_another(worker, kind, message):
+    worker.call({"kind": "echo", "value": 1})
+    pid = worker.pid
+    with pytest.raises(WorkerError, match=message):
+        worker.call({"kind": kind})
+    assert not alive(pid)
+    assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1] and worker.pid != pid
+
+
+def test_a_worker_that_was_killed_is_replaced_at_the_second_call(worker):
+    worker.call({"kind": "echo", "value": 1})
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError):
+        worker.call({"kind": "echo", "value": 1})
+    assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1]
+
+
+def test_callers_wait_for_each_other_and_not_for_ever(job):
+    worker = Worker(job, {}, seconds=5, patience=0.2)
+    worker.call({"kind": "echo", "value": 1})
+    first = threading.Thread(target=worker.call, args=({"kind": "sleep", "seconds": 1.5},))
+    first.start()
+    while not worker._lock.locked():
+        time.sleep(0.01)
+    with pytest.raises(EngineBusyError):
+        worker.call({"kind": "echo", "value": 1})
+    first.join()
+    assert worker.call({"kind": "echo", "value": 1}) == [{}, 1]
+    worker.close()
+
+
+def test_close_ends_a_job_that_runs(job):
+    worker = Worker(job, {}, seconds=60)
+    worker.call({"kind": "echo", "value": 1})
+    pid, errors = worker.pid, []
+
+    def call():
+        try:
+            worker.call({"kind": "spin"})
+        except WorkerError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    while not worker._lock.locked():
+        time.sleep(0.01)
+    worker.close()
+    thread.join()
+    assert errors and not alive(pid)
+    with pytest.raises(WorkerError, match="closed"):
+        worker.call({"kind": "echo", "value": 1})
+
+
+def test_a_parent_that_dies_leaves_no_child(job):
+    code = (
+        "import time; from deepseek_optimizer.engine.worker import Worker; from pathlib import Path\n"
+        f"w = Worker(Path({str(job)!r}), {{}}); w.call({{'kind': 'echo', 'value': 1}}); print(w.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    for _ in range(500):
+        if not alive(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # no one may be there to reap it
+            return
+        time.sleep(0.02)
+    pytest.fail("the child is still there")
