@@ -19,7 +19,9 @@ def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
     symptom: Annotated[
         str | None,
-        typer.Option("--symptom", "-s", help="Look into one of: out-of-memory, repetition, cuda-error, slow, garbage."),
+        typer.Option(
+            "--symptom", "-s", help="Look into one of: out-of-memory, repetition, cuda-error, slow, garbage, latency-jitter."
+        ),
     ] = None,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens a sequence to make room for.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once to make room for.")] = 1,

@@ -1,4 +1,4 @@
-"""What is run for whom, and names that are not known, or not yet."""
+"""What is run for whom, and names that are not known."""
 
 from __future__ import annotations
 
@@ -53,11 +53,6 @@ def test_an_environment_that_keeps_every_model_from_loading(tiny_model, monkeypa
 def test_out_of_memory_says_what_does_not_fit(case, machine, tiny_model):
     found = examine_symptom(case(model=str(tiny_model), machine=machine(available_bytes=1000)), "out-of-memory")
     assert [f.check for f in found if f.severity == "error"] == ["memory"]
-
-
-def test_latency_jitter_comes_later(case):
-    with pytest.raises(ConfigError, match="not built yet"):
-        examine_symptom(case(), "latency-jitter")
 
 
 def test_a_misspelt_symptom(case):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 from ...errors import ConfigError
-from . import cuda_error, garbage, out_of_memory, repetition, slow
+from . import cuda_error, garbage, latency_jitter, out_of_memory, repetition, slow
 from .base import Symptom
 
 SYMPTOMS: Mapping[str, Symptom] = {
@@ -15,20 +15,14 @@ SYMPTOMS: Mapping[str, Symptom] = {
     "cuda-error": cuda_error.SYMPTOM,
     "slow": slow.SYMPTOM,
     "garbage": garbage.SYMPTOM,
-}
-# Known names whose cause lies in parts that are not built yet.
-_LATER = {
-    "latency-jitter": "it is measured on the scheduler that batches requests (batch_size_range), which is not built yet; "
-    "'slow' measures single requests",
+    "latency-jitter": latency_jitter.SYMPTOM,
 }
 
 
 def get_symptom(name: str) -> Symptom:
-    """The symptom called `name`. Raises ConfigError where there is none, or not yet."""
+    """The symptom called `name`. Raises ConfigError where there is none."""
     if name in SYMPTOMS:
         return SYMPTOMS[name]
-    if name in _LATER:
-        raise ConfigError(f"symptom {name!r} cannot be examined: {_LATER[name]}")
     near = difflib.get_close_matches(name, SYMPTOMS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"unknown symptom {name!r}{hint} (known: {', '.join(SYMPTOMS)})")

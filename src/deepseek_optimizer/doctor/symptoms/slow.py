@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..budget import budget
 from ..case import Case
@@ -20,6 +20,7 @@ GOOD_SHARE = 0.5  # of the read limit: what decoding should reach at least
 SMALL = 32 << 20  # bytes a token, below which reading them is not what takes the time
 CLEARLY = 0.9  # of the time: what fewer threads must take to be called faster
 BUSY = 0.3  # processors' worth of other work on ours that shows in the figures
+Times: TypeAlias = "tuple[float, float] | None"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,10 @@ def measure_decode(model: Any) -> Decode:
     seconds, others = float("inf"), None
     for _ in range(ROUNDS):
         first = _timed(model, ids, 1)
-        before = _times()
+        before = processor_times()
         whole = _timed(model, ids, TOKENS + 1)
-        after = _times()
-        if before and after:
-            others = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / whole
+        after = processor_times()
+        others = other_work(before, after, whole)
         seconds = min(seconds, max(whole - first, 1e-9) / TOKENS)
     formats = tuple(row.format for row in report.formats)
     traffic = traffic_of(model)
@@ -90,7 +90,14 @@ def _timed(model: Any, ids: Any, tokens: int) -> float:
     return time.perf_counter() - started
 
 
-def _times() -> tuple[float, float] | None:
+def other_work(before: Times, after: Times, seconds: float) -> float | None:
+    """Processors' worth of time that other processes took between two `processor_times`."""
+    if before is None or after is None:
+        return None
+    return max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / seconds
+
+
+def processor_times() -> Times:
     """Seconds that the processors this process may run on were busy, and those that it used itself."""
     try:
         usable = {f"cpu{i}" for i in os.sched_getaffinity(0)}
