@@ -81,10 +81,13 @@ lint: env
 
 include native/native.mk
 
-# A million mutated headers of safetensors, GGUF and packed files; the suite runs a short round of the same.
+# A million mutated headers of safetensors, GGUF and packed files, and for each operation of the server a thousand valid and a
+# thousand invalid requests made from its schema; the suite runs a short round of both.
 FUZZ_INPUTS ?= 1000000
+FUZZ_REQUESTS ?= 1000
 fuzz: env
 	$(BIN)/python tests/fuzz/fuzz_headers.py --inputs $(FUZZ_INPUTS)
+	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest tests/server/test_schema_fuzz.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache

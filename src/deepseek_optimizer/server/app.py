@@ -1,0 +1,95 @@
+"""The application: routes, behind what holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from . import openapi
+from .guard import Guard, HostGuard
+from .metrics import HttpMetrics
+from .page_files import page_files
+from .problems import problem
+from .protocol.chat import ChatRequest
+from .protocol.completions import CompletionRequest
+from .protocol.embeddings import EmbeddingRequest
+from .protocol.models import DetokenizeRequest, TokenizeRequest
+from .protocol.responses import ResponsesRequest
+from .routes import chat, completions, embeddings, models, page, responses, status, tokens
+from .settings import ServerSettings
+from .state import ServerState
+
+_ABOUT = """OpenAI's protocols over deepseek-optimizer's engine. A field that is not known is an error, and so is a number in
+quotes; fields of OpenAI's that change nothing here (user, metadata, store and the like) are accepted and ignored."""
+
+
+def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
+    """The ASGI application of an `AsyncEngine`, which starts and ends with it. Its `state.server` is the `ServerState`.
+
+    Args:
+        engine: not started yet.
+    """
+    settings = settings or ServerSettings()
+    state = ServerState(engine, settings)
+    files = page_files()
+    open_paths = {"/", "/health", "/ready", *page.paths(files)}
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        try:
+            yield
+        finally:
+            await engine.close()
+            state.close()
+
+    middleware = [Middleware(HostGuard, settings=settings)]
+    if settings.allow_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.allow_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+                expose_headers=["Retry-After"],
+            )
+        )
+    middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
+    app = FastAPI(
+        title="deepseek-optimizer",
+        description=_ABOUT,
+        docs_url=None,  # their scripts would come from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+    app.state.server = state
+    for route in (chat, completions, responses, embeddings, models, tokens, status):
+        route.add(app, state)
+    page.add(app, files)
+    bodies: list[type[BaseModel]] = [
+        ChatRequest,
+        CompletionRequest,
+        ResponsesRequest,
+        EmbeddingRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    ]
+    openapi.install(app, bodies, bool(settings.keys))
+    return app
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    """Starlette's own: no such route, no such method."""
+    found = problem(error)
+    assert found is not None
+    return found.response()

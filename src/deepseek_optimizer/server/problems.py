@@ -1,0 +1,75 @@
+"""What went wrong, in the shape that OpenAI's clients expect: {"error": {"message", "type", "param", "code"}}.
+
+No message holds a path, an address or a traceback: those go to the log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ..errors import EngineBusyError, EngineDeadError, RequestError
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: for the client: what is wrong, and what to do.
+        param: the field of the request that is at fault.
+        code: a word that programs can look for.
+        headers: beside the usual.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+        super().__init__(message)
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return Response(orjson.dumps(self.body()), self.status, self.headers, "application/json")
+
+
+def busy(message: str, seconds: float = 1.0) -> ApiError:
+    """503: not now."""
+    return ApiError(503, message, code="unavailable", headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+
+
+def problem(error: BaseException) -> ApiError | None:
+    """What a client is told of an error; None: it is none that a client can cause, so 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), param=error.field)
+    if isinstance(error, EngineBusyError):
+        after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        return ApiError(429, str(error), code="queue_full", headers=after)
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, "the engine has stopped", code="engine_dead", headers={"Retry-After": "30"})
+    if isinstance(error, HTTPException):
+        names = {404: "there is nothing at this address", 405: "this address does not know this method"}
+        return ApiError(error.status_code, names.get(error.status_code, str(error.detail)), headers=error.headers)
+    return None
+
+
+INTERNAL = ApiError(500, "an error of the server; its log says more", code="internal_error")

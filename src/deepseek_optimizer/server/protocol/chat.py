@@ -1,0 +1,94 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ...engine.request import MOST_LOGPROBS
+from .base import Answer, Body, Ignored, ModelName, Usage
+from .formats import Guided
+from .messages import Messages, ToolChoice, Tools
+from .sampling import Sampling, _Tokens
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+_Scalar = bool | int | float | Annotated[str, Field(max_length=1024)] | None
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = Field(None, description="A last chunk without choices holds the usage.")
+    include_obfuscation: Ignored
+
+
+class ChatRequest(Sampling, Guided):
+    """A chat to be continued."""
+
+    model: ModelName = None
+    messages: Messages
+    max_completion_tokens: _Tokens | None = Field(None, description="The newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(None, description="Needs logprobs.")
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Needs stream.")
+    reasoning_effort: Effort | None = Field(None, description="For models whose chat template knows it.")
+    chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
+        None, description="Variables that the model's chat template knows, such as enable_thinking."
+    )
+    modalities: list[Literal["text"]] | None = None
+
+
+class TopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprobs(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(Answer):
+    content: list[TokenLogprobs] | None
+
+
+class AnswerFunction(Answer):
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(Answer):
+    id: str
+    type: Literal["function"]
+    function: AnswerFunction
+
+
+class ChatMessage(Answer):
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[AnswerToolCall] | None = None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: ChatMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None = Field(None, description="The string or token of the request's own that ended the text.")
+
+
+class ChatCompletion(Answer):
+    """A stream's chunks (`chat.completion.chunk`) are alike, with `delta` for `message`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+EXAMPLE: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}

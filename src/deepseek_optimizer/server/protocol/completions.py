@@ -1,0 +1,63 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ...engine.request import MOST_LOGPROBS
+from .base import TOKEN_ID, Answer, ModelName, Usage
+from .chat import StreamOptions
+from .formats import Guided
+from .sampling import Sampling
+
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[TOKEN_ID], Field(min_length=1)]
+MOST_PROMPTS = 64
+Prompt = (
+    _Text
+    | _Ids
+    | Annotated[list[_Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+)
+
+
+class CompletionRequest(Sampling, Guided):
+    """A text to be continued as it is: control tokens in it are control tokens."""
+
+    model: ModelName = None
+    prompt: Prompt
+    best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(None, description="Only as much as n: none are left out.")
+    echo: bool | None = Field(None, description="The prompt before the text; not with logprobs.")
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    suffix: None = None
+    stream_options: StreamOptions | None = Field(None, description="Needs stream.")
+    add_special_tokens: bool | None = Field(None, description="Whether the tokenizer adds its own, such as a begin token.")
+
+
+class CompletionLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+
+
+class Completion(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+EXAMPLE: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 16}

@@ -1,0 +1,41 @@
+"""/v1/embeddings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .base import Answer, Harmless, ModelName
+from .completions import Prompt
+
+
+class EmbeddingRequest(Harmless):
+    """Texts, or their tokens."""
+
+    model: ModelName = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian float32.")
+    dimensions: None = None
+    priority: Annotated[int, Field(ge=0, le=1000)] | None = None
+
+
+class Embedding(Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+EXAMPLE: dict[str, Any] = {"input": "Hello"}

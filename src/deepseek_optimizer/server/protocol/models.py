@@ -1,0 +1,60 @@
+"""/v1/models, /tokenize, /detokenize, /health and /ready."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .base import TOKEN_ID, Answer, Body, ModelName
+from .chat import _Scalar
+from .messages import Messages, Tools
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeRequest(Body):
+    """A text (`prompt`), or a chat (`messages`) as the model would read it."""
+
+    model: ModelName = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = None
+    add_special_tokens: bool | None = Field(None, description="Of a text: whether the tokenizer adds its own.")
+    return_token_strs: bool | None = None
+
+
+class Tokens(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Body):
+    model: ModelName = None
+    tokens: Annotated[list[TOKEN_ID], Field(max_length=1_000_000)]
+
+
+class Text(Answer):
+    prompt: str
+
+
+class Status(Answer):
+    status: str
+
+
+EXAMPLE_TOKENIZE: dict[str, Any] = {"prompt": "Hello"}
+EXAMPLE_DETOKENIZE: dict[str, Any] = {"tokens": [1]}

@@ -1,0 +1,218 @@
+"""/v1/responses: OpenAI's newer protocol, without state: the whole conversation comes with each request."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ...engine.request import MOST_LOGPROBS
+from .base import Answer, Body, Harmless, Ignored, ModelName
+from .chat import Effort, _Scalar
+from .messages import _Name, only_text
+from .sampling import _Tokens
+
+_Id = Annotated[str, Field(max_length=256)]
+
+
+class InputText(Body):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Ignored
+    logprobs: Ignored
+
+    _check = model_validator(mode="before")(only_text)
+
+
+InputContent = str | Annotated[list[InputText], Field(max_length=1000)]
+
+
+class InputMessage(Body):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: InputContent
+    id: _Id | None = None
+    status: Ignored
+    phase: Ignored
+
+
+class InputCall(Body):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: _Id
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+    id: _Id | None = None
+    status: Ignored
+
+
+class InputCallOutput(Body):
+    """What the function answered."""
+
+    type: Literal["function_call_output"]
+    call_id: _Id
+    output: InputContent
+    id: _Id | None = None
+    status: Ignored
+
+
+class ReasoningText(Body):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class InputReasoning(Body):
+    """What the model thought; summaries and encrypted content are ignored."""
+
+    type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+    id: _Id | None = None
+    summary: Ignored
+    encrypted_content: Ignored
+    status: Ignored
+
+
+InputItem = Annotated[InputMessage | InputCall | InputCallOutput | InputReasoning, Field(discriminator="type")]
+
+
+class FunctionTool(Body):
+    type: Literal["function"]
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunctionTool(Body):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: Annotated[str, Field(max_length=64)]
+
+
+class PlainText(Body):
+    type: Literal["text"]
+
+
+class JsonObject(Body):
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = Field(None, description="Ignored: the schema is always kept to.")
+
+
+class TextOptions(Body):
+    format: Annotated[PlainText | JsonObject | SchemaFormat, Field(discriminator="type")] | None = None
+
+
+class ReasoningOptions(Body):
+    effort: Effort | None = None
+    summary: Ignored
+    generate_summary: Ignored
+
+
+class ResponseStreamOptions(Body):
+    include_obfuscation: Ignored
+
+
+class ResponsesRequest(Harmless):
+    """A conversation to be continued. previous_response_id, conversation, prompt and background need a server with state."""
+
+    model: ModelName = None
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[InputItem], Field(min_length=1, max_length=10_000)]
+    instructions: str | None = None
+    max_output_tokens: _Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
+        None, description="message.output_text.logprobs; reasoning.encrypted_content is ignored."
+    )
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
+    max_tool_calls: None = None
+    top_k: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = Field(None, description="0 or -1: all.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
+    priority: Annotated[int, Field(ge=0, le=1000)] | None = None
+    chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        """Messages may leave their type out."""
+        if not isinstance(value, list):
+            return value
+        return [{"type": "message", **item} if isinstance(item, dict) and "type" not in item else item for item in value]
+
+    @field_validator("previous_response_id", "conversation", mode="before")
+    @classmethod
+    def _stateless(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("this server keeps no responses: send the whole conversation as input")
+        return value
+
+
+class InputTokensDetails(Answer):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(Answer):
+    reasoning_tokens: int
+
+
+class ResponseUsage(Answer):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(Answer):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseObject(Answer):
+    """`output` holds reasoning, messages and function calls, as OpenAI has them."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete", "in_progress", "failed"]
+    error: dict[str, str] | None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[dict[str, Any]]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: Literal[False]
+    temperature: float | None
+    text: dict[str, Any]
+    tool_choice: str | dict[str, str]
+    tools: list[dict[str, Any]]
+    top_p: float | None
+    truncation: Literal["disabled"]
+    usage: ResponseUsage | None
+
+
+EXAMPLE: dict[str, Any] = {"input": "Hello", "max_output_tokens": 16}

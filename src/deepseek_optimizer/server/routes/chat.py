@@ -1,0 +1,100 @@
+"""/v1/chat/completions: a chat, continued."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from fastapi import FastAPI, Request, Response
+
+from ..chat_answers import ChatAnswer, ChatCollector, ChatEncoder
+from ..chat_setup import ChatAsked, check_choice, set_up
+from ..grammars import chat_grammar, form_of
+from ..openapi import body_errors, events, reads
+from ..problems import ApiError
+from ..protocol.base import parse
+from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
+from ..protocol.messages import NamedTool
+from ..protocol.sampling import requests_for
+from ..replies import StreamReply, WholeReply
+from ..state import ServerState
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=body_errors() | {200: events()},
+        openapi_extra=reads(ChatRequest, EXAMPLE),
+        tags=["generation"],
+    )
+    async def chat_completions(request: Request) -> Response:
+        """Answers a chat, by the model's chat template."""
+        state.check_taking()
+        body = await state.bodies.read(request)
+        with state.admit(body) as places:
+            asked = parse(ChatRequest, body)
+            state.check_model(asked.model)
+            check(asked)
+            deadline, n = state.deadline(request.state.arrived), asked.n or 1
+            chat = asked_of(asked)
+            form = form_of(asked)
+            setup = await state.tokenizing(lambda: set_up(state, chat), deadline)
+            grammar = await chat_grammar(state, chat, setup, form, asked.parallel_tool_calls is not False, deadline)
+            top = (asked.top_logprobs or 0) if asked.logprobs else None
+            params = asked.params(
+                state.settings.sampling,
+                max_tokens=asked.max_completion_tokens or asked.max_tokens,
+                logprobs=top,
+                grammar=grammar,
+                keep_special=setup.keep_special,
+            )
+            name = f"chatcmpl-{uuid.uuid4().hex}"
+            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            pinned = (setup.prompt.system,) if setup.prompt.system else ()
+            requests = requests_for(
+                [setup.prompt.ids], params, n, id=name, salt=request.state.salt, deadline=deadline, priority=asked.priority,
+                pinned=pinned,
+            )  # fmt: skip
+            answers = state.submit(requests)
+            one_call = asked.parallel_tool_calls is False
+            parsed = [ChatAnswer(setup.parser() if setup.parser else None, one_call) for _ in range(n)]
+            texts = state.texts if asked.logprobs else None
+            if asked.stream:
+                usage = bool(asked.stream_options and asked.stream_options.include_usage)
+                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage))
+            collector = ChatCollector(head, parsed, texts)
+            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
+
+
+def check(asked: ChatRequest) -> None:
+    """
+    Raises:
+        ApiError: 400, fields that contradict each other.
+    """
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
+    if asked.stream_options is not None and not asked.stream:
+        raise ApiError(400, "stream_options: only with stream", param="stream_options")
+
+
+def asked_of(asked: ChatRequest) -> ChatAsked:
+    """What the request says of its chat.
+
+    Raises:
+        ApiError: 400, a tool must be called that there is not.
+    """
+    tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in asked.tools or ()]
+    wanted = asked.tool_choice or "auto"
+    named = isinstance(wanted, NamedTool)
+    choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
+    check_choice(tools, choice, named)
+    return ChatAsked(
+        messages=[message.model_dump(exclude_none=True) for message in asked.messages],
+        tools=tools,
+        choice=choice,
+        named=named,
+        effort=asked.reasoning_effort,
+        options=asked.chat_template_kwargs or {},
+        skip_special=asked.skip_special_tokens is not False,
+    )

@@ -1,0 +1,86 @@
+"""/v1/completions: a text, continued."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from fastapi import FastAPI, Request, Response
+
+from ..completion_answers import CompletionCollector, CompletionEncoder
+from ..grammars import compiled, form_of
+from ..openapi import body_errors, events, reads
+from ..problems import ApiError
+from ..prompts import text_prompts
+from ..protocol.base import parse
+from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
+from ..protocol.sampling import requests_for
+from ..replies import StreamReply, WholeReply
+from ..state import ServerState
+
+_DEFAULT_TOKENS = 16  # OpenAI's
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses=body_errors() | {200: events()},
+        openapi_extra=reads(CompletionRequest, EXAMPLE),
+        tags=["generation"],
+    )
+    async def completions(request: Request) -> Response:
+        """Continues a text as it is, without the model's chat template."""
+        state.check_taking()
+        body = await state.bodies.read(request)
+        with state.admit(body) as places:
+            asked = parse(CompletionRequest, body)
+            state.check_model(asked.model)
+            check(asked)
+            deadline, n = state.deadline(request.state.arrived), asked.n or 1
+            grammar = await compiled(state, form_of(asked), deadline)
+            params = asked.params(
+                state.settings.sampling,
+                max_tokens=asked.max_tokens or _DEFAULT_TOKENS,
+                logprobs=asked.logprobs,
+                grammar=grammar,
+            )
+            special = asked.add_special_tokens is not False
+            prompts = await text_prompts(state, asked.prompt, special, deadline, "prompt")
+            echoes = [""] * (len(prompts) * n)
+            if asked.echo:
+                decoded = await state.tokenizing(lambda: [echo(ids) for ids in prompts], deadline)
+                given = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+                texts = given if isinstance(given[0], str) else decoded
+                echoes = [str(text) for text in texts for _ in range(n)]
+            name = f"cmpl-{uuid.uuid4().hex}"
+            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            requests = requests_for(
+                prompts, params, n, id=name, salt=request.state.salt, deadline=deadline, priority=asked.priority
+            )
+            answers = state.submit(requests)
+            token_texts = None if asked.logprobs is None else state.texts
+            if asked.stream:
+                usage = bool(asked.stream_options and asked.stream_options.include_usage)
+                encoder = CompletionEncoder(head, echoes, n, usage, token_texts, asked.logprobs)
+                return StreamReply(state, places.pop_all(), answers, encoder)
+            collector = CompletionCollector(head, echoes, n, token_texts, asked.logprobs)
+            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
+
+    def echo(ids: list[int]) -> str:
+        if max(ids) >= state.engine.vocab_size:
+            raise ApiError(400, "prompt: has a token that is not of this model", param="prompt")
+        return str(state.tokenizer.decode(ids))
+
+
+def check(asked: CompletionRequest) -> None:
+    """
+    Raises:
+        ApiError: 400, fields that contradict each other.
+    """
+    if asked.best_of is not None and asked.best_of != (asked.n or 1):
+        raise ApiError(400, "best_of: must be n, since all answers are returned", param="best_of")
+    if asked.echo and asked.logprobs is not None:
+        raise ApiError(400, "echo: not with logprobs, which are of new tokens alone", param="echo")
+    if asked.stream_options is not None and not asked.stream:
+        raise ApiError(400, "stream_options: only with stream", param="stream_options")

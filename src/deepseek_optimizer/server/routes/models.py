@@ -1,0 +1,29 @@
+"""/v1/models: the one model that is served."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Response
+
+from ..openapi import errors
+from ..protocol.models import ModelCard, ModelList
+from ..replies import json_response
+from ..state import ServerState
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    def card() -> dict[str, Any]:
+        return {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "deepseek-optimizer",
+                "max_model_len": state.engine.context}  # fmt: skip
+
+    @app.get("/v1/models", response_model=ModelList, responses=errors(401, 403), tags=["models"])
+    async def models() -> Response:
+        """What can be asked for as `model`."""
+        return json_response({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(401, 403, 404), tags=["models"])
+    async def model(model: Annotated[str, Path(min_length=1)]) -> Response:
+        """One model. Its name may have slashes in it."""
+        state.check_model(model)
+        return json_response(card())

@@ -1,0 +1,41 @@
+"""/: the chat page, and the files that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from ..page_files import HEADERS, PageFile
+from ..problems import ApiError
+
+INDEX = "index.html"
+
+
+def paths(files: dict[str, PageFile]) -> dict[str, PageFile]:
+    """The page's addresses, which anyone may ask for."""
+    found = {f"/page/{name}": file for name, file in files.items() if name != INDEX}
+    return {"/": files[INDEX], **found} if INDEX in files else found
+
+
+def add(app: FastAPI, files: dict[str, PageFile]) -> None:
+    if INDEX not in files:
+
+        @app.get("/", include_in_schema=False)
+        async def no_page() -> Response:
+            raise ApiError(404, "this installation has no chat page")
+
+    for path, file in paths(files).items():
+        app.get(path, include_in_schema=False)(_serve(file))
+
+
+def _serve(file: PageFile) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    headers = {**HEADERS, "Content-Type": file.type, "ETag": file.etag}
+
+    async def serve(request: Request) -> Response:
+        if request.headers.get("if-none-match") == file.etag:
+            return Response(status_code=304, headers=headers)
+        return Response(file.content, headers=headers)
+
+    return serve

@@ -1,0 +1,162 @@
+"""/v1/responses: OpenAI's newer protocol for the same answers, without state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from ...engine.request import Request as EngineRequest
+from ...engine.request import SamplingParams
+from ..chat_answers import ChatAnswer
+from ..chat_setup import ChatAsked, check_choice, set_up
+from ..grammars import Form, chat_grammar
+from ..openapi import body_errors, events, reads
+from ..protocol.base import parse
+from ..protocol.responses import (
+    EXAMPLE,
+    InputCall,
+    InputCallOutput,
+    InputContent,
+    InputMessage,
+    JsonObject,
+    NamedFunctionTool,
+    ResponseObject,
+    ResponsesRequest,
+    SchemaFormat,
+)
+from ..replies import StreamReply, WholeReply
+from ..response_answers import ResponseCollector, ResponseEncoder, new_response
+from ..state import ServerState
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    @app.post(
+        "/v1/responses",
+        response_model=ResponseObject,
+        responses=body_errors() | {200: events()},
+        openapi_extra=reads(ResponsesRequest, EXAMPLE),
+        tags=["generation"],
+    )
+    async def responses(request: Request) -> Response:
+        """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
+        state.check_taking()
+        body = await state.bodies.read(request)
+        with state.admit({}) as places:
+            asked = parse(ResponsesRequest, body)
+            state.check_model(asked.model)
+            deadline = state.deadline(request.state.arrived)
+            chat = asked_of(asked)
+            setup = await state.tokenizing(lambda: set_up(state, chat), deadline)
+            parallel = asked.parallel_tool_calls is not False
+            grammar = await chat_grammar(state, chat, setup, form_of(asked), parallel, deadline)
+            wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
+            values: dict[str, Any] = {**state.settings.sampling}
+            for name in ("temperature", "top_p", "min_p", "seed"):
+                if (value := getattr(asked, name)) is not None:
+                    values[name] = value
+            if asked.top_k is not None:
+                values["top_k"] = max(asked.top_k, 0)
+            params = SamplingParams(
+                **values,
+                max_tokens=asked.max_output_tokens,
+                logprobs=(asked.top_logprobs or 0) if wants_logprobs else None,
+                grammar=grammar,
+                skip_special_tokens=not setup.keep_special,
+            )
+            head = new_response(state.model_name, _echo(asked, params))
+            sequence = EngineRequest(
+                setup.prompt.ids, params, id=head["id"], salt=request.state.salt, deadline=deadline,
+                priority=asked.priority or 0, pinned=(setup.prompt.system,) if setup.prompt.system else (),
+            )  # fmt: skip
+            answers = state.submit([sequence])
+            answer = ChatAnswer(setup.parser() if setup.parser else None, not parallel)
+            texts = state.texts if wants_logprobs else None
+            if asked.stream:
+                return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts))
+            collector = ResponseCollector(head, answer, texts)
+            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
+
+
+def asked_of(asked: ResponsesRequest) -> ChatAsked:
+    """The chat that a request's input comes to.
+
+    Raises:
+        ApiError: 400, a function must be called that there is not.
+    """
+    tools = []
+    for tool in asked.tools or ():
+        function = tool.model_dump(exclude_none=True, exclude={"type", "strict"})
+        tools.append({"type": "function", "function": function})
+    wanted = asked.tool_choice or "auto"
+    named = isinstance(wanted, NamedFunctionTool)
+    choice = wanted.name if isinstance(wanted, NamedFunctionTool) else wanted
+    check_choice(tools, choice, named)
+    return ChatAsked(
+        messages=chat_messages(asked),
+        tools=tools,
+        choice=choice,
+        named=named,
+        effort=asked.reasoning.effort if asked.reasoning else None,
+        options=asked.chat_template_kwargs or {},
+    )
+
+
+def chat_messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
+    """Items as messages of a chat. What the model thought, said and called in one turn becomes one message."""
+    messages: list[dict[str, Any]] = []
+    if asked.instructions is not None:
+        messages.append({"role": "system", "content": asked.instructions})
+    if isinstance(asked.input, str):
+        return [*messages, {"role": "user", "content": asked.input}]
+    turn: dict[str, Any] | None = None  # of the assistant, while its items come
+    for item in asked.input:
+        if isinstance(item, InputMessage) and item.role != "assistant":
+            messages.append({"role": item.role, "content": _text(item.content)})
+            turn = None
+        elif isinstance(item, InputCallOutput):
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            turn = None
+        else:
+            if turn is None or (isinstance(item, InputMessage) and turn["content"]):
+                turn = {"role": "assistant", "content": ""}
+                messages.append(turn)
+            if isinstance(item, InputMessage):
+                turn["content"] = _text(item.content)
+            elif isinstance(item, InputCall):
+                function = {"name": item.name, "arguments": item.arguments}
+                turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+            elif item.content:
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + "".join(part.text for part in item.content)
+    return messages
+
+
+def _text(content: InputContent) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def form_of(asked: ResponsesRequest) -> Form | None:
+    """What the text must be."""
+    wanted = asked.text.format if asked.text else None
+    if isinstance(wanted, SchemaFormat):
+        return Form("json_schema", wanted.schema_)
+    return Form("json_object") if isinstance(wanted, JsonObject) else None
+
+
+def _echo(asked: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
+    """A response repeats what was asked."""
+    wanted = asked.text.format if asked.text else None
+    tool_choice = asked.tool_choice or "auto"
+    return {
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "metadata": asked.metadata if isinstance(asked.metadata, dict) else {},
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
+        "temperature": params.temperature,
+        "text": {"format": wanted.model_dump(by_alias=True, exclude_none=True) if wanted else {"type": "text"}},
+        "tool_choice": tool_choice if isinstance(tool_choice, str) else tool_choice.model_dump(),
+        "tools": [{"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in asked.tools or ()],
+        "top_logprobs": asked.top_logprobs or 0,
+        "top_p": params.top_p,
+    }

@@ -1,0 +1,75 @@
+"""/tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from ..openapi import body_errors, reads
+from ..problems import ApiError
+from ..prompts import tokens_of
+from ..protocol.base import parse
+from ..protocol.models import (
+    EXAMPLE_DETOKENIZE,
+    EXAMPLE_TOKENIZE,
+    DetokenizeRequest,
+    Text,
+    TokenizeRequest,
+    Tokens,
+)
+from ..replies import json_response
+from ..state import ServerState
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    @app.post(
+        "/tokenize",
+        response_model=Tokens,
+        responses=body_errors(),
+        openapi_extra=reads(TokenizeRequest, EXAMPLE_TOKENIZE),
+        tags=["tokens"],
+    )
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a text, or of a chat as the model would read it."""
+        state.check_taking()
+        body = await state.bodies.read(request)
+        with state.admit({}):
+            return await tokens(parse(TokenizeRequest, body), state.deadline(request.state.arrived))
+
+    async def tokens(asked: TokenizeRequest, deadline: float) -> Response:
+        state.check_model(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if asked.messages is not None:
+            messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+            tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None
+            options = asked.chat_template_kwargs or {}
+            ids = await state.tokenizing(lambda: state.template.render(messages, tools=tools, options=options).ids, deadline)
+        else:
+            text, special = asked.prompt or "", asked.add_special_tokens is not False
+            ids = await state.tokenizing(lambda: tokens_of(state.tokenizer, text, special), deadline)
+        body: dict[str, Any] = {"count": len(ids), "max_model_len": state.engine.context, "tokens": ids}
+        if asked.return_token_strs:
+            body["token_strs"] = [state.texts.text(token) for token in ids]
+        return json_response(body)
+
+    @app.post(
+        "/detokenize",
+        response_model=Text,
+        responses=body_errors(),
+        openapi_extra=reads(DetokenizeRequest, EXAMPLE_DETOKENIZE),
+        tags=["tokens"],
+    )
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens, special ones too."""
+        state.check_taking()
+        body = await state.bodies.read(request)
+        with state.admit({}):
+            asked = parse(DetokenizeRequest, body)
+            state.check_model(asked.model)
+            if any(token >= state.engine.vocab_size for token in asked.tokens):
+                raise ApiError(400, f"tokens: this model has tokens 0 to {state.engine.vocab_size - 1}", param="tokens")
+            deadline = state.deadline(request.state.arrived)
+            text = await state.tokenizing(lambda: state.tokenizer.decode(asked.tokens), deadline)
+        return json_response({"prompt": text})

@@ -1,0 +1,85 @@
+"""What a server may be told, with its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+from .keys import ApiKeys
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """
+    Attributes:
+        host, port: to listen at. Port 0: any that is free.
+        keys: who may ask. None asked for where it holds none.
+        allow_hosts: names that a Host header may give, beside the loopback names. Checked where `host` is a loopback address,
+            or where any are given.
+        allow_origins: of web pages that may read answers (CORS); "*" for all.
+        most_body_bytes: of one request's body.
+        most_bodies_bytes: of all bodies that are being read at once.
+        most_header_bytes: of a request's line and headers together; most_headers: how many.
+        most_json_depth: of lists and objects in each other.
+        most_connections: open at once.
+        most_answers: of one request: `n` times its prompts.
+        header_seconds, body_seconds: that a client may take to send these.
+        write_seconds: that it may leave a full buffer unread.
+        keep_alive_seconds: that a connection may wait for its next request.
+        request_seconds: from a request's arrival to the end of its answer.
+        grammar_seconds: of CPU time that compiling what an answer must keep to may take.
+        drain_seconds: that requests in flight have when the server is told to stop.
+        tools_format: how the model writes tool calls, a name of `chat.tools.FORMATS`; None: by its chat template.
+        reasoning: whether thoughts are told apart from answers; None: where the chat template has them.
+        sampling: what the model's authors chose, for fields that a request leaves out.
+        access_log: a line on stderr for each request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: ApiKeys = field(default_factory=ApiKeys)
+    allow_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    most_body_bytes: int = 4 << 20
+    most_bodies_bytes: int = 64 << 20
+    most_header_bytes: int = 32 << 10
+    most_headers: int = 100
+    most_json_depth: int = 100
+    most_connections: int = 4096
+    most_answers: int = 64
+    header_seconds: float = 10.0
+    body_seconds: float = 30.0
+    write_seconds: float = 60.0
+    keep_alive_seconds: float = 30.0
+    request_seconds: float = 600.0
+    grammar_seconds: float = 5.0
+    drain_seconds: float = 30.0
+    tools_format: str | None = None
+    reasoning: bool | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that no server can have."""
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
+        for name in (
+            "header_seconds",
+            "body_seconds",
+            "write_seconds",
+            "keep_alive_seconds",
+            "request_seconds",
+            "grammar_seconds",
+        ):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
+        for name in ("most_body_bytes", "most_bodies_bytes", "most_header_bytes", "most_headers", "most_json_depth"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("most_connections", "most_answers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")

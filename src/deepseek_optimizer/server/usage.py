@@ -1,0 +1,43 @@
+"""How many tokens a request took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..engine.request import Output
+
+
+class Tally:
+    """
+    Args:
+        answers: of the request; those to one prompt stand together.
+        n: of each prompt.
+    """
+
+    def __init__(self, answers: int, n: int) -> None:
+        self._last: list[Output | None] = [None] * answers
+        self._n = n
+
+    def add(self, index: int, output: Output) -> None:
+        self._last[index] = output
+
+    def usage(self, reasoning: int | None = None) -> dict[str, Any]:
+        """As chat and text completions have it.
+
+        Args:
+            reasoning: tokens of thoughts; None where there can be none.
+        """
+        seen = [output for output in self._last if output is not None]
+        prompts = [output for output in self._last[:: self._n] if output is not None]
+        prompt, completion = sum(o.prompt_tokens for o in prompts), sum(o.completion_tokens for o in seen)
+        values: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(o.cached_tokens for o in prompts)},
+        }
+        if reasoning is not None:
+            values["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        if dropped := sum(o.dropped_tokens for o in seen):
+            values["dropped_tokens"] = dropped
+        return values

@@ -1,0 +1,164 @@
+"""`dso serve MODEL`: the OpenAI-compatible server, with a chat page at /."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+
+if TYPE_CHECKING:
+    from deepseek_optimizer.server.settings import ServerSettings
+
+_NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "uvicorn", "xgrammar")
+_AUTHORS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
+
+
+def serve(
+    model: o.Model,
+    precision: o.Precision = None,
+    kl_budget: o.KlBudget = None,
+    calibration: o.Calibration = None,
+    kv_cache: o.KvCache = None,
+    threads: o.Threads = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; 0.0.0.0: of every network that this machine is in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--served-model-name", help="What clients call the model. Default: its last part of MODEL.")
+    ] = None,
+    api_key_file: Annotated[
+        str | None,
+        typer.Option("--api-key-file", help="API keys, one a line, # begins a comment. Default: those of DSO_API_KEYS."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="A name that requests may be sent to, beside localhost and 127.0.0.1. Repeatable."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", help="A web page's origin that may read answers (CORS), or *. Repeatable."),
+    ] = None,
+    kv_cache_memory: Annotated[
+        int | None, typer.Option("--kv-cache-memory", min=1, help="Bytes that all conversations together may take.")
+    ] = None,
+    max_running: Annotated[int, typer.Option("--max-running", min=1, help="Answers that are written at once, at most.")] = 32,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=0, help="Requests that wait beside those; more get 429 with Retry-After.")
+    ] = 256,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="An answer is the same to the bit, whatever else the server does. Slower."),
+    ] = False,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Prompts that begin alike share what was computed.")
+    ] = True,
+    drafts: Annotated[
+        bool, typer.Option("--drafts/--no-drafts", help="Speculative decoding; texts are the same with and without.")
+    ] = True,
+    tool_format: Annotated[
+        str | None, typer.Option("--tool-format", help="How the model writes tool calls. Default: by its chat template.")
+    ] = None,
+    reasoning: Annotated[
+        bool | None,
+        typer.Option("--reasoning/--no-reasoning", help="Tell thoughts from answers. Default: by the chat template."),
+    ] = None,
+    request_timeout: Annotated[
+        float, typer.Option("--request-timeout", min=0.1, help="Seconds from a request's arrival to the end of its answer.")
+    ] = 600.0,
+    drain_seconds: Annotated[
+        float, typer.Option("--drain-seconds", min=0, help="That requests in flight have when the server is told to stop.")
+    ] = 30.0,
+    max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", min=1, help="Of one request.")] = 4 << 20,
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line on stderr for each request.")] = False,
+) -> None:
+    """Serve a model by OpenAI's API, and a chat page at /."""
+    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f'the server needs {", ".join(missing)}, which not every installation has: pip install "deepseek-optimizer[serve]"'
+        )
+
+    from deepseek_optimizer.chat.tools import FORMATS
+    from deepseek_optimizer.errors import ConfigError
+    from deepseek_optimizer.server.keys import read_keys
+    from deepseek_optimizer.server.settings import ServerSettings
+
+    if tool_format is not None and tool_format not in FORMATS:
+        raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
+    # All that can be wrong here is found before a model is loaded.
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        keys=read_keys(api_key_file),
+        allow_hosts=tuple(allow_host or ()),
+        allow_origins=tuple(allow_origin or ()),
+        most_body_bytes=max_body_bytes,
+        request_seconds=request_timeout,
+        drain_seconds=drain_seconds,
+        tools_format=tool_format,
+        reasoning=reasoning,
+        access_log=access_log,
+    )
+    fields = o.model_fields(
+        precision=precision, kl_budget=kl_budget, calibration=calibration, kv_cache=kv_cache, threads=threads,
+        kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None,
+    )  # fmt: skip
+    fields["batch_size_range"] = (1, max_running)
+    _serve(model, name, fields, settings, {"most_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts})
+
+
+def _serve(model: str, name: str | None, fields: dict[str, Any], settings: ServerSettings, options: dict[str, Any]) -> None:
+    import logging
+    from dataclasses import replace
+
+    from deepseek_optimizer import report
+    from deepseek_optimizer.server.run import listener
+    from deepseek_optimizer.server.run import serve as run
+    from deepseek_optimizer.serving import make_async_engine
+
+    from .model import load
+
+    logging.basicConfig(level=logging.WARNING, format="dso: %(message)s")
+    logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
+    sock = listener(settings.host, settings.port)
+    loaded, tokenizer = load(model, fields)
+    settings = replace(settings, sampling=_authors_sampling(loaded))
+    engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
+    facts = report(loaded)
+
+    def banner(host: str, port: int) -> None:
+        typer.echo(_banner(engine, facts, settings, host, port), err=True)
+
+    run(engine, settings, sock, banner)
+
+
+def _authors_sampling(model: Any) -> dict[str, Any]:
+    """What the model's authors chose for requests that do not say: of its generation config, where that samples."""
+    config = model.generation_config
+    if not config.do_sample:
+        return {}
+    return {field: value for field in _AUTHORS if (value := getattr(config, field, None)) is not None}
+
+
+def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
+    from deepseek_optimizer.backends.base import BLOCK_TOKENS
+    from deepseek_optimizer.server.hosts import is_loopback
+
+    formats = ", ".join(row.format for row in facts.formats)
+    tokens = engine.core.blocks * BLOCK_TOKENS
+    shown = f"[{host}]" if ":" in host else host
+    keys = f"{len(settings.keys)} API key(s)" if settings.keys else "no API key is asked for"
+    lines = [
+        f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
+        f"backend   {facts.backend} ({facts.detail})",
+        f"context   {engine.context:,} tokens",
+        f"cache     {facts.kv_cache}, {tokens:,} tokens in all, {tokens * facts.kv_token_bytes / 1e6:,.0f} MB at most",
+        f"address   http://{shown}:{port}/ (API under /v1), {keys}",
+    ]
+    if not settings.keys and not is_loopback(settings.host):
+        lines.append("warning   everyone who can reach this address can use the model; --api-key-file asks for a key")
+    return "\n".join(lines)

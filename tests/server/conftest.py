@@ -1,0 +1,62 @@
+"""A server over an engine without a model. The shared one must be left as it was found: idle."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from deepseek_optimizer.server.settings import ServerSettings
+from support.fake_engine import FakeEngine
+from support.live_server import LiveServer, assert_error, wait_for
+
+
+@pytest.fixture(scope="session")
+def shared_server(byte_tokenizer):
+    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(most_body_bytes=1 << 20)) as live:
+        yield live
+
+
+@pytest.fixture
+def live(shared_server):
+    """The shared server. Whatever a test did to it: it is alive, holds nothing, and answers as before."""
+    question = {"prompt": "baseline", "max_tokens": 40}
+    before = shared_server.client.post("/v1/completions", json=question).json()["choices"]
+    yield shared_server
+    wait_for(lambda: shared_server.engine.admitted == 0 and shared_server.engine.running == 0)
+    assert shared_server.client.get("/health").status_code == 200
+    assert shared_server.client.post("/v1/completions", json=question).json()["choices"] == before
+
+
+@pytest.fixture
+def client(live) -> httpx.Client:
+    return live.client
+
+
+@pytest.fixture
+def make_server(byte_tokenizer):
+    """make_server(settings, **engine) -> a server of the test's own. Chats start a process for the template: avoid them."""
+    running = []
+
+    def start(settings: ServerSettings | None = None, tokenizer=byte_tokenizer, **engine) -> LiveServer:
+        live = LiveServer(FakeEngine(tokenizer, **engine), settings)
+        live.__enter__()
+        running.append(live)
+        return live
+
+    yield start
+    for live in running:
+        live.__exit__()
+
+
+@pytest.fixture
+def refused(client):
+    """refused(path, body, status=400, param=None): the answer is this error, in OpenAI's shape, without paths or tracebacks."""
+
+    def check(path, body, status=400, param=None, **request):
+        sent = {"content": body} if isinstance(body, (bytes, str)) else {"json": body}
+        headers = {"content-type": "application/json", **request.pop("headers", {})}
+        found = client.post(path, headers=headers, **sent, **request)
+        assert_error(found, status, param)
+        return found
+
+    return check

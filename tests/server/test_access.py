@@ -1,0 +1,164 @@
+"""Who may ask, by which name, and from which page: keys, Hosts, origins."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.server.keys import ApiKeys
+from deepseek_optimizer.server.settings import ServerSettings
+from support.live_server import assert_error
+
+ASKED = {"prompt": "hello", "max_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def locked(byte_tokenizer):
+    from support.fake_engine import FakeEngine
+    from support.live_server import LiveServer
+
+    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(keys=ApiKeys(["alpha", "beta"]))) as live:
+        yield live
+
+
+def routes(app) -> list[tuple[str, str]]:
+    return [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
+
+
+OPEN = {"/", "/health", "/ready"}
+
+
+def test_every_route_but_three_asks_for_a_key(locked):
+    found = [(method, path.replace("{model}", "fake-model")) for method, path in routes(locked.app)]
+    assert len(found) > 8
+    for method, path in [*found, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/v1/../health/x")]:
+        for address in (path, path + "/") if path not in OPEN else (path + "/",) if path != "/" else ():
+            for headers in ({}, {"Authorization": "Bearer gamma"}, {"Authorization": "alpha"}, {"x-api-key": "alpha"}):
+                response = locked.client.request(method, address, headers=headers)
+                assert_error(response, 401)
+                assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", sorted(OPEN))
+def test_three_paths_ask_for_none(locked, path):
+    assert locked.client.get(path).status_code in (200, 404)  # 404: no chat page is installed
+
+
+def test_two_authorizations_are_none(locked):
+    headers = [("Authorization", "Bearer alpha"), ("Authorization", "Bearer alpha")]
+    assert_error(locked.client.post("/v1/completions", json=ASKED, headers=headers), 401)
+
+
+def test_a_key_is_not_looked_for_in_the_address(locked):
+    assert_error(locked.client.get("/v1/models?api_key=alpha&key=alpha"), 401)
+
+
+def test_the_right_key_is_the_salt_of_the_prefix_cache(locked):
+    salts = []
+    for key in ("alpha", "beta", "alpha"):
+        assert locked.client.post("/v1/completions", json=ASKED, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        salts.append(locked.engine.seen[-1].salt)
+    assert salts[0] == salts[2] != salts[1] and all(salts) and "alpha" not in salts[0]
+
+
+def test_a_wrong_key_is_told_before_the_body_is_read(locked):
+    answer = locked.raw(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 900000000\r\n\r\n{",
+        timeout=5,
+    )
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+def test_without_keys_all_share_one_salt(live):
+    live.client.post("/v1/completions", json=ASKED, headers={"Authorization": "Bearer anything"})
+    assert live.engine.seen[-1].salt == ""
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example"])
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nowhere"])
+def test_a_foreign_host_is_refused(client, host, path):
+    assert_error(client.get(path, headers={"Host": host}), 403)
+
+
+def test_two_hosts_and_none_are_refused(live):
+    assert (
+        live.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n").split()[1]
+        == b"403"
+    )
+    assert live.raw(b"GET /health HTTP/1.0\r\n\r\n").split()[1] == b"403"
+
+
+def test_an_allowed_host(make_server):
+    live = make_server(ServerSettings(allow_hosts=("chat.example",)))
+    assert live.client.get("/health", headers={"Host": "chat.example:80"}).status_code == 200
+    assert live.client.get("/health", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_a_foreign_origin_gets_no_cors_header(client):
+    for response in (
+        client.get("/v1/models", headers={"Origin": "https://evil.example"}),
+        client.options(
+            "/v1/chat/completions", headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+        ),
+    ):
+        assert not [name for name in response.headers if name.startswith("access-control-")]
+    assert response.status_code == 405
+
+
+def test_an_allowed_origin_may_read(make_server):
+    live = make_server(ServerSettings(allow_origins=("https://chat.example",), keys=ApiKeys(["alpha"])))
+    asked = {
+        "Origin": "https://chat.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    response = live.client.options("/v1/completions", headers=asked)  # browsers send no key with it
+    assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "https://chat.example"
+    response = live.client.get("/health", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in response.headers
+    response = live.client.get("/v1/models", headers={"Origin": "https://chat.example"})
+    assert response.status_code == 401 and response.headers["access-control-allow-origin"] == "https://chat.example"
+
+
+@pytest.mark.parametrize(
+    "method,path",
+    [
+        ("GET", "/v1/chat/completions"),
+        ("PUT", "/v1/completions"),
+        ("DELETE", "/v1/models"),
+        ("POST", "/health"),
+        ("PATCH", "/metrics"),
+        ("POST", "/"),
+    ],
+)
+def test_a_wrong_method(client, method, path):
+    response = client.request(method, path)
+    assert_error(response, 405)
+    assert response.headers["allow"]
+
+
+NOWHERE = [
+    "/v1",
+    "/v1/engines",
+    "/docs",
+    "/redoc",
+    "/v1/chat/completions/",
+    "/.env",
+    "/page/app.py",
+    "/page/%2e%2e%2fapp.py",
+    "/page/%2e%2e/app.py",
+    "/etc/passwd",
+    "/v1/models/../../etc/passwd",
+]
+
+
+@pytest.mark.parametrize("path", NOWHERE)
+def test_an_address_that_is_not_there(client, path):
+    assert_error(client.get(path), 404)
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_every_answer_has_the_security_headers(client, status):
+    response = client.get("/health" if status == 200 else "/nowhere")
+    assert response.status_code == status
+    assert response.headers["x-content-type-options"] == "nosniff" and response.headers["referrer-policy"] == "no-referrer"
+    assert "server" not in response.headers

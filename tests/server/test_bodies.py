@@ -1,0 +1,131 @@
+"""Bodies that are not what they should be: a 4xx in OpenAI's shape, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from deepseek_optimizer.server.settings import ServerSettings
+from support.live_server import assert_error
+
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"nothing",
+        b"[]",
+        b'[{"prompt": "x"}]',
+        b"null",
+        b"true",
+        b"1",
+        b'"text"',
+        b"\xff\xfe{}",
+        b"\xef\xbb\xbf{}",
+        b'{"prompt": NaN}',
+        b'{"temperature": Infinity}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "\\udc00\\ud800"}',
+        b'{"a": 1e999}',
+        b'{"prompt": "x",}',
+        b"{'prompt': 'x'}",
+        b'{"prompt": "\x00"}',
+    ],
+)
+def test_bodies_that_are_no_json_object(refused, path, body):
+    refused(path, body)
+
+
+@pytest.mark.parametrize("body", [b"[" * 10_000 + b"]" * 10_000, b'{"a":' * 10_000 + b"1" + b"}" * 10_000, b"[" * 500_000])
+def test_json_of_ten_thousand_levels(refused, body):
+    refused("/v1/chat/completions", body)
+
+
+def test_json_that_is_deeper_than_allowed_but_not_too_deep_to_parse(refused):
+    refused("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "metadata": deep(200)})
+
+
+def deep(levels):
+    value = "x"
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+def test_a_body_over_the_limit(live, refused):
+    refused("/v1/completions", json.dumps({"prompt": "x" * (1 << 20)}), 413)
+
+
+def test_a_chunked_body_over_the_limit(client):
+    def pieces():
+        yield b'{"prompt": "'
+        for _ in range(40):
+            yield b"x" * 65536
+
+    found = client.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+    assert_error(found, 413)
+
+
+def test_a_chunked_body_within_it(client):
+    body = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
+    found = client.post(
+        "/v1/completions", content=iter([body[:5], body[5:]]), headers={"content-type": "application/json; charset=utf-8"}
+    )
+    assert found.status_code == 200, found.text
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "",
+        "json",
+        "application/json; charset=latin-1",
+        "application/xml",
+    ],
+)
+def test_another_content_type(client, kind):
+    found = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind})
+    assert_error(found, 415)
+
+
+def test_a_compressed_body(refused):
+    refused("/v1/completions", b'{"prompt": "x"}', 415, headers={"content-encoding": "gzip"})
+
+
+def test_a_body_that_comes_too_slowly(make_server):
+    live = make_server(ServerSettings(body_seconds=0.3))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    answer = live.raw(head)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b'"error"' in answer and b"connection: close" in answer.lower()
+
+
+def test_many_bodies_at_once_are_bounded_together(make_server):
+    live = make_server(ServerSettings(most_body_bytes=1 << 20, most_bodies_bytes=1 << 20))
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+    )
+    with live.connect() as first:
+        first.sendall(head + b"x" * 900_000)
+        time.sleep(0.3)  # until it is held; the next one's size depends on that alone
+        body = json.dumps({"prompt": "x" * 500_000})
+        found = live.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert_error(found, 503)
+        assert found.headers["retry-after"]
+    found = live.client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
+    assert found.status_code == 200
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body(live):
+    with live.connect() as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+        )

@@ -1,0 +1,138 @@
+"""/v1/models, names of models, /tokenize, /detokenize, /metrics."""
+
+from __future__ import annotations
+
+import builtins
+import os
+
+import pytest
+
+from support.live_server import assert_error
+
+HOSTILE = [
+    "../fake-model",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "fake-model/../fake-model",
+    "http://evil.example/m",
+    "file:///etc/passwd",
+    "fake-model\x00",
+    "\x00",
+    "C:\\model",
+    "~",
+    "fake-model ",
+    "FAKE-MODEL",
+    "%2e%2e/fake-model",
+    "a" * 1000,
+]
+
+
+def test_the_list_and_the_one(client):
+    found = client.get("/v1/models").json()
+    assert found["object"] == "list" and [card["id"] for card in found["data"]] == ["fake-model"]
+    assert client.get("/v1/models/fake-model").json() == found["data"][0]
+    assert found["data"][0]["max_model_len"] == 4096
+
+
+def test_a_name_with_slashes(make_server):
+    live = make_server(model_name="deepseek-ai/v3")
+    assert live.client.get("/v1/models/deepseek-ai/v3").json()["id"] == "deepseek-ai/v3"
+    asked = {"model": "deepseek-ai/v3", "prompt": "x", "max_tokens": 1}
+    assert live.client.post("/v1/completions", json=asked).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path,rest",
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/embeddings", {"input": "x"}),
+        ("/tokenize", {"prompt": "x"}),
+        ("/detokenize", {"tokens": [1]}),
+    ],
+)
+def test_other_models_are_not_there_and_no_file_is_touched(live, refused, path, rest, monkeypatch):
+    touched = []
+
+    def watch(real):
+        def opened(file, *arguments, **named):
+            if any(str(file) == name for name in HOSTILE):
+                touched.append(file)
+            return real(file, *arguments, **named)
+
+        return opened
+
+    for module, name in ((builtins, "open"), (os, "open"), (os, "stat"), (os, "listdir")):
+        monkeypatch.setattr(module, name, watch(getattr(module, name)))
+    for name in HOSTILE:
+        refused(path, {"model": name, **rest}, 404, "model")
+    assert not touched
+
+
+@pytest.mark.parametrize("name", [1, ["fake-model"], {}, True, "a" * 5000])
+def test_names_that_are_none(refused, name):
+    refused("/v1/completions", {"model": name, "prompt": "x"}, 400, "model")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in HOSTILE if "\x00" not in name] + ["%00", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a" * 20_000]
+)
+def test_other_models_in_the_address(live, name):
+    name = name.replace(" ", "%20").encode()  # as it is: httpx would resolve the dots
+    answer = live.raw(b"GET /v1/models/" + name + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert answer.split()[1] == b"404" and b'"error"' in answer
+
+
+def test_tokens_of_a_text_and_back(client, byte_tokenizer):
+    text = "naïve 😀 <|user|>"
+    found = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert found["tokens"] == byte_tokenizer(text)["input_ids"] and found["count"] == len(found["tokens"])
+    assert found["max_model_len"] == 4096
+    assert (
+        found["token_strs"][:2] == ["n", "a"]
+        and found["token_strs"][2] == "bytes:\\xc3"
+        and found["token_strs"][-1] == "<|user|>"
+    )
+    assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
+
+
+def test_tokens_of_a_chat_are_those_that_the_model_gets(live):
+    messages = [{"role": "user", "content": "Hi <|end|>"}]
+    found = live.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    live.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+    assert live.engine.seen[-1].prompt == found
+    assert found.count(live.engine.tokenizer.eos_token_id) == 1  # the template's, not the message's
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, {"prompt": 1}, {"messages": []}]
+)
+def test_what_can_not_be_tokenised(refused, body):
+    refused("/tokenize", body)
+
+
+@pytest.mark.parametrize("tokens", [None, "1", [-1], [261], [2**63], [True], [1.5], ["1"], [[1]]])
+def test_what_is_no_list_of_tokens(refused, tokens):
+    refused("/detokenize", {"tokens": tokens})
+
+
+def test_metrics_name_handlers_and_never_what_clients_made_up(client):
+    client.get("/made-up-by-a-client")
+    client.request("MADEUP", "/health")
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="200"}' in response.text
+    assert 'handler="other",method="GET",status="404"' in response.text
+    assert "made-up" not in response.text and "MADEUP" not in response.text
+    assert 'http_request_duration_seconds_bucket{handler="/v1/completions",le="+Inf",method="POST"}' in response.text
+
+
+def test_health_and_ready(client):
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/ready").json() == {"status": "ok"}
+
+
+def test_the_error_of_an_unknown_model_names_nothing_else(client):
+    found = client.post("/v1/completions", json={"prompt": "x", "model": "../secret"})
+    assert_error(found, 404, "model")
+    assert "secret" not in found.text and found.json()["error"]["code"] == "model_not_found"

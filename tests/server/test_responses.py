@@ -1,0 +1,142 @@
+"""/v1/responses: items, events, and what a server without state refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deepseek_optimizer.server.protocol.base import parse
+from deepseek_optimizer.server.protocol.responses import ResponsesRequest
+from deepseek_optimizer.server.routes.responses import chat_messages
+
+
+def events(response) -> list[dict]:
+    assert response.status_code == 200, response.text
+    found = []
+    for block in response.text.split("\n\n")[:-1]:
+        name, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+def test_a_stream_tells_of_each_step_and_ends_with_the_whole(client):
+    whole = client.post("/v1/responses", json={"input": "hi", "instructions": "Be brief"}).json()
+    found = events(client.post("/v1/responses", json={"input": "hi", "instructions": "Be brief", "stream": True}))
+    kinds = [event["type"] for event in found]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    text = "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta")
+    last = found[-1]["response"]
+    assert text == last["output"][0]["content"][0]["text"] == whole["output"][0]["content"][0]["text"]
+    for response in (last, whole):
+        response.pop("id"), response.pop("created_at"), response["output"][0].pop("id")
+    assert last == whole and whole["status"] == "completed" and whole["usage"]["output_tokens"] > 5
+
+
+def test_a_text_that_was_cut_is_incomplete(client):
+    body = {"input": "hi", "max_output_tokens": 3}
+    whole = client.post("/v1/responses", json=body).json()
+    assert whole["status"] == "incomplete" and whole["incomplete_details"] == {"reason": "max_output_tokens"}
+    found = events(client.post("/v1/responses", json={**body, "stream": True}))
+    assert found[-1]["type"] == "response.incomplete"
+
+
+def test_log_probabilities_where_they_are_asked_for(client):
+    body = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    part = client.post("/v1/responses", json=body).json()["output"][0]["content"][0]
+    assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode().startswith(part["text"])
+    assert all(len(entry["top_logprobs"]) == 2 for entry in part["logprobs"])
+
+
+@pytest.mark.parametrize(
+    "body,param",
+    [
+        ({"input": "hi", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "hi", "conversation": "conv_1"}, "conversation"),
+        ({"input": "hi", "background": True}, "background"),
+        ({"input": "hi", "truncation": "auto"}, "truncation"),
+        ({"input": "hi", "prompt": {"id": "p"}}, "prompt"),
+        ({"input": "hi", "tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://evil.example/a.png"}]}]}, None),
+        ({"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "http://evil.example/a"}]}]}, None),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, None),
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": None}, "input"),
+        ({"input": [{}]}, None),
+        ({"input": ["hi"]}, None),
+        ({}, "input"),
+        ({"input": "hi", "instructions": 1}, "instructions"),
+        ({"input": "hi", "include": ["file_search_call.results"]}, "include.0"),
+        ({"input": "hi", "n": 2}, "n"),
+        ({"input": "hi", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "hi", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+    ],
+)
+def test_what_is_refused(refused, body, param):
+    refused("/v1/responses", body, 400, param)
+
+
+def test_state_is_refused_with_what_to_do(refused):
+    found = refused("/v1/responses", {"input": "hi", "previous_response_id": "resp_1"})
+    assert "whole conversation" in found.json()["error"]["message"]
+
+
+def test_items_become_the_messages_of_a_chat():
+    items = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": "I look", "annotations": [], "logprobs": []}],
+        },
+        {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "f", "arguments": "{}", "status": "completed"},
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
+        {"role": "assistant", "content": "done"},
+        {"role": "assistant", "content": "really"},
+    ]
+    call = lambda id, name: {"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}}  # noqa: E731
+    assert chat_messages(parse(ResponsesRequest, {"input": items, "instructions": "I"})) == [
+        {"role": "system", "content": "I"},
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "I look", "reasoning_content": "hm", "tool_calls": [call("c1", "f"), call("c2", "g")]},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {"role": "tool", "tool_call_id": "c2", "content": "2"},
+        {"role": "assistant", "content": "done"},
+        {"role": "assistant", "content": "really"},
+    ]
+
+
+def test_a_failure_in_the_middle_is_an_event(make_server):
+    from deepseek_optimizer.server.settings import ServerSettings
+
+    live = make_server(ServerSettings(request_seconds=8), step_seconds=0.02, script=lambda request: "x" * 3000)
+    with live.client.stream("POST", "/v1/responses", json={"input": "hi", "stream": True}) as response:
+        lines = response.iter_lines()
+        while "delta" not in next(lines):
+            pass
+        live.call(live.engine.fail)
+        rest = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    assert rest[-1]["type"] == "response.failed" and rest[-1]["response"]["error"]["code"] == "server_error"
+    assert "secret" not in json.dumps(rest)

@@ -1,0 +1,192 @@
+"""Sampling parameters: what they may be, and that what is wrong is a 400 before the engine sees anything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+TEXT = {"prompt": "x"}
+PATHS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
+HUGE = ["NaN", "Infinity", "-Infinity", "1e999", "1e308", "-1e308", "true", '"1"', '"0.5"', "[1]", "{}"]
+NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+INTEGERS = ("max_tokens", "n", "seed", "top_k", "min_tokens", "priority")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", NUMBERS + INTEGERS)
+def test_what_is_no_number(live, refused, path, name):
+    seen = len(live.engine.seen)
+    rest = json.dumps(PATHS[path])[1:]
+    for value in HUGE:
+        refused(path, f'{{"{name}": {value}, {rest}')
+    for value in ("1.5", "1e3") if name in INTEGERS else ():
+        refused(path, f'{{"{name}": {value}, {rest}', 400, name)
+    assert len(live.engine.seen) == seen
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "name,values",
+    [
+        ("n", [0, -1, 33, 128, 2**31, 2**63, 2**64, 10**400]),
+        ("max_tokens", [0, -1, 2**31, 2**63, 10**400]),
+        ("seed", [-1, 2**64, 10**400]),
+        ("top_k", [-2, 2**63]),
+        ("top_p", [0, -0.1, 1.01]),
+        ("min_p", [-0.1, 1.1]),
+        ("temperature", [-0.1, 101]),
+        ("repetition_penalty", [0, -1, 101]),
+        ("presence_penalty", [-2.1, 2.1]),
+        ("frequency_penalty", [-2.1, 2.1]),
+        ("min_tokens", [-1, 2**63]),
+        ("priority", [-1, 1001]),
+        ("stop", ["", [""], ["a"] * 17, ["a"] * 10_000, "a" * 1025, "a" * 900_000, [1], 1, {}]),
+        ("stop_token_ids", [[-1], [261], [2**63], [True], ["1"], [1.5], [1] * 65, 1]),
+        (
+            "logit_bias",
+            [
+                {"-1": 1},
+                {"261": 1},
+                {"x": 1},
+                {"1": 101},
+                {"1": -101},
+                {"1": True},
+                {"1": "1"},
+                {"1.5": 1},
+                [],
+                1,
+                {"99999999999": 1},
+                {str(i): 1 for i in range(1025)},
+            ],
+        ),
+        ("stream", [1, "true", []]),
+        ("ignore_eos", [1, "true"]),
+    ],
+)
+def test_values_out_of_range(live, refused, path, name, values):
+    seen = len(live.engine.seen)
+    for value in values:
+        refused(path, {name: value, **PATHS[path]})
+    assert len(live.engine.seen) == seen
+
+
+def test_values_of_single_routes(refused):
+    for value in (-1, 21, 2**63, True, "1", 1.5):
+        refused("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": value}, 400, "top_logprobs")
+        refused("/v1/completions", {**TEXT, "logprobs": value}, 400, "logprobs")
+    refused("/v1/chat/completions", {**CHAT, "top_logprobs": 1}, 400, "top_logprobs")
+    refused("/v1/chat/completions", {**CHAT, "logprobs": 1}, 400, "logprobs")
+    for value in (0, -1, 2**63, True):
+        refused("/v1/chat/completions", {**CHAT, "max_completion_tokens": value}, 400, "max_completion_tokens")
+        refused("/v1/responses", {"input": "x", "max_output_tokens": value}, 400, "max_output_tokens")
+    for value in (0, 2, -1, 2**63):
+        refused("/v1/completions", {**TEXT, "best_of": value}, 400, "best_of")
+    refused("/v1/completions", {**TEXT, "n": 2, "best_of": 3}, 400, "best_of")
+    refused("/v1/completions", {**TEXT, "min_tokens": 5, "max_tokens": 4}, 400, "min_tokens")
+    refused("/v1/completions", {**TEXT, "echo": True, "logprobs": 1}, 400, "echo")
+    for path, rest in PATHS.items():
+        refused(path, {**rest, "stream_options": {"include_usage": True}}, 400, "stream_options")
+    refused("/v1/completions", {"prompt": ["x"] * 33, "n": 2}, 400, "n")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_field_that_is_not_known_is_named(refused, path):
+    for name in (
+        "tempreature",
+        "chat_template",
+        "use_beam_search",
+        "functions",
+        "prediction",
+        "web_search_options",
+        "__proto__",
+    ):
+        found = refused(path, {name: 1, **PATHS[path]}, 400, name)
+        assert name in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/v1/responses"])
+def test_fields_that_change_nothing_are_ignored(client, path):
+    harmless = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "auto",
+        "safety_identifier": "x",
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+    }
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    body = {**PATHS.get(path, {"input": "x"}), limit: 2, **harmless}
+    assert client.post(path, json=body).status_code == 200
+    assert client.post(path, json={**body, **{name: None for name in harmless}}).status_code == 200
+
+
+def test_every_field_reaches_the_engine(live):
+    body = {
+        **TEXT,
+        "max_tokens": 7,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": -1,
+        "min_p": 0.25,
+        "seed": 2**64 - 1,
+        "stop": "zz",
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"5": -100, "6": 1.5},
+        "min_tokens": 3,
+        "ignore_eos": True,
+        "stop_token_ids": [7],
+        "skip_special_tokens": False,
+        "logprobs": 20,
+        "include_stop_str_in_output": True,
+        "priority": 9,
+    }
+    assert live.client.post("/v1/completions", json=body).status_code == 200
+    request = live.engine.seen[-1]
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (7, 0, 0.5, 0, 0.25)
+    assert (sampling.seed, sampling.stop, sampling.include_stop, sampling.stop_token_ids) == (2**64 - 1, ("zz",), True, (7,))
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (-2, 2, 1.5)
+    assert sampling.logit_bias == {5: -100, 6: 1.5} and (sampling.min_tokens, sampling.ignore_eos) == (3, True)
+    assert (sampling.skip_special_tokens, sampling.logprobs, request.priority) == (False, 20, 9)
+
+
+def test_null_is_as_if_left_out(live):
+    names = (
+        *NUMBERS,
+        *INTEGERS,
+        "stop",
+        "logit_bias",
+        "stop_token_ids",
+        "stream",
+        "ignore_eos",
+        "logprobs",
+        "echo",
+        "suffix",
+        "guided_regex",
+        "guided_grammar",
+        "response_format",
+        "best_of",
+    )
+    assert live.client.post("/v1/completions", json={**TEXT, **{name: None for name in names}}).status_code == 200
+    from deepseek_optimizer.engine.request import SamplingParams
+
+    assert live.engine.seen[-1].sampling == SamplingParams(max_tokens=16)
+
+
+def test_what_the_authors_chose_holds_where_a_request_says_nothing(make_server):
+    from deepseek_optimizer.server.settings import ServerSettings
+
+    live = make_server(ServerSettings(sampling={"temperature": 0.6, "top_p": 0.95}))
+    live.client.post("/v1/completions", json={**TEXT, "top_p": 1})
+    sampling = live.engine.seen[-1].sampling
+    assert (sampling.temperature, sampling.top_p) == (0.6, 1)
+
+
+def test_answers_to_one_prompt_have_seeds_of_their_own(live):
+    live.client.post("/v1/completions", json={**TEXT, "n": 3, "seed": 2**64 - 1})
+    assert [request.sampling.seed for request in live.engine.seen[-3:]] == [2**64 - 1, 0, 1]

@@ -1,0 +1,84 @@
+"""Requests made from the server's own OpenAPI schema, valid and invalid: no answer is a 5xx, and all are as the schema says.
+
+DSO_SCHEMA_EXAMPLES: how many for each operation; `make fuzz` tries 1,000.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from deepseek_optimizer.server.settings import ServerSettings
+from support.chats import HERMES
+from support.fake_engine import FakeEngine
+from support.live_server import LiveServer
+
+EXAMPLES = int(os.environ.get("DSO_SCHEMA_EXAMPLES", "50"))
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+
+
+@pytest.fixture(scope="module")
+def api(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = HERMES
+    engine = FakeEngine(tokenizer, script=lambda request: "short", context=512)
+    with LiveServer(engine, ServerSettings(grammar_seconds=1.0)) as live:
+        yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+        assert live.client.get("/health").status_code == 200
+        assert engine.admitted == 0 and engine.running == 0
+
+
+OPERATIONS = [
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    ("GET", "/metrics"),
+]
+
+
+def test_no_operation_is_left_out(api):
+    found = {(result.ok().method.upper(), result.ok().path) for result in api.get_all_operations()}
+    assert found == set(OPERATIONS)
+
+
+CASES = [
+    (method, path, mode)
+    for method, path in OPERATIONS
+    for mode in GenerationMode
+    if method == "POST" or mode is GenerationMode.POSITIVE  # the others take nothing that could be wrong
+]
+
+
+@pytest.mark.parametrize("method,path,mode", CASES, ids=lambda value: getattr(value, "value", value))
+def test_the_schema(api, method, path, mode):
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=api[path][method].as_strategy(generation_mode=mode))
+    def run(case):
+        case.validate_response(case.call(), checks=CHECKS)
+
+    run()

@@ -1,0 +1,228 @@
+"""An engine without a model: what `AsyncEngine` promises the server, with scripted texts. For tests of protocols."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from deepseek_optimizer.engine.async_engine import Admission, Answers
+from deepseek_optimizer.engine.detokenizer import Detokenizer
+from deepseek_optimizer.engine.request import Finish, Output, Request, TokenLogprob
+from deepseek_optimizer.errors import EngineBusyError, EngineDeadError, RequestError
+
+HIDDEN = 8
+
+
+def default_script(request: Request) -> str:
+    """A text that depends on the prompt and the seed alone, with characters of several tokens."""
+    digest = hashlib.sha256(repr((request.prompt, request.sampling.seed)).encode()).hexdigest()
+    return f"Answer {digest[:8]}: naïve 😀 中文 {digest[8:16]}"
+
+
+class FakeEngine:
+    """
+    Args:
+        tokenizer: of Transformers.
+        script: the text that answers a request; end of text follows.
+        capacity: requests that are taken at once.
+        context: most tokens of prompt and answer.
+        step_seconds: that a step takes; each gives every request one token.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        script: Callable[[Request], str] = default_script,
+        *,
+        capacity: int = 64,
+        context: int = 4096,
+        step_seconds: float = 0.0,
+        model_name: str = "fake-model",
+    ):
+        self.tokenizer, self.script, self.capacity, self.context = tokenizer, script, capacity, context
+        self.model_name, self.step_seconds, self.vocab_size = model_name, step_seconds, len(tokenizer)
+        self.eos = frozenset({tokenizer.eos_token_id})
+        self.registry = CollectorRegistry()
+        self.alive = False
+        self.steps = 0
+        self.seen: list[Request] = []
+        self.ended: list[Finish] = []
+        self.most_pending = 0  # tokens of the longest output that nobody has read yet
+        self._admitted, self._draining = 0, False
+        self._ids = itertools.count(1)
+        self._running: dict[str, _Sequence] = {}
+        self._task: asyncio.Task | None = None
+        self._wake: asyncio.Event | None = None
+        self.frozen = False  # no steps
+
+    async def start(self):
+        self.alive, self._wake = True, asyncio.Event()
+        self._task = asyncio.ensure_future(self._run())
+
+    async def close(self):
+        self.alive = False
+        self._task.cancel()
+        for sequence in list(self._running.values()):
+            self._end(sequence, "cancelled")
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def admitted(self) -> int:
+        return self._admitted
+
+    def admit(self, requests: int = 1) -> Admission:
+        self._check()
+        if self._draining or self._admitted + requests > self.capacity:
+            raise EngineBusyError(self._admitted, 2.0)
+        self._admitted += requests
+        return Admission(self, requests)
+
+    def left(self, requests: int) -> None:
+        self._admitted -= requests
+
+    def submit(self, request: Request) -> Answers:
+        self._check()
+        if len(request.prompt) > self.context - (not request.embed):
+            raise RequestError("prompt", f"{len(request.prompt)} tokens, and the context has {self.context}")
+        sampling = request.sampling
+        for field, ids in (
+            ("prompt", request.prompt), ("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)
+        ):  # fmt: skip
+            if any(not 0 <= token < self.vocab_size for token in ids):
+                raise RequestError(field, "has a token that is not in the vocabulary")
+        request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
+        answers = Answers(self, request)
+        self.seen.append(request)
+        self._running[request.id] = _Sequence(self, request, answers)
+        self._wake.set()
+        return answers
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self._running:
+            self._running[request_id].cancelled = True
+            self._wake.set()
+
+    async def drain(self, seconds: float) -> bool:
+        self._draining = True
+        until = time.monotonic() + seconds
+        while self._admitted and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        for request_id in list(self._running):
+            self.cancel(request_id)
+        return not self._running
+
+    def die(self):
+        """As when the engine's thread ends by an error."""
+        self.alive = False
+        self._task.cancel()
+        for sequence in list(self._running.values()):
+            self._end(sequence, "error", "the engine has stopped: /secret/path")
+
+    def fail(self, index: int = 0):
+        """One request fails, and the engine goes on."""
+        self._end(list(self._running.values())[index], "error", "NaN at /secret/path")
+
+    def _check(self):
+        if not self.alive:
+            raise EngineDeadError("dead")
+
+    async def _run(self):
+        while True:
+            if not self._running or (self.frozen and not any(s.cancelled or s.late for s in self._running.values())):
+                self._wake.clear()
+                try:
+                    await asyncio.wait_for(self._wake.wait(), 0.01)
+                except (TimeoutError, asyncio.TimeoutError):
+                    continue
+            self.steps += 1
+            await asyncio.sleep(self.step_seconds)
+            for sequence in list(self._running.values()):
+                if sequence.cancelled:
+                    self._end(sequence, "cancelled")
+                elif sequence.late:
+                    self._end(sequence, "deadline")
+                elif not self.frozen:
+                    sequence.step()
+
+    def _end(self, sequence: _Sequence, finish: Finish, error: str | None = None):
+        sequence.put(Output(sequence.request.id, finish=finish, error=error))
+
+    def ended_(self, sequence: _Sequence, finish: Finish):
+        self._running.pop(sequence.request.id, None)
+        self.ended.append(finish)
+
+
+class _Sequence:
+    def __init__(self, engine: FakeEngine, request: Request, answers: Answers):
+        self.engine, self.request, self.answers = engine, request, answers
+        self.cancelled = False
+        sampling = request.sampling
+        text = "" if request.embed else engine.script(request)
+        self.script = engine.tokenizer(text, add_special_tokens=False)["input_ids"] + [engine.tokenizer.eos_token_id]
+        self.at = 0
+        self.detokenizer = Detokenizer(
+            engine.tokenizer,
+            sampling.stop,
+            include_stop=sampling.include_stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+        )
+        self.grammar = sampling.grammar.start() if sampling.grammar else None
+        self.bits = np.full((engine.vocab_size + 31) // 32, -1, np.int32)
+
+    @property
+    def late(self) -> bool:
+        return self.request.deadline is not None and time.monotonic() > self.request.deadline
+
+    def put(self, output: Output):
+        output.prompt_tokens, output.completion_tokens = len(self.request.prompt), self.at
+        if output.finish is not None:
+            self.engine.ended_(self, output.finish)
+        self.answers.put(output)
+        self.engine.most_pending = max(self.engine.most_pending, len(self.answers._pending.token_ids))
+
+    def step(self):
+        if self.request.embed:
+            vector = np.arange(HIDDEN, dtype=np.float32) + sum(self.request.prompt) / 1000
+            return self.put(Output(self.request.id, finish="stop", embedding=vector))
+        sampling = self.request.sampling
+        token = self._choose()
+        self.at += 1
+        text, stop = self.detokenizer.add(token)
+        finish, reason = None, None
+        if stop is not None:
+            finish, reason = "stop", stop
+        elif token in sampling.stop_token_ids:
+            finish, reason = "stop", token
+        elif token == self.engine.tokenizer.eos_token_id and not sampling.ignore_eos:
+            finish = "stop"
+        elif self.at == sampling.max_tokens or len(self.request.prompt) + self.at >= self.engine.context:
+            finish = "length"
+        if finish is not None and stop is None:
+            text += self.detokenizer.end()
+        logprobs = None
+        if sampling.logprobs is not None:
+            top = tuple(((token + i) % self.engine.vocab_size, -0.5 - i) for i in range(sampling.logprobs))
+            logprobs = [TokenLogprob(token, -0.5, top)]
+        self.put(Output(self.request.id, [token], text, logprobs, finish, reason))
+
+    def _choose(self) -> int:
+        """The script's token, if the grammar lets it come: else the first that it does."""
+        token = self.script[self.at] if self.at < len(self.script) else self.script[0]
+        if self.grammar is None or self.grammar.finished:
+            return token if self.grammar is None else self.engine.tokenizer.eos_token_id
+        if self.grammar.mask(self.bits):
+            allowed = [t for t in range(self.engine.vocab_size) if self.bits[t // 32] >> (t % 32) & 1]
+            if token not in allowed:
+                token = allowed[0]
+        self.grammar.accept(token)
+        return token

@@ -1,0 +1,90 @@
+"""The server as it runs, on a port of its own in a thread, for tests that talk to it over sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+
+from deepseek_optimizer.server.app import create_app
+from deepseek_optimizer.server.run import Server, listener
+from deepseek_optimizer.server.settings import ServerSettings
+
+
+class LiveServer:
+    """`with LiveServer(engine, settings) as live: live.client.get("/health")`."""
+
+    def __init__(self, engine: Any, settings: ServerSettings | None = None):
+        self.engine = engine
+        self.settings = replace(settings or ServerSettings(), port=0)
+        self.app = create_app(engine, self.settings)
+        self.server = Server(self.app, self.settings)
+        self.sock = listener("127.0.0.1", 0)
+        self.port = self.sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
+    def __enter__(self) -> LiveServer:
+        self.thread.start()
+        wait_for(lambda: self.server.started, 30)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Runs something on the server's event loop."""
+
+        async def run() -> Any:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.server._loop).result(10)
+
+    def connect(self, timeout: float = 10) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout)
+
+    def raw(self, data: bytes, timeout: float = 10) -> bytes:
+        """What comes back for some bytes until the server closes."""
+        with self.connect(timeout) as sock:
+            sock.sendall(data)
+            return read_all(sock)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    pieces = []
+    try:
+        while piece := sock.recv(65536):
+            pieces.append(piece)
+    except ConnectionResetError:
+        pass
+    return b"".join(pieces)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Until it is true; fails where it does not become so."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def assert_error(response: httpx.Response, status: int, param: str | None = None) -> None:
+    """In OpenAI's shape, and without paths, addresses or tracebacks."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "Traceback" not in response.text and "/work" not in response.text and ".py" not in response.text
+    assert " 0x" not in response.text
+    if param is not None:
+        assert error["param"] == param, error
