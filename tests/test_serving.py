@@ -209,6 +209,25 @@ def test_mtp_layers_draft(folders):
     assert engine.core.drafting.held > 0
 
 
+@native
+@pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v2-groups", "deepseek_v3-groups"])
+def test_a_dialogue_without_end_in_a_window(folders, case):
+    """Twenty windows long; the same text whatever runs beside it, since nothing is cut by company."""
+    model = load_model(folders(case), precision="bf16")
+    ids = random_ids(CASES[case](), 900)
+    sampling = SamplingParams(temperature=0, max_tokens=4_000, ignore_eos=True)
+    request = Request(ids, sampling, pinned=((200, 260),))
+    engine = make_engine(model, window=256, prefix_cache=False)
+    most = 0
+    for output in engine.stream(request):
+        manager = engine.core.memory.manager
+        most = max(most, manager.num_blocks - manager.free_blocks)
+    assert most <= 8 and output.finish == "length" and output.completion_tokens == 4_000
+    assert output.dropped_tokens >= 900 + 4_000 - 256
+    with pytest.raises(ConfigError, match="window"):
+        make_engine(model, window=256, batch_invariant=True)
+
+
 def test_options_that_cannot_be(folders):
     model = load_model(folders("llama-tied"), backend="reference")
     with pytest.raises(ConfigError, match="no option 'batch_size'"):

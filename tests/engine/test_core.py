@@ -8,6 +8,7 @@ import pytest
 from deepseek_optimizer import RequestError
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.speculative.base import Draft
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
 from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
 from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core
@@ -100,6 +101,21 @@ def test_in_any_company_with_little_room(seed):
             assert answer.finish in ("stop", "length") and answer.token_ids == text
     assert blocks_in_use(core) == 0
     assert core.scheduler.preemptions == core.metrics.preemptions
+
+
+class Silent(ScriptedProposer):
+    """Says that it has drafts, and makes fewer than it was given room for, or none."""
+
+    def propose(self, sequences, most):
+        return [Draft(d.tokens[: n % 3]) for n, d in enumerate(super().propose(sequences, most), len(sequences[0].tokens))]
+
+
+def test_room_for_drafts_that_nobody_makes():
+    prompt = [4, 5]
+    script = {1: prompt + expected(prompt, 60, None)}
+    core = make_core(proposers=[(Silent(script, 0.9, VOCAB), 4)])
+    answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
+    assert answer.token_ids == script[1][2:] and core.drafting.held > 0
 
 
 def test_preemption_happens_and_changes_nothing():

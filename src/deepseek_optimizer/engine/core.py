@@ -283,8 +283,9 @@ class EngineCore:
                 outputs.append(output)
                 if share.phase == DECODE and generated:
                     outcomes.append((r, drafted, max(0, len(output.token_ids) - 1)))
-                if output.finish is None and drafted:
-                    self.runner.crop([sequence], [share.start + len(output.token_ids)])
+                kept = share.start + share.count - 1 + len(output.token_ids)
+                if output.finish is None and sequence.cached > kept:  # drafts that fell, or room for some that nobody made
+                    self.runner.crop([sequence], [kept])
             if states is not None and self.drafting and r.request.id in self._requests and not r.request.embed:
                 self.drafting.follow(r, states[begin : begin + sequence.cached - share.start])
             begin += count

@@ -128,12 +128,12 @@ class Scheduler:
     def _piece(self, running: Running, room: int, found: list[Share]) -> int:
         """Tokens of a prompt that were added to the step."""
         start, missing = running.sequence.cached, running.missing
-        if self.sliding is not None:
-            room = min(room, self.sliding.most(running))
         if start < running.prompt:
             count, phase = self.budget.part(start, min(missing, running.prompt - start), room), self._prompt_phase
         else:  # text that is run again: in the family that it was made in, so that it stays the same
             count, phase = min(missing, room), DECODE
+        if self.sliding is not None:
+            count = min(count, self.sliding.most(running))
         if count <= 0 or not self._extend_or_preempt(running, count):
             return 0
         start = running.sequence.cached - count  # a window may have slid
