@@ -169,7 +169,7 @@ def _stats(last: Answer | None) -> str:
     if last is None:
         return "no answer yet"
     if last.new_tokens is None:
-        return f"first word after {last.first_token_s:.2f} s; the server does not count tokens"
+        return f"first word after {last.first_token_s:.2f} s; the server has not counted the tokens"
     kept = f" ({last.cached_tokens} of them known from before)" if last.cached_tokens else ""
     return (
         f"prompt {last.prompt_tokens} tokens{kept}, first token after {last.first_token_s:.2f} s, "

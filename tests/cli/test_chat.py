@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 
 import pytest
 
@@ -92,6 +93,24 @@ def test_a_server(dso, tmp_path, monkeypatch):
     assert [m["content"] for m in json.loads(saved.read_text())] == ["Be brief.", "One", "Bonjour"]
     assert (bodies[0]["temperature"], bodies[0]["max_tokens"], bodies[0]["seed"]) == (0, 4, 1)
     assert [m["content"] for m in bodies[2]["messages"]] == ["Be brief.", "One", "Bonjour", "Three"]
+
+
+def test_ctrl_c_with_a_server_ends_the_answer_alone(dso, monkeypatch):
+    pieces = []
+
+    def write(text):
+        pieces.append(text)
+        if text == "A":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(stream, "write_now", write)
+    with FakeChatServer() as server:
+        server.replies = [Reply(["A", threading.Event(), "B"])]
+        result = dso("chat", "--url", server.url, input="One\n/stats\nTwo\n")
+        assert server.cut.wait(10)
+        assert [m["content"] for m in server.bodies[1]["messages"]] == ["One", "A", "Two"]
+    assert result.exit_code == 0 and "".join(pieces) == "A\nYou said: Two\n"
+    assert "has not counted" in result.stderr
 
 
 def test_a_server_whose_key_is_in_the_environment(dso, monkeypatch):
