@@ -59,6 +59,10 @@ def serve(
     drafts: Annotated[
         bool, typer.Option("--drafts/--no-drafts", help="Speculative decoding; texts are the same with and without.")
     ] = True,
+    window: Annotated[
+        int | None,
+        typer.Option("--window", min=1, help="Tokens that a dialogue may hold: longer ones forget their midst and go on."),
+    ] = None,
     tool_format: Annotated[
         str | None, typer.Option("--tool-format", help="How the model writes tool calls. Default: by its chat template.")
     ] = None,
@@ -108,7 +112,8 @@ def serve(
         kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None,
     )  # fmt: skip
     fields["batch_size_range"] = (1, max_running)
-    _serve(model, name, fields, settings, {"most_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts})
+    options: dict[str, Any] = {"most_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts, "window": window}
+    _serve(model, name, fields, settings, options)
 
 
 def _serve(model: str, name: str | None, fields: dict[str, Any], settings: ServerSettings, options: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import resource
 import socket
@@ -57,7 +56,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of uvicorn: a signal came. Not handed on to the default handlers, which would end the process with the signal."""
         if self._state.draining:
-            _end_at_once(128 + sig)
+            os._exit(128 + sig)  # no clean-up that could take time; our processes end with the pipes to them
         self._state.draining = True
         self._loop.call_soon_threadsafe(self._begin_to_stop)
 
@@ -106,13 +105,6 @@ class Server(uvicorn.Server):
                 transport.abort()
 
 
-def _end_at_once(status: int) -> None:
-    """No clean-up that could take time; but no process is left behind."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(status)
-
-
 def raise_file_limit() -> None:
     """As many connections as the system lets a process have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -146,4 +138,6 @@ def serve(engine: Any, settings: ServerSettings, sock: socket.socket, banner: Ca
         banner: called with the address once it listens.
     """
     raise_file_limit()
-    Server(create_app(engine, settings), settings, banner).run([sock])
+    app = create_app(engine, settings)
+    app.state.server.warm_up()
+    Server(app, settings, banner).run([sock])

@@ -14,7 +14,7 @@ from ..chat.reasoning import thinks
 from ..chat.template import ChatTemplate
 from ..engine.grammar import GrammarCompiler
 from ..engine.request import Request
-from ..errors import EngineDeadError
+from ..errors import EngineBusyError, EngineDeadError, RequestError
 from .json_body import BodyReader
 from .problems import ApiError, busy
 from .protocol.sampling import answers_asked
@@ -127,6 +127,14 @@ class ServerState:
         """Whether the model writes thoughts before its answer."""
         wanted = self.settings.reasoning
         return thinks(self.template.source(tools)) if wanted is None else wanted
+
+    def warm_up(self) -> None:
+        """Starts the processes for templates and grammars, which takes seconds; the first requests need not wait for them."""
+        self._compiling.submit(self.grammars.json_object)
+        try:
+            self.template.variables()
+        except (RequestError, EngineBusyError):  # a model without a template, or one that fails: for whoever chats to hear
+            pass
 
     def close(self) -> None:
         """Ends what the state has started."""

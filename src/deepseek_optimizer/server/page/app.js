@@ -1,0 +1,397 @@
+// What the page does: which conversation is open, which answers are on their way, and what a press of a button means.
+
+import { announce } from './announce.js';
+import { Answer } from './answer.js';
+import { ApiError, listModels } from './api.js';
+import { Composer } from './composer.js';
+import * as conversations from './conversation.js';
+import * as dialogs from './dialogs.js';
+import { byId, el } from './dom.js';
+import { describeError } from './errors.js';
+import { language, setLanguage, t, translate } from './i18n.js';
+import { showMeter } from './meter.js';
+import { paced } from './paced.js';
+import * as preferences from './preferences.js';
+import { cleanSettings } from './sampling.js';
+import { listen } from './shortcuts.js';
+import { Sidebar } from './sidebar.js';
+import { keepUnfinished } from './store.js';
+import { ThreadView } from './thread_view.js';
+
+const SAVE_MS = 400; // between saves of an answer on its way
+const LONGEST_ANNOUNCED = 500;
+
+export class App {
+  constructor(store) {
+    this.store = store;
+    this.conversations = new Map();
+    this.answers = new Map(); // conversation's id -> its Answer on its way
+    this.models = [];
+    this.thread = new ThreadView({
+      regenerate: (id) => this.regenerate(id),
+      resend: (id, text) => this.resend(id, text),
+      askKey: () => this.askKey(true),
+    });
+    this.sidebar = new Sidebar({
+      open: (id) => this.open(id),
+      rename: (id) => this.rename(id),
+      exportOne: (id) => this.exportOne(id),
+      remove: (id) => this.remove(id),
+    });
+    this.composer = new Composer({
+      send: (text) => this.send(text),
+      stop: () => this.stop(),
+      editLast: () => this.thread.editLast(),
+    });
+    this.refresh = paced(() => this.showMeter());
+    this.listen();
+  }
+
+  listen() {
+    const click = (id, action) => byId(id).addEventListener('click', action);
+    click('new-chat', () => this.openNew());
+    click('theme', () => this.nextTheme());
+    click('language', () => this.nextLanguage());
+    click('key', () => this.askKey(false));
+    click('shortcuts', () => dialogs.showShortcuts());
+    click('settings', () => this.askSettings());
+    byId('model').addEventListener('change', (event) => this.pickModel(event.target.value));
+    listen({
+      stop: () => this.stop(),
+      newChat: () => this.openNew(),
+      sidebar: () => this.sidebar.toggle(),
+      focus: () => this.composer.area.focus(),
+      settings: () => this.askSettings(),
+      shortcuts: () => dialogs.showShortcuts(),
+      closeDrawer: () => this.sidebar.isDrawer && this.sidebar.opened && (this.sidebar.toggle(false), true),
+    });
+    window.addEventListener('popstate', () => this.openFromAddress());
+    window.addEventListener('pagehide', () => this.leave());
+    this.store.watch((event) => this.changedElsewhere(event));
+  }
+
+  async start() {
+    for (const stored of await this.store.all()) this.conversations.set(stored.id, conversations.restored(stored));
+    this.showTheme();
+    this.openFromAddress();
+    this.composer.area.focus();
+    await this.loadModels();
+  }
+
+  // Models and the key
+
+  async loadModels() {
+    try {
+      this.models = await listModels(preferences.apiKey());
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      if (error.status === 401) return this.askKey(preferences.apiKey() !== '');
+      byId('model-error').textContent = describeError(error).title;
+    }
+    if (this.models.length) byId('model-error').textContent = '';
+    this.showModels();
+    if (!this.current.messages.length) this.showThread();
+  }
+
+  /** The conversation's model where the server has it, else the server's first. */
+  get model() {
+    return this.models.find((model) => model.id === this.current.model) ?? this.models[0] ?? null;
+  }
+
+  pickModel(id) {
+    this.current.model = id;
+    this.showMeter();
+    this.saveIfKept();
+  }
+
+  async askKey(refused) {
+    const kept = preferences.recall('key') !== null;
+    const before = preferences.apiKey();
+    const answer = await dialogs.askKey({ refused: refused && before !== '', key: before, kept });
+    if (!answer) return;
+    preferences.setApiKey(answer.key, answer.keep);
+    await this.loadModels();
+    const last = this.current.messages[this.current.messages.length - 1];
+    if (answer.key && last?.error?.status === 401) this.regenerate(last.id);
+  }
+
+  // Asking
+
+  /** Whether the text was taken. */
+  send(text) {
+    const { current } = this;
+    if (this.busyElsewhere(current)) {
+      announce(t('busyElsewhere'));
+      byId('notice').textContent = t('busyElsewhere');
+      return false;
+    }
+    if (this.answers.has(current.id)) return false;
+    conversations.addUser(current, text);
+    if (!this.conversations.has(current.id)) {
+      this.conversations.set(current.id, current);
+      history.pushState(null, '', `#${current.id}`);
+    }
+    this.ask(current);
+    return true;
+  }
+
+  regenerate(id) {
+    const { current } = this;
+    if (this.answers.has(current.id) || this.busyElsewhere(current)) return;
+    conversations.cutBefore(current, id);
+    this.ask(current);
+    this.composer.area.focus();
+  }
+
+  resend(id, text) {
+    const { current } = this;
+    this.stop();
+    conversations.cutBefore(current, id);
+    conversations.addUser(current, text);
+    this.ask(current);
+    this.composer.area.focus();
+  }
+
+  async ask(conversation) {
+    const model = this.model?.id ?? conversation.model ?? '';
+    const body = conversations.requestBody(conversation, model);
+    const message = conversations.addAnswer(conversation);
+    const answer = new Answer(message, body, preferences.apiKey(), () => this.progressed(conversation));
+    this.answers.set(conversation.id, answer);
+    byId('notice').textContent = '';
+    this.save(conversation);
+    this.showSidebar();
+    this.showThread('sync');
+    announce(t('announceStart'));
+    const ticking = setInterval(() => this.isOpen(conversation) && this.thread.refresh(), 500); // the time of thinking goes on
+    await answer.run();
+    clearInterval(ticking);
+    if (this.answers.get(conversation.id) === answer) this.answers.delete(conversation.id);
+    if (message.state === 'interrupted' || !conversation.messages.includes(message)) return;
+    conversation.updated = Date.now();
+    this.save(conversation);
+    this.showSidebar();
+    this.sayResult(message);
+    if (this.isOpen(conversation)) this.showEnd(message);
+  }
+
+  progressed(conversation) {
+    this.saveSoon(conversation);
+    if (!this.isOpen(conversation)) return;
+    this.thread.refresh();
+    this.refresh();
+  }
+
+  showEnd(message) {
+    this.thread.update();
+    this.showMeter();
+    if (message.error?.status === 401) this.askKey(true);
+  }
+
+  sayResult(message) {
+    if (message.state === 'stopped') announce(t('announceStopped'));
+    else if (message.state === 'error') announce(t('announceError', { text: describeError(message.error).title }));
+    else announce(t('announceDone', { text: message.content.slice(0, LONGEST_ANNOUNCED) }));
+  }
+
+  /** Whether there was anything to stop. */
+  stop() {
+    const answer = this.answers.get(this.current.id);
+    answer?.stop();
+    return Boolean(answer);
+  }
+
+  // Conversations
+
+  isOpen(conversation) {
+    return this.current === conversation;
+  }
+
+  openNew() {
+    history.pushState(null, '', location.pathname + location.search);
+    this.openFromAddress();
+    this.closeDrawer();
+    this.composer.area.focus();
+  }
+
+  open(id) {
+    if (id !== this.current.id) history.pushState(null, '', `#${id}`);
+    this.openFromAddress();
+    this.closeDrawer();
+    this.composer.area.focus();
+  }
+
+  openFromAddress() {
+    const kept = this.conversations.get(location.hash.slice(1));
+    this.current = kept ?? conversations.newConversation(this.defaults());
+    byId('notice').textContent = '';
+    this.composer.open(kept ? kept.id : null);
+    this.showSidebar();
+    this.showThread('show');
+    this.showModels();
+  }
+
+  closeDrawer() {
+    if (this.sidebar.isDrawer && this.sidebar.opened) this.sidebar.set(false);
+  }
+
+  async rename(id) {
+    const conversation = this.conversations.get(id);
+    const name = await dialogs.askName(conversation.title);
+    if (name === null) return;
+    Object.assign(conversation, { title: name, named: true });
+    this.save(conversation);
+    this.showSidebar();
+    this.showTitle();
+  }
+
+  exportOne(id) {
+    const conversation = this.conversations.get(id);
+    const url = URL.createObjectURL(new Blob([conversations.exported(conversation)], { type: 'application/json' }));
+    el('a', { href: url, download: conversations.fileName(conversation) }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 10000);
+  }
+
+  async remove(id) {
+    const conversation = this.conversations.get(id);
+    if (!(await dialogs.confirmDelete(conversation.title || t('untitled')))) return;
+    this.answers.get(id)?.interrupt();
+    this.answers.delete(id);
+    this.conversations.delete(id);
+    await this.store.delete(id);
+    if (this.isOpen(conversation)) this.openNew();
+    else this.showSidebar();
+  }
+
+  async askSettings() {
+    const { current } = this;
+    const answer = await dialogs.askSettings(current, this.model?.context ?? null);
+    if (!answer) return;
+    const { asDefault, ...chosen } = answer;
+    Object.assign(current, chosen);
+    if (asDefault) preferences.remember('defaults', JSON.stringify(chosen));
+    this.saveIfKept();
+  }
+
+  /** What the reader wants new conversations to start with. */
+  defaults() {
+    try {
+      const { system = '', settings } = JSON.parse(preferences.recall('defaults') ?? '{}');
+      return { system: String(system), settings: cleanSettings(settings) };
+    } catch {
+      return {};
+    }
+  }
+
+  // Keeping
+
+  async save(conversation) {
+    if (!this.conversations.has(conversation.id)) return;
+    try {
+      await this.store.put(conversation);
+    } catch {
+      this.store.lasting = false; // the disk is full, say
+      byId('notice').textContent = t('notKept');
+    }
+  }
+
+  saveIfKept() {
+    if (this.conversations.has(this.current.id)) this.save(this.current);
+  }
+
+  saveSoon(conversation) {
+    this.saving ??= new Set();
+    if (this.saving.has(conversation.id)) return;
+    this.saving.add(conversation.id);
+    setTimeout(() => {
+      this.saving.delete(conversation.id);
+      if (this.answers.has(conversation.id)) this.save(conversation);
+    }, SAVE_MS);
+  }
+
+  leave() {
+    const unfinished = [];
+    for (const [id, answer] of this.answers) {
+      answer.interrupt();
+      unfinished.push({ id, message: answer.message });
+      this.save(this.conversations.get(id));
+    }
+    keepUnfinished(unfinished);
+  }
+
+  // Other tabs
+
+  /** Whether another tab is writing the conversation's last answer: two at once would overwrite each other. */
+  busyElsewhere(conversation) {
+    const last = conversation.messages[conversation.messages.length - 1];
+    return last?.state === 'streaming' && !this.answers.has(conversation.id);
+  }
+
+  async changedElsewhere({ changed, deleted }) {
+    const id = changed ?? deleted;
+    if (this.answers.has(id)) return; // this tab is writing it: what it has is newer
+    const stored = changed && (await this.store.get(changed));
+    if (stored) this.conversations.set(id, conversations.restored(stored, true));
+    else this.conversations.delete(id);
+    if (this.current.id !== id) return this.showSidebar();
+    if (!stored) return this.openNew();
+    this.current = this.conversations.get(id);
+    this.showSidebar();
+    this.showThread('show');
+  }
+
+  // Showing
+
+  showThread(how = 'show') {
+    const answer = this.answers.get(this.current.id) ?? null;
+    this.thread[how](this.current, answer, { model: this.model?.id, lasting: this.store.lasting });
+    this.composer.setBusy(answer !== null);
+    this.showTitle();
+    this.showMeter();
+  }
+
+  showTitle() {
+    byId('title').textContent = this.current.title || t('untitled');
+  }
+
+  showSidebar() {
+    this.sidebar.show(this.conversations.values(), this.current.id, (id) => this.answers.has(id));
+    this.composer.setBusy(this.answers.has(this.current.id));
+  }
+
+  showMeter() {
+    showMeter(this.current, this.model?.context ?? null, this.answers.get(this.current.id) ?? null);
+  }
+
+  showModels() {
+    const select = byId('model');
+    const options = this.models.map(({ id }) => el('option', { value: id, selected: id === this.model.id }, id));
+    select.replaceChildren(...(options.length ? options : [el('option', { value: '' }, t('noModels'))]));
+    select.disabled = this.models.length < 2;
+    this.showMeter();
+  }
+
+  nextTheme() {
+    preferences.nextTheme();
+    this.showTheme();
+  }
+
+  showTheme() {
+    const theme = preferences.theme();
+    const name = `theme${theme[0].toUpperCase()}${theme.slice(1)}`;
+    const button = byId('theme');
+    button.setAttribute('aria-label', t(name));
+    button.title = t(name);
+    button.querySelector('use').setAttribute('href', `#icon-${theme}`);
+  }
+
+  nextLanguage() {
+    setLanguage(language() === 'zh' ? 'en' : 'zh');
+    translate();
+    this.showTheme();
+    this.showSidebar();
+    this.showThread('show');
+    this.showModels();
+    this.composer.show();
+  }
+}

@@ -1,0 +1,71 @@
+// The box that messages are written in, with its one button: send, or stop while an answer comes.
+
+import { byId } from './dom.js';
+import { t } from './i18n.js';
+import { forget, recall, remember } from './preferences.js';
+
+const TOUCH = matchMedia('(hover: none) and (pointer: coarse)'); // no Shift key there: Enter starts a new line, the button sends
+
+/** Whether a key press belongs to an input method that is still composing (Safari reports only the key code). */
+export const isComposing = (event) => event.isComposing || event.keyCode === 229;
+
+export class Composer {
+  /** `actions`: {send(text) -> whether it was taken, stop(), editLast()}. */
+  constructor(actions) {
+    this.actions = actions;
+    this.area = byId('message');
+    this.button = byId('send');
+    this.busy = false;
+    this.area.addEventListener('input', () => this.changed());
+    this.area.addEventListener('keydown', (event) => this.onKey(event));
+    this.button.addEventListener('click', () => (this.busy ? this.actions.stop() : this.send()));
+    byId('composer').addEventListener('submit', (event) => event.preventDefault());
+  }
+
+  onKey(event) {
+    if (isComposing(event)) return;
+    if (event.key === 'Enter' && !event.shiftKey && !event.altKey && !TOUCH.matches) {
+      event.preventDefault();
+      if (!this.busy) this.send();
+    } else if (event.key === 'ArrowUp' && this.area.value === '' && !this.busy) {
+      event.preventDefault();
+      this.actions.editLast();
+    }
+  }
+
+  send() {
+    if (!this.area.value.trim() || !this.actions.send(this.area.value)) return;
+    this.area.value = '';
+    this.changed();
+    this.area.focus();
+  }
+
+  /** Another conversation, or null for a new one: what was typed here before comes back, after a reload too. */
+  open(id) {
+    this.draft = `draft.${id ?? 'new'}`;
+    this.area.value = recall(this.draft, 'sessionStorage') ?? '';
+    this.changed();
+  }
+
+  changed() {
+    if (this.area.value) remember(this.draft, this.area.value, 'sessionStorage');
+    else forget(this.draft);
+    this.area.style.setProperty('height', 'auto');
+    this.area.style.setProperty('height', `${this.area.scrollHeight}px`);
+    this.show();
+  }
+
+  setBusy(busy) {
+    this.busy = busy;
+    this.show();
+  }
+
+  show() {
+    const label = t(this.busy ? 'stop' : 'send');
+    this.button.setAttribute('aria-label', label);
+    this.button.title = label;
+    this.button.classList.toggle('stop', this.busy);
+    this.button.disabled = !this.busy && !this.area.value.trim();
+    byId('keys-hint').hidden = TOUCH.matches;
+  }
+}

@@ -1,0 +1,88 @@
+// A conversation as plain data: what the browser keeps, what is sent, what is exported.
+//
+// {id, title, named, created, updated, model, system, settings, messages}; a message is {id, role, content} and, where a model wrote
+// it, {reasoning, thinkingMs, state, error, finish, stats}. `state`: 'streaming', 'done', 'stopped', 'interrupted' or 'error'.
+
+import { cleanSettings } from './sampling.js';
+
+const LONGEST_TITLE = 60;
+
+/** Random, and unlike crypto.randomUUID also there on plain HTTP. */
+export function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(12));
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+export function newConversation({ model = null, system = '', settings = {} } = {}) {
+  const now = Date.now();
+  return { id: newId(), title: '', named: false, created: now, updated: now, model, system, settings, messages: [] };
+}
+
+export function addUser(conversation, content) {
+  conversation.messages.push({ id: newId(), role: 'user', content });
+  conversation.updated = Date.now();
+  if (!conversation.named && conversation.messages.length === 1) conversation.title = titleOf(content);
+}
+
+export function addAnswer(conversation) {
+  const message = { id: newId(), role: 'assistant', content: '', reasoning: '', thinkingMs: null, state: 'streaming', stats: {} };
+  conversation.messages.push(message);
+  return message;
+}
+
+/** Cuts the conversation before a message; what followed it is gone. */
+export function cutBefore(conversation, id) {
+  const index = conversation.messages.findIndex((message) => message.id === id);
+  if (index >= 0) conversation.messages.length = index;
+}
+
+function titleOf(text) {
+  const characters = [...text.trim().replace(/\s+/g, ' ')]; // by code points: no emoji is cut in two
+  return characters.length > LONGEST_TITLE ? `${characters.slice(0, LONGEST_TITLE).join('')}…` : characters.join('');
+}
+
+/**
+ * The body of the request that answers the conversation. Thinking is not sent back: models are not trained on their earlier
+ * thoughts. Answers that failed before their first word are left out, and the user's turns around them joined, since many chat
+ * templates refuse two in a row.
+ */
+export function requestBody(conversation, model) {
+  const messages = conversation.system.trim() ? [{ role: 'system', content: conversation.system }] : [];
+  for (const { role, content } of conversation.messages) {
+    const last = messages[messages.length - 1];
+    if (role === 'assistant' && !content) continue;
+    if (last?.role === role) last.content += `\n\n${content}`;
+    else messages.push({ role, content });
+  }
+  return { model, messages, stream: true, stream_options: { include_usage: true }, ...conversation.settings };
+}
+
+/**
+ * A stored conversation, whole again: what an older page or another one of this server left may lack fields. An answer that was
+ * being written when the page went away counts as interrupted, unless `live` (another tab is at it).
+ */
+export function restored(stored, live = false) {
+  const messages = Array.isArray(stored.messages) ? stored.messages : [];
+  const conversation = { ...newConversation(), ...stored, messages: messages.filter(Boolean).map(restoredMessage) };
+  conversation.title = String(stored.title ?? '');
+  conversation.system = String(stored.system ?? '');
+  conversation.settings = cleanSettings(stored.settings);
+  if (!live) for (const message of conversation.messages) if (message.state === 'streaming') message.state = 'interrupted';
+  return conversation;
+}
+
+function restoredMessage(message) {
+  const content = String(message.content ?? '');
+  if (message.role === 'user') return { ...message, content };
+  const { reasoning, thinkingMs = null, state = 'done', stats, error } = message;
+  const failed = state === 'error' ? { error: error ?? { kind: 'cut' } } : {};
+  return { ...message, role: 'assistant', content, reasoning: String(reasoning ?? ''), thinkingMs, state, stats: stats ?? {}, ...failed };
+}
+
+export const exported = (conversation) => JSON.stringify({ format: 'deepseek-optimizer-chat', version: 1, conversation }, null, 2);
+
+/** A file name that every system takes. */
+export function fileName(conversation) {
+  const title = conversation.title.replace(/[^\p{L}\p{N}]+/gu, '-').replace(/^-|-$/g, '').slice(0, 40);
+  return `${title || 'chat'}.json`;
+}

@@ -1,0 +1,117 @@
+// Questions to the reader, in the <dialog>s of index.html. Each function resolves to the answer, or to null where there is none.
+
+import { byId, el } from './dom.js';
+import { t } from './i18n.js';
+import { FIELDS, readField } from './sampling.js';
+
+/** Shows a dialog until it is sent or closed; `read()` gives the answer, undefined where the form is not right yet. */
+function ask(dialog, read) {
+  const form = dialog.querySelector('form');
+  return new Promise((resolve) => {
+    let answer = null;
+    const listening = new AbortController();
+    const on = (target, type, listener) => target.addEventListener(type, listener, { signal: listening.signal });
+    on(form, 'submit', (event) => {
+      event.preventDefault(); // never a navigation
+      answer = read(form);
+      if (answer !== undefined) dialog.close();
+    });
+    for (const button of dialog.querySelectorAll('[data-close]')) on(button, 'click', () => dialog.close());
+    on(dialog, 'click', (event) => event.target === dialog && dialog.close()); // the backdrop
+    on(dialog, 'close', () => {
+      listening.abort();
+      resolve(answer ?? null);
+    });
+    dialog.showModal();
+  });
+}
+
+export const showShortcuts = () => ask(byId('shortcuts-dialog'), () => true);
+
+export function askName(name) {
+  const input = byId('rename-input');
+  input.value = name;
+  const answer = ask(byId('rename-dialog'), () => input.value.trim() || undefined);
+  input.select();
+  return answer;
+}
+
+export function confirmDelete(title) {
+  byId('delete-text').textContent = t('deleteText', { title });
+  return ask(byId('delete-dialog'), () => true);
+}
+
+/** {key, keep}; an empty key forgets the one there is. `refused`: the server did not take the last one. */
+export function askKey({ refused, key, kept }) {
+  const input = byId('key-input');
+  input.value = key;
+  byId('key-keep').checked = kept;
+  byId('key-refused').hidden = !refused;
+  const forget = byId('key-forget');
+  forget.hidden = !key;
+  forget.onclick = () => {
+    input.value = '';
+    byId('key-form').requestSubmit();
+  };
+  return ask(byId('key-dialog'), () => {
+    const typed = input.value.trim();
+    const sendable = /^[\x21-\x7e]*$/.test(typed); // what a header can carry
+    byId('key-refused').hidden = sendable;
+    return sendable ? { key: typed, keep: byId('key-keep').checked } : undefined;
+  });
+}
+
+/** {system, settings, asDefault} of a conversation. `context`: how many tokens the model holds, or null. */
+export function askSettings({ system, settings }, context) {
+  const fields = FIELDS.map((field) => (field.name === 'max_tokens' && context ? { ...field, max: context } : field));
+  byId('system-input').value = system;
+  byId('settings-default').checked = false;
+  byId('sampling').replaceChildren(...fields.map((field) => fieldNode(field, settings[field.name])));
+  return ask(byId('settings-dialog'), () => {
+    const read = fields.map((field) => [field.name, check(field)]);
+    const wrong = read.find(([, { error }]) => error);
+    if (wrong) {
+      byId(`field-${wrong[0]}`).focus();
+      return undefined;
+    }
+    const values = Object.fromEntries(read.map(([name, { value }]) => [name, value]).filter(([, value]) => value !== undefined));
+    return { system: byId('system-input').value, settings: values, asDefault: byId('settings-default').checked };
+  });
+}
+
+function fieldNode(field, value) {
+  const { name, min, max, step } = field;
+  const id = `field-${name}`;
+  const input = el('input', {
+    id,
+    type: 'number',
+    step: step ?? 1,
+    min,
+    max,
+    inputmode: step ? 'decimal' : 'numeric',
+    autocomplete: 'off',
+    placeholder: t('unset'),
+    'aria-describedby': `${id}-hint ${id}-error`,
+    onchange: () => check(field),
+  });
+  input.value = value ?? '';
+  // Above this the bound itself tells the reader nothing.
+  const range = max > 1e9 ? '' : ` (${t('range', { min, max })})`;
+  return el(
+    'div.field',
+    {},
+    el('label', { for: id }, t(name)),
+    input,
+    el('p.hint', { id: `${id}-hint` }, `${t(`${name}Hint`)}${range}`),
+    el('p.field-error', { id: `${id}-error`, 'aria-live': 'polite' }),
+  );
+}
+
+/** Reads a field and shows what is wrong with it. */
+function check(field) {
+  const input = byId(`field-${field.name}`);
+  const result = readField(field, input.value, input.validity.badInput);
+  input.setAttribute('aria-invalid', String(Boolean(result.error)));
+  byId(`field-${field.name}-error`).textContent = result.error ? t(result.error, { min: field.min, max: field.max }) : '';
+  return result;
+}

@@ -1,0 +1,64 @@
+// The messages of the conversation that is open.
+
+import { byId, el } from './dom.js';
+import { Follower } from './follow.js';
+import { t } from './i18n.js';
+import { makeView } from './message_view.js';
+import { paced } from './paced.js';
+
+export class ThreadView {
+  /** `actions`: see message_view.js. */
+  constructor(actions) {
+    this.actions = actions;
+    this.root = byId('thread');
+    this.follower = new Follower(byId('scroller'), byId('to-end'));
+    this.views = [];
+    this.refresh = paced(() => this.update());
+  }
+
+  /** Shows a conversation from scratch; `answer` is the one on its way in it, if any. `welcome`: what an empty one says. */
+  show(conversation, answer, welcome) {
+    this.views = conversation.messages.map((message) => makeView(message, this.actions, answer?.message === message ? answer : null));
+    this.root.replaceChildren(...(this.views.length ? this.views.map((view) => view.element) : [welcomeNode(welcome)]));
+    this.update();
+    this.follower.toEnd();
+  }
+
+  /** Shows messages that were cut off or added; what stays is not touched. */
+  sync(conversation, answer) {
+    const { messages } = conversation;
+    let same = 0;
+    while (same < messages.length && this.views[same]?.message === messages[same]) same += 1;
+    for (const view of this.views.splice(same)) view.element.remove();
+    if (same === 0) this.root.replaceChildren();
+    for (const message of messages.slice(same)) {
+      const view = makeView(message, this.actions, answer?.message === message ? answer : null);
+      this.views.push(view);
+      this.root.append(view.element);
+    }
+    this.update();
+    this.follower.toEnd();
+  }
+
+  update() {
+    const last = this.views.length - 1;
+    // Only the end changes: the last message, and the one before it, which stops being the last.
+    for (const [index, view] of this.views.entries()) if (index >= last - 2) view.update(index === last);
+    this.follower.keepUp();
+  }
+
+  editLast() {
+    const view = this.views.findLast((one) => one.message.role === 'user');
+    view?.edit();
+  }
+}
+
+function welcomeNode({ model, lasting }) {
+  return el(
+    'div.welcome',
+    {},
+    el('h2', {}, t('welcome')),
+    el('p', {}, t(lasting ? 'welcomeText' : 'notKept')),
+    model && el('p.welcome-model', { translate: 'no' }, model),
+  );
+}

@@ -1,0 +1,107 @@
+"""`dso serve`: what is wrong is told before a model is loaded, and `curl` as README has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deepseek_optimizer_cli.app import app
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """serve(*options) -> typer's result; the model is not there, so whatever loads one says so."""
+
+    def invoke(*options):
+        return CliRunner().invoke(app, ["serve", str(tmp_path / "no-model"), *map(str, options)])
+
+    return invoke
+
+
+def error_of(result) -> str:
+    assert result.exit_code == 2 and result.stderr.startswith("dso: ") and result.stderr.count("\n") == 1, result.output
+    return result.stderr
+
+
+def test_without_the_extra_it_says_what_to_install(serve, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("fastapi", "uvicorn") else real(name))
+    message = error_of(serve())
+    assert "fastapi, uvicorn" in message and 'pip install "deepseek-optimizer[serve]"' in message
+
+
+def test_the_command_needs_no_extra_to_show_its_help():
+    code = (
+        "import sys\nfor name in ('fastapi', 'uvicorn', 'httptools', 'orjson', 'prometheus_client'): sys.modules[name] = None\n"
+        "from deepseek_optimizer_cli.app import app\n"
+        "try: app(['serve', '--help'])\nexcept SystemExit as e: assert not e.code"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--api-key-file" in done.stdout, done.stderr
+
+
+def test_wrong_options(serve, tmp_path):
+    assert "can't be read" in error_of(serve("--api-key-file", tmp_path / "nowhere"))
+    (tmp_path / "empty").write_text("# none\n")
+    assert "holds no key" in error_of(serve("--api-key-file", tmp_path / "empty"))
+    assert "hermes" in error_of(serve("--tool-format", "nothing"))
+    assert "no-model" in error_of(serve("--port", 0))
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(serve):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "can't listen at 127.0.0.1:" in error_of(serve("--port", taken.getsockname()[1]))
+
+
+def test_keys_that_others_can_read_are_warned_of(serve, tmp_path):
+    (tmp_path / "keys").write_text("alpha\n")
+    (tmp_path / "keys").chmod(0o644)
+    result = serve("--api-key-file", tmp_path / "keys", "--port", 0)
+    assert "chmod 600" in result.stderr or result.exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model):
+    """The command itself, with the tiny model."""
+    command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(tiny_model), "--port", "0"]
+    command += ["--served-model-name", "r1-int4", "--kv-cache-memory", "100000000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    banner = ""
+    while "address" not in banner:
+        line = process.stderr.readline()
+        assert line, banner
+        banner += line
+    yield banner, int(re.search(r"http://127\.0\.0\.1:(\d+)/", banner)[1])
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_the_banner(served):
+    banner, _ = served
+    for word in ("model     r1-int4 (llama)", "backend", "threads", "context   256 tokens", "cache", "no API key is asked for"):
+        assert word in banner
+
+
+def test_curl_as_readme_has_it(served):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = re.search(r"^\$ (curl .*?\}')$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
+    assert "stream" in command
+    command = command.replace("127.0.0.1:8000", f"127.0.0.1:{served[1]}").replace("\\\n", " ")
+    done = subprocess.run(["bash", "-c", command + " -s"], capture_output=True, text=True, timeout=60)
+    events = done.stdout.split("\n\n")
+    assert events[-2] == "data: [DONE]" and json.loads(events[0][6:])["choices"][0]["delta"]["role"] == "assistant"
+    finish = json.loads(events[-3][6:])["choices"][0]["finish_reason"]
+    assert finish in ("stop", "length")

@@ -1,0 +1,58 @@
+"""The chat page's files: they and no others, with a policy under which nothing else runs or is asked for."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deepseek_optimizer.server.page_files import FOLDER, page_files
+
+
+def directives(response) -> dict[str, list[str]]:
+    policy = response.headers["content-security-policy"]
+    return {words[0]: words[1:] for part in policy.split(";") if (words := part.split())}
+
+
+def test_the_page_and_all_that_it_names(client):
+    page = client.get("/")
+    assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    named = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert named
+    for address in named:
+        assert not re.match(r"[a-z]+:|//", address), "an address elsewhere"
+        assert client.get(f"/{address}").status_code == 200, address
+
+
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/style.css", "/page/icon.svg"])
+def test_the_policy(client, path):
+    response = client.get(path)
+    assert response.status_code == 200
+    found = directives(response)
+    assert found["default-src"] == ["'none'"] and found["script-src"] == ["'self'"] and found["style-src"] == ["'self'"]
+    assert found["connect-src"] == ["'self'"] and found["frame-ancestors"] == ["'none'"] and found["base-uri"] == ["'none'"]
+    assert found["form-action"] == ["'none'"]
+    assert "unsafe" not in response.headers["content-security-policy"]
+    assert response.headers["x-content-type-options"] == "nosniff" and response.headers["x-frame-options"] == "DENY"
+    assert response.headers["referrer-policy"] == "no-referrer"
+
+
+def test_what_has_not_changed_is_not_sent_again(client):
+    first = client.get("/page/main.js")
+    again = client.get("/page/main.js", headers={"If-None-Match": first.headers["etag"]})
+    assert again.status_code == 304 and again.content == b"" and "content-security-policy" in again.headers
+
+
+def test_only_these_files(client):
+    assert {f"/page/{name}" for name in page_files()} >= {"/page/index.html", "/page/main.js"}
+    for path in ("/page/index.html", "/page/", "/page", "/page/../app.py", "/page/page_files.py", "/main.js", "/index.html"):
+        assert client.get(path).status_code == 404, path
+
+
+def test_a_folder_may_hold_what_is_not_served(tmp_path):
+    (tmp_path / "index.html").write_text("<p>")
+    (tmp_path / "notes.txt").write_text("secret")
+    (tmp_path / "sub.js").mkdir()
+    assert list(page_files(tmp_path)) == ["index.html"]
+    assert page_files(tmp_path / "nowhere") == {}
+    assert FOLDER.name == "page"

@@ -1,0 +1,207 @@
+"""The server over the engine itself, with a tiny model of random weights."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from deepseek_optimizer import load_model
+from deepseek_optimizer.server.keys import ApiKeys
+from deepseek_optimizer.server.settings import ServerSettings
+from deepseek_optimizer.serving import make_async_engine
+from support.live_server import LiveServer, assert_error, wait_for
+
+CONTEXT = 256
+TEXT = "/v1/completions"
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "hi"}]
+
+
+def start(model, settings=None, fields=None, **options) -> LiveServer:
+    loaded = load_model(model, precision="fp32", **{"kv_cache_memory": 1 << 24, **(fields or {})})
+    return LiveServer(make_async_engine(loaded, AutoTokenizer.from_pretrained(model), model_name="tiny", **options), settings)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model):
+    with start(tiny_model) as live:
+        yield live
+        wait_for(lambda: live.engine.waiting == 0)
+        assert live.client.get("/health").status_code == 200
+
+
+def ask(live, path=TEXT, status=200, **body):
+    rest = {"prompt": "hello"} if path == TEXT else {"messages": MESSAGES}
+    found = live.client.post(path, json={**rest, "max_tokens": 20, **body})
+    assert found.status_code == status, found.text
+    return found.json()
+
+
+def text_of(live, **body) -> str:
+    return ask(live, **body)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "body", [{"temperature": 0}, {"temperature": 1, "seed": 3}, {"temperature": 0, "stop": ["e", "a", "\n"]}]
+)
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_a_stream_equals_its_whole(server, path, body):
+    whole = ask(server, path, **body, max_tokens=100)
+    rest = {"prompt": "hello"} if path == TEXT else {"messages": MESSAGES}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = server.client.post(path, json={**rest, **body, **options, "max_tokens": 100}).text
+    chunks = [json.loads(event[6:]) for event in streamed.split("\n\n")[:-2]]
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    text = "".join(c["text"] if path == TEXT else c["delta"].get("content", "") for c in choices)
+    choice = whole["choices"][0]
+    assert text == (choice["text"] if path == TEXT else choice["message"]["content"])
+    assert choices[-1]["finish_reason"] == choice["finish_reason"]
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert chunks[-1]["usage"][name] == whole["usage"][name]
+
+
+def test_answers_are_the_same_in_company(server):
+    bodies = [{"prompt": f"question {i}", "temperature": i % 2, "seed": i, "ignore_eos": True} for i in range(16)]
+    alone = [text_of(server, **body) for body in bodies]
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda body: text_of(server, **body), bodies)) == alone
+
+
+def test_several_answers_to_several_prompts(server):
+    found = ask(server, prompt=["one", "two"], n=2, seed=1)
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+    texts = [choice["text"] for choice in found["choices"]]
+    assert texts == [text_of(server, prompt=p, seed=s) for p in ("one", "two") for s in (1, 2)]
+    assert found["usage"]["prompt_tokens"] == 6
+
+
+def test_log_probabilities_are_the_models(server, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    choice = ask(server, temperature=0, logprobs=3, max_tokens=5, ignore_eos=True)["choices"][0]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    for at in range(5):
+        expected = torch.log_softmax(model(ids).logits[0, -1].float(), -1)
+        best = expected.topk(3)
+        assert choice["logprobs"]["token_logprobs"][at] == pytest.approx(best.values[0].item(), abs=1e-3)
+        assert sorted(choice["logprobs"]["top_logprobs"][at].values()) == pytest.approx(sorted(best.values.tolist()), abs=1e-3)
+        ids = torch.cat([ids, best.indices[:1][None]], 1)
+
+
+def test_embeddings_are_the_mean_of_the_last_hidden_states(server, tiny_model):
+    texts = ["hello", "something longer than that"]
+    found = server.client.post("/v1/embeddings", json={"input": texts}).json()
+    model, tokenizer = AutoModel.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    for text, entry in zip(texts, found["data"], strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(entry["embedding"], expected.numpy(), atol=1e-4)
+
+
+def test_prompts_at_the_contexts_end(server):
+    assert ask(server, prompt=[1] * (CONTEXT - 1), max_tokens=1, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
+    for length in (CONTEXT, CONTEXT + 1, 100 * CONTEXT):
+        found = server.client.post(TEXT, json={"prompt": [1] * length, "max_tokens": 1})
+        assert_error(found, 400, "prompt")
+    assert_error(server.client.post(TEXT, json={"prompt": "x" * 100 * CONTEXT}), 400, "prompt")
+    found = ask(server, CHAT, max_tokens=None, ignore_eos=True)
+    assert found["usage"]["total_tokens"] == CONTEXT and found["choices"][0]["finish_reason"] == "length"
+
+
+def test_one_request_larger_than_the_whole_cache(tiny_model):
+    with start(tiny_model, fields={"kv_cache_memory": 1 << 16}) as live:
+        room = live.engine.core.blocks * 32
+        assert room < CONTEXT
+        assert_error(live.client.post(TEXT, json={"prompt": [1] * (room + 1), "max_tokens": 1}), 400, "prompt")
+        texts = [text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True) for i in range(6)]
+        with ThreadPoolExecutor(6) as pool:  # more than the cache holds: they queue, and are run again
+            found = pool.map(lambda i: text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True), range(6))
+            assert list(found) == texts
+
+
+def test_a_thousand_prompts_past_capacity(tiny_model):
+    with start(tiny_model, most_waiting=16) as live, ThreadPoolExecutor(100) as pool:
+        bodies = [{"prompt": f"{i}", "max_tokens": 2} for i in range(1000)]
+        statuses = list(pool.map(lambda body: live.client.post(TEXT, json=body).status_code, bodies))
+        assert set(statuses) <= {200, 429} and statuses.count(200) >= 48
+        wait_for(lambda: live.engine.waiting == 0)
+        assert text_of(live)
+
+
+def test_every_token_banned(server):
+    found = server.client.post(TEXT, json={"prompt": "x", "logit_bias": {str(i): -100 for i in range(261)}, "max_tokens": 3})
+    assert found.status_code in (200, 400), found.text
+    if found.status_code == 200:
+        assert found.json()["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_a_form_is_kept_to(server):
+    assert text_of(server, guided_regex="[0-9]{3}-[a-f]").count("-") == 1
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    message = ask(server, CHAT, response_format=form, max_tokens=50)["choices"][0]["message"]
+    assert json.loads(message["content"])["a"] in (1, 2)
+
+
+def test_a_client_that_leaves_frees_its_place(server):
+    for stream in (False, True):
+        with server.connect() as sock:
+            body = json.dumps({"prompt": "x", "max_tokens": 250, "ignore_eos": True, "stream": stream}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            wait_for(lambda: server.engine.waiting == 1)
+        wait_for(lambda: server.engine.waiting == 0)
+    metrics = server.client.get("/metrics").text
+    assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in metrics
+    assert 'vllm:num_requests_waiting{model_name="tiny"} 0.0' in metrics
+
+
+def test_cached_prefixes_are_a_keys_own(tiny_model):
+    prompt = "a prefix that is longer than a few blocks of the cache, " * 3
+    with start(tiny_model, ServerSettings(keys=ApiKeys(["alpha", "beta"]))) as live:
+
+        def cached(key: str) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            found = live.client.post(TEXT, json={"prompt": prompt, "max_tokens": 2}, headers=headers)
+            return found.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert [cached("alpha"), cached("beta")] == [0, 0]
+        assert cached("alpha") >= 64 and cached("beta") >= 64
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_no_numbers_end_that_request_alone(server, monkeypatch, stream):
+    text = text_of(server, prompt="spoilt", temperature=0)
+    runner = server.engine.core.runner
+    real = runner.step
+
+    def step(*arguments, **named):
+        found = real(*arguments, **named)
+        found.logits.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(runner, "step", step)
+    assert_error(server.client.post(TEXT, json={"prompt": "spoilt", "stream": stream}), 500)
+    monkeypatch.undo()
+    assert text_of(server, prompt="spoilt", temperature=0) == text
+
+
+def test_the_engines_thread_dies(tiny_model):
+    with start(tiny_model) as live:
+        assert text_of(live)
+
+        def step():
+            raise RuntimeError("/secret/path")
+
+        live.engine.core.step = step
+        found = live.client.post(TEXT, json={"prompt": "x"})
+        assert_error(found, 503)
+        assert "secret" not in found.text
+        assert live.client.get("/health").status_code == 503
+        assert_error(live.client.post(TEXT, json={"prompt": "x"}), 503)

@@ -1,0 +1,177 @@
+"""How a server stops: what is in flight ends, what is new is sent away, and no process is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.live_server import assert_error, wait_for
+
+TESTS = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from transformers import AutoTokenizer
+from support.fake_engine import FakeEngine
+from deepseek_optimizer.server.run import listener, serve
+from deepseek_optimizer.server.settings import ServerSettings
+
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+engine = FakeEngine(tokenizer, script=lambda request: "x" * 10_000, context=20_000, step_seconds=0.01)
+settings = ServerSettings(port=0, drain_seconds={drain})
+serve(engine, settings, listener("127.0.0.1", 0), lambda host, port: print(f"port {{port}}", flush=True))
+print("ended", flush=True)
+"""
+
+
+class Process:
+    """A server as a process, its engine slow: a token takes 10 ms."""
+
+    def __init__(self, model: Path, drain: float):
+        script = SCRIPT.format(tests=str(TESTS), model=str(model), drain=drain)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        line = self.process.stdout.readline()
+        found = re.fullmatch(r"port (\d+)\n", line)
+        assert found, line + self.process.stderr.read()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", timeout=30)
+
+    def ask(self, tokens: int, stream: bool = False) -> Future:
+        return Future(self.client.post, "/v1/completions", json={"prompt": "x", "max_tokens": tokens, "stream": stream})
+
+    def children(self) -> list[int]:
+        """Processes that it started."""
+        return [pid for pid, parent in processes() if parent == self.process.pid]
+
+
+def processes() -> list[tuple[int, int]]:
+    """(process, its parent) of all that run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if fields[0] != "Z":
+            found.append((int(stat.parent.name), int(fields[1])))
+    return found
+
+
+def ended(pids: list[int]) -> bool:
+    return not {pid for pid, _ in processes()} & set(pids)
+
+
+class Future:
+    """A request on a thread."""
+
+    def __init__(self, call, *arguments, **named):
+        self.answer: httpx.Response | None = None
+        self.error: Exception | None = None
+
+        def run():
+            try:
+                self.answer = call(*arguments, **named)
+            except httpx.HTTPError as error:
+                self.error = error
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    def result(self) -> httpx.Response | None:
+        self._thread.join(30)
+        return self.answer
+
+
+@pytest.fixture
+def start(tiny_model):
+    running: list[Process] = []
+
+    def process(drain: float = 20.0) -> Process:
+        running.append(Process(tiny_model, drain))
+        return running[-1]
+
+    yield process
+    for one in running:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.communicate()
+        one.client.close()
+
+
+def test_what_is_in_flight_ends_and_what_is_new_is_sent_away(start):
+    server = start()
+    children = server.children()
+    assert children  # the processes for templates and grammars
+    whole, stream = server.ask(200), server.ask(200, stream=True)
+    wait_for(lambda: "http_requests" in server.client.get("/metrics").text)
+    time.sleep(0.3)  # both are in flight: they take two seconds
+    assert server.client.get("/ready").status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.client.get("/ready").status_code == 503)
+    refused = server.client.post("/v1/completions", json={"prompt": "x"})
+    assert_error(refused, 503)
+    assert refused.headers["retry-after"]
+    assert server.client.get("/health").status_code == 200
+    assert whole.result().json()["choices"][0]["text"] == "x" * 200
+    events = stream.result().text.split("\n\n")
+    assert events[-2] == "data: [DONE]"
+    assert "".join(json.loads(event[6:])["choices"][0]["text"] for event in events[:-2]) == "x" * 200
+    out, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 0 and out == "ended\n" and "Traceback" not in err, err
+    wait_for(lambda: ended(children))
+
+
+def test_what_takes_longer_than_it_may_is_ended(start):
+    server = start(drain=0.3)
+    whole, stream = server.ask(9000), server.ask(9000, stream=True)
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGTERM)
+    assert_error(whole.result(), 503)
+    assert '"error"' in stream.result().text.split("\n\n")[-3]
+    _, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 0 and "Traceback" not in err, err
+
+
+def test_a_second_signal_ends_it_at_once(start):
+    server = start()
+    flight = server.ask(9000)
+    time.sleep(0.3)
+    children = server.children()
+    assert children
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.client.get("/ready").status_code == 503)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    _, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 10 and "Traceback" not in err
+    assert flight.result() is None and flight.error is not None
+    wait_for(lambda: ended(children))
+
+
+def test_a_reader_that_does_not_read_does_not_keep_it(start):
+    import socket
+
+    server = start(drain=1.0)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.client.base_url.port))
+        body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 9000}).encode()
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
+        sock.sendall(head % len(body) + body)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.communicate(timeout=20)
+    assert server.process.returncode == 0
