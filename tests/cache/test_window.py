@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_optimizer.cache import window
-from deepseek_optimizer.cache.window import SMALLEST, Drop, WindowPolicy, window_tokens
+from deepseek_optimizer.cache.window import SMALLEST, Drop, WindowPolicy
 from deepseek_optimizer.errors import ConfigError, RequestError
 
 
@@ -121,24 +121,6 @@ def test_bad_spans(span: tuple[int, int]) -> None:
 def test_more_at_once_than_any_window_has_room_for_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="2000 tokens at once"):
         WindowPolicy(window=1024).drops(900, coming=2000)
-
-
-def test_a_window_grows_with_the_dialogue_up_to_the_trained_context() -> None:
-    sizes = [window_tokens(8192, n, 512, available=100_000) for n in (0, 500, 1024, 3000, 7680, 8000, 1_000_000)]
-    assert sizes == [1024, 1024, 1536, 3520, 7680, 7680, 7680]
-
-
-def test_a_window_shrinks_with_memory_down_to_the_smallest() -> None:
-    sizes = [window_tokens(8192, 7000, 512, available=n) for n in (100_000, 5000, 2000, 1030, 600, 0)]
-    assert sizes == [7520, 4992, 1984, 1024, 1024, 1024]
-    assert window_tokens(8192, 7000, 512, available=0, smallest=256) == 256
-    assert window_tokens(2048, 7000, 1500, available=0) == 548  # the model's context is shorter than the smallest
-
-
-def test_an_answer_that_leaves_no_window() -> None:
-    assert window_tokens(512, 10_000, 512 - SMALLEST, available=10_000) == SMALLEST
-    with pytest.raises(ConfigError, match="max_tokens: .* at most 384"):
-        window_tokens(512, 10_000, 512 - SMALLEST + 1, available=10_000)
 
 
 def test_torch_is_not_imported() -> None:

@@ -74,6 +74,18 @@ def test_windows_shrink_before_anybody_loses_all():
     assert most["other"].completion_tokens == 100 and most["long"].completion_tokens == 300
 
 
+def test_a_window_that_is_all_pinned_does_not_shrink():
+    core = make_core(blocks=100, context=4_000, window=3_000, prefix_cache=False, batch_size_range=(2, 2))
+    core.add(Request([1] * 2_000, endless(300), id="long", pinned=((0, 2_000),)))
+    core.add(Request([2] * 1_000, endless(300), id="other"))
+    most = {}
+    while not core.idle:
+        for output in core.step():
+            most[output.request_id] = output
+    assert core.scheduler.preemptions > 0 and most["long"].dropped_tokens == 0
+    assert all(output.completion_tokens == 300 for output in most.values())
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_windows_in_company(seed):
     """Little memory, prompts of all lengths, prefixes in common: nothing leaks, all get what they asked for."""

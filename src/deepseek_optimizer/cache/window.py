@@ -1,4 +1,4 @@
-"""The window of a dialogue that outgrows its cache: which blocks go, and how large the window is. No torch, no bytes.
+"""The window of a dialogue that outgrows its cache: which blocks go. No torch, no bytes.
 
 A window keeps its sinks (the first tokens, which every model leans on: Xiao et al. 2023, StreamingLLM), pinned spans, and the
 most recent tokens. What is dropped are whole blocks from the midst, the oldest first, a good share of the window at once: the
@@ -122,31 +122,3 @@ class WindowPolicy:
         sinks = -(-self.sinks // BLOCK_TOKENS)
         blocks = {block for begin, end in pinned for block in range(begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS))}
         return {block for block in blocks if block >= sinks}
-
-
-def window_tokens(trained_context: int, dialogue: int, answer: int, available: int, smallest: int = 1024) -> int:
-    """How large a dialogue's window is now: as large as the dialogue while memory and the model allow it.
-
-    It grows with the dialogue, so that nothing is dropped that need not be, up to the trained context less the answer: an
-    answer that begins in a full window ends inside of the trained context. Where memory is short it shrinks, at worst to
-    `smallest`: below that a dialogue is better put off than cut.
-
-    Args:
-        trained_context: tokens that the model was trained to see.
-        dialogue: tokens of the dialogue so far, dropped ones included.
-        answer: tokens that the answer may take.
-        available: tokens that the cache has room for, those that this dialogue holds included.
-
-    Returns: tokens, SMALLEST or more: full blocks, but where the trained context less the answer is none.
-
-    Raises: ConfigError where the answer leaves no window.
-    """
-    most = trained_context - answer
-    if most < SMALLEST:
-        raise ConfigError(
-            f"max_tokens: an answer of {answer} tokens leaves {most} of the model's {trained_context} for a window, and "
-            f"{SMALLEST} is the smallest. Ask for at most {trained_context - SMALLEST}"
-        )
-    wanted = -(-(dialogue + answer) // BLOCK_TOKENS) * BLOCK_TOKENS
-    least = min(max(smallest, SMALLEST), most)
-    return min(most, max(least, min(wanted, available // BLOCK_TOKENS * BLOCK_TOKENS)))

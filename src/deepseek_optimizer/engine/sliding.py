@@ -1,7 +1,8 @@
 """Dialogues without end in bounded memory: sequences whose cache slides. No torch.
 
-A sequence may hold `window` tokens; before more come, whole blocks from its midst go, and those behind move up (`cache.window` says
-which, the memory turns their keys). Where others need blocks, a window shrinks before anybody loses all of its own.
+A window grows with its dialogue, so that nothing goes that need not, up to what was asked for, within the model's trained
+context and the cache. Before more tokens come than fit, blocks of its midst go and those behind move up (`cache.window` says which, the memory
+turns their keys). Where others need blocks, the largest window shrinks, before anybody loses all of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from ..cache.block_manager import BLOCK_TOKENS
 from ..cache.prefix_cache import PrefixCache
-from ..cache.window import SMALLEST, Drop, WindowPolicy
+from ..cache.window import Drop, WindowPolicy
 from ..errors import CacheFullError, RequestError
 from .memory import Memory
 from .running import Running
@@ -54,9 +55,10 @@ class Sliding:
     def shrink(self, running: list[Running]) -> bool:
         """Lets a share of somebody's window go because others need the blocks: the largest window's. False: all are small."""
         for r in sorted(running, key=lambda r: -r.sequence.cached):
-            if r.sequence.cached <= max(FLOOR, SMALLEST):
+            if r.sequence.cached <= FLOOR:
                 return False
-            if self._drop(r, WindowPolicy(r.sequence.cached, self.sinks), 1):
+            smaller = WindowPolicy(r.sequence.cached, self.sinks)
+            if smaller.room(r.pinned) > 0 and self._drop(r, smaller, 1):
                 return True
         return False
 
