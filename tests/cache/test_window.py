@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_optimizer.cache import window
-from deepseek_optimizer.cache.window import SMALLEST, Drop, WindowPolicy
+from deepseek_optimizer.cache.window import Drop, WindowPolicy
 from deepseek_optimizer.errors import ConfigError, RequestError
 
 

@@ -1,8 +1,8 @@
 """Dialogues without end in bounded memory: sequences whose cache slides. No torch.
 
 A window grows with its dialogue, so that nothing goes that need not, up to what was asked for, within the model's trained
-context and the cache. Before more tokens come than fit, blocks of its midst go and those behind move up (`cache.window` says which, the memory
-turns their keys). Where others need blocks, the largest window shrinks, before anybody loses all of its own.
+context and the cache. Before more tokens come than fit, blocks of its midst go and those behind move up (`cache.window` says
+which, the memory turns their keys). Where others need blocks, the largest window shrinks, before anybody loses all of its own.
 """
 
 from __future__ import annotations
