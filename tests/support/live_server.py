@@ -29,7 +29,8 @@ class LiveServer:
         self.port = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        every = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # a pool that closes some races its threads
+        self.client = httpx.Client(base_url=self.url, timeout=30, limits=every)
 
     def __enter__(self) -> LiveServer:
         self.thread.start()
