@@ -218,9 +218,8 @@ def test_a_dialogue_without_end_in_a_window(folders, case):
     sampling = SamplingParams(temperature=0, max_tokens=4_000, ignore_eos=True)
     request = Request(ids, sampling, pinned=((200, 260),))
     engine = make_engine(model, window=256, prefix_cache=False)
-    most = 0
+    most, output, manager = 0, None, engine.core.memory.manager
     for output in engine.stream(request):
-        manager = engine.core.memory.manager
         most = max(most, manager.num_blocks - manager.free_blocks)
     assert most <= 8 and output.finish == "length" and output.completion_tokens == 4_000
     assert output.dropped_tokens >= 900 + 4_000 - 256

@@ -160,7 +160,7 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
-        f"context   {engine.context:,} tokens",
+        f"context   {engine.context:,} tokens" + (f", in a window of {engine.window:,}" if engine.window else ""),
         f"cache     {facts.kv_cache}, {tokens:,} tokens in all, {tokens * facts.kv_token_bytes / 1e6:,.0f} MB at most",
         f"address   http://{shown}:{port}/ (API under /v1), {keys}",
     ]

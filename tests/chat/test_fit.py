@@ -12,6 +12,10 @@ def tokens(messages):
     return 3 + sum(4 + len(m["content"]) for m in messages)
 
 
+def weight(message):
+    return len(message["content"])
+
+
 def dialogue(rng, turns, longest=60):
     found = [{"role": "system", "content": "s" * 20}]
     for n in range(turns):
@@ -22,7 +26,7 @@ def dialogue(rng, turns, longest=60):
 
 def test_what_fits_stays_whole():
     messages = dialogue(random.Random(0), 3)
-    assert fit(messages, tokens, 10_000).messages == messages and fit(messages, tokens, tokens(messages)).dropped == 0
+    assert fit(messages, tokens, weight, 10_000).messages == messages and fit(messages, tokens, weight, tokens(messages)).dropped == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -33,7 +37,7 @@ def test_the_cut_stays_for_many_turns(seed):
     messages[7]["pinned"] = True
     most, before, changes = 1_000, 0, 0
     for turn in range(2, len(messages), 2):
-        found = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, most)
+        found = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, weight, most)
         assert tokens(found.messages) <= most and found.messages[-1]["content"] == "now"
         assert found.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in found.messages)
         assert found.dropped + len(found.messages) == turn + 1 and found.dropped >= before
@@ -46,13 +50,13 @@ def test_the_cut_stays_for_many_turns(seed):
 
 def test_a_dialogue_goes_on_with_a_question():
     messages = dialogue(random.Random(1), 40)
-    found = fit([*messages, {"role": "user", "content": "now"}], tokens, 500)
+    found = fit([*messages, {"role": "user", "content": "now"}], tokens, weight, 500)
     assert found.dropped and found.messages[1]["role"] == "user"
 
 
 def test_what_must_stay_must_fit():
     messages = [{"role": "system", "content": "s" * 900}, *dialogue(random.Random(0), 3)[1:]]
     with pytest.raises(RequestError, match="messages"):
-        fit(messages, tokens, 500)
+        fit(messages, tokens, weight, 500)
     with pytest.raises(RequestError, match="room for 100"):
-        fit([{"role": "user", "content": "x" * 200}], tokens, 100)
+        fit([{"role": "user", "content": "x" * 200}], tokens, weight, 100)

@@ -205,3 +205,25 @@ def test_the_engines_thread_dies(tiny_model):
         assert "secret" not in found.text
         assert live.client.get("/health").status_code == 503
         assert_error(live.client.post(TEXT, json={"prompt": "x"}), 503)
+
+
+def test_a_dialogue_outgrows_its_window(tiny_model):
+    """Old messages are left out, the system's and pinned ones stay, what was dropped is told, and most of a turn is cached."""
+    with start(tiny_model, window=CONTEXT) as live:
+        messages = [*MESSAGES[:1], {"role": "user", "content": "PIN this", "pinned": True}]
+        dropped, cached = [], []
+        for turn in range(50):
+            messages.append({"role": "assistant", "content": f"a {turn}"})
+            messages.append({"role": "user", "content": f"q {turn}"})
+            usage = ask(live, CHAT, messages=messages, max_tokens=4, temperature=0)["usage"]
+            assert usage["prompt_tokens"] <= 3 * CONTEXT // 4
+            dropped.append(usage.get("dropped_tokens", 0))
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert dropped[0] == 0 and dropped[-1] > 300 and dropped == sorted(dropped)
+        assert len(set(dropped)) < 15  # the cut stays for some turns, and then what is before it is cached
+        assert sum(c >= 96 for c in cached[10:]) > 20
+        events = live.client.post(CHAT, json={"messages": messages, "max_tokens": 4, "stream": True,
+                                              "stream_options": {"include_usage": True}}).text  # fmt: skip
+        assert '"dropped_tokens":' in events
+        too_long = [{"role": "system", "content": "s" * 600}, {"role": "user", "content": "hi"}]
+        assert_error(live.client.post(CHAT, json={"messages": too_long}), 400)

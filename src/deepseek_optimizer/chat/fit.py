@@ -31,11 +31,14 @@ def is_pinned(message: Message) -> bool:
     return message.get("role") in ("system", "developer") or bool(message.get("pinned"))
 
 
-def fit(messages: Sequence[Message], tokens: Callable[[list[Message]], int], most: int) -> Fitted:
+def fit(
+    messages: Sequence[Message], tokens: Callable[[list[Message]], int], weight: Callable[[Message], int], most: int
+) -> Fitted:
     """The messages that fit.
 
     Args:
         tokens: of a prompt made of these messages.
+        weight: about the tokens of one message.
         most: tokens of the prompt.
 
     Raises:
@@ -45,7 +48,7 @@ def fit(messages: Sequence[Message], tokens: Callable[[list[Message]], int], mos
     if tokens(whole) <= most:
         return Fitted(whole)
     loose = [n for n, message in enumerate(whole[:-1]) if not is_pinned(message)]
-    cuts = _cuts(whole, loose, tokens, max(1, int(_STEP * most)))
+    cuts = _cuts(whole, loose, weight, max(1, int(_STEP * most)))
     low, high = 0, len(cuts) - 1
     while low < high:  # the first cut that is enough: the more goes, the fewer tokens stay
         middle = (low + high) // 2
@@ -61,12 +64,12 @@ def fit(messages: Sequence[Message], tokens: Callable[[list[Message]], int], mos
     return Fitted(kept, cuts[low])
 
 
-def _cuts(messages: list[Message], loose: list[int], tokens: Callable[[list[Message]], int], step: int) -> list[int]:
+def _cuts(messages: list[Message], loose: list[int], weight: Callable[[Message], int], step: int) -> list[int]:
     """How many of the loose messages may be left out: up to each place where theirs first reach a multiple of `step` tokens,
     never so that an answer stands without its question; and all of them."""
     found, total, reached = [], 0, step
     for count, n in enumerate(loose, 1):
-        total += tokens([messages[n]])
+        total += weight(messages[n])
         follows = messages[loose[count]] if count < len(loose) else messages[-1]
         if total >= reached and follows.get("role") == "user":
             found.append(count)

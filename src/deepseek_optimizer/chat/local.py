@@ -67,16 +67,14 @@ def dialogue_tokens(tokenizer: Any, messages: Messages, sampling: SamplingParams
     """
     for answer_room in (min(sampling.max_tokens or whole, whole // 4), 1):
         with suppress(RequestError):
-            fitted = fit(messages, lambda some: _count(tokenizer, some), whole - answer_room)
+            fitted = fit(
+                messages,
+                lambda some: len(prompt_tokens(tokenizer, some)),
+                lambda message: len(tokenizer(message["content"], add_special_tokens=False)["input_ids"]),
+                whole - answer_room,
+            )
             return prompt_tokens(tokenizer, fitted.messages), fitted.dropped
     return prompt_tokens(tokenizer, messages), 0  # `request_for` says that it is too long, and by how much
-
-
-def _count(tokenizer: Any, messages: Messages) -> int:
-    try:
-        return len(prompt_tokens(tokenizer, messages))
-    except RequestError:  # a template may want messages in turns, and these may be one alone
-        return sum(len(tokenizer(message["content"])["input_ids"]) for message in messages)
 
 
 def answer(

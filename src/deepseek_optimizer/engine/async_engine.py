@@ -139,6 +139,11 @@ class AsyncEngine:
         return self._admitted
 
     @property
+    def window(self) -> int | None:
+        """Tokens that a sequence may hold before it lets go of its midst; None: they end with the context."""
+        return None if self.core.sliding is None else self.core.sliding.window
+
+    @property
     def capacity(self) -> int:
         """Places there are."""
         return self.core.options.batch_size_range[1] + self.core.options.most_waiting

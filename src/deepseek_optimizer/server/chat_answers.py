@@ -56,11 +56,13 @@ class ChatAnswer:
 class ChatCollector:
     """Whole answers: a `chat.completion`."""
 
-    def __init__(self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None) -> None:
+    def __init__(
+        self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, dropped: int = 0
+    ) -> None:
         self._head, self._answers, self._texts = head, answers, texts
         self._deltas: list[list[Delta]] = [[] for _ in answers]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]
-        self._tally = Tally(len(answers), len(answers))
+        self._tally = Tally(len(answers), len(answers), dropped)
 
     def feed(self, index: int, output: Output) -> None:
         self._deltas[index] += self._answers[index].feed(output)
@@ -92,9 +94,16 @@ class ChatCollector:
 class ChatEncoder:
     """Answers as chunks, `data: {...}`. What stands around a chunk's text is written once, not once a token."""
 
-    def __init__(self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, include_usage: bool) -> None:
+    def __init__(
+        self,
+        head: dict[str, Any],
+        answers: list[ChatAnswer],
+        texts: TokenTexts | None,
+        include_usage: bool,
+        dropped: int = 0,
+    ) -> None:
         self._answers, self._texts, self._include_usage = answers, texts, include_usage
-        self._tally = Tally(len(answers), len(answers))
+        self._tally = Tally(len(answers), len(answers), dropped)
         self._begun = [False] * len(answers)
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]  # of tokens whose text is still held back
         self._head = b"data: " + orjson.dumps({**head, "object": "chat.completion.chunk"})[:-1] + b',"choices":['

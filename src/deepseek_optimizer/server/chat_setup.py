@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..chat.deltas import OutputParser
+from ..chat.fit import fit
 from ..chat.output_parser import make_output_parser, special_markers
 from ..chat.reasoning import CLOSE, opened_by
 from ..chat.template import Prompt
 from ..chat.tools import FORMATS, ToolFormat, detect
 from .problems import ApiError
+from .prompts import tokens_of
 from .state import ServerState
 
 Tool = Mapping[str, Any]
@@ -46,6 +48,7 @@ class ChatSetup:
         tool_format: how tools are called; None: none may be.
         thinking: "no", "opens": the answer may open thoughts, "open": the prompt has.
         keep_special: the parser must see special tokens.
+        dropped: tokens of messages that were left out because the dialogue has outgrown the window.
         parser: makes one for each answer; None: the text is nothing but content.
     """
 
@@ -53,6 +56,7 @@ class ChatSetup:
     tool_format: ToolFormat | None
     thinking: str
     keep_special: bool
+    dropped: int
     parser: Callable[[], OutputParser] | None
 
 
@@ -69,7 +73,7 @@ def set_up(state: ServerState, asked: ChatAsked) -> ChatSetup:
     tool_format = _tool_format(state, source) if tools else None
     thinks = state.thinks(bool(tools))
     options = _options(state, asked, bool(tools), thinks)
-    prompt = state.template.render(asked.messages, tools=tools or None, options=options)
+    prompt, dropped = _fitted(state, asked.messages, tools, options)
     keep_special = (thinks or tool_format is not None) and special_markers(state.tokenizer, tool_format)
     drop = [token for token in state.tokenizer.all_special_tokens if token] if keep_special and asked.skip_special else []
     names = [tool["function"]["name"] for tool in tools]
@@ -78,7 +82,29 @@ def set_up(state: ServerState, asked: ChatAsked) -> ChatSetup:
         return make_output_parser(CLOSE if thinks else "", prompt.text, tool_format=tool_format, tool_names=names, drop=drop)
 
     thinking = "no" if not thinks else "open" if opened_by(prompt.text) else "opens"
-    return ChatSetup(prompt, tool_format, thinking, keep_special, parser if thinks or tool_format or drop else None)
+    return ChatSetup(prompt, tool_format, thinking, keep_special, dropped, parser if thinks or tool_format or drop else None)
+
+
+def _fitted(
+    state: ServerState, messages: Sequence[Mapping[str, Any]], tools: list[Tool], options: Mapping[str, Any]
+) -> tuple[Prompt, int]:
+    """The prompt, and how many tokens of messages are not in it. Where there is a window, a quarter of it is left for the answer
+    and the turns to come."""
+
+    def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
+        return state.template.render(some, tools=tools or None, options=options)
+
+    whole, window = render(messages), state.engine.window
+    if window is None or len(whole.ids) <= window * 3 // 4:
+        return whole, 0
+    fitted = fit(
+        [dict(message) for message in messages],
+        lambda some: len(render(some).ids),
+        lambda message: len(tokens_of(state.tokenizer, str(message.get("content") or ""), special=False)),
+        window * 3 // 4,
+    )
+    prompt = render(fitted.messages)
+    return prompt, len(whole.ids) - len(prompt.ids)
 
 
 def _tool_format(state: ServerState, source: str) -> ToolFormat:

@@ -114,10 +114,10 @@ class ResponseCollector:
         head: its fields that are known before.
     """
 
-    def __init__(self, head: dict[str, Any], answer: ChatAnswer, texts: TokenTexts | None) -> None:
+    def __init__(self, head: dict[str, Any], answer: ChatAnswer, texts: TokenTexts | None, dropped: int = 0) -> None:
         self._head, self._answer, self._texts = head, answer, texts
         self._items = ResponseItems()
-        self._tally = Tally(1, 1)
+        self._tally = Tally(1, 1, dropped)
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is still held back
 
     def feed(self, index: int, output: Output) -> list[Event]:
@@ -144,20 +144,22 @@ class ResponseCollector:
 
     def _usage(self) -> dict[str, Any]:
         usage = self._tally.usage()
+        dropped = {name: usage[name] for name in ("dropped_tokens",) if name in usage}
         return {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": self._answer.reasoning_tokens},
             "total_tokens": usage["total_tokens"],
+            **dropped,
         }
 
 
 class ResponseEncoder:
     """A response as events, numbered in order."""
 
-    def __init__(self, head: dict[str, Any], answer: ChatAnswer, texts: TokenTexts | None) -> None:
-        self._head, self._collector = head, ResponseCollector(head, answer, texts)
+    def __init__(self, head: dict[str, Any], answer: ChatAnswer, texts: TokenTexts | None, dropped: int = 0) -> None:
+        self._head, self._collector = head, ResponseCollector(head, answer, texts, dropped)
         self._number = 0
 
     def feed(self, index: int, output: Output) -> bytes:

@@ -12,11 +12,12 @@ class Tally:
     Args:
         answers: of the request; those to one prompt stand together.
         n: of each prompt.
+        dropped: tokens that were left out of the prompt beforehand.
     """
 
-    def __init__(self, answers: int, n: int) -> None:
+    def __init__(self, answers: int, n: int, dropped: int = 0) -> None:
         self._last: list[Output | None] = [None] * answers
-        self._n = n
+        self._n, self._dropped = n, dropped
 
     def add(self, index: int, output: Output) -> None:
         self._last[index] = output
@@ -38,6 +39,6 @@ class Tally:
         }
         if reasoning is not None:
             values["completion_tokens_details"] = {"reasoning_tokens": reasoning}
-        if dropped := sum(o.dropped_tokens for o in seen):
+        if dropped := self._dropped + sum(o.dropped_tokens for o in seen):
             values["dropped_tokens"] = dropped
         return values

@@ -1,7 +1,7 @@
 // Questions to the reader, in the <dialog>s of index.html. Each function resolves to the answer, or to null where there is none.
 
 import { byId, el } from './dom.js';
-import { t } from './i18n.js';
+import { number, t } from './i18n.js';
 import { FIELDS, readField } from './sampling.js';
 
 /** Shows a dialog until it is sent or closed; `read()` gives the answer, undefined where the form is not right yet. */
@@ -96,7 +96,7 @@ function fieldNode(field, value) {
   });
   input.value = value ?? '';
   // Above this the bound itself tells the reader nothing.
-  const range = max > 1e9 ? '' : ` (${t('range', { min, max })})`;
+  const range = max > 1e9 ? '' : ` (${t('range', { min: number(min, 2), max: number(max, 2) })})`;
   return el(
     'div.field',
     {},
@@ -112,6 +112,6 @@ function check(field) {
   const input = byId(`field-${field.name}`);
   const result = readField(field, input.value, input.validity.badInput);
   input.setAttribute('aria-invalid', String(Boolean(result.error)));
-  byId(`field-${field.name}-error`).textContent = result.error ? t(result.error, { min: field.min, max: field.max }) : '';
+  byId(`field-${field.name}-error`).textContent = result.error ? t(result.error, { min: number(field.min, 2), max: number(field.max, 2) }) : '';
   return result;
 }

@@ -49,6 +49,7 @@ class ToolCall(Body):
 
 class _Message(Body):
     name: Annotated[str, Field(max_length=256)] | None = None
+    pinned: bool | None = Field(None, description="Where the server has a window: this message is never left out of it.")
 
 
 class SystemMessage(_Message):

@@ -62,8 +62,8 @@ def add(app: FastAPI, state: ServerState) -> None:
             texts = state.texts if asked.logprobs else None
             if asked.stream:
                 usage = bool(asked.stream_options and asked.stream_options.include_usage)
-                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage))
-            collector = ChatCollector(head, parsed, texts)
+                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, setup.dropped))
+            collector = ChatCollector(head, parsed, texts, setup.dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 

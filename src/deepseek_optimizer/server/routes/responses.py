@@ -73,8 +73,8 @@ def add(app: FastAPI, state: ServerState) -> None:
             answer = ChatAnswer(setup.parser() if setup.parser else None, not parallel)
             texts = state.texts if wants_logprobs else None
             if asked.stream:
-                return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts))
-            collector = ResponseCollector(head, answer, texts)
+                return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts, setup.dropped))
+            collector = ResponseCollector(head, answer, texts, setup.dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
