@@ -81,7 +81,7 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         raise ConfigError("batch_invariant=True: the reference backend's products depend on the batch; use the native one")
     if options.window is not None:
         if options.batch_invariant:
-            raise ConfigError("batch_invariant=True and a window: when a window slides depends on how prompts are cut; choose one")
+            raise ConfigError("batch_invariant=True and a window: when one slides depends on how prompts are cut; choose one")
         key_rotation(runtime.graph)  # an error where keys cannot be moved
     if options.batch_invariant and any(n.op == "rope_table" and n.attrs["rope"].is_dynamic for n in runtime.graph.nodes):
         raise ConfigError("batch_invariant=True: this model's RoPE is dynamic, it follows the longest sequence of a step")

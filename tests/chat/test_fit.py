@@ -26,7 +26,10 @@ def dialogue(rng, turns, longest=60):
 
 def test_what_fits_stays_whole():
     messages = dialogue(random.Random(0), 3)
-    assert fit(messages, tokens, weight, 10_000).messages == messages and fit(messages, tokens, weight, tokens(messages)).dropped == 0
+    assert (
+        fit(messages, tokens, weight, 10_000).messages == messages
+        and fit(messages, tokens, weight, tokens(messages)).dropped == 0
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -256,7 +256,7 @@ def test_the_model_is_chosen_for_each_conversation(open_chat: Callable[..., Any]
 
 def test_figures_of_an_answer(chat: Any, server: FakeChatServer) -> None:
     more = Event()
-    usage = {"prompt_tokens": 3000, "completion_tokens": 7, "dropped_tokens": 1234}
+    usage = {"prompt_tokens": 3000, "completion_tokens": 7, "dropped_tokens": 1234, "context_tokens": 1773}
     server.replies.append(Reply(["a ", "b ", more, "c"], usage=usage, finish="length"))
     chat.send("Hi")
     chat.wait_text("≈ 2 tokens", "#speed")  # pieces counted, until the server's own count comes

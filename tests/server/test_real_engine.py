@@ -218,6 +218,8 @@ def test_a_dialogue_outgrows_its_window(tiny_model):
             usage = ask(live, CHAT, messages=messages, max_tokens=4, temperature=0)["usage"]
             assert usage["prompt_tokens"] <= 3 * CONTEXT // 4
             dropped.append(usage.get("dropped_tokens", 0))
+            if dropped[-1]:
+                assert usage["context_tokens"] <= CONTEXT
             cached.append(usage["prompt_tokens_details"]["cached_tokens"])
         assert dropped[0] == 0 and dropped[-1] > 300 and dropped == sorted(dropped)
         assert len(set(dropped)) < 15  # the cut stays for some turns, and then what is before it is cached

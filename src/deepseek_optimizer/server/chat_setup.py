@@ -88,8 +88,8 @@ def set_up(state: ServerState, asked: ChatAsked) -> ChatSetup:
 def _fitted(
     state: ServerState, messages: Sequence[Mapping[str, Any]], tools: list[Tool], options: Mapping[str, Any]
 ) -> tuple[Prompt, int]:
-    """The prompt, and how many tokens of messages are not in it. Where there is a window, a quarter of it is left for the answer
-    and the turns to come."""
+    """The prompt, and how many tokens of messages are not in it. Where there is a window, a quarter of it is left for the
+    answer and the turns to come."""
 
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
         return state.template.render(some, tools=tools or None, options=options)

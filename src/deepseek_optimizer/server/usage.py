@@ -39,6 +39,7 @@ class Tally:
         }
         if reasoning is not None:
             values["completion_tokens_details"] = {"reasoning_tokens": reasoning}
-        if dropped := self._dropped + sum(o.dropped_tokens for o in seen):
-            values["dropped_tokens"] = dropped
+        slid = sum(o.dropped_tokens for o in seen)
+        if dropped := self._dropped + slid:
+            values |= {"dropped_tokens": dropped, "context_tokens": prompt + completion - slid}
         return values

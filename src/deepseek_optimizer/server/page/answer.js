@@ -83,6 +83,7 @@ export class Answer {
       stats.promptTokens = usage.prompt_tokens ?? null;
       stats.completionTokens = usage.completion_tokens ?? null;
       stats.droppedTokens = usage.dropped_tokens ?? 0;
+      stats.contextTokens = usage.context_tokens ?? null;
     }
     stats.exact = Boolean(usage) && stats.completionTokens !== null;
     stats.tokens = stats.exact ? stats.completionTokens : this.pieces;

@@ -7,8 +7,8 @@ import { statsText } from './message_view.js';
 const NEARLY_FULL = 0.9;
 
 /** Tokens of a finished answer's conversation that the model still held: a sliding window lets go of the oldest. */
-const held = ({ promptTokens, completionTokens, droppedTokens }) =>
-  Math.max(0, (promptTokens ?? 0) + (completionTokens ?? 0) - (droppedTokens ?? 0));
+const held = ({ promptTokens, completionTokens, contextTokens }) =>
+  contextTokens ?? (promptTokens ?? 0) + (completionTokens ?? 0);
 
 /** Tokens that the conversation took when it was last answered: {used, exact}; while an answer comes, with what came so far. */
 function contextUse(messages) {

@@ -104,7 +104,8 @@ class ReasoningTokens(Answer):
 
 
 class Usage(Answer):
-    """Tokens: of all answers together; `dropped_tokens` are those that a sliding window has let go of, where there is one."""
+    """Tokens: of all answers together; where there is a window, `dropped_tokens` are those that it
+    has let go of or never held, and `context_tokens` those that it held at the end."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -112,3 +113,4 @@ class Usage(Answer):
     prompt_tokens_details: CachedTokens
     completion_tokens_details: ReasoningTokens | None = None
     dropped_tokens: int | None = None
+    context_tokens: int | None = None
