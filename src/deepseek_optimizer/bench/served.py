@@ -1,0 +1,114 @@
+"""`dso serve` as a process of its own, for who measures it or leans on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendError
+
+_ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)/")
+_SAMPLE = re.compile(r"^([\w:]+)(?:\{([^}]*)\})? (\S+)$")
+
+
+class Served:
+    """`with Served(model, "--no-drafts") as server: ...`, which ends it.
+
+    Args:
+        model: what `dso serve` is told.
+        options: of `dso serve`.
+        environment: beside this process's own.
+
+    Attributes:
+        port: where it listens, of 127.0.0.1.
+        process: the server.
+    """
+
+    def __init__(self, model: str | Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+        self.command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(model), "--port", "0", *options]
+        self._environment = {**os.environ, **(environment or {})}
+        self.port = 0
+
+    def __enter__(self) -> Served:
+        self._log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(self.command, stdout=self._log, stderr=self._log, env=self._environment)
+        try:
+            self._wait(120.0)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(45)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._log.close()
+
+    def _wait(self, seconds: float) -> None:
+        """Until it listens.
+
+        Raises: BackendError, it ended before or took too long; holds what it said.
+        """
+        until = time.monotonic() + seconds
+        while not (found := _ADDRESS.search(self.log)):
+            if self.process.poll() is not None or time.monotonic() > until:
+                raise BackendError(f"the server did not start; it said:\n{self.log}")
+            time.sleep(0.05)
+        self.port = int(found[1])
+
+    @property
+    def log(self) -> str:
+        """What it has written so far."""
+        written = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), written, 0).decode("utf-8", "replace")  # the position is the server's
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the server's process."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise OSError("the server has ended")
+
+    @property
+    def children(self) -> list[int]:
+        """Ids of the processes that it has started and that live."""
+        found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return sorted({int(child) for path in found for child in path.read_text().split()})
+
+    def get(self, path: str) -> Any:
+        """JSON at a path."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def metrics(self) -> dict[str, float]:
+        """Prometheus' name -> value, samples of different labels added up; with a label as `name{label=value}` too."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
+            return parsed(answer.read().decode())
+
+
+def parsed(text: str) -> dict[str, float]:
+    """Prometheus' text format, as `Served.metrics` returns it."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if sample := _SAMPLE.match(line):
+            name, labels, value = sample[1], sample[2] or "", float(sample[3])
+            names = [name, *(f"{name}{{{label.replace(chr(34), '')}}}" for label in labels.split(",") if label)]
+            for key in names:
+                found[key] = found.get(key, 0.0) + value
+    return found

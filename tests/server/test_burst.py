@@ -1,0 +1,250 @@
+"""Far more clients than the server has places for, on a real model, over real sockets: `dso serve` as a process of its own.
+
+Every one is answered exactly once and rightly, whoever leaves or reads slowly meanwhile; nothing is left behind. And how a
+server under such load stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from deepseek_optimizer.bench.exchange import Exchange, Reply, ask, reply_of, request_bytes, send
+from deepseek_optimizer.bench.served import Served
+from deepseek_optimizer.server.run import raise_file_limit
+from support.live_server import wait_for
+
+REQUESTS, CANCELLED = 1_000, 100
+RUNNING, WAITING = 16, 256  # places: for a quarter of those who come at once
+SERVED = ("--precision", "int8", "--max-running", str(RUNNING), "--max-waiting", str(WAITING))
+CACHE = 20 * 8192  # bytes: fewer blocks than 16 of these requests can use: some may lose theirs
+ALLOWANCE = 4 << 20  # bytes that a burst may add once there were two: Python's garbage of one lies there during the next
+PATH = "/v1/completions"
+
+
+def bodies(count: int, seed: int = 0) -> list[dict]:
+    """Greedy requests of many lengths; some prompts begin alike, and some are the same."""
+    rng = random.Random(seed)
+    openings = ["", "The same long beginning, of two blocks and more. " * 2, "Another one: "]
+    found = []
+    for _ in range(count):
+        prompt = rng.choice(openings) + " ".join(f"{rng.randrange(200)}" for _ in range(rng.randrange(1, 12)))
+        tokens = rng.choice([rng.randrange(1, 20), rng.randrange(1, 20), 90])
+        found.append({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": rng.random() < 0.5})
+    return found
+
+
+@pytest.fixture(scope="module")
+def offline(tiny_model):
+    """offline(bodies): the texts that the offline engine gives, each prompt alone, nothing shared, nothing drafted."""
+    from transformers import AutoTokenizer
+
+    from deepseek_optimizer import load_model
+    from deepseek_optimizer.engine.request import SamplingParams
+    from deepseek_optimizer.serving import make_engine
+
+    model = load_model(tiny_model, precision="int8", threads=1)
+    engine = make_engine(model, AutoTokenizer.from_pretrained(tiny_model), drafts=False, prefix_cache=False)
+    known: dict[tuple[str, int], str] = {}
+
+    def texts(asked: list[dict]) -> list[str]:
+        for body in asked:
+            key = (body["prompt"], body["max_tokens"])
+            if key not in known:
+                params = SamplingParams(temperature=0, max_tokens=key[1], ignore_eos=body.get("ignore_eos", False))
+                known[key] = engine.generate([key[0]], params)[0].text
+        return [known[body["prompt"], body["max_tokens"]] for body in asked]
+
+    return texts
+
+
+@dataclass
+class Told:
+    """What the clients of a burst saw."""
+
+    replies: list[list[Reply]] = field(default_factory=list)  # of each request, those that were no refusal
+    refused: int = 0
+
+
+async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int, seed: int) -> Told:
+    """All at once; who is refused comes again when the server said."""
+    rng = random.Random(seed)
+    told = Told([[] for _ in asked])
+    patience = [rng.random() ** 2 for _ in asked]  # seconds until those who leave do
+
+    async def client(i: int) -> None:
+        while True:
+            exchange = await send(server.port, PATH, asked[i])
+            if i in leaving:
+                await asyncio.sleep(patience[i])
+                exchange.leave()
+            reply = await exchange.reply()
+            if reply.status != 429:
+                told.replies[i].append(reply)
+                return
+            told.refused += 1
+            assert reply.json()["error"]["code"] == "queue_full" and reply.retry_after >= 1
+            await asyncio.sleep(reply.retry_after + rng.random() / 2)
+
+    async def slow_client() -> None:
+        """A byte at a time for a while, through the smallest window."""
+        while True:
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                sock.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(sock, ("127.0.0.1", server.port))
+                await loop.sock_sendall(sock, request_bytes(PATH, asked[slow]))
+                pieces: list[tuple[float, bytes]] = []
+                while piece := await loop.sock_recv(sock, 1 if len(pieces) < 500 else 65_536):
+                    pieces.append((time.perf_counter(), piece))
+                    await asyncio.sleep(0.005)
+            reply = reply_of(pieces)
+            if reply.status != 429:
+                told.replies[slow].append(reply)
+                return
+            await asyncio.sleep(reply.retry_after)
+
+    await asyncio.wait_for(asyncio.gather(*(client(i) for i in range(len(asked)) if i != slow), slow_client()), 50)
+    return told
+
+
+def assert_idle(server: Served) -> None:
+    """Nobody is in it, and no block is anybody's."""
+    names = ("dso:requests_admitted", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+    def idle() -> bool:
+        found = server.metrics()
+        return not any(found[name] for name in names)
+
+    wait_for(idle)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model):
+    raise_file_limit()
+    with Served(tiny_model, *SERVED, "--kv-cache-memory", str(CACHE)) as running:
+        yield running
+        running.__exit__()
+        assert running.process.returncode == 0
+
+
+def test_a_thousand_at_once(server, offline):
+    """Three times, so that what one leaves behind would show."""
+    asked = bodies(REQUESTS)
+    rng = random.Random(1)
+    leaving = set(rng.sample(range(REQUESTS), CANCELLED))
+    slow = next(i for i in range(REQUESTS) if i not in leaving and asked[i]["stream"] and asked[i]["max_tokens"] > 40)
+    baseline = {"prompt": "A question of its own", "max_tokens": 40, "temperature": 0}
+    right, alone = offline(asked), asyncio.run(ask(server.port, PATH, baseline)).json()["choices"]
+    assert alone[0]["text"] == offline([baseline])[0]
+    resident = []
+    for seed in range(3):
+        before = server.metrics()
+        told = asyncio.run(burst(server, asked, leaving, slow, seed))
+        answered = 0
+        for i, replies in enumerate(told.replies):
+            assert len(replies) == 1, f"request {i} has {len(replies)} answers"
+            reply = replies[0]
+            if i in leaving and not reply.whole:
+                assert reply.status in (0, 200)
+                continue
+            answered += 1
+            assert reply.status == 200 and reply.whole and (reply.done or not asked[i]["stream"])
+            assert reply.text == right[i], f"request {i}"
+        assert_idle(server)
+        after = server.metrics()
+        ended = after["vllm:request_success_total"] - before.get("vllm:request_success_total", 0)
+        assert REQUESTS - CANCELLED <= answered <= ended <= REQUESTS
+        assert told.refused > REQUESTS // 2  # there were more than the queue holds
+        assert after.get("vllm:request_success_total{finished_reason=cancelled}", 0) > 0
+        assert not after.get("vllm:request_success_total{finished_reason=error}", 0)
+        assert asyncio.run(ask(server.port, PATH, baseline)).json()["choices"] == alone
+        resident.append(server.resident_bytes)
+    assert resident[2] - resident[1] <= ALLOWANCE, f"{resident} bytes"
+    assert server.get("/health") == {"status": "ok"}
+
+
+# How it stops.
+
+STREAMS = 120
+
+
+@pytest.fixture
+def own_server(tiny_model):
+    with Served(tiny_model, *SERVED, "--max-running", "4") as running:
+        yield running
+
+
+async def streams(server: Served, asked: list[dict]) -> list[Exchange]:
+    """Opened, and all of them taken in."""
+    opened = [await send(server.port, PATH, body) for body in asked]
+    while server.metrics()["dso:requests_admitted"] + sum(exchange.over for exchange in opened) < len(asked):
+        await asyncio.sleep(0.01)
+    return opened
+
+
+def stopping(server: Served) -> bool:
+    return "stopping" in server.log
+
+
+def long_bodies() -> list[dict]:
+    return [
+        {"prompt": f"Stream {i}", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+        for i in range(STREAMS)
+    ]
+
+
+def test_sigterm_under_load_drains(own_server, offline):
+    """Who is in it, running or queued, gets a whole answer; who comes is told that the server stops."""
+    asked = long_bodies()
+
+    async def main() -> tuple[list[Reply], Reply | None]:
+        opened = await streams(own_server, asked)
+        own_server.process.send_signal(signal.SIGTERM)
+        while not stopping(own_server):
+            await asyncio.sleep(0.01)
+        assert any(exchange.received == 0 for exchange in opened)  # some had not begun
+        try:
+            late = await ask(own_server.port, PATH, {"prompt": "late", "max_tokens": 1})
+        except OSError:
+            late = None
+        return [await exchange.reply() for exchange in opened], late
+
+    replies, late = asyncio.run(main())
+    assert late is None or late.status == 503 and "retry-after" in late.headers
+    assert [reply.done for reply in replies] == [True] * STREAMS
+    assert [reply.text for reply in replies] == offline(asked)
+    assert own_server.process.wait(15) == 0
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", own_server.port), 5)
+
+
+def test_a_second_sigterm_ends_it_at_once(own_server):
+    """In the midst of streams, with the helpers that chats and grammars have started: none of them outlives it."""
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "response_format": {"type": "json_object"}}
+    assert asyncio.run(ask(own_server.port, "/v1/chat/completions", chat)).status == 200
+    children = own_server.children
+    assert children
+
+    async def main() -> float:
+        opened = await streams(own_server, long_bodies())
+        own_server.process.send_signal(signal.SIGTERM)
+        while not stopping(own_server):
+            await asyncio.sleep(0.01)
+        assert own_server.process.poll() is None
+        began = time.monotonic()
+        own_server.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(own_server.process.wait, 5) == 128 + signal.SIGTERM
+        assert not all([(await exchange.reply()).done for exchange in opened])
+        return time.monotonic() - began
+
+    assert asyncio.run(main()) < 5
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))

@@ -1,0 +1,166 @@
+"""Faults below the server, in a real engine: whose request it hits is told so, and everybody else goes on as if nothing was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from deepseek_optimizer import load_model
+from deepseek_optimizer.cache.prefix_cache import keys
+from deepseek_optimizer.quant import pack
+from deepseek_optimizer.server.settings import ServerSettings
+from deepseek_optimizer.serving import make_async_engine
+from support.live_server import LiveServer, assert_error, wait_for
+
+PATH = "/v1/completions"
+POISON = 7  # a token whose embedding is no number
+CACHE = 1 << 18  # bytes: about ten blocks, which go from one request to the next
+BODY = {"prompt": [65] * 40, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, byte_tokenizer):
+    """A Llama whose head is its own, so that one embedding can be spoilt and no other token notices."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(byte_tokenizer), max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=byte_tokenizer.eos_token_id,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("untied")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def server(model):
+    loaded = load_model(model, precision="fp32", kv_cache_memory=CACHE, threads=1)
+    embedding = loaded.get_input_embeddings()
+    table = embedding.dequantized()
+    table[POISON] = float("nan")
+    embedding.weight.data.copy_(pack(table, "fp32").data)
+    engine = make_async_engine(loaded, AutoTokenizer.from_pretrained(model), model_name="tiny")
+    assert 8 <= engine.core.blocks <= 16
+    with LiveServer(engine, ServerSettings(drain_seconds=2)) as live:
+        before = [text_of(live, body) for body in company()]
+        yield live
+        wait_for(lambda: engine.waiting == 0)
+        if engine.alive:
+            assert engine.core.cache_usage() == 0 and live.client.get("/health").status_code == 200
+            assert [text_of(live, body) for body in company()] == before
+
+
+def company() -> list[dict]:
+    return [{**BODY, "prompt": [70 + i] * (20 + 9 * i)} for i in range(5)]
+
+
+def text_of(live: LiveServer, body: dict) -> str:
+    found = live.client.post(PATH, json=body)
+    assert found.status_code == 200, found.text
+    return found.json()["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("place", [0, 20, 99])
+def test_a_nan_is_its_own_requests_error(server, stream, place):
+    """Through the model itself: keys and values of everything behind the token are no numbers either."""
+    prompt = [66] * 100
+    prompt[place] = POISON
+    body = {**BODY, "prompt": prompt, "stream": stream}
+    alone = [text_of(server, other) for other in company()]
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(text_of, server, other) for other in company() * 3]
+        spoilt = [pool.submit(server.client.post, PATH, json=body) for _ in range(4)]
+        for answer in spoilt:
+            assert_error(answer.result(), 500)
+        assert [other.result() for other in others] == alone * 3
+    core = server.engine.core
+    assert core.metrics.finished["error"] == 4
+    assert core.prefix is not None and core.prefix.known(keys(prompt, "", 3)) == 0  # nobody will find its blocks
+
+
+def test_a_nan_in_the_midst_of_an_answer_ends_it_with_an_error(server):
+    """What has come is the text; behind it comes the error, and no finish reason."""
+    body = {**BODY, "stream": True, "logit_bias": {str(POISON): 60}}
+    events = server.client.post(PATH, json=body).text.split("\n\n")
+    assert len(events) > 3 and events[-2:] == ["data: [DONE]", ""]
+    last = json.loads(events[-3][6:])
+    assert last["error"]["type"] == "server_error" and "finite" not in events[-3]
+    assert all(json.loads(event[6:])["choices"][0]["finish_reason"] is None for event in events[:-3])
+
+
+def test_a_step_without_memory_ends_its_requests_alone(server, monkeypatch):
+    runner, failing = server.engine.core.runner, threading.Event()
+    real = runner.step
+
+    def step(parts, rows, **options):
+        if failing.is_set():
+            failing.clear()
+            raise MemoryError("4096 bytes at 0x7f0000000000")
+        return real(parts, rows, **options)
+
+    monkeypatch.setattr(runner, "step", step)
+    failing.set()
+    found = server.client.post(PATH, json=BODY)
+    assert found.status_code >= 500
+    assert_error(found, found.status_code)
+    assert text_of(server, BODY)
+
+
+def test_when_the_engines_thread_dies(server, monkeypatch):
+    """Everybody in it gets a 5xx, and the server says that it is not well."""
+    runner, dying = server.engine.core.runner, threading.Event()
+    real = runner.step
+
+    def step(parts, rows, **options):
+        if dying.is_set():
+            raise ZeroDivisionError("a bug at /secret/path")
+        return real(parts, rows, **options)
+
+    monkeypatch.setattr(runner, "step", step)
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [{**BODY, "max_tokens": 150, "prompt": [80 + i] * 5, "stream": i % 2 == 0} for i in range(8)]
+        answers = [pool.submit(server.client.post, PATH, json=body) for body in bodies]
+        wait_for(lambda: server.engine.waiting == 8)
+        dying.set()
+        for body, answer in zip(bodies, answers, strict=True):
+            found = answer.result()
+            if body["stream"] and found.status_code == 200:
+                assert '"error"' in found.text.split("\n\n")[-3]
+            else:
+                assert_error(found, 503)
+            assert "secret" not in found.text
+    for path, status in (("/health", 503), ("/ready", 503), ("/v1/models", 200)):
+        assert server.client.get(path).status_code == status
+    assert_error(server.client.post(PATH, json=BODY), 503)
+
+
+def test_a_machine_without_the_memory_is_an_error_and_no_hang(tmp_path, byte_tokenizer):
+    """`dso serve` on a model of more weights than it may have memory: one line, and no server."""
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=len(byte_tokenizer), max_position_embeddings=256,
+    )  # fmt: skip
+    code = f"""
+import resource, sys
+import torch, transformers, uvicorn
+import deepseek_optimizer.server.run, deepseek_optimizer.serving
+from deepseek_optimizer_cli.app import main
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+sys.argv = ["dso", "serve", {str(tmp_path / "m")!r}, "--port", "0", "--precision", "fp32"]
+main()
+"""
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    byte_tokenizer.save_pretrained(tmp_path / "m")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("dso: ") and "address" not in done.stderr, done.stderr
