@@ -56,9 +56,7 @@ class ChatAnswer:
 class ChatCollector:
     """Whole answers: a `chat.completion`."""
 
-    def __init__(
-        self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, dropped: int = 0
-    ) -> None:
+    def __init__(self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, dropped: int = 0) -> None:
         self._head, self._answers, self._texts = head, answers, texts
         self._deltas: list[list[Delta]] = [[] for _ in answers]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]
