@@ -1,7 +1,7 @@
 """Tokens to text as they come, and where a stop string ends it. No torch.
 
-Pieces concatenate to exactly what decoding all tokens at once gives. What may still change is held back: a character whose
-bytes are not all there, and the beginning of what may become a stop string.
+Pieces concatenate to exactly what decoding all tokens at once gives, but for half a character at the very end. What may still
+change is held back: a character whose bytes are not all there, and the beginning of what may become a stop string.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class Detokenizer:
         return self._passed(text, stops)
 
     def end(self) -> str:
-        """What was held back, when no more tokens come."""
-        text = self._decode(self._ids[self._start :]) if self._read < len(self._ids) else self._before
+        """What was held back, when no more tokens come; but no beginning of a character whose rest does not."""
+        text = self._before
+        if self._read < len(self._ids):
+            text = self._decode(self._ids[self._start :]).rstrip(_INCOMPLETE)
         piece, _ = self._passed(text, stops=False)
         held, self._held = self._held, ""
         return piece + held
