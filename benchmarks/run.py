@@ -1,4 +1,4 @@
-"""Measures the standing set, drafts, and the comparisons with Transformers, all or some, and keeps the results: `make bench`.
+"""Measures the standing set, drafts, serving, comparisons with Transformers, all or some, and keeps the results: `make bench`.
 
     python -m benchmarks.run [NAME...] [--rounds 3] [--quick]
 
@@ -18,8 +18,9 @@ from deepseek_optimizer.bench.machine import read_gb_s
 from deepseek_optimizer.bench.process import cpu_name, usable_cpus
 from deepseek_optimizer.versions import versions
 
-from . import measure, results, speculation, spine
+from . import measure, measure_serving, results, speculation, spine
 from .deepseek import DEEPSEEK
+from .serving import SERVING, Serving
 from .speculation import SPECULATION, Speculation
 from .spine import SPINE, Comparison
 from .standing import STANDING, Row
@@ -29,7 +30,7 @@ SIZES_MB = (76, 900)  # what int4 weights of 135 million and of 1.5 billion para
 
 
 def main() -> None:
-    known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *SPECULATION, *SPINE)}
+    known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *SPECULATION, *SERVING, *SPINE)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--rounds", type=int, default=3)
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def _measure(
-    row: Row | Comparison | Speculation, quick: bool, threads: int, rounds: int, seconds: float
+    row: Row | Comparison | Speculation | Serving, quick: bool, threads: int, rounds: int, seconds: float
 ) -> tuple[dict[str, Any], str, list[str]]:
     """What was found, the set that it belongs to, and what to print of it."""
 
@@ -71,6 +72,9 @@ def _measure(
     if isinstance(row, Speculation):
         found = speculation.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note)
         return found, "speculation", speculation.lines(found)
+    if isinstance(row, Serving):
+        found = measure_serving.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note)
+        return found, "serving", measure_serving.lines(found)
     found = spine.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note)
     return found, "spine", ratio_lines(found)
 

@@ -17,9 +17,10 @@ from typing import Any
 from deepseek_optimizer.bench.figures import KINDS
 from deepseek_optimizer.bench.sections import number
 
-from . import results
+from . import measure_serving, results
 from .deepseek import DEEPSEEK
 from .models import TITLES
+from .serving import SERVING
 from .speculation import SPECULATION
 from .spine import SPINE
 from .standing import STANDING, Bar, Row
@@ -47,6 +48,7 @@ def filled(text: str, directory: Path = results.DIRECTORY) -> str:
         "standing": standing_table,
         "deepseek": partial(standing_table, rows=DEEPSEEK),
         "speculation": speculation_table,
+        "serving": partial(serving_table, windows=results.read("window", directory)),
     }
 
     def block(match: re.Match[str]) -> str:
@@ -122,6 +124,30 @@ def speculation_table(entries: results.Entries) -> Iterator[str]:
             speeds = [number(side[name], "tok/s") for name in ("plain", "side")]
             first = f"{row.title}: {side['name']}"
             yield _cells(first, *speeds, _times(side), asked, f"{side['accepted_length']:.2f}", side["verdict"] or "")
+
+
+def serving_table(entries: results.Entries, windows: results.Entries) -> Iterator[str]:
+    """What serving claims, and below it the windows that conversations live in."""
+    yield from _machines(entries.values())
+    yield "| what | beside | it | | asked | |"
+    yield "|---|---|---|---|---|---|"
+    for row in SERVING:
+        if row.name in entries:
+            yield from (_cells(*cells) for cells in measure_serving.cells(entries[row.name]))
+        else:
+            yield _cells(row.title, "", "", "", "", "not measured")
+    for window in windows.values():
+        yield _cells(*_window_cells(window))
+
+
+def _window_cells(window: dict[str, Any]) -> list[str]:
+    """Late tokens of a text of many windows, beside a fresh window that holds the same text."""
+    title = f"window: {window['title']}, {window['read']:,} read: perplexity, beside a fresh window's"
+    figures = [f"{window[name]:.2f}" for name in ("fresh_perplexity", "perplexity")]
+    more = f"{window['perplexity_ratio']:.3f}x; {window['most_blocks']} of {window['window_blocks']} blocks"
+    if "code_nats_pinned" in window:
+        more += f"; a pinned string {window['code_nats_pinned']:.1f} nats a token, dropped {window['code_nats_dropped']:.1f}"
+    return [title, *figures, more, "at most 1.05x, memory constant, pins attended", window["verdict"]]
 
 
 def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
