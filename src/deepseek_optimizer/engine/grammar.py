@@ -10,7 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError
-from .json_schema import normalise
+from .json_schema import Enforced, normalise
+from .pattern import to_rules
 from .request import CompiledGrammar, Grammar
 from .thoughts import AfterThoughts
 from .worker import JobError, Worker, WorkerError
 
 _JOB = Path(__file__).with_name("grammar_job.py")
-_MOST_BYTES = 1 << 24  # of a compiled grammar
+_MOST_BYTES = 1 << 25  # of a compiled grammar
 _MOST_SOURCE = {"regex": 8_192, "ebnf": 1 << 16}  # characters
 _CACHED, _CACHED_BYTES = 256, 1 << 27  # compiled grammars kept at most
 
@@ -48,7 +49,8 @@ class GrammarCompiler:
         tokenizer: of Transformers.
         vocab_size: of the model's logits: it may have more than the tokenizer has tokens, and those are never allowed.
         stop_token_ids: that end a text, beside the tokenizer's end of text.
-        seconds: of CPU time that compiling one may take.
+        seconds: of CPU time that compiling one may take. A string of a bounded length of 128 or more takes one or two of them,
+            the others of a schema milliseconds.
         memory: bytes that it may take.
     """
 
@@ -58,7 +60,7 @@ class GrammarCompiler:
         vocab_size: int,
         *,
         stop_token_ids: Iterable[int] = (),
-        seconds: float = 5.0,
+        seconds: float = 10.0,
         memory: int = 1 << 30,
     ) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -82,14 +84,23 @@ class GrammarCompiler:
             RequestError: the schema is wrong, has what can't be enforced, or can't be compiled within the limits.
             EngineBusyError: others' grammars took all the time that one waits for them.
         """
-        return self._compile("json_schema", json.dumps(normalise(schema)), "json_schema")
+        return self._compile("json_schema", json.dumps(asdict(normalise(schema))), "json_schema")
 
     def regex(self, pattern: str) -> CompiledGrammar:
         """Text that a regular expression matches from beginning to end; errors as of `json_schema`."""
-        return self._compile("regex", pattern, "regex")
+        most = _MOST_SOURCE["regex"]
+        if not isinstance(pattern, str) or not 0 < len(pattern) <= most:
+            raise RequestError("regex", f"must be a string of 1 to {most} characters")
+        try:
+            rules = to_rules(pattern, "root", json_string=False)
+        except ValueError as error:
+            raise RequestError("regex", str(error)) from None
+        return self._compile("ebnf", rules, "regex")
 
     def ebnf(self, text: str) -> CompiledGrammar:
         """Text of a grammar in GBNF, llama.cpp's notation, whose first rule is `root`; errors as of `json_schema`."""
+        if not isinstance(text, str) or not 0 < len(text) <= _MOST_SOURCE["ebnf"]:
+            raise RequestError("grammar", f"must be a string of 1 to {_MOST_SOURCE['ebnf']} characters")
         return self._compile("ebnf", text, "grammar")
 
     def tools(
@@ -113,11 +124,11 @@ class GrammarCompiler:
         functions = [tool["function"] for tool in tools if choice in ("required", tool["function"]["name"])]
         if not functions:
             raise RequestError("tool_choice", f"there is no tool {choice!r}" if tools else "there are no tools to call")
-        calls = [
+        calls = [  # as xgrammar's structural tags, but for the contents, which the job makes into grammars
             {
                 "type": "tag",
                 "begin": f"{shape.before}{function['name']}{shape.between}",
-                "content": {"type": "json_schema", "json_schema": _parameters(function)},
+                "content": asdict(_parameters(function)),
                 "end": shape.after,
             }
             for function in functions
@@ -161,9 +172,6 @@ class GrammarCompiler:
             worker.close()
 
     def _compile(self, kind: str, source: str, field: str) -> CompiledGrammar:
-        most = _MOST_SOURCE.get(kind)
-        if not isinstance(source, str) or (most is not None and not 0 < len(source) <= most):
-            raise RequestError(field, f"must be a string of 1 to {most} characters")
         if "\0" in source or any("\ud800" <= character <= "\udfff" for character in source):
             raise RequestError(field, "has a NUL or half of a surrogate pair")
         key = kind, source
@@ -205,7 +213,7 @@ class GrammarCompiler:
             if self._worker is None:
                 self._info = _tokenizer_info(self._tokenizer, self._vocab_size, self._stops)
                 setup = {"tokenizer": self._info.serialize_json(), "most": _MOST_BYTES}
-                self._worker = Worker(_JOB, setup, seconds=self._seconds, memory=self._memory)
+                self._worker = Worker(_JOB, setup, seconds=self._seconds, memory=self._memory, patience=2 * self._seconds)
             return self._worker
 
 
@@ -285,7 +293,7 @@ def _tokenizer_info(tokenizer: Any, vocab_size: int, stops: Sequence[int]) -> An
     )
 
 
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(function: Mapping[str, Any]) -> Enforced:
     """The schema of a tool's arguments, which are an object."""
     name, schema = function["name"], function.get("parameters") or {}
     try:

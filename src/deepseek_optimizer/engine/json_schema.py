@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..errors import RequestError
+from .pattern import to_rules
 
 MOST_DEPTH, MOST_NODES, MOST_BYTES, MOST_LENGTH = 32, 4_000, 1 << 18, 1 << 16
 _TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
@@ -34,7 +35,7 @@ _DAY = r"\d{4}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
 _BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _LABEL = r"[a-z]([a-z0-9]{0,20})"
-# What these formats allow, or a part of it: a grammar needs patterns, and those of xgrammar allow a 31st of June.
+# What these formats allow, or a part of it; xgrammar's own allow a 31st of June.
 _FORMATS = {
     "date": _DAY,
     "time": _TIME,
@@ -43,18 +44,29 @@ _FORMATS = {
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "hostname": rf"{_LABEL}(\.{_LABEL}){{0,4}}",
     "email": rf"[A-Za-z0-9_+-]{{1,30}}(\.[A-Za-z0-9_+-]{{1,15}}){{0,2}}@{_LABEL}(\.{_LABEL}){{1,4}}",
-    "uri": rf"https?://{_LABEL}(\.{_LABEL}){{0,4}}(:[1-9]\d{{0,3}})?(/[A-Za-z0-9_.~-]{{0,40}}){{0,10}}(\?[A-Za-z0-9_.~=&-]{{0,200}})?",
+    "uri": rf"https?://{_LABEL}(\.{_LABEL}){{0,3}}(:[1-9]\d{{0,3}})?(/[A-Za-z0-9_.~-]*)*(\?[A-Za-z0-9_.~=&-]*)?",
 }
 _OTHER_FORMATS = {
     "duration", "ipv6", "idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template", "json-pointer",
     "relative-json-pointer", "regex",
 }  # fmt: skip
-_ESCAPES = re.compile(r"\\[dDwWsS.^$*+?()\[\]{}|/-]")  # that a pattern may have
 _MOST_PATTERN = 2_048
 _FIELD = "json_schema"
 
 
-def normalise(schema: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Enforced:
+    """
+    Attributes:
+        schema: for xgrammar. A pattern `^NAME$` stands for the rule of that name.
+        rules: NAME -> that rule, and those that it needs, in EBNF.
+    """
+
+    schema: dict[str, Any]
+    rules: dict[str, str]
+
+
+def normalise(schema: Any) -> Enforced:
     """The schema that is compiled.
 
     Raises:
@@ -73,7 +85,9 @@ def normalise(schema: Any) -> dict[str, Any]:
         raise RequestError(_FIELD, "must be plain JSON that is not nested too deeply") from None
     if size > MOST_BYTES:
         raise RequestError(_FIELD, f"is larger than {MOST_BYTES:,} characters")
-    return _Normaliser(schema).node(schema, "#", 0)
+    normaliser = _Normaliser(schema)
+    out = normaliser.node(schema, "#", 0)
+    return Enforced(out, normaliser.rules)
 
 
 class _Normaliser:
@@ -85,6 +99,8 @@ class _Normaliser:
 
     def __init__(self, root: Any) -> None:
         self._root, self._nodes = root, 0
+        self._names: dict[str, str] = {}  # of patterns
+        self.rules: dict[str, str] = {}  # of those names
 
     def node(self, schema: Any, at: str, depth: int) -> dict[str, Any]:
         """A schema in it, rewritten; `at`: where it stands."""
@@ -136,10 +152,11 @@ class _Normaliser:
                 _refuse(at, "$ref must point into the schema itself (#/...); nothing is fetched")
             if pointer in seen:
                 _refuse(at, "$ref leads to itself")
+            if "~" in pointer or "%" in pointer:
+                _refuse(at, "$ref with ~ or % can't be followed; rename what it points to")
             seen.add(pointer)
             target = self._root
             for part in pointer.split("/")[1:]:
-                part = part.replace("~1", "/").replace("~0", "~")
                 if isinstance(target, Mapping) and part in target:
                     target = target[part]
                 elif isinstance(target, list) and part.isdecimal() and int(part) < len(target):
@@ -188,7 +205,7 @@ class _Normaliser:
                 break
             target: Any = self._root
             for part in schema["$ref"].split("/")[1:]:
-                target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
+                target = target.get(part) if isinstance(target, Mapping) else None
             schema = target
         return schema
 
@@ -273,12 +290,23 @@ class _Normaliser:
         if pattern is not None:
             if least is not None or most is not None:
                 _refuse(at, "minLength and maxLength can't be enforced beside pattern or format")
-            return {**out, "pattern": _pattern(pattern, at)}
+            if not isinstance(pattern, str) or len(pattern) > _MOST_PATTERN:
+                _refuse(at, f"pattern must be a string of at most {_MOST_PATTERN:,} characters")
+            try:
+                return {**out, "pattern": self._placeholder(pattern)}
+            except ValueError as error:
+                _refuse(at, f"pattern: {error}")
         if least is not None:
             out["minLength"] = least
         if most is not None:
             out["maxLength"] = most
         return out
+
+    def _placeholder(self, pattern: str) -> str:
+        if pattern not in self._names:
+            name = self._names[pattern] = f"DSO{len(self._names)}P"
+            self.rules[name] = to_rules(pattern, name, json_string=True)
+        return f"^{self._names[pattern]}$"
 
     def _number(self, schema: Mapping[str, Any], name: str, at: str, depth: int) -> dict[str, Any]:
         bounds = {key: _bound(schema[key], key, at) for key in _OF_TYPE[name] if key in schema}
@@ -370,15 +398,3 @@ def _whole(bounds: Mapping[str, int | float]) -> dict[str, int]:
         else:
             out["maximum"] = math.ceil(value) - 1
     return out
-
-
-def _pattern(pattern: Any, at: str) -> str:
-    """A pattern without what JSON writes in another way than the text itself: quotes, backslashes, control characters."""
-    if not isinstance(pattern, str) or len(pattern) > _MOST_PATTERN:
-        _refuse(at, f"pattern must be a string of at most {_MOST_PATTERN:,} characters")
-    rest = _ESCAPES.sub("", pattern)
-    if "\\" in rest or '"' in rest or not rest.isprintable():
-        _refuse(
-            at, r"pattern may not match quotes, backslashes or control characters, nor have escapes beside \d \w \s and signs"
-        )
-    return pattern
