@@ -29,6 +29,11 @@ def stream() -> bytes:
     return HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
 
 
+def test_a_stream_need_not_say_its_tokens():
+    reply = reply_of([(0.0, HEAD + chunk(event("x")) + b"0\r\n\r\n")])
+    assert reply.usage is None and reply.text == "x" and reply.streamed and reply.whole and not reply.done
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 50, 10_000])
 def test_an_event_counts_when_its_last_byte_came(size):
     data = stream()

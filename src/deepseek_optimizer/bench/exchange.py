@@ -55,6 +55,11 @@ class Reply:
         return found
 
     @property
+    def streamed(self) -> bool:
+        """Whether it is server-sent events."""
+        return self.headers.get("content-type", "").startswith("text/event-stream")
+
+    @property
     def done(self) -> bool:
         """Whether a stream came to its end as it should."""
         return self.whole and self.body.rstrip().endswith(_DONE)
@@ -67,15 +72,15 @@ class Reply:
     @property
     def text(self) -> str:
         """Of the first answer, streamed or not."""
-        if self.headers.get("content-type", "").startswith("text/event-stream"):
+        if self.streamed:
             return "".join(text for _, text in self.pieces)
         return _text(self.json()["choices"][0])
 
     @property
     def usage(self) -> dict[str, Any] | None:
         """Tokens, where the server said."""
-        found = [event["usage"] for _, event in self.events if event.get("usage")] or [self.json().get("usage")]
-        return found[-1]
+        bodies = [event for _, event in self.events] if self.streamed else [self.json()]
+        return next((body["usage"] for body in reversed(bodies) if body.get("usage")), None)
 
     @property
     def retry_after(self) -> float:
