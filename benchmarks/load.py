@@ -23,7 +23,7 @@ from .prompts import PAUSE, chats, random_prompts
 
 Figures = dict[str, float]
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
-LONGEST = 3_000  # tokens of a stream that must not end before it is left
+LONGEST = 8_000  # tokens of a stream that must not end before it is left
 
 
 def main() -> None:

@@ -129,6 +129,8 @@ def speculation_table(entries: results.Entries) -> Iterator[str]:
 def serving_table(entries: results.Entries, windows: results.Entries) -> Iterator[str]:
     """What serving claims, and below it the windows that conversations live in."""
     yield from _machines(entries.values())
+    yield "SmolLM2-135M, int4 where nothing else is said. Clients are a process that shares the server's cores."
+    yield ""
     yield "| what | beside | it | | asked | |"
     yield "|---|---|---|---|---|---|"
     for row in SERVING:
