@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -87,8 +89,15 @@ def test_a_nan_is_its_own_requests_error(server, stream, place):
     assert core.prefix is not None and core.prefix.known(keys(prompt, "", 3)) == 0  # nobody will find its blocks
 
 
-def test_a_nan_in_the_midst_of_an_answer_ends_it_with_an_error(server):
+def test_a_nan_in_the_midst_of_an_answer_ends_it_with_an_error(server, monkeypatch):
     """What has come is the text; behind it comes the error, and no finish reason."""
+    step = server.engine.core.step
+
+    def slow_step():  # so that the client has the first token before there is an error
+        time.sleep(0.05)
+        return step()
+
+    monkeypatch.setattr(server.engine.core, "step", slow_step)
     body = {**BODY, "stream": True, "logit_bias": {str(POISON): 60}}
     events = server.client.post(PATH, json=body).text.split("\n\n")
     assert len(events) > 3 and events[-2:] == ["data: [DONE]", ""]
@@ -117,11 +126,12 @@ def test_a_step_without_memory_ends_its_requests_alone(server, monkeypatch):
 
 def test_when_the_engines_thread_dies(server, monkeypatch):
     """Everybody in it gets a 5xx, and the server says that it is not well."""
-    runner, dying = server.engine.core.runner, threading.Event()
+    runner, dying, steps = server.engine.core.runner, threading.Event(), itertools.count()
     real = runner.step
 
     def step(parts, rows, **options):
-        if dying.is_set():
+        if next(steps) > 10:  # some have begun by then
+            dying.wait(20)
             raise ZeroDivisionError("a bug at /secret/path")
         return real(parts, rows, **options)
 
