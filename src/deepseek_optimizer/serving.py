@@ -25,7 +25,7 @@ from .integration.threads import one_torch_thread
 
 _LATENT_CHUNK = 64  # tokens: the form that latent attention takes depends on where a prompt is cut
 _LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # drafts of a round at most
-STALL = 3.0  # what a server's streams may notice of others' prompts
+STALL = 2.5  # what a server's streams may notice of others' prompts
 
 
 def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:

@@ -235,7 +235,9 @@ def test_memory_that_cannot_be_had_ends_the_step_alone():
         raise MemoryError("no pages")
 
     core.runner.before = fail
-    assert run(core, [Request([1, 2], GREEDY, id="a")])["a"].finish == "error"
+    core.add(Request([1, 2], GREEDY, id="a"))
+    (output,) = core.step()
+    assert output.finish == "error" and output.transient
     assert run(core, [Request([1, 2], GREEDY, id="b")])["b"].token_ids == expected([1, 2], 20)
     assert blocks_in_use(core) == 0
 

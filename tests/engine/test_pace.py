@@ -67,6 +67,23 @@ def test_the_batch_keeps_to_range_and_target():
     assert BatchSize(1, 8, times(2.0, 0.0), target=5.0).choose() == 8
 
 
+def test_disturbed_steps_do_not_shrink_the_batch_for_ever():
+    """Sizes that were slow once are forgotten when they are not seen again, and then tried again."""
+    t = StepTimes()
+    batch = BatchSize(1, 16, t)
+    for _ in range(5):
+        t.add(0.001, 1, 0)
+        t.add(0.0016, 16, 0)
+    for n in (14, 15, 16):
+        t.add(0.04, n, 0)
+    chosen = [batch.choose()]
+    for _ in range(2_000):
+        n = chosen[-1]
+        t.add(0.001, n, 0)
+        chosen.append(batch.choose())
+    assert min(chosen) == 1 and min(chosen[1_000:]) == 16
+
+
 def simulate(acceptance, draft_cost, steps=3_000, most=6, sequences=1, seed=0):
     """Tokens a plain step's time: 1 is plain decoding."""
     rng, t, bandit = random.Random(seed), StepTimes(), DraftBandit(most)

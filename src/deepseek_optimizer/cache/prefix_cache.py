@@ -92,9 +92,13 @@ class PrefixCache:
                 count -= 1
                 yield key
 
+    def can_evict(self, count: int) -> bool:
+        """Whether so many blocks could be taken away."""
+        return count <= 0 or sum(1 for _ in self._unused(count)) == count
+
     @property
     def unused(self) -> int:
-        """Blocks that could be taken away."""
+        """Blocks that could be taken away. Looks at all of them."""
         return sum(self.manager.users(block) == 1 for block in self._blocks.values())
 
     def forget(self, keys: list[Key]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .step_times import StepTimes
 
-LEAST = 16  # tokens: fewer would read all weights for next to nothing
+LEAST = 8  # tokens: fewer would read all weights for next to nothing
 _UNKNOWN = 64  # tokens, before times are known
 
 

@@ -231,6 +231,10 @@ class EngineCore:
             if self.drafting:
                 for r in self.scheduler.waiting:
                     self.drafting.forget(r, ended=False)
+        now = self.clock()
+        for share in shares:
+            if share.running.started is None:
+                share.running.started = now
         shares.sort(key=lambda s: s.phase)  # stable; DECODE first
         return shares
 
@@ -244,7 +248,9 @@ class EngineCore:
             return []
         self._idle_since = None
         first = min(self._requests.values(), key=lambda r: r.order)
-        return [self._end(first, "error", error="the cache is used by others; raise kv_cache_memory, or try again later")]
+        output = self._end(first, "error", error="the cache is used by others; raise kv_cache_memory, or try again later")
+        output.transient = True
+        return [output]
 
     def _moved(self, r: Running) -> None:
         """A window has slid: whoever remembers places in its text is wrong now."""
@@ -264,7 +270,10 @@ class EngineCore:
 
     def _failed(self, shares: list[Share], error: Exception) -> list[Output]:
         """A step that could not be run: its requests end, the others go on."""
-        return [self._end(share.running, "error", error=f"{type(error).__name__}: {error}") for share in shares]
+        outputs = [self._end(share.running, "error", error=f"{type(error).__name__}: {error}") for share in shares]
+        for output in outputs:
+            output.transient = isinstance(error, MemoryError)
+        return outputs
 
     def _advance(self, shares: list[Share], logits: Any, states: Any) -> list[Output]:
         outputs: list[Output] = []
@@ -272,7 +281,6 @@ class EngineCore:
         row = begin = 0
         for share in shares:
             r, sequence = share.running, share.running.sequence
-            r.started = r.started or self.clock()
             count, drafted = share.count + len(share.drafts), len(share.drafts)
             if r.request.embed:
                 self._embed(r, states[begin : begin + count], share, outputs)

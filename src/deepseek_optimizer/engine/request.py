@@ -180,6 +180,7 @@ class Output:
         dropped_tokens: that the window has let go so far.
         embedding: float32 [H], with finish "stop", of requests with `embed`.
         error: with finish "error": what went wrong.
+        transient: with finish "error": the same request may well be served later, when there is memory.
     """
 
     request_id: str
@@ -194,3 +195,4 @@ class Output:
     dropped_tokens: int = 0
     embedding: npt.NDArray[np.float32] | None = None
     error: str | None = None
+    transient: bool = False

@@ -176,8 +176,8 @@ class Scheduler:
                 running.registered = len(sequence.blocks.blocks)
             promised = sum(self._lacks(r) for r in self.running)
             needed = self._lacks(running) + promised + len(self.running)  # and a block each, so that they can go on
-            free = manager.free_blocks + (self.prefix.unused if self.prefix else 0)
-            if needed > free and self.running:
+            more = needed - manager.free_blocks
+            if self.running and more > 0 and not (self.prefix and self.prefix.can_evict(more)):
                 sequence.blocks.free()
                 running.registered = 0
                 return False

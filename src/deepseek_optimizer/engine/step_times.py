@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _FADING = 0.8
+_MEMORY = 512  # steps after which what was not seen again is forgotten: it may have been disturbed, and contexts grow
 
 
 class StepTimes:
@@ -10,17 +11,26 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._decode: dict[int, float] = {}
+        self._seen: dict[int, int] = {}  # when
+        self._steps = 0
         self._prompt: float | None = None
 
     def add(self, seconds: float, rows: int, prompt: int) -> None:
         """A step of so many decoding rows and prompt tokens."""
+        self._steps += 1
         if prompt == 0:
             if rows:
                 self._decode[rows] = _mixed(self._decode.get(rows), seconds)
+                self._seen[rows] = self._steps
+                self._forget()
             return
         line = self.line() or (0.0, 0.0)
         plain = (self.decode(rows) or 0.0) if rows else line[0]
         self._prompt = _mixed(self._prompt, max(seconds - plain, seconds * 0.1) / prompt)
+
+    def _forget(self) -> None:
+        for rows in [n for n, when in self._seen.items() if self._steps - when > _MEMORY]:
+            del self._seen[rows], self._decode[rows]
 
     @property
     def prompt(self) -> float | None:
