@@ -97,7 +97,7 @@ class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
 
     def __init__(self, waiting: int, retry_after: float) -> None:
         self.waiting, self.retry_after = waiting, retry_after
-        super().__init__(f"{waiting} requests are waiting, and no more are taken; try again in {retry_after:.0f} s")
+        super().__init__(f"{waiting} requests are in flight, and no more are taken; try again in {retry_after:.0f} s")
 
 
 class EngineDeadError(DeepSeekOptimizerError, RuntimeError):

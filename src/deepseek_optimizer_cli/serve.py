@@ -93,6 +93,8 @@ def serve(
 
     if tool_format is not None and tool_format not in FORMATS:
         raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
+    if name is not None and not name.strip():
+        raise ConfigError("--served-model-name must not be empty")
     # All that can be wrong here is found before a model is loaded.
     settings = ServerSettings(
         host=host,

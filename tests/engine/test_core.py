@@ -168,6 +168,82 @@ def test_a_short_question_need_not_wait_for_a_book():
     assert [o.request_id for o in last] == ["book"]
 
 
+def test_a_short_question_need_not_wait_beside_a_stream_either():
+    """Half of what a prompt may have beside a stream is the question's, and with fixed pieces every second one."""
+    for chunk in (None, 32):
+        core = make_core(step_tokens=64, blocks=400, stall=2.0, chunk=chunk)
+        core.add(Request([1], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True), id="stream"))
+        for _ in range(4):
+            core.step()
+        core.add(Request([2] * 2000, SamplingParams(temperature=0, max_tokens=2), id="book"))
+        core.step()
+        book = next(r for r in core.scheduler.running if r.request.id == "book")
+        core.add(Request([3] * 60, SamplingParams(temperature=0, max_tokens=2), id="question"))
+        steps, before = 0, book.sequence.cached
+        while not any(o.request_id == "question" for o in core.step()):
+            steps += 1
+        assert steps < 20 and before < book.sequence.cached < 1500
+
+
+def test_a_text_that_runs_out_of_tokens_ends_alone():
+    """A grammar and a bias leave nothing at the second token: no time between tokens to be counted."""
+    core = make_core()
+    bias = {t: -100.0 for t in range(VOCAB) if t != 5}
+
+    class Once:
+        finished = False
+
+        def start(self):
+            return self
+
+        def mask(self, bits):
+            bits[:] = 0 if self.taken else -1
+            return True
+
+        taken = 0
+
+        def accept(self, token):
+            self.taken += 1
+
+    sampling = SamplingParams(temperature=0, logit_bias=bias, grammar=Once(), max_tokens=5)
+    found = run(core, [Request([1], sampling, id="a"), Request([2], GREEDY, id="b")])
+    assert found["a"].token_ids == [5] and found["a"].finish == "stop" and found["b"].token_ids == expected([2], 20)
+
+
+def test_embeddings_that_lose_their_blocks_are_summed_anew():
+    core = make_core(step_tokens=20)
+    core.add(Request([8] * 100, GREEDY, id="a", embed=True))
+    core.step()
+    core.step()
+    core.scheduler.preempt(core.scheduler.running[0])
+    while not core.idle:
+        outputs = core.step()
+    assert outputs[0].embedding == pytest.approx([8.0])
+
+
+def test_blocks_that_others_hold_for_good():
+    """A request that cannot be run although nobody else of the engine's is says so, in a few tries."""
+    core = make_core(blocks=8, prefix_cache=False)
+    core.memory.manager.allocate(5)
+    core.add(Request([1] * 60, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), id="a"))
+    for _ in range(200):
+        outputs = core.step()
+        if core.idle:
+            break
+    assert outputs[0].finish == "error" and outputs[0].transient and "kv_cache_memory" in outputs[0].error
+
+
+def test_drafts_that_cannot_be_made_are_done_without():
+    class Poor(ScriptedProposer):
+        def propose(self, sequences, most):
+            raise MemoryError
+
+    prompt = [4, 5]
+    script = {1: prompt + expected(prompt, 20, None)}
+    core = make_core(proposers=[(Poor(script, 1.0, VOCAB), 4)])
+    assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
+
+
 def test_a_grammar_that_fails_ends_its_request_alone():
     class Broken:
         finished = False

@@ -62,6 +62,13 @@ def test_draws_of_the_whole_range_are_tokens_that_may_come():
             assert draw(logits, SamplingParams(**settings), u) in (3, 500, 999)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-37, 1e-6])
+def test_temperatures_that_are_next_to_none_are_none(temperature):
+    assert SamplingParams(temperature=temperature, top_p=0.9).greedy and not SamplingParams(temperature=1e-4).greedy
+    logits = np.random.default_rng(0).standard_normal(500).astype(np.float32) * 30
+    assert draw(logits, SamplingParams(temperature=1e-5), 0.999) == int(logits.argmax())
+
+
 def test_uniform_numbers_belong_to_seed_and_place():
     assert uniform(5, 7) == uniform(5, 7) != uniform(5, 8) != uniform(6, 7)
     numbers = np.array([uniform(0, n) for n in range(20_000)])

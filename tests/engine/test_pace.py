@@ -65,6 +65,7 @@ def test_the_batch_keeps_to_range_and_target():
     assert BatchSize(1, 32, times(2.0, 0.5), target=6.0).choose() == 8
     assert BatchSize(3, 32, times(2.0, 0.5), target=1.0).choose() == 3
     assert BatchSize(1, 8, times(2.0, 0.0), target=5.0).choose() == 8
+    assert BatchSize(2, 8, times(2.0, 0.0), target=1.0).choose() == 2
 
 
 def test_disturbed_steps_do_not_shrink_the_batch_for_ever():

@@ -74,6 +74,32 @@ def test_windows_shrink_before_anybody_loses_all():
     assert most["other"].completion_tokens == 100 and most["long"].completion_tokens == 300
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_shrink_while_they_are_read(seed):
+    """Others take blocks at random: windows shrink in the midst of steps, and whoever has no window left tells so or goes on."""
+    rng = random.Random(seed)
+    core = make_core(blocks=170, context=4_000, window=rng.choice([2_000, 3_000]), batch_size_range=(3, 3),
+                     prefix_cache=seed % 2 == 0, step_tokens=rng.choice([64, 512]))  # fmt: skip
+    wanted = [Request([n] * rng.randrange(500, 2_500), endless(rng.randrange(50, 300)), id=str(n)) for n in range(4)]
+    wanted.append(Request([9] * 1_500, id="embed", embed=True))
+    for request in wanted:
+        core.add(request)
+    found, held = {}, []
+    while not core.idle:
+        with core.memory.locked() as manager:
+            if rng.random() < 0.1 and manager.free_blocks > 8:
+                held += manager.allocate(rng.randrange(8))
+            elif held and rng.random() < 0.2:
+                manager.release(held.pop())
+        found |= {o.request_id: o for o in core.step()}
+    for request in wanted[:-1]:
+        output = found[request.id]
+        assert output.finish == "length" and output.completion_tokens == request.sampling.max_tokens or output.transient
+    assert found["embed"].transient or found["embed"].embedding == pytest.approx([9.0])
+    assert found["embed"].dropped_tokens == 0
+    assert blocks_in_use(core) == len(held)
+
+
 def test_a_window_that_is_all_pinned_does_not_shrink():
     core = make_core(blocks=100, context=4_000, window=3_000, prefix_cache=False, batch_size_range=(2, 2))
     core.add(Request([1] * 2_000, endless(300), id="long", pinned=((0, 2_000),)))

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -40,6 +40,7 @@ class Answers:
         self._pending: Output | None = None
         self._ready = asyncio.Event()
         self._ended = False  # the last output was handed out
+        self._told: Callable[[], None] | None = None
 
     def __aiter__(self) -> AsyncIterator[Output]:
         return self
@@ -59,10 +60,19 @@ class Answers:
         """Ends it within a step. Does nothing once it has ended."""
         self._engine.cancel(self.request.id)
 
+    def when_ended(self, tell: Callable[[], None]) -> None:
+        """Calls this once the engine is done with the request, whether or not anybody has read its last output."""
+        if self._ended or (self._pending is not None and self._pending.finish is not None):
+            tell()
+        else:
+            self._told = tell
+
     def put(self, output: Output) -> None:
         """From the loop's own thread."""
         self._pending = output if self._pending is None else merged(self._pending, output)
         self._ready.set()
+        if output.finish is not None and self._told is not None:
+            self._told()
 
 
 def merged(first: Output, then: Output) -> Output:
@@ -203,7 +213,7 @@ class AsyncEngine:
             self._send(request_id)
 
     def _check_alive(self) -> None:
-        if not self.alive:
+        if not self.alive or self._stopping:
             raise EngineDeadError("the engine has stopped; restart the server") from self._dead
 
     def _send(self, message: Request | str) -> None:
@@ -251,6 +261,8 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+            await asyncio.sleep(0)  # what it has sent last is delivered
+        self._deliver([Output(request_id, finish="cancelled") for request_id in list(self._answers)])
 
     # ---- on the thread
 

@@ -31,7 +31,7 @@ class BatchSize:
             return self.high
         a, b = line
         if self.target is not None:
-            fits = self.high if a + b * self.high <= self.target else int((self.target - a) / b)
+            fits = self.high if a + b * self.high <= self.target else int((self.target - a) / b) if b else self.low
             return max(self.low, min(self.high, fits))
         rate = _NEARLY * self.high / (a + b * self.high)
         return next((n for n in range(self.low, self.high) if n >= rate * (a + b * n)), self.high)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 _log = logging.getLogger(__name__)
+_TRIES = 3  # of a request to be run alone
 _PATIENCE = 10.0  # seconds without a step before a request is given up
 
 
@@ -97,6 +98,7 @@ class EngineCore:
             self.prefix,
             self.sliding,
             invariant=options.batch_invariant,
+            lost=self._lost,
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
@@ -196,7 +198,12 @@ class EngineCore:
         """One step of all that take part in it, and what it brought."""
         outputs = self._expired()
         begun = self.clock()
-        shares = self._schedule()
+        try:
+            shares = self._schedule()
+        except (MemoryError, BackendError) as error:  # in the midst: nobody knows what was taken for whom
+            return outputs + self._failed(list(self.scheduler.running), error)
+        outputs += self._starved()
+        shares = [s for s in shares if s.running.request.id in self._requests]
         if not shares:
             return outputs or self._stuck()
         self._idle_since = None
@@ -208,7 +215,7 @@ class EngineCore:
             made = self.runner.step(parts, rows, last_hidden=states)
             logits = made.logits.cpu().numpy()
         except (MemoryError, BackendError) as error:
-            return outputs + self._failed(shares, error)
+            return outputs + self._failed([share.running for share in shares], error)
         ran = self.clock()
         outputs += self._advance(shares, logits, made.last_hidden if states else None)
         self._measure(shares, ran - begun, self.clock())
@@ -217,20 +224,18 @@ class EngineCore:
     def _schedule(self) -> list[Share]:
         running = [r for r in self.scheduler.running if r.decoding]
         wanted = self.drafting.wanted(running) if self.drafting and running else {}
-        before = self.scheduler.preemptions
         decoders = self.scheduler.decoders(wanted)
         if wanted and self.drafting:
             room = {s.running: wanted[s.running] for s in decoders if wanted.get(s.running)}
-            drafts = self.drafting.propose(room)
+            try:
+                drafts = self.drafting.propose(room)
+            except (MemoryError, BackendError):  # the text does without
+                _log.exception("drafts could not be made")
+                drafts = {}
             for share in decoders:
                 share.drafts = drafts.get(share.running, [])
         prompts = self.scheduler.prompts(sum(1 + len(s.drafts) for s in decoders))
-        shares = decoders + prompts
-        if self.scheduler.preemptions > before:  # of those that were scheduled before they lost their blocks
-            shares = [s for s in shares if s.holds]
-            if self.drafting:
-                for r in self.scheduler.waiting:
-                    self.drafting.forget(r, ended=False)
+        shares = [s for s in decoders + prompts if s.holds]  # and has not lost its blocks since
         now = self.clock()
         for share in shares:
             if share.running.started is None:
@@ -241,6 +246,7 @@ class EngineCore:
     def _stuck(self) -> list[Output]:
         """Nobody can go on: others use the cache. Whoever waits for long is told so."""
         if self.idle:
+            self._idle_since = None
             return []
         now = self.clock()
         self._idle_since = now if self._idle_since is None else self._idle_since
@@ -248,14 +254,27 @@ class EngineCore:
             return []
         self._idle_since = None
         first = min(self._requests.values(), key=lambda r: r.order)
-        output = self._end(first, "error", error="the cache is used by others; raise kv_cache_memory, or try again later")
-        output.transient = True
-        return [output]
+        return [self._short_of_memory(first)]
 
-    def _moved(self, r: Running) -> None:
+    def _moved(self, r: Running, tokens: int) -> None:
         """A window has slid: whoever remembers places in its text is wrong now."""
+        if (share := self.scheduler.shares.get(r)) is not None:
+            share.start -= tokens
+        self._lost(r)
+
+    def _lost(self, r: Running) -> None:
         if self.drafting:
             self.drafting.forget(r, ended=False)
+
+    def _starved(self) -> list[Output]:
+        """Those that cannot be run although nobody else of ours is: blocks that they lack belong to others for good."""
+        found = [r for r in self.scheduler.waiting if r.starved >= _TRIES]
+        return [self._short_of_memory(r) for r in found]
+
+    def _short_of_memory(self, r: Running) -> Output:
+        output = self._end(r, "error", error="the cache is used by others; raise kv_cache_memory, or try again later")
+        output.transient = True
+        return output
 
     def _expired(self) -> list[Output]:
         """Those that were cancelled, or whose time is up."""
@@ -268,9 +287,9 @@ class EngineCore:
                 ended.append((r, "deadline"))
         return [self._end(r, finish) for r, finish in ended]
 
-    def _failed(self, shares: list[Share], error: Exception) -> list[Output]:
+    def _failed(self, running: list[Running], error: Exception) -> list[Output]:
         """A step that could not be run: its requests end, the others go on."""
-        outputs = [self._end(share.running, "error", error=f"{type(error).__name__}: {error}") for share in shares]
+        outputs = [self._end(r, "error", error=f"{type(error).__name__}: {error}") for r in running]
         for output in outputs:
             output.transient = isinstance(error, MemoryError)
         return outputs
@@ -295,11 +314,19 @@ class EngineCore:
                 if output.finish is None and sequence.cached > kept:  # drafts that fell, or room for some that nobody made
                     self.runner.crop([sequence], [kept])
             if states is not None and self.drafting and r.request.id in self._requests and not r.request.embed:
-                self.drafting.follow(r, states[begin : begin + sequence.cached - share.start])
+                self._follow(r, states[begin : begin + sequence.cached - share.start])
             begin += count
         if self.drafting and outcomes:
             self.drafting.record(outcomes)
         return outputs
+
+    def _follow(self, r: Running, states: Any) -> None:
+        assert self.drafting is not None
+        try:
+            self.drafting.follow(r, states)
+        except (MemoryError, BackendError):  # the text does without its drafts
+            _log.exception("drafts could not follow")
+            self._lost(r)
 
     def _take(self, r: Running, share: Share, logits: Any) -> Output:
         """Chooses the tokens that a share brings, up to where the text ends."""
@@ -327,7 +354,9 @@ class EngineCore:
             _log.exception("request %s has failed", r.request.id)
             return self._end(r, "error", output, error=f"choosing a token failed: {type(error).__name__}")
         output.completion_tokens = r.generated
-        self._clock_tokens(r, len(output.token_ids))
+        if output.token_ids:
+            r.starved = 0
+            self._clock_tokens(r, len(output.token_ids))
         cached = share.start + share.count + len(output.token_ids) - 1  # what was drafted behind it is nobody's text
         self.scheduler.computed(r, cached)
         return self._end(r, finish, output) if finish else output
@@ -369,7 +398,7 @@ class EngineCore:
     def _end(self, r: Running, finish: Finish, output: Output | None = None, error: str | None = None) -> Output:
         output = output or r.output()
         output.finish, output.error = finish, error
-        if self.tokenizer is not None and output.stop_reason not in r.request.sampling.stop:
+        if finish != "error" and self.tokenizer is not None and output.stop_reason not in r.request.sampling.stop:
             output.text += r.text.end()
         del self._requests[r.request.id]
         self.scheduler.remove(r)

@@ -54,7 +54,7 @@ class SamplingParams:
     Attributes:
         max_tokens: to generate at most, 1 or more; None: as many as the context has room for.
         min_tokens: before these no end-of-text or stop token is chosen, and no stop string ends the text.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token, and so does any below 1e-5, where logits over it would overflow.
         top_k: 0: all. top_p in (0, 1]. min_p in [0, 1]: of the likeliest token's probability.
         repetition_penalty: above 0; 1: none. On tokens of the prompt and of the text, as in Transformers.
         presence_penalty, frequency_penalty: -2 to 2, on tokens of the text, as OpenAI defines them.
@@ -114,7 +114,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-5
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

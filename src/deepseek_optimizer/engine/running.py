@@ -29,6 +29,7 @@ class Running:
         registered: blocks from the beginning that are in the prefix cache.
         cached: tokens that came out of the prefix cache at first.
         preempted: how often it lost its blocks.
+        starved: how often it lost them since its last token although nobody else ran.
         states: sum of the prompt's hidden states, for embeddings: float64 [H].
         pinned: tokens that a window must keep, in the sequence's present numbering.
         started, first, last: engine's clock: taken in, first token, latest token.
@@ -49,6 +50,7 @@ class Running:
     cached: int = 0
     dropped: int = 0
     preempted: int = 0
+    starved: int = 0
     states: npt.NDArray[np.float64] | None = None
     pinned: tuple[tuple[int, int], ...] = ()
     drafter: Any = None

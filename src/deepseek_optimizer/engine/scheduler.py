@@ -8,6 +8,7 @@ waits, to be run again from its tokens (or from what the prefix cache still has 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ class Scheduler:
         memory: where the blocks are.
         prefix: None: no sharing.
         sliding: of windows; None: there are none.
+        lost: told of each that loses its blocks.
         invariant: prompts run in the decode family too.
     """
 
@@ -68,12 +70,16 @@ class Scheduler:
         sliding: Sliding | None = None,
         *,
         invariant: bool = False,
+        lost: Callable[[Running], None] = lambda _: None,
     ) -> None:
         self.memory, self.budget, self.batch, self.prefix, self.sliding = memory, budget, batch, prefix, sliding
         self._prompt_phase = DECODE if invariant else PREFILL
         self.waiting: list[Running] = []  # in order
         self.running: list[Running] = []  # in order
         self.preemptions = 0
+        self.shares: dict[Running, Share] = {}  # of the step that is being made up
+        self._lost = lost
+        self._shortest_turn = False
 
     @property
     def idle(self) -> bool:
@@ -92,7 +98,8 @@ class Scheduler:
 
     def decoders(self, drafts: dict[Running, int]) -> list[Share]:
         """The shares of those that get a token each, with room in the cache for it and so many drafts."""
-        found = []
+        found: list[Share] = []
+        self.shares.clear()
         for running in [r for r in self.running if r.decoding]:
             if running not in self.running:  # it lost its blocks to one before it
                 continue
@@ -103,8 +110,12 @@ class Scheduler:
                 drafts[running] = most = 0
             if most or self._extend_or_preempt(running, 1):
                 start = running.sequence.cached - 1 - most
-                found.append(Share(running, start, 1, DECODE, True, preempted=running.preempted))
+                self._add(found, Share(running, start, 1, DECODE, True, preempted=running.preempted))
         return found
+
+    def _add(self, found: list[Share], share: Share) -> None:
+        found.append(share)
+        self.shares[share.running] = share
 
     def prompts(self, decoding: int) -> list[Share]:
         """The shares of prompts, beside so many rows that decode: in order, but half of the room goes to the shortest, so that
@@ -112,12 +123,17 @@ class Scheduler:
         self._admit_waiting()
         found: list[Share] = []
         room = self.budget.tokens(decoding)
-        filling = [r for r in self.running if not r.decoding]
+        filling = [r for r in self.running if r.missing and not r.decoding]  # of those that decode all is taken in by now
         if len(filling) > 1:
             first, shortest = filling[0], min(filling, key=lambda r: (r.request.priority, r.missing))
             if shortest is not first and shortest.request.priority == first.request.priority:
-                room -= self._piece(shortest, max(room // 2, min(room, self.budget.fixed or 1)), found)
-                filling.remove(shortest)
+                half = room // 2
+                if half < (self.budget.fixed or 1):  # a piece for one of the two: in turns
+                    self._shortest_turn = not self._shortest_turn
+                    half = room if self._shortest_turn else 0
+                if half:
+                    room -= self._piece(shortest, half, found)
+                    filling.remove(shortest)
         for running in filling:
             if room <= 0:
                 break
@@ -137,7 +153,7 @@ class Scheduler:
         if count <= 0 or not self._extend_or_preempt(running, count):
             return 0
         start = running.sequence.cached - count  # a window may have slid
-        found.append(Share(running, start, count, phase, count == missing, preempted=running.preempted))
+        self._add(found, Share(running, start, count, phase, count == missing, preempted=running.preempted))
         return count
 
     def _admit_waiting(self) -> None:
@@ -164,7 +180,8 @@ class Scheduler:
         return known < len(running.keys) and running.keys[known] in filling
 
     def _being_filled(self) -> set[bytes]:
-        return {key for r in self.running if not r.decoding for key in r.keys[r.registered :]}
+        filling = (r for r in self.running if r.missing and not r.decoding)
+        return {key for r in filling for key in r.keys[r.registered : r.shareable]}
 
     def _admit(self, running: Running, shares: bool) -> bool:
         sequence = running.sequence
@@ -242,18 +259,26 @@ class Scheduler:
         """Room for so many more tokens, at the cost of others' windows and of those behind it; False: it was the last itself,
         and waits now."""
         while not self._extend(running, count):
-            if self.sliding is not None and self.sliding.shrink(self.running):
+            if self.sliding is not None and self.sliding.shrink([r for r in self.running if self._may_shrink(r)]):
                 continue
             victim = self.running[-1]
+            running.starved += len(self.running) == 1
             self.preempt(victim)
             if victim is running:
                 return False
         return True
 
+    def _may_shrink(self, running: Running) -> bool:
+        """Whether tokens of it may go now: none are still to be read in this step, but for the last few of a text."""
+        share = self.shares.get(running)
+        return not running.request.embed and (share is None or share.count == 1)
+
     def preempt(self, victim: Running) -> None:
-        """It loses its blocks and waits."""
+        """It loses its blocks and waits. What it will be run from again are the tokens that it has: a text of their own."""
         self.running.remove(victim)
         self._free(victim)
+        self._lost(victim)
+        victim.states = victim.shareable = None
         victim.preempted += 1
         self.preemptions += 1
         self.add(victim)

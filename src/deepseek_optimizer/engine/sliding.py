@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from ..cache.block_manager import BLOCK_TOKENS
 from ..cache.prefix_cache import PrefixCache
 from ..cache.window import Drop, WindowPolicy
-from ..errors import CacheFullError, RequestError
+from ..errors import CacheFullError, ConfigError, RequestError
 from .memory import Memory
 from .running import Running
 
@@ -24,11 +24,11 @@ class Sliding:
     Args:
         window: tokens that a sequence may hold, within the trained context.
         sinks: at the beginning, that always stay.
-        moved: told of each sequence whose tokens have moved.
+        moved: told of each sequence whose tokens have moved, and by how many places.
     """
 
     def __init__(
-        self, memory: Memory, prefix: PrefixCache | None, window: int, sinks: int, moved: Callable[[Running], None]
+        self, memory: Memory, prefix: PrefixCache | None, window: int, sinks: int, moved: Callable[[Running, int], None]
     ) -> None:
         self._memory, self._prefix, self._moved = memory, prefix, moved
         self.sinks, self.policy = sinks, WindowPolicy(window, sinks)
@@ -57,7 +57,10 @@ class Sliding:
         for r in sorted(running, key=lambda r: -r.sequence.cached):
             if r.sequence.cached <= FLOOR:
                 return False
-            smaller = WindowPolicy(r.sequence.cached, self.sinks)
+            try:
+                smaller = WindowPolicy(r.sequence.cached, self.sinks)
+            except ConfigError:  # it is little more than its sinks
+                continue
             if smaller.room(r.pinned) > 0 and self._drop(r, smaller, 1):
                 return True
         return False
@@ -73,7 +76,10 @@ class Sliding:
                     freed = self._prefix.evict(needed) if self._prefix else 0
                 if freed < needed:
                     return False
-                self._memory.drop_blocks(running.sequence.blocks, drop.first_block, drop.count)
+                try:
+                    self._memory.drop_blocks(running.sequence.blocks, drop.first_block, drop.count)
+                except CacheFullError:  # others took them meanwhile
+                    return False
             self._renumber(running, drop)
         return True
 
@@ -92,7 +98,7 @@ class Sliding:
         running.prompt -= max(0, min(running.prompt, end) - min(running.prompt, drop.begin))
         running.pinned = drop.renumbered(running.pinned)
         running.dropped += drop.tokens
-        self._moved(running)
+        self._moved(running, drop.tokens)
 
 
 def window_of(asked: int, context: int, blocks: int) -> int:

@@ -53,7 +53,7 @@ class StepTimes:
 
     def line(self) -> tuple[float, float] | None:
         """(a, b), neither negative, of a + b rows through what was measured; None before anything was."""
-        points = self._decode
+        points = dict(self._decode)  # whoever shows metrics asks from another thread
         if not points:
             return None
         n = len(points)

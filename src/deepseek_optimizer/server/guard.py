@@ -82,6 +82,7 @@ class Guard:
             else:
                 raise  # in the middle of an answer: uvicorn closes the connection, so that it can't pass for a whole one
         finally:
+            status = status or 499  # a client that left before its answer began
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.record(_handler(scope), method, status, time.monotonic() - arrived)
             if self._settings.access_log:

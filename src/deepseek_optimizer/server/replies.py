@@ -52,7 +52,7 @@ class _Reply(Response):
     """
     Args:
         state: the server's.
-        places: in the engine's queue, given back when the reply ends.
+        places: in the engine's queue, given back when the engine is done: a client that does not read keeps nobody out.
         answers: what the engine gave for each request; they end with this reply.
     """
 
@@ -60,9 +60,12 @@ class _Reply(Response):
         super().__init__()
         self._state, self._places, self._answers = state, places, answers
         self._gone = False
+        self._unfinished = len(answers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.ensure_future(self._watch(receive))
+        for answers in self._answers:
+            answers.when_ended(self._one_ended)
         try:
             await self._respond(send)
         finally:
@@ -78,6 +81,11 @@ class _Reply(Response):
             pass
         self._gone = True
         self._cancel()
+
+    def _one_ended(self) -> None:
+        self._unfinished -= 1
+        if self._unfinished == 0:
+            self._places.close()
 
     def _cancel(self) -> None:
         for answers in self._answers:

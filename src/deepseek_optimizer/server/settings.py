@@ -75,6 +75,12 @@ class ServerSettings:
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in self.allow_hosts:
+            if "/" in name or not name.strip():
+                raise ConfigError(f"allow_hosts: {name!r} is not a host's name; give it without scheme and port")
+        for origin in self.allow_origins:
+            if origin != "*" and not origin.startswith(("http://", "https://")):
+                raise ConfigError(f"allow_origins: {origin!r} is no web page's origin; give https://example.com, or *")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
         for name in ("most_body_bytes", "most_bodies_bytes", "most_header_bytes", "most_headers", "most_json_depth"):

@@ -23,7 +23,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         return json_response({"object": "list", "data": [card()]})
 
     @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(401, 403, 404), tags=["models"])
-    async def model(model: Annotated[str, Path(min_length=1)]) -> Response:
+    async def model(model: Annotated[str, Path()]) -> Response:
         """One model. Its name may have slashes in it."""
         state.check_model(model)
         return json_response(card())
