@@ -76,7 +76,7 @@ def test_windows_shrink_before_anybody_loses_all():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_windows_shrink_while_they_are_read(seed):
-    """Others take blocks at random: windows shrink in the midst of steps, and whoever has no window left tells so or goes on."""
+    """Others take blocks at random: windows shrink in the midst of steps; whoever has none left says so, or goes on."""
     rng = random.Random(seed)
     core = make_core(blocks=170, context=4_000, window=rng.choice([2_000, 3_000]), batch_size_range=(3, 3),
                      prefix_cache=seed % 2 == 0, step_tokens=rng.choice([64, 512]))  # fmt: skip
