@@ -233,6 +233,23 @@ def test_blocks_that_others_hold_for_good():
     assert outputs[0].finish == "error" and outputs[0].transient and "kv_cache_memory" in outputs[0].error
 
 
+def test_patience_begins_anew_with_each_request():
+    core = make_core(blocks=4, prefix_cache=False)
+    held = core.memory.manager.allocate(4)
+    core.add(Request([1] * 10, GREEDY, id="a"))
+    core.scheduler._admit = lambda *_: False  # as where the blocks that it lacks are never free
+    core.step()
+    core.cancel("a")
+    core.step()
+    core.clock.now += 100
+    core.add(Request([2] * 10, GREEDY, id="b"))
+    assert core.step() == [] and not core.idle
+    core.clock.now += 11
+    (output,) = core.step()
+    assert output.finish == "error" and output.transient
+    assert blocks_in_use(core) == len(held)
+
+
 def test_drafts_that_cannot_be_made_are_done_without():
     class Poor(ScriptedProposer):
         def propose(self, sequences, most):

@@ -145,6 +145,8 @@ class EngineCore:
         if request.id in self._requests:
             raise RequestError("id", f"{request.id!r} is running already")
         sampling = request.sampling
+        if self.idle:
+            self._idle_since = None
         self._count += 1
         with self.memory.locked() as manager:
             sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager))
@@ -246,7 +248,6 @@ class EngineCore:
     def _stuck(self) -> list[Output]:
         """Nobody can go on: others use the cache. Whoever waits for long is told so."""
         if self.idle:
-            self._idle_since = None
             return []
         now = self.clock()
         self._idle_since = now if self._idle_since is None else self._idle_since
