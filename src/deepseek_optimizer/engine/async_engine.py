@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _NAP = 0.002  # seconds between steps while nobody can go on
-_ids = itertools.count(1)
 
 
 class Answers:
@@ -120,6 +119,7 @@ class AsyncEngine:
         self._stopping = False
         self._dead: BaseException | None = None
         self._answers: dict[str, Answers] = {}
+        self._ids = itertools.count(1)
         self._admitted = 0
         self._draining = False
         self._left: deque[float] = deque(maxlen=64)  # when places were given back
@@ -202,7 +202,7 @@ class AsyncEngine:
         self._check_alive()
         self.core.check(request)
         # The engine's own ids: two clients may send the same one.
-        request = replace(request, id=f"{request.id or 'request'}-{next(_ids)}")
+        request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
         answers = self._answers[request.id] = Answers(self, request)
         self._send(request)
         return answers

@@ -36,7 +36,7 @@ class Chooser:
 
     def __init__(self, request: Request, vocab_size: int, eos: frozenset[int]) -> None:
         sampling = request.sampling
-        self.sampling, self._vocab, self._eos = sampling, vocab_size, eos
+        self.sampling = sampling
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self.grammar = None if sampling.grammar is None else sampling.grammar.start()
         self._bits = np.zeros(-(-vocab_size // 32), np.int32) if self.grammar else None
@@ -53,12 +53,6 @@ class Chooser:
         self._ends = np.array(sorted({*eos, *sampling.stop_token_ids}), np.int64)
         # Whether nothing is done to logits once `min_tokens` are there: then the likeliest is the model's own.
         self._plain = self._seen is None and self._counts is None and not len(self._biased) and self.grammar is None
-
-    @property
-    def simple(self) -> bool:
-        """The likeliest token as the model has it, and nothing reported: `choose` of it may be left out."""
-        s = self.sampling
-        return self._plain and s.greedy and s.logprobs is None and not s.min_tokens
 
     def choose(self, logits: Floats, place: int) -> int:
         """The token for a place of the text (0: the first), and what follows from it for the next.

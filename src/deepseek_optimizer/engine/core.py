@@ -205,7 +205,6 @@ class EngineCore:
         except (MemoryError, BackendError) as error:  # in the midst: nobody knows what was taken for whom
             return outputs + self._failed(list(self.scheduler.running), error)
         outputs += self._starved()
-        shares = [s for s in shares if s.running.request.id in self._requests]
         if not shares:
             return outputs or self._stuck()
         self._idle_since = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +52,6 @@ class Running:
     starved: int = 0
     states: npt.NDArray[np.float64] | None = None
     pinned: tuple[tuple[int, int], ...] = ()
-    drafter: Any = None
     started: float | None = None
     first: float | None = None
     last: float | None = None

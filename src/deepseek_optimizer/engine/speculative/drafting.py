@@ -21,8 +21,7 @@ _PRIORS = {"prompt_lookup": 0.4}
 class Drafting:
     """
     Args:
-        proposers: in order of asking. They draft for certain (`Draft.q` None).
-        most: drafts of a round at most, for each.
+        proposers: in order of asking, with the drafts of a round that each may make. They draft for certain (`Draft.q` None).
         times: of the engine's steps.
     """
 
