@@ -93,7 +93,7 @@ class Held(LiveServer):
 
 @pytest.fixture(scope="module")
 def server(tiny_model) -> Iterator[Held]:
-    with Held(tiny_model, batch_size_range=(1, 2)) as live:
+    with Held(tiny_model, batch_size_range=(2, 2)) as live:  # by measured times it could be one on a busy machine
         yield live
 
 
