@@ -10,9 +10,9 @@ from fastapi import FastAPI, Request, Response
 from ..chat_answers import ChatAnswer, ChatCollector, ChatEncoder
 from ..chat_setup import ChatAsked, check_choice, set_up
 from ..grammars import chat_grammar, form_of
+from ..intake import taken_in
 from ..openapi import body_errors, events, reads
 from ..problems import ApiError
-from ..protocol.base import parse
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
 from ..protocol.messages import NamedTool
 from ..protocol.sampling import requests_for
@@ -30,13 +30,9 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         """Answers a chat, by the model's chat template."""
-        state.check_taking()
-        body = await state.bodies.read(request)
-        with state.admit(body) as places:
-            asked = parse(ChatRequest, body)
-            state.check_model(asked.model)
+        async with taken_in(state, request, ChatRequest) as (asked, places, deadline):
             check(asked)
-            deadline, n = state.deadline(request.state.arrived), asked.n or 1
+            n = asked.n or 1
             chat = asked_of(asked)
             form = form_of(asked)
             setup = await state.tokenizing(lambda: set_up(state, chat), deadline)

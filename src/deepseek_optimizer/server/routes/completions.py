@@ -9,10 +9,10 @@ from fastapi import FastAPI, Request, Response
 
 from ..completion_answers import CompletionCollector, CompletionEncoder
 from ..grammars import compiled, form_of
+from ..intake import taken_in
 from ..openapi import body_errors, events, reads
 from ..problems import ApiError
 from ..prompts import text_prompts
-from ..protocol.base import parse
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..replies import StreamReply, WholeReply
@@ -31,13 +31,9 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def completions(request: Request) -> Response:
         """Continues a text as it is, without the model's chat template."""
-        state.check_taking()
-        body = await state.bodies.read(request)
-        with state.admit(body) as places:
-            asked = parse(CompletionRequest, body)
-            state.check_model(asked.model)
+        async with taken_in(state, request, CompletionRequest) as (asked, places, deadline):
             check(asked)
-            deadline, n = state.deadline(request.state.arrived), asked.n or 1
+            n = asked.n or 1
             grammar = await compiled(state, form_of(asked), deadline)
             params = asked.params(
                 state.settings.sampling,

@@ -11,9 +11,9 @@ from fastapi import FastAPI, Request, Response
 
 from ...engine.request import Output
 from ...engine.request import Request as EngineRequest
+from ..intake import taken_in
 from ..openapi import body_errors, reads
 from ..prompts import text_prompts
-from ..protocol.base import parse
 from ..protocol.embeddings import EXAMPLE, EmbeddingList, EmbeddingRequest
 from ..replies import WholeReply
 from ..state import ServerState
@@ -33,12 +33,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         A language model was not trained to embed: texts that mean the same are near each other, but less so than with an
         embedding model.
         """
-        state.check_taking()
-        body = await state.bodies.read(request)
-        with state.admit(body) as places:
-            asked = parse(EmbeddingRequest, body)
-            state.check_model(asked.model)
-            deadline = state.deadline(request.state.arrived)
+        async with taken_in(state, request, EmbeddingRequest) as (asked, places, deadline):
             prompts = await text_prompts(state, asked.input, True, deadline, "input")
             name = f"embd-{uuid.uuid4().hex}"
             priority, salt = asked.priority or 0, request.state.salt

@@ -11,8 +11,8 @@ from ...engine.request import SamplingParams
 from ..chat_answers import ChatAnswer
 from ..chat_setup import ChatAsked, check_choice, set_up
 from ..grammars import Form, chat_grammar
+from ..intake import taken_in
 from ..openapi import body_errors, events, reads
-from ..protocol.base import parse
 from ..protocol.responses import (
     EXAMPLE,
     InputCall,
@@ -40,12 +40,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def responses(request: Request) -> Response:
         """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
-        state.check_taking()
-        body = await state.bodies.read(request)
-        with state.admit({}) as places:
-            asked = parse(ResponsesRequest, body)
-            state.check_model(asked.model)
-            deadline = state.deadline(request.state.arrived)
+        async with taken_in(state, request, ResponsesRequest, one=True) as (asked, places, deadline):
             chat = asked_of(asked)
             setup = await state.tokenizing(lambda: set_up(state, chat), deadline)
             parallel = asked.parallel_tool_calls is not False

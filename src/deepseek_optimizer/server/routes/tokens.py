@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from ..intake import taken_in
 from ..openapi import body_errors, reads
 from ..problems import ApiError
 from ..prompts import tokens_of
-from ..protocol.base import parse
 from ..protocol.models import (
     EXAMPLE_DETOKENIZE,
     EXAMPLE_TOKENIZE,
@@ -32,13 +32,10 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a chat as the model would read it."""
-        state.check_taking()
-        body = await state.bodies.read(request)
-        with state.admit({}):
-            return await tokens(parse(TokenizeRequest, body), state.deadline(request.state.arrived))
+        async with taken_in(state, request, TokenizeRequest, one=True) as (asked, _, deadline):
+            return await tokens(asked, deadline)
 
     async def tokens(asked: TokenizeRequest, deadline: float) -> Response:
-        state.check_model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
         if asked.messages is not None:
@@ -63,13 +60,8 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones too."""
-        state.check_taking()
-        body = await state.bodies.read(request)
-        with state.admit({}):
-            asked = parse(DetokenizeRequest, body)
-            state.check_model(asked.model)
+        async with taken_in(state, request, DetokenizeRequest, one=True) as (asked, _, deadline):
             if any(token >= state.engine.vocab_size for token in asked.tokens):
                 raise ApiError(400, f"tokens: this model has tokens 0 to {state.engine.vocab_size - 1}", param="tokens")
-            deadline = state.deadline(request.state.arrived)
             text = await state.tokenizing(lambda: state.tokenizer.decode(asked.tokens), deadline)
         return json_response({"prompt": text})
