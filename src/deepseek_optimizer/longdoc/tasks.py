@@ -1,0 +1,105 @@
+"""What can be asked of a document: a question, a summary, data by a JSON schema; and the words in which a model is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.json_schema import normalise
+from ..errors import RequestError
+
+NOTHING = "NOTHING"  # what a model says of a part of the document that does not bear on the question
+MOST_QUESTION = 8_192  # characters
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    Attributes:
+        text: of the question.
+
+    Raises:
+        RequestError: it is empty or beyond MOST_QUESTION characters.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise RequestError("question", "is empty; ask something")
+        if len(self.text) > MOST_QUESTION:
+            raise RequestError("question", f"has {len(self.text):,} characters, and {MOST_QUESTION:,} are the most")
+
+    @property
+    def about_all(self) -> str:
+        """What is looked for where the whole document is not read."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A summary of the whole document."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Data of the document in the form of a JSON schema.
+
+    Raises:
+        RequestError: the schema is wrong, is not of an object, or has what a grammar cannot enforce.
+    """
+
+    schema: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schema, Mapping) or not isinstance(self.schema.get("properties"), Mapping):
+            raise RequestError("schema", 'must be a JSON schema of an object: {"type": "object", "properties": {...}}')
+        if self.schema.get("type", "object") != "object":
+            raise RequestError("schema", f"must be of type object, got {self.schema['type']!r}; put the value into a property")
+        normalise(self.schema)
+
+
+Task = Question | Summary | Extraction
+
+
+def instruction(task: Task) -> str:
+    """What stands behind the whole document, or behind the passages that were found."""
+    if isinstance(task, Question):
+        return f"Answer the question from the text above, and from nothing else.\nQuestion: {task.text.strip()}"
+    if isinstance(task, Summary):
+        return "Summarize the text above: what it is about, and its main points."
+    return f"Extract data from the text above as JSON of this schema:\n{_json(task.schema)}"
+
+
+def part_instruction(task: Task) -> str:
+    """What stands behind one part of a document that is read part by part."""
+    if isinstance(task, Question):
+        return (
+            "The text above is one part of a long document. Answer the question from it in a few sentences, and quote the words "
+            f"that matter. If it says nothing about the question, answer {NOTHING}.\nQuestion: {task.text.strip()}"
+        )
+    if isinstance(task, Summary):
+        return "The text above is one part of a long document. Summarize it in a few sentences."
+    return (
+        "The text above is one part of a long document. Extract what it says as JSON of this schema; what it does not say is "
+        f"null, or an empty list:\n{_json(task.schema)}"
+    )
+
+
+def merge_instruction(task: Question | Summary) -> str:
+    """What stands behind the replies to several parts, in the document's order."""
+    if isinstance(task, Question):
+        return (
+            "The notes above were taken from the parts of one document, in order. Answer the question from them, and from "
+            f"nothing else.\nQuestion: {task.text.strip()}"
+        )
+    return (
+        "The summaries above are of the parts of one document, in order. Write one summary of the whole: what it is about, and "
+        "its main points."
+    )
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
