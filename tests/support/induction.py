@@ -1,0 +1,162 @@
+"""A Llama of two layers that copies what followed an earlier occurrence of the last token; its weights are set, not trained.
+
+An induction head (Elhage et al. 2021; Olsson et al. 2022) answers "... K V ... K" with V. Every token has one number of its own
+in the residual stream. Layer 1 looks one position back, by RoPE alone, and puts the token it finds there into other numbers.
+Layer 2 asks with the present token for a position that had this token before it, and copies what stands there; where there is
+none, its heads look at the text's first token (BOS), as heads of trained models do, and the model answers BOS.
+
+RoPE: theta is so large that the first pairs of a head turn fast enough to tell one position back from all others, and the rest
+does not turn at all within the context; tokens are compared in those. As only one number of a key says which token it is, a
+block of keys that holds the one asked for can be told by the largest of its keys, number by number.
+
+Where a token occurred several times, all of its occurrences count alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BOS = 0
+THETA = 1e24
+STILL = 0.1  # radians over the whole context: a pair that turns less is taken to stand still
+MARGIN = 50.0  # between scores, in nats: bf16 costs some, 131,072 keys cost ln(131072) = 11.8
+
+
+def induction_model(
+    vocab: int = 45, max_positions: int = 131_072, *, heads: int = 2, kv_heads: int = 1, head_dim: int = 64
+) -> Any:
+    """The model in bf16, to be saved and loaded like any other.
+
+    Args:
+        vocab: tokens, BOS among them; a key head tells about `0.7 * head_dim` of them apart, and each head takes its share.
+
+    Raises: ValueError, more tokens than the key heads tell apart.
+    """
+    turning, still = _pairs(head_dim, max_positions)
+    numbers = [*still, *(pair + head_dim // 2 for pair in still)]
+    sink = numbers.pop()
+    if vocab > kv_heads * len(numbers):
+        raise ValueError(f"{kv_heads} key heads of {head_dim} tell {kv_heads * len(numbers)} tokens apart, not {vocab}")
+    places = [(token // len(numbers), numbers[token % len(numbers)]) for token in range(vocab)]  # token -> key head, number
+    config = LlamaConfig(
+        hidden_size=-(-(2 * vocab + head_dim + 1) // 32) * 32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
+        max_position_embeddings=max_positions, rms_norm_eps=1e-9, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA}, bos_token_id=BOS, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    made = _Weights(model, vocab, places, sink)
+    made.embedding_and_head()
+    made.look_back(turning, max_positions)
+    made.look_up()
+    return model.to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """ids: BOS, fillers, `key` at `place`, `value` behind it, fillers, `key` again as the last token; the model answers `value`."""
+
+    ids: list[int]
+    key: int
+    value: int
+    place: int
+
+
+def haystack(vocab: int, length: int, depth: float, seed: int = 0) -> Haystack:
+    """`length` tokens; `depth` from 0 (the needle stands behind BOS) to 1 (just before the question). The key stands nowhere
+    else."""
+    generator = torch.Generator().manual_seed(seed)
+    key, value = (torch.randperm(vocab - 1, generator=generator)[:2] + 1).tolist()
+    fillers = torch.tensor([token for token in range(1, vocab) if token != key])
+    ids = fillers[torch.randint(len(fillers), (length,), generator=generator)]
+    place = 1 + round(depth * (length - 4))
+    ids[0], ids[place], ids[place + 1], ids[-1] = BOS, key, value, key
+    return Haystack(ids.tolist(), key, value, place)
+
+
+def _pairs(head_dim: int, max_positions: int) -> tuple[list[int], list[int]]:
+    """The pairs of numbers that turn within the context, and those that stand still."""
+    pairs = range(head_dim // 2)
+    turning = [pair for pair in pairs if _frequency(pair, head_dim) * max_positions >= STILL]
+    return turning, list(pairs[len(turning) :])
+
+
+def _frequency(pair: int, head_dim: int) -> float:
+    return float(THETA ** (-2 * pair / head_dim))
+
+
+@dataclass
+class _Weights:
+    """Fills a model's weights. The residual stream: [vocab] the token, [vocab] the token before it, [head_dim] what is copied,
+    a constant 1."""
+
+    model: Any
+    vocab: int
+    places: list[tuple[int, int]]
+    sink: int
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        self.size, self.width = config.head_dim, config.hidden_size
+        self.heads, self.group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+        self.before, self.copied, self.one = self.vocab, 2 * self.vocab, 2 * self.vocab + self.size
+        self.scale = self.size**0.5  # scores are divided by it
+        for parameter in self.model.parameters():
+            parameter.data.zero_()
+        generator = torch.Generator().manual_seed(0)
+        self.codes = torch.randint(0, 2, (self.vocab, self.size), generator=generator) * 2.0 - 1  # what a value carries
+        self.codes[BOS] = 0
+
+    def embedding_and_head(self) -> None:
+        self.model.model.embed_tokens.weight.data[:, : self.vocab] = torch.eye(self.vocab)
+        self.model.model.embed_tokens.weight.data[:, self.one] = 1
+        self.model.model.norm.weight.data.fill_(1)
+        self.model.lm_head.weight.data[:, self.copied : self.one] = self.codes
+        self.model.lm_head.weight.data[BOS, self.one] = 1  # beats nothing but what nothing was copied to
+
+    def look_back(self, turning: list[int], max_positions: int) -> None:
+        """Layer 1: score MARGIN and more above all others one position back; copies the token there to `before`."""
+        attention = self._layer(0, ones=2)
+        frequencies = torch.tensor([_frequency(pair, self.size) for pair in turning], dtype=torch.float64)
+        away = torch.cat([torch.tensor([-1.0]), torch.arange(1.0, max_positions)]).double()  # from one position back
+        least = (1 - torch.cos(away[:, None] * frequencies)).sum(1).min()
+        sharpness = self.scale * MARGIN / float(least)
+        for head in range(self.heads):
+            for pair, frequency in zip(turning, frequencies, strict=True):  # the query is turned one position back
+                self._row(attention.q_proj, head, pair)[self.one] = sharpness * torch.cos(frequency)
+                self._row(attention.q_proj, head, pair + self.size // 2)[self.one] = -sharpness * torch.sin(frequency)
+                self._row(attention.k_proj, head // self.group, pair)[self.one] = 1
+        for token, (kv_head, number) in enumerate(self.places):
+            self._row(attention.v_proj, kv_head, number)[token] = 1
+            for head in range(kv_head * self.group, (kv_head + 1) * self.group):
+                attention.o_proj.weight.data[self.before + token, head * self.size + number] = 1 / self.group
+
+    def look_up(self) -> None:
+        """Layer 2: score 2 * MARGIN where the token before is the present one, MARGIN at BOS, 0 elsewhere. The heads of a group
+        share its tokens out among them."""
+        attention = self._layer(1, ones=3)
+        for token, (kv_head, number) in enumerate(self.places):
+            head = kv_head * self.group + token % self.group
+            self._row(attention.q_proj, head, number)[token] = 2 * MARGIN * self.scale
+            self._row(attention.k_proj, kv_head, number)[self.before + token] = 1
+        for head in range(self.heads):
+            kv_head, numbers = head // self.group, slice(head * self.size, (head + 1) * self.size)
+            self._row(attention.q_proj, head, self.sink)[self.one] = MARGIN * self.scale
+            self._row(attention.k_proj, kv_head, self.sink)[BOS] = 1
+            values = slice(kv_head * self.size, (kv_head + 1) * self.size)
+            attention.v_proj.weight.data[values, : self.vocab] = self.codes.T
+            attention.o_proj.weight.data[self.copied : self.one, numbers] = torch.eye(self.size)
+
+    def _layer(self, number: int, ones: int) -> Any:
+        """Its attention. The norm before it leaves a residual of so many ones and else zeros as it is."""
+        layer = self.model.model.layers[number]
+        layer.input_layernorm.weight.data.fill_((ones / self.width) ** 0.5)
+        layer.post_attention_layernorm.weight.data.fill_(1)
+        return layer.self_attn
+
+    def _row(self, projection: Any, head: int, number: int) -> Any:
+        return projection.weight.data[head * self.size + number]
