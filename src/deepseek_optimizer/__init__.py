@@ -16,9 +16,11 @@ from .errors import (
     CheckpointError,
     ConfigError,
     DeepSeekOptimizerError,
+    DocumentError,
     EngineBusyError,
     EngineDeadError,
     KlBudgetError,
+    MissingPackageError,
     RequestError,
     UnsupportedModelError,
     UnsupportedRequestError,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from .bench.benchmark import benchmark_model
     from .engine.request import Request, SamplingParams
     from .integration.cache import PagedCache
+    from .longdoc.document import Document
+    from .longdoc.read import read_documents
     from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
     from .serving import make_async_engine, make_engine
 
@@ -40,6 +44,8 @@ _LAZY = {
     "report": "optimizer",
     "PagedCache": "integration.cache",
     "benchmark_model": "bench.benchmark",
+    "Document": "longdoc.document",
+    "read_documents": "longdoc.read",
     "make_engine": "serving",
     "make_async_engine": "serving",
     "Request": "engine.request",
@@ -53,10 +59,13 @@ __all__ = [
     "ConfigError",
     "DeepSeekConfig",
     "DeepSeekOptimizerError",
+    "Document",
+    "DocumentError",
     "DynamicGraphOptimizer",
     "EngineBusyError",
     "EngineDeadError",
     "KlBudgetError",
+    "MissingPackageError",
     "PagedCache",
     "Request",
     "RequestError",
@@ -68,6 +77,7 @@ __all__ = [
     "load_tokenizer",
     "make_async_engine",
     "make_engine",
+    "read_documents",
     "report",
 ]
 

@@ -102,3 +102,30 @@ class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
 
 class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
     """The engine has stopped, by `close` or by an error that is this one's cause; nothing more is answered."""
+
+
+class DocumentError(DeepSeekOptimizerError, ValueError):
+    """A file that cannot be read as a document.
+
+    Args:
+        file: its name or path.
+        message: what is wrong with it, and what to do, as a sentence to follow the name.
+    """
+
+    def __init__(self, file: str, message: str) -> None:
+        self.file, self.message = file, message
+        super().__init__(f"{file}: {message}")
+
+
+class MissingPackageError(DeepSeekOptimizerError, ImportError):
+    """Something needs a library that is not installed.
+
+    Args:
+        purpose: what needs it.
+        package: its name on PyPI.
+        extra: the extra of this package that brings it.
+    """
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f'{purpose} needs {package}, which is not installed: pip install "deepseek-optimizer[{extra}]"')
