@@ -255,3 +255,5 @@ DSO_API int32_t dso_plan_timing(const dso_plan* p, double* seconds_per_step, int
 }
 #endif
 #endif
+  const float* inv_freq;       /* [S, rot/2]: of each sequence, for ROPE_TABLE in place of its w0; NULL: w0 for all. Only for plans
+                                  with one ROPE_TABLE */

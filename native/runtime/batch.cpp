@@ -70,6 +70,8 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
         fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, the vocabulary has %lld", (long long)t, b.token_ids[t], (long long)needs.vocab);
   }
   if (needs.positions && !b.positions) fail(DSO_EINVAL, "batch.positions is NULL");
+  if (b.inv_freq && needs.rope_tables != 1)
+    fail(DSO_EINVAL, "batch.inv_freq is given, and the plan has %lld ROPE_TABLEs", (long long)needs.rope_tables);
   if (needs.states && !b.states) fail(DSO_EINVAL, "batch.states is NULL");
   if (b.R > 0 && !b.logit_rows) fail(DSO_EINVAL, "batch.logit_rows is NULL");
   for (int64_t r = 0; r < b.R; ++r) {

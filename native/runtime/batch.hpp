@@ -1,5 +1,6 @@
 // A ragged batch, checked, and what the steps need to know of it.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -14,6 +15,7 @@ struct BatchNeeds {
   int64_t layers = 0;          // of the cache; 0: no cache is used
   int64_t kv_heads = 0, head_dim = 0;
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead
+  int64_t rope_tables = 0;
 };
 
 // Consecutive rows of one sequence that lie in one cache block.
@@ -32,6 +34,7 @@ struct Batch {
   std::vector<int64_t> first_row;              // of each sequence
   std::vector<Piece> pieces;
 
+  int64_t sequence_of(int64_t row) const { return std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin() - 1; }
   const int32_t* table(int64_t sequence) const { return source->block_table + sequence * source->max_blocks; }
 };
 

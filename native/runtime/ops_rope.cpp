@@ -7,8 +7,8 @@
 namespace dso {
 namespace {
 
-// cos | sin of position * inverse frequency. The angle is the fp32 product, as in Transformers; cos and sin of that fp32
-// number are rounded once, from double.
+// cos | sin of position * inverse frequency (the sequence's own where the batch has some). The angle is the fp32 product, as in
+// Transformers; cos and sin of that fp32 number are rounded once, from double.
 class RopeTable final : public RowOp {
  public:
   RopeTable(const float* frequencies, const SlotRef& out, float scale) : frequencies_(frequencies), out_(out), scale_(scale) {}
@@ -19,9 +19,11 @@ class RopeTable final : public RowOp {
   void row(const Run& run, int64_t r, int) override {
     float* out = run.slots[out_.index].f32(r);
     const int64_t half = out_.width / 2;
-    const float position = float(run.batch.source->positions[r]);
+    const dso_batch& batch = *run.batch.source;
+    const float* frequencies = batch.inv_freq ? batch.inv_freq + run.batch.sequence_of(r) * half : frequencies_;
+    const float position = float(batch.positions[r]);
     for (int64_t i = 0; i < half; ++i) {
-      const float angle = position * frequencies_[i];
+      const float angle = position * frequencies[i];
       out[i] = float(std::cos(double(angle))) * scale_;
       out[half + i] = float(std::sin(double(angle))) * scale_;
     }
@@ -120,6 +122,7 @@ std::unique_ptr<Op> make_rope_table(StepReader& s) {
   const SlotRef out = s.out(0, kF32Only, width, false);
   if (width % 2) s.refuse("out[0] has odd width %lld", (long long)width);
   s.plan().needs.positions = true;
+  ++s.plan().needs.rope_tables;
   return std::make_unique<RopeTable>(s.vector('w', 0, width / 2), out, s.step.scale);
 }
 

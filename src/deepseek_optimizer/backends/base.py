@@ -35,6 +35,9 @@ class StepBatch:
         states: float32 [T, H] torch tensor, what `state_in` gives; None for graphs without it.
         hidden: whether all hidden states are wanted.
         last_hidden: whether the last one (normed) is wanted by itself.
+        reach: int32 [S], > 0: for how many tokens each sequence's frequencies are made, where RoPE is dynamic. One number for a
+            sequence's whole life gives all its keys and queries the same frequencies, however it is cut and whoever runs
+            beside it. None: of each its highest position in this step + 1.
         logits: float32 torch [R, V], contiguous, on the plan's device, for a plan to write into; None: fresh memory. A big
             batch over a big vocabulary pays for fresh pages at every step.
     """
@@ -51,6 +54,15 @@ class StepBatch:
     logits: Any = None
     states: Any = None
     last_hidden: bool = False
+    reach: Int32 | None = None
+
+
+def reach_of(batch: StepBatch) -> list[int]:
+    """Of each sequence, for how many tokens its frequencies are made."""
+    if batch.reach is not None:
+        return batch.reach.tolist()
+    starts = np.cumsum(batch.query_len) - batch.query_len
+    return (np.maximum.reduceat(batch.positions, starts) + 1).tolist()
 
 
 @dataclass

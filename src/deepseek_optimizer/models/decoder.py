@@ -56,12 +56,14 @@ def read_trunk(fields: Fields, family: str, turning: int, name: str = "head_dim"
     vocab, pad = fields.integer("vocab_size", MAX_VOCAB), fields.get("pad_token_id")
     if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocab <= pad < vocab):
         raise ConfigError(f"config.pad_token_id: expected a token below vocab_size {vocab}, got {pad!r}")
-    max_positions = fields.integer("max_position_embeddings", MAX_POSITIONS)
+    rope = read_rope(fields, turning, fields.integer("max_position_embeddings", MAX_POSITIONS), name)
+    if rope.room > MAX_POSITIONS:
+        raise ConfigError(f"config.rope_parameters['factor']: makes room for {rope.room} tokens, {MAX_POSITIONS} at most")
     return Trunk(
         family=family, layers=fields.integer("num_hidden_layers", MAX_LAYERS), hidden=fields.integer("hidden_size", MAX_WIDTH),
-        intermediate=fields.integer("intermediate_size", MAX_WIDTH), vocab=vocab, max_positions=max_positions,
+        intermediate=fields.integer("intermediate_size", MAX_WIDTH), vocab=vocab, max_positions=rope.room,
         eps=fields.positive("rms_norm_eps"), tied=fields.flag("tie_word_embeddings"),
-        rope=read_rope(fields, turning, max_positions, name), mlp_bias=mlp_bias,
+        rope=rope, mlp_bias=mlp_bias,
     )  # fmt: skip
 
 

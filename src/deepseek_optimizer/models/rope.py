@@ -29,8 +29,10 @@ _REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
 @dataclass(frozen=True, eq=False)
 class RopeSpec:
     """kind: one of KINDS. rot: numbers of a head that turn. inv_freq: float32 [rot/2]. scaling: multiplies cos and sin.
-    grow: for "dynamic", length of a sequence longer than `context` tokens -> inv_freq. attention_scale: what latent attention's
-    scores are multiplied by for it (Transformers' yarn_apply_mscale)."""
+    grow: for "dynamic", length of a sequence longer than `context` tokens -> inv_freq. context: the config's
+    max_position_embeddings. room: tokens that a sequence may have: as many, but for "dynamic" `factor` times as many, since that
+    kind's formula takes the trained length from there. attention_scale: what latent attention's scores are multiplied by for it
+    (Transformers' yarn_apply_mscale)."""
 
     kind: str
     rot: int
@@ -38,6 +40,7 @@ class RopeSpec:
     scaling: float = 1.0
     grow: Callable[[int], Frequencies] | None = None
     context: int = 0
+    room: int = 0
     attention_scale: float = 1.0
 
     @property
@@ -71,7 +74,8 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "he
     if not (np.isfinite(inv_freq).all() and np.isfinite(scaling)):
         raise ConfigError(f"config.rope_parameters: {parameters!r} give frequencies that are not finite")
     grow = partial(_inv_freq, parameters, head_dim, max_positions) if kind == "dynamic" else None
-    return RopeSpec(kind, head_dim, inv_freq, scaling, grow, max_positions, _attention_scale(parameters))
+    room = max_positions if grow is None else round(max_positions * max(1.0, parameters["factor"]))
+    return RopeSpec(kind, head_dim, inv_freq, scaling, grow, max_positions, room, _attention_scale(parameters))
 
 
 def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class _Compiler:
         self.weights: list[Weight] = []
         self.keep: list[Any] = []
         self.index: dict[str, int] = {}
-        self.rope: list[tuple[Any, torch.Tensor]] = []
+        self.rope = _dynamic_rope(graph)
 
     def matrix(self, name: str) -> PackedWeight:
         try:
@@ -91,10 +91,7 @@ class _Compiler:
     def frequencies(self, spec: Any) -> int:
         name = f"rope:{id(spec)}"
         if name not in self.index:
-            vector = torch.as_tensor(spec.inv_freq, dtype=torch.float32).clone()
-            if spec.is_dynamic:
-                self.rope.append((spec, vector))
-            self._add(name, self._vector(vector))
+            self._add(name, self._vector(torch.as_tensor(spec.inv_freq, dtype=torch.float32).clone()))
         return self.index[name]
 
     def step(self, node: Node) -> Step:
@@ -159,6 +156,17 @@ class _Compiler:
             if node.attrs.get("top_k"):
                 row["form"] += f"; sparse (absorbed) beyond {node.attrs['top_k']} tokens"
         return row
+
+
+def _dynamic_rope(graph: Graph) -> Any:
+    """The `models.rope.RopeSpec` whose frequencies each sequence has for itself, or None. A step brings one set of them, so
+    there is one table at most."""
+    tables = [n.attrs["rope"] for n in graph.nodes if n.op == "rope_table"]
+    if not any(spec.is_dynamic for spec in tables):
+        return None
+    if len(tables) > 1:
+        raise BackendError(f"a graph with dynamic RoPE has one table of it, and this one has {len(tables)}")
+    return tables[0]
 
 
 def _flags(attrs: Mapping[str, Any]) -> list[str]:

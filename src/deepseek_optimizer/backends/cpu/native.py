@@ -76,6 +76,7 @@ class Batch(C.Structure):
         ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR),
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
         ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
+        ("inv_freq", PTR),
     ]  # fmt: skip
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes as C
+import functools
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
 from ...graph.rotation import KeyRotation, Pairs
-from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput
+from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput, reach_of
 from .native import FLAGS, Batch, Context, Handle, Rotation, Slot, Step, Weight, block_bytes, cache_shape, check
 
 _INT32 = np.dtype(np.int32)
@@ -49,6 +51,20 @@ class CpuStore:
 
     def release(self, from_block: int) -> None:
         check(self.lib.dso_cache_release(self.handle, from_block))
+
+    @property
+    def saved_bytes(self) -> int:
+        return int(self.lib.dso_cache_saved_bytes(self.handle))
+
+    def read_block(self, block: int) -> bytes:
+        found = C.create_string_buffer(self.saved_bytes)
+        check(self.lib.dso_cache_save_block(self.handle, block, found))
+        return found.raw
+
+    def write_block(self, block: int, data: bytes) -> None:
+        if len(data) != self.saved_bytes:
+            raise ValueError(f"a block has {self.saved_bytes} bytes, got {len(data)}")
+        check(self.lib.dso_cache_load_block(self.handle, block, data))
 
     def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
@@ -100,11 +116,12 @@ class CpuPlan:
         vocab_size: int,
         hidden_size: int,
         hidden_states: int,
-        rope: list[tuple[Any, torch.Tensor]],
+        rope: Any,
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
-        self._rope = rope  # (spec, its frequencies in place) of length-dependent kinds
+        self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
+        self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
         self._steps = len(steps)
         self.handle = Handle(
             self.lib.dso_plan_create, self.lib.dso_plan_destroy, context.handle, (Step * len(steps))(*steps), len(steps),
@@ -114,8 +131,7 @@ class CpuPlan:
     def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
         """One step. Shapes are checked here, ids and lengths by the library, before anything is written."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
-        for spec, frequencies in self._rope:
-            frequencies.copy_(torch.from_numpy(spec.inv_freq_at(int(np.max(batch.positions)) + 1)))
+        frequencies = self._frequencies(batch)
         logits = _logits(batch.logits, (rows, self.vocab_size))
         hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
         last = torch.empty(tokens, self.hidden_size) if batch.last_hidden else None
@@ -134,8 +150,18 @@ class CpuPlan:
         b.inputs_embeds, b.states = _pointer(embeds), _pointer(states)
         b.logits, b.hidden, b.last_hidden = logits.data_ptr(), _pointer(hidden), _pointer(last)
         b.cache = store.handle.address
+        b.inv_freq = None if frequencies is None else frequencies.__array_interface__["data"][0]
         check(self.lib.dso_plan_run(self.handle, C.byref(b)))
         return StepOutput(logits, hidden, last)
+
+    def _frequencies(self, batch: StepBatch) -> npt.NDArray[np.float32] | None:
+        """float32 [S, rot/2], contiguous; None where every sequence has the plan's own."""
+        if self._rope is None or self._inv_freq_at is None:
+            return None
+        if batch.reach is not None and (batch.reach.shape != batch.query_len.shape or (batch.reach < 1).any()):
+            raise ValueError(f"reach must be {len(batch.query_len)} numbers above 0, and is {batch.reach}")
+        lengths = reach_of(batch)
+        return None if max(lengths) <= self._rope.context else np.stack([self._inv_freq_at(n) for n in lengths])
 
     def _rows_of(self, given: torch.Tensor | None, name: str, tokens: int) -> torch.Tensor | None:
         """A batch's float rows as the library reads them."""

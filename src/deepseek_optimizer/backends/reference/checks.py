@@ -19,6 +19,8 @@ def check_batch(batch: StepBatch, graph: Graph, num_blocks: int) -> None:
     _require(int(batch.query_len.sum()) == tokens, "query_len", f"does not sum to {tokens} tokens")
     _require((batch.positions >= 0).all(), "positions", "must not be negative")
     _require((batch.context_len >= 0).all(), "context_len", "must not be negative")
+    if batch.reach is not None:
+        _require(len(batch.reach) == sequences and (batch.reach > 0).all(), "reach", f"{sequences} numbers above 0 are needed")
     phases = set(batch.phase.tolist())
     _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "decode comes first, then prefill")
     _check_inputs(batch, graph, tokens)

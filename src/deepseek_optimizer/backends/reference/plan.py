@@ -14,7 +14,7 @@ from ...errors import BackendError
 from ...graph.analysis import hidden_only, weight_shapes
 from ...graph.ir import Graph, Node, Value
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
-from ..base import StepBatch, StepOutput
+from ..base import StepBatch, StepOutput, reach_of
 from . import latent, moe, ops
 from .checks import check_batch
 from .store import Store
@@ -123,11 +123,11 @@ class ReferencePlan:
         return tuple(self._product(x, w, b) for w, b in zip(node.weights, node.attrs["biases"], strict=True))
 
     def _rope_table(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
-        """A sequence's rows share its frequencies, which for dynamic kinds follow from its highest position."""
+        """A sequence's rows share its frequencies, which for dynamic kinds follow from its reach."""
         spec, positions = node.attrs["rope"], step.batch.positions
         parts = []
-        for rows, _, _ in step.sequences:
-            inv_freq = torch.from_numpy(spec.inv_freq_at(int(np.max(positions[rows])) + 1)).to(self.device)
+        for (rows, _, _), length in zip(step.sequences, reach_of(step.batch), strict=True):
+            inv_freq = torch.from_numpy(spec.inv_freq_at(length)).to(self.device)
             parts.append(ops.rope_table(torch.from_numpy(positions[rows]).to(self.device), inv_freq, spec.scaling))
         return (torch.cat(parts),)
 
