@@ -121,6 +121,11 @@ DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, d
 DSO_API void dso_cache_destroy(dso_cache* k);
 DSO_API int32_t dso_cache_copy_block(dso_cache* k, int32_t from, int32_t to);
 DSO_API int32_t dso_cache_release(dso_cache* k, int32_t from_block); /* blocks >= from_block go back to the system */
+/* A block's bytes out of the cache and into it, all that steps read of it, for a file: dso_cache_saved_bytes of them. They mean the
+ * same in every cache of the same shape, on every ISA. */
+DSO_API int64_t dso_cache_saved_bytes(const dso_cache* k);
+DSO_API int32_t dso_cache_save_block(const dso_cache* k, int32_t block, void* bytes);
+DSO_API int32_t dso_cache_load_block(dso_cache* k, int32_t block, const void* bytes);
 /* Reads one layer of a sequence back, for adapters and tests. Full: key and value are float [kv_heads, tokens, head_dim].
  * Latent: key is float [tokens, rank + rope], value float [tokens, index], or NULL. */
 DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value);

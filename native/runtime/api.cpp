@@ -99,6 +99,13 @@ int32_t dso_cache_copy_block(dso_cache* k, int32_t from, int32_t to) {
 int32_t dso_cache_release(dso_cache* k, int32_t from_block) {
   return guarded([&] { given(k, "cache").release(from_block); });
 }
+int64_t dso_cache_saved_bytes(const dso_cache* k) { return k ? k->saved_bytes() : -1; }
+int32_t dso_cache_save_block(const dso_cache* k, int32_t block, void* bytes) {
+  return guarded([&] { given(k, "cache").save_block(block, &given(static_cast<uint8_t*>(bytes), "bytes")); });
+}
+int32_t dso_cache_load_block(dso_cache* k, int32_t block, const void* bytes) {
+  return guarded([&] { given(k, "cache").load_block(block, &given(static_cast<const uint8_t*>(bytes), "bytes")); });
+}
 int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value) {
   return guarded([&] { given(k, "cache").read(layer, block_table, tokens, key, value); });
 }

@@ -60,6 +60,20 @@ void dso_cache::release(int64_t from_block) {
   arena.release(from_block * block_bytes());
 }
 
+void dso_cache::check_block(int64_t block) const {
+  if (block < 0 || block >= blocks) fail(DSO_EINVAL, "cache: block %lld, there are %lld", (long long)block, (long long)blocks);
+}
+
+void dso_cache::save_block(int64_t block, uint8_t* bytes) const {
+  check_block(block);
+  std::memcpy(bytes, arena.data() + block * block_bytes(), block_bytes());
+}
+
+void dso_cache::load_block(int64_t block, const uint8_t* bytes) {
+  check_block(block);
+  std::memcpy(arena.data() + block * block_bytes(), bytes, block_bytes());
+}
+
 void dso_cache::read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const {
   if (layer < 0 || layer >= layers) fail(DSO_EINVAL, "cache: layer %lld of %lld", (long long)layer, (long long)layers);
   if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens", (long long)tokens);

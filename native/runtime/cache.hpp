@@ -10,6 +10,9 @@ struct dso_cache {
 
   void copy_block(int64_t from, int64_t to);
   void release(int64_t from_block);
+  int64_t saved_bytes() const { return block_bytes(); }
+  void save_block(int64_t block, uint8_t* bytes) const;
+  void load_block(int64_t block, const uint8_t* bytes);
   void read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const;
 
   int64_t block_bytes() const { return layers * layout.layer_bytes; }
@@ -21,6 +24,9 @@ struct dso_cache {
   const dso::KvLayout layout;
   const int64_t layers, blocks;
   dso::Arena arena;
+
+ private:
+  void check_block(int64_t block) const;
 };
 
 namespace dso {

@@ -87,6 +87,19 @@ class KvStore(Protocol):
     def release(self, from_block: int) -> None:
         """Gives memory of blocks >= from_block back to the system; their content is lost."""
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of `read_block`."""
+
+    def read_block(self, block: int) -> bytes:
+        """All that steps read of a block, for a file. It means the same in every store of this kind, graph and dtype."""
+
+    def write_block(self, block: int, data: bytes) -> None:
+        """Puts back what `read_block` gave.
+
+        Raises: ValueError for another number of bytes, with nothing changed.
+        """
+
     def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         """Moves cached tokens by `delta` positions: their keys in all layers turn, and nothing else.
 

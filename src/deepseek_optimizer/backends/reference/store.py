@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,11 +57,34 @@ class _Blocks:
 
     def copy_block(self, source: int, target: int) -> None:
         self._grow(max(source, target) + 1)
-        for tensor in (*self._data, *self._scales):
+        for tensor in self._tensors:
             tensor[target] = tensor[source]
 
     def release(self, from_block: int) -> None:
         self._resize(min(from_block, len(self._data[0])))
+
+    @property
+    def _tensors(self) -> list[torch.Tensor]:
+        """All that have numbers: an indexer's keys may have none."""
+        return [tensor for tensor in (*self._data, *self._scales) if tensor.shape[-1]]
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(t.element_size() * math.prod(t.shape[1:]) for t in self._tensors)
+
+    def read_block(self, block: int) -> bytes:
+        self._grow(block + 1)
+        return b"".join(t[block].contiguous().cpu().view(torch.uint8).numpy().tobytes() for t in self._tensors)
+
+    def write_block(self, block: int, data: bytes) -> None:
+        if len(data) != self.saved_bytes:
+            raise ValueError(f"a block has {self.saved_bytes} bytes, got {len(data)}")
+        self._grow(block + 1)
+        rest, at = bytearray(data), 0
+        for tensor in self._tensors:
+            row = tensor[block]
+            row.copy_(torch.frombuffer(rest, dtype=tensor.dtype, count=row.numel(), offset=at).view(row.shape))
+            at += row.nbytes
 
     def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
