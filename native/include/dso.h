@@ -250,6 +250,8 @@ typedef struct dso_batch {
   float* hidden;               /* [n_hidden, T, H] or NULL */
   float* last_hidden;          /* [T, H]: the normed last state alone, or NULL */
   dso_cache* cache;            /* NULL only for plans without attention */
+  const float* inv_freq;       /* [S, rot/2]: of each sequence, for ROPE_TABLE in place of its w0; NULL: w0 for all. Only for plans
+                                  with one ROPE_TABLE */
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 
@@ -260,5 +262,3 @@ DSO_API int32_t dso_plan_timing(const dso_plan* p, double* seconds_per_step, int
 }
 #endif
 #endif
-  const float* inv_freq;       /* [S, rot/2]: of each sequence, for ROPE_TABLE in place of its w0; NULL: w0 for all. Only for plans
-                                  with one ROPE_TABLE */
