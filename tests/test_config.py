@@ -16,7 +16,11 @@ GOOD = {
     "precision": ["auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"],
     "kernel_fusion": [True, False],
     "fusion_rules": [None, [], ["qkv"], ("attention_softmax", "layer_norm")],
-    "attention_optimization": ["flash", "eager"],
+    "attention_optimization": ["flash", "eager", "sliding", "sparse"],
+    "attention_window": [None, 1, 4096],
+    "attention_sinks": [0, 4],
+    "attention_budget": [2048],
+    "sparse_attention": [True, False],
     "kv_cache": ["auto", "fp32", "bf16", "int8"],
     "kv_cache_memory": [None, 1 << 20],
     "threads": [None, 1, 64],
@@ -41,6 +45,10 @@ BAD = {
     "kernel_fusion": [1, "yes", None],
     "fusion_rules": ["qkv", ["qvk"], [1], {"qkv"}],
     "attention_optimization": ["sdpa", None, True],
+    "attention_window": [0, -1, True, 1.5, "all"],
+    "attention_sinks": [-1, None, True],
+    "attention_budget": [0, None, 2.0],
+    "sparse_attention": [1, "yes", None],
     "kv_cache": ["fp16", None],
     "kv_cache_memory": [0, -1, 1.5, True, 1 << 62],
     "threads": [0, -1, True, 1.0, "4", 1 << 20],
@@ -95,15 +103,31 @@ def test_unknown_names_are_refused_with_the_nearest(wrong, right):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "remedy"),
+    ("fields", "kind", "window"),
     [
-        ("attention_optimization", "sparse", "flash"),
-        ("attention_optimization", "sliding", "flash"),
+        ({}, "flash", 0),
+        ({"attention_optimization": "eager"}, "flash", 0),
+        ({"attention_optimization": "sliding"}, "sliding", 4096),
+        ({"attention_optimization": "sliding", "attention_window": 100}, "sliding", 100),
+        ({"attention_optimization": "sparse"}, "sparse", 512),
+        ({"sparse_attention": True}, "sparse", 512),
     ],
 )
-def test_names_of_later_parts_say_what_to_use(field, value, remedy):
-    with pytest.raises(ConfigError, match=f"not built yet; use '{remedy}'"):
-        DeepSeekConfig(**{field: value})
+def test_modes_of_attention(fields, kind, window):
+    mode = DeepSeekConfig(**fields).attention
+    assert (mode.kind, mode.window) == (kind, window)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparse_attention": True, "attention_optimization": "sliding"}, "choose one"),
+        ({"sparse_attention": True, "attention_budget": 576}, "leave nothing to choose"),
+    ],
+)
+def test_modes_of_attention_that_do_not_go_together(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        DeepSeekConfig(**fields).attention  # noqa: B018
 
 
 def test_nearest_value_is_named():

@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 3
+#define DSO_ABI_VERSION 4
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -111,11 +111,14 @@ DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, i
  * Full (rank 0): K and V of kv_heads x head_dim; head_dim is even and at most 256; rope and index are 0.
  * Latent (rank > 0): of a token and layer one row of rank numbers and `rope` more, the same for all heads, and `index` numbers of
  * the lightning indexer's key (0: none). F32 and BF16: the numbers; INT8: rank int8 in groups of 128 with an fp32 scale each, the
- * rope part in bf16; the index key bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope and index are multiples of 2. */
+ * rope part in bf16; the index key bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope and index are multiples of 2.
+ * summaries (0 or 1): of every full block, layer and kv head the cache also keeps the element-wise largest and smallest number of its
+ * keys (latent: of its rows of rank + rope numbers) as they are stored, rounded to bf16 (F32: fp32). Whatever writes a block's last
+ * token, or turns its keys, makes them; a copy of a block copies them; dso_cache_block_bytes counts them. */
 #define DSO_BLOCK_TOKENS 32
 enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
 typedef struct dso_cache dso_cache;
-typedef struct dso_cache_shape { int32_t kv_type, layers, kv_heads, head_dim, rank, rope, index, reserved; } dso_cache_shape;
+typedef struct dso_cache_shape { int32_t kv_type, layers, kv_heads, head_dim, rank, rope, index, summaries; } dso_cache_shape;
 DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
 DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);
 DSO_API void dso_cache_destroy(dso_cache* k);
@@ -171,7 +174,10 @@ enum {
                              Numbers [offset, offset + rot) of each head turn */
   DSO_OP_CACHE_WRITE = 9, /* in0 key, in1 value (F32, kv_heads*head_dim), layer */
   DSO_OP_ROPE_CACHE = 10, /* in0 q, in1 k, in2 v, in3 table -> out0 rotated q (may alias in0); rotated k and v go to the cache */
-  DSO_OP_ATTENTION = 11,  /* in0 q F32 [T, heads*head_dim], layer, scale, window (0: none) -> out0 any. EAGER flag: score matrix */
+  DSO_OP_ATTENTION = 11,  /* in0 q F32 [T, heads*head_dim], layer, scale, window (0: none) -> out0 any. EAGER flag: score matrix.
+                             sinks: with a window, so many tokens at the beginning are seen besides. in1 (or -1), with top_k > 0: F32
+                             [T, kv_heads * top_k] as BLOCK_CHOOSE makes it: of each kv head the blocks that the row's q heads see, and
+                             no others; window and sinks are 0 then. Neither goes with EAGER */
   DSO_OP_SWIGLU = 12,     /* in0 gate, in1 up F32 -> out0 any: silu(gate) * up */
   DSO_OP_GATE_UP = 13,    /* in0, w0 gate, w1 up (b0, b1) -> out0 any: silu(W0 x) * (W1 x); formats of w0 and w1 equal */
   DSO_OP_SELECT_ROWS = 14,/* in0 F32 -> out0 F32, a selected slot: rows batch->logit_rows */
@@ -209,6 +215,18 @@ enum {
   /* MTP layers. */
   DSO_OP_STATE_IN = 27,   /* batch->states -> out0 F32 */
   DSO_OP_CONCAT = 28,     /* in0, in1 F32 -> out0 any: in0's numbers, then in1's */
+  /* Which tokens a row attends to. A row that is token i of its sequence (the first is 0) sees blocks [0, n) of 32 tokens,
+     n = i / 32 + 1. With n <= top_k all of them are chosen. Otherwise blocks [0, S), S = ceil(sinks / 32), and [W, n),
+     W = max(0, i + 1 - window) / 32, are; and of those between, as many of the largest estimate as make it top_k in all, of equal
+     ones the earlier. S + ceil(window / 32) + 1 < top_k. The estimate (Tang et al. 2024, Quest) of q head h and block b:
+     e = sum over d of max(q_d largest_d, q_d smallest_d), with the cache's summaries; of a group of heads the largest of
+     e_h - (largest e_h of the blocks between). */
+  DSO_OP_BLOCK_CHOOSE = 29, /* in0 q F32 [T, heads*head_dim], layer, heads, kv_heads, head_dim, top_k, window, sinks -> out0 F32
+                             [T, kv_heads * top_k]: numbers of blocks of the sequence, ascending, -1 behind the last */
+  DSO_OP_WINDOW_CHOOSE = 30, /* window, sinks -> out0 F32 [T, sinks + window]: tokens j <= i with j < sinks or i - j < window, ascending,
+                             -1 behind the last. For MLA_ATTENTION's in2 */
+  DSO_OP_LATENT_CHOOSE = 31, /* in0 what MLA_ABSORB made, layer, heads, top_k, window, sinks -> out0 F32 [T, 32 * top_k]: the tokens up
+                             to i of the chosen blocks, ascending, -1 behind the last; all heads are one group. For MLA_ATTENTION's in2 */
 };
 enum { DSO_FLAG_EAGER = 1, DSO_FLAG_INTERLEAVED = 2, DSO_FLAG_GROUPED = 4, DSO_FLAG_EXPAND = 8, DSO_FLAG_LAST = 16,
        DSO_FLAG_SIGMOID = 32,   /* ROUTE: scores are sigmoids, not a softmax */
@@ -218,7 +236,7 @@ enum { DSO_FLAG_EAGER = 1, DSO_FLAG_INTERLEAVED = 2, DSO_FLAG_GROUPED = 4, DSO_F
 typedef struct dso_step {
   int32_t op, flags;
   int32_t in[4], out[3], w[3], b[3];
-  int32_t layer, heads, kv_heads, head_dim, window;
+  int32_t layer, heads, kv_heads, head_dim, window, sinks;
   int32_t offset;                /* ROPE: where in a head the numbers that turn begin */
   int32_t nope, rope, rank, v_dim, index; /* latent attention */
   int32_t experts, top_k, groups, top_groups;
@@ -242,7 +260,8 @@ typedef struct dso_batch {
   const int32_t* query_len;    /* [S], sum T, each > 0 */
   const int32_t* context_len;  /* [S]: tokens in the cache before this step */
   const int32_t* phase;        /* [S], ascending */
-  const int32_t* block_table;  /* [S, max_blocks]: blocks for context_len + query_len tokens */
+  const int32_t* block_table;  /* [S, max_blocks]: blocks for context_len + query_len tokens. -1 is allowed for a block that no row of
+                                  this step sees, where every layer of the plan has a window or WINDOW_CHOOSE's tokens */
   const int32_t* logit_rows;   /* [R], ascending */
   const float* inputs_embeds;  /* [T, H] or NULL */
   const float* states;         /* [T, H]: what STATE_IN gives; NULL for plans without it */

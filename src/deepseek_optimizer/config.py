@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, Literal
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.graph.attention_mode import AttentionMode
 from deepseek_optimizer.graph.rules import RULES
 from deepseek_optimizer.quant import get_format
 
@@ -23,27 +24,22 @@ FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 
 Precision = Literal["auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
-Attention = Literal["flash", "eager"]
+Attention = Literal["flash", "eager", "sliding", "sparse"]
 KvCache = Literal["auto", "fp32", "bf16", "int8"]
 Isa = Literal["avx2", "avx512", "amx"]
 BackendName = Literal["auto", "cpu", "reference"]
 Activation = Literal["auto", "int8", "int16"]
 Mtp = Literal["auto", "off"]
+ContextExtension = Literal["yarn", "dynamic"]
 
-# Names that later parts of the plan define: known, so that the message says what to use until then.
-_PLANNED: Final = {
-    ("attention_optimization", "sliding"): "sliding-window attention is not built yet; use 'flash'",
-    ("attention_optimization", "sparse"): "sparse attention is not built yet; use 'flash'",
-}
-
+# Tokens of the window where the config does not say: sparse attention chooses the rest.
+WINDOWS: Final = {"sliding": 4096, "sparse": 512}
 
 _LONG: Final = ("formats", "curve", "modules")  # left out where a config is shown
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
-        if isinstance(value, str) and (name, value) in _PLANNED:
-            raise ConfigError(f"{name}={value!r}: {_PLANNED[name, value]}")
         if not isinstance(value, str) or value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -142,8 +138,15 @@ class DeepSeekConfig(QuantizationConfigMixin):
             dtype, a GGUF file's, FP8 or packed checkpoint's own formats; but F16 and F32 of a GGUF file become bf16).
         kernel_fusion: False leaves every fusion rule out; results stay the same within the format's tolerance.
         fusion_rules: names of the rules to apply (`FUSION_RULES`); None is all of them.
-        attention_optimization: "flash" (online softmax, no score matrix) or "eager" (scores in full; leaves the rule
-            `attention_softmax` out).
+        attention_optimization: "flash" (every token sees all before it; online softmax, no score matrix), "eager" (the same
+            with scores in full; leaves the rule `attention_softmax` out), "sliding" (a token sees the latest `attention_window`
+            tokens and the first `attention_sinks`; the cache forgets the rest), or "sparse" (it sees `attention_budget` tokens
+            at most: blocks of 32 that hold the sinks, the window, and those that its query ranks highest). The last two change
+            answers where something is hidden; their cost grows in proportion to length.
+        attention_window: tokens; None: 4096 with "sliding", 512 with "sparse".
+        attention_sinks: tokens.
+        attention_budget: tokens, of "sparse".
+        sparse_attention: True is attention_optimization="sparse" over a cache in int8: long texts in half the memory.
         kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 where all weights are, bf16 otherwise.
         kv_cache_memory: most bytes the cache may take; None is what is free when the first cache is made, less a reserve.
         threads: worker threads of the native backend; None is the environment's DSO_THREADS, or else what affinity and
@@ -157,6 +160,11 @@ class DeepSeekConfig(QuantizationConfigMixin):
         fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
         mtp: "auto": layers for multi-token prediction are loaded where the checkpoint has them, for `generate(use_mtp=True)`;
             "off": never.
+        context_extension: makes room for more tokens than the model was trained for, where its config does not scale RoPE
+            already: "yarn" (one set of frequencies for all lengths; short texts change a little too) or "dynamic" (NTK scaling:
+            a text within the trained length is as it was, a longer one has the frequencies for the tokens that it may get).
+            Quality beyond the trained length is not assured: measure it.
+        context_length: tokens to make room for, with `context_extension`.
         calibration: path of a UTF-8 text, some pages like those the model will see: `load_model` runs the original over it and
             weighs the rounding of int4 and q4_1 by how strongly each input column is used. None: all columns alike.
         kl_budget: only with precision "auto": the smallest formats are chosen, matrix by matrix, with which the mean KL
@@ -176,6 +184,10 @@ class DeepSeekConfig(QuantizationConfigMixin):
     kernel_fusion: bool = True
     fusion_rules: tuple[str, ...] | None = None
     attention_optimization: Attention = "flash"
+    attention_window: int | None = None
+    attention_sinks: int = 4
+    attention_budget: int = 2048
+    sparse_attention: bool = False
     kv_cache: KvCache = "auto"
     kv_cache_memory: int | None = None
     threads: int | None = None
@@ -187,6 +199,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
     batch_size_range: tuple[int, int] = (1, 32)
     fast_path: bool = True
     mtp: Mtp = "auto"
+    context_extension: ContextExtension | None = None
+    context_length: int | None = None
     calibration: str | None = None
     kl_budget: float | None = None
     formats: dict[str, str] | None = None
@@ -199,7 +213,11 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "precision": _one_of("auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"),
         "kernel_fusion": _flag,
         "fusion_rules": _optional(_rules),
-        "attention_optimization": _one_of("flash", "eager"),
+        "attention_optimization": _one_of("flash", "eager", "sliding", "sparse"),
+        "attention_window": _optional(_integer(1, 1 << 24)),
+        "attention_sinks": _integer(0, 1024),
+        "attention_budget": _integer(1, 1 << 20),
+        "sparse_attention": _flag,
         "kv_cache": _one_of("auto", "fp32", "bf16", "int8"),
         "kv_cache_memory": _optional(_integer(1 << 16, 1 << 60)),
         "threads": _optional(_integer(1, MAX_THREADS)),
@@ -211,6 +229,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "batch_size_range": _range,
         "fast_path": _flag,
         "mtp": _one_of("auto", "off"),
+        "context_extension": _optional(_one_of("yarn", "dynamic")),
+        "context_length": _optional(_integer(1, (1 << 31) - 1)),
         "calibration": _optional(_path),
         "kl_budget": _optional(_above_zero),
         "formats": _optional(_formats),
@@ -223,6 +243,16 @@ class DeepSeekConfig(QuantizationConfigMixin):
         for name in given:  # before the generated __init__, whose TypeError could not name the nearest field
             cls._known(name)
         return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.context_extension is not None and self.context_length is None:
+            raise ConfigError(
+                f"context_extension={self.context_extension!r} needs context_length, the tokens to make room for, such as 32768"
+            )
+        if self.context_length is not None and self.context_extension is None:
+            raise ConfigError(
+                f"context_length={self.context_length} needs context_extension, the way to make room for them: 'yarn' or 'dynamic'"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):  # private names are Transformers' own bookkeeping
@@ -248,6 +278,19 @@ class DeepSeekConfig(QuantizationConfigMixin):
         if self.attention_optimization == "eager":
             chosen = tuple(r for r in chosen if r != "attention_softmax")
         return tuple(r for r in FUSION_RULES if r in chosen)
+
+    @property
+    def attention(self) -> AttentionMode:
+        """Which tokens a token sees. Raises ConfigError where the settings do not go together."""
+        asked: str = self.attention_optimization
+        if self.sparse_attention:
+            if asked not in ("flash", "sparse"):
+                raise ConfigError(f"sparse_attention=True and attention_optimization={asked!r}: choose one")
+            asked = "sparse"
+        if asked not in WINDOWS:
+            return AttentionMode()
+        window = WINDOWS[asked] if self.attention_window is None else self.attention_window
+        return AttentionMode(asked, window, self.attention_sinks, self.attention_budget)  # type: ignore[arg-type]
 
     @property
     def chooses_formats(self) -> bool:

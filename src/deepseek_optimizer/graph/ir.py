@@ -14,7 +14,8 @@ Ops, inputs -> outputs; all values are float rows [T, width] unless `selected` (
 | rope_table | | table [T, rot]: cos, then sin | | rope: models.rope.RopeSpec |
 | rope | x, table | y | | heads, head_dim, interleaved, offset: numbers [offset, offset + rot) of a head turn |
 | cache_write | k, v | | | layer, kv_heads, head_dim |
-| attention | q | o | | layer, heads, kv_heads, head_dim, scale, window, softmax: "eager" or "online" |
+| attention | q, chosen where block-sparse | o | | layer, heads, kv_heads, head_dim, scale, window, softmax: "eager" or
+"online", sinks (0 where left out) |
 | swiglu | gate, up | h | | |
 | add | x, y | z | | |
 | select_rows | x | y (selected) | | |
@@ -23,6 +24,26 @@ Ops, inputs -> outputs; all values are float rows [T, width] unless `selected` (
 | layer_norm | x | y | w, b | eps |
 | concat | x, y | z: x, then y | | |
 | state_in | | x | | | the step's `states`: hidden states of another plan, for an MTP layer |
+
+A row that is token i of its sequence sees tokens j <= i; with a window those of i - j < window or j < sinks; block-sparse those
+in its chosen blocks. `graph/attention_mode.py` puts in what makes the choice; softmax is "online" there:
+
+| op | inputs | outputs | weights | attrs |
+|---|---|---|---|---|
+| block_choose | q [T, heads * head_dim] | chosen [T, kv_heads * blocks] | | layer, heads, kv_heads, head_dim, blocks, sinks,
+window |
+| window_choose | | chosen [T, sinks + window], for mla_attention | | layer, sinks, window |
+| latent_choose | q [T, heads * (nope + rope)] | chosen [T, 32 * blocks], for mla_attention | kv_b | layer, heads, nope, rope,
+rank, v_dim, blocks, sinks, window |
+
+Blocks are the cache's, of 32 tokens; the row sees n = i // 32 + 1 of them. n <= blocks: all are chosen. Otherwise blocks [0,
+S), S = ceil(sinks / 32), and [W, n), W = max(0, i + 1 - window) // 32, are; of those between as many of the largest estimate
+as make it `blocks` in all, of equal ones the earlier (S + ceil(window / 32) + 1 < blocks). The estimate of q head h and block
+b bounds its logits (Tang et al. 2024, Quest): e = sum over d of max(q_d largest_d, q_d smallest_d), where largest and smallest
+are those of the block's 32 keys as the cache holds them, rounded to bf16 unless it holds fp32 (its "summaries"). The heads of
+a group share their blocks: what counts is the largest over its heads of e_h - (the largest e_h of the blocks between). Chosen
+blocks are numbers of the sequence's blocks, ascending, as floats, -1 behind the last, kv head after kv head. latent_choose:
+queries are absorbed, a key is a whole latent row, all heads are one group; out come the tokens j <= i of the chosen blocks.
 
 Multi-head latent attention (DeepSeek-V2, section 2.1; its cache is a LatentSpec):
 
@@ -103,11 +124,13 @@ class Node:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What one sequence keeps a token: per layer, K and V of `kv_heads` x `head_dim`."""
+    """What one sequence keeps a token: per layer, K and V of `kv_heads` x `head_dim`; with `summaries`, of each full block of
+    32 tokens besides the element-wise largest and smallest of its keys, for `block_choose`."""
 
     layers: int
     kv_heads: int
     head_dim: int
+    summaries: bool = False
 
     @property
     def numbers(self) -> int:
@@ -120,12 +143,14 @@ class LatentSpec:
     """What one sequence keeps a token under multi-head latent attention: per layer, a latent of `rank` numbers and a turned key
     of `rope` numbers that all heads share, and, with a lightning indexer, its key of `index` numbers (0: none).
 
-    Layers beyond those of the graph belong to MTP layers, whose plans use the same blocks."""
+    Layers beyond those of the graph belong to MTP layers, whose plans use the same blocks. `summaries`: as in CacheSpec, of
+    latent rows, for `latent_choose`."""
 
     layers: int
     rank: int
     rope: int
     index: int = 0
+    summaries: bool = False
 
     @property
     def numbers(self) -> int:

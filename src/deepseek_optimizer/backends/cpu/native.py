@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 BLOCK_TOKENS = 32
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4, "fp8": 5}
@@ -26,7 +26,7 @@ OPS = {
     "rope": 8, "cache_write": 9, "rope_cache": 10, "attention": 11, "swiglu": 12, "gate_up": 13, "select_rows": 14,
     "hidden_out": 15, "route": 16, "experts_gate_up": 17, "experts_down": 18, "latent": 19, "latent_write": 20,
     "mla_absorb": 21, "mla_attention": 22, "mla_value": 23, "layer_norm": 24, "index_write": 25, "index_choose": 26,
-    "state_in": 27, "concat": 28,
+    "state_in": 27, "concat": 28, "block_choose": 29, "window_choose": 30, "latent_choose": 31,
 }  # fmt: skip
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128}
 _EINVAL, _ENOMEM = 1, 2
@@ -51,7 +51,7 @@ class Step(C.Structure):
 
     _fields_ = [
         ("op", I32), ("flags", I32), ("inputs", I32 * 4), ("outputs", I32 * 3), ("w", I32 * 3), ("b", I32 * 3), ("layer", I32),
-        ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32),
+        ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32), ("sinks", I32),
         ("offset", I32), ("nope", I32), ("rope", I32), ("rank", I32), ("v_dim", I32), ("index", I32), ("experts", I32),
         ("top_k", I32), ("groups", I32), ("top_groups", I32), ("eps", C.c_float), ("scale", C.c_float),
     ]  # fmt: skip
@@ -60,7 +60,7 @@ class Step(C.Structure):
 class CacheShape(C.Structure):
     """dso_cache_shape."""
 
-    _fields_ = [(n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "reserved")]
+    _fields_ = [(n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")]
 
 
 class Rotation(C.Structure):
@@ -234,8 +234,8 @@ def shared_context(isa: str | None, threads: int | None) -> Context:
 def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
     """What the library calls the cache of this spec."""
     if isinstance(spec, LatentSpec):
-        return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, 0)
-    return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0)
+        return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
+    return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, spec.summaries)
 
 
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:

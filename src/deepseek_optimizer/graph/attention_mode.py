@@ -1,0 +1,133 @@
+"""Modes of attention: which of the tokens before it a token sees. Not a fusion rule: results change where something is hidden.
+
+"flash" sees all. "sliding": a window of the latest tokens, and sinks, the first few, which every model leans on (Xiao et al.
+2023, StreamingLLM). "sparse": whole blocks, those of the sinks, those of a window, and those that the query itself estimates
+highest (Tang et al. 2024, Quest). Both cost the same a token however long the text is, but for the estimate, a number a block
+and head. A layer whose model gave it a window keeps it, where it is the smaller one. A model with a lightning indexer is sparse
+as it was trained to be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..errors import ConfigError
+from .analysis import EFFECTS
+from .ir import Graph, Node, Value
+
+BLOCK = 32  # tokens, the cache's
+
+
+@dataclass(frozen=True)
+class AttentionMode:
+    """
+    Attributes:
+        window: latest tokens that are always seen.
+        sinks: first tokens that are always seen; sparse attention sees the whole blocks that hold them.
+        budget: tokens that a query sees at most in sparse attention, in whole blocks, window and sinks among them.
+    """
+
+    kind: Literal["flash", "sliding", "sparse"] = "flash"
+    window: int = 0
+    sinks: int = 0
+    budget: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where the budget leaves nothing to choose."""
+        least = (-(-self.sinks // BLOCK) + -(-self.window // BLOCK) + 2) * BLOCK
+        if self.kind == "sparse" and self.budget < least:
+            raise ConfigError(
+                f"attention_budget: {self.budget} tokens leave nothing to choose beside a window of {self.window} and "
+                f"{self.sinks} sinks; {least} is the least, or take a smaller attention_window"
+            )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a query sees at most in sparse attention."""
+        return self.budget // BLOCK
+
+    @property
+    def most(self) -> int | None:
+        """Tokens of a sequence that every later token sees or may see: those before its window, but for the sinks, are gone.
+        None: all are needed."""
+        return self.window if self.kind == "sliding" else None
+
+
+def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
+    """The graph with its attention in this mode, and the layers that changed. For graphs whose rules have been applied."""
+    if mode.kind == "flash":
+        return graph, []
+    nodes: list[Node] = []
+    places = []
+    for node in graph.nodes:
+        made = _changed(node, mode)
+        if made != [node]:
+            places.append(f"layer {node.attrs['layer']}")
+        nodes += made
+    if mode.kind == "sparse":
+        chooses = any(n.op in ("block_choose", "latent_choose") for n in nodes)
+        return replace(graph, nodes=nodes, cache=replace(graph.cache, summaries=chooses)), places
+    return replace(graph, nodes=_used(nodes)), places
+
+
+def _changed(node: Node, mode: AttentionMode) -> list[Node]:
+    if node.op == "attention":
+        return _windowed(node, mode) if mode.kind == "sliding" else _block_sparse(node, mode)
+    if node.op == "mla_attention":
+        return _latent_windowed(node, mode) if mode.kind == "sliding" else _latent_sparse(node, mode)
+    return [node]
+
+
+def _windowed(node: Node, mode: AttentionMode) -> list[Node]:
+    window = node.attrs["window"]
+    if window and window <= mode.window:
+        return [node]
+    return [node.with_(attrs={**node.attrs, "window": mode.window, "sinks": mode.sinks, "softmax": "online"})]
+
+
+def _block_sparse(node: Node, mode: AttentionMode) -> list[Node]:
+    a, (q,), (out,) = node.attrs, node.inputs, node.outputs
+    if a["window"]:
+        return [node]
+    chosen = Value(f"{out.name}.chosen", a["kv_heads"] * mode.blocks)
+    shape = {name: a[name] for name in ("layer", "heads", "kv_heads", "head_dim")}
+    return [
+        Node("block_choose", (q,), (chosen,), attrs={**shape, **_choice(mode)}),
+        node.with_(inputs=(q, chosen), attrs={**a, "softmax": "online"}),
+    ]
+
+
+def _latent_windowed(node: Node, mode: AttentionMode) -> list[Node]:
+    chosen = Value(f"{node.outputs[0].name}.seen", mode.sinks + mode.window)
+    return [
+        Node("window_choose", (), (chosen,), attrs={"layer": node.attrs["layer"], "sinks": mode.sinks, "window": mode.window}),
+        node.with_(inputs=(node.inputs[0], chosen), attrs={**node.attrs, "form": "absorbed"}),
+    ]
+
+
+def _latent_sparse(node: Node, mode: AttentionMode) -> list[Node]:
+    if len(node.inputs) > 1:  # chosen by a trained indexer
+        return [node]
+    a, (q,), (out,) = node.attrs, node.inputs, node.outputs
+    chosen = Value(f"{out.name}.chosen", BLOCK * mode.blocks)
+    shape = {name: a[name] for name in ("layer", "heads", "nope", "rope", "rank", "v_dim")}
+    return [
+        Node("latent_choose", (q,), (chosen,), node.weights, {**shape, **_choice(mode)}),
+        node.with_(inputs=(q, chosen), attrs={**a, "form": "absorbed"}),
+    ]
+
+
+def _choice(mode: AttentionMode) -> dict[str, int]:
+    return {"blocks": mode.blocks, "sinks": mode.sinks, "window": mode.window}
+
+
+def _used(nodes: list[Node]) -> list[Node]:
+    """Without what made the choice of an indexer that nobody reads any more."""
+    kept: list[Node] = []
+    read: set[Value] = set()
+    for node in reversed(nodes):
+        if node.op in EFFECTS or node.op == "hidden_out" or read.intersection(node.outputs):
+            kept.append(node)
+            read.update(node.inputs)
+    return kept[::-1]
