@@ -32,6 +32,8 @@ GOOD = {
     "batch_size_range": [(1, 1), [4, 32]],
     "fast_path": [True, False],
     "mtp": ["auto", "off"],
+    "context_extension": [None],  # the two go together: see below
+    "context_length": [None],
     "calibration": [None, "notes.txt"],
     "kl_budget": [None, 0.02, 1],
     "formats": [None, {}, {"lm_head": "int8", "model.layers.0.mlp.up_proj": "q4_1"}],
@@ -60,6 +62,8 @@ BAD = {
     "batch_size_range": [(0, 1), (4, 2), (1,), 4, (1, 2, 3), (True, 4), (1, float("inf"))],
     "fast_path": ["on", None],
     "mtp": ["on", True, None],
+    "context_extension": ["ntk", "linear", True],
+    "context_length": [0, -1, 1.5, True, "32768", 1 << 31],
     "calibration": ["", " ", "a\0b", 4, b"notes.txt", True],
     "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
     "formats": [["int8"], {"lm_head": "int3"}, {"lm_head": None}, {1: "int8"}],
@@ -256,3 +260,13 @@ class TestFormatsByPattern:
     )  # fmt: skip
     def test_the_least_format_holds_for_precision_alone(self, fields: dict[str, Any], format: str) -> None:
         assert DeepSeekConfig(**fields).format_of("a.weight", "q4_1", "int8") == format
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_context_extension_and_length_go_together(kind):
+    config = DeepSeekConfig(context_extension=kind, context_length=32768)
+    assert DeepSeekConfig.from_dict(json.loads(config.to_json_string())) == config
+    with pytest.raises(ConfigError, match=f"{kind}.*needs context_length"):
+        DeepSeekConfig(context_extension=kind)
+    with pytest.raises(ConfigError, match="context_length=32768 needs context_extension.*'yarn' or 'dynamic'"):
+        DeepSeekConfig(context_length=32768)

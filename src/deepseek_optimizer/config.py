@@ -251,7 +251,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
             )
         if self.context_length is not None and self.context_extension is None:
             raise ConfigError(
-                f"context_length={self.context_length} needs context_extension, the way to make room for them: 'yarn' or 'dynamic'"
+                f"context_length={self.context_length} needs context_extension, the way to make room: 'yarn' or 'dynamic'"
             )
 
     def __setattr__(self, name: str, value: Any) -> None:

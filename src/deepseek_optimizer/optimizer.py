@@ -78,6 +78,7 @@ class DynamicGraphOptimizer:
         batch_size_range: tuple[int, int] | None = None,
         config: DeepSeekConfig | None = None,
     ) -> None:
+        from .integration.context_extension import extended
         from .integration.runtime import plan_graph
         from .integration.swap import NATURAL
 
@@ -95,6 +96,7 @@ class DynamicGraphOptimizer:
         if not hasattr(model, "config"):
             raise ConfigError(f"expected a Transformers model, got {type(model).__name__}")
         plan_graph(model.config, self.config.rules)
+        extended(model.config, self.config)
         if (dtype := getattr(model, "dtype", None)) not in NATURAL:
             raise ConfigError(f"a model of dtype {dtype} cannot be packed; use model.float() or model.bfloat16() first")
         if model.device.type == "meta":

@@ -25,11 +25,12 @@ from ..checkpoint import (
 )
 from ..checkpoint.load import IGNORED
 from ..config import DeepSeekConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DeepSeekOptimizerError
 from ..graph.least import exact_weights
 from ..models import check_config
 from ..quant import PackedWeight, Packer
 from .adapt import adapt, calibration_tokens
+from .context_extension import extended
 from .graphs import whole_graph
 from .importance import importance_for
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
@@ -102,7 +103,7 @@ def sketch(
     check_config(raw)
     check_tokenizer_beside(checkpoint)
     settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
-    model = _empty_model(raw, checkpoint.path)
+    model = _empty_model(raw, settings, checkpoint.path)
     dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
     if settings.mtp == "auto":
         add_mtp_layers(model, own_tensors(checkpoint, model.config))
@@ -124,6 +125,8 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     stored = DeepSeekConfig(**section).to_dict()
     given = {**(config.to_dict() if config else {}), **fields}
     packed = {name: stored[name] for name in ("modules", "format_version", "kl_budget", "formats", "curve")}
+    if given.get("context_extension") is None:  # its config.json is extended already, if it is
+        packed |= {name: stored[name] for name in ("context_extension", "context_length")}
     wanted = given.get("precision", "auto")
     formats = {entry["format"] for entry in stored["modules"].values()}
     if wanted not in ("auto", stored["precision"]) and formats != {wanted}:
@@ -153,15 +156,17 @@ def _other_formats(given: dict[str, str] | None, modules: dict[str, Any]) -> boo
     return bool(wanted.unmatched(modules)) or any(f not in (None, modules[module]["format"]) for module, f in named.items())
 
 
-def _empty_model(raw: dict[str, Any], path: Path) -> Any:
+def _empty_model(raw: dict[str, Any], settings: DeepSeekConfig, path: Path) -> Any:
     """The model on the meta device, with the buffers that it computes from the config real."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        hf_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        hf_config = extended(CONFIG_MAPPING[raw["model_type"]].from_dict(raw), settings)
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
         with torch.device("meta"):
             model = made(hf_config)
+    except DeepSeekOptimizerError:
+        raise
     except Exception as error:  # fields that only Transformers reads: it raises whatever a wrong one leads it to
         raise ConfigError(f"{path}: Transformers cannot use this config: {' '.join(str(error).split())}") from error
     for parent in list(model.modules()):

@@ -22,6 +22,7 @@ from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..graph.least import exact_weights
+from .context_extension import extended
 from .graphs import plan_graph, whole_graph
 from .mapped import MappedFiles
 from .modules import Packed
@@ -63,6 +64,7 @@ class PackingQuantizer(HfQuantizer):
         """The first hook that sees the config. What is wrong with it is said before a model is made from it, and what is wrong
         with a directory's files before Transformers opens any: a pickle, an index that leads out of it."""
         plan_graph(config, ())
+        config = extended(config, self.quantization_config)
         folder = Path(config.name_or_path)
         if config.name_or_path and folder.is_dir():
             standard = any((folder / name).is_file() for name in (SINGLE, INDEX))

@@ -21,6 +21,7 @@ from ..graph.ir import Graph
 from ..graph.rotation import KeyRotation, key_rotation
 from ..quant import Packer, reference_packer
 from .arena import Arena, LatentRow, arena_blocks
+from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
 from .modules import Packed, PackedLinear, matmul_panels
 from .packed_experts import PackedExperts
@@ -93,7 +94,7 @@ class Runtime:
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()
-        for note in notes or ():
+        for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.tell(note)
         self._plan: Plan | None = None
         self._mtp_plans: list[Plan] | None = None

@@ -30,8 +30,8 @@ _REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
 class RopeSpec:
     """kind: one of KINDS. rot: numbers of a head that turn. inv_freq: float32 [rot/2]. scaling: multiplies cos and sin.
     grow: for "dynamic", length of a sequence longer than `context` tokens -> inv_freq. context: the config's
-    max_position_embeddings. room: tokens that a sequence may have: as many, but for "dynamic" `factor` times as many, since that
-    kind's formula takes the trained length from there. attention_scale: what latent attention's scores are multiplied by for it
+    max_position_embeddings. room: tokens that a sequence may have: as many, and for "dynamic" `factor` times as many, since its
+    formula takes the trained length from there. attention_scale: what latent attention's scores are multiplied by for it
     (Transformers' yarn_apply_mscale)."""
 
     kind: str
