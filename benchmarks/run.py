@@ -20,6 +20,7 @@ from deepseek_optimizer.versions import versions
 
 from . import measure, measure_serving, results, speculation, spine
 from .deepseek import DEEPSEEK
+from .long_context import LONG
 from .serving import SERVING, Serving
 from .speculation import SPECULATION, Speculation
 from .spine import SPINE, Comparison
@@ -30,7 +31,7 @@ SIZES_MB = (76, 900)  # what int4 weights of 135 million and of 1.5 billion para
 
 
 def main() -> None:
-    known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *SPECULATION, *SERVING, *SPINE)}
+    known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *LONG, *SPECULATION, *SERVING, *SPINE)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--rounds", type=int, default=3)
@@ -68,7 +69,8 @@ def _measure(
 
     if isinstance(row, Row):
         found = measure.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note, seconds=seconds)
-        return found, "deepseek" if row in DEEPSEEK else "standing", bar_lines(found)
+        kind = "deepseek" if row in DEEPSEEK else "long" if row in LONG else "standing"
+        return found, kind, bar_lines(found)
     if isinstance(row, Speculation):
         found = speculation.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note)
         return found, "speculation", speculation.lines(found)

@@ -19,6 +19,7 @@ from deepseek_optimizer.bench.sections import number
 
 from . import measure_serving, results
 from .deepseek import DEEPSEEK
+from .long_context import LONG
 from .models import TITLES
 from .serving import SERVING
 from .speculation import SPECULATION
@@ -47,6 +48,7 @@ def filled(text: str, directory: Path = results.DIRECTORY) -> str:
         "spine": spine_table,
         "standing": standing_table,
         "deepseek": partial(standing_table, rows=DEEPSEEK),
+        "long": partial(standing_table, rows=LONG),
         "speculation": speculation_table,
         "serving": partial(serving_table, windows=results.read("window", directory)),
     }

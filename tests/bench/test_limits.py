@@ -53,6 +53,7 @@ def test_bytes_and_operations():
     assert sparse.step_bytes(Work(prompt=2, new=2)) == 1000 + 10 * 3 + 5 * 3
     pairs = 6 + 7 + 8 + 9  # each prompt token sees the cache and those up to itself
     assert traffic.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * pairs)
+    assert sparse.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * (6 + 7 + 8 + 8))
 
 
 def test_shares(monkeypatch):

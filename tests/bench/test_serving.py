@@ -17,6 +17,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import edits, load, measure_serving, offline, prompts, run, tables  # noqa: E402
 from benchmarks.deepseek import DEEPSEEK  # noqa: E402
+from benchmarks.long_context import LONG  # noqa: E402
 from benchmarks.serving import HTTP, OFFLINE, SERVING, VLLM, Claim, Serving, Side  # noqa: E402
 from benchmarks.speculation import SPECULATION  # noqa: E402
 from benchmarks.spine import SPINE  # noqa: E402
@@ -38,7 +39,7 @@ ROW = Serving(
 
 
 def test_the_rows_are_well_formed():
-    names = [row.name for row in (*STANDING, *DEEPSEEK, *SPINE, *SPECULATION, *SERVING)]
+    names = [row.name for row in (*STANDING, *DEEPSEEK, *LONG, *SPINE, *SPECULATION, *SERVING)]
     assert len(set(names)) == len(names)
     known = {OFFLINE: offline.MEASURES, HTTP: load.MEASURES, VLLM: {"throughput": None}}
     for row in SERVING:

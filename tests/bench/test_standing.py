@@ -16,6 +16,8 @@ if not (ROOT / "benchmarks" / "standing.py").exists():
 sys.path.append(str(ROOT))
 
 from benchmarks import gguf_file, measure, models, reads, results, run, spine, tables, verdict  # noqa: E402
+from benchmarks.deepseek import DEEPSEEK  # noqa: E402
+from benchmarks.long_context import LONG  # noqa: E402
 from benchmarks.standing import DECODE, STANDING, Bar, Rival, Row  # noqa: E402
 
 from deepseek_optimizer.bench.figures import KINDS  # noqa: E402
@@ -39,7 +41,7 @@ FOUND = {"fast": _rounds(10, 20, 10), "slow": _rounds(5, 5, 5), OURS: _rounds(15
 def test_the_set_is_well_formed():
     names = [row.name for row in STANDING] + [c.name for c in spine.SPINE]
     assert len(set(names)) == len(names)
-    for row in STANDING:
+    for row in (*STANDING, *DEEPSEEK, *LONG):
         assert KINDS[row.figure].more_is_better and row.model in models.TITLES
         assert all(rival.engine in {*PEERS, "ours"} for rival in row.rivals)
         assert len({side.label for side in (*row.rivals, row.ours)}) == len(row.rivals) + 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
 from ..errors import ConfigError
-from ..graph.ir import Node
+from ..graph.ir import LatentSpec, Node
 from .work import Work
 
 
@@ -34,7 +34,7 @@ class Reads:
         weight_bytes: matrices read in a step, whatever its batch; of an embedding only the rows looked up are read: left out.
         kv_bytes: of the cache, a token of context.
         experts: matrices of which a step reads some.
-        chosen_bytes: of the cache, a token that sparse attention chose; it chooses `top_k` at most.
+        chosen_bytes: of the cache, a token that is attended to where attention is sparse or has a window: `top_k` at most.
     """
 
     weight_bytes: int
@@ -69,8 +69,14 @@ class Traffic(Reads):
     def prefill_operations(self, work: Work) -> float:
         """Multiplications and additions until the first tokens: matrices, the head once a row, causal attention."""
         tokens = work.prompt
-        seen = tokens * work.depth + tokens * (tokens + 1) / 2  # (query, key) pairs
+        seen = _pairs(work.depth + tokens, self.top_k) - _pairs(work.depth, self.top_k)
         return work.batch * (2 * self.weights * tokens + 2 * self.head_weights + 4 * self.attention_width * seen)
+
+
+def _pairs(tokens: int, most: int) -> float:
+    """Of queries and keys in a text where a token sees itself and those before it, `most` of them (0: all)."""
+    full = min(tokens, most) if most else tokens
+    return full * (full + 1) / 2 + (tokens - full) * full
 
 
 def traffic_of(model: Any) -> Traffic:
@@ -111,12 +117,18 @@ def traffic_of(model: Any) -> Traffic:
 
 
 def _chosen(runtime: Any) -> tuple[float, int]:
-    """Bytes of a token's latents, and how many tokens sparse attention reads them of; zeros where it is not sparse."""
-    top_k = next((node.attrs["top_k"] for node in runtime.graph.nodes if node.op == "index_choose"), 0)
+    """Bytes of a token that attention reads, and how many tokens it reads them of; zeros where it reads all."""
+    mode, nodes = runtime.config.attention, runtime.graph.nodes
+    top_k = next((node.attrs["top_k"] for node in nodes if node.op == "index_choose"), 0)
+    if mode.kind == "sliding":
+        top_k = mode.sinks + mode.window
+    elif mode.kind == "sparse" and not top_k:
+        top_k = mode.budget
     if not top_k:
         return 0.0, 0
-    latents = replace(runtime.graph, cache=replace(runtime.graph.cache, index=0))
-    return runtime.backend.block_bytes(latents, runtime.kv_dtype) / BLOCK_TOKENS, top_k
+    plain = {"summaries": False, **({"index": 0} if isinstance(runtime.graph.cache, LatentSpec) else {})}
+    attended = replace(runtime.graph, cache=replace(runtime.graph.cache, **plain))
+    return runtime.backend.block_bytes(attended, runtime.kv_dtype) / BLOCK_TOKENS, top_k
 
 
 def _of_unknown_family(model: Any) -> Traffic:
