@@ -105,19 +105,22 @@ class ControlTokens:
         """A rendered text without marks."""
         return "".join(piece for _, piece in self._split(text, marks))
 
-    def encode(self, text: str, marks: Marks) -> Encoded:
+    def encode(self, text: str, marks: Marks, first: bool = True) -> Encoded:
         """Token ids of a rendered text.
+
+        Args:
+            first: nothing stands before it.
 
         Raises:
             RequestError: a message has characters that only the tokenizer makes into a control token.
         """
         pieces = [part for marked, piece in self._split(text, marks) for part in (self._broken(piece) if marked else [piece])]
-        tokens = self._tokenize(pieces)
+        tokens = self._tokenize(pieces, first)
         ids: list[int] = []
         begins: list[int] = []
         length = 0
         for i, piece in enumerate(pieces):
-            new, offsets = tokens[piece, i == 0]
+            new, offsets = tokens[piece, first and i == 0]
             ids += new
             begins += [length + at for at in offsets]
             length += len(piece)
@@ -135,19 +138,19 @@ class ControlTokens:
         if at < len(text):
             yield False, text[at:]
 
-    def _tokenize(self, pieces: Sequence[str]) -> dict[tuple[str, bool], tuple[list[int], list[int]]]:
+    def _tokenize(self, pieces: Sequence[str], first: bool) -> dict[tuple[str, bool], tuple[list[int], list[int]]]:
         """(piece, whether it is the first) -> its ids, and where they begin in it; in one call, since there may be many."""
-        keys = sorted({(piece, i == 0) for i, piece in enumerate(pieces)})
+        keys = sorted({(piece, first and i == 0) for i, piece in enumerate(pieces)})
         cut = len(self._newline)
-        texts = [piece if first or not cut else "\n" + piece for piece, first in keys]
+        texts = [piece if leads or not cut else "\n" + piece for piece, leads in keys]
         if not texts:
             return {}
         fast = self._tokenizer.is_fast
         batch = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         out = {}
-        for i, (piece, first) in enumerate(keys):
+        for i, (piece, leads) in enumerate(keys):
             ids, begins = batch["input_ids"][i], [begin for begin, _ in batch["offset_mapping"][i]] if fast else []
-            if cut and not first:
+            if cut and not leads:
                 if ids[:cut] == self._newline:
                     ids, begins = ids[cut:], [at - 1 for at in begins[cut:]]
                 else:  # the newline became part of the first token
@@ -155,7 +158,7 @@ class ControlTokens:
             expected = Counter(self._ids[token] for token in self._any.findall(piece))
             if Counter(i for i in ids if i in self._controls) - expected:
                 raise RequestError("messages", "has characters that the tokenizer makes into one of the model's control tokens")
-            out[piece, first] = ids, begins
+            out[piece, leads] = ids, begins
         return out
 
     def _broken(self, token: str) -> Iterable[str]:

@@ -6,11 +6,12 @@ limits on time, memory and the size of what it makes. A request can set variable
 
 from __future__ import annotations
 
+import secrets
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..engine.worker import JobError, Worker, WorkerError
 from ..errors import RequestError
@@ -38,6 +39,16 @@ class Prompt:
     ids: list[int]
     text: str
     system: tuple[int, int] | None
+
+
+class _Rendered(NamedTuple):
+    """text: to be encoded. edged: the messages with marks at the ends of strings, and edged_text what they make."""
+
+    text: str
+    edged: Any
+    edged_text: str
+    controls: ControlTokens
+    marks: Marks
 
 
 class ChatTemplate:
@@ -99,6 +110,45 @@ class ChatTemplate:
             RequestError: a message, a tool or an option is not what it should be, or the template fails.
             EngineBusyError: too many others are waiting for theirs.
         """
+        made = self._rendered(messages, tools, add_generation_prompt, continue_final, options)
+        encoded = made.controls.encode(made.text, made.marks)
+        if not encoded.ids:
+            raise RequestError("messages", "they make an empty prompt")
+        system = None
+        if made.edged[0]["role"] == "system":
+            contents = [message["content"] for message in made.edged[:2]]
+            system = self._system_span(made.edged_text, contents, encoded, made.controls, made.marks)
+        return Prompt(encoded.ids, encoded.text, system)
+
+    def around(self, before: str, after: str, *, options: Mapping[str, Any] | None = None) -> tuple[Prompt, Prompt]:
+        """What stands before and behind a long text in a prompt, of which a person says `before` + that text + `after`: so that
+        its tokens can be made once, and found in the prefix cache whatever follows them.
+
+        Args:
+            options: as of `render`.
+
+        Raises:
+            RequestError: as of `render`, or the template changes what people say.
+            EngineBusyError: as of `render`.
+        """
+        slot = f"{secrets.randbelow(10**30):030d}"
+        content = f"{before}{slot}{after}"
+        made = self._rendered([{"role": "user", "content": content}], None, True, False, options)
+        parts = made.text.split(slot)
+        if len(parts) != 2:
+            raise RequestError("messages", "the model's chat template does not show a message as it is, once")
+        ends = [made.controls.encode(part, made.marks, first) for part, first in zip(parts, (True, False), strict=True)]
+        first, second = (Prompt(end.ids, end.text, None) for end in ends)
+        return first, second
+
+    def _rendered(
+        self,
+        messages: Any,
+        tools: Any,
+        add_generation_prompt: bool,
+        continue_final: bool,
+        options: Mapping[str, Any] | None,
+    ) -> _Rendered:
         checked = check_messages(messages)
         tools = check_tools(tools) if tools else None
         source = self.source(tools is not None)
@@ -126,13 +176,7 @@ class ChatTemplate:
             marks,
         )
         joined = controls.of_template(texts[0], marks) != controls.of_template(texts[1], marks)
-        encoded = controls.encode(texts[1 if joined else 0], marks)
-        if not encoded.ids:
-            raise RequestError("messages", "they make an empty prompt")
-        system = None
-        if checked[0]["role"] == "system":
-            system = self._system_span(texts[1], [message["content"] for message in edged[:2]], encoded, controls, marks)
-        return Prompt(encoded.ids, encoded.text, system)
+        return _Rendered(texts[1 if joined else 0], edged, texts[1], controls, marks)
 
     def close(self) -> None:
         """Ends the process."""
