@@ -203,7 +203,8 @@ enum {
                              format, layer, scale -> out0 F32 [T, heads * rank] weighted sums of latents of absorbed rows, out1 F32
                              [T, heads * v_dim] of expanded ones. EXPAND flag: every row is expanded, and in1, out0 are -1.
                              top_k > 0: sparse. in2 [T, top_k] as INDEX_CHOOSE makes it is read of rows that see more tokens than
-                             that; the others see all. The steps around it, MLA_ABSORB and MLA_VALUE, have the same top_k */
+                             that; the others see all. window, sinks: as ATTENTION has them, and not beside top_k. The steps around
+                             it, MLA_ABSORB and MLA_VALUE, have the same top_k, window and sinks */
   DSO_OP_MLA_VALUE = 23,  /* in0 sums of latents, in1 what MLA_ATTENTION made of expanded rows, w0 stack of heads [v_dim, rank] ->
                              out0 any [T, heads * v_dim] */
   /* The lightning indexer. */
@@ -223,9 +224,7 @@ enum {
      e_h - (largest e_h of the blocks between). */
   DSO_OP_BLOCK_CHOOSE = 29, /* in0 q F32 [T, heads*head_dim], layer, heads, kv_heads, head_dim, top_k, window, sinks -> out0 F32
                              [T, kv_heads * top_k]: numbers of blocks of the sequence, ascending, -1 behind the last */
-  DSO_OP_WINDOW_CHOOSE = 30, /* window, sinks -> out0 F32 [T, sinks + window]: tokens j <= i with j < sinks or i - j < window, ascending,
-                             -1 behind the last. For MLA_ATTENTION's in2 */
-  DSO_OP_LATENT_CHOOSE = 31, /* in0 what MLA_ABSORB made, layer, heads, top_k, window, sinks -> out0 F32 [T, 32 * top_k]: the tokens up
+  DSO_OP_LATENT_CHOOSE = 30, /* in0 what MLA_ABSORB made, layer, heads, top_k, window, sinks -> out0 F32 [T, 32 * top_k]: the tokens up
                              to i of the chosen blocks, ascending, -1 behind the last; all heads are one group. For MLA_ATTENTION's in2 */
 };
 enum { DSO_FLAG_EAGER = 1, DSO_FLAG_INTERLEAVED = 2, DSO_FLAG_GROUPED = 4, DSO_FLAG_EXPAND = 8, DSO_FLAG_LAST = 16,
@@ -261,7 +260,7 @@ typedef struct dso_batch {
   const int32_t* context_len;  /* [S]: tokens in the cache before this step */
   const int32_t* phase;        /* [S], ascending */
   const int32_t* block_table;  /* [S, max_blocks]: blocks for context_len + query_len tokens. -1 is allowed for a block that no row of
-                                  this step sees, where every layer of the plan has a window or WINDOW_CHOOSE's tokens */
+                                  this step sees, where every layer of the plan has a window */
   const int32_t* logit_rows;   /* [R], ascending */
   const float* inputs_embeds;  /* [T, H] or NULL */
   const float* states;         /* [T, H]: what STATE_IN gives; NULL for plans without it */

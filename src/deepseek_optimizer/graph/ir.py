@@ -32,7 +32,6 @@ in its chosen blocks. `graph/attention_mode.py` puts in what makes the choice; s
 |---|---|---|---|---|
 | block_choose | q [T, heads * head_dim] | chosen [T, kv_heads * blocks] | | layer, heads, kv_heads, head_dim, blocks, sinks,
 window |
-| window_choose | | chosen [T, sinks + window], for mla_attention | | layer, sinks, window |
 | latent_choose | q [T, heads * (nope + rope)] | chosen [T, 32 * blocks], for mla_attention | kv_b | layer, heads, nope, rope,
 rank, v_dim, blocks, sinks, window |
 
@@ -52,7 +51,7 @@ Multi-head latent attention (DeepSeek-V2, section 2.1; its cache is a LatentSpec
 | latent | kv_a, table | c, both [T, rank + rope] | w [rank] | eps, rank, interleaved |
 | latent_write | c | | | layer |
 | mla_attention | q [T, heads * (nope + rope)], chosen where sparse | o [T, heads * v_dim] | kv_b | layer, heads, nope, rope,
-rank, v_dim, scale, form: "expanded" or "absorbed" |
+rank, v_dim, scale, form: "expanded" or "absorbed", window and sinks (0 where left out) |
 | index_write | k [T, index] | | | layer |
 | index_choose | q [T, heads * index], w [T, heads] | chosen [T, top_k] | | layer, heads, index, top_k, scale |
 

@@ -26,7 +26,7 @@ OPS = {
     "rope": 8, "cache_write": 9, "rope_cache": 10, "attention": 11, "swiglu": 12, "gate_up": 13, "select_rows": 14,
     "hidden_out": 15, "route": 16, "experts_gate_up": 17, "experts_down": 18, "latent": 19, "latent_write": 20,
     "mla_absorb": 21, "mla_attention": 22, "mla_value": 23, "layer_norm": 24, "index_write": 25, "index_choose": 26,
-    "state_in": 27, "concat": 28, "block_choose": 29, "window_choose": 30, "latent_choose": 31,
+    "state_in": 27, "concat": 28, "block_choose": 29, "latent_choose": 30,
 }  # fmt: skip
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128}
 _EINVAL, _ENOMEM = 1, 2
