@@ -17,7 +17,7 @@ class Limits:
     """
     Attributes:
         room: tokens that prompt and reply may take together: of the model's context and of the cache, the smaller.
-        window: tokens of the window that a document can be read through; None: there is no such engine.
+        window: tokens of the window that a document can be read through; None: there is no engine with one.
         reply: tokens of a reply at most.
         top: chunks that an answer is retrieved from at most.
         at_once: prompts that are handed to the engine at once.
@@ -30,9 +30,10 @@ class Limits:
     at_once: int = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Material:
-    """
+    """Made once for a document and asked many times.
+
     Attributes:
         document: what was read.
         chunks: of all its files, in order.
@@ -47,6 +48,12 @@ class Material:
         """A chunk's own characters."""
         return self.document.files[chunk.file].text[chunk.start : chunk.end]
 
+    def place(self, chunk: Chunk) -> str:
+        """Where a chunk begins, in words."""
+        file = self.document.files[chunk.file]
+        page = file.page_of(chunk.start)
+        return f"{file.name}, page {page}" if page is not None else f"{file.name}, line {self._lines[chunk.index]}"
+
     @cached_property
     def index(self) -> Index:
         """For retrieval; made when it is first asked for."""
@@ -54,5 +61,28 @@ class Material:
 
     @cached_property
     def tokens(self) -> int:
-        """Of the whole document, every character once, about."""
-        return self.prompts.document_tokens(self.document)
+        """Of the whole document, each character once, about: by the chunks' own counts."""
+        total, before = 0.0, (-1, 0)
+        for chunk in self.chunks:
+            shared = max(0, before[1] - chunk.start) if before[0] == chunk.file else 0
+            total += chunk.tokens * (1 - shared / max(1, chunk.end - chunk.start))
+            before = chunk.file, chunk.end
+        return round(total)
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """Tokens of the whole document. Kept, so that each question on it has the same."""
+        return self.prompts.document(self.document)
+
+    @cached_property
+    def _lines(self) -> list[int]:
+        """The line that each chunk begins in: counted once, and not from the beginning for each."""
+        found: list[int] = []
+        file, at, line = -1, 0, 1
+        for chunk in self.chunks:
+            if chunk.file != file or chunk.start < at:
+                file, at, line = chunk.file, 0, 1
+            line += self.document.files[file].text.count("\n", at, chunk.start)
+            at = chunk.start
+            found.append(line)
+        return found

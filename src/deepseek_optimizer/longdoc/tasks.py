@@ -33,14 +33,16 @@ class Question:
             raise RequestError("question", f"has {len(self.text):,} characters, and {MOST_QUESTION:,} are the most")
 
     @property
-    def about_all(self) -> str:
-        """What is looked for where the whole document is not read."""
+    def words(self) -> str:
+        """What is looked for where the whole document is not read, and what tells passages apart."""
         return self.text
 
 
 @dataclass(frozen=True)
 class Summary:
     """A summary of the whole document."""
+
+    words = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ class Extraction:
         if self.schema.get("type", "object") != "object":
             raise RequestError("schema", f"must be of type object, got {self.schema['type']!r}; put the value into a property")
         normalise(self.schema)
+
+    @property
+    def words(self) -> str:
+        """Names of the fields, and what the schema says of them."""
+        fields = self.schema["properties"].items()
+        said = (f"{name} {field.get('description', '')}" if isinstance(field, Mapping) else name for name, field in fields)
+        return " ".join([str(self.schema.get("title", "")), str(self.schema.get("description", "")), *said]).strip()
 
 
 Task = Question | Summary | Extraction

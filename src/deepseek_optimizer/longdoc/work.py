@@ -1,4 +1,4 @@
-"""How a strategy works, without an engine: it yields batches of what a model is asked, is sent the replies, and returns a result.
+"""How a strategy works, without an engine: it yields what a model is asked, is sent the replies, and returns a result.
 
     work = answer_by(task, material)          # a generator
     batch = next(work)                        # then work.send(replies), until StopIteration, whose value is the Result

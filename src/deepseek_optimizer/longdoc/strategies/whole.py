@@ -1,0 +1,24 @@
+"""The whole document in one prompt: exact, and the next question on it reads nothing again but itself."""
+
+from __future__ import annotations
+
+from ..citations import cite
+from ..material import Material
+from ..tasks import Task, instruction
+from ..work import Ask, Batch, Result, Work
+from .replies import schema_of, value_of
+
+
+def fits(task: Task, material: Material) -> bool:
+    """Whether the whole document, the task and a reply have room. The exact count is asked only where it may be close."""
+    limits = material.limits
+    left = limits.room - material.prompts.overhead(instruction(task)) - limits.reply
+    return material.tokens <= 1.1 * left and len(material.ids) <= left
+
+
+def whole(task: Task, material: Material, reason: str) -> Work:
+    """One prompt: the document first, the task last."""
+    prompt = material.prompts.prompt(material.ids, instruction(task))
+    [reply] = yield Batch([Ask(prompt, material.limits.reply, schema_of(task))])
+    answer, text, notes = value_of(task, material, reply)
+    return Result(answer, cite(text, material.chunks, material.document, question=task.words), "whole", reason, notes)
