@@ -86,8 +86,8 @@ def part_instruction(task: Task) -> str:
     """What stands behind one part of a document that is read part by part."""
     if isinstance(task, Question):
         return (
-            "The text above is one part of a long document. Answer the question from it in a few sentences, and quote the words "
-            f"that matter. If it says nothing about the question, answer {NOTHING}.\nQuestion: {task.text.strip()}"
+            "The text above is one part of a long document. Answer the question from it in a few sentences, and quote the "
+            f"words that matter. If it says nothing about the question, answer {NOTHING}.\nQuestion: {task.text.strip()}"
         )
     if isinstance(task, Summary):
         return "The text above is one part of a long document. Summarize it in a few sentences."

@@ -1,7 +1,7 @@
 """Which strategy answers: by the document's length, what the model can take, the task and the question.
 
-What fits is read whole: that is exact. Else what is asked of the whole document (a summary, data, "how many ... in all") is asked
-of each chunk, and any other question of the chunks that have its words. A window is only taken where it was asked for: it reads
+What fits is read whole: that is exact. Else what is asked of the whole document (a summary, data, "list all ...") is asked of
+each chunk, and any other question of the chunks that have its words. A window is only taken where it was asked for: it reads
 everything and remembers the end.
 """
 
@@ -27,15 +27,16 @@ _WORK: dict[str, Callable[[Any, Material, str], Work]] = {
     "retrieve": retrieve,
 }
 STRATEGIES = tuple(_WORK)
-# Questions whose answer no few passages hold. English and the languages nearest to it in number of readers.
+# Questions whose answer no few passages hold, in the languages that most readers have.
 _OF_ALL = re.compile(
-    r"\b(summar(y|i[sz]e|ies)|tl;?dr|overview|outline|gist|main (points?|ideas?|themes?|topics?|arguments?)|key (points?|ideas?|takeaways?)"
-    r"|overall|throughout|as a whole|in (total|all)|how many|list (all|every|each)|all (the )?\w+s\b|every \w+|table of contents"
-    r"|what (is|are|does) (this|the|these) (document|book|text|report|paper|article|story|file|log|repository|code)s?"
-    r"( about| say| contain| cover| do)?\s*\??$"
-    r"|zusammenfass\w*|fasse?\b.*\bzusammen|worum geht|überblick|insgesamt|wie viele"
-    r"|résum\w*|combien|resum\w*|cuánt[oa]s|riassum\w*)"
-    r"|总结|概括|摘要|概述|主要内容|总共|要約|概要",
+    r"\b(?:summar(?:y|i[sz]e|ies)|tl;?dr|overview|outline|gist|table of contents|overall|throughout|as a whole"
+    r"|(?:main|key|central) (?:points?|ideas?|themes?|topics?|arguments?|takeaways?)"
+    r"|how many\b.*\b(?:in total|in all|altogether)"
+    r"|(?:list|name|enumerate|find|give|show|collect|what are)(?: me)? (?:all|every|each)"
+    r"|what (?:is|are|does) (?:this|the|these) (?:document|book|text|report|paper|article|story|file|log|repository|code)s?"
+    r"(?: about| say| contain| cover)?\s*\??$"
+    r"|zusammenfass\w*|fasse?\b.*\bzusammen|worum geht|überblick|insgesamt|résum\w*|resum(?:e|en|a|ir)\b|riassum\w*)"
+    r"|总结|概括|摘要|概述|主要内容|要約|概要",
     re.IGNORECASE,
 )
 

@@ -63,9 +63,9 @@ def room_for(material: Material, instruction: str, reply: int) -> int:
     if longest + PLACE > room:
         raise RequestError(
             "max_length",
-            f"chunks of up to {longest} tokens do not fit: of {limits.room} tokens that the model's context and cache have, the task "
-            f"and a reply of {reply} leave {max(room, 0)}. Take max_length={max(room - PLACE, 0)} or less, more memory, or a model "
-            "with a longer context",
+            f"chunks of up to {longest} tokens do not fit: of the {limits.room} that the model's context and cache have, the "
+            f"task and a reply of {reply} leave {max(room, 0)}. Take max_length={max(room - PLACE, 0)} or less, more memory, or "
+            "a model with a longer context",
         )
     return room
 
