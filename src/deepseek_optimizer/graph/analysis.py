@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from ..errors import GraphError
 from .ir import Graph, Node, Value
@@ -91,7 +92,21 @@ _SHAPES: Mapping[str, Callable[[Node, Graph], Shapes]] = {
     "layer_norm": _vector,
     "latent": lambda n, g: [(n.weights[0], (n.attrs["rank"],))],
     "mla_attention": _mla,
+    "latent_choose": _mla,
     "router": _router,
     "experts_gate_up": _experts,
     "experts_down": _experts,
 }
+
+
+def dynamic_rope(graph: Graph) -> Any:
+    """The `models.rope.RopeSpec` whose frequencies each sequence has for itself; None where all have the same.
+
+    Raises: GraphError where there are other tables beside it: a step brings one set of frequencies a sequence.
+    """
+    tables = [node.attrs["rope"] for node in graph.nodes if node.op == "rope_table"]
+    if not any(rope.is_dynamic for rope in tables):
+        return None
+    if len(tables) > 1:
+        raise GraphError(f"a graph with dynamic RoPE has one table of it, and this one has {len(tables)}")
+    return tables[0]

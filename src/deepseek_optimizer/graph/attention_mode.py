@@ -14,9 +14,10 @@ from typing import Literal
 
 from ..errors import ConfigError
 from .analysis import EFFECTS
-from .ir import Graph, Node, Value
+from .ir import Graph, LatentSpec, Node, Value
 
 BLOCK = 32  # tokens, the cache's
+_KEPT = {*EFFECTS, "hidden_out"} - {"index_write"}
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,12 @@ class AttentionMode:
         """Blocks that a query sees at most in sparse attention."""
         return self.budget // BLOCK
 
-    @property
-    def most(self) -> int | None:
-        """Tokens of a sequence that every later token sees or may see: those before its window, but for the sinks, are gone.
-        None: all are needed."""
-        return self.window if self.kind == "sliding" else None
-
 
 def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
-    """The graph with its attention in this mode, and the layers that changed. For graphs whose rules have been applied."""
+    """The graph with its attention in this mode, and the layers that changed. For graphs whose rules have been applied.
+
+    An indexer that nobody asks any more goes, and so does its part of the cache.
+    """
     if mode.kind == "flash":
         return graph, []
     nodes: list[Node] = []
@@ -68,7 +66,26 @@ def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
     if mode.kind == "sparse":
         chooses = any(n.op in ("block_choose", "latent_choose") for n in nodes)
         return replace(graph, nodes=nodes, cache=replace(graph.cache, summaries=chooses)), places
-    return replace(graph, nodes=_used(nodes)), places
+    cache = graph.cache
+    if isinstance(cache, LatentSpec):
+        nodes, cache = _without_indexer(nodes), replace(cache, index=0)
+    return replace(graph, nodes=nodes, cache=cache), places
+
+
+def forgetting(graph: Graph) -> tuple[int, int] | None:
+    """(window, sinks): what a sequence holds between its first `sinks` tokens and the last `window` is seen by no later token,
+    in no layer. None where some layer may see it all."""
+    found = [_span(n) for n in graph.nodes if n.op in ("attention", "mla_attention")]
+    spans = [span for span in found if span is not None]
+    if not spans or len(spans) < len(found):
+        return None
+    return max(window for window, _ in spans), max(sinks for _, sinks in spans)
+
+
+def _span(node: Node) -> tuple[int, int] | None:
+    """The window of one attention and its sinks."""
+    window = node.attrs.get("window", 0)
+    return (window, node.attrs.get("sinks", 0)) if window else None
 
 
 def _changed(node: Node, mode: AttentionMode) -> list[Node]:
@@ -99,11 +116,8 @@ def _block_sparse(node: Node, mode: AttentionMode) -> list[Node]:
 
 
 def _latent_windowed(node: Node, mode: AttentionMode) -> list[Node]:
-    chosen = Value(f"{node.outputs[0].name}.seen", mode.sinks + mode.window)
-    return [
-        Node("window_choose", (), (chosen,), attrs={"layer": node.attrs["layer"], "sinks": mode.sinks, "window": mode.window}),
-        node.with_(inputs=(node.inputs[0], chosen), attrs={**node.attrs, "form": "absorbed"}),
-    ]
+    """Also where a trained indexer chose what is seen."""
+    return [node.with_(inputs=node.inputs[:1], attrs={**node.attrs, "window": mode.window, "sinks": mode.sinks})]
 
 
 def _latent_sparse(node: Node, mode: AttentionMode) -> list[Node]:
@@ -122,12 +136,12 @@ def _choice(mode: AttentionMode) -> dict[str, int]:
     return {"blocks": mode.blocks, "sinks": mode.sinks, "window": mode.window}
 
 
-def _used(nodes: list[Node]) -> list[Node]:
-    """Without what made the choice of an indexer that nobody reads any more."""
+def _without_indexer(nodes: list[Node]) -> list[Node]:
+    """Without what made an indexer's keys and choices, which nobody reads any more."""
     kept: list[Node] = []
     read: set[Value] = set()
     for node in reversed(nodes):
-        if node.op in EFFECTS or node.op == "hidden_out" or read.intersection(node.outputs):
+        if node.op in _KEPT or read.intersection(node.outputs):
             kept.append(node)
             read.update(node.inputs)
     return kept[::-1]

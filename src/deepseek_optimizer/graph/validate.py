@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import GraphError
+from .attention_mode import BLOCK
 from .ir import CacheSpec, Graph, LatentSpec, Node, Value
 from .printing import node_text
 
@@ -57,8 +58,38 @@ def _rope_cache(node: Node, graph: Graph) -> bool:
 
 
 def _attention(node: Node, graph: Graph) -> bool:
-    grouped = node.attrs["heads"] % node.attrs["kv_heads"] == 0
-    return _same(node, graph) and node.inputs[0].width == _heads(node, "heads") and grouped and _fits_cache(node, graph)
+    a, (q, *chosen) = node.attrs, node.inputs
+    fits = q.width == node.outputs[0].width == _heads(node, "heads") and a["heads"] % a["kv_heads"] == 0
+    by_blocks = all(c.width % a["kv_heads"] == 0 for c in chosen)
+    form = a["softmax"] == "online" or (a["softmax"] == "eager" and not (chosen or a.get("sinks", 0)))
+    return fits and by_blocks and form and _span(node) and _fits_cache(node, graph)
+
+
+def _span(node: Node) -> bool:
+    """Whether a row's tokens are all, a window with its sinks, or those chosen, and not two of these."""
+    window, sinks = node.attrs.get("window", 0), node.attrs.get("sinks", 0)
+    return window >= 0 and sinks >= 0 and (window > 0 or not sinks) and not (window and len(node.inputs) > 1)
+
+
+def _choice(node: Node, graph: Graph) -> bool:
+    """Whether blocks are left to choose beside those of sinks and window, and what they are chosen by is kept."""
+    a = node.attrs
+    always = -(-a["sinks"] // BLOCK) + -(-a["window"] // BLOCK) + 1
+    return a["sinks"] >= 0 and a["window"] >= 1 and always < a["blocks"] and graph.cache.summaries
+
+
+def _block_choose(node: Node, graph: Graph) -> bool:
+    a = node.attrs
+    widths = node.inputs[0].width, node.outputs[0].width
+    fits = widths == (_heads(node, "heads"), a["kv_heads"] * a["blocks"]) and a["heads"] % a["kv_heads"] == 0
+    return fits and _choice(node, graph) and _fits_cache(node, graph)
+
+
+def _latent_choose(node: Node, graph: Graph) -> bool:
+    a, spec = node.attrs, _in_latent_cache(node, graph)
+    widths = node.inputs[0].width, node.outputs[0].width
+    fits = widths == (a["heads"] * (a["nope"] + a["rope"]), BLOCK * a["blocks"])
+    return spec is not None and (a["rank"], a["rope"]) == (spec.rank, spec.rope) and fits and _choice(node, graph)
 
 
 def _fits_cache(node: Node, graph: Graph) -> bool:
@@ -90,7 +121,7 @@ def _mla_attention(node: Node, graph: Graph) -> bool:
     widths = node.inputs[0].width, node.outputs[0].width
     fits = widths == (a["heads"] * (a["nope"] + a["rope"]), a["heads"] * a["v_dim"])
     known = a["form"] in ("expanded", "absorbed")
-    return spec is not None and (a["rank"], a["rope"]) == (spec.rank, spec.rope) and fits and known
+    return spec is not None and (a["rank"], a["rope"]) == (spec.rank, spec.rope) and fits and known and _span(node)
 
 
 def _index_write(node: Node, graph: Graph) -> bool:
@@ -123,12 +154,19 @@ def _concat(node: Node, _: Graph) -> bool:
 
 
 _HEADS = ("layer", "heads", "kv_heads", "head_dim")
+_MLA = ("layer", "heads", "nope", "rope", "rank", "v_dim")
+_CHOICE = ("blocks", "sinks", "window")
 _ROUTER = ("bias", "experts", "top_k", "groups", "top_groups", "scoring", "group_score", "normalise", "scale")
 # What a node writes of its layer's cache, and which must be there before another reads it.
 _WRITES = {"cache_write": "cache", "rope_cache": "cache", "latent_write": "latents", "index_write": "index keys"}
-_READS = {"attention": "cache", "mla_attention": "latents", "index_choose": "index keys"}
+_READS = {
+    "attention": "cache", "block_choose": "cache", "mla_attention": "latents", "latent_choose": "latents",
+    "index_choose": "index keys",
+}  # fmt: skip
 # Ops whose rows are the tokens, not the selected ones.
-_TOKEN_ROWS = {"embedding", "state_in", "rope_table", "latent", "hidden_out", "router", "experts_gate_up", "experts_down"}
+_TOKEN_ROWS = {
+    "embedding", "state_in", "rope_table", "latent", "hidden_out", "router", "experts_gate_up", "experts_down",
+}  # fmt: skip
 _TOKEN_ROWS |= {*_WRITES, *_READS}
 _OPS = {
     "embedding": _Op(0, 1, 1, ("scale",), lambda n, g: n.outputs[0].width == g.hidden_size),
@@ -139,7 +177,8 @@ _OPS = {
     "rope": _Op(2, 1, 0, ("heads", "head_dim", "interleaved"), _rope),
     "cache_write": _Op(2, 0, 0, ("layer", "kv_heads", "head_dim"), _cache),
     "rope_cache": _Op(4, 1, 0, (*_HEADS, "interleaved"), _rope_cache),
-    "attention": _Op(1, 1, 0, (*_HEADS, "scale", "window", "softmax"), _attention),
+    "attention": _Op((1, 2), 1, 0, (*_HEADS, "scale", "window", "softmax"), _attention),
+    "block_choose": _Op(1, 1, 0, (*_HEADS, *_CHOICE), _block_choose),
     "swiglu": _Op(2, 1, 0, (), _same),
     "gate_up": _Op(1, 1, 2, ("biases",), lambda n, g: len(n.attrs["biases"]) == 2),
     "add": _Op(2, 1, 0, (), _same),
@@ -150,7 +189,8 @@ _OPS = {
     "state_in": _Op(0, 1, 0, (), lambda n, g: n.outputs[0].width == g.hidden_size),
     "latent": _Op(2, 1, 1, ("eps", "rank", "interleaved"), _latent),
     "latent_write": _Op(1, 0, 0, ("layer",), _latent_write),
-    "mla_attention": _Op((1, 2), 1, 1, ("layer", "heads", "nope", "rope", "rank", "v_dim", "scale", "form"), _mla_attention),
+    "mla_attention": _Op((1, 2), 1, 1, (*_MLA, "scale", "form"), _mla_attention),
+    "latent_choose": _Op(1, 1, 1, (*_MLA, *_CHOICE), _latent_choose),
     "index_write": _Op(1, 0, 0, ("layer",), _index_write),
     "index_choose": _Op(2, 1, 0, ("layer", "heads", "index", "top_k", "scale"), _index_choose),
     "router": _Op(1, 1, 1, _ROUTER, _router),
