@@ -5,12 +5,16 @@ A position is everywhere a number of characters (Unicode code points) from the b
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .headings import headings_of
+
 DEFAULT_NAME = "text"
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 class Page(NamedTuple):
@@ -49,6 +53,19 @@ class TextFile:
         return self.pages[max(at, 0)].number if self.pages else None
 
 
+def clean(text: str) -> str:
+    """With "\\n" at the end of lines, and U+FFFD for halves of surrogate pairs, which are no characters, and for NUL."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _NO_CHARACTER.sub("\ufffd", text)
+
+
+def text_file(name: str, text: str, warnings: tuple[str, ...] = ()) -> TextFile:
+    """Of plain text, Markdown or source code, by the ending of the name."""
+    text = clean(text)
+    return TextFile(name, text, headings=headings_of(name, text), warnings=warnings)
+
+
 class Problem(NamedTuple):
     """A file that could not be read, and why, as a sentence to follow its name."""
 
@@ -69,8 +86,12 @@ class Document:
 
     @classmethod
     def of_texts(cls, texts: str | Mapping[str, str]) -> Document:
-        """A document of one text, or of several by their names. "\\r\\n" and "\\r" become "\\n"."""
-        raise NotImplementedError
+        """A document of one text, or of several by their names.
+
+        "\\r\\n" and "\\r" become "\\n". Headings are known of Markdown and source code, by the ending of the name.
+        """
+        named = {DEFAULT_NAME: texts} if isinstance(texts, str) else texts
+        return cls(tuple(text_file(name, text) for name, text in named.items()))
 
     @property
     def characters(self) -> int:

@@ -1,14 +1,24 @@
-"""A document in chunks of so many tokens, cut along its headings and paragraphs, each sharing its beginning with the one before."""
+"""A document in chunks of so many tokens, cut along headings and paragraphs; each shares its beginning with the one before.
+
+Cuts are planned by counts of short pieces (`TokenCounts`), some chunks ahead, and then each chunk is tokenised alone: its count
+is exact, and a chunk that came out too long is planned again, shorter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .document import Document
+from ..errors import ConfigError
+from .borders import last_border
+from .document import Document, TextFile
+from .token_counts import TokenCounts, count
 
 MAX_LENGTH, STRIDE = 4096, 1024  # tokens
+LEAST_LENGTH = 16  # tokens; one character can take several
+_AHEAD = 16  # chunks that are tokenised in one call at most, which uses several cores
+_SPARE = 128  # one token in so many is left free for what a chunk's own ends add to the counts
 
 
 @dataclass(frozen=True)
@@ -47,4 +57,102 @@ def split(
     Raises:
         ConfigError: max_length or stride is out of range.
     """
-    raise NotImplementedError
+    limit = _check(tokenizer, max_length, stride)
+    chunks: list[Chunk] = []
+    done, total = 0, document.characters
+    for number, file in enumerate(document.files):
+        for start, end, tokens in _Splitter(file, tokenizer, limit, stride).spans():
+            chunks.append(Chunk(len(chunks), number, start, end, tokens))
+            if progress is not None:
+                progress(done + end, total)
+        done += len(file.text)
+    return chunks
+
+
+class _Splitter:
+    """One file's chunks.
+
+    Args:
+        limit: tokens of a chunk at most, those not counted that the tokenizer adds.
+    """
+
+    def __init__(self, file: TextFile, tokenizer: Any, limit: int, stride: int) -> None:
+        self._text, self._headings = file.text, file.headings
+        self._name = file.name
+        self._tokenizer, self._limit, self._stride = tokenizer, limit, stride
+        self._aim = float(limit - limit // _SPARE)
+        self._counts = TokenCounts(tokenizer, file.text, piece=min(max(limit // 4, 32), 1024))
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(start, end, tokens) of each chunk."""
+        start: int | None = 0 if self._text else None
+        aim, most, ahead = self._aim, len(self._text), 1
+        while start is not None:
+            planned = self._plan(start, aim, most, ahead)
+            counts = count(self._tokenizer, [self._text[first:end] for first, end, _ in planned])
+            aim, most, ahead = self._aim, len(self._text), min(2 * ahead, _AHEAD)
+            for (first, end, following), tokens in zip(planned, counts, strict=True):
+                if tokens > self._limit:
+                    start, aim, most, ahead = first, self._shorter(first, end, tokens), end - 1, 1
+                    break
+                yield first, end, tokens
+                start = following
+
+    def _plan(self, start: int, aim: float, most: int, ahead: int) -> list[tuple[int, int, int | None]]:
+        """(start, end, start of the next or None) of some chunks.
+
+        Args:
+            aim, most: tokens of the first at most by the counts, and where it ends at the latest.
+            ahead: chunks at most.
+        """
+        planned: list[tuple[int, int, int | None]] = []
+        following: int | None = start
+        while following is not None and len(planned) < ahead:
+            start, end = following, self._end(following, aim, most)
+            following = self._next(start, end) if end < len(self._text) else None
+            planned.append((start, end, following))
+            aim, most = self._aim, len(self._text)
+        return planned
+
+    def _end(self, start: int, aim: float, most: int) -> int:
+        before = self._counts.before(start)
+        if self._counts.total - before <= aim and most == len(self._text):
+            return most
+        high = min(max(self._counts.character(before + aim), start + 1), most)
+        low = min(max(self._counts.character(before + 0.75 * aim), start), high - 1)
+        return last_border(self._text, self._headings, low, high)
+
+    def _next(self, start: int, end: int) -> int:
+        """Where the chunk behind text[start:end] begins."""
+        behind = self._counts.before(end)
+        # A chunk that had to be made shorter than the counts say also gives less of itself to the next.
+        shared = min(self._stride, (behind - self._counts.before(start)) * self._stride / self._limit * 4 / 3)
+        if shared < 1:
+            return end
+        high = min(max(self._counts.character(behind - shared), start + 1), end)
+        low = min(max(self._counts.character(behind - 1.25 * shared), start), high - 1)
+        return last_border(self._text, self._headings, low, high)
+
+    def _shorter(self, start: int, end: int, tokens: int) -> float:
+        """Tokens by the counts that text[start:end], which has too many, is to have less."""
+        if end - start == 1:
+            raise ConfigError(
+                f"max_length: a chunk cannot hold one character: {self._text[start]!r} of {self._name} takes {tokens} tokens"
+            )
+        counted = self._counts.before(end) - self._counts.before(start)
+        return 0.98 * counted * self._limit / tokens
+
+
+def _check(tokenizer: Any, max_length: int, stride: int) -> int:
+    """The tokens of a document's own in a chunk at most."""
+    for name, value in (("max_length", max_length), ("stride", stride)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name}: must be a whole number of tokens, got {value!r}")
+    limit = max_length - tokenizer.num_special_tokens_to_add()
+    if limit < LEAST_LENGTH:
+        raise ConfigError(f"max_length: must be at least {max_length - limit + LEAST_LENGTH}, got {max_length}")
+    if not 0 <= stride <= limit // 2:
+        raise ConfigError(
+            f"stride: must be from 0 to {limit // 2}, half of a chunk, got {stride}; with more, all would be read three times"
+        )
+    return limit

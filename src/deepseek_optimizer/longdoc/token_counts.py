@@ -1,0 +1,81 @@
+"""How many tokens stretches of a text have: counted in short pieces, so that time and memory stay linear in its length.
+
+A long word without spaces takes some tokenizers quadratic time, and a batch of long texts gigabytes. A piece ends where a word
+does, where it can, so the sum over pieces is the count of the whole but for a token here and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+_BATCH = 1 << 20  # characters that are tokenised in one call
+
+
+def count(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """The tokens of each text alone, without those that the tokenizer adds.
+
+    Special tokens in a text count as the text they are: a document never speaks as the system or a user does.
+    """
+    if not texts:
+        return []
+    ids = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return [len(row) for row in ids]
+
+
+class TokenCounts:
+    """About how many tokens lie before each character of a text.
+
+    Args:
+        piece: characters that are counted at once; between its ends, tokens are taken to be spread evenly.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, piece: int) -> None:
+        ends, counts = [0], [0]
+        for batch in _batches(pieces(text, piece)):
+            ends += [end for _, end in batch]
+            counts += count(tokenizer, [text[start:end] for start, end in batch])
+        self._characters = np.array(ends, dtype=np.int64)
+        self._tokens = np.cumsum(counts, dtype=np.int64)
+
+    @property
+    def total(self) -> int:
+        """Of the whole text."""
+        return int(self._tokens[-1])
+
+    def before(self, character: int) -> float:
+        """Tokens of text[:character]."""
+        return float(np.interp(character, self._characters, self._tokens))
+
+    def character(self, tokens: float) -> int:
+        """The character that has so many tokens before it."""
+        return int(np.interp(tokens, self._tokens, self._characters))
+
+
+def pieces(text: str, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of pieces of at most `size` characters that cover a text, cut at the end of a line or before a space where
+    their second half has one."""
+    at = 0
+    while len(text) - at > size:
+        low, high = at + size // 2, at + size
+        newline, space = text.rfind("\n", low, high) + 1, text.rfind(" ", low + 1, high)
+        end = max(newline, space) if max(newline, space) > low else high
+        yield at, end
+        at = end
+    if at < len(text):
+        yield at, len(text)
+
+
+def _batches(spans: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    batch: list[tuple[int, int]] = []
+    for span in spans:
+        if batch and span[1] - batch[0][0] > _BATCH:
+            yield batch
+            batch = []
+        batch.append(span)
+    if batch:
+        yield batch
