@@ -94,6 +94,8 @@ struct Kernels {
                             int64_t r0, int64_t r1, int64_t ctx, int64_t window, float scale, int64_t chunk, float* part, uint8_t* scratch);
   // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
   void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
+  // The same, to what a chunk would have been that saw all of it: a part, which a later merge takes. Of one part, that part.
+  void (*attn_fold)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
   // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
   // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
   void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,

@@ -49,10 +49,10 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
       }
 }
 
-// out = sum of o 2^(m - largest m), over the sum of l 2^(m - largest m); chunks that saw nothing have m = -inf and weigh 0.
-// Up to 64 columns at a time: the weights are the same for all.
-template <int N> DSO_INLINE void merge_columns(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns, float* out) {
-  F o[N], l = zero();
+// Sums of o and l over chunks, each times 2^(m - top); chunks that saw nothing have m = -inf and weigh 0. Up to 64 columns at a
+// time: the weights are the same for all.
+template <int N> DSO_INLINE F merge_columns(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns, F (&o)[N]) {
+  F l = zero();
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) o[n] = zero();
   for (int64_t c = 0; c < chunks; ++c) {
@@ -62,17 +62,38 @@ template <int N> DSO_INLINE void merge_columns(const float* part, int64_t part_s
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) o[n] = fma(weight, load(p + 16 + column + 16 * n, columns - 16 * n), o[n]);
   }
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) store(out + column + 16 * n, div(o[n], l), columns - 16 * n);
+  return l;
 }
 
-static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
+// Of the sums' columns [column, column + columns): divided by the sum of weights, or as they are, behind m and l of a part.
+template <int N, bool whole>
+DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns, float* out) {
+  F o[N];
+  const F l = merge_columns<N>(part, part_stride, chunks, top, column, columns, o);
+  if constexpr (!whole) {
+    float sums[16];
+    store(sums, l);
+    out[1] = sums[0];
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) store(out + (whole ? 0 : 16) + column + 16 * n, whole ? div(o[n], l) : o[n], columns - 16 * n);
+}
+
+template <bool whole> static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
   float top = minus_infinity();
   for (int64_t c = 0; c < chunks; ++c)
     if (part[c * part_stride] > top) top = part[c * part_stride];
+  if (!whole) out[0] = top;
   if (top == minus_infinity()) top = 0;
   int64_t i = 0;
-  for (; i + 64 <= head_dim; i += 64) merge_columns<4>(part, part_stride, chunks, top, i, 64, out);
-  for (; i < head_dim; i += 16) merge_columns<1>(part, part_stride, chunks, top, i, head_dim - i, out);
+  for (; i + 64 <= head_dim; i += 64) merged<4, whole>(part, part_stride, chunks, top, i, 64, out);
+  for (; i < head_dim; i += 16) merged<1, whole>(part, part_stride, chunks, top, i, head_dim - i, out);
+}
+
+static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
+  merge_parts<true>(part, part_stride, chunks, head_dim, out);
+}
+static void attn_fold(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
+  merge_parts<false>(part, part_stride, chunks, head_dim, out);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -54,6 +54,7 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .kv_turn = isa::kv_turn,
       .attn_decode_chunk = isa::attn_decode_chunk,
       .attn_merge = isa::attn_merge,
+      .attn_fold = isa::attn_fold,
       .attn_prefill = isa::attn_prefill,
       .attn_eager = isa::attn_eager,
       .attn_scratch = isa::attn_scratch_bytes,
