@@ -34,7 +34,7 @@ def test_both_forms_of_attention(queries: int, context: int, sparse: bool) -> No
     heads, nope, rope, rank, v_dim, keys = 3, 5, 4, 7, 6, queries + context
     q, latents = randn(queries, heads, nope + rope), randn(keys, rank + rope, seed=1)
     kv_b = randn(heads, nope + v_dim, rank, seed=2)
-    mask = ops.visible(queries, context, keys, 0, q.device)
+    mask = ops.visible(queries, context, torch.arange(keys))
     if sparse:
         mask &= randn(queries, keys, seed=3) > 0
         mask[torch.arange(queries), context + torch.arange(queries)] = True

@@ -47,7 +47,7 @@ def test_attention(attend: object, queries: int, context: int, window: int) -> N
         randn(keys, kv_heads, head_dim, seed=1),
         randn(keys, kv_heads, head_dim),
     )
-    mask = ops.visible(queries, context, keys, window, q.device)
+    mask = ops.visible(queries, context, torch.arange(keys), window)
     actual = attend(q, k, v, mask, 2.0)  # type: ignore[operator]
     for i in range(queries):
         last = context + i
@@ -60,7 +60,7 @@ def test_attention(attend: object, queries: int, context: int, window: int) -> N
 
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = 100 * randn(4, 1, 1, 8), 100 * randn(64, 1, 8), randn(64, 1, 8)
-    mask = ops.visible(4, 60, 64, 0, q.device)
+    mask = ops.visible(4, 60, torch.arange(64))
     online = ops.attention_online(q, k, v, mask, 1.0)
     assert online.isfinite().all()
     torch.testing.assert_close(online, ops.attention(q, k, v, mask, 1.0))

@@ -9,8 +9,12 @@ from ...graph.ir import Graph
 from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
 
 
-def check_batch(batch: StepBatch, graph: Graph, num_blocks: int) -> None:
-    """Raises BackendError, naming the field, where a batch contradicts itself, the graph or the cache."""
+def check_batch(batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int, int] | None = None) -> None:
+    """Raises BackendError, naming the field, where a batch contradicts itself, the graph or the cache.
+
+    Args:
+        span: the graph's window and sinks (`graph.attention_mode.forgetting`): blocks that no row sees need not be there.
+    """
     tokens, sequences = len(batch.positions), len(batch.query_len)
     _require(tokens > 0 and sequences > 0, "query_len", "a step needs at least one token")
     for name in ("context_len", "phase", "block_table"):
@@ -24,7 +28,7 @@ def check_batch(batch: StepBatch, graph: Graph, num_blocks: int) -> None:
     phases = set(batch.phase.tolist())
     _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "decode comes first, then prefill")
     _check_inputs(batch, graph, tokens)
-    _check_blocks(batch, num_blocks)
+    _check_blocks(batch, num_blocks, span)
     rows = batch.logit_rows
     inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
     _require(inside and (np.diff(rows) > 0).all(), "logit_rows", f"must ascend within [0, {tokens})")
@@ -43,11 +47,15 @@ def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
     _require(((ids >= 0) & (ids < graph.vocab_size)).all(), "token_ids", f"must lie in [0, {graph.vocab_size})")
 
 
-def _check_blocks(batch: StepBatch, num_blocks: int) -> None:
+def _check_blocks(batch: StepBatch, num_blocks: int, span: tuple[int, int] | None) -> None:
     needed = -(-(batch.context_len + batch.query_len) // BLOCK_TOKENS)
     _require(int(np.max(needed)) <= batch.block_table.shape[1], "block_table", "has too few blocks for its sequence")
-    for table, count in zip(batch.block_table, needed, strict=True):
+    for table, count, context in zip(batch.block_table, needed, batch.context_len, strict=True):
         used = table[:count]
+        if span is not None:
+            window, sinks = span
+            unseen = slice(-(-sinks // BLOCK_TOKENS), max(0, context + 1 - window) // BLOCK_TOKENS)
+            used = np.delete(used, unseen)
         _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"names blocks outside [0, {num_blocks})")
 
 

@@ -40,10 +40,14 @@ def attend_absorbed(
     """
     rank = kv_b.shape[-1]
     nope = q.shape[-1] - (latents.shape[-1] - rank)
-    q = torch.cat((torch.einsum("qhn,hnr->qhr", q[..., :nope], kv_b[:, :nope]), q[..., nope:]), -1)
     keys = latents[:, None]  # one head's, which all query heads share
-    mixed = ops.attention_online(q[:, None], keys, keys[..., :rank], mask, scale)[:, 0]
+    mixed = ops.attention_online(absorbed(q, kv_b, nope)[:, None], keys, keys[..., :rank], mask, scale)[:, 0]
     return torch.einsum("qhr,hvr->qhv", mixed, kv_b[:, nope:])
+
+
+def absorbed(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
+    """Queries [queries, heads, nope + rope] in the space of latent rows, [queries, heads, rank + rope]."""
+    return torch.cat((torch.einsum("qhn,hnr->qhr", q[..., :nope], kv_b[:, :nope]), q[..., nope:]), -1)
 
 
 def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

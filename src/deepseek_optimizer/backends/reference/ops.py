@@ -51,11 +51,27 @@ def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, of
     return torch.cat((before, turned, behind), -1).flatten(-2)
 
 
-def visible(queries: int, context: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
-    """bool [queries, keys]: query i is token context + i; it sees itself and what lies before, `window` tokens if not 0."""
-    query = torch.arange(context, context + queries, device=device)[:, None]
-    key = torch.arange(keys, device=device)[None, :]
-    return (key <= query) & (key > query - window) if window else key <= query
+def visible(queries: int, context: int, keys: torch.Tensor, window: int = 0, sinks: int = 0) -> torch.Tensor:
+    """bool [queries, keys]: query i is token context + i; it sees itself and what lies before, with a window the last `window`
+    of these and the first `sinks`.
+
+    Args:
+        keys: int64 [keys], numbers of tokens of the sequence.
+    """
+    query = torch.arange(context, context + queries, device=keys.device)[:, None]
+    seen = keys <= query
+    return seen & ((keys > query - window) | (keys < sinks)) if window else seen
+
+
+def tokens_seen(queries: int, context: int, window: int, sinks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the sequence's blocks that may hold what a query sees, and of the tokens in them: int64, ascending."""
+    total = context + queries
+    blocks = torch.arange(-(-total // BLOCK_TOKENS), device=device)
+    if window:
+        first = max(0, context + 1 - window) // BLOCK_TOKENS
+        blocks = blocks[(blocks >= first) | (blocks < -(-sinks // BLOCK_TOKENS))]
+    tokens = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device)).flatten()
+    return blocks, tokens[tokens < total]
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
@@ -65,7 +81,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
         q: float32 [queries, kv_heads, group, head_dim]: the `group` query heads that share a K and V.
         k: float32 [keys, kv_heads, head_dim].
         v: float32 [keys, kv_heads, v_dim].
-        mask: bool [queries, keys], True where a query sees a key.
+        mask: bool [queries, keys], True where a query sees a key; or [queries, kv_heads, keys].
 
     Returns: float32 [queries, kv_heads, group, v_dim].
     """
@@ -80,7 +96,7 @@ def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     total, out = q.new_zeros(q.shape[:-1]), q.new_zeros((*q.shape[:-1], v.shape[-1]))
     for begin in range(0, len(k), BLOCK_TOKENS):
         block = slice(begin, begin + BLOCK_TOKENS)
-        scores = _scores(q, k[block], mask[:, block], scale)
+        scores = _scores(q, k[block], mask[..., block], scale)
         top = torch.maximum(m, scores.amax(-1))
         shift = torch.where(top == -torch.inf, 0.0, top)  # nothing seen yet: keep e^(-inf - shift) at 0, not NaN
         weight = torch.exp(scores - shift[..., None])
@@ -93,7 +109,8 @@ def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
 
 def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     scores = torch.einsum("qhgd,khd->qhgk", q, k) * scale
-    return scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    by_head = mask if mask.ndim == 3 else mask[:, None]
+    return scores.masked_fill(~by_head[:, :, None], -torch.inf)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from ...errors import BackendError
 from ...graph.analysis import hidden_only, weight_shapes
+from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, Node, Value
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ..base import StepBatch, StepOutput, reach_of
-from . import latent, moe, ops
+from . import choose, latent, moe, ops
 from .checks import check_batch
 from .store import Store
 
@@ -53,12 +54,13 @@ class ReferencePlan:
         }
         self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedWeight)}
         self._activation = {name: _activation(self._formats.get(name), activation) for name in graph.weights()}
+        self._span = forgetting(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: Store) -> StepOutput:
-        check_batch(batch, self.graph, store.num_blocks)
+        check_batch(batch, self.graph, store.num_blocks, self._span)
         step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device))
         unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
         for i, node in enumerate(self.graph.nodes):
@@ -147,17 +149,52 @@ class ReferencePlan:
         self._cache_write(step, node, ops.rope(k, table, node.attrs["kv_heads"], interleaved), v)
         return (ops.rope(q, table, node.attrs["heads"], interleaved),)
 
-    def _attention(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _attention(
+        self, step: _Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """In float32 whatever the rows' dtype; the result is rounded to it."""
-        attend = ops.attention_online if node.attrs["softmax"] == "online" else ops.attention
-        q = q.float().unflatten(-1, (node.attrs["kv_heads"], -1, node.attrs["head_dim"]))
+        a, attend = node.attrs, ops.attention_online if node.attrs["softmax"] == "online" else ops.attention
+        q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
         out = torch.empty_like(q)
         for rows, context, table in step.sequences:
-            queries = rows.stop - rows.start
-            k, v = step.store.gather(node.attrs["layer"], table, context + queries)
-            mask = ops.visible(queries, context, context + queries, node.attrs["window"], self.device)
-            out[rows] = attend(q[rows], k, v, mask, node.attrs["scale"])
+            blocks, tokens, mask = self._seen(node, rows, context)
+            k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
+            if chosen is not None:
+                by_head = chosen[rows].unflatten(-1, (a["kv_heads"], -1))
+                mask = mask[:, None] & choose.seen_tokens(by_head, len(tokens))
+            out[rows] = attend(q[rows], k, v, mask, a["scale"])
         return (out.flatten(1).to(self.dtype),)
+
+    def _seen(self, node: Node, rows: slice, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a sequence the blocks to be read, the numbers of the tokens in them, and which of these each row sees. What lies
+        between a window and its sinks is not read: it may be gone."""
+        queries, window, sinks = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("sinks", 0)
+        blocks, tokens = ops.tokens_seen(queries, context, window, sinks, self.device)
+        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks)
+
+    def _block_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In float32 whatever the rows' dtype: so are the numbers of blocks that come out."""
+        a, made = node.attrs, []
+        q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
+        for rows, context, table in step.sequences:
+            keys, _ = step.store.gather(a["layer"], table, context + rows.stop - rows.start)
+            made.append(self._chosen_blocks(step, node, q[rows], keys, context).flatten(1))
+        return (torch.cat(made),)
+
+    def _latent_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A latent row is one key of all heads."""
+        a, made = node.attrs, []
+        kv_b = self._weights[node.weights[0]].float().unflatten(0, (a["heads"], -1))
+        q = latent.absorbed(q.float().unflatten(-1, (a["heads"], -1)), kv_b, a["nope"])[:, None]
+        for rows, context, table in step.sequences:
+            keys = step.store.gather(a["layer"], table, context + rows.stop - rows.start)[:, None]
+            made.append(choose.tokens_of(self._chosen_blocks(step, node, q[rows], keys, context)[:, 0], context))
+        return (torch.cat(made),)
+
+    def _chosen_blocks(self, step: _Step, node: Node, q: torch.Tensor, keys: torch.Tensor, context: int) -> torch.Tensor:
+        a = node.attrs
+        exact = step.store.kv_dtype == "fp32"
+        return choose.choose_blocks(q, keys, context, a["blocks"], a["sinks"], a["window"], exact)
 
     def _latent(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (latent.latent(x, table, self._weights[node.weights[0]], node.attrs["eps"], node.attrs["interleaved"]),)
@@ -176,11 +213,10 @@ class ReferencePlan:
         out = q.new_empty(*q.shape[:2], a["v_dim"])
         kv_b = self._weights[name].float().unflatten(0, (a["heads"], -1))
         for rows, context, table in step.sequences:
-            keys = context + rows.stop - rows.start
-            latents = step.store.gather(a["layer"], table, keys)
-            mask = ops.visible(keys - context, context, keys, 0, self.device)
+            blocks, tokens, mask = self._seen(node, rows, context)
+            latents = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:
-                mask &= latent.seen(chosen[rows], keys)
+                mask &= latent.seen(chosen[rows], len(tokens))
             if a["form"] == "absorbed":
                 out[rows] = latent.attend_absorbed(q[rows], latents, kv_b, mask, a["scale"])
             else:
@@ -200,7 +236,7 @@ class ReferencePlan:
         for rows, context, table in step.sequences:
             keys = context + rows.stop - rows.start
             scores = latent.index_scores(q[rows], weights[rows], step.store.gather_index(a["layer"], table, keys), a["scale"])
-            chosen.append(latent.choose(scores, ops.visible(keys - context, context, keys, 0, self.device), a["top_k"]))
+            chosen.append(latent.choose(scores, self._seen(node, rows, context)[2], a["top_k"]))
         return (torch.cat(chosen),)
 
     def _router(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -263,9 +299,11 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "cache_write": ReferencePlan._cache_write,
     "rope_cache": ReferencePlan._rope_cache,
     "attention": ReferencePlan._attention,
+    "block_choose": ReferencePlan._block_choose,
     "latent": ReferencePlan._latent,
     "latent_write": ReferencePlan._latent_write,
     "mla_attention": ReferencePlan._mla_attention,
+    "latent_choose": ReferencePlan._latent_choose,
     "index_write": ReferencePlan._index_write,
     "index_choose": ReferencePlan._index_choose,
     "router": ReferencePlan._router,
