@@ -14,6 +14,7 @@ Where a token occurred several times, all of its occurrences count alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,24 +59,41 @@ def induction_model(
 
 @dataclass(frozen=True)
 class Haystack:
-    """ids: BOS, fillers, `key` at `place`, `value` behind it, fillers, `key` again as the last token; the model answers `value`."""
+    """ids: BOS, fillers, and among them each of `keys` once, at `places`, with its value behind it; then all keys again, as
+    questions, so that after the last `len(keys)` tokens the model answers `values`."""
 
     ids: list[int]
-    key: int
-    value: int
-    place: int
+    keys: list[int]
+    values: list[int]
+    places: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens before the questions."""
+        return len(self.ids) - len(self.keys)
 
 
-def haystack(vocab: int, length: int, depth: float, seed: int = 0) -> Haystack:
-    """`length` tokens; `depth` from 0 (the needle stands behind BOS) to 1 (just before the question). The key stands nowhere
-    else."""
+def haystack(vocab: int, length: int, depths: Sequence[float], seed: int = 0) -> Haystack:
+    """`length` tokens in all, with a needle at each of `depths`, from 0 (right behind BOS) to 1 (right before the questions).
+    Needles that would overlap stand one behind the other.
+
+    Raises: ValueError, more needles than there is room or tokens for.
+    """
+    count = len(depths)
     generator = torch.Generator().manual_seed(seed)
-    key, value = (torch.randperm(vocab - 1, generator=generator)[:2] + 1).tolist()
-    fillers = torch.tensor([token for token in range(1, vocab) if token != key])
+    order = (torch.randperm(vocab - 1, generator=generator) + 1).tolist()
+    keys, fillers = order[:count], torch.tensor(order[count:])
+    last = length - count - 2
+    if count >= vocab - 1 or last < 2 * count:
+        raise ValueError(f"{count} needles do not go into {length} tokens of {vocab} kinds")
     ids = fillers[torch.randint(len(fillers), (length,), generator=generator)]
-    place = 1 + round(depth * (length - 4))
-    ids[0], ids[place], ids[place + 1], ids[-1] = BOS, key, value, key
-    return Haystack(ids.tolist(), key, value, place)
+    places: list[int] = []
+    for number, depth in enumerate(sorted(depths)):
+        wanted = min(1 + round(depth * (last - 1)), last - 2 * (count - 1 - number))
+        places.append(max(wanted, places[-1] + 2 if places else 1))
+    where = torch.tensor(places)
+    ids[0], ids[where], ids[length - count :] = BOS, torch.tensor(keys), torch.tensor(keys)
+    return Haystack(ids.tolist(), keys, ids[where + 1].tolist(), places)
 
 
 def _pairs(head_dim: int, max_positions: int) -> tuple[list[int], list[int]]:
