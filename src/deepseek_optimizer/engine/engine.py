@@ -71,20 +71,28 @@ class Engine:
             RequestError: a prompt cannot be served; nothing was run.
         """
         requests = [self._request(prompt, sampling or SamplingParams()) for prompt in prompts]
-        for request in requests:
-            self.core.check(request)
         found = {request.id: Completion() for request in requests}
-        for output in self._outputs(requests):
-            found[output.request_id].add(output)
+        for outputs in self.steps(requests):
+            for output in outputs:
+                found[output.request_id].add(output)
         return [found[request.id] for request in requests]
 
     def stream(self, prompt: str | list[int] | Request, sampling: SamplingParams | None = None) -> Iterator[Output]:
         """One answer as it comes; leaving the loop ends it."""
-        request = self._request(prompt, sampling or SamplingParams())
-        self.core.check(request)
-        yield from self._outputs([request])
+        for outputs in self.steps([self._request(prompt, sampling or SamplingParams())]):
+            yield from outputs
 
-    def _outputs(self, requests: list[Request]) -> Iterator[Output]:
+    def steps(self, requests: Sequence[Request]) -> Iterator[list[Output]]:
+        """What each step brings, until all have ended; nothing where it only read prompts. Leaving the loop ends them.
+
+        Args:
+            requests: with ids, no two alike.
+
+        Raises:
+            RequestError: one cannot be served; nothing was run.
+        """
+        for request in requests:
+            self.core.check(request)
         waiting = {request.id for request in requests}
         for request in requests:
             self.core.add(request)
@@ -92,10 +100,8 @@ class Engine:
             while waiting:
                 with self._entered():
                     outputs = self.core.step()
-                for output in outputs:
-                    if output.finish is not None:
-                        waiting.discard(output.request_id)
-                    yield output
+                waiting -= {output.request_id for output in outputs if output.finish is not None}
+                yield outputs
         finally:
             for request_id in waiting:
                 self.core.cancel(request_id)

@@ -164,10 +164,18 @@ class Runtime:
     @property
     def arena(self) -> Arena:
         if self._arena is None:
-            blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), self.config.kv_cache_memory)
-            store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
-            self._arena = Arena(store, self.graph.hidden_states - 1, _latent_row(self.graph), _rotation(self.graph))
+            self._arena = self.new_arena(self.config.kv_cache_memory)
         return self._arena
+
+    def new_arena(self, memory: int | None) -> Arena:
+        """Cache memory for this model, beside its own.
+
+        Args:
+            memory: bytes that it may grow to; None: what is free, less a reserve.
+        """
+        blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), memory)
+        store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
+        return Arena(store, self.graph.hidden_states - 1, _latent_row(self.graph), _rotation(self.graph))
 
     @property
     def kv_dtype(self) -> str:
