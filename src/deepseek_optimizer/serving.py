@@ -18,8 +18,10 @@ from .engine.speculative.draft_model import DraftModelProposer
 from .engine.speculative.mtp import MtpProposer
 from .engine.speculative.prompt_lookup import PromptLookupProposer
 from .errors import ConfigError, UnsupportedRequestError
+from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
 from .graph.rotation import key_rotation
+from .integration.arena import Arena
 from .integration.runtime import Runtime, runtime_of
 from .integration.threads import one_torch_thread
 
@@ -35,7 +37,8 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
         model: of `load_model`, `from_pretrained` with our config, or `DynamicGraphOptimizer.optimize()`.
         tokenizer: for prompts and answers that are text.
         options: of `EngineOptions`, where the model's config does not say; `drafts=False`: no speculative decoding;
-            `draft_model`: a small optimised model of the same tokenizer that drafts for this one.
+            `draft_model`: a small optimised model of the same tokenizer that drafts for this one; `arena`: cache memory to
+            use in place of the model's own, of `model.dso.new_arena(bytes)`.
 
     Raises:
         ConfigError: not an optimised model, an unknown option, or one that this model cannot do.
@@ -65,6 +68,7 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     config = runtime.config
     drafts = given.pop("drafts", True)
     draft_model = given.pop("draft_model", None)
+    arena = given.pop("arena", None) or runtime.arena
     unknown = set(given) - {f.name for f in fields(EngineOptions)}
     if unknown:
         raise ConfigError(
@@ -83,9 +87,8 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and a window: when one slides depends on how prompts are cut; choose one")
         key_rotation(runtime.graph)  # an error where keys cannot be moved
-    if options.batch_invariant and any(n.op == "rope_table" and n.attrs["rope"].is_dynamic for n in runtime.graph.nodes):
-        raise ConfigError("batch_invariant=True: this model's RoPE is dynamic, it follows the longest sequence of a step")
     vocab = runtime.graph.vocab_size
+    rope = dynamic_rope(runtime.graph)
     latent = isinstance(runtime.graph.cache, LatentSpec)
     facts = ModelFacts(
         vocab_size=vocab,
@@ -93,19 +96,20 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         context=runtime.graph.max_positions,
         eos=_ends(model),
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
+        plain=None if rope is None else rope.context,
     )
-    runner = Runner(runtime.plan, runtime.arena, vocab if native else 0)
-    proposers = _proposers(runtime, draft_model) if drafts else None
-    core = EngineCore(runner, runtime.arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
+    runner = Runner(runtime.plan, arena, vocab if native else 0)
+    proposers = _proposers(runtime, arena, draft_model) if drafts else None
+    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
     return core, one_torch_thread if native else nullcontext
 
 
-def _proposers(runtime: Runtime, draft_model: Any) -> list[tuple[Proposer, int]]:
+def _proposers(runtime: Runtime, arena: Arena, draft_model: Any) -> list[tuple[Proposer, int]]:
     found: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
     if draft_model is not None:
         found.append((_draft_model(runtime, draft_model), _DRAFT_MODEL))
     if plans := runtime.mtp_plans:
-        layers = [Runner(plan, runtime.arena) for plan in plans]
+        layers = [Runner(plan, arena) for plan in plans]
         found.append((MtpProposer(layers, lambda _, __, logits: (int(largest(logits[None])), None)), max(_MTP, len(plans))))
     return found
 

@@ -18,10 +18,12 @@ from .block_manager import BLOCK_TOKENS, BlockManager
 Key = bytes
 
 
-def keys(tokens: list[int], salt: str, blocks: int, known: list[Key] | None = None) -> list[Key]:
-    """Keys of the first `blocks` full blocks; `known` are those of the first few, found before."""
+def keys(tokens: list[int], salt: str, blocks: int, known: list[Key] | None = None, *, frequencies: int = 0) -> list[Key]:
+    """Keys of the first `blocks` full blocks; `known` are those of the first few, found before. Blocks whose keys other
+    `frequencies` have turned (0: the plain ones) are others."""
     found = list(known or ())
-    before = found[-1] if found else hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    start = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=frequencies.to_bytes(8, "little"))
+    before = found[-1] if found else start.digest()
     for block in range(len(found), blocks):
         content = np.array(tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS], np.int32).tobytes()
         before = hashlib.blake2b(before + content, digest_size=16).digest()

@@ -50,6 +50,7 @@ class ModelFacts:
         context: positions it has; what prompt and text may take together.
         eos: tokens that end a text.
         chunk: tokens that prompts are always cut into, because the model's arithmetic depends on where; None: anywhere.
+        plain: tokens up to which a text has the plain frequencies, where RoPE is dynamic; None: all have them.
     """
 
     vocab_size: int
@@ -57,6 +58,7 @@ class ModelFacts:
     context: int
     eos: frozenset[int]
     chunk: int | None = None
+    plain: int | None = None
 
 
 class EngineCore:
@@ -89,7 +91,7 @@ class EngineCore:
         low, high = options.batch_size_range
         self.sliding: Sliding | None = None
         if options.window is not None:
-            window = window_of(options.window, facts.context, self.blocks)
+            window = window_of(options.window, facts.plain or facts.context, self.blocks)
             self.sliding = Sliding(memory, self.prefix, window, options.sinks, self._moved)
         self.scheduler = Scheduler(
             memory,
@@ -148,8 +150,10 @@ class EngineCore:
         if self.idle:
             self._idle_since = None
         self._count += 1
+        most = self.check(request)
+        reach = self._reach(request, most)
         with self.memory.locked() as manager:
-            sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager))
+            sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager), reach=reach)
         running = Running(
             number=self._count,
             request=request,
@@ -161,13 +165,19 @@ class EngineCore:
                 include_stop=sampling.include_stop,
                 skip_special_tokens=sampling.skip_special_tokens,
             ),
-            most=self.check(request),
+            most=most,
             arrived=self.clock(),
             prompt=len(request.prompt),
             pinned=request.pinned if self.sliding is not None else (),
+            frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
         )
         self._requests[request.id] = running
         self.scheduler.add(running)
+
+    def _reach(self, request: Request, most: int) -> int:
+        """Tokens that it may have in the cache at once."""
+        tokens = len(request.prompt) + (0 if request.embed else most)
+        return min(tokens, self.facts.context if self.sliding is None else self.sliding.window)
 
     def cancel(self, request_id: str) -> None:
         """It ends with the next step, if it has not ended yet."""

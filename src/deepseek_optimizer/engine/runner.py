@@ -114,8 +114,15 @@ class Runner:
             states=states,
             last_hidden=last_hidden,
             logits=logits,
+            reach=_reach(parts),
         )
         return self.memory.run(self.plan, batch)
+
+
+def _reach(parts: list[Part]) -> Int32 | None:
+    """int32 [S]; None where the sequences leave it to each step."""
+    reach = [part.sequence.reach for part in parts]
+    return None if None in reach else np.array(reach, np.int32)
 
 
 def _tables(blocks: list[list[int]]) -> Int32:

@@ -23,6 +23,7 @@ class Running:
         most: tokens of text at most.
         prompt: tokens of the sequence that came with the request; fewer after a window has dropped some.
         generated: tokens of text so far, those that a window dropped included.
+        frequencies: the tokens that its RoPE's frequencies are made for where they are not the plain ones; 0: they are.
         keys: of its full blocks, as far as they were needed; no block behind the first that a window has moved has one.
         shareable: blocks from the beginning that may be shared with others; None: all.
         registered: blocks from the beginning that are in the prefix cache.
@@ -43,6 +44,7 @@ class Running:
     arrived: float
     prompt: int
     generated: int = 0
+    frequencies: int = 0
     keys: list[Key] = field(default_factory=list)
     shareable: int | None = None
     registered: int = 0

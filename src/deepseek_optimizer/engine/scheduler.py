@@ -228,7 +228,8 @@ class Scheduler:
 
     def _know_keys(self, running: Running, blocks: int) -> None:
         if len(running.keys) < blocks:
-            running.keys = keys(running.sequence.tokens, running.request.salt, blocks, running.keys)
+            tokens, salt = running.sequence.tokens, running.request.salt
+            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies)
 
     def _free(self, running: Running) -> None:
         with self.memory.locked():

@@ -19,12 +19,15 @@ class Sequence:
         tokens: of the prompt and generated, as the cache has them: no padding.
         blocks: of the cache.
         first_position: RoPE position of token 0; the others count on from there.
+        reach: for how many tokens its frequencies are made, where RoPE is dynamic: as many as it may get, for its whole life.
+            None: in each step for those that it has.
     """
 
     index: int
     tokens: list[int]
     blocks: SequenceBlocks
     first_position: int = 0
+    reach: int | None = None
 
     @property
     def cached(self) -> int:

@@ -32,6 +32,9 @@ class PagedState:
         kept: bool [rows, columns], which columns are real tokens; None where all are.
         recording: Transformers will roll back: calls of several tokens verify guesses (assisted decoding).
         steps: forward calls since `recording` was set; the first of them is still a prefill.
+        length: columns that a row may come to have, by which its `reach` is set at its first token; None: nobody knows.
+        reach: int32 [rows], for how many tokens each row's frequencies are made, where RoPE is dynamic; 0: in each call for those
+            that it has then.
         follower: given the last hidden states of every token that a forward call adds: (row, float32 [n, H], in order).
     """
 
@@ -41,6 +44,8 @@ class PagedState:
         self.columns = 0
         self.kept: Bool | None = None
         self.recording, self.steps = False, 0
+        self.length: int | None = None
+        self.reach: Int32 = np.zeros(0, np.int32)
         self.follower: Callable[[int, torch.Tensor], None] | None = None
         self._tables: Int32 = np.zeros((0, 1), np.int32)
         weakref.finalize(self, arena.reclaim, self.sequences).atexit = False
@@ -50,6 +55,7 @@ class PagedState:
         with self.arena.locked() as manager:
             self.sequences += [SequenceBlocks(manager) for _ in range(rows)]
         self._tables = np.zeros((rows, 4), np.int32)
+        self.reach = np.zeros(rows, np.int32)
 
     def replace(self, sequences: list[SequenceBlocks], kept: Bool | None) -> None:
         """Puts other sequences in place of these; whoever is not among them must have been freed."""
@@ -146,6 +152,7 @@ class PagedState:
             for sequence in self.sequences:
                 sequence.free()
         self.replace(made, None if self.kept is None else self.kept[rows])
+        self.reach = self.reach[rows]
 
     def fork(self) -> PagedState:
         twin = PagedState(self.arena)
@@ -153,12 +160,13 @@ class PagedState:
             made = [sequence.fork() for sequence in self.sequences]
         twin.replace(made, None if self.kept is None else self.kept.copy())
         twin.columns, twin.recording, twin.steps = self.columns, self.recording, self.steps
+        twin.length, twin.reach = self.length, self.reach.copy()
         return twin
 
     def clear(self) -> None:
         self.arena.reclaim(list(self.sequences))
         self.replace([], None)
-        self.columns = 0
+        self.columns, self.length, self.reach = 0, None, np.zeros(0, np.int32)
 
 
 class PagedLayer(CacheLayerMixin):

@@ -1,8 +1,8 @@
 """Room for more tokens than a model was trained for, by its RoPE: YaRN (Peng et al. 2023) or dynamic NTK scaling.
 
-A Transformers config says it all: `rope_parameters`, and with YaRN `max_position_embeddings` too. (The dynamic kind's formula takes
-the trained length from there, so it stays; the room is `factor` times as much.) So the config is changed before a model is made
-from it, graph and Transformers' own modules follow, and what is saved opens in the same way.
+A Transformers config says it all: `rope_parameters`, and with YaRN `max_position_embeddings` too. (The dynamic kind's formula
+takes the trained length from there, so it stays; the room is `factor` times as much.) So the config is changed before a model
+is made from it, graph and Transformers' own modules follow, and what is saved opens in the same way.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..engine.sampler import largest
-from .cache import PagedCache
+from ..graph.analysis import dynamic_rope
+from .cache import PagedCache, PagedState
 from .checks import check_generation, check_prompt
 from .compat import CACHE_NAMES, cache_name
 from .instance_method import Replacement
@@ -51,9 +52,11 @@ class PlanGenerate(Replacement):
         config, inputs = self._settled(call)
         check_prompt(inputs, call.get("attention_mask"), self.runtime.graph)
         check_generation(config)
+        longest = self._longest(call, config, inputs)
         cache = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
         reason = self.runtime.changed()
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
+            self._may_go_beyond(longest)
             return self._handed_on(call, config, proposer)  # the forward says why it is slower
         most, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
         drafts = wanted_drafts(self.runtime, config, most, schedule, proposer)
@@ -68,6 +71,7 @@ class PlanGenerate(Replacement):
             owned = True
         else:
             owned = False
+        self._expect(cache.state, None if config.is_assistant else longest)
         if self._is_plain(call, config):
             _keep_stop_strings(call, config)
             options: dict[str, Any] = {"runtime": self.runtime, "streamer": call.get("streamer"), "owned": owned}
@@ -86,6 +90,34 @@ class PlanGenerate(Replacement):
             call = _without(call, model, "use_mtp")
             self.runtime.tell("a request ran without drafts: its options need Transformers' own loop")
         return self._original(model, **call)
+
+    def _longest(self, call: dict[str, Any], config: Any, inputs: Any) -> int:
+        """Columns that a row may come to have, as Transformers will settle it."""
+        columns = 1 if inputs is None else int(inputs.shape[1])
+        if config.max_new_tokens is not None:
+            return columns + int(config.max_new_tokens)
+        if (given := _given(call, self.runtime.model, "max_length")) is not None:
+            return int(given)
+        if self.runtime.graph.max_positions > self.runtime.model.config.max_position_embeddings:
+            call["max_new_tokens"] = config.max_length  # the default would end at the trained length, and there is more room
+        return columns + int(config.max_length)
+
+    def _expect(self, state: PagedState, longest: int | None) -> None:
+        """Tells a cache how long its rows may become. Those that it holds keep the frequencies that they have."""
+        state.length = longest
+        rope, begun = dynamic_rope(self.runtime.graph), int(state.reach.max(initial=0))
+        if rope is not None and longest is not None and begun and longest > max(begun, rope.context):
+            self.runtime.tell(
+                f"the cache was begun for {begun} tokens, whose frequencies it keeps, and may come to hold {longest}: quality "
+                "suffers; begin it with as large a max_length"
+            )
+
+    def _may_go_beyond(self, longest: int) -> None:
+        context = self.runtime.graph.max_positions
+        if longest > context:
+            self.runtime.tell(
+                f"Transformers' own loop goes on beyond the model's context of {context} tokens, where quality is not assured"
+            )
 
     def _settled(self, call: dict[str, Any]) -> tuple[Any, Any]:
         """The generation config with all defaults in, and the prompt."""

@@ -311,7 +311,8 @@ def _begin(
     def seen(row: int, states: torch.Tensor) -> None:
         index = row * copies
         if row not in of_prompt:
-            of_prompt[row] = Sequence(index, prompts[index], state.sequences[row], firsts[index])
+            reach = int(state.reach[row]) or None
+            of_prompt[row] = Sequence(index, prompts[index], state.sequences[row], firsts[index], reach)
         proposer.follow(of_prompt[row], states)
 
     state.follower = seen if proposer.wants_states else None
@@ -321,7 +322,7 @@ def _begin(
         state.follower = None
     sequences = []
     for index, (tokens, first) in enumerate(zip(prompts, firsts, strict=True)):
-        sequence = Sequence(index, list(tokens), state.sequences[index], first)
+        sequence = Sequence(index, list(tokens), state.sequences[index], first, int(state.reach[index]) or None)
         origin = of_prompt.get(index // copies)
         if origin is not None and origin.index != index:
             proposer.fork(origin, sequence)

@@ -59,6 +59,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     rows, q = new.positions.shape
     model, plan = runtime.graph, runtime.plan
     before = [sequence.tokens for sequence in state.sequences]
+    reach = _reach(state, new, model.max_positions)
     logits: torch.Tensor | None = None
     hidden = None
     if new.hidden:
@@ -67,7 +68,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     place[new.wanted] = np.arange(len(new.wanted))
     try:
         for pieces in _chunks(new.kept, rows, q, runtime.config.prefill_chunk):
-            batch, targets = _batch(state, new, pieces, before, place)
+            batch, targets = _batch(state, new, pieces, before, place, reach)
             made = state.arena.run(plan, batch)
             if state.follower is not None:
                 ends = np.cumsum(batch.query_len)
@@ -111,7 +112,24 @@ def _chunks(kept: Bool | None, rows: int, q: int, limit: int) -> Iterator[list[_
         yield pieces
 
 
-def _batch(state: PagedState, new: Columns, pieces: list[_Piece], before: list[int], place: Int64) -> tuple[StepBatch, Int64]:
+def _reach(state: PagedState, new: Columns, context: int) -> Int32:
+    """int32 [B]: for how many tokens each row's frequencies are made; for good where a row begins and its length is known."""
+    rows, q = new.positions.shape
+    kept = np.ones((rows, q), np.bool_) if new.kept is None else new.kept
+    first, begins = kept.argmax(1), kept.any(1) & np.array([s.tokens == 0 for s in state.sequences])
+    if begins.any():
+        begun = 0
+        if state.length is not None:
+            start = new.positions[np.arange(rows), first] - state.columns - first  # position of column 0
+            begun = np.clip(start + state.length, 1, context)
+        state.reach = np.where(begins, begun, state.reach).astype(np.int32)
+    highest = np.where(kept, new.positions, 0).max(1) + 1
+    return np.where(state.reach > 0, state.reach, highest).astype(np.int32)
+
+
+def _batch(
+    state: PagedState, new: Columns, pieces: list[_Piece], before: list[int], place: Int64, reach: Int32
+) -> tuple[StepBatch, Int64]:
     """One step, and where each of its logit rows goes in [B * n]. Takes the blocks."""
     rows = [p.row for p in pieces]
     counts = np.array([len(p.columns) for p in pieces], np.int32)
@@ -137,6 +155,7 @@ def _batch(state: PagedState, new: Columns, pieces: list[_Piece], before: list[i
         inputs_embeds=embeds,
         hidden=new.hidden,
         last_hidden=state.follower is not None,
+        reach=reach[rows],
     )
     return batch, row_of[wanted] * n + goes_to[wanted]
 
@@ -161,6 +180,7 @@ class DecodeSteps:
             phase=np.full(rows, DECODE, np.int32),
             block_table=state.tables(),
             logit_rows=np.arange(rows, dtype=np.int32),
+            reach=state.reach if state.reach.all() else None,
         )
 
     @property
@@ -175,6 +195,7 @@ class DecodeSteps:
         self.batch = StepBatch(
             b.token_ids[alive], b.positions[alive], b.query_len[alive], b.context_len[alive], b.phase[alive],
             self.state.tables(self.rows), np.arange(len(alive), dtype=np.int32),
+            reach=None if b.reach is None else b.reach[alive],
         )  # fmt: skip
 
     def run(self, tokens: list[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
+from ...graph.analysis import dynamic_rope
 from ...graph.ir import Graph, LatentSpec, Node, Value
 from ...graph.least import exact_weights
 from ...graph.planner import assign_slots
@@ -43,7 +44,7 @@ class _Compiler:
         self.weights: list[Weight] = []
         self.keep: list[Any] = []
         self.index: dict[str, int] = {}
-        self.rope = _dynamic_rope(graph)
+        self.rope = dynamic_rope(graph)
 
     def matrix(self, name: str) -> PackedWeight:
         try:
@@ -156,17 +157,6 @@ class _Compiler:
             if node.attrs.get("top_k"):
                 row["form"] += f"; sparse (absorbed) beyond {node.attrs['top_k']} tokens"
         return row
-
-
-def _dynamic_rope(graph: Graph) -> Any:
-    """The `models.rope.RopeSpec` whose frequencies each sequence has for itself, or None. A step brings one set of them, so
-    there is one table at most."""
-    tables = [n.attrs["rope"] for n in graph.nodes if n.op == "rope_table"]
-    if not any(spec.is_dynamic for spec in tables):
-        return None
-    if len(tables) > 1:
-        raise BackendError(f"a graph with dynamic RoPE has one table of it, and this one has {len(tables)}")
-    return tables[0]
 
 
 def _flags(attrs: Mapping[str, Any]) -> list[str]:

@@ -74,7 +74,8 @@ class DraftModelProposer:
         own = self._own.get(sequence.index)
         if own is None:
             with self._runner.memory.locked() as manager:
-                own = self._own[sequence.index] = Sequence(sequence.index, [], SequenceBlocks(manager))
+                reach = None if sequence.reach is None else min(sequence.reach, self._context)
+                own = self._own[sequence.index] = Sequence(sequence.index, [], SequenceBlocks(manager), reach=reach)
         same = _common(own.tokens, sequence.tokens, min(own.cached, len(sequence.tokens) - 1))
         self._runner.crop([own], [same])
         own.tokens = list(sequence.tokens)
