@@ -1,6 +1,7 @@
 """Readers: bytes to text, one format a file.
 
-A reader never touches the disk, and raises `DocumentError` for what it can't read. A new format is a module with `read(name, data)`, and its line in `_BY_SIGNATURE` or `_BY_ENDING`.
+A reader never touches the disk, and raises `DocumentError` for what it can't read. A new format is a module with
+`read(name, data)`, and its line in `_BY_SIGNATURE` or `_BY_ENDING`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ _UNSEEN = frozenset(
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _BLOCKS = _HEADINGS.keys() | frozenset(
     "address article aside blockquote body caption center dd details dialog dir div dl dt fieldset figcaption figure footer "
-    "form header hgroup hr html legend li main menu nav ol p pre search section summary table tbody td tfoot th thead tr ul".split()
+    "form header hgroup hr html legend li main menu nav ol p pre search section summary table tbody td tfoot th thead tr "
+    "ul".split()
 )
 _LONGEST_HEADING = 400  # characters; what is longer is a heading that was never closed
 

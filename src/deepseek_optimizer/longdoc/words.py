@@ -1,0 +1,67 @@
+"""The words of a text in any script, for finding and comparing passages. No language is asked for, and no stems are made.
+
+Small and capital letters are the same, and so are Latin, Greek and Cyrillic letters with and without accents. Identifiers count
+whole and by their parts (`max_length`: max, length; `readFile2`: read, file, 2), numbers whole and without their commas.
+Scripts that do not put spaces between words count by characters and pairs of characters, as search engines do it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+
+import regex
+
+_LONGEST = 64  # characters of a word; a line of base64 becomes some words of that length
+_WORD = regex.compile(rf"\p{{Nd}}{{1,{_LONGEST}}}(?:[.,]\p{{Nd}}{{1,{_LONGEST}}})+|[\p{{L}}\p{{M}}\p{{N}}_]{{1,{_LONGEST}}}")
+_PART = regex.compile(r"\p{Lu}+(?=\p{Lu}\p{Ll})|\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+|\p{N}+|[\p{Lo}\p{Lm}\p{Lt}\p{M}]+")
+_UNSPACED = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー]+", flags=regex.VERSION1
+)
+_ACCENT = regex.compile("[\u0300-\u036f]")
+
+
+def words(text: str) -> Iterator[str]:
+    """The words of a text in order; of what has parts, the parts behind the whole."""
+    known: dict[str, tuple[str, ...]] = {}
+    for match in _WORD.finditer(text):
+        word = match[0]
+        found = known.get(word)
+        if found is None:
+            found = known[word] = tuple(_forms(word))
+        yield from found
+
+
+def _forms(word: str) -> Iterator[str]:
+    if not word.isascii() and _UNSPACED.search(word):
+        yield from _unspaced(unicodedata.normalize("NFKC", word))
+        return
+    folded = _fold(word)
+    if folded.strip("_"):
+        yield folded
+    if "," in word:
+        yield folded.replace(",", "")
+    elif not (word.islower() and word.isalpha()) and "." not in word:
+        parts = _PART.findall(word)
+        if len(parts) > 1:
+            yield from map(_fold, parts)
+
+
+def _unspaced(word: str) -> Iterator[str]:
+    """Characters and pairs of runs without spaces; other letters between them as words."""
+    at = 0
+    for run in _UNSPACED.finditer(word):
+        if word[at : run.start()].strip("_"):
+            yield _fold(word[at : run.start()])
+        yield from run[0]
+        yield from (run[0][i : i + 2] for i in range(len(run[0]) - 1))
+        at = run.end()
+    if word[at:].strip("_"):
+        yield _fold(word[at:])
+
+
+def _fold(word: str) -> str:
+    if word.isascii():
+        return word.lower()
+    bare = _ACCENT.sub("", unicodedata.normalize("NFKD", word))
+    return unicodedata.normalize("NFC", bare.casefold())
