@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 
 def loading(path):  # 2.2
@@ -58,6 +58,23 @@ def test_dynamic_graph(tiny_model, capsys):
     assert torch.equal(optimized.generate(prompt, max_new_tokens=12, do_sample=False), expected)
     table = capsys.readouterr().out
     assert "rule attention_softmax" in table and "rule layer_norm" in table
+
+
+def long_document(path, text):  # 4.2
+    from deepseek_optimizer import sliding_window_mask
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    chunks = tokenizer(text, truncation=False, max_length=4096, stride=1024, return_overflowing_tokens=True)
+    for row, mask in zip(chunks["input_ids"], sliding_window_mask(chunks, window=1024, sinks=4), strict=False):
+        # True: query i sees key j: j <= i, and i - j < window or j < sinks
+        assert mask.shape == (len(row), len(row)) and mask.dtype == torch.bool
+        yield mask
+
+
+def test_long_document(tiny_model):
+    (mask,) = long_document(tiny_model, "All that is gold does not glitter. " * 200)  # one long row: nothing is truncated
+    i, j = torch.arange(len(mask))[:, None], torch.arange(len(mask))
+    assert len(mask) == 7000 and torch.equal(mask, (j <= i) & ((i - j < 1024) | (j < 4)))
 
 
 def benchmark(model, tokenizer):  # 5.1

@@ -1,8 +1,8 @@
 """deepseek-optimizer: makes Hugging Face Transformers models fast and small, and leaves them Transformers models.
 
 Importing this package registers its names with Transformers and does nothing else, so that
-`AutoModelForCausalLM.from_pretrained(path, quantization_config=DeepSeekConfig(...))` works, packed checkpoints load, and
-`pipeline("conversational", ...)` is a task.
+`AutoModelForCausalLM.from_pretrained(path, quantization_config=DeepSeekConfig(...))` works, packed checkpoints load,
+`pipeline("conversational", ...)` is a task, and `attn_implementation="dso_sliding"` an attention of plain Transformers models.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from .errors import (
     EngineDeadError,
     KlBudgetError,
     MissingPackageError,
+    NotEnoughMemoryError,
     RequestError,
     UnsupportedModelError,
     UnsupportedRequestError,
 )
+from .integration.attention_name import register_attention as _register_attention
 from .integration.quantizer import register as _register
 from .integration.task import register_task as _register_task
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .bench.benchmark import benchmark_model
     from .engine.request import Request, SamplingParams
     from .integration.cache import PagedCache
+    from .integration.window_mask import sliding_window_mask
     from .longdoc.document import Document
     from .longdoc.read import read_documents
     from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
@@ -43,6 +46,7 @@ _LAZY = {
     "load_tokenizer": "optimizer",
     "report": "optimizer",
     "PagedCache": "integration.cache",
+    "sliding_window_mask": "integration.window_mask",
     "benchmark_model": "bench.benchmark",
     "Document": "longdoc.document",
     "read_documents": "longdoc.read",
@@ -66,6 +70,7 @@ __all__ = [
     "EngineDeadError",
     "KlBudgetError",
     "MissingPackageError",
+    "NotEnoughMemoryError",
     "PagedCache",
     "Request",
     "RequestError",
@@ -79,6 +84,7 @@ __all__ = [
     "make_engine",
     "read_documents",
     "report",
+    "sliding_window_mask",
 ]
 
 
@@ -94,3 +100,4 @@ def __getattr__(name: str) -> Any:
 
 _register()
 _register_task()
+_register_attention()

@@ -70,6 +70,20 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
         )
 
 
+class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
+    """Something does not fit in the memory that is free; none was taken.
+
+    Args:
+        what: that was to be made.
+        needed, free: bytes.
+        remedy: what to do, as a sentence without its stop.
+    """
+
+    def __init__(self, what: str, needed: int, free: int, remedy: str) -> None:
+        self.needed, self.free = needed, free
+        super().__init__(f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: {remedy}")
+
+
 class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
     """Neither the plan nor Transformers' own forward can serve this call; the message names the remedy."""
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..backends.base import DECODE, StepBatch
 from ..config import DeepSeekConfig
+from .attention_name import check_attention_name
 from .context_extension import extend_model
 from .runtime import Runtime, choose_backend, packer_of, plan_graph
 from .swap import pack_in_place
@@ -17,6 +18,7 @@ from .wrapper import bind
 def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
     before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(model)
+    check_attention_name(model.config, config)
     extend_model(model, config)
     graph, _ = plan_graph(model.config, ())
     backend, _ = choose_backend(config, model.device)

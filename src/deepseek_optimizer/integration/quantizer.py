@@ -22,6 +22,7 @@ from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..graph.least import exact_weights
+from .attention_name import check_attention_name
 from .context_extension import extended
 from .graphs import plan_graph, whole_graph
 from .mapped import MappedFiles
@@ -63,6 +64,7 @@ class PackingQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """The first hook that sees the config. What is wrong with it is said before a model is made from it, and what is wrong
         with a directory's files before Transformers opens any: a pickle, an index that leads out of it."""
+        check_attention_name(config, self.quantization_config)
         plan_graph(config, ())
         config = extended(config, self.quantization_config)
         folder = Path(config.name_or_path)
