@@ -1,4 +1,4 @@
-"""Writing a directory so that its name never shows half of it."""
+"""Writing a directory, or a file, so that its name never shows half of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import CheckpointError
 
@@ -45,6 +46,32 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
             temporary.unlink()
         else:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yields a fresh file beside `target` to write into; on leaving, it is synced and takes the target's name at once, in place
+    of what was there. Whatever interrupts it, the target is what it was before.
+
+    Args:
+        target: its directory is made if need be.
+    """
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync(target.parent)
+    except OSError as error:
+        if error.filename is None:  # a write does not know its file, and a full disk should be found
+            error.filename = str(target)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, target: Path, overwrite: bool) -> None:

@@ -107,6 +107,16 @@ class Arena:
                 for source, target in copies:
                     self.store.copy_block(source, target)
 
+    def read_block(self, block: int) -> bytes:
+        """See `KvStore.read_block`."""
+        with self._store_lock:
+            return self.store.read_block(block)
+
+    def write_block(self, block: int, data: bytes) -> None:
+        """See `KvStore.write_block`."""
+        with self._store_lock:
+            self.store.write_block(block, data)
+
     def drop_blocks(self, sequence: SequenceBlocks, first_block: int, count: int, first_position: int = 0) -> None:
         """Lets go of `count` full blocks of a sequence from `first_block` on. The tokens behind them move up, and so do their
         positions: their keys turn back by 32 * count. Keys and values stay what the whole text made of them otherwise.

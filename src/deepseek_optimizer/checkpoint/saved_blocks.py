@@ -1,0 +1,155 @@
+"""Cache blocks in a file: what a model has read of a text, for another process. No torch.
+
+    8 bytes "DSOBLOCK" | uint32 format version | uint32 length of the header | header, JSON
+    | tokens, int32 [n] | BLAKE2b-128 of all so far | of each block: BLAKE2b-128 of its number and bytes, its bytes
+
+All numbers are little-endian. A file is refused, by name, where a length, a checksum or what it was made with is not right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..errors import CheckpointError
+from .atomic import atomic_file
+
+_MAGIC, _VERSION = b"DSOBLOCK", 1
+_START = struct.Struct("<8sII")
+_MOST_HEADER = 1 << 20
+_DIGEST = 16
+_SIZES = ("tokens", "block_tokens", "block_bytes")
+
+
+@dataclass(frozen=True)
+class SavedBlocks:
+    """A file that was opened; its header and tokens are checked.
+
+    Attributes:
+        made_with: what the blocks' bytes depend on, by name, as it was given to `save_blocks`.
+        tokens: whose keys and values the blocks hold.
+        block_tokens, block_bytes: of a block.
+    """
+
+    path: Path
+    made_with: Mapping[str, Any]
+    tokens: list[int]
+    block_tokens: int
+    block_bytes: int
+    _begin: int
+
+    def check(self, made_with: Mapping[str, Any], block_tokens: int, block_bytes: int) -> None:
+        """Raises CheckpointError where the blocks were not made with this."""
+        names = sorted({*made_with, *self.made_with})
+        other = [name for name in names if made_with.get(name) != self.made_with.get(name)]
+        if not other and (block_tokens, block_bytes) != (self.block_tokens, self.block_bytes):
+            other = ["block size"]
+        if other:
+            raise CheckpointError(
+                f"its cache was made with another {', '.join(other)}; delete it and read the text anew, or load the model "
+                "as it was then",
+                file=self.path,
+            )
+
+    def blocks(self) -> Iterator[bytes]:
+        """The blocks' bytes in order. Raises CheckpointError at one that is damaged."""
+        with self.path.open("rb") as file:
+            file.seek(self._begin)
+            for number in range(len(self.tokens) // self.block_tokens):
+                digest, data = file.read(_DIGEST), file.read(self.block_bytes)
+                if len(data) != self.block_bytes or _block_digest(number, data) != digest:
+                    raise CheckpointError(f"block {number} is damaged; delete the file and read the text anew", file=self.path)
+                yield data
+
+
+def save_blocks(
+    path: str | os.PathLike[str],
+    made_with: Mapping[str, Any],
+    tokens: list[int],
+    blocks: Iterable[bytes],
+    *,
+    block_tokens: int,
+    block_bytes: int,
+) -> None:
+    """Writes a file, at once under its name.
+
+    Args:
+        made_with: what the blocks' bytes depend on, by name: JSON.
+        tokens: whose keys and values the blocks hold: `block_tokens` each.
+        block_bytes: of each block.
+    """
+    fields = {"made_with": made_with, "tokens": len(tokens), "block_tokens": block_tokens, "block_bytes": block_bytes}
+    header = json.dumps(fields, sort_keys=True).encode()
+    head = _START.pack(_MAGIC, _VERSION, len(header)) + header + np.array(tokens, "<i4").tobytes()
+    with atomic_file(path) as file:
+        file.write(head + _digest(head))
+        written = 0
+        for number, data in enumerate(blocks):
+            if len(data) != block_bytes:
+                raise ValueError(f"a block has {block_bytes} bytes, got {len(data)}")
+            file.write(_block_digest(number, data) + data)
+            written += 1
+        if written * block_tokens != len(tokens):
+            raise ValueError(f"{written} blocks do not hold {len(tokens)} tokens, {block_tokens} each")
+
+
+def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
+    """Opens a file and checks all but its blocks, which are checked as they are read.
+
+    Raises:
+        CheckpointError: it is no such file, of another version, cut short or damaged.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(_START.size)
+        if len(start) < _START.size or start[:8] != _MAGIC:
+            raise CheckpointError("is no file of saved cache blocks", file=path)
+        _, version, length = _START.unpack(start)
+        if version != _VERSION:
+            raise CheckpointError(f"is of version {version}, and this package reads {_VERSION}; read the text anew", file=path)
+        fields, header = _header(file, path, size, length)
+        count, block_tokens, block_bytes = (fields[name] for name in _SIZES)
+        begin = _START.size + length + 4 * count + _DIGEST
+        expected = begin + count // block_tokens * (_DIGEST + block_bytes)
+        if size != expected:
+            raise CheckpointError(f"has {size:,} bytes, and {expected:,} by its header; read the text anew", file=path)
+        tokens = file.read(4 * count)
+        if file.read(_DIGEST) != _digest(start + header + tokens):
+            raise CheckpointError("its header is damaged; delete it and read the text anew", file=path)
+    return SavedBlocks(path, fields["made_with"], np.frombuffer(tokens, "<i4").tolist(), block_tokens, block_bytes, begin)
+
+
+def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[str, Any], bytes]:
+    damaged = CheckpointError("its header is damaged; delete it and read the text anew", file=path)
+    if length > min(_MOST_HEADER, size):
+        raise damaged
+    header = file.read(length)
+    try:
+        fields = json.loads(header)
+        good = isinstance(fields["made_with"], dict) and all(
+            type(fields[name]) is int and 0 < fields[name] <= size for name in _SIZES
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise damaged from None
+    if not good or fields["tokens"] % fields["block_tokens"]:
+        raise damaged
+    return fields, header
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
+
+
+def _block_digest(number: int, data: bytes) -> bytes:
+    """With its number, so that blocks that changed places are found out."""
+    return hashlib.blake2b(data, digest_size=_DIGEST, salt=number.to_bytes(8, "little")).digest()

@@ -1,0 +1,108 @@
+"""A strategy's work over the engine of this process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..chat.conversation import Stop
+from ..engine.engine import Completion, Engine
+from ..engine.request import Request, SamplingParams
+from ..errors import BackendError
+from .work import Ask, Batch, Reply, Result, Work
+
+_ids = itertools.count(1)
+Progress = Callable[[int, int], None]  # (tokens of prompts that were read, how many there will be, about)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """read: of prompts. cached: those of them that were known from before. generated: of replies."""
+
+    read: int = 0
+    cached: int = 0
+    generated: int = 0
+
+    def plus(self, replies: list[Reply]) -> Tokens:
+        return Tokens(
+            self.read + sum(reply.read for reply in replies),
+            self.cached + sum(reply.cached for reply in replies),
+            self.generated + sum(reply.generated for reply in replies),
+        )
+
+
+class Driver:
+    """
+    Args:
+        engine: gives the engine for prompts that fit, or (True) the one that reads through a window.
+        grammar: makes a grammar of a JSON schema.
+        sampling: how replies are chosen; their length and grammar are the strategy's.
+    """
+
+    def __init__(
+        self, engine: Callable[[bool], Engine], grammar: Callable[[Mapping[str, Any]], Any], sampling: SamplingParams
+    ) -> None:
+        self._engine, self._grammar, self._sampling = engine, grammar, sampling
+
+    def run(self, work: Work, progress: Progress | None = None, stop: Stop | None = None) -> tuple[Result, Tokens]:
+        """The result, and what it took.
+
+        Args:
+            stop: asked, it ends between two steps with a KeyboardInterrupt.
+
+        Raises:
+            RequestError: the strategy cannot do it, or a prompt does not fit.
+            BackendError: the model could not go on.
+        """
+        tokens = Tokens()
+        try:
+            batch = next(work)
+            while True:
+                replies = self._replies(batch, tokens.read, progress, stop or Stop())
+                tokens = tokens.plus(replies)
+                batch = work.send(replies)
+        except StopIteration as end:
+            result: Result = end.value
+            return result, tokens
+        finally:
+            work.close()
+
+    def _replies(self, batch: Batch, before: int, progress: Progress | None, stop: Stop) -> list[Reply]:
+        windows = {ask.window for ask in batch.asks}
+        if len(windows) != 1:
+            raise ValueError("a batch is read through a window as a whole, or not at all, and has something in it")
+        engine = self._engine(windows.pop())
+        requests = [self._request(ask) for ask in batch.asks]
+        found = {request.id: Completion() for request in requests}
+        own = sum(len(ask.prompt) for ask in batch.asks)
+        begun = engine.core.metrics.prompt_tokens
+        for outputs in engine.steps(requests):
+            for output in outputs:
+                found[output.request_id].add(output)
+            if stop.asked:
+                raise KeyboardInterrupt
+            if progress is not None:
+                cached = sum(completion.cached_tokens for completion in found.values())
+                read = min(own, engine.core.metrics.prompt_tokens - begun + cached)
+                progress(before + read, before + own + batch.left)
+        return [_reply(found[request.id]) for request in requests]
+
+    def _request(self, ask: Ask) -> Request:
+        grammar = None if ask.schema is None else self._grammar(ask.schema)
+        sampling = replace(self._sampling, max_tokens=ask.max_tokens, grammar=grammar)
+        return Request(ask.prompt, sampling, id=f"longdoc-{next(_ids)}", pinned=ask.pinned)
+
+
+def _reply(completion: Completion) -> Reply:
+    if completion.finish == "error":
+        raise BackendError(completion.error or "the engine could not go on")
+    return Reply(
+        text=completion.text,
+        complete=completion.finish == "stop",
+        read=completion.prompt_tokens,
+        cached=completion.cached_tokens,
+        generated=len(completion.token_ids),
+        dropped=completion.dropped_tokens,
+    )
