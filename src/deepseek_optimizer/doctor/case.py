@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -64,10 +65,12 @@ class Case:
 
     @cached_property
     def graph(self) -> Any:
-        """The model's graph, with the rules that the settings ask for."""
+        """The model's graph, with the rules and the attention that the settings ask for."""
+        from ..graph.attention_mode import apply_mode
         from ..integration.graphs import loaded_mtp_layers, plan_graph
 
-        return plan_graph(self.sketch.config, self.settings.rules, loaded_mtp_layers(self.sketch))[0]
+        graph, _ = plan_graph(self.sketch.config, self.settings.rules, loaded_mtp_layers(self.sketch))
+        return apply_mode(graph, self.settings.attention)[0]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -85,6 +88,16 @@ class Case:
         if (folder / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(str(folder))
         return GenerationConfig.from_model_config(self.sketch.config)
+
+    def with_fields(self, **fields: Any) -> Case:
+        """The same model with other fields of its config, such as change nothing of its weights. Shares the open files: close
+        this one."""
+        twin = replace(self, fields={**self.fields, **fields}, _open=ExitStack())
+        settings = copy.copy(self.settings)
+        for name, value in fields.items():
+            setattr(settings, name, value)
+        twin.__dict__.update(checkpoint=self.checkpoint, _sketch=(self.sketch, settings))
+        return twin
 
     def load(self, **fields: Any) -> Any:
         """The optimised model, with `fields` over those of the case."""
