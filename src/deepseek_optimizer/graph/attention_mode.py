@@ -142,6 +142,13 @@ def _without_indexer(nodes: list[Node]) -> list[Node]:
     read: set[Value] = set()
     for node in reversed(nodes):
         if node.op in _KEPT or read.intersection(node.outputs):
-            kept.append(node)
+            kept.append(_narrowed(node, read) if node.op == "linear" else node)
             read.update(node.inputs)
     return kept[::-1]
+
+
+def _narrowed(node: Node, read: set[Value]) -> Node:
+    """A product without the matrices whose results nobody reads."""
+    used = [i for i, value in enumerate(node.outputs) if value in read]
+    outputs, weights, biases = (tuple(values[i] for i in used) for values in (node.outputs, node.weights, node.attrs["biases"]))
+    return node.with_(outputs=outputs, weights=weights, attrs={**node.attrs, "biases": biases})

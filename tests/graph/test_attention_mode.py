@@ -1,0 +1,155 @@
+"""What a mode makes of a graph: which layers change, what the cache keeps, what may be forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deepseek_optimizer import DeepSeekConfig
+from deepseek_optimizer.errors import ConfigError, GraphError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.analysis import weight_shapes
+from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode, forgetting
+from deepseek_optimizer.graph.ir import Graph, LatentSpec, Value
+from deepseek_optimizer.graph.planner import assign_slots
+from deepseek_optimizer.graph.validate import check_graph
+from deepseek_optimizer.models import build_graph
+from support.models import CASES, deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen2, qwen3
+
+SLIDING = AttentionMode("sliding", 70, 4)
+SPARSE = AttentionMode("sparse", 40, 4, 160)
+
+
+def in_mode(config: object, mode: AttentionMode, names: list[str] | None = None) -> tuple[Graph, list[str]]:
+    return apply_mode(rules.apply(build_graph(config), names)[0], mode)
+
+
+@pytest.mark.parametrize("mode", [SLIDING, SPARSE], ids=lambda m: m.kind)
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_of_every_family_stay_well_formed(case: str, mode: AttentionMode) -> None:
+    for names in (None, []):
+        plain, _ = rules.apply(build_graph(CASES[case]()), names)
+        graph, places = apply_mode(plain, mode)
+        check_graph(graph)
+        assign_slots(graph)
+        needed, had = weight_shapes(graph), weight_shapes(plain)
+        assert needed.items() <= had.items()
+        gone = set(had) - set(needed)
+        assert not gone or (mode is SLIDING and all(".indexer." in name for name in gone))
+        changed = [n for n in graph.nodes if n.op in ("attention", "mla_attention") and n not in plain.nodes]
+        assert places == [f"layer {n.attrs['layer']}" for n in changed]
+        assert all(n.attrs.get("softmax", "online") == "online" for n in changed)
+        assert apply_mode(plain, AttentionMode()) == (plain, [])
+
+
+def test_windows_of_a_models_own_are_kept_where_they_are_smaller() -> None:
+    config = qwen3(use_sliding_window=True, sliding_window=50, layer_types=["sliding_attention", "full_attention"] * 2,
+                   num_hidden_layers=4)  # fmt: skip
+
+    def spans(mode: AttentionMode) -> list[tuple[int, int]]:
+        graph, _ = in_mode(config, mode)
+        return [(n.attrs["window"], n.attrs.get("sinks", 0)) for n in graph.nodes if n.op == "attention"]
+
+    assert spans(AttentionMode()) == [(50, 0), (0, 0)] * 2
+    assert spans(SLIDING) == [(50, 0), (70, 4)] * 2
+    assert spans(AttentionMode("sliding", 50, 9)) == [(50, 0), (50, 9)] * 2
+    assert spans(AttentionMode("sliding", 32, 4)) == [(32, 4)] * 4
+    assert spans(SPARSE) == [(50, 0), (0, 0)] * 2
+    graph, places = in_mode(config, SPARSE)
+    assert places == ["layer 1", "layer 3"] and [n.attrs["layer"] for n in graph.nodes if n.op == "block_choose"] == [1, 3]
+
+
+def test_what_the_cache_keeps() -> None:
+    assert in_mode(llama(), SPARSE)[0].cache.summaries and not in_mode(llama(), SLIDING)[0].cache.summaries
+    assert in_mode(deepseek_v2(), SPARSE)[0].cache.summaries
+    windows = qwen3(use_sliding_window=True, sliding_window=9, max_window_layers=0)
+    assert not in_mode(windows, SPARSE)[0].cache.summaries  # nobody chooses
+
+
+def test_a_trained_indexer() -> None:
+    """Sparse attention is its business; under a window nobody asks it, and its keys are not kept."""
+    plain, _ = rules.apply(build_graph(deepseek_v32()))
+    assert apply_mode(plain, SPARSE) == (plain, [])
+    graph, places = apply_mode(plain, SLIDING)
+    assert places == ["layer 0", "layer 1", "layer 2"]
+    assert not [n for n in graph.nodes if n.op.startswith("index_") or any("indexer" in w for w in n.weights)]
+    assert isinstance(graph.cache, LatentSpec) and graph.cache.index == 0 and plain.cache.index == 24
+    assert graph.cache.numbers < plain.cache.numbers
+
+
+def test_what_may_be_forgotten() -> None:
+    def span(config: object, mode: AttentionMode) -> tuple[int, int] | None:
+        return forgetting(in_mode(config, mode)[0])
+
+    everywhere = {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 0}
+    for config in (llama(), deepseek_v2(), deepseek_v3(), deepseek_v32()):
+        assert span(config, AttentionMode()) is None
+        assert span(config, SPARSE) is None
+        assert span(config, SLIDING) == (70, 4)
+    assert span(qwen2(**everywhere), AttentionMode()) == span(qwen2(**everywhere), SPARSE) == (50, 0)
+    assert span(qwen2(**everywhere), SLIDING) == (50, 0)
+    assert span(qwen2(**everywhere), AttentionMode("sliding", 33, 2)) == (33, 2)
+    half = {**everywhere, "max_window_layers": 1}
+    assert span(qwen2(**half), AttentionMode()) is None and span(qwen2(**half), SLIDING) == (70, 4)
+
+
+def test_modes_of_settings() -> None:
+    assert DeepSeekConfig().attention == AttentionMode()
+    assert DeepSeekConfig(attention_optimization="sliding").attention == AttentionMode("sliding", 4096, 4, 2048)
+    assert DeepSeekConfig(sparse_attention=True).attention == AttentionMode("sparse", 512, 4, 2048)
+    with pytest.raises(ConfigError, match="attention_budget: 96 tokens"):
+        AttentionMode("sparse", 32, 1, 96)
+    assert AttentionMode("sparse", 32, 1, 128).blocks == AttentionMode("sparse", 32, 1, 159).blocks == 4
+
+
+DAMAGES = {
+    "chosen beside a window": ("attention", {"window": 40}),
+    "chosen and the score matrix": ("attention", {"softmax": "eager"}),
+    "an unknown softmax": ("attention", {"softmax": "fast"}),
+    "nothing left to choose": ("block_choose", {"sinks": 64, "window": 40}),
+    "no window": ("block_choose", {"window": 0}),
+    "other heads": ("block_choose", {"heads": 4}),
+    "blocks": ("block_choose", {"blocks": 6}),
+    "chosen beside a window, latent": ("mla_attention", {"window": 40}),
+    "rank": ("latent_choose", {"rank": 39}),
+    "blocks, latent": ("latent_choose", {"blocks": 6}),
+    "layer": ("latent_choose", {"layer": 7}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found(name: str) -> None:
+    op, changes = DAMAGES[name]
+    graph, _ = in_mode(deepseek_v2() if op in ("latent_choose", "mla_attention") else llama(), SPARSE)
+    check_graph(graph)
+    nodes = [n.with_(attrs={**n.attrs, **changes}) if n.op == op else n for n in graph.nodes]
+    with pytest.raises(GraphError, match="do not fit"):
+        check_graph(replace(graph, nodes=nodes))
+
+
+@pytest.mark.parametrize(
+    "attrs", [{"window": 0, "sinks": 4}, {"window": 40, "sinks": -1}, {"window": -1}, {"softmax": "eager"}]
+)
+def test_bad_windows_are_found(attrs: dict[str, object]) -> None:
+    graph, _ = in_mode(llama(), SLIDING)
+    nodes = [n.with_(attrs={**n.attrs, **attrs}) if n.op == "attention" else n for n in graph.nodes]
+    with pytest.raises(GraphError, match="do not fit"):
+        check_graph(replace(graph, nodes=nodes))
+
+
+@pytest.mark.parametrize(("config", "op"), [(llama(), "block_choose"), (deepseek_v2(), "latent_choose")])
+def test_a_choice_needs_what_it_is_made_by(config: object, op: str) -> None:
+    """Summaries in the cache, and a cache that is written before it is read."""
+    graph, _ = in_mode(config, SPARSE)
+    with pytest.raises(GraphError, match="do not fit"):
+        check_graph(replace(graph, cache=replace(graph.cache, summaries=False)))
+    at = next(i for i, n in enumerate(graph.nodes) if n.op == op)
+    write = next(i for i, n in enumerate(graph.nodes[:at]) if n.op in ("rope_cache", "latent_write"))
+    if graph.nodes[write].op == "latent_write":
+        moved = [*graph.nodes[:write], *graph.nodes[write + 1 : at + 1], graph.nodes[write], *graph.nodes[at + 1 :]]
+        with pytest.raises(GraphError, match="before it is written"):
+            check_graph(replace(graph, nodes=moved))
+    narrow = graph.nodes[at].with_(outputs=(Value("narrow", 31),))
+    with pytest.raises(GraphError, match="do not fit"):
+        check_graph(replace(graph, nodes=[*graph.nodes[:at], narrow, *graph.nodes[at + 1 :]]))
