@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .choose import STRATEGIES, answer_by, choose
+from .choose import STRATEGIES, answer_by, check_name, choose
 
-__all__ = ["STRATEGIES", "answer_by", "choose"]
+__all__ = ["STRATEGIES", "answer_by", "check_name", "choose"]

@@ -69,16 +69,21 @@ def answer_by(task: Task, material: Material, strategy: str = "auto") -> Work:
         RequestError: the one that was asked for cannot do this task on this document; the message names the remedy. Also when
             the work begins: a chunk that does not fit.
     """
+    check_name(strategy)
     if not material.chunks:
         raise RequestError("document", "has no text; give a file with some")
     if strategy == "auto":
         name, reason = choose(task, material)
-    elif strategy in _WORK:
+    else:
         _check(task, material, strategy)
         name, reason = strategy, "it was asked for"
-    else:
-        raise ConfigError(f"strategy: there is no {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
     return _WORK[name](task, material, reason)
+
+
+def check_name(strategy: str) -> None:
+    """Raises ConfigError for a strategy that does not exist; "auto" does."""
+    if strategy != "auto" and strategy not in _WORK:
+        raise ConfigError(f"strategy: there is no {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
 
 
 def _check(task: Task, material: Material, strategy: str) -> None:

@@ -64,8 +64,8 @@ def room_for(material: Material, instruction: str, reply: int) -> int:
         raise RequestError(
             "max_length",
             f"chunks of up to {longest} tokens do not fit: of the {limits.room} that the model's context and cache have, the "
-            f"task and a reply of {reply} leave {max(room, 0)}. Take max_length={max(room - PLACE, 0)} or less, more memory, or "
-            "a model with a longer context",
+            f"task and a reply of {reply} leave {max(room, 0)}. Take max_length={max(room - PLACE, 0)} or less, more memory, "
+            "or a model with a longer context",
         )
     return room
 

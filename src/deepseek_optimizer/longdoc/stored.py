@@ -1,0 +1,52 @@
+"""A document in a file, as it was read: JSON with a checksum, so that positions stay what they were though the files change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .document import Document, Page, Problem, TextFile
+
+_VERSION = 1
+
+
+def store(path: Path, document: Document, options: dict[str, Any]) -> None:
+    """Writes a document and the options that it was split by."""
+    files = [
+        {"name": f.name, "text": f.text, "pages": f.pages, "headings": f.headings, "warnings": f.warnings}
+        for f in document.files
+    ]
+    body = json.dumps({"files": files, "problems": document.problems, "options": options})
+    path.write_text(json.dumps({"version": _VERSION, "checksum": _checksum(body), "body": body}), encoding="utf-8")
+
+
+def restore(path: Path) -> tuple[Document, dict[str, Any]]:
+    """What `store` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another version.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        version, checksum, body = stored["version"], stored["checksum"], stored["body"]
+    except FileNotFoundError:
+        raise CheckpointError("there is no saved document here", file=path) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError("is no saved document, or damaged", file=path) from None
+    if version != _VERSION:
+        raise CheckpointError(f"is of version {version}, and this package reads {_VERSION}; read the files anew", file=path)
+    if not isinstance(body, str) or _checksum(body) != checksum:
+        raise CheckpointError("is damaged; read the files anew", file=path)
+    fields = json.loads(body)
+    files = tuple(
+        TextFile(f["name"], f["text"], tuple(Page(*page) for page in f["pages"]), tuple(f["headings"]), tuple(f["warnings"]))
+        for f in fields["files"]
+    )
+    return Document(files, tuple(Problem(*problem) for problem in fields["problems"])), fields["options"]
+
+
+def _checksum(body: str) -> str:
+    return hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
