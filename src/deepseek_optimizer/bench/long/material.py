@@ -1,0 +1,76 @@
+"""What texts are made of: prose that every Python ships, and names, words and numbers that stand nowhere in it."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+from ...calibration.text import sample_text
+
+_PROSE = re.compile(
+    r"[A-Z][A-Za-z ,.;:'()\-/\"*_?!]{80,}\."
+)  # a paragraph without digits, so that no number is there by chance
+_ONSETS = ("b", "br", "d", "dr", "f", "fl", "g", "gr", "h", "k", "kl", "l", "m", "n", "p", "pr", "r", "s", "sk", "st", "t", "tr", "v", "z")  # fmt: skip
+_VOWELS = ("a", "e", "i", "o", "u")
+_CODAS = ("l", "m", "n", "nd", "r", "rk", "rn", "s", "sk", "st", "t", "x")
+
+
+@lru_cache(maxsize=1)
+def paragraphs() -> tuple[tuple[str, ...], ...]:
+    """Words of each paragraph of prose in Python's documentation."""
+    found = (" ".join(part.split()) for part in re.split(r"\n\s*\n", sample_text()))
+    return tuple(tuple(text.split()) for text in found if _PROSE.fullmatch(text))
+
+
+@lru_cache(maxsize=1)
+def _known() -> frozenset[str]:
+    """Every word of the prose, in lower case."""
+    return frozenset(re.findall(r"[a-z]+", " ".join(word.lower() for words in paragraphs() for word in words)))
+
+
+class Filler:
+    """Prose without end: all paragraphs in an order drawn anew whenever they have been used up."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._words: list[str] = []
+
+    def words(self, count: int) -> list[str]:
+        """The first `count` words; the same ones at every call."""
+        while len(self._words) < count:
+            order = list(paragraphs())
+            self._rng.shuffle(order)
+            self._words += [word for words in order for word in words]
+        return self._words[:count]
+
+
+def made_up(rng: random.Random, syllables: int = 2) -> Iterator[str]:
+    """Words that are no words of the prose, each once, in lower case."""
+    return _once(lambda: "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables)))
+
+
+def names(rng: random.Random) -> Iterator[str]:
+    """Made-up names, each once."""
+    return (word.capitalize() for word in made_up(rng))
+
+
+def numbers(rng: random.Random) -> Iterator[str]:
+    """Numbers of seven digits, each once."""
+    return _once(lambda: str(rng.randrange(1_000_000, 10_000_000)))
+
+
+def variables(rng: random.Random) -> Iterator[str]:
+    """Five capital letters, each once."""
+    return _once(lambda: "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(5)))
+
+
+def _once(draw: Callable[[], str]) -> Iterator[str]:
+    """What is drawn, but for what came before and for words of the prose."""
+    seen = set(_known())
+    while True:
+        drawn = draw()
+        if drawn.lower() not in seen:
+            seen.add(drawn.lower())
+            yield drawn
