@@ -23,6 +23,8 @@ def bench(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those.")] = 1,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    context_extension: o.ContextExtension = None,
+    context_length: o.ContextLength = None,
     threads: o.Threads = None,
     price_per_hour: Annotated[
         float | None, typer.Option("--price-per-hour", min=0, help="Of this machine: shows what a million tokens cost.")
@@ -85,7 +87,13 @@ def bench(
     no_bars_in_pipes()
     request = Request(
         model=model,
-        fields=o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads),
+        fields=o.model_fields(
+            precision=precision,
+            kv_cache=kv_cache,
+            threads=threads,
+            context_extension=context_extension,
+            context_length=context_length,
+        ),  # fmt: skip
         works=grid(*(numbers(given) for given in (prompt, new, depth, batch))),
         repeats=repeats,
         warmup=warmup,

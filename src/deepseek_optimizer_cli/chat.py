@@ -45,10 +45,15 @@ def chat(
     seed: o.Seed = None,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    context_extension: o.ContextExtension = None,
+    context_length: o.ContextLength = None,
     threads: o.Threads = None,
 ) -> None:
     """Talk with a model. /help lists the commands."""
-    fields = o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads)
+    fields = o.model_fields(
+        precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
+        context_length=context_length,
+    )  # fmt: skip
     if (model is None) == (url is None):
         raise ValueError("name a MODEL to load, or a server with --url; one of the two")
     if url is not None and fields:

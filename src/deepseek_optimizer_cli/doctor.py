@@ -27,6 +27,8 @@ def doctor(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once to make room for.")] = 1,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    context_extension: o.ContextExtension = None,
+    context_length: o.ContextLength = None,
     threads: o.Threads = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -37,7 +39,10 @@ def doctor(
     from .model import no_bars_in_pipes, print_json
 
     no_bars_in_pipes()
-    fields = o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads)
+    fields = o.model_fields(
+        precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
+        context_length=context_length,
+    )  # fmt: skip
     DeepSeekConfig(**fields)  # a wrong option is the caller's error, not a finding
     with Case(model=model, fields=fields, context=context, batch=batch) as case:
         findings = examine(case) if symptom is None else examine_symptom(case, symptom)

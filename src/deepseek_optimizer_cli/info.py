@@ -13,6 +13,8 @@ def info(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    context_extension: o.ContextExtension = None,
+    context_length: o.ContextLength = None,
     threads: o.Threads = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -24,7 +26,11 @@ def info(
     if model is not None:
         from deepseek_optimizer import report as report_of
 
-        loaded, _ = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
+        fields = o.model_fields(
+            precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
+            context_length=context_length,
+        )  # fmt: skip
+        loaded, _ = load(model, fields)
         report = report_of(loaded)
     if as_json:
         print_json(facts if report is None else {**facts, "model": report.to_dict()})

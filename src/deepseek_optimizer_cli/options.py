@@ -30,6 +30,18 @@ Calibration = Annotated[
     ),
 ]
 KvCache = Annotated[str | None, typer.Option("--kv-cache", help="Keys and values as bf16 or int8, or fp32 with fp32 weights.")]
+ContextExtension = Annotated[
+    str | None,
+    typer.Option(
+        "--context-extension",
+        metavar="KIND",
+        help="Make room for more tokens than the model was trained for, by its RoPE: yarn or dynamic (NTK).",
+    ),
+]
+ContextLength = Annotated[
+    int | None,
+    typer.Option("--context-length", min=1, metavar="TOKENS", help="With --context-extension: the tokens to make room for."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: what this process may use.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

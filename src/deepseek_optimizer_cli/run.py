@@ -25,6 +25,8 @@ def run(
     seed: o.Seed = None,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    context_extension: o.ContextExtension = None,
+    context_length: o.ContextLength = None,
     threads: o.Threads = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -51,7 +53,11 @@ def run(
         repetition_penalty=repetition_penalty,
     )
     started = time.perf_counter()
-    loaded, tokenizer = load(model, o.model_fields(precision=precision, kv_cache=kv_cache, threads=threads))
+    fields = o.model_fields(
+        precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
+        context_length=context_length,
+    )  # fmt: skip
+    loaded, tokenizer = load(model, fields)
     engine, sampling = make_engine(loaded, tokenizer), default_sampling(loaded, **given)
     load_s = time.perf_counter() - started
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]

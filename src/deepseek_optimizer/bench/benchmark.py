@@ -85,9 +85,11 @@ def _ids(case: Any, tokenizer: Any) -> Any:
 
 def _room(model: Any, ids: Any) -> int:
     """New tokens that still fit the model's context."""
+    from ..integration.context_extension import room_of
+
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"a test case must be one prompt of at least one token, got ids of shape {list(ids.shape)}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = room_of(model.config.get_text_config())
     if context is not None and ids.shape[1] >= context:
         raise ValueError(f"a test case of {ids.shape[1]} tokens leaves no room in the model's context of {context}")
     return context - ids.shape[1] if context is not None else 1 << 30

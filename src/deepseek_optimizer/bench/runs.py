@@ -90,7 +90,9 @@ def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int
     """
     import torch
 
-    room = getattr(model.config, "max_position_embeddings", None)
+    from ..integration.context_extension import room_of
+
+    room = room_of(model.config)
     if room is not None and work.length > room:
         raise ValueError(f"{work} needs a context of {work.length} tokens, and the model has {room}")
     generator = torch.Generator().manual_seed(seed)

@@ -22,8 +22,10 @@ def answer(
     Raises:
         ValueError: the prompt alone fills the model's context, or `generate` refuses an argument.
     """
+    from ..integration.context_extension import room_of
+
     length = ids.shape[-1]
-    room = getattr(model.config, "max_position_embeddings", length + max_new_tokens) - length
+    room = (room_of(model.config) or length + max_new_tokens) - length
     if room < 1:
         raise ValueError(f"the prompt's {length} tokens leave no room in the model's context; shorten it or start afresh")
     limit = min(max_new_tokens, room)

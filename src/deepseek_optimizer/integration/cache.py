@@ -33,8 +33,8 @@ class PagedState:
         recording: Transformers will roll back: calls of several tokens verify guesses (assisted decoding).
         steps: forward calls since `recording` was set; the first of them is still a prefill.
         length: columns that a row may come to have, by which its `reach` is set at its first token; None: nobody knows.
-        reach: int32 [rows], for how many tokens each row's frequencies are made, where RoPE is dynamic; 0: in each call for those
-            that it has then.
+        reach: int32 [rows], for how many tokens each row's frequencies are made, where RoPE is dynamic; 0: in each call for
+            those that it has then.
         follower: given the last hidden states of every token that a forward call adds: (row, float32 [n, H], in order).
     """
 

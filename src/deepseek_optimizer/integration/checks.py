@@ -38,7 +38,8 @@ def check_prompt(inputs: Any, mask: Any, graph: Graph) -> None:
         raise ValueError(f"the prompt is empty ({tuple(inputs.shape)}); give at least one token, for example the bos token")
     if inputs.shape[1] > graph.max_positions:
         raise ValueError(
-            f"the prompt has {inputs.shape[1]} tokens, the model's context holds {graph.max_positions}; shorten the prompt"
+            f"the prompt has {inputs.shape[1]} tokens, the model's context holds {graph.max_positions}; shorten the prompt, or "
+            "make room with context_extension"
         )
     if inputs.is_floating_point() != (inputs.ndim == 3) or inputs.dtype == torch.bool:
         raise ValueError(f"a prompt of {inputs.ndim} dimensions must be {_KINDS[inputs.ndim]}, got {inputs.dtype}")

@@ -77,6 +77,14 @@ def extend_model(model: Any, settings: DeepSeekConfig) -> None:
             parent.scaling = scale
 
 
+def room_of(config: Any) -> int | None:
+    """Tokens that a text of a Transformers model may have, by its config; None where that does not say."""
+    trained: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    dynamic = trained is not None and rope.get("rope_type") == "dynamic"
+    return round(trained * rope["factor"]) if trained is not None and dynamic else trained
+
+
 def extension_note(settings: DeepSeekConfig, config: Any) -> str | None:
     """What whoever loads such a model should know; None where nothing was extended."""
     if settings.context_extension is None:

@@ -141,7 +141,7 @@ class PlanForward(Replacement):
         if low < 0 or high >= graph.max_positions:
             raise ValueError(
                 f"position {low if low < 0 else high} is outside the model's context of {graph.max_positions} tokens; "
-                "shorten the prompt, or ask for fewer new tokens"
+                "shorten the prompt, ask for fewer new tokens, or make room with context_extension"
             )
         keep = call.get("logits_to_keep", 0)
         if isinstance(keep, torch.Tensor):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...graph.attention_mode import BLOCK
 from ..budget import Budget, budget
 from ..case import Case
 from ..finding import Finding
+from ..remedies import SMALLER, gb, remedies
 
 NAME = "memory"
-SMALLER = ("bf16", "int8", "int4")  # formats to turn to, in the order of what they cost in quality
 
 
 def check(case: Case) -> Iterator[Finding]:
     """Bytes that are needed against bytes that are free. A context that was asked for must fit; the model's own need not."""
     needs = budget(case)
     context = case.context or case.graph.max_positions
-    tokens = context * case.batch
+    tokens = needs.held(context) * case.batch
     facts = {
         "weights": needs.weights, "cache_per_token": needs.cache_per_token, "kv_cache": needs.kv_cache,
         "buffers": needs.buffers, "context": context, "batch": case.batch, "needed": needs.needed(tokens), "free": needs.free,
@@ -24,55 +25,52 @@ def check(case: Case) -> Iterator[Finding]:
     }  # fmt: skip
     if needs.weights + needs.buffers > needs.free:
         yield Finding(
-            NAME, "error", f"the weights do not fit: {_gb(needs.weights)} packed, {_gb(needs.free)} free",
-            f"formats: {', '.join(f'{n} {_gb(b)}' for n, b in needs.formats.items())}; buffers {_gb(needs.buffers)}",
+            NAME, "error", f"the weights do not fit: {gb(needs.weights)} packed, {gb(needs.free)} free",
+            f"formats: {', '.join(f'{n} {gb(b)}' for n, b in needs.formats.items())}; buffers {gb(needs.buffers)}",
             _smaller_weights(needs), facts,
         )  # fmt: skip
         return
     if case.context is not None and case.context > case.graph.max_positions:
         yield Finding(
             NAME, "error", f"a context of {case.context} tokens is beyond the model's {case.graph.max_positions}",
-            "it was trained for no more positions", f"{case.graph.max_positions} at most", facts,
+            "it was trained for no more positions",
+            f"{case.graph.max_positions} at most, or room by --context-extension yarn --context-length {case.context}",
+            facts,
         )  # fmt: skip
-    granted = case.settings.kv_cache_memory
-    if granted is not None and granted < needs.cache_per_token * tokens:
+    if tokens <= needs.most_tokens:
         yield Finding(
-            NAME, "error" if case.context else "warning",
-            f"kv_cache_memory holds {granted // needs.cache_per_token} of {tokens} tokens",
-            f"each takes {needs.cache_per_token / 1024:.1f} KiB in {needs.kv_cache}",
-            f"kv_cache_memory={needs.cache_per_token * tokens}, or leave it out to use what is free", facts,
-        )  # fmt: skip
-    if tokens > needs.most_tokens:
-        yield Finding(
-            NAME, "error" if case.context else "warning",
-            f"{case.batch} x {context} tokens do not fit: {_gb(needs.needed(tokens))} needed, {_gb(needs.free)} free",
-            f"weights {_gb(needs.weights)}, cache {needs.cache_per_token / 1024:.1f} KiB a token ({needs.kv_cache}), buffers "
-            f"{_gb(needs.buffers)}", _smaller_cache(needs, case.batch), facts,
-        )  # fmt: skip
-    else:
-        yield Finding(
-            NAME, "ok", f"{_gb(needs.needed(tokens))} for weights and {case.batch} x {context} tokens, {_gb(needs.free)} free",
+            NAME, "ok", f"{gb(needs.needed(tokens))} for weights and {case.batch} x {context} tokens, {gb(needs.free)} free",
             facts=facts,
         )  # fmt: skip
+        return
+    cache = needs.cache_per_token * tokens
+    fixes = _smaller_cache(case, needs, context)
+    if needs.granted is not None and needs.granted < cache:
+        what = f"kv_cache_memory holds {needs.granted // needs.cache_per_token} of {tokens} tokens"
+        if needs.needed(tokens) <= needs.free:
+            fixes.insert(0, f"kv_cache_memory={cache}, or leave it out to use what is free")
+    else:
+        what = f"{case.batch} x {context} tokens do not fit: {gb(needs.needed(tokens))} needed, {gb(needs.free)} free"
+    shape = f"weights {gb(needs.weights)}, cache {gb(cache)} ({needs.cache_per_token / 1024:.1f} KiB a token in {needs.kv_cache})"
+    yield Finding(
+        NAME, "error" if case.context else "warning", what, f"{shape}, buffers {gb(needs.buffers)}; a reserve stays free",
+        "; or ".join(fixes), facts,
+    )  # fmt: skip
 
 
 def _smaller_weights(needs: Budget) -> str:
     for name in SMALLER:
         size = needs.weights_in(name)
         if size < needs.weights and size + needs.buffers <= needs.free:
-            return f"precision={name!r} takes {_gb(size)}, which fits; or free memory"
+            return f"precision={name!r} takes {gb(size)}, which fits; or free memory"
     return "no format makes it fit: free memory, raise the container's limit, or take a smaller model"
 
 
-def _smaller_cache(needs: Budget, batch: int) -> str:
-    fixes = [f"limit sequences to {needs.most_tokens // batch} tokens (max_length)"] if needs.most_tokens >= batch else []
-    if batch > 1:
+def _smaller_cache(case: Case, needs: Budget, context: int) -> list[str]:
+    """What fits, the best first; then what asks for less."""
+    fixes = [str(remedy) for remedy in remedies(case, needs, context) if remedy.fits]
+    if (most := needs.most_tokens // case.batch // BLOCK * BLOCK) > 0:
+        fixes.append(f"limit sequences to {most} tokens (max_length)")
+    if case.batch > 1:
         fixes.append("fewer sequences at once (batch_size_range)")
-    if needs.kv_cache != "int8":
-        fixes.append("kv_cache='int8'")
-    fixes += [f"precision={n!r} ({_gb(needs.weights_in(n))})" for n in SMALLER if needs.weights_in(n) < needs.weights * 0.9]
-    return "; ".join(fixes + ["(sparse attention, which keeps fewer tokens, is not built yet)"])
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return fixes or ["free memory, raise the container's limit, or take a smaller model"]
