@@ -77,50 +77,49 @@ class _Splitter:
     """
 
     def __init__(self, file: TextFile, tokenizer: Any, limit: int, stride: int) -> None:
-        self._text, self._headings = file.text, file.headings
-        self._name = file.name
+        self._name, self._text, self._headings = file.name, file.text, file.headings
         self._tokenizer, self._limit, self._stride = tokenizer, limit, stride
-        self._aim = float(limit - limit // _SPARE)
         self._counts = TokenCounts(tokenizer, file.text, piece=min(max(limit // 4, 32), 1024))
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """(start, end, tokens) of each chunk."""
         start: int | None = 0 if self._text else None
-        aim, most, ahead = self._aim, len(self._text), 1
+        done, most, ahead = 0, len(self._text), 1
         while start is not None:
-            planned = self._plan(start, aim, most, ahead)
+            planned = self._plan(start, done, most, ahead)
             counts = count(self._tokenizer, [self._text[first:end] for first, end, _ in planned])
-            aim, most, ahead = self._aim, len(self._text), min(2 * ahead, _AHEAD)
+            most, ahead = len(self._text), min(2 * ahead, _AHEAD)
             for (first, end, following), tokens in zip(planned, counts, strict=True):
                 if tokens > self._limit:
-                    start, aim, most, ahead = first, self._shorter(first, end, tokens), end - 1, 1
+                    start, most, ahead = first, self._shorter(first, end, tokens), 1
+                    if most <= done:  # all of it would stand in the chunk before
+                        start, most = done, len(self._text)
                     break
                 yield first, end, tokens
-                start = following
+                start, done = following, end
 
-    def _plan(self, start: int, aim: float, most: int, ahead: int) -> list[tuple[int, int, int | None]]:
+    def _plan(self, start: int, done: int, most: int, ahead: int) -> list[tuple[int, int, int | None]]:
         """(start, end, start of the next or None) of some chunks.
 
         Args:
-            aim, most: tokens of the first at most by the counts, and where it ends at the latest.
+            done, most: the first ends behind `done`, where the one before ended, and at `most` at the latest.
             ahead: chunks at most.
         """
         planned: list[tuple[int, int, int | None]] = []
         following: int | None = start
         while following is not None and len(planned) < ahead:
-            start, end = following, self._end(following, aim, most)
+            start, end = following, self._end(following, done, most)
             following = self._next(start, end) if end < len(self._text) else None
             planned.append((start, end, following))
-            aim, most = self._aim, len(self._text)
+            done, most = end, len(self._text)
         return planned
 
-    def _end(self, start: int, aim: float, most: int) -> int:
-        before = self._counts.before(start)
+    def _end(self, start: int, done: int, most: int) -> int:
+        before, aim = self._counts.before(start), self._limit - self._limit // _SPARE
         if self._counts.total - before <= aim and most == len(self._text):
             return most
-        high = min(max(self._counts.character(before + aim), start + 1), most)
-        low = min(max(self._counts.character(before + 0.75 * aim), start), high - 1)
-        return last_border(self._text, self._headings, low, high)
+        high = min(max(self._counts.character(before + aim), done + 1), most)
+        return self._border(done, 0.75 * self._counts.before(high) + 0.25 * before, high)
 
     def _next(self, start: int, end: int) -> int:
         """Where the chunk behind text[start:end] begins."""
@@ -130,17 +129,20 @@ class _Splitter:
         if shared < 1:
             return end
         high = min(max(self._counts.character(behind - shared), start + 1), end)
-        low = min(max(self._counts.character(behind - 1.25 * shared), start), high - 1)
+        return self._border(start, behind - 1.25 * shared, high)
+
+    def _border(self, least: int, tokens: float, high: int) -> int:
+        """The best place to cut that has so many tokens before it by the counts, and lies in least < place <= high."""
+        low = min(max(self._counts.character(tokens), least), high - 1)
         return last_border(self._text, self._headings, low, high)
 
-    def _shorter(self, start: int, end: int, tokens: int) -> float:
-        """Tokens by the counts that text[start:end], which has too many, is to have less."""
+    def _shorter(self, start: int, end: int, tokens: int) -> int:
+        """Where text[start:end], which has too many tokens, is to end at the latest."""
         if end - start == 1:
             raise ConfigError(
                 f"max_length: a chunk cannot hold one character: {self._text[start]!r} of {self._name} takes {tokens} tokens"
             )
-        counted = self._counts.before(end) - self._counts.before(start)
-        return 0.98 * counted * self._limit / tokens
+        return start + min(max(int(0.98 * (end - start) * self._limit / tokens), 1), end - start - 1)
 
 
 def _check(tokenizer: Any, max_length: int, stride: int) -> int:
