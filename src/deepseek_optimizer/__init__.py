@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .integration.window_mask import sliding_window_mask
     from .longdoc.document import Document
     from .longdoc.read import read_documents
+    from .longdoc.long_document import LongDocument
     from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
     from .serving import make_async_engine, make_engine
 
@@ -50,6 +51,7 @@ _LAZY = {
     "benchmark_model": "bench.benchmark",
     "Document": "longdoc.document",
     "read_documents": "longdoc.read",
+    "LongDocument": "longdoc.long_document",
     "make_engine": "serving",
     "make_async_engine": "serving",
     "Request": "engine.request",
@@ -69,6 +71,7 @@ __all__ = [
     "EngineBusyError",
     "EngineDeadError",
     "KlBudgetError",
+    "LongDocument",
     "MissingPackageError",
     "NotEnoughMemoryError",
     "PagedCache",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, chat, convert, demo, doctor, info, run, serve
+from . import bench, chat, convert, demo, doctor, info, longdoc, run, serve
 
 
 class Commands(TyperGroup):
@@ -73,6 +73,7 @@ def options(
 
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
+app.command("longdoc")(longdoc.longdoc)
 app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)

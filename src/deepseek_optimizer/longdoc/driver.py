@@ -11,9 +11,11 @@ from ..chat.conversation import Stop
 from ..engine.engine import Completion, Engine
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError
+from .repetition import first_time
 from .work import Ask, Batch, Reply, Result, Work
 
 _ids = itertools.count(1)
+_LOOK = 32  # tokens after which a reply is looked at for what it repeats
 Progress = Callable[[int, int], None]  # (tokens of prompts that were read, how many there will be, about)
 
 
@@ -78,16 +80,18 @@ class Driver:
         found = {request.id: Completion() for request in requests}
         own = sum(len(ask.prompt) for ask in batch.asks)
         begun = engine.core.metrics.prompt_tokens
+        watch = _Repetition(engine, requests)
         for outputs in engine.steps(requests):
             for output in outputs:
                 found[output.request_id].add(output)
+                watch.look(output.request_id, found[output.request_id])
             if stop.asked:
                 raise KeyboardInterrupt
             if progress is not None:
                 cached = sum(completion.cached_tokens for completion in found.values())
                 read = min(own, engine.core.metrics.prompt_tokens - begun + cached)
                 progress(before + read, before + own + batch.left)
-        return [_reply(found[request.id]) for request in requests]
+        return [_reply(found[request.id], watch.ended.get(request.id)) for request in requests]
 
     def _request(self, ask: Ask) -> Request:
         grammar = None if ask.schema is None else self._grammar(ask.schema)
@@ -95,14 +99,37 @@ class Driver:
         return Request(ask.prompt, sampling, id=f"longdoc-{next(_ids)}", pinned=ask.pinned)
 
 
-def _reply(completion: Completion) -> Reply:
+class _Repetition:
+    """Ends replies that say the same over and over; not those under a grammar, which would not be whole then.
+
+    Attributes:
+        ended: request -> its text with what it repeated once.
+    """
+
+    def __init__(self, engine: Engine, requests: list[Request]) -> None:
+        self._engine, self.ended = engine, dict[str, str]()
+        self._next = {request.id: _LOOK for request in requests if request.sampling.grammar is None}
+
+    def look(self, request_id: str, completion: Completion) -> None:
+        """To be called with what there is of a reply; looks now and then."""
+        if completion.finish is not None or len(completion.token_ids) < self._next.get(request_id, 1 << 31):
+            return
+        self._next[request_id] = len(completion.token_ids) + _LOOK
+        text = first_time(completion.text)
+        if text is not None:
+            self.ended[request_id] = text
+            self._engine.core.cancel(request_id)
+
+
+def _reply(completion: Completion, once: str | None) -> Reply:
     if completion.finish == "error":
         raise BackendError(completion.error or "the engine could not go on")
     return Reply(
-        text=completion.text,
+        text=completion.text if once is None else once,
         complete=completion.finish == "stop",
         read=completion.prompt_tokens,
         cached=completion.cached_tokens,
         generated=len(completion.token_ids),
         dropped=completion.dropped_tokens,
+        repeated=once is not None,
     )

@@ -40,6 +40,7 @@ class Reply:
     Attributes:
         text: as the model wrote it, thoughts included.
         complete: it ended by itself, and not at max_tokens.
+        repeated: it said the same over and over, and was ended; `text` has that once.
         read: tokens of the prompt. cached: those of them that were known from before. generated: tokens of the reply.
         dropped: tokens that a window had let go by the end.
     """
@@ -50,6 +51,7 @@ class Reply:
     cached: int = 0
     generated: int = 0
     dropped: int = 0
+    repeated: bool = False
 
 
 @dataclass(frozen=True)

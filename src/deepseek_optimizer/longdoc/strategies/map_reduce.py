@@ -12,7 +12,7 @@ from ..material import Material
 from ..split import Chunk
 from ..tasks import NOTHING, Extraction, Question, Summary, merge_instruction, part_instruction
 from ..work import Ask, Batch, Reply, Result, Work
-from .replies import json_of, passage, room_for, words_of
+from .replies import cut_notes, json_of, passage, room_for, words_of
 
 PART = 192  # tokens of what one part says at most
 _NOTHING = re.compile(rf"[\W_]*{NOTHING}\b", re.IGNORECASE)
@@ -40,7 +40,7 @@ def map_reduce(task: Question | Summary | Extraction, material: Material, reason
     cut = 0
     for chunk, reply in spoken:
         text = material.prompts.answer(reply.text)
-        cut += not reply.complete
+        cut += not reply.complete and not reply.repeated
         if text and not (isinstance(task, Question) and _NOTHING.match(text)):
             kept.append((chunk, text))
     notes = [f"{cut} of {len(spoken)} {_PARTS[type(task)]} to parts were cut off"] if cut else []
@@ -101,8 +101,7 @@ def _reduce(
         replies = yield Batch(asks)
         texts = [material.prompts.answer(reply.text) for reply in replies]
         if len(texts) == 1:
-            if not replies[0].complete:
-                notes.append(f"the answer was cut off after {replies[0].generated} tokens; allow more with max_tokens")
+            notes += cut_notes(replies[0])
             return texts[0]
         level = [_note(material, text, room) for text in texts]
 

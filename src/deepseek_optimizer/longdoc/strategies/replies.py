@@ -14,7 +14,6 @@ from ..tasks import Extraction, Task
 from ..work import Reply
 
 PLACE = 64  # tokens that a passage's place may take beside its own
-CUT = "the answer was cut off after {} tokens; allow more with max_tokens"
 
 
 def schema_of(task: Task) -> Mapping[str, Any] | None:
@@ -24,7 +23,7 @@ def schema_of(task: Task) -> Mapping[str, Any] | None:
 
 def value_of(task: Task, material: Material, reply: Reply) -> tuple[Any, str, list[str]]:
     """A reply as the answer, as text for citations, and what there is to note."""
-    notes = [] if reply.complete else [CUT.format(reply.generated)]
+    notes = cut_notes(reply)
     if not isinstance(task, Extraction):
         text = material.prompts.answer(reply.text)
         return text, text, notes
@@ -32,6 +31,13 @@ def value_of(task: Task, material: Material, reply: Reply) -> tuple[Any, str, li
     if value is None:
         return None, "", notes or ["the reply is not JSON"]
     return value, words_of(value), notes + problems(task.schema, value)
+
+
+def cut_notes(reply: Reply) -> list[str]:
+    """What there is to note about how a reply ended."""
+    if reply.repeated:
+        return ["the answer began to repeat itself, and was ended there"]
+    return [] if reply.complete else [f"the answer was cut off after {reply.generated} tokens; allow more with max_tokens"]
 
 
 def json_of(reply: Reply) -> Any:
