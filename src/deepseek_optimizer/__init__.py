@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from .integration.cache import PagedCache
     from .integration.window_mask import sliding_window_mask
     from .longdoc.document import Document
-    from .longdoc.read import read_documents
     from .longdoc.long_document import LongDocument
+    from .longdoc.read import read_documents
     from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
     from .serving import make_async_engine, make_engine
 
