@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..graph.attention_mode import BLOCK, forgetting
+from ..integration.arena import less_reserve
 from .case import Case
 from .cgroup import memory_left
+
+# Blocks that a sequence has beside those of its window, sinks and step: at either end of a window one that is seen in part, and
+# one that is kept so that drafts can be taken back.
+_BESIDE = 3
 
 
 @dataclass(frozen=True)
 class Budget:
     """Bytes. Attributes:
     weights: packed matrices and plain tensors, tied ones once.
-    cache_per_token: of one sequence, all layers, K and V.
+    cache_per_token: of one sequence, all layers, K and V and what sparse attention keeps of blocks.
     buffers: the plan's, at its largest step.
     free: what this process can still take.
+    granted: what the settings allow the cache at most (`kv_cache_memory`); None: what is free, less a reserve.
+    span: tokens that a sequence holds at most, however long it is, where attention lets the cache forget; None: all.
     matrices: of the packed matrices and stacks the shape, and the format that a precision does not make them smaller than.
     formats: bytes of the packed matrices by format.
     """
@@ -25,9 +33,16 @@ class Budget:
     cache_per_token: int
     buffers: int
     free: int
+    granted: int | None
+    span: int | None
     kv_cache: str
     matrices: tuple[tuple[tuple[int, ...], str | None], ...]
     formats: dict[str, int]
+
+    def held(self, context: int) -> int:
+        """Tokens in the cache for a sequence of `context` tokens: whole blocks."""
+        held = context if self.span is None else min(context, self.span)
+        return -(-held // BLOCK) * BLOCK
 
     def needed(self, tokens: int) -> int:
         """Bytes with `tokens` in the cache, over all sequences."""
@@ -35,8 +50,10 @@ class Budget:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens that fit beside the weights, over all sequences; 0 where not even those fit."""
-        return max(0, self.free - self.weights - self.buffers) // self.cache_per_token
+        """Tokens that the cache can get beside the weights, over all sequences: whole blocks. 0 where not even those fit."""
+        left = self.free - self.weights - self.buffers
+        room = less_reserve(left) if self.granted is None else min(left, self.granted)
+        return max(0, room) // (self.cache_per_token * BLOCK) * BLOCK
 
     def weights_in(self, format_name: str) -> int:
         """Bytes of all weights if every matrix were in this format."""
@@ -45,10 +62,13 @@ class Budget:
         packed = sum(_packed_bytes(larger(format_name, least or format_name), shape) for shape, least in self.matrices)
         return self.weights - sum(self.formats.values()) + packed
 
+    def in_format(self, format_name: str) -> Budget:
+        """The budget with every matrix in this format; buffers are taken to be as large."""
+        return replace(self, weights=self.weights_in(format_name))
+
 
 def budget(case: Case) -> Budget:
     """The budget of the case's model."""
-    from ..backends.base import BLOCK_TOKENS
     from ..graph.least import exact_weights, least_formats
     from ..integration.graphs import whole_graph
     from ..integration.swap import expected_tensors
@@ -64,17 +84,27 @@ def budget(case: Case) -> Budget:
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
     kv = case.settings.kv_cache
     if kv == "auto":
-        kv = "fp32" if set(formats) == {"fp32"} else "bf16"
+        kv = "fp32" if set(formats) == {"fp32"} else "int8" if case.settings.sparse_attention else "bf16"
     left = memory_left(case.machine)
     return Budget(
         weights=sum(formats.values()) + plain,
-        cache_per_token=_block_bytes(case, kv) // BLOCK_TOKENS,
+        cache_per_token=_block_bytes(case, kv) // BLOCK,
         buffers=_buffers(case, dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices}),
         free=case.machine.available_bytes if left is None else min(left, case.machine.available_bytes),
+        granted=case.settings.kv_cache_memory,
+        span=_span(case),
         kv_cache=kv,
         matrices=tuple((shape, least.get(name)) for name, shape in matrices.items()),
         formats=formats,
     )
+
+
+def _span(case: Case) -> int | None:
+    if (seen := forgetting(case.graph)) is None:
+        return None
+    window, sinks = seen
+    step = case.settings.prefill_chunk
+    return (-(-sinks // BLOCK) + -(-(window + step) // BLOCK) + _BESIDE) * BLOCK
 
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:

@@ -155,9 +155,13 @@ class Arena:
 def arena_blocks(block_bytes: int, kv_cache_memory: int | None) -> int:
     """How many blocks a cache may grow to: what was granted, or what is free less a reserve. At least one."""
     if kv_cache_memory is None:
-        free = available_bytes()
-        kv_cache_memory = free - max(RESERVE_BYTES, int(free * RESERVE_SHARE))
+        kv_cache_memory = less_reserve(available_bytes())
     return max(1, min(kv_cache_memory // block_bytes, (1 << 31) // BLOCK_TOKENS - 1))
+
+
+def less_reserve(free: int) -> int:
+    """Of `free` bytes those that a cache may take."""
+    return free - max(RESERVE_BYTES, int(free * RESERVE_SHARE))
 
 
 def available_bytes() -> int:

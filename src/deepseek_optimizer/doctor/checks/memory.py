@@ -46,12 +46,14 @@ def check(case: Case) -> Iterator[Finding]:
     cache = needs.cache_per_token * tokens
     fixes = _smaller_cache(case, needs, context)
     if needs.granted is not None and needs.granted < cache:
-        what = f"kv_cache_memory holds {needs.granted // needs.cache_per_token} of {tokens} tokens"
+        what = f"kv_cache_memory holds {needs.most_tokens} of {tokens} tokens"
         if needs.needed(tokens) <= needs.free:
             fixes.insert(0, f"kv_cache_memory={cache}, or leave it out to use what is free")
     else:
         what = f"{case.batch} x {context} tokens do not fit: {gb(needs.needed(tokens))} needed, {gb(needs.free)} free"
-    shape = f"weights {gb(needs.weights)}, cache {gb(cache)} ({needs.cache_per_token / 1024:.1f} KiB a token in {needs.kv_cache})"
+    shape = (
+        f"weights {gb(needs.weights)}, cache {gb(cache)} ({needs.cache_per_token / 1024:.1f} KiB a token in {needs.kv_cache})"
+    )
     yield Finding(
         NAME, "error" if case.context else "warning", what, f"{shape}, buffers {gb(needs.buffers)}; a reserve stays free",
         "; or ".join(fixes), facts,
@@ -71,6 +73,6 @@ def _smaller_cache(case: Case, needs: Budget, context: int) -> list[str]:
     fixes = [str(remedy) for remedy in remedies(case, needs, context) if remedy.fits]
     if (most := needs.most_tokens // case.batch // BLOCK * BLOCK) > 0:
         fixes.append(f"limit sequences to {most} tokens (max_length)")
-    if case.batch > 1:
+    if case.batch > 1 and needs.most_tokens:
         fixes.append("fewer sequences at once (batch_size_range)")
     return fixes or ["free memory, raise the container's limit, or take a smaller model"]

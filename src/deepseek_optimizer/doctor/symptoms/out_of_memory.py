@@ -1,13 +1,16 @@
-"""Out of memory: who has it, and which limit is the tightest. What the model needs is the check `memory`."""
+"""Out of memory: who has it, which limit is the tightest, and what each remedy for a long context would take. What the model
+needs as it is set is the check `memory`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..budget import budget
 from ..case import Case
 from ..cgroup import memory_left
 from ..finding import Finding
 from ..machine import Machine
+from ..remedies import gb, remedies
 from .base import Symptom
 
 NAME = "out-of-memory"
@@ -37,6 +40,25 @@ def measure(case: Case) -> Iterator[Finding]:
         yield Finding(
             NAME, "note", f"{name} (process {pid}) holds {held / 1e9:.2f} GB", "it shares this machine's memory",
             "end it if it isn't needed", {**facts, "process": name, "pid": pid, "bytes": held},
+        )  # fmt: skip
+    if case.model is not None:
+        yield from _predictions(case)
+
+
+def _predictions(case: Case) -> Iterator[Finding]:
+    """One for each remedy where the context does not fit; nothing where it does, or where the weights alone do not."""
+    needs = budget(case)
+    context = case.context or case.graph.max_positions
+    tokens = needs.held(context) * case.batch
+    if tokens <= needs.most_tokens or needs.weights + needs.buffers > needs.free:
+        return
+    found = remedies(case, needs, context)
+    first = next((remedy for remedy in found if remedy.fits), None)
+    for remedy in found:
+        fits = "which fits" if remedy.fits else "which does not fit"
+        yield Finding(
+            NAME, "note", f"{case.batch} x {context} tokens with {remedy.name}: {gb(remedy.needed)}, {fits}", remedy.price,
+            f"take {remedy.name}" if remedy is first else "", {**remedy.to_dict(), "free": needs.free, "context": context},
         )  # fmt: skip
 
 
