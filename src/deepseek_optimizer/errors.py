@@ -65,8 +65,8 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
     def __init__(self, needed: int, free: int) -> None:
         self.needed, self.free = needed, free
         super().__init__(
-            f"KV cache: {needed} more block(s) needed, {free} free. Shorten the request, send fewer at once, or raise "
-            "kv_cache_memory."
+            f"KV cache: {needed} more block(s) needed, {free} free. Shorten the request, send fewer at once, raise kv_cache_memory, "
+            'or load the model with sparse_attention=True (half the cache) or attention_optimization="sliding" (a window).'
         )
 
 
@@ -82,6 +82,22 @@ class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
     def __init__(self, what: str, needed: int, free: int, remedy: str) -> None:
         self.needed, self.free = needed, free
         super().__init__(f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: {remedy}")
+
+
+class ForgottenError(DeepSeekOptimizerError, ValueError):
+    """A cache that keeps a window of its tokens was to go back to where what it let go of would be seen.
+
+    Args:
+        tokens: to go back to.
+        held: tokens that there are.
+        window: tokens that a token sees.
+    """
+
+    def __init__(self, tokens: int, held: int, window: int) -> None:
+        super().__init__(
+            f"the cache cannot go back from {held} tokens to {tokens}: attention sees a window of {window} tokens, and those "
+            "that would be seen from there are gone. Begin again without a cache, or take a larger attention_window"
+        )
 
 
 class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):

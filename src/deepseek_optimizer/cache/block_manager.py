@@ -1,7 +1,8 @@
 """Blocks of the KV cache: who owns which. No torch, no bytes.
 
 A block holds the K and V of 32 tokens of all layers. It may belong to several sequences (after `fork`); before one of them
-writes into it, that one gets a copy of its own, and whoever drives the backend's `KvStore` copies the bytes.
+writes into it, that one gets a copy of its own, and whoever drives the backend's `KvStore` copies the bytes. Where no later
+token sees a block (`Forgetting`), a sequence can let go of it and goes on with a hole in its place.
 """
 
 from __future__ import annotations
@@ -12,18 +13,24 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CacheFullError
+from ..errors import CacheFullError, ForgottenError
+from .forgetting import BLOCK_TOKENS as BLOCK_TOKENS
+from .forgetting import Forgetting
 
-BLOCK_TOKENS = 32  # the same on every backend, and DSO_BLOCK_TOKENS in dso.h
+HOLE = -1  # in place of a block that was forgotten
 
 
 class BlockManager:
-    """Hands out block ids below `num_blocks`, lowest first, so that high blocks stay untouched or can be given back."""
+    """Hands out block ids below `num_blocks`, lowest first, so that high blocks stay untouched or can be given back.
 
-    def __init__(self, num_blocks: int) -> None:
+    Args:
+        forgetting: what its sequences may forget; None: nothing.
+    """
+
+    def __init__(self, num_blocks: int, forgetting: Forgetting | None = None) -> None:
         if num_blocks < 0:
             raise ValueError(f"num_blocks must not be negative, got {num_blocks}")
-        self.num_blocks = num_blocks
+        self.num_blocks, self.forgetting = num_blocks, forgetting
         self._users: dict[int, int] = {}  # block -> how many sequences hold it
         self._freed: list[int] = []  # heap of ids below _next that are free
         self._next = 0  # ids from here on were never handed out, or were all given back
@@ -68,12 +75,23 @@ class BlockManager:
 
 
 class SequenceBlocks:
-    """The blocks of one sequence, in order, and how many tokens they hold."""
+    """The blocks of one sequence, in order, and how many tokens they hold.
+
+    Attributes:
+        blocks: ids; HOLE in place of those that were forgotten.
+        holes: which of them are holes: they lie side by side.
+    """
 
     def __init__(self, manager: BlockManager) -> None:
         self.manager = manager
         self.blocks: list[int] = []
         self.tokens = 0
+        self.holes = range(0)
+
+    @property
+    def held(self) -> int:
+        """Blocks that are there."""
+        return len(self.blocks) - len(self.holes)
 
     def fits(self, count: int) -> bool:
         """Whether so many more tokens lie in the last block, and nobody shares it: then counting them is all that is needed."""
@@ -81,10 +99,13 @@ class SequenceBlocks:
         return 0 < used <= BLOCK_TOKENS - count and self.manager.users(self.blocks[-1]) == 1
 
     def adopt(self, blocks: list[int]) -> None:
-        """Begins with full blocks that hold what this sequence begins with; they count it among their users already."""
+        """Begins with full blocks that hold what this sequence begins with; they count it among their users already. Those that
+        it need not see may be holes."""
         if self.blocks:
             raise ValueError("only an empty sequence can begin with blocks of another")
         self.blocks, self.tokens = list(blocks), len(blocks) * BLOCK_TOKENS
+        holes = [n for n, block in enumerate(blocks) if block == HOLE]
+        self.holes = range(holes[0], holes[-1] + 1) if holes else range(0)
 
     def append(self, count: int) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
@@ -111,15 +132,48 @@ class SequenceBlocks:
         self.tokens += count
         return copies
 
+    @property
+    def forgettable(self) -> range:
+        """Places of the blocks that no later token sees, and that are there yet."""
+        forgetting = self.manager.forgetting
+        if forgetting is None:
+            return range(0)
+        return range(self.holes.stop if self.holes else forgetting.sink_blocks, forgetting.first_kept(self.tokens))
+
+    def forget(self) -> range:
+        """Lets go of what is forgettable, and returns its places."""
+        gone = self.forgettable
+        if gone:
+            self._release(self.blocks[gone.start : gone.stop])
+            self.blocks[gone.start : gone.stop] = [HOLE] * len(gone)
+            self.holes = range(self.holes.start if self.holes else gone.start, gone.stop)
+        return gone
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in blocks:
+            if block != HOLE:
+                self.manager.release(block)
+
     def crop(self, tokens: int) -> None:
-        """Keeps the first `tokens` tokens and frees blocks that hold none of them."""
+        """Keeps the first `tokens` tokens and frees blocks that hold none of them.
+
+        Raises:
+            ForgottenError: the next token would see what was forgotten; nothing was changed.
+        """
         if not 0 <= tokens <= self.tokens:
             raise ValueError(f"cannot crop to {tokens} tokens: there are {self.tokens}")
         keep = -(-tokens // BLOCK_TOKENS)
-        for block in self.blocks[keep:]:
-            self.manager.release(block)
+        holes = self.holes if keep > self.holes.start else range(0)
+        self._check(tokens, holes)
+        self._release(self.blocks[keep:])
         del self.blocks[keep:]
-        self.tokens = tokens
+        self.tokens, self.holes = tokens, holes
+
+    def _check(self, tokens: int, holes: range) -> None:
+        """Raises ForgottenError where the next of so many tokens would see a hole."""
+        forgetting = self.manager.forgetting
+        if holes and forgetting is not None and forgetting.first_seen(tokens) < holes.stop:
+            raise ForgottenError(tokens, self.tokens, forgetting.window)
 
     def drop(self, first_block: int, count: int, move: Callable[[list[tuple[int, int]], list[int]], None]) -> None:
         """Lets go of `count` full blocks from the midst; the tokens behind them move up. Those move to other positions too, so
@@ -127,16 +181,21 @@ class SequenceBlocks:
 
         Args:
             move: makes the bytes fit, before anything is let go: it gets (source, target) blocks to copy, and all blocks
-                behind the gap as they will be. If it raises, nothing was changed here.
+                behind the gap as they will be, holes first. If it raises, nothing was changed here.
 
         Raises:
             CacheFullError: too few free blocks for the copies; nothing was changed.
+            ForgottenError: the next token would see what was forgotten; nothing was changed.
         """
-        if first_block < 0 or count < 0 or (first_block + count) * BLOCK_TOKENS > self.tokens:
-            raise ValueError(f"blocks [{first_block}, {first_block + count}) are not full blocks of {self.tokens} tokens")
+        end = first_block + count
+        if first_block < 0 or count < 0 or end * BLOCK_TOKENS > self.tokens:
+            raise ValueError(f"blocks [{first_block}, {end}) are not full blocks of {self.tokens} tokens")
         if count == 0:
             return
-        behind = self.blocks[first_block + count :]
+        moved_up = (place if place <= first_block else max(first_block, place - count) for place in _ends(self.holes))
+        holes, tokens = range(*moved_up), self.tokens - count * BLOCK_TOKENS
+        self._check(tokens, holes)
+        behind = self.blocks[end:]
         shared = [i for i, block in enumerate(behind) if self.manager.users(block) > 1]
         own = self.manager.allocate(len(shared))
         moved = list(behind)
@@ -145,20 +204,19 @@ class SequenceBlocks:
         try:
             move([(behind[i], moved[i]) for i in shared], moved)
         except BaseException:
-            for block in own:
-                self.manager.release(block)
+            self._release(own)
             raise
-        for block in (*self.blocks[first_block : first_block + count], *(behind[i] for i in shared)):
-            self.manager.release(block)
+        self._release([*self.blocks[first_block:end], *(behind[i] for i in shared)])
         self.blocks[first_block:] = moved
-        self.tokens -= count * BLOCK_TOKENS
+        self.tokens, self.holes = tokens, holes
 
     def fork(self) -> SequenceBlocks:
         """A sequence with the same content; its blocks are shared until one of the two writes."""
         twin = SequenceBlocks(self.manager)
-        twin.blocks, twin.tokens = list(self.blocks), self.tokens
+        twin.blocks, twin.tokens, twin.holes = list(self.blocks), self.tokens, self.holes
         for block in twin.blocks:
-            self.manager.retain(block)
+            if block != HOLE:
+                self.manager.retain(block)
         return twin
 
     def free(self) -> None:
@@ -168,3 +226,7 @@ class SequenceBlocks:
     def table(self) -> npt.NDArray[np.int32]:
         """Block ids, int32 [blocks]."""
         return np.asarray(self.blocks, dtype=np.int32)
+
+
+def _ends(places: range) -> tuple[int, int]:
+    return places.start, places.stop

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .block_manager import BLOCK_TOKENS, BlockManager
+from .block_manager import BLOCK_TOKENS, HOLE, BlockManager
 
 Key = bytes
 
@@ -46,24 +46,37 @@ class PrefixCache:
         return len(self._blocks)
 
     def match(self, wanted: list[Key]) -> list[int]:
-        """The blocks of the longest known beginning of `wanted`, each with one user more: the caller's."""
+        """The blocks of the longest known beginning of `wanted`, each with one user more: the caller's. What the token behind
+        it does not see is a hole."""
+        count, first = self.known(wanted), 0
         found = []
-        for key in wanted:
-            block = self._blocks.get(key)
-            if block is None:
-                break
-            self.manager.retain(block)
-            found.append(block)
-        self.touch(wanted[: len(found)])
+        if (forgetting := self.manager.forgetting) is not None:
+            first = forgetting.first_seen(count * BLOCK_TOKENS)
+        for n, key in enumerate(wanted[:count]):
+            if forgetting is not None and forgetting.sink_blocks <= n < first:
+                found.append(HOLE)
+                continue
+            self.manager.retain(self._blocks[key])
+            found.append(self._blocks[key])
+        self.touch(wanted[:count])
         return found
 
     def known(self, wanted: list[Key]) -> int:
         """How many blocks `match` would give."""
-        return next((n for n, key in enumerate(wanted) if key not in self._blocks), len(wanted))
+        first_unknown = next((n for n, key in enumerate(wanted) if key not in self._blocks), len(wanted))
+        forgetting = self.manager.forgetting
+        if forgetting is None or first_unknown < forgetting.sink_blocks:
+            return first_unknown
+        longest = run = first_unknown
+        for n in range(first_unknown + 1, len(wanted) + 1):
+            run = run + 1 if wanted[n - 1] in self._blocks else 0
+            if run >= n - max(forgetting.sink_blocks, forgetting.first_seen(n * BLOCK_TOKENS)):
+                longest = n
+        return longest
 
     def put(self, key: Key, block: int) -> None:
-        """Remembers a full block; if there is one with the same content already, that one stays."""
-        if key in self._blocks:
+        """Remembers a full block, unless it is a hole; if there is one with the same content already, that one stays."""
+        if key in self._blocks or block == HOLE:
             return
         if self.most is not None and len(self._blocks) >= self.most and not self.evict(1):
             return
@@ -108,6 +121,10 @@ class PrefixCache:
         for key in keys:
             if (block := self._blocks.pop(key, None)) is not None:
                 self.manager.release(block)
+
+    def forget_unused(self, keys: list[Key]) -> None:
+        """Those of these that nobody else uses are no longer found."""
+        self.forget([key for key in keys if (block := self._blocks.get(key)) is not None and self.manager.users(block) == 1])
 
     def clear(self) -> None:
         """Forgets everything; blocks that sequences use stay theirs."""
