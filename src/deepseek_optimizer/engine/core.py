@@ -124,7 +124,7 @@ class EngineCore:
         for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             if any(t >= facts.vocab_size for t in tokens):
                 raise RequestError(name, f"names tokens outside the vocabulary of {facts.vocab_size}")
-        room, what = facts.context, "the model's context"
+        room, what, fix = facts.context, "the model's context", "shorten it"
         if self.sliding is not None:
             if not request.embed:
                 self.sliding.check(request.pinned, len(prompt))
@@ -132,10 +132,11 @@ class EngineCore:
             room, what = self.sliding.window, "the window"
         if self.blocks * BLOCK_TOKENS < room:
             room, what = self.blocks * BLOCK_TOKENS, "the whole cache (kv_cache_memory)"
+            fix += ', or load the model with sparse_attention=True or attention_optimization="sliding"'
         asked = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
         if len(prompt) + (0 if request.embed else asked) > room:
             more = "" if sampling.max_tokens is None or request.embed else f" and max_tokens={asked}"
-            raise RequestError("prompt", f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; shorten it")
+            raise RequestError("prompt", f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}")
         return room - len(prompt) if sampling.max_tokens is None else asked
 
     def add(self, request: Request) -> None:
