@@ -24,6 +24,8 @@ struct KvLayout {      // of one cache; the kernels own what is inside a block
   // numbers of the indexer. See latent_row_bytes and index_row_bytes in runtime/layout.hpp.
   int32_t rank = 0, rope = 0, index = 0;
   int64_t row_bytes = 0, index_bytes = 0;  // of one row
+  // Summaries of 32 blocks and one kv head (latent: of all numbers of a row), see kernels/generic/summaries.hpp; 0: there are none.
+  int64_t summary_bytes = 0;
 };
 
 // A sequence's view of one layer of the cache: token t lies in block table[t / 32], slot t % 32.
@@ -31,6 +33,14 @@ struct KvView {
   uint8_t* base;        // start of block 0, this layer
   int64_t block_stride; // bytes from a block to the next
   const int32_t* table;
+  uint8_t* summaries = nullptr;   // of blocks 0 to 31, this layer, kv head after kv head
+  int64_t summary_stride = 0;     // bytes to those of the next 32 blocks
+};
+
+struct Sight {  // what a row sees of the tokens up to itself
+  int64_t window = 0, sinks = 0;    // the last `window` of them and the first `sinks`; window 0: all
+  const int32_t* chosen = nullptr;  // or those in these blocks of the sequence and no others: `blocks` numbers, ascending
+  int64_t blocks = 0;
 };
 
 struct Turn {  // of the keys of a block: numbers [offset, offset + rot) of each, in pairs as `rope` has them
@@ -87,11 +97,11 @@ struct Kernels {
   // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
   // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
   // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
-  // over the absolute chunk `chunk` of attn_chunk tokens. Row r sees tokens [max(0, ctx + r + 1 - window), ctx + r] of the
-  // cache (window 0: from 0). Writes for every (row, q head): m, l and o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16)
-  // floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
+  // over the absolute chunk `chunk` of attn_chunk tokens; or over as many chosen blocks, from number chunk * attn_chunk / 32 on, and
+  // then r1 is r0 + 1. Row r is token ctx + r. Blocks that no row sees are not touched. Writes for every (row, q head): m, l and
+  // o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
   void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                            int64_t r0, int64_t r1, int64_t ctx, int64_t window, float scale, int64_t chunk, float* part, uint8_t* scratch);
+                            int64_t r0, int64_t r1, int64_t ctx, const Sight& sight, float scale, int64_t chunk, float* part, uint8_t* scratch);
   // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
   void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
   // The same, to what a chunk would have been that saw all of it: a part, which a later merge takes. Of one part, that part.
@@ -99,7 +109,7 @@ struct Kernels {
   // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
   // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
   void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                       int64_t r0, int64_t r1, int64_t ctx, int64_t window, float scale, float* o, int64_t o_stride, uint8_t* scratch);
+                       int64_t r0, int64_t r1, int64_t ctx, const Sight& sight, float scale, float* o, int64_t o_stride, uint8_t* scratch);
   // The plain form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch of ctx + r + 1 floats.
   void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
                      float* scores, float* o);  // sees tokens [first, n)

@@ -14,11 +14,25 @@ AttentionKind AttentionSchedule::kind_of(const Run& run, int64_t sequence) const
 }
 
 int64_t AttentionSchedule::first_token(int64_t context, int64_t row) const {
-  return shape.window > 0 ? std::max<int64_t>(0, context + row + 1 - shape.window) : 0;
+  const int64_t begin = context + row + 1 - shape.window;
+  return shape.window > 0 && begin > shape.sinks ? begin : 0;
+}
+
+int64_t AttentionSchedule::tokens(int64_t context, int64_t r0, int64_t r1) const {
+  if (shape.top_k > 0) return std::min(context + r1, shape.top_k * DSO_BLOCK_TOKENS);
+  const int64_t first = first_token(context, r0);
+  return context + r1 - first + (first > 0 ? shape.sinks : 0);
+}
+
+RowChunks AttentionSchedule::chunks(int64_t context, int64_t r0, int64_t r1) const {
+  if (shape.top_k > 0) return {0, 0, ceil_div(tokens(context, r0, r1), attn_chunk)};
+  const int64_t first = first_token(context, r0) / attn_chunk, sinks = std::min(first, ceil_div(shape.sinks, attn_chunk));
+  return {sinks, first, sinks + ceil_div(context + r1, attn_chunk) - first};
 }
 
 int64_t AttentionSchedule::rows_of_a_block(AttentionKind kind, int64_t chunks) const {
   if (kind != AttentionKind::kDecode) return attn_rows;
+  if (shape.top_k > 0) return 1;  // each row reads its own blocks
   return std::clamp<int64_t>(kPrivateFloats / (chunks * shape.group() * shape.part_floats()), 1, kDecodeRows);
 }
 
@@ -27,11 +41,11 @@ void AttentionSchedule::build(const Run& run) {
   tasks.clear();
   shared_floats = private_floats = 0;
   const dso_batch& b = *run.batch.source;
-  auto chunks_of = [&](int64_t s) { return ceil_div(int64_t(b.context_len[s]) + b.query_len[s], attn_chunk); };
+  auto chunks_of = [&](int64_t s) { return chunks(b.context_len[s], 0, b.query_len[s]).count; };
   int64_t total = 0, blocks = 0;
   for (int64_t s = 0; s < b.S; ++s) {
-    const int64_t n = b.query_len[s], seen = b.context_len[s] + (n + 1) / 2 - first_token(b.context_len[s], n / 2);
-    total += n * std::max<int64_t>(1, seen) * shape.heads;
+    const int64_t n = b.query_len[s], middle = (n - 1) / 2;
+    total += n * tokens(b.context_len[s], middle, middle + 1) * shape.heads;
     blocks += ceil_div(n, rows_of_a_block(kind_of(run, s), chunks_of(s)));
   }
   // A countdown for each block of rows, and one for each set of heads of it.
@@ -48,14 +62,13 @@ void AttentionSchedule::build(const Run& run) {
 
 void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, int64_t r0, int64_t r1, int64_t fair) {
   const int64_t context = run.batch.source->context_len[s], group = shape.group(), rows = r1 - r0;
-  const int64_t first = first_token(context, r0), tokens = context + r1 - first;
-  const int64_t first_chunk = first / attn_chunk, chunks = ceil_div(context + r1, attn_chunk) - first_chunk;
+  const RowChunks chunks = this->chunks(context, r0, r1);
 
   // First along the cache, where a task costs nothing more by it; then by heads, which makes each task read the cache again.
-  int64_t pieces = 1, cost = rows * tokens * group;
-  if (kind == AttentionKind::kDecode) pieces = std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, chunks);
-  const int64_t span = ceil_div(chunks, pieces);
-  pieces = ceil_div(chunks, span);
+  int64_t pieces = 1, cost = rows * tokens(context, r0, r1) * group;
+  if (kind == AttentionKind::kDecode) pieces = std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, chunks.count);
+  const int64_t span = ceil_div(chunks.count, pieces);
+  pieces = ceil_div(chunks.count, span);
   const int64_t parts = std::clamp<int64_t>(ceil_div(2 * cost / pieces, fair), 1, group);
   cost /= pieces * parts;
 
@@ -75,13 +88,12 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
       t.h1 = (p + 1) * group / parts;
       t.r0 = r0;
       t.r1 = r1;
-      t.first_chunk = first_chunk;
       t.chunks = chunks;
       t.part = t.merge = -1;
       t.rows = rows_left;
       t.cost = cost * heads_step;
       if (rows_left >= 0) countdowns_.expect(rows_left, 1);
-      const int64_t floats = chunks * rows * (t.h1 - t.h0) * shape.part_floats();
+      const int64_t floats = chunks.count * rows * (t.h1 - t.h0) * shape.part_floats();
       if (pieces > 1) {
         t.part = shared_floats;
         shared_floats += floats;
@@ -89,9 +101,9 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
       } else if (kind == AttentionKind::kDecode) {
         private_floats = std::max(private_floats, floats);
       }
-      for (int64_t c = 0; c < chunks; c += span) {
-        t.c0 = first_chunk + c;
-        t.c1 = first_chunk + std::min(chunks, c + span);
+      for (int64_t c = 0; c < chunks.count; c += span) {
+        t.c0 = c;
+        t.c1 = std::min(chunks.count, c + span);
         tasks.push_back(t);
         if (kind != AttentionKind::kDecode) break;  // it walks all chunks by itself
       }

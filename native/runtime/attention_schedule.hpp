@@ -1,7 +1,7 @@
 // How attention over a ragged batch is cut into tasks. Made once a step of the model, used by all layers that are alike.
 //
-// A task is some heads of one kv head (of several where sequences are many), some rows of one sequence and, in the decode family, a range of absolute chunks of 256
-// tokens. Which task covers what never changes a row's bits: chunks are merged in order, whoever computed them. Heavy
+// A task is some heads of one kv head (of several where sequences are many), some rows of one sequence and, in the decode family,
+// a range of absolute chunks of 256 tokens, or of eight blocks that its one row chose. Which task covers what never changes a row's bits: chunks are merged in order, whoever computed them. Heavy
 // tasks come first, and none is more than a fraction of a thread's share, so that all threads end together.
 #pragma once
 #include <cstdint>
@@ -13,7 +13,8 @@
 namespace dso {
 
 struct AttentionShape {
-  int64_t heads, kv_heads, head_dim, window;
+  int64_t heads, kv_heads, head_dim, window, sinks;
+  int64_t top_k;         // blocks that a kv head chose for each row; 0: none did
   bool eager, converts;  // converts: the finished row goes to a slot that is not fp32
   bool operator==(const AttentionShape&) const = default;
   int64_t group() const { return heads / kv_heads; }
@@ -22,13 +23,19 @@ struct AttentionShape {
 
 enum class AttentionKind : uint8_t { kDecode, kPrefill, kEager };
 
+// The chunks that rows see anything of: those of the sinks, then those of their windows. Of chosen blocks, eight make a chunk.
+struct RowChunks {
+  int64_t sinks, first, count;  // the first one behind those of the sinks
+  int64_t at(int64_t i) const { return i < sinks ? i : first + i - sinks; }
+};
+
 struct AttentionTask {
   AttentionKind kind;
   int64_t sequence, kv_head, kv_end;  // kv heads [kv_head, kv_end): one after the other, more than one only in the decode family
   int64_t h0, h1;      // q heads, within the kv head's group
   int64_t r0, r1;      // rows, within the sequence
-  int64_t c0, c1;      // chunks of this task
-  int64_t first_chunk, chunks;  // of all tasks on these rows and heads
+  int64_t c0, c1;      // chunks of this task, of
+  RowChunks chunks;    // those of all tasks on these rows and heads
   int64_t part;        // where the partial results of those begin in the shared memory, in floats; -1: this task has all chunks
   int32_t merge, rows; // countdowns: tasks left before the chunks are merged, before the rows are whole; -1: none
   int64_t cost;
@@ -51,7 +58,9 @@ class AttentionSchedule {
   void add_rows(const Run& run, AttentionKind kind, int64_t sequence, int64_t r0, int64_t r1, int64_t fair);
   int64_t rows_of_a_block(AttentionKind kind, int64_t chunks) const;
   AttentionKind kind_of(const Run& run, int64_t sequence) const;
-  int64_t first_token(int64_t context, int64_t row) const;
+  int64_t first_token(int64_t context, int64_t row) const;                // of the window, or 0 where it reaches the sinks
+  int64_t tokens(int64_t context, int64_t r0, int64_t r1) const;          // that rows [r0, r1) see together
+  RowChunks chunks(int64_t context, int64_t r0, int64_t r1) const;
 
   int64_t built_ = 0;
   Countdowns countdowns_;

@@ -22,6 +22,7 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   if (l.kv_heads != needs.kv_heads || l.head_dim != needs.head_dim || k->layers < needs.layers)
     fail(DSO_EINVAL, "batch.cache has %lld layers of %d heads of %d, the plan needs %lld of %lld of %lld", (long long)k->layers,
          k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads, (long long)needs.head_dim);
+  if (needs.summaries && l.summary_bytes == 0) fail(DSO_EINVAL, "batch.cache has no summaries, and the plan chooses blocks by them");
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
   for (int64_t s = 0; s < b.S; ++s) {
     if (needs.index > 0 && int64_t(b.context_len[s]) + b.query_len[s] > kMostNumbered)
@@ -31,7 +32,7 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
       fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, max_blocks is %d", (long long)s, (long long)blocks, b.max_blocks);
     const int32_t* table = b.block_table + s * b.max_blocks;
     for (int64_t i = 0; i < blocks; ++i)
-      if (table[i] < 0 || table[i] >= k->blocks)
+      if ((table[i] < 0 || table[i] >= k->blocks) && !(table[i] == -1 && needs.hides(i, b.context_len[s])))
         fail(DSO_EINVAL, "batch.block_table[%lld][%lld] is %d, the cache has %lld blocks", (long long)s, (long long)i, table[i],
              (long long)k->blocks);
   }
@@ -53,6 +54,11 @@ void check_sequences(const dso_batch& b) {
 }
 
 }  // namespace
+
+bool BatchNeeds::hides(int64_t block, int64_t context) const {
+  const int64_t first = context + 1 - window;
+  return !sees_all && window > 0 && first > sinks && block * DSO_BLOCK_TOKENS >= sinks && (block + 1) * DSO_BLOCK_TOKENS <= first;
+}
 
 void check_batch(const dso_batch& b, const BatchNeeds& needs) {
   if (b.T < 1) fail(DSO_EINVAL, "batch.T is %d", b.T);

@@ -16,6 +16,13 @@ struct BatchNeeds {
   int64_t kv_heads = 0, head_dim = 0;
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead
   int64_t rope_tables = 0;
+  bool summaries = false;      // of the cache
+  // What attention sees: all, in one layer at least, or the widest window and the most sinks of any.
+  bool sees_all = false;
+  int64_t window = 0, sinks = 0;
+
+  // Whether no row sees the block, of a sequence whose first row has so many tokens before it.
+  bool hides(int64_t block, int64_t context) const;
 };
 
 // Consecutive rows of one sequence that lie in one cache block.

@@ -9,8 +9,8 @@ namespace {
 
 class Attention final : public Op {
  public:
-  Attention(const SlotRef& q, const SlotRef& out, std::shared_ptr<AttentionSchedule> schedule, int64_t layer, float scale)
-      : q_(q), out_(out), schedule_(std::move(schedule)), shape_(schedule_->shape), layer_(layer), scale_(scale) {}
+  Attention(const SlotRef& q, const SlotRef& chosen, const SlotRef& out, std::shared_ptr<AttentionSchedule> schedule, int64_t layer, float scale)
+      : q_(q), chosen_(chosen), out_(out), schedule_(std::move(schedule)), shape_(schedule_->shape), layer_(layer), scale_(scale) {}
 
   void shape(const Run&) override {}
   int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
@@ -29,7 +29,8 @@ class Attention final : public Op {
   }
 
  private:
-  int64_t private_at(const Run& run) const { return round_up(int64_t(run.kernels.attn_scratch), 64); }
+  int64_t chosen_at(const Run& run) const { return round_up(int64_t(run.kernels.attn_scratch), 64); }
+  int64_t private_at(const Run& run) const { return chosen_at(run) + round_up(4 * shape_.top_k, 64); }
   int64_t parts_at(const Run& run) const { return shape_.converts ? run.batch.T * staging_stride() : 0; }
   int64_t staging_stride() const { return round_up(4 * out_.width, 64); }
   float* private_floats(const Run& run, int thread) const {
@@ -50,6 +51,16 @@ class Attention final : public Op {
     return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
   }
 
+  // What the task's rows see; with chosen blocks, what row r sees. Whatever a slot may hold, no number leads outside the sequence.
+  Sight sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
+    if (shape_.top_k == 0) return {shape_.window, shape_.sinks};
+    const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS, n = std::min(last + 1, shape_.top_k);
+    const float* from = run.slots[chosen_.index].f32(run.batch.first_row[t.sequence] + r) + t.kv_head * shape_.top_k;
+    int32_t* blocks = reinterpret_cast<int32_t*>(run.thread_scratch(thread) + chosen_at(run));
+    for (int64_t i = 0; i < n; ++i) blocks[i] = from[i] > 0 ? int32_t(std::min(from[i], float(last))) : 0;
+    return {0, 0, blocks, n};
+  }
+
   void decode(const Run& run, const AttentionTask& task, int thread) {
     AttentionTask t = task;
     for (; t.kv_head < t.kv_end; ++t.kv_head)
@@ -62,22 +73,24 @@ class Attention final : public Op {
     const int64_t heads = t.h1 - t.h0, chunk_floats = (t.r1 - t.r0) * heads * shape_.part_floats();
     const int64_t context = run.batch.source->context_len[t.sequence];
     float* parts = t.part < 0 ? private_floats(run, thread) : reinterpret_cast<float*>(run.shared + parts_at(run)) + t.part;
+    const Sight seen = sight(run, t, t.r0, thread);
     for (int64_t c = t.c0; c < t.c1; ++c)
       run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads, t.r0, t.r1,
-                                    context, shape_.window, scale_, c, parts + (c - t.first_chunk) * chunk_floats,
-                                    run.thread_scratch(thread));
+                                    context, seen, scale_, t.chunks.at(c), parts + c * chunk_floats, run.thread_scratch(thread));
     if (t.part >= 0 && !schedule_->last(t.merge)) return false;
     for (int64_t r = t.r0; r < t.r1; ++r)
       for (int64_t h = 0; h < heads; ++h)
-        run.kernels.attn_merge(parts + ((r - t.r0) * heads + h) * shape_.part_floats(), chunk_floats, t.chunks, shape_.head_dim,
+        run.kernels.attn_merge(parts + ((r - t.r0) * heads + h) * shape_.part_floats(), chunk_floats, t.chunks.count, shape_.head_dim,
                                result(run, t, r, t.h0 + h));
     return true;
   }
 
   void prefill(const Run& run, const AttentionTask& t, int thread) {
-    run.kernels.attn_prefill(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, t.h1 - t.h0, t.r0, t.r1,
-                             run.batch.source->context_len[t.sequence], shape_.window, scale_, result(run, t, 0, t.h0),
-                             results(run).stride, run.thread_scratch(thread));
+    const int64_t rows = shape_.top_k > 0 ? 1 : t.r1 - t.r0;
+    for (int64_t r = t.r0; r < t.r1; r += rows)
+      run.kernels.attn_prefill(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, t.h1 - t.h0, r, r + rows,
+                               run.batch.source->context_len[t.sequence], sight(run, t, r, thread), scale_, result(run, t, 0, t.h0),
+                               results(run).stride, run.thread_scratch(thread));
     finish(run, t);
   }
 
@@ -98,7 +111,7 @@ class Attention final : public Op {
       run.kernels.convert(out_.kind, results(run).f32(r), 0, out_.width, out_.width, run.slots[out_.index].row(r));
   }
 
-  const SlotRef q_, out_;
+  const SlotRef q_, chosen_, out_;
   const std::shared_ptr<AttentionSchedule> schedule_;
   const AttentionShape shape_;
   const int64_t layer_;
@@ -108,17 +121,23 @@ class Attention final : public Op {
 }  // namespace
 
 std::unique_ptr<Op> make_attention(StepReader& s) {
-  s.takes(1, 1, 0, 0, DSO_FLAG_EAGER);
-  s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, false);
+  const dso_step& step = s.step;
+  const bool eager = step.flags & DSO_FLAG_EAGER;
+  if (step.window < 0 || step.sinks < 0 || step.top_k < 0) s.refuse("window is %d, sinks %d, top_k %d", step.window, step.sinks, step.top_k);
+  if (step.sinks > 0 && (step.window == 0 || eager)) s.refuse("sinks is %d with %s", step.sinks, eager ? "the EAGER flag" : "no window");
+  if (step.top_k > 0 && (step.window > 0 || eager)) s.refuse("top_k is %d with %s", step.top_k, eager ? "the EAGER flag" : "a window");
+  s.takes(step.top_k > 0 ? 2 : 1, 1, 0, 0, DSO_FLAG_EAGER);
+  s.attends(step.layer, step.kv_heads, step.head_dim, false);
+  s.sees(step.window, step.sinks);
   s.uses_shared();
   const int64_t heads = s.positive("heads", s.step.heads);
   if (heads % s.step.kv_heads) s.refuse("heads %d is no multiple of kv_heads %d", s.step.heads, s.step.kv_heads);
-  if (s.step.window < 0) s.refuse("window is %d", s.step.window);
-  const SlotRef q = s.token_rows(0, heads * s.step.head_dim), out = s.out(0, kAnyKind, q.width, false);
-  if (out.index == q.index) s.refuse("out[0] is in[0]");
+  const SlotRef q = s.token_rows(0, heads * step.head_dim), out = s.out(0, kAnyKind, q.width, false);
+  const SlotRef chosen = step.top_k > 0 ? s.token_rows(1, int64_t(step.kv_heads) * step.top_k) : SlotRef{};
+  if (out.index == q.index || out.index == chosen.index) s.refuse("out[0], slot %d, is an input", out.index);
 
-  const AttentionShape shape{heads, s.step.kv_heads, s.step.head_dim, s.step.window, (s.step.flags & DSO_FLAG_EAGER) != 0, !is_f32(out.kind)};
-  return std::make_unique<Attention>(q, out, shared_schedule(s.plan().schedules, shape), s.step.layer, s.step.scale);
+  const AttentionShape shape{heads, step.kv_heads, step.head_dim, step.window, step.sinks, step.top_k, eager, !is_f32(out.kind)};
+  return std::make_unique<Attention>(q, chosen, out, shared_schedule(s.plan().schedules, shape), s.step.layer, s.step.scale);
 }
 
 }  // namespace dso

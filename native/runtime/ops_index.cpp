@@ -77,6 +77,7 @@ std::unique_ptr<Op> make_index_write(StepReader& s) {
 std::unique_ptr<Op> make_index_choose(StepReader& s) {
   s.takes(2, 1, 0, 0, 0);
   s.attends_index(s.step.layer, s.step.index, false);
+  s.sees(0, 0);
   s.uses_shared();
   const IndexShape shape{s.positive("heads", s.step.heads), s.step.index, s.positive("top_k", s.step.top_k)};
   const SlotRef q = s.token_rows(0, shape.heads * shape.index), w = s.token_rows(1, shape.heads);

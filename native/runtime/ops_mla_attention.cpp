@@ -141,6 +141,7 @@ std::unique_ptr<Op> make_mla_attention(StepReader& s) {
   const MlaShape& shape = schedule->shape;
   s.takes(shape.top_k > 0 ? 3 : 2, 2, 1, 0, DSO_FLAG_EXPAND);
   s.attends_latent(s.step.layer, s.step.rank, s.step.rope, false);
+  s.sees(0, 0);
   s.uses_shared();
   const Matrix kv_b = s.matrix(0);
   if (kv_b.rows != shape.heads * (shape.nope + shape.v_dim) || kv_b.cols != shape.rank)

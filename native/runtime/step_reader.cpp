@@ -17,7 +17,7 @@ const char* op_name(int32_t op) {
   static constexpr const char* names[] = {"EMBEDDING", "RMS_NORM", "ADD", "ADD_RMS_NORM", "CONVERT", "LINEAR", "ROPE_TABLE", "ROPE",
                                           "CACHE_WRITE", "ROPE_CACHE", "ATTENTION", "SWIGLU", "GATE_UP", "SELECT_ROWS", "HIDDEN_OUT", "ROUTE",
                                           "EXPERTS_GATE_UP", "EXPERTS_DOWN", "LATENT", "LATENT_WRITE", "MLA_ABSORB", "MLA_ATTENTION", "MLA_VALUE",
-                                          "LAYER_NORM", "INDEX_WRITE", "INDEX_CHOOSE", "STATE_IN", "CONCAT"};
+                                          "LAYER_NORM", "INDEX_WRITE", "INDEX_CHOOSE", "STATE_IN", "CONCAT", "BLOCK_CHOOSE", "LATENT_CHOOSE"};
   return op >= 1 && op <= int32_t(std::size(names)) ? names[op - 1] : "unknown op";
 }
 
@@ -152,6 +152,13 @@ void StepReader::attends_index(int32_t layer, int32_t index, bool writes_cache) 
   if (needs.index > 0 && needs.index != index) refuse("index %d, but an earlier step uses %lld, and the cache has one shape", index, (long long)needs.index);
   needs.index = index;
   uses_layer(layer, writes_cache);
+}
+
+void StepReader::sees(int64_t window, int64_t sinks) {
+  BatchNeeds& needs = plan_.needs;
+  needs.sees_all |= window == 0;
+  needs.window = std::max(needs.window, window);
+  needs.sinks = std::max(needs.sinks, sinks);
 }
 
 void StepReader::uses_layer(int32_t layer, bool writes_cache) {

@@ -65,6 +65,7 @@ class StepReader {
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
   void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
   void attends_index(int32_t layer, int32_t index, bool writes);
+  void sees(int64_t window, int64_t sinks);  // what of its layer's tokens; window 0: all of them
   void uses_shared() { writes.push_back(shared_resource()); }
   // The step takes no more than these; a field set beyond them is a mistake in the plan.
   void takes(int ins, int outs, int ws, int bs, int32_t flags) const;

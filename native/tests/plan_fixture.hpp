@@ -9,7 +9,8 @@
 struct Spec {
   int32_t hidden = 80, heads = 6, kv_heads = 2, head_dim = 16, inner = 104, vocab = 150, layers = 2, rot = 16;
   int32_t format = DSO_F32, activation = DSO_SLOT_F32, kv_type = DSO_KV_F32;
-  int32_t window = 0, flags = 0;  // flags: DSO_FLAG_EAGER, DSO_FLAG_INTERLEAVED
+  int32_t window = 0, sinks = 0, flags = 0;  // flags: DSO_FLAG_EAGER, DSO_FLAG_INTERLEAVED
+  bool first_full = false;                   // layer 0 has no window
   bool fused = true, qk_norm = false, biases = false, select_first = true;
   bool interleaved() const { return flags & DSO_FLAG_INTERLEAVED; }
 };
@@ -134,7 +135,8 @@ class Model {
       int32_t o = slot(spec.fused ? act : DSO_SLOT_F32, Q);
       dso_step& a = heads(step(DSO_OP_ATTENTION, {{q}, {o}, {}, {}}), l);
       a.flags = spec.flags & DSO_FLAG_EAGER;
-      a.window = spec.window;
+      a.window = spec.first_full && l == 0 ? 0 : spec.window;
+      a.sinks = a.window ? spec.sinks : 0;
       a.scale = 1 / std::sqrt((float)spec.head_dim);
       if (!spec.fused) o = converted(o, Q);
       delta = slot(DSO_SLOT_F32, H);
@@ -181,7 +183,7 @@ struct Sequence {
   std::vector<std::vector<float>> logits;   // of every token
 };
 
-// Feeds sequences to a model; blocks are handed out from a shuffled pool.
+// Feeds sequences to a model; blocks are handed out from a shuffled pool, and go back to it once no later token can see them.
 class Feeder {
  public:
   Feeder(Model& model, int64_t blocks, Random& random)
@@ -204,6 +206,7 @@ class Feeder {
         p.sequence->blocks.push_back(free_.back());
         free_.pop_back();
       }
+      forget(*p.sequence);
       max_blocks = std::max(max_blocks, (int32_t)p.sequence->blocks.size());
     }
     for (const Part& p : parts) {
@@ -244,6 +247,16 @@ class Feeder {
   }
 
  private:
+  void forget(Sequence& s) {
+    const Spec& spec = model_.spec;
+    const int32_t begin = s.done + 1 - spec.window;
+    if (spec.window == 0 || spec.first_full || begin <= spec.sinks) return;
+    for (int32_t b = (spec.sinks + 31) / 32; (b + 1) * 32 <= begin; ++b) {
+      if (s.blocks[(size_t)b] < 0) continue;
+      free_.insert(free_.begin(), s.blocks[(size_t)b]);
+      s.blocks[(size_t)b] = -1;
+    }
+  }
   Model& model_;
   dso_cache cache_;
   std::vector<int32_t> free_;

@@ -104,46 +104,60 @@ inline void kv_read(const KvLayout& l, const KvView& v, int64_t tokens, float* k
     }
 }
 
-// Softmax over tokens [first, n): m, the sum, and the weighted values, not yet divided.
-inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t first, int64_t n, float scale, float* m, float* sum,
-                   float* o) {
+// Softmax over tokens: m, the sum, and the weighted values, not yet divided.
+inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float* q, const std::vector<int64_t>& tokens, float scale, float* m,
+                   float* sum, float* o) {
   *m = -INFINITY;
   *sum = 0;
   std::fill_n(o, l.head_dim, 0.0f);
   std::vector<float> scores;
-  for (int64_t t = first; t < n; ++t) {
+  for (int64_t t : tokens) {
     float s = 0;
     for (int64_t i = 0; i < l.head_dim; ++i) s += q[i] * kv(l, v, head, t, false)[i];
     scores.push_back(s * scale);
     *m = std::max(*m, s * scale);
   }
-  for (int64_t t = first; t < n; ++t) {
-    const float p = std::exp(scores[(size_t)(t - first)] - *m);
+  for (size_t j = 0; j < tokens.size(); ++j) {
+    const float p = std::exp(scores[j] - *m);
     *sum += p;
-    for (int64_t i = 0; i < l.head_dim; ++i) o[i] += p * kv(l, v, head, t, true)[i];
+    for (int64_t i = 0; i < l.head_dim; ++i) o[i] += p * kv(l, v, head, tokens[j], true)[i];
   }
 }
 inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first, float scale, float* scores, float* o) {
   std::fill_n(scores, n, 0.0f);  // the caller promised room for them
+  std::vector<int64_t> tokens;
+  for (int64_t t = first; t < n; ++t) tokens.push_back(t);
   float m, sum;
-  attend(l, v, head, q, first, n, scale, &m, &sum, o);
+  attend(l, v, head, q, tokens, scale, &m, &sum, o);
   for (int64_t i = 0; i < l.head_dim; ++i) o[i] /= sum;
 }
-inline int64_t seen_from(int64_t ctx, int64_t r, int64_t window) { return window ? std::max<int64_t>(0, ctx + r + 1 - window) : 0; }
+// What token `row` sees, of the chunk (-1: of all).
+inline std::vector<int64_t> seen(const Sight& sight, int64_t row, int64_t chunk) {
+  std::vector<int64_t> tokens;
+  if (!sight.chosen) {
+    for (int64_t t = 0; t <= row; ++t)
+      if ((sight.window == 0 || row - t < sight.window || t < sight.sinks) && (chunk < 0 || t / attn_chunk == chunk)) tokens.push_back(t);
+    return tokens;
+  }
+  for (int64_t i = 0; i < sight.blocks; ++i)
+    for (int64_t t = 32 * (int64_t)sight.chosen[i]; t < 32 * ((int64_t)sight.chosen[i] + 1) && t <= row; ++t)
+      if (chunk < 0 || i / (attn_chunk / 32) == chunk) tokens.push_back(t);
+  return tokens;
+}
 inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
-                         int64_t ctx, int64_t window, float scale, float* o, int64_t o_stride, uint8_t*) {
-  std::vector<float> scores((size_t)(ctx + r1));
+                         int64_t ctx, const Sight& sight, float scale, float* o, int64_t o_stride, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
-    for (int64_t h = 0; h < group; ++h)
-      attn_eager(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, ctx + r + 1, seen_from(ctx, r, window), scale,
-                 scores.data(), (float*)((char*)o + r * o_stride) + h * l.head_dim);
+    for (int64_t h = 0; h < group; ++h) {
+      float m, sum, *out = (float*)((char*)o + r * o_stride) + h * l.head_dim;
+      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, -1), scale, &m, &sum, out);
+      for (int64_t i = 0; i < l.head_dim; ++i) out[i] /= sum;
+    }
 }
 inline void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                              int64_t r1, int64_t ctx, int64_t window, float scale, int64_t chunk, float* part, uint8_t*) {
+                              int64_t r1, int64_t ctx, const Sight& sight, float scale, int64_t chunk, float* part, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h, part += l.head_dim + 16)
-      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, std::max(chunk * attn_chunk, seen_from(ctx, r, window)),
-             std::min((chunk + 1) * attn_chunk, ctx + r + 1), scale, part, part + 1, part + 16);
+      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, chunk), scale, part, part + 1, part + 16);
 }
 inline void attn_merge(const float* part, int64_t stride, int64_t chunks, int64_t d, float* out) {
   float m = -INFINITY, sum = 0;
@@ -201,8 +215,35 @@ inline void index_select(const float* scores, int64_t n, int64_t k, float* chose
   for (int64_t i = 0; i < k; ++i) chosen[i] = (float)order[(size_t)i];
 }
 
-inline const Kernels table = {"scalar", convert, linear, 0, embed_row, unpack_rows, pack_tile, rms_norm, layer_norm, add, swiglu, softmax, sigmoid, add_scaled, rope,
-                              kv_layer_bytes, kv_write, kv_read, {}, attn_decode_chunk, attn_merge, attn_prefill, attn_eager, 0,
-                              index_write, index_query, index_query_bytes, index_scores, index_select, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+inline const Kernels table = [] {
+  Kernels k{};
+  k.isa = "scalar";
+  k.convert = convert;
+  k.linear = linear;
+  k.embed_row = embed_row;
+  k.unpack_rows = unpack_rows;
+  k.pack_tile = pack_tile;
+  k.rms_norm = rms_norm;
+  k.layer_norm = layer_norm;
+  k.add = add;
+  k.swiglu = swiglu;
+  k.softmax = softmax;
+  k.sigmoid = sigmoid;
+  k.add_scaled = add_scaled;
+  k.rope = rope;
+  k.kv_layer_bytes = kv_layer_bytes;
+  k.kv_write = kv_write;
+  k.kv_read = kv_read;
+  k.attn_decode_chunk = attn_decode_chunk;
+  k.attn_merge = attn_merge;
+  k.attn_prefill = attn_prefill;
+  k.attn_eager = attn_eager;
+  k.index_write = index_write;
+  k.index_query = index_query;
+  k.index_query_bytes = index_query_bytes;
+  k.index_scores = index_scores;
+  k.index_select = index_select;
+  return k;
+}();
 
 }  // namespace scalar

@@ -126,7 +126,14 @@ void plans() {
   create("layer is -1", "layer", [&](S s, L, W) { s[attention].layer = -1; });
   for (int d : {0, 17, 320}) create("must be even and at most 256", "head_dim", [&](S s, L, W) { s[attention].head_dim = d; });
   create("the cache has one shape", "two cache shapes", [&](S s, L, W) { s[attention].kv_heads = 1; });
-  create("out[0] is in[0]", "attention in place", [&](S s, L, W) { s[attention].out[0] = s[attention].in[0]; });
+  create("sinks -1", "sinks", [&](S s, L, W) { s[attention].sinks = -1; });
+  create("sinks is 4 with no window", "sinks alone", [&](S s, L, W) { s[attention].sinks = 4; });
+  create("sinks is 4 with the EAGER flag", "eager sinks", [&](S s, L, W) { s[attention].window = 9, s[attention].sinks = 4, s[attention].flags = DSO_FLAG_EAGER; });
+  create("top_k is 4 with the EAGER flag", "eager blocks", [&](S s, L, W) { s[attention].top_k = 4, s[attention].flags = DSO_FLAG_EAGER; });
+  create("top_k is 4 with a window", "window of blocks", [&](S s, L, W) { s[attention].top_k = 4, s[attention].window = 9; });
+  create("in[1] is slot -1", "no blocks", [&](S s, L, W) { s[attention].top_k = 4; });
+  create("in[1] must have width 8", "blocks of another width", [&](S s, L, W) { s[attention].top_k = 4, s[attention].in[1] = s[attention].in[0]; });
+  create("slot 3, is an input", "attention in place", [&](S s, L, W) { s[attention].out[0] = s[attention].in[0]; });
   create("is both an input and an out", "rope over its key", [&](S s, L, W) {
     s[rope].heads = s[rope].kv_heads;  // all of one width
     s[rope].in[0] = s[rope].in[2];
@@ -196,6 +203,33 @@ void batches() {
   bad("batch.cache has 1 layers", [&](B b, D) { b.cache = &small; });
   bad("of 1 heads of 16", [&](B b, D) { b.cache = &other; });
   check(run([](B, D) {}) == 0, "good again: %s", dso_last_error());
+}
+
+// A block may be missing where no row sees it, and every layer has a window.
+void missing_blocks() {
+  auto runs = [](bool first_full, int32_t missing, int32_t context) {
+    Spec spec;
+    spec.window = 40;
+    spec.sinks = 33;
+    spec.first_full = first_full;
+    Model m(spec, scalar::table, 2);
+    dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 8);
+    std::vector<int32_t> ids{1, 2, 3}, positions{0, 1, 2}, table{0, 1, 2, 3, 4, 5, 6, 7};
+    table[(size_t)missing] = -1;
+    const int32_t query = 3, phase = DSO_PHASE_PREFILL, row = 0;
+    std::vector<float> logits((size_t)spec.vocab);
+    dso_batch b{};
+    b.T = 3, b.S = 1, b.R = 1, b.max_blocks = 8;
+    b.token_ids = ids.data(), b.positions = positions.data(), b.query_len = &query, b.context_len = &context, b.phase = &phase;
+    b.block_table = table.data(), b.logit_rows = &row, b.logits = logits.data(), b.cache = &cache;
+    return dso_plan_run(m.plan, &b);
+  };
+  check(runs(false, 2, 200) == 0 && runs(false, 4, 200) == 0, "blocks between sinks and window: %s", dso_last_error());
+  check(runs(false, 2, 135) == 0, "a block that ends where the window begins: %s", dso_last_error());
+  refuses(runs(false, 2, 134), DSO_EINVAL, "block_table[0][2] is -1", "a window that begins in the block");
+  refuses(runs(false, 1, 200), DSO_EINVAL, "block_table[0][1] is -1", "a block with a sink");
+  refuses(runs(false, 5, 200), DSO_EINVAL, "block_table[0][5] is -1", "a block of the window");
+  refuses(runs(true, 2, 200), DSO_EINVAL, "block_table[0][2] is -1", "a layer that sees all");
 }
 
 void context_goes_first() {  // the plan keeps what it shares
@@ -381,6 +415,7 @@ int main() {
   sizes();
   plans();
   batches();
+  missing_blocks();
   context_goes_first();
   many_callers();
   contexts();

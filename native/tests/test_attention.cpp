@@ -11,6 +11,7 @@ struct Case {
   int32_t type, kv_heads, group, head_dim;
   int64_t ctx, rows, window;
   float scale, magnitude;  // of q
+  int64_t sinks = 0, top_k = 0;  // top_k: each row and kv head sees at most so many blocks, drawn by the test
 };
 
 struct Setup {
@@ -19,10 +20,12 @@ struct Setup {
   Cache cache;
   std::vector<float> q;  // [rows, heads * head_dim]
   Buffer scratch;
+  const int64_t first;                       // token of row 0, whatever step it is a row of
+  std::vector<std::vector<int32_t>> chosen;  // blocks, by row and kv head
 
   Setup(const Variant& v, const Case& c, Random& random)
-      : variant(v), c(c), cache(*v.kernels, c.type, c.kv_heads, c.head_dim, c.ctx + c.rows + random.below(40), random),
-        q(normal((size_t)(c.rows * width()), c.magnitude, random)), scratch(v.kernels->attn_scratch, 0xff) {
+      : variant(v), c(c), cache(*v.kernels, c.type, c.kv_heads, c.head_dim, c.ctx + c.rows + random.below(40) + 32, random),
+        q(normal((size_t)(c.rows * width()), c.magnitude, random)), scratch(v.kernels->attn_scratch, 0xff), first(c.ctx) {
     const int64_t n = c.ctx + c.rows;
     const std::vector<float> k = normal((size_t)(n * cache.width()), 1, random), val = normal((size_t)(n * cache.width()), 1, random);
     for (int64_t t = 0; t < n;) {
@@ -30,6 +33,47 @@ struct Setup {
       cache.write(t, piece, k.data() + t * cache.width(), val.data() + t * cache.width());
       t += piece;
     }
+    draw(random);
+  }
+  void draw(Random& random) {
+    chosen.clear();
+    for (int64_t r = 0; r < c.rows; ++r)
+      for (int64_t h = 0; h < c.kv_heads; ++h) chosen.push_back(draw_blocks((c.ctx + r) / 32, random));
+  }
+  // top_k of blocks [0, last], ascending; most often with the last.
+  std::vector<int32_t> draw_blocks(int64_t last, Random& random) const {
+    std::vector<int32_t> blocks;
+    for (int32_t b = 0; b <= last; ++b) blocks.push_back(b);
+    if (last + 1 <= c.top_k) return blocks;
+    random.shuffle(blocks);
+    blocks.resize((size_t)c.top_k);
+    if (random.below(4)) blocks[0] = (int32_t)last;
+    std::sort(blocks.begin(), blocks.end());
+    blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+    return blocks;
+  }
+  const std::vector<int32_t>& blocks_of(int64_t row, int64_t kv_head) const { return chosen[(size_t)((c.ctx + row - first) * c.kv_heads + kv_head)]; }
+  Sight sight(int64_t row, int64_t kv_head) const {
+    if (c.top_k == 0) return {c.window, c.sinks};
+    const std::vector<int32_t>& blocks = blocks_of(row, kv_head);
+    return {0, 0, blocks.data(), (int64_t)blocks.size()};
+  }
+  bool sees(int64_t row, int64_t kv_head, int64_t token) const {
+    if (token >= end(row)) return false;
+    if (c.top_k == 0) return token >= begin(row) || token < c.sinks;
+    const std::vector<int32_t>& blocks = blocks_of(row, kv_head);
+    return std::binary_search(blocks.begin(), blocks.end(), (int32_t)(token / 32));
+  }
+  // The table without the blocks that rows [r0, r1) don't see: they are missing, or full of NaN.
+  std::vector<int32_t> holed(int64_t kv_head, int64_t r0, int64_t r1) const {
+    std::vector<int32_t> table = cache.table;
+    for (size_t b = 0; b < table.size(); ++b) {
+      bool seen = false;
+      for (int64_t r = r0; r < r1; ++r)
+        for (int64_t t = 32 * (int64_t)b; t < 32 * ((int64_t)b + 1); ++t) seen = seen || sees(r, kv_head, t);
+      if (!seen) table[b] = b % 2 ? -1 : cache.table.back();
+    }
+    return table;
   }
   int64_t heads() const { return (int64_t)c.kv_heads * c.group; }
   int64_t width() const { return heads() * c.head_dim; }
@@ -38,26 +82,33 @@ struct Setup {
 
   // Rows [r0, r1) of a family as one task each kv head; out is [rows, width + 3], the last three are left alone.
   void run(Family family, int64_t r0, int64_t r1, std::vector<float>& out) {
+    if (c.top_k > 0 && r1 - r0 > 1) {
+      for (int64_t r = r0; r < r1; ++r) run(family, r, r + 1, out);
+      return;
+    }
     const Kernels& k = *variant.kernels;
     const int64_t d = c.head_dim, stride = width() + 3, row_part = d + 16, chunks = (c.ctx + r1 + attn_chunk - 1) / attn_chunk;
     for (int64_t h = 0; h < c.kv_heads; ++h) {
+      const std::vector<int32_t> table = holed(h, r0, r1);
+      const KvView view = {cache.view.base, cache.view.block_stride, table.data()};
+      const Sight seen = sight(r0, h);
       const float* first_q = q.data() + h * c.group * d;
       float* o = out.data() + h * c.group * d;
       if (family == Family::prefill) {
-        k.attn_prefill(cache.layout, cache.view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, c.window, c.scale, o, stride * 4, scratch.get());
+        k.attn_prefill(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, o, stride * 4, scratch.get());
       } else if (family == Family::decode) {
         const int64_t chunk_part = (r1 - r0) * c.group * row_part;
         Buffer part((size_t)(chunks * chunk_part) * 4, 0xff);
         float* p = (float*)part.get();
         for (int64_t i = 0; i < chunks; ++i)
-          k.attn_decode_chunk(cache.layout, cache.view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, c.window, c.scale, i, p + i * chunk_part, scratch.get());
+          k.attn_decode_chunk(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, i, p + i * chunk_part, scratch.get());
         for (int64_t i = 0; i < (r1 - r0) * c.group; ++i)
           k.attn_merge(p + i * row_part, chunk_part, chunks, d, o + (r0 + i / c.group) * stride + i % c.group * d);
       } else {
         for (int64_t r = r0; r < r1; ++r)
           for (int64_t g = 0; g < c.group; ++g) {
             Buffer scores((size_t)end(r) * 4, 0xff);
-            k.attn_eager(cache.layout, cache.view, h, first_q + r * width() + g * d, end(r), begin(r), c.scale, (float*)scores.get(), o + r * stride + g * d);
+            k.attn_eager(cache.layout, view, h, first_q + r * width() + g * d, end(r), begin(r), c.scale, (float*)scores.get(), o + r * stride + g * d);
           }
       }
     }
@@ -96,7 +147,10 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
       const float* values = v.data() + h / c.group * tokens * d;
       double top = -INFINITY, size = 0, total = 0, largest = 0;
       logit.clear();
-      for (int64_t t = s.begin(r); t < s.end(r); ++t) {
+      std::vector<int64_t> seen;
+      for (int64_t t = 0; t < s.end(r); ++t)
+        if (s.sees(r, h / c.group, t)) seen.push_back(t);
+      for (int64_t t : seen) {
         double x = 0, a = 0;
         for (int64_t i = 0; i < d; ++i) {
           double qi = (double)q[i] * c.scale;
@@ -116,15 +170,15 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
       for (size_t j = 0; j < logit.size(); ++j) {
         const double p = std::exp(logit[j] - top);
         total += p;
-        for (int64_t i = 0; i < d; ++i) value[(size_t)i] += p * values[(s.begin(r) + (int64_t)j) * d + i];
+        for (int64_t i = 0; i < d; ++i) value[(size_t)i] += p * values[seen[j] * d + i];
       }
       // A logit is off by less than 4 ulp of the sum of its terms' sizes; bf16 weights by 2^-9 each.
       const double bound = largest * (1e-6 + 4 * 6e-8 * 2 * size + (rounded ? 0x1p-8 : 0));
       const float* got = out.data() + r * (s.width() + 3) + h * d;
       for (int64_t i = 0; i < d; ++i)
         if (!check(std::fabs(got[i] - value[(size_t)i] / total) <= bound,
-                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld row %ld/%ld head %ld [%ld]: %.7g, not %.7g (bound %.2g)", s.variant.name.c_str(),
-                   kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx, (long)c.window, (long)r, (long)c.rows, (long)h, (long)i, got[i],
+                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld row %ld/%ld head %ld [%ld]: %.7g, not %.7g (bound %.2g)", s.variant.name.c_str(),
+                   kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx, (long)c.window, (long)c.sinks, (long)c.top_k, (long)r, (long)c.rows, (long)h, (long)i, got[i],
                    value[(size_t)i] / total, bound))
           return;
     }
@@ -135,13 +189,14 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
 static void equal_bits(const Setup& s, Family f, const std::vector<float>& a, const std::vector<float>& b, int64_t rows, const char* what) {
   const size_t row = (size_t)s.width() + 3;
   for (int64_t r = 0; r < rows; ++r)
-    check(!memcmp(a.data() + (size_t)r * row, b.data() + (size_t)r * row, row * 4), "%s %s %s: d=%d group=%d ctx=%ld window=%ld rows=%ld: row %ld differs %s", s.variant.name.c_str(),
-          kv_name(s.c.type), family_name(f), s.c.head_dim, s.c.group, (long)s.c.ctx, (long)s.c.window, (long)s.c.rows, (long)r, what);
+    check(!memcmp(a.data() + (size_t)r * row, b.data() + (size_t)r * row, row * 4), "%s %s %s: d=%d group=%d ctx=%ld window=%ld sinks=%ld top_k=%ld rows=%ld: row %ld differs %s", s.variant.name.c_str(),
+          kv_name(s.c.type), family_name(f), s.c.head_dim, s.c.group, (long)s.c.ctx, (long)s.c.window, (long)s.c.sinks, (long)s.c.top_k, (long)s.c.rows, (long)r, what);
 }
 
 static void all_families(const Variant& v, const Case& c, Random& random) {
   Setup s(v, c, random);
   for (Family f : {Family::decode, Family::prefill, Family::eager}) {
+    if (f == Family::eager && (c.sinks > 0 || c.top_k > 0)) continue;  // it knows neither
     const std::vector<float> out = in_tasks(s, f, random);
     against_reference(s, f, out);
     if (f == Family::eager) continue;
@@ -181,12 +236,31 @@ static void many_heads(const Variant& v, Random& random) {
   for (int32_t group : {65, 71, 130, 600}) all_families(v, {DSO_KV_BF16, 1, group, 8, 40, group > 200 ? 1 : 5, 0, 0.3f, 1.0f}, random);
 }
 
+// A window, or chosen blocks, that cover all the cache give the bits of full attention.
+static void covers_all(const Variant& v, Case c, Random& random) {
+  c.window = c.sinks = c.top_k = 0;
+  Setup s(v, c, random);
+  for (Family f : {Family::decode, Family::prefill}) {
+    const std::vector<float> full = in_tasks(s, f, random);
+    s.c.window = c.ctx + c.rows + random.below(3);
+    equal_bits(s, f, full, in_tasks(s, f, random), c.rows, "under a wide window");
+    s.c.window = 1 + random.below((int)(c.ctx + c.rows));
+    s.c.sinks = c.ctx + c.rows - s.c.window;
+    equal_bits(s, f, full, in_tasks(s, f, random), c.rows, "where window and sinks meet");
+    s.c = c;
+    s.c.top_k = (c.ctx + c.rows + 31) / 32;
+    s.draw(random);
+    equal_bits(s, f, full, in_tasks(s, f, random), c.rows, "over all blocks");
+    s.c = c;
+  }
+}
+
 // A chunk in which a row sees nothing weighs nothing.
 static void empty_chunk(const Variant& v, Random& random) {
   Setup s(v, {DSO_KV_BF16, 1, 2, 64, 600, 1, 50, 0.125f, 1.0f}, random);
   Buffer part(2 * 80 * 4, 0xff);
   const float* p = (const float*)part.get();
-  v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, 50, 0.125f, 0, (float*)part.get(), s.scratch.get());
+  v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, Sight{50, 0}, 0.125f, 0, (float*)part.get(), s.scratch.get());
   for (int h = 0; h < 2; ++h) {
     check(p[h * 80] == -INFINITY && p[h * 80 + 1] == 0, "%s: m, l of an empty chunk are %g, %g", v.name.c_str(), p[h * 80], p[h * 80 + 1]);
     for (int i = 0; i < 64; ++i) check(p[h * 80 + 16 + i] == 0, "%s: o of an empty chunk is not 0", v.name.c_str());
@@ -203,6 +277,20 @@ int main() {
         const int64_t ctx = random.below(3) ? random.below(700) : random.below(40), window = random.below(3) ? 0 : 1 + random.below(random.below(2) ? 40 : 500);
         const float magnitude = i % 8 == 6 ? 80 : i % 8 == 7 ? 1e4f : 1.0f;  // logits of about that size
         all_families(v, {type, 1 + random.below(2), 1 + random.below(12), d, ctx, 1 + random.below(random.below(2) ? 70 : 6), window, 1.0f / std::sqrt((float)d), magnitude}, random);
+      }
+    }
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+      for (int64_t window : {1, 31, 32, 33, 300})
+        for (int64_t sinks : {0, 1, 32, 33, 270}) {
+          const int64_t ctx = random.below(3) ? 280 + random.below(700) : random.below(100);
+          const Case c = {type, 1 + random.below(2), 1 + random.below(8), 2 * (1 + random.below(40)), ctx, 1 + random.below(random.below(2) ? 70 : 4), window, 0.2f, 1.0f, sinks};
+          all_families(v, c, random);
+        }
+      for (int i = 0; i < 12; ++i) {
+        const int64_t ctx = random.below(1500);
+        const Case c = {type, 1 + random.below(2), 1 + random.below(8), 2 * (1 + random.below(60)), ctx, 1 + random.below(10), 0, 0.2f, 1.0f, 0, 1 + random.below(30)};
+        all_families(v, c, random);
+        covers_all(v, c, random);
       }
     }
     many_heads(v, random);

@@ -57,11 +57,14 @@ std::vector<Vec> forward(const Model& m, const std::vector<int32_t>& tokens) {
       keys[(size_t)l].push_back(k);
       values[(size_t)l].push_back(product(raw(p + "v"), n1, bias(p + "bv")));
       Vec o(q.size());
-      const size_t first = s.window && t + 1 > (size_t)s.window ? t + 1 - (size_t)s.window : 0;
+      const size_t window = s.first_full && l == 0 ? 0 : (size_t)s.window;
+      std::vector<size_t> seen;
+      for (size_t u = 0; u <= t; ++u)
+        if (window == 0 || t - u < window || u < (size_t)s.sinks) seen.push_back(u);
       for (size_t h = 0; h < (size_t)s.heads; ++h) {
         double sum = 0;
         Vec acc(d);
-        for (size_t u = first; u <= t; ++u) {
+        for (size_t u : seen) {
           double score = 0;
           for (size_t i = 0; i < d; ++i) score += q[h * d + i] * keys[(size_t)l][u][h / group * d + i];
           const double e = std::exp(score / std::sqrt((double)d));
@@ -245,6 +248,16 @@ int main() {
       company(s, scalar::table, threads, "many, f32", 75, 24);
     }
   matches_textbook(Spec(), scalar::table, 3, 330, 2e-5, "two chunks");
+  Spec sliding;
+  sliding.window = 50;
+  sliding.sinks = 4;
+  Spec mixed = sliding;
+  mixed.first_full = true;
+  for (const Spec& s : {sliding, mixed})
+    for (int threads : {1, 3}) {
+      matches_textbook(s, scalar::table, threads, 330, 2e-5, "sliding");
+      company(s, scalar::table, threads, "sliding, f32", 330, 8);
+    }
   fused_equals_plain(rich, scalar::table, "f32");
   hidden_and_embeddings(scalar::table);
   timing(scalar::table);
@@ -254,12 +267,13 @@ int main() {
     matches_textbook(Spec(), *v.kernels, 2, 330, 1e-4, "f32");
     matches_textbook(rich, *v.kernels, 2, 60, 1e-4, "rich f32");
     matches_textbook(eager, *v.kernels, 2, 60, 1e-4, "eager f32");
+    matches_textbook(sliding, *v.kernels, 2, 600, 1e-4, "sliding f32");
     hidden_and_embeddings(*v.kernels);
     const struct { const char* name; int32_t format, activation, kv; } kinds[] = {
         {"f32", DSO_F32, DSO_SLOT_F32, DSO_KV_F32},     {"bf16", DSO_BF16, DSO_SLOT_BF16, DSO_KV_BF16}, {"int8", DSO_INT8, DSO_SLOT_Q16, DSO_KV_INT8},
         {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_KV_BF16},   {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_KV_BF16}};
     for (const auto& k : kinds) {
-      for (Spec s : {Spec(), rich}) {
+      for (Spec s : {Spec(), rich, sliding, mixed}) {
         s.format = k.format;
         s.activation = k.activation;
         s.kv_type = k.kv;

@@ -6,7 +6,8 @@
 // of additions, over rows of the panel ascending, so a row's bits do not depend on which rows share its tile.
 //
 // A row sees the tokens of its Span. Unseen tokens within a tile's blocks get the logit -inf and thus the weight 0, which
-// changes neither sums nor bits. Slots that no row of the call sees may hold anything, NaN too: see visible_block.
+// changes neither sums nor bits. Slots that no row of the call sees may hold anything, NaN too: see visible_block; blocks that
+// none sees are not touched, and may be missing from the table.
 #pragma once
 #include "kv.hpp"
 
@@ -82,29 +83,41 @@ DSO_INLINE void product(const void* a, const uint8_t* panel, int64_t rows, int64
 
 // ---- blocks ----------------------------------------------------------------------------------------------------------
 
-struct Span {  // tokens [begin, end)
-  int64_t begin, end;
+struct Span {  // tokens [begin, end) and [0, sinks); sinks < begin, or 0
+  int64_t begin, end, sinks = 0;
+
+  bool has(int64_t token) const { return token < end && (token >= begin || token < sinks); }
+  bool touches(int64_t block) const {
+    const int64_t token = block * block_tokens;
+    return token < end && (token + block_tokens > begin || token < sinks);
+  }
+  bool fills(int64_t block) const {
+    const int64_t token = block * block_tokens, last = token + block_tokens;
+    return last <= end && (token >= begin || last <= sinks);
+  }
 };
 
-// What query row r sees: the cache up to itself, the last `window` tokens of it (0: all).
-DSO_INLINE Span visible(int64_t ctx, int64_t window, int64_t r) {
-  const int64_t end = ctx + r + 1, begin = end - window;
-  return {window > 0 && begin > 0 ? begin : 0, end};
+// What query row r sees; the first and the last of several rows tell what all of them see together.
+DSO_INLINE Span visible(int64_t ctx, const Sight& sight, int64_t r) {
+  const int64_t end = ctx + r + 1, begin = end - sight.window;
+  if (sight.window <= 0 || begin <= sight.sinks) return {0, end};
+  return {begin, end, sight.sinks};
 }
+DSO_INLINE Span together(const Span& first, const Span& last) { return {first.begin, last.end, first.sinks}; }
 
 struct Block {  // one kv head of one block, ready to read
   const uint8_t *k, *v;
   const float *k_scale, *v_scale;  // INT8 only
+  int64_t token;                   // its first one
 };
 
 constexpr int64_t block_room_bytes = block_tokens * max_head_dim * 4;  // what visible_block may need: V in fp32
 
-// Copies a V panel with zeros for tokens outside [begin, end) of the block.
-template <Read T> static void copy_seen(const uint8_t* panel, int64_t begin, int64_t end, uint8_t* out) {
+// Copies a V panel of the block whose first token is `token`, with zeros for what is not seen.
+template <Read T> static void copy_seen(const uint8_t* panel, int64_t token, const Span& seen, uint8_t* out) {
   for (int64_t row = 0; row < block_tokens / row_depth<T>; ++row) {
-    const int64_t t = row * row_depth<T>;
-    const bool first = t >= begin && t < end, last = t + row_depth<T> - 1 >= begin && t + row_depth<T> - 1 < end;
-    const uint32_t mask = (first ? 0xffffu : 0) | (last ? 0xffff0000u : 0);
+    const int64_t t = token + row * row_depth<T>;
+    const uint32_t mask = (seen.has(t) ? 0xffffu : 0) | (seen.has(t + row_depth<T> - 1) ? 0xffff0000u : 0);
     for (int64_t c = 0; c < 32; ++c) ((uint32_t*)out)[row * 32 + c] = ((const uint32_t*)panel)[row * 32 + c] & mask;
   }
 }
@@ -112,23 +125,22 @@ template <Read T> static void copy_seen(const uint8_t* panel, int64_t begin, int
 // Block `block` of a kv head for reading by T, when tokens of `seen` matter. Values and scales that a weight of 0 could
 // turn into NaN are replaced by zeros in `room`, a copy: the cache itself is never changed by reading.
 template <Read T>
-static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_head, int64_t block, Span seen, uint8_t* room) {
+static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_head, int64_t block, const Span& seen, uint8_t* room) {
   const HeadLayout h = head_layout(l.type, l.head_dim);
   const uint8_t* head = kv_head_block(view, h, kv_head, block);
-  const int64_t begin = seen.begin - block * block_tokens, end = seen.end - block * block_tokens;
   const int64_t panels = round_up(l.head_dim, 32) / 32;
-  Block b = {head, head + h.v, nullptr, nullptr};
+  Block b = {head, head + h.v, nullptr, nullptr, block * block_tokens};
   if (l.type == DSO_KV_INT8) {
     b.k_scale = (const float*)(head + h.k_scale);
     b.v_scale = (const float*)(head + h.v_scale);
-    if (begin > 0 || end < block_tokens) {
+    if (!seen.fills(block)) {
       float* scale = (float*)room;
-      for (int64_t i = 0; i < block_tokens; i += 16) store(scale + i, keep(load(b.v_scale + i), begin - i, end - i, zero()));
+      for (int64_t i = 0; i < block_tokens; ++i) scale[i] = seen.has(b.token + i) ? b.v_scale[i] : 0.0f;
       b.v_scale = scale;
     }
-  } else if (begin > 0 || end < block_tokens) {
+  } else if (!seen.fills(block)) {
     if constexpr (column_bytes<T> == 4) {
-      for (int64_t p = 0; p < panels; ++p) copy_seen<T>(b.v + p * h.panel, begin, end, room + p * h.panel);
+      for (int64_t p = 0; p < panels; ++p) copy_seen<T>(b.v + p * h.panel, b.token, seen, room + p * h.panel);
       b.v = room;
     }
   }
@@ -152,33 +164,31 @@ struct State {  // of R consecutive rows
   float* o[8];
 };
 
-// Blocks of a chunk as a tile reads them. A piece is 32 rows of a panel: K block by block, then V panel by panel, block by
+// Up to chunk_blocks blocks as a tile reads them. A piece is 32 rows of a panel: K block by block, then V panel by panel, block by
 // block. ahead[i] is how far from piece i the one lies that is to be fetched meanwhile.
 constexpr int64_t most_pieces = 2 * chunk_blocks * max_head_dim / 32;
 
 struct Stretch {
   const Block* blocks;
-  int64_t count, token;        // blocks; the first one's first token
+  int64_t count;
   int64_t k_pieces, v_panels, panel_bytes;  // K's pieces of a block, the last of which may be short, are as long as a panel of V
   const int64_t* ahead;
 
-  const uint8_t* piece(int64_t i) const {
-    const int64_t keys = count * k_pieces, v = i - keys;
-    return i < keys ? blocks[i / k_pieces].k + i % k_pieces * panel_bytes : blocks[v % count].v + v / count * panel_bytes;
-  }
   void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the K panel that follows, or null
-    const int64_t pieces = count * (k_pieces + v_panels);
-    for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t to = i + look_ahead_pieces;
-      const uint8_t* target = to < pieces ? piece(to) : next && to - pieces < k_pieces ? next + (to - pieces) * panel_bytes : piece(i);
-      out[i] = target - piece(i);
-    }
+    const uint8_t* piece[most_pieces + look_ahead_pieces];
+    int64_t pieces = 0;
+    for (int64_t b = 0; b < count; ++b)
+      for (int64_t i = 0; i < k_pieces; ++i) piece[pieces++] = blocks[b].k + i * panel_bytes;
+    for (int64_t p = 0; p < v_panels; ++p)
+      for (int64_t b = 0; b < count; ++b) piece[pieces++] = blocks[b].v + p * panel_bytes;
+    for (int64_t i = 0; i < look_ahead_pieces; ++i) piece[pieces + i] = next && i < k_pieces ? next + i * panel_bytes : nullptr;
+    for (int64_t i = 0; i < pieces; ++i) out[i] = piece[i + look_ahead_pieces] ? piece[i + look_ahead_pieces] - piece[i] : 0;
   }
 };
 
 // Logits of a tile's rows for one block: q K^T, masked, and the largest so far, lane by lane.
 template <Read T, int R>
-static void block_logits(const Block& b, int64_t token, int64_t head_dim, const Span* see, const int64_t* ahead, const float* q, float* s, F* top) {
+static void block_logits(const Block& b, int64_t head_dim, const Span* see, const int64_t* ahead, const float* q, float* s, F* top) {
   for (int64_t c = 0; c < block_tokens; c += 16 * tile_cols) {
     F acc[R][tile_cols];
     for (int r = 0; r < R; ++r)
@@ -192,8 +202,11 @@ static void block_logits(const Block& b, int64_t token, int64_t head_dim, const 
       for (int r = 0; r < R; ++r) {
         F x = acc[r][n];
         if (b.k_scale) x = mul(x, load(b.k_scale + t));
-        const int64_t begin = see[r].begin - token - t, end = see[r].end - token - t;
-        if (begin > 0 || end < 16) x = keep(x, begin, end, set(minus_infinity()));
+        const int64_t from = b.token + t, begin = see[r].begin - from, end = see[r].end - from;
+        if (begin > 0 || end < 16) {
+          const F seen = keep(x, begin, end, set(minus_infinity()));
+          x = see[r].sinks > from ? keep(x, 0, see[r].sinks - from, seen) : seen;
+        }
         top[r] = max(top[r], x);
         store(s + r * row_stride + t, x);
       }
@@ -242,7 +255,7 @@ template <Read T, int R> static void attend(const Stretch& x, int64_t k_dim, int
   F top[R];
   for (int r = 0; r < R; ++r) top[r] = set(minus_infinity());
   for (int64_t b = 0; b < x.count; ++b)
-    block_logits<T, R>(x.blocks[b], x.token + b * block_tokens, k_dim, see, x.ahead + b * x.k_pieces, w.q, w.s + b * block_tokens, top);
+    block_logits<T, R>(x.blocks[b], k_dim, see, x.ahead + b * x.k_pieces, w.q, w.s + b * block_tokens, top);
   float fade[16] = {};  // 2^(old m - new m), 0 where nothing was seen before
   float base[R];
   for (int r = 0; r < R; ++r) {
@@ -288,38 +301,66 @@ template <Read T> static void bring_query(const float* q, int64_t head_dim, floa
   }
 }
 
-// One chunk of the cache against query rows [r0, r1), all `group` heads of one kv head: heads of a row are consecutive
-// rows of a tile. m[i], l[i] and o[i] belong to head i % group of row r0 + i / group.
+// Query rows [r0, r1) of a sequence, all `group` heads of one kv head. Where the row has chosen blocks, it is the only one.
 struct QueryRows {
   const float* q;
-  int64_t q_stride, group, r0, r1, ctx, window;
+  int64_t q_stride, group, r0, r1, ctx;
+  Sight sight;
   float scale;
+
+  Span row(int64_t r) const { return sight.chosen ? Span{0, ctx + r + 1} : visible(ctx, sight, r); }
+  Span all() const { return together(row(r0), row(r1 - 1)); }
 };
+
+// ---- the blocks of a chunk: eight of the cache, of which those are read that a row sees, or eight that were chosen
+
+struct Blocks {
+  int64_t number[chunk_blocks];
+  int64_t count, next;  // next: what is read after these, or -1
+};
+
+// The first chunk after `chunk` of which the rows see anything, or -1; after -1 the first of all.
+static int64_t next_chunk(const QueryRows& rows, int64_t chunk) {
+  if (rows.sight.chosen) return (chunk + 1) * chunk_blocks < rows.sight.blocks ? chunk + 1 : -1;
+  const Span all = rows.all();
+  int64_t next = chunk + 1;
+  if (next * attn_chunk >= all.sinks && next < all.begin / attn_chunk) next = all.begin / attn_chunk;
+  return next * attn_chunk < all.end ? next : -1;
+}
+
+static Blocks blocks_of(const QueryRows& rows, int64_t chunk) {
+  const int64_t first = chunk * chunk_blocks, end = first + chunk_blocks;
+  Blocks b = {{}, 0, -1};
+  if (const int32_t* chosen = rows.sight.chosen) {
+    for (int64_t i = first; i < end && i < rows.sight.blocks; ++i) b.number[b.count++] = chosen[i];
+    if (end < rows.sight.blocks) b.next = chosen[end];
+    return b;
+  }
+  const Span all = rows.all();
+  for (int64_t i = first; i < end; ++i)
+    if (all.touches(i)) b.number[b.count++] = i;
+  const int64_t window = all.begin / block_tokens, next = end * block_tokens < all.sinks || end > window ? end : window;
+  if (all.touches(next)) b.next = next;
+  return b;
+}
 
 constexpr int64_t nothing_ahead[most_pieces] = {};
 
+// Blocks of the cache against query rows: heads of a row are consecutive rows of a tile. m[i], l[i] and o[i] belong to head
+// i % group of row r0 + i / group.
 template <Read T, class Output>
-static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
-                         float* ell, Output output, Workspace& w) {
-  const int64_t start = chunk * attn_chunk, count = (rows.r1 - rows.r0) * rows.group;
-  const Span all = {visible(rows.ctx, rows.window, rows.r0).begin, visible(rows.ctx, rows.window, rows.r1 - 1).end};
-  // Blocks [from, to) of the chunk that tokens [begin, end) touch.
-  const auto touched = [start](Span s, int64_t& from, int64_t& to) {
-    const int64_t begin = s.begin - start, end = s.end - start;
-    from = begin < 0 ? 0 : begin / block_tokens;
-    to = end < 0 ? 0 : end > attn_chunk ? chunk_blocks : round_up(end, block_tokens) / block_tokens;
-  };
-  int64_t from, to;
-  touched(all, from, to);
+static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, const Blocks& read, float* m,
+                          float* ell, Output output, Workspace& w) {
+  const int64_t count = (rows.r1 - rows.r0) * rows.group, panels = round_up(l.head_dim, 32) / 32;
+  const Span all = rows.all();
   Block blocks[chunk_blocks];  // what the rows see together
-  for (int64_t b = from; b < to; ++b) blocks[b] = visible_block<T>(l, view, kv_head, start / block_tokens + b, all, w.room[b]);
+  for (int64_t b = 0; b < read.count; ++b) blocks[b] = visible_block<T>(l, view, kv_head, read.number[b], all, w.room[b]);
 
-  // What is read after this chunk: the next one, or the next head's first, should the caller go on with it.
+  // What is read after these blocks: the next ones, or the next head's first, should the caller go on with it.
   const HeadLayout layout = head_layout(l.type, l.head_dim);
-  const bool more = all.end > start + attn_chunk;
-  const uint8_t* next = more                        ? kv_head_block(view, layout, kv_head, (chunk + 1) * chunk_blocks)
-                        : kv_head + 1 < l.kv_heads ? kv_head_block(view, layout, kv_head + 1, all.begin / block_tokens)
-                                                   : nullptr;
+  const uint8_t* next = nullptr;
+  if (read.next >= 0) next = kv_head_block(view, layout, kv_head, read.next);
+  else if (kv_head + 1 < l.kv_heads && !rows.sight.chosen) next = kv_head_block(view, layout, kv_head + 1, all.sinks > 0 ? 0 : all.begin / block_tokens);
 
   const int64_t tiles = (count + tile_rows - 1) / tile_rows;
   for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal size, or nearly
@@ -327,14 +368,15 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
     Span see[tile_rows];
     State state = {m + i0, ell + i0, {}};
     for (int64_t i = i0; i < i1; ++i) {
-      see[i - i0] = visible(rows.ctx, rows.window, rows.r0 + i / rows.group);
+      see[i - i0] = rows.row(rows.r0 + i / rows.group);
       state.o[i - i0] = output(i);
     }
-    int64_t first, last;
-    touched({see[0].begin, see[i1 - i0 - 1].end}, first, last);
-    if (first >= last) continue;
-    Stretch part = {blocks + first, last - first, start + first * block_tokens, round_up(l.head_dim, 32) / 32, round_up(l.head_dim, 32) / 32,
-                    block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead};
+    const Span seen = together(see[0], see[i1 - i0 - 1]);
+    Block own[chunk_blocks];
+    Stretch part = {own, 0, panels, panels, block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead};
+    for (int64_t b = 0; b < read.count; ++b)
+      if (seen.touches(read.number[b])) own[part.count++] = blocks[b];
+    if (part.count == 0) continue;
     int64_t ahead[most_pieces];
     if (tile == 0) {  // the tiles that follow find all of it in the cache
       part.look_ahead(next, ahead);
@@ -353,8 +395,9 @@ static void attend_chunk(const KvLayout& l, const KvView& view, int64_t kv_head,
 template <class Output>
 static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
                          float* ell, Output output, Workspace& w) {
-  if (l.type == DSO_KV_F32) attend_chunk<Read::f32>(l, view, kv_head, rows, chunk, m, ell, output, w);
-  else if (l.type == DSO_KV_BF16) attend_chunk<has_dot_bf16 ? Read::dot : Read::bf16>(l, view, kv_head, rows, chunk, m, ell, output, w);
-  else attend_chunk<has_dot_bf16 ? Read::i8_dot : Read::i8>(l, view, kv_head, rows, chunk, m, ell, output, w);
+  const Blocks read = blocks_of(rows, chunk);
+  if (l.type == DSO_KV_F32) attend_blocks<Read::f32>(l, view, kv_head, rows, read, m, ell, output, w);
+  else if (l.type == DSO_KV_BF16) attend_blocks<has_dot_bf16 ? Read::dot : Read::bf16>(l, view, kv_head, rows, read, m, ell, output, w);
+  else attend_blocks<has_dot_bf16 ? Read::i8_dot : Read::i8>(l, view, kv_head, rows, read, m, ell, output, w);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -12,14 +12,14 @@ static bool any_nan(const float* x, int64_t n) {
 }
 
 static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                              int64_t r1, int64_t ctx, int64_t window, float scale, int64_t chunk, float* part, uint8_t* scratch) {
+                              int64_t r1, int64_t ctx, const Sight& sight, float scale, int64_t chunk, float* part, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   const int64_t d = l.head_dim, stride = d + 16, count = (r1 - r0) * group;
   constexpr int64_t most = 64;  // rows and heads whose m and l fit on the stack
   if (count > most && r1 - r0 > 1) {
     const int64_t half = r0 + (r1 - r0) / 2;
-    attn_decode_chunk(l, v, kv_head, q, q_stride, group, r0, half, ctx, window, scale, chunk, part, scratch);
-    attn_decode_chunk(l, v, kv_head, q, q_stride, group, half, r1, ctx, window, scale, chunk, part + (half - r0) * group * stride, scratch);
+    attn_decode_chunk(l, v, kv_head, q, q_stride, group, r0, half, ctx, sight, scale, chunk, part, scratch);
+    attn_decode_chunk(l, v, kv_head, q, q_stride, group, half, r1, ctx, sight, scale, chunk, part + (half - r0) * group * stride, scratch);
     return;
   }
   for (int64_t h0 = 0; h0 < group; h0 += most) {
@@ -31,7 +31,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
       sum[i] = 0;
       memset(out + i * stride, 0, stride * 4);
     }
-    const QueryRows task = {q + h0 * d, q_stride, heads, r0, r1, ctx, window, scale};
+    const QueryRows task = {q + h0 * d, q_stride, heads, r0, r1, ctx, sight, scale};
     const auto output = [=](int64_t i) { return out + i * stride + 16; };
     attend_cache(l, v, kv_head, task, chunk, m, sum, output, w);
     for (int64_t i = 0; i < rows; ++i) {
@@ -44,7 +44,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
     for (int64_t i = 0; i < count; ++i)
       if (any_nan(part + i * stride + 16, d)) {
         for (int64_t r = r0; r < r1; ++r)
-          attn_decode_chunk(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, window, scale, chunk, part + (r - r0) * group * stride, scratch);
+          attn_decode_chunk(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scale, chunk, part + (r - r0) * group * stride, scratch);
         return;
       }
 }

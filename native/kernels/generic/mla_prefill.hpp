@@ -49,7 +49,7 @@ static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t chunk, 
   Block blocks[chunk_blocks];
   for (int64_t b = 0; b < last; ++b) {
     const uint8_t* block = panels + blocks_at + b * l.bytes;
-    blocks[b] = {block, block + l.v, nullptr, nullptr};
+    blocks[b] = {block, block + l.v, nullptr, nullptr, start + b * block_tokens};
   }
   const auto output = [=](int64_t r) { return (float*)((char*)o + r * o_stride); };
   const auto tile = [&](int64_t begin, int64_t end, const Block* from) {  // rows [begin, end)
@@ -61,7 +61,7 @@ static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t chunk, 
       bring_query<T>((const float*)((const char*)q + r * q_stride), k_dim, scale, (int)(r - begin), w);
     }
     const int64_t seen = (ctx + end - start + block_tokens - 1) / block_tokens;
-    const Stretch part = {from, seen < last ? seen : last, start, round_up(k_dim, 32) / 32, round_up(h.v_dim, 32) / 32, l.panel, nothing_ahead};
+    const Stretch part = {from, seen < last ? seen : last, round_up(k_dim, 32) / 32, round_up(h.v_dim, 32) / 32, l.panel, nothing_ahead};
     attend_rows<T>((int)(end - begin), part, k_dim, h.v_dim, see, state, w);
   };
 
@@ -79,10 +79,9 @@ static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t chunk, 
       Block clean[chunk_blocks];
       for (int64_t b = 0; b < last; ++b) {
         clean[b] = blocks[b];
-        const int64_t seen = ctx + r + 1 - start - b * block_tokens;
-        if (!p.poisoned[b] || seen >= block_tokens) continue;
+        if (!p.poisoned[b] || ctx + r + 1 >= blocks[b].token + block_tokens) continue;
         for (int64_t column = 0; column < h.v_dim; column += 32)
-          copy_seen<T>(blocks[b].v + column / 32 * l.panel, 0, seen, w.room[b] + column / 32 * l.panel);
+          copy_seen<T>(blocks[b].v + column / 32 * l.panel, blocks[b].token, {0, ctx + r + 1}, w.room[b] + column / 32 * l.panel);
         clean[b].v = w.room[b];
       }
       tile(r, r + 1, clean);
