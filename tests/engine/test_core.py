@@ -398,6 +398,8 @@ def test_what_can_never_be_served_is_refused_before_anything_runs():
     ):  # fmt: skip
         with pytest.raises(RequestError):
             core.check(request)
+    with pytest.raises(RequestError, match="whole cache.* of 128 tokens; shorten it, or .*sparse_attention=True"):
+        core.check(Request([1] * 128, SamplingParams(max_tokens=1)))
     wide = make_core(blocks=64, context=200)
     assert wide.check(Request([1] * 150, SamplingParams(max_tokens=50))) == 50
     with pytest.raises(RequestError, match="context of 200"):
