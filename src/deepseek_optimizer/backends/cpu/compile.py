@@ -124,8 +124,10 @@ class _Compiler:
         s.nope, s.v_dim = a.get("nope", 0), a.get("v_dim", 0)
         s.heads, s.kv_heads = a.get("heads", 0), a.get("kv_heads", 0)
         s.offset = a.get("offset", 0)
-        s.head_dim, s.window = a.get("head_dim", 0), a.get("window") or 0
-        s.experts, s.top_k = a.get("experts", 0), a.get("top_k", 0)
+        s.head_dim, s.window, s.sinks = a.get("head_dim", 0), a.get("window") or 0, a.get("sinks", 0)
+        s.experts, s.top_k = a.get("experts", 0), a.get("top_k", a.get("blocks", 0))
+        if op == "attention" and len(node.inputs) > 1:
+            s.top_k = node.inputs[1].width // a["kv_heads"]
         s.groups, s.top_groups = a.get("groups", 0), a.get("top_groups", 0)
         s.eps = a.get("eps", 0.0)
         s.scale = a["rope"].scaling if op == "rope_table" else a.get("scale", 1.0)
