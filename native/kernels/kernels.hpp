@@ -139,9 +139,9 @@ struct Kernels {
   void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
   // Tokens chosen[0 .. n) of the sequence; where null, [first, first + n). All of them must have been written.
   void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
-  // The query sees the first `seen` tokens (none where seen <= 0) and knows nothing of the others. Writes for every head what
-  // attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
-  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t seen, float* part, uint8_t* scratch);
+  // The query sees tokens [begin, end) of these (none where begin >= end) and knows nothing of the others. Writes for every head
+  // what attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
+  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part, uint8_t* scratch);
 
   // Expanded attention, a chunk of attn_chunk tokens and a head at a time: its latents become rows that a product reads, the product
   // keys and values, these panels, and rows of q go over them.
@@ -149,12 +149,13 @@ struct Kernels {
   void (*mla_rows)(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows, int64_t stride);
   int64_t (*mla_panel_bytes)(const MlaHead& head);  // of a chunk
   // Keys and values of tokens [first, first + n), in rows of `nope` and v_dim numbers, into the panels of their chunk. Tokens come
-  // in order, 32 at a time but for the last.
+  // in order, whole blocks but for the last.
   void (*mla_panels)(const KvLayout& l, const KvView& v, const MlaHead& head, int64_t first, int64_t n, const float* kv, int64_t stride, uint8_t* panels);
-  // Rows [r0, r1) of a sequence against the chunk. q, o, and the state (m, l of row r at [r - r0]) as attn_prefill has them; they are
-  // set up by chunk 0, and o is whole after the chunk that ends at or behind the row. scratch: attn_scratch bytes.
+  // Rows [r0, r1) of a sequence against the chunk, of which panels are there for every block that a row sees. q, o, and the state (m, l
+  // of row r at [r - r0]) as attn_prefill has them: the caller sets m to -inf, l and o to 0 before a row's first chunk, and divides o
+  // by l behind its last. scratch: attn_scratch bytes.
   void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
-                       float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch);
+                       const Sight& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch);
 };
 
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family

@@ -3,24 +3,24 @@
 namespace dso {
 namespace {
 constexpr int64_t kAbsorbedRows = 8;        // rows that share a read of the cache
-constexpr int64_t kPartFloats = 1 << 23;    // partial results of a block of rows, where it can choose
 constexpr int64_t kExpandedRows = 512;      // rows that share keys and values made for them
 constexpr int64_t kLeastExpandedRows = 64;
+// Partial results, in floats (32 MiB): of a block of several rows in its task's scratch, and of all pieces that tasks share. What is
+// beyond it takes whole groups as tasks: of a row, ceil(tokens / 8192) groups in the shared memory and the 32 pieces of one in a
+// task's scratch. At 160K tokens, 128 heads and rank 512 that is 5.4 MB and at most 8.7 MB a thread; all pieces would be 169 MB.
+constexpr int64_t kPartFloats = 1 << 23;
 
-// Pairs of a row and a token it sees.
-int64_t seen(int64_t context, int64_t rows) { return rows * context + rows * (rows + 1) / 2; }
-
-// Multiply-adds a head, for `rows` rows behind `context` tokens.
-int64_t absorbed_cost(const MlaShape& s, int64_t context, int64_t rows) {
-  return rows * s.rank * (s.nope + s.v_dim) + seen(context, rows) * (2 * s.rank + s.rope);
+// Multiply-adds a head, for rows that are tokens [i0, i1) of their sequence.
+int64_t absorbed_cost(const MlaShape& s, int64_t i0, int64_t i1) {
+  return (i1 - i0) * s.rank * (s.nope + s.v_dim) + s.window.pairs(i0, i1) * (2 * s.rank + s.rope);
 }
 int64_t sparse_cost(const MlaShape& s, int64_t rows) {
   return rows * (s.rank * (s.nope + s.v_dim) + s.top_k * (2 * s.rank + s.rope));
 }
-int64_t expanded_cost(const MlaShape& s, int64_t context, int64_t rows) {
+int64_t expanded_cost(const MlaShape& s, int64_t i0, int64_t i1) {
   int64_t made = 0;  // tokens for which keys and values are made
-  for (int64_t r = 0; r < rows; r += kExpandedRows) made += context + std::min(r + kExpandedRows, rows);
-  return made * s.rank * (s.nope + s.v_dim) + seen(context, rows) * (s.head_dim() + s.v_dim);
+  for (int64_t i = i0; i < i1; i += kExpandedRows) made += s.window.pieces(i, std::min(i + kExpandedRows, i1)).tokens();
+  return made * s.rank * (s.nope + s.v_dim) + s.window.pairs(i0, i1) * (s.head_dim() + s.v_dim);
 }
 }  // namespace
 
@@ -41,18 +41,26 @@ bool MlaSchedule::expands(const Run& run, const RowSpan& span) const {
   if (shape.expand) return true;
   const dso_batch& b = *run.batch.source;
   if (span.sparse || b.phase[span.sequence] == DSO_PHASE_DECODE || !shape.can_expand()) return false;
-  return expanded_cost(shape, b.context_len[span.sequence], span.rows()) < absorbed_cost(shape, b.context_len[span.sequence], span.rows());
+  const int64_t i0 = b.context_len[span.sequence] + span.r0, i1 = i0 + span.rows();
+  return expanded_cost(shape, i0, i1) < absorbed_cost(shape, i0, i1);
 }
 
-int64_t MlaSchedule::tokens(const Run& run, const RowSpan& span, int64_t end) const {
-  return span.sparse ? shape.top_k : run.batch.source->context_len[span.sequence] + end;
+int64_t MlaSchedule::cost(const Run& run, const RowSpan& span) const {
+  const int64_t i0 = run.batch.source->context_len[span.sequence] + span.r0, i1 = i0 + span.rows();
+  if (span.sparse) return sparse_cost(shape, span.rows());
+  return span.expanded ? expanded_cost(shape, i0, i1) : absorbed_cost(shape, i0, i1);
+}
+
+MlaPieces MlaSchedule::pieces(const Run& run, const RowSpan& span, int64_t r0, int64_t r1) const {
+  const int64_t context = run.batch.source->context_len[span.sequence];
+  return span.sparse ? MlaPieces{0, 0, shape.top_k} : shape.window.pieces(context + r0, context + r1);
 }
 
 int64_t MlaSchedule::rows_of_a_block(const Run& run, const RowSpan& span) const {
   if (span.sparse) return 1;
   if (span.expanded) return expanded_rows(run, span.rows());
-  const int64_t chunks = ceil_div(tokens(run, span, span.r1), attn_chunk);
-  return std::clamp<int64_t>(kPartFloats / (chunks * shape.heads * shape.part_floats()), 1, kAbsorbedRows);
+  const MlaPieces last = pieces(run, span, span.r1 - 1, span.r1);
+  return std::clamp<int64_t>(kPartFloats / ((last.in_group() + last.groups()) * shape.heads * shape.part_floats()), 1, kAbsorbedRows);
 }
 
 // Fewer where the heads alone are too few tasks: making keys and values again costs less than threads that wait.
@@ -74,13 +82,11 @@ void MlaSchedule::build(const Run& run) {
   find_spans(run);
   int64_t total = 0, blocks = 0;
   for (const RowSpan& span : spans_) {
-    const int64_t context = run.batch.source->context_len[span.sequence];
     add_range(span.rows(), run.batch.source->phase[span.sequence] == DSO_PHASE_DECODE, span.expanded);
-    total += shape.heads * (span.sparse     ? sparse_cost(shape, span.rows())
-                            : span.expanded ? expanded_cost(shape, context, span.rows())
-                                            : absorbed_cost(shape, context, span.rows()));
+    total += shape.heads * cost(run, span);
     blocks += ceil_div(span.rows(), rows_of_a_block(run, span));
   }
+  room_ = kPartFloats / blocks;
   countdowns.reset(size_t(blocks * ceil_div(shape.heads, mla_heads)));
   const int64_t fair = std::max<int64_t>(1, total / run.threads);
   for (const RowSpan& span : spans_) {
@@ -93,37 +99,39 @@ void MlaSchedule::build(const Run& run) {
 }
 
 void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, int64_t r1, int64_t fair) {
-  const int64_t rows = r1 - r0, seen = tokens(run, span, r1), chunks = ceil_div(seen, attn_chunk);
-  const int64_t sets = ceil_div(shape.heads, mla_heads), floats = chunks * rows * shape.part_floats();  // floats: of a head
+  MlaTask t{};
+  t.sparse = span.sparse;
+  t.sequence = span.sequence;
+  t.r0 = r0;
+  t.r1 = r1;
+  t.pieces = pieces(run, span, r0, r1);
+  const int64_t rows = r1 - r0, sets = ceil_div(shape.heads, mla_heads), floats = rows * shape.part_floats();  // of a head and piece
+  const bool whole_groups = t.pieces.count() * floats * shape.heads > room_;
+  const int64_t units = whole_groups ? t.pieces.groups() : t.pieces.count();  // that are not cut
 
   // First along the cache, where a task costs nothing more by it; then by heads, which makes each task read the cache again.
-  int64_t cost = shape.heads * rows * seen * (2 * shape.rank + shape.rope);
-  int64_t pieces = std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, chunks);
-  const int64_t stretch = ceil_div(chunks, pieces);
-  pieces = ceil_div(chunks, stretch);
-  const int64_t parts = std::clamp<int64_t>(ceil_div(2 * cost / pieces, fair), 1, sets);
-  cost /= pieces * parts;
+  const int64_t cost = shape.heads * rows * t.pieces.tokens() * (2 * shape.rank + shape.rope);
+  const int64_t stretch = ceil_div(units, std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, units)), stretches = ceil_div(units, stretch);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(2 * cost / stretches, fair), 1, sets);
+  t.parts = stretches == 1 ? MlaParts::kAlone : whole_groups ? MlaParts::kGroups : MlaParts::kPieces;
+  t.cost = cost / (stretches * parts);
   for (int64_t p = 0; p < parts; ++p) {
-    MlaTask t{};
-    t.sparse = span.sparse;
-    t.sequence = span.sequence;
     t.h0 = p * sets / parts * mla_heads;
     t.h1 = std::min((p + 1) * sets / parts * mla_heads, shape.heads);
-    t.r0 = r0;
-    t.r1 = r1;
-    t.chunks = chunks;
-    t.part = t.merge = -1;
-    t.cost = cost;
-    if (pieces > 1) {
+    const int64_t heads = t.h1 - t.h0, several = t.pieces.groups() > 1 ? t.pieces.groups() : 0;  // groups to merge
+    if (t.parts != MlaParts::kAlone) {
       t.part = shared_floats;
-      shared_floats += floats * (t.h1 - t.h0);
-      t.merge = countdowns.add(int32_t(pieces));
-    } else {
-      private_floats = std::max(private_floats, floats * (t.h1 - t.h0));
+      shared_floats += units * floats * heads;
+      t.merge = countdowns.add(int32_t(stretches));
     }
-    queries = std::max(queries, rows * ceil_div(t.h1 - t.h0, mla_heads));
-    for (t.c0 = 0; t.c0 < chunks; t.c0 = t.c1) {
-      t.c1 = std::min(chunks, t.c0 + stretch);
+    private_floats = std::max(private_floats, t.parts == MlaParts::kPieces   ? several * shape.part_floats()
+                                              : t.parts == MlaParts::kGroups ? t.pieces.in_group() * floats * heads
+                                                                             : (t.pieces.in_group() + several) * floats * heads);
+    queries = std::max(queries, rows * ceil_div(heads, mla_heads));
+    for (int64_t u = 0; u < units; u += stretch) {
+      const int64_t end = std::min(units, u + stretch);
+      t.p0 = whole_groups ? t.pieces.group_begin(u) : u;
+      t.p1 = whole_groups ? t.pieces.group_begin(end) : end;
       tasks.push_back(t);
     }
   }
@@ -131,7 +139,7 @@ void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, 
 
 // Heads of a task share the latents brought into the form that kv_b reads.
 void MlaSchedule::add_expanded(const Run& run, const RowSpan& span, int64_t r0, int64_t r1, int64_t fair) {
-  const int64_t cost = expanded_cost(shape, run.batch.source->context_len[span.sequence] + r0, r1 - r0);
+  const int64_t context = run.batch.source->context_len[span.sequence], cost = expanded_cost(shape, context + r0, context + r1);
   const int64_t heads = std::clamp<int64_t>(fair / (4 * cost), 1, shape.heads);
   for (int64_t h = 0; h < shape.heads; h += heads) {
     MlaTask t{};
@@ -141,7 +149,7 @@ void MlaSchedule::add_expanded(const Run& run, const RowSpan& span, int64_t r0, 
     t.h1 = std::min(h + heads, shape.heads);
     t.r0 = r0;
     t.r1 = r1;
-    t.part = t.merge = -1;
+    t.pieces = pieces(run, span, r0, r1);
     t.cost = cost * (t.h1 - t.h0);
     states = std::max(states, (r1 - r0) * (t.h1 - t.h0));
     tasks.push_back(t);
@@ -150,8 +158,12 @@ void MlaSchedule::add_expanded(const Run& run, const RowSpan& span, int64_t r0, 
 
 std::shared_ptr<MlaSchedule> mla_schedule(StepReader& s) {
   const MlaShape shape{s.positive("heads", s.step.heads), s.positive("nope", s.step.nope), s.positive("rope", s.step.rope),
-                       s.positive("rank", s.step.rank),   s.positive("v_dim", s.step.v_dim), s.step.top_k, (s.step.flags & DSO_FLAG_EXPAND) != 0};
+                       s.positive("rank", s.step.rank),   s.positive("v_dim", s.step.v_dim), s.step.top_k,
+                       (s.step.flags & DSO_FLAG_EXPAND) != 0, {s.step.window, s.step.sinks}};
   if (shape.top_k < 0) s.refuse("top_k is %d", s.step.top_k);
+  if (s.step.window < 0) s.refuse("window is %d", s.step.window);
+  if (s.step.sinks < 0 || (s.step.sinks > 0 && s.step.window == 0)) s.refuse("sinks is %d beside a window of %d", s.step.sinks, s.step.window);
+  if (shape.top_k > 0 && s.step.window > 0) s.refuse("top_k is %d beside a window of %d: what is seen is chosen one way", s.step.top_k, s.step.window);
   if (shape.top_k > 0 && shape.expand) s.refuse("top_k is %d, but chosen tokens are never expanded", s.step.top_k);
   if (shape.expand && !shape.can_expand())
     s.refuse("heads of %lld, with values of %lld, cannot be expanded: both must be even and at most %d", (long long)shape.head_dim(), (long long)shape.v_dim, int(max_head_dim));

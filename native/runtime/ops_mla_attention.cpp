@@ -1,5 +1,7 @@
 // Latent attention over the paged cache, in the form that the schedule chose for each sequence. Absorbed, the last task to finish
-// a row's heads merges its chunks: that costs no stage.
+// a row's heads merges its pieces: that costs no stage.
+#include <limits>
+
 #include "cache.hpp"
 #include "mla_schedule.hpp"
 #include "ops.hpp"
@@ -36,35 +38,61 @@ class MlaAttention final : public Op {
   int64_t queries_at(const Run& run) const { return round_up(run.kernels.mla_scratch(layout(run)), 64); }
   int64_t parts_at(const Run& run) const { return queries_at(run) + schedule_->queries * run.kernels.mla_query_bytes(layout(run)); }
 
-  // Rows share what is read of the cache, and so do their heads, mla_heads at a time.
-  void absorbed(const Run& run, const MlaTask& t, uint8_t* scratch) {
-    const int64_t context = run.batch.source->context_len[t.sequence], row = run.batch.first_row[t.sequence];
-    const int64_t heads = t.h1 - t.h0, chunk_floats = (t.r1 - t.r0) * heads * shape_.part_floats();
-    const int64_t query_bytes = run.kernels.mla_query_bytes(layout(run));
-    const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
-    float* parts = t.part < 0 ? reinterpret_cast<float*>(scratch + parts_at(run)) : reinterpret_cast<float*>(run.shared) + t.part;
+  int64_t rows_floats(const MlaTask& t) const { return (t.r1 - t.r0) * (t.h1 - t.h0) * shape_.part_floats(); }  // of a piece, or of a group
 
-    uint8_t* packed = scratch + queries_at(run);
-    for (int64_t r = t.r0; r < t.r1; ++r)
-      for (int64_t h = t.h0; h < t.h1; h += mla_heads, packed += query_bytes)
-        run.kernels.mla_query(layout(run), run.slots[slots_.absorbed.index].f32(row + r) + h * shape_.width(), std::min(mla_heads, t.h1 - h), scale_, packed);
-    for (int64_t c = t.c0; c < t.c1; ++c) {
-      const int64_t first = c * attn_chunk, tokens = std::min(attn_chunk, (t.sparse ? shape_.top_k : context + t.r1) - first);
-      int32_t chosen[attn_chunk];
-      if (t.sparse) read_chosen(run.slots[slots_.chosen.index].f32(row + t.r0) + first, tokens, context + t.r0, chosen);
-      run.kernels.mla_tokens(layout(run), view, t.sparse ? chosen : nullptr, first, tokens, scratch);
-      float* part = parts + c * chunk_floats;
-      packed = scratch + queries_at(run);
-      for (int64_t r = t.r0; r < t.r1; ++r, part += heads * shape_.part_floats())
-        for (int64_t h = 0; h < heads; h += mla_heads, packed += query_bytes)
-          run.kernels.mla_attend(layout(run), packed, std::min(mla_heads, heads - h), t.sparse ? tokens : std::min(attn_chunk, context + r + 1 - first),
-                                 part + h * shape_.part_floats(), scratch);
+  void absorbed(const Run& run, const MlaTask& t, uint8_t* scratch) {
+    const int64_t floats = rows_floats(t), groups = t.pieces.groups();
+    float *own = reinterpret_cast<float*>(scratch + parts_at(run)), *shared = reinterpret_cast<float*>(run.shared) + t.part;
+    float* folded = t.parts == MlaParts::kGroups ? shared : own + t.pieces.in_group() * floats;
+    pack_queries(run, t, scratch + queries_at(run));
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = t.pieces.group_begin(g), begin = std::max(first, t.p0), end = std::min(t.pieces.group_begin(g + 1), t.p1);
+      if (begin >= end) continue;
+      for (int64_t i = begin; i < end; ++i) attend(run, t, i, t.parts == MlaParts::kPieces ? shared + i * floats : own + (i - first) * floats, scratch);
+      if (groups > 1 && t.parts != MlaParts::kPieces)
+        for (int64_t at = 0; at < floats; at += shape_.part_floats()) run.kernels.attn_fold(own + at, floats, end - begin, shape_.rank, folded + g * floats + at);
     }
-    if (t.part >= 0 && !schedule_->countdowns.last(t.merge)) return;
+    if (t.parts != MlaParts::kAlone && !schedule_->countdowns.last(t.merge)) return;
+    for (int64_t r = t.r0, at = 0; r < t.r1; ++r)
+      for (int64_t h = t.h0; h < t.h1; ++h, at += shape_.part_floats()) {
+        float* out = run.slots[slots_.sums.index].f32(run.batch.first_row[t.sequence] + r) + h * shape_.rank;
+        const float* pieces = (t.parts == MlaParts::kPieces ? shared : own) + at;
+        if (groups == 1) {
+          run.kernels.attn_merge(pieces, floats, t.pieces.count(), shape_.rank, out);
+        } else if (t.parts != MlaParts::kPieces) {
+          run.kernels.attn_merge(folded + at, floats, groups, shape_.rank, out);
+        } else {
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t first = t.pieces.group_begin(g);
+            run.kernels.attn_fold(pieces + first * floats, floats, t.pieces.group_begin(g + 1) - first, shape_.rank, own + g * shape_.part_floats());
+          }
+          run.kernels.attn_merge(own, shape_.part_floats(), groups, shape_.rank, out);
+        }
+      }
+  }
+
+  void pack_queries(const Run& run, const MlaTask& t, uint8_t* packed) const {
+    const Rows& q = run.slots[slots_.absorbed.index];
     for (int64_t r = t.r0; r < t.r1; ++r)
-      for (int64_t h = t.h0; h < t.h1; ++h)
-        run.kernels.attn_merge(parts + ((r - t.r0) * heads + h - t.h0) * shape_.part_floats(), chunk_floats, t.chunks, shape_.rank,
-                               run.slots[slots_.sums.index].f32(row + r) + h * shape_.rank);
+      for (int64_t h = t.h0; h < t.h1; h += mla_heads, packed += run.kernels.mla_query_bytes(layout(run)))
+        run.kernels.mla_query(layout(run), q.f32(run.batch.first_row[t.sequence] + r) + h * shape_.width(), std::min(mla_heads, t.h1 - h), scale_, packed);
+  }
+
+  // One piece. Rows share what is read of the cache, and so do their heads, mla_heads at a time.
+  void attend(const Run& run, const MlaTask& t, int64_t index, float* part, uint8_t* scratch) const {
+    const int64_t context = run.batch.source->context_len[t.sequence], heads = t.h1 - t.h0;
+    const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+    const MlaPiece piece = t.pieces.at(index);
+    int32_t chosen[attn_chunk];
+    int64_t tokens = piece.tokens;
+    if (t.sparse) tokens = read_chosen(run.slots[slots_.chosen.index].f32(run.batch.first_row[t.sequence] + t.r0) + piece.first, tokens, context + t.r0, chosen);
+    run.kernels.mla_tokens(layout(run), view, t.sparse ? chosen : nullptr, piece.first, tokens, scratch);
+    const uint8_t* packed = scratch + queries_at(run);
+    for (int64_t r = t.r0; r < t.r1; ++r, part += heads * shape_.part_floats()) {
+      const auto [begin, end] = t.sparse ? std::pair<int64_t, int64_t>(0, tokens) : shape_.window.within(piece, context + r);
+      for (int64_t h = 0; h < heads; h += mla_heads, packed += run.kernels.mla_query_bytes(layout(run)))
+        run.kernels.mla_attend(layout(run), packed, std::min(mla_heads, heads - h), begin, end, part + h * shape_.part_floats(), scratch);
+    }
   }
 
   // Where things lie in a thread's scratch, behind what the kernels keep there.
@@ -84,26 +112,40 @@ class MlaAttention final : public Op {
     return {shape_.nope, shape_.rope, shape_.v_dim, kv_b_.format == DSO_F32 && layout(run).type == DSO_KV_F32};
   }
 
-  // Chunk by chunk; its latents are brought into rows once for all heads of the task.
+  // Chunk by chunk, those that a row sees; what they see of it is brought into rows once for all heads of the task.
   void expanded(const Run& run, const MlaTask& t, uint8_t* scratch) const {
-    const Kernels& k = run.kernels;
     const ExpandRoom room(*this, run);
     const MlaHead shape = head(run);
-    const int64_t context = run.batch.source->context_len[t.sequence], row = run.batch.first_row[t.sequence], rows = t.r1 - t.r0;
-    const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+    const int64_t row = run.batch.first_row[t.sequence], rows = t.r1 - t.r0;
     const Rows &q = run.slots[slots_.q.index], &out = run.slots[slots_.out.index];
-    const Rows latents{scratch + room.latents, row_bytes(kind_, shape_.rank), attn_chunk};
+    const Sight sight{shape_.window.window, shape_.window.sinks};
     float* state = reinterpret_cast<float*>(scratch + room.state);
-    for (int64_t first = 0; first < context + t.r1; first += attn_chunk) {
-      const int64_t tokens = std::min(attn_chunk, context + t.r1 - first);
-      k.mla_rows(layout(run), view, first, tokens, kind_, reinterpret_cast<float*>(scratch + room.numbers), latents.data, latents.stride);
+    std::fill_n(state, 2 * rows * (t.h1 - t.h0), 0.0f);
+    for (int64_t h = t.h0; h < t.h1; ++h) {
+      std::fill_n(state + (h - t.h0) * 2 * rows, rows, -std::numeric_limits<float>::infinity());
+      for (int64_t r = t.r0; r < t.r1; ++r) std::fill_n(out.f32(row + r) + h * shape_.v_dim, shape_.v_dim, 0.0f);
+    }
+    for (int64_t chunk = 0; chunk * attn_chunk < t.pieces.end; ++chunk) {
+      const auto seen = t.pieces.blocks_of(chunk);
+      if (seen[0].tokens + seen[1].tokens == 0) continue;
+      const Rows latents{scratch + room.latents, row_bytes(kind_, shape_.rank), attn_chunk};
+      const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+      for (const MlaPiece& p : seen)
+        if (p.tokens > 0) run.kernels.mla_rows(layout(run), view, p.first, p.tokens, kind_, reinterpret_cast<float*>(scratch + room.numbers),
+                             latents.row(p.first % attn_chunk), latents.stride);
       for (int64_t h = t.h0; h < t.h1; ++h) {
-        make_panels(run, view, shape, h, first, tokens, latents, scratch, room);
+        for (const MlaPiece& p : seen) make_panels(run, view, shape, h, p.first, p.tokens, latents, scratch, room);
         float* m = state + (h - t.h0) * 2 * rows;
-        k.mla_expanded(shape, scratch + room.panels, first / attn_chunk, q.f32(row) + h * shape_.head_dim(), q.stride, t.r0, t.r1, context, scale_,
-                       m, m + rows, out.f32(row) + h * shape_.v_dim, out.stride, scratch);
+        run.kernels.mla_expanded(shape, scratch + room.panels, chunk, q.f32(row) + h * shape_.head_dim(), q.stride, t.r0, t.r1,
+                                 run.batch.source->context_len[t.sequence], sight, scale_, m, m + rows, out.f32(row) + h * shape_.v_dim, out.stride, scratch);
       }
     }
+    for (int64_t h = t.h0; h < t.h1; ++h)
+      for (int64_t r = t.r0; r < t.r1; ++r) {
+        const float sum = state[((h - t.h0) * 2 + 1) * rows + r - t.r0];
+        float* values = out.f32(row + r) + h * shape_.v_dim;
+        for (int64_t i = 0; i < shape_.v_dim; ++i) values[i] /= sum;
+      }
   }
 
   // Keys and values of a head: its rows of kv_b, which may begin inside a tile.
@@ -115,14 +157,17 @@ class MlaAttention final : public Op {
     float* kv = reinterpret_cast<float*>(scratch + room.kv);
     for (int64_t i = 0; i < tokens; i += kProductRows) {
       const int64_t n = std::min(kProductRows, tokens - i);
-      run.kernels.linear(part, nullptr, kind_, latents.row(i), latents.stride, n, true, 0, tiles, kv, stride, scratch);
+      run.kernels.linear(part, nullptr, kind_, latents.row(first % attn_chunk + i), latents.stride, n, true, 0, tiles, kv, stride, scratch);
       run.kernels.mla_panels(layout(run), view, shape, first + i, n, kv + begin - tile * kTileRows, stride, scratch + room.panels);
     }
   }
 
-  // Numbers of tokens as they travel between steps. Whatever a slot may hold, none leads outside the row's sequence.
-  static void read_chosen(const float* from, int64_t n, int64_t last, int32_t* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i] > 0 ? int32_t(std::min<int64_t>(int64_t(std::min(from[i], 2e9f)), last)) : 0;
+  // Numbers of tokens as they travel between steps, up to the first negative one: how many. Whatever a slot may hold, none leads
+  // outside the row's sequence.
+  static int64_t read_chosen(const float* from, int64_t most, int64_t last, int32_t* to) {
+    int64_t n = 0;
+    for (; n < most && from[n] >= 0; ++n) to[n] = int32_t(std::min<int64_t>(int64_t(std::min(from[n], 2e9f)), last));
+    return n;
   }
 
   const std::shared_ptr<MlaSchedule> schedule_;
@@ -141,7 +186,7 @@ std::unique_ptr<Op> make_mla_attention(StepReader& s) {
   const MlaShape& shape = schedule->shape;
   s.takes(shape.top_k > 0 ? 3 : 2, 2, 1, 0, DSO_FLAG_EXPAND);
   s.attends_latent(s.step.layer, s.step.rank, s.step.rope, false);
-  s.sees(0, 0);
+  s.sees(shape.window.window, shape.window.sinks);
   s.uses_shared();
   const Matrix kv_b = s.matrix(0);
   if (kv_b.rows != shape.heads * (shape.nope + shape.v_dim) || kv_b.cols != shape.rank)

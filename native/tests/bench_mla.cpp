@@ -26,7 +26,7 @@ struct Case {
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t n = std::min(attn_chunk, context - c * attn_chunk);
       k.mla_tokens(l, view, nullptr, c * attn_chunk, n, scratch.get());
-      for (int64_t h = 0; h < heads; h += mla_heads) k.mla_attend(l, packed.data() + h / mla_heads * bytes, mla_heads, n, parts + (c * heads + h) * part, scratch.get());
+      for (int64_t h = 0; h < heads; h += mla_heads) k.mla_attend(l, packed.data() + h / mla_heads * bytes, mla_heads, 0, n, parts + (c * heads + h) * part, scratch.get());
     }
     for (int64_t h = 0; h < heads; ++h) k.attn_merge(parts + h * part, heads * part, chunks, kRank, out + h * kRank);
   }
@@ -70,13 +70,16 @@ static void prefill(const Variant& v, int32_t type, int32_t format, std::string&
   Buffer latents((size_t)(attn_chunk * row)), panels((size_t)k.mla_panel_bytes(head)), scratch(std::max(k.attn_scratch, k.linear_scratch) + 64);
   std::vector<float> kv((size_t)(64 * (kNope + kValue))), out((size_t)(rows * kValue)), m((size_t)rows), sum((size_t)rows), room((size_t)kRank);
   const double expanded = best([&] {
+    std::fill(m.begin(), m.end(), -INFINITY);
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    std::fill(out.begin(), out.end(), 0.0f);
     for (int64_t first = 0; first < context + rows; first += attn_chunk) {
       k.mla_rows(l, c.cache.view, first, attn_chunk, kind, room.data(), latents.get(), row);
       for (int64_t i = 0; i < attn_chunk; i += 64) {
         k.linear(kv_b, nullptr, kind, latents.get() + i * row, row, 64, true, 0, (kNope + kValue) / 16, kv.data(), 4 * (kNope + kValue), scratch.get());
         k.mla_panels(l, c.cache.view, head, first + i, 64, kv.data(), 4 * (kNope + kValue), panels.get());
       }
-      k.mla_expanded(head, panels.get(), first / attn_chunk, q.data(), 4 * (kNope + kRope), 0, rows, context, 0.1f, m.data(), sum.data(), out.data(), 4 * kValue, scratch.get());
+      k.mla_expanded(head, panels.get(), first / attn_chunk, q.data(), 4 * (kNope + kRope), 0, rows, context, {}, 0.1f, m.data(), sum.data(), out.data(), 4 * kValue, scratch.get());
     }
   });
   std::vector<float> part((size_t)(mla_heads * (kRank + 16)));
@@ -84,7 +87,7 @@ static void prefill(const Variant& v, int32_t type, int32_t format, std::string&
     for (int64_t r = 0; r < shared; ++r) k.mla_query(l, q.data() + r * mla_heads * kWidth, mla_heads, 0.1f, queries.data() + r * k.mla_query_bytes(l));
     for (int64_t first = 0; first < context + rows; first += attn_chunk) {
       k.mla_tokens(l, c.cache.view, nullptr, first, attn_chunk, c.scratch.get());
-      for (int64_t r = 0; r < shared; ++r) k.mla_attend(l, queries.data() + r * k.mla_query_bytes(l), mla_heads, attn_chunk, part.data(), c.scratch.get());
+      for (int64_t r = 0; r < shared; ++r) k.mla_attend(l, queries.data() + r * k.mla_query_bytes(l), mla_heads, 0, attn_chunk, part.data(), c.scratch.get());
     }
   });
   const double pairs = (double)rows * context + rows * (rows + 1) / 2.0, made = (double)(context + rows) * kRank * (kNope + kValue);

@@ -1,5 +1,6 @@
-// Latent attention through plans, over ragged batches of both phases and both forms, dense and sparse: against softmax in doubles; a
-// row's bits are the same alone and in company, with any threads; and a NaN stays with the rows that see it.
+// Latent attention through plans, over ragged batches of both phases and both forms, dense, sparse and with a window: against softmax in
+// doubles; a row's bits are the same alone and in company, with any threads; a NaN stays with the rows that see it; and blocks that no
+// row sees need no place.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -12,7 +13,8 @@ namespace {
 struct Shape {
   int32_t heads, nope, rope, rank, v_dim, top_k;
   int32_t kv_type, format;  // of the cache, and of kv_b
-  int32_t out_kind = DSO_SLOT_F32;
+  int32_t out_kind = DSO_SLOT_F32, window = 0, sinks = 0;
+  bool sees(int32_t row, int32_t t) const { return t <= row && (window == 0 || row - t < window || t < sinks); }
   int32_t query() const { return heads * (nope + rope); }
   int32_t latent() const { return rank + rope; }
   int32_t out() const { return heads * v_dim; }
@@ -159,6 +161,7 @@ class Plan {
     s.v_dim = s_.v_dim;
     s.index = s_.index();
     s.top_k = s_.top_k;
+    if (op == DSO_OP_MLA_ABSORB || op == DSO_OP_MLA_ATTENTION || op == DSO_OP_MLA_VALUE) s.window = s_.window, s.sinks = s_.sinks;
     s.eps = 1e-6f;
     s.scale = op == DSO_OP_EMBEDDING || op == DSO_OP_ROPE_TABLE ? 1.0f : kScale;
     steps_.push_back(s);
@@ -220,7 +223,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
   dso_cache cache(*v.kernels, {s.kv_type, 1, 0, 0, s.rank, s.rope, s.index(), 0}, kBlocks);
   memset(cache.arena.data(), 0xff, (size_t)(kBlocks * cache.block_bytes()));  // what nobody wrote is NaN
   const std::string name = v.name + " kv " + std::to_string(s.kv_type) + " kv_b " + std::to_string(s.format) + " [" + std::to_string(s.heads) + ", " + std::to_string(s.nope) + "+" + std::to_string(s.rope) +
-                           ", " + std::to_string(s.rank) + ", " + std::to_string(s.v_dim) + "] top_k " + std::to_string(s.top_k) + " out " + std::to_string(s.out_kind);
+                           ", " + std::to_string(s.rank) + ", " + std::to_string(s.v_dim) + "] top_k " + std::to_string(s.top_k) + " out " + std::to_string(s.out_kind) + " window " + std::to_string(s.window) + "+" + std::to_string(s.sinks);
   std::vector<Sequence> all;
   int32_t block = kBlocks - 1;  // downwards: the arena's last block is in use
   auto add = [&](int32_t context, int32_t rows, int32_t phase) {
@@ -236,10 +239,18 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     return Part{from, rows, phase, q.q.data() + (int64_t)from * s.query(), q.latent.data() + (int64_t)from * s.latent(), q.table.data()};
   };
   std::vector<Part> step;
+  std::vector<std::vector<int32_t>> holes;  // tables without the blocks that no row of the step sees
   for (Sequence& q : all) {
     if (q.context > 0) other.run(cache, {part(q, 0, q.context, DSO_PHASE_PREFILL)});
     step.push_back(part(q, q.context, q.rows, q.phase));
+    std::vector<int32_t>& table = holes.emplace_back(q.table);
+    for (int32_t b = 0; b * 32 < q.context; ++b) {
+      bool seen = false;
+      for (int32_t t = b * 32; t < b * 32 + 32; ++t) seen = seen || s.sees(q.context, t);  // by the first row, which looks back furthest
+      if (!seen && (b + 1) * 32 <= q.context) table[(size_t)b] = -1;
+    }
   }
+  for (size_t i = 0; i < all.size(); ++i) step[i].table = holes[i].data();
   const Plan::Out together = plan.run(cache, step);
   int64_t row = 0;
   std::vector<int64_t> first;
@@ -251,7 +262,8 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
       std::vector<int32_t> tokens;
       const int32_t sees = q.context + r + 1;
       if (s.top_k == 0 || sees <= s.top_k) {
-        for (int32_t t = 0; t < sees; ++t) tokens.push_back(t);
+        for (int32_t t = 0; t < sees; ++t)
+          if (s.sees(sees - 1, t)) tokens.push_back(t);
       } else {
         for (int32_t j = 0; j < s.top_k; ++j) tokens.push_back((int32_t)together.chosen[(size_t)(row * s.top_k + j)]);
         const bool fine = tokens.front() >= 0 && tokens.back() < sees && std::adjacent_find(tokens.begin(), tokens.end(), [](int a, int b) { return a >= b; }) == tokens.end();
@@ -271,6 +283,11 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
       const Plan::Out one = plan.run(cache, {part(q, q.context + r, 1, DSO_PHASE_DECODE)});
       check(same_rows(one.y.data(), want + (int64_t)r * s.out(), s.out()), "%s: row %d of %d behind %d differs alone", name.c_str(), r, q.rows, q.context);
     }
+  }
+  if (s.window >= 2000) {
+    Shape whole = s;
+    whole.window = whole.sinks = 0;
+    check(Plan(whole, w, *v.kernels, 2).run(cache, step).y == together.y, "%s: a window that covers all differs from none", name.c_str());
   }
   // A NaN in a token, in one sequence of the company: rows before it, and all of the others, are as they were.
   for (size_t i = 0; i < all.size(); ++i) {
@@ -308,6 +325,9 @@ void refusals(const Kernels& k) {
   refused("w[0] is 44 x 20, not 46 x 20", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.v_dim = 11; });
   refused("in[1] must have width 48, slot 4 has 40", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.in[1] = 4; });
   refused("top_k is -1", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.top_k = -1; });
+  refused("top_k is 40 beside a window of 7", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.window = 7; });
+  refused("window is -1", DSO_OP_MLA_VALUE, [](dso_step& x) { x.window = -1; });
+  refused("sinks is 4 beside a window of 0", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.sinks = 4; });
   refused("a stack of 2 matrices, not of 3", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.heads = 3; });
   refused("chosen tokens are never expanded", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.flags = DSO_FLAG_EXPAND; });
   refused("flags are 8", DSO_OP_MLA_VALUE, [](dso_step& x) { x.flags = DSO_FLAG_EXPAND, x.top_k = 0; });
@@ -327,6 +347,12 @@ int main() {
         ragged(v, {1, 2, 2, 2, 2, top_k, type, format}, {{40, 1}}, {{10, 70}, {255, 2}}, random);
         ragged(v, {17, 6, 2, 20, 7, top_k, type, format}, {{513, 12}}, {{0, 100}}, random);  // values of odd size: never expanded
         ragged(v, {3, 32, 16, 64, 32, top_k, type, format, type == DSO_KV_F32 ? DSO_SLOT_BF16 : DSO_SLOT_Q16}, {{70, 2}}, {{0, 280}, {5, 64}}, random);
+        if (top_k > 0) continue;
+        ragged(v, {5, 12, 4, 36, 10, 0, type, format, DSO_SLOT_F32, 100, 5}, {{700, 1}, {0, 1}, {98, 12}, {400, 9}}, {{0, 190}, {260, 70}, {0, 1}, {900, 3}}, random);
+        ragged(v, {1, 2, 2, 2, 2, 0, type, format, DSO_SLOT_F32, 1, 0}, {{40, 1}}, {{10, 70}, {255, 2}}, random);
+        ragged(v, {17, 6, 2, 20, 7, 0, type, format, DSO_SLOT_F32, 300, 290}, {{613, 12}}, {{0, 700}}, random);
+        ragged(v, {3, 32, 16, 64, 32, 0, type, format, DSO_SLOT_F32, 33, 64}, {{70, 2}}, {{0, 280}, {500, 64}}, random);
+        ragged(v, {3, 32, 16, 64, 32, 0, type, format, DSO_SLOT_F32, 2000, 3}, {{70, 2}}, {{0, 280}, {5, 64}}, random);
       }
   return report("test_latent_plan");
 }

@@ -67,8 +67,8 @@ struct Setup {
   const KvLayout& layout() const { return cache.layout; }
   int64_t part_floats() const { return layout().rank + 16; }
 
-  // Heads [h0, h1) over the first `seen` of the tokens given; out: [h1 - h0, rank].
-  std::vector<float> run(int64_t h0, int64_t h1, const std::vector<int32_t>* chosen, int64_t seen, int64_t given) {
+  // Heads [h0, h1) over the first `seen` of the tokens given, from `begin` on; out: [h1 - h0, rank].
+  std::vector<float> run(int64_t h0, int64_t h1, const std::vector<int32_t>* chosen, int64_t seen, int64_t given, int64_t begin = 0) {
     const Kernels& k = *variant.kernels;
     const int64_t chunks = (given + attn_chunk - 1) / attn_chunk, n = h1 - h0;
     k.mla_query(layout(), q.data() + h0 * cache.width(), n, scale, packed.get());
@@ -76,16 +76,16 @@ struct Setup {
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t first = c * attn_chunk;
       k.mla_tokens(layout(), cache.view, chosen ? chosen->data() + first : nullptr, first, std::min(attn_chunk, given - first), scratch.get());
-      k.mla_attend(layout(), packed.get(), n, std::min(attn_chunk, seen - first), (float*)part.get() + c * n * part_floats(), scratch.get());
+      k.mla_attend(layout(), packed.get(), n, std::max<int64_t>(0, begin - first), std::min(attn_chunk, seen - first), (float*)part.get() + c * n * part_floats(), scratch.get());
     }
     std::vector<float> out((size_t)(n * layout().rank));
     for (int64_t h = 0; h < n; ++h) k.attn_merge((float*)part.get() + h * part_floats(), n * part_floats(), chunks, layout().rank, out.data() + h * layout().rank);
     return out;
   }
-  std::vector<float> all(const std::vector<int32_t>* chosen, int64_t seen, int64_t given) {
+  std::vector<float> all(const std::vector<int32_t>* chosen, int64_t seen, int64_t given, int64_t begin = 0) {
     std::vector<float> out;
     for (int64_t h = 0; h < heads; h += mla_heads) {
-      const std::vector<float> tile = run(h, std::min(heads, h + mla_heads), chosen, seen, given);
+      const std::vector<float> tile = run(h, std::min(heads, h + mla_heads), chosen, seen, given, begin);
       out.insert(out.end(), tile.begin(), tile.end());
     }
     return out;
@@ -155,6 +155,11 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
     if (random.below(3) == 0 || (t + 1 == tokens && some.empty())) some.push_back(t);
   against_reference(s, s.all(&some, (int64_t)some.size(), (int64_t)some.size()), some, "chosen");
 
+  const int64_t begin = random.below((int)tokens);
+  const std::vector<int32_t> rest(every.begin() + begin, every.end());
+  const std::vector<float> behind = s.all(nullptr, tokens, tokens, begin);
+  against_reference(s, behind, rest, "from the middle on");
+
   // What a row does not see may hold anything.
   const int64_t seen = 1 + random.below((int)tokens);
   const std::vector<float> prefix = s.all(nullptr, seen, seen);
@@ -166,9 +171,42 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
   check(s.all(nullptr, seen, seen) == prefix, "%s: what scratch held shows", name().c_str());
 }
 
+// Chunks folded by groups, then merged: of one group the bits of one merge, of several what doubles make of the parts.
+static void folding(const Variant& v, int64_t rank, int64_t chunks, int64_t group, Random& random) {
+  const int64_t stride = rank + 16 + random.below(9), groups = (chunks + group - 1) / group;
+  std::vector<float> parts = normal((size_t)(chunks * stride), 1, random), folded((size_t)(groups * stride), NAN), once((size_t)rank), twice((size_t)rank);
+  for (int64_t c = 0; c < chunks; ++c) {
+    float* part = parts.data() + c * stride;
+    part[0] *= 10;
+    part[1] = std::fabs(part[1]) + 1;
+    if (c % 3 == 1 || c / group == 1) {  // saw nothing
+      std::fill_n(part, rank + 16, 0.0f);
+      part[0] = -INFINITY;
+    }
+  }
+  v.kernels->attn_merge(parts.data(), stride, chunks, rank, once.data());
+  for (int64_t g = 0; g < groups; ++g) v.kernels->attn_fold(parts.data() + g * group * stride, stride, std::min(group, chunks - g * group), rank, folded.data() + g * stride);
+  v.kernels->attn_merge(folded.data(), stride, groups, rank, twice.data());
+  if (groups <= 2) check(once == twice, "%s: rank=%ld: %ld chunks, folded where one group of %ld saw anything, differ", v.name.c_str(), (long)rank, (long)chunks, (long)groups);
+  double top = -INFINITY, total = 0;
+  for (int64_t c = 0; c < chunks; ++c) top = std::max(top, (double)parts[(size_t)(c * stride)]);
+  std::vector<double> want((size_t)rank);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float* part = parts.data() + c * stride;
+    const double weight = std::exp2(part[0] - top);
+    total += weight * part[1];
+    for (int64_t i = 0; i < rank; ++i) want[(size_t)i] += weight * part[16 + i];
+  }
+  for (int64_t i = 0; i < rank; ++i)
+    if (!check(std::fabs(twice[(size_t)i] - want[(size_t)i] / total) <= 1e-5, "%s: rank=%ld: %ld chunks in %ld groups [%ld]: %g, not %g", v.name.c_str(), (long)rank, (long)chunks, (long)groups, (long)i,
+               twice[(size_t)i], want[(size_t)i] / total))
+      return;
+}
+
 int main() {
   Random random(5);
   for (const Variant& v : variants()) {
+    for (int i = 0; i < 30; ++i) folding(v, 2 * (1 + random.below(150)), 1 + random.below(40), 1 + random.below(20), random);
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (int i = 0; i < 12; ++i) writing(v, LatentCache::shape(type, 2 * (1 + random.below(200)), 2 * (1 + random.below(32)), 2 * random.below(20)), random);
       reading_index(v, type, random);

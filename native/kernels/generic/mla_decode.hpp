@@ -7,7 +7,7 @@
 //   p V    lanes are columns of the rows, 32 at a time; with bf16, two tokens' rows are paired up in registers. Weights, rounded
 //          to bf16 where the rows are, are broadcast: fp32 [tokens][16 heads], or bf16 [tokens / 2][16 heads][2].
 //
-// A row of q sees a prefix of the chunk's tokens and never multiplies with another: what lies behind, NaN too, cannot reach it.
+// A row of q sees some consecutive tokens of the chunk and never multiplies with another: what lies around, NaN too, cannot reach it.
 // Sums over a row's numbers and over tokens run in a fixed order, head by head, so no bit depends on company.
 #pragma once
 #include "attention.hpp"  // log2e, minus_infinity
@@ -139,9 +139,10 @@ static void values(const uint8_t* p, const uint8_t* const* rows, const uint8_t* 
   }
 }
 
-template <class Step> static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, int64_t seen, float* part, Scratch& w) {
+template <class Step>
+static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, const uint8_t* const* rows, int64_t seen, float* part, Scratch& w) {
   const int64_t stride = l.rank + 16;
-  for (int64_t t = 0; t < seen; t += tokens_wide) logits<Step, tokens_wide>(q, w.rows + t, steps(l), w.s + t * mla_heads);
+  for (int64_t t = 0; t < seen; t += tokens_wide) logits<Step, tokens_wide>(q, rows + t, steps(l), w.s + t * mla_heads);
   const Softmax state = weigh<Step>(w.s, seen, w.p);
   float m[mla_heads], sum[mla_heads];
   store(m, state.m);
@@ -155,8 +156,8 @@ template <class Step> static void attend(const KvLayout& l, const uint8_t* q, in
     for (int64_t h0 = 0; h0 < heads; h0 += heads_wide) {
       const int64_t n = l.rank - column;
       F acc[heads_wide][2];
-      if (n >= 32) values<Step, heads_wide, true>(p + 4 * h0, w.rows, w.nothing, seen, column, 32, acc);
-      else values<Step, heads_wide, false>(p + 4 * h0, w.rows, w.nothing, seen, column, n, acc);
+      if (n >= 32) values<Step, heads_wide, true>(p + 4 * h0, rows, w.nothing, seen, column, 32, acc);
+      else values<Step, heads_wide, false>(p + 4 * h0, rows, w.nothing, seen, column, n, acc);
       float* out = part + h0 * stride + 16 + column;
       for (int64_t h = 0; h < heads_wide && h0 + h < heads; ++h, out += stride) {
         store(out, acc[h][0], n);
@@ -212,17 +213,17 @@ static void mla_tokens(const KvLayout& l, const KvView& v, const int32_t* chosen
   }
 }
 
-static void mla_attend(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t seen, float* part, uint8_t* scratch) {
+static void mla_attend(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part, uint8_t* scratch) {
   mla::Scratch& w = *(mla::Scratch*)scratch;
-  if (seen <= 0) {
+  if (begin >= end) {
     for (int64_t h = 0; h < heads; ++h, part += l.rank + 16) {
       memset(part, 0, 4 * (l.rank + 16));
       part[0] = minus_infinity();
     }
   } else if (l.type == DSO_KV_F32) {
-    mla::attend<mla::Single>(l, packed, heads, seen, part, w);
+    mla::attend<mla::Single>(l, packed, heads, w.rows + begin, end - begin, part, w);
   } else {
-    mla::attend<mla::Pair>(l, packed, heads, seen, part, w);
+    mla::attend<mla::Pair>(l, packed, heads, w.rows + begin, end - begin, part, w);
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,7 +1,7 @@
 // Multi-head latent attention, expanded: keys and values of one head are made out of a chunk's latents, laid out as a cache block
 // holds them (kv.hpp), and attention's tiles go over them: for many rows of q that costs less than attending to the latents.
 //
-// A row's bits depend on its own q and the tokens it sees, as in attention.hpp. Values of later tokens may be NaN or infinite; a
+// A row's bits depend on its own q and the tokens it sees, as in attention.hpp. Values of other tokens may be NaN or infinite; a
 // block that holds such is taken row by row, with zeros for what the row does not see.
 #pragma once
 #include "attention.hpp"
@@ -40,56 +40,71 @@ static void write_values(const MlaHead& h, const HeadLayout& l, const float* v, 
   }
 }
 
+struct Task {  // rows [r0, r1) of a sequence against a chunk
+  const float* q;
+  int64_t q_stride, r0, r1, ctx;
+  Sight sight;
+  float scale;
+  float *m, *sum, *o;
+  int64_t o_stride;
+  Span row(int64_t r) const { return visible(ctx, sight, r); }
+};
+
+// Rows [begin, end) of one tile. Where they are one row alone, blocks that hold a NaN or infinity and that it sees in part are cleaned.
 template <Read T>
-static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
-                        float scale, float* m, float* sum, float* o, int64_t o_stride, Workspace& w) {
+static void attend_tile(const MlaHead& h, const uint8_t* panels, int64_t start, const Task& t, int64_t begin, int64_t end, Workspace& w) {
   const Panels& p = *(const Panels*)panels;
   const HeadLayout l = layout(h);
-  const int64_t start = chunk * attn_chunk, k_dim = h.nope + h.rope, last = (p.tokens + block_tokens - 1) / block_tokens;
-  Block blocks[chunk_blocks];
-  for (int64_t b = 0; b < last; ++b) {
-    const uint8_t* block = panels + blocks_at + b * l.bytes;
-    blocks[b] = {block, block + l.v, nullptr, nullptr, start + b * block_tokens};
+  const int64_t k_dim = h.nope + h.rope;
+  Span see[tile_rows];
+  State state = {t.m + begin - t.r0, t.sum + begin - t.r0, {}};
+  for (int64_t r = begin; r < end; ++r) {
+    see[r - begin] = t.row(r);
+    state.o[r - begin] = (float*)((char*)t.o + r * t.o_stride);
+    bring_query<T>((const float*)((const char*)t.q + r * t.q_stride), k_dim, t.scale, (int)(r - begin), w);
   }
-  const auto output = [=](int64_t r) { return (float*)((char*)o + r * o_stride); };
-  const auto tile = [&](int64_t begin, int64_t end, const Block* from) {  // rows [begin, end)
-    Span see[tile_rows];
-    State state = {m + begin - r0, sum + begin - r0, {}};
-    for (int64_t r = begin; r < end; ++r) {
-      see[r - begin] = {0, ctx + r + 1};
-      state.o[r - begin] = output(r);
-      bring_query<T>((const float*)((const char*)q + r * q_stride), k_dim, scale, (int)(r - begin), w);
+  const Span seen = together(see[0], see[end - begin - 1]);
+  Block blocks[chunk_blocks];
+  int64_t count = 0;
+  for (int64_t b = 0; b * block_tokens < p.tokens; ++b) {
+    const int64_t number = start / block_tokens + b;
+    if (!seen.touches(number)) continue;
+    const uint8_t* block = panels + blocks_at + b * l.bytes;
+    blocks[count] = {block, block + l.v, nullptr, nullptr, number * block_tokens};
+    if (end - begin == 1 && p.poisoned[b] && !seen.fills(number)) {
+      for (int64_t column = 0; column < h.v_dim; column += 32)
+        copy_seen<T>(block + l.v + column / 32 * l.panel, number * block_tokens, seen, w.room[b] + column / 32 * l.panel);
+      blocks[count].v = w.room[b];
     }
-    const int64_t seen = (ctx + end - start + block_tokens - 1) / block_tokens;
-    const Stretch part = {from, seen < last ? seen : last, round_up(k_dim, 32) / 32, round_up(h.v_dim, 32) / 32, l.panel, nothing_ahead};
-    attend_rows<T>((int)(end - begin), part, k_dim, h.v_dim, see, state, w);
-  };
+    ++count;
+  }
+  const Stretch part = {blocks, count, round_up(k_dim, 32) / 32, round_up(h.v_dim, 32) / 32, l.panel, nothing_ahead};
+  if (count > 0) attend_rows<T>((int)(end - begin), part, k_dim, h.v_dim, see, state, w);
+}
 
-  const int64_t first = start - ctx > r0 ? start - ctx : r0;  // rows before it see nothing of the chunk
-  const int64_t count = r1 - first, tiles = (count + tile_rows - 1) / tile_rows;
+template <Read T> static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t start, const Task& t, Workspace& w) {
+  const Panels& p = *(const Panels*)panels;
+  const auto sees = [&](int64_t r) {
+    const Span s = t.row(r);
+    return s.end > start && (s.begin < start + p.tokens || s.sinks > start);
+  };
+  int64_t first = t.r0, last = t.r1;
+  while (first < last && !sees(first)) ++first;
+  while (last > first && !sees(last - 1)) --last;
+
+  const int64_t count = last - first, tiles = (count + tile_rows - 1) / tile_rows;
   for (int64_t i = 0; i < tiles; ++i) {  // of equal size, or nearly
     const int64_t begin = first + count * i / tiles, end = first + count * (i + 1) / tiles;
+    const Span early = t.row(begin), late = t.row(end - 1);
     bool poisoned = false;  // by a token that not every row sees
-    for (int64_t b = 0; b < last; ++b) poisoned = poisoned || (p.poisoned[b] && ctx + begin + 1 < start + (b + 1) * block_tokens);
-    if (!poisoned) {
-      tile(begin, end, blocks);
-      continue;
+    for (int64_t b = 0; b * block_tokens < p.tokens; ++b) {
+      const int64_t number = start / block_tokens + b;
+      const bool seen = together(early, late).touches(number), by_all = early.fills(number) && late.fills(number);
+      poisoned = poisoned || (seen && !by_all && p.poisoned[b]);
     }
-    for (int64_t r = begin; r < end; ++r) {
-      Block clean[chunk_blocks];
-      for (int64_t b = 0; b < last; ++b) {
-        clean[b] = blocks[b];
-        if (!p.poisoned[b] || ctx + r + 1 >= blocks[b].token + block_tokens) continue;
-        for (int64_t column = 0; column < h.v_dim; column += 32)
-          copy_seen<T>(blocks[b].v + column / 32 * l.panel, blocks[b].token, {0, ctx + r + 1}, w.room[b] + column / 32 * l.panel);
-        clean[b].v = w.room[b];
-      }
-      tile(r, r + 1, clean);
-    }
-  }
-  for (int64_t r = first; r < r1 && ctx + r < start + attn_chunk; ++r) {
-    float* out = output(r);
-    for (int64_t c = 0; c < h.v_dim; c += 16) store(out + c, div(load(out + c, h.v_dim - c), set(sum[r - r0])), h.v_dim - c);
+    if (poisoned)
+      for (int64_t r = begin; r < end; ++r) attend_tile<T>(h, panels, start, t, r, r + 1, w);
+    else attend_tile<T>(h, panels, start, t, begin, end, w);
   }
 }
 }  // namespace expanded
@@ -137,16 +152,11 @@ static void mla_panels(const KvLayout& l, const KvView& v, const MlaHead& h, int
 }
 
 static void mla_expanded(const MlaHead& h, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
-                         float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch) {
+                         const Sight& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
-  if (chunk == 0)
-    for (int64_t r = r0; r < r1; ++r) {
-      m[r - r0] = minus_infinity();
-      sum[r - r0] = 0;
-      memset((char*)o + r * o_stride, 0, h.v_dim * 4);
-    }
+  const expanded::Task task = {q, q_stride, r0, r1, ctx, sight, scale, m, sum, o, o_stride};
   constexpr Read pairs = has_dot_bf16 ? Read::dot : Read::bf16;
-  if (h.single) expanded::attend_head<Read::f32>(h, panels, chunk, q, q_stride, r0, r1, ctx, scale, m, sum, o, o_stride, w);
-  else expanded::attend_head<pairs>(h, panels, chunk, q, q_stride, r0, r1, ctx, scale, m, sum, o, o_stride, w);
+  if (h.single) expanded::attend_head<Read::f32>(h, panels, chunk * attn_chunk, task, w);
+  else expanded::attend_head<pairs>(h, panels, chunk * attn_chunk, task, w);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE
