@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .borders import sentences
 from .document import Document
-from .quotes import places, quotes
+from .quotes import LONG, places, quotes
 from .split import Chunk
 from .token_counts import pieces
 from .words import words
@@ -19,7 +19,6 @@ MOST_SENTENCE = 400  # characters of a passage
 MOST_COUNTED = 2 << 20  # characters of a document, spread over it, that tell how rare words are
 
 _PIECE = 256  # characters, about a sentence or two, that a word counts once in
-_LONG_QUOTE = 20  # characters of a quotation that is a passage by itself; of a shorter one, its sentence is
 _QUESTION = 0.5  # weight of a word that only the question has
 _PAIR = 0.8  # two sentences are cited where one alone has less than this part of what both have
 _LEAST = 0.25  # part of the best passage's new words that another one must have
@@ -52,8 +51,8 @@ def cite(answer: str, chunks: Sequence[Chunk], document: Document, *, question: 
 
     First come places of what the answer quotes, word for word. Then passages of one or two sentences are taken one by one, each
     time the one that has most of the answer's words which no passage before had, weighed by how rare they are in the document
-    (inverse document frequency). The passage that has most of the question's words is always among them if it has half of them,
-    by weight: so the place is shown that the question is about, whatever a weak model made of it.
+    (inverse document frequency). The passage that has most of the question's words is always among them if it has a third of
+    them, by weight: so the place is shown that the question is about, whatever a weak model made of it.
 
     Args:
         answer: text; of JSON, pass the values and not the names of fields.
@@ -140,6 +139,7 @@ class _Choice:
     ) -> None:
         self.chosen: list[_Passage] = []
         self._passages = passages
+        self._rarity = weights
         self._weights = {word: weight * (1 if word in answer else _QUESTION) for word, weight in weights.items()}
         self._answer, self._question, self._limit = answer, question, limit
         self._starts: dict[tuple[int, int], list[_Passage]] = {}
@@ -156,7 +156,7 @@ class _Choice:
                 found = frozenset(words(quote)) & self._weights.keys()
                 worth = self._sum(around.found if around else found)
                 if worth > score:
-                    long = end - start >= _LONG_QUOTE
+                    long = end - start >= LONG
                     best = _Passage(chunk.file, start, end, chunk.index, found) if long or around is None else around
                     score = worth
         if best is not None:
@@ -180,16 +180,18 @@ class _Choice:
             self._take(about)
 
     def _about_question(self) -> _Passage | None:
-        """The passage that has most of the question, if it has half of what any has."""
-        in_question = self._question & frozenset[str]().union(*(passage.found for passage in self._passages))
-        best = max(self._passages, key=lambda p: self._sum(p.found & in_question) * (_PAIR if p.pair else 1))
-        return best if in_question and 2 * self._sum(best.found & in_question) >= self._sum(in_question) else None
+        """The passage that has most of the question, if it has a third of what all have together."""
+        asked = self._question & frozenset[str]().union(*(passage.found for passage in self._passages))
+        whole = self._sum(asked, self._rarity)
+        best = max(self._passages, key=lambda p: self._sum(p.found & asked, self._rarity) * (_PAIR if p.pair else 1))
+        return best if asked and 3 * self._sum(best.found & asked, self._rarity) >= whole else None
 
     def _worth(self, passage: _Passage, known: frozenset[str]) -> float:
         return self._sum(passage.found - known) * (_PAIR if passage.pair else 1)
 
-    def _sum(self, found: Iterable[str]) -> float:
-        return sum(self._weights[word] for word in sorted(found))  # in one order, so that equal sets are equal numbers
+    def _sum(self, found: Iterable[str], weights: dict[str, float] | None = None) -> float:
+        weights = self._weights if weights is None else weights
+        return sum(weights[word] for word in sorted(found))  # in one order, so that equal sets are equal numbers
 
     def _free(self) -> Iterator[_Passage]:
         return (one for one in self._passages if not any(one.overlaps(other) for other in self.chosen))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 MOST_QUOTES, MOST_WORDS, MOST_PLACES = 32, 200, 50
+LONG = 20  # characters of a quotation that is a passage by itself; of a shorter one, its sentence is
 LEAST_SENTENCE = 20  # characters of a sentence of the answer that counts as a quotation though it is not in quotation marks
 
 _QUOTED = re.compile(
@@ -17,7 +18,10 @@ _EDGES = " \t\n.,;:!?…"
 
 
 def quotes(answer: str, sentences: list[str]) -> Iterator[str]:
-    """What stands in quotation marks, without the ellipses in it; then whole sentences, should they be quoted without marks."""
+    """What stands in quotation marks, without the ellipses in it, and whole sentences, should they be quoted without marks.
+
+    Long ones come first, those with marks before those without.
+    """
     found: dict[str, None] = {}
     for match in _QUOTED.finditer(answer):
         quoted = next(group for group in match.groups() if group is not None)
@@ -26,7 +30,8 @@ def quotes(answer: str, sentences: list[str]) -> Iterator[str]:
     for sentence in sentences:
         if len(sentence) >= LEAST_SENTENCE:
             found.setdefault(sentence.strip(_EDGES))
-    yield from [quote for quote in found if len(quote) >= 2][:MOST_QUOTES]
+    told = [quote for quote in found if len(quote) >= 2]
+    yield from sorted(told, key=lambda quote: len(quote) < LONG)[:MOST_QUOTES]
 
 
 def places(quote: str, text: str, start: int, end: int) -> list[tuple[int, int]]:

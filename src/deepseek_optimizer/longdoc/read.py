@@ -47,7 +47,10 @@ def read_documents(
         if progress is not None:
             progress(done, len(found))
         try:
-            data = _bytes_of(path, min(limit_bytes, left), "one file" if limit_bytes <= left else "all files together")
+            most = f"{limit_bytes:,} are the most for one file"
+            if left < limit_bytes:
+                most = f"only {left:,} are left for all files together"
+            data = _bytes_of(path, min(limit_bytes, left), most)
             left -= len(data)
             files.append(readers.read(path, data))
         except DocumentError as error:
@@ -80,8 +83,11 @@ def _found(paths: list[str], problems: list[Problem]) -> list[str]:
     return list(found.values())
 
 
-def _bytes_of(path: str, limit: int, whose: str) -> bytes:
+def _bytes_of(path: str, limit: int, most: str) -> bytes:
     """A file's bytes as they were at one time.
+
+    Args:
+        most: what to say of the limit.
 
     Raises:
         DocumentError: it cannot be read, is none, is too large, or does not hold still.
@@ -97,9 +103,7 @@ def _bytes_of(path: str, limit: int, whose: str) -> bytes:
                 if not stat.S_ISREG(before.st_mode):
                     raise DocumentError(path, "is not a regular file (a pipe, socket or device)")
                 if before.st_size > limit:
-                    raise DocumentError(
-                        path, f"has {before.st_size / 1e6:,.1f} MB, more than the {limit / 1e6:,.1f} MB left for {whose}"
-                    )
+                    raise DocumentError(path, f"has {before.st_size:,} bytes, and {most}")
                 file.seek(0)
                 data = _read_all(file, limit)
                 after = os.fstat(file.fileno())

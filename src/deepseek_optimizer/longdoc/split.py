@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 from ..errors import ConfigError
@@ -18,6 +19,8 @@ from .token_counts import TokenCounts, count
 MAX_LENGTH, STRIDE = 4096, 1024  # tokens
 LEAST_LENGTH = 16  # tokens; one character can take several
 _AHEAD = 16  # chunks that are tokenised in one call at most, which uses several cores
+_BATCH = 1 << 20  # characters of small files that are tokenised in one call
+_SMALL = 8  # characters for each token that a chunk may have: a longer file is hardly one chunk
 _SPARE = 128  # one token in so many is left free for what a chunk's own ends add to the counts
 
 
@@ -60,13 +63,27 @@ def split(
     limit = _check(tokenizer, max_length, stride)
     chunks: list[Chunk] = []
     done, total = 0, document.characters
+    whole = _whole(document, tokenizer, limit)
     for number, file in enumerate(document.files):
-        for start, end, tokens in _Splitter(file, tokenizer, limit, stride).spans():
+        fits = [(0, len(file.text), whole[number])] if number in whole else None
+        for start, end, tokens in fits or _Splitter(file, tokenizer, limit, stride).spans():
             chunks.append(Chunk(len(chunks), number, start, end, tokens))
             if progress is not None:
                 progress(done + end, total)
         done += len(file.text)
     return chunks
+
+
+def _whole(document: Document, tokenizer: Any, limit: int) -> dict[int, int]:
+    """Index of a file -> its tokens, of those files that fit into a chunk: counted together, since there may be very many."""
+    small = [number for number, file in enumerate(document.files) if 0 < len(file.text) <= _SMALL * limit]
+    ends = accumulate(len(document.files[number].text) for number in small)
+    found: dict[int, int] = {}
+    for _, batch in groupby(zip(small, ends, strict=True), key=lambda pair: pair[1] // _BATCH):
+        numbers = [number for number, _ in batch]
+        counts = count(tokenizer, [document.files[number].text for number in numbers])
+        found.update((number, tokens) for number, tokens in zip(numbers, counts, strict=True) if tokens <= limit)
+    return found
 
 
 class _Splitter:

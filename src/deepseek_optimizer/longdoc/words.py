@@ -1,4 +1,5 @@
-"""The words of a text in any script, for finding and comparing passages. No language is asked for, and no stems are made.
+"""The words of a text in any script, for finding and comparing passages. No language is asked for, and no stems are made, but
+a word that ends with -s, as plurals do in several languages, also counts without it.
 
 Small and capital letters are the same, and so are Latin, Greek and Cyrillic letters with and without accents. Identifiers count
 whole and by their parts (`max_length`: max, length; `readFile2`: read, file, 2), numbers whole and without their commas.
@@ -28,7 +29,7 @@ def words(text: str) -> Iterator[str]:
         word = match[0]
         found = known.get(word)
         if found is None:
-            found = known[word] = tuple(_forms(word))
+            found = known[word] = tuple(form for one in _forms(word) for form in _with_singular(one))
         yield from found
 
 
@@ -43,8 +44,14 @@ def _forms(word: str) -> Iterator[str]:
         yield folded.replace(",", "")
     elif not (word.islower() and word.isalpha()) and "." not in word:
         parts = _PART.findall(word)
-        if len(parts) > 1:
+        if parts and parts != [word]:
             yield from map(_fold, parts)
+
+
+def _with_singular(word: str) -> Iterator[str]:
+    yield word
+    if len(word) > 3 and word[-1] == "s" and word[-2] not in "sui":
+        yield word[:-1]
 
 
 def _unspaced(word: str) -> Iterator[str]:

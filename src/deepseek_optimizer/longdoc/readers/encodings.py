@@ -17,7 +17,7 @@ _MARKS = (  # the longer first: UTF-32's begins with UTF-16's
 )
 _HEAD = 8000  # bytes that Git looks through for NUL to tell binary files
 _SAMPLE = 32 << 10  # bytes that an encoding is guessed by
-_CONTROL = re.compile(r"[\0-\x07\x0e-\x1a\x1c-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x01-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 _HIGH = re.compile(rb"[\x80-\xff]")
 _ABOVE_ASCII = bytes(range(128, 256))
 
@@ -37,12 +37,12 @@ def decode(name: str, data: bytes, declared: str | None = None) -> tuple[str, tu
     text, warnings = _decode(name, data, declared)
     if not text.strip():
         raise DocumentError(name, "is empty: it has nothing but white space")
-    controls = len(_CONTROL.findall(text[: 1 << 16]))
-    if controls > 0.02 * min(len(text), 1 << 16):
-        raise DocumentError(name, "is not text: it has control characters all over")
     zeros = text.count("\0")
     if zeros > 0.02 * len(text):
         raise DocumentError(name, f"is not text: it has {zeros:,} NUL characters")
+    controls = len(_CONTROL.findall(text[: 1 << 16]))
+    if controls > 0.02 * min(len(text), 1 << 16):
+        raise DocumentError(name, "is not text: it has control characters all over")
     if zeros:
         warnings += (f"{zeros:,} NUL characters stand as U+FFFD",)
     return text, warnings
@@ -77,7 +77,7 @@ def _marked(data: bytes, encoding: str) -> tuple[str, tuple[str, ...]]:
 def _wide(head: bytes) -> str | None:
     """UTF-16 without a mark: most characters of most texts have a zero byte on the same side."""
     even, odd = head[::2].count(0), head[1::2].count(0)
-    if max(even, odd) > len(head) // 5 and min(even, odd) * 8 < max(even, odd):
+    if len(head) >= 8 and max(even, odd) > len(head) // 5 and min(even, odd) * 8 < max(even, odd):
         return "utf-16-le" if odd > even else "utf-16-be"
     return None
 
