@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.induction import BOS, haystack, induction_model
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.integration.compat import cache_name
+from support.induction import BOS, haystack, induction_model
 
 native = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
 LENGTHS = [8192, pytest.param(32_768, marks=pytest.mark.slow), pytest.param(131_072, marks=pytest.mark.slow)]

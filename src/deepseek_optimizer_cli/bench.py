@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from . import options as o
+from .bench_long import bench_long, check_options
 
 _LISTS = "One number, or several with commas between."
+_LONG: dict[str, Any] = {"rich_help_panel": "With --long"}
 
 
 def bench(
+    ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
     prompt: Annotated[str, typer.Option("--prompt", help=f"Prompt tokens. {_LISTS}")] = "512",
     new: Annotated[str, typer.Option("--new", help=f"Tokens to generate. {_LISTS}")] = "64",
@@ -66,10 +69,31 @@ def bench(
     tolerance: Annotated[
         float, typer.Option("--tolerance", min=0, help="With --baseline: percent that are no regression.")
     ] = 5,
+    long: Annotated[
+        bool, typer.Option("--long", help="Modes of attention over long texts instead: accuracy, speed, memory.", **_LONG)
+    ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Tokens of text and answer, commas between. Default: 4096 to 32768.", **_LONG),
+    ] = None,
+    modes: Annotated[
+        str | None, typer.Option("--modes", help="Some of flash, sliding and sparse, commas between. Default: all.", **_LONG)
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="Some of single, multikey, multivalue, multiquery (needles), variables, common, frequent (words) and qa. "
+            "Default: all.",
+            **_LONG,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Of each task at each length.", **_LONG)] = 3,
     html: Annotated[Path | None, typer.Option("--html", help="Write the report to this file, with plots.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON too, as the last line.")] = False,
 ) -> None:
     """Measure a model: time to first token, tokens a second, memory, quality."""
+    check_options(ctx, long)
     names = [name.strip() for name in (against or "").split(",") if name.strip()]
     if setup_peers:
         _set_up(names)
@@ -77,6 +101,17 @@ def bench(
         if setup_peers:
             return
         raise ValueError("name a model: a directory, a .gguf file or a name on the hub")
+
+    fields = o.model_fields(
+        precision=precision,
+        kv_cache=kv_cache,
+        threads=threads,
+        context_extension=context_extension,
+        context_length=context_length,
+    )
+    if long:
+        bench_long(model, fields, lengths, modes, tasks, samples, html, as_json)
+        return
 
     from deepseek_optimizer.bench.baseline import read
     from deepseek_optimizer.bench.report import Request, run
@@ -87,13 +122,7 @@ def bench(
     no_bars_in_pipes()
     request = Request(
         model=model,
-        fields=o.model_fields(
-            precision=precision,
-            kv_cache=kv_cache,
-            threads=threads,
-            context_extension=context_extension,
-            context_length=context_length,
-        ),  # fmt: skip
+        fields=fields,
         works=grid(*(numbers(given) for given in (prompt, new, depth, batch))),
         repeats=repeats,
         warmup=warmup,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
@@ -24,12 +24,17 @@ pre { overflow: auto; max-height: 20rem; font-size: 12px; }
 
 def page(report: dict[str, Any]) -> str:
     """The whole file. The report itself is in it, as JSON."""
-    title = escape(f"Benchmark of {report['model']}")
-    body = "".join(_section(section) for section in sections(report))
+    return page_of(report, f"Benchmark of {report['model']}", plots(report), sections(report))
+
+
+def page_of(report: dict[str, Any], title: str, shown: Iterable[str], found: Iterable[Section]) -> str:
+    """The same of any report: plots, then tables."""
+    title = escape(title)
+    body = "".join(map(_section, found))
     data = escape(json.dumps(report, indent=1, ensure_ascii=False), quote=False)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{title}</h1>{''.join(plots(report))}{body}"
+        f"<body><h1>{title}</h1>{''.join(shown)}{body}"
         f"<details><summary>All of it as JSON</summary><pre>{data}</pre></details></body></html>\n"
     )
 
@@ -69,6 +74,6 @@ def _section(section: Section) -> str:
     if any(section.header):
         head = f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in section.header)}</tr></thead>"
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in section.rows)
-    note = f"<p>{escape(section.note)}</p>" if section.note else ""
+    note = "".join(f"<p>{escape(line)}</p>" for line in section.note.splitlines())
     kind = "" if head else ' class="facts"'
     return f"{title}<table{kind}>{head}<tbody>{rows}</tbody></table>{note}"

@@ -31,10 +31,17 @@ class PeakMemory:
     def __init__(self) -> None:
         self._base: int | None = None
         try:
-            _CLEAR.write_text("5")  # the high-water mark starts at the present resident size
+            self.restart()
             self._base = _status("VmRSS")
         except OSError:
             pass
+
+    def restart(self) -> None:
+        """Forgets the peak so far; it is still counted from what was resident when this was made."""
+        try:
+            _CLEAR.write_text("5")  # the high-water mark starts at the present resident size
+        except OSError:
+            self._base = None
 
     def bytes(self) -> int | None:
         return None if self._base is None else _status("VmHWM") - self._base

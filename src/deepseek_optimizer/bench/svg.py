@@ -1,7 +1,8 @@
-"""Two plain charts as SVG text: bars with whiskers, and lines."""
+"""Plain charts as SVG text: bars with whiskers, lines, and panels of lines over lengths."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -64,6 +65,46 @@ def lines(title: str, series: Mapping[str, Sequence[float]], x_label: str, unit:
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts.append(f'<text x="8" y="{top + 34 + 18 * i}" fill="{colour}">{escape(name)}</text>')
     return _svg(title, max(height, top + 50 + 18 * len(series)), parts)
+
+
+Points = Sequence[tuple[float, float]]  # x above 0, y
+
+
+def panels(title: str, figures: Mapping[str, Mapping[str, Points]], x_label: str) -> str:
+    """Side by side, two a row, one panel a figure: its series over x, which grows by doubling; y begins at 0. A series has the
+    same colour in all panels."""
+    width, height, left, top, pitch_x, pitch_y = 300, 130, 64, 46, 410, 210  # of a panel's plot, and from one to the next
+    names = list(dict.fromkeys(name for series in figures.values() for name in series))
+    xs = sorted({x for series in figures.values() for points in series.values() for x, _ in points})
+    span = math.log2(xs[-1] / xs[0]) if len(xs) > 1 else 1.0
+    parts = []
+    for i, name in enumerate(names):
+        parts.append(f'<text x="{left + 120 * i}" y="32" fill="{_COLOURS[i % len(_COLOURS)]}">{escape(name)}</text>')
+    for number, (figure, series) in enumerate(figures.items()):
+        x0, y0 = left + pitch_x * (number % 2), top + 18 + pitch_y * (number // 2)
+        largest = max((y for points in series.values() for _, y in points), default=0.0) or 1.0
+        parts += [
+            f'<text x="{x0}" y="{y0 - 8}">{escape(figure)}</text>',
+            f'<text x="{x0 - 6}" y="{y0 + 8}" text-anchor="end">{largest:.3g}</text>',
+            f'<text x="{x0 - 6}" y="{y0 + height}" text-anchor="end">0</text>',
+            f'<path d="M{x0} {y0}v{height}h{width}" fill="none" stroke="currentColor"/>',
+            f'<text x="{x0 + width}" y="{y0 + height + 32}" text-anchor="end">{escape(x_label)}</text>',
+        ]
+        places = {x: x0 + width * (math.log2(x / xs[0]) / span if len(xs) > 1 else 0.5) for x in xs}
+        parts += [
+            f'<text x="{at:.1f}" y="{y0 + height + 16}" text-anchor="middle">{_short(x)}</text>' for x, at in places.items()
+        ]
+        for name, points in series.items():
+            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            spots = [(f"{places[x]:.1f}", f"{y0 + height - height * y / largest:.1f}") for x, y in points]
+            joined = " ".join(",".join(spot) for spot in spots)
+            parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+            parts += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>' for x, y in spots]
+    return _svg(title, top + pitch_y * -(-len(figures) // 2), parts)
+
+
+def _short(x: float) -> str:
+    return f"{x / 1024:.3g}K" if x >= 1024 else f"{x:.3g}"
 
 
 def _svg(title: str, height: int, parts: Sequence[str]) -> str:

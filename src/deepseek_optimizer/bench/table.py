@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .sections import sections
+from .sections import Section, sections
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def show(console: Console, report: dict[str, Any]) -> None:
+    show_sections(console, sections(report))
+
+
+def show_sections(console: Console, found: Iterable[Section]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    for section in sections(report):
+    for section in found:
         table = Table(title=Text(section.title) if section.title else None, title_justify="left")
         table.show_header = any(section.header)
         for i, name in enumerate(section.header):

@@ -9,12 +9,11 @@ from functools import lru_cache
 
 from ...calibration.text import sample_text
 
-_PROSE = re.compile(
-    r"[A-Z][A-Za-z ,.;:'()\-/\"*_?!]{80,}\."
-)  # a paragraph without digits, so that no number is there by chance
-_ONSETS = ("b", "br", "d", "dr", "f", "fl", "g", "gr", "h", "k", "kl", "l", "m", "n", "p", "pr", "r", "s", "sk", "st", "t", "tr", "v", "z")  # fmt: skip
-_VOWELS = ("a", "e", "i", "o", "u")
-_CODAS = ("l", "m", "n", "nd", "r", "rk", "rn", "s", "sk", "st", "t", "x")
+# A paragraph without digits, so that no number is there by chance.
+_PROSE = re.compile(r"[A-Z][A-Za-z ,.;:'()\-/\"*_?!]{80,}\.")
+_ONSETS = "b br d dr f fl g gr h k kl l m n p pr r s sk st t tr v z".split()
+_VOWELS = "aeiou"
+_CODAS = "l m n nd r rk rn s sk st t x".split()
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,101 @@
+"""One mode of attention over long texts, as a side:
+
+    python -m deepseek_optimizer.bench.sides.long MODEL --config '{"attention_optimization": "sparse"}' --lengths 4096,8192 ...
+
+Prints each line of JSON as soon as it is known, so that what was measured is there even where the rest is not reached:
+
+    {"backend", "threads", "load_s"}                       when the model is there
+    {"length", "task", "score", "run", "answer"}           for each sample; run: as `bench.runs.Run`
+    {"length", "memory_bytes"}                             when a length is done: peak above the loaded model
+    {"length", "error"}                                    instead of that
+    {"error"}                                              the model cannot be had in this mode
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from ...errors import DeepSeekOptimizerError
+from ..long.generate import ids_of, make_sample
+from ..long.sample import Sample, score
+from ..process import PeakMemory
+from ..work import numbers
+
+NEW = 64  # tokens of an answer; a prompt leaves room for them
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--config", type=json.loads, default={}, help="fields of DeepSeekConfig, as JSON")
+    parser.add_argument("--lengths", type=numbers, required=True, help="tokens of prompt and answer")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), required=True)
+    parser.add_argument("--samples", type=int, required=True, help="of each task and length")
+    parser.add_argument("--seed", type=int, default=0)
+    for line in measure(parser.parse_args()):
+        print(json.dumps(line), flush=True)
+
+
+def measure(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from ... import load_model, load_tokenizer
+    from ...integration.context_extension import room_of
+
+    started = time.perf_counter()
+    try:
+        tokenizer, model = load_tokenizer(a.model), load_model(a.model, **a.config)
+    except DeepSeekOptimizerError as error:
+        yield {"error": str(error)}
+        return
+    made = model.report()
+    yield {
+        "backend": f"{made.backend} ({made.detail})",
+        "threads": made.threads,
+        "load_s": time.perf_counter() - started,
+    }
+    _answer(model, tokenizer, list(range(10, 26)))  # weights that are mapped are resident from here on
+    memory = PeakMemory()
+    room = room_of(model.config.get_text_config())
+    for length in a.lengths:
+        if room is not None and length > room:
+            yield {"length": length, "error": f"beyond the model's context of {room:,} tokens; see --context-extension"}
+            continue
+        memory.restart()
+        try:
+            for task in a.tasks:
+                for number in range(a.samples):
+                    depth = (number + 0.5) / a.samples
+                    sample = make_sample(task, tokenizer, length - NEW, seed=a.seed + number, depth=depth)
+                    yield {"length": length, "task": task, **_scored(model, tokenizer, sample)}
+            yield {"length": length, "memory_bytes": memory.bytes()}
+        except (DeepSeekOptimizerError, MemoryError) as error:
+            yield {"length": length, "error": str(error) or type(error).__name__}
+
+
+def _scored(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]:
+    run, ids = _answer(model, tokenizer, ids_of(tokenizer, sample.prompt))
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return {"score": score(sample.answers, text), "run": asdict(run), "answer": text}
+
+
+def _answer(model: Any, tokenizer: Any, prompt: list[int]) -> tuple[Any, list[int]]:
+    """The times of `NEW` tokens, and those before the first that ends the text: as many are timed whatever is answered."""
+    import torch
+
+    from ..runs import exact_length, timed
+
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends.add(tokenizer.eos_token_id)
+    with exact_length(model):
+        run, new = timed(model, torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, num_beams=1)
+    ids = new[0].tolist()
+    return run, ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+if __name__ == "__main__":
+    main()

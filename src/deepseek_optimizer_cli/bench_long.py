@@ -1,0 +1,58 @@
+"""`dso bench MODEL --long`: accuracy, speed and memory of the modes of attention over long texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .model import print_json
+
+# Options of `dso bench` that a run with --long takes too.
+_SHARED = {"model", "precision", "kv_cache", "context_extension", "context_length", "threads", "html", "as_json"}
+_OWN = {"long", "lengths", "modes", "tasks", "samples"}
+
+
+def check_options(ctx: typer.Context, long: bool) -> None:
+    """Raises ValueError: an option was given that means nothing with, or without, --long."""
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if name in _SHARED or (name in _OWN) == long or getattr(ctx.get_parameter_source(name), "name", "") != "COMMANDLINE":
+            continue
+        raise ValueError(f"{parameter.opts[0]} goes {'without' if long else 'with'} --long only")
+
+
+def bench_long(
+    model: str,
+    fields: dict[str, Any],
+    lengths: str | None,
+    modes: str | None,
+    tasks: str | None,
+    samples: int,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """lengths, modes, tasks: with commas between; None: `LongRequest`'s own."""
+    from rich.console import Console
+
+    from deepseek_optimizer.bench.long.report import page, sections
+    from deepseek_optimizer.bench.long.run import LongRequest, run
+    from deepseek_optimizer.bench.table import show_sections
+    from deepseek_optimizer.bench.work import numbers
+    from deepseek_optimizer.integration.progress import counted
+
+    given: dict[str, Any] = {"lengths": numbers(lengths)} if lengths is not None else {}
+    given |= {name: _names(text) for name, text in (("modes", modes), ("tasks", tasks)) if text is not None}
+    request = LongRequest(model=model, fields=fields, samples=samples, **given)
+    with counted("Tokens of long texts") as progress:
+        report = run(request, progress)
+    show_sections(Console(highlight=False), sections(report))
+    if html:
+        html.write_text(page(report), encoding="utf-8")
+    if as_json:
+        print_json(report)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
