@@ -6,14 +6,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..cache.forgetting import Forgetting
 from ..graph.attention_mode import BLOCK, forgetting
 from ..integration.arena import less_reserve
 from .case import Case
 from .cgroup import memory_left
-
-# Blocks that a sequence has beside those of its window, sinks and step: at either end of a window one that is seen in part, and
-# one that is kept so that drafts can be taken back.
-_BESIDE = 3
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,14 @@ class Budget:
     def most_tokens(self) -> int:
         """Tokens that the cache can get beside the weights, over all sequences: whole blocks. 0 where not even those fit."""
         left = self.free - self.weights - self.buffers
-        room = less_reserve(left) if self.granted is None else min(left, self.granted)
+        room = left - self.reserve if self.granted is None else min(left, self.granted)
         return max(0, room) // (self.cache_per_token * BLOCK) * BLOCK
+
+    @property
+    def reserve(self) -> int:
+        """What a cache that nothing else bounds leaves free."""
+        left = self.free - self.weights - self.buffers
+        return left - less_reserve(left)
 
     def weights_in(self, format_name: str) -> int:
         """Bytes of all weights if every matrix were in this format."""
@@ -102,9 +105,7 @@ def budget(case: Case) -> Budget:
 def _span(case: Case) -> int | None:
     if (seen := forgetting(case.graph)) is None:
         return None
-    window, sinks = seen
-    step = case.settings.prefill_chunk
-    return (-(-sinks // BLOCK) + -(-(window + step) // BLOCK) + _BESIDE) * BLOCK
+    return Forgetting(*seen).blocks(case.settings.prefill_chunk) * BLOCK
 
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +31,6 @@ class Remedy:
     needed: int
     fits: bool
 
-    def __str__(self) -> str:
-        return f"{self.name} takes {gb(self.needed)} ({self.price})"
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return {"name": self.name, "price": self.price, "needed": self.needed, "fits": self.fits}
@@ -58,10 +56,11 @@ def _all(case: Case, needs: Budget, context: int) -> Iterator[Remedy]:
         )  # fmt: skip
     if context > LONGDOC_TOKENS:
         tokens = needs.held(LONGDOC_TOKENS)
-        for strategy, price in (("retrieve", "reads the passages that have a question's words"),
-                                ("map_reduce", "reads all, a chunk at a time")):  # fmt: skip
-            command = f"dso longdoc {case.model} FILE --strategy {strategy}"
-            yield Remedy(command, price, needs.needed(tokens), tokens <= needs.most_tokens)
+        yield Remedy(
+            f"dso longdoc {shlex.quote(str(case.model))} FILE",
+            "--strategy retrieve reads the passages that have a question's words, map_reduce all, a chunk at a time",
+            needs.needed(tokens), tokens <= needs.most_tokens,
+        )  # fmt: skip
     tokens = needs.held(context) * case.batch
     for name in SMALLER:
         smaller = needs.in_format(name)

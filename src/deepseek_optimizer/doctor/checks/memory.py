@@ -44,6 +44,11 @@ def check(case: Case) -> Iterator[Finding]:
         )  # fmt: skip
         return
     cache = needs.cache_per_token * tokens
+    parts = [
+        f"weights {gb(needs.weights)}",
+        f"cache {gb(cache)}: {needs.cache_per_token / 1024:.1f} KiB a token in {needs.kv_cache}",
+    ]
+    parts.append(f"buffers {gb(needs.buffers)}")
     fixes = _smaller_cache(case, needs, context)
     if needs.granted is not None and needs.granted < cache:
         what = f"kv_cache_memory holds {needs.most_tokens} of {tokens} tokens"
@@ -51,13 +56,9 @@ def check(case: Case) -> Iterator[Finding]:
             fixes.insert(0, f"kv_cache_memory={cache}, or leave it out to use what is free")
     else:
         what = f"{case.batch} x {context} tokens do not fit: {gb(needs.needed(tokens))} needed, {gb(needs.free)} free"
-    shape = (
-        f"weights {gb(needs.weights)}, cache {gb(cache)} ({needs.cache_per_token / 1024:.1f} KiB a token in {needs.kv_cache})"
-    )
-    yield Finding(
-        NAME, "error" if case.context else "warning", what, f"{shape}, buffers {gb(needs.buffers)}; a reserve stays free",
-        "; or ".join(fixes), facts,
-    )  # fmt: skip
+        if needs.granted is None:
+            parts.append(f"{gb(needs.reserve)} are left free")
+    yield Finding(NAME, "error" if case.context else "warning", what, "; ".join(parts), "; or ".join(fixes), facts)
 
 
 def _smaller_weights(needs: Budget) -> str:
@@ -70,7 +71,10 @@ def _smaller_weights(needs: Budget) -> str:
 
 def _smaller_cache(case: Case, needs: Budget, context: int) -> list[str]:
     """What fits, the best first; then what asks for less."""
-    fixes = [str(remedy) for remedy in remedies(case, needs, context) if remedy.fits]
+    fitting = [remedy for remedy in remedies(case, needs, context) if remedy.fits]
+    fixes = [f"{remedy.name} takes {gb(remedy.needed)} ({remedy.price})" for remedy in fitting[:1]]
+    if len(fitting) > 1:
+        fixes.append(", ".join(f"{remedy.name} ({gb(remedy.needed)})" for remedy in fitting[1:]))
     if (most := needs.most_tokens // case.batch // BLOCK * BLOCK) > 0:
         fixes.append(f"limit sequences to {most} tokens (max_length)")
     if case.batch > 1 and needs.most_tokens:

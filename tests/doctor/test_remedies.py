@@ -1,0 +1,157 @@
+"""A long prompt on a small machine: what is predicted, what is recommended, and that both are true."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+import torch
+
+from deepseek_optimizer import CacheFullError, load_model
+from deepseek_optimizer.doctor import examine_symptom
+from deepseek_optimizer.doctor.budget import budget
+from deepseek_optimizer.doctor.checks import memory
+from deepseek_optimizer.doctor.remedies import LONGDOC_TOKENS, remedies
+from deepseek_optimizer.integration.arena import RESERVE_BYTES
+from deepseek_optimizer.longdoc.long_document import LongDocument
+from deepseek_optimizer.longdoc.material import Limits
+from support.models import llama, random_ids, random_model
+
+CONTEXT = 16384
+SLIDING = {"attention_optimization": "sliding"}
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory):
+    """In bf16, with room for 16,384 tokens that take much more than its weights."""
+    folder = tmp_path_factory.mktemp("long") / "model"
+    config = llama(num_attention_heads=4, num_key_value_heads=4, head_dim=64, max_position_embeddings=CONTEXT)
+    random_model(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def enough_for(case, path, context=CONTEXT, **fields):
+    """Bytes with which a model with these fields has just room for the context."""
+    needs = budget(case(model=path, fields=fields))
+    return needs.needed(needs.held(context)) + RESERVE_BYTES
+
+
+def examined(case, machine, path, free, **fields):
+    given = case(model=path, machine=machine(available_bytes=free), context=CONTEXT, **fields)
+    found = examine_symptom(given, "out-of-memory")
+    json.dumps([f.to_dict() for f in found])
+    return found
+
+
+def taken(found):
+    """The remedy that is recommended."""
+    [name] = [f.facts["name"] for f in found if f.check == "out-of-memory" and f.fix.startswith("take ")]
+    return name
+
+
+def test_sparse_attention_is_recommended_where_it_makes_it_fit(case, machine, long_model, one):
+    free = enough_for(case, long_model, sparse_attention=True)
+    found = examined(case, machine, long_model, free)
+    error = one(found, "error", f"1 x {CONTEXT} tokens do not fit")
+    assert error.fix.startswith("sparse_attention=True takes")
+    assert taken(found) == "sparse_attention=True"
+    fits = {f.facts["name"]: f.facts for f in found if f.check == "out-of-memory"}
+    needs = budget(case(model=long_model, fields={"sparse_attention": True}))
+    assert fits["sparse_attention=True"]["needed"] == needs.needed(CONTEXT) == free - RESERVE_BYTES
+    assert needs.kv_cache == "int8" and needs.cache_per_token < 0.6 * budget(case(model=long_model)).cache_per_token
+    assert all(facts["fits"] for facts in fits.values() if facts["needed"] <= free - RESERVE_BYTES)
+    # One byte less, and it is no remedy any more.
+    assert taken(examined(case, machine, long_model, free - 1)) == 'attention_optimization="sliding"'
+
+
+def test_where_it_fits_nothing_is_recommended(case, machine, long_model, one):
+    found = examined(case, machine, long_model, enough_for(case, long_model))
+    one(found, "ok", f"1 x {CONTEXT} tokens")
+    assert not [f for f in found if f.check == "out-of-memory"]
+
+
+def test_the_order_of_remedies(case, machine, long_model):
+    given = case(model=long_model, machine=machine(available_bytes=1 << 40), context=CONTEXT)
+    found = [remedy.name for remedy in remedies(given, budget(given), CONTEXT)]
+    assert found == [
+        "sparse_attention=True", 'attention_optimization="sliding"', f"dso longdoc {long_model} FILE", "precision='int8'",
+        "precision='int4'", "kv_cache='int8'",
+    ]  # fmt: skip
+
+
+def test_a_window_is_bounded(case, long_model):
+    needs = budget(case(model=long_model, fields={**SLIDING, "attention_window": 512}))
+    assert needs.held(CONTEXT) == needs.held(8192) <= 512 + 512 + 5 * 32
+    assert needs.held(100) == 128
+
+
+def test_what_the_settings_have_is_no_remedy(case, machine, long_model):
+    for fields, gone in (({"sparse_attention": True}, "sparse_attention"), (SLIDING, "attention_optimization")):
+        given = case(model=long_model, machine=machine(available_bytes=1 << 40), fields=fields)
+        assert gone not in " ".join(remedy.name for remedy in remedies(given, budget(given), CONTEXT))
+
+
+def test_what_longdoc_is_predicted_with():
+    """A chunk, a reply, and the same again for what is asked."""
+    chunk = inspect.signature(LongDocument).parameters["max_length"].default
+    assert chunk + 2 * Limits(room=0).reply == LONGDOC_TOKENS
+
+
+def test_a_document_in_pieces(case, machine, long_model, one):
+    """With a window as large as the text only pieces of it help."""
+    window = {**SLIDING, "attention_window": CONTEXT, "kv_cache": "int8"}
+    free = enough_for(case, long_model, LONGDOC_TOKENS, **window)
+    found = examined(case, machine, long_model, free, fields=window)
+    assert taken(found) == f"dso longdoc {long_model} FILE"
+    assert "--strategy retrieve" in one(found, "error", "do not fit").fix
+
+
+def test_smaller_weights(case, machine, long_model):
+    """A short context, of which a window holds all."""
+    needs = budget(case(model=long_model, fields={"kv_cache": "int8"}))
+    free = needs.weights_in("int8") + needs.buffers + needs.cache_per_token * 64 + RESERVE_BYTES
+    assert needs.weights + needs.buffers <= free
+    given = case(model=long_model, machine=machine(available_bytes=free), fields={"kv_cache": "int8"}, context=64)
+    [finding] = memory.check(given)
+    assert finding.severity == "error" and finding.fix.startswith("precision='int8'")
+
+
+def test_nothing_that_fits(case, machine, long_model, one):
+    needs = budget(case(model=long_model))
+    found = examined(case, machine, long_model, needs.weights + needs.buffers + RESERVE_BYTES // 2)
+    assert one(found, "error", "do not fit").fix.startswith("free memory")
+    notes = [f for f in found if f.check == "out-of-memory"]
+    assert notes and not any(f.facts["fits"] or f.fix for f in notes)
+
+
+def test_a_cgroups_limit_is_what_is_free(case, machine, long_model):
+    limit = enough_for(case, long_model, sparse_attention=True)
+    files = {
+        "/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": str(limit + 1000), "/sys/fs/cgroup/memory.current": "1000",
+    }  # fmt: skip
+    given = case(model=long_model, machine=machine(files, available_bytes=1 << 40), context=CONTEXT)
+    assert taken(examine_symptom(given, "out-of-memory")) == "sparse_attention=True"
+
+
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
+@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize(
+    "remedy", [{"sparse_attention": True}, {**SLIDING, "attention_window": 512}], ids=["sparse", "sliding"]
+)
+def test_the_remedy_is_true(case, machine, long_model, remedy, backend):
+    """A prompt that the cache has no room for is read with the remedy, in the memory that was predicted."""
+    tokens = 3000
+    prompt = torch.tensor([random_ids(llama(), tokens)])
+    needs = budget(case(model=long_model, fields={**remedy, "backend": backend}))
+    held = needs.held(tokens + 8)
+    granted = {"kv_cache_memory": needs.cache_per_token * held, "backend": backend}
+    given = case(model=long_model, machine=machine(), fields=granted, context=tokens + 8)
+    [error] = [f for f in examine_symptom(given, "out-of-memory") if f.check == "memory"]
+    assert error.severity == "error" and "kv_cache_memory holds" in error.what
+    with pytest.raises(CacheFullError, match="sparse_attention=True"):
+        load_model(long_model, **granted).generate(prompt, max_new_tokens=8, do_sample=False)
+    model = load_model(long_model, **granted, **remedy)
+    made = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert made.shape == (1, tokens + 8)
+    assert model.dso.arena.manager.high_water * 32 <= held
