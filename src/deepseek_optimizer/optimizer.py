@@ -95,7 +95,7 @@ class DynamicGraphOptimizer:
             raise ConfigError("calibration needs the model's files and tokenizer; use load_model or `dso convert`")
         if not hasattr(model, "config"):
             raise ConfigError(f"expected a Transformers model, got {type(model).__name__}")
-        plan_graph(model.config, self.config.rules)
+        plan_graph(model.config, self.config.rules, mode=self.config.attention)
         extended(model.config, self.config)
         if (dtype := getattr(model, "dtype", None)) not in NATURAL:
             raise ConfigError(f"a model of dtype {dtype} cannot be packed; use model.float() or model.bfloat16() first")

@@ -160,14 +160,18 @@ class SequenceBlocks:
         Raises:
             ForgottenError: the next token would see what was forgotten; nothing was changed.
         """
-        if not 0 <= tokens <= self.tokens:
-            raise ValueError(f"cannot crop to {tokens} tokens: there are {self.tokens}")
-        keep = -(-tokens // BLOCK_TOKENS)
-        holes = self.holes if keep > self.holes.start else range(0)
-        self._check(tokens, holes)
+        holes, keep = self.check_crop(tokens), -(-tokens // BLOCK_TOKENS)
         self._release(self.blocks[keep:])
         del self.blocks[keep:]
         self.tokens, self.holes = tokens, holes
+
+    def check_crop(self, tokens: int) -> range:
+        """Which blocks would be holes after a crop; raises what it would raise."""
+        if not 0 <= tokens <= self.tokens:
+            raise ValueError(f"cannot crop to {tokens} tokens: there are {self.tokens}")
+        holes = self.holes if tokens > self.holes.start * BLOCK_TOKENS else range(0)
+        self._check(tokens, holes)
+        return holes
 
     def _check(self, tokens: int, holes: range) -> None:
         """Raises ForgottenError where the next of so many tokens would see a hole."""

@@ -66,11 +66,10 @@ class Case:
     @cached_property
     def graph(self) -> Any:
         """The model's graph, with the rules and the attention that the settings ask for."""
-        from ..graph.attention_mode import apply_mode
         from ..integration.graphs import loaded_mtp_layers, plan_graph
 
-        graph, _ = plan_graph(self.sketch.config, self.settings.rules, loaded_mtp_layers(self.sketch))
-        return apply_mode(graph, self.settings.attention)[0]
+        settings, layers = self.settings, loaded_mtp_layers(self.sketch)
+        return plan_graph(self.sketch.config, settings.rules, layers, settings.attention)[0]
 
     @cached_property
     def tokenizer(self) -> Any:

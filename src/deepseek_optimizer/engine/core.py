@@ -86,13 +86,14 @@ class EngineCore:
         self.clock, self._keep = clock, keep
         self.times = StepTimes()
         with memory.locked() as manager:
-            self.blocks = manager.num_blocks
+            self.blocks, self.forgetting = manager.num_blocks, manager.forgetting
             self.prefix = PrefixCache(manager) if options.prefix_cache else None
         low, high = options.batch_size_range
         self.sliding: Sliding | None = None
         if options.window is not None:
             window = window_of(options.window, facts.plain or facts.context, self.blocks)
-            self.sliding = Sliding(memory, self.prefix, window, options.sinks, self._moved)
+            sinks = options.sinks if self.forgetting is None else self.forgetting.sinks  # no others are seen
+            self.sliding = Sliding(memory, self.prefix, window, sinks, self._moved)
         self.scheduler = Scheduler(
             memory,
             PromptBudget(options.step_tokens, options.stall, self.times, facts.chunk),
@@ -130,7 +131,7 @@ class EngineCore:
                 self.sliding.check(request.pinned, len(prompt))
                 return self.sliding.window if sampling.max_tokens is None else sampling.max_tokens
             room, what = self.sliding.window, "the window"
-        if self.blocks * BLOCK_TOKENS < room:
+        if self.blocks < self._most_blocks(room):
             room, what = self.blocks * BLOCK_TOKENS, "the whole cache (kv_cache_memory)"
             fix += ', or load the model with sparse_attention=True or attention_optimization="sliding"'
         asked = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
@@ -174,6 +175,11 @@ class EngineCore:
         )
         self._requests[request.id] = running
         self.scheduler.add(running)
+
+    def _most_blocks(self, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens takes at most at once."""
+        blocks = -(-tokens // BLOCK_TOKENS)
+        return blocks if self.forgetting is None else min(blocks, self.forgetting.blocks(self.options.step_tokens))
 
     def _reach(self, request: Request, most: int) -> int:
         """Tokens that it may have in the cache at once."""
@@ -230,6 +236,8 @@ class EngineCore:
             return outputs + self._failed([share.running for share in shares], error)
         ran = self.clock()
         outputs += self._advance(shares, logits, made.last_hidden if states else None)
+        for share in shares:
+            self.scheduler.forget(share.running)
         self._measure(shares, ran - begun, self.clock())
         return outputs
 

@@ -59,6 +59,14 @@ class Runner:
             for sequence, count in pairs:
                 sequence.blocks.crop(count)
 
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Lets go of the blocks that none of their later tokens sees."""
+        found = [sequence.blocks for sequence in sequences if sequence.blocks.forgettable]
+        if found:
+            with self.memory.locked():
+                for blocks in found:
+                    blocks.forget()
+
     def verify(self, parts: list[Part], *, last_hidden: bool) -> StepOutput:
         """Logits of every row, by the decode family: to the bit those that plain decoding gives."""
         return self._run(parts, np.arange(sum(len(p.ids) for p in parts), dtype=np.int32), last_hidden=last_hidden)

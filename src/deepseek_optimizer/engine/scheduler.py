@@ -206,10 +206,23 @@ class Scheduler:
 
     def _lacks(self, running: Running) -> int:
         """Blocks that it will take before it gets its first token, the last of which may be there in part."""
-        tokens = len(running.sequence.tokens)
+        blocks, tokens = running.sequence.blocks, len(running.sequence.tokens)
         if self.sliding is not None:
             tokens = min(tokens, self.sliding.window)
-        return max(0, -(-tokens // BLOCK_TOKENS) - len(running.sequence.blocks.blocks))
+        most, forgetting = -(-tokens // BLOCK_TOKENS), blocks.manager.forgetting
+        if forgetting is not None:
+            most = min(most, forgetting.blocks(self.budget.most))
+        return max(0, most - blocks.held)
+
+    def forget(self, running: Running) -> None:
+        """Lets go of the blocks that none of its later tokens sees; in the prefix cache too, unless others use them."""
+        blocks = running.sequence.blocks
+        if not blocks.forgettable:
+            return
+        with self.memory.locked():
+            gone = blocks.forget()
+            if self.prefix is not None:
+                self.prefix.forget_unused(running.keys[gone.start : min(gone.stop, running.registered)])
 
     def computed(self, running: Running, tokens: int) -> None:
         """Its first so many tokens led to logits that are numbers: others may have its full blocks of them."""

@@ -49,6 +49,9 @@ class AttentionMode:
         return self.budget // BLOCK
 
 
+FLASH = AttentionMode()
+
+
 def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
     """The graph with its attention in this mode, and the layers that changed. For graphs whose rules have been applied.
 

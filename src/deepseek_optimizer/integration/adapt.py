@@ -59,7 +59,8 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
         KlBudgetError: even the best formats cost more than the budget; the model is as it was.
     """
     runtime = runtime_of(model)
-    groups = format_groups(plan_graph(model.config, None)[0], matrices_of(model, runtime.graph))
+    graph, _ = plan_graph(model.config, None)
+    groups = format_groups(graph, matrices_of(model, graph))
     importance = {}
     if runtime.config.calibration is not None:
         with counted("Calibrating") as progress:
@@ -89,13 +90,14 @@ class _Trial:
     ) -> None:
         model, backend = runtime.model, runtime.backend
         self.config, self.groups, self.backend, self.importance = runtime.config, groups, backend, importance
-        self.weights = weights_of(model, runtime.graph)
+        graph, _ = plan_graph(model.config, ())
+        self.weights = weights_of(model, graph)
         self.stored = {name: w for name, w in self.weights.items() if isinstance(w, PackedWeight)}
-        self.least = least_formats(runtime.graph)
+        self.least = least_formats(graph)
         self.packed: dict[str, PackedWeight] = {}
-        as_it_is = kv_dtype("auto", [m.format for m in self.stored.values()])
+        as_it_is = kv_dtype(DeepSeekConfig(), [m.format for m in self.stored.values()])
         options = runtime.compile_options()
-        self.probe = Probe(backend, plan_graph(model.config, ())[0], self.weights, texts, as_it_is, **options)
+        self.probe = Probe(backend, graph, self.weights, texts, as_it_is, **options)
 
     def held(self, name: str, format: str | None) -> str:
         """The format of a matrix whose group has `format`: what the user named, or its own where the other is no smaller."""
@@ -120,7 +122,7 @@ class _Trial:
 
     def base(self) -> float:
         """The KL of the cache's storage: what the user asked for, or bf16 as soon as one matrix is no longer fp32."""
-        kind = kv_dtype(self.config.kv_cache, ["int8"])
+        kind = kv_dtype(self.config, ["int8"])
         return 0.0 if kind == self.probe.kv_dtype else self.probe.kl({}, kv_dtype=kind)
 
     def assembled(self, choice: Choice) -> dict[str, PackedWeight]:
@@ -136,7 +138,7 @@ class _Trial:
 
     def measure(self, choice: Choice) -> float:
         matrices = self.assembled(choice)
-        return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config.kv_cache, [m.format for m in matrices.values()]))
+        return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config, [m.format for m in matrices.values()]))
 
 
 def _repack(matrix: PackedMatrix, format: str, backend: Any, importance: torch.Tensor | None, tiles: torch.Tensor) -> None:
@@ -155,7 +157,7 @@ def _unpacked(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
 def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedWeight]) -> None:
     """Replaces the packed modules whose format changes, tied ones with one parameter again."""
     made: dict[str, nn.Parameter] = {}
-    for site in sites(model, runtime.graph):
+    for site in sites(model, plan_graph(model.config, ())[0]):
         module: Any = site.module
         formats = {leaf: matrices[weight].format for leaf, weight in site.weights.items()}
         if all(held.format == formats[leaf] for leaf, held in module.held().items()):

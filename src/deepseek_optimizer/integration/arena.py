@@ -17,7 +17,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 from ..backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
-from ..cache import BlockManager, SequenceBlocks
+from ..cache import HOLE, BlockManager, Forgetting, SequenceBlocks
 from ..errors import UnsupportedRequestError
 from ..graph.rotation import KeyRotation
 
@@ -44,13 +44,19 @@ class Arena:
         layers: the model's own; the store may have more.
         latent: the shape of a latent cache's rows; None where it holds keys and values.
         rotation: how the model's keys were turned, for `drop_blocks`; None: it cannot be done.
+        forgetting: what its sequences may forget; None: nothing.
     """
 
     def __init__(
-        self, store: KvStore, layers: int, latent: LatentRow | None = None, rotation: KeyRotation | None = None
+        self,
+        store: KvStore,
+        layers: int,
+        latent: LatentRow | None = None,
+        rotation: KeyRotation | None = None,
+        forgetting: Forgetting | None = None,
     ) -> None:
         self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
-        self.manager = BlockManager(store.num_blocks)
+        self.manager = BlockManager(store.num_blocks, forgetting)
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()  # taken after _lock where both are
         self._release_due = False
@@ -126,6 +132,7 @@ class Arena:
 
         Raises: with nothing changed,
             CacheFullError: blocks behind the gap are shared, and there are too few for copies of them.
+            ForgottenError: tokens would come into a window from which they are gone.
             UnsupportedRequestError: keys of this model cannot be moved.
         """
         rotation = self.rotation
@@ -141,7 +148,10 @@ class Arena:
             with self._store_lock:
                 for source, target in copies:
                     self.store.copy_block(source, target)
-                self.store.turn(rotation, np.array(blocks, np.int32), tokens, position, -count * BLOCK_TOKENS)
+                held = [block for block in blocks if block != HOLE]
+                gone = (len(blocks) - len(held)) * BLOCK_TOKENS  # holes come first
+                table = np.array(held, np.int32)
+                self.store.turn(rotation, table, tokens - gone, position + gone, -count * BLOCK_TOKENS)
 
         with self.locked():
             sequence.drop(first_block, count, move)

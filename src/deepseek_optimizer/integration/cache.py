@@ -16,8 +16,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..backends.base import BLOCK_TOKENS, Int32
-from ..cache import SequenceBlocks
-from ..errors import UnsupportedRequestError
+from ..cache import HOLE, SequenceBlocks
+from ..errors import ForgottenError, UnsupportedRequestError
 from .arena import Arena
 
 Bool = npt.NDArray[np.bool_]
@@ -99,6 +99,11 @@ class PagedState:
                 raise
         return True
 
+    @property
+    def verifies(self) -> bool:
+        """Whether the next call verifies guesses, some of which will be taken back."""
+        return self.recording and self.steps > 0
+
     def add_columns(self, count: int, kept: Bool | None) -> None:
         """Counts `count` new columns; `kept` bool [rows, count] says which hold a token, None that all do."""
         if self.kept is not None or kept is not None:
@@ -118,6 +123,14 @@ class PagedState:
         column[rows] = True
         return column
 
+    def forget(self) -> None:
+        """Lets go of the blocks that no later token sees."""
+        if any(sequence.forgettable for sequence in self.sequences):
+            with self.arena.locked():
+                gone = [row for row, sequence in enumerate(self.sequences) if sequence.forget()]
+            for row in gone:
+                self._write_table(row)
+
     def _write_table(self, row: int) -> None:
         blocks = self.sequences[row].blocks
         if len(blocks) > self._tables.shape[1]:
@@ -131,19 +144,31 @@ class PagedState:
         return self._tables if rows is None else self._tables[rows]
 
     def crop_rows(self, tokens: list[int]) -> None:
-        """Keeps the first `tokens[i]` real tokens of each row."""
+        """Keeps the first `tokens[i]` real tokens of each row.
+
+        Raises: ForgottenError, with nothing changed.
+        """
         with self.arena.locked():
+            for sequence, count in zip(self.sequences, tokens, strict=True):
+                sequence.check_crop(count)
             for sequence, count in zip(self.sequences, tokens, strict=True):
                 sequence.crop(count)
 
+    def restore(self, tokens: list[int]) -> None:
+        """The same after a step that failed; empties the cache where what it was is gone."""
+        try:
+            self.crop_rows(tokens)
+        except ForgottenError:
+            self.clear()
+
     def crop_columns(self, keep: int) -> None:
-        """Keeps the first `keep` columns of every row."""
-        if self.kept is None:
-            self.crop_rows([keep] * len(self.sequences))
-        else:
-            self.kept = self.kept[:, :keep]
-            self.crop_rows([int(row.sum()) for row in self.kept])
-        self.columns = keep
+        """Keeps the first `keep` columns of every row.
+
+        Raises: ForgottenError, with nothing changed.
+        """
+        kept = None if self.kept is None else self.kept[:, :keep]
+        self.crop_rows([keep] * len(self.sequences) if kept is None else [int(row.sum()) for row in kept])
+        self.columns, self.kept = keep, kept
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes a copy of old row rows[i], with blocks shared until one of them writes."""
@@ -171,8 +196,8 @@ class PagedState:
 
 class PagedLayer(CacheLayerMixin):
     """One layer of a `PagedCache`, for those who look at layers. `keys` and `values` are read out of the blocks: float32 copies
-    [rows, kv_heads, columns, head_dim], zero in padding. Of a latent cache they are what Transformers caches there: latents
-    [rows, 1, columns, rank], and turned keys [rows, 1, columns, rope]."""
+    [rows, kv_heads, columns, head_dim], zero in padding and where tokens were forgotten. Of a latent cache they are what
+    Transformers caches there: latents [rows, 1, columns, rank], and turned keys [rows, 1, columns, rope]."""
 
     is_compileable = False
     is_croppable = True
@@ -203,7 +228,11 @@ class PagedLayer(CacheLayerMixin):
     def _of_sequence(self, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [heads, tokens, width]."""
         arena = self.state.arena
-        first, second = arena.store.read(self.index, sequence.table(), sequence.tokens)
+        table, holes = sequence.table(), len(sequence.holes) * BLOCK_TOKENS
+        first, second = arena.store.read(self.index, table[table != HOLE], sequence.tokens - holes)
+        if holes:
+            start = sequence.holes.start * BLOCK_TOKENS
+            first, second = (x if x is None else _opened(x, start, holes) for x in (first, second))
         if arena.latent is None:
             return first, second
         latent, turned = first[None, :, : arena.latent.rank], first[None, :, arena.latent.rank :]
@@ -226,6 +255,12 @@ class PagedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _opened(rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Rows [..., tokens, width] with `count` of zeros put in at token `start`."""
+    before, behind = rows.tensor_split((start,), -2)
+    return torch.cat((before, rows.new_zeros(*rows.shape[:-2], count, rows.shape[-1]), behind), -2)
 
 
 class PagedCache(Cache):

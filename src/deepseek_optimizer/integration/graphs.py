@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..graph import rules
+from ..graph.attention_mode import FLASH, AttentionMode, apply_mode
 from ..graph.ir import Graph
 from ..models import build_graph, build_mtp_graph
 
@@ -15,10 +16,14 @@ from ..models import build_graph, build_mtp_graph
 SHARED = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
-def plan_graph(config: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0) -> tuple[Graph, list[rules.RuleReport]]:
-    """The graph of a Transformers config with the named rules applied; its cache has room for so many MTP layers."""
+def plan_graph(
+    config: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0, mode: AttentionMode = FLASH
+) -> tuple[Graph, list[rules.RuleReport]]:
+    """The graph of a Transformers config with the named rules applied, and then a mode of attention; its cache has room for so
+    many MTP layers."""
     with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
-        return rules.apply(build_graph(config, mtp_layers), rule_names)
+        graph, reports = rules.apply(build_graph(config, mtp_layers), rule_names)
+    return apply_mode(graph, mode)[0], reports
 
 
 def loaded_mtp_layers(model: Any) -> int:

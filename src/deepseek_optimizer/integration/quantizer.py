@@ -65,7 +65,7 @@ class PackingQuantizer(HfQuantizer):
         """The first hook that sees the config. What is wrong with it is said before a model is made from it, and what is wrong
         with a directory's files before Transformers opens any: a pickle, an index that leads out of it."""
         check_attention_name(config, self.quantization_config)
-        plan_graph(config, ())
+        plan_graph(config, (), mode=self.quantization_config.attention)
         config = extended(config, self.quantization_config)
         folder = Path(config.name_or_path)
         if config.name_or_path and folder.is_dir():

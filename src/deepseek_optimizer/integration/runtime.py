@@ -13,10 +13,13 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..backends.base import Backend, Plan
+from ..cache.forgetting import BLOCK_TOKENS, Forgetting
 from ..config import DeepSeekConfig
 from ..engine.speculative.gate import SpeculationReport
+from ..engine.speculative.mtp import MOST_BEHIND
 from ..errors import BackendError, ConfigError, UnsupportedModelError
 from ..graph import rules
+from ..graph.attention_mode import apply_mode, forgetting
 from ..graph.ir import Graph
 from ..graph.rotation import KeyRotation, key_rotation
 from ..quant import Packer, reference_packer
@@ -64,11 +67,20 @@ def packer_of(backend: Backend) -> Packer:
     return getattr(backend, "pack", reference_packer)
 
 
-def kv_dtype(asked: str, formats: Iterable[str]) -> str:
+def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
     """Storage of the cache of a model whose matrices have these formats."""
-    if asked != "auto":
-        return asked
-    return "fp32" if set(formats) == {"fp32"} else "bf16"
+    if config.kv_cache != "auto":
+        return config.kv_cache
+    if set(formats) == {"fp32"}:
+        return "fp32"
+    return "int8" if config.sparse_attention else "bf16"
+
+
+def forgetting_of(graph: Graph, mtp_layers: int) -> Forgetting | None:
+    """What the cache of a model with this graph may forget; None: nothing. MTP layers come a little behind the model."""
+    if (seen := forgetting(graph)) is None:
+        return None
+    return Forgetting(*seen, spare=BLOCK_TOKENS + (MOST_BEHIND if mtp_layers else 0))
 
 
 class Runtime:
@@ -90,7 +102,7 @@ class Runtime:
     ) -> None:
         self._model = weakref.ref(model)
         self.config, self.bytes_before = config, bytes_before
-        self.graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model))
+        self.graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model), config.attention)
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()
@@ -151,8 +163,9 @@ class Runtime:
     def mtp_plans(self) -> list[Plan]:
         """The plans of the MTP layers that were loaded, by depth; compiled when they are first asked for."""
         if self._mtp_plans is None:
-            options, fused = self.compile_options(), [rules.apply(g, self.config.rules)[0] for g in mtp_graphs(self.model)]
-            self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), **options) for g in fused]
+            mode, options = self.config.attention, self.compile_options()
+            graphs = [apply_mode(rules.apply(g, self.config.rules)[0], mode)[0] for g in mtp_graphs(self.model)]
+            self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), **options) for g in graphs]
         return self._mtp_plans
 
     def compile_options(self) -> Mapping[str, Any]:
@@ -175,12 +188,13 @@ class Runtime:
         """
         blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), memory)
         store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
-        return Arena(store, self.graph.hidden_states - 1, _latent_row(self.graph), _rotation(self.graph))
+        layers, forgetting = self.graph.hidden_states - 1, forgetting_of(self.graph, loaded_mtp_layers(self.model))
+        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgetting)
 
     @property
     def kv_dtype(self) -> str:
         """Storage of the cache."""
-        return kv_dtype(self.config.kv_cache, [m.format for m in matrices_of(self.model, self.graph).values()])
+        return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
 
     def _set_products(self, backend: Backend) -> None:
         """Packed modules compute with the backend's own product where it has one."""

@@ -54,7 +54,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     Returns:
         logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H] or None.
 
-    An error leaves the cache as it was.
+    An error leaves the cache as it was; or empty, where the call had already made it forget some of that.
     """
     rows, q = new.positions.shape
     model, plan = runtime.graph, runtime.plan
@@ -66,6 +66,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
         hidden = torch.zeros(model.hidden_states, rows, q, model.hidden_size)
     place = np.full(q, -1, np.int64)  # column -> its place in the logits
     place[new.wanted] = np.arange(len(new.wanted))
+    state.forget()
     try:
         for pieces in _chunks(new.kept, rows, q, runtime.config.prefill_chunk):
             batch, targets = _batch(state, new, pieces, before, place, reach)
@@ -84,8 +85,10 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
                 flat = np.concatenate([p.row * q + p.columns for p in pieces])
                 hidden = hidden.to(made.hidden.device)
                 hidden.view(model.hidden_states, rows * q, -1)[:, torch.from_numpy(flat)] = made.hidden
+            if not state.verifies:
+                state.forget()
     except BaseException:
-        state.crop_rows(before)
+        state.restore(before)
         raise
     state.add_columns(q, new.kept)
     if logits is None:
@@ -212,6 +215,7 @@ class DecodeSteps:
         except BaseException:
             state.crop_columns(state.columns - 1)
             raise
+        state.forget()
         if self.overwrite:
             b.logits = logits
         return logits

@@ -153,8 +153,7 @@ class PlanForward(Replacement):
 
     def _phase(self, state: PagedState, q: int) -> int:
         """Single tokens and the verification of guesses are decode, every other call is prefill."""
-        verifies = state.recording and state.steps > 0
-        return DECODE if q == 1 or verifies or self.runtime.config.batch_invariant else PREFILL
+        return DECODE if q == 1 or state.verifies or self.runtime.config.batch_invariant else PREFILL
 
     def _loss(self, logits: torch.Tensor, call: dict[str, Any]) -> torch.Tensor | None:
         if call.get("labels") is None:

@@ -58,6 +58,7 @@ class SpeculativeDecoder:
         if self.proposer.wants_states:
             for part, tokens, states in zip(parts, found, rows_of(made.last_hidden, parts), strict=True):
                 self.proposer.follow(part.sequence, states[: len(tokens)])
+        self.runner.forget(sequences)
         outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, found, strict=True)]
         self.gate.record(self._clock() - begun, outcomes)
         return found

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # (sequence's index, tokens drafted so far, logits [V]) -> token, and the distribution it was drawn from or None
 Choose = Callable[[int, list[int], Any], "tuple[int, Any]"]
 _FLUSH = 256  # rows of hidden states that may wait: so many cost little more than one where they run at once
+MOST_BEHIND = _FLUSH + BLOCK_TOKENS  # tokens that the last layer may be behind the model
 
 
 @dataclass
@@ -43,6 +44,11 @@ class _Track:
     seen: int
     done: list[int]
     waiting: list[list[Any]] = field(default_factory=list)
+
+    def first_block(self, sequence: Sequence) -> int:
+        """The first block that the layers may see. Of what a cache has forgotten they see no sinks but the text's own."""
+        first, holes = self.base // BLOCK_TOKENS, sequence.blocks.holes
+        return holes.stop if first in holes else first
 
 
 class _Drafting:
@@ -115,7 +121,7 @@ class MtpProposer:
             end = min(ready, len(sequence.tokens) - 1 - k)
             if end <= begin:
                 return
-            part = Part(sequence, sequence.tokens[begin + k + 1 : end + k + 1], begin, track.base // BLOCK_TOKENS)
+            part = Part(sequence, sequence.tokens[begin + k + 1 : end + k + 1], begin, track.first_block(sequence))
             states, rest = _split(track.waiting[k], end - begin)
             made = runner.draft([part], states, logits=False).last_hidden
             track.waiting[k], track.done[k] = rest, end
@@ -139,7 +145,7 @@ class MtpProposer:
             begin, count = d.track.done[k], d.track.seen - d.track.done[k]
             first = begin + k + 1
             ids = [*d.sequence.tokens[first:], *d.tokens[max(0, first - len(d.sequence.tokens)) :]][:count]
-            parts.append(Part(d.sequence, ids, begin, d.track.base // BLOCK_TOKENS))
+            parts.append(Part(d.sequence, ids, begin, d.track.first_block(d.sequence)))
             inputs += [*d.track.waiting[k], d.guessed] if d.guessed is not None else d.track.waiting[k]
         made = self._layers[k].draft(parts, inputs, logits=True)
         last = k + 1 == len(self._layers)
@@ -154,7 +160,7 @@ class MtpProposer:
 
     def _again(self, further: int, active: list[_Drafting]) -> None:
         """The last layer over its own hidden state, `further` rows behind the model's."""
-        parts = [Part(d.sequence, d.tokens[-1:], d.track.seen + further, d.track.base // BLOCK_TOKENS) for d in active]
+        parts = [Part(d.sequence, d.tokens[-1:], d.track.seen + further, d.track.first_block(d.sequence)) for d in active]
         made = self._layers[-1].draft(parts, [d.guessed for d in active], logits=True)
         for d, logits, rows in zip(active, made.logits, rows_of(made.last_hidden, parts), strict=True):
             d.add(self._choose, logits)
