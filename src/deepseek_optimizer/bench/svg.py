@@ -85,7 +85,7 @@ def panels(title: str, figures: Mapping[str, Mapping[str, Points]], x_label: str
         largest = max((y for points in series.values() for _, y in points), default=0.0) or 1.0
         parts += [
             f'<text x="{x0}" y="{y0 - 8}">{escape(figure)}</text>',
-            f'<text x="{x0 - 6}" y="{y0 + 8}" text-anchor="end">{largest:.3g}</text>',
+            f'<text x="{x0 - 6}" y="{y0 + 8}" text-anchor="end">{largest:{",.0f" if largest >= 100 else ".3g"}}</text>',
             f'<text x="{x0 - 6}" y="{y0 + height}" text-anchor="end">0</text>',
             f'<path d="M{x0} {y0}v{height}h{width}" fill="none" stroke="currentColor"/>',
             f'<text x="{x0 + width}" y="{y0 + height + 32}" text-anchor="end">{escape(x_label)}</text>',

@@ -61,8 +61,8 @@ def _modes(report: dict[str, Any]) -> Section:
         if row["error"] is not None:
             reasons.setdefault(row["error"], []).append(_name(row))
     note = (
-        f"{report['samples']} of each task at each length. Accuracy: share of the answers that were given. TTFT: seconds to the "
-        "first token; prefill and decode in tokens a second; medians. Memory: peak above the loaded model."
+        f"{report['samples']} of each task at each length. Accuracy: share of the answers that were given. TTFT: seconds to "
+        "the first token; prefill and decode in tokens a second; medians. Memory: peak above the loaded model."
     )
     note += "".join(f"\n{', '.join(names)}: {reason}" for reason, names in reasons.items())
     return Section("Long texts", header, rows, note)

@@ -76,8 +76,8 @@ def run(
     side: Callable[[Sequence[str]], Iterator[Line]] | None = None,
 ) -> dict[str, Any]:
     """Keys: schema, model, cpu, versions, config, tasks, samples, seed, sides (mode -> backend, threads, load_s; or nothing),
-    rows. A row: mode, length, and either "error", which says why nothing was measured, or that as None and "scores" (task -> one
-    a sample), "accuracy" (task -> mean), "mean" (of all tasks), "ttft_s", "prefill_tok_s", "decode_tok_s" (medians),
+    rows. A row: mode, length, and either "error", which says why nothing was measured, or that as None and "scores" (task ->
+    one a sample), "accuracy" (task -> mean), "mean" (of all tasks), "ttft_s", "prefill_tok_s", "decode_tok_s" (medians),
     "memory_bytes" (peak above the loaded model).
 
     Args:
