@@ -158,6 +158,8 @@ class _Compiler:
             row["form"] = "absorbed (decode), cheaper form (prefill)" if absorbed else "expanded"
             if node.attrs.get("top_k"):
                 row["form"] += f"; sparse (absorbed) beyond {node.attrs['top_k']} tokens"
+            if node.attrs.get("window"):
+                row["form"] += f"; the last {node.attrs['window']} tokens and the first {node.attrs['sinks']}"
         return row
 
 

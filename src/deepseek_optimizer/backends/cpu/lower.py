@@ -8,7 +8,7 @@ The last node's output is the caller's logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from ...graph.ir import Graph, Node, Value
@@ -29,7 +29,7 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
         kind_of: weight name -> slot kind its product reads ("f32", "bf16", "q8", "q16").
         format_of: weight name -> format name; gate_up needs equal formats.
     """
-    nodes = [part for node in graph.nodes for part in _split(node, kind_of, format_of)]
+    nodes = _once(part for node in graph.nodes for part in _split(node, kind_of, format_of))
     wanted = _wanted_kinds(nodes, kind_of)
     in_place = {v: kinds[0] for v, kinds in wanted.items() if len(kinds) == 1 and kinds[0] != "f32" and _maker_writes(nodes, v)}
     lowered: list[Node] = []
@@ -39,6 +39,17 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
             if value not in in_place:
                 lowered += [Node("convert", (value,), (_as(value, k),)) for k in wanted.get(value, ()) if k != "f32"]
     return replace(graph, nodes=lowered + _selection(lowered))
+
+
+def _once(nodes: Iterable[Node]) -> list[Node]:
+    """Without nodes whose outputs an earlier one made: queries absorbed for a choice are those of the attention."""
+    kept: list[Node] = []
+    made: set[Value] = set()
+    for node in nodes:
+        if not node.outputs or not made.issuperset(node.outputs):
+            kept.append(node)
+            made.update(node.outputs)
+    return kept
 
 
 def _selection(nodes: list[Node]) -> list[Node]:
@@ -72,6 +83,9 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node("swiglu", halves, node.outputs)]
     if absorbs(node):
         return _absorbed(node)
+    if node.op == "latent_choose":
+        absorb = _absorb(node, node.outputs[0].width)
+        return [absorb, node.with_(inputs=absorb.outputs, weights=())]
     if node.op == "router":
         routes = node.outputs[0]
         scores = replace(routes, name=f"{routes.name}.scores", width=node.attrs["experts"])
@@ -85,15 +99,24 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
 def _absorbed(node: Node) -> list[Node]:
     """Queries to the space of latents, attention, and sums of latents to values. Rows that the step expands after all go past
     both products."""
-    (q, *chosen), (out,), (kv_b,) = node.inputs, node.outputs, node.weights
-    a = {**node.attrs, "form": "absorbed", "top_k": chosen[0].width if chosen else 0}
-    absorbed = Value(f"{out.name}.q", a["heads"] * (a["rank"] + a["rope"]))
+    (q, *chosen), (out,), (kv_b,), a = node.inputs, node.outputs, node.weights, node.attrs
+    absorb = _absorb(node, chosen[0].width if chosen else 0, a.get("window", 0), a.get("sinks", 0))
     sums, expanded = Value(f"{out.name}.latents", a["heads"] * a["rank"]), Value(f"{out.name}.expanded", out.width)
+    shape = {**absorb.attrs, "scale": a["scale"]}
     return [
-        Node("mla_absorb", (q,), (absorbed,), (key_stack(kv_b),), a),
-        node.with_(inputs=(q, absorbed, *chosen), outputs=(sums, expanded), attrs=a),
-        Node("mla_value", (sums, expanded), (out,), (value_stack(kv_b),), a),
+        absorb,
+        node.with_(inputs=(q, *absorb.outputs, *chosen), outputs=(sums, expanded), attrs=shape),
+        Node("mla_value", (sums, expanded), (out,), (value_stack(kv_b),), shape),
     ]
+
+
+def _absorb(node: Node, top_k: int, window: int = 0, sinks: int = 0) -> Node:
+    """Queries to the space of latents, for attention that sees so many tokens."""
+    a, q = node.attrs, node.inputs[0]
+    shape = {name: a[name] for name in ("layer", "heads", "nope", "rope", "rank", "v_dim")}
+    made = Value(f"{q.name}.absorbed", a["heads"] * (a["rank"] + a["rope"]))
+    attrs = {**shape, "form": "absorbed", "top_k": top_k, "window": window, "sinks": sinks}
+    return Node("mla_absorb", (q,), (made,), (key_stack(node.weights[0]),), attrs)
 
 
 def _linear(node: Node, indices: list[int], biases: tuple[str | None, ...]) -> Node:

@@ -1,0 +1,87 @@
+"""Modes of latent attention in native plans, on every ISA: against the reference, in pieces, in company, with blocks gone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.backends.base import DECODE, PREFILL
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
+from deepseek_optimizer.graph.ir import Graph
+from deepseek_optimizer.models import build_graph
+from support.models import assert_close_rows, deepseek_v32, random_ids, random_model, weights_of, youtu
+from support.steps import Part, make_batch, run_step, runner
+
+from .packing import packed_weights
+
+SLIDING = AttentionMode("sliding", window=70, sinks=5)
+
+
+def latent_model(v32: bool = False):
+    if v32:  # without experts, whose near ties would say nothing of attention
+        return random_model(deepseek_v32(first_k_dense_replace=3, index_topk=40))
+    sizes = {"kv_lora_rank": 96, "qk_nope_head_dim": 16, "qk_rope_head_dim": 64, "v_head_dim": 48}
+    return random_model(youtu(num_attention_heads=20, num_hidden_layers=2, **sizes))
+
+
+def graph_of(model, mode: AttentionMode, absorbed: bool = True) -> Graph:
+    graph, _ = rules.apply(build_graph(model.config), [n for n in rules.RULES if absorbed or n != "mla_absorb"])
+    return apply_mode(graph, mode)[0]
+
+
+# How rows are attended to: whether the graph's form is absorbed, and the phase.
+WAYS = {"absorbed": (True, DECODE), "expanded": (False, PREFILL), "cheaper": (True, PREFILL)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("v32", [False, True], ids=["youtu", "v32"])
+def test_sliding_equals_the_reference(backend, way, v32):
+    model, (absorbed, phase) = latent_model(v32), WAYS[way]
+    graph, ids = graph_of(model, SLIDING, absorbed), random_ids(model.config, 600)
+    expected = runner(ReferenceBackend(), graph, weights_of(model)).logits(ids)
+    r = runner(backend, graph, packed_weights(weights_of(model), "fp32"))
+    assert_close_rows(r.logits(ids, phase=phase), expected)
+    assert_close_rows(r.logits(ids, chunks=(1, 7, 64, 300), phase=phase), expected)
+
+
+@pytest.mark.parametrize(("kv", "tolerance"), [("bf16", 2e-2), ("int8", 2e-2)])
+def test_sliding_over_small_caches(backend, kv, tolerance):
+    model = latent_model()
+    ids, weights = random_ids(model.config, 300), packed_weights(weights_of(model), "fp32")
+    expected = runner(ReferenceBackend(), graph_of(model, SLIDING), weights_of(model), kv=kv).logits(ids)
+    for absorbed, phase in WAYS.values():
+        assert_close_rows(
+            runner(backend, graph_of(model, SLIDING, absorbed), weights, kv=kv).logits(ids, phase=phase), expected, tolerance
+        )
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("way", ["absorbed", "expanded"])
+def test_a_window_over_everything_is_none(backend, way, kv):
+    """To the bit, also where the sinks alone make up what the window lacks."""
+    model, (absorbed, phase) = latent_model(), WAYS[way]
+    ids, weights = random_ids(model.config, 300), packed_weights(weights_of(model), "bf16")
+    flash = runner(backend, graph_of(model, AttentionMode(), absorbed), weights, kv=kv).logits(ids, phase=phase)
+    for window, sinks in ((300, 0), (4000, 4), (10, 290)):
+        mode = AttentionMode("sliding", window=window, sinks=sinks)
+        assert torch.equal(flash, runner(backend, graph_of(model, mode, absorbed), weights, kv=kv).logits(ids, phase=phase))
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("way", ["absorbed", "expanded"])
+def test_rows_under_a_window_are_the_same_in_any_company(backend, way, kv):
+    """Whatever the chunks and the other sequences; and once no row sees a block, it need not be there."""
+    model, (absorbed, phase) = latent_model(), WAYS[way]
+    r = runner(backend, graph_of(model, SLIDING, absorbed), packed_weights(weights_of(model), "bf16"), kv=kv)
+    ids = random_ids(model.config, 330)
+    alone = r.logits(ids, phase=phase)
+    assert torch.equal(alone, r.logits(ids, chunks=(1, 30, 5, 240), phase=phase))
+    mine, other, rows = r.sequence(), r.sequence(), []
+    run_step(r.plan, r.store, [Part(other, random_ids(model.config, 40, seed=1))])
+    for begin, end in ((0, 150), (150, 230), (230, 231), (231, 330)):
+        batch = make_batch([Part(other, [7, 8, 9], phase), Part(mine, ids[begin:end], phase)], r.store)
+        batch.block_table[1, 1 : max(0, begin + 1 - SLIDING.window) // 32] = -1
+        rows.append(r.plan.run(batch, r.store).logits[3:])
+    assert torch.equal(alone, torch.cat(rows))
