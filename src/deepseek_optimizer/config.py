@@ -253,6 +253,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
             raise ConfigError(
                 f"context_length={self.context_length} needs context_extension, the way to make room: 'yarn' or 'dynamic'"
             )
+        _ = self.attention  # settings that do not go together are an error here, before anything is loaded
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):  # private names are Transformers' own bookkeeping

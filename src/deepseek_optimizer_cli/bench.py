@@ -26,6 +26,9 @@ def bench(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those.")] = 1,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    attention: o.Attention = None,
+    attention_window: o.AttentionWindow = None,
+    attention_budget: o.AttentionBudget = None,
     context_extension: o.ContextExtension = None,
     context_length: o.ContextLength = None,
     threads: o.Threads = None,
@@ -108,6 +111,9 @@ def bench(
         threads=threads,
         context_extension=context_extension,
         context_length=context_length,
+        attention_optimization=attention,
+        attention_window=attention_window,
+        attention_budget=attention_budget,
     )
     if long:
         bench_long(model, fields, lengths, modes, tasks, samples, html, as_json)

@@ -45,6 +45,9 @@ def chat(
     seed: o.Seed = None,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    attention: o.Attention = None,
+    attention_window: o.AttentionWindow = None,
+    attention_budget: o.AttentionBudget = None,
     context_extension: o.ContextExtension = None,
     context_length: o.ContextLength = None,
     threads: o.Threads = None,
@@ -52,7 +55,8 @@ def chat(
     """Talk with a model. /help lists the commands."""
     fields = o.model_fields(
         precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length,
+        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
+        attention_budget=attention_budget,
     )  # fmt: skip
     if (model is None) == (url is None):
         raise ValueError("name a MODEL to load, or a server with --url; one of the two")

@@ -27,6 +27,9 @@ def doctor(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once to make room for.")] = 1,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    attention: o.Attention = None,
+    attention_window: o.AttentionWindow = None,
+    attention_budget: o.AttentionBudget = None,
     context_extension: o.ContextExtension = None,
     context_length: o.ContextLength = None,
     threads: o.Threads = None,
@@ -41,7 +44,8 @@ def doctor(
     no_bars_in_pipes()
     fields = o.model_fields(
         precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length,
+        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
+        attention_budget=attention_budget,
     )  # fmt: skip
     DeepSeekConfig(**fields)  # a wrong option is the caller's error, not a finding
     with Case(model=model, fields=fields, context=context, batch=batch) as case:

@@ -13,6 +13,9 @@ def info(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    attention: o.Attention = None,
+    attention_window: o.AttentionWindow = None,
+    attention_budget: o.AttentionBudget = None,
     context_extension: o.ContextExtension = None,
     context_length: o.ContextLength = None,
     threads: o.Threads = None,
@@ -28,7 +31,8 @@ def info(
 
         fields = o.model_fields(
             precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-            context_length=context_length,
+            context_length=context_length, attention_optimization=attention, attention_window=attention_window,
+            attention_budget=attention_budget,
         )  # fmt: skip
         loaded, _ = load(model, fields)
         report = report_of(loaded)

@@ -30,6 +30,30 @@ Calibration = Annotated[
     ),
 ]
 KvCache = Annotated[str | None, typer.Option("--kv-cache", help="Keys and values as bf16 or int8, or fp32 with fp32 weights.")]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="MODE",
+        help="What a token sees: flash (all before it), sliding (a window and the first few; the cache forgets the rest) or "
+        "sparse (a window, and what ranks highest). The last two cost as much a token however long a text is.",
+    ),
+]
+AttentionWindow = Annotated[
+    int | None,
+    typer.Option(
+        "--attention-window",
+        min=1,
+        metavar="TOKENS",
+        help="Latest tokens that are always seen. Default: 4096 with sliding, 512 with sparse.",
+    ),
+]
+AttentionBudget = Annotated[
+    int | None,
+    typer.Option(
+        "--attention-budget", min=1, metavar="TOKENS", help="Tokens that sparse attention sees at most. Default: 2048."
+    ),
+]
 ContextExtension = Annotated[
     str | None,
     typer.Option(

@@ -25,6 +25,9 @@ def run(
     seed: o.Seed = None,
     precision: o.Precision = None,
     kv_cache: o.KvCache = None,
+    attention: o.Attention = None,
+    attention_window: o.AttentionWindow = None,
+    attention_budget: o.AttentionBudget = None,
     context_extension: o.ContextExtension = None,
     context_length: o.ContextLength = None,
     threads: o.Threads = None,
@@ -55,7 +58,8 @@ def run(
     started = time.perf_counter()
     fields = o.model_fields(
         precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length,
+        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
+        attention_budget=attention_budget,
     )  # fmt: skip
     loaded, tokenizer = load(model, fields)
     engine, sampling = make_engine(loaded, tokenizer), default_sampling(loaded, **given)

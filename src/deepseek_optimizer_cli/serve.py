@@ -22,6 +22,9 @@ def serve(
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
     kv_cache: o.KvCache = None,
+    attention: o.Attention = None,
+    attention_window: o.AttentionWindow = None,
+    attention_budget: o.AttentionBudget = None,
     context_extension: o.ContextExtension = None,
     context_length: o.ContextLength = None,
     threads: o.Threads = None,
@@ -114,7 +117,8 @@ def serve(
     fields = o.model_fields(
         precision=precision, kl_budget=kl_budget, calibration=calibration, kv_cache=kv_cache, threads=threads,
         kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None, context_extension=context_extension,
-        context_length=context_length,
+        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
+        attention_budget=attention_budget,
     )  # fmt: skip
     fields["batch_size_range"] = (1, max_running)
     options: dict[str, Any] = {"most_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts, "window": window}
