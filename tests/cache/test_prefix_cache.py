@@ -122,3 +122,11 @@ def test_at_random(seed):
     assert manager.free_blocks + len(cache) == 24 and cache.unused == len(cache)
     cache.clear()
     assert manager.free_blocks == 24
+
+
+def test_blocks_of_other_frequencies_are_others():
+    tokens = text(1, 3)
+    plain, one, other = (keys(tokens, "salt", 3, frequencies=n) for n in (0, 300, 301))
+    assert plain == keys(tokens, "salt", 3)
+    assert len({*plain, *one, *other}) == 9
+    assert keys(tokens, "salt", 3, one[:1], frequencies=300) == one

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
+from deepseek_optimizer import ConfigError, DeepSeekConfig
 from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.integration.context_extension import extend_context
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.models.rope import RopeSpec
 from support.models import CASES, llama, random_ids, random_model, rope, transformers_logits, weights_of
 from support.models import assert_close_rows as close
 from support.steps import runner
+
+LATENT = ["deepseek_v2-groups", "deepseek_v3-direct", "deepseek_v32-types", "youtu-tied"]
 
 
 def spec_of(config: object) -> RopeSpec:
@@ -43,6 +48,41 @@ def test_dynamic_frequencies_follow_the_length(length: int) -> None:
     assert torch.equal(torch.from_numpy(spec.inv_freq_at(length)), rotary.inv_freq)
     assert np.array_equal(spec.inv_freq_at(length), spec.inv_freq) == (length <= 64)
     assert np.array_equal(pickle.loads(pickle.dumps(spec)).inv_freq_at(length), spec.inv_freq_at(length))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+@pytest.mark.parametrize("case", ["llama-gqa", "qwen2-tied", "qwen3-gqa", *LATENT])
+def test_an_extended_config_is_what_transformers_makes_of_it(case: str, kind: str) -> None:
+    config = CASES[case]()
+    config.max_position_embeddings = 64
+    extend_context(config, DeepSeekConfig(context_extension=kind, context_length=300))
+    model, graph = random_model(config), build_graph(config)
+    rotary, spec = model.model.rotary_emb, spec_of(config)
+    assert (spec.kind, spec.room, graph.max_positions) == (kind, 300, 300)
+    assert spec.scaling == rotary.attention_scaling
+    for length in (1, 64, 65, 300):  # ascending: Transformers' frequencies only grow
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        assert torch.equal(torch.from_numpy(spec.inv_freq_at(length)), rotary.inv_freq)
+    scales = {n.attrs["scale"] for n in graph.nodes if n.op in ("attention", "mla_attention")}
+    assert scales == {layer.self_attn.scaling for layer in model.model.layers}
+    grown = (0.1 * math.log(300 / 64) + 1) ** 2  # of the scores: by cos and sin of all of a head, or as a whole
+    if kind == "dynamic":
+        assert spec.scaling == spec.attention_scale == 1
+    elif case in LATENT:
+        assert spec.scaling == 1 and spec.attention_scale == pytest.approx(grown)
+    else:
+        assert spec.attention_scale == 1 and spec.scaling**2 == pytest.approx(grown)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 4])
+def test_room_of_a_dynamic_kind(factor: float) -> None:
+    assert build_graph(llama(max_position_embeddings=64, **rope("dynamic", factor=factor))).max_positions == 64 * factor
+
+
+@pytest.mark.parametrize(("factor", "message"), [(1e9, "factor.*makes room for"), (1e300, "not finite")])
+def test_room_beyond_all_numbers_is_refused(factor: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_graph(llama(max_position_embeddings=64, **rope("dynamic", factor=factor)))
 
 
 def test_dynamic_beyond_the_original_context() -> None:
