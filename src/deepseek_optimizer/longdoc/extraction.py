@@ -33,8 +33,10 @@ def merged(values: Iterable[Any]) -> Any:
         names = list(dict.fromkeys(name for value in objects for name in value))
         return {name: merged(value.get(name) for value in objects) for name in names}
     if isinstance(first, list):
-        items = [item for value in present if isinstance(value, list) for item in value]
-        return list({json.dumps(item, sort_keys=True): item for item in reversed(items)}.values())[::-1]
+        once: dict[str, Any] = {}
+        for item in (item for value in present if isinstance(value, list) for item in value):
+            once.setdefault(json.dumps(item, sort_keys=True), item)
+        return list(once.values())
     return first
 
 

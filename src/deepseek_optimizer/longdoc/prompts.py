@@ -35,6 +35,7 @@ class Prompts:
         self._chat = bool(tokenizer.chat_template)
         self._template = template or (ChatTemplate(tokenizer) if self._chat else None)
         self._frames: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._marks = Marks()  # the same for all texts, since making them takes longer than a passage; nobody is shown them
 
     def close(self) -> None:
         """Ends the template's process; it starts again when it is needed."""
@@ -51,8 +52,7 @@ class Prompts:
         at = 0
         while at < len(text):
             end = _cut(text, at)
-            marks = Marks()
-            ids += self._controls.encode(self._controls.mark(text[at:end], marks), marks, first=False).ids
+            ids += self._controls.encode(self._controls.mark(text[at:end], self._marks), self._marks, first=False).ids
             at = end
         return ids
 

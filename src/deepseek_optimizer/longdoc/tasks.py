@@ -86,28 +86,22 @@ def part_instruction(task: Task) -> str:
     """What stands behind one part of a document that is read part by part."""
     if isinstance(task, Question):
         return (
-            "The text above is one part of a long document. Answer the question from it in a few sentences, and quote the "
-            f"words that matter. If it says nothing about the question, answer {NOTHING}.\nQuestion: {task.text.strip()}"
+            "Answer the question from the text above in one or two sentences, and quote the words that matter. If the text "
+            f"says nothing about it, answer {NOTHING}.\nQuestion: {task.text.strip()}"
         )
     if isinstance(task, Summary):
-        return "The text above is one part of a long document. Summarize it in a few sentences."
+        return "Summarize the text above in two or three sentences."
     return (
-        "The text above is one part of a long document. Extract what it says as JSON of this schema; what it does not say is "
-        f"null, or an empty list:\n{_json(task.schema)}"
+        "Extract what the text above says as JSON of this schema; what it does not say is null, or an empty list:\n"
+        f"{_json(task.schema)}"
     )
 
 
 def merge_instruction(task: Question | Summary) -> str:
     """What stands behind the replies to several parts, in the document's order."""
     if isinstance(task, Question):
-        return (
-            "The notes above were taken from the parts of one document, in order. Answer the question from them, and from "
-            f"nothing else.\nQuestion: {task.text.strip()}"
-        )
-    return (
-        "The summaries above are of the parts of one document, in order. Write one summary of the whole: what it is about, and "
-        "its main points."
-    )
+        return f"Answer the question from the notes above, and from nothing else.\nQuestion: {task.text.strip()}"
+    return "Put the notes above together into one summary: what they are about, and the main points."
 
 
 def _json(schema: Mapping[str, Any]) -> str:
