@@ -37,7 +37,7 @@ def doctor(
 ) -> None:
     """Examine machine and installation; with MODEL, the model too. Exit code 1 where something will not work."""
     from deepseek_optimizer.config import DeepSeekConfig
-    from deepseek_optimizer.doctor import Case, examine, examine_symptom
+    from deepseek_optimizer.doctor import Case, Machine, examine, examine_symptom
 
     from .model import no_bars_in_pipes, print_json
 
@@ -48,7 +48,8 @@ def doctor(
         attention_budget=attention_budget,
     )  # fmt: skip
     DeepSeekConfig(**fields)  # a wrong option is the caller's error, not a finding
-    with Case(model=model, fields=fields, context=context, batch=batch) as case:
+    machine = Machine.here(for_model=model is not None)
+    with Case(machine, model=model, fields=fields, context=context, batch=batch) as case:
         findings = examine(case) if symptom is None else examine_symptom(case, symptom)
     counts = Counter(finding.severity for finding in findings)
     if as_json:

@@ -47,9 +47,16 @@ class Machine:
     packages: Mapping[str, Package] = field(default_factory=dict)
 
     @classmethod
-    def here(cls) -> Machine:
-        """The machine this process is on, as it is now."""
+    def here(cls, *, for_model: bool = False) -> Machine:
+        """The machine this process is on, as it is now.
+
+        Args:
+            for_model: imports what loading a model does before memory is measured.
+        """
         import psutil  # comes with accelerate
+
+        if for_model:
+            import transformers.modeling_utils  # noqa: F401
 
         from ..bench.process import usable_cpus
         from ..integration.arena import available_bytes
