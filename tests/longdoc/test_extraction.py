@@ -1,0 +1,65 @@
+"""How parts of an extraction become one value."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.engine.json_schema import normalise
+from deepseek_optimizer.errors import RequestError
+from deepseek_optimizer.longdoc.extraction import merged, problems, relaxed, without_gaps
+from deepseek_optimizer.longdoc.tasks import Extraction
+
+SCHEMA = {
+    "type": "object",
+    "title": "Invoice",
+    "properties": {
+        "number": {"type": "string", "description": "as printed"},
+        "total": {"type": "number"},
+        "items": {"type": "array", "minItems": 2, "items": {"type": "object", "properties": {"n": {"type": "integer"}}}},
+        "seller": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+    "required": ["number", "items"],
+    "minProperties": 2,
+}
+
+
+def test_a_part_may_leave_all_open_and_is_still_a_schema():
+    part = relaxed(SCHEMA)
+    normalise(part)
+    nothing = {"number": None, "total": None, "items": [], "seller": {"name": None}}
+    assert problems(part, nothing) == [] and problems(SCHEMA, nothing)
+    assert SCHEMA["required"] == ["number", "items"]  # left as it was
+
+
+def test_arrays_are_joined_and_the_first_that_is_said_counts():
+    values = [
+        None,
+        {"number": None, "items": [{"n": 1}, {"n": 2}], "seller": {"name": None}},
+        {"number": "A", "total": 0, "items": [{"n": 2}, {"n": 3}], "seller": {"name": "X"}},
+        {"number": "B", "total": 5, "items": [], "seller": {"name": "Y"}},
+    ]
+    value = merged(values)
+    assert value == {"number": "A", "total": 0, "items": [{"n": 1}, {"n": 2}, {"n": 3}], "seller": {"name": "X"}}
+    assert problems(SCHEMA, value) == []
+
+
+def test_equal_items_are_one_but_true_is_not_one():
+    assert merged([[1, True, {"a": 1, "b": 2}], [True, 1, {"b": 2, "a": 1}, "1"]]) == [1, True, {"a": 1, "b": 2}, "1"]
+
+
+def test_gaps_that_are_allowed_are_left_out():
+    assert without_gaps({"number": None, "total": None, "items": []}, SCHEMA) == {"number": None, "items": []}
+    assert any(problem.startswith("number: ") for problem in problems(SCHEMA, {"number": None, "items": [{}, {}]}))
+
+
+def test_words_of_a_schema_are_what_is_looked_for():
+    words = Extraction(SCHEMA).words
+    assert "Invoice" in words and "number as printed" in words and "seller" in words
+
+
+@pytest.mark.parametrize(
+    "schema", [{}, {"type": "array", "items": {}}, [], {"properties": {"a": {"not": {}}}}, {"type": "object"}]
+)
+def test_schemas_that_cannot_be_enforced_are_refused(schema):
+    with pytest.raises(RequestError):
+        Extraction(schema)
