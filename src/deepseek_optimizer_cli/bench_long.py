@@ -10,7 +10,10 @@ import typer
 from .model import print_json
 
 # Options of `dso bench` that a run with --long takes too.
-_SHARED = {"model", "precision", "kv_cache", "context_extension", "context_length", "threads", "html", "as_json"}
+_SHARED = {
+    "model", "precision", "kv_cache", "attention_window", "attention_budget", "context_extension", "context_length", "threads",
+    "html", "as_json",
+}  # fmt: skip
 _OWN = {"long", "lengths", "modes", "tasks", "samples"}
 
 

@@ -11,7 +11,8 @@ import pytest
 from deepseek_optimizer.bench.long.run import LongRequest, printed, rows_of, run
 from deepseek_optimizer.bench.long.sample import score
 from deepseek_optimizer.bench.sides import long as side
-from deepseek_optimizer.errors import CacheFullError, ConfigError
+from deepseek_optimizer.errors import CacheFullError, CheckpointError, ConfigError
+from deepseek_optimizer.integration.runtime import OptimizerWarning
 
 LENGTHS = (1024, 2048)
 
@@ -58,10 +59,11 @@ def test_a_side_measures_what_it_was_asked_for(roomy_model):
 
 def test_a_longer_context_can_be_asked_for(roomy_model):
     request = LongRequest(str(roomy_model), {"context_extension": "yarn"}, lengths=[2048, 3000], tasks=["single"], samples=1)
-    command = request.command("flash")
+    command = request.command(roomy_model, "flash")
     config = json.loads(command[command.index("--config") + 1])
     assert config == {"context_extension": "yarn", "context_length": 3000, "attention_optimization": "flash"}
-    lines = list(side.measure(_arguments(roomy_model, config=config, lengths=[3000])))
+    with pytest.warns(OptimizerWarning, match="quality is not assured"):
+        lines = list(side.measure(_arguments(roomy_model, config=config, lengths=[3000])))
     assert [line.get("length") for line in lines] == [None, 3000, 3000] and lines[2]["memory_bytes"] is not None
 
 
@@ -133,11 +135,11 @@ def _sides(**modes):
     return start
 
 
-def test_a_mode_that_cannot_be_had_is_reported_and_the_others_run():
+def test_a_mode_that_cannot_be_had_is_reported_and_the_others_run(tmp_path):
     loaded = {"backend": "cpu", "threads": 2, "load_s": 1.0}
     sides = _sides(flash=[loaded, _measured("flash"), {"length": 2048, "memory_bytes": None}], sparse=[{"error": "not here"}])
     seen, notes = [], []
-    request = LongRequest("m", lengths=[2048], modes=["flash", "sparse"], tasks=["single"], samples=1)
+    request = LongRequest(str(tmp_path), lengths=[2048], modes=["flash", "sparse"], tasks=["single"], samples=1)
     report = run(request, lambda done, total: seen.append((done, total)), notes.append, sides)
     assert [(row["mode"], row["error"]) for row in report["rows"]] == [("flash", None), ("sparse", "not here")]
     assert report["sides"] == {"flash": loaded, "sparse": {}} and notes == ["flash", "sparse"]
@@ -145,10 +147,15 @@ def test_a_mode_that_cannot_be_had_is_reported_and_the_others_run():
     json.dumps(report)
 
 
-def test_no_mode_at_all_is_an_error():
-    request = LongRequest("m", lengths=[2048], modes=["sparse"])
+def test_no_mode_at_all_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="not here"):
-        run(request, side=_sides(sparse=[{"error": "not here"}]))
+        run(LongRequest(str(tmp_path), modes=["sparse"]), side=_sides(sparse=[{"error": "not here"}]))
+
+
+@pytest.mark.parametrize("fields, error", [({"precision": "int3"}, ConfigError), ({}, CheckpointError)])
+def test_nothing_is_started_for_what_cannot_work(tmp_path, fields, error):
+    with pytest.raises(error, match="precision" if fields else "nowhere"):
+        run(LongRequest(str(tmp_path if fields else tmp_path / "nowhere"), fields), side=_sides())
 
 
 @pytest.mark.parametrize(

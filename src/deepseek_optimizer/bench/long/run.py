@@ -9,9 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ...config import DeepSeekConfig
 from ...errors import ConfigError
+from ...integration.loader import resolve
 from ...versions import versions
 from ..figures import samples
 from ..process import cpu_name
@@ -56,16 +59,20 @@ class LongRequest:
         if self.samples < 1:
             raise ConfigError(f"samples: expected 1 or more, got {self.samples}")
 
-    def command(self, mode: str) -> list[str]:
+    def config(self, **fields: Any) -> dict[str, Any]:
+        """Fields of `DeepSeekConfig`, these among them."""
+        found = {**self.fields, **fields}
+        if found.get("context_extension"):
+            found.setdefault("context_length", max(self.lengths))
+        return found
+
+    def command(self, model: Path, mode: str) -> list[str]:
         """What starts a mode's side."""
-        config = {**self.fields, "attention_optimization": mode}
-        if config.get("context_extension"):
-            config.setdefault("context_length", max(self.lengths))
         options = {
-            "config": json.dumps(config), "lengths": ",".join(map(str, self.lengths)), "tasks": ",".join(self.tasks),
-            "samples": self.samples, "seed": self.seed,
+            "config": json.dumps(self.config(attention_optimization=mode)), "lengths": ",".join(map(str, self.lengths)),
+            "tasks": ",".join(self.tasks), "samples": self.samples, "seed": self.seed,
         }  # fmt: skip
-        side = [sys.executable, "-m", "deepseek_optimizer.bench.sides.long", self.model]
+        side = [sys.executable, "-m", "deepseek_optimizer.bench.sides.long", str(model)]
         return [*side, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
 
 
@@ -86,8 +93,11 @@ def run(
         side: a command's lines, for tests.
 
     Raises:
-        ConfigError: no mode can be had, with the reason.
+        ConfigError: a field is wrong, before anything is started; or no mode can be had, with the reason.
+        CheckpointError: there is no such model.
     """
+    DeepSeekConfig(**request.config())
+    model = resolve(request.model)
     done, each = 0, request.samples * len(request.tasks)
     total = len(request.modes) * each * sum(request.lengths)
 
@@ -103,7 +113,7 @@ def run(
     for i, mode in enumerate(request.modes):
         note(mode)
         lines = []
-        for line in (side or printed)(request.command(mode)):
+        for line in (side or printed)(request.command(model, mode)):
             lines.append(line)
             advance(line["length"] if "task" in line else 0)
         sides[mode] = next((line for line in lines if "backend" in line), {})

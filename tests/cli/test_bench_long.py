@@ -1,0 +1,60 @@
+"""`dso bench --long`: the whole way on a tiny model, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def roomy_model(tmp_path_factory, byte_tokenizer):
+    """A random model of one layer with a context of 4096 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("roomy") / "model"
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(byte_tokenizer),
+        max_position_embeddings=4096, eos_token_id=byte_tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_modes_tables_page_and_json(dso_process, roomy_model, tmp_path):
+    page = tmp_path / "r.html"
+    result = dso_process(
+        "bench", roomy_model, "--long", "--lengths", "2048,8192", "--tasks", "single, common", "--samples", "1",
+        "--attention-window", "256", "--threads", "1", "--precision", "fp32", "--html", page, "--json",
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stderr == "", result.stderr  # no bar where nobody watches
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [(row["mode"], row["length"]) for row in report["rows"]] == [
+        (mode, length) for mode in ("flash", "sliding", "sparse") for length in (2048, 8192)
+    ]
+    for row in report["rows"]:
+        if row["length"] == 8192:
+            assert "context of 4,096" in row["error"]
+        else:
+            assert row["error"] is None and set(row["accuracy"]) == {"single", "common"} and row["prefill_tok_s"] > 0
+    assert report["config"] == {"precision": "fp32", "threads": 1, "attention_window": 256}
+    assert "2,048 sparse" in result.stdout and page.read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--long", "--prompt", "12"], "--prompt goes without --long only"),
+        (["--long", "--quality"], "--quality goes without --long only"),
+        (["--lengths", "4096"], "--lengths goes with --long only"),
+        (["--long", "--lengths", "4096;1"], "commas"),
+        (["--long", "--lengths", "512"], "1024 tokens or more"),
+        (["--long", "--modes", "dense"], "flash, sliding, sparse"),
+        (["--long", "--tasks", "needle"], "expected some of single"),
+        (["--long", "--context-length", "16384"], "context_extension"),
+    ],
+)
+def test_what_is_refused(dso, roomy_model, options, message):
+    result = dso("bench", roomy_model, *options)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.output
