@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..cache.forgetting import Forgetting
-from ..graph.attention_mode import BLOCK, forgetting
+from ..graph.attention_mode import BLOCK
 from ..integration.arena import less_reserve
 from .case import Case
 from .cgroup import memory_left
@@ -74,6 +73,7 @@ def budget(case: Case) -> Budget:
     """The budget of the case's model."""
     from ..graph.least import exact_weights, least_formats
     from ..integration.graphs import whole_graph
+    from ..integration.runtime import kv_dtype
     from ..integration.swap import expected_tensors
 
     wanted, shapes = expected_tensors(case.sketch)
@@ -85,9 +85,7 @@ def budget(case: Case) -> Budget:
     whole = whole_graph(case.sketch)
     least, exact = least_formats(whole), exact_weights(whole)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
-    kv = case.settings.kv_cache
-    if kv == "auto":
-        kv = "fp32" if set(formats) == {"fp32"} else "int8" if case.settings.sparse_attention else "bf16"
+    kv = kv_dtype(case.settings, formats)
     left = memory_left(case.machine)
     return Budget(
         weights=sum(formats.values()) + plain,
@@ -103,9 +101,11 @@ def budget(case: Case) -> Budget:
 
 
 def _span(case: Case) -> int | None:
-    if (seen := forgetting(case.graph)) is None:
-        return None
-    return Forgetting(*seen).blocks(case.settings.prefill_chunk) * BLOCK
+    from ..integration.graphs import loaded_mtp_layers
+    from ..integration.runtime import forgetting_of
+
+    forgets = forgetting_of(case.graph, loaded_mtp_layers(case.sketch))
+    return None if forgets is None else forgets.blocks(case.settings.prefill_chunk) * BLOCK
 
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:

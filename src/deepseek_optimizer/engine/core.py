@@ -128,7 +128,7 @@ class EngineCore:
         room, what, fix = facts.context, "the model's context", "shorten it"
         if self.sliding is not None:
             if not request.embed:
-                self.sliding.check(request.pinned, len(prompt))
+                self.sliding.check(self._pinned(request), len(prompt))
                 return self.sliding.window if sampling.max_tokens is None else sampling.max_tokens
             room, what = self.sliding.window, "the window"
         if self.blocks < self._most_blocks(room):
@@ -170,11 +170,15 @@ class EngineCore:
             most=most,
             arrived=self.clock(),
             prompt=len(request.prompt),
-            pinned=request.pinned if self.sliding is not None else (),
+            pinned=self._pinned(request),
             frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
         )
         self._requests[request.id] = running
         self.scheduler.add(running)
+
+    def _pinned(self, request: Request) -> tuple[tuple[int, int], ...]:
+        """What a window must keep of a request: nothing where attention does not see it."""
+        return request.pinned if self.sliding is not None and self.forgetting is None else ()
 
     def _most_blocks(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens takes at most at once."""

@@ -19,7 +19,8 @@ class EngineOptions:
         batch_invariant: a request's tokens and log probabilities are the same to the bit, whatever runs beside it and whatever
             is recomputed.
         window: tokens that a sequence may hold: longer ones let go of their midst and go on for ever; None: they end with the
-            model's context. `sinks` at the beginning always stay.
+            model's context. `sinks` at the beginning always stay, and what a request pins; but where attention itself sees
+            only a window (attention_optimization="sliding"), its own sinks and nothing else.
         most_waiting: requests that an `AsyncEngine` takes beside those that can run.
     """
 

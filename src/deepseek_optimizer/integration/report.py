@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
+from ..graph.attention_mode import forgetting
 from ..graph.ir import Graph, LatentSpec
 from ..graph.least import least_formats
 from ..quant import PackedStack, PackedWeight
@@ -45,6 +46,20 @@ class ExpertsRow:
 
 
 @dataclass(frozen=True)
+class AttentionRow:
+    """What a token sees. `layers`: how many are in this mode; `own`: those that keep the window or the choice that their model
+    was trained with; `forgets`: whether the cache lets go of what no later token sees."""
+
+    mode: str
+    window: int
+    sinks: int
+    budget: int
+    layers: int
+    own: int
+    forgets: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """Attributes:
     family, backend, detail: the model's family; the backend, and its ISA and threads or device.
@@ -54,6 +69,7 @@ class Report:
     kernels: one row a step of the plan, as the backend describes it.
     bytes_before, bytes_after: of the weights, as given (file or float parameters) and as they are now.
     curve: where formats were chosen for a `kl_budget`: sizes and qualities that were measured, the smallest first.
+    attention: the mode of attention.
     kv_cache, kv_block_bytes, kv_token_bytes: storage of the cache, bytes of a block of 32 tokens, and of one token.
     latent: whether it holds latents (MLA) instead of keys and values.
     experts: None where there are none.
@@ -72,6 +88,7 @@ class Report:
     formats: tuple[FormatRow, ...]
     curve: tuple[dict[str, Any], ...]
     kernels: tuple[dict[str, Any], ...]
+    attention: AttentionRow
     bytes_before: int | None
     bytes_after: int
     kv_cache: str
@@ -107,7 +124,10 @@ class Report:
             table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} a token, {e.bytes / 1e6:,.1f} MB")
         if self.mtp_layers:
             table.add_row("MTP layers", f"{self.mtp_layers}, for drafts: generate(use_mtp=True)")
+        table.add_row("attention", _attention_text(self.attention))
         kind = f"{self.kv_cache} latents" if self.latent else self.kv_cache
+        if self.config["sparse_attention"] and self.config["kv_cache"] == "auto":
+            kind += " (sparse_attention)"
         table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes a token ({self.kv_token_bytes / 1024:,.1f} KiB)")
         for rule in self.rules:
             table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")
@@ -132,6 +152,38 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip("\n")
+
+
+def _attention_text(row: AttentionRow) -> str:
+    parts = {
+        "sliding": f"the latest {row.window:,} tokens and the first {row.sinks}",
+        "sparse": f"{row.budget:,} tokens at most: blocks of the first {row.sinks}, the latest {row.window:,}, and those that "
+        "a query ranks highest",
+    }
+    seen = parts.get(row.mode, "all tokens before")
+    layers = f", in {_layers(row.layers)}" if row.layers else ""
+    own = f"; as trained in {_layers(row.own)}" if row.own else ""
+    return f"{row.mode}: {seen}{layers}{own}{'; the cache forgets the rest' if row.forgets else ''}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
+
+
+def _attention(runtime: Any) -> AttentionRow:
+    mode, config = runtime.config.attention, runtime.config
+    nodes = [n for n in runtime.graph.nodes if n.op in ("attention", "mla_attention")]
+    limited = sum(bool(n.attrs.get("window")) or len(n.inputs) > 1 for n in nodes)
+    own = limited - len(runtime.in_mode)
+    return AttentionRow(
+        mode=config.attention_optimization if mode.kind == "flash" else mode.kind,
+        window=mode.window,
+        sinks=mode.sinks if mode.kind != "flash" else 0,
+        budget=mode.budget if mode.kind == "sparse" else 0,
+        layers=len(nodes) - own,
+        own=own,
+        forgets=forgetting(runtime.graph) is not None,
+    )
 
 
 def _point(point: dict[str, Any]) -> str:
@@ -216,6 +268,7 @@ def make_report(runtime: Any) -> Report:
         kernels=tuple(runtime.plan.describe()),
         bytes_before=runtime.bytes_before,
         bytes_after=parameter_bytes(runtime.model),
+        attention=_attention(runtime),
         kv_cache=runtime.kv_dtype,
         kv_block_bytes=block_bytes,
         kv_token_bytes=block_bytes // BLOCK_TOKENS,

@@ -92,6 +92,7 @@ class Runtime:
 
     Attributes:
         config, graph, rules: what was asked for, and what the rules made of it.
+        in_mode: layers whose attention the config's mode has changed.
         backend: runs the plan.
         notes: warnings given so far, for the report.
         speculation: what drafts did for the last request that had any: `engine.speculative.gate.SpeculationReport`.
@@ -102,7 +103,8 @@ class Runtime:
     ) -> None:
         self._model = weakref.ref(model)
         self.config, self.bytes_before = config, bytes_before
-        self.graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model), config.attention)
+        graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model))
+        self.graph, self.in_mode = apply_mode(graph, config.attention)
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()

@@ -53,7 +53,9 @@ class PlanForward(Replacement):
             raise UnsupportedRequestError(
                 f"the plan cannot serve this call ({reason}), and only it can use a PagedCache; {_NO_CACHE}"
             )
-        self.runtime.tell(f"{reason}: Transformers' own forward over the packed modules serves such calls, slower")
+        mode = self.runtime.config.attention.kind
+        seen = f"; there every token sees all before it, whatever {mode} attention hides" if self.runtime.in_mode else ""
+        self.runtime.tell(f"{reason}: Transformers' own forward over the packed modules serves such calls, slower{seen}")
         return self._original(self.runtime.model, **call, **({} if cache is None else {cache_name(): cache}))
 
     def why_not(self, call: dict[str, Any], cache: Any) -> str | None:
