@@ -74,7 +74,10 @@ def test_every_bad_file_says_what_is_wrong_and_the_others_are_read(tmp_path: Pat
     })  # fmt: skip
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
+    opened, open_ = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or open_(path, *more))  # type: ignore[func-returns-value]
     document = read_documents(".")
+    assert "./pipe" not in opened and "./z.txt" in opened, "what may block is not even opened"
     assert [(os.path.basename(file.name), file.text) for file in document.files] == [
         ("a.txt", "good"), ("mixed.log", "Müller\nM\ufffdller\n"), ("z.txt", "good too"),
     ]  # fmt: skip

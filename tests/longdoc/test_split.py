@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,51 +141,60 @@ def test_slow_and_fast_give_chunks_of_about_the_same_size() -> None:
     assert min(sizes[:-1]) > 0.7 * 2048
 
 
-class _Longest:
-    """Counts characters as tokens, and remembers the longest text it was given."""
+class _Counter:
+    """A tokenizer that says what `tokens` says, and remembers how much it was given."""
 
     is_fast = True
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: Callable[[str], int]) -> None:
+        self._tokens = tokens
         self.longest = self.most = self.all = 0
 
     def num_special_tokens_to_add(self) -> int:
         return 0
 
-    def __call__(self, texts: list[str], **options: object) -> dict[str, list[range]]:
+    def __call__(self, texts: str | list[str], **options: object) -> dict[str, Any]:
+        if isinstance(texts, str):
+            return {"input_ids": range(self._tokens(texts))}
         self.longest = max(self.longest, *map(len, texts))
         self.most = max(self.most, sum(map(len, texts)))
         self.all += sum(map(len, texts))
-        return {"input_ids": [range(len(text)) for text in texts]}
+        return {"input_ids": [range(self._tokens(text)) for text in texts]}
 
 
 def test_one_line_is_tokenised_in_bounded_pieces_and_few_times() -> None:
-    tokenizer, text = _Longest(), "x" * 10_000_000
+    tokenizer, text = _Counter(len), "x" * 10_000_000
     chunks = split(Document.of_texts(text), tokenizer, 4096, 1024)
     assert tokenizer.longest <= 4096 and tokenizer.most <= 1 << 20
     assert tokenizer.all < 2.6 * len(text), "once for the plan, and then 4/3 of the text, chunk by chunk"
     assert chunks[-1].end == len(text)
 
 
-class _Worse(_Longest):
-    """Says that short texts have few tokens and long ones many, so that every plan is wrong."""
-
-    def __call__(self, texts: list[str], **options: object) -> dict[str, list[range]]:
-        super().__call__(texts)
-        return {"input_ids": [range(len(text) if len(text) > 40 else 0) for text in texts]}
-
-
-def test_a_plan_that_is_wrong_everywhere_is_made_again() -> None:
-    _check(Document.of_texts("some words " * 500), _Worse(), 64, 16)
+def test_many_small_files_are_tokenised_in_few_calls() -> None:
+    calls = []
+    tokenizer = _Counter(lambda text: calls.append(text) or len(text))  # type: ignore[func-returns-value]
+    chunks = split(Document.of_texts({str(i): "some words" for i in range(5000)}), tokenizer, 64, 16)
+    assert len(chunks) == len(calls) == 5000 and tokenizer.most == 50_000
 
 
-def test_a_character_that_is_longer_than_a_chunk(byte_tokenizer: Any) -> None:
-    class Long(_Longest):
-        def __call__(self, texts: list[str], **options: object) -> dict[str, list[range]]:
-            return {"input_ids": [range(20 * len(text)) for text in texts]}
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        lambda text: len(text) if len(text) > 40 else 0,
+        lambda text: len(text) * (3 if len(text) > 40 else 1),
+        lambda text: len(text) + 39 * text.count("Z") * (len(text) > 40),
+    ],
+)
+def test_plans_that_are_wrong_are_made_again(tokens: Callable[[str], int]) -> None:
+    """Short texts, of which the plan is made, have fewer tokens than long ones."""
+    for text in ("some words " * 500, "a" * 95 + ("Z" * 8 + "a" * 100) * 30):
+        for stride in (0, 16, 32):
+            _check(Document.of_texts(text), _Counter(tokens), 64, stride)
 
+
+def test_a_character_that_is_longer_than_a_chunk() -> None:
     with pytest.raises(ConfigError, match="max_length: .*'a' of text takes 20 tokens"):
-        split(Document.of_texts("aaaa"), Long(), 16, 0)
+        split(Document.of_texts("aaaa"), _Counter(lambda text: 20 * len(text)), 16, 0)
 
 
 @pytest.mark.parametrize(
