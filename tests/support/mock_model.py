@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from deepseek_optimizer.cache import BlockManager
+from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
 from deepseek_optimizer.engine.core import EngineCore, ModelFacts
 from deepseek_optimizer.engine.options import EngineOptions
@@ -36,11 +36,18 @@ def logits_of(context: list[int]) -> np.ndarray:
     return made
 
 
-def expected(prompt: list[int], most: int, eos: int | None = EOS) -> list[int]:
+def places(length: int, forgetting: Forgetting | None = None) -> np.ndarray:
+    """Which of a sequence's first tokens the last of them sees, ascending."""
+    every = np.arange(length)
+    return every if forgetting is None else every[(every < forgetting.sinks) | (every >= length - forgetting.window)]
+
+
+def expected(prompt: list[int], most: int, eos: int | None = EOS, forgetting: Forgetting | None = None) -> list[int]:
     """The greedy text."""
     text: list[int] = []
     while len(text) < most:
-        text.append(next_token(prompt + text))
+        context = prompt + text
+        text.append(next_token([context[place] for place in places(len(context), forgetting)]))
         if text[-1] == eos:
             break
     return text
@@ -49,8 +56,8 @@ def expected(prompt: list[int], most: int, eos: int | None = EOS) -> list[int]:
 class MockMemory:
     """Tokens in blocks, and the manager that hands them out."""
 
-    def __init__(self, blocks: int) -> None:
-        self.manager = BlockManager(blocks)
+    def __init__(self, blocks: int, forgetting: Forgetting | None = None) -> None:
+        self.manager = BlockManager(blocks, forgetting)
         self.cells = np.full((blocks, BLOCK_TOKENS), -1, np.int64)
         self._lock = threading.Lock()
 
@@ -66,6 +73,13 @@ class MockMemory:
     def drop_blocks(self, sequence, first_block, count):
         with self.locked():
             sequence.drop(first_block, count, lambda copies, blocks: self.copy_blocks(copies))
+
+    def read(self, blocks: list[int], tokens: np.ndarray) -> list[int]:
+        """What lies at these places of a sequence, all of which must be there."""
+        held = np.array(blocks)[tokens // BLOCK_TOKENS]
+        assert (held != HOLE).all() and all(self.manager.users(block) for block in set(held.tolist()))
+        found: list[int] = self.cells[held, tokens % BLOCK_TOKENS].tolist()
+        return found
 
     def run(self, plan, batch):
         raise AssertionError("the mock runner runs by itself")
@@ -98,14 +112,14 @@ class MockRunner:
                 block = blocks[place // BLOCK_TOKENS]
                 assert self.memory.manager.users(block) >= 1
                 self.memory.cells[block, place % BLOCK_TOKENS] = token
-            held = self.memory.cells[blocks].reshape(-1)[: part.start + len(part.ids)].tolist()
-            assert held == [*part.sequence.tokens[: part.start], *part.ids]
+            tokens = np.array([*part.sequence.tokens[: part.start], *part.ids])
+            there = np.flatnonzero(np.repeat(np.array(blocks) != HOLE, BLOCK_TOKENS)[: len(tokens)])
+            assert self.memory.read(blocks, there) == tokens[there].tolist()
             for n in range(len(part.ids)):
                 hidden.append(part.ids[n])
                 if at + n in wanted:
-                    length = part.start + n + 1
-                    used = self.memory.cells[blocks[: -(-length // BLOCK_TOKENS)]].reshape(-1)[:length]
-                    row = logits_of(used.tolist())
+                    seen = places(part.start + n + 1, self.memory.manager.forgetting)
+                    row = logits_of(self.memory.read(blocks, seen))
                     made.append(row * np.nan if part.ids[n] in self.broken else row)
             at += len(part.ids)
         self.seen.append((at, len(parts)))
@@ -138,8 +152,10 @@ class Clock:
         return self.now
 
 
-def make_core(blocks: int = 64, context: int = 10_000, chunk: int | None = None, proposers=None, **options) -> EngineCore:
-    memory = MockMemory(blocks)
+def make_core(
+    blocks: int = 64, context: int = 10_000, chunk: int | None = None, proposers=None, forgetting=None, **options
+) -> EngineCore:
+    memory = MockMemory(blocks, forgetting)
     facts = ModelFacts(vocab_size=VOCAB, hidden_size=1, context=context, eos=frozenset([EOS]), chunk=chunk)
     return EngineCore(MockRunner(memory), memory, facts, EngineOptions(**options), ByteTokenizer(), proposers, clock=Clock())
 

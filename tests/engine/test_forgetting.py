@@ -1,0 +1,195 @@
+"""The engine over a model that sees a window and sinks: each text is its own, and takes no more blocks than its window does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from deepseek_optimizer import RequestError
+from deepseek_optimizer.cache import HOLE, Forgetting
+from deepseek_optimizer.engine.engine import Completion
+from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
+from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core, next_token, places
+
+WINDOW = Forgetting(window=100, sinks=4)
+
+
+def endless(most: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+
+
+def text(seed: int, count: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB - 1) for _ in range(count)]
+
+
+def run(core, *requests):
+    """All answers by id, and the most blocks that were taken at a time."""
+    found, most = {r.id: Completion() for r in requests}, 0
+    for request in requests:
+        core.add(request)
+    while not core.idle:
+        for output in core.step():
+            found[output.request_id].add(output)
+        most = max(most, blocks_in_use(core))
+    return found, most
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}, {"chunk": 64}])
+def test_a_prompt_that_is_longer_than_the_cache(options):
+    """100,000 tokens through the blocks of a window and a step, and text behind them."""
+    step = options.get("step_tokens", 512)
+    core = make_core(blocks=WINDOW.blocks(step) + 2, context=200_000, forgetting=WINDOW, **options)
+    prompt = text(0, 5_000 if options else 100_000)
+    found, most = run(core, Request(prompt, endless(90), id="a"))
+    assert found["a"].token_ids == expected(prompt, 90, None, WINDOW)
+    assert most <= WINDOW.blocks(step) and core.scheduler.preemptions == 0
+    assert core.memory.manager.high_water <= WINDOW.blocks(step) + 2
+    assert blocks_in_use(core) == 0
+
+
+def test_what_the_prefix_cache_keeps_of_it_is_a_window_too():
+    core = make_core(blocks=400, context=200_000, forgetting=WINDOW)
+    run(core, Request(text(0, 10_000), endless(3), id="a"))
+    assert len(core.prefix) <= WINDOW.blocks(512)
+    assert core.memory.manager.high_water <= WINDOW.blocks(512) + 2
+
+
+def test_another_question_about_the_same_text():
+    """What is read already is found by its end, though its beginning is gone."""
+    core = make_core(blocks=100, context=200_000, forgetting=WINDOW)
+    document = text(0, 3_200)
+    first, second = document + text(1, 20), document + text(2, 30)
+    found, _ = run(core, Request(first, endless(10), id="a"))
+    again, _ = run(core, Request(second, endless(40), id="b"))
+    assert found["a"].token_ids == expected(first, 10, None, WINDOW)
+    assert again["b"].token_ids == expected(second, 40, None, WINDOW)
+    assert again["b"].cached_tokens == 3_200
+    shorter, _ = run(core, Request(document[:1_600], endless(20), id="c"))
+    assert shorter["c"].token_ids == expected(document[:1_600], 20, None, WINDOW)
+    assert shorter["c"].cached_tokens == 32  # the sinks' block: of what is shorter, the end is gone
+
+
+def test_two_that_read_the_same_text_at_once():
+    core = make_core(blocks=200, context=200_000, forgetting=WINDOW, step_tokens=64)
+    document = text(0, 2_000)
+    requests = [Request(document + text(n, 9), endless(30), id=str(n)) for n in range(1, 4)]
+    found, _ = run(core, *requests)
+    for request in requests:
+        assert found[request.id].token_ids == expected(request.prompt, 30, None, WINDOW)
+    assert blocks_in_use(core) == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_in_any_company_with_little_room(seed):
+    """Requests come, are cancelled and lose their blocks to others at random, with and without drafts that fall."""
+    rng = random.Random(seed)
+    forgetting = Forgetting(rng.randrange(20, 150), rng.randrange(0, 40), rng.choice((0, 32)))
+    script = {}
+    proposers = [(ScriptedProposer(script, 0.6, VOCAB, seed), 3)] if seed % 2 else None
+    core = make_core(
+        blocks=rng.randrange(24, 40), chunk=rng.choice([None, 32, 64]), proposers=proposers, forgetting=forgetting,
+        step_tokens=rng.choice([64, 128, 512]), batch_size_range=(1, rng.randrange(2, 9)), stall=rng.choice([None, 3.0]),
+    )  # fmt: skip
+    shared = [text(1000 * seed + n, rng.randrange(50, 500)) for n in range(3)]
+    waiting = []
+    for n in range(40):
+        prompt = rng.choice(shared) + text(n, rng.randrange(1, 60)) if rng.random() < 0.6 else text(n, rng.randrange(1, 400))
+        most, salt = rng.randrange(1, 120), rng.choice(["", "a"])
+        waiting.append(Request(prompt, endless(most), id=str(n), priority=rng.randrange(3), salt=salt))
+        script[n + 1] = prompt + expected(prompt, most, None, forgetting)
+    found, requests, cancelled = {}, list(waiting), set()
+    while waiting or not core.idle:
+        for _ in range(rng.randrange(4)):
+            if waiting:
+                found[waiting[0].id] = Completion()
+                core.add(waiting.pop(0))
+        if rng.random() < 0.03 and found and found[victim := rng.choice(list(found))].finish is None:
+            core.cancel(victim)
+            cancelled.add(victim)
+        for output in core.step():
+            found[output.request_id].add(output)
+    for request in requests:
+        answer, wanted = found[request.id], expected(request.prompt, request.sampling.max_tokens, None, forgetting)
+        if answer.finish == "cancelled":
+            assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
+        else:
+            assert answer.finish == "length" and answer.token_ids == wanted
+    assert blocks_in_use(core) == 0
+
+
+def test_drafts_from_the_text():
+    core = make_core(
+        blocks=WINDOW.blocks(512) + 2, context=200_000, forgetting=WINDOW, proposers=[(PromptLookupProposer(2, 1), 8)]
+    )
+    prompt = text(0, 50) * 8
+    found, _ = run(core, Request(prompt, endless(2_000), id="a"))
+    assert found["a"].token_ids == expected(prompt, 2_000, None, WINDOW)
+
+
+def test_a_cache_that_cannot_hold_a_window_and_a_step():
+    """Then a prompt must fit as it is."""
+    core = make_core(blocks=WINDOW.blocks(512) - 1, context=200_000, forgetting=WINDOW)
+    with pytest.raises(RequestError, match="kv_cache_memory"):
+        core.check(Request(text(0, 5_000), endless(1), id="a"))
+    assert core.check(Request(text(0, 300), endless(1), id="a")) == 1
+    roomy = make_core(blocks=WINDOW.blocks(512), context=6_000, forgetting=WINDOW)
+    assert roomy.check(Request(text(0, 5_000), endless(1_000), id="a")) == 1_000
+    with pytest.raises(RequestError, match="the model's context of 6000"):
+        roomy.check(Request(text(0, 5_001), endless(1_000), id="a"))
+
+
+def test_many_long_prompts_are_taken_in_at_once():
+    """By what they hold, not by how long they are."""
+    core = make_core(blocks=4 * (WINDOW.blocks(64) + 2), context=200_000, forgetting=WINDOW, step_tokens=64, prefix_cache=False)
+    for n in range(4):
+        core.add(Request(text(n, 2_000), endless(3), id=str(n)))
+    core.step()
+    assert len(core.scheduler.running) == 4
+    while not core.idle:
+        core.step()
+    assert core.scheduler.preemptions == 0
+
+
+def test_an_embedding_of_a_long_text():
+    core = make_core(blocks=WINDOW.blocks(512) + 2, context=200_000, forgetting=WINDOW)
+    prompt = text(0, 20_000)
+    core.add(Request(prompt, id="a", embed=True))
+    outputs = []
+    while not core.idle:
+        outputs += core.step()
+    assert outputs[-1].embedding == pytest.approx([sum(prompt) / len(prompt)], rel=1e-4)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_dialogue_without_end(drafts):
+    """Positions slide within the model's context while attention sees its own window; what is pinned it does not see."""
+    proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
+    core = make_core(blocks=40, context=512, window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
+    prompt = text(3, 1_500)
+    core.add(Request(prompt, endless(1_000), id="a", pinned=((0, 130),)))
+    (running,) = core.scheduler.waiting
+    dropped = 0
+    while not core.idle:
+        for output in core.step():
+            context, new = list(running.sequence.tokens), output.token_ids
+            for n in range(len(new)):
+                before = context[: len(context) - len(new) + n]
+                assert new[n] == next_token([before[place] for place in places(len(before), WINDOW)])
+            dropped = output.dropped_tokens
+        if running.sequence.cached:
+            assert running.sequence.cached <= 400 and running.sequence.tokens[:4] == prompt[:4]
+    assert dropped >= 1_500 + 1_000 - 400 and blocks_in_use(core) == 0
+
+
+def test_it_does_forget():
+    core = make_core(blocks=40, context=2_000, forgetting=WINDOW, step_tokens=64)
+    core.add(Request(text(0, 500), endless(5), id="a"))
+    (running,) = core.scheduler.waiting
+    while running.generated < 2:
+        core.step()
+    assert running.sequence.blocks.blocks.count(HOLE) == (running.sequence.cached - 32 + 1 - 100) // 32 - 1
+    assert EOS not in running.sequence.tokens[:500]
