@@ -48,6 +48,9 @@ def longdoc(
     kv_cache: o.KvCache = None,
     context_extension: o.ContextExtension = None,
     context_length: o.ContextLength = None,
+    attention: o.Attention = None,
+    attention_window: o.AttentionWindow = None,
+    attention_budget: o.AttentionBudget = None,
     threads: o.Threads = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -80,7 +83,8 @@ def longdoc(
             typer.echo(f"dso: {file.name}: {warning}", err=True)
     fields = o.model_fields(
         precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length,
+        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
+        attention_budget=attention_budget,
     )  # fmt: skip
     loaded, tokenizer = load(model, fields)
     options: dict[str, Any] = {"max_length": max_length, "stride": stride, "strategy": strategy, "top": top}

@@ -109,7 +109,8 @@ class Prompts:
         before, after = self._template.around(ahead, f"\n\n{instruction}", options=self._options)
         closing: list[int] = []
         if opened_by(after.text):
-            closing = self.tokenizer(f"\n\n{CLOSE}\n\n", add_special_tokens=False)["input_ids"]
+            lines = "\n" if after.text.endswith("\n") else "\n\n"
+            closing = self.tokenizer(f"{lines}{CLOSE}\n\n", add_special_tokens=False)["input_ids"]
         return before.ids, [*after.ids, *closing]
 
     def _begin(self) -> list[int]:
