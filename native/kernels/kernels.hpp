@@ -115,6 +115,16 @@ struct Kernels {
                      float* scores, float* o);  // sees tokens [first, n)
   size_t attn_scratch;  // bytes, private to the caller's thread
 
+  // ---- the choice of blocks, by summaries
+  void (*kv_summarise)(const KvLayout& l, const KvView& v, int64_t block);  // of a full block, all heads
+  // Estimates of `n` panels of summary_blocks blocks of the cache, for rows [r0, r1), all q heads of one kv head (q as above): that of
+  // head h of row r for column c of panels[i] goes to estimates[((r - r0) * group + h) * stride + i * summary_blocks + c].
+  // scratch: attn_scratch bytes. Columns of blocks that are not full give anything.
+  void (*block_estimates)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
+                          int64_t r1, const int32_t* panels, int64_t n, float* estimates, int64_t stride, uint8_t* scratch);
+  // scores[j] = the largest over h of estimates[h * stride + j] - (the largest of head h's n); NaN counts as infinity.
+  void (*block_scores)(const float* estimates, int64_t stride, int64_t group, int64_t n, float* scores);
+
   // ---- the lightning indexer, over the index keys of a latent cache
   void (*index_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride);  // as kv_write
   // One row of q [heads, index], brought into the order that index_scores reads: index_query_bytes(heads, index), 64-aligned.
@@ -160,6 +170,7 @@ struct Kernels {
 
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family
 constexpr int64_t attn_rows = 32;    // query rows of a prefill task
+constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel: rows of 32 times 4 bytes, a block's in one column
 constexpr int64_t mla_heads = 16;    // of a packed query
 constexpr int64_t latent_group = 128;  // numbers of an int8 latent that share a scale
 constexpr int64_t max_head_dim = 256;  // and head_dim is even: cache and attention take columns in pairs

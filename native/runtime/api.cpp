@@ -83,7 +83,7 @@ int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T
 
 int64_t dso_cache_block_bytes(const dso_cache_shape* shape) {
   int64_t bytes = -1;
-  guarded([&] { bytes = given(shape, "shape").layers * checked_layout(choose_kernels(nullptr), *shape).layer_bytes; });
+  guarded([&] { bytes = cache_block_bytes(choose_kernels(nullptr), given(shape, "shape")); });
   return bytes;
 }
 int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out) {

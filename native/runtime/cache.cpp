@@ -16,20 +16,30 @@ KvLayout checked_latent(const dso_cache_shape& s) {
   even("rope", s.rope, 2);
   even("index", s.index, 0);
   const int64_t row = latent_row_bytes(s.kv_type, s.rank, s.rope), index = index_row_bytes(s.kv_type, s.index);
-  return {s.kv_type, 0, 0, round_up(DSO_BLOCK_TOKENS * (row + index), 64), s.rank, s.rope, s.index, row, index};
+  return {s.kv_type, 0, 0, round_up(DSO_BLOCK_TOKENS * (row + index), 64), s.rank, s.rope, s.index, row, index,
+          s.summaries ? summary_bytes(s.kv_type, s.rank + s.rope) : 0};
 }
 }  // namespace
 
 KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& s) {
   if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8) fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
   if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers", s.layers);
+  if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, and must be 0 or 1", s.summaries);
   if (s.rank != 0 || s.rope != 0 || s.index != 0) return checked_latent(s);
   if (s.kv_heads < 1 || s.kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads", s.kv_heads);
   if (!is_head_dim(s.head_dim)) fail(DSO_EINVAL, "cache: head_dim is %d, and must be even and at most %d", s.head_dim, int(max_head_dim));
-  return {s.kv_type, s.kv_heads, s.head_dim, round_up(kernels.kv_layer_bytes(s.kv_type, s.kv_heads, s.head_dim), 64)};
+  return {s.kv_type, s.kv_heads, s.head_dim, round_up(kernels.kv_layer_bytes(s.kv_type, s.kv_heads, s.head_dim), 64), 0, 0, 0, 0, 0,
+          s.summaries ? summary_bytes(s.kv_type, s.head_dim) : 0};
+}
+
+int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& s) {
+  const KvLayout l = checked_layout(kernels, s);
+  return s.layers * (l.layer_bytes + std::max(1, l.kv_heads) * l.summary_bytes / summary_blocks);
 }
 
 namespace {
+constexpr int64_t kSummaryRow = 4 * summary_blocks;
+
 int64_t checked_bytes(int64_t blocks, int64_t block_bytes) {
   int64_t bytes;
   if (blocks < 1 || blocks > INT32_MAX) fail(DSO_EINVAL, "cache: %lld blocks", (long long)blocks);
@@ -46,18 +56,24 @@ dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_b
       layout(checked_layout(kernels, shape)),
       layers(shape.layers),
       blocks(n_blocks),
-      arena(checked_bytes(n_blocks, block_bytes())) {}
+      arena(checked_bytes(n_blocks, block_bytes())),
+      summaries(ceil_div(n_blocks, summary_blocks) * group_bytes()) {}
+
+uint8_t* dso_cache::summary(int64_t block) const { return summaries.data() + block / summary_blocks * group_bytes() + block % summary_blocks * 4; }
 
 void dso_cache::copy_block(int64_t from, int64_t to) {
   if (from < 0 || from >= blocks || to < 0 || to >= blocks)
     fail(DSO_EINVAL, "cache: copy of block %lld to %lld, there are %lld", (long long)from, (long long)to, (long long)blocks);
-  if (from != to) std::memcpy(arena.data() + to * block_bytes(), arena.data() + from * block_bytes(), block_bytes());
+  if (from == to) return;
+  std::memcpy(arena.data() + to * block_bytes(), arena.data() + from * block_bytes(), block_bytes());
+  for (int64_t at = 0; at < group_bytes(); at += kSummaryRow) std::memcpy(summary(to) + at, summary(from) + at, 4);
 }
 
 void dso_cache::release(int64_t from_block) {
   if (from_block < 0 || from_block > blocks)
     fail(DSO_EINVAL, "cache: release from block %lld, there are %lld", (long long)from_block, (long long)blocks);
   arena.release(from_block * block_bytes());
+  summaries.release(ceil_div(from_block, summary_blocks) * group_bytes());
 }
 
 void dso_cache::check_block(int64_t block) const {
@@ -67,11 +83,15 @@ void dso_cache::check_block(int64_t block) const {
 void dso_cache::save_block(int64_t block, uint8_t* bytes) const {
   check_block(block);
   std::memcpy(bytes, arena.data() + block * block_bytes(), block_bytes());
+  bytes += block_bytes();
+  for (int64_t at = 0; at < group_bytes(); at += kSummaryRow, bytes += 4) std::memcpy(bytes, summary(block) + at, 4);
 }
 
 void dso_cache::load_block(int64_t block, const uint8_t* bytes) {
   check_block(block);
   std::memcpy(arena.data() + block * block_bytes(), bytes, block_bytes());
+  bytes += block_bytes();
+  for (int64_t at = 0; at < group_bytes(); at += kSummaryRow, bytes += 4) std::memcpy(summary(block) + at, bytes, 4);
 }
 
 void dso_cache::read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const {

@@ -1,6 +1,11 @@
 // The paged KV cache: `blocks` blocks in one stretch of address space, block-major (a block holds 32 tokens of every
 // layer), so that whole blocks can be copied, shared and given back. What is inside a layer belongs to the kernels.
+//
+// Summaries lie in a stretch of their own, by groups of summary_blocks blocks: rows of 32 times 4 bytes, of which each block has
+// one column. So the summaries of many blocks are read as a stream, and a group goes back to the system when its blocks do.
 #pragma once
+#include <algorithm>
+
 #include "arena.hpp"
 #include "dso.h"
 #include "kernels.hpp"
@@ -10,26 +15,31 @@ struct dso_cache {
 
   void copy_block(int64_t from, int64_t to);
   void release(int64_t from_block);
-  int64_t saved_bytes() const { return block_bytes(); }
+  int64_t saved_bytes() const { return block_bytes() + group_bytes() / dso::summary_blocks; }
   void save_block(int64_t block, uint8_t* bytes) const;
   void load_block(int64_t block, const uint8_t* bytes);
   void read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const;
 
   int64_t block_bytes() const { return layers * layout.layer_bytes; }
   dso::KvView view(int64_t layer, const int32_t* table) const {
-    return {arena.data() + layer * layout.layer_bytes, block_bytes(), table};
+    return {arena.data() + layer * layout.layer_bytes, block_bytes(), table, summaries.data() + layer * layer_summaries(), group_bytes()};
   }
+  int64_t group_bytes() const { return layers * layer_summaries(); }  // summaries of summary_blocks blocks; 0: there are none
 
   const dso::Kernels& kernels;  // the layout is the same on every ISA: any reads what another wrote
   const dso::KvLayout layout;
   const int64_t layers, blocks;
-  dso::Arena arena;
+  dso::Arena arena, summaries;
 
  private:
+  int64_t layer_summaries() const { return std::max(1, layout.kv_heads) * layout.summary_bytes; }
+  uint8_t* summary(int64_t block) const;  // its column's first 4 bytes; kSummaryRow further are the next
   void check_block(int64_t block) const;
 };
 
 namespace dso {
 // What one layer of a block holds. DSO_EINVAL for a bad shape or type.
 KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& shape);
+// Of all its layers, its part of the summaries included.
+int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& shape);
 }  // namespace dso

@@ -19,6 +19,10 @@ class CacheWriter : public Op {
 
  protected:
   virtual void write(const Run& run, const Piece& piece, const KvLayout& layout, const KvView& view, int thread) = 0;
+  // Whether the piece completes its block, of which the cache keeps a summary.
+  static bool fills_summary(const Piece& p, const KvLayout& layout) {
+    return layout.summary_bytes > 0 && (p.position + p.rows) % DSO_BLOCK_TOKENS == 0;
+  }
 
  private:
   const int64_t layer_;

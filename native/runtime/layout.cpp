@@ -93,6 +93,8 @@ int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope) {
 
 int64_t index_row_bytes(int32_t kv_type, int64_t index) { return (kv_type == DSO_KV_F32 ? 4 : 2) * index; }
 
+int64_t summary_bytes(int32_t kv_type, int64_t width) { return summary_blocks * 2 * width * (kv_type == DSO_KV_F32 ? 4 : 2); }
+
 Matrix check_matrix(const dso_weight& w, const std::string& what) {
   return check_stack(w, 1, what).first;
 }

@@ -36,6 +36,9 @@ constexpr bool is_head_dim(int64_t n) { return n >= 2 && n <= max_head_dim && n 
 int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope);
 int64_t index_row_bytes(int32_t kv_type, int64_t index);
 
+// Of summary_blocks blocks: the largest and the smallest of `width` numbers each, in bf16 (F32: fp32).
+int64_t summary_bytes(int32_t kv_type, int64_t width);
+
 // The activation kinds a format's product reads.
 bool reads(int32_t format, int32_t slot_kind);
 int32_t finest_kind(int32_t format);  // of those, the one that loses least

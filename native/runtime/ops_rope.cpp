@@ -66,6 +66,7 @@ class KvWriter : public CacheWriter {
   void write_rows(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, const float* key, int64_t key_stride) const {
     const Rows& value = run.slots[value_.index];
     run.kernels.kv_write(layout, view, p.position, p.rows, key, key_stride, value.f32(p.row), value.stride, 0, kv_heads_);
+    if (fills_summary(p, layout)) run.kernels.kv_summarise(layout, view, p.position / DSO_BLOCK_TOKENS);
   }
   const SlotRef key_, value_;
   const int64_t kv_heads_;

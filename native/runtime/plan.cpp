@@ -61,6 +61,7 @@ std::unique_ptr<Op> dso::make_op(StepReader& s) {
     case DSO_OP_LAYER_NORM: return make_layer_norm(s);
     case DSO_OP_INDEX_WRITE: return make_index_write(s);
     case DSO_OP_INDEX_CHOOSE: return make_index_choose(s);
+    case DSO_OP_BLOCK_CHOOSE: return make_block_choose(s);
     case DSO_OP_ROUTE: return make_route(s);
     case DSO_OP_EXPERTS_GATE_UP: return make_experts_gate_up(s);
     case DSO_OP_EXPERTS_DOWN: return make_experts_down(s);
@@ -78,7 +79,7 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
   check_slots(slots, n_slots, vocab_size);
   slots_.assign(slots, slots + n_slots);
 
-  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}, {}, {}, {}};
+  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}, {}, {}, {}, {}};
   for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
   for (int32_t i = 0; i < n_steps; ++i) {
     StepReader reader(source, steps[i], i);

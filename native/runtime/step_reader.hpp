@@ -12,6 +12,7 @@
 namespace dso {
 
 class AttentionSchedule;
+class BlockSchedule;
 class IndexSchedule;
 class MlaSchedule;
 class ExpertGroups;
@@ -25,6 +26,7 @@ struct PlanSource {  // what dso_plan_create was given, and what the steps have 
   BatchNeeds needs;
   std::vector<bool> written;  // slots that an earlier step fills
   std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike
+  std::vector<std::shared_ptr<BlockSchedule>> block_schedules;
   std::vector<std::shared_ptr<IndexSchedule>> index_schedules;
   std::vector<std::shared_ptr<MlaSchedule>> mla_schedules;
   std::vector<std::shared_ptr<ExpertGroups>> groups;          // shared by the steps over one slot of routes

@@ -273,22 +273,30 @@ template <Read T, int R> static void attend(const Stretch& x, int64_t k_dim, int
   add_values<T, R>(x, v_dim, narrow<T> ? (const void*)w.p : (const void*)w.s, fade, state.o);
 }
 
-template <Read T>
-static void attend_rows(int rows, const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
+// A tile's number of rows as a constant: `call` takes something whose `count` it is.
+template <int R> struct TileRows {
+  static constexpr int count = R;
+};
+template <class Call> DSO_INLINE void with_rows(int rows, Call call) {
   switch (rows) {
-    case 1: return attend<T, 1>(x, k_dim, v_dim, see, state, w);
-    case 2: return attend<T, 2>(x, k_dim, v_dim, see, state, w);
-    case 3: return attend<T, 3>(x, k_dim, v_dim, see, state, w);
-    case 4: return attend<T, 4>(x, k_dim, v_dim, see, state, w);
+    case 1: return call(TileRows<1>{});
+    case 2: return call(TileRows<2>{});
+    case 3: return call(TileRows<3>{});
+    case 4: return call(TileRows<4>{});
   }
   if constexpr (tile_rows == 8) {
     switch (rows) {
-      case 5: return attend<T, 5>(x, k_dim, v_dim, see, state, w);
-      case 6: return attend<T, 6>(x, k_dim, v_dim, see, state, w);
-      case 7: return attend<T, 7>(x, k_dim, v_dim, see, state, w);
-      case 8: return attend<T, 8>(x, k_dim, v_dim, see, state, w);
+      case 5: return call(TileRows<5>{});
+      case 6: return call(TileRows<6>{});
+      case 7: return call(TileRows<7>{});
+      case 8: return call(TileRows<8>{});
     }
   }
+}
+
+template <Read T>
+static void attend_rows(int rows, const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
+  with_rows(rows, [&](auto tile) { attend<T, tile.count>(x, k_dim, v_dim, see, state, w); });
 }
 
 // A row of q into the tile, in units of log 2.

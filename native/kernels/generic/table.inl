@@ -20,6 +20,7 @@
 #include "mla_decode.hpp"
 #include "mla_prefill.hpp"
 #include "pack.hpp"
+#include "summaries.hpp"
 #include "turn.hpp"
 
 #ifndef DSO_LINEAR
@@ -58,6 +59,9 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .attn_prefill = isa::attn_prefill,
       .attn_eager = isa::attn_eager,
       .attn_scratch = isa::attn_scratch_bytes,
+      .kv_summarise = isa::kv_summarise,
+      .block_estimates = isa::block_estimates,
+      .block_scores = isa::block_scores,
       .index_write = isa::index_write,
       .index_query = isa::index_query,
       .index_query_bytes = isa::index_query_bytes,

@@ -1,0 +1,135 @@
+// What a cache keeps of full blocks besides their tokens: the element-wise largest and smallest of the block's keys, and the estimates
+// that are made of them (Tang et al. 2024, Quest): no key of a block has a larger product with q than
+//
+//   e = sum over d of max(q_d largest_d, q_d smallest_d) = max(q, 0) . largest + min(q, 0) . smallest
+//
+// The summaries of 32 blocks of the cache, of one layer and kv head, are a panel as K's are (kv.hpp), blocks in place of tokens and
+// largest's rows before smallest's: the estimates of 32 blocks are one product. Blocks are written one by one, each its own column.
+#pragma once
+#include "attention.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+
+DSO_INLINE uint8_t* summary_panel(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t panel) {
+  return v.summaries + panel * v.summary_stride + kv_head * l.summary_bytes;
+}
+
+// n numbers into a block's column of the rows at `rows`.
+static void write_column(int32_t type, const float* x, int64_t n, uint8_t* rows, int64_t column) {
+  for (int64_t i = 0; i < n; i += 16) {
+    uint16_t rounded[16];
+    store_bf16(rounded, load(x + i, n - i));
+    for (int64_t j = i; j < n && j < i + 16; j += type == DSO_KV_F32 ? 1 : 2) {
+      if (type == DSO_KV_F32) ((float*)rows)[j * 32 + column] = x[j];
+      else memcpy(rows + j / 2 * 128 + column * 4, rounded + j - i, 4);
+    }
+  }
+}
+
+// A full block's summary, of keys of `width` numbers.
+static void write_summary(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t block, int64_t width, const float* largest, const float* smallest) {
+  uint8_t* panel = summary_panel(l, v, kv_head, v.table[block] / summary_blocks);
+  const int64_t column = v.table[block] % summary_blocks;
+  write_column(l.type, largest, width, panel, column);
+  write_column(l.type, smallest, width, panel + l.summary_bytes / 2, column);
+}
+
+// 16 tokens' numbers i of the keys; with BF16 also i + 1.
+DSO_INLINE void key_numbers(const KvLayout& l, const HeadLayout& h, const uint8_t* head, int64_t i, int64_t token, F (&x)[2]) {
+  if (l.type == DSO_KV_F32) {
+    x[0] = load((const float*)head + i * block_tokens + token);
+  } else if (l.type == DSO_KV_INT8) {
+    x[0] = mul(to_float(load_i8(head + i * block_tokens + token)), load((const float*)(head + h.k_scale) + token));
+  } else {
+    const B pair = load_bytes(head + i / 2 * 128 + token * 4);
+    x[0] = even_bf16(pair);
+    x[1] = odd_bf16(pair);
+  }
+}
+
+static void kv_summarise(const KvLayout& l, const KvView& v, int64_t block) {
+  const HeadLayout layout = head_layout(l.type, l.head_dim);
+  const int64_t at_once = l.type == DSO_KV_BF16 ? 2 : 1;
+  float high[max_head_dim], low[max_head_dim];
+  for (int64_t head = 0; head < l.kv_heads; ++head) {
+    const uint8_t* keys = kv_head_block(v, layout, head, block);
+    for (int64_t i = 0; i < l.head_dim; i += at_once) {
+      F a[2], b[2];
+      key_numbers(l, layout, keys, i, 0, a);
+      key_numbers(l, layout, keys, i, 16, b);
+      for (int64_t j = 0; j < at_once; ++j) {
+        high[i + j] = largest(max(a[j], b[j]));
+        low[i + j] = -largest(sub(zero(), min(a[j], b[j])));
+      }
+    }
+    write_summary(l, v, head, block, l.head_dim, high, low);
+  }
+}
+
+// Rows of q, split in what meets the largest and what meets the smallest numbers.
+template <Read T> static void split_query(const float* q, int64_t width, int r, Workspace& w) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const F x = load(q + i, width - i), up = max(x, zero()), down = min(x, zero());
+    const int64_t at = r * row_stride + i;
+    if constexpr (narrow<T>) {
+      round_bf16((uint16_t*)w.q + at, up);
+      round_bf16((uint16_t*)w.s + at, down);
+    } else {
+      store(w.q + at, up);
+      store(w.s + at, down);
+    }
+  }
+}
+
+// One panel's estimates for the R rows in w.
+template <Read T, int R>
+static void estimate(const KvLayout& l, const uint8_t* panel, int64_t ahead, const Workspace& w, float* estimates, int64_t stride) {
+  const int64_t depth = l.head_dim / row_depth<T>, smallest = l.summary_bytes / 2;
+  for (int64_t c = 0; c < summary_blocks; c += 16 * tile_cols) {
+    F acc[R][tile_cols];
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < tile_cols; ++n) acc[r][n] = zero();
+    product<T, R>(w.q, panel + c * column_bytes<T>, depth, ahead, acc);
+    product<T, R>(w.s, panel + smallest + c * column_bytes<T>, depth, ahead, acc);
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < tile_cols; ++n) store(estimates + r * stride + c + 16 * n, acc[r][n]);
+  }
+}
+
+template <Read T>
+static void estimates_of(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
+                         const int32_t* panels, int64_t n, float* estimates, int64_t stride, Workspace& w) {
+  const int64_t count = (r1 - r0) * group, tiles = (count + tile_rows - 1) / tile_rows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t i0 = count * tile / tiles, i1 = count * (tile + 1) / tiles;
+    for (int64_t i = i0; i < i1; ++i)
+      split_query<T>((const float*)((const char*)q + (r0 + i / group) * q_stride) + i % group * l.head_dim, l.head_dim, (int)(i - i0), w);
+    for (int64_t p = 0; p < n; ++p) {
+      const uint8_t* panel = summary_panel(l, v, kv_head, panels[p]);
+      const int64_t ahead = p + 1 < n ? summary_panel(l, v, kv_head, panels[p + 1]) - panel : 0;
+      with_rows((int)(i1 - i0), [&](auto rows) { estimate<T, rows.count>(l, panel, ahead, w, estimates + i0 * stride + p * summary_blocks, stride); });
+    }
+  }
+}
+
+static void block_estimates(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
+                            int64_t r1, const int32_t* panels, int64_t n, float* estimates, int64_t stride, uint8_t* scratch) {
+  Workspace& w = *(Workspace*)scratch;
+  constexpr Read pairs = has_dot_bf16 ? Read::dot : Read::bf16;
+  if (l.type == DSO_KV_F32) estimates_of<Read::f32>(l, v, kv_head, q, q_stride, group, r0, r1, panels, n, estimates, stride, w);
+  else estimates_of<pairs>(l, v, kv_head, q, q_stride, group, r0, r1, panels, n, estimates, stride, w);
+}
+
+static void block_scores(const float* estimates, int64_t stride, int64_t group, int64_t n, float* scores) {
+  const F none = set(minus_infinity());
+  for (int64_t h = 0; h < group; ++h, estimates += stride) {
+    F top = none;
+    for (int64_t i = 0; i < n; i += 16) top = max(keep(load(estimates + i, n - i), 0, n - i, none), top);  // of a NaN: what there was
+    const F most = set(largest(top));
+    for (int64_t i = 0; i < n; i += 16) {
+      const F score = min(sub(load(estimates + i, n - i), most), set(-minus_infinity()));  // of a NaN: infinity
+      store_some(scores + i, h == 0 ? score : max(score, load(scores + i, n - i)), n - i);
+    }
+  }
+}
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,56 @@
+// How choosing blocks for a ragged batch is cut into tasks, and where the summaries of each sequence's blocks lie. Made once a step of
+// the model, used by all layers that are alike.
+//
+// A row that sees no more than top_k blocks takes all of them. The others go in tasks of one kv head and a few rows of one sequence,
+// which share a read of the summaries. An estimate depends on its row and its block alone, and so does the choice.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "op.hpp"
+
+namespace dso {
+
+struct BlockShape {
+  int64_t heads, kv_heads, head_dim, top_k, window, sinks;
+  bool operator==(const BlockShape&) const = default;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t first() const { return ceil_div(sinks, DSO_BLOCK_TOKENS); }  // block behind those of the sinks
+  int64_t seen(int64_t token) const { return token / DSO_BLOCK_TOKENS + 1; }
+  int64_t end(int64_t token) const { return std::max<int64_t>(0, token + 1 - window) / DSO_BLOCK_TOKENS; }  // block where its window begins
+};
+
+// Blocks [block, block + count) of a sequence, whose estimates lie side by side from `at` on where its panels lie one after the other.
+struct BlockRun {
+  int64_t block, count, at;
+};
+
+struct BlockTask {
+  int64_t sequence, r0, r1;  // rows, within the sequence
+  int64_t kv_head;           // -1: the rows take all they see, for all kv heads
+  int64_t p0, p1;            // of `panels`
+  int64_t b0, b1;            // of `runs`
+  int64_t cost;
+};
+
+class BlockSchedule {
+ public:
+  explicit BlockSchedule(const BlockShape& shape) : shape(shape) {}
+  void build(const Run& run);  // does nothing when it is up to date
+
+  const BlockShape shape;
+  std::vector<BlockTask> tasks;
+  std::vector<int32_t> panels;  // sequence after sequence, ascending: those with blocks that may be chosen
+  std::vector<BlockRun> runs;   // sequence after sequence
+  int64_t estimates = 0;        // of a task's rows and heads, floats
+  int64_t candidates = 0;       // of a row, blocks
+
+ private:
+  void add_all_seen(int64_t sequence, int64_t rows);
+  void add_chosen(const Run& run, int64_t sequence, int64_t first_row);
+  void find_blocks(const int32_t* table, int64_t end);
+
+  int64_t built_ = 0;
+};
+
+}  // namespace dso
