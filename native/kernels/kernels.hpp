@@ -117,7 +117,9 @@ struct Kernels {
 
   // ---- the choice of blocks, by summaries
   void (*kv_summarise)(const KvLayout& l, const KvView& v, int64_t block);  // of a full block, all heads
-  // Estimates of `n` panels of summary_blocks blocks of the cache, for rows [r0, r1), all q heads of one kv head (q as above): that of
+  void (*latent_summarise)(const KvLayout& l, const KvView& v, int64_t block);  // rank + rope is at most max_summary_width
+  // Estimates of `n` panels of summary_blocks blocks of the cache, for rows [r0, r1), all q heads of one kv head (q as above; of a latent
+  // cache, whose rows are keys of one kv head, absorbed): that of
   // head h of row r for column c of panels[i] goes to estimates[((r - r0) * group + h) * stride + i * summary_blocks + c].
   // scratch: attn_scratch bytes. Columns of blocks that are not full give anything.
   void (*block_estimates)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
@@ -174,6 +176,7 @@ constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel:
 constexpr int64_t mla_heads = 16;    // of a packed query
 constexpr int64_t latent_group = 128;  // numbers of an int8 latent that share a scale
 constexpr int64_t max_head_dim = 256;  // and head_dim is even: cache and attention take columns in pairs
+constexpr int64_t max_summary_width = 15 * max_head_dim;  // numbers of a key that estimates are made of
 
 // One per variant; null where the compiler could not build it.
 const Kernels* kernels_avx2();

@@ -25,7 +25,7 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   if (needs.summaries && l.summary_bytes == 0) fail(DSO_EINVAL, "batch.cache has no summaries, and the plan chooses blocks by them");
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
   for (int64_t s = 0; s < b.S; ++s) {
-    const int64_t longest = needs.index > 0 ? kMostNumbered : needs.summaries ? kMostNumbered * DSO_BLOCK_TOKENS : INT32_MAX;
+    const int64_t longest = needs.index > 0 || (needs.rank > 0 && needs.summaries) ? kMostNumbered : needs.summaries ? kMostNumbered * DSO_BLOCK_TOKENS : INT32_MAX;
     if (int64_t(b.context_len[s]) + b.query_len[s] > longest)
       fail(DSO_EINVAL, "batch: sequence %lld is longer than %lld tokens: what is chosen is numbered in fp32", (long long)s, (long long)longest);
     const int64_t blocks = ceil_div(int64_t(b.context_len[s]) + b.query_len[s], DSO_BLOCK_TOKENS);

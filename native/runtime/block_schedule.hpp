@@ -2,16 +2,18 @@
 // the model, used by all layers that are alike.
 //
 // A row that sees no more than top_k blocks takes all of them. The others go in tasks of one kv head and a few rows of one sequence,
-// which share a read of the summaries. An estimate depends on its row and its block alone, and so does the choice.
+// which share a read of the summaries; where that is more than a thread's share, several tasks estimate some of the panels each, and
+// the last to end chooses. An estimate depends on its row and its block alone, and so does the choice.
 #pragma once
 #include <cstdint>
 #include <vector>
 
+#include "countdown.hpp"
 #include "op.hpp"
 
 namespace dso {
 
-struct BlockShape {
+struct BlockShape {  // latents: one kv head, and head_dim is that of a whole row
   int64_t heads, kv_heads, head_dim, top_k, window, sinks;
   bool operator==(const BlockShape&) const = default;
   int64_t group() const { return heads / kv_heads; }
@@ -29,7 +31,10 @@ struct BlockTask {
   int64_t sequence, r0, r1;  // rows, within the sequence
   int64_t kv_head;           // -1: the rows take all they see, for all kv heads
   int64_t p0, p1;            // of `panels`
+  int64_t first, width;      // the first panel of all tasks on these rows, and the blocks of all their panels
   int64_t b0, b1;            // of `runs`
+  int64_t part;              // where the estimates of all begin in the shared memory, in floats; -1: this task makes all of them
+  int32_t merge;             // countdown: tasks left before the rows are chosen for
   int64_t cost;
 };
 
@@ -42,12 +47,15 @@ class BlockSchedule {
   std::vector<BlockTask> tasks;
   std::vector<int32_t> panels;  // sequence after sequence, ascending: those with blocks that may be chosen
   std::vector<BlockRun> runs;   // sequence after sequence
-  int64_t estimates = 0;        // of a task's rows and heads, floats
+  int64_t shared_floats = 0, private_floats = 0;  // estimates
   int64_t candidates = 0;       // of a row, blocks
+  Countdowns countdowns;
 
  private:
+  int64_t rows_that_see_all(const dso_batch& b, int64_t sequence) const;
+  int64_t rows_of_a_task(int64_t width) const;
   void add_all_seen(int64_t sequence, int64_t rows);
-  void add_chosen(const Run& run, int64_t sequence, int64_t first_row);
+  void add_chosen(const Run& run, int64_t sequence, int64_t first_row, int64_t fair);
   void find_blocks(const int32_t* table, int64_t end);
 
   int64_t built_ = 0;

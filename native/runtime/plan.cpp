@@ -62,6 +62,7 @@ std::unique_ptr<Op> dso::make_op(StepReader& s) {
     case DSO_OP_INDEX_WRITE: return make_index_write(s);
     case DSO_OP_INDEX_CHOOSE: return make_index_choose(s);
     case DSO_OP_BLOCK_CHOOSE: return make_block_choose(s);
+    case DSO_OP_LATENT_CHOOSE: return make_latent_choose(s);
     case DSO_OP_ROUTE: return make_route(s);
     case DSO_OP_EXPERTS_GATE_UP: return make_experts_gate_up(s);
     case DSO_OP_EXPERTS_DOWN: return make_experts_down(s);

@@ -58,24 +58,28 @@ static void latent_write(const KvLayout& l, const KvView& v, int64_t start, int6
   }
 }
 
+// Numbers [i, i + n) of a row: with INT8 of one group of the first rank, or of the others.
+static void latent_part(const KvLayout& l, const uint8_t* row, int64_t i, int64_t n, float* out) {
+  if (l.type == DSO_KV_F32) {
+    memcpy(out, row + 4 * i, 4 * n);
+  } else if (l.type == DSO_KV_BF16) {
+    read_bf16(row + 2 * i, n, out);
+  } else if (i >= l.rank) {
+    read_bf16(row + l.row_bytes - 2 * (l.rank + l.rope - i), n, out);
+  } else {
+    float scale;
+    memcpy(&scale, row + l.rank + i / latent_group * 4, 4);
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) store(out + j, mul(to_float(load_i8(row + i + j)), set(scale)));
+    for (; j < n; ++j) out[j] = (float)(int8_t)row[i + j] * scale;
+  }
+}
+
 // A row's first rank numbers, and its others where `turned` is given.
 static void latent_numbers(const KvLayout& l, const uint8_t* row, float* latent, float* turned) {
-  if (l.type == DSO_KV_F32) {
-    memcpy(latent, row, 4 * l.rank);
-    if (turned) memcpy(turned, row + 4 * l.rank, 4 * l.rope);
-    return;
-  }
-  if (turned) read_bf16(row + l.row_bytes - 2 * l.rope, l.rope, turned);
-  if (l.type == DSO_KV_BF16) return read_bf16(row, l.rank, latent);
-  const uint8_t* scales = row + l.rank;
-  for (int64_t g = 0; g < l.rank; g += latent_group, scales += 4) {
-    float scale;
-    memcpy(&scale, scales, 4);
-    const int64_t end = g + latent_group < l.rank ? g + latent_group : l.rank;
-    int64_t i = g;
-    for (; i + 16 <= end; i += 16) store(latent + i, mul(to_float(load_i8(row + i)), set(scale)));
-    for (; i < end; ++i) latent[i] = (float)(int8_t)row[i] * scale;
-  }
+  if (turned) latent_part(l, row, l.rank, l.rope, turned);
+  const int64_t step = l.type == DSO_KV_INT8 ? latent_group : l.rank;
+  for (int64_t i = 0; i < l.rank; i += step) latent_part(l, row, i, l.rank - i < step ? l.rank - i : step, latent + i);
 }
 
 static void latent_read(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index) {

@@ -4,12 +4,15 @@
 //   e = sum over d of max(q_d largest_d, q_d smallest_d) = max(q, 0) . largest + min(q, 0) . smallest
 //
 // The summaries of 32 blocks of the cache, of one layer and kv head, are a panel as K's are (kv.hpp), blocks in place of tokens and
-// largest's rows before smallest's: the estimates of 32 blocks are one product. Blocks are written one by one, each its own column.
+// largest's rows before smallest's: the estimates of 32 blocks are one product. Blocks are written one by one, each its own column. A
+// latent row is one key of all heads.
 #pragma once
 #include "attention.hpp"
+#include "latent.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 
+DSO_INLINE int64_t summary_width(const KvLayout& l) { return l.rank ? l.rank + l.rope : l.head_dim; }
 DSO_INLINE uint8_t* summary_panel(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t panel) {
   return v.summaries + panel * v.summary_stride + kv_head * l.summary_bytes;
 }
@@ -26,12 +29,12 @@ static void write_column(int32_t type, const float* x, int64_t n, uint8_t* rows,
   }
 }
 
-// A full block's summary, of keys of `width` numbers.
-static void write_summary(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t block, int64_t width, const float* largest, const float* smallest) {
-  uint8_t* panel = summary_panel(l, v, kv_head, v.table[block] / summary_blocks);
+// Numbers [i, i + n) of a full block's summary; i is even.
+static void write_summary(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t block, int64_t i, int64_t n, const float* largest, const float* smallest) {
+  uint8_t* rows = summary_panel(l, v, kv_head, v.table[block] / summary_blocks) + (l.type == DSO_KV_F32 ? i : i / 2) * 128;
   const int64_t column = v.table[block] % summary_blocks;
-  write_column(l.type, largest, width, panel, column);
-  write_column(l.type, smallest, width, panel + l.summary_bytes / 2, column);
+  write_column(l.type, largest, n, rows, column);
+  write_column(l.type, smallest, n, rows + l.summary_bytes / 2, column);
 }
 
 // 16 tokens' numbers i of the keys; with BF16 also i + 1.
@@ -62,35 +65,65 @@ static void kv_summarise(const KvLayout& l, const KvView& v, int64_t block) {
         low[i + j] = -largest(sub(zero(), min(a[j], b[j])));
       }
     }
-    write_summary(l, v, head, block, l.head_dim, high, low);
+    write_summary(l, v, head, block, 0, l.head_dim, high, low);
   }
 }
 
-// Rows of q, split in what meets the largest and what meets the smallest numbers.
+// A latent's, some columns of all its rows at a time.
+static void latent_summarise(const KvLayout& l, const KvView& v, int64_t block) {
+  const int64_t width = summary_width(l);
+  for (int64_t i = 0, n; i < width; i += n) {
+    n = (i < l.rank ? l.rank : width) - i;
+    if (n > latent_group) n = latent_group;
+    float high[latent_group + 16], low[latent_group + 16], x[latent_group + 16];
+    for (int64_t t = 0; t < block_tokens; ++t) {
+      latent_part(l, latent_row(l, v, block * block_tokens + t), i, n, x);
+      for (int64_t j = 0; j < n; j += 16) {
+        const F number = load(x + j, n - j);
+        store(high + j, t == 0 ? number : max(load(high + j, n - j), number), n - j);
+        store(low + j, t == 0 ? number : min(load(low + j, n - j), number), n - j);
+      }
+    }
+    write_summary(l, v, 0, block, i, n, high, low);
+  }
+}
+
+// Rows of q, split in what meets the largest and what meets the smallest numbers; and in slices, each a tile as `product` reads it.
+constexpr int64_t slice_width = max_head_dim;
+constexpr int64_t slice_bytes = tile_rows * row_stride * 4;
+static_assert(2 * max_summary_width / slice_width * slice_bytes <= (int64_t)sizeof(Workspace::room));
+
+DSO_INLINE uint8_t* query_slice(Workspace& w, bool smallest, int64_t slice) { return (uint8_t*)w.room + (2 * slice + smallest) * slice_bytes; }
+
 template <Read T> static void split_query(const float* q, int64_t width, int r, Workspace& w) {
   for (int64_t i = 0; i < width; i += 16) {
-    const F x = load(q + i, width - i), up = max(x, zero()), down = min(x, zero());
-    const int64_t at = r * row_stride + i;
+    const F x = load(q + i, width - i);
+    uint8_t *up = query_slice(w, false, i / slice_width), *down = query_slice(w, true, i / slice_width);
+    const int64_t at = r * row_stride + i % slice_width;
     if constexpr (narrow<T>) {
-      round_bf16((uint16_t*)w.q + at, up);
-      round_bf16((uint16_t*)w.s + at, down);
+      round_bf16((uint16_t*)up + at, max(x, zero()));
+      round_bf16((uint16_t*)down + at, min(x, zero()));
     } else {
-      store(w.q + at, up);
-      store(w.s + at, down);
+      store((float*)up + at, max(x, zero()));
+      store((float*)down + at, min(x, zero()));
     }
   }
 }
 
 // One panel's estimates for the R rows in w.
 template <Read T, int R>
-static void estimate(const KvLayout& l, const uint8_t* panel, int64_t ahead, const Workspace& w, float* estimates, int64_t stride) {
-  const int64_t depth = l.head_dim / row_depth<T>, smallest = l.summary_bytes / 2;
+static void estimate(const KvLayout& l, const uint8_t* panel, int64_t ahead, Workspace& w, float* estimates, int64_t stride) {
+  const int64_t width = summary_width(l);
   for (int64_t c = 0; c < summary_blocks; c += 16 * tile_cols) {
     F acc[R][tile_cols];
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < tile_cols; ++n) acc[r][n] = zero();
-    product<T, R>(w.q, panel + c * column_bytes<T>, depth, ahead, acc);
-    product<T, R>(w.s, panel + smallest + c * column_bytes<T>, depth, ahead, acc);
+    for (int smallest = 0; smallest < 2; ++smallest)
+      for (int64_t i = 0; i < width; i += slice_width) {
+        const int64_t depth = width - i < slice_width ? width - i : slice_width;
+        product<T, R>(query_slice(w, smallest, i / slice_width), panel + smallest * (l.summary_bytes / 2) + i / row_depth<T> * row_bytes<T> + c * column_bytes<T>,
+                      depth / row_depth<T>, ahead, acc);
+      }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < tile_cols; ++n) store(estimates + r * stride + c + 16 * n, acc[r][n]);
   }
@@ -99,11 +132,11 @@ static void estimate(const KvLayout& l, const uint8_t* panel, int64_t ahead, con
 template <Read T>
 static void estimates_of(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
                          const int32_t* panels, int64_t n, float* estimates, int64_t stride, Workspace& w) {
-  const int64_t count = (r1 - r0) * group, tiles = (count + tile_rows - 1) / tile_rows;
+  const int64_t count = (r1 - r0) * group, tiles = (count + tile_rows - 1) / tile_rows, width = summary_width(l);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i0 = count * tile / tiles, i1 = count * (tile + 1) / tiles;
     for (int64_t i = i0; i < i1; ++i)
-      split_query<T>((const float*)((const char*)q + (r0 + i / group) * q_stride) + i % group * l.head_dim, l.head_dim, (int)(i - i0), w);
+      split_query<T>((const float*)((const char*)q + (r0 + i / group) * q_stride) + i % group * width, width, (int)(i - i0), w);
     for (int64_t p = 0; p < n; ++p) {
       const uint8_t* panel = summary_panel(l, v, kv_head, panels[p]);
       const int64_t ahead = p + 1 < n ? summary_panel(l, v, kv_head, panels[p + 1]) - panel : 0;

@@ -60,6 +60,7 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .attn_eager = isa::attn_eager,
       .attn_scratch = isa::attn_scratch_bytes,
       .kv_summarise = isa::kv_summarise,
+      .latent_summarise = isa::latent_summarise,
       .block_estimates = isa::block_estimates,
       .block_scores = isa::block_scores,
       .index_write = isa::index_write,

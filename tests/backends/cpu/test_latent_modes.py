@@ -17,6 +17,7 @@ from support.steps import Part, make_batch, run_step, runner
 from .packing import packed_weights
 
 SLIDING = AttentionMode("sliding", window=70, sinks=5)
+SPARSE = AttentionMode("sparse", window=40, sinks=5, budget=192)
 
 
 def latent_model(v32: bool = False):
@@ -85,3 +86,53 @@ def test_rows_under_a_window_are_the_same_in_any_company(backend, way, kv):
         batch.block_table[1, 1 : max(0, begin + 1 - SLIDING.window) // 32] = -1
         rows.append(r.plan.run(batch, r.store).logits[3:])
     assert torch.equal(alone, torch.cat(rows))
+
+
+def test_sparse_equals_the_reference(backend):
+    """No row of these has a tie: rows that do are rare."""
+    model = latent_model()
+    graph, ids = graph_of(model, SPARSE), random_ids(model.config, 600)
+    expected = runner(ReferenceBackend(), graph, weights_of(model)).logits(ids)
+    r = runner(backend, graph, packed_weights(weights_of(model), "fp32"))
+    for phase in (PREFILL, DECODE):
+        assert_close_rows(r.logits(ids, phase=phase), expected)
+        assert_close_rows(r.logits(ids, chunks=(1, 7, 64, 300), phase=phase), expected)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_sparse_over_small_caches(backend, kv):
+    """In the mean over rows: rounding also makes near estimates change places, and who sees another block is another row."""
+    model = latent_model()
+    ids, weights = random_ids(model.config, 400), packed_weights(weights_of(model), "fp32")
+    expected = runner(ReferenceBackend(), graph_of(model, SPARSE), weights_of(model), kv=kv).logits(ids)
+    made = runner(backend, graph_of(model, SPARSE), weights, kv=kv).logits(ids)
+    error = (made - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.mean() <= 2e-2
+    assert error[: SPARSE.budget].max() <= 2e-2  # that see all
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+def test_sparse_rows_are_the_same_in_any_company(backend, kv):
+    """Whatever the chunks and the other sequences; and those that see all have the bits of no choice."""
+    model = latent_model()
+    weights = packed_weights(weights_of(model), "bf16")
+    r = runner(backend, graph_of(model, SPARSE), weights, kv=kv)
+    ids = random_ids(model.config, 330)
+    alone = r.logits(ids, phase=DECODE)
+    assert torch.equal(alone, r.logits(ids, chunks=(1, 30, 5, 240), phase=DECODE))
+    flash = runner(backend, graph_of(model, AttentionMode()), weights, kv=kv).logits(ids, phase=DECODE)
+    assert torch.equal(alone[: SPARSE.budget], flash[: SPARSE.budget])
+    assert not torch.equal(alone, flash)
+    mine, other, rows = r.sequence(), r.sequence(), []
+    run_step(r.plan, r.store, [Part(other, random_ids(model.config, 250, seed=1))])
+    for begin, end in ((0, 150), (150, 230), (230, 231), (231, 330)):
+        parts = [Part(other, [7, 8, 9], DECODE), Part(mine, ids[begin:end], DECODE)]
+        rows.append(run_step(r.plan, r.store, parts).logits[3:])
+    assert torch.equal(alone, torch.cat(rows))
+
+
+def test_a_trained_indexer_stays_under_sparse_attention(backend):
+    model = latent_model(v32=True)
+    weights, ids = packed_weights(weights_of(model), "fp32"), random_ids(model.config, 300)
+    flash, sparse = (runner(backend, graph_of(model, mode), weights).logits(ids) for mode in (AttentionMode(), SPARSE))
+    assert torch.equal(flash, sparse)
