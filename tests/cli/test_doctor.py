@@ -27,7 +27,10 @@ def test_an_error_is_exit_code_1(dso, tmp_path):
 
 
 def test_a_context_that_cannot_be_had(dso, tiny_model):
-    assert dso("doctor", tiny_model, "--context", "100000").exit_code == 1
+    result = dso("doctor", tiny_model, "--context", "100000")
+    assert result.exit_code == 1 and "--context-extension yarn" in " ".join(result.stdout.split())
+    more = ("--context-extension", "yarn", "--context-length", "100000")
+    assert dso("doctor", tiny_model, "--context", "100000", *more).exit_code == 0
 
 
 def test_symptom(dso, tiny_model):

@@ -29,3 +29,9 @@ def test_model(dso, tiny_model):
     facts = json.loads(result.stdout)["model"]
     assert facts["family"] == "llama" and facts["formats"][0]["format"] == "int8"
     assert "int8" in dso("info", tiny_model, "--precision", "int8").stdout
+
+
+def test_an_extended_context(dso, tiny_model):
+    result = dso("info", tiny_model, "--context-extension", "yarn", "--context-length", "512", "--json")
+    assert result.exit_code == 0, result.output
+    assert any("trained for (256)" in note for note in json.loads(result.stdout)["model"]["warnings"])

@@ -33,6 +33,14 @@ def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):
     assert facts["prompt_tokens"] == len("Hello") + len("Be") + 5
 
 
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_room_for_more_than_it_was_trained_for(dso, tiny_model, kind):
+    prompt = "x" * 300  # the model was trained for 256 tokens
+    result = dso("run", tiny_model, prompt, "-n", "8", "--json", "--context-extension", kind, "--context-length", "512")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["prompt_tokens"] == 303
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -40,6 +48,10 @@ def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):
         (["x" * 300], "no room in the model's context"),
         (["Hi", "--precision", "int5"], "precision must be one of"),
         (["Hi", "--kv-cache", "bf17"], "kv_cache must be one of"),
+        (["Hi", "--context-extension", "ntk", "--context-length", "512"], "context_extension must be one of"),
+        (["Hi", "--context-extension", "yarn"], "needs context_length"),
+        (["Hi", "--context-length", "512"], "needs context_extension"),
+        (["Hi", "--context-extension", "yarn", "--context-length", "256"], "trained for 256 tokens"),
         (["Hi", "--temperature", "nan"], "temperature"),
         (["Hi", "--top-p", "1.5"], "top_p"),
     ],

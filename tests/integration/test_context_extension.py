@@ -95,7 +95,7 @@ def test_however_it_is_loaded_and_saved(saved: Saved, tmp_path: Path) -> None:
     saved.check(converted, expected)
     saved.check(copy.deepcopy(converted), expected)
     converted.save_pretrained(tmp_path / "packed")
-    reopened = load_model(tmp_path / "packed", backend="reference")
+    reopened = load_model(tmp_path / "packed", DeepSeekConfig(backend="reference"))  # which says nothing of an extension
     assert (reopened.dso.config.context_extension, reopened.dso.config.context_length) == (saved.kind, ROOM)
     saved.check(reopened, expected)
     saved.check(load_model(tmp_path / "packed", **{**fields, "precision": "auto"}), expected)  # asked for what it is
@@ -170,6 +170,8 @@ def test_another_length_of_a_packed_copy_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "packed")
     with pytest.raises(ConfigError, match="scales its RoPE already"):
         load_model(tmp_path / "packed", context_extension="yarn", context_length=2 * ROOM)
+    with pytest.raises(ConfigError, match="needs context_extension"):
+        load_model(tmp_path / "packed", DeepSeekConfig(), context_length=2 * ROOM)
 
 
 def test_odd_lengths_are_what_was_asked_for() -> None:

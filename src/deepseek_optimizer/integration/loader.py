@@ -125,8 +125,9 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     stored = DeepSeekConfig(**section).to_dict()
     given = {**(config.to_dict() if config else {}), **fields}
     packed = {name: stored[name] for name in ("modules", "format_version", "kl_budget", "formats", "curve")}
-    if given.get("context_extension") is None:  # its config.json is extended already, if it is
-        packed |= {name: stored[name] for name in ("context_extension", "context_length")}
+    extension = ("context_extension", "context_length")
+    if all(given.get(name) is None for name in extension):  # its config.json is extended already, if it is
+        packed |= {name: stored[name] for name in extension}
     wanted = given.get("precision", "auto")
     formats = {entry["format"] for entry in stored["modules"].values()}
     if wanted not in ("auto", stored["precision"]) and formats != {wanted}:
