@@ -25,3 +25,19 @@ print(memory.bytes())
 def test_peak_memory_counts_what_came_after():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     assert 96 << 20 <= int(done.stdout) <= 120 << 20
+
+
+AGAIN = """
+from deepseek_optimizer.bench.process import PeakMemory
+memory = PeakMemory()
+held = bytearray(64 << 20)
+spike = bytearray(200 << 20); del spike
+memory.restart()
+print(memory.bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_a_peak_that_starts_again_counts_what_is_still_held():
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
+    assert 60 << 20 <= int(done.stdout) <= 90 << 20
