@@ -25,7 +25,7 @@ def blocks():
 @pytest.fixture
 def file(tmp_path, blocks):
     path = tmp_path / "new" / "a.blocks"
-    save_blocks(path, MADE_WITH, TOKENS, blocks, block_tokens=32, block_bytes=SIZE)
+    save_blocks(path, MADE_WITH, TOKENS, blocks, numbers=[0, 1, 2], block_tokens=32, block_bytes=SIZE)
     return path
 
 
@@ -34,6 +34,12 @@ def test_comes_back(file, blocks):
     saved.check(MADE_WITH, 32, SIZE)
     assert saved.tokens == TOKENS and list(saved.blocks()) == blocks
     assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_blocks_that_nobody_needs_are_left_out(tmp_path, blocks):
+    save_blocks(tmp_path / "a", MADE_WITH, TOKENS, blocks[1:], numbers=[0, 2], block_tokens=32, block_bytes=SIZE)
+    saved = open_blocks(tmp_path / "a")
+    assert saved.numbers == [0, 2] and saved.tokens == TOKENS and list(saved.blocks()) == blocks[1:]
 
 
 def test_any_flipped_bit_is_found(file):
@@ -97,11 +103,15 @@ def test_other_files_and_versions(file, monkeypatch):
     [
         [],
         {},
-        {"made_with": {}, "tokens": 96, "block_tokens": 0, "block_bytes": SIZE},
-        {"made_with": {}, "tokens": 95, "block_tokens": 32, "block_bytes": SIZE},
-        {"made_with": {}, "tokens": -32, "block_tokens": 32, "block_bytes": SIZE},
-        {"made_with": {}, "tokens": 1 << 62, "block_tokens": 32, "block_bytes": 1 << 62},
-        {"made_with": 3, "tokens": 96, "block_tokens": 32, "block_bytes": SIZE},
+        {"made_with": {}, "tokens": 96, "held": [[0, 3]], "block_tokens": 0, "block_bytes": SIZE},
+        {"made_with": {}, "tokens": 96, "block_tokens": 32, "block_bytes": SIZE},
+        *(
+            {"made_with": {}, "tokens": 96, "held": held, "block_tokens": 32, "block_bytes": SIZE}
+            for held in ([[0, 4]], [[2, 1]], [[1, 2], [0, 1]], [[0, 2], [1, 3]], [[0]], [0, 3], [[-1, 2]], [[0, True]], 3)
+        ),
+        {"made_with": {}, "tokens": -32, "held": [], "block_tokens": 32, "block_bytes": SIZE},
+        {"made_with": {}, "tokens": 1 << 62, "held": [[0, 1 << 57]], "block_tokens": 32, "block_bytes": 1 << 62},
+        {"made_with": 3, "tokens": 96, "held": [[0, 3]], "block_tokens": 32, "block_bytes": SIZE},
         {"made_with": {}, "tokens": True, "block_tokens": 32, "block_bytes": 1.5},
     ],
 )
@@ -121,7 +131,9 @@ def test_a_write_that_fails_leaves_what_was_there(file, blocks):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        save_blocks(file, MADE_WITH, TOKENS, broken(), block_tokens=32, block_bytes=SIZE)
-    with pytest.raises(ValueError, match="2 blocks"):
-        save_blocks(file, MADE_WITH, TOKENS, blocks[:2], block_tokens=32, block_bytes=SIZE)
+        save_blocks(file, MADE_WITH, TOKENS, broken(), numbers=[0, 1, 2], block_tokens=32, block_bytes=SIZE)
+    with pytest.raises(ValueError, match="shorter"):
+        save_blocks(file, MADE_WITH, TOKENS, blocks[:2], numbers=[0, 1, 2], block_tokens=32, block_bytes=SIZE)
+    with pytest.raises(ValueError, match="block 3 of 96 tokens"):
+        save_blocks(file, MADE_WITH, TOKENS, blocks[:1], numbers=[3], block_tokens=32, block_bytes=SIZE)
     assert file.read_bytes() == before and [p.name for p in file.parent.iterdir()] == [file.name]

@@ -54,6 +54,29 @@ def test_the_same_text_without_reading_again(tmp_path, backend, case, kv_cache):
     assert got.token_ids == again.token_ids and got.logprobs == again.logprobs
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"attention_optimization": "sparse", "attention_window": 32, "attention_budget": 160},
+        {"attention_optimization": "sliding", "attention_window": 64},
+    ],
+    ids=lambda mode: mode["attention_optimization"],
+)
+def test_what_modes_of_attention_keep_beside_is_saved_too(tmp_path, backend, mode):
+    prompt = random_ids(CASES["llama-gqa"](), 420)
+    first, runtime = made("llama-gqa", backend, **mode)
+    first.generate([prompt], GREEDY)
+    tokens = saved(tmp_path / "a", first, runtime, prompt)
+    assert tokens >= 384
+    second, runtime = made("llama-gqa", backend, **mode)
+    assert loaded(tmp_path / "a", second, runtime, prompt) == tokens
+    [again], [got] = first.generate([prompt], GREEDY), second.generate([prompt], GREEDY)
+    assert (
+        got.cached_tokens == again.cached_tokens >= 384 and got.token_ids == again.token_ids and got.logprobs == again.logprobs
+    )
+
+
 def test_other_models_settings_and_texts_are_refused(tmp_path):
     prompt = random_ids(CASES["llama-gqa"](), 70)
     engine, runtime = made("llama-gqa", "reference")

@@ -35,16 +35,22 @@ class SavedBlocks:
 
     Attributes:
         made_with: what the blocks' bytes depend on, by name, as it was given to `save_blocks`.
-        tokens: whose keys and values the blocks hold.
+        tokens: of the text. held: which of its blocks are there, as [begin, end) runs; the others nobody needs any more.
         block_tokens, block_bytes: of a block.
     """
 
     path: Path
     made_with: Mapping[str, Any]
     tokens: list[int]
+    held: list[list[int]]
     block_tokens: int
     block_bytes: int
     _begin: int
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the blocks that are there, in the text."""
+        return _numbers(self.held)
 
     def check(self, made_with: Mapping[str, Any], block_tokens: int, block_bytes: int) -> None:
         """Raises CheckpointError where the blocks were not made with this."""
@@ -60,10 +66,10 @@ class SavedBlocks:
             )
 
     def blocks(self) -> Iterator[bytes]:
-        """The blocks' bytes in order. Raises CheckpointError at one that is damaged."""
+        """The bytes of the blocks that are there, in order. Raises CheckpointError at one that is damaged."""
         with self.path.open("rb") as file:
             file.seek(self._begin)
-            for number in range(len(self.tokens) // self.block_tokens):
+            for number in self.numbers:
                 digest, data = file.read(_DIGEST), file.read(self.block_bytes)
                 if len(data) != self.block_bytes or _block_digest(number, data) != digest:
                     raise CheckpointError(f"block {number} is damaged; delete the file and read the text anew", file=self.path)
@@ -76,6 +82,7 @@ def save_blocks(
     tokens: list[int],
     blocks: Iterable[bytes],
     *,
+    numbers: list[int],
     block_tokens: int,
     block_bytes: int,
 ) -> None:
@@ -83,22 +90,22 @@ def save_blocks(
 
     Args:
         made_with: what the blocks' bytes depend on, by name: JSON.
-        tokens: whose keys and values the blocks hold: `block_tokens` each.
+        tokens: of the text, whose block n holds those from n * block_tokens on.
+        blocks: bytes of those that are to be there; `numbers`: which they are, ascending.
         block_bytes: of each block.
     """
-    fields = {"made_with": made_with, "tokens": len(tokens), "block_tokens": block_tokens, "block_bytes": block_bytes}
+    fields = {
+        "made_with": made_with, "tokens": len(tokens), "held": _runs(numbers), "block_tokens": block_tokens,
+        "block_bytes": block_bytes,
+    }  # fmt: skip
     header = json.dumps(fields, sort_keys=True).encode()
     head = _START.pack(_MAGIC, _VERSION, len(header)) + header + np.array(tokens, "<i4").tobytes()
     with atomic_file(path) as file:
         file.write(head + _digest(head))
-        written = 0
-        for number, data in enumerate(blocks):
-            if len(data) != block_bytes:
-                raise ValueError(f"a block has {block_bytes} bytes, got {len(data)}")
+        for number, data in zip(numbers, blocks, strict=True):
+            if len(data) != block_bytes or (number + 1) * block_tokens > len(tokens):
+                raise ValueError(f"block {number} of {len(tokens)} tokens has {len(data)} bytes, and a block {block_bytes}")
             file.write(_block_digest(number, data) + data)
-            written += 1
-        if written * block_tokens != len(tokens):
-            raise ValueError(f"{written} blocks do not hold {len(tokens)} tokens, {block_tokens} each")
 
 
 def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
@@ -120,13 +127,14 @@ def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
         fields, header = _header(file, path, size, length)
         count, block_tokens, block_bytes = (fields[name] for name in _SIZES)
         begin = _START.size + length + 4 * count + _DIGEST
-        expected = begin + count // block_tokens * (_DIGEST + block_bytes)
+        expected = begin + sum(end - first for first, end in fields["held"]) * (_DIGEST + block_bytes)
         if size != expected:
             raise CheckpointError(f"has {size:,} bytes, and {expected:,} by its header; read the text anew", file=path)
         tokens = file.read(4 * count)
         if file.read(_DIGEST) != _digest(start + header + tokens):
             raise CheckpointError("its header is damaged; delete it and read the text anew", file=path)
-    return SavedBlocks(path, fields["made_with"], np.frombuffer(tokens, "<i4").tolist(), block_tokens, block_bytes, begin)
+    ids = np.frombuffer(tokens, "<i4").tolist()
+    return SavedBlocks(path, fields["made_with"], ids, fields["held"], block_tokens, block_bytes, begin)
 
 
 def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[str, Any], bytes]:
@@ -141,9 +149,32 @@ def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[st
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged from None
-    if not good or fields["tokens"] % fields["block_tokens"]:
+    if not good or not _are_runs(fields.get("held"), fields["tokens"] // fields["block_tokens"]):
         raise damaged
     return fields, header
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Ascending numbers as [begin, end) runs."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1][1] += 1
+        else:
+            found.append([number, number + 1])
+    return found
+
+
+def _numbers(runs: list[list[int]]) -> list[int]:
+    return [number for begin, end in runs for number in range(begin, end)]
+
+
+def _are_runs(runs: Any, blocks: int) -> bool:
+    """Whether these are ascending runs of numbers below `blocks`."""
+    if not isinstance(runs, list) or not all(isinstance(run, list) and [type(n) for n in run] == [int, int] for run in runs):
+        return False
+    ends = [0, *(n for run in runs for n in run), blocks]
+    return all(a <= b for a, b in zip(ends, ends[1:], strict=False)) and all(begin < end for begin, end in runs)
 
 
 def _digest(data: bytes) -> bytes:

@@ -111,6 +111,12 @@ class EngineCore:
 
     # ---- what comes in
 
+    @property
+    def room(self) -> int:
+        """Tokens that prompt and text of a request may take together, but for what is read through a window."""
+        most = self.facts.context if self.sliding is None else self.sliding.window
+        return most if self.blocks >= self._most_blocks(most) else self.blocks * BLOCK_TOKENS
+
     def check(self, request: Request) -> int:
         """Tokens of text that it may get.
 
@@ -131,8 +137,8 @@ class EngineCore:
                 self.sliding.check(self._pinned(request), len(prompt))
                 return self.sliding.window if sampling.max_tokens is None else sampling.max_tokens
             room, what = self.sliding.window, "the window"
-        if self.blocks < self._most_blocks(room):
-            room, what = self.blocks * BLOCK_TOKENS, "the whole cache (kv_cache_memory)"
+        if self.room < room:
+            room, what = self.room, "the whole cache (kv_cache_memory)"
             fix += ', or load the model with sparse_attention=True or attention_optimization="sliding"'
         asked = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
         if len(prompt) + (0 if request.embed else asked) > room:

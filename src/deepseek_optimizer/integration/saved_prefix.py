@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..backends.base import BLOCK_TOKENS
+from ..cache.block_manager import HOLE
 from ..cache.prefix_cache import PrefixCache, keys
 from ..checkpoint.saved_blocks import open_blocks, save_blocks
 from ..errors import CacheFullError, CheckpointError
@@ -39,13 +40,20 @@ def save_prefix(
     wanted = keys(tokens, salt, len(tokens) // BLOCK_TOKENS)
     with arena.locked():
         blocks = prefix.match(wanted)
+    held = [number for number, block in enumerate(blocks) if block != HOLE]
     try:
-        if blocks:
-            kept = tokens[: len(blocks) * BLOCK_TOKENS]
-            sizes = {"block_tokens": BLOCK_TOKENS, "block_bytes": arena.store.saved_bytes}
-            save_blocks(path, fingerprint(runtime), kept, map(arena.read_block, blocks), **sizes)
+        if held:
+            save_blocks(
+                path,
+                fingerprint(runtime),
+                tokens[: len(blocks) * BLOCK_TOKENS],
+                (arena.read_block(blocks[number]) for number in held),
+                numbers=held,
+                block_tokens=BLOCK_TOKENS,
+                block_bytes=arena.store.saved_bytes,
+            )
     finally:
-        _release(arena, blocks)
+        _release(arena, [blocks[number] for number in held])
     return len(blocks) * BLOCK_TOKENS
 
 
@@ -72,7 +80,8 @@ def load_prefix(
     saved.check(fingerprint(runtime), BLOCK_TOKENS, arena.store.saved_bytes)
     if tokens is not None and saved.tokens != tokens[: len(saved.tokens)]:
         raise CheckpointError("its cache is of another text; delete it and read this one", file=path)
-    count = len(saved.tokens) // BLOCK_TOKENS
+    numbers = saved.numbers
+    count = len(numbers)
     with arena.locked() as manager:
         if count > manager.free_blocks:
             prefix.evict(count - manager.free_blocks)
@@ -82,9 +91,10 @@ def load_prefix(
     try:
         for block, data in zip(blocks, saved.blocks(), strict=True):
             arena.write_block(block, data)
+        known = keys(saved.tokens, salt, len(saved.tokens) // BLOCK_TOKENS)
         with arena.locked():
-            for key, block in zip(keys(saved.tokens, salt, count), blocks, strict=True):
-                prefix.put(key, block)
+            for number, block in zip(numbers, blocks, strict=True):
+                prefix.put(known[number], block)
     finally:
         _release(arena, blocks)
     return len(saved.tokens)

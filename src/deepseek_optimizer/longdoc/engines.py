@@ -48,7 +48,7 @@ class Engines:
     @property
     def room(self) -> int:
         """Tokens that prompt and reply may take together."""
-        return min(self.runtime.graph.max_positions, self.arena.store.num_blocks * BLOCK_TOKENS)
+        return self.engine(False).core.room
 
     @property
     def window(self) -> int | None:
@@ -57,9 +57,9 @@ class Engines:
             key_rotation(self.runtime.graph)
         except UnsupportedModelError:
             return None
-        if self.runtime.config.batch_invariant or self.room < SMALLEST:
+        if self.runtime.config.batch_invariant or self.room < SMALLEST or self.arena.store.num_blocks * BLOCK_TOKENS < SMALLEST:
             return None
-        return min(self.room, WINDOW)
+        return min(self.runtime.graph.max_positions, self.arena.store.num_blocks * BLOCK_TOKENS, WINDOW)
 
     def engine(self, window: bool) -> Engine:
         """The engine for prompts that fit, or the one that reads through a window. The other's cached prefixes are given up."""
