@@ -40,7 +40,7 @@ def test_what_is_kept_by_definition(fields: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("step", [1, 32, 45, 512])
 def test_a_long_text_takes_as_much_as_its_window(step: int) -> None:
     """A hundred thousand tokens; and never more than is promised."""
-    forgetting = Forgetting(window=200, sinks=40)
+    forgetting = Forgetting(window=200, sinks=40, spare=32)
     manager = BlockManager(forgetting.blocks(step), forgetting)
     made, used = SequenceBlocks(manager), 0
     for _ in range(100_000 // step):
@@ -60,7 +60,7 @@ def test_without_windows_nothing_is_forgotten() -> None:
 
 
 def test_going_back() -> None:
-    manager = BlockManager(40, Forgetting(window=100, sinks=4))
+    manager = BlockManager(40, Forgetting(window=100, sinks=4, spare=32))
     made = read(manager, 1_000)
     before = list(made.blocks)
     for tokens in (100, 500, 960, 33):
@@ -76,7 +76,7 @@ def test_going_back() -> None:
 
 
 def test_forks_share_what_is_there() -> None:
-    manager = BlockManager(40, Forgetting(window=64, sinks=4))
+    manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
     made = read(manager, 500)
     twin = made.fork()
     held, gone = twin.held, len(made.holes)
@@ -183,7 +183,7 @@ def text(seed: int, blocks: int) -> list[int]:
 
 def test_a_prefix_is_found_by_its_end() -> None:
     """What its last token does not see need not be there."""
-    manager = BlockManager(40, Forgetting(window=70, sinks=4))
+    manager = BlockManager(40, Forgetting(window=70, sinks=4, spare=32))
     cache, wanted = PrefixCache(manager), keys(text(0, 12), "", 12)
     made = read(manager, 12 * 32)
     for key, block in zip(wanted, made.blocks, strict=True):
@@ -203,7 +203,7 @@ def test_a_prefix_is_found_by_its_end() -> None:
 
 
 def test_what_others_use_stays_findable() -> None:
-    manager = BlockManager(40, Forgetting(window=64, sinks=4))
+    manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
     cache, wanted = PrefixCache(manager), keys(text(0, 8), "", 8)
     made = SequenceBlocks(manager)
     made.append(8 * 32)

@@ -13,12 +13,13 @@ class Forgetting:
     Attributes:
         window: latest tokens that a token sees, itself among them.
         sinks: tokens at the beginning that every token sees.
-        spare: tokens before the window that are kept for who goes back a little, or comes behind.
+        spare: tokens before the window that are kept all the same: drafts fall and are taken back, MTP layers come a little
+            behind, and what is asked next about a text parts with it where the last question began.
     """
 
     window: int
     sinks: int
-    spare: int = BLOCK_TOKENS
+    spare: int = 512
 
     @property
     def sink_blocks(self) -> int:

@@ -101,10 +101,9 @@ def budget(case: Case) -> Budget:
 
 
 def _span(case: Case) -> int | None:
-    from ..integration.graphs import loaded_mtp_layers
     from ..integration.runtime import forgetting_of
 
-    forgets = forgetting_of(case.graph, loaded_mtp_layers(case.sketch))
+    forgets = forgetting_of(case.graph)
     return None if forgets is None else forgets.blocks(case.settings.prefill_chunk) * BLOCK
 
 

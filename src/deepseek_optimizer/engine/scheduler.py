@@ -215,14 +215,17 @@ class Scheduler:
         return max(0, most - blocks.held)
 
     def forget(self, running: Running) -> None:
-        """Lets go of the blocks that none of its later tokens sees; in the prefix cache too, unless others use them."""
+        """Lets go of the blocks that none of its later tokens sees; in the prefix cache too, unless others use them, or they
+        are what its prompt was read up to: from there the next question about the same text goes on."""
         blocks = running.sequence.blocks
         if not blocks.forgettable:
             return
-        with self.memory.locked():
+        with self.memory.locked() as manager:
             gone = blocks.forget()
-            if self.prefix is not None:
-                self.prefix.forget_unused(running.keys[gone.start : min(gone.stop, running.registered)])
+            if self.prefix is not None and manager.forgetting is not None:
+                kept = range(manager.forgetting.first_kept(running.prompt), running.prompt // BLOCK_TOKENS)
+                known = range(gone.start, min(gone.stop, running.registered))
+                self.prefix.forget_unused([running.keys[place] for place in known if place not in kept])
 
     def computed(self, running: Running, tokens: int) -> None:
         """Its first so many tokens led to logits that are numbers: others may have its full blocks of them."""

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..backends.base import Backend, Plan
-from ..cache.forgetting import BLOCK_TOKENS, Forgetting
+from ..cache.forgetting import Forgetting
 from ..config import DeepSeekConfig
 from ..engine.speculative.gate import SpeculationReport
-from ..engine.speculative.mtp import MOST_BEHIND
 from ..errors import BackendError, ConfigError, UnsupportedModelError
 from ..graph import rules
 from ..graph.attention_mode import apply_mode, forgetting
@@ -76,11 +75,10 @@ def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
     return "int8" if config.sparse_attention else "bf16"
 
 
-def forgetting_of(graph: Graph, mtp_layers: int) -> Forgetting | None:
-    """What the cache of a model with this graph may forget; None: nothing. MTP layers come a little behind the model."""
-    if (seen := forgetting(graph)) is None:
-        return None
-    return Forgetting(*seen, spare=BLOCK_TOKENS + (MOST_BEHIND if mtp_layers else 0))
+def forgetting_of(graph: Graph) -> Forgetting | None:
+    """What the cache of a model with this graph may forget; None: nothing."""
+    seen = forgetting(graph)
+    return None if seen is None else Forgetting(*seen)
 
 
 class Runtime:
@@ -190,8 +188,8 @@ class Runtime:
         """
         blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), memory)
         store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
-        layers, forgetting = self.graph.hidden_states - 1, forgetting_of(self.graph, loaded_mtp_layers(self.model))
-        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgetting)
+        layers, forgets = self.graph.hidden_states - 1, forgetting_of(self.graph)
+        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets)
 
     @property
     def kv_dtype(self) -> str:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # (sequence's index, tokens drafted so far, logits [V]) -> token, and the distribution it was drawn from or None
 Choose = Callable[[int, list[int], Any], "tuple[int, Any]"]
-_FLUSH = 256  # rows of hidden states that may wait: so many cost little more than one where they run at once
-MOST_BEHIND = _FLUSH + BLOCK_TOKENS  # tokens that the last layer may be behind the model
+_FLUSH = 256  # rows of hidden states that may wait: so many cost little more than one where they run at once. A cache that
+# forgets keeps what those need (`cache.forgetting.Forgetting.spare`)
 
 
 @dataclass

@@ -1,0 +1,314 @@
+"""Modes of attention through load_model, generate and engines: what a token sees, what is kept, and what is said of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_optimizer import (
+    ConfigError,
+    DeepSeekConfig,
+    DynamicGraphOptimizer,
+    PagedCache,
+    Request,
+    SamplingParams,
+    load_model,
+    make_engine,
+)
+from deepseek_optimizer.cache import HOLE, Forgetting
+from deepseek_optimizer.errors import ForgottenError
+from deepseek_optimizer.integration.compat import cache_name
+from deepseek_optimizer.integration.runtime import OptimizerWarning
+from support.models import CASES, assert_close_rows, deepseek_v3, llama, random_ids, random_model
+from support.mtp_files import save_with_mtp
+from support.row_by_row import logits_in_mode
+
+from .conftest import BACKENDS, Pair, make_pair
+
+SLIDING = {"attention_optimization": "sliding", "attention_window": 37, "attention_sinks": 3}
+SPARSE = {"attention_optimization": "sparse", "attention_window": 40, "attention_sinks": 1, "attention_budget": 160}
+MODES = {"sliding": SLIDING, "sparse": SPARSE}
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def forget_early(model: Any) -> Any:
+    """Keeps nothing to spare, so that short texts are forgotten too. Returns the manager of its cache's blocks."""
+    manager = model.dso.arena.manager
+    if manager.forgetting is not None:
+        manager.forgetting = replace(manager.forgetting, spare=0)
+    return manager
+
+
+def greedy(model: Any, ids: Any, count: int, **options: Any) -> Any:
+    return model.generate(torch.as_tensor(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    made: dict[Any, Pair] = {}
+
+    def pair(case: str, backend: str, mode: str) -> Pair:
+        """Shared: leave it as it is."""
+        key = case, backend, mode
+        if key not in made:
+            made[key] = make_pair(case, backend, **MODES[mode])
+            forget_early(made[key].fast)
+        return made[key]
+
+    return pair
+
+
+@backends
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["llama-gqa", "qwen2-windows", "deepseek_v2-greedy", "deepseek_v3-groups"])
+def test_logits_and_text(case: str, mode: str, backend: str, pairs: Any) -> None:
+    """What a model generates is what its logits of the whole text say, token by token."""
+    pair = pairs(case, backend, mode)
+    ids = pair.ids(180)
+    text = greedy(pair.fast, ids, 60)
+    expected = logits_in_mode(pair.plain, text[0].tolist(), pair.fast.dso.config.attention)
+    assert_close_rows(pair.fast(text).logits[0], expected, 3e-4)
+    assert text[0, 180:].tolist() == expected[179:-1].argmax(-1).tolist()
+
+
+@backends
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_a_batch_do_not_meet(mode: str, backend: str, pairs: Any) -> None:
+    """Padded rows, whose windows begin at different places; beams, which fork and reorder; several answers."""
+    pair = pairs("llama-gqa", backend, mode)
+    lengths = (230, 41, 170)
+    ids, mask = pair.ids(*lengths), pair.mask(*lengths)
+    together = greedy(pair.fast, ids, 50, attention_mask=mask)
+    for row, length in enumerate(lengths):
+        alone = greedy(pair.fast, ids[row : row + 1, -length:], 50)
+        assert together[row, max(lengths) :].tolist() == alone[0, length:].tolist()
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    exact = greedy(pair.fast, ids[:1], 12, use_cache=False, **beams)
+    assert greedy(pair.fast, ids[:1], 12, **beams).tolist() == exact.tolist()
+    assert pair.fast.dso.arena.used_bytes == 0
+
+
+@backends
+@pytest.mark.parametrize("mode", MODES)
+def test_drafts_change_nothing(mode: str, backend: str, pairs: Any) -> None:
+    """By prompt lookup, in our loop and in Transformers', and by an assistant, which takes back more than a window holds."""
+    pair = pairs("llama-gqa", backend, mode)
+    ids = pair.ids(60).repeat(1, 4)
+    plain = greedy(pair.fast, ids, 80).tolist()
+    assert greedy(pair.fast, ids, 80, prompt_lookup_num_tokens=9).tolist() == plain
+    assert greedy(pair.fast, ids, 80, prompt_lookup_num_tokens=9, output_hidden_states=True).tolist() == plain
+    other = make_pair("llama-gqa", backend).fast
+    other.generation_config.num_assistant_tokens = 70
+    other.generation_config.num_assistant_tokens_schedule = "constant"
+    assert greedy(pair.fast, ids, 80, assistant_model=other).tolist() == plain
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mtp_layers_are_in_the_same_mode(mode: str, tmp_path: Any) -> None:
+    save_with_mtp(tmp_path / "model", deepseek_v3())
+    model = load_model(tmp_path / "model", backend="reference", **MODES[mode])
+    if mode == "sliding":
+        model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)  # what MTP layers may be behind, and a block
+    ids = torch.tensor([random_ids(model.config, 200)])
+    plain = greedy(model, ids, 90).tolist()
+    assert greedy(model, ids, 90, use_mtp=True, num_assistant_tokens_schedule="constant").tolist() == plain
+    assert model.dso.speculation.drafted > 20
+    assert model.dso.arena.used_bytes == 0
+
+
+# ---- a cache that forgets
+
+
+def used(model: Any) -> int:
+    arena = model.dso.arena
+    return arena.used_bytes // arena.store.block_bytes
+
+
+@backends
+def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> None:
+    """Read, and more generated behind them."""
+    plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
+    fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", backend=backend, **SLIDING)).optimize()
+    most = forget_early(fast).forgetting.blocks(fast.dso.config.prefill_chunk)
+    ids = torch.tensor([random_ids(fast.config, 100_000)])
+    cache, seen = PagedCache(fast), []
+    fast(ids, cache=cache, logits_to_keep=1)
+    assert cache.get_seq_length() == 100_000 and 2 <= used(fast) <= 4
+    assert fast.dso.arena.manager.high_water <= most
+
+    def watch(_: Any, scores: Any) -> Any:
+        seen.append(used(fast))
+        return scores
+
+    greedy(fast, torch.nn.functional.pad(ids, (0, 1), value=7), 500, **{cache_name(): cache}, logits_processor=[watch])
+    assert len(seen) == 500 and max(seen) <= 5 and cache.get_seq_length() == 100_500
+    assert fast.dso.arena.manager.high_water <= most
+    del cache
+    assert used(fast) == 0
+
+
+@backends
+@pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
+def test_the_text_without_forgetting(case: str, backend: str) -> None:
+    pair = make_pair(case, backend, prefill_chunk=64, **SLIDING)
+    ids, manager = pair.ids(400), forget_early(pair.fast)
+    most = manager.forgetting.blocks(64)
+    text = greedy(pair.fast, ids, 150)
+    assert manager.high_water == 0 and pair.fast(text).logits.isfinite().all()
+    cache = PagedCache(pair.fast)
+    last = pair.fast(text, cache=cache).logits[0, -1]
+    assert used(pair.fast) <= most
+    manager.forgetting = None
+    assert greedy(pair.fast, ids, 150).tolist() == text.tolist()
+    torch.testing.assert_close(pair.fast(text, cache=PagedCache(pair.fast)).logits[0, -1], last)
+
+
+@backends
+def test_going_back(backend: str, pairs: Any) -> None:
+    """A little is fine; further is an error that says why, and leaves the cache as it was. What is gone reads as zeros."""
+    pair = pairs("llama-gqa", backend, "sliding")
+    ids = pair.ids(300)
+    cache = PagedCache(pair.fast)
+    whole = pair.fast(ids, cache=cache).logits[0]
+    with pytest.raises(ForgottenError, match="attention_window"):
+        cache.crop(-150)
+    assert cache.get_seq_length() == 300
+    cache.crop(-5)
+    again = pair.fast(ids[:, 295:], cache=cache).logits[0]
+    torch.testing.assert_close(again, whole[295:], atol=1e-4, rtol=1e-4)
+    sequence = cache.state.sequences[0]
+    gone = [t for t in range(300) if sequence.blocks[t // 32] == HOLE]
+    keys = cache.layers[1].keys[0]
+    assert gone and not keys[:, gone].any() and keys[:, :32].all() and keys[:, gone[-1] + 1 :].all()
+    copied = copy.deepcopy(cache)
+    a, b = (pair.fast(ids[:, :5], cache=c).logits for c in (cache, copied))
+    assert torch.equal(a, b)
+
+
+def test_a_step_that_fails_after_others_have_forgotten() -> None:
+    """The cache is empty then, and its blocks are free."""
+    pair = make_pair("llama-gqa", prefill_chunk=64, **SLIDING)
+    forget_early(pair.fast)
+    cache, plan, runs = PagedCache(pair.fast), pair.fast.dso.plan, []
+    pair.fast(pair.ids(50), cache=cache)
+
+    def run(batch: Any, store: Any) -> Any:
+        runs.append(1)
+        if len(runs) > 5:
+            raise KeyboardInterrupt
+        return type(plan).run(plan, batch, store)
+
+    plan.run = run
+    with pytest.raises(KeyboardInterrupt):
+        pair.fast(pair.ids(600), cache=cache)
+    assert cache.get_seq_length() == 0 and used(pair.fast) == 0
+    del plan.run
+    pair.fast(pair.ids(50), cache=cache)
+    assert cache.get_seq_length() == 50
+
+
+@backends
+def test_an_engine_reads_what_is_longer_than_its_cache(backend: str, tmp_path: Any) -> None:
+    model = random_model(llama(max_position_embeddings=20_000))
+    model.save_pretrained(tmp_path / "model")
+    made = load_model(tmp_path / "model", precision="fp32", backend=backend, prefill_chunk=128, **SLIDING)
+    made.dso.config.kv_cache_memory = 24 * made.dso.backend.block_bytes(made.dso.graph, "fp32")
+    prompts = [prompt := random_ids(made.config, 3_000), [*prompt, 5, 6]]
+    texts = [greedy(made, [ids], 40)[0, len(ids) :].tolist() for ids in prompts]
+    assert made.dso.arena.manager.num_blocks == 24 < 3_000 // 32
+    engine, sampling = make_engine(made), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    first, second = (engine.generate([Request(ids, sampling)])[0] for ids in prompts)
+    assert [list(first.token_ids), list(second.token_ids)] == texts
+    assert second.cached_tokens >= 2_976  # found by its end
+
+
+# ---- settings, and what is said
+
+
+def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
+    random_model(CASES["llama-gqa"]()).save_pretrained(tmp_path / "plain")
+    model = load_model(tmp_path / "plain", precision="int8", backend="reference", **SLIDING)
+    model.save_pretrained(tmp_path / "packed")
+    again = load_model(tmp_path / "packed")
+    assert again.dso.config.attention == model.dso.config.attention
+    ids = torch.tensor([random_ids(model.config, 200)])
+    assert greedy(again, ids, 20).tolist() == greedy(model, ids, 20).tolist()
+    other = load_model(tmp_path / "packed", attention_optimization="flash")
+    assert other.report().attention.mode == "flash" and other.dso.arena.manager.forgetting is None
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "row", "said"),
+    [
+        ("llama-gqa", {}, ("flash", 0, 0, 0, 3, 0, False), "flash: all tokens before, in 3 layers"),
+        ("llama-gqa", {"attention_optimization": "eager"}, ("eager", 0, 0, 0, 3, 0, False), "eager: all tokens before"),
+        (
+            "llama-gqa",
+            SLIDING,
+            ("sliding", 37, 3, 0, 3, 0, True),
+            "the latest 37 tokens and the first 3, in 3 layers; the cache",
+        ),
+        ("llama-gqa", SPARSE, ("sparse", 40, 1, 160, 3, 0, False), "sparse: 160 tokens at most"),
+        ("qwen2-windows", SPARSE, ("sparse", 40, 1, 160, 1, 2, False), "as trained in 2 layers"),
+        ("qwen2-windows", {}, ("flash", 0, 0, 0, 1, 2, False), "in 1 layer; as trained in 2 layers"),
+        ("deepseek_v32-indexer", SPARSE, ("sparse", 40, 1, 160, 0, 3, False), "as trained in 3 layers"),
+        ("deepseek_v32-indexer", SLIDING, ("sliding", 37, 3, 0, 3, 0, True), "in 3 layers; the cache forgets"),
+    ],
+)
+def test_the_report(case: str, fields: dict[str, Any], row: tuple[Any, ...], said: str) -> None:
+    report = make_pair(case, **fields).fast.report()
+    found = report.attention
+    assert (found.mode, found.window, found.sinks, found.budget, found.layers, found.own, found.forgets) == row
+    assert said in " ".join(str(report).replace("│", " ").split())
+    assert report.to_dict()["attention"]["mode"] == row[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "fields", "kind"),
+    [
+        ("int8", {"sparse_attention": True}, "int8"),
+        ("fp32", {"sparse_attention": True}, "fp32"),
+        ("int8", {"sparse_attention": True, "kv_cache": "bf16"}, "bf16"),
+        ("int8", {"attention_optimization": "sparse"}, "bf16"),
+    ],
+)
+def test_storage_of_the_cache(precision: str, fields: dict[str, Any], kind: str) -> None:
+    model = random_model(CASES["llama-gqa"]())
+    config = DeepSeekConfig(precision=precision, backend="reference", **fields)
+    report = DynamicGraphOptimizer(model, config=config).optimize().report()
+    assert report.kv_cache == kind
+    assert ("int8 (sparse_attention)" in str(report)) == (kind == "int8")
+
+
+def test_transformers_own_forward_says_that_it_sees_all() -> None:
+    pair = make_pair("llama-gqa", **SLIDING)
+    ids = pair.ids(120)
+    with pytest.warns(OptimizerWarning, match="every token sees all before it, whatever sliding attention hides"):
+        hooked = pair.fast(ids, output_attentions=True)
+    assert_close_rows(hooked.logits[0], pair.plain(ids).logits[0], 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair.fast(ids, output_attentions=True)  # said once
+    with pytest.warns(OptimizerWarning) as told:
+        make_pair("llama-gqa").fast(ids, output_attentions=True)
+    assert not any("hides" in str(w.message) for w in told)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_optimization": "sparse", "attention_budget": 64}, "attention_budget"),
+        ({"attention_optimization": "sliding", "sparse_attention": True}, "choose one"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_first(fields: dict[str, Any], message: str, tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path / "nothing-here", DeepSeekConfig(**fields))
+    random_model(CASES["llama-gqa"]()).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path / "plain", **fields)
