@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from deepseek_optimizer import CacheFullError, load_model
+from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.doctor import examine_symptom
 from deepseek_optimizer.doctor.budget import budget
 from deepseek_optimizer.doctor.checks import memory
@@ -20,6 +23,7 @@ from support.models import llama, random_ids, random_model
 
 CONTEXT = 16384
 SLIDING = {"attention_optimization": "sliding"}
+NATIVE = pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,7 @@ def test_a_cgroups_limit_is_what_is_free(case, machine, long_model):
 
 
 @pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NATIVE)])
 @pytest.mark.parametrize(
     "remedy", [{"sparse_attention": True}, {**SLIDING, "attention_window": 512}], ids=["sparse", "sliding"]
 )
@@ -155,3 +159,44 @@ def test_the_remedy_is_true(case, machine, long_model, remedy, backend):
     made = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert made.shape == (1, tokens + 8)
     assert model.dso.arena.manager.high_water * 32 <= held
+
+
+_SMALL_PROCESS = """
+import resource, sys, warnings
+import psutil, torch
+from deepseek_optimizer import CacheFullError, load_model
+from deepseek_optimizer.doctor import Case, Machine, examine_symptom
+from deepseek_optimizer.doctor.budget import budget
+from deepseek_optimizer.integration.arena import RESERVE_BYTES
+
+path, context = sys.argv[1], int(sys.argv[2])
+prompt = torch.randint(3, 200, (1, context - 8), generator=torch.Generator().manual_seed(0))
+def read(**fields):
+    return load_model(path, **fields).generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+load_model(path).generate(prompt[:, :40], max_new_tokens=2)  # imports and threads are there
+with Case(Machine.here(), model=path, fields={"sparse_attention": True}) as sparse:
+    needs = budget(sparse).needed(context)
+limit = psutil.Process().memory_info().vms + needs + RESERVE_BYTES + (24 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+with Case(Machine.here(), model=path, context=context) as case:
+    found = examine_symptom(case, "out-of-memory")
+print([f.facts["name"] for f in found if f.fix.startswith("take ")])
+try:
+    read()
+except CacheFullError as error:
+    print(error)
+print(tuple(read(sparse_attention=True).shape))
+"""
+
+
+@pytest.mark.slow
+@NATIVE
+def test_a_process_with_little_memory(tmp_path):
+    """Under a limit of the system's own (RLIMIT_AS)."""
+    config = llama(hidden_size=64, num_attention_heads=16, num_key_value_heads=16, head_dim=128, max_position_embeddings=8192)
+    random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", _SMALL_PROCESS, str(tmp_path / "model"), "8192"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    recommended, refused, read = done.stdout.splitlines()
+    assert recommended == "['sparse_attention=True']" and "sparse_attention=True" in refused and read == "(1, 8192)"
