@@ -1,5 +1,5 @@
-"""Modes of attention over keys and values in native plans, on every ISA: against the reference, in pieces, in company, with blocks
-gone."""
+"""Modes of attention over keys and values in native plans, on every ISA: against the reference, in pieces, in company, with
+blocks gone."""
 
 from __future__ import annotations
 
