@@ -36,7 +36,8 @@ def load(folder):
     def load(mode, **fields):
         key = (mode, *sorted(fields.items()))
         if key not in loaded:
-            loaded[key] = load_model(folder, backend="cpu", kv_cache="bf16", attention_optimization=mode, **fields)
+            given = {"backend": "cpu", "kv_cache": "bf16", "attention_optimization": mode, **fields}
+            loaded[key] = load_model(folder, **given)
         return loaded[key]
 
     return load
@@ -162,3 +163,11 @@ def test_the_window_ends_where_it_says(load, distance, found):
     assert length - 1 - (hay.places[0] + 1) == distance  # from the question to the value
     expected = hay.values if found else [BOS]
     assert _read(model, hay) == _decoded(model, hay) == expected
+
+
+@pytest.mark.parametrize("mode, found", [("flash", 3), ("sliding", 1), ("sparse", 3)])
+def test_the_reference_backend_does_the_same(load, mode, found):
+    fields = {} if mode == "flash" else {"attention_window": 64}
+    model = load(mode, backend="reference", **fields, **({"attention_budget": 192} if mode == "sparse" else {}))
+    hay = haystack(45, 600, [0.1, 0.5, 0.95])
+    assert _right(_read(model, hay), hay) == _right(_decoded(model, hay), hay) == found
