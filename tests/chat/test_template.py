@@ -356,6 +356,25 @@ def test_hostile_templates_end_in_an_error_of_the_request(hostile, source, messa
     assert not Path("/tmp/escaped").exists()
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_stands_around_a_long_text(made, name):
+    tokenizer, template = made(name)
+    before, after = template.around("Read this.\n\n", "\n\nWhat is <|im_end|> and <｜User｜>?")
+    text = "Some text."
+    whole = template.render([{"role": "user", "content": f"Read this.\n\n{text}\n\nWhat is <|im_end|> and <｜User｜>?"}])
+    assert before.text + text + after.text == whole.text
+    inner = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([*before.ids, *inner, *after.ids]) == tokenizer.decode(whole.ids)
+    special = set(tokenizer.all_special_ids)
+    assert [i for i in (*before.ids, *after.ids) if i in special] == [i for i in whole.ids if i in special]
+
+
+def test_around_needs_a_template_that_shows_a_message_once(hostile):
+    for source in ("{{ messages[0].content }}{{ messages[0].content }}", "Hello", "{{ messages[0].content[:10] }}"):
+        with pytest.raises(RequestError, match="as it is, once"):
+            hostile(source).around("", "x")
+
+
 def test_after_a_template_that_killed_its_worker_there_is_another(hostile):
     template = hostile("{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}ok")
     for _ in range(2):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_optimizer import RequestError
-from deepseek_optimizer.engine.engine import Completion
+from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.base import Draft
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
@@ -430,3 +430,19 @@ def test_two_of_one_id_are_refused():
     core.add(Request([1], GREEDY, id="a"))
     with pytest.raises(RequestError, match="running already"):
         core.add(Request([1], GREEDY, id="a"))
+
+
+def test_an_engine_tells_of_each_step_and_ends_what_is_left():
+    engine = Engine(make_core(step_tokens=16))
+    requests = [Request([n, *range(40)], SamplingParams(temperature=0, max_tokens=4), id=f"r{n}") for n in range(3)]
+    steps = list(engine.steps(requests))
+    assert [] in steps[:5]  # prompts were read, and nothing was said
+    texts: dict[str, list[int]] = {request.id: [] for request in requests}
+    for output in (output for step in steps for output in step):
+        texts[output.request_id] += output.token_ids
+    assert texts == {request.id: expected(request.prompt, 4) for request in requests}
+    running = engine.steps([Request(list(range(40)), SamplingParams(max_tokens=50), id="left")])
+    next(running)
+    running.close()
+    assert engine.core.idle and blocks_in_use(engine.core) == 0
+    assert make_core(blocks=4, context=1000).room == 128 and make_core(blocks=64, context=1000).room == 1000

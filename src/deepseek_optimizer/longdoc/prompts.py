@@ -32,15 +32,16 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, template: ChatTemplate | None = None) -> None:
         self.tokenizer = tokenizer
-        self._chat = bool(tokenizer.chat_template)
-        self._template = template or (ChatTemplate(tokenizer) if self._chat else None)
+        self._own = template is None and bool(tokenizer.chat_template)
+        self._template = ChatTemplate(tokenizer) if self._own else template
         self._frames: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self._marks = Marks()  # the same for all texts, since making them takes longer than a passage; nobody is shown them
 
     def close(self) -> None:
-        """Ends the template's process; it starts again when it is needed."""
-        if self._template is not None:
+        """Ends the process of a template of its own; there is another when it is needed."""
+        if self._own and self._template is not None:
             self._template.close()
+            self._template = ChatTemplate(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that stands in the midst of a prompt. What looks like a control token in it is ordinary text.
