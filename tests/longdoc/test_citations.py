@@ -47,6 +47,16 @@ def test_what_is_quoted_comes_first_and_exactly() -> None:
     assert _cited("They call him 'Gustave'.")[0] == "Gustave Eiffel signed the plans.", "of a short one, its sentence"
 
 
+def test_of_quotations_that_overlap_one_is_cited() -> None:
+    found = _cited('"tallest building of the world" and "building of the world until 1930"', limit=2)
+    assert found[0] == "tallest building of the world" and all("until" not in text for text in found)
+
+
+def test_one_rare_word_counts_more_than_many_common_ones() -> None:
+    text = "It is one of the many that are in it. " * 40 + "Number 4711 wins. " + "It is one of the many that are in it. " * 40
+    assert "4711" in _cited("It is one of the many that are in it: 4711.", text=text, limit=1)[0]
+
+
 def test_parts_of_an_answer_have_citations_of_their_own() -> None:
     found = _cited("Built in 1889 of wrought iron, 330 metres high, with a lift renewed in 2014.")
     assert len(found) == 3 and all(any(word in text for text in found) for word in ("1889", "wrought", "330", "2014"))

@@ -43,7 +43,8 @@ def test_other_encodings_are_guessed_and_said(text: str, encoding: str) -> None:
 
 
 def test_a_few_accents_are_western() -> None:
-    assert read_upload("a.log", "Fehler: Müller nicht gefunden".encode("latin-1")).text == "Fehler: Müller nicht gefunden"
+    for text in ("Übergröße ist lieferbar", "Señor Núñez ha llegado"):  # charset-normalizer alone takes the first for Chinese
+        assert read_upload("a.log", text.encode("latin-1")).text == text
 
 
 def test_mixed_encodings_keep_what_is_utf8_and_say_where_the_rest_is() -> None:
