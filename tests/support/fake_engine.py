@@ -50,6 +50,7 @@ class FakeEngine:
         self.model_name, self.step_seconds, self.vocab_size = model_name, step_seconds, len(tokenizer)
         self.eos = frozenset({tokenizer.eos_token_id})
         self.window: int | None = None
+        self.room = context
         self.registry = CollectorRegistry()
         self.alive = False
         self.steps = 0

@@ -154,6 +154,11 @@ class AsyncEngine:
         return None if self.core.sliding is None else self.core.sliding.window
 
     @property
+    def room(self) -> int:
+        """Tokens that prompt and text of a request may take together."""
+        return self.core.room
+
+    @property
     def capacity(self) -> int:
         """Places there are."""
         return self.core.options.batch_size_range[1] + self.core.options.most_waiting

@@ -19,12 +19,14 @@ class Question:
     """
     Attributes:
         text: of the question.
+        before: what was said before it, so that it can be understood; models read it, and it is not looked for.
 
     Raises:
         RequestError: it is empty or beyond MOST_QUESTION characters.
     """
 
     text: str
+    before: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
@@ -76,7 +78,7 @@ Task = Question | Summary | Extraction
 def instruction(task: Task) -> str:
     """What stands behind the whole document, or behind the passages that were found."""
     if isinstance(task, Question):
-        return f"Answer the question from the text above, and from nothing else.\nQuestion: {task.text.strip()}"
+        return f"Answer the question from the text above, and from nothing else.\n{_question(task)}"
     if isinstance(task, Summary):
         return "Summarize the text above: what it is about, and its main points."
     return f"Extract data from the text above as JSON of this schema:\n{_json(task.schema)}"
@@ -87,7 +89,7 @@ def part_instruction(task: Task) -> str:
     if isinstance(task, Question):
         return (
             "Answer the question from the text above in one or two sentences, and quote the words that matter. If the text "
-            f"says nothing about it, answer {NOTHING}.\nQuestion: {task.text.strip()}"
+            f"says nothing about it, answer {NOTHING}.\n{_question(task)}"
         )
     if isinstance(task, Summary):
         return "Summarize the text above in two or three sentences."
@@ -100,8 +102,13 @@ def part_instruction(task: Task) -> str:
 def merge_instruction(task: Question | Summary) -> str:
     """What stands behind the replies to several parts, in the document's order."""
     if isinstance(task, Question):
-        return f"Answer the question from the notes above, and from nothing else.\nQuestion: {task.text.strip()}"
+        return f"Answer the question from the notes above, and from nothing else.\n{_question(task)}"
     return "Put the notes above together into one summary: what they are about, and the main points."
+
+
+def _question(task: Question) -> str:
+    before = f"{task.before.strip()}\n" if task.before.strip() else ""
+    return f"{before}Question: {task.text.strip()}"
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -60,10 +60,12 @@ class Batch:
     Attributes:
         asks: in order; the replies come in the same.
         left: tokens of prompts that later batches will bring, about; for a bar with the time left.
+        last: the reply to the one ask is the answer: it may be shown as it comes.
     """
 
     asks: list[Ask]
     left: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _reduce(
     while True:
         groups = _groups(level, room)
         asks = [Ask(material.prompts.prompt([t for note in group for t in note.ids], words), most) for group in groups]
-        replies = yield Batch(asks)
+        replies = yield Batch(asks, last=len(asks) == 1)
         texts = [material.prompts.answer(reply.text) for reply in replies]
         if len(texts) == 1:
             notes += cut_notes(replies[0])

@@ -30,7 +30,7 @@ def retrieve(task: Task, material: Material, reason: str) -> Work:
             room -= len(ids)
     in_order = sorted(shown, key=lambda pair: pair[0].index)
     prompt = material.prompts.prompt([token for _, ids in in_order for token in ids], instruction(task))
-    [reply] = yield Batch([Ask(prompt, material.limits.reply, schema_of(task))])
+    [reply] = yield Batch([Ask(prompt, material.limits.reply, schema_of(task))], last=True)
     answer, text, notes = value_of(task, material, reply)
     best_first = [chunk for chunk, _ in shown]
     return Result(answer, cite(text, best_first, material.document, question=task.words), "retrieve", reason, notes)

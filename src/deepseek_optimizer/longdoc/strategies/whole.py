@@ -19,6 +19,6 @@ def fits(task: Task, material: Material) -> bool:
 def whole(task: Task, material: Material, reason: str) -> Work:
     """One prompt: the document first, the task last."""
     prompt = material.prompts.prompt(material.ids, instruction(task))
-    [reply] = yield Batch([Ask(prompt, material.limits.reply, schema_of(task))])
+    [reply] = yield Batch([Ask(prompt, material.limits.reply, schema_of(task))], last=True)
     answer, text, notes = value_of(task, material, reply)
     return Result(answer, cite(text, material.chunks, material.document, question=task.words), "whole", reason, notes)

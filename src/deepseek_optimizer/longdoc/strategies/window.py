@@ -21,7 +21,7 @@ def window(task: Task, material: Material, reason: str) -> Work:
     before, after = material.prompts.around(instruction(task), ahead=instruction(task))
     prompt = [*before, *material.ids, *after]
     ask = Ask(prompt, material.limits.reply, schema_of(task), ((0, len(before)),), window=True)
-    [reply] = yield Batch([ask])
+    [reply] = yield Batch([ask], last=True)
     answer, text, notes = value_of(task, material, reply)
     seen = _seen(material, reply.dropped)
     return Result(answer, cite(text, seen, material.document, question=task.words), "window", reason, notes)
