@@ -31,6 +31,14 @@ def test_model(dso, tiny_model):
     assert "int8" in dso("info", tiny_model, "--precision", "int8").stdout
 
 
+def test_a_mode_of_attention(dso, tiny_model):
+    result = dso("info", tiny_model, "--attention", "sliding", "--attention-window", "100", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"]["attention"]["window"] == 100
+    text = dso("info", tiny_model, "--attention", "sliding", "--attention-window", "100").stdout
+    assert "the latest 100 tokens" in text and "forgets" in text
+
+
 def test_an_extended_context(dso, tiny_model):
     result = dso("info", tiny_model, "--context-extension", "yarn", "--context-length", "512", "--json")
     assert result.exit_code == 0, result.output

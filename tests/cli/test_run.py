@@ -7,6 +7,8 @@ import signal
 
 import pytest
 
+from deepseek_optimizer import load_model
+
 from deepseek_optimizer.chat import stream
 
 
@@ -42,12 +44,31 @@ def test_room_for_more_than_it_was_trained_for(dso, tiny_model, kind):
 
 
 @pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        (("--attention", "sliding", "--attention-window", "32"), ("sliding", 32, 4)),
+        (("--attention", "sparse", "--attention-window", "16", "--attention-budget", "128"), ("sparse", 16, 4)),
+    ],
+)
+def test_modes_of_attention(dso, tiny_model, options, mode, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("deepseek_optimizer.load_model", lambda *a, **f: loaded.append(load_model(*a, **f)) or loaded[-1])
+    result = dso("run", tiny_model, "x" * 200, "-n", "8", "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["prompt_tokens"] > 200
+    found = loaded[0].report().attention
+    assert (found.mode, found.window, found.sinks) == mode and found.layers
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["  "], "prompt is empty"),
         (["x" * 300], "no room in the model's context"),
         (["Hi", "--precision", "int5"], "precision must be one of"),
         (["Hi", "--kv-cache", "bf17"], "kv_cache must be one of"),
+        (["Hi", "--attention", "slide"], "attention_optimization must be one of"),
+        (["Hi", "--attention", "sparse", "--attention-budget", "100"], "attention_budget"),
         (["Hi", "--context-extension", "ntk", "--context-length", "512"], "context_extension must be one of"),
         (["Hi", "--context-extension", "yarn"], "needs context_length"),
         (["Hi", "--context-length", "512"], "needs context_extension"),

@@ -20,6 +20,7 @@ from deepseek_optimizer import (
     load_model,
     make_engine,
 )
+from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.errors import ForgottenError
 from deepseek_optimizer.integration.compat import cache_name
@@ -150,6 +151,24 @@ def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> Non
     assert fast.dso.arena.manager.high_water <= most
     del cache
     assert used(fast) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
+def test_a_hundred_thousand_generated_tokens_take_as_much_as_a_window() -> None:
+    plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
+    fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", **SLIDING)).optimize()
+    seen: list[int] = []
+
+    class Watch:
+        def put(self, tokens: torch.Tensor) -> None:
+            seen.append(used(fast))
+
+        def end(self) -> None:
+            pass
+
+    text = greedy(fast, [[1, 2, 3]], 100_000, streamer=Watch(), eos_token_id=None)
+    assert text.shape[1] == 100_003 and max(seen) <= fast.dso.arena.manager.forgetting.blocks(1)
 
 
 @backends
