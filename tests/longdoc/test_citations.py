@@ -62,6 +62,12 @@ def test_parts_of_an_answer_have_citations_of_their_own() -> None:
     assert len(found) == 3 and all(any(word in text for text in found) for word in ("1889", "wrought", "330", "2014"))
 
 
+def test_what_was_cited_already_does_not_count_again() -> None:
+    text = ("Nobody came. " * 40).join(("Key 7731 opens the red door. ", "Key 7731 opens a red door too. ", "Lamp 5 is off."))
+    found = _cited("Key 7731 opens the red door, lamp 5.", text=text, limit=2)
+    assert "Key 7731" in found[0] and "Lamp 5" in found[1]
+
+
 def test_the_place_that_the_question_is_about_is_shown_whatever_the_model_says() -> None:
     text = sample_text()[:200_000]
     at = text.index("\n\n", 100_000)

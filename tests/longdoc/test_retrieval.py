@@ -45,6 +45,7 @@ def test_scores_are_those_of_the_formula() -> None:
 def test_equals_come_in_the_order_of_the_text_under_their_own_numbers() -> None:
     index = _index(["nothing here", "the needle lies here"] * 4, first=10)
     found = index.search("Where does the NEEDLE lie?", 3)
+    assert [i for i, _ in index.search("needle", 8)] == [11, 13, 15, 17], "only those that have a word of it"
     assert [i for i, _ in found] == [11, 13, 15] and len({score for _, score in found}) == 1
 
 
