@@ -8,7 +8,6 @@ import signal
 import pytest
 
 from deepseek_optimizer import load_model
-
 from deepseek_optimizer.chat import stream
 
 

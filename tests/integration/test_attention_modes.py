@@ -35,6 +35,7 @@ SLIDING = {"attention_optimization": "sliding", "attention_window": 37, "attenti
 SPARSE = {"attention_optimization": "sparse", "attention_window": 40, "attention_sinks": 1, "attention_budget": 160}
 MODES = {"sliding": SLIDING, "sparse": SPARSE}
 backends = pytest.mark.parametrize("backend", BACKENDS)
+native = pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
 
 
 def forget_early(model: Any) -> Any:
@@ -154,7 +155,7 @@ def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
+@native
 def test_a_hundred_thousand_generated_tokens_take_as_much_as_a_window() -> None:
     plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", **SLIDING)).optimize()
@@ -244,6 +245,22 @@ def test_an_engine_reads_what_is_longer_than_its_cache(backend: str, tmp_path: A
     first, second = (engine.generate([Request(ids, sampling)])[0] for ids in prompts)
     assert [list(first.token_ids), list(second.token_ids)] == texts
     assert second.cached_tokens >= 2_976  # found by its end
+
+
+@native
+def test_mtp_layers_that_begin_behind_a_found_prefix(tmp_path: Any, caplog: Any) -> None:
+    """They see nothing before it; what they see first is forgotten in time, and they go on without."""
+    save_with_mtp(tmp_path / "model", deepseek_v3())
+    model = load_model(tmp_path / "model", **SLIDING)
+    model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)
+    ids = random_ids(model.config, 200)
+    sampling = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True)
+    text = greedy(model, [ids], 450, eos_token_id=None)[0, 200:].tolist()
+    engine = make_engine(model)
+    first, second = (engine.generate([Request(ids, sampling)])[0] for _ in range(2))
+    assert (first.cached_tokens, second.cached_tokens) == (0, 192)
+    assert list(first.token_ids) == list(second.token_ids) == text
+    assert engine.core.drafting.proposed > 0 and not caplog.records
 
 
 # ---- settings, and what is said
