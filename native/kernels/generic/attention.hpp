@@ -29,56 +29,78 @@ constexpr float log2e = 1.44269504f;
 
 DSO_INLINE float minus_infinity() { return -__builtin_inff(); }
 
-// acc[r] += a[r] * panel, over `rows` of the panel (pairs of rows for BF16). `a` has row_stride floats, or bf16 numbers
-// for dot, a row. Lines `ahead` bytes further are fetched, row by row.
-template <Read T, int R>
-DSO_INLINE void product(const void* a, const uint8_t* panel, int64_t rows, int64_t ahead, F (&acc)[R][tile_cols]) {
-  for (int64_t i = 0; i < rows; ++i, panel += row_bytes<T>) {
-    __builtin_prefetch(panel + ahead);
-    if constexpr (tile_cols == 2 && row_bytes<T> == 128) __builtin_prefetch(panel + ahead + 64);
-    if constexpr (narrow<T>) {
-      B b[tile_cols];
+// How many panels a tile of R rows goes over at once: few rows alone are too few sums to keep the ports busy.
+template <int R> constexpr int panels_at_once = 4 * R <= tile_rows ? 4 : 2 * R <= tile_rows ? 2 : 1;
+
+// acc[p][r] += a[r] * panel[p], over `rows` of the panels (pairs of rows for BF16). `a` has row_stride floats, or bf16 numbers
+// for dot, a row. Lines ahead[p] bytes further are fetched, row by row.
+template <Read T, int R, int P>
+DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t rows, const int64_t (&ahead)[P], F (&acc)[P][R][tile_cols]) {
+  for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const uint8_t* at = panel[p] + i * row_bytes<T>;
+      __builtin_prefetch(at + ahead[p]);
+      if constexpr (tile_cols == 2 && row_bytes<T> == 128) __builtin_prefetch(at + ahead[p] + 64);
+      if constexpr (narrow<T>) {
+        B b[tile_cols];
 #pragma GCC unroll 2
-      for (int n = 0; n < tile_cols; ++n) {
-        if constexpr (T == Read::dot) b[n] = load_bytes(panel + 64 * n);
-        else b[n] = pair_bf16(to_float(load_i8(panel + 16 * n)), to_float(load_i8(panel + 32 + 16 * n)));  // exact
-      }
+        for (int n = 0; n < tile_cols; ++n) {
+          if constexpr (T == Read::dot) b[n] = load_bytes(at + 64 * n);
+          else b[n] = pair_bf16(to_float(load_i8(at + 16 * n)), to_float(load_i8(at + 32 + 16 * n)));  // exact
+        }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const B x = broadcast4((const uint16_t*)a + r * row_stride + 2 * i);
+        for (int r = 0; r < R; ++r) {
+          const B x = broadcast4((const uint16_t*)a + r * row_stride + 2 * i);
 #pragma GCC unroll 2
-        for (int n = 0; n < tile_cols; ++n) acc[r][n] = dot_bf16(acc[r][n], b[n], x);
-      }
-    } else if constexpr (T == Read::bf16) {
-      F even[tile_cols], odd[tile_cols];
+          for (int n = 0; n < tile_cols; ++n) acc[p][r][n] = dot_bf16(acc[p][r][n], b[n], x);
+        }
+      } else if constexpr (T == Read::bf16) {
+        F even[tile_cols], odd[tile_cols];
 #pragma GCC unroll 2
-      for (int n = 0; n < tile_cols; ++n) {
-        const B b = load_bytes(panel + 64 * n);
-        even[n] = even_bf16(b);
-        odd[n] = odd_bf16(b);
-      }
+        for (int n = 0; n < tile_cols; ++n) {
+          const B b = load_bytes(at + 64 * n);
+          even[n] = even_bf16(b);
+          odd[n] = odd_bf16(b);
+        }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const float* x = (const float*)a + r * row_stride + 2 * i;
-        const F x0 = set(x[0]), x1 = set(x[1]);
+        for (int r = 0; r < R; ++r) {
+          const float* x = (const float*)a + r * row_stride + 2 * i;
+          const F x0 = set(x[0]), x1 = set(x[1]);
 #pragma GCC unroll 2
-        for (int n = 0; n < tile_cols; ++n) acc[r][n] = fma(x1, odd[n], fma(x0, even[n], acc[r][n]));
-      }
-    } else {
-      F b[tile_cols];
+          for (int n = 0; n < tile_cols; ++n) acc[p][r][n] = fma(x1, odd[n], fma(x0, even[n], acc[p][r][n]));
+        }
+      } else {
+        F b[tile_cols];
 #pragma GCC unroll 2
-      for (int n = 0; n < tile_cols; ++n) {
-        if constexpr (T == Read::i8) b[n] = to_float(load_i8(panel + 16 * n));
-        else b[n] = load((const float*)panel + 16 * n);
-      }
+        for (int n = 0; n < tile_cols; ++n) {
+          if constexpr (T == Read::i8) b[n] = to_float(load_i8(at + 16 * n));
+          else b[n] = load((const float*)at + 16 * n);
+        }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const F x = set(((const float*)a)[r * row_stride + i]);
+        for (int r = 0; r < R; ++r) {
+          const F x = set(((const float*)a)[r * row_stride + i]);
 #pragma GCC unroll 2
-        for (int n = 0; n < tile_cols; ++n) acc[r][n] = fma(x, b[n], acc[r][n]);
+          for (int n = 0; n < tile_cols; ++n) acc[p][r][n] = fma(x, b[n], acc[p][r][n]);
+        }
       }
     }
   }
+}
+template <Read T, int R>
+DSO_INLINE void product(const void* a, const uint8_t* panel, int64_t rows, int64_t ahead, F (&acc)[1][R][tile_cols]) {
+  const uint8_t* const panels[] = {panel};
+  const int64_t distances[] = {ahead};
+  product<T, R, 1>(a, panels, rows, distances, acc);
+}
+
+// n things P at a time, the rest by fewer: `call` takes the first one, and their number as something whose `count` it is.
+template <int N> struct Count {
+  static constexpr int count = N;
+};
+template <int P, class Call> DSO_INLINE void by_several(int64_t n, Call call, int64_t first = 0) {
+  for (; first + P <= n; first += P) call(first, Count<P>{});
+  if constexpr (P > 1) by_several<P / 2>(n, call, first);
 }
 
 // ---- blocks ----------------------------------------------------------------------------------------------------------
@@ -186,31 +208,39 @@ struct Stretch {
   }
 };
 
-// Logits of a tile's rows for one block: q K^T, masked, and the largest so far, lane by lane.
-template <Read T, int R>
-static void block_logits(const Block& b, int64_t head_dim, const Span* see, const int64_t* ahead, const float* q, float* s, F* top) {
+// Logits of a tile's rows for P blocks: q K^T, masked, and the largest so far, lane by lane.
+template <Read T, int R, int P>
+static void block_logits(const Block* blocks, int64_t head_dim, const Span* see, int64_t k_pieces, const int64_t* ahead, const float* q, float* s, F* top) {
   for (int64_t c = 0; c < block_tokens; c += 16 * tile_cols) {
-    F acc[R][tile_cols];
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < tile_cols; ++n) acc[r][n] = zero();
+    F acc[P][R][tile_cols];
+    for (int p = 0; p < P; ++p)
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < tile_cols; ++n) acc[p][r][n] = zero();
     for (int64_t k = 0; k < head_dim; k += 32) {
       const int64_t depth = head_dim - k < 32 ? head_dim - k : 32;
-      product<T, R>(tile_column<T>(q, k), b.k + k / row_depth<T> * row_bytes<T> + c * column_bytes<T>, depth / row_depth<T>, ahead[k / 32], acc);
-    }
-    for (int n = 0; n < tile_cols; ++n) {
-      const int64_t t = c + 16 * n;
-      for (int r = 0; r < R; ++r) {
-        F x = acc[r][n];
-        if (b.k_scale) x = mul(x, load(b.k_scale + t));
-        const int64_t from = b.token + t, begin = see[r].begin - from, end = see[r].end - from;
-        if (begin > 0 || end < 16) {
-          const F seen = keep(x, begin, end, set(minus_infinity()));
-          x = see[r].sinks > from ? keep(x, 0, see[r].sinks - from, seen) : seen;
-        }
-        top[r] = max(top[r], x);
-        store(s + r * row_stride + t, x);
+      const uint8_t* panel[P];
+      int64_t distance[P];
+      for (int p = 0; p < P; ++p) {
+        panel[p] = blocks[p].k + k / row_depth<T> * row_bytes<T> + c * column_bytes<T>;
+        distance[p] = ahead[p * k_pieces + k / 32];
       }
+      product<T, R, P>(tile_column<T>(q, k), panel, depth / row_depth<T>, distance, acc);
     }
+    for (int p = 0; p < P; ++p)
+      for (int n = 0; n < tile_cols; ++n) {
+        const int64_t t = c + 16 * n, from = blocks[p].token + t;
+        for (int r = 0; r < R; ++r) {
+          F x = acc[p][r][n];
+          if (blocks[p].k_scale) x = mul(x, load(blocks[p].k_scale + t));
+          const int64_t begin = see[r].begin - from, end = see[r].end - from;
+          if (begin > 0 || end < 16) {
+            const F seen = keep(x, begin, end, set(minus_infinity()));
+            x = see[r].sinks > from ? keep(x, 0, see[r].sinks - from, seen) : seen;
+          }
+          top[r] = max(top[r], x);
+          store(s + r * row_stride + p * block_tokens + t, x);
+        }
+      }
   }
 }
 
@@ -229,33 +259,46 @@ template <Read T> DSO_INLINE float weights(float* s, float m, const Block* block
   return sum(total);
 }
 
-// o = o * fade + p V
-template <Read T, int R> static void add_values(const Stretch& x, int64_t v_dim, const void* p, const float* fade, float* const* o) {
+// o = o * fade + p V, for P times 16 * tile_cols columns from `first` on.
+template <Read T, int R, int P>
+static void add_columns(const Stretch& x, int64_t first, int64_t v_dim, const void* p, const float* fade, float* const* o) {
   const int64_t* ahead = x.ahead + x.count * x.k_pieces;
-  for (int64_t column = 0; column < v_dim; column += 16 * tile_cols) {
-    const int64_t panel = column / 32, offset = panel * x.panel_bytes + column % 32 * column_bytes<T>;
-    F acc[R][tile_cols];
+  F acc[P][R][tile_cols];
+  int64_t panel[P], offset[P];
+  for (int i = 0; i < P; ++i) {
+    const int64_t column = first + 16 * tile_cols * i;
+    panel[i] = column / 32;
+    offset[i] = panel[i] * x.panel_bytes + column % 32 * column_bytes<T>;
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < tile_cols; ++n) {
         const int64_t c = column + 16 * n;
-        acc[r][n] = c < v_dim ? mul(set(fade[r]), load(o[r] + c, v_dim - c)) : zero();
-      }
-    for (int64_t b = 0; b < x.count; ++b)
-      product<T, R>(tile_column<T>(p, b * block_tokens), x.blocks[b].v + offset, block_tokens / row_depth<T>, ahead[panel * x.count + b], acc);
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < tile_cols; ++n) {
-        const int64_t c = column + 16 * n;
-        if (c < v_dim) store(o[r] + c, acc[r][n], v_dim - c);
+        acc[i][r][n] = c < v_dim ? mul(set(fade[r]), load(o[r] + c, v_dim - c)) : zero();
       }
   }
+  for (int64_t b = 0; b < x.count; ++b) {
+    const uint8_t* values[P];
+    int64_t distance[P];
+    for (int i = 0; i < P; ++i) {
+      values[i] = x.blocks[b].v + offset[i];
+      distance[i] = ahead[panel[i] * x.count + b];
+    }
+    product<T, R, P>(tile_column<T>(p, b * block_tokens), values, block_tokens / row_depth<T>, distance, acc);
+  }
+  for (int i = 0; i < P; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < tile_cols; ++n) {
+        const int64_t c = first + 16 * (tile_cols * i + n);
+        if (c < v_dim) store(o[r] + c, acc[i][r][n], v_dim - c);
+      }
 }
 
 // Adds a stretch of the cache to the state of R rows whose q lies in w.q.
 template <Read T, int R> static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
   F top[R];
   for (int r = 0; r < R; ++r) top[r] = set(minus_infinity());
-  for (int64_t b = 0; b < x.count; ++b)
-    block_logits<T, R>(x.blocks[b], k_dim, see, x.ahead + b * x.k_pieces, w.q, w.s + b * block_tokens, top);
+  by_several<panels_at_once<R>>(x.count, [&](int64_t b, auto several) {
+    block_logits<T, R, several.count>(x.blocks + b, k_dim, see, x.k_pieces, x.ahead + b * x.k_pieces, w.q, w.s + b * block_tokens, top);
+  });
   float fade[16] = {};  // 2^(old m - new m), 0 where nothing was seen before
   float base[R];
   for (int r = 0; r < R; ++r) {
@@ -270,26 +313,27 @@ template <Read T, int R> static void attend(const Stretch& x, int64_t k_dim, int
     const float total = weights<T>(w.s + r * row_stride, base[r], x.blocks, x.count, w.p + r * row_stride);
     state.l[r] = state.l[r] * fade[r] + total;
   }
-  add_values<T, R>(x, v_dim, narrow<T> ? (const void*)w.p : (const void*)w.s, fade, state.o);
+  const void* p = narrow<T> ? (const void*)w.p : (const void*)w.s;
+  constexpr int64_t columns = 16 * tile_cols;
+  by_several<panels_at_once<R>>((v_dim + columns - 1) / columns, [&](int64_t i, auto several) {
+    add_columns<T, R, several.count>(x, i * columns, v_dim, p, fade, state.o);
+  });
 }
 
-// A tile's number of rows as a constant: `call` takes something whose `count` it is.
-template <int R> struct TileRows {
-  static constexpr int count = R;
-};
+// A tile's number of rows as a constant.
 template <class Call> DSO_INLINE void with_rows(int rows, Call call) {
   switch (rows) {
-    case 1: return call(TileRows<1>{});
-    case 2: return call(TileRows<2>{});
-    case 3: return call(TileRows<3>{});
-    case 4: return call(TileRows<4>{});
+    case 1: return call(Count<1>{});
+    case 2: return call(Count<2>{});
+    case 3: return call(Count<3>{});
+    case 4: return call(Count<4>{});
   }
   if constexpr (tile_rows == 8) {
     switch (rows) {
-      case 5: return call(TileRows<5>{});
-      case 6: return call(TileRows<6>{});
-      case 7: return call(TileRows<7>{});
-      case 8: return call(TileRows<8>{});
+      case 5: return call(Count<5>{});
+      case 6: return call(Count<6>{});
+      case 7: return call(Count<7>{});
+      case 8: return call(Count<8>{});
     }
   }
 }

@@ -16,12 +16,12 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
   for (int64_t b = begin; b < end; ++b) {
     const Block block = visible_block<T>(l, v, kv_head, b, {first, n}, room);
     for (int64_t c = 0; c < block_tokens; c += 16 * tile_cols) {
-      F acc[1][tile_cols];
-      for (int i = 0; i < tile_cols; ++i) acc[0][i] = zero();
+      F acc[1][1][tile_cols];
+      for (int i = 0; i < tile_cols; ++i) acc[0][0][i] = zero();
       product<T, 1>(q, block.k + c * column_bytes<T>, d / row_depth<T>, 0, acc);
       for (int i = 0; i < tile_cols; ++i) {
         const int64_t slot = c + 16 * i, t = b * block_tokens + slot;
-        F x = mul(acc[0][i], set(scale));
+        F x = mul(acc[0][0][i], set(scale));
         if (block.k_scale) x = mul(x, load(block.k_scale + slot));
         x = keep(x, first - t, n - t, set(minus_infinity()));
         top = max(top, x);
@@ -49,15 +49,15 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
       store(weight + slot, x);
     }
     for (int64_t column = 0; column < d; column += 16 * tile_cols) {
-      F acc[1][tile_cols];
+      F acc[1][1][tile_cols];
       for (int i = 0; i < tile_cols; ++i) {
         const int64_t c = column + 16 * i;
-        acc[0][i] = c < d ? load(o + c, d - c) : zero();
+        acc[0][0][i] = c < d ? load(o + c, d - c) : zero();
       }
       product<T, 1>(weight, block.v + column / 32 * panel_bytes + column % 32 * column_bytes<T>, block_tokens / row_depth<T>, 0, acc);
       for (int i = 0; i < tile_cols; ++i) {
         const int64_t c = column + 16 * i;
-        if (c < d) store(o + c, acc[0][i], d - c);
+        if (c < d) store(o + c, acc[0][0][i], d - c);
       }
     }
   }

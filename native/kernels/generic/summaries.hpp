@@ -110,22 +110,31 @@ template <Read T> static void split_query(const float* q, int64_t width, int r, 
   }
 }
 
-// One panel's estimates for the R rows in w.
-template <Read T, int R>
-static void estimate(const KvLayout& l, const uint8_t* panel, int64_t ahead, Workspace& w, float* estimates, int64_t stride) {
+// Estimates of P panels, of `left` that lie before the end, for the R rows in w.
+template <Read T, int R, int P>
+static void estimate(const KvLayout& l, const KvView& v, int64_t kv_head, const int32_t* panels, int64_t left, Workspace& w, float* estimates, int64_t stride) {
   const int64_t width = summary_width(l);
+  const uint8_t* panel[P];
+  int64_t ahead[P];
+  for (int p = 0; p < P; ++p) {
+    panel[p] = summary_panel(l, v, kv_head, panels[p]);
+    ahead[p] = p + P < left ? summary_panel(l, v, kv_head, panels[p + P]) - panel[p] : 0;
+  }
   for (int64_t c = 0; c < summary_blocks; c += 16 * tile_cols) {
-    F acc[R][tile_cols];
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < tile_cols; ++n) acc[r][n] = zero();
+    F acc[P][R][tile_cols];
+    for (int p = 0; p < P; ++p)
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < tile_cols; ++n) acc[p][r][n] = zero();
     for (int smallest = 0; smallest < 2; ++smallest)
       for (int64_t i = 0; i < width; i += slice_width) {
         const int64_t depth = width - i < slice_width ? width - i : slice_width;
-        product<T, R>(query_slice(w, smallest, i / slice_width), panel + smallest * (l.summary_bytes / 2) + i / row_depth<T> * row_bytes<T> + c * column_bytes<T>,
-                      depth / row_depth<T>, ahead, acc);
+        const uint8_t* rows[P];
+        for (int p = 0; p < P; ++p) rows[p] = panel[p] + smallest * (l.summary_bytes / 2) + i / row_depth<T> * row_bytes<T> + c * column_bytes<T>;
+        product<T, R, P>(query_slice(w, smallest, i / slice_width), rows, depth / row_depth<T>, ahead, acc);
       }
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < tile_cols; ++n) store(estimates + r * stride + c + 16 * n, acc[r][n]);
+    for (int p = 0; p < P; ++p)
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < tile_cols; ++n) store(estimates + r * stride + p * summary_blocks + c + 16 * n, acc[p][r][n]);
   }
 }
 
@@ -137,11 +146,11 @@ static void estimates_of(const KvLayout& l, const KvView& v, int64_t kv_head, co
     const int64_t i0 = count * tile / tiles, i1 = count * (tile + 1) / tiles;
     for (int64_t i = i0; i < i1; ++i)
       split_query<T>((const float*)((const char*)q + (r0 + i / group) * q_stride) + i % group * width, width, (int)(i - i0), w);
-    for (int64_t p = 0; p < n; ++p) {
-      const uint8_t* panel = summary_panel(l, v, kv_head, panels[p]);
-      const int64_t ahead = p + 1 < n ? summary_panel(l, v, kv_head, panels[p + 1]) - panel : 0;
-      with_rows((int)(i1 - i0), [&](auto rows) { estimate<T, rows.count>(l, panel, ahead, w, estimates + i0 * stride + p * summary_blocks, stride); });
-    }
+    with_rows((int)(i1 - i0), [&](auto rows) {
+      by_several<panels_at_once<rows.count>>(n, [&](int64_t p, auto several) {
+        estimate<T, rows.count, several.count>(l, v, kv_head, panels + p, n - p, w, estimates + i0 * stride + p * summary_blocks, stride);
+      });
+    });
   }
 }
 
