@@ -12,7 +12,7 @@ from . import options as o
 if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
 
-_NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "uvicorn", "xgrammar")
+_NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
 _AUTHORS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
 
 
@@ -82,6 +82,12 @@ def serve(
         float, typer.Option("--drain-seconds", min=0, help="That requests in flight have when the server is told to stop.")
     ] = 30.0,
     max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", min=1, help="Of one request.")] = 4 << 20,
+    max_file_mb: Annotated[
+        float, typer.Option("--max-file-mb", min=0.001, help="Megabytes of a document that is sent, and of the text in it.")
+    ] = 32.0,
+    file_memory_mb: Annotated[
+        float, typer.Option("--file-memory-mb", min=0.001, help="Megabytes that all documents may take in memory; a key: half.")
+    ] = 256.0,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line on stderr for each request.")] = False,
 ) -> None:
     """Serve a model by OpenAI's API, and a chat page at /."""
@@ -101,13 +107,18 @@ def serve(
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
     # All that can be wrong here is found before a model is loaded.
+    keys = read_keys(api_key_file)
+    file_memory = max(1, int(file_memory_mb * 1e6))
     settings = ServerSettings(
         host=host,
         port=port,
-        keys=read_keys(api_key_file),
+        keys=keys,
         allow_hosts=tuple(allow_host or ()),
         allow_origins=tuple(allow_origin or ()),
         most_body_bytes=max_body_bytes,
+        most_file_bytes=max(1, int(max_file_mb * 1e6)),
+        most_files_bytes=file_memory,
+        most_key_file_bytes=max(1, file_memory // 2) if keys else file_memory,
         request_seconds=request_timeout,
         drain_seconds=drain_seconds,
         tools_format=tool_format,

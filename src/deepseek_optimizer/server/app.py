@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -16,16 +18,17 @@ from . import openapi
 from .guard import Guard, HostGuard
 from .metrics import HttpMetrics
 from .page_files import page_files
-from .problems import problem
+from .problems import ApiError, problem
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, models, page, responses, status, tokens
+from .routes import chat, completions, embeddings, files, models, page, responses, status, tokens
 from .settings import ServerSettings
 from .state import ServerState
 
+_SWEEP_SECONDS = 60.0
 _ABOUT = """OpenAI's protocols over deepseek-optimizer's engine. A field that is not known is an error, and so is a number in
 quotes; fields of OpenAI's that change nothing here (user, metadata, store and the like) are accepted and ignored."""
 
@@ -38,15 +41,17 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     """
     settings = settings or ServerSettings()
     state = ServerState(engine, settings)
-    files = page_files()
-    open_paths = {"/", "/health", "/ready", *page.paths(files)}
+    shown = page_files()
+    open_paths = {"/", "/health", "/ready", *page.paths(shown)}
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        sweeping = asyncio.ensure_future(_sweep(state))
         try:
             yield
         finally:
+            sweeping.cancel()
             await engine.close()
             state.close()
 
@@ -56,7 +61,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.allow_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],
                 expose_headers=["Retry-After"],
             )
@@ -69,13 +74,13 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         middleware=middleware,
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: _http_error, RequestValidationError: _wrong_parameter},
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, models, tokens, status):
+    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
         route.add(app, state)
-    page.add(app, files)
+    page.add(app, shown)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,
@@ -86,6 +91,21 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     ]
     openapi.install(app, bodies, bool(settings.keys))
     return app
+
+
+async def _sweep(state: ServerState) -> None:
+    """Lets go of files when their time is over, also where nobody asks for any."""
+    while True:
+        await asyncio.sleep(_SWEEP_SECONDS)
+        state.files.sweep()
+
+
+async def _wrong_parameter(_request: Request, error: Exception) -> Response:
+    """Of an address's path or query."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])[:64]
+    return ApiError(400, f"{name}: {first['msg']}", param=name).response()
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:

@@ -21,6 +21,10 @@ class ChatAnswer:
     Args:
         parser: None where text is nothing but content.
         one_call: of several calls all but the first are left out.
+
+    Attributes:
+        cited: further fields of the message, of an answer from documents: `annotations` and `document`.
+        progress: tokens of documents that were read, and that will be; None: nothing to tell.
     """
 
     def __init__(self, parser: OutputParser | None, one_call: bool = False) -> None:
@@ -29,6 +33,8 @@ class ChatAnswer:
         self.reasoning_tokens = 0
         self.called = False
         self.finish = ""
+        self.cited: dict[str, Any] = {}
+        self.progress: tuple[int, int] | None = None
         self.stop_reason: str | int | None = None
 
     def feed(self, output: Output) -> list[Delta]:
@@ -74,6 +80,7 @@ class ChatCollector:
             message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
             if parsed.reasoning:
                 message["reasoning_content"] = parsed.reasoning
+            message |= answer.cited
             if parsed.tool_calls:
                 message["content"] = parsed.content or None
                 message["tool_calls"] = [
@@ -119,12 +126,16 @@ class ChatEncoder:
         if not self._begun[index]:
             self._begun[index] = True
             chunks.append(self._openings[index] + b'{"role":"assistant","content":""}' + self._close)
+        if answer.progress is not None:
+            told = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
+            answer.progress = None
+            chunks.append(self._openings[index] + orjson.dumps(told) + self._close)
         for delta in deltas:
             close = self._closing(index) if self._logprobs[index] else self._close
             chunks.append(self._openings[index] + _delta(delta) + close)
         if output.finish is not None:
             finish = orjson.dumps(answer.finish) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
-            chunks.append(self._openings[index] + b"{}" + self._closing(index, finish))
+            chunks.append(self._openings[index] + orjson.dumps(answer.cited) + self._closing(index, finish))
         return b"".join(chunks)
 
     def _closing(self, index: int, finish: bytes = b"null") -> bytes:

@@ -15,17 +15,18 @@ _WHY = {
     400: "The request is wrong; the error names the field.",
     401: "The API key is missing or wrong.",
     403: "The Host header names another server.",
-    404: "There is no such model or address.",
+    404: "There is no such model, file or address.",
     405: "The address does not know this method.",
     408: "The request came too slowly.",
-    413: "The body is too large.",
-    415: "The body is not JSON by its headers.",
+    413: "The body or a file is too large.",
+    415: "The body is not JSON, or no form where one is asked for, by its headers.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "An error of the server.",
+    501: "A library that reads this is not installed; the error names the extra that brings it.",
     503: "The server can't answer now.",
     504: "The answer was not done in the time that a request has.",
 }
-_OF_BODIES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+_OF_BODIES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 501, 503, 504)
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -63,6 +64,9 @@ def install(app: FastAPI, bodies: list[type[BaseModel]], keys: bool) -> None:
             components.setdefault("schemas", {}).update(definitions["$defs"])
             for name in ("HTTPValidationError", "ValidationError"):
                 components["schemas"].pop(name, None)
+            for operations in found["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)  # FastAPI's own; ours is 400
             if keys:
                 components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
                 found["security"] = [{"key": []}]

@@ -13,7 +13,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import EngineBusyError, EngineDeadError, RequestError
+from ..errors import DocumentError, EngineBusyError, EngineDeadError, MissingPackageError, RequestError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -55,12 +55,23 @@ def busy(message: str, seconds: float = 1.0) -> ApiError:
     return ApiError(503, message, code="unavailable", headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
+def late() -> ApiError:
+    """504: the deadline has passed. Clients that retry by themselves are told not to: it would take as long again."""
+    return ApiError(
+        504, "the answer was not done in the time that a request has", code="timeout", headers={"x-should-retry": "false"}
+    )
+
+
 def problem(error: BaseException) -> ApiError | None:
     """What a client is told of an error; None: it is none that a client can cause, so 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.field)
+    if isinstance(error, DocumentError):
+        return ApiError(400, f"{error.file[:300]}: {error.message}", param="file", code="unreadable_file")
+    if isinstance(error, MissingPackageError):
+        return ApiError(501, str(error), code="missing_package")
     if isinstance(error, EngineBusyError):
         after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return ApiError(429, str(error), code="queue_full", headers=after)

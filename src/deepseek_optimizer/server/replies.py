@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine.request import Output
 from ..errors import EngineDeadError
-from .problems import ApiError, busy, problem
-from .state import ServerState, late
+from .problems import ApiError, busy, late, problem
+from .state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
 _JSON = [(b"content-type", b"application/json")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -26,6 +26,7 @@ class ResponseItems:
         self.items: list[dict[str, Any]] = []
         self._pieces: list[str] = []  # of the open item's text or arguments
         self._logprobs: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
         self._kind: tuple[str, int] | None = None  # of the open item: its type, and a call's index
 
     def feed(self, deltas: Sequence[Delta], logprobs: list[dict[str, Any]]) -> list[Event]:
@@ -44,9 +45,20 @@ class ResponseItems:
                 logprobs = []
         return events
 
-    def end(self, status: str) -> list[Event]:
-        """When no more comes. An answer without any item is a message without text."""
+    def end(self, status: str, annotations: Sequence[Mapping[str, Any]] = ()) -> list[Event]:
+        """When no more comes. An answer without any item is a message without text.
+
+        Args:
+            annotations: of the message, if one is open.
+        """
         events = [] if self.items else self._open(("message", 0))
+        if self._kind is not None and self._kind[0] == "message":
+            self._annotations = [dict(one) for one in annotations]
+            where = {**self._where(), "content_index": 0}
+            events += [
+                {"type": "response.output_text.annotation.added", **where, "annotation_index": i, "annotation": one}
+                for i, one in enumerate(self._annotations)
+            ]
         return events + self._close(status)
 
     def _where(self) -> dict[str, Any]:
@@ -95,7 +107,7 @@ class ResponseItems:
         else:
             where = {**self._where(), "content_index": 0}
             if kind == "message":
-                part = {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}
+                part = {"type": "output_text", "text": text, "annotations": self._annotations, "logprobs": self._logprobs}
                 done = {"type": "response.output_text.done", **where, "text": text, "logprobs": self._logprobs}
             else:
                 part = {"type": "reasoning_text", "text": text}
@@ -129,7 +141,9 @@ class ResponseCollector:
             logprobs, self._logprobs = chat_logprobs(self._logprobs, self._texts), []
         events = self._items.feed(deltas, logprobs)
         if output.finish is not None:
-            events += self._items.end("incomplete" if output.finish == "length" else "completed")
+            events += self._items.end(
+                "incomplete" if output.finish == "length" else "completed", self._answer.cited.get("annotations", ())
+            )
         return events
 
     def body(self) -> dict[str, Any]:
@@ -139,6 +153,7 @@ class ResponseCollector:
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": self._items.items,
+            **{name: value for name, value in self._answer.cited.items() if name == "document"},
             "usage": self._usage(),
         }
 

@@ -30,6 +30,13 @@ class ServerSettings:
         keep_alive_seconds: that a connection may wait for its next request.
         request_seconds: from a request's arrival to the end of its answer.
         grammar_seconds: of CPU time that compiling what an answer must keep to may take.
+        most_file_bytes: of a file that is sent, and characters of the text in it.
+        most_key_file_bytes, most_files_bytes: that the texts of all files of a key, and of all files, may take in memory, with
+            those that are coming in. What is made of them to answer from may take `most_files_bytes` again.
+        most_key_files: files of a key; most_uploads: that are read at once.
+        file_seconds: after which a file is let go of.
+        file_read_seconds: of CPU time that reading a file's text may take.
+        upload_seconds: that a client may take to send a file.
         drain_seconds: that requests in flight have when the server is told to stop.
         tools_format: how the model writes tool calls, a name of `chat.tools.FORMATS`; None: by its chat template.
         reasoning: whether thoughts are told apart from answers; None: where the chat template has them.
@@ -55,6 +62,14 @@ class ServerSettings:
     keep_alive_seconds: float = 30.0
     request_seconds: float = 600.0
     grammar_seconds: float = 5.0
+    most_file_bytes: int = 32 << 20
+    most_key_file_bytes: int = 128 << 20
+    most_files_bytes: int = 256 << 20
+    most_key_files: int = 1000
+    most_uploads: int = 64
+    file_seconds: float = 86_400.0
+    file_read_seconds: float = 20.0
+    upload_seconds: float = 300.0
     drain_seconds: float = 30.0
     tools_format: str | None = None
     reasoning: bool | None = None
@@ -72,6 +87,9 @@ class ServerSettings:
             "keep_alive_seconds",
             "request_seconds",
             "grammar_seconds",
+            "file_seconds",
+            "file_read_seconds",
+            "upload_seconds",
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -83,9 +101,10 @@ class ServerSettings:
                 raise ConfigError(f"allow_origins: {origin!r} is no web page's origin; give https://example.com, or *")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
-        for name in ("most_body_bytes", "most_bodies_bytes", "most_header_bytes", "most_headers", "most_json_depth"):
+        for name in ("most_body_bytes", "most_bodies_bytes", "most_header_bytes", "most_headers", "most_json_depth",
+                     "most_file_bytes", "most_key_file_bytes", "most_files_bytes"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("most_connections", "most_answers"):
+        for name in ("most_connections", "most_answers", "most_key_files", "most_uploads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")

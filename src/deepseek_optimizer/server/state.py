@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import time
 from collections.abc import Callable, Mapping
@@ -15,10 +14,14 @@ from ..chat.template import ChatTemplate
 from ..engine.grammar import GrammarCompiler
 from ..engine.request import Request
 from ..errors import EngineBusyError, EngineDeadError, RequestError
+from .document_reader import DocumentReader
+from .file_store import FileStore
 from .json_body import BodyReader
+from .preparation import Preparation
 from .problems import ApiError, busy
 from .protocol.sampling import answers_asked
 from .settings import ServerSettings
+from .threads import threaded
 from .token_text import TokenTexts
 
 T = TypeVar("T")
@@ -46,6 +49,8 @@ class ServerState:
             self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds
         )
         self._compiling = ThreadPoolExecutor(8, "dso-grammar")  # they wait for a process
+        self.files, self.reader = FileStore(settings), DocumentReader(settings)
+        self.documents = Preparation(self._tokenizer_copy, engine.room, settings.most_files_bytes)
 
     def check_taking(self) -> None:
         """
@@ -94,18 +99,11 @@ class ServerState:
         Raises:
             ApiError: 504, it was not done by the deadline.
         """
-        return await self._threaded(self._tokenizing, work, deadline)
+        return await threaded(self._tokenizing, work, deadline)
 
     async def compiling(self, work: Callable[[], T], deadline: float) -> T:
         """Runs what waits for a grammar; raises as `tokenizing` does."""
-        return await self._threaded(self._compiling, work, deadline)
-
-    async def _threaded(self, threads: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> T:
-        future = asyncio.get_running_loop().run_in_executor(threads, work)
-        try:
-            return await asyncio.wait_for(future, max(0.01, deadline - time.monotonic()))
-        except asyncio.TimeoutError:
-            raise late() from None
+        return await threaded(self._compiling, work, deadline)
 
     def submit(self, requests: list[Request]) -> list[Any]:
         """The answers of each, all of them or none.
@@ -122,6 +120,10 @@ class ServerState:
                 taken.cancel()
             raise
         return answers
+
+    async def _tokenizer_copy(self, deadline: float) -> Any:
+        """Made on the thread that alone uses it."""
+        return await self.tokenizing(lambda: copy.deepcopy(self.tokenizer), deadline)
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes thoughts before its answer."""
@@ -141,11 +143,6 @@ class ServerState:
         for threads in (self._tokenizing, self._compiling):
             threads.shutdown(wait=False, cancel_futures=True)
         self.template.close()
+        self.reader.close()
+        self.documents.close()
         self.grammars.close()
-
-
-def late() -> ApiError:
-    """504: the deadline has passed. Clients that retry by themselves are told not to: it would take as long again."""
-    return ApiError(
-        504, "the answer was not done in the time that a request has", code="timeout", headers={"x-should-retry": "false"}
-    )

@@ -65,9 +65,34 @@ class AnswerToolCall(Answer):
     function: AnswerFunction
 
 
+class FileCitation(Answer):
+    """A passage of a file that supports the answer: characters `start` to `end` of its text, as /v1/files/{id}/content has it.
+    `index`: of the file among those of the request; `file_id` is null of one that came with the request."""
+
+    type: Literal["file_citation"]
+    file_id: str | None
+    filename: str
+    index: int
+    start: int
+    end: int
+    page: int | None
+    line: int
+    text: str
+
+
+class DocumentFacts(Answer):
+    """How files were answered from: `whole`, or what of longdoc's strategies."""
+
+    strategy: Literal["whole", "map_reduce", "retrieve"]
+    reason: str
+    notes: list[str]
+
+
 class ChatMessage(Answer):
     role: Literal["assistant"]
     content: str | None
+    annotations: list[FileCitation] | None = None
+    document: DocumentFacts | None = None
     reasoning_content: str | None = None
     tool_calls: list[AnswerToolCall] | None = None
 

@@ -1,10 +1,10 @@
-"""A chat's messages and tools. Text only: no image, sound or file is read, and no address in a request is ever fetched."""
+"""A chat's messages and tools. Text and documents: no image or sound is read, and no address in a request is ever fetched."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from .base import Body, Ignored
 
@@ -17,7 +17,9 @@ def only_text(value: Any) -> Any:
     """A clear word about parts that can't be read."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("image_url", "input_image", "input_audio", "file", "input_file", "video_url", "audio_url"):
-        raise ValueError(f"parts of type {kind!r} are not read: this server takes text only, and fetches nothing")
+        raise ValueError(
+            f"parts of type {kind!r} are not read here: this server takes text, files of the user, and fetches nothing"
+        )
     return value
 
 
@@ -30,7 +32,36 @@ class TextPart(Body):
     _check = model_validator(mode="before")(only_text)
 
 
+class FileSource(Body):
+    """A file that was sent to /v1/files, or one that comes along: `file_data` is data:...;base64,... or base64."""
+
+    file_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    file_data: Annotated[str, Field(min_length=1)] | None = None
+    filename: Annotated[str, Field(max_length=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> FileSource:
+        if (self.file_id is None) == (self.file_data is None):
+            raise ValueError("give either file_id, or file_data and filename")
+        return self
+
+
+class FilePart(Body):
+    """A document that the message is about: PDF, Word, HTML, Markdown, source code, any text."""
+
+    type: Literal["file"]
+    file: FileSource
+
+
+def _known_part(value: Any) -> str | None:
+    """Of a user's message; what is no file is judged as text."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "file" if kind == "file" else "text"
+
+
+UserPart = Annotated[Annotated[TextPart, Tag("text")] | Annotated[FilePart, Tag("file")], Discriminator(_known_part)]
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
+UserContent = str | Annotated[list[UserPart], Field(min_length=1, max_length=1000)]
 
 
 class FunctionCall(Body):
@@ -59,7 +90,7 @@ class SystemMessage(_Message):
 
 class UserMessage(_Message):
     role: Literal["user"]
-    content: Content
+    content: UserContent
 
 
 class AssistantMessage(_Message):
@@ -114,19 +145,3 @@ class NamedTool(Body):
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
-
-
-def plain(messages: list[Message]) -> list[dict[str, Any]]:
-    """As chat templates take them: content a string, fields that are null left out."""
-    found = []
-    for message in messages:
-        values = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "audio", "function_call"})
-        for call in values.get("tool_calls", ()):
-            call.pop("index", None)
-        if isinstance(content := values.get("content"), list):
-            values["content"] = "".join(part["text"] for part in content)
-        values.setdefault("content", "")
-        if values["role"] == "developer":
-            values["role"] = "system"
-        found.append(values)
-    return found

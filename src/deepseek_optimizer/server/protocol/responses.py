@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ...engine.request import MOST_LOGPROBS
 from .base import Answer, Body, Harmless, Ignored, ModelName
@@ -24,16 +24,53 @@ class InputText(Body):
     _check = model_validator(mode="before")(only_text)
 
 
+class InputFile(Body):
+    """A document that the message is about."""
+
+    type: Literal["input_file"]
+    file_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    file_data: Annotated[str, Field(min_length=1)] | None = None
+    filename: Annotated[str, Field(max_length=4096)] | None = None
+    file_url: None = None
+    detail: Ignored
+
+    @field_validator("file_url", mode="before")
+    @classmethod
+    def _no_address(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("addresses are not fetched; send the file itself")
+        return value
+
+    @model_validator(mode="after")
+    def _one(self) -> InputFile:
+        if (self.file_id is None) == (self.file_data is None):
+            raise ValueError("give either file_id, or file_data and filename")
+        return self
+
+
+def _known_part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "file" if kind == "input_file" else "text"
+
+
+_Part = Annotated[Annotated[InputText, Tag("text")] | Annotated[InputFile, Tag("file")], Discriminator(_known_part)]
 InputContent = str | Annotated[list[InputText], Field(max_length=1000)]
+MessageContent = str | Annotated[list[_Part], Field(max_length=1000)]
 
 
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: InputContent
+    content: MessageContent
     id: _Id | None = None
     status: Ignored
     phase: Ignored
+
+    @model_validator(mode="after")
+    def _files_of_users(self) -> InputMessage:
+        if self.role != "user" and isinstance(self.content, list) and any(isinstance(p, InputFile) for p in self.content):
+            raise ValueError("only messages of the user bring files")
+        return self
 
 
 class InputCall(Body):
@@ -213,6 +250,7 @@ class ResponseObject(Answer):
     top_p: float | None
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
+    document: dict[str, Any] | None = Field(None, description="How files were answered from: strategy, reason, notes.")
 
 
 EXAMPLE: dict[str, Any] = {"input": "Hello", "max_output_tokens": 16}

@@ -7,8 +7,9 @@ import uuid
 
 from fastapi import FastAPI, Request, Response
 
-from ..chat_answers import ChatAnswer, ChatCollector, ChatEncoder
-from ..chat_setup import ChatAsked, check_choice, set_up
+from ..chat_answers import ChatCollector, ChatEncoder
+from ..chat_setup import ChatAsked, check_choice
+from ..document_chats import answered, check_simple, documents_of, set_up_chat
 from ..grammars import chat_grammar, form_of
 from ..intake import taken_in
 from ..openapi import body_errors, events, reads
@@ -35,31 +36,36 @@ def add(app: FastAPI, state: ServerState) -> None:
             n = asked.n or 1
             chat = asked_of(asked)
             form = form_of(asked)
-            setup = await state.tokenizing(lambda: set_up(state, chat), deadline)
-            grammar = await chat_grammar(state, chat, setup, form, asked.parallel_tool_calls is not False, deadline)
+            most = asked.max_completion_tokens or asked.max_tokens
+            documents = await documents_of(state, request, chat, deadline)
+            setup = await set_up_chat(state, chat, documents, most, deadline)
+            if setup is None:
+                check_simple(n=n > 1, tools=asked.tools, logprobs=asked.logprobs, response_format=form)
+                grammar = None
+            else:
+                grammar = await chat_grammar(state, chat, setup, form, asked.parallel_tool_calls is not False, deadline)
             top = (asked.top_logprobs or 0) if asked.logprobs else None
             params = asked.params(
                 state.settings.sampling,
-                max_tokens=asked.max_completion_tokens or asked.max_tokens,
+                max_tokens=most,
                 logprobs=top,
                 grammar=grammar,
-                keep_special=setup.keep_special,
+                keep_special=setup is not None and setup.keep_special,
             )
             name = f"chatcmpl-{uuid.uuid4().hex}"
             head = {"id": name, "created": int(time.time()), "model": state.model_name}
-            pinned = (setup.prompt.system,) if setup.prompt.system else ()
+            pinned = (setup.prompt.system,) if setup and setup.prompt.system else ()
             requests = requests_for(
-                [setup.prompt.ids], params, n, id=name, salt=request.state.salt, deadline=deadline, priority=asked.priority,
-                pinned=pinned,
+                [setup.prompt.ids if setup else []], params, n, id=name, salt=request.state.salt, deadline=deadline,
+                priority=asked.priority, pinned=pinned,
             )  # fmt: skip
-            answers = state.submit(requests)
             one_call = asked.parallel_tool_calls is False
-            parsed = [ChatAnswer(setup.parser() if setup.parser else None, one_call) for _ in range(n)]
-            texts = state.texts if asked.logprobs else None
+            answers, parsed = answered(state, documents, setup, requests, one_call)
+            texts, dropped = state.texts if asked.logprobs else None, setup.dropped if setup else 0
             if asked.stream:
                 usage = bool(asked.stream_options and asked.stream_options.include_usage)
-                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, setup.dropped))
-            collector = ChatCollector(head, parsed, texts, setup.dropped)
+                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, dropped))
+            collector = ChatCollector(head, parsed, texts, dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 

@@ -8,8 +8,8 @@ from fastapi import FastAPI, Request, Response
 
 from ...engine.request import Request as EngineRequest
 from ...engine.request import SamplingParams
-from ..chat_answers import ChatAnswer
-from ..chat_setup import ChatAsked, check_choice, set_up
+from ..chat_setup import ChatAsked, check_choice
+from ..document_chats import answered, check_simple, documents_of, set_up_chat
 from ..grammars import Form, chat_grammar
 from ..intake import taken_in
 from ..openapi import body_errors, events, reads
@@ -18,8 +18,10 @@ from ..protocol.responses import (
     InputCall,
     InputCallOutput,
     InputContent,
+    InputFile,
     InputMessage,
     JsonObject,
+    MessageContent,
     NamedFunctionTool,
     ResponseObject,
     ResponsesRequest,
@@ -42,10 +44,14 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
         async with taken_in(state, request, ResponsesRequest, one=True) as (asked, places, deadline):
             chat = asked_of(asked)
-            setup = await state.tokenizing(lambda: set_up(state, chat), deadline)
-            parallel = asked.parallel_tool_calls is not False
-            grammar = await chat_grammar(state, chat, setup, form_of(asked), parallel, deadline)
+            documents = await documents_of(state, request, chat, deadline)
+            setup = await set_up_chat(state, chat, documents, asked.max_output_tokens, deadline)
+            parallel, form, grammar = asked.parallel_tool_calls is not False, form_of(asked), None
             wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
+            if setup is None:
+                check_simple(tools=asked.tools, text=form, include=wants_logprobs)
+            else:
+                grammar = await chat_grammar(state, chat, setup, form, parallel, deadline)
             values: dict[str, Any] = {**state.settings.sampling}
             for name in ("temperature", "top_p", "min_p", "seed"):
                 if (value := getattr(asked, name)) is not None:
@@ -57,19 +63,18 @@ def add(app: FastAPI, state: ServerState) -> None:
                 max_tokens=asked.max_output_tokens,
                 logprobs=(asked.top_logprobs or 0) if wants_logprobs else None,
                 grammar=grammar,
-                skip_special_tokens=not setup.keep_special,
+                skip_special_tokens=not (setup and setup.keep_special),
             )
             head = new_response(state.model_name, _echo(asked, params))
             sequence = EngineRequest(
-                setup.prompt.ids, params, id=head["id"], salt=request.state.salt, deadline=deadline,
-                priority=asked.priority or 0, pinned=(setup.prompt.system,) if setup.prompt.system else (),
+                setup.prompt.ids if setup else [], params, id=head["id"], salt=request.state.salt, deadline=deadline,
+                priority=asked.priority or 0, pinned=(setup.prompt.system,) if setup and setup.prompt.system else (),
             )  # fmt: skip
-            answers = state.submit([sequence])
-            answer = ChatAnswer(setup.parser() if setup.parser else None, not parallel)
-            texts = state.texts if wants_logprobs else None
+            answers, [answer] = answered(state, documents, setup, [sequence], not parallel)
+            texts, dropped = state.texts if wants_logprobs else None, setup.dropped if setup else 0
             if asked.stream:
-                return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts, setup.dropped))
-            collector = ResponseCollector(head, answer, texts, setup.dropped)
+                return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts, dropped))
+            collector = ResponseCollector(head, answer, texts, dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
@@ -107,7 +112,7 @@ def chat_messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
     turn: dict[str, Any] | None = None  # of the assistant, while its items come
     for item in asked.input:
         if isinstance(item, InputMessage) and item.role != "assistant":
-            messages.append({"role": item.role, "content": _text(item.content)})
+            messages.append({"role": item.role, "content": _content(item.content)})
             turn = None
         elif isinstance(item, InputCallOutput):
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
@@ -117,7 +122,7 @@ def chat_messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
                 turn = {"role": "assistant", "content": ""}
                 messages.append(turn)
             if isinstance(item, InputMessage):
-                turn["content"] = _text(item.content)
+                turn["content"] = _content(item.content)
             elif isinstance(item, InputCall):
                 function = {"name": item.name, "arguments": item.arguments}
                 turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
@@ -126,8 +131,22 @@ def chat_messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
     return messages
 
 
-def _text(content: InputContent) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+def _content(content: MessageContent) -> str | list[dict[str, Any]]:
+    """With files, in parts, as the chat API has them."""
+    if isinstance(content, str) or not any(isinstance(part, InputFile) for part in content):
+        return _text(content)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if isinstance(part, InputFile):
+            file = part.model_dump(exclude_none=True, include={"file_id", "file_data", "filename"})
+            parts.append({"type": "file", "file": file})
+        else:
+            parts.append({"type": "text", "text": part.text})
+    return parts
+
+
+def _text(content: InputContent | MessageContent) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content if not isinstance(part, InputFile))
 
 
 def form_of(asked: ResponsesRequest) -> Form | None:

@@ -1,0 +1,117 @@
+"""Documents made ready for questions: in chunks, with an index where one is needed, kept for the next question.
+
+Documents are cut and searched on threads of their own, each with its own tokenizer: chats don't wait for them, and short
+documents don't wait for long ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from ..longdoc.document import Document
+from ..longdoc.material import Limits, Material
+from ..longdoc.prompts import Prompts
+from ..longdoc.split import LEAST_LENGTH, MAX_LENGTH, split
+from .threads import threaded
+
+T = TypeVar("T")
+_Key = tuple[str, tuple[str, ...]]  # whose, and the digests of its files
+
+REPLY = 512  # tokens of an answer from a document that does not fit, where the request does not say
+_LONG = 1 << 20  # characters of a document that others should not wait for
+_EACH = 8  # bytes that a prepared document takes for each of its characters, about: chunks, index, tokens
+_PARTS = 6  # chunks of such a size fit a prompt, at least
+
+
+class _Stopped(Exception):
+    """Nobody wants the document any more."""
+
+
+class Preparation:
+    """
+    Args:
+        copied: gives a copy of the tokenizer by a deadline.
+        room: tokens that prompt and answer may take together.
+        most_bytes: that prepared documents may take together; the newest one is kept whatever it takes.
+    """
+
+    def __init__(self, copied: Callable[[float], Awaitable[Any]], room: int, most_bytes: int) -> None:
+        self.room, self._most = room, most_bytes
+        self._copied = copied
+        self._kept: OrderedDict[_Key, Material] = OrderedDict()
+        self._making: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
+        self._copying = asyncio.Lock()
+        self._short = ThreadPoolExecutor(1, "dso-documents")
+        self._long = ThreadPoolExecutor(1, "dso-long-documents")
+        self._citing = ThreadPoolExecutor(1, "dso-citing")
+        self._prompts: Prompts | None = None  # of the thread for short ones, with its tokenizer
+        self._splitter: Any = None  # tokenizer of the thread for long ones
+        self.reply = min(REPLY, max(1, room // 4))
+
+    async def material(self, owner: str, digests: tuple[str, ...], document: Document, deadline: float) -> Material:
+        """A document's; kept by whose it is and what its files are.
+
+        Args:
+            deadline: of `time.monotonic`.
+
+        Raises:
+            ApiError: 504, it took too long.
+        """
+        key = (owner, digests)
+        async with self._making.setdefault(key, asyncio.Lock()):
+            made = self._kept.pop(key, None) or await self._made(document, deadline)
+        self._kept[key] = made  # as the newest
+        while len(self._kept) > 1 and sum(_bytes(one) for one in self._kept.values()) > self._most:
+            self._kept.popitem(last=False)
+        return made
+
+    async def step(self, work: Callable[[], T], deadline: float) -> T:
+        """Runs what uses a material; raises as `material` does."""
+        return await threaded(self._short, work, deadline)
+
+    async def citing(self, work: Callable[[], T]) -> T:
+        """Runs what uses neither tokenizer nor index."""
+        return await asyncio.get_running_loop().run_in_executor(self._citing, work)
+
+    def close(self) -> None:
+        """Ends the process that templates run in."""
+        for thread in (self._short, self._long, self._citing):
+            thread.shutdown(wait=False, cancel_futures=True)
+        if self._prompts is not None:
+            self._prompts.close()
+
+    async def _made(self, document: Document, deadline: float) -> Material:
+        long, stop = document.characters > _LONG, Event()
+        async with self._copying:
+            if self._prompts is None:
+                self._prompts = Prompts(await self._copied(deadline))
+            if long and self._splitter is None:
+                self._splitter = await self._copied(deadline)
+        prompts, tokenizer = self._prompts, self._splitter if long else self._prompts.tokenizer
+        length = min(MAX_LENGTH, max(LEAST_LENGTH, self.room // _PARTS))
+
+        def check(_done: int, _all: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+
+        def make() -> Material:
+            chunks = split(document, tokenizer, length, length // 8, progress=check)
+            made = Material(document, chunks, prompts, Limits(self.room, reply=self.reply))
+            if long:
+                _ = made.index  # made here, and not where others wait
+            return made
+
+        try:
+            return await threaded(self._long if long else self._short, make, deadline)
+        finally:
+            stop.set()
+
+
+def _bytes(material: Material) -> int:
+    return _EACH * material.document.characters

@@ -1,0 +1,103 @@
+"""/v1/files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..file_store import StoredFile
+from ..problems import ApiError
+from .base import Answer
+
+PURPOSES = ("user_data", "assistants")
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+LEAST_SECONDS, MOST_SECONDS = 3600, 2_592_000  # OpenAI's
+
+
+class FileObject(Answer):
+    """A file that is kept. `expires_at`: it is gone then, or when the server ends."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Literal["user_data", "assistants"]
+    status: Literal["processed"]
+    characters: int = Field(description="Of the text that was read from it.")
+    pages: int | None = Field(description="null: its format has none.")
+    warnings: list[str] = Field(description="What could not be read of it.")
+
+
+class FileList(Answer):
+    """The newest first, unless `order` says otherwise."""
+
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(Answer):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+# For the OpenAPI schema: the form is read as it comes, and not by FastAPI.
+FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "minLength": 1},
+                        "purpose": {"type": "string", "enum": list(PURPOSES)},
+                        _ANCHOR: {"type": "string", "enum": ["created_at"]},
+                        _SECONDS: {"type": "integer", "minimum": LEAST_SECONDS, "maximum": MOST_SECONDS},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def check_fields(fields: Mapping[str, str]) -> tuple[str, float | None]:
+    """A form's purpose, and after how many seconds the file is to expire.
+
+    Raises:
+        ApiError: 400, a field is wrong, missing or not known.
+    """
+    for name in fields:
+        if name not in ("purpose", _ANCHOR, _SECONDS):
+            raise ApiError(400, f"{name}: this server does not know the field; leave it out", param=name)
+    purpose = fields.get("purpose")
+    if purpose not in PURPOSES:
+        raise ApiError(400, f"purpose: must be {' or '.join(PURPOSES)}", param="purpose")
+    if fields.get(_ANCHOR, "created_at") != "created_at":
+        raise ApiError(400, f"{_ANCHOR}: must be created_at", param=_ANCHOR)
+    given = fields.get(_SECONDS)
+    if given is None:
+        return purpose, None
+    if not (given.isascii() and given.isdecimal() and len(given) < 10 and LEAST_SECONDS <= int(given) <= MOST_SECONDS):
+        raise ApiError(400, f"{_SECONDS}: must be a whole number from {LEAST_SECONDS} to {MOST_SECONDS}", param=_SECONDS)
+    return purpose, float(given)
+
+
+def shown(file: StoredFile) -> dict[str, Any]:
+    """A `FileObject`."""
+    text = file.text
+    return {
+        "id": file.id, "object": "file", "bytes": file.size, "created_at": file.created, "expires_at": file.expires,
+        "filename": text.name, "purpose": file.purpose, "status": "processed", "characters": len(text.text),
+        "pages": len(text.pages) or None, "warnings": list(text.warnings),
+    }  # fmt: skip

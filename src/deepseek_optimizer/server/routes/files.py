@@ -1,0 +1,87 @@
+"""/v1/files: documents that chats can be about. What is kept is their text, in memory, for the key that sent it."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Path, Query, Request, Response
+
+from ..openapi import errors
+from ..problems import ApiError
+from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, shown
+from ..replies import json_response
+from ..state import ServerState
+from ..upload import digest_of, read_upload_form
+
+_Id = Annotated[str, Path(max_length=256)]
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    @app.post(
+        "/v1/files",
+        response_model=FileObject,
+        responses=errors(400, 401, 403, 408, 413, 415, 500, 501, 503),
+        openapi_extra=FORM,
+        tags=["files"],
+    )
+    async def upload(request: Request) -> Response:
+        """Reads a document: PDF, Word, HTML, Markdown, source code, any text."""
+        state.check_taking()
+        owner = request.state.salt
+        with state.files.room(owner) as room:
+            form = await read_upload_form(request, state.settings, room)
+            purpose, seconds = check_fields(form.fields)
+            if form.name is None:
+                raise ApiError(400, "file: is missing", param="file")
+            text = await state.reader.read(form.name, form.data, state.deadline(time.monotonic()))
+            if await request.is_disconnected():  # nobody would know of it
+                return Response()
+            size, digest = len(form.data), digest_of(form.name, form.data)
+            form.data.clear()
+            room.set(0)
+            return json_response(shown(state.files.add(owner, purpose, size, digest, text, seconds)))
+
+    @app.get("/v1/files", response_model=FileList, responses=errors(400, 401, 403), tags=["files"])
+    async def files(
+        request: Request,
+        purpose: Literal["user_data", "assistants"] | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        after: Annotated[str | None, Query(max_length=256)] = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Response:
+        """The files of this key."""
+        found = [file for file in state.files.of(request.state.salt) if purpose in (None, file.purpose)]
+        if order == "desc":
+            found.reverse()
+        if after is not None:
+            places = [i for i, file in enumerate(found) if file.id == after]
+            if not places:
+                raise ApiError(400, "after: there is no such file", param="after")
+            found = found[places[0] + 1 :]
+        data = [shown(file) for file in found[:limit]]
+        ends: dict[str, Any] = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+        return json_response({"object": "list", "data": data, **ends, "has_more": len(found) > limit})
+
+    @app.get("/v1/files/{file_id}", response_model=FileObject, responses=errors(400, 401, 403, 404), tags=["files"])
+    async def file(request: Request, file_id: _Id) -> Response:
+        """One file."""
+        return json_response(shown(state.files.get(request.state.salt, file_id)))
+
+    @app.get(
+        "/v1/files/{file_id}/content",
+        response_class=Response,
+        responses=errors(400, 401, 403, 404) | {200: {"description": "Its text.", "content": {"text/plain": {}}}},
+        tags=["files"],
+    )
+    async def content(request: Request, file_id: _Id) -> Response:
+        """The text that was read from a file, in UTF-8; places of citations are of its characters."""
+        text = state.files.get(request.state.salt, file_id).text.text
+        headers = {"Content-Disposition": "attachment", "Content-Type": "text/plain; charset=utf-8"}
+        return Response(text.encode(), headers=headers)
+
+    @app.delete("/v1/files/{file_id}", response_model=DeletedFile, responses=errors(400, 401, 403, 404), tags=["files"])
+    async def delete(request: Request, file_id: _Id) -> Response:
+        """Lets go of a file. Answers that are being written from it are written to the end."""
+        state.files.delete(request.state.salt, file_id)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
