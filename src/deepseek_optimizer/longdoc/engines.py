@@ -53,13 +53,14 @@ class Engines:
     @property
     def window(self) -> int | None:
         """Tokens of the window; None where there can be none: keys of the model can't be moved, or the room is too small."""
+        most = min(self.runtime.graph.max_positions, self.arena.store.num_blocks * BLOCK_TOKENS, WINDOW)
+        if self.runtime.config.batch_invariant or most < SMALLEST:
+            return None
         try:
             key_rotation(self.runtime.graph)
         except UnsupportedModelError:
             return None
-        if self.runtime.config.batch_invariant or self.room < SMALLEST or self.arena.store.num_blocks * BLOCK_TOKENS < SMALLEST:
-            return None
-        return min(self.runtime.graph.max_positions, self.arena.store.num_blocks * BLOCK_TOKENS, WINDOW)
+        return most
 
     def engine(self, window: bool) -> Engine:
         """The engine for prompts that fit, or the one that reads through a window. The other's cached prefixes are given up."""
