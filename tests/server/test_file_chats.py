@@ -136,8 +136,17 @@ def test_a_long_text_is_answered_from_passages(live):
         assert FACT in [text[one["start"] : one["end"]] for one in message["annotations"]]
         assert all(one["text"] == text[one["start"] : one["end"]] and one["file_id"] == id for one in message["annotations"])
     assert len(live.engine.seen) == 2 and len(live.engine.seen[0].prompt) < CONTEXT
+    assert message["document"]["context_tokens"] == found["usage"]["total_tokens"]
     assert found["usage"]["prompt_tokens"] == len(live.engine.seen[1].prompt)
-    assert len(live.app.state.server.documents._kept) >= 1
+    documents = live.app.state.server.documents
+    assert any(material.document.files[0].text == text for material, _ in documents._kept.values())
+    live.client.delete(f"/v1/files/{id}")
+    assert not any(material.document.files[0].text == text for material, _ in documents._kept.values())
+    ask(live, inline(text.encode(), "book.txt"))  # what came with a request is let go of when nobody asks any more
+    live.call(lambda: documents.sweep(3600))
+    assert len(documents._kept) > 0
+    live.call(lambda: documents.sweep(0))
+    assert len(documents._kept) == 0
 
 
 def test_a_question_about_all_of_it_asks_every_part_and_streams_the_answer(live):
@@ -363,6 +372,7 @@ def test_many_at_once_leave_nothing_behind(live):
     state = live.app.state.server
     for file in state.files.of(""):
         live.call(lambda file=file: state.files.delete("", file.id))
+    live.call(lambda: state.documents.sweep(0))
 
     def one(seed: int) -> list[int]:
         rng = random.Random(seed)
@@ -381,4 +391,5 @@ def test_many_at_once_leave_nothing_behind(live):
 
     with ThreadPoolExecutor(12) as threads:
         assert {status for found in threads.map(one, range(36)) for status in found} == {200}
-    assert state.files.held == 0 and len(state.files) == 0
+    wait_for(lambda: live.engine.admitted == 0)
+    assert state.files.held == 0 and len(state.files) == 0 and len(state.documents._kept) == 0

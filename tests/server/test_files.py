@@ -287,7 +287,8 @@ class Clock:
 
 def test_files_expire_and_their_memory_comes_back():
     clock = Clock()
-    store = FileStore(ServerSettings(file_seconds=100), clock)
+    gone = []
+    store = FileStore(ServerSettings(file_seconds=100), lambda owner, digest: gone.append((owner, digest)), clock)
     text = TextFile("a.txt", "x" * 10_000)
     short = store.add("me", "user_data", 1, "d1", text, seconds=50)
     long = store.add("me", "user_data", 1, "d2", text, seconds=10_000)
@@ -303,6 +304,7 @@ def test_files_expire_and_their_memory_comes_back():
     clock.now = 1100
     store.sweep()
     assert store.held == 0 and len(store) == 0
+    assert gone == [("me", "d1"), ("me", "d2")]
 
 
 def test_memory_that_was_refused_is_not_counted():

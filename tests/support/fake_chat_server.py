@@ -114,10 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, file.read_bytes(), TYPES[file.suffix] + "; charset=utf-8", {"Content-Security-Policy": CSP})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path != "/v1/chat/completions":
             self._json(404, error_body(f"no {self.path} here"))
             return
+        body = json.loads(data)
         if not self._allowed():
             return
         self.fake.bodies.append(body)

@@ -98,6 +98,7 @@ async def _sweep(state: ServerState) -> None:
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         state.files.sweep()
+        state.documents.sweep()
 
 
 async def _wrong_parameter(_request: Request, error: Exception) -> Response:

@@ -6,10 +6,12 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from ..longdoc.document import Document, TextFile
+from .file_store import Room, memory_of
 from .problems import ApiError
 from .state import ServerState
 from .upload import digest_of, label, too_large
@@ -49,11 +51,12 @@ def has_files(messages: Sequence[Message]) -> bool:
     return any(part["type"] == "file" for message in messages for part in _parts(message))
 
 
-async def attached(state: ServerState, messages: Sequence[Message], owner: str, deadline: float) -> Attached:
+async def attached(state: ServerState, messages: Sequence[Message], owner: str, places: ExitStack, deadline: float) -> Attached:
     """
     Args:
         messages: as OpenAI's chat API has them, checked.
         owner: salt of the key that asks.
+        places: of the request; memory of files that came with it is given back with them.
 
     Raises:
         ApiError: 400, a file that is not what it should be, or no question; 404, a file that is not there; 413, one that is too
@@ -62,28 +65,24 @@ async def attached(state: ServerState, messages: Sequence[Message], owner: str, 
     """
     found: dict[str, tuple[TextFile, str | None]] = {}  # digest -> file, its id
     inlined: list[dict[str, Any]] = []
-    with state.files.room(owner) as room:
-        taken = 0
-        for message in messages:
-            texts: list[str] = []
-            for part in _parts(message):
-                if part["type"] != "file":
-                    continue
-                if len(found) >= MOST_FILES:
-                    raise ApiError(400, f"messages: a chat may have {MOST_FILES} files", param="messages")
-                file = part["file"]
-                if (id := file.get("file_id")) is not None:
-                    kept = state.files.get(owner, id)
-                    text, digest = kept.text, kept.digest
-                else:
-                    name, data = _data_of(state, file)
-                    taken += len(data)
-                    room.set(taken)
-                    text, digest = await state.reader.read(name, data, deadline), digest_of(name, data)
-                if digest not in found:  # a file that comes twice is shown once
-                    found[digest] = text, id
-                    texts.append(f"File: {text.name}\n{text.text}\n\n")
-            inlined.append({**message, "content": "".join(texts) + _said(message)} if "content" in message else dict(message))
+    coming = _Coming(state, owner, places, deadline)
+    for message in messages:
+        texts: list[str] = []
+        for part in _parts(message):
+            if part["type"] != "file":
+                continue
+            if len(found) >= MOST_FILES:
+                raise ApiError(400, f"messages: a chat may have {MOST_FILES} files", param="messages")
+            id = part["file"].get("file_id")
+            if id is not None:
+                kept = state.files.get(owner, id)
+                text, digest = kept.text, kept.digest
+            else:
+                text, digest = await coming.read(part["file"])
+            if digest not in found:  # a file that comes twice is shown once
+                found[digest] = text, id
+                texts.append(f"File: {text.name}\n{text.text}\n\n")
+        inlined.append({**message, "content": "".join(texts) + _said(message)} if "content" in message else dict(message))
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
     question = _said(messages[last]).strip() if last >= 0 else ""
     if not question:
@@ -91,6 +90,26 @@ async def attached(state: ServerState, messages: Sequence[Message], owner: str, 
     before, cut = _before(messages[:last])
     document = Document(tuple(text for text, _ in found.values()))
     return Attached(document, tuple(id for _, id in found.values()), tuple(found), inlined, question, before, cut)
+
+
+class _Coming:
+    """Files that come with a request; their memory counts until it is answered."""
+
+    def __init__(self, state: ServerState, owner: str, places: ExitStack, deadline: float) -> None:
+        self._state, self._owner, self._places, self._deadline = state, owner, places, deadline
+        self._room: Room | None = None
+        self._held = 0
+
+    async def read(self, file: Mapping[str, Any]) -> tuple[TextFile, str]:
+        """A file's text, and its digest."""
+        name, data = _data_of(self._state, file)
+        if self._room is None:
+            self._room = self._places.enter_context(self._state.files.room(self._owner))
+        self._room.set(self._held + len(data))
+        text = await self._state.reader.read(name, data, self._deadline)
+        self._held += memory_of(text)
+        self._room.set(self._held)
+        return text, digest_of(name, data)
 
 
 def _parts(message: Message) -> list[Mapping[str, Any]]:

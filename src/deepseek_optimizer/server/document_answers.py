@@ -40,9 +40,13 @@ def file_citations(citations: Sequence[Citation], material: Material, ids: Seque
     return found
 
 
-def described(strategy: str, reason: str, notes: list[str]) -> dict[str, Any]:
-    """How a document was answered from."""
-    return {"strategy": strategy, "reason": reason, "notes": notes}
+def described(strategy: str, reason: str, notes: list[str], context: int) -> dict[str, Any]:
+    """How documents were answered from.
+
+    Args:
+        context: tokens of the last prompt and its reply.
+    """
+    return {"strategy": strategy, "reason": reason, "notes": notes, "context_tokens": context}
 
 
 class CitedAnswers:
@@ -75,18 +79,20 @@ class CitedAnswers:
         output = await self._answers.__anext__()
         self._pieces.append(output.text)
         if output.finish in ("stop", "length"):
-            self._answer.cited = await self._state.documents.citing(self._cited)
+            context = output.prompt_tokens + output.completion_tokens - output.dropped_tokens
+            self._answer.cited = await self._state.documents.citing(lambda: self._cited(context))
         return output
 
-    def _cited(self) -> dict[str, Any]:
+    def _cited(self, context: int) -> dict[str, Any]:
         text, material = "".join(self._pieces), self._material
         if self._parser is not None:
             text = collect([*self._parser.feed(text), *self._parser.finish()]).content
         citations = cite(text, material.chunks, material.document, question=self._attached.question)
         reason = "the documents fit the model's context"
         return {
-            "annotations": file_citations(citations, material, self._attached.ids), "document": described("whole", reason, [])
-        }  # fmt: skip
+            "annotations": file_citations(citations, material, self._attached.ids),
+            "document": described("whole", reason, [], context),
+        }
 
 
 class _Ended(Exception):
@@ -114,7 +120,7 @@ class DocumentAnswers(Answers):
         self._answer = answer
         assert request.deadline is not None
         self._deadline = request.deadline
-        self._read = self._cached = self._generated = 0
+        self._read = self._cached = self._generated = self._context = 0
         self._error: ApiError | None = None
         self._streamed = False
         self._stop_reason: str | int | None = None
@@ -169,7 +175,7 @@ class DocumentAnswers(Answers):
         notes = step.notes + (["earlier messages were cut: the documents take the room"] if attached.cut else [])
         self._answer.cited = {
             "annotations": file_citations(step.citations, material, attached.ids),
-            "document": described(step.strategy, step.reason, notes),
+            "document": described(step.strategy, step.reason, notes, self._context),
         }
         return finish
 
@@ -247,6 +253,7 @@ class DocumentAnswers(Answers):
         self._read += output.prompt_tokens
         self._cached += output.cached_tokens
         self._generated += output.completion_tokens
+        self._context = output.prompt_tokens + output.completion_tokens
 
     def _output(self, *, so_far: tuple[int, int, int] = (0, 0, 0), **fields: Any) -> Output:
         """With the tokens of all prompts that have ended, and of the one that is `so_far`."""

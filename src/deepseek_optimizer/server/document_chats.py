@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -58,8 +59,13 @@ def answered(
     return cited, parsed
 
 
-async def documents_of(state: ServerState, request: Request, chat: ChatAsked, deadline: float) -> Documents | None:
+async def documents_of(
+    state: ServerState, request: Request, chat: ChatAsked, places: ExitStack, deadline: float
+) -> Documents | None:
     """The documents of a chat, read and in chunks; None: it has no files.
+
+    Args:
+        places: the request's, given back when it is answered: memory of files that came with it goes along.
 
     Raises:
         ApiError, DocumentError: as of `attached`; 504, they were not ready by the deadline.
@@ -70,7 +76,7 @@ async def documents_of(state: ServerState, request: Request, chat: ChatAsked, de
     owner = request.state.salt
 
     async def ready() -> Documents:
-        found = await attached(state, chat.messages, owner, deadline)
+        found = await attached(state, chat.messages, owner, places, deadline)
         return Documents(found, await state.documents.material(owner, found.digests, found.document, deadline))
 
     return await _unless_gone(request, ready())

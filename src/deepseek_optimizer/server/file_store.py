@@ -42,8 +42,12 @@ class StoredFile:
     @property
     def held(self) -> int:
         """Bytes that it takes in memory."""
-        text = self.text
-        return sys.getsizeof(text.text) + 120 * len(text.pages) + 40 * len(text.headings) + _BESIDES
+        return memory_of(self.text)
+
+
+def memory_of(text: TextFile) -> int:
+    """Bytes that a text takes."""
+    return sys.getsizeof(text.text) + 120 * len(text.pages) + 40 * len(text.headings) + _BESIDES
 
 
 class Room:
@@ -64,11 +68,17 @@ class Room:
 class FileStore:
     """
     Args:
+        gone: told the owner and digest of each file that is let go of.
         clock: seconds since 1970.
     """
 
-    def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.time) -> None:
-        self._settings, self._clock = settings, clock
+    def __init__(
+        self,
+        settings: ServerSettings,
+        gone: Callable[[str, str], None] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings, self._gone, self._clock = settings, gone, clock
         self._files: dict[str, StoredFile] = {}
         self._taken = Counter[str]()  # bytes by owner
         self._coming = 0  # uploads on their way
@@ -172,3 +182,5 @@ class FileStore:
     def _remove(self, file: StoredFile) -> None:
         del self._files[file.id]
         self.take(file.owner, -file.held)
+        if self._gone is not None and not any((f.owner, f.digest) == (file.owner, file.digest) for f in self._files.values()):
+            self._gone(file.owner, file.digest)

@@ -7,6 +7,7 @@ documents don't wait for long ones.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from .threads import threaded
 T = TypeVar("T")
 _Key = tuple[str, tuple[str, ...]]  # whose, and the digests of its files
 
+IDLE_SECONDS = 900.0
 REPLY = 512  # tokens of an answer from a document that does not fit, where the request does not say
 _LONG = 1 << 20  # characters of a document that others should not wait for
 _EACH = 8  # bytes that a prepared document takes for each of its characters, about: chunks, index, tokens
@@ -44,7 +46,7 @@ class Preparation:
     def __init__(self, copied: Callable[[float], Awaitable[Any]], room: int, most_bytes: int) -> None:
         self.room, self._most = room, most_bytes
         self._copied = copied
-        self._kept: OrderedDict[_Key, Material] = OrderedDict()
+        self._kept: OrderedDict[_Key, tuple[Material, float]] = OrderedDict()  # with when it was asked for last
         self._making: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
         self._copying = asyncio.Lock()
         self._short = ThreadPoolExecutor(1, "dso-documents")
@@ -65,11 +67,23 @@ class Preparation:
         """
         key = (owner, digests)
         async with self._making.setdefault(key, asyncio.Lock()):
-            made = self._kept.pop(key, None) or await self._made(document, deadline)
-        self._kept[key] = made  # as the newest
-        while len(self._kept) > 1 and sum(_bytes(one) for one in self._kept.values()) > self._most:
+            found = self._kept.pop(key, None)
+            made = found[0] if found is not None else await self._made(document, deadline)
+            self._kept[key] = made, time.monotonic()  # as the newest
+        while len(self._kept) > 1 and sum(_bytes(one) for one, _ in self._kept.values()) > self._most:
             self._kept.popitem(last=False)
         return made
+
+    def forget(self, owner: str, digest: str) -> None:
+        """Of a file that is gone: lets go of what was made of it."""
+        for key in [key for key in self._kept if key[0] == owner and digest in key[1]]:
+            del self._kept[key]
+
+    def sweep(self, idle: float = IDLE_SECONDS) -> None:
+        """Lets go of what nobody has asked about for so many seconds."""
+        now = time.monotonic()
+        for key in [key for key, (_, asked) in self._kept.items() if now - asked >= idle]:
+            del self._kept[key]
 
     async def step(self, work: Callable[[], T], deadline: float) -> T:
         """Runs what uses a material; raises as `material` does."""

@@ -49,8 +49,8 @@ class ServerState:
             self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds
         )
         self._compiling = ThreadPoolExecutor(8, "dso-grammar")  # they wait for a process
-        self.files, self.reader = FileStore(settings), DocumentReader(settings)
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.most_files_bytes)
+        self.files, self.reader = FileStore(settings, self.documents.forget), DocumentReader(settings)
 
     def check_taking(self) -> None:
         """

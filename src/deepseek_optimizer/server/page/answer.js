@@ -1,6 +1,7 @@
 // One answer on its way: reads the stream into a message, and measures it. No DOM here.
 
 import { ApiError, streamChat } from './api.js';
+import { readCitations } from './citations.js';
 
 const SHORTEST_MS = 100; // what came all at once was buffered on its way, and has no speed
 
@@ -11,6 +12,7 @@ export class Answer {
     this.controller = new AbortController();
     this.pieces = 0;
     this.firstAt = this.lastAt = this.contentAt = null;
+    this.readPart = null; // of documents that are read before the first word, 0 to 1
   }
 
   stop() {
@@ -39,8 +41,8 @@ export class Answer {
       if (this.controller.signal.aborted) message.state = 'stopped';
       else {
         message.state = 'error';
-        const { kind = 'network', status = null, retryAfter = null } = error;
-        message.error = { kind, status, retryAfter, message: error.message };
+        const { kind = 'network', status = null, code = null, retryAfter = null } = error;
+        message.error = { kind, status, code, retryAfter, message: error.message };
         if (!(error instanceof ApiError)) throw error;
       }
     } finally {
@@ -62,8 +64,19 @@ export class Answer {
     if (content) this.endThinking();
     this.message.reasoning += thought;
     this.message.content += content;
+    this.takeDocument(choice?.delta ?? {});
     if (choice?.finish_reason) this.message.finish = choice.finish_reason;
     this.measure(chunk.usage);
+  }
+
+  /** How far documents are read, and at the end the passages that support the answer. */
+  takeDocument({ document, annotations }) {
+    if (Number.isFinite(document?.read) && Number.isFinite(document?.left)) {
+      this.readPart = document.read / Math.max(1, document.read + document.left);
+    } else if (document?.strategy) {
+      this.message.document = { strategy: String(document.strategy), contextTokens: document.context_tokens ?? null };
+    }
+    if (annotations) this.message.citations = readCitations(annotations);
   }
 
   endThinking() {
@@ -83,13 +96,14 @@ export class Answer {
       stats.promptTokens = usage.prompt_tokens ?? null;
       stats.completionTokens = usage.completion_tokens ?? null;
       stats.droppedTokens = usage.dropped_tokens ?? 0;
-      stats.contextTokens = usage.context_tokens ?? null;
+      stats.contextTokens = usage.context_tokens ?? this.message.document?.contextTokens ?? null;
     }
     stats.exact = Boolean(usage) && stats.completionTokens !== null;
     stats.tokens = stats.exact ? stats.completionTokens : this.pieces;
     if (this.firstAt === null) return;
     stats.firstTokenMs = this.firstAt - this.startedAt;
     const span = this.lastAt - this.firstAt;
-    stats.tokensPerSecond = stats.tokens > 1 && span > SHORTEST_MS ? ((stats.tokens - 1) * 1000) / span : null;
+    const several = this.readPart !== null; // prompts: what came is not all that was counted
+    stats.tokensPerSecond = stats.tokens > 1 && span > SHORTEST_MS && !several ? ((stats.tokens - 1) * 1000) / span : null;
   }
 }

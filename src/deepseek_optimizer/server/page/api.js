@@ -6,23 +6,59 @@ const LONGEST_MESSAGE = 2000;
 
 /**
  * Why there is no (whole) answer. `kind`: 'network' (nothing came), 'http' (a status that is not 200), 'stream' (an error within
- * the stream), 'cut' (the stream ended early). `status`, `message` (the server's words) and `retryAfter` (seconds) where known.
+ * the stream), 'cut' (the stream ended early). `status`, `code` and `message` (the server's words) and `retryAfter` (seconds) where known.
  */
 export class ApiError extends Error {
-  constructor(kind, { status = null, message = '', retryAfter = null } = {}) {
+  constructor(kind, { status = null, code = null, message = '', retryAfter = null } = {}) {
     super(message);
-    Object.assign(this, { kind, status, retryAfter });
+    Object.assign(this, { kind, status, code, retryAfter });
   }
 }
 
-/** [{id, context}]: the models of the server, and how many tokens each holds (null where it does not say). */
+/** [{id, context, mostFile}]: the models of the server; tokens that each holds, bytes of a document (null where it does not say). */
 export async function listModels(key) {
   const response = await request('v1/models', { headers: headers(key) });
   const { data } = await response.json().catch(() => ({}));
   if (!Array.isArray(data)) throw new ApiError('http', { status: response.status, message: 'v1/models: no list of models' });
   return data
     .filter((model) => typeof model?.id === 'string')
-    .map((model) => ({ id: model.id, context: Number.isInteger(model.max_model_len) ? model.max_model_len : null }));
+    .map((model) => ({ id: model.id, context: whole(model.max_model_len), mostFile: whole(model.max_file_bytes) }));
+}
+
+const whole = (value) => (Number.isInteger(value) ? value : null);
+
+/** Sends a document: what the server says of it. `sent` is called with the part of it that is on its way, 0 to 1. */
+export function uploadFile(file, key, signal, sent) {
+  const form = new FormData();
+  form.append('purpose', 'user_data');
+  form.append('file', file, file.name);
+  const asking = new XMLHttpRequest(); // fetch can't tell how far it is
+  asking.open('POST', new URL('v1/files', document.baseURI));
+  for (const [name, value] of Object.entries(headers(key))) asking.setRequestHeader(name, value);
+  asking.upload.addEventListener('progress', ({ loaded, total }) => sent(total ? loaded / total : 0));
+  signal.addEventListener('abort', () => asking.abort());
+  return new Promise((resolve, reject) => {
+    const refuse = (kind, facts) => reject(new ApiError(kind, facts));
+    asking.addEventListener('error', () => refuse('network'));
+    asking.addEventListener('abort', () => refuse('cut'));
+    asking.addEventListener('load', () => {
+      const { status } = asking;
+      const found = parsed(asking.responseText);
+      if (status === 200 && typeof found?.id === 'string') return resolve(found);
+      refuse('http', { status, code: codeOf(asking.responseText), message: messageOf(asking.responseText), retryAfter: retryAfter(asking.getResponseHeader('Retry-After')) });
+    });
+    asking.send(form);
+  });
+}
+
+/** Whether the server still has a document; true where it can't be asked. */
+export async function hasFile(id, key) {
+  return request(`v1/files/${encodeURIComponent(id)}`, { headers: headers(key) }).then(() => true, (error) => error.status !== 404);
+}
+
+/** Nobody waits for it: what stays expires. */
+export function deleteFile(id, key) {
+  request(`v1/files/${encodeURIComponent(id)}`, { method: 'DELETE', headers: headers(key), keepalive: true }).catch(() => {});
 }
 
 /** The chunks of a streamed chat completion; throws an ApiError, also when the stream ends before the answer does. */
@@ -61,27 +97,30 @@ async function request(path, options) {
   }
   if (response.ok) return response;
   const text = await response.text().catch(() => '');
-  throw new ApiError('http', { status: response.status, message: messageOf(text), retryAfter: retryAfter(response) });
+  throw new ApiError('http', { status: response.status, code: codeOf(text), message: messageOf(text), retryAfter: retryAfter(response.headers.get('Retry-After')) });
 }
+
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
+const codeOf = (text) => parsed(text)?.error?.code ?? null;
 
 /** The server's own words: error.message of OpenAI's shape, else the text itself (a proxy's, say). */
 function messageOf(body) {
-  let found = body;
-  if (typeof body === 'string') {
-    try {
-      found = JSON.parse(body);
-    } catch {
-      return body.trim().slice(0, LONGEST_MESSAGE);
-    }
-  }
+  const found = typeof body === 'string' ? parsed(body) : body;
+  if (found === null) return String(body).trim().slice(0, LONGEST_MESSAGE);
   const error = found?.error ?? found?.detail ?? found;
   const message = typeof error === 'string' ? error : (error?.message ?? JSON.stringify(error));
   return String(message).slice(0, LONGEST_MESSAGE);
 }
 
 /** Retry-After in seconds: a number, or a date. */
-function retryAfter(response) {
-  const value = response.headers.get('Retry-After');
+function retryAfter(value) {
   if (value === null) return null;
   const wait = /^\d+$/.test(value) ? Number(value) : (Date.parse(value) - Date.now()) / 1000;
   return Number.isFinite(wait) ? Math.max(0, Math.ceil(wait)) : null;

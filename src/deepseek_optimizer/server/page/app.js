@@ -2,12 +2,13 @@
 
 import { announce } from './announce.js';
 import { Answer } from './answer.js';
-import { ApiError, listModels } from './api.js';
+import { ApiError, deleteFile, hasFile, listModels } from './api.js';
 import { Composer } from './composer.js';
 import * as conversations from './conversation.js';
 import * as dialogs from './dialogs.js';
 import { byId, el } from './dom.js';
 import { describeError } from './errors.js';
+import { Attachments } from './files.js';
 import { language, setLanguage, t, translate } from './i18n.js';
 import { showMeter } from './meter.js';
 import { paced } from './paced.js';
@@ -38,11 +39,16 @@ export class App {
       exportOne: (id) => this.exportOne(id),
       remove: (id) => this.remove(id),
     });
-    this.composer = new Composer({
-      send: (text) => this.send(text),
-      stop: () => this.stop(),
-      editLast: () => this.thread.editLast(),
+    this.files = new Attachments({
+      key: () => preferences.apiKey(),
+      most: () => this.model?.mostFile ?? null,
+      changed: () => this.composer.show(),
+      refused: () => this.askKey(true),
     });
+    this.composer = new Composer(
+      { send: (text, files) => this.send(text, files), stop: () => this.stop(), editLast: () => this.thread.editLast() },
+      this.files,
+    );
     this.refresh = paced(() => this.showMeter());
     this.listen();
   }
@@ -118,7 +124,7 @@ export class App {
   // Asking
 
   /** Whether the text was taken. */
-  send(text) {
+  send(text, files = []) {
     const { current } = this;
     if (this.busyElsewhere(current)) {
       announce(t('busyElsewhere'));
@@ -126,7 +132,7 @@ export class App {
       return false;
     }
     if (this.answers.has(current.id)) return false;
-    conversations.addUser(current, text);
+    conversations.addUser(current, text, files);
     if (!this.conversations.has(current.id)) {
       this.conversations.set(current.id, current);
       history.pushState(null, '', `#${current.id}`);
@@ -146,8 +152,9 @@ export class App {
   resend(id, text) {
     const { current } = this;
     this.stop();
+    const { files } = current.messages.find((message) => message.id === id) ?? {};
     conversations.cutBefore(current, id);
-    conversations.addUser(current, text);
+    conversations.addUser(current, text, files);
     this.ask(current);
     this.composer.area.focus();
   }
@@ -167,12 +174,20 @@ export class App {
     await answer.run();
     clearInterval(ticking);
     if (this.answers.get(conversation.id) === answer) this.answers.delete(conversation.id);
+    if (message.error?.code === 'file_not_found') await this.lookForFiles(conversation);
     if (message.state === 'interrupted' || !conversation.messages.includes(message)) return;
     conversation.updated = Date.now();
     this.save(conversation);
     this.showSidebar();
     this.sayResult(message);
     if (this.isOpen(conversation)) this.showEnd(message);
+  }
+
+  /** Marks files that the server has no longer: the next try goes without them. */
+  async lookForFiles(conversation) {
+    const key = preferences.apiKey();
+    await Promise.all(conversations.filesOf(conversation).map(async (file) => (file.gone = !(await hasFile(file.id, key)))));
+    if (this.isOpen(conversation)) this.showThread();
   }
 
   progressed(conversation) {
@@ -258,6 +273,7 @@ export class App {
     this.answers.get(id)?.interrupt();
     this.answers.delete(id);
     this.conversations.delete(id);
+    for (const file of conversations.filesOf(conversation)) deleteFile(file.id, preferences.apiKey());
     await this.store.delete(id);
     if (this.isOpen(conversation)) this.openNew();
     else this.showSidebar();
@@ -393,5 +409,6 @@ export class App {
     this.showThread('show');
     this.showModels();
     this.composer.show();
+    this.files.show();
   }
 }

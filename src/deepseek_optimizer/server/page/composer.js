@@ -10,9 +10,9 @@ const TOUCH = matchMedia('(hover: none) and (pointer: coarse)'); // no Shift key
 export const isComposing = (event) => event.isComposing || event.keyCode === 229;
 
 export class Composer {
-  /** `actions`: {send(text) -> whether it was taken, stop(), editLast()}. */
-  constructor(actions) {
-    this.actions = actions;
+  /** `actions`: {send(text) -> whether it was taken, stop(), editLast()}; `files`: the Attachments beside the box. */
+  constructor(actions, files) {
+    Object.assign(this, { actions, files });
     this.area = byId('message');
     this.button = byId('send');
     this.busy = false;
@@ -34,8 +34,9 @@ export class Composer {
   }
 
   send() {
-    if (!this.area.value.trim() || !this.actions.send(this.area.value)) return;
+    if (!this.sendable || !this.actions.send(this.area.value, this.files.ready)) return;
     this.area.value = '';
+    this.files.clear();
     this.changed();
     this.area.focus();
   }
@@ -43,6 +44,7 @@ export class Composer {
   /** Another conversation, or null for a new one: what was typed here before comes back, after a reload too. */
   open(id) {
     this.draft = `draft.${id ?? 'new'}`;
+    this.files.open(this.draft);
     this.area.value = recall(this.draft, 'sessionStorage') ?? '';
     this.changed();
   }
@@ -55,6 +57,10 @@ export class Composer {
     this.show();
   }
 
+  get sendable() {
+    return Boolean(this.area.value.trim()) && !this.files.sending;
+  }
+
   setBusy(busy) {
     this.busy = busy;
     this.show();
@@ -65,7 +71,7 @@ export class Composer {
     this.button.setAttribute('aria-label', label);
     this.button.title = label;
     this.button.classList.toggle('stop', this.busy);
-    this.button.disabled = !this.busy && !this.area.value.trim();
+    this.button.disabled = !this.busy && !this.sendable;
     byId('keys-hint').hidden = TOUCH.matches;
   }
 }

@@ -1,7 +1,8 @@
 // A conversation as plain data: what the browser keeps, what is sent, what is exported.
 //
-// {id, title, named, created, updated, model, system, settings, messages}; a message is {id, role, content} and, where a model wrote
-// it, {reasoning, thinkingMs, state, error, finish, stats}. `state`: 'streaming', 'done', 'stopped', 'interrupted' or 'error'.
+// {id, title, named, created, updated, model, system, settings, messages}; a message is {id, role, content}, with {files} where a
+// person attached some (see files.js), and where a model wrote it, {reasoning, thinkingMs, state, error, finish, stats, citations,
+// document}. `state`: 'streaming', 'done', 'stopped', 'interrupted' or 'error'.
 
 import { cleanSettings } from './sampling.js';
 
@@ -18,8 +19,8 @@ export function newConversation({ model = null, system = '', settings = {} } = {
   return { id: newId(), title: '', named: false, created: now, updated: now, model, system, settings, messages: [] };
 }
 
-export function addUser(conversation, content) {
-  conversation.messages.push({ id: newId(), role: 'user', content });
+export function addUser(conversation, content, files = []) {
+  conversation.messages.push({ id: newId(), role: 'user', content, ...(files.length ? { files } : {}) });
   conversation.updated = Date.now();
   if (!conversation.named && conversation.messages.length === 1) conversation.title = titleOf(content);
 }
@@ -48,14 +49,23 @@ function titleOf(text) {
  */
 export function requestBody(conversation, model) {
   const messages = conversation.system.trim() ? [{ role: 'system', content: conversation.system }] : [];
-  for (const { role, content } of conversation.messages) {
+  const files = new Map(); // message -> those that go with it
+  for (const { role, content, files: attached = [] } of conversation.messages) {
     const last = messages[messages.length - 1];
     if (role === 'assistant' && !content) continue;
     if (last?.role === role) last.content += `\n\n${content}`;
     else messages.push({ role, content });
+    const message = messages[messages.length - 1];
+    files.set(message, [...(files.get(message) ?? []), ...attached.filter(({ gone }) => !gone)]);
   }
+  for (const [message, attached] of files) if (attached.length) message.content = parts(attached, message.content);
   return { model, messages, stream: true, stream_options: { include_usage: true }, ...conversation.settings };
 }
+
+const parts = (files, text) => [...files.map(({ id }) => ({ type: 'file', file: { file_id: id } })), { type: 'text', text }];
+
+/** All files of a conversation's messages. */
+export const filesOf = (conversation) => conversation.messages.flatMap(({ files = [] }) => files);
 
 /**
  * A stored conversation, whole again: what an older page or another one of this server left may lack fields. An answer that was
@@ -73,10 +83,14 @@ export function restored(stored, live = false) {
 
 function restoredMessage(message) {
   const content = String(message.content ?? '');
-  if (message.role === 'user') return { ...message, content };
+  if (message.role === 'user') {
+    const files = (Array.isArray(message.files) ? message.files : []).filter((file) => typeof file?.id === 'string');
+    return { ...message, content, files: files.map((file) => ({ ...file, name: String(file.name ?? ''), size: Number(file.size) || 0 })) };
+  }
   const { reasoning, thinkingMs = null, state = 'done', stats, error } = message;
   const failed = state === 'error' ? { error: error ?? { kind: 'cut' } } : {};
-  return { ...message, role: 'assistant', content, reasoning: String(reasoning ?? ''), thinkingMs, state, stats: stats ?? {}, ...failed };
+  const citations = Array.isArray(message.citations) ? message.citations.filter((one) => typeof one?.text === 'string') : [];
+  return { ...message, role: 'assistant', content, reasoning: String(reasoning ?? ''), thinkingMs, state, stats: stats ?? {}, citations, ...failed };
 }
 
 export const exported = (conversation) => JSON.stringify({ format: 'deepseek-optimizer-chat', version: 1, conversation }, null, 2);

@@ -31,5 +31,12 @@ export function translate(root = document) {
 export const number = (value, digits = 0) =>
   new Intl.NumberFormat(document.documentElement.lang, { maximumFractionDigits: digits }).format(value);
 
+/** "1.2 MB", "7 byte" */
+export function bytes(value) {
+  const [unit, size] = value < 1e3 ? ['byte', 1] : value < 1e6 ? ['kilobyte', 1e3] : ['megabyte', 1e6];
+  const options = { style: 'unit', unit, unitDisplay: 'short', maximumFractionDigits: value < 10 * size ? 1 : 0 };
+  return new Intl.NumberFormat(document.documentElement.lang, options).format(value / size);
+}
+
 /** Milliseconds as seconds, with more digits where they tell something. */
 export const seconds = (ms) => t('seconds', { n: number(Math.max(ms, 10) / 1000, ms < 1000 ? 2 : ms < 60000 ? 1 : 0) });

@@ -1,8 +1,10 @@
 // One message on the page. It is pulled: update() shows what its message holds now, and touches only what changed.
 
 import { copyText } from './clipboard.js';
+import { citationsNode } from './citations.js';
 import { el, icon } from './dom.js';
 import { describeError } from './errors.js';
+import { chip, factsOf } from './files.js';
 import { number, seconds, t } from './i18n.js';
 import { MarkdownStream } from './markdown_stream.js';
 
@@ -30,7 +32,9 @@ export class UserMessageView {
       action('copy', t('copyMessage'), t('copy'), (label) => copyText(content, label)),
       this.editButton = action('edit', t('edit'), t('edit'), () => this.edit()),
     );
-    this.element.replaceChildren(el('div.bubble', { dir: 'auto' }, content), buttons);
+    const files = this.message.files ?? [];
+    const chips = files.length > 0 && el('ul.chips', { 'aria-label': t('files') }, ...files.map((file) => chip(file, factsOf(file))));
+    this.element.replaceChildren(...[chips, el('div.bubble', { dir: 'auto' }, content), buttons].filter(Boolean));
   }
 
   /** Turns the message into a box to change it in. */
@@ -75,10 +79,11 @@ export class AnswerView {
     this.thinking = el('details.thinking', { hidden: true }, el('summary', {}, icon('chevron'), this.summary), this.thoughts);
     this.body = el('div.markdown');
     this.wait = el('p.waiting', { role: 'img', 'aria-label': t('waiting') }, el('span'), el('span'), el('span'));
+    this.reading = el('p.hint.reading', { hidden: true });
     this.notes = el('div.notes');
     this.foot = el('div.actions');
     this.element = el('article.message.assistant', { 'aria-label': t('assistant') });
-    this.element.append(this.thinking, this.body, this.wait, this.notes, this.foot);
+    this.element.append(this.thinking, this.body, this.wait, this.reading, this.notes, this.foot);
     this.streams = { reasoning: new MarkdownStream(this.thoughts), content: new MarkdownStream(this.body) };
     this.state = null;
     this.update();
@@ -93,6 +98,9 @@ export class AnswerView {
     this.thinking.hidden = !message.reasoning;
     if (message.reasoning) this.summary.textContent = this.thinkingText();
     this.wait.hidden = !open || Boolean(message.reasoning || message.content);
+    const read = this.answer?.readPart ?? null;
+    this.reading.hidden = this.wait.hidden || read === null;
+    if (read !== null) this.reading.textContent = t('readingPart', { percent: number(Math.floor(100 * read)) });
     if (message.state === this.state && last === this.last) return;
     this.state = message.state;
     this.last = last;
@@ -116,7 +124,7 @@ export class AnswerView {
   }
 
   noteNodes() {
-    const { state, finish, stats, content, reasoning, error } = this.message;
+    const { state, finish, stats, content, reasoning, error, citations, document } = this.message;
     const notes = [];
     if (stats?.droppedTokens > 0) notes.push(t('noteDropped', { n: number(stats.droppedTokens) }));
     if (state === 'stopped') notes.push(t('noteStopped'));
@@ -125,7 +133,8 @@ export class AnswerView {
     if (state === 'done' && !content && !reasoning) notes.push(t('noteEmpty'));
     const nodes = notes.map((text) => el('p.note', {}, text));
     if (state === 'error') nodes.push(this.errorNode(error));
-    return nodes;
+    const cited = citationsNode(citations, document);
+    return cited ? [cited, ...nodes] : nodes;
   }
 
   errorNode(error) {

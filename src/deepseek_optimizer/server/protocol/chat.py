@@ -86,6 +86,7 @@ class DocumentFacts(Answer):
     strategy: Literal["whole", "map_reduce", "retrieve"]
     reason: str
     notes: list[str]
+    context_tokens: int = Field(description="Of the last prompt and its reply; usage counts those of all prompts.")
 
 
 class ChatMessage(Answer):

@@ -17,6 +17,7 @@ class ModelCard(Answer):
     created: int
     owned_by: str
     max_model_len: int
+    max_file_bytes: int = Field(description="Of a document sent to /v1/files.")
 
 
 class ModelList(Answer):

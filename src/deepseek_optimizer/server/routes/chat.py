@@ -37,10 +37,12 @@ def add(app: FastAPI, state: ServerState) -> None:
             chat = asked_of(asked)
             form = form_of(asked)
             most = asked.max_completion_tokens or asked.max_tokens
-            documents = await documents_of(state, request, chat, deadline)
+            documents = await documents_of(state, request, chat, places, deadline)
             setup = await set_up_chat(state, chat, documents, most, deadline)
             if setup is None:
-                check_simple(n=n > 1, tools=asked.tools, logprobs=asked.logprobs, response_format=form)
+                check_simple(
+                    n=n > 1, tools=asked.tools and chat.choice != "none", logprobs=asked.logprobs, response_format=form
+                )
                 grammar = None
             else:
                 grammar = await chat_grammar(state, chat, setup, form, asked.parallel_tool_calls is not False, deadline)

@@ -44,12 +44,12 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
         async with taken_in(state, request, ResponsesRequest, one=True) as (asked, places, deadline):
             chat = asked_of(asked)
-            documents = await documents_of(state, request, chat, deadline)
+            documents = await documents_of(state, request, chat, places, deadline)
             setup = await set_up_chat(state, chat, documents, asked.max_output_tokens, deadline)
             parallel, form, grammar = asked.parallel_tool_calls is not False, form_of(asked), None
             wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
             if setup is None:
-                check_simple(tools=asked.tools, text=form, include=wants_logprobs)
+                check_simple(tools=asked.tools and chat.choice != "none", text=form, include=wants_logprobs)
             else:
                 grammar = await chat_grammar(state, chat, setup, form, parallel, deadline)
             values: dict[str, Any] = {**state.settings.sampling}
