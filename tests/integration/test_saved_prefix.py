@@ -10,7 +10,7 @@ import torch
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, SamplingParams, make_engine
 from deepseek_optimizer.errors import CacheFullError, CheckpointError
 from deepseek_optimizer.integration.saved_prefix import fingerprint, load_prefix, save_prefix
-from support.models import CASES, random_ids, random_model
+from support.models import CASES, llama, random_ids, random_model, rope
 
 from .conftest import BACKENDS
 
@@ -134,3 +134,15 @@ def test_nothing_read_nothing_written(tmp_path):
 
 def test_fingerprints_are_the_same_in_another_copy():
     assert fingerprint(made("deepseek_v3-groups", "reference")[1]) == fingerprint(made("deepseek_v3-groups", "reference")[1])
+
+
+def test_frequencies_that_grow_are_told_apart():
+    """What they are made of counts too: a partial is no number."""
+    case, other = rope("dynamic", factor=4.0), rope("dynamic", factor=4.0, rope_theta=20000.0)
+    found = []
+    for parameters in (case, case, other):
+        model = random_model(llama(max_position_embeddings=256, **parameters))
+        config = DeepSeekConfig(precision="fp32", backend="reference")
+        DynamicGraphOptimizer(model, config=config).optimize()
+        found.append(fingerprint(model.dso))
+    assert found[0] == found[1] and found[0]["model"] != found[2]["model"]

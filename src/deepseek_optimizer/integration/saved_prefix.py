@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, partial):  # how dynamic RoPE makes its frequencies
+        return [value.func.__qualname__, _plain(value.args), _plain(value.keywords)]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
     if isinstance(value, Enum) or value is None or isinstance(value, (bool, int, float, str)):
