@@ -292,7 +292,7 @@ def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
         ("llama-gqa", SPARSE, ("sparse", 40, 1, 160, 3, 0, False), "sparse: 160 tokens at most"),
         ("qwen2-windows", SPARSE, ("sparse", 40, 1, 160, 1, 2, False), "as trained in 2 layers"),
         ("qwen2-windows", {}, ("flash", 0, 0, 0, 1, 2, False), "in 1 layer; as trained in 2 layers"),
-        ("deepseek_v32-indexer", SPARSE, ("sparse", 40, 1, 160, 0, 3, False), "as trained in 3 layers"),
+        ("deepseek_v32-indexer", SPARSE, ("sparse", 40, 1, 160, 0, 3, False), "sparse: as trained in 3 layers"),
         ("deepseek_v32-indexer", SLIDING, ("sliding", 37, 3, 0, 3, 0, True), "in 3 layers; the cache forgets"),
     ],
 )

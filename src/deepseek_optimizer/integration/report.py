@@ -160,10 +160,14 @@ def _attention_text(row: AttentionRow) -> str:
         "sparse": f"{row.budget:,} tokens at most: blocks of the first {row.sinks}, the latest {row.window:,}, and those that "
         "a query ranks highest",
     }
-    seen = parts.get(row.mode, "all tokens before")
-    layers = f", in {_layers(row.layers)}" if row.layers else ""
-    own = f"; as trained in {_layers(row.own)}" if row.own else ""
-    return f"{row.mode}: {seen}{layers}{own}{'; the cache forgets the rest' if row.forgets else ''}"
+    found = []
+    if row.layers:
+        found.append(f"{parts.get(row.mode, 'all tokens before')}, in {_layers(row.layers)}")
+    if row.own:
+        found.append(f"as trained in {_layers(row.own)}")
+    if row.forgets:
+        found.append("the cache forgets the rest")
+    return f"{row.mode}: {'; '.join(found)}"
 
 
 def _layers(count: int) -> str:
