@@ -149,6 +149,7 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
 
     logging.basicConfig(level=logging.WARNING, format="dso: %(message)s")
     logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to tell of every index
     sock = listener(settings.host, settings.port)
     loaded, tokenizer = load(model, fields)
     settings = replace(settings, sampling=_authors_sampling(loaded))

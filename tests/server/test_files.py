@@ -166,6 +166,7 @@ def test_names_of_four_kilobytes(client):
         b"--B\r\n",
         b"--C\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nx\r\n--C--\r\n",
         form(FILE, PURPOSE)[:-6],  # it ends early
+        form(FILE, PURPOSE)[:-7] + b"--B\r\n",  # with another part to come
         form(FILE, FILE, PURPOSE),
         form(PURPOSE),
         form(FILE),
