@@ -263,6 +263,37 @@ def test_mtp_layers_that_begin_behind_a_found_prefix(tmp_path: Any, caplog: Any)
     assert engine.core.drafting.proposed > 0 and not caplog.records
 
 
+@native
+def test_mtp_layers_that_begin_among_many_sinks(tmp_path: Any) -> None:
+    """Those of the text's sinks that they have seen end at what is forgotten."""
+    save_with_mtp(tmp_path / "model", deepseek_v3())
+    model = load_model(tmp_path / "model", **{**SLIDING, "attention_sinks": 100})
+    model.dso.arena.manager.forgetting = Forgetting(37, 100, spare=288)
+    ids = torch.tensor([random_ids(model.config, 340)])
+    texts = []
+    for use_mtp in (False, True):
+        cache = PagedCache(model)
+        model(ids[:, :40], **{cache_name(): cache})
+        options = {"use_mtp": use_mtp, "num_assistant_tokens_schedule": "constant", cache_name(): cache}
+        texts.append(greedy(model, ids, 200, eos_token_id=None, **options).tolist())
+    assert texts[0] == texts[1] and model.dso.speculation.drafted > 20
+
+
+@native
+def test_a_draft_model_forgets_too() -> None:
+    pair, small = make_pair("llama-gqa", "cpu"), make_pair("llama-gqa", "cpu", **SLIDING).fast
+    small.dso.arena.manager.forgetting = Forgetting(37, 3, spare=64)
+    engine = make_engine(pair.fast, draft_model=small)
+    prompt = pair.ids(1500)[0].tolist()
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    most, text = 0, []
+    for outputs in engine.steps([Request(prompt, sampling, id="a")]):
+        most = max(most, used(small))
+        text += [token for output in outputs for token in output.token_ids]
+    assert text == greedy(pair.fast, [prompt], 60, eos_token_id=None)[0, 1500:].tolist()
+    assert 0 < most <= small.dso.arena.manager.forgetting.blocks(512)
+
+
 # ---- settings, and what is said
 
 

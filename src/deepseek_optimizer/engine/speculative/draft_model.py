@@ -68,6 +68,7 @@ class DraftModelProposer:
         for n, own, token in zip(active, owns, np.argmax(made.logits.cpu().numpy(), -1).tolist(), strict=True):
             own.tokens.append(token)
             found[n].append(token)
+        self._runner.forget(owns)
 
     def _catch_up(self, sequence: Sequence) -> bool:
         """Its cache holds all of the sequence's tokens but the last; False: there is no room."""
@@ -87,6 +88,7 @@ class DraftModelProposer:
                 return False
             phase = PREFILL if count > 1 else DECODE
             self._runner.step([Part(own, own.tokens[start : start + count], start, phase=phase)], [], last_hidden=False)
+            self._runner.forget([own])
         return True
 
     def follow(self, sequence: Sequence, states: object) -> None:

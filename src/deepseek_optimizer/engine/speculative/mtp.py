@@ -46,9 +46,10 @@ class _Track:
     waiting: list[list[Any]] = field(default_factory=list)
 
     def first_block(self, sequence: Sequence) -> int:
-        """The first block that the layers may see. Of what a cache has forgotten they see no sinks but the text's own."""
+        """The first block that the layers may see. Where a cache has forgotten, they see no sinks but the text's own, all of
+        them: what lies between those that they began behind and the window is not a beginning of theirs."""
         first, holes = self.base // BLOCK_TOKENS, sequence.blocks.holes
-        return holes.stop if first in holes else first
+        return holes.stop if holes and (first in holes or 0 < first < holes.start) else first
 
 
 class _Drafting:
