@@ -57,7 +57,7 @@ class Attention final : public Op {
     const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS, n = std::min(last + 1, shape_.top_k);
     const float* from = run.slots[chosen_.index].f32(run.batch.first_row[t.sequence] + r) + t.kv_head * shape_.top_k;
     int32_t* blocks = reinterpret_cast<int32_t*>(run.thread_scratch(thread) + chosen_at(run));
-    for (int64_t i = 0; i < n; ++i) blocks[i] = from[i] > 0 ? int32_t(std::min(from[i], float(last))) : 0;
+    for (int64_t i = 0; i < n; ++i) blocks[i] = from[i] > 0 ? int32_t(std::min<int64_t>(int64_t(std::min(from[i], 2e9f)), last)) : 0;
     return {0, 0, blocks, n};
   }
 

@@ -229,6 +229,33 @@ void timing(const Kernels& kernels) {
   check(all > 0 && all < 10, "all steps took %g s", all);
 }
 
+#ifndef DSO_SCALAR_ONLY
+// A slot may hold any numbers of blocks; none leads outside the table, also where fp32 would round the last one up.
+void chosen_blocks_stay_inside(const Kernels& kernels) {
+  OwnContext context(kernels, 1);
+  std::vector<std::unique_ptr<Buffer>> keep;
+  const dso_weight weight = packed_weight(context.c, DSO_F32, {0, 0}, 0, 1, 2, keep);
+  const dso_slot slots[] = {{DSO_SLOT_F32, 2, 0, 0}, {DSO_SLOT_F32, 2, 0, 0}};
+  dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_ATTENTION, {0, 0}, {1}), step_of(DSO_OP_HIDDEN_OUT, {1}, {})};
+  steps[1].heads = steps[1].kv_heads = 1, steps[1].head_dim = steps[1].top_k = 2;
+  dso_plan* plan = nullptr;
+  if (!check(dso_plan_create(context.c, steps, 3, slots, 2, &weight, 1, 1, &plan) == 0, "plan: %s", dso_last_error())) return;
+  const std::vector<int32_t> table((1 << 24) + 4, 0);
+  dso_cache cache(kernels, {DSO_KV_F32, 1, 1, 2, 0, 0, 0, 0}, 1);
+  const int32_t one = 1, context_len = 32 * (int32_t)(table.size() - 1), phase = DSO_PHASE_DECODE;
+  for (const float number : {3e9f, INFINITY, -1.0f, -INFINITY}) {
+    const float q[] = {number, 5};
+    float out[] = {NAN, NAN};
+    dso_batch b{};
+    b.T = b.S = 1, b.max_blocks = (int32_t)table.size(), b.query_len = &one, b.context_len = &context_len, b.phase = &phase, b.block_table = table.data();
+    b.inputs_embeds = q, b.hidden = out, b.cache = &cache;
+    check(dso_plan_run(plan, &b) == 0, "run: %s", dso_last_error());
+    check(!std::isfinite(number) || (out[0] == 0 && out[1] == 0), "of values that are 0 came %g, %g", out[0], out[1]);
+  }
+  dso_plan_destroy(plan);
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -263,6 +290,7 @@ int main() {
   timing(scalar::table);
 
 #ifndef DSO_SCALAR_ONLY
+  chosen_blocks_stay_inside(*variants().front().kernels);
   for (const Variant& v : variants()) {
     matches_textbook(Spec(), *v.kernels, 2, 330, 1e-4, "f32");
     matches_textbook(rich, *v.kernels, 2, 60, 1e-4, "rich f32");
