@@ -83,7 +83,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
       const KvView view = cache.view(layer, table);
       if (layout.rank) c.kernels.latent_turn(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);
       else c.kernels.kv_turn(layout, view, block, turn);
-      if (layout.summary_bytes > 0 && (block + 1) * kTokens <= tokens) (layout.rank ? c.kernels.latent_summarise : c.kernels.kv_summarise)(layout, view, block);
+      if (layout.summary_bytes > 0) (layout.rank ? c.kernels.latent_summarise : c.kernels.kv_summarise)(layout, view, block);
     }
   });
 }

@@ -215,6 +215,25 @@ void special_values(const Variant& v, int type, Random& random) {
   dso_cache_destroy(k);
 }
 
+// A block turns as a whole, and what the cache keeps of it is made anew, also where it is full of tokens behind the last.
+void summaries_follow(const Variant& v, int type, Random& random) {
+  const int32_t table[] = {1, 0};
+  dso_cache cache(*v.kernels, {type, 1, 1, 16, 0, 0, 0, 1}, 2);
+  const KvView view = cache.view(0, table);
+  const std::vector<float> x = normal(64 * 16, 1, random), f = frequencies(16, 100);
+  for (int64_t start : {0, 32}) v.kernels->kv_write(cache.layout, view, start, 32, x.data() + start * 16, 64, x.data(), 64, 0, 1);
+  auto summarise = [&] {
+    for (int64_t block : {0, 1}) v.kernels->kv_summarise(cache.layout, view, block);
+    return std::vector<uint8_t>(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
+  };
+  const std::vector<uint8_t> before = summarise();
+  OwnContext c(*v.kernels, 2);
+  const dso_rotation key = {f.data(), 16, 0, 0, 0};
+  check(dso_cache_turn(c.c, &cache, &key, nullptr, table, 40, 100, -64) == 0, "%s", dso_last_error());
+  const std::vector<uint8_t> after(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
+  check(after != before && after == summarise(), "%s %s: summaries are not those of the keys that turned", v.name.c_str(), kv_name(type));
+}
+
 void refusals(const Variant& v, Random& random) {
   Case full(v, DSO_KV_BF16, 2, {16, 16, 0, false}, 0, {0, 0, 0, false}, 100, random), latent(v, DSO_KV_INT8, 0, {8, 8, 0, true}, 40, {12, 8, 0, false}, 100, random);
   OwnContext c(*v.kernels, 1);
@@ -262,6 +281,7 @@ int main() {
         }
       }
       special_values(v, type, random);
+      summaries_follow(v, type, random);
     }
     drifts(v, random);
     refusals(v, random);
