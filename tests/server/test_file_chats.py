@@ -7,10 +7,12 @@ import copy
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.chats import HERMES, THINKING, WEATHER
 from support.documents import pdf
@@ -327,6 +329,40 @@ def test_a_part_that_fails_or_is_late_is_told(byte_tokenizer):
         assert engine.running == 0
 
 
+def test_what_one_part_alone_says_is_held_to_the_request_s_limits(live):
+    id = upload(live, long_text(12))
+    for fields, text, finish in [
+        ({"max_tokens": 9}, ANSWER[:9], "length"),
+        ({"stop": " old"}, "The green key is in the", "stop"),
+    ]:
+        [choice] = ask(live, by_id(id), question="Summarize it all", **fields).json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, finish)
+        assert choice["message"]["document"]["strategy"] == "map_reduce"
+
+
+def test_each_prompt_has_what_the_request_has(byte_tokenizer):
+    SAY.tokenizer = byte_tokenizer
+    engine = FakeEngine(byte_tokenizer, say, context=CONTEXT)
+    with LiveServer(engine, ServerSettings(keys=ApiKeys(["sesame"]))) as live:
+        live.client.headers["Authorization"] = "Bearer sesame"
+        id = upload(live, f"{FACT}\n\n{long_text(11)}")
+        fields = {"question": "Summarize it all", "priority": 7, "temperature": 0.5, "seed": 3, "max_tokens": 20}
+        assert ask(live, by_id(id), **fields).status_code == 200
+        assert {request.priority for request in engine.seen} == {7}
+        assert {len(request.salt) for request in engine.seen} == {64} and len(
+            {request.deadline for request in engine.seen}
+        ) == 1
+        *parts, last = [request.sampling for request in engine.seen]
+        assert (last.temperature, last.seed, last.max_tokens) == (0.5, 3, 20)
+        assert {(part.temperature, part.seed) for part in parts} == {(0.0, None)}
+        engine.frozen = True
+        with ThreadPoolExecutor(1) as thread:
+            late = thread.submit(lambda: ask(live, by_id(id), question="Summarize it all"))
+            wait_for(lambda: engine.running)
+            live.call(engine.die)
+            assert_error(late.result(), 503)
+
+
 def test_responses_with_files(live):
     id, text = upload(live, long_text(10)), long_text(10)
     parts = [{"type": "input_file", "file_id": id}, {"type": "input_text", "text": QUESTION}]
@@ -367,8 +403,6 @@ def test_openais_own_client_in_a_chat(live):
 
 def test_many_at_once_leave_nothing_behind(live):
     """Uploads, questions, deletions and early leavers from many threads: no 5xx but 503, and memory is what it was."""
-    from concurrent.futures import ThreadPoolExecutor
-
     state = live.app.state.server
     for file in state.files.of(""):
         live.call(lambda file=file: state.files.delete("", file.id))

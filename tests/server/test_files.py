@@ -332,3 +332,16 @@ def test_no_extra_is_said_so(live, monkeypatch):
     found = send(live.client, "text")
     assert_error(found, 501)
     assert "deepseek-optimizer[longdoc]" in found.json()["error"]["message"]
+
+
+def test_pages_of_other_origins_send_nothing(make_server):
+    """A browser sends a form to any server for any page, and asks nobody first."""
+    live = make_server(ServerSettings(allow_origins=("https://friend.example",)))
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", f"http://127.0.0.1:{live.port}.evil.example"):
+        assert_error(send(live.client, "text", headers={"Origin": origin}), 403)
+        assert_error(send(live.client, "text", headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"}), 403)
+    assert live.client.get("/v1/files").json()["data"] == []
+    for origin in (live.url, "https://friend.example"):
+        assert send(live.client, "text", headers={"Origin": origin}).status_code == 200
+    behind_a_proxy = {"Origin": "https://name.example", "Sec-Fetch-Site": "same-origin"}
+    assert send(live.client, "text", headers=behind_a_proxy).status_code == 200

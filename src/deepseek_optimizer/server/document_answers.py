@@ -14,6 +14,7 @@ from ..engine.request import Output, Request, SamplingParams
 from ..errors import RequestError
 from ..longdoc.citations import Citation, cite
 from ..longdoc.material import Material
+from ..longdoc.prompts import Prompts
 from ..longdoc.repetition import first_time
 from ..longdoc.strategies import answer_by
 from ..longdoc.tasks import Question
@@ -170,8 +171,10 @@ class DocumentAnswers(Answers):
             else:
                 replies = await self._parts(step)
             step = await self._state.documents.step(_sender(work, replies), deadline)
-        if not self._streamed:
-            self.put(self._output(text=str(step.answer)))
+        if not self._streamed:  # what one part said is the answer
+            said, params, prompts = str(step.answer), self.request.sampling, material.prompts
+            text, finish = await self._state.documents.step(lambda: _held_to(said, params, prompts), deadline)
+            self.put(self._output(text=text))
         notes = step.notes + (["earlier messages were cut: the documents take the room"] if attached.cut else [])
         self._answer.cited = {
             "annotations": file_citations(step.citations, material, attached.ids),
@@ -262,6 +265,16 @@ class DocumentAnswers(Answers):
             self.request.id, prompt_tokens=self._read + read, cached_tokens=self._cached + cached,
             completion_tokens=self._generated + generated, **fields,
         )  # fmt: skip
+
+
+def _held_to(text: str, params: SamplingParams, prompts: Prompts) -> tuple[str, str]:
+    """A text that was not written under a request's limits, within them; and how it ends."""
+    ends = [at + len(stop) * params.include_stop for stop in params.stop if (at := text.find(stop)) >= 0]
+    text = text[: min(ends)] if ends else text
+    ids = prompts.encode(text)
+    if params.max_tokens is None or len(ids) <= params.max_tokens:
+        return text, "stop"
+    return prompts.tokenizer.decode(ids[: params.max_tokens]), "length"
 
 
 def _next(work: Work, replies: list[Reply] | None) -> Batch | Result:

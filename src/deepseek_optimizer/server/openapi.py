@@ -14,7 +14,7 @@ from .protocol.base import ErrorBody
 _WHY = {
     400: "The request is wrong; the error names the field.",
     401: "The API key is missing or wrong.",
-    403: "The Host header names another server.",
+    403: "The Host header names another server, or a page of another origin sends a file.",
     404: "There is no such model, file or address.",
     405: "The address does not know this method.",
     408: "The request came too slowly.",

@@ -12,7 +12,7 @@ from ..problems import ApiError
 from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, shown
 from ..replies import json_response
 from ..state import ServerState
-from ..upload import digest_of, read_upload_form
+from ..upload import check_origin, digest_of, read_upload_form
 
 _Id = Annotated[str, Path(max_length=256)]
 
@@ -28,6 +28,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     async def upload(request: Request) -> Response:
         """Reads a document: PDF, Word, HTML, Markdown, source code, any text."""
         state.check_taking()
+        check_origin(request, state.settings.allow_origins)
         owner = request.state.salt
         with state.files.room(owner) as room:
             form = await read_upload_form(request, state.settings, room)
