@@ -167,7 +167,7 @@ void batches() {
   auto run = [&](auto&& spoil) {
     Data d;
     std::fill(logits.begin(), logits.end(), 123.0f);
-    dso_batch b{3, 2, 2, 2, d.ids.data(), d.positions.data(), d.query.data(), d.context.data(), d.phase.data(), d.table.data(), d.rows.data(), nullptr, nullptr, logits.data(), nullptr, nullptr, &cache};
+    dso_batch b{3, 2, 2, 2, d.ids.data(), d.positions.data(), d.query.data(), d.context.data(), d.phase.data(), d.table.data(), d.rows.data(), nullptr, nullptr, logits.data(), nullptr, nullptr, &cache, nullptr};
     spoil(b, d);
     return dso_plan_run(m.plan, &b);
   };

@@ -196,7 +196,7 @@ void hidden_and_embeddings(const Kernels& kernels) {
   const int32_t rows[] = {2, 8};
   std::vector<float> by_ids(2 * (size_t)spec.vocab), by_embeddings(by_ids.size()), embeddings((size_t)(T * spec.hidden)), hidden((size_t)(spec.layers * T * spec.hidden));
   for (int t = 0; t < T; ++t) std::copy_n(model.raw["embed"].begin() + (long)ids[(size_t)t] * spec.hidden, spec.hidden, embeddings.begin() + (long)t * spec.hidden);
-  dso_batch b{T, 1, 2, 1, ids.data(), positions.data(), query, context, phase, table, rows, nullptr, nullptr, by_ids.data(), hidden.data(), nullptr, &cache};
+  dso_batch b{T, 1, 2, 1, ids.data(), positions.data(), query, context, phase, table, rows, nullptr, nullptr, by_ids.data(), hidden.data(), nullptr, &cache, nullptr};
   check(dso_plan_run(model.plan, &b) == 0, "run: %s", dso_last_error());
   check(std::equal(embeddings.begin(), embeddings.end(), hidden.begin()), "%s: hidden state 0 is not the embedding", kernels.isa);
   b.token_ids = nullptr;
