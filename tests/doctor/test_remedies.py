@@ -102,6 +102,13 @@ def test_what_longdoc_is_predicted_with():
     assert chunk + 2 * Limits(room=0).reply == LONGDOC_TOKENS
 
 
+def test_a_budget_that_leaves_nothing_to_choose_is_raised(case, machine, long_model):
+    """Where attention is not sparse nobody has asked whether it does."""
+    fields = {"attention_budget": 256}
+    found = examined(case, machine, long_model, enough_for(case, long_model, sparse_attention=True), fields=fields)
+    assert taken(found) == "sparse_attention=True, attention_budget=2048"
+
+
 def test_a_document_in_pieces(case, machine, long_model, one):
     """With a window as large as the text only pieces of it help."""
     window = {**SLIDING, "attention_window": CONTEXT, "kv_cache": "int8"}

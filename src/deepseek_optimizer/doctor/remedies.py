@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import DeepSeekConfig
+from ..errors import ConfigError
 from .budget import Budget, budget
 from .case import Case
 
@@ -77,6 +79,11 @@ def _sparse(case: Case, context: int) -> Remedy:
     name = "sparse_attention=True"
     window = case.settings.attention_window if case.settings.attention.kind == "sparse" else None
     twin = case.with_fields(sparse_attention=True, attention_optimization="flash", attention_window=window)
+    try:
+        _ = twin.settings.attention
+    except ConfigError:  # a budget that no mode has read so far
+        twin = twin.with_fields(attention_budget=DeepSeekConfig.attention_budget)
+        name = f"{name}, attention_budget={twin.settings.attention_budget}"
     needs = budget(twin)
     if needs.kv_cache != "int8":
         twin = twin.with_fields(kv_cache="int8")
