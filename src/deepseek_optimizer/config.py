@@ -146,8 +146,10 @@ class DeepSeekConfig(QuantizationConfigMixin):
         attention_window: tokens; None: 4096 with "sliding", 512 with "sparse".
         attention_sinks: tokens.
         attention_budget: tokens, of "sparse".
-        sparse_attention: True is attention_optimization="sparse" over a cache in int8: long texts in half the memory.
-        kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 where all weights are, bf16 otherwise.
+        sparse_attention: True is attention_optimization="sparse" over a cache in int8 (where `kv_cache` is "auto" and not all
+            weights are fp32): long texts in half the memory.
+        kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 where all weights are, int8 with
+            `sparse_attention`, bf16 otherwise.
         kv_cache_memory: most bytes the cache may take; None is what is free when the first cache is made, less a reserve.
         threads: worker threads of the native backend; None is the environment's DSO_THREADS, or else what affinity and
             cgroup limits allow.
