@@ -8,6 +8,8 @@ experts, packed from the start.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,8 +37,12 @@ def model(name: str, form: str) -> Path:
     Args:
         name: of `TITLES`.
         form: "bf16" (a Transformers directory), "int4" or another precision (packed by us), "Q4_0" or another ggml type (a
-            GGUF file), "openvino" (exported in int4); of smol also "gguf", the file it comes in.
+            GGUF file), "openvino" (exported in int4); of smol also "gguf", the file it comes in. With "-long" behind it, a
+            directory's config claims 131,072 positions: right for speed, meaningless as text beyond what it was trained for.
     """
+    if form.endswith("-long"):
+        short = model(name, form.removesuffix("-long"))
+        return _once(short.with_name(f"{short.name}-long"), lambda target: _with_long_context(short, target))
     if form == "gguf" and name == "smol":
         return smollm2.fetch()
     if name == "v2lite":
@@ -53,6 +59,13 @@ def model(name: str, form: str) -> Path:
         python = setup(get_peer("openvino"))
         return _once(bf16.with_name(f"{bf16.name}-openvino"), lambda target: _quietly(export_command(python, bf16, target)))
     return _once(bf16.with_name(f"{bf16.name}-{form}"), lambda target: _pack(bf16, target, form))
+
+
+def _with_long_context(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, copy_function=os.link)
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 131072}))
 
 
 def _v2lite(form: str) -> Path:
