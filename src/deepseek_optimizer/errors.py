@@ -65,8 +65,9 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
     def __init__(self, needed: int, free: int) -> None:
         self.needed, self.free = needed, free
         super().__init__(
-            f"KV cache: {needed} more block(s) needed, {free} free. Shorten the request, send fewer at once, raise kv_cache_memory, "
-            'or load the model with sparse_attention=True (half the cache) or attention_optimization="sliding" (a window).'
+            f"KV cache: {needed} more block(s) needed, {free} free. Shorten the request, send fewer at once, raise "
+            "kv_cache_memory, or load the model with sparse_attention=True (half the cache) or "
+            'attention_optimization="sliding" (a window).'
         )
 
 

@@ -98,11 +98,7 @@ def impatient(byte_tokenizer):
     [
         {"guided_regex": "(a{1,1000}){1,1000}"},
         {"guided_regex": "((((((((a?){9}){9}){9}){9}){9}){9}){9}){9}"},
-        {
-            "response_format": schema_format(
-                {"type": "array", "minItems": 10**6, "maxItems": 10**6}
-            )
-        },
+        {"response_format": schema_format({"type": "array", "minItems": 10**6, "maxItems": 10**6})},
         {"response_format": schema_format({"type": "string", "pattern": "^(a+)+$" * 100})},
         {"guided_grammar": "root ::= " + " ".join(["[a-z]"] * 20_000)},
     ],

@@ -139,7 +139,8 @@ class EngineCore:
             room, what = self.sliding.window, "the window"
         if self.room < room:
             room, what = self.room, "the whole cache (kv_cache_memory)"
-            fix += ', or load the model with sparse_attention=True or attention_optimization="sliding"'
+            if self.forgetting is None:
+                fix += ', or load the model with sparse_attention=True or attention_optimization="sliding"'
         asked = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
         if len(prompt) + (0 if request.embed else asked) > room:
             more = "" if sampling.max_tokens is None or request.embed else f" and max_tokens={asked}"

@@ -126,7 +126,7 @@ class Report:
             table.add_row("MTP layers", f"{self.mtp_layers}, for drafts: generate(use_mtp=True)")
         table.add_row("attention", _attention_text(self.attention))
         kind = f"{self.kv_cache} latents" if self.latent else self.kv_cache
-        if self.config["sparse_attention"] and self.config["kv_cache"] == "auto":
+        if self.config["sparse_attention"] and self.config["kv_cache"] == "auto" and self.kv_cache == "int8":
             kind += " (sparse_attention)"
         table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes a token ({self.kv_token_bytes / 1024:,.1f} KiB)")
         for rule in self.rules:

@@ -19,6 +19,7 @@ from ..backends.base import DECODE, PREFILL
 from ..checkpoint import packed_section
 from ..config import DeepSeekConfig
 from ..errors import UnsupportedRequestError
+from ..graph.analysis import dynamic_rope
 from .cache import Bool, PagedCache, PagedState
 from .compat import cache_name, causal_output, take_cache
 from .generate import PlanGenerate
@@ -55,6 +56,7 @@ class PlanForward(Replacement):
             )
         mode = self.runtime.config.attention.kind
         seen = f"; there every token sees all before it, whatever {mode} attention hides" if self.runtime.in_mode else ""
+        seen += "; there dynamic RoPE follows each call's length" if dynamic_rope(self.runtime.graph) else ""
         self.runtime.tell(f"{reason}: Transformers' own forward over the packed modules serves such calls, slower{seen}")
         return self._original(self.runtime.model, **call, **({} if cache is None else {cache_name(): cache}))
 

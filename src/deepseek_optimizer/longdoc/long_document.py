@@ -193,7 +193,7 @@ class LongDocument:
             with counted("reading") as progress:
                 result, tokens = self._driver.run(work, progress, stop)
             if result.strategy == "whole":
-                self._to_cache_dir()
+                notes += self._to_cache_dir()
         above = None if peak.bytes is None or self._base is None else max(0, peak.bytes - self._base) / 1e9
         seconds = time.perf_counter() - started
         notes += result.notes
@@ -232,11 +232,16 @@ class LongDocument:
         self._kept = True
         return []
 
-    def _to_cache_dir(self) -> None:
+    def _to_cache_dir(self) -> list[str]:
+        """Keeps what was read, once; what there is to note about it."""
         file = self._cache_file()
-        if file is not None and not self._kept:
-            save_prefix(file, self._engines.runtime, self._engines.arena, self._engines.prefix, self._prefix)
-            self._kept = True
+        if file is None or self._kept:
+            return []
+        engines = self._engines
+        self._kept = save_prefix(file, engines.runtime, engines.arena, engines.prefix, self._prefix) > 0
+        if self._kept:
+            return []
+        return ["what was read could not be kept: under dynamic RoPE it belongs to one question's length (yarn's does not)"]
 
 
 def _read(source: Source) -> Document:
