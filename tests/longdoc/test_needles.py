@@ -1,4 +1,4 @@
-"""The generator's single needle through `retrieve`: whatever the model says, the passage that answers is shown to it and cited."""
+"""The generator's single needle through `retrieve`: whatever the model says, the passage that answers is shown and cited."""
 
 from __future__ import annotations
 
