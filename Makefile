@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 WHEELS := build/wheels
 TESTS ?= tests
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 # What the wheel is made of. A change in any of these builds and installs it anew.
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
@@ -43,7 +44,7 @@ wheel: $(WHEELS)/.built
 	@ls $(WHEELS)/*.whl
 
 test: env
-	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(PYTEST_ARGS)
 
 demo: env
 	$(BIN)/dso demo
@@ -60,7 +61,7 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 	touch $@
 
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(PYTEST_ARGS)
+	$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 # Ratios in alternating runs; nothing else may run meanwhile. BENCH picks rows: make bench BENCH="smol-decode spine-smol".
 # The first run also makes models and the other engines' environments, in the user's cache directory.
