@@ -112,7 +112,7 @@ async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int,
                 return
             await asyncio.sleep(reply.retry_after)
 
-    await asyncio.wait_for(asyncio.gather(*(client(i) for i in range(len(asked)) if i != slow), slow_client()), 50)
+    await asyncio.wait_for(asyncio.gather(*(client(i) for i in range(len(asked)) if i != slow), slow_client()), 240)
     return told
 
 
