@@ -15,6 +15,7 @@ _LISTS = "One number, or several with commas between."
 _LONG: dict[str, Any] = {"rich_help_panel": "With --long"}
 
 
+@o.takes_model_fields
 def bench(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
@@ -24,14 +25,8 @@ def bench(
     batch: Annotated[str, typer.Option("--batch", help=f"Requests at once. {_LISTS}")] = "1",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured runs of each.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those.")] = 1,
-    precision: o.Precision = None,
-    kv_cache: o.KvCache = None,
-    attention: o.Attention = None,
-    attention_window: o.AttentionWindow = None,
-    attention_budget: o.AttentionBudget = None,
-    context_extension: o.ContextExtension = None,
-    context_length: o.ContextLength = None,
-    threads: o.Threads = None,
+    *,
+    fields: dict[str, Any],
     price_per_hour: Annotated[
         float | None, typer.Option("--price-per-hour", min=0, help="Of this machine: shows what a million tokens cost.")
     ] = None,
@@ -105,16 +100,6 @@ def bench(
             return
         raise ValueError("name a model: a directory, a .gguf file or a name on the hub")
 
-    fields = o.model_fields(
-        precision=precision,
-        kv_cache=kv_cache,
-        threads=threads,
-        context_extension=context_extension,
-        context_length=context_length,
-        attention_optimization=attention,
-        attention_window=attention_window,
-        attention_budget=attention_budget,
-    )
     if long:
         bench_long(model, fields, lengths, modes, tasks, samples, html, as_json)
         return

@@ -25,6 +25,7 @@ HELP = """\
 Ctrl-C ends the answer. A line that ends in \\ goes on in the next one."""
 
 
+@o.takes_model_fields
 def chat(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
     url: Annotated[
@@ -43,25 +44,14 @@ def chat(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
-    precision: o.Precision = None,
-    kv_cache: o.KvCache = None,
-    attention: o.Attention = None,
-    attention_window: o.AttentionWindow = None,
-    attention_budget: o.AttentionBudget = None,
-    context_extension: o.ContextExtension = None,
-    context_length: o.ContextLength = None,
-    threads: o.Threads = None,
+    *,
+    fields: dict[str, Any],
 ) -> None:
     """Talk with a model. /help lists the commands."""
-    fields = o.model_fields(
-        precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
-        attention_budget=attention_budget,
-    )  # fmt: skip
     if (model is None) == (url is None):
         raise ValueError("name a MODEL to load, or a server with --url; one of the two")
     if url is not None and fields:
-        raise ValueError(f"--{next(iter(fields)).replace('_', '-')} is the server's own choice; leave it out with --url")
+        raise ValueError(f"{o.flag_of(next(iter(fields)))} is the server's own choice; leave it out with --url")
     if url is None and name is not None:
         raise ValueError("--model names a server's model: it goes with --url; a model to load is the argument MODEL")
     given = o.sampling_options(

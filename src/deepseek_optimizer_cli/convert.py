@@ -35,7 +35,7 @@ def convert(
 
     for path in leftovers(out):
         _tell(f"{path} is left over from an interrupted run, unless one is at it now; it may be deleted")
-    fields = o.model_fields(precision=precision, kl_budget=kl_budget, calibration=calibration)
+    fields = o.given(precision=precision, kl_budget=kl_budget, calibration=calibration)
     curve = _stream(model, out, fields, force) if kl_budget is None else _in_memory(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     if as_json:

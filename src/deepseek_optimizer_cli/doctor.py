@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _MARKS = {"ok": ("ok", "green"), "note": ("note", "cyan"), "warning": ("warning", "yellow"), "error": ("ERROR", "red")}
 
 
+@o.takes_model_fields
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
     symptom: Annotated[
@@ -25,14 +26,8 @@ def doctor(
     ] = None,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens a sequence to make room for.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once to make room for.")] = 1,
-    precision: o.Precision = None,
-    kv_cache: o.KvCache = None,
-    attention: o.Attention = None,
-    attention_window: o.AttentionWindow = None,
-    attention_budget: o.AttentionBudget = None,
-    context_extension: o.ContextExtension = None,
-    context_length: o.ContextLength = None,
-    threads: o.Threads = None,
+    *,
+    fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
     """Examine machine and installation; with MODEL, the model too. Exit code 1 where something will not work."""
@@ -42,11 +37,6 @@ def doctor(
     from .model import no_bars_in_pipes, print_json
 
     no_bars_in_pipes()
-    fields = o.model_fields(
-        precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
-        attention_budget=attention_budget,
-    )  # fmt: skip
     DeepSeekConfig(**fields)  # a wrong option is the caller's error, not a finding
     machine = Machine.here(for_model=model is not None)
     with Case(machine, model=model, fields=fields, context=context, batch=batch) as case:

@@ -9,16 +9,11 @@ import typer
 from . import options as o
 
 
+@o.takes_model_fields
 def info(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
-    precision: o.Precision = None,
-    kv_cache: o.KvCache = None,
-    attention: o.Attention = None,
-    attention_window: o.AttentionWindow = None,
-    attention_budget: o.AttentionBudget = None,
-    context_extension: o.ContextExtension = None,
-    context_length: o.ContextLength = None,
-    threads: o.Threads = None,
+    *,
+    fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
     """Show the CPU, the kernels chosen and why; with MODEL, its report and memory."""
@@ -29,11 +24,6 @@ def info(
     if model is not None:
         from deepseek_optimizer import report as report_of
 
-        fields = o.model_fields(
-            precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-            context_length=context_length, attention_optimization=attention, attention_window=attention_window,
-            attention_budget=attention_budget,
-        )  # fmt: skip
         loaded, _ = load(model, fields)
         report = report_of(loaded)
     if as_json:

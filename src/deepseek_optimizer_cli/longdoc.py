@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SHOWN = 240  # characters of a passage
 
 
+@o.takes_model_fields
 def longdoc(
     model: o.Model,
     files: Annotated[
@@ -44,14 +45,8 @@ def longdoc(
         typer.Option("--cache", metavar="DIR", help="Keep what was read of a document that fits, for the next question."),
     ] = None,
     max_new_tokens: o.MaxNewTokens = 512,
-    precision: o.Precision = None,
-    kv_cache: o.KvCache = None,
-    context_extension: o.ContextExtension = None,
-    context_length: o.ContextLength = None,
-    attention: o.Attention = None,
-    attention_window: o.AttentionWindow = None,
-    attention_budget: o.AttentionBudget = None,
-    threads: o.Threads = None,
+    *,
+    fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
     """Answer from documents of any length: a question, a summary, or data."""
@@ -59,7 +54,7 @@ def longdoc(
         raise ValueError("say what to do: one of --ask QUESTION, --summarize, --extract SCHEMA.json")
     if memory_gb is not None and not 0 < memory_gb < 1e6:
         raise ValueError(f"--memory-gb must be above 0, got {memory_gb:g}")
-    if extract is None and strategy == "retrieve" and ask is None:
+    if summarize and strategy == "retrieve":
         raise ValueError("--strategy retrieve finds passages for a question; a summary is of the whole document")
 
     from deepseek_optimizer.integration.progress import counted
@@ -81,11 +76,6 @@ def longdoc(
     for file in document.files:
         for warning in file.warnings:
             typer.echo(f"dso: {file.name}: {warning}", err=True)
-    fields = o.model_fields(
-        precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
-        attention_budget=attention_budget,
-    )  # fmt: skip
     loaded, tokenizer = load(model, fields)
     options: dict[str, Any] = {"max_length": max_length, "stride": stride, "strategy": strategy, "top": top}
     options |= {"cache_dir": cache, "max_tokens": max_new_tokens}

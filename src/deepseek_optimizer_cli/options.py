@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -81,9 +84,43 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 
 
-def model_fields(**fields: Any) -> dict[str, Any]:
-    """Fields of DeepSeekConfig that were given on the command line."""
-    return {name: value for name, value in fields.items() if value is not None}
+# Fields of DeepSeekConfig that whoever loads a model may set.
+_MODEL_FIELDS: dict[str, Any] = {
+    "precision": Precision, "kv_cache": KvCache, "attention_optimization": Attention, "attention_window": AttentionWindow,
+    "attention_budget": AttentionBudget, "context_extension": ContextExtension, "context_length": ContextLength,
+    "threads": Threads,
+}  # fmt: skip
+
+
+def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with an option for each of those fields, in the place of its parameter `fields`, which gets those that were
+    given, by name."""
+    signature, options = inspect.signature(command, eval_str=True), []
+    for parameter in signature.parameters.values():
+        if parameter.name == "fields":
+            options += [parameter.replace(name=n, annotation=a, default=None) for n, a in _MODEL_FIELDS.items()]
+        else:
+            options.append(parameter)
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        fields = given(**{name: values.pop(name) for name in _MODEL_FIELDS})
+        command(**values, fields=fields)
+
+    called.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    called.__annotations__ = {option.name: option.annotation for option in options}
+    return called
+
+
+def flag_of(field: str) -> str:
+    """What a field is called on the command line."""
+    flag: str = _MODEL_FIELDS[field].__metadata__[0].default  # of an Annotated Option the first argument, its flag
+    return flag
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def sampling_options(**options: Any) -> dict[str, Any]:
@@ -94,6 +131,6 @@ def sampling_options(**options: Any) -> dict[str, Any]:
     """
     from deepseek_optimizer.chat.sampling import sampling_params
 
-    given = {name: value for name, value in options.items() if value is not None}
-    sampling_params(**given)
-    return given
+    found = given(**options)
+    sampling_params(**found)
+    return found

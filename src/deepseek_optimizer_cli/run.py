@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import options as o
 
 
+@o.takes_model_fields
 def run(
     model: o.Model,
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
@@ -23,14 +24,8 @@ def run(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
-    precision: o.Precision = None,
-    kv_cache: o.KvCache = None,
-    attention: o.Attention = None,
-    attention_window: o.AttentionWindow = None,
-    attention_budget: o.AttentionBudget = None,
-    context_extension: o.ContextExtension = None,
-    context_length: o.ContextLength = None,
-    threads: o.Threads = None,
+    *,
+    fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
     """Answer one prompt."""
@@ -56,11 +51,6 @@ def run(
         repetition_penalty=repetition_penalty,
     )
     started = time.perf_counter()
-    fields = o.model_fields(
-        precision=precision, kv_cache=kv_cache, threads=threads, context_extension=context_extension,
-        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
-        attention_budget=attention_budget,
-    )  # fmt: skip
     loaded, tokenizer = load(model, fields)
     engine, sampling = make_engine(loaded, tokenizer), default_sampling(loaded, **given)
     load_s = time.perf_counter() - started

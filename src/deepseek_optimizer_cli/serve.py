@@ -16,18 +16,13 @@ _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multip
 _AUTHORS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
 
 
+@o.takes_model_fields
 def serve(
     model: o.Model,
-    precision: o.Precision = None,
+    *,
+    fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
-    kv_cache: o.KvCache = None,
-    attention: o.Attention = None,
-    attention_window: o.AttentionWindow = None,
-    attention_budget: o.AttentionBudget = None,
-    context_extension: o.ContextExtension = None,
-    context_length: o.ContextLength = None,
-    threads: o.Threads = None,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen at; 0.0.0.0: of every network that this machine is in.")
     ] = "127.0.0.1",
@@ -125,12 +120,9 @@ def serve(
         reasoning=reasoning,
         access_log=access_log,
     )
-    fields = o.model_fields(
-        precision=precision, kl_budget=kl_budget, calibration=calibration, kv_cache=kv_cache, threads=threads,
-        kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None, context_extension=context_extension,
-        context_length=context_length, attention_optimization=attention, attention_window=attention_window,
-        attention_budget=attention_budget,
-    )  # fmt: skip
+    fields |= o.given(
+        kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
+    )
     fields["batch_size_range"] = (1, max_running)
     options: dict[str, Any] = {"most_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts, "window": window}
     _serve(model, name, fields, settings, options)

@@ -131,6 +131,7 @@ def test_a_server_whose_key_is_in_the_environment(dso, monkeypatch):
         (["--url", "http://127.0.0.1:1"], "cannot be reached"),
         (["--url", "http://127.0.0.1:1", "--kv-cache", "int8"], "--kv-cache is the server's own choice"),
         (["--url", "http://127.0.0.1:1", "--context-length", "9"], "--context-length is the server's own choice"),
+        (["--url", "http://127.0.0.1:1", "--attention", "sparse"], "--attention is the server's own choice"),
         (["some/model", "--model", "name"], "--model names a server's model"),
         (["some/model", "--top-p", "0"], "top_p"),
     ],
