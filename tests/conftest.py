@@ -46,24 +46,6 @@ def byte_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, byte_tokenizer) -> Path:
     """A saved Llama of two small layers with random weights, and its tokenizer. Treat it as read-only."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from support.saved_llama import saved_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(byte_tokenizer),
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=byte_tokenizer.eos_token_id,
-        pad_token_id=byte_tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("tiny") / "model", byte_tokenizer)

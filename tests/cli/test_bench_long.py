@@ -6,20 +6,14 @@ import json
 
 import pytest
 
+from support.saved_llama import saved_llama
+
 
 @pytest.fixture(scope="module")
 def roomy_model(tmp_path_factory, byte_tokenizer):
-    """A random model of one layer with a context of 4096 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """A random model with a context of 4096 tokens."""
     folder = tmp_path_factory.mktemp("roomy") / "model"
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(byte_tokenizer),
-        max_position_embeddings=4096, eos_token_id=byte_tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
+    return saved_llama(folder, byte_tokenizer, max_position_embeddings=4096)
 
 
 def test_modes_tables_page_and_json(dso_process, roomy_model, tmp_path):

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from support.saved_llama import saved_llama
+
 
 @pytest.fixture(scope="session")
 def paged_model(tmp_path_factory, byte_tokenizer):
     """A saved Llama of two small layers and 2,048 positions; it never ends a text by itself. Treat it as read-only."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(byte_tokenizer),
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=byte_tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
     folder = tmp_path_factory.mktemp("paged") / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
+    return saved_llama(folder, byte_tokenizer, max_position_embeddings=2048, eos_token_id=None)
 
 
 @pytest.fixture(scope="session")

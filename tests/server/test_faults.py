@@ -20,6 +20,7 @@ from deepseek_optimizer.quant import pack
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.live_server import LiveServer, assert_error, wait_for
+from support.saved_llama import saved_llama
 
 PATH = "/v1/completions"
 POISON = 7  # a token whose embedding is no number
@@ -30,16 +31,7 @@ BODY = {"prompt": [65] * 40, "max_tokens": 30, "temperature": 0, "ignore_eos": T
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, byte_tokenizer):
     """A Llama whose head is its own, so that one embedding can be spoilt and no other token notices."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(byte_tokenizer), max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=byte_tokenizer.eos_token_id,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("untied")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("untied"), byte_tokenizer, tie_word_embeddings=False)
 
 
 @pytest.fixture

@@ -13,23 +13,16 @@ from deepseek_optimizer.bench.long.sample import score
 from deepseek_optimizer.bench.sides import long as side
 from deepseek_optimizer.errors import CacheFullError, CheckpointError, ConfigError
 from deepseek_optimizer.integration.runtime import OptimizerWarning
+from support.saved_llama import saved_llama
 
 LENGTHS = (1024, 2048)
 
 
 @pytest.fixture(scope="module")
 def roomy_model(tmp_path_factory, byte_tokenizer):
-    """A random model of one layer with a context of 2048 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """A random model with a context of 2048 tokens."""
     folder = tmp_path_factory.mktemp("roomy") / "model"
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(byte_tokenizer),
-        max_position_embeddings=2048, eos_token_id=byte_tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
+    return saved_llama(folder, byte_tokenizer, max_position_embeddings=2048)
 
 
 def _arguments(model, **options):
