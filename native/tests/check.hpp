@@ -134,6 +134,10 @@ inline uint8_t to_e4m3(float x) {  // nearest even, |x| <= 448
 }
 // Equal bits, or both NaN: which NaN comes out of an operation on two is the processor's choice.
 inline bool same(float a, float b) { return to_bits(a) == to_bits(b) || (std::isnan(a) && std::isnan(b)); }
+inline float rounded_bf16(float x) {  // nearest even
+  const uint32_t u = to_bits(x);
+  return std::isnan(x) ? x : from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u);
+}
 
 // ---- layouts
 inline size_t tile_bytes(int format) {

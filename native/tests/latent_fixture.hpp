@@ -39,8 +39,3 @@ struct LatentCache {
     return x;
   }
 };
-
-inline float rounded_bf16(float x) {
-  const uint32_t u = to_bits(x);
-  return std::isnan(x) ? x : from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u);
-}

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "choice_fixture.hpp"
 #include "cache.hpp"
 #include "plan_parts.hpp"
 
@@ -131,11 +132,6 @@ class Model {
   dso_cache cache;
 };
 
-float to_bf16(float x) {
-  const uint32_t u = to_bits(x);
-  return from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u);
-}
-
 bool rounds_q(const Model& m) { return m.spec.type != DSO_KV_F32 && (m.isa == "avx512-bf16" || m.isa.starts_with("amx")); }
 
 // A layer of a sequence as the cache holds it, and of each full block and kv head the largest and smallest numbers of the keys.
@@ -156,8 +152,8 @@ struct Held {
             high = std::max(high, keys[(size_t)((h * tokens + t) * d + i)]);
             low = std::min(low, keys[(size_t)((h * tokens + t) * d + i)]);
           }
-          largest.push_back(m.spec.type == DSO_KV_F32 ? high : to_bf16(high));
-          smallest.push_back(m.spec.type == DSO_KV_F32 ? low : to_bf16(low));
+          largest.push_back(m.spec.type == DSO_KV_F32 ? high : rounded_bf16(high));
+          smallest.push_back(m.spec.type == DSO_KV_F32 ? low : rounded_bf16(low));
         }
   }
 };
@@ -200,37 +196,9 @@ bool good_choice(const Model& m, const Held& held, const Sequence& s, int64_t to
     chosen[(size_t)got[i]] = 1;
   }
   if (n <= c.top_k) return true;
-  std::vector<double> score((size_t)n, -INFINITY), slack((size_t)n);
-  for (int64_t g = 0; g < c.group; ++g) {
-    const float* q = s.rows.data() + token * c.row_width() + (kv_head * c.group + g) * d;
-    std::vector<double> e((size_t)n);
-    double top = -INFINITY, off = 0;
-    for (int64_t b = S; b < W; ++b) {
-      double size = 0;
-      for (int64_t i = 0; i < d; ++i) {
-        const size_t at = (size_t)((kv_head * held.blocks + b) * d + i);
-        e[(size_t)b] += std::max((double)q[i] * held.largest[at], (double)q[i] * held.smallest[at]);
-        size += std::fabs((double)q[i]) * std::max(std::fabs(held.largest[at]), std::fabs(held.smallest[at]));
-      }
-      top = std::max(top, e[(size_t)b]);
-      off = std::max(off, size * (rounds_q(m) ? 0x1p-8 : 1e-6));
-    }
-    for (int64_t b = S; b < W; ++b) {
-      score[(size_t)b] = std::max(score[(size_t)b], e[(size_t)b] - top);
-      slack[(size_t)b] = std::max(slack[(size_t)b], 2 * off);
-    }
-  }
-  double worst = INFINITY, best = -INFINITY;
-  for (int64_t b = 0; b < n; ++b) {
-    if (b < S || b >= W) {
-      if (!chosen[(size_t)b]) return false;
-    } else if (chosen[(size_t)b]) {
-      worst = std::min(worst, score[(size_t)b] + slack[(size_t)b]);
-    } else {
-      best = std::max(best, score[(size_t)b] - slack[(size_t)b]);
-    }
-  }
-  return worst >= best;
+  const int64_t at = kv_head * held.blocks * d;
+  return best_are_chosen(chosen, S, W, s.rows.data() + token * c.row_width() + kv_head * c.group * d, c.group, d, held.largest.data() + at, held.smallest.data() + at,
+                         rounds_q(m) ? 0x1p-8 : 1e-6);
 }
 
 void against_doubles(Model& m, const Sequence& s) {
@@ -255,7 +223,7 @@ void against_doubles(Model& m, const Sequence& s) {
         for (int64_t u : seen) {
           double x = 0, a = 0;
           for (int64_t i = 0; i < d; ++i) {
-            const double qi = rounds_q(m) ? to_bf16(q[i] * (c.scale() * 1.44269504f)) * M_LN2 : (double)q[i] * c.scale();
+            const double qi = rounds_q(m) ? rounded_bf16(q[i] * (c.scale() * 1.44269504f)) * M_LN2 : (double)q[i] * c.scale();
             const double term = qi * held.keys[(size_t)((kv * held.tokens + u) * d + i)];
             x += term;
             a += std::fabs(term);

@@ -8,11 +8,6 @@
 // After scalar_kernels.hpp, whose names layout.hpp has too.
 #include "plan_parts.hpp"
 
-static float to_bf16(float x) {
-  const uint32_t u = to_bits(x);
-  return from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u);
-}
-
 // Blocks in shuffled order inside guarded memory that starts as NaN everywhere.
 struct Keys {
   dso_cache_shape shape;
@@ -54,7 +49,7 @@ static void write(const Variant& v, int type, int32_t index, Random& random) {
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < index; ++i) {
       const float given = k[(size_t)(t * index + i)], got = scalar::index_number(keys.layout, keys.view, t, i);
-      if (!check(got == (type == DSO_KV_F32 ? given : to_bf16(given)), "%s %s index=%d token %ld [%ld]: %g came back as %g", v.name.c_str(), kv_name(type), index, (long)t, (long)i, given, got))
+      if (!check(got == (type == DSO_KV_F32 ? given : rounded_bf16(given)), "%s %s index=%d token %ld [%ld]: %g came back as %g", v.name.c_str(), kv_name(type), index, (long)t, (long)i, given, got))
         return;
     }
   const uint8_t* latents = keys.memory.get();
@@ -75,7 +70,7 @@ static void scores(const Variant& v, int type, int64_t heads, int32_t index, int
   const float* got = (const float*)all.get();
   v.kernels->index_scores(keys.layout, keys.view, heads, packed.get(), w.data(), 0, tokens, scale, (float*)all.get());
   if (rounds)
-    for (float& x : q) x = to_bf16(x);
+    for (float& x : q) x = rounded_bf16(x);
   double size = 0;  // of the terms of a score
   for (float x : w) size += std::fabs(x);
   const double bound = 1e-6 * size * scale * (double)index;

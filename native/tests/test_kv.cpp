@@ -1,17 +1,12 @@
 // The cache's storage: what is written comes back within the format's error, in any order and pieces, and nothing else changes.
 #include "kv_fixture.hpp"
 
-static float to_bf16(float x) {  // nearest even
-  const uint32_t u = to_bits(x);
-  return from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u);
-}
-
 // The token's row as `type` stores it, in plain code.
 static void expected_row(int type, const float* x, int64_t d, float* out) {
   float top = 0;
   for (int64_t i = 0; i < d; ++i) top = std::fmax(top, std::fabs(x[i]));
   for (int64_t i = 0; i < d; ++i)
-    out[i] = type == DSO_KV_F32 ? x[i] : type == DSO_KV_BF16 ? to_bf16(x[i]) : (float)(int)std::nearbyint(x[i] * (127.0f / top)) * (top / 127.0f);
+    out[i] = type == DSO_KV_F32 ? x[i] : type == DSO_KV_BF16 ? rounded_bf16(x[i]) : (float)(int)std::nearbyint(x[i] * (127.0f / top)) * (top / 127.0f);
 }
 
 static void round_trip(const Variant& v, int type, int32_t heads, int32_t d, int64_t tokens, Random& random) {

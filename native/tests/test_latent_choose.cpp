@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "choice_fixture.hpp"
 #include "cache.hpp"
 #include "latent_fixture.hpp"
 #include "plan_parts.hpp"
@@ -167,34 +168,7 @@ bool good_choice(const Model& m, const Extremes& x, const Sequence& s, int64_t t
   if (std::count(chosen.begin(), chosen.end(), 1) != blocks) return false;
   if (n <= c.top_k) return true;
   const bool rounds_q = c.type != DSO_KV_F32 && (m.isa == "avx512-bf16" || m.isa.starts_with("amx"));
-  std::vector<double> score((size_t)n, -INFINITY), slack((size_t)n);
-  for (int64_t h = 0; h < c.heads; ++h) {
-    const float* q = s.rows.data() + token * c.row_width() + h * c.width();
-    std::vector<double> e((size_t)n);
-    double top = -INFINITY, off = 0;
-    for (int64_t b = S; b < W; ++b) {
-      double size = 0;
-      for (int64_t i = 0; i < c.width(); ++i) {
-        const double high = x.largest[(size_t)(b * c.width() + i)], low = x.smallest[(size_t)(b * c.width() + i)];
-        e[(size_t)b] += std::max(q[i] * high, q[i] * low);
-        size += std::fabs(q[i]) * std::max(std::fabs(high), std::fabs(low));
-      }
-      top = std::max(top, e[(size_t)b]);
-      off = std::max(off, size * (rounds_q ? 0x1p-8 : 2e-6));
-    }
-    for (int64_t b = S; b < W; ++b) {
-      score[(size_t)b] = std::max(score[(size_t)b], e[(size_t)b] - top);
-      slack[(size_t)b] = std::max(slack[(size_t)b], 2 * off);
-    }
-  }
-  double worst = INFINITY, best = -INFINITY;
-  for (int64_t b = 0; b < n; ++b) {
-    if ((b < S || b >= W) && !chosen[(size_t)b]) return false;
-    if (b < S || b >= W) continue;
-    if (chosen[(size_t)b]) worst = std::min(worst, score[(size_t)b] + slack[(size_t)b]);
-    else best = std::max(best, score[(size_t)b] - slack[(size_t)b]);
-  }
-  return worst >= best;
+  return best_are_chosen(chosen, S, W, s.rows.data() + token * c.row_width(), c.heads, c.width(), x.largest.data(), x.smallest.data(), rounds_q ? 0x1p-8 : 2e-6);
 }
 
 bool equal(const std::vector<float>& a, const std::vector<float>& b) { return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * 4); }
