@@ -9,7 +9,7 @@ from deepseek_optimizer.longdoc.document import Document
 from deepseek_optimizer.longdoc.material import Limits, Material
 from deepseek_optimizer.longdoc.prompts import Prompts
 from deepseek_optimizer.longdoc.split import split
-from deepseek_optimizer.longdoc.work import Ask, Batch, Reply, Result, Work
+from deepseek_optimizer.longdoc.work import Ask, Batch, Reply, Result, Work, advance
 
 WORDS = [a + b for a in "bcdfglmnprst" for b in ("ander", "ollow", "intern", "umble", "essing", "arrow")]
 
@@ -40,13 +40,11 @@ class Scripted:
         self.prompts: list[str] = []
 
     def run(self, work: Work) -> Result:
-        try:
-            batch = next(work)
-            while True:
-                self.batches.append(batch)
-                batch = work.send([self._reply(ask) for ask in batch.asks])
-        except StopIteration as end:
-            return end.value
+        step = advance(work)
+        while isinstance(step, Batch):
+            self.batches.append(step)
+            step = advance(work, [self._reply(ask) for ask in step.asks])
+        return step
 
     def _reply(self, ask: Ask) -> Reply:
         text = self.tokenizer.decode(ask.prompt)

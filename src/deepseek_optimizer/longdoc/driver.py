@@ -11,11 +11,9 @@ from ..chat.conversation import Stop
 from ..engine.engine import Completion, Engine
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError
-from .repetition import first_time
-from .work import Ask, Batch, Reply, Result, Work
+from .repetition import Watch
+from .work import Ask, Batch, Reply, Result, Work, advance
 
-_ids = itertools.count(1)
-_LOOK = 32  # tokens after which a reply is looked at for what it repeats
 Progress = Callable[[int, int], None]  # (tokens of prompts that were read, how many there will be, about)
 
 
@@ -47,6 +45,7 @@ class Driver:
         self, engine: Callable[[bool], Engine], grammar: Callable[[Mapping[str, Any]], Any], sampling: SamplingParams
     ) -> None:
         self._engine, self._grammar, self._sampling = engine, grammar, sampling
+        self._ids = itertools.count(1)
 
     def run(self, work: Work, progress: Progress | None = None, stop: Stop | None = None) -> tuple[Result, Tokens]:
         """The result, and what it took.
@@ -60,14 +59,12 @@ class Driver:
         """
         tokens = Tokens()
         try:
-            batch = next(work)
-            while True:
-                replies = self._replies(batch, tokens.read, progress, stop or Stop())
+            step = advance(work)
+            while isinstance(step, Batch):
+                replies = self._replies(step, tokens.read, progress, stop or Stop())
                 tokens = tokens.plus(replies)
-                batch = work.send(replies)
-        except StopIteration as end:
-            result: Result = end.value
-            return result, tokens
+                step = advance(work, replies)
+            return step, tokens
         finally:
             work.close()
 
@@ -96,7 +93,7 @@ class Driver:
     def _request(self, ask: Ask) -> Request:
         grammar = None if ask.schema is None else self._grammar(ask.schema)
         sampling = replace(self._sampling, max_tokens=ask.max_tokens, grammar=grammar)
-        return Request(ask.prompt, sampling, id=f"longdoc-{next(_ids)}", pinned=ask.pinned)
+        return Request(ask.prompt, sampling, id=f"longdoc-{next(self._ids)}", pinned=ask.pinned)
 
 
 class _Repetition:
@@ -108,14 +105,14 @@ class _Repetition:
 
     def __init__(self, engine: Engine, requests: list[Request]) -> None:
         self._engine, self.ended = engine, dict[str, str]()
-        self._next = {request.id: _LOOK for request in requests if request.sampling.grammar is None}
+        self._watches = {request.id: Watch() for request in requests if request.sampling.grammar is None}
 
     def look(self, request_id: str, completion: Completion) -> None:
         """To be called with what there is of a reply; looks now and then."""
-        if completion.finish is not None or len(completion.token_ids) < self._next.get(request_id, 1 << 31):
+        watch = self._watches.get(request_id)
+        if watch is None or completion.finish is not None:
             return
-        self._next[request_id] = len(completion.token_ids) + _LOOK
-        text = first_time(completion.text)
+        text = watch.first_time(completion.text, len(completion.token_ids))
         if text is not None:
             self.ended[request_id] = text
             self._engine.core.cancel(request_id)

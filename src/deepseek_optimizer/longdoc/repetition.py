@@ -4,7 +4,22 @@ from __future__ import annotations
 
 MOST_UNIT = 240  # characters of what is said again
 TIMES = 4  # in a row
+_LOOK = 32  # tokens after which a text that grows is looked at again
 LEAST = 120  # characters of all of them: rules and dots are shorter
+
+
+class Watch:
+    """Looks now and then at a text that grows."""
+
+    def __init__(self) -> None:
+        self._next = _LOOK
+
+    def first_time(self, text: str, tokens: int) -> str | None:
+        """`first_time` of the text that so many tokens have made; None also where it is not time to look."""
+        if tokens < self._next:
+            return None
+        self._next = tokens + _LOOK
+        return first_time(text)
 
 
 def first_time(text: str) -> str | None:

@@ -1,7 +1,7 @@
 """How a strategy works, without an engine: it yields what a model is asked, is sent the replies, and returns a result.
 
     work = answer_by(task, material)          # a generator
-    batch = next(work)                        # then work.send(replies), until StopIteration, whose value is the Result
+    step = advance(work)                      # a Batch: then advance(work, replies), until it is the Result
 
 So one strategy runs over the engine of this process (`driver.run`), over a server's, and in tests over a list of texts.
 """
@@ -87,3 +87,12 @@ class Result:
 
 
 Work = Generator[Batch, list[Reply], Result]
+
+
+def advance(work: Work, replies: list[Reply] | None = None) -> Batch | Result:
+    """What a strategy wants next, or its result. replies: to the batch before; None: it begins."""
+    try:
+        return next(work) if replies is None else work.send(replies)
+    except StopIteration as end:
+        result: Result = end.value
+        return result

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..chat.deltas import OutputParser, collect
@@ -15,10 +16,10 @@ from ..errors import RequestError
 from ..longdoc.citations import Citation, cite
 from ..longdoc.material import Material
 from ..longdoc.prompts import Prompts
-from ..longdoc.repetition import first_time
+from ..longdoc.repetition import Watch
 from ..longdoc.strategies import answer_by
 from ..longdoc.tasks import Question
-from ..longdoc.work import Ask, Batch, Reply, Result, Work
+from ..longdoc.work import Ask, Batch, Reply, Result, Work, advance
 from .attachments import Attached
 from .chat_answers import ChatAnswer
 from .problems import INTERNAL, ApiError, problem
@@ -26,7 +27,6 @@ from .state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
 _AT_ONCE = 4  # prompts of a document in the engine: it has one place in the queue, and others want to be answered too
-_LOOK = 32  # tokens after which a reply to a part is looked at for what it repeats
 
 
 def file_citations(citations: Sequence[Citation], material: Material, ids: Sequence[str | None]) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ class DocumentAnswers(Answers):
 
         def begin() -> tuple[Work, Batch | Result]:
             work = answer_by(Question(attached.question, attached.before), material)
-            return work, _next(work, None)
+            return work, advance(work)
 
         work, step = await self._state.documents.step(begin, deadline)
         while isinstance(step, Batch):
@@ -170,7 +170,7 @@ class DocumentAnswers(Answers):
                 replies = [reply]
             else:
                 replies = await self._parts(step)
-            step = await self._state.documents.step(_sender(work, replies), deadline)
+            step = await self._state.documents.step(partial(advance, work, replies), deadline)
         if not self._streamed:  # what one part said is the answer
             said, params, prompts = str(step.answer), self.request.sampling, material.prompts
             text, finish = await self._state.documents.step(lambda: _held_to(said, params, prompts), deadline)
@@ -228,13 +228,12 @@ class DocumentAnswers(Answers):
 
     async def _part(self, ask: Ask) -> Reply:
         answers = self._submit(ask.prompt, SamplingParams(temperature=0.0, max_tokens=ask.max_tokens))
-        text, look, once = "", _LOOK, None
+        text, watch, once = "", Watch(), None
         try:
             async for output in answers:
                 text += output.text
-                if once is None and output.finish is None and output.completion_tokens >= look:
-                    look = output.completion_tokens + _LOOK
-                    if (once := first_time(text)) is not None:
+                if once is None and output.finish is None:
+                    if (once := watch.first_time(text, output.completion_tokens)) is not None:
                         answers.cancel()  # it says the same over and over
                 if once is None or output.finish != "cancelled":
                     self._checked(output)
@@ -275,16 +274,3 @@ def _held_to(text: str, params: SamplingParams, prompts: Prompts) -> tuple[str, 
     if params.max_tokens is None or len(ids) <= params.max_tokens:
         return text, "stop"
     return prompts.tokenizer.decode(ids[: params.max_tokens]), "length"
-
-
-def _next(work: Work, replies: list[Reply] | None) -> Batch | Result:
-    """What a strategy wants next, or its result."""
-    try:
-        return next(work) if replies is None else work.send(replies)
-    except StopIteration as end:
-        result: Result = end.value
-        return result
-
-
-def _sender(work: Work, replies: list[Reply]) -> Callable[[], Batch | Result]:
-    return lambda: _next(work, replies)
