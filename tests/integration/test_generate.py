@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -414,3 +415,19 @@ def test_torch_keeps_one_thread_beside_the_native_backend(pair):
         assert set(seen) == ({1} if native else {3})
     finally:
         torch.set_num_threads(before)
+
+
+def test_first_requests_of_several_threads(fresh_pair):
+    """What the first request makes (the plan, the memory of caches) is made once, whoever asks meanwhile."""
+    model, ids = fresh_pair.fast, fresh_pair.ids(5)
+    model.dso.replaced()
+    start = threading.Barrier(6)
+
+    def request(_):
+        start.wait()
+        return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(request, range(6)))
+    assert all(one == found[0] for one in found)
+    assert model.dso.arena.manager.free_blocks == model.dso.arena.manager.num_blocks

@@ -131,7 +131,7 @@ def test_a_thousand_prompts_past_capacity(tiny_model):
         statuses = list(pool.map(lambda body: live.client.post(TEXT, json=body).status_code, bodies))
         assert set(statuses) <= {200, 429} and statuses.count(200) >= 48
         wait_for(lambda: live.engine.waiting == 0)
-        assert text_of(live)
+        assert text_of(live, ignore_eos=True, max_tokens=8, temperature=0)
 
 
 def test_every_token_banned(server):

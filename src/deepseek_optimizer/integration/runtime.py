@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -108,6 +109,7 @@ class Runtime:
         self._told: set[str] = set()
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.tell(note)
+        self._making = threading.RLock()  # what is made when it is first asked for is made once, whoever asks meanwhile
         self._plan: Plan | None = None
         self._mtp_plans: list[Plan] | None = None
         self._arena: Arena | None = None
@@ -142,31 +144,34 @@ class Runtime:
 
     @property
     def backend(self) -> Backend:
-        if self._backend is None:
-            self._backend, note = choose_backend(self.config, self.model.device)
-            if note:
-                self.tell(note)
-            self._set_products(self._backend)
-        return self._backend
+        with self._making:
+            if self._backend is None:
+                self._backend, note = choose_backend(self.config, self.model.device)
+                if note:
+                    self.tell(note)
+                self._set_products(self._backend)
+            return self._backend
 
     @property
     def plan(self) -> Plan:
         """The compiled plan; compiled again after the weights' storage changed."""
-        if self._plan is None:
-            options = self.compile_options()
-            self._plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), **options)
-            high = self.config.batch_size_range[1]
-            self._plan.reserve(max(self.config.prefill_chunk, high), high)
-        return self._plan
+        with self._making:
+            if self._plan is None:
+                plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), **self.compile_options())
+                high = self.config.batch_size_range[1]
+                plan.reserve(max(self.config.prefill_chunk, high), high)
+                self._plan = plan
+            return self._plan
 
     @property
     def mtp_plans(self) -> list[Plan]:
         """The plans of the MTP layers that were loaded, by depth; compiled when they are first asked for."""
-        if self._mtp_plans is None:
-            mode, options = self.config.attention, self.compile_options()
-            graphs = [apply_mode(rules.apply(g, self.config.rules)[0], mode)[0] for g in mtp_graphs(self.model)]
-            self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), **options) for g in graphs]
-        return self._mtp_plans
+        with self._making:
+            if self._mtp_plans is None:
+                mode, options = self.config.attention, self.compile_options()
+                graphs = [apply_mode(rules.apply(g, self.config.rules)[0], mode)[0] for g in mtp_graphs(self.model)]
+                self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), **options) for g in graphs]
+            return self._mtp_plans
 
     def compile_options(self) -> Mapping[str, Any]:
         """What `Backend.compile` takes from the config."""
@@ -176,9 +181,10 @@ class Runtime:
 
     @property
     def arena(self) -> Arena:
-        if self._arena is None:
-            self._arena = self.new_arena(self.config.kv_cache_memory)
-        return self._arena
+        with self._making:
+            if self._arena is None:
+                self._arena = self.new_arena(self.config.kv_cache_memory)
+            return self._arena
 
     def new_arena(self, memory: int | None) -> Arena:
         """Cache memory for this model, beside its own.
@@ -271,6 +277,7 @@ class Runtime:
         twin.__dict__.update(self.__dict__)
         twin._model = weakref.ref(model)
         twin._parts = copy.deepcopy(self._parts, memo)
+        twin._making = threading.RLock()
         twin._plan = twin._mtp_plans = twin._arena = None
         twin.config = copy.deepcopy(self.config, memo)
         twin.notes, twin._told = list(self.notes), set(self._told)

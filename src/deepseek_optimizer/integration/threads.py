@@ -21,7 +21,10 @@ def one_torch_thread() -> Iterator[None]:
     Several threads may be in it at once: each leaves the number that the first one found.
     """
     with _lock:
-        _users.append(_users[0] if _users else torch.get_num_threads())
+        # asked for in any case: a thread takes the process's number over at its first question, which were it to come after
+        # `set_num_threads` could be what another has put back meanwhile
+        here = torch.get_num_threads()
+        _users.append(_users[0] if _users else here)
         found = _users[-1]
         torch.set_num_threads(1)
     try:
