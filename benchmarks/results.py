@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DIRECTORY = Path(__file__).with_name("results")
-SETS = ("spine", "standing", "deepseek", "long", "speculation", "serving", "window")
+SETS = ("spine", "standing", "deepseek", "long", "speculation", "serving", "window", "training")
 
 Entries = dict[str, dict[str, Any]]
 

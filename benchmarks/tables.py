@@ -17,7 +17,7 @@ from typing import Any
 from deepseek_optimizer.bench.figures import KINDS
 from deepseek_optimizer.bench.sections import number
 
-from . import measure_serving, results
+from . import measure_serving, results, training
 from .deepseek import DEEPSEEK
 from .long_context import LONG
 from .models import TITLES
@@ -51,6 +51,7 @@ def filled(text: str, directory: Path = results.DIRECTORY) -> str:
         "long": partial(standing_table, rows=LONG),
         "speculation": speculation_table,
         "serving": partial(serving_table, windows=results.read("window", directory)),
+        "training": training_table,
     }
 
     def block(match: re.Match[str]) -> str:
@@ -95,6 +96,22 @@ def _times(ratio: dict[str, Any]) -> str:
 
 def _read(share: dict[str, float]) -> str:
     return f"{number(share['token_bytes'], 'bytes')}, {share['percent']:.0f}%"
+
+
+def training_table(entries: results.Entries) -> Iterator[str]:
+    yield from _machines(entries.values())
+    yield "| work | side | a step | peak memory of the process | evaluation loss after |"
+    yield "|---|---|---|---|---|"
+    for name in training.rows():
+        for label, values in entries[name]["sides"].items() if name in entries else ():
+            found = {figure: statistics.median(each) for figure, each in values.items()}
+            loss = f"{found['eval_after']:.4f}" if "eval_after" in found else ""
+            step, peak = f"{found['seconds']:.2f} s", f"{found['peak_bytes'] / training.GB:.2f} GB"
+            yield _cells(entries[name]["title"], label, step, peak, loss)
+    yield ""
+    for name in training.rows():
+        for bar in entries[name]["bars"] if name in entries else ():
+            yield f"- {training.bar_text(bar)}: {bar['verdict']}"
 
 
 def spine_table(entries: results.Entries) -> Iterator[str]:
