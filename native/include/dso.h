@@ -1,4 +1,4 @@
-/* deepseek-optimizer native CPU backend: the whole C interface.
+/* deepseek-optimizer native CPU backend: the C interface (training: dso_train.h).
  *
  * Rules of the house
  *  - Pointers, sizes, error codes: no torch, no Python. Loaded through ctypes, which releases the GIL.
@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 4
+#define DSO_ABI_VERSION 5
 DSO_API int32_t dso_abi_version(void);
 
 enum {

@@ -10,6 +10,10 @@
 
 namespace dso {
 
+struct TrainProduct;      // train_product.hpp
+struct TrainElementwise;  // train_elementwise.hpp
+struct TrainAttention;    // train_attention.hpp
+
 struct Matrix {  // a packed weight, see dso.h
   int32_t format;
   int32_t rows, cols;
@@ -168,6 +172,11 @@ struct Kernels {
   // by l behind its last. scratch: attn_scratch bytes.
   void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
                        const Sight& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch);
+
+  // ---- training: translation units of their own, train_*.cpp of the ISA's folder
+  const TrainProduct* train_product;
+  const TrainElementwise* train_elementwise;
+  const TrainAttention* train_attention;
 };
 
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family

@@ -1,5 +1,6 @@
 // The C border: pointers checked, exceptions turned into codes. What each call does lies behind it.
 #include "bandwidth.hpp"
+#include "border.hpp"
 #include "cache.hpp"
 #include "cache_turn.hpp"
 #include "context.hpp"
@@ -17,14 +18,6 @@ using namespace dso;
 namespace {
 
 constexpr int32_t kMostThreads = 4096;
-
-template <class T>
-T& given(T* p, const char* name) {
-  if (!p) fail(DSO_EINVAL, "%s is NULL", name);
-  return *p;
-}
-
-Context& shared(dso_context* c) { return *given(c, "context").shared; }
 
 }  // namespace
 

@@ -1,4 +1,3 @@
-#define DSO_ISA_NAMESPACE amx
 #define DSO_ISA_NAME "amx"
 #define DSO_LINEAR linear_amx
 #define DSO_LINEAR_SCRATCH linear_amx_scratch_bytes

@@ -1,4 +1,3 @@
-#define DSO_ISA_NAMESPACE amx_emulated
 #define DSO_ISA_NAME "amx-emulated"
 #define DSO_LINEAR linear_amx
 #define DSO_LINEAR_SCRATCH linear_amx_scratch_bytes

@@ -1,4 +1,3 @@
-#define DSO_ISA_NAMESPACE avx2
 #define DSO_ISA_NAME "avx2"
 #include "../avx2/lanes.hpp"
 #include "../generic/table.inl"

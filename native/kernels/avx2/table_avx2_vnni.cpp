@@ -1,4 +1,3 @@
-#define DSO_ISA_NAMESPACE avx2_vnni
 #define DSO_ISA_NAME "avx2-vnni"
 #include "../avx2/lanes.hpp"
 #include "../generic/table.inl"

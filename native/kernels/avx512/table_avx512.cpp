@@ -1,4 +1,3 @@
-#define DSO_ISA_NAMESPACE avx512
 #define DSO_ISA_NAME "avx512"
 #include "../avx512/lanes.hpp"
 #include "../generic/table.inl"

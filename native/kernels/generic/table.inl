@@ -1,5 +1,5 @@
-// Fills this variant's Kernels. Included once, at the end of a translation unit that has defined DSO_ISA_NAMESPACE (the
-// accessor is dso::kernels_<namespace>) and DSO_ISA_NAME, and included its lanes. A variant with matrix units of its own
+// Fills this variant's Kernels. Included once, at the end of a translation unit that has DSO_ISA_NAMESPACE (from CMakeLists.txt; the
+// accessor is dso::kernels_<namespace>), has defined DSO_ISA_NAME, and included its lanes. A variant with matrix units of its own
 // also defines DSO_LINEAR and DSO_LINEAR_SCRATCH, the entries that replace the generic ones.
 //
 // The headers here may use nothing from the standard library that emits code: an inline function compiled for this ISA
@@ -29,6 +29,12 @@
 #endif
 #define DSO_JOIN_(a, b) a##b
 #define DSO_JOIN(a, b) DSO_JOIN_(a, b)
+
+namespace dso::DSO_ISA_NAMESPACE {
+extern const TrainProduct train_product;
+extern const TrainElementwise train_elementwise;
+extern const TrainAttention train_attention;
+}  // namespace dso::DSO_ISA_NAMESPACE
 
 namespace dso {
 const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
@@ -80,6 +86,9 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .mla_panel_bytes = isa::mla_panel_bytes,
       .mla_panels = isa::mla_panels,
       .mla_expanded = isa::mla_expanded,
+      .train_product = &isa::train_product,
+      .train_elementwise = &isa::train_elementwise,
+      .train_attention = &isa::train_attention,
   };
   return &table;
 }

@@ -13,8 +13,9 @@ from typing import Any
 
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
+from . import native_train
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 BLOCK_TOKENS = 32
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4, "fp8": 5}
@@ -148,7 +149,7 @@ def library() -> Any:
         lib = C.CDLL(str(path))
     except OSError as error:
         raise BackendError(f"{path} cannot be loaded ({error}); reinstall deepseek-optimizer") from error
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name, (result, arguments) in (_SIGNATURES | native_train.SIGNATURES).items():
         function = getattr(lib, name, None)
         if function is None:
             raise BackendError(f"{path} lacks {name}: it belongs to another version; reinstall deepseek-optimizer")

@@ -1,0 +1,2 @@
+#include "../avx512/lanes.hpp"
+#include "../generic/train_attention.inl"

@@ -1,0 +1,10 @@
+// What a kernel set offers training: matrix products. As kernels.hpp: plain types only, no std header with inline code.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace dso {
+
+struct TrainProduct {};
+
+}  // namespace dso

@@ -1,0 +1,52 @@
+"""What the ops of training have in common on their way to the native library."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ...backends.cpu import native
+from ...backends.cpu.native_train import TYPES
+from ...errors import BackendError
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def context() -> native.Context:
+    """The process's threads, which the models that were loaded with default settings use too. They survive a fork: the library
+    starts them anew in a child."""
+    return native.shared_context(None, None)
+
+
+@functools.cache
+def built() -> bool:
+    """Whether there is a native library that runs here. Without one every op takes its plain torch form."""
+    return native.unavailable_reason() is None
+
+
+def usable(*tensors: torch.Tensor | None) -> bool:
+    """Whether the native form of an op takes these: all on the CPU, in bf16 or fp32."""
+    return all(t is None or (t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES) for t in tensors) and built()
+
+
+def type_of(tensor: torch.Tensor) -> int:
+    """DSO_TYPE_* of a tensor's numbers."""
+    return TYPES[str(tensor.dtype).removeprefix("torch.")]
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's first number lies; NULL for None. The caller keeps the tensor alive over the call."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Runs a function of `dso_train.h` on the shared context. Raises BackendError."""
+    made = context()
+    try:
+        native.check(getattr(made.lib, name)(made.handle, *arguments))
+    except ValueError as error:  # the ops check what users can get wrong, so this is a defect of ours
+        raise BackendError(f"{name}: {error}") from error
+    except MemoryError as error:
+        raise BackendError(f"{name}: {error}; take shorter sequences or fewer of them a step") from error
