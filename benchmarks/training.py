@@ -1,9 +1,9 @@
-"""Training beside Transformers' Trainer: time of a step, peak memory of the process, and what the loss loses: `make bench-train`.
+"""Training beside Transformers' Trainer: time of a step, peak memory, and what the loss loses: `make bench-train`.
 
     python -m benchmarks.training [step lora r1q15 quality] [--rounds 2] [--quick]
 
-Sides in turns, each in a process of its own (`training_side.py`), on one machine; nothing else may run meanwhile. Bars are issue
-7's. `--quick` shows whether everything works, not how fast it is, and keeps nothing.
+Sides in turns, each in a process of its own (`training_side.py`), on one machine; nothing else may run meanwhile. Bars are
+issue 7's. `--quick` shows whether everything works, not how fast it is, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Bar:
 
     Attributes:
         figure: "seconds" (median of a step), "peak_bytes", "eval_after" (nats a token).
-        most: times the other side's, or in the figure's unit where `against` is None. For "eval_after" the distance from 1 counts
-            both ways.
+        most: times the other side's, or in the figure's unit where `against` is None. For "eval_after" the distance from 1
+            counts both ways.
     """
 
     figure: str
@@ -76,6 +76,7 @@ INT8 = Side("ours", "ours, int8 moments", {"optimizer_state": "int8"})
 STOCHASTIC = Side("ours", "ours, stochastic rounding", {"optimizer_state": "int8", "master_weights": "stochastic"})
 FP8 = Side("ours", "ours, FP8 emulated", {"fp8_enabled": True, "fp8_backend": "emulate"})
 LORA = Side("ours", "ours, LoRA, recompute", {"activation_memory": "recompute"}, ("--lora", "16"))
+PACKED = Side("ours", "ours, LoRA on int4", {"activation_memory": "recompute"}, ("--lora", "16", "--precision", "int4"))
 
 
 def step_bars() -> tuple[Bar, ...]:
@@ -92,20 +93,19 @@ def step_bars() -> tuple[Bar, ...]:
 
 def rows() -> dict[str, Row]:
     whole = ("--rows", "2", "--tokens", "1024")
-    lora = (Bar("peak_bytes", LORA.label, 1.5 * GB),)
-    packed = Side("ours", "ours, LoRA on int4", {"activation_memory": "recompute"}, ("--lora", "16", "--precision", "int4"))
-    close = [Bar("eval_after", side.label, most, FP32.label) for side, most in ((OURS, 0.003), (INT8, 0.003), (FP8, 0.005))]
+    one = ("--rows", "1", "--tokens", "1024", "--steps", "3")
     # 200 steps of 2,048 tokens would take fp32 an hour on two cores: the same number of shorter steps
     short = ("--rows", "2", "--tokens", "256", "--steps", "200", "--evaluate", "64")
+    four = (FP32, AUTOCAST, OURS, STOCHASTIC)
+    five = (FP32, OURS, INT8, STOCHASTIC, FP8)
+    close = tuple(Bar("eval_after", s.label, most, FP32.label) for s, most in ((OURS, 0.003), (INT8, 0.003), (FP8, 0.005)))
+    lora, packed = Bar("peak_bytes", LORA.label, 1.5 * GB), Bar("peak_bytes", PACKED.label, 4 * GB)
     found = (
-        Row("step", "2 x 1,024 tokens a step", "smol", (FP32, AUTOCAST, OURS, STOCHASTIC), step_bars(), (*whole, "--steps", "5")),
-        Row("lora", "LoRA, 2 x 1,024 tokens a step", "smol", (LORA,), lora, (*whole, "--steps", "3")),
-        Row(
-            "r1q15", "LoRA on an int4 base, 1,024 tokens a step", "r1q15", (packed,), (Bar("peak_bytes", packed.label, 4 * GB),),
-            ("--rows", "1", "--tokens", "1024", "--steps", "3"),
-        ),
-        Row("quality", "200 steps of 2 x 256 tokens", "smol", (FP32, OURS, INT8, STOCHASTIC, FP8), tuple(close), short, once=True),
-    )  # fmt: skip
+        Row("step", "2 x 1,024 tokens a step", "smol", four, step_bars(), (*whole, "--steps", "5")),
+        Row("lora", "LoRA, 2 x 1,024 tokens a step", "smol", (LORA,), (lora,), (*whole, "--steps", "3")),
+        Row("r1q15", "LoRA on an int4 base, 1,024 tokens a step", "r1q15", (PACKED,), (packed,), one),
+        Row("quality", "200 steps of 2 x 256 tokens", "smol", five, close, short, once=True),
+    )
     return {row.name: row for row in found}
 
 
@@ -122,6 +122,7 @@ def main() -> None:
     directory = a.results or (None if a.quick else results.DIRECTORY)
     facts = {
         "date": datetime.date.today().isoformat(), "cpu": cpu_name(), "threads": usable_cpus(), "versions": versions(),
+        "rounds": 1 if a.quick else a.rounds,
     }  # fmt: skip
     for name in a.names or known:
         found = measure(known[name], 1 if a.quick else a.rounds, a.quick)
