@@ -1,0 +1,121 @@
+"""Grouped experts: against a sum over experts in fp64, against Transformers' own forward, and sums in one order."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deepseek_optimizer.train.modules.experts import TrainedExperts, grouped_experts
+from support.models import deepseek_v2, deepseek_v3, deepseek_v32, llama, random_model, youtu
+
+FAMILIES = {"v2": deepseek_v2, "v3": deepseek_v3, "v32": deepseek_v32}
+
+
+def trained(module: torch.nn.Module) -> torch.nn.Module:
+    twin = copy.deepcopy(module)
+    twin.__class__ = type("Trained", (TrainedExperts, type(module)), {})
+    return twin
+
+
+def one_by_one(x, gate_up, down, index, weights):
+    """A sum over tokens and experts, as the formula has it."""
+    out = torch.zeros_like(x)
+    rows = []
+    for t in range(len(x)):
+        row = out[t]
+        for e, w in zip(index[t].tolist(), weights[t], strict=True):
+            gate, up = (gate_up[e] @ x[t]).chunk(2)
+            row = row + w * (down[e] @ (F.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def case(tokens: int, experts: int, chosen: int, dtype: torch.dtype, seed: int = 0, only: int | None = None):
+    g = torch.Generator().manual_seed(seed)
+    hidden, inner = 24, 10
+    scores = torch.rand(tokens, experts, generator=g)
+    if only is not None:
+        scores[:, only:] = -1  # experts that nobody chooses
+    index = scores.topk(chosen, -1, sorted=False).indices
+    tensors = (
+        torch.randn(tokens, hidden, generator=g),
+        torch.randn(experts, 2 * inner, hidden, generator=g) * hidden**-0.5,
+        torch.randn(experts, hidden, inner, generator=g) * inner**-0.5,
+        torch.rand(tokens, chosen, generator=g),
+    )
+    x, gate_up, down, weights = (t.to(dtype).requires_grad_() for t in tensors)
+    return x, gate_up, down, index, weights
+
+
+def test_gradients_in_fp64():
+    x, gate_up, down, index, weights = case(5, 6, 3, torch.float64, only=4)
+    assert torch.autograd.gradcheck(lambda a, b, c, w: grouped_experts(a, b, c, index, w), (x, gate_up, down, weights))
+
+
+@pytest.mark.parametrize("tokens, experts, chosen, only", [(1, 4, 1, None), (7, 3, 3, None), (33, 16, 4, 5), (64, 8, 2, None)])
+def test_equals_the_sum_over_experts(tokens, experts, chosen, only):
+    made = case(tokens, experts, chosen, torch.float32, seed=tokens, only=only)
+    exact = case(tokens, experts, chosen, torch.float64, seed=tokens, only=only)
+    out, expected = grouped_experts(*made), one_by_one(*exact)
+    toward = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(toward)
+    expected.backward(toward.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(made, exact, strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_near():
+    made, exact = case(40, 8, 3, torch.bfloat16), case(40, 8, 3, torch.bfloat16)
+    exact = tuple(t.detach().double().requires_grad_() if t.requires_grad else t for t in exact)
+    out, expected = grouped_experts(*made), one_by_one(*exact)
+    out.backward(torch.ones_like(out))
+    expected.backward(torch.ones_like(expected))
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(made, exact, strict=True) if a.requires_grad)]
+    for a, b in pairs:  # a rounding to bf16 at each of a handful of steps
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+def test_sums_do_not_depend_on_the_order_of_names():
+    x, gate_up, down, index, weights = case(30, 8, 4, torch.float32)
+    swap = torch.tensor([2, 0, 3, 1])
+    results = []
+    for i, w in ((index, weights), (index[:, swap], weights[:, swap])):
+        out = grouped_experts(x, gate_up, down, i, w)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, gate_up, down))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers_own(family):
+    own = random_model(FAMILIES[family]()).model.layers[-1].mlp.experts
+    assert TrainedExperts.fits(own)
+    ours = trained(own)
+    assert isinstance(ours, type(own))
+    assert list(ours.state_dict()) == list(own.state_dict())
+    g = torch.Generator().manual_seed(3)
+    index = torch.rand(50, own.num_experts, generator=g).topk(3, -1).indices
+    inputs = [torch.randn(50, own.hidden_dim, generator=g), torch.rand(50, 3, generator=g)]
+    made = []
+    for module in (ours, own):
+        x, w = (t.clone().requires_grad_() for t in inputs)
+        out = module(x, index, w)
+        out.square().sum().backward()
+        made.append((out, x.grad, w.grad, module.gate_up_proj.grad, module.down_proj.grad))
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit():
+    layer = random_model(deepseek_v3()).model.layers[-1]
+    assert not TrainedExperts.fits(layer.mlp)
+    assert not TrainedExperts.fits(layer.mlp.shared_experts)
+    assert not any(TrainedExperts.fits(m) for config in (llama(), youtu()) for m in random_model(config).modules())
+    layer.mlp.experts._is_expert_parallel = True
+    assert not TrainedExperts.fits(layer.mlp.experts)
+    gelu = random_model(deepseek_v3(hidden_act="gelu")).model.layers[-1].mlp.experts
+    assert not TrainedExperts.fits(gelu)
