@@ -40,7 +40,11 @@ if TYPE_CHECKING:
     from .longdoc.read import read_documents
     from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
     from .serving import make_async_engine, make_engine
+    from .train.arguments import DeepSeekTrainingArguments
+    from .train.arguments import DeepSeekTrainingArguments as TrainingArguments
+    from .train.trainer import DeepSeekTrainer
 
+# name -> module, and the name there if it is another
 _LAZY = {
     "DynamicGraphOptimizer": "optimizer",
     "load_model": "optimizer",
@@ -56,6 +60,9 @@ _LAZY = {
     "make_async_engine": "serving",
     "Request": "engine.request",
     "SamplingParams": "engine.request",
+    "DeepSeekTrainer": "train.trainer",
+    "DeepSeekTrainingArguments": "train.arguments",
+    "TrainingArguments": "train.arguments:DeepSeekTrainingArguments",  # the article's name for them
 }
 
 __all__ = [
@@ -65,6 +72,8 @@ __all__ = [
     "ConfigError",
     "DeepSeekConfig",
     "DeepSeekOptimizerError",
+    "DeepSeekTrainer",
+    "DeepSeekTrainingArguments",
     "Document",
     "DocumentError",
     "DynamicGraphOptimizer",
@@ -78,6 +87,7 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "TrainingArguments",
     "UnsupportedModelError",
     "UnsupportedRequestError",
     "benchmark_model",
@@ -96,7 +106,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    module, _, other = _LAZY[name].partition(":")
+    value = getattr(import_module(f".{module}", __name__), other or name)
     globals()[name] = value
     return value
 
