@@ -45,7 +45,7 @@ class _Collect(torch.autograd.Function):
 
 
 def sum_rows(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """[S, H], int64 [T, K] -> [T, H]: out_t = sum over k of rows[place_tk], added up in fp32 (fp64 for fp64) in the order of k."""
+    """[S, H], int64 [T, K] -> [T, H]: the sum over k of rows[place_tk], in the order of k, in fp32 (fp64 for fp64)."""
     exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
     total = rows[place[:, 0]].to(exact)
     for column in place.t()[1:]:
@@ -88,7 +88,7 @@ class TrainedExperts(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether a module is what this is the forward of: merged gates and ups without biases, SiLU, no rows of other processes."""
+        """Whether a module is what this is the forward of: gates and ups merged, SiLU, no biases, and no experts elsewhere."""
         found = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
         return (
             found == {"gate_up_proj": 3, "down_proj": 3}

@@ -43,10 +43,10 @@ class TrainedLatentAttention(nn.Module):
     def fits(module: nn.Module) -> bool:
         """Whether a module is what this is the forward of. V3.2's is not: its indexer chooses keys."""
         has = dict(module.named_children())
+        if "indexer" in has or not all(child in has for child in _CHILDREN):
+            return False
         queries = "q_proj" in has or {"q_a_proj", "q_a_layernorm", "q_b_proj"} <= has.keys()
-        return (
-            queries and all(c in has for c in _CHILDREN) and all(hasattr(module, w) for w in _WIDTHS) and "indexer" not in has
-        )
+        return queries and all(hasattr(module, width) for width in _WIDTHS)
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any

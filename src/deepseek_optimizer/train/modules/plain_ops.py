@@ -41,3 +41,27 @@ except ImportError:
         how = "mean" if num_items is None else "sum"
         loss = F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=ignore_index, reduction=how)
         return loss if num_items is None else loss / num_items
+
+
+try:
+    from ..ops.linear import linear
+except ImportError:
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+
+try:
+    from ..ops.mlp import mlp
+except ImportError:
+
+    def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
+
+
+try:
+    from ..ops.rms_norm import rms_norm
+except ImportError:
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
