@@ -3,11 +3,12 @@
 
 A router chooses experts by score + bias, and weighs them by the score alone. After each optimizer step the bias of every expert
 that had more than the mean load falls by `rate`, that of one that had less rises by it. The load is that of the whole batch:
-all its accumulation steps, all processes, no padding. The biases are buffers of the model (`e_score_correction_bias`), so that a
-checkpoint has them and a resumed run goes on with the same ones.
+all its accumulation steps, all processes, no padding. The biases are buffers of the model (`e_score_correction_bias`), so that
+a checkpoint has them and a resumed run goes on with the same ones.
 
-Beside it, if wanted, the report's sequence-wise loss against extremes within one text: alpha * sum over experts i of f_i P_i, with
-f_i the share of the text's tokens that chose i (1 when all are equally busy) and P_i the mean of its share of a token's scores.
+Beside it, if wanted, the report's sequence-wise loss against extremes within one text: alpha * sum over experts i of f_i P_i,
+with f_i the share of the text's tokens that chose i (1 when all are equally busy) and P_i the mean of its share of a token's
+scores.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass
 class _Tokens:
-    """What the model was last called with: which of its tokens are real, and of which text each of them is; None: all, of one."""
+    """Of the model's last call: which tokens are real, and of which text each of them is; None: all, and all of one."""
 
     real: torch.Tensor | None = None
     text: torch.Tensor | None = None
@@ -53,8 +54,8 @@ class _Load:
 class ExpertBalancing(TrainerCallback):
     """Moves the biases as training goes on, and logs how busy the experts are.
 
-    Logged, as means over steps: `expert_load` (the largest load of an expert over the mean one, in the worst layer; 1 is perfect)
-    and `expert_load_layers` (of each layer, by its path).
+    Logged, as means over steps: `expert_load` (the largest load of an expert over the mean one, in the worst layer; 1 is
+    perfect) and `expert_load_layers` (of each layer, by its path).
 
     Args:
         rate: how far a bias moves in a step; V3 had 0.001, and 0 at the end of its training.
@@ -183,8 +184,8 @@ def sequence_loss(
 
 
 class _WithLoss(torch.autograd.Function):
-    """Passes x on, and has `loss` take part in the backward as if it had been added to the model's: so it needs no way out of the
-    model, and recomputed layers count it once. DeepSeek-V2's published code does the same."""
+    """Passes x on, and has `loss` take part in the backward as if it had been added to the model's: so it needs no way out
+    of the model, and recomputed layers count it once. DeepSeek-V2's published code does the same."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""Multi-token prediction layers that are trained: hung on a model under the names that checkpoints have, and run over whole texts.
+"""Multi-token prediction layers that are trained: hung on a model under the names that checkpoints have, and run over whole
+texts.
 
-Layer k (from 0) has at row i the previous layer's normed state of row i (the model's own, for layer 0) and the embedding of token
-i + k + 1, and predicts token i + k + 2; embedding and head are the model's (DeepSeek-V3's report, section 2.2). Transformers'
-forward runs `num_hidden_layers` layers and leaves these alone; `save_pretrained` writes them, and `load_model` drafts with them.
+Layer k (from 0) has at row i the previous layer's normed state of row i (the model's own, for layer 0) and the embedding of
+token i + k + 1, and predicts token i + k + 2; embedding and head are the model's (DeepSeek-V3's report, section 2.2).
+Transformers' forward runs `num_hidden_layers` layers and leaves these alone; `save_pretrained` writes them, and `load_model`
+drafts with them.
 """
 
 from __future__ import annotations
