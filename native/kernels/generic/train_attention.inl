@@ -1,7 +1,28 @@
 // Fills this variant's TrainAttention; included once, behind its lanes. As table.inl: nothing of the standard library that emits code.
-#include "../train_attention.hpp"
+// A variant with tile registers includes its tiles too, and defines DSO_TILES.
+#include "train_attention_backward.hpp"
+#include "train_attention_forward.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
+namespace {
+
+int64_t forward_scratch(const TrainAttnTask& t) {
+  return t.type == DSO_TYPE_BF16 ? ForwardRoom<NarrowProduct>(t, nullptr).bytes : ForwardRoom<WideProduct>(t, nullptr).bytes;
+}
+int64_t backward_scratch(const TrainAttnTask& t) {
+  return t.type == DSO_TYPE_BF16 ? BackwardRoom<NarrowProduct>(t, nullptr).bytes : BackwardRoom<WideProduct>(t, nullptr).bytes;
+}
+void forward(const TrainAttnTask& t, uint8_t* scratch) {
+  if (t.type == DSO_TYPE_BF16) attn_forward<uint16_t, NarrowProduct>(t, scratch);
+  else attn_forward<float, WideProduct>(t, scratch);
+}
+void backward(const TrainAttnTask& t, uint8_t* scratch) {
+  if (t.type == DSO_TYPE_BF16) attn_backward<uint16_t, NarrowProduct>(t, scratch);
+  else attn_backward<float, WideProduct>(t, scratch);
+}
+
+}  // namespace
+
 extern const TrainAttention train_attention;  // without this, a const object would be of this unit alone
-const TrainAttention train_attention = {};
+const TrainAttention train_attention = {forward_scratch, backward_scratch, forward, backward, query_grad};
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,128 @@
+// Attention of training, forward: online softmax (FlashAttention-2; Dao 2023, algorithm 1), transposed. Keys are rows and queries are
+// lanes, so that largest logits, sums and factors are vectors over queries and nothing is reduced across lanes:
+//   S^T = K Q^T,  P^T = 2^(S^T - m),  O^T = O^T * 2^(m_before - m) + V^T P^T.
+#pragma once
+#include "train_attention_pack.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+namespace {
+
+template <class Product> struct ForwardRoom {
+  static constexpr bool pairs = Product::pairs;
+  static constexpr int64_t per = word<pairs>;
+
+  Word *k, *v;        // rows; turned, block by block
+  Word *rows, *q;     // of a block of queries: rows, columns
+  Word* p;            // weights, interleaved
+  float *s, *o, *out;  // logits, O^T, rows of the result
+  float *m, *l, *factor;
+  int64_t bytes;
+
+  ForwardRoom(const TrainAttnTask& t, uint8_t* memory) {
+    Room room{memory};
+    const int64_t qk = padded(t.qk_width), vw = padded(t.v_width), blocks = blocks_of(t.end);
+    k = room.take<Word>(blocks * attn_block * qk / per);
+    v = room.take<Word>(blocks * vw * attn_block / per);
+    rows = room.take<Word>(attn_block * most(qk, vw) / per);
+    q = room.take<Word>(attn_block * most(qk, vw) / per);
+    p = room.take<Word>(attn_block * attn_block / per);
+    s = room.take<float>(attn_block * attn_block);
+    o = room.take<float>(vw * attn_block);
+    out = room.take<float>(attn_block * vw);
+    m = room.take<float>(attn_block);
+    l = room.take<float>(attn_block);
+    factor = room.take<float>(attn_block);
+    bytes = room.used;
+  }
+  int64_t k_block(int64_t qk_width) const { return attn_block * padded(qk_width) / per; }
+  int64_t v_block(int64_t v_width) const { return padded(v_width) * attn_block / per; }
+};
+
+// Weights of a block of keys, and what m, l and O^T are to be multiplied with. Returns whether that is 1 everywhere.
+template <class Product>
+static bool softmax_block(const ForwardRoom<Product>& r, float scale, int64_t keys, int64_t queries, int64_t key, int64_t query, const Mask* mask) {
+  bool same = true;
+  const F one = set(1.0f), c = set(scale * log2e);
+  for (int64_t n = 0; n < queries; n += 16) {
+    const F before = load(r.m + n);
+    F top = before;
+    for (int64_t i = 0; i < keys; ++i) {
+      F x = mul(load(r.s + i * attn_block + n), c);
+      if (mask) x = (*mask)(x, query + n, key + i);
+      store(r.s + i * attn_block + n, x);
+      top = max(x, top);
+    }
+    const F factor = exp2(sub(before, top));
+    F total = mul(load(r.l + n), factor);
+    for (int64_t i = 0; i < keys; i += 2) {
+      const F even = exp2(sub(load(r.s + i * attn_block + n), top)), odd = exp2(sub(load(r.s + (i + 1) * attn_block + n), top));
+      total = add(total, add(even, odd));
+      if constexpr (Product::pairs) {
+        store_bytes(r.p + i / 2 * attn_block + n, round_pair_bf16(even, odd));
+      } else {
+        store((float*)r.p + i * attn_block + n, even);
+        store((float*)r.p + (i + 1) * attn_block + n, odd);
+      }
+    }
+    store(r.m + n, top);
+    store(r.l + n, total);
+    store(r.factor + n, factor);
+    same = same && at_least(factor, one) == 0xffff;
+  }
+  return same;
+}
+
+template <class Product> static void scale_columns(float* o, int64_t rows, int64_t queries, const float* factor) {
+  for (int64_t d = 0; d < rows; ++d, o += attn_block)
+    for (int64_t n = 0; n < queries; n += 16) store(o + n, mul(load(o + n), load(factor + n)));
+}
+
+// Rows [t, t + count) of the task's head out of O^T.
+template <class Number, class Product>
+static void write_block(const TrainAttnTask& t, const ForwardRoom<Product>& r, int64_t head, int64_t query, int64_t count) {
+  const int64_t wide = padded(t.v_width);
+  turn_words((const Word*)r.o, attn_block, up(t.v_width, 16), up(count, 16), (Word*)r.out, wide);
+  for (int64_t i = 0; i < count; ++i) {
+    Number* to = (Number*)t.o.template row<const Number>(head, query + i);
+    for (int64_t c = 0; c < t.v_width; c += 16) write16(to + c, div(load(r.out + i * wide + c), set(r.l[i])), t.v_width - c);
+  }
+  memcpy(t.largest + head * t.state_head + query, r.m, (size_t)count * 4);
+  memcpy(t.sum + head * t.state_head + query, r.l, (size_t)count * 4);
+}
+
+template <class Number, class Product> static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
+  constexpr bool pairs = Product::pairs;
+  const ForwardRoom<Product> r(t, memory);
+  Product product;
+  const Mask mask = {t.window};
+  const int64_t first = mask.first_key_block(t.begin / attn_block), blocks = blocks_of(t.end);
+  const int64_t line = padded(t.qk_width) / word<pairs>, depth = up(t.qk_width, Product::depth_step) / word<pairs>, out = up(t.v_width, Product::step);
+  for (int64_t j = first; j < blocks; ++j) {
+    const int64_t at = j * attn_block, count = least(attn_block, t.tokens - at);
+    pack_rows<Number, pairs>(t.k.template row<const Number>(0, at), t.k.token, count, t.qk_width, r.k + j * r.k_block(t.qk_width));
+    pack_rows<Number, pairs>(t.v.template row<const Number>(0, at), t.v.token, count, t.v_width, r.rows);
+    pack_interleaved<pairs>(r.rows, count, t.v_width, r.q);
+    pack_turned<pairs>(r.q, count, t.v_width, r.v + j * r.v_block(t.v_width));
+  }
+  for (int64_t head = 0; head < t.group; ++head)
+    for (int64_t i = t.begin / attn_block; i < blocks; ++i) {
+      const int64_t query = i * attn_block, count = least(attn_block, t.tokens - query), queries = padded(count);
+      pack_rows<Number, pairs>(t.q.template row<const Number>(head, query), t.q.token, count, t.qk_width, r.rows);
+      pack_columns<pairs>(r.rows, count, t.qk_width, r.q);
+      for (int64_t n = 0; n < attn_block; n += 16) {
+        store(r.m + n, set(-3e38f));  // finite: -inf less it is -inf, where a row sees nothing yet
+        store(r.l + n, zero());
+      }
+      const int64_t j0 = mask.first_key_block(i);
+      for (int64_t j = j0; j <= i; ++j) {
+        const int64_t key = j * attn_block, keys = padded(least(attn_block, t.tokens - key));
+        product({r.k + j * r.k_block(t.qk_width), line}, keys, {r.q, attn_block}, queries, depth, {r.s, attn_block, false});
+        const bool same = softmax_block(r, t.scale, keys, queries, key, query, mask.needed(i, j) ? &mask : nullptr);
+        if (!same && j > j0) scale_columns<Product>(r.o, out, queries, r.factor);
+        product({r.v + j * r.v_block(t.v_width), attn_block / word<pairs>}, out, {r.p, attn_block}, queries, keys / word<pairs>, {r.o, attn_block, j > j0});
+      }
+      write_block<Number>(t, r, head, query, count);
+    }
+}
+}  // namespace
+}  // namespace dso::DSO_ISA_NAMESPACE
