@@ -11,11 +11,95 @@ extern "C" {
 /* Types of numbers in memory. */
 enum { DSO_TYPE_F32 = 0, DSO_TYPE_BF16 = 1 };
 
-/* ---- products -------------------------------------------------------------------------------------------- */
+/* ---- products ----------------------------------------------------------------------------------------------
+ * C[M, N] = op(A) op(B) (+ bias[N]), summed over K in fp32 and rounded once to C's type. Any K, also 0; nothing past a row's numbers is
+ * read or written. C must not overlap A or B.
+ *   NT: A[M, K] B[N, K]^T    y = x W^T
+ *   NN: A[M, K] B[K, N]      dx = dy W
+ *   TN: A[K, M]^T B[K, N]    dW = dy^T x
+ * Numbers are multiplied as bf16 (fp32 ones are rounded to it first), with EXACT as fp32. Every number of C is one chain over k
+ * ascending (how a pair of bf16 is added is the ISA's); bias, and with ADD what C holds, are added to it last. */
+enum { DSO_PRODUCT_NT = 0, DSO_PRODUCT_NN = 1, DSO_PRODUCT_TN = 2 };
+enum { DSO_PRODUCT_ADD = 1, DSO_PRODUCT_EXACT = 2 };
+typedef struct dso_train_matrix {
+  void* data;
+  int64_t ld;
+  int64_t next; /* elements to the matrix of the next group, where there is one for each */
+  int32_t type, reserved;
+} dso_train_matrix;
+/* bias: its data and type; or NULL. */
+DSO_API int32_t dso_train_product(dso_context* c, int32_t form, int32_t flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix* a,
+                                  const dso_train_matrix* b, const dso_train_matrix* bias, const dso_train_matrix* result);
+/* The same for `groups` of rows, [offsets[g], offsets[g + 1]) each, ascending: experts. NT and NN: rows of A and C are in groups (M means
+ * nothing), and B is a matrix for each. TN: rows of A and B are in groups (K means nothing), and C is a matrix for each; a group without
+ * rows is zero (with ADD: stays). */
+DSO_API int32_t dso_train_grouped_product(dso_context* c, int32_t form, int32_t flags, int32_t groups, const int64_t* offsets, int64_t M,
+                                          int64_t N, int64_t K, const dso_train_matrix* a, const dso_train_matrix* b,
+                                          const dso_train_matrix* result);
+/* sums[N] = the sum over the rows of x[T, N], rows ascending, in fp32 and rounded once: the gradient of a bias. flags: ADD. */
+DSO_API int32_t dso_train_column_sums(dso_context* c, int32_t flags, int64_t T, int64_t N, const dso_train_matrix* x,
+                                      const dso_train_matrix* sums);
 
 /* ---- row-wise ops, the loss and the optimizer ------------------------------------------------------------- */
 
-/* ---- attention ------------------------------------------------------------------------------------------- */
+/* How fp32 weights are kept. NONE: the parameter is fp32. SPLIT: a bf16 parameter, rounded to nearest, and in `low` what its bits must
+ * be increased by (as integers, shifted up by 16) to be those of the fp32 weight. STOCHASTIC: a bf16 parameter alone, rounded up or down
+ * by chance so that the expected weight is exact. */
+enum { DSO_MASTER_NONE = 0, DSO_MASTER_SPLIT = 1, DSO_MASTER_STOCHASTIC = 2 };
+/* Moments. F32: float. BF16: rounded by chance. INT8: m int8 and v uint8, each with a float scale for 256 elements:
+ * m = m_scale y / (2 - |y|), y = m / 127, and v = (v_scale v / 255)^2. */
+enum { DSO_MOMENTS_F32 = 0, DSO_MOMENTS_BF16 = 1, DSO_MOMENTS_INT8 = 2 };
+
+/* A step of AdamW on one tensor of `count` elements, all dense:
+ *   g = gradient_scale gradient;  m = beta1 m + rest1 g;  v = beta2 v + rest2 g g
+ *   w = w - (decay w + step m / (bias2 sqrt(v) + eps))
+ * key: of the random bits, see train/ops/random_bits.py: two for the moments, two for the weights. */
+typedef struct dso_train_update {
+  void* parameter;
+  int16_t* low; /* of SPLIT */
+  const void* gradient;
+  void *m, *v;
+  float *m_scale, *v_scale; /* of INT8 */
+  int64_t count;
+  int32_t master, moments, gradient_type;
+  float gradient_scale, beta1, rest1, beta2, rest2, bias2, eps, step, decay;
+  uint32_t key[4];
+} dso_train_update;
+DSO_API int32_t dso_train_adamw(dso_context* c, const dso_train_update* updates, int64_t updates_count);
+
+typedef struct dso_train_numbers {
+  const void* data;
+  int64_t count;
+  int32_t type, reserved;
+} dso_train_numbers;
+/* Of each of `tensors_count` dense tensors: the sum of squares of its numbers, and how many are not finite. */
+DSO_API int32_t dso_train_squares(dso_context* c, const dso_train_numbers* tensors, int64_t tensors_count, double* sums, int64_t* not_finite);
+
+/* ---- attention ----------------------------------------------------------------------------------------------
+ * Causal attention of sequences that lie one behind the other in rows of tokens (packing): o = softmax(scale q k^T) v, where token t
+ * of a sequence sees its tokens (t - window, t] (window 0: all up to itself) and none of another sequence. Query head h reads kv head
+ * h / (heads / kv_heads). Products of bf16 numbers are bf16's where the ISA has them, all else is fp32. */
+typedef struct dso_train_heads {
+  void* data;
+  int64_t row, token, head; /* numbers from a row, token or head to the next; a head's numbers lie one after the other */
+} dso_train_heads;
+typedef struct dso_train_attention {
+  int32_t type; /* DSO_TYPE_* of all but state */
+  int32_t heads, kv_heads, qk_width, v_width; /* widths: even, at most 256 */
+  float scale;
+  int64_t window;
+  int64_t rows, row_tokens;
+  /* Sequence i has tokens [begin[i], end[i]), counted through all rows; ascending, and none crosses the end of a row. What lies between
+   * them is neither read nor written. */
+  int64_t sequences;
+  const int64_t *begin, *end;
+  dso_train_heads q, k, v, o;
+  float* state; /* [2][heads][rows * row_tokens]: of each softmax its largest logit (in units of log 2), and its sum of weights */
+  /* of the backward, which reads all of the above */
+  dso_train_heads o_grad, q_grad, k_grad, v_grad;
+} dso_train_attention;
+DSO_API int32_t dso_train_attention_forward(dso_context* c, const dso_train_attention* a);  /* writes o and state */
+DSO_API int32_t dso_train_attention_backward(dso_context* c, const dso_train_attention* a); /* writes q_grad, k_grad, v_grad */
 
 #ifdef __cplusplus
 }
