@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from deepseek_optimizer.train.kept import Kept
 from deepseek_optimizer.train.modules.experts import TrainedExperts, grouped_experts
 from support.models import deepseek_v2, deepseek_v3, deepseek_v32, llama, random_model, youtu
 
@@ -78,6 +79,19 @@ def test_bf16_is_near():
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(made, exact, strict=True) if a.requires_grad)]
     for a, b in pairs:  # a rounding to bf16 at each of a handful of steps
         assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+def test_what_is_made_again_equals_what_was_kept():
+    """Of each chosen row gates and ups are kept, and neither the row nor what goes into `down`."""
+    results = []
+    for everything in (True, False):
+        x, gate_up, down, index, weights = case(40, 8, 4, torch.float32)
+        kept = Kept(everything)
+        with kept:
+            out = grouped_experts(x, gate_up, down, index, weights, kept)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, gate_up, down, weights))))
+        assert everything is False or kept.saved == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_sums_do_not_depend_on_the_order_of_names():

@@ -7,12 +7,14 @@ its gradient needs nothing as wide as the model. Sums run in one order, by exper
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from ..kept import Kept
 from .plain_ops import grouped_linear, swiglu
 
 
@@ -23,7 +25,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(order, place)
-        return x[order // place.shape[1]]
+        return dispatch(x, order, place.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -41,7 +43,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         order, place = ctx.saved_tensors
-        return grads[0][order // place.shape[1]], None, None
+        return dispatch(grads[0], order, place.shape[1]), None, None
 
 
 def sum_rows(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -53,8 +55,42 @@ def sum_rows(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     return total.to(rows.dtype)
 
 
+class _Gated(torch.autograd.Function):
+    """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up, which keeps its operands alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up, weights)
+        return gated(gate_up, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        gate_up, weights = ctx.saved_tensors
+        with torch.enable_grad():
+            both = gate_up.detach().requires_grad_()
+            h = swiglu(*both.chunk(2, -1))
+        (toward,) = torch.autograd.grad(h, both, grads[0] * weights.to(h.dtype)[:, None])
+        exact = torch.float64 if h.dtype == torch.float64 else torch.float32
+        return toward, (grads[0].to(exact) * h.detach()).sum(-1).to(weights.dtype)
+
+
+def gated(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up."""
+    return swiglu(*gate_up.chunk(2, -1)) * weights.to(gate_up.dtype)[:, None]
+
+
+def dispatch(x: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
+    """[T, H] -> [T K, H]: row s is that of the token that choice `order`[s] of T K is of."""
+    return x[order // chosen]
+
+
 def grouped_experts(
-    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """
     Args:
@@ -62,20 +98,23 @@ def grouped_experts(
         gate_up, down: [E, 2 I, H] and [E, H, I], of x's dtype.
         index: int64 [T, K], the experts of each token, all different.
         weights: [T, K], what each of them counts; differentiable.
+        kept: what of each chosen row may be made again in the backward is told to it: of rows, gates and ups stay.
 
     Returns: [T, H] of x's dtype.
     """
+    kept = Kept(everything=True) if kept is None else kept
     index, by_expert = index.sort(-1)
-    weights = weights.gather(-1, by_expert)
-    order = index.flatten().argsort(stable=True)
+    flat, chosen = index.flatten(), index.shape[1]
+    order = flat.argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     place = place.view_as(index)
-    counts = index.flatten().bincount(minlength=len(gate_up))
+    counts = flat.bincount(minlength=len(gate_up))
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    rows = _Dispatch.apply(x, order, place)
-    gate, up = grouped_linear(rows, gate_up, offsets).chunk(2, -1)
-    h = swiglu(gate, up) * weights.flatten()[order].to(x.dtype)[:, None]
+    each = weights.gather(-1, by_expert).flatten()[order]
+    rows = kept.again(_Dispatch.apply(x, order, place), partial(dispatch, x.detach(), order, chosen))
+    both = grouped_linear(rows, gate_up, offsets)
+    h = kept.again(_Gated.apply(both, each), partial(gated, both.detach(), each.detach()))
     result: torch.Tensor = _Collect.apply(grouped_linear(h, down, offsets), order, place)
     return result
 
@@ -85,6 +124,7 @@ class TrainedExperts(nn.Module):
 
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
+    kept: Kept
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -100,4 +140,5 @@ class TrainedExperts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H] of hidden_states' dtype."""
-        return grouped_experts(hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights)
+        where = (top_k_index, top_k_weights, getattr(self, "kept", None))
+        return grouped_experts(hidden_states, self.gate_up_proj, self.down_proj, *where)
