@@ -46,6 +46,41 @@ class CheckpointError(DeepSeekOptimizerError, ValueError):
         super().__init__(f"{where}: {message}" if where else message)
 
 
+class SaveError(DeepSeekOptimizerError, OSError):
+    """A checkpoint of training or a model could not be written; what was there before it is as it was.
+
+    Args:
+        target: what was to be written.
+        cause: as a sentence without its stop.
+        last: the newest checkpoint that stands, if there is one.
+    """
+
+    def __init__(self, target: object, cause: str, last: object | None) -> None:
+        self.target, self.last = str(target), None if last is None else str(last)
+        stands = (
+            f"{last} stands; train(resume_from_checkpoint=True) goes on from it" if last else "no checkpoint stands before it"
+        )
+        super().__init__(f"{target} was not saved: {cause}. Nothing of it is left, and {stands}")
+
+
+class TrainingError(DeepSeekOptimizerError, ArithmeticError):
+    """Training came to a loss or to gradients that are not finite; no weight was changed by them.
+
+    Args:
+        step: the optimizer step, counted from 1.
+        cause: what was found, as the beginning of a sentence.
+        last: the newest checkpoint that stands, if there is one.
+    """
+
+    def __init__(self, step: int, cause: str, last: object | None) -> None:
+        self.step, self.last = step, None if last is None else str(last)
+        stands = f"{last} stands; go on from it by train(resume_from_checkpoint=True)" if last else "no checkpoint stands yet"
+        super().__init__(
+            f'step {step}: {cause}. Take a smaller learning_rate or look at the data of this step; on_nan="skip" leaves single '
+            f"steps out. The weights are those from before the step, and {stands}"
+        )
+
+
 class BackendError(DeepSeekOptimizerError, RuntimeError):
     """A backend cannot do what was asked: no native build, an ISA that cannot run here, a plan misused."""
 
@@ -146,6 +181,22 @@ class DocumentError(DeepSeekOptimizerError, ValueError):
     def __init__(self, file: str, message: str) -> None:
         self.file, self.message = file, message
         super().__init__(f"{file}: {message}")
+
+
+class DataError(DeepSeekOptimizerError, ValueError):
+    """Training data that cannot be used.
+
+    Args:
+        message: what is wrong, and what to do.
+        file: the file at fault, if one is.
+        line: its line, or of a JSON array the record, counted from 1.
+        field: of that record, such as `messages[2].role`.
+    """
+
+    def __init__(self, message: str, *, file: object = None, line: int | None = None, field: str | None = None) -> None:
+        self.message, self.file, self.line, self.field = message, None if file is None else str(file), line, field
+        where = ", ".join(p for p in (self.file, f"line {line:,}" if line is not None else None, field) if p)
+        super().__init__(f"{where}: {message}" if where else message)
 
 
 class MissingPackageError(DeepSeekOptimizerError, ImportError):

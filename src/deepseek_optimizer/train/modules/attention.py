@@ -1,0 +1,78 @@
+"""Attention of Llama, Mistral, Qwen2 and Qwen3, in training.
+
+The projections are called as the modules they are, so that adapters and packed weights may stand in their places; attention
+itself is whatever the config names (`dso_train` once a model is prepared).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...integration.compat import CACHE_NAMES
+from .plain_ops import rope
+
+# Those whose rope turns the halves of a head against each other; nothing in a module tells that.
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+
+
+class TrainedAttention(nn.Module):
+    """The forward of grouped-query attention; a mixin before Transformers' own class, which still serves calls with a cache,
+    and eager attention."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    sliding_window: Any
+    config: Any
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        has = {name for name, _ in module.named_children()}
+        known = getattr(getattr(module, "config", None), "model_type", None) in FAMILIES
+        return known and has in (_PROJECTIONS, _PROJECTIONS | _NORMS) and hasattr(module, "scaling")
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, S, H] -> ([B, S, H], attention weights or None)."""
+        implementation = self.config._attn_implementation
+        if implementation == "eager" or any(kwargs.get(name) is not None for name in CACHE_NAMES):
+            where = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            result: Any = super().forward(hidden_states=hidden_states, **where, **kwargs)
+            return result
+        cos, sin = position_embeddings
+        query = rope(self._heads(hidden_states, self.q_proj, "q_norm"), cos, sin)
+        key = rope(self._heads(hidden_states, self.k_proj, "k_norm"), cos, sin)
+        value = self._heads(hidden_states, self.v_proj)
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        dropout = self.attention_dropout if self.training else 0.0
+        window = {"sliding_window": self._window} if self._window is not None else {}
+        out, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **window, **kwargs
+        )
+        return self.o_proj(out.flatten(2)), weights
+
+    def _heads(self, x: torch.Tensor, projection: nn.Module, norm: str = "") -> torch.Tensor:
+        """[B, S, H] -> [B, heads, S, D], a view that is not contiguous."""
+        heads = projection(x).view(*x.shape[:-1], -1, self.head_dim)
+        if norm and hasattr(self, norm):
+            heads = getattr(self, norm)(heads)
+        return heads.transpose(1, 2)
+
+    @property
+    def _window(self) -> int | None:
+        """Qwen's layers have one each, or none; Mistral's share the config's."""
+        if hasattr(self, "sliding_window"):
+            own: int | None = self.sliding_window
+            return own
+        return getattr(self.config, "sliding_window", None) if self.config.model_type == "mistral" else None

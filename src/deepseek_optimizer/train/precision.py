@@ -1,0 +1,42 @@
+"""The dtype that a model's weights are trained in."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..integration.modules import Packed
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def set_training_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
+    """Casts floating point parameters in place, one at a time, so that no two copies of a model stand beside each other.
+
+    Buffers keep theirs: tables of positions and biases of routers need fp32. So do parameters that the model's class names as
+    such. Of a model whose weights are packed or quantised only what is trained is cast, to the dtype around it.
+
+    Returns: the dtype that activations have.
+    """
+    if any(isinstance(module, Packed) for module in model.modules()) or getattr(model, "is_quantized", False):
+        around = next((m.dtype for m in model.modules() if isinstance(m, Packed)), getattr(model, "dtype", dtype))
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(around)
+        return around
+    exact = re.compile("|".join(map(re.escape, _kept_in_fp32(model))) or "$^")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not exact.search(name):
+            parameter.data = parameter.data.to(dtype)
+    return dtype
+
+
+def _kept_in_fp32(model: nn.Module) -> list[str]:
+    names: set[str] = set()
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            names |= set(getattr(module, attribute, None) or ())
+    return sorted(names)

@@ -1,0 +1,156 @@
+"""What training will do and take, told before it begins."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from ..errors import NotEnoughMemoryError
+from ..integration.arena import available_bytes
+from .modules.attention import TrainedAttention
+from .modules.head import TrainedCausalLM
+from .modules.mlp import TrainedMlp
+from .modules.norm import TrainedNorm
+from .prepare import Prepared, trainable
+
+_MOMENTS: Final = {"bf16": 4.0, "int8": 2.0 + 8 / 256, "fp32": 8.0}  # bytes a weight, of both; int8 with a scale a block
+_CHUNK: Final = 64 << 20  # what the fused head takes for a piece of logits and its gradient
+_REMEDY: Final = (
+    'take optimizer_state="int8", activation_memory="recompute", a smaller per_device_train_batch_size or shorter sequences, '
+    "or train an adapter (LoRA)"
+)
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes that training takes.
+
+    Attributes:
+        weights: the model's, in the dtype that they are trained in.
+        masters: what the optimizer keeps beside them for exact fp32 weights.
+        moments: Adam's two.
+        gradients: all of one pass.
+        accumulators: the fp32 sums over the passes of a step.
+        activations: kept for the backward, by what the modules known here keep; None where the length of an example is unknown.
+        tokens: of a batch, padding included.
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    gradients: int
+    accumulators: int
+    activations: int | None
+    tokens: int | None
+
+    @property
+    def total(self) -> int:
+        parts = (self.weights, self.masters, self.moments, self.gradients, self.accumulators, self.activations or 0)
+        return sum(parts)
+
+    def check(self, held: int) -> None:
+        """Raises NotEnoughMemoryError if it cannot fit beside what is taken; `held`: bytes of it that are held already."""
+        needed, free = self.total - held, available_bytes()
+        if needed > free:
+            raise NotEnoughMemoryError("training", needed, free, _REMEDY)
+
+    def __str__(self) -> str:
+        named = ("weights", "masters", "moments", "gradients", "accumulators", "activations")
+        parts = [f"{name} {(getattr(self, name) or 0) / 1e6:,.0f} MB" for name in named if getattr(self, name)]
+        return f"{self.total / 1e6:,.0f} MB: {', '.join(parts)}"
+
+
+@dataclass
+class TrainingReport:
+    """What runs natively in training, what does not, and the memory it takes.
+
+    Attributes:
+        native: how many modules run forwards of this package, by class.
+        others: how many modules with weights stay Transformers' own, by class.
+        attention, optimizer: which.
+        trained, weights: how many numbers are trained, and how many there are.
+        fused_loss: whether logits never stand as a whole.
+        memory: in bytes.
+        notes: what is not as it could be, and why.
+    """
+
+    native: Counter[str]
+    others: Counter[str]
+    attention: str
+    optimizer: str
+    trained: int
+    weights: int
+    fused_loss: bool
+    memory: MemoryPlan
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        loss = "fused" if self.fused_loss else "by logits"
+        lines = [
+            f"trained    {self.trained:,} of {self.weights:,} weights by {self.optimizer}",
+            f"native     {_counted(self.native)}; attention {self.attention}, loss {loss}",
+            f"as it was  {_counted(self.others)}",
+            f"memory     {self.memory}",
+        ]
+        return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
+
+
+def _counted(names: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(names.items())) or "nothing"
+
+
+def plan_memory(prepared: Prepared, args: Any, dtype: torch.dtype, tokens: int | None) -> MemoryPlan:
+    """
+    Args:
+        prepared: the model, its modules known.
+        args: `DeepSeekTrainingArguments`.
+        dtype: that trained weights will have.
+        tokens: of a batch, padding included; None: unknown.
+    """
+    model, own = prepared.model, args.own_optimizer
+    weights = {id(p): p for p in model.parameters()}.values()
+    held = sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.element_size()) for p in weights)
+    numbers = sum(p.numel() for p in trainable(model))
+    split = own and dtype == torch.bfloat16 and args.master_weights == "split"
+    return MemoryPlan(
+        weights=held,
+        masters=2 * numbers if split else 0,
+        moments=round(numbers * _MOMENTS[args.optimizer_state]) if own else 2 * numbers * dtype.itemsize,
+        gradients=numbers * dtype.itemsize,
+        accumulators=4 * numbers if args.gradient_accumulation_steps > 1 and own and dtype == torch.bfloat16 else 0,
+        activations=None if tokens is None else _activations(prepared, args.activation_memory, dtype, tokens),
+        tokens=tokens,
+    )
+
+
+def _activations(prepared: Prepared, memory: str, dtype: torch.dtype, tokens: int) -> int:
+    model = prepared.model
+    modules: list[Any] = list(model.modules())
+    widths = sum(_width(module, memory) for module in modules)
+    layers = sum(isinstance(module, TrainedMlp) for module in modules) or 1
+    if memory == "recompute":  # each layer's input, and one layer as a whole
+        hidden = next((m.weight.numel() for m in modules if isinstance(m, TrainedNorm)), 0)
+        widths = hidden * layers + widths // layers
+    logits = _CHUNK if prepared.fused_loss else tokens * getattr(model.config, "vocab_size", 0) * (4 + 4 + dtype.itemsize)
+    return tokens * widths * dtype.itemsize + logits
+
+
+def _width(module: Any, memory: str) -> int:
+    """Numbers a token that a module keeps for its backward."""
+    more = memory != "selective"
+    if isinstance(module, TrainedNorm):
+        return module.weight.numel() * (2 if more else 1)
+    if isinstance(module, TrainedMlp):
+        return _columns(module.gate_proj) * (3 if more else 2)
+    if isinstance(module, TrainedAttention):
+        return sum(map(_columns, (module.q_proj, module.k_proj, module.v_proj))) + module.config.hidden_size
+    if isinstance(module, TrainedCausalLM):
+        return 2 * getattr(module.config, "hidden_size", 0)  # the last hidden states and their gradient
+    return 0
+
+
+def _columns(projection: Any) -> int:
+    return int(projection.out_features)
