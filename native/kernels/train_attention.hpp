@@ -30,10 +30,10 @@ struct TrainAttnTask {
   int64_t state_head;
   // backward
   Heads<const void> o_grad;
-  Heads<void> k_grad, v_grad;
+  Heads<void> q_grad, k_grad, v_grad;  // q_grad: for the runtime, which has query_grad write it
   // Transposed blocks of fp32 sums, block i of head h at (h * blocks + i) * train_attn_query_grad(qk_width), blocks counted from
-  // `begin`: what query_grad adds up. Blocks that no query of the task is in are not written.
-  float* q_grad;
+  // `begin` to the sequence's end: what query_grad adds up. Blocks whose queries see none of the keys are not written.
+  float* q_sums;
 };
 
 constexpr int64_t train_attn_query_grad(int64_t qk_width) { return (qk_width + 31) / 32 * 32 * train_attn_block; }  // floats of a block

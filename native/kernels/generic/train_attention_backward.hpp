@@ -123,7 +123,7 @@ template <class Number, class Product> static void attn_backward(const TrainAttn
   const BackwardRoom<Product> r(t, memory);
   Product product;
   const Mask mask = {t.window};
-  const int64_t key_blocks = blocks_of(t.end - t.begin), query_blocks = blocks_of(t.tokens - t.begin), q_grad = r.qk * attn_block;
+  const int64_t key_blocks = blocks_of(t.end - t.begin), query_blocks = blocks_of(t.tokens - t.begin), q_block = train_attn_query_grad(t.qk_width);
   const int64_t qk_depth = up(t.qk_width, Product::depth_step) / per, v_depth = up(t.v_width, Product::depth_step) / per;
   const int64_t qk_out = up(t.qk_width, Product::step), v_out = up(t.v_width, Product::step), line = attn_block / per;
   pack_keys<Number>(t, r);
@@ -143,7 +143,7 @@ template <class Number, class Product> static void attn_backward(const TrainAttn
         softmax_gradient(r, t.scale, keys, queries, i * attn_block, j * attn_block, i * attn_block, mask.needed(i, j) ? &mask : nullptr);
         product({r.p, line}, keys, {r.g + i * r.v_block(), r.vw}, v_out, depth, {v_grad, r.vw, more});
         product({r.ds, line}, keys, {r.q + i * r.qk_block(), r.qk}, qk_out, depth, {k_grad, r.qk, more});
-        product(k_turned, qk_out, {r.ds_pairs, attn_block}, queries, keys / per, {t.q_grad + (head * query_blocks + i) * q_grad, attn_block, i < begun});
+        product(k_turned, qk_out, {r.ds_pairs, attn_block}, queries, keys / per, {t.q_sums + (head * query_blocks + i) * q_block, attn_block, i < begun});
       }
       begun = most(begun, last + 1);
     }

@@ -83,7 +83,7 @@ static void write_block(const TrainAttnTask& t, const ForwardRoom<Product>& r, i
   const int64_t wide = padded(t.v_width);
   turn_words((const Word*)r.o, attn_block, up(t.v_width, 16), up(count, 16), (Word*)r.out, wide);
   for (int64_t i = 0; i < count; ++i) {
-    Number* to = (Number*)t.o.template row<const Number>(head, query + i);
+    Number* to = t.o.template row<Number>(head, query + i);
     for (int64_t c = 0; c < t.v_width; c += 16) write16(to + c, div(load(r.out + i * wide + c), set(r.l[i])), t.v_width - c);
   }
   memcpy(t.largest + head * t.state_head + query, r.m, (size_t)count * 4);
