@@ -1,0 +1,75 @@
+"""Products of groups of rows with a matrix each: experts (DeepSeekMoE, arXiv 2401.06066, section 3). All groups are one parallel
+section, so that small ones cost no more than their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import native
+from .linear import check_columns, gradient_place
+from .product import grouped_product
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """x [T, K], weight [E, N, K], offsets int64 [E + 1] -> [T, N]: rows [offsets[e], offsets[e + 1]) times weight[e]^T.
+
+    Groups may be empty: the gradient of their matrix is zero. `main_grad` as in `linear`. Raises ValueError.
+    """
+    _check(x, weight, offsets)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype or not native.usable(x, weight):
+        return grouped_linear_reference(x, weight, offsets)
+    found: torch.Tensor = _GroupedLinear.apply(x, weight, offsets)
+    return found
+
+
+def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """One product after the other."""
+    ends = offsets.tolist()
+    return torch.cat([x[a:b] @ w.t() for a, b, w in zip(ends, ends[1:], weight, strict=False)])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offsets)
+        ctx.weight = gradient_place(weight)
+        return grouped_product("nt", x, weight, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, weight, offsets = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        dx = grouped_product("nn", dy, weight, offsets) if needs_x else None
+        return dx, grouped_weight_gradient(ctx.weight, dy, x, offsets) if needs_weight else None, None
+
+
+def grouped_weight_gradient(
+    weight: torch.Tensor | None, dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor | None:
+    """dy_e^T x_e for every group [E, N, K], of dy's dtype; None where it went into the weight's `main_grad`."""
+    total = getattr(weight, "main_grad", None)
+    if total is None:
+        return grouped_product("tn", dy, x, offsets)
+    grouped_product("tn", dy, x, offsets, out=total, add=True)
+    return None
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> None:
+    check_columns("grouped_linear", x, weight)
+    if x.dim() != 2 or weight.dim() != 3:
+        raise ValueError(f"grouped_linear: x is {list(x.shape)} and weight {list(weight.shape)}, not [T, K] and [E, N, K]")
+    if offsets.dtype != torch.int64 or offsets.shape != (weight.shape[0] + 1,):
+        raise ValueError(
+            f"grouped_linear: offsets are {offsets.dtype} {list(offsets.shape)}, not int64 [{weight.shape[0] + 1}]"
+        )
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
+        raise ValueError(f"grouped_linear: offsets must ascend from 0 to {x.shape[0]}, x's rows; they are {ends}")

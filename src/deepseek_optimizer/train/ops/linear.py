@@ -1,0 +1,87 @@
+"""y = x W^T + b, with gradients for what needs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import native
+from .product import column_sums, product
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N], all of one dtype; autocast casts them as it does for torch's own.
+
+    The gradient of a weight or a bias that has a `main_grad` (fp32, of its shape) is added to that, and none is given to torch.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    one_dtype = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    if not (one_dtype and native.usable(x, weight, bias)):
+        return linear_reference(x, weight, bias)
+    check_columns("linear", x, weight)
+    found: torch.Tensor = _Linear.apply(x, weight, bias)
+    return found
+
+
+def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Torch's own, which raises what it raises."""
+    return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.weight, ctx.bias, ctx.shape = gradient_place(weight), gradient_place(bias), x.shape
+        y = product("nt", rows_of(x), weight, bias=bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dy = rows_of(dy)
+        dx = product("nn", dy, weight).view(ctx.shape) if needs_x else None
+        dw = weight_gradient(ctx.weight, dy, rows_of(x)) if needs_weight else None
+        return dx, dw, bias_gradient(ctx.bias, dy) if needs_bias else None
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] -> [T, K], a view where strides allow one."""
+    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+
+
+def gradient_place(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """The parameter, if it may have a `main_grad` once its gradient is made: saved tensors need not come back as the same object."""
+    return parameter if parameter is not None and parameter.is_leaf and parameter.requires_grad else None
+
+
+def weight_gradient(weight: torch.Tensor | None, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """dy^T x of dy's dtype; None where it went into the weight's `main_grad`."""
+    total = getattr(weight, "main_grad", None)
+    if total is None:
+        return product("tn", dy, x)
+    product("tn", dy, x, out=total, add=True)
+    return None
+
+
+def bias_gradient(bias: torch.Tensor | None, dy: torch.Tensor) -> torch.Tensor | None:
+    """As `weight_gradient`."""
+    total = getattr(bias, "main_grad", None)
+    if total is None:
+        return column_sums(dy)
+    column_sums(dy, out=total, add=True)
+    return None
+
+
+def check_columns(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ValueError where x's rows are not as long as the weight's."""
+    if x.dim() < 1 or weight.dim() < 2 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"{op}: x is {list(x.shape)}, weight {list(weight.shape)}: their last dimensions must be equal")

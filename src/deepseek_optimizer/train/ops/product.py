@@ -1,0 +1,179 @@
+"""The matrix products of training: y = x W^T, dx = dy W, dW = dy^T x, alone and for groups of rows (experts).
+
+Sums run in fp32 (fp64 for fp64) and are rounded once. Numbers are multiplied as bf16 where one of the two matrices is bf16, and as
+fp32 where both are. The native form packs blocks of both operands on the way, so that neither is copied or transposed as a whole.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+from typing import Literal
+
+import torch
+
+from ...backends.cpu.native_train import ADD, EXACT, PRODUCT_FORMS, Matrix
+from . import native
+
+Form = Literal["nt", "nn", "tn"]
+
+
+def product(
+    form: Form,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    add: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """C [M, N] = op(a) op(b) (+ bias), with rows of any stride.
+
+    Args:
+        form: "nt": a [M, K], b [N, K]; "nn": a [M, K], b [K, N]; "tn": a [K, M], b [K, N].
+        bias: [N].
+        out: where C goes; made, of `dtype` (default: a's), where it is None.
+        add: to what `out` holds.
+    """
+    _check_product(form, a, b)
+    if out is None:
+        M, N, _ = _sizes(form, a, b)
+        out = a.new_empty(M, N, dtype=dtype or a.dtype)
+    if native.usable(a, b, bias, out) and _is_matrix(out):
+        _product(a, b, bias, out, form, add)
+    else:
+        _put(product_reference(form, a, b, bias), out, add)
+    return out
+
+
+def product_reference(form: Form, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """C before it is rounded: in fp32, or fp64 where an operand is."""
+    wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    left, right = (
+        t.to(torch.bfloat16) if torch.bfloat16 in (a.dtype, b.dtype) and wide != torch.float64 else t for t in (a, b)
+    )
+    left, right = left.to(wide), right.to(wide)
+    found = (left.t() if form == "tn" else left) @ (right.t() if form == "nt" else right)
+    return found if bias is None else found + bias.to(wide)
+
+
+def grouped_product(
+    form: Form,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    add: bool = False,
+) -> torch.Tensor:
+    """The same for groups of rows, group e being rows [offsets[e], offsets[e + 1]).
+
+    Args:
+        form: "nt": a [T, K], b [E, N, K] -> [T, N]; "nn": a [T, K], b [E, K, N] -> [T, N]; "tn": a [T, M], b [T, N] -> [E, M, N],
+            zero for a group without rows.
+        offsets: int64 [E + 1], ascending from 0 to T, on the CPU.
+        out, add: as `product` has them.
+    """
+    if out is None:
+        groups = offsets.numel() - 1
+        shape = (groups, a.shape[1], b.shape[1]) if form == "tn" else (a.shape[0], b.shape[1 if form == "nt" else 2])
+        out = a.new_empty(shape)
+    if native.usable(a, b, out) and _is_matrix(out):
+        _grouped_product(a, b, offsets, out, form, add)
+    else:
+        _put(grouped_product_reference(form, a, b, offsets), out, add)
+    return out
+
+
+def grouped_product_reference(form: Form, a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """As `product_reference`."""
+    ends = offsets.tolist()
+    parts = list(zip(ends, ends[1:], strict=False))
+    if form == "tn":
+        return torch.stack([product_reference(form, a[i:j], b[i:j]) for i, j in parts])
+    return torch.cat([product_reference(form, a[i:j], b[e]) for e, (i, j) in enumerate(parts)])
+
+
+def column_sums(
+    x: torch.Tensor, *, out: torch.Tensor | None = None, add: bool = False, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """[T, N] -> [N], summed over rows in fp32 (fp64 for fp64): the gradient of a bias."""
+    if out is None:
+        out = x.new_empty(x.shape[1], dtype=dtype or x.dtype)
+    if native.usable(x, out) and out.is_contiguous():
+        _column_sums(x, out, add)
+    else:
+        _put(x.to(torch.promote_types(x.dtype, torch.float32)).sum(0), out, add)
+    return out
+
+
+# ---- as torch knows them
+
+
+@torch.library.custom_op("dso::train_product", mutates_args=("out",), device_types="cpu")
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, form: str, add: bool) -> None:
+    M, N, K = _sizes(form, a, b)
+    a, b, bias = _with_rows(a), _with_rows(b), None if bias is None else bias.contiguous()
+    at = None if bias is None else C.byref(_matrix(bias))
+    native.call(
+        "dso_train_product", PRODUCT_FORMS[form], _flags(a, b, add), M, N, K, C.byref(_matrix(a)), C.byref(_matrix(b)), at, C.byref(_matrix(out))
+    )  # fmt: skip
+
+
+@torch.library.custom_op("dso::train_grouped_product", mutates_args=("out",), device_types="cpu")
+def _grouped_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, form: str, add: bool) -> None:
+    a, b, offsets = _with_rows(a), _with_rows(b), offsets.contiguous()
+    M, N, K = (a.shape[1], b.shape[1], 0) if form == "tn" else (0, out.shape[1], a.shape[1])
+    native.call(
+        "dso_train_grouped_product", PRODUCT_FORMS[form], _flags(a, b, add), offsets.numel() - 1, offsets.data_ptr(), M, N, K,
+        C.byref(_matrix(a)), C.byref(_matrix(b)), C.byref(_matrix(out)),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("dso::train_column_sums", mutates_args=("out",), device_types="cpu")
+def _column_sums(x: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    x = _with_rows(x)
+    native.call("dso_train_column_sums", ADD if add else 0, *x.shape, C.byref(_matrix(x)), C.byref(_matrix(out)))
+
+
+@_product.register_fake
+@_grouped_product.register_fake
+@_column_sums.register_fake
+def _(*arguments: object) -> None:
+    """They change `out`, and make nothing."""
+
+
+def _matrix(t: torch.Tensor) -> Matrix:
+    return Matrix(
+        t.data_ptr(), t.stride(-2) if t.dim() > 1 else t.numel(), t.stride(0) if t.dim() == 3 else 0, native.type_of(t), 0
+    )
+
+
+def _flags(a: torch.Tensor, b: torch.Tensor, add: bool) -> int:
+    exact = a.dtype == b.dtype == torch.float32
+    return (ADD if add else 0) | (EXACT if exact else 0)
+
+
+def _is_matrix(t: torch.Tensor) -> bool:
+    """Whether its rows (of each matrix of a stack) are numbers that lie together, row after row."""
+    rows, columns = t.shape[-2:]
+    return t.numel() == 0 or ((columns == 1 or t.stride(-1) == 1) and (rows == 1 or t.stride(-2) >= columns))
+
+
+def _with_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if _is_matrix(t) else t.contiguous()
+
+
+def _sizes(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int]:
+    K, M = a.shape if form == "tn" else (a.shape[1], a.shape[0])
+    return M, b.shape[0 if form == "nt" else 1], K
+
+
+def _put(found: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    out.copy_(found + out if add else found)
+
+
+def _check_product(form: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    depth = b.shape[1 if form == "nt" else 0]
+    if _sizes(form, a, b)[2] != depth:
+        raise ValueError(f"product {form!r} of {list(a.shape)} and {list(b.shape)}: the summed dimensions differ")
