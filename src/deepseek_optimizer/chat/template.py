@@ -6,9 +6,10 @@ limits on time, memory and the size of what it makes. A request can set variable
 
 from __future__ import annotations
 
+import re
 import secrets
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from .tools.base import write_json
 _JOB = Path(__file__).with_name("template_job.py")
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 _MOST_SHOWN = 300  # characters of an error that a template raises
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Tokens that end a message, beside the model's own end of text.
 _ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"})
 
@@ -39,6 +41,34 @@ class Prompt:
     ids: list[int]
     text: str
     system: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """
+    Attributes:
+        ids: token ids of a whole chat.
+        text: what they say, control tokens included.
+        answers: (begin, end) of the tokens that the assistant's messages consist of, each up to the token that ends it; None:
+            the template makes no prompts that the chat goes on from, or the tokenizer can't tell where tokens begin.
+        hidden: indices of messages of which the template does not show all that they say.
+    """
+
+    ids: list[int]
+    text: str
+    answers: list[tuple[int, int]] | None
+    hidden: list[int]
+
+
+class _Checked(NamedTuple):
+    """What a template gets, checked. tools: None: no tools. shared: of a payload, whatever is rendered."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    source: str
+    controls: ControlTokens
+    marks: Marks
+    shared: dict[str, Any]
 
 
 class _Rendered(NamedTuple):
@@ -149,27 +179,18 @@ class ChatTemplate:
         continue_final: bool,
         options: Mapping[str, Any] | None,
     ) -> _Rendered:
-        checked = check_messages(messages)
-        tools = check_tools(tools) if tools else None
-        source = self.source(tools is not None)
-        if tools is not None and not self.knows_tools():
-            raise RequestError("tools", "this model's chat template has no place for tools")
-        if continue_final and checked[-1]["role"] != "assistant":
+        made = self._checked(messages, tools, options)
+        if continue_final and made.messages[-1]["role"] != "assistant":
             raise RequestError("messages", "only a last message of the assistant can be continued")
-        variables = self._options(options or {}, tools is not None)
-        if any("tool_calls" in message for message in checked) and self._inspect(source)["arguments_as_text"]:
-            checked = [_arguments_as_text(message) for message in checked]
-        controls = self._controls.get(source) or self._controls.setdefault(source, ControlTokens(self._tokenizer, source))
-        marks = Marks()
-        edged = controls.mark_edges(checked, marks)
+        controls, marks = made.controls, made.marks
+        edged = controls.mark_edges(made.messages, marks)
         texts = self._call(
             {
-                "template": source,
+                **made.shared,
                 "versions": [
-                    {"messages": controls.mark(checked, marks), "tools": controls.mark(tools, marks)},
-                    {"messages": edged, "tools": controls.mark_edges(tools, marks)},
+                    {"messages": controls.mark(made.messages, marks), "tools": controls.mark(made.tools, marks)},
+                    {"messages": edged, "tools": controls.mark_edges(made.tools, marks)},
                 ],
-                "variables": {**self._special, **controls.mark(variables, marks)},
                 "add_generation_prompt": add_generation_prompt and not continue_final,
                 "continue_final": continue_final,
             },
@@ -177,6 +198,84 @@ class ChatTemplate:
         )
         joined = controls.of_template(texts[0], marks) != controls.of_template(texts[1], marks)
         return _Rendered(texts[1 if joined else 0], edged, texts[1], controls, marks)
+
+    def _checked(self, messages: Any, tools: Any, options: Mapping[str, Any] | None) -> _Checked:
+        checked = check_messages(messages)
+        tools = check_tools(tools) if tools else None
+        source = self.source(tools is not None)
+        if tools is not None and not self.knows_tools():
+            raise RequestError("tools", "this model's chat template has no place for tools")
+        variables = self._options(options or {}, tools is not None)
+        if any("tool_calls" in message for message in checked) and self._inspect(source)["arguments_as_text"]:
+            checked = [_arguments_as_text(message) for message in checked]
+        controls = self._controls.get(source) or self._controls.setdefault(source, ControlTokens(self._tokenizer, source))
+        marks = Marks()
+        shared = {"template": source, "variables": {**self._special, **controls.mark(variables, marks)}}
+        return _Checked(checked, tools, source, controls, marks, shared)
+
+    def dialogue(self, messages: Any, *, tools: Any = None, options: Mapping[str, Any] | None = None) -> Dialogue:
+        """A whole chat, and where in it the assistant speaks, for training: where the template marks it
+        (`{% generation %}`), or else what each message adds to the prompt that it answers.
+
+        Args:
+            messages, tools, options: as of `render`.
+
+        Raises:
+            RequestError, EngineBusyError: as of `render`.
+        """
+        made = self._checked(messages, tools, options)
+        controls, marks = made.controls, made.marks
+        text, places = self._answers(made, controls.mark)
+        edged = self._call({**_whole(made, controls.mark_edges), "versions": [{}]}, marks)[0]
+        if controls.of_template(text, marks) != controls.of_template(edged, marks):
+            text, places = self._answers(made, controls.mark_edges)
+        encoded = controls.encode(text, marks)
+        if not encoded.ids:
+            raise RequestError("messages", "they make an empty prompt")
+        answers = None
+        if places is not None and encoded.begins is not None:
+            begins = encoded.begins
+            spans = [[len(controls.plain(text[:at], marks)) for at in place] for place in places]
+            answers = [(bisect_left(begins, begin), bisect_left(begins, end)) for begin, end in spans]
+        return Dialogue(encoded.ids, encoded.text, answers, _hidden(made.messages, encoded.text))
+
+    def marks_answers(self) -> bool:
+        """Whether the template says itself where the assistant speaks, by `{% generation %}`."""
+        return _GENERATION.search(self.source()) is not None
+
+    def said(self, text: str) -> list[int]:
+        """Token ids of what someone says in the midst of a chat: none of them is a control token."""
+        source, marks = self.source(), Marks()
+        controls = self._controls.get(source) or self._controls.setdefault(source, ControlTokens(self._tokenizer, source))
+        return controls.encode(controls.mark(text, marks), marks, first=False).ids
+
+    def _answers(self, made: _Checked, mark: Callable[[Any, Marks], Any]) -> tuple[str, list[tuple[int, int]] | None]:
+        """A whole chat's text with marks, and where in it the assistant's messages stand; None: that can't be told."""
+        payload = _whole(made, mark)
+        if _GENERATION.search(made.source):
+            text, places = self._call({**payload, "marked": True}, made.marks)
+            return text, [(begin, end) for begin, end in places]
+        indices = [i for i, message in enumerate(made.messages) if message["role"] == "assistant"]
+        text, found = self._call({**payload, "answers": indices}, made.marks)
+        out = []
+        for common, whole, before, end in found:
+            if before < 0 or end < 0:
+                return text, None
+            begin = common
+            if not whole:  # the prompt goes on otherwise than the chat, as DeepSeek-R1's with <think>: from its last token on
+                tokens = list(made.controls.places_of_template(text[before:common], made.marks))
+                if not tokens:
+                    return text, None
+                begin = text.rindex(tokens[-1][1], before, common) + len(tokens[-1][1])
+            out.append((begin, self._end(made, text, begin, end)))
+        return text, out
+
+    def _end(self, made: _Checked, text: str, begin: int, end: int) -> int:
+        """Where an answer ends: behind the token that ends it, if only white space is between that and `end`."""
+        kept = text[begin:end].rstrip()
+        tokens = [token for _, token in made.controls.places_of_template(kept, made.marks)]
+        ends = tokens and kept.endswith(tokens[-1]) and (tokens[-1] in _ENDS or tokens[-1] == self._tokenizer.eos_token)
+        return begin + len(kept) if ends else end
 
     def close(self) -> None:
         """Ends the process."""
@@ -244,3 +343,16 @@ def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
+
+
+def _whole(made: _Checked, mark: Callable[[Any, Marks], Any]) -> dict[str, Any]:
+    """What a worker gets of a whole chat."""
+    messages, tools = mark(made.messages, made.marks), mark(made.tools, made.marks)
+    more = {"messages": messages, "tools": tools, "add_generation_prompt": False, "continue_final": False}
+    return {**made.shared, **more}
+
+
+def _hidden(messages: list[dict[str, Any]], text: str) -> list[int]:
+    """Indices of messages whose content or reasoning is not in the text as a whole."""
+    said = [(message["content"].strip(), message.get("reasoning_content", "").strip()) for message in messages]
+    return [i for i, parts in enumerate(said) if any(part not in text for part in parts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,14 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     """
     import transformers.utils.chat_template_utils as utils
 
-    def render(template: str, payload: dict[str, Any]) -> str:
+    def render_with_places(template: str, payload: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where in it what `{% generation %}` marks stands."""
         try:
             rendered: Any = utils.render_jinja_template(  # its annotation says str: it is (texts, places)
                 conversations=[payload["messages"]],
                 tools=payload["tools"],
                 chat_template=template,
+                return_assistant_tokens_mask=payload.get("marked", False),
                 continue_final_message=payload["continue_final"],
                 add_generation_prompt=payload["add_generation_prompt"],
                 **payload["variables"],
@@ -30,11 +33,18 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if len(rendered[0][0]) > setup["most"]:
             raise ValueError("it makes a text that is too long")
-        return str(rendered[0][0])
+        return str(rendered[0][0]), rendered[1][0] if payload.get("marked") else []
+
+    def render(template: str, payload: dict[str, Any]) -> str:
+        return render_with_places(template, payload)[0]
 
     def run(payload: dict[str, Any]) -> Any:
         if payload.get("inspect"):
             return _inspect(payload["template"], payload["variables"], render)
+        if payload.get("marked"):
+            return render_with_places(payload["template"], payload)
+        if "answers" in payload:
+            return _answers(payload, render)
         return [render(payload["template"], {**payload, **version}) for version in payload["versions"]]
 
     return run
@@ -59,6 +69,26 @@ def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, di
 
     as_text = not shows_json({"dso": "probe"}) and shows_json('{"dso": "probe"}')
     return {"variables": sorted(names - set(environment.globals)), "arguments_as_text": as_text}
+
+
+def _answers(payload: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> Any:
+    """(the whole chat's text; for each of the assistant's messages: how many characters of the prompt that it answers the text
+    begins with, whether that is all of it, how long the text is with everything before the message, and how long with the
+    message; -1: the text does not begin with that)."""
+    template, messages = payload["template"], payload["messages"]
+    text = render(template, payload)
+
+    def length(count: int) -> int:
+        part = text if count == len(messages) else render(template, {**payload, "messages": messages[:count]})
+        return len(part) if text.startswith(part) else -1
+
+    places = []
+    for i in payload["answers"]:
+        prompt = render(template, {**payload, "messages": messages[:i], "add_generation_prompt": True})
+        whole = text.startswith(prompt)
+        common = len(prompt) if whole else len(os.path.commonprefix((prompt, text)))
+        places.append([common, whole, common if whole else length(i), length(i + 1)])
+    return text, places
 
 
 def _conversation(arguments: Any, variables: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Packing loses nothing, mixes nothing, and leaves the loss what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.train.data import Collator, PackedRows, best_fit
+from support.models import llama, random_model
+
+
+def documents(lengths, seed=0, vocabulary=211):
+    """With some labels left out, as prompts are."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for length in lengths:
+        ids = torch.randint(3, vocabulary, (length,), generator=generator)
+        keep = torch.rand(length, generator=generator) < 0.7
+        keep[-1] = True
+        out.append({"input_ids": ids, "labels": ids.masked_fill(~keep, -100)})
+    return out
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_fit_is_the_plain_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    row = int(torch.randint(1, 40, (), generator=generator))
+    lengths = torch.randint(1, row + 1, (int(torch.randint(0, 60, (), generator=generator)),), generator=generator).tolist()
+    rows = best_fit(lengths, row)
+    assert sorted(i for part in rows for i in part) == list(range(len(lengths)))
+    free: list[int] = []  # the same by looking at every row
+    for length in sorted(lengths, reverse=True):
+        rooms = [(room, i) for i, room in enumerate(free) if room >= length]
+        if rooms:
+            free[min(rooms)[1]] -= length
+        else:
+            free.append(row - length)
+    assert sorted(row - sum(lengths[i] for i in part) for part in rows) == sorted(free)
+
+
+def test_a_document_longer_than_a_row_is_refused():
+    with pytest.raises(ConfigError, match="sequence 1 has 9 tokens, and a row 8"):
+        best_fit([3, 9], 8)
+
+
+def loss_sum(model, batch):
+    """(summed, counted) as Transformers' loss has it."""
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    return model(**batch).loss.item() * count, count
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_packed_loss_and_gradients_are_the_unpacked_ones(padding_free):
+    model = random_model(llama(use_cache=False)).double()
+    docs = documents([5, 17, 1, 30, 2, 9, 24, 3])
+    packed = PackedRows(docs, 40)
+    assert len(packed) == 3 and packed.tokens == 91
+    batch = Collator(0, padding_free)([packed[i] for i in range(len(packed))])
+    assert batch["input_ids"].shape == ((1, 91) if padding_free else (3, 40)) and "attention_mask" not in batch
+    total, count = loss_sum(model, batch)
+    model(**batch).loss.backward()
+    gradient = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    one_by_one = [loss_sum(model, Collator()([doc])) for doc in docs if (doc["labels"][1:] != -100).any()]
+    want, wanted = (sum(part) for part in zip(*one_by_one, strict=True))
+    assert count == wanted and total == pytest.approx(want, rel=1e-6)
+    for doc in docs:
+        if (doc["labels"][1:] != -100).any():
+            one = Collator()([doc])
+            (model(**one).loss * int((one["labels"][:, 1:] != -100).sum()) / count).backward()
+    torch.testing.assert_close(
+        gradient, model.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-6
+    )  # Transformers: logits in fp32
+
+
+def test_plain_batches_are_padded_on_the_right():
+    docs = documents([3, 6])
+    batch = Collator(9)(docs)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6] and (batch["input_ids"][0, 3:] == 9).all()
+    assert (batch["labels"][:, 0] == -100).all() and (batch["labels"][0, 3:] == -100).all()
+    assert (batch["labels"][1, 1:] == docs[1]["labels"][1:]).all()
+
+
+def test_rows_take_lists_and_any_data_set():
+    class Lists(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return {"input_ids": [1, 2, 3][: i + 1], "labels": [1, 2, 3][: i + 1]}
+
+    (row,) = [PackedRows(Lists(), 6)[0]]
+    assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 0] and row["labels"].tolist() == [-100, 2, 3, -100, 2, -100]
