@@ -1,2 +1,2 @@
-#include "../avx512/lanes.hpp"
+#include "../avx512/bit_lanes.hpp"
 #include "../generic/train_elementwise.inl"

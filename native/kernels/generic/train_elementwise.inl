@@ -1,7 +1,15 @@
 // Fills this variant's TrainElementwise; included once, behind its lanes. As table.inl: nothing of the standard library that emits code.
 #include "../train_elementwise.hpp"
+#include "math.hpp"
+// After math.hpp: they use its names.
+#include "train_numbers.hpp"
+
+#include "train_adamw.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 extern const TrainElementwise train_elementwise;  // without this, a const object would be of this unit alone
-const TrainElementwise train_elementwise = {};
+const TrainElementwise train_elementwise = {
+    .adamw = adamw,
+    .squares = squares,
+};
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -28,14 +28,13 @@ _PRODUCTS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-
 class TrainUpdate(C.Structure):
     """dso_train_update."""
 
     _fields_ = [
         *((name, PTR) for name in ("parameter", "low", "gradient", "m", "v", "m_scale", "v_scale")),
         ("count", I64), ("master", I32), ("moments", I32), ("gradient_type", I32),
-        *((name, C.c_float) for name in ("gradient_scale", "beta1", "rest1", "beta2", "rest2", "bias2", "eps", "step", "decay")),
+        *((n, C.c_float) for n in ("gradient_scale", "beta1", "rest1", "beta2", "rest2", "bias2", "eps", "step", "decay")),
         ("key", C.c_uint32 * 4),
     ]  # fmt: skip
 
@@ -50,6 +49,7 @@ _ELEMENTWISE: dict[str, tuple[Any, list[Any]]] = {
     "dso_train_adamw": (I32, [PTR, PTR, I64]),
     "dso_train_squares": (I32, [PTR, PTR, I64, PTR, PTR]),
 }
+
 
 class TrainHeads(C.Structure):
     """dso_train_heads."""

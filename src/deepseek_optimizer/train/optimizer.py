@@ -1,0 +1,247 @@
+"""`DeepSeekAdamW`: AdamW in one pass over weights, gradients and moments, in as few bytes as training can bear.
+
+A weight takes 2 bytes for itself, 2 for the rest of its fp32 master ("split", where not a bit of fp32 is lost) or none
+("stochastic"), and 4, 2 or 8 for its moments ("bf16", "int8", "fp32"); a plain fp32 AdamW takes 12 and 4 for the gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Final, get_args
+
+import torch
+from torch.optim import Optimizer
+
+from ..errors import ConfigError
+from .ops.adamw import Master, Rates, Update, adamw, join, squares
+from .ops.moments import MomentFormat, Moments
+from .ops.random_bits import keys as random_keys
+from .shards import local, total_squares
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_CODED: Final = 4096  # elements: below, 8 bits save nothing, and norms and biases bear them worst (Dettmers 2022)
+_MOMENT_NAMES: Final = {"m": "exp_avg", "v": "exp_avg_sq", "m_scale": "exp_avg_scale", "v_scale": "exp_avg_sq_scale"}
+
+
+class DeepSeekAdamW(Optimizer):
+    """AdamW with decoupled weight decay; schedulers, groups, closures and state_dict are as of any optimizer of torch.
+
+    Args:
+        params: parameters in bf16 or fp32, or groups of them. fp32 ones are their own masters.
+        lr, betas, eps, weight_decay: as `torch.optim.AdamW` has them.
+        state: how the moments are kept: "bf16" (2 + 2 bytes a weight, rounded by chance), "int8" (1 + 1, by blocks of 256;
+            tensors of less than 4,096 elements in fp32) or "fp32".
+        master_weights: of bf16 parameters. "split": beside each weight the 16 bits that it lacks of fp32, so that training is
+            that of fp32 weights to the bit; "stochastic": nothing, and each update is rounded up or down by chance.
+        max_norm: gradients are scaled so that their norm, over all parameters, is at most this; None: they are not.
+        free_gradients: `step` sets each `grad` to None, so that memory for gradients is free until the next backward.
+        seed: of the random bits by which numbers are rounded; an update depends on (seed, step, parameter, element) alone.
+
+    After each `step`:
+        grad_norm: the norm of all gradients before they were scaled.
+        skipped: whether a gradient was not finite. Then nothing was changed, no step was counted, and a warning was logged.
+        skipped_steps: how often that has happened since this optimizer was made.
+
+    A parameter may have `main_grad`, an fp32 tensor in which its gradients were accumulated: it is taken, and `grad` with it.
+
+    Raises:
+        ConfigError: an argument that makes no sense, a parameter of another dtype, a sparse gradient.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state: MomentFormat = "bf16",
+        master_weights: str = "split",
+        max_norm: float | None = None,
+        free_gradients: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ConfigError(f"max_norm must be above 0, or None for no limit, got {max_norm!r}")
+        self.max_norm, self.free_gradients = max_norm, free_gradients
+        self.grad_norm, self.skipped, self.skipped_steps = 0.0, False, 0
+        own = {"state": state, "master_weights": master_weights, "seed": seed}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **own})
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_norm", "free_gradients", "grad_norm", "skipped", "skipped_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer`'s. Raises ConfigError."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; what `closure` returned, if there is one.
+
+        Raises:
+            ConfigError: a gradient is sparse or of a dtype other than bf16 and fp32.
+            BackendError: the native library failed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = list(self._gradients())
+        self.grad_norm, not_finite = _norm(found)
+        self.skipped = not_finite is not None or not math.isfinite(self.grad_norm)
+        if self.skipped:
+            self.skipped_steps += 1
+            logger.warning("step skipped: the gradient of %s has numbers that are not finite; nothing was changed", not_finite)
+        else:
+            scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (self.grad_norm + 1e-6))
+            adamw([self._update(parameter, gradient, group, index, scale) for parameter, gradient, group, index, _ in found])
+        if self.free_gradients:
+            self.zero_grad()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer`'s; a `main_grad` is filled with zeros."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if getattr(parameter, "main_grad", None) is not None:
+                    parameter.main_grad.zero_()
+
+    def master(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The fp32 weights of a parameter: exactly what is being trained. Of a sharded one, this process's shard."""
+        low = self.state.get(parameter, {}).get("master_low")
+        weights = local(parameter.detach())
+        return weights.float().clone() if low is None else join(weights, local(low))
+
+    def state_bytes(self) -> int:
+        """Bytes of moments and masters that `step` keeps, or will have kept after the first one."""
+        total = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                weights, kind = local(parameter), _moment_format(parameter, group)
+                low = 2 if _master(parameter, group) == "split" else 0
+                each = {"fp32": 8, "bf16": 4, "int8": 2}[kind] + low
+                total += each * weights.numel() + (8 * -(-weights.numel() // 256) if kind == "int8" else 0)
+        return total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer`'s, but that every tensor keeps its dtype: resuming is exact to the bit.
+
+        Raises:
+            ConfigError: the state is of another format than this optimizer keeps; the message names the argument to give.
+        """
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if "master_weights" not in theirs:
+                raise ConfigError("the saved state is of another optimizer than DeepSeekAdamW: begin with a fresh one")
+            for name in ("state", "master_weights"):
+                if theirs[name] != ours[name]:
+                    raise ConfigError(
+                        f"the saved optimizer has {name}={theirs[name]!r}, this one {name}={ours[name]!r}: "
+                        f"make it with {name}={theirs[name]!r}, or begin with a fresh one"
+                    )
+        super().load_state_dict(state_dict)  # which gives moments the parameter's dtype, so they are taken once more
+        saved = state_dict["state"]
+        numbers = (n for group in state_dict["param_groups"] for n in group["params"])
+        for number, parameter in zip(numbers, self._parameters(), strict=True):
+            for name, value in saved.get(number, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+    def _parameters(self) -> Iterable[torch.nn.Parameter]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _gradients(self) -> Iterable[tuple[torch.Tensor, torch.Tensor, dict[str, Any], int, str]]:
+        """(parameter, gradient, group, number of the parameter, its name) of each that has a gradient."""
+        index = -1
+        for group in self.param_groups:
+            names = group.get("param_names")
+            for place, parameter in enumerate(group["params"]):
+                index += 1
+                name = names[place] if names else f"parameter {index}"
+                gradient = _gradient(parameter, name)
+                if gradient is not None:
+                    yield parameter, gradient, group, index, name
+
+    def _update(
+        self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], index: int, scale: float
+    ) -> Update:
+        state, master = self.state[parameter], _master(parameter, group)
+        if not state:
+            self._begin(state, parameter, group, master)
+        state["step"] += 1
+        step, low = int(state["step"]), state.get("master_low")
+        moments = Moments(**{name: local(state[key]) for name, key in _MOMENT_NAMES.items() if key in state})
+        rates = Rates.at(
+            step, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            gradient_scale=scale,
+        )  # fmt: skip
+        low = None if low is None else local(low)
+        return Update(local(parameter), local(gradient), moments, rates, master, low, random_keys(group["seed"], step, index))
+
+    def _begin(self, state: dict[str, Any], parameter: torch.Tensor, group: dict[str, Any], master: Master) -> None:
+        weights = local(parameter)
+        state["step"] = torch.zeros((), dtype=torch.int64)
+        made = Moments.zeros_like(weights, _moment_format(parameter, group))
+        state.update((_MOMENT_NAMES[name], t) for name, t in vars(made).items() if t is not None)
+        if master == "split":
+            state["master_low"] = torch.zeros(weights.shape, dtype=torch.int16, device=weights.device)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name, low in (("lr", 0.0), ("eps", 0.0), ("weight_decay", 0.0)):
+        if not (math.isfinite(group[name]) and group[name] >= low):
+            raise ConfigError(f"{name} must be a number from {low:g} up, got {group[name]!r}")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ConfigError(f"betas must be two numbers from 0 up and below 1, got {group['betas']!r}")
+    for name, allowed in (("state", get_args(MomentFormat)), ("master_weights", ("split", "stochastic"))):
+        if group[name] not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {group[name]!r}")
+    for parameter in group["params"]:
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(
+                f"parameters must be bf16 or fp32, and one of shape {tuple(parameter.shape)} is {parameter.dtype}: "
+                "convert the model with .bfloat16() or .float()"
+            )
+
+
+def _gradient(parameter: torch.Tensor, name: str) -> torch.Tensor | None:
+    gradient, accumulated = parameter.grad, getattr(parameter, "main_grad", None)
+    if gradient is not None and (gradient.is_sparse or gradient.dtype not in (torch.float32, torch.bfloat16)):
+        kind = "sparse" if gradient.is_sparse else str(gradient.dtype)
+        raise ConfigError(f"the gradient of {name} is {kind}: it must be dense, in bf16 or fp32")
+    if accumulated is None:
+        return gradient
+    if gradient is not None:
+        accumulated.add_(gradient)
+        parameter.grad = None
+    return accumulated
+
+
+def _norm(found: list[Any]) -> tuple[float, str | None]:
+    """The norm of all gradients, and the name of the first parameter whose gradient has numbers that are not finite."""
+    gradients = [gradient for _, gradient, *_ in found]
+    sums, counts = total_squares(gradients, *squares([local(g) for g in gradients]))
+    names = [name for *_, name in found]
+    return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.inf, next(
+        (name for name, count in zip(names, counts, strict=True) if count), None
+    )
+
+
+def _master(parameter: torch.Tensor, group: dict[str, Any]) -> Master:
+    return "none" if parameter.dtype == torch.float32 else group["master_weights"]
+
+
+def _moment_format(parameter: torch.Tensor, group: dict[str, Any]) -> MomentFormat:
+    kind: MomentFormat = group["state"]
+    return "fp32" if kind == "int8" and parameter.numel() < _SMALLEST_CODED else kind
