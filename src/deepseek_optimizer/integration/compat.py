@@ -1,6 +1,7 @@
 """What differs between the Transformers releases this package runs on (5.20 to 5.x), under one name each.
 
-5.24 renamed the cache argument of `forward` and of the outputs from `past_key_values` to `cache`.
+5.24 renamed the cache argument of `forward` and of the outputs from `past_key_values` to `cache`, and gradient checkpointing to
+activation checkpointing.
 """
 
 from __future__ import annotations
@@ -35,3 +36,23 @@ def causal_output(*, cache: Any, **fields: Any) -> CausalLMOutputWithPast:
 def sample_arguments() -> set[str]:
     """Names that `generate` keeps from a custom loop: those of Transformers' own `_sample`."""
     return set(inspect.signature(GenerationMixin._sample).parameters)
+
+
+def recomputes_layers(model: Any) -> bool:
+    """Whether a model's layers keep their inputs alone for the backward."""
+    return bool(getattr(model, f"is_{_checkpointing(model)}", False))
+
+
+def recompute_layers(model: Any) -> None:
+    """Has a model's layers keep their inputs alone."""
+    name = _checkpointing(model)
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
+def keep_layers(model: Any) -> None:
+    """Undoes `recompute_layers`."""
+    getattr(model, f"{_checkpointing(model)}_disable")()
+
+
+def _checkpointing(model: Any) -> str:
+    return "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"

@@ -32,13 +32,10 @@ class Kept:
 
     Args:
         everything: nothing is made again.
-
-    Attributes:
-        saved: bytes that recipes stood for in the last forward: a tensor that is saved twice counts twice.
     """
 
     def __init__(self, everything: bool = False) -> None:
-        self.everything, self.saved = everything, 0
+        self.everything = everything
         self._marked: dict[int, tuple[weakref.ref[torch.Tensor], Make]] = {}
         self._hooks: list[Any] = []
 
@@ -51,8 +48,6 @@ class Kept:
     def __enter__(self) -> Kept:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         hooks.__enter__()
-        if not self._hooks:
-            self.saved = 0
         self._hooks.append(hooks)
         return self
 
@@ -68,7 +63,6 @@ class Kept:
         # a marked tensor that is gone may have left its memory to another; one that is there cannot have
         if marked is None or marked.numel() != tensor.numel() or marked.dtype != tensor.dtype or not tensor.is_contiguous():
             return tensor
-        self.saved += tensor.nbytes
         return _Recipe(found[1], tensor.shape)
 
     @staticmethod

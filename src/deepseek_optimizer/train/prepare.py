@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from ..integration.compat import keep_layers, recompute_layers, recomputes_layers
 from ..integration.instance_method import Replacement
 from ..integration.modules import Packed
 from .kept import Kept
@@ -25,6 +26,7 @@ from .modules.linear import TrainedLinear
 from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
 from .modules.norm import TrainedNorm
+from .mtp_loss import MtpObjective
 
 # Each with `fits(module)`, which knows a module by what it has; the first that fits is taken.
 FORWARDS: Final[tuple[Any, ...]] = (
@@ -66,22 +68,30 @@ class Prepared:
             if type(module) is given:
                 module.__class__ = own
                 module.__dict__.pop("kept", None)
+                module.__dict__.pop("mtp", None)
         for module, forward in self._forwards:
             module.__dict__["forward"] = forward
         for config, name in self._attentions:
             config._attn_implementation = name
         if self._checkpointed:
-            self.model.gradient_checkpointing_disable()
+            keep_layers(self.model)
         self._classes, self._forwards, self._attentions, self._checkpointed = [], [], [], False
 
 
-def prepare(model: nn.Module, *, activation_memory: ActivationMemory = "selective", fused_loss: bool = True) -> Prepared:
+def prepare(
+    model: nn.Module,
+    *,
+    activation_memory: ActivationMemory = "selective",
+    fused_loss: bool = True,
+    mtp: MtpObjective | None = None,
+) -> Prepared:
     """Gives a model's modules forwards of ours.
 
     Args:
         model: a Transformers model, plain, packed, or with PEFT's adapters around it.
         activation_memory: see `DeepSeekTrainingArguments`.
         fused_loss: whether the loss is made with the head, where that can be.
+        mtp: the loss of the model's MTP layers, which the fused loss then holds too.
     """
     done = Prepared(model, Kept(everything=activation_memory == "full"))
     for module in list(model.modules()):
@@ -90,6 +100,8 @@ def prepare(model: nn.Module, *, activation_memory: ActivationMemory = "selectiv
             mixin = None
         if mixin is not None and _reachable(module, mixin, done):
             _take(module, mixin, done)
+            if mixin is TrainedCausalLM:
+                module.mtp = mtp
         elif not isinstance(module, (nn.Embedding, Packed)) and any(True for _ in module.parameters(recurse=False)):
             done.theirs[type(module).__name__] += 1
     _attend(model, done)
@@ -163,12 +175,12 @@ def _why_not_ours(attentions: list[Any]) -> str | None:
 
 
 def _checkpoint(model: Any, done: Prepared) -> None:
-    if getattr(model, "is_gradient_checkpointing", False):
+    if recomputes_layers(model):
         return  # the arguments asked Transformers for it, with options of their own
     if not getattr(model, "supports_gradient_checkpointing", False):
         done.notes.append(f"{type(model).__name__} has no gradient checkpointing: all is kept")
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_layers(model)
     done._checkpointed = True
 
 

@@ -146,7 +146,7 @@ def _width(module: Any, memory: str) -> int:
     if isinstance(module, TrainedMlp):
         return _columns(module.gate_proj) * (3 if more else 2)
     if isinstance(module, TrainedAttention):
-        return sum(map(_columns, (module.q_proj, module.k_proj, module.v_proj))) + module.config.hidden_size
+        return 2 * _columns(module.q_proj) + _columns(module.k_proj) + _columns(module.v_proj)  # the result is as wide as q
     if isinstance(module, TrainedCausalLM):
         return 2 * getattr(module.config, "hidden_size", 0)  # the last hidden states and their gradient
     return 0

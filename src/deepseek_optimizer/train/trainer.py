@@ -21,8 +21,11 @@ from ..integration.runtime import OptimizerWarning
 from ..integration.threads import one_torch_thread
 from .accumulation import Accumulators
 from .arguments import DeepSeekTrainingArguments
+from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
+from .modules.mtp import add_trained_layers
+from .mtp_loss import MtpObjective
 from .ops.native import built
 from .optimizer import DeepSeekAdamW
 from .precision import DTYPES, set_training_dtype
@@ -62,7 +65,18 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._skipped = self._skipped_in_row = 0
         self._said: set[str] = set()
         super().__init__(model, args, *rest, **options)
+        self._mtp: MtpObjective | None = None
+        self._mtp_notes: list[str] = []
+        if args.mtp_loss_weight is not None:
+            self._mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
+            if self._unfused() is not None or not args.fused_loss:
+                raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
+                                  "label_smoothing_factor=0 and compute_loss_func=None, or mtp_loss_weight=None")  # fmt: skip
+        self._balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
+        self._logged_steps = 0
         self.add_callback(_AfterStep(self))
+        if args.moe_balance_rate or args.moe_sequence_loss_weight:
+            self.add_callback(self._balancing)
 
     # ---- the model, prepared and given back ----
 
@@ -135,11 +149,12 @@ class DeepSeekTrainer(AtomicCheckpoints):
             weights=model.num_parameters(),
             fused_loss=prepared.fused_loss and self._unfused() is None,
             memory=plan_memory(prepared, args, dtype, self._batch_tokens()),
-            notes=[*prepared.notes, *filter(None, [self._unfused()])],
+            notes=[*prepared.notes, *self._mtp_notes, *filter(None, [self._unfused()])],
         )
 
     def _prepare(self) -> Prepared:
-        prepared = prepare(self.model, activation_memory=self.args.activation_memory, fused_loss=self.args.fused_loss)
+        how = {"activation_memory": self.args.activation_memory, "fused_loss": self.args.fused_loss, "mtp": self._mtp}
+        prepared = prepare(self.model, **how)
         if (reason := self._unfused()) is not None:
             self._say(reason)
         return prepared
@@ -237,6 +252,9 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._bad_loss = False
         self._skipped_in_row = self._skipped_in_row + 1 if bad else 0
         self._skipped += bad
+        self._logged_steps += 1
+        if bad:
+            self._balancing.drop()
         if bad and self.args.on_nan == "stop":
             raise self._error("the gradients are not finite")
         if self._skipped_in_row > MOST_SKIPPED:
@@ -245,9 +263,14 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self._say("a step was left out, for its loss or gradients are not finite; skipped_steps in the log counts them")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the number of steps left out so far if there are any."""
-        if self._skipped and "loss" in logs:
-            logs["skipped_steps"] = self._skipped
+        """As Trainer's, with the number of steps left out so far if there are any, the loss of MTP layers, and how busy experts
+        are."""
+        if "loss" in logs:
+            logs |= {"skipped_steps": self._skipped} if self._skipped else {}
+            steps, self._logged_steps = self._logged_steps, 0
+            if self._mtp is not None and (mean := self._mtp.mean(steps)) is not None:
+                logs["mtp_loss"] = round(mean, 4)
+            logs |= self._balancing.statistics()
         super().log(logs, *args, **kwargs)
 
     @property

@@ -1,0 +1,111 @@
+"""What is made again in the backward: same gradients, fewer bytes, and no tensor mistaken for another."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_optimizer.train.kept import Kept
+
+
+class Counting(Kept):
+    """Counts what is kept as a tensor, each storage once."""
+
+    def __init__(self, everything: bool = False) -> None:
+        super().__init__(everything)
+        self.storages: dict[int, int] = {}
+
+    def _pack(self, tensor):
+        packed = super()._pack(tensor)
+        if isinstance(packed, torch.Tensor):
+            self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return packed
+
+
+def _weights() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(32, 32, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+def _two_readers(x: torch.Tensor, weights: list[torch.Tensor], kept: Kept) -> torch.Tensor:
+    """silu(x) is read by two products, once as another shape."""
+    inner = kept.again(F.silu(x), partial(F.silu, x.detach()))
+    return (F.linear(inner, weights[0]) * F.linear(inner.view(2, -1, 32), weights[1]).flatten(0, 1)).sum()
+
+
+def _gradients(kept: Kept, x: torch.Tensor) -> list[torch.Tensor]:
+    weights, x = _weights(), x.clone().requires_grad_()
+    with kept:
+        loss = _two_readers(x * 1.0, weights, kept)
+    loss.backward()
+    return [x.grad, weights[0].grad, weights[1].grad]
+
+
+def test_same_gradients_to_the_bit_and_less_kept():
+    x = torch.randn(64, 32)
+    less, everything = Counting(), Counting(everything=True)
+    for ours, theirs in zip(_gradients(less, x), _gradients(everything, x), strict=True):
+        assert torch.equal(ours, theirs)
+    gone = sum(everything.storages.values()) - sum(less.storages.values())
+    assert gone == x.nbytes
+
+
+def test_a_result_that_is_gone_does_not_lend_its_recipe_to_what_lies_there_next():
+    kept, weight = Kept(), _weights()[0]
+    x = torch.ones(64, 32, requires_grad=True)
+    with kept:
+        marked = kept.again(x * 2, lambda: pytest.fail("made again, though nobody saved it"))
+        address = marked.data_ptr()
+        del marked
+        kept_alive = []
+        for _ in range(1000):
+            other = x * 3
+            if other.data_ptr() == address:
+                break
+            kept_alive.append(other)
+        else:
+            pytest.skip("the allocator gave the memory to nobody")
+        loss = F.linear(other, weight).sum()
+    loss.backward()
+    assert torch.equal(weight.grad, torch.full((32, 32), 3.0 * 64))
+
+
+def test_views_of_other_order_are_kept_as_they_are():
+    kept, weight = Kept(), _weights()[0]
+    x = torch.randn(32, 32, requires_grad=True)
+    with kept:
+        inner = kept.again(F.silu(x), partial(F.silu, x.detach()))
+        loss = F.linear(inner.t(), weight).square().sum()
+    loss.backward()
+    expected = torch.autograd.grad(F.linear(F.silu(x).t(), weight).square().sum(), weight)[0]
+    assert torch.equal(weight.grad, expected)
+
+
+def test_nothing_is_marked_outside():
+    kept = Kept()
+    x = torch.randn(4, 4, requires_grad=True)
+    kept.again(x * 2, lambda: x * 2)
+    with torch.no_grad(), kept:
+        kept.again(x * 2, lambda: x * 2)
+        assert not kept._marked
+    assert not kept._marked
+
+
+def test_inside_recomputed_layers():
+    weights, x = _weights(), torch.randn(64, 32, requires_grad=True)
+    kept = Kept()
+    with kept:
+        loss = checkpoint(_two_readers, x, weights, kept, use_reentrant=False)
+    loss.backward()
+    plain = _gradients(Kept(everything=True), x.detach())
+    for ours, theirs in zip([x.grad, weights[0].grad, weights[1].grad], plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_copies():
+    assert copy.deepcopy(Kept(everything=True)).everything
