@@ -54,6 +54,7 @@ class DeepSeekTrainingArguments(PlainArguments):
         save_dtype: of the saved model's weights: "bf16" or "fp32" (the master weights); None: what it is trained in.
         moe_balance_rate: step by which the bias of an overloaded expert falls and that of an idle one rises (DeepSeek-V3's
             balancing without an auxiliary loss; report, section 2.1.2); 0: never.
+        moe_sequence_loss_weight: alpha of the report's loss against experts that one text overloads; it had 0.0001. 0: none.
         mtp_loss_weight: weight of the loss of multi-token prediction layers (report, section 2.2); None: not trained.
 
     Raises:
@@ -73,6 +74,7 @@ class DeepSeekTrainingArguments(PlainArguments):
     on_nan: OnNan = field(default="stop", metadata={"help": "What happens where a loss or gradient is not finite."})
     save_dtype: SaveDtype | None = field(default=None, metadata={"help": "Of the saved weights; None: as trained."})
     moe_balance_rate: float = field(default=0.001, metadata={"help": "Step of the experts' balancing biases; 0: none."})
+    moe_sequence_loss_weight: float = field(default=0.0, metadata={"help": "Weight of experts' balance within a text."})
     mtp_loss_weight: float | None = field(default=None, metadata={"help": "Weight of the multi-token prediction loss."})
 
     def __post_init__(self) -> None:
@@ -108,6 +110,7 @@ class DeepSeekTrainingArguments(PlainArguments):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _one_of("optim", str(getattr(self.optim, "value", self.optim)), (ADAMW_DEEPSEEK, *(o.value for o in OptimizerNames)))
         _number("moe_balance_rate", self.moe_balance_rate)
+        _number("moe_sequence_loss_weight", self.moe_sequence_loss_weight)
         if self.mtp_loss_weight is not None:
             _number("mtp_loss_weight", self.mtp_loss_weight)
 

@@ -46,6 +46,7 @@ class _Tokens:
 class _Load:
     """What a router did: tokens of each expert in this step, and the largest over the mean in those since the last log."""
 
+    name: str
     router: nn.Module
     counts: torch.Tensor
     ratios: list[float] = field(default_factory=list)
@@ -55,7 +56,7 @@ class ExpertBalancing(TrainerCallback):
     """Moves the biases as training goes on, and logs how busy the experts are.
 
     Logged, as means over steps: `expert_load` (the largest load of an expert over the mean one, in the worst layer; 1 is
-    perfect) and `expert_load_layers` (of each layer, by its path).
+    perfect) and the same of each layer, as `expert_load_layer_N`.
 
     Args:
         rate: how far a bias moves in a step; V3 had 0.001, and 0 at the end of its training.
@@ -76,7 +77,7 @@ class ExpertBalancing(TrainerCallback):
         for path, router in routers(model):
             bias = getattr(router, BIAS)
             bias.data = bias.data.float()
-            self._loads[path] = _Load(router, torch.zeros(bias.shape, dtype=torch.int64, device=bias.device))
+            self._loads[path] = _Load(_name(path), router, torch.zeros(bias.shape, dtype=torch.int64, device=bias.device))
             self._handles.append(router.register_forward_hook(self._counter(path)))
         if self._loads:
             self._handles.append(model.get_decoder().register_forward_pre_hook(self._see, with_kwargs=True))
@@ -124,14 +125,19 @@ class ExpertBalancing(TrainerCallback):
             load.ratios.append(float(counts.max() / mean))
             getattr(load.router, BIAS).add_(torch.sign(mean - counts), alpha=self.rate)
 
-    def statistics(self) -> dict[str, Any]:
+    def drop(self) -> None:
+        """Forgets what was counted since the last step: the optimizer has left this one out."""
+        for load in self._loads.values():
+            load.counts.zero_()
+
+    def statistics(self) -> dict[str, float]:
         """What is logged, of the steps since the last call; empty if there were none."""
-        means = {path: sum(load.ratios) / len(load.ratios) for path, load in self._loads.items() if load.ratios}
+        means = {load.name: sum(load.ratios) / len(load.ratios) for load in self._loads.values() if load.ratios}
         for load in self._loads.values():
             load.ratios.clear()
         if not means:
             return {}
-        return {"expert_load": round(max(means.values()), 4), "expert_load_layers": {p: round(m, 4) for p, m in means.items()}}
+        return {"expert_load": round(max(means.values()), 4), **{name: round(mean, 4) for name, mean in means.items()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.attach(model, args.gradient_accumulation_steps)
@@ -149,6 +155,12 @@ class ExpertBalancing(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()
+
+
+def _name(path: str) -> str:
+    """Of a router's load in logs: by the number in its path."""
+    number = next((part for part in path.split(".") if part.isdigit()), path)
+    return f"expert_load_layer_{number}"
 
 
 def texts_of(positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from .modules.head_loss import head_loss
 from .modules.mtp import head_of, mtp_states
-from .modules.plain_ops import linear_cross_entropy
 
 IGNORED = -100
 
@@ -23,7 +23,7 @@ def mtp_loss(
     position_ids: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """fp32 scalar. Logits never stand as a whole.
+    """fp32 scalar; 0 where no text is long enough to have a label.
 
     Args:
         model: has MTP layers (`modules.mtp.add_trained_layers`).
@@ -37,9 +37,37 @@ def mtp_loss(
     states = mtp_states(model, hidden, input_ids, attention_mask, position_ids)
     for depth, (layer, state) in enumerate(states):
         wanted = labels_ahead(labels, depth + 2, position_ids)
-        weight = head_of(layer, model).weight
-        losses.append(linear_cross_entropy(state.flatten(0, 1), weight, wanted.flatten(), num_items=num_items))
+        items = float(num_items if num_items is not None else max(1, int((wanted != IGNORED).sum())))
+        losses.append(head_loss(state.flatten(0, 1), head_of(layer, model), wanted.flatten(), IGNORED, items))
     return torch.stack(losses).mean()
+
+
+class MtpObjective:
+    """What multi-token prediction adds to a model's loss, and how large it was.
+
+    Args:
+        weight: lambda of the report; may be changed as training goes on.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self._seen: list[torch.Tensor] = []
+
+    def __call__(
+        self, model: Any, hidden: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor, num_items: Any, inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """weight * `mtp_loss`. inputs: what else the model was called with."""
+        where = {name: inputs.get(name) for name in ("attention_mask", "position_ids")}
+        loss = mtp_loss(model, hidden, input_ids, labels, num_items=num_items, **where)
+        self._seen.append(loss.detach())
+        return self.weight * loss
+
+    def mean(self, steps: int) -> float | None:
+        """The loss of a step without its weight, over the `steps` since the last call; None if there was none.
+
+        Each pass of a step has its share of the step's loss, as Trainer divides it."""
+        seen, self._seen = self._seen, []
+        return float(torch.stack(seen).sum()) / steps if seen and steps else None
 
 
 def labels_ahead(labels: torch.Tensor, ahead: int, position_ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -39,9 +39,16 @@ def add_trained_layers(model: Any) -> list[str]:
         ConfigError: the config promises none.
         CheckpointError: the checkpoint's layers are half there or of another shape, as `stored_mtp_layers` has it.
     """
-    if loaded_mtp_layers(model):
+    wraps = getattr(model, "get_base_model", None)
+    base = model if wraps is None else wraps()
+    if loaded_mtp_layers(base):
         return []
-    config = model.config
+    config = base.config
+    if base is not model:
+        raise ConfigError(
+            "mtp_loss_weight is set, but the model has adapters and no MTP layers: their weights would be trained and not saved "
+            "with the adapter; leave mtp_loss_weight=None, or add the layers before the adapters (modules.mtp.add_trained_layers)"
+        )
     if not (count := mtp_layers(config)):
         raise ConfigError(
             f"mtp_loss_weight is set, but config.num_nextn_predict_layers of this {config.model_type} model promises no layers "

@@ -1,0 +1,67 @@
+"""The loss of hidden states through a head, by pieces of rows: logits never stand in memory as a whole."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .linear import is_plain
+from .plain_ops import linear_cross_entropy
+
+_CHUNK_BYTES: Final = 32 << 20
+
+
+def head_loss(
+    hidden: torch.Tensor, head: Any, labels: torch.Tensor, ignore_index: int, num_items: float | None
+) -> torch.Tensor:
+    """fp32 scalar: the cross entropy of labels [T] by the logits that `head` makes of hidden [T, H].
+
+    Args:
+        head: where it is not one for which `head_is_fused`, logits stand as a whole after all.
+        num_items: what the sum is divided by; None: by how many labels count.
+    """
+    if is_plain(head):
+        return linear_cross_entropy(hidden, head.weight, labels, ignore_index=ignore_index, num_items=num_items)
+    if not head_is_fused(head):
+        total = F.cross_entropy(head(hidden).float(), labels, ignore_index=ignore_index, reduction="sum")
+        return total / (num_items if num_items is not None else (labels != ignore_index).sum())
+    result: torch.Tensor = _FrozenHeadLoss.apply(hidden, head, labels, ignore_index, num_items)
+    return result
+
+
+def head_is_fused(head: nn.Module) -> bool:
+    """Whether the loss can be made with the head in one go: a plain product, or a frozen head of whatever form."""
+    return is_plain(head) or not any(parameter.requires_grad for parameter in head.parameters())
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy through a head that is called as the module it is (packed weights, biases) and has no gradient of its own.
+
+    By pieces of rows: each makes its logits, its part of the loss and the gradient of its hidden states before the next begins.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: Any, labels: torch.Tensor, ignore_index: int, num_items: float | None
+    ) -> torch.Tensor:
+        needed = ctx.needs_input_grad[0]
+        items = num_items if num_items is not None else int((labels != ignore_index).sum())
+        total, grads = hidden.new_zeros((), dtype=torch.float32), torch.zeros_like(hidden) if needed else None
+        rows = max(1, _CHUNK_BYTES // (4 * head.out_features))
+        for begin in range(0, len(hidden), rows):
+            part = slice(begin, begin + rows)
+            with torch.set_grad_enabled(needed):
+                x = hidden[part].detach().requires_grad_(needed)
+                loss = F.cross_entropy(head(x).float(), labels[part], ignore_index=ignore_index, reduction="sum")
+            total += loss.detach()
+            if grads is not None:
+                grads[part] = torch.autograd.grad(loss / items, x)[0] if items else 0
+        ctx.save_for_backward(*(() if grads is None else (grads,)))
+        return total / items  # 0 / 0 where nothing counts, as torch has it
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0] * upstream[0].to(ctx.saved_tensors[0].dtype), None, None, None, None
