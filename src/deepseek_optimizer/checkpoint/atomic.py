@@ -77,7 +77,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def publish(temporary: Path, target: Path, overwrite: bool) -> None:
     """Syncs `temporary`, a directory on the same file system, and gives it the target's name at once; a target that was there
     has the temporary name afterwards."""
-    _sync_tree(temporary)
+    sync_tree(temporary)
     check_free(target, overwrite)
     if os.path.lexists(target):
         _exchange(temporary, target)
@@ -102,7 +102,8 @@ def check_free(target: Path, overwrite: bool) -> None:
         raise CheckpointError("exists already; name another directory or ask to overwrite it", file=target)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Flushes all files below a directory, and all names, to the disk."""
     for root, _, names in os.walk(directory):
         for name in names:
             sync(Path(root, name))

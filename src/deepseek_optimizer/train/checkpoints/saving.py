@@ -1,0 +1,263 @@
+"""Transformers' Trainer with checkpoints that are written whole or not at all, and resumed to the bit.
+
+Trainer writes a checkpoint file by file under its final name, and pickles part of it. Here it writes into a directory without a
+name beside it; that is listed (`manifest.py`), flushed to the disk, and takes its name in one rename. Old checkpoints go after
+that. Optimizer, scheduler and random numbers go through the hooks that Trainer has for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import distributed
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from ...checkpoint.atomic import publish, sync, sync_tree
+from ...errors import CheckpointError, SaveError
+from .directory import checkpoints, locked, newest_whole, remove_unfinished, rotate, step_of, verified
+from .manifest import write_manifest
+from .random_numbers import random_states, set_random_states
+from .state import read_state, sizes, write_json, write_state
+
+OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.safetensors", "scheduler.safetensors", "training_args.json"
+_PICKLED_ARGUMENTS = "training_args.bin"
+
+
+class AtomicCheckpoints(Trainer):
+    """What `DeepSeekTrainer` does about checkpoints.
+
+    `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole, and says which damaged ones it passed
+    over; a checkpoint that is named must be whole. One run at a time trains into a directory.
+
+    Raises, from `train` and whatever saves:
+        CheckpointError: a checkpoint is damaged, or another run has the directory.
+        SaveError: a checkpoint could not be written; those before it are as they were.
+    """
+
+    _unnamed: Path | None = None  # the directory that a checkpoint is being written into
+    _push_later = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        with self._run_directory():
+            return super().train(self._whole_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _run_directory(self) -> Iterator[None]:
+        """Holds the lock in the process that saves; the others learn whether it has it."""
+        run = Path(self.args.output_dir)
+        with contextlib.ExitStack() as stack:
+            try:
+                if self.args.should_save:
+                    stack.enter_context(locked(run))
+                    remove_unfinished(run)
+            except (CheckpointError, OSError):
+                self._from_main(0)
+                raise
+            if not self._from_main(1):
+                raise CheckpointError("process 0 could not begin: its message says why", file=run)
+            yield
+
+    def _whole_checkpoint(self, asked: str | bool | None) -> str | None:
+        """The path of a checkpoint that was read through and is whole. Process 0 reads, for all."""
+        if not asked:
+            return None
+        run = Path(self.args.output_dir)
+        step, found = -1, None
+        try:
+            if self.args.process_index == 0:
+                found = newest_whole(run) if asked is True else verified(Path(asked))
+                step = step_of(found) or 0
+        finally:
+            step = self._from_main(step)
+        if step < 0:
+            raise CheckpointError("process 0 found no whole checkpoint: its message says more", file=run)
+        return str(found or (run / f"checkpoint-{step}" if asked is True else asked))
+
+    def _from_main(self, number: int) -> int:
+        """Process 0's number, in every process."""
+        if self.args.world_size <= 1:
+            return number
+        box = torch.tensor([number], dtype=torch.int64, device=self.args.device)
+        distributed.broadcast(box, src=0)
+        return int(box.item())
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer looks whether it is done after a step only: a run that was killed after its last one would make one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self._load_rng_state(kwargs.get("resume_from_checkpoint"))
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    # ---- writing ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is written, the directory without a name: all that Trainer writes goes there."""
+        return super()._get_output_dir(trial) if self._unnamed is None else str(self._unnamed)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        target = run / f"checkpoint-{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        with self._saving(target), self._directory(run / f".{target.name}.tmp") as unnamed:
+            try:
+                self._unnamed = unnamed
+                super()._save_checkpoint(model, trial)
+                self._barrier()
+            finally:
+                self._unnamed, self.state.best_model_checkpoint = None, best
+            self._note_best(run)
+            if self.args.should_save:
+                self._finish(unnamed / target.name)
+                publish(unnamed / target.name, target, overwrite=True)
+            self._barrier()
+        if self.args.should_save:
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self._push_later:
+            self._push_later = False
+            self._push_from_checkpoint(str(target))
+
+    def _finish(self, directory: Path) -> None:
+        """The last that is written into a checkpoint: the state with the best one's path, arguments that are no pickle, the list."""
+        (directory / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
+        (directory / ARGUMENTS).write_text(self.args.to_json_string(), encoding="utf-8")
+        self.state.save_to_json(str(directory / "trainer_state.json"))
+        write_manifest(directory, self.state.global_step, self.args.world_size)
+
+    def _note_best(self, run: Path) -> None:
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unnamed is not None:
+            self._push_later = True  # not before it has its name
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, but each file takes its name whole: a model that lay there is never half overwritten by a full disk."""
+        if self._unnamed is not None:
+            return super().save_model(output_dir, _internal_call=True)
+        target = Path(output_dir or self.args.output_dir)
+        with self._saving(target), self._directory(target / ".model.tmp") as unnamed:
+            super().save_model(str(unnamed), _internal_call=True)
+            self._barrier()
+            if self.args.should_save:
+                _move_files(unnamed, target)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @contextlib.contextmanager
+    def _directory(self, path: Path) -> Iterator[Path]:
+        """A fresh directory that all processes know; it is gone afterwards."""
+        if self.args.should_save:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+        self._barrier()
+        try:
+            yield path
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _saving(self, target: Path) -> Iterator[None]:
+        """Looks for room first, and says of errors of the disk what they leave."""
+        run = target.parent
+        last = next((path for path in reversed(checkpoints(run)) if path != target), None)
+        if self.args.should_save:
+            run.mkdir(parents=True, exist_ok=True)
+            needed, free = self._bytes_to_save(), shutil.disk_usage(run).free
+            if free < needed:
+                raise SaveError(target, f"it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB of the disk are free", last)
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise SaveError(target, str(error), last) from error
+
+    def _bytes_to_save(self) -> int:
+        """Of weights and optimizer; with adapters, the weights that train."""
+        weights = [p for p in self.model.parameters() if p.requires_grad or not hasattr(self.model, "peft_config")]
+        optimizer = 0 if self.args.save_only_model or self.optimizer is None else sizes(self.optimizer.state_dict()["state"])
+        return optimizer + sum(_local(p).nbytes for p in weights)
+
+    # ---- what Trainer pickles ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        directory = Path(output_dir)
+        state = self.optimizer.state_dict()
+        if self.args.should_save:
+            write_state(directory / OPTIMIZER, state)
+            write_state(directory / SCHEDULER, self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        directory = Path(checkpoint)
+        for name in (OPTIMIZER, SCHEDULER):
+            if not (directory / name).is_file():
+                raise CheckpointError(
+                    f"has no {name} (save_only_model=True?), so training can't go on from it; begin a new run from its weights",
+                    file=directory,
+                )
+        self.optimizer.load_state_dict(read_state(directory / OPTIMIZER))
+        self.lr_scheduler.load_state_dict(read_state(directory / SCHEDULER))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)  # a process may be here before process 0 made it
+        write_state(self._rng_file(output_dir), random_states())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        file = self._rng_file(checkpoint)
+        if not file.is_file():
+            raise CheckpointError(
+                f"has no {file.name}: it was trained by fewer processes than the {self.args.world_size} there are, or saved with "
+                "save_only_model=True. Take as many processes as then",
+                file=Path(checkpoint),
+            )
+        set_random_states(read_state(file))
+
+    def _rng_file(self, directory: str) -> Path:
+        return Path(directory, f"rng_state_{self.args.process_index}.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        # PEFT makes the weights of an adapter that it loads float32, whatever they were; bf16 goes there and back exactly.
+        loaded: torch.nn.Module = self.model if model is None else model
+        dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in loaded.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Flushes the files below `source`, and gives each its name below `target`."""
+    sync_tree(source)
+    for root, _, names in os.walk(source):
+        place = target / Path(root).relative_to(source)
+        place.mkdir(exist_ok=True)
+        for name in sorted(names):
+            os.replace(Path(root, name), place / name)
+        sync(place)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
