@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, chat, convert, demo, doctor, info, longdoc, run, serve
+from . import bench, chat, convert, demo, doctor, info, longdoc, run, serve, train
 
 
 class Commands(TyperGroup):
@@ -75,6 +75,7 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("longdoc")(longdoc.longdoc)
 app.command("serve")(serve.serve)
+app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)

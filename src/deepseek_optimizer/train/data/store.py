@@ -74,6 +74,15 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         """Of all its sequences."""
         return int(self.lengths.sum())
 
+    @property
+    def trained_tokens(self) -> int:
+        """Those of them that the loss is of."""
+        if not len(self):
+            return 0
+        begins = np.concatenate(([0], self._ends[:-1]))
+        counts = np.add.reduceat(self._trained, begins, dtype=np.int64) - self._trained[begins]
+        return int(counts[self._chosen].sum())
+
     def subset(self, indices: np.ndarray) -> TokenDataset:
         """Some of its sequences."""
         return TokenDataset(self._tokens, self._trained, self._ends, self._places, self._files, self._chosen[indices])

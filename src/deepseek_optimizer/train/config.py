@@ -1,0 +1,241 @@
+"""What `dso train` is told, by a YAML or JSON file and by flags: one description, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from ..errors import ConfigError, MissingPackageError
+from .arguments import DeepSeekTrainingArguments
+from .data.load import DataOptions, TooLong
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+    from pydantic.errors import PydanticUserError
+except ImportError:
+    raise MissingPackageError("a description of training", "pydantic", "train") from None
+
+_OURS: Final = {
+    "output_dir": "output", "packing": "data.packing", "resume_from_checkpoint": "--resume", "do_train": "the command",
+    "do_eval": "data.eval or data.eval_fraction", "do_predict": "the command",
+}  # fmt: skip
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """Which data, and how it becomes sequences; see `data.load.DataOptions`.
+
+    Attributes:
+        train: files and directories to train on.
+        eval: those to evaluate on.
+        eval_fraction: of what is trained on, the part that is held back to evaluate on instead.
+        packing: several documents share a row, without seeing each other.
+    """
+
+    train: tuple[str, ...] = Field(min_length=1)
+    eval: tuple[str, ...] = ()
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    max_length: int | None = Field(None, ge=2)
+    assistant_only: bool = True
+    per_answer: bool = False
+    too_long: TooLong = "error"
+    skip_bad_lines: bool = False
+    packing: bool = True
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if self.eval and self.eval_fraction:
+            raise ValueError("eval and eval_fraction both say what is evaluated on; give one of them")
+        return self
+
+    @property
+    def options(self) -> DataOptions:
+        return DataOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DataOptions)})
+
+
+class LoraSection(_Section):
+    """An adapter of low rank (LoRA, arXiv 2106.09685) beside frozen weights.
+
+    Attributes:
+        r: its rank.
+        alpha: its scale is alpha / r; None: 2 r.
+        targets: names of the linear layers that get one; "auto": all of attention and of dense MLPs.
+    """
+
+    r: int = Field(16, ge=1, le=1024)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["auto"] | tuple[str, ...] = "auto"
+
+
+class TrainConfig(_Section):
+    """A run of training.
+
+    Attributes:
+        model: a directory or hub name; with `lora` also a packed or GGUF checkpoint.
+        output: the directory to make: checkpoints, loss curve, result.
+        data: see `DataSection`; a path or a list of paths is `data.train`.
+        lora: train an adapter; a number is its rank. None: all weights.
+        precision: with `lora`, the format of the frozen weights (int4, int8, ...); None: as `arguments.bf16` says.
+        merge: with `lora`, the result is a whole model, the adapter's in it.
+        patience: evaluations in a row without a better loss, after which training ends.
+        arguments: of `DeepSeekTrainingArguments`, by name.
+        cache: where tokens are kept; None: the user's cache directory.
+    """
+
+    model: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    data: DataSection
+    lora: LoraSection | None = None
+    precision: Literal["int4", "q4_1", "int8", "fp8"] | None = None
+    merge: bool = False
+    patience: int | None = Field(None, ge=1)
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    cache: str | None = None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, (str, list, tuple)) else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return {} if value else None
+        return {"r": value} if isinstance(value, int) else value
+
+    @field_validator("arguments", mode="after")
+    @classmethod
+    def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_arguments(value)
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        if self.lora is None and self.precision is not None:
+            raise ValueError(
+                f"precision={self.precision!r} freezes the weights, so it needs lora, which is trained beside them"
+            )
+        if self.lora is None and self.merge:
+            raise ValueError("merge=True merges an adapter, so it needs lora; without it the result is a whole model anyway")
+        if self.patience is not None and not self.evaluates:
+            raise ValueError("patience looks at the evaluation loss, so it needs data.eval or data.eval_fraction")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return bool(self.data.eval or self.data.eval_fraction)
+
+
+def checked_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of training by name, each as its type. Text of numbers is taken, as flags and YAML give it.
+
+    Raises:
+        ConfigError: there is no such argument (it names the nearest), it is said elsewhere, or it is of another type.
+    """
+    fields = {field.name for field in dataclasses.fields(DeepSeekTrainingArguments) if field.init}
+    hints = typing.get_type_hints(DeepSeekTrainingArguments)
+    out = {}
+    for name, value in given.items():
+        if name in _OURS:
+            raise ConfigError(f"arguments.{name} is said by {_OURS[name]} here")
+        if name not in fields:
+            raise ConfigError(f"arguments has no {name!r}; {_nearest(name, fields - _OURS.keys())}")
+        try:
+            out[name] = TypeAdapter(hints[name]).validate_python(value)
+        except PydanticUserError:  # a type that pydantic does not know: Transformers checks it
+            out[name] = value
+        except ValidationError as error:
+            raise ConfigError(f"arguments.{name}: {error.errors()[0]['msg']}, got {value!r}") from None
+    return out
+
+
+def make_config(given: Mapping[str, Any], source: str = "") -> TrainConfig:
+    """
+    Args:
+        source: what to name in errors, such as the file.
+
+    Raises:
+        ConfigError: a field is missing, unknown (it names the nearest), or wrong.
+    """
+    try:
+        return TrainConfig.model_validate(dict(given))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}" if source else str(error)) from None
+    except ValidationError as error:
+        said = "; ".join(dict.fromkeys(map(_said, error.errors())))
+        raise ConfigError(f"{source}: {said}" if source else said) from None
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The fields that a YAML or JSON file has, not yet checked.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else than fields.
+        MissingPackageError: YAML needs PyYAML, which is not installed.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        value = json.loads(text) if file.suffix.lower() == ".json" else _yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{path} must hold names and values, such as `model: ...`, got {type(value).__name__}")
+    return value
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise MissingPackageError("a YAML file", "pyyaml", "train") from None
+
+    class Loader(yaml.SafeLoader):
+        """Which knows 1e-4 for a number, as YAML 1.2 does and PyYAML, after YAML 1.1, does not."""
+
+    numbers = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+0123456789."))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML: {error}") from None
+
+
+def _said(error: Any) -> str:
+    """One of pydantic's errors as a sentence that names the field."""
+    path = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "tuple["))]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        section: Any = {"data": DataSection, "lora": LoraSection}.get(path[0] if len(path) > 1 else "", TrainConfig)
+        return f"there is no field {where!r}; {_nearest(path[-1], section.model_fields)}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"the fields are {', '.join(names)}" if len(names) < 20 else "Transformers' TrainingArguments lists them"

@@ -1,0 +1,311 @@
+"""One run of training from its description to a saved model: checks, plan, training, result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
+
+from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
+from ..checkpoint.atomic import atomic_file
+from ..errors import ConfigError
+from ..integration.arena import available_bytes
+from ..integration.loader import resolve, sketch
+from ..models import check_config
+from . import lora
+from .arguments import DeepSeekTrainingArguments
+from .checkpoints.directory import checkpoints
+from .config import TrainConfig
+from .curve import JSON_NAME, PNG_NAME, LossCurve
+from .data import Collator, DataReport, PackedRows, TokenDataset, load_data
+from .defaults import defaults, rhythm
+from .plan import TrainingPlan, steps_of
+from .precision import DTYPES
+from .prepare import prepare, trainable
+from .report import plan_memory
+from .trainer import DeepSeekTrainer
+
+SETTINGS = "train.json"
+_ROW = 1024  # tokens of a row at least, where nothing is said and the model has positions for it
+_LIKE_BEFORE = ("model", "data", "lora", "precision")  # what a run that goes on must have as before
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run.
+
+    Attributes:
+        output: where it lies. kind: "model", "adapter" or "merged model".
+        loads: whether `dso chat` and `load_model` take it as it is.
+        eval_before, eval_after: loss on the data to evaluate on; None: there is none.
+        loss: mean of the training loss. steps, tokens, seconds: of this run.
+        stopped_early: patience ended it.
+        curve: the picture.
+    """
+
+    output: str
+    kind: str
+    loads: bool
+    eval_before: float | None
+    eval_after: float | None
+    loss: float
+    steps: int
+    tokens: int
+    seconds: float
+    stopped_early: bool
+    curve: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+class TrainingJob:
+    """A run of training that may begin: its settings, tokenizer and data are checked, and no weight is loaded.
+
+    Args:
+        config: what to do.
+        resume: go on from the newest whole checkpoint in `config.output`, or begin where there is none.
+        progress: called with how many records are made into tokens, and how many there are.
+
+    Raises:
+        ConfigError: settings that contradict each other, the model or what lies in `output`.
+        CheckpointError: the model, or a run that is to go on, cannot be read.
+        DataError: data that cannot be used.
+        MissingPackageError: PEFT or matplotlib is needed and not installed.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, resume: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.config, self.output = config, Path(config.output)
+        if config.lora is not None:
+            lora.check_installed()
+        self.resumes = _goes_on(config, self.output) if resume else _begins(self.output)
+        self.curve = LossCurve(self.output, self.resumes)
+        self.args = self._arguments({})  # what contradicts itself is refused before the data is read
+        self.source = resolve(config.model)
+        with open_checkpoint(self.source) as checkpoint:
+            fields = checkpoint.config()
+            check_config(fields)
+            self.frozen = _is_frozen(config, checkpoint, fields)
+            self.tokenizer = load_tokenizer(checkpoint)
+            self.context = int(fields["max_position_embeddings"])
+            self._load_data(progress)
+            self.args = self._arguments(rhythm(config, steps_of(len(self.train_rows), self.args)))
+            self.plan = self._plan(checkpoint)
+
+    def _arguments(self, more: dict[str, Any]) -> DeepSeekTrainingArguments:
+        said = {**defaults(self.config), **more, **self.config.arguments}
+        return DeepSeekTrainingArguments(**said, output_dir=self.config.output)
+
+    def _load_data(self, progress: Callable[[int, int], None] | None) -> None:
+        data = self.config.data
+        cache = None if self.config.cache is None else Path(self.config.cache)
+        held: TokenDataset | None = None
+
+        def load(paths: Sequence[str]) -> tuple[TokenDataset, DataReport]:
+            return load_data(list(paths), self.tokenizer, self.context, data.options, cache=cache, progress=progress)
+
+        documents, self.report = load(data.train)
+        if data.eval:
+            held, _ = load(data.eval)
+        elif data.eval_fraction:
+            documents, held = documents.split(data.eval_fraction, int(self.args.data_seed or self.args.seed))
+        longest = max(int(part.lengths.max()) for part in (documents, held) if part is not None)
+        self.row = data.max_length or min(self.context, max(_ROW, longest))
+        self.documents, self.held = documents, held
+        self.train_rows = PackedRows(documents, self.row) if data.packing else documents
+        self.eval_rows = held if held is None or not data.packing else PackedRows(held, self.row)
+        self.collator = Collator(self.tokenizer.pad_token_id or 0)
+        self.longest = self.row if data.packing else longest
+
+    def _plan(self, checkpoint: Checkpoint) -> TrainingPlan:
+        config = self.config
+        model: Any = self._sketch(checkpoint)
+        adapter = None
+        numbers = model.num_parameters()
+        if config.lora is not None:
+            self.targets = lora.targets_of(model, config.lora.targets)
+            model = self._with_adapter(model)
+            adapter = f"LoRA of rank {config.lora.r} on {', '.join(self.targets)}"
+        tokens = min(self.longest, self.row) * self.args.train_batch_size
+        prepared = prepare(model, activation_memory=self.args.activation_memory, fused_loss=self.args.fused_loss)
+        memory = plan_memory(prepared, self.args, DTYPES["bf16" if self.args.bf16 else "fp32"], tokens)
+        rows, row = len(self.train_rows), self.row if config.data.packing else self.longest
+        return TrainingPlan(
+            model=config.model,
+            family=str(model.config.model_type),
+            weights=numbers,
+            trained=sum(parameter.numel() for parameter in trainable(model)),
+            adapter=adapter,
+            records=self.report.records,
+            sequences=len(self.documents),
+            tokens=self.documents.tokens,
+            trained_tokens=self.documents.trained_tokens,
+            rows=rows,
+            row=row,
+            filled=self.documents.tokens / (rows * row),
+            eval_sequences=0 if self.held is None else len(self.held),
+            steps=steps_of(rows, self.args),
+            batch=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            memory=memory,
+            free=available_bytes(),
+            remarks=self.report.remarks(),
+        )
+
+    def _sketch(self, checkpoint: Checkpoint) -> Any:
+        """The model without its weights."""
+        if self.frozen:
+            return sketch(checkpoint, None, self._packed_fields())[0]
+        from transformers import CONFIG_MAPPING
+
+        fields = checkpoint.config()
+        settings: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(settings)
+
+    def _packed_fields(self) -> dict[str, Any]:
+        return {} if self.config.precision is None else {"precision": self.config.precision}
+
+    def _with_adapter(self, model: Any) -> Any:
+        section = self.config.lora
+        assert section is not None
+        return lora.add_adapter(model, section.r, section.alpha, section.dropout, self.targets)
+
+    def _load_model(self) -> Any:
+        set_seed(self.args.seed)  # an adapter's weights are drawn
+        if self.frozen:
+            from ..optimizer import load_model
+
+            model = load_model(self.source, **self._packed_fields())
+        else:
+            dtype = DTYPES["bf16" if self.args.bf16 else "fp32"]
+            model = AutoModelForCausalLM.from_pretrained(str(self.source), dtype=dtype)
+        return model if self.config.lora is None else self._with_adapter(model)
+
+    def run(self, callbacks: Sequence[TrainerCallback] = ()) -> Summary:
+        """Trains, and saves what came of it.
+
+        Args:
+            callbacks: of Transformers' Trainer, beside those of this run.
+
+        Raises:
+            NotEnoughMemoryError, TrainingError, SaveError: see `DeepSeekTrainer`.
+        """
+        model = self._load_model()
+        base = model.get_base_model() if self.config.lora is not None else model
+        used_cache, base.config.use_cache = base.config.use_cache, False  # with one, Transformers' masks join documents
+        self.output.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.output / SETTINGS) as file:
+            file.write(self.config.model_dump_json(indent=1).encode())
+        more: list[TrainerCallback] = [self.curve, *callbacks]
+        if self.config.patience is not None:
+            more.append(EarlyStoppingCallback(self.config.patience))
+        trainer = DeepSeekTrainer(
+            model,
+            self.args,
+            data_collator=self.collator,
+            train_dataset=self.train_rows,
+            eval_dataset=self.eval_rows,
+            processing_class=self.tokenizer,
+            callbacks=more,
+        )
+        trainer.remove_callback(PrinterCallback)
+        started = time.monotonic()
+        before = self._first_loss(trainer)
+        result = trainer.train(resume_from_checkpoint=self.resumes)
+        after = self._last_loss(trainer)
+        base.config.use_cache = used_cache
+        kind = self._save(trainer, model)
+        return Summary(
+            output=str(self.output),
+            kind=kind,
+            loads=kind != "adapter",
+            eval_before=before,
+            eval_after=after,
+            loss=float(result.training_loss),
+            steps=int(trainer.state.global_step),
+            tokens=int(trainer.state.num_input_tokens_seen),
+            seconds=round(time.monotonic() - started, 3),
+            stopped_early=self.config.patience is not None and trainer.state.global_step < trainer.state.max_steps,
+            curve=str(self.output / PNG_NAME),
+        )
+
+    def _first_loss(self, trainer: DeepSeekTrainer) -> float | None:
+        if self.eval_rows is None:
+            return None
+        if self.resumes:
+            return next((point["eval_loss"] for point in self.curve.points if "eval_loss" in point), None)
+        return float(trainer.evaluate()["eval_loss"])
+
+    def _last_loss(self, trainer: DeepSeekTrainer) -> float | None:
+        if self.eval_rows is None:
+            return None
+        if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+            return float(trainer.state.best_metric)  # the model is the one that had it
+        return float(trainer.evaluate()["eval_loss"])
+
+    def _save(self, trainer: DeepSeekTrainer, model: Any) -> str:
+        if self.config.lora is None or not self.config.merge:
+            self._save_to(self.output, trainer)
+            return "model" if self.config.lora is None else "adapter"
+        adapter = self.output / "adapter"
+        self._save_to(adapter, trainer)
+        trainer.model = lora.merged(model, str(self.source), str(adapter))
+        self._save_to(self.output, trainer)
+        return "merged model"
+
+    def _save_to(self, directory: Path, trainer: DeepSeekTrainer) -> None:
+        trainer.save_model(str(directory))
+        (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings are in `train.json`
+
+
+def _begins(output: Path) -> bool:
+    """False: a run begins. What one that ended before its first checkpoint has left is no loss."""
+    if output.is_dir() and not _lost_by_beginning(output):
+        return False
+    if output.exists():
+        raise ConfigError(f"output: {output} exists and is not empty; name another directory, or go on with --resume")
+    return False
+
+
+def _lost_by_beginning(output: Path) -> list[Path]:
+    left = (SETTINGS, JSON_NAME, PNG_NAME)
+    return [path for path in output.iterdir() if not path.name.startswith(".") and path.name not in left]
+
+
+def _goes_on(config: TrainConfig, output: Path) -> bool:
+    """Whether there is a checkpoint to go on from; its run must have been told the same."""
+    if not output.is_dir() or not checkpoints(output):
+        return False
+    with contextlib.suppress(OSError):  # a run of Trainer's own has no settings of ours
+        before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        now = json.loads(config.model_dump_json())
+        changed = [name for name in _LIKE_BEFORE if before.get(name) != now[name]]
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)}: the run in {output} was told otherwise, and can go on only as it began; see "
+                f"{output / SETTINGS}, or name another output"
+            )
+    return True
+
+
+def _is_frozen(config: TrainConfig, checkpoint: Checkpoint, fields: dict[str, Any]) -> bool:
+    """Whether the model's own weights are packed, so that only an adapter can be trained."""
+    stored = isinstance(checkpoint, (PackedCheckpoint, GgufCheckpoint)) or fields.get("quantization_config") is not None
+    if stored and config.lora is None:
+        raise ConfigError(f"model: the weights of {config.model} are quantised; set lora to train an adapter beside them")
+    if stored and config.merge:
+        raise ConfigError(
+            f"merge: the weights of {config.model} are quantised, and an adapter cannot be merged into them; name the original "
+            "model and set precision"
+        )
+    return stored or config.precision is not None

@@ -1,0 +1,206 @@
+"""`dso train`: from chats to a model that answers, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import deepseek_optimizer
+from deepseek_optimizer.train.job import TrainingJob
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Forty chats in which the assistant always says the same."""
+    file = tmp_path / "chats.jsonl"
+    turns = [[{"role": "user", "content": f"count {i}"}, {"role": "assistant", "content": "one two"}] for i in range(40)]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
+    return file
+
+
+@pytest.fixture
+def train(dso, tiny_model, tmp_path, monkeypatch):
+    """train(*flags) -> typer's result, of the tiny model into tmp_path/out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*flags, model=tiny_model, out=tmp_path / "out"):
+        return dso("train", "--model", model, "--output", out, *flags)
+
+    return run
+
+
+FAST = ("--steps", "30", "--lr", "1e-2", "--max-length", "64", "--eval-fraction", "0.1")
+
+
+def answer(model, folder):
+    """What a model says to a question of the kind it was trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "count 3"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**ids, max_new_tokens=10, do_sample=False)
+    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_whole_model_is_trained_and_answers(train, dso, chats, tmp_path):
+    out = tmp_path / "out"
+    result = train("--data", chats, *FAST)
+    assert result.exit_code == 0, result.output
+    assert f"talk with it: dso chat {out}" in result.stdout and "steps    30" in result.stderr
+    talk = dso("chat", out, "-t", "0", "-n", "10", input="count 3\n")
+    assert talk.stdout == "one two\n", talk.output
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert type(plain).__name__ == "LlamaForCausalLM" and plain.dtype == torch.bfloat16 and plain.config.use_cache
+    assert answer(plain, out) == "one two" == answer(deepseek_optimizer.load_model(out), out)
+    points = json.loads((out / "loss.json").read_text())["points"]
+    evals = [point["eval_loss"] for point in points if "eval_loss" in point]
+    assert points[0]["step"] == 0 and points[-1]["step"] == 30 and evals[-1] < 0.7 * evals[0] and len(evals) == 11
+    assert points[-1]["tokens"] > 0 and (out / "loss.png").stat().st_size > 1000
+    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))  # no pickles
+
+
+def test_an_adapter_is_trained_and_merged(train, dso, chats, tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    result = train("--data", chats, *FAST, "--lora", "8", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["kind"] == "adapter" and facts["eval_after"] < facts["eval_before"] and facts["steps"] == 30
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    with_adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out)
+    assert all(weight.abs().max() > 0 for name, weight in with_adapter.named_parameters() if "lora_B" in name)
+    result = train("--data", chats, *FAST, "--lora", "8", "--merge", out=merged)
+    assert result.exit_code == 0 and f"dso chat {merged}" in result.stdout, result.output
+    assert (merged / "adapter" / "adapter_model.safetensors").is_file() and not list(merged.rglob("*.bin"))
+    plain, ours = AutoModelForCausalLM.from_pretrained(merged), deepseek_optimizer.load_model(merged)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    want = with_adapter(ids).logits
+    torch.testing.assert_close(plain.float()(ids).logits, want, rtol=0.05, atol=0.1)  # merged in bf16
+    assert answer(plain, merged) == answer(ours, merged)
+    assert dso("chat", merged, "-t", "0", "-n", "4", input="count 3\n").exit_code == 0
+
+
+def test_an_adapter_on_packed_weights_is_merged_into_the_original(train, chats, tiny_model, tmp_path):
+    pytest.importorskip("peft")
+    result = train("--data", chats, *FAST, "--lora", "8", "--precision", "int8", "--merge")
+    assert result.exit_code == 0, result.output
+    plain, before = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tiny_model)
+    moved = (plain.model.layers[0].self_attn.q_proj.weight.float() - before.model.layers[0].self_attn.q_proj.weight).abs().max()
+    assert plain.dtype == torch.bfloat16 and moved > 1e-3
+
+
+def test_a_dry_run_says_what_would_be_done(train, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingJob, "_load_model", None)
+    result = train("--data", chats, *FAST, "--dry-run", "--json", "--batch-size", "3", "--accumulate", "2")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert (plan["records"], plan["sequences"], plan["eval_sequences"]) == (40, 36, 4)
+    assert (plan["steps"], plan["batch"], plan["family"], plan["row"]) == (30, 6, "llama", 64)
+    assert plan["tokens"] > plan["trained_tokens"] == 36 * len("one two|") and plan["rows"] == 12
+    assert plan["memory"]["weights"] == 2 * plan["weights"] == 2 * plan["trained"] and plan["memory"]["tokens"] == 192
+    epochs = json.loads(train("--data", chats, "--epochs", "2", "--no-packing", "--dry-run", "--json").stdout)
+    assert epochs["steps"] == 2 * math.ceil(40 / 2) and epochs["rows"] == 40
+    text = train("--data", chats, "--dry-run", "--lora", "4", "--precision", "int4")
+    assert "LoRA of rank 4 on q_proj" in text.stdout and "memory" in text.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_go_before_the_file(dso, chats, tiny_model, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"model: nowhere\noutput: {tmp_path / 'out'}\ndata: {{train: nothing, max_length: 32}}\ncache: {tmp_path / 'cache'}\n"
+        "arguments: {max_steps: 5, learning_rate: 1e-4}\nlora: {r: 2, targets: [q_proj]}\n"
+    )
+    flags = ("--model", tiny_model, "--data", chats, "--lora", "3", "--steps", "7", "--set", "weight_decay=0.1")
+    result = dso("train", file, *flags, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["steps"] == 7 and plan["row"] == 32 and plan["adapter"] == "LoRA of rank 3 on q_proj"
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (("--lr", "1e-3"), "data is missing"),
+        (("--data", "none.jsonl"), "none.jsonl: does not exist"),
+        (("--data", "CHATS", "--precision", "int4"), "precision='int4' freezes the weights, so it needs lora"),
+        (("--data", "CHATS", "--merge"), "merge=True merges an adapter"),
+        (("--data", "CHATS", "--patience", "2"), "it needs data.eval"),
+        (("--data", "CHATS", "--max-length", "9999"), "max_length=9,999 is more than the 256"),
+        (("--data", "CHATS", "--set", "lerning_rate=1"), "did you mean 'learning_rate'?"),
+        (("--data", "CHATS", "--set", "x"), "must be NAME=VALUE"),
+        (("--data", "CHATS", "--set", "fp16=true"), "fp16=True"),
+        (("--data", "CHATS", "--optimizer-state", "int2"), "arguments.optimizer_state"),
+        (("--data", "CHATS", "--max-length", "8"), "more than the 8 that a sequence may have"),
+        (("--data", "BROKEN"), "line 2: is not JSON"),
+        (("--data", "EMPTY"), "is empty"),
+        (("NOCONFIG.yaml",), "cannot be read: No such file"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_loads(train, chats, tmp_path, monkeypatch, flags, error):
+    monkeypatch.setattr(TrainingJob, "_load_model", None)
+    (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    names = {"CHATS": chats, "BROKEN": tmp_path / "broken.jsonl", "EMPTY": tmp_path / "empty.jsonl"}
+    result = train(*(names.get(flag, flag) for flag in flags))
+    assert result.exit_code == 2 and error in result.stderr and len(result.stderr.splitlines()) == 1, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_weights_cannot_be_trained_or_merged_into(train, dso, chats, tiny_model, tmp_path):
+    packed = tmp_path / "packed"
+    assert dso("convert", tiny_model, packed, "-p", "int8").exit_code == 0
+    for flags, error in (((), "set lora to train an adapter"), (("--lora", "2", "--merge"), "name the original model")):
+        result = train("--data", chats, *flags, model=packed)
+        assert result.exit_code == 2 and error in result.stderr, result.output
+    assert train("--data", chats, "--lora", "2", "--dry-run", model=packed).exit_code == 0
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_model(train, chats, tmp_path, monkeypatch):
+    assert train("--data", chats, *FAST, out=tmp_path / "whole").exit_code == 0
+    real, steps = TrainingJob.run, []
+
+    def interrupted(self, callbacks):
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                steps.append(state.global_step)
+                if state.global_step == 10:
+                    raise KeyboardInterrupt
+
+        return real(self, [*callbacks, Stop()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingJob, "run", interrupted)
+        result = train("--data", chats, *FAST)
+    assert result.exit_code == 130 and "--resume goes on from" in result.stderr and "checkpoint-9" in result.stderr
+    again = train("--data", chats, *FAST)
+    assert again.exit_code == 2 and "go on with --resume" in again.stderr
+    other = train("--data", chats, *FAST, "--resume", "--lora", "2")
+    assert other.exit_code == 2 and "lora: the run in" in other.stderr
+    result = train("--data", chats, *FAST, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert same[0] == same[1]
+    points = json.loads((tmp_path / "out" / "loss.json").read_text())["points"]
+    assert [point["step"] for point in points] == list(range(31)) and json.loads(result.stdout)["eval_before"] is not None
+
+
+def test_patience_ends_a_run_and_the_best_is_kept(train, chats, tmp_path):
+    flags = ("--steps", "40", "--lr", "3.0", "--set", "warmup_steps=0", "--set", "max_grad_norm=0", "--max-length", "64")
+    result = train("--data", chats, *flags, "--eval-fraction", "0.1", "--patience", "2", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    points = json.loads((tmp_path / "out" / "loss.json").read_text())["points"]
+    evals = [point["eval_loss"] for point in points[1:] if "eval_loss" in point]
+    assert facts["stopped_early"] and facts["steps"] < 40 and facts["eval_after"] == min(evals)
+
+
+def test_bad_lines_may_be_left_out_and_are_told(train, chats):
+    chats.write_text(chats.read_text() + '{"messages": []}\n')
+    result = train("--data", chats, "--skip-bad-lines", "--dry-run")
+    assert result.exit_code == 0 and "1 record(s) cannot be used and are left out" in result.stdout
+    assert "line 41, messages: must be a list of at least one message" in result.stdout
