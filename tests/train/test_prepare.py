@@ -7,13 +7,13 @@ import inspect
 
 import pytest
 import torch
-from support.models import CASES, llama, qwen3, random_model
-from support.training import Rows
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
 
 from deepseek_optimizer.integration.modules import PackedLinear
 from deepseek_optimizer.train.prepare import prepare
+from support.models import CASES, llama, qwen3, random_model
+from support.training import Rows
 
 PLAIN = ["llama-gqa", "llama-tied", "llama-biases", "llama-mqa", "llama-wide-heads", "llama-linear", "qwen2-gqa", "qwen3-gqa"]
 

@@ -22,6 +22,7 @@ from .kept import Kept
 from .modules.attention import TrainedAttention
 from .modules.experts import TrainedExperts
 from .modules.head import TrainedCausalLM
+from .modules.head_loss import head_is_fused
 from .modules.linear import TrainedLinear
 from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
@@ -104,6 +105,7 @@ def prepare(
                 module.mtp = mtp
         elif not isinstance(module, (nn.Embedding, Packed)) and any(True for _ in module.parameters(recurse=False)):
             done.theirs[type(module).__name__] += 1
+    _see_head(model, done)
     _attend(model, done)
     if activation_memory == "recompute":
         _checkpoint(model, done)
@@ -129,8 +131,6 @@ def _take(module: Any, mixin: Any, done: Prepared) -> None:
     module.kept = done.kept
     done._classes.append((module, given, own))
     done.ours[own.__name__] += 1
-    if mixin is TrainedCausalLM:
-        done.fused_loss = True
 
 
 @functools.cache
@@ -144,6 +144,13 @@ def _subclass(mixin: type, own: type) -> type:
 
     names = {"__module__": own.__module__, "__doc__": own.__doc__, "__qualname__": own.__qualname__, "forward": signed}
     return type(own.__name__, (mixin, own), names)
+
+
+def _see_head(model: nn.Module, done: Prepared) -> None:
+    heads: list[Any] = [module.lm_head for module in model.modules() if isinstance(module, TrainedCausalLM)]
+    done.fused_loss = bool(heads) and all(map(head_is_fused, heads))
+    if heads and not done.fused_loss:
+        done.notes.append("lm_head is trained through an adapter, so logits stand in memory as a whole")
 
 
 def _attend(model: nn.Module, done: Prepared) -> None:

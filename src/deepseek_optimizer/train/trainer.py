@@ -7,6 +7,7 @@ Where a later release of Transformers no longer calls one of them, steps get slo
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -294,9 +295,14 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As Trainer's, in `save_dtype`. Checkpoints, which come here too, stay in the dtype of training."""
-        if self.args.save_dtype is not None and state_dict is None and self._unnamed is None:
-            state_dict = self._weights_in(DTYPES[self.args.save_dtype])
-        super()._save(output_dir, state_dict)
+        if self.args.save_dtype is None or state_dict is not None or self._unnamed is not None:
+            return super()._save(output_dir, state_dict)
+        dtype = DTYPES[self.args.save_dtype]
+        super()._save(output_dir, self._weights_in(dtype))
+        if self.args.should_save and not hasattr(self.model, "peft_config"):  # the config names the model's own dtype
+            config = copy.deepcopy(self.model.config)
+            config.dtype = dtype
+            config.save_pretrained(output_dir or self.args.output_dir)
 
     def _weights_in(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The model's state, floating point weights as `dtype`; those of more than bf16 are the optimizer's masters."""

@@ -58,7 +58,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 loss = F.cross_entropy(head(x).float(), labels[part], ignore_index=ignore_index, reduction="sum")
             total += loss.detach()
             if grads is not None:
-                grads[part] = torch.autograd.grad(loss / items, x)[0] if items else 0
+                grads[part] = torch.autograd.grad(loss, x)[0] / items
         ctx.save_for_backward(*(() if grads is None else (grads,)))
         return total / items  # 0 / 0 where nothing counts, as torch has it
 
