@@ -75,10 +75,12 @@ bench-train: env
 	$(BIN)/python -m benchmarks.training $(BENCH)
 	$(BIN)/python -m benchmarks.tables
 
-# 64 clients lean on the server for ten minutes, on SmolLM2; no error, nothing left behind.
+# 64 clients lean on the server for ten minutes, on SmolLM2; no error, nothing left behind. And training is killed 200 times.
 SOAK_SECONDS ?= 600
+SOAK_KILLS ?= 200
 soak: env
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
+	$(BIN)/python -m benchmarks.train_soak --rounds $(SOAK_KILLS)
 
 quality: env
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json

@@ -108,8 +108,8 @@ def remove_unfinished(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Holds a run's directory for this process: a second run that would write there is an error. The lock ends with the process,
-    however it ends.
+    """Holds a run's directory for this process: a second run that would write there is an error. The lock ends with the
+    process, however it ends.
 
     Raises:
         CheckpointError: another run has it.

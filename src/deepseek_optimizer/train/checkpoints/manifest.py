@@ -50,9 +50,7 @@ def verify(directory: Path) -> None:
         if name not in found:
             raise CheckpointError("is listed but missing", file=directory / name)
         if is_pickle(name):
-            raise CheckpointError(
-                "is pickled, and could run code when opened; checkpoints hold no such files", file=found[name]
-            )
+            raise CheckpointError("is pickled: it could run code when opened; checkpoints hold no such files", file=found[name])
         size = found[name].stat().st_size
         if size != entry.get("bytes"):
             raise CheckpointError(f"is damaged: it has {size} bytes instead of {entry.get('bytes')}", file=found[name])

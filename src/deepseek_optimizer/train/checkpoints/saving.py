@@ -23,15 +23,16 @@ from transformers.trainer_utils import TrainOutput
 from ...checkpoint.atomic import publish, sync, sync_tree
 from ...errors import CheckpointError, SaveError
 from .directory import checkpoints, locked, newest_whole, remove_unfinished, rotate, step_of, verified
+from .experts import MergedExperts
 from .manifest import write_manifest
 from .random_numbers import random_states, set_random_states
-from .state import read_state, sizes, write_json, write_state
+from .state import read_state, sizes, write_state
 
 OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.safetensors", "scheduler.safetensors", "training_args.json"
 _PICKLED_ARGUMENTS = "training_args.bin"
 
 
-class AtomicCheckpoints(Trainer):
+class AtomicCheckpoints(MergedExperts, Trainer):
     """What `DeepSeekTrainer` does about checkpoints.
 
     `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole, and says which damaged ones it passed
@@ -41,6 +42,11 @@ class AtomicCheckpoints(Trainer):
         CheckpointError: a checkpoint is damaged, or another run has the directory.
         SaveError: a checkpoint could not be written; those before it are as they were.
     """
+
+    model: Any
+    args: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     _unnamed: Path | None = None  # the directory that a checkpoint is being written into
     _push_later = False
@@ -130,7 +136,7 @@ class AtomicCheckpoints(Trainer):
             self._push_from_checkpoint(str(target))
 
     def _finish(self, directory: Path) -> None:
-        """The last that is written into a checkpoint: the state with the best one's path, arguments that are no pickle, the list."""
+        """The last that a checkpoint gets: the state with the path of the best one, arguments without pickle, the list."""
         (directory / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
         (directory / ARGUMENTS).write_text(self.args.to_json_string(), encoding="utf-8")
         self.state.save_to_json(str(directory / "trainer_state.json"))
@@ -228,8 +234,8 @@ class AtomicCheckpoints(Trainer):
         file = self._rng_file(checkpoint)
         if not file.is_file():
             raise CheckpointError(
-                f"has no {file.name}: it was trained by fewer processes than the {self.args.world_size} there are, or saved with "
-                "save_only_model=True. Take as many processes as then",
+                f"has no {file.name}: it was trained by fewer processes than the {self.args.world_size} there are; take as "
+                "many as then",
                 file=Path(checkpoint),
             )
         set_random_states(read_state(file))
@@ -239,7 +245,7 @@ class AtomicCheckpoints(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # PEFT makes the weights of an adapter that it loads float32, whatever they were; bf16 goes there and back exactly.
-        loaded: torch.nn.Module = self.model if model is None else model
+        loaded = self.model if model is None else model
         dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in loaded.named_parameters():

@@ -1,0 +1,35 @@
+"""Training killed at 20 random moments: every checkpoint with a name is whole, and the end is that of a run never killed.
+`make soak` does 200."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "benchmarks" / "train_soak.py").exists():
+    pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import train_soak  # noqa: E402
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    counts, failures = train_soak.soak(tmp_path, rounds=20, seed=1)
+    assert failures == []
+    assert counts["killed"] == 20 and counts["killed while saving"] > 3
+
+
+def test_half_a_checkpoint_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: with checkpoints written under their final names, a kill soon leaves half of one."""
+    from deepseek_optimizer.train.checkpoints import saving
+
+    def in_place(self, model, trial) -> None:
+        super(saving.AtomicCheckpoints, self)._save_checkpoint(model, trial)
+        self._finish(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+
+    monkeypatch.setattr(saving.AtomicCheckpoints, "_save_checkpoint", in_place)
+    _, failures = train_soak.soak(tmp_path, rounds=20, seed=1)
+    assert failures
