@@ -54,7 +54,13 @@ class MtpObjective:
         self._seen: list[torch.Tensor] = []
 
     def __call__(
-        self, model: Any, hidden: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor, num_items: Any, inputs: dict[str, Any]
+        self,
+        model: Any,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        num_items: Any,
+        inputs: dict[str, Any],
     ) -> torch.Tensor:
         """weight * `mtp_loss`. inputs: what else the model was called with."""
         where = {name: inputs.get(name) for name in ("attention_mask", "position_ids")}

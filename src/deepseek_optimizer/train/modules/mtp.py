@@ -18,13 +18,14 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 
 from ...checkpoint import Checkpoint, open_checkpoint
+from ...checkpoint.stacks import is_stack
 from ...errors import ConfigError
-from ...graph.analysis import stack_shapes, weight_shapes
 from ...integration.compat import cache_name
 from ...integration.graphs import loaded_mtp_layers
 from ...integration.loader import resolve
 from ...integration.mtp_layers import add_mtp_layers, own_tensors
-from ...models import build_mtp_graph, mtp_layers
+from ...models import mtp_layers
+from ..checkpoints.experts import read_stack
 
 _EXACT = (".mlp.gate.weight", ".e_score_correction_bias")  # kept in fp32 whatever the rest is in: they decide, not compute
 
@@ -46,8 +47,8 @@ def add_trained_layers(model: Any) -> list[str]:
     config = base.config
     if base is not model:
         raise ConfigError(
-            "mtp_loss_weight is set, but the model has adapters and no MTP layers: their weights would be trained and not saved "
-            "with the adapter; leave mtp_loss_weight=None, or add the layers before the adapters (modules.mtp.add_trained_layers)"
+            "mtp_loss_weight is set, but the model has adapters and no MTP layers: those would be trained and not saved with "
+            "the adapter; leave mtp_loss_weight=None, or take a model that has them (load_model keeps a checkpoint's)"
         )
     if not (count := mtp_layers(config)):
         raise ConfigError(
@@ -94,14 +95,14 @@ def _draw(layer: nn.Module, deviation: float) -> None:
 
 @torch.no_grad()
 def _read(layer: nn.Module, checkpoint: Checkpoint, config: Any, depth: int) -> None:
-    graph, prefix = build_mtp_graph(config, depth), f"model.layers.{config.num_hidden_layers + depth}."
-    shapes = weight_shapes(graph) | stack_shapes(graph)
+    prefix = f"model.layers.{config.num_hidden_layers + depth}."
     for name, tensor in _tensors(layer):
-        parts = checkpoint.stored(prefix + name, shapes[prefix + name])
-        for part, piece in zip(parts, tensor.view(len(parts), -1), strict=True):
-            read = checkpoint.read(part)
-            checkpoint.check_finite(part, read)
-            piece.copy_(read.flatten())
+        if is_stack(prefix + name) and prefix + name not in checkpoint.tensors:
+            read_stack(checkpoint, prefix + name, tensor)
+        else:
+            read = checkpoint.read(prefix + name)
+            checkpoint.check_finite(prefix + name, read)
+            tensor.copy_(read)
 
 
 def _tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
