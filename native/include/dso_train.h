@@ -74,6 +74,44 @@ typedef struct dso_train_numbers {
 } dso_train_numbers;
 /* Of each of `tensors_count` dense tensors: the sum of squares of its numbers, and how many are not finite. */
 DSO_API int32_t dso_train_squares(dso_context* c, const dso_train_numbers* tensors, int64_t tensors_count, double* sums, int64_t* not_finite);
+/* result = scale x, or, where `adds` is not 0, result + scale x; both dense and of x's count. Also converts from type to type. */
+DSO_API int32_t dso_train_scale(dso_context* c, const dso_train_numbers* x, float scale, int32_t adds, const dso_train_numbers* result);
+
+/* The matrices of a call below are of one type and of `rows` rows of n numbers. Weights are n numbers of that type. */
+
+/* y = x rstd w, rstd[row] = 1 / sqrt(mean(x^2) + eps); with delta (else NULL) x + delta in the place of x, rounded and kept in sum. */
+DSO_API int32_t dso_train_rms_norm(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const dso_train_matrix* delta,
+                                   const void* weight, float eps, const dso_train_matrix* sum, const dso_train_matrix* y, float* rstd);
+/* dx = rstd (dy w - x rstd^2 mean(dy w x)) + more (NULL: none); dw[n] (NULL: not wanted) = the sum over rows of dy x rstd, in fp32 and
+ * by pieces of rows that do not depend on the threads. dx may be dy or more. */
+DSO_API int32_t dso_train_rms_norm_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* dy, const dso_train_matrix* x,
+                                            const void* weight, const float* rstd, const dso_train_matrix* more, const dso_train_matrix* dx,
+                                            float* dw);
+/* h = silu(gate) up. h may be gate or up. */
+DSO_API int32_t dso_train_swiglu(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* gate, const dso_train_matrix* up,
+                                 const dso_train_matrix* h);
+/* Gradients for dh; h (NULL: not wanted) is made again. dgate, dup and h may be gate, up and dh in any order. */
+DSO_API int32_t dso_train_swiglu_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* gate, const dso_train_matrix* up,
+                                          const dso_train_matrix* dh, const dso_train_matrix* dgate, const dso_train_matrix* dup,
+                                          const dso_train_matrix* h);
+
+/* RoPE of x[batch, tokens, heads, head_dim], whose first 2 half numbers of a head are pairs: (i, i + half), or, interleaved,
+ * (2i, 2i + 1). Distances are elements. cosine and sine: [batch, tokens, 2 half] of x's type, or half numbers where `halves` is 0.
+ * Forward: a cos_i - b sin_i to number i of the result, b cos_(i + half) + a sin_(i + half) to number i + half. Backward: the transpose
+ * of that, from the result's gradient to x's. The result may be x, but not with interleaving. */
+typedef struct dso_train_rotation {
+  int64_t batch, tokens, heads, head_dim, half;
+  int64_t x_batch, x_token, x_head, out_batch, out_token, out_head, angle_batch, angle_token;
+  int32_t type, halves, interleaved, backward;
+} dso_train_rotation;
+DSO_API int32_t dso_train_rope(dso_context* c, const dso_train_rotation* rotation, const void* x, const void* cosine, const void* sine,
+                               void* result);
+
+/* Cross entropy of logits [rows, n] with labels[rows]: losses[row] = log(sum of e^x) - x[label]; 0 where the label is `ignored`.
+ * gradient: -1, or the type of (softmax(x) - [label]) factor (0 in ignored rows), which takes the place of the logits: each row from
+ * its start on, rows as far apart as they were. bf16 logits have bf16 gradients. */
+DSO_API int32_t dso_train_cross_entropy(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* logits, const int64_t* labels,
+                                        int64_t ignored, float factor, int32_t gradient, double* losses);
 
 /* ---- attention ----------------------------------------------------------------------------------------------
  * Causal attention of sequences that lie one behind the other in rows of tokens (packing): o = softmax(scale q k^T) v, where token t

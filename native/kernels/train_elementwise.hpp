@@ -11,6 +11,17 @@ struct TrainElementwise {
   // ---- the optimizer: elements [begin, end) of a tensor; begin is a multiple of 256, end too, or the tensor's last
   void (*adamw)(const dso_train_update& update, int64_t begin, int64_t end);
   void (*squares)(int32_t type, const void* x, int64_t begin, int64_t end, double* sum, int64_t* not_finite);
+  // out = scale x, or, with `adds`, out + scale x; numbers [begin, end)
+  void (*scale)(int32_t x_type, const void* x, float scale, bool adds, int64_t begin, int64_t end, int32_t out_type, void* out);
+
+  // ---- one row each, all of one type; see generic/train_rows.hpp
+  void (*rms_norm)(int32_t type, const void* x, const void* delta, const void* weight, int64_t n, float eps, void* sum, void* y, float* rstd);
+  void (*rms_norm_backward)(int32_t type, const void* dy, const void* x, const void* weight, float rstd, const void* more, int64_t n, void* dx, float* dw);
+  void (*swiglu)(int32_t type, const void* gate, const void* up, int64_t n, void* h);
+  void (*swiglu_backward)(int32_t type, const void* gate, const void* up, const void* dh, int64_t n, void* dgate, void* dup, void* h);
+  void (*rope)(const dso_train_rotation& rotation, const void* x, const void* cosine, const void* sine, void* out);  // the heads of a token
+  // Returns the loss of a row; gradient: -1 for none, else the type of what takes the place of the logits, from the row's start on.
+  double (*cross_entropy)(int32_t type, void* logits, int64_t n, int64_t label, float factor, int32_t gradient);
 };
 
 }  // namespace dso

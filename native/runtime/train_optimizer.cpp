@@ -85,6 +85,12 @@ void squares(Context& c, const dso_train_numbers* tensors, int64_t count, double
   }
 }
 
+void check_numbers(const dso_train_numbers& x, const char* name) {
+  check_type(x.type, name);
+  if (x.count < 0) fail(DSO_EINVAL, "%s: count is %lld", name, (long long)x.count);
+  if (x.count && !x.data) fail(DSO_EINVAL, "%s: data is NULL", name);
+}
+
 }  // namespace
 }  // namespace dso
 
@@ -103,6 +109,21 @@ int32_t dso_train_squares(dso_context* c, const dso_train_numbers* tensors, int6
   return guarded([&] {
     if (tensors_count < 0) fail(DSO_EINVAL, "tensors_count is %lld", (long long)tensors_count);
     if (tensors_count) squares(shared(c), &given(tensors, "tensors"), tensors_count, &given(sums, "sums"), &given(not_finite, "not_finite"));
+  });
+}
+
+int32_t dso_train_scale(dso_context* c, const dso_train_numbers* x, float scale, int32_t adds, const dso_train_numbers* result) {
+  return guarded([&] {
+    check_numbers(given(x, "x"), "x");
+    check_numbers(given(result, "result"), "result");
+    if (x->count != result->count) fail(DSO_EINVAL, "x has %lld numbers, result %lld", (long long)x->count, (long long)result->count);
+    const Pieces pieces(x, 1);
+    if (pieces.tasks() == 0) return;
+    parallel(shared(c), pieces.tasks(), [&](int64_t task, int) {
+      const int64_t begin = task * kPiece;
+      shared(c).kernels.train_elementwise->scale(x->type, x->data, scale, adds != 0, begin, std::min(begin + kPiece, x->count), result->type,
+                                                 const_cast<void*>(result->data));
+    });
   });
 }
 

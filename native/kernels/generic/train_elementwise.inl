@@ -5,11 +5,20 @@
 #include "train_numbers.hpp"
 
 #include "train_adamw.hpp"
+#include "train_cross_entropy.hpp"
+#include "train_rows.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 extern const TrainElementwise train_elementwise;  // without this, a const object would be of this unit alone
 const TrainElementwise train_elementwise = {
     .adamw = adamw,
     .squares = squares,
+    .scale = scale_numbers,
+    .rms_norm = rms_norm_forward,
+    .rms_norm_backward = rms_norm_backward,
+    .swiglu = swiglu_forward,
+    .swiglu_backward = swiglu_backward,
+    .rope = rope_heads,
+    .cross_entropy = cross_entropy,
 };
 }  // namespace dso::DSO_ISA_NAMESPACE

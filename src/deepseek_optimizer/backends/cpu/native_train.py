@@ -39,6 +39,16 @@ class TrainUpdate(C.Structure):
     ]  # fmt: skip
 
 
+class TrainRotation(C.Structure):
+    """dso_train_rotation."""
+
+    _fields_ = [
+        *((n, I64) for n in ("batch", "tokens", "heads", "head_dim", "half", "x_batch", "x_token", "x_head")),
+        *((n, I64) for n in ("out_batch", "out_token", "out_head", "angle_batch", "angle_token")),
+        *((n, I32) for n in ("type", "halves", "interleaved", "backward")),
+    ]
+
+
 class TrainNumbers(C.Structure):
     """dso_train_numbers."""
 
@@ -48,6 +58,13 @@ class TrainNumbers(C.Structure):
 _ELEMENTWISE: dict[str, tuple[Any, list[Any]]] = {
     "dso_train_adamw": (I32, [PTR, PTR, I64]),
     "dso_train_squares": (I32, [PTR, PTR, I64, PTR, PTR]),
+    "dso_train_scale": (I32, [PTR, PTR, C.c_float, I32, PTR]),
+    "dso_train_rms_norm": (I32, [PTR, I64, I64, PTR, PTR, PTR, C.c_float, PTR, PTR, PTR]),
+    "dso_train_rms_norm_backward": (I32, [PTR, I64, I64, PTR, PTR, PTR, PTR, PTR, PTR, PTR]),
+    "dso_train_swiglu": (I32, [PTR, I64, I64, PTR, PTR, PTR]),
+    "dso_train_swiglu_backward": (I32, [PTR, I64, I64, PTR, PTR, PTR, PTR, PTR, PTR]),
+    "dso_train_rope": (I32, [PTR, PTR, PTR, PTR, PTR, PTR]),
+    "dso_train_cross_entropy": (I32, [PTR, I64, I64, PTR, PTR, I64, C.c_float, I32, PTR]),
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes as C
 import functools
 from typing import Any
 
 import torch
 
 from ...backends.cpu import native
-from ...backends.cpu.native_train import TYPES
+from ...backends.cpu.native_train import TYPES, Matrix
 from ...errors import BackendError
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -39,6 +40,17 @@ def type_of(tensor: torch.Tensor) -> int:
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's first number lies; NULL for None. The caller keeps the tensor alive over the call."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., n] -> [T, n] whose rows are numbers that lie together; a view where strides allow one."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 and (len(flat) < 2 or flat.stride(0) >= flat.shape[1]) else flat.contiguous()
+
+
+def matrix(x: torch.Tensor | None) -> Any:
+    """The dso_train_matrix of what `rows` returned, to be passed by reference; NULL for None."""
+    return None if x is None else C.byref(Matrix(x.data_ptr(), x.stride(0), 0, type_of(x), 0))
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -1,0 +1,105 @@
+"""h = silu(gate) * up (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202); arithmetic in fp32, rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import native
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate, up [..., n] -> [..., n]. Raises ValueError where their shapes differ."""
+    if gate.shape != up.shape:
+        raise ValueError(f"swiglu: gate is {list(gate.shape)}, up {list(up.shape)}: they must be equal")
+    if gate.dim() == 0 or gate.dtype != up.dtype or not native.usable(gate, up):
+        return swiglu_reference(gate, up)
+    return _swiglu(gate, up)
+
+
+def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The same in plain torch."""
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (F.silu(gate.to(wide)) * up.to(wide)).to(dtype)
+
+
+def swiglu_backward_(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> None:
+    """Puts the gradients of gate and up in their places, and h, made again, in that of its gradient dh.
+
+    Args:
+        gate, up, dh: [T, n] of one dtype, rows of any stride.
+    """
+    parts = (gate, up, dh)
+    if native.usable(*parts) and all(native.rows(t).data_ptr() == t.data_ptr() for t in parts):
+        _backward_in_place(gate, up, dh)
+    else:
+        h = swiglu_reference(gate, up)
+        dgate, dup = swiglu_backward_reference(gate, up, dh)
+        gate.copy_(dgate)
+        up.copy_(dup)
+        dh.copy_(h)
+
+
+def swiglu_backward_reference(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up in plain torch."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    g, u, d = gate.to(wide), up.to(wide), dh.to(wide)
+    s = torch.sigmoid(g)
+    return (d * u * s * (1 + g * (1 - s))).to(gate.dtype), (d * g * s).to(up.dtype)
+
+
+# ---- as torch knows them
+
+
+@torch.library.custom_op("dso::train_swiglu", mutates_args=(), device_types="cpu")
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    h = torch.empty(gate.shape, dtype=gate.dtype)
+    g, u, m = native.rows(gate), native.rows(up), native.matrix
+    native.call("dso_train_swiglu", *g.shape, m(g), m(u), m(native.rows(h)))
+    return h
+
+
+@torch.library.custom_op("dso::train_swiglu_backward", mutates_args=(), device_types="cpu")
+def _backward(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    g, u, d, m = native.rows(gate), native.rows(up), native.rows(dh.to(gate.dtype)), native.matrix
+    native.call("dso_train_swiglu_backward", *g.shape, m(g), m(u), m(d), m(native.rows(dgate)), m(native.rows(dup)), None)
+    return dgate, dup
+
+
+@torch.library.custom_op("dso::train_swiglu_backward_in_place", mutates_args=("gate", "up", "dh"), device_types="cpu")
+def _backward_in_place(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> None:
+    g, u, d = (native.matrix(t) for t in (gate, up, dh))
+    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, g, u, d)
+
+
+@_swiglu.register_fake
+def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+
+@_backward.register_fake
+def _(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), torch.empty(
+        gate.shape, dtype=up.dtype, device=gate.device
+    )
+
+
+@_backward_in_place.register_fake
+def _(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> None:
+    """It changes its arguments, and makes nothing."""
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    found: tuple[torch.Tensor, torch.Tensor] = _backward(*ctx.saved_tensors, dh)
+    return found
+
+
+_swiglu.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,38 @@
+"""How ops of training are judged: results and gradients against those of plain torch in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# Of the largest number of a tensor: two or three roundings of bf16, several of fp32.
+BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
+
+
+def against_fp64(op: Callable[..., Any], reference: Callable[..., Any], operands: tuple[torch.Tensor, ...]) -> None:
+    """Results of op, and the gradients of all operands, are the reference's in fp64 but for rounding."""
+    ours = [t.detach().requires_grad_() for t in operands]
+    exact = [t.detach().double().requires_grad_() for t in operands]
+    found, expected = _results(op, ours), _results(reference, exact)
+    upstream = [torch.randn(y.shape).to(y.dtype) for y in found]
+    torch.autograd.backward(found, upstream)
+    torch.autograd.backward(expected, [g.double() for g in upstream])
+    for a, b in zip([*found, *(t.grad for t in ours)], [*expected, *(t.grad for t in exact)], strict=True):
+        assert a.shape == b.shape and a.dtype == operands[0].dtype
+        if a.numel():
+            worst = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-2)
+            assert worst <= BOUNDS[a.dtype], (float(worst), list(a.shape))
+
+
+def contiguous_and_not(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """x [rows, n], dense, as columns of something wider, and transposed."""
+    yield x
+    yield torch.cat([x, x], 1)[:, : x.shape[1]]
+    yield x.t().contiguous().t()
+
+
+def _results(op: Callable[..., Any], operands: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    found = op(*operands)
+    return found if isinstance(found, tuple) else (found,)

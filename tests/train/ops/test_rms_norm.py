@@ -1,0 +1,65 @@
+"""RMS norm in training, alone and behind a sum: gradients of the reference, the native form against fp64."""
+
+import pytest
+import torch
+
+from deepseek_optimizer.train.ops import native
+from deepseek_optimizer.train.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from support.op_checks import against_fp64, contiguous_and_not
+
+needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
+EPS = 1e-5
+
+
+def alone(x, weight):
+    return rms_norm(x, weight, EPS)
+
+
+def behind_a_sum(x, delta, weight):
+    return add_rms_norm(x, delta, weight, EPS)
+
+
+def test_gradients_of_the_reference():
+    torch.manual_seed(0)
+    x, delta, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 7), (2, 3, 7), (7,)))
+    assert torch.autograd.gradcheck(alone, (x, weight))
+    assert torch.autograd.gradcheck(behind_a_sum, (x, delta, weight))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_is_fp64s_to_rounding(dtype):
+    torch.manual_seed(1)
+    for rows, n in ((1, 2), (3, 7), (5, 16), (33, 40), (70, 64), (1000, 96), (19, 577)):
+        for x in contiguous_and_not(torch.randn(rows, n).to(dtype)):
+            delta, weight = torch.randn(rows, n).to(dtype), torch.randn(n).to(dtype)
+            against_fp64(alone, lambda x, w: rms_norm_reference(x, w, EPS), (x, weight))
+            against_fp64(behind_a_sum, lambda x, d, w: add_rms_norm_reference(x, d, w, EPS), (x, delta, weight))
+
+
+@needs_native
+def test_a_frozen_weight_has_no_gradient_and_an_empty_batch_none_that_counts():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8)
+    rms_norm(x, weight, EPS).sum().backward()
+    assert x.grad is not None and weight.grad is None
+    nothing, weight = torch.randn(0, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    rms_norm(nothing, weight, EPS).sum().backward()
+    assert nothing.grad.shape == (0, 8) and not weight.grad.any()
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    x = torch.ones(3, 32)
+    x[1, 5] = float("nan")
+    y = rms_norm(x, torch.ones(32), EPS)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_a_weight_of_another_dtype_takes_the_plain_form():
+    assert rms_norm(torch.randn(3, 8).bfloat16(), torch.ones(8), EPS).dtype == torch.float32
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(torch.ones(2, 8), torch.ones(7), EPS)
+    with pytest.raises(ValueError, match="delta"):
+        add_rms_norm(torch.ones(2, 8), torch.ones(1, 8), torch.ones(8), EPS)
