@@ -50,13 +50,13 @@ template <class Product> struct BackwardRoom {
   int64_t v_block() const { return attn_block * vw / per; }
 };
 
-// S^T and V dO^T of two blocks to P^T and dS^T. m, inverse, delta: of the block's first query.
+// S^T and V dO^T of two blocks to P^T and dS^T. key, query: their first ones, counted from the task's.
 template <class Product>
-static void softmax_gradient(const BackwardRoom<Product>& r, float scale, int64_t keys, int64_t queries, int64_t at, int64_t key, int64_t query, const Mask* mask) {
+static void softmax_gradient(const BackwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query, const Mask* mask) {
   const F c = set(scale * log2e);
-  for (int64_t n = 0; n < queries; n += 16) {
-    const F m = load(r.m + at + n), inverse = load(r.inverse + at + n), delta = load(r.delta + at + n);
-    for (int64_t i = 0; i < keys; i += 2) {
+  for (int64_t n = part.begin; n < part.end; n += 16) {
+    const F m = load(r.m + query + n), inverse = load(r.inverse + query + n), delta = load(r.delta + query + n);
+    for (int64_t i = 0; i < part.keys; i += 2) {
       F p[2], ds[2];
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
@@ -123,7 +123,7 @@ template <class Number, class Product> static void attn_backward(const TrainAttn
   const BackwardRoom<Product> r(t, memory);
   Product product;
   const Mask mask = {t.window};
-  const int64_t key_blocks = blocks_of(t.end - t.begin), query_blocks = blocks_of(t.tokens - t.begin), q_block = train_attn_query_grad(t.qk_width);
+  const int64_t key_blocks = blocks_of(t.end - t.begin), query_blocks = blocks_of(t.tokens - t.begin);
   const int64_t qk_depth = up(t.qk_width, Product::depth_step) / per, v_depth = up(t.v_width, Product::depth_step) / per;
   const int64_t qk_out = up(t.qk_width, Product::step), v_out = up(t.v_width, Product::step), line = attn_block / per;
   pack_keys<Number>(t, r);
@@ -136,14 +136,21 @@ template <class Number, class Product> static void attn_backward(const TrainAttn
       const Operand k = {r.k + j * r.qk_block(), r.qk / per}, k_turned = {r.k_turned + j * r.qk_block(), line}, v = {r.v + j * r.v_block(), r.vw / per};
       float *k_grad = r.k_grad + j * attn_block * r.qk, *v_grad = r.v_grad + j * attn_block * r.vw;
       for (int64_t i = j; i <= last; ++i) {
-        const int64_t queries = padded(least(attn_block, t.tokens - t.begin - i * attn_block)), depth = queries / per;
-        const bool more = head > 0 || i > j;
-        product(k, keys, {r.q_columns + i * r.qk_block(), attn_block}, queries, qk_depth, {r.s, attn_block, false});
-        product(v, keys, {r.g_columns + i * r.v_block(), attn_block}, queries, v_depth, {r.p_grad, attn_block, false});
-        softmax_gradient(r, t.scale, keys, queries, i * attn_block, j * attn_block, i * attn_block, mask.needed(i, j) ? &mask : nullptr);
-        product({r.p, line}, keys, {r.g + i * r.v_block(), r.vw}, v_out, depth, {v_grad, r.vw, more});
-        product({r.ds, line}, keys, {r.q + i * r.qk_block(), r.qk}, qk_out, depth, {k_grad, r.qk, more});
-        product(k_turned, qk_out, {r.ds_pairs, attn_block}, queries, keys / per, {t.q_sums + (head * query_blocks + i) * q_block, attn_block, i < begun});
+        const int64_t queries = padded(least(attn_block, t.tokens - t.begin - i * attn_block)), step = mask.together(i, j);
+        const Operand q = {r.q + i * r.qk_block(), r.qk}, g = {r.g + i * r.v_block(), r.vw};
+        const Word *q_columns = r.q_columns + i * r.qk_block(), *g_columns = r.g_columns + i * r.v_block();
+        float* q_sums = t.q_sums + (head * query_blocks + i) * train_attn_query_grad(t.qk_width);
+        bool more = head > 0 || i > j;
+        for (int64_t n = (queries - 1) / step * step; n >= 0; n -= step, more = true) {  // the part that sees all keys comes first
+          const Part part = {n, least(n + step, queries), mask.reach(i, j, keys, n + step)};
+          const int64_t width = part.end - n, depth = width / per, row = n / per;
+          product(k, part.keys, {q_columns + n, attn_block}, width, qk_depth, {r.s + n, attn_block, false});
+          product(v, part.keys, {g_columns + n, attn_block}, width, v_depth, {r.p_grad + n, attn_block, false});
+          softmax_gradient(r, t.scale, part, j * attn_block, i * attn_block, mask.needed(i, j) ? &mask : nullptr);
+          product({r.p + row, line}, part.keys, {g.words + row * r.vw, r.vw}, v_out, depth, {v_grad, r.vw, more});
+          product({r.ds + row, line}, part.keys, {q.words + row * r.qk, r.qk}, qk_out, depth, {k_grad, r.qk, more});
+          product(k_turned, qk_out, {r.ds_pairs + n, attn_block}, width, part.keys / per, {q_sums + n, attn_block, i < begun});
+        }
       }
       begun = most(begun, last + 1);
     }

@@ -40,41 +40,57 @@ template <class Product> struct ForwardRoom {
 
 // Weights of a block of keys, and what m, l and O^T are to be multiplied with. Returns whether that is 1 everywhere.
 template <class Product>
-static bool softmax_block(const ForwardRoom<Product>& r, float scale, int64_t keys, int64_t queries, int64_t key, int64_t query, const Mask* mask) {
+bool softmax_block(const ForwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query, const Mask* mask) {
   bool same = true;
   const F one = set(1.0f), c = set(scale * log2e);
-  for (int64_t n = 0; n < queries; n += 16) {
-    const F before = load(r.m + n);
-    F top = before;
-    for (int64_t i = 0; i < keys; ++i) {
-      F x = mul(load(r.s + i * attn_block + n), c);
-      if (mask) x = (*mask)(x, query + n, key + i);
-      store(r.s + i * attn_block + n, x);
-      top = max(x, top);
-    }
-    const F factor = exp2(sub(before, top));
-    F total = mul(load(r.l + n), factor);
-    for (int64_t i = 0; i < keys; i += 2) {
-      const F even = exp2(sub(load(r.s + i * attn_block + n), top)), odd = exp2(sub(load(r.s + (i + 1) * attn_block + n), top));
-      total = add(total, add(even, odd));
-      if constexpr (Product::pairs) {
-        store_bytes(r.p + i / 2 * attn_block + n, round_pair_bf16(even, odd));
-      } else {
-        store((float*)r.p + i * attn_block + n, even);
-        store((float*)r.p + (i + 1) * attn_block + n, odd);
+  for (int64_t n = part.begin; n < part.end; n += 32) {
+    F before[2], top[2][2], total[2][2];  // [columns][even, odd keys]: chains that do not wait for each other
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) before[h] = top[h][0] = top[h][1] = load(r.m + n + 16 * h);
+    for (int64_t i = 0; i < part.keys; i += 2) {
+#pragma GCC unroll 4
+      for (int at = 0; at < 4; ++at) {
+        float* s = r.s + (i + at % 2) * attn_block + n + at / 2 * 16;
+        F x = mul(load(s), c);
+        if (mask) x = (*mask)(x, query + n + at / 2 * 16, key + i + at % 2);
+        store(s, x);
+        top[at / 2][at % 2] = max(x, top[at / 2][at % 2]);
       }
     }
-    store(r.m + n, top);
-    store(r.l + n, total);
-    store(r.factor + n, factor);
-    same = same && at_least(factor, one) == 0xffff;
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      top[h][0] = max(top[h][0], top[h][1]);
+      const F factor = exp2(sub(before[h], top[h][0]));
+      total[h][0] = mul(load(r.l + n + 16 * h), factor);
+      total[h][1] = zero();
+      store(r.m + n + 16 * h, top[h][0]);
+      store(r.factor + n + 16 * h, factor);
+      same = same && at_least(factor, one) == 0xffff;
+    }
+    for (int64_t i = 0; i < part.keys; i += 2) {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const int64_t place = i * attn_block + n + 16 * h;
+        const F even = exp2(sub(load(r.s + place), top[h][0])), odd = exp2(sub(load(r.s + place + attn_block), top[h][0]));
+        total[h][0] = add(total[h][0], even);
+        total[h][1] = add(total[h][1], odd);
+        if constexpr (Product::pairs) {
+          store_bytes(r.p + i / 2 * attn_block + n + 16 * h, round_pair_bf16(even, odd));
+        } else {
+          store((float*)r.p + place, even);
+          store((float*)r.p + place + attn_block, odd);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) store(r.l + n + 16 * h, add(total[h][0], total[h][1]));
   }
   return same;
 }
 
-template <class Product> static void scale_columns(float* o, int64_t rows, int64_t queries, const float* factor) {
+template <class Product> static void scale_columns(float* o, int64_t rows, const Part& part, const float* factor) {
   for (int64_t d = 0; d < rows; ++d, o += attn_block)
-    for (int64_t n = 0; n < queries; n += 16) store(o + n, mul(load(o + n), load(factor + n)));
+    for (int64_t n = part.begin; n < part.end; n += 16) store(o + n, mul(load(o + n), load(factor + n)));
 }
 
 // Rows [t, t + count) of the task's head out of O^T.
@@ -115,11 +131,16 @@ template <class Number, class Product> static void attn_forward(const TrainAttnT
       }
       const int64_t j0 = mask.first_key_block(i);
       for (int64_t j = j0; j <= i; ++j) {
-        const int64_t key = j * attn_block, keys = padded(least(attn_block, t.tokens - key));
-        product({r.k + j * r.k_block(t.qk_width), line}, keys, {r.q, attn_block}, queries, depth, {r.s, attn_block, false});
-        const bool same = softmax_block(r, t.scale, keys, queries, key, query, mask.needed(i, j) ? &mask : nullptr);
-        if (!same && j > j0) scale_columns<Product>(r.o, out, queries, r.factor);
-        product({r.v + j * r.v_block(t.v_width), attn_block / word<pairs>}, out, {r.p, attn_block}, queries, keys / word<pairs>, {r.o, attn_block, j > j0});
+        const int64_t key = j * attn_block, keys = padded(least(attn_block, t.tokens - key)), step = mask.together(i, j);
+        const Operand k = {r.k + j * r.k_block(t.qk_width), line}, v = {r.v + j * r.v_block(t.v_width), attn_block / word<pairs>};
+        for (int64_t n = 0; n < queries; n += step) {
+          const Part part = {n, least(n + step, queries), mask.reach(i, j, keys, n + step)};
+          const int64_t width = part.end - n;
+          product(k, part.keys, {r.q + n, attn_block}, width, depth, {r.s + n, attn_block, false});
+          const bool same = softmax_block(r, t.scale, part, key, query, mask.needed(i, j) ? &mask : nullptr);
+          if (!same && j > j0) scale_columns<Product>(r.o, out, part, r.factor);
+          product(v, out, {r.p + n, attn_block}, width, part.keys / word<pairs>, {r.o + n, attn_block, j > j0});
+        }
       }
       write_block<Number>(t, r, head, query, count);
     }

@@ -100,6 +100,10 @@ struct Room {
   }
 };
 
+struct Part {  // queries [begin, end) of a block, and how many of a block's keys they may see; multiples of 32
+  int64_t begin, end, keys;
+};
+
 // Which lanes of queries see a key, where a block needs to ask.
 struct Mask {
   int64_t window;
@@ -111,6 +115,10 @@ struct Mask {
   F operator()(F x, int64_t query, int64_t key) const {
     return keep(x, key - query, window > 0 ? key + window - query : 16, set(-__builtin_inff()));
   }
+  // Keys of a block that queries [begin, end) of a block may see.
+  static int64_t reach(int64_t query_block, int64_t key_block, int64_t keys, int64_t end) { return query_block == key_block ? least(keys, end) : keys; }
+  // Queries that are taken together: half a block on the diagonal, where the first half sees none of the last 32 keys.
+  static int64_t together(int64_t query_block, int64_t key_block) { return query_block == key_block ? attn_block / 2 : attn_block; }
   int64_t first_key_block(int64_t query_block) const { return window > 0 ? most(0, query_block * attn_block - window + 1) / attn_block : 0; }
   int64_t last_query_block(int64_t key_block, int64_t blocks) const {
     return window > 0 ? least(blocks - 1, (key_block * attn_block + attn_block - 1 + window - 1) / attn_block) : blocks - 1;
