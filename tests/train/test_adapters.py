@@ -47,9 +47,9 @@ def test_as_transformers_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     ours = _run(tmp_path, bf16=False, optimizer_state="fp32")
-    args = TrainingArguments(output_dir=str(tmp_path), optim="adamw_torch", **{
-        name: getattr(ours.args, name) for name in ("max_steps", "per_device_train_batch_size", "logging_steps", "learning_rate",
-        "report_to", "save_strategy", "disable_tqdm", "dataloader_pin_memory", "lr_scheduler_type")})  # fmt: skip
+    same = ("max_steps", "per_device_train_batch_size", "logging_steps", "learning_rate", "report_to", "save_strategy",
+            "disable_tqdm", "dataloader_pin_memory", "lr_scheduler_type")  # fmt: skip
+    args = TrainingArguments(output_dir=str(tmp_path), optim="adamw_torch", **{name: getattr(ours.args, name) for name in same})
     plain = Trainer(_with_adapter(random_model(llama(), seed=2)), args, train_dataset=ours.train_dataset)
     plain.train()
     assert losses(ours) == pytest.approx(losses(plain), rel=1e-5)

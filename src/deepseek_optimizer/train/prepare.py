@@ -70,6 +70,7 @@ class Prepared:
                 module.__class__ = own
                 module.__dict__.pop("kept", None)
                 module.__dict__.pop("mtp", None)
+                module.__dict__.pop("mtp", None)
         for module, forward in self._forwards:
             module.__dict__["forward"] = forward
         for config, name in self._attentions:
@@ -95,7 +96,8 @@ def prepare(
         mtp: the loss of the model's MTP layers, which the fused loss then holds too.
     """
     done = Prepared(model, Kept(everything=activation_memory == "full"))
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         mixin = next((m for m in FORWARDS if m.fits(module)), None)
         if mixin is TrainedCausalLM and not fused_loss:
             mixin = None

@@ -154,8 +154,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
         )
 
     def _prepare(self) -> Prepared:
-        how = {"activation_memory": self.args.activation_memory, "fused_loss": self.args.fused_loss, "mtp": self._mtp}
-        prepared = prepare(self.model, **how)
+        args = self.args
+        prepared = prepare(self.model, activation_memory=args.activation_memory, fused_loss=args.fused_loss, mtp=self._mtp)
         if (reason := self._unfused()) is not None:
             self._say(reason)
         return prepared

@@ -48,7 +48,7 @@ class TrainedCausalLM(nn.Module):
         how = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
         as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
         kwargs.pop("logits_to_keep", None)
-        outputs = self.model(*args, **kwargs, return_dict=True)
+        outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
         loss = self._loss(outputs.last_hidden_state, labels, **how)
         if self.mtp is not None and self.training:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]

@@ -21,13 +21,14 @@ def head_loss(
 
     Args:
         head: where it is not one for which `head_is_fused`, logits stand as a whole after all.
-        num_items: what the sum is divided by; None: by how many labels count.
+        num_items: what the sum is divided by; None: by how many labels count. Where none does the loss is 0.
     """
     if is_plain(head):
         return linear_cross_entropy(hidden, head.weight, labels, ignore_index=ignore_index, num_items=num_items)
     if not head_is_fused(head):
         total = F.cross_entropy(head(hidden).float(), labels, ignore_index=ignore_index, reduction="sum")
-        return total / (num_items if num_items is not None else (labels != ignore_index).sum())
+        items = num_items if num_items is not None else int((labels != ignore_index).sum())
+        return total / items if items else total
     result: torch.Tensor = _FrozenHeadLoss.apply(hidden, head, labels, ignore_index, num_items)
     return result
 
@@ -57,10 +58,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 x = hidden[part].detach().requires_grad_(needed)
                 loss = F.cross_entropy(head(x).float(), labels[part], ignore_index=ignore_index, reduction="sum")
             total += loss.detach()
-            if grads is not None:
+            if grads is not None and items:
                 grads[part] = torch.autograd.grad(loss, x)[0] / items
         ctx.save_for_backward(*(() if grads is None else (grads,)))
-        return total / items  # 0 / 0 where nothing counts, as torch has it
+        return total / items if items else total
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:

@@ -56,7 +56,7 @@ try:
 except ImportError:
 
     def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        return F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
+        return linear(swiglu(linear(x, gate), linear(x, up)), down)
 
 
 try:
