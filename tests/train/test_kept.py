@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_optimizer.train.kept import Kept
+from deepseek_optimizer.train.prepare import prepare
+from support.models import llama, random_model
 
 
 class Counting(Kept):
@@ -109,3 +111,30 @@ def test_inside_recomputed_layers():
 
 def test_copies():
     assert copy.deepcopy(Kept(everything=True)).everything
+
+
+def _kept_by(memory: str, layers: int) -> int:
+    """Bytes a token that a forward of a bf16 Llama keeps, weights left out."""
+    model = random_model(llama(num_hidden_layers=layers), dtype=torch.bfloat16).train()
+    prepared = prepare(model, activation_memory=memory)
+    counting = Counting(prepared.kept.everything)
+    for module in model.modules():
+        if "kept" in module.__dict__:
+            module.kept = counting
+    ids = torch.randint(3, 200, (2, 128), generator=torch.Generator().manual_seed(0))
+    with counting:
+        model(input_ids=ids, labels=ids)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for address, size in counting.storages.items() if address not in weights) // ids.numel()
+
+
+def test_bytes_a_token_a_layer():
+    """Of a layer: what its two norms, its attention and its gates are made of, and no more."""
+    hidden, inner, heads, shared, width = 72, 136, 6, 2, 12
+    numbers = 2 * hidden + 2 * heads * width + 2 * shared * width + 2 * inner  # inputs of norms, q, result, k, v, gate, up
+    rows = 4 * (2 + 2 * heads)  # fp32: a number of each norm, and two of each head of attention
+    least = 2 * numbers + rows
+    assert _kept_by("selective", 3) - _kept_by("selective", 2) == least
+    again = 2 * (2 * hidden + inner)  # results of the norms, and what goes into down
+    assert _kept_by("full", 3) - _kept_by("full", 2) == least + again
+    assert _kept_by("recompute", 3) - _kept_by("recompute", 2) == 2 * hidden

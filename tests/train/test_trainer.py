@@ -174,7 +174,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("optim", ["adamw_deepseek", "adamw_torch"])
 def test_skipped_steps_change_nothing_and_are_counted(tmp_path, optim, steps):
-    data = _in_order({6, 7, 8, 9, 10, 11} if steps == 1 else {10}, optim=optim, on_nan="skip", gradient_accumulation_steps=steps, max_steps=3)
+    data = _in_order(
+        {6, 7, 8, 9, 10, 11} if steps == 1 else {10}, optim=optim, on_nan="skip", gradient_accumulation_steps=steps, max_steps=3
+    )
     trainer = make_trainer(_spoilt_model(), tmp_path, logging_nan_inf_filter=False, **data)
     weights = []
     after = trainer._stepped

@@ -25,6 +25,7 @@ from .arguments import DeepSeekTrainingArguments
 from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
+from .data.packing import pack_for_trainer
 from .modules.mtp import add_trained_layers
 from .mtp_loss import MtpObjective
 from .ops.native import built
@@ -66,6 +67,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._skipped = self._skipped_in_row = 0
         self._said: set[str] = set()
         super().__init__(model, args, *rest, **options)
+        if args.packing:
+            pack_for_trainer(self)
         self._mtp: MtpObjective | None = None
         self._mtp_notes: list[str] = []
         if args.mtp_loss_weight is not None:
