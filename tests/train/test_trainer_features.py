@@ -192,6 +192,24 @@ def test_hub(tmp_path, monkeypatch):
     assert pushed == ["Model save"]
 
 
+def test_packing(tmp_path):
+    """Rows of several texts, none of which sees another: the loss is that of the texts by themselves."""
+
+    class Texts(Rows):
+        def __getitem__(self, index):
+            return {name: tensor[: 5 + index] for name, tensor in super().__getitem__(index).items()}
+
+    model = random_model(llama(max_position_embeddings=64))
+    texts = Texts(8)
+    with torch.no_grad():
+        sums = [(model(**{n: t[None] for n, t in text.items()}).loss, text["labels"][1:].ne(-100).sum()) for text in texts]
+    expected = sum(loss * count for loss, count in sums) / sum(count for _, count in sums)
+    trainer = make_trainer(model, tmp_path, train_dataset=texts, packing=True, bf16=False, max_steps=1)
+    assert len(trainer.train_dataset) == 2 and trainer.report().memory.tokens == 126
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_model_card(tmp_path):
     trainer = make_trainer(random_model(llama()), tmp_path)
     trainer.train()

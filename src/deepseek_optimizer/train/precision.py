@@ -1,4 +1,4 @@
-"""The dtype that a model's weights are trained in."""
+"""The dtypes that a model's weights are trained and saved in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..integration.modules import Packed
+from .optimizer import DeepSeekAdamW
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,6 +33,18 @@ def set_training_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
         if parameter.is_floating_point() and not exact.search(name):
             parameter.data = parameter.data.to(dtype)
     return dtype
+
+
+def weights_in(model: nn.Module, dtype: torch.dtype, optimizer: DeepSeekAdamW | None) -> dict[str, torch.Tensor]:
+    """A model's state with floating point weights as `dtype`, which are the optimizer's masters where that is fp32."""
+    exact = optimizer is not None and dtype == torch.float32
+    trained = {p.data_ptr(): p for p in model.parameters() if p.requires_grad} if exact else {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if optimizer is not None and tensor.data_ptr() in trained:
+            tensor = optimizer.master(trained[tensor.data_ptr()])
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return state
 
 
 def _kept_in_fp32(model: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ from torch import nn
 from ..integration.compat import keep_layers, recompute_layers, recomputes_layers
 from ..integration.instance_method import Replacement
 from ..integration.modules import Packed
+from .attention import DSO_TRAIN, register_train_attention
 from .kept import Kept
 from .modules.attention import TrainedAttention
 from .modules.experts import TrainedExperts
@@ -34,7 +35,6 @@ FORWARDS: Final[tuple[Any, ...]] = (
     TrainedCausalLM, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm, TrainedLinear,
 )  # fmt: skip
 _ATTENTIONS: Final = (TrainedAttention, TrainedLatentAttention)
-DSO_TRAIN: Final = "dso_train"
 
 ActivationMemory = Literal["full", "selective", "recompute"]
 
@@ -173,10 +173,6 @@ def _attend(model: nn.Module, done: Prepared) -> None:
 def _why_not_ours(attentions: list[Any]) -> str | None:
     if not attentions:
         return "no module of attention is of a kind known here"
-    try:
-        from .attention import register_train_attention
-    except ImportError:
-        return "dso_train is not there yet"
     register_train_attention()
     if any(getattr(m, "attention_dropout", 0.0) for m in attentions):
         return "the model has attention_dropout, which dso_train has not"

@@ -28,13 +28,13 @@ from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
 from .modules.mtp import add_trained_layers
 from .mtp_loss import MtpObjective
+from .non_finite import NonFiniteSteps
 from .ops.native import built
 from .optimizer import DeepSeekAdamW
-from .precision import DTYPES, set_training_dtype
+from .precision import DTYPES, set_training_dtype, weights_in
 from .prepare import Prepared, prepare, trainable
 from .report import TrainingReport, plan_memory
 
-MOST_SKIPPED: Final = 5  # steps in a row; more are no accident
 _LOOKED_AT: Final = 64  # examples whose lengths memory is planned by
 
 
@@ -63,8 +63,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._prepared: Prepared | None = None
         self._accumulators: Accumulators | None = None
         self._grad_norm = torch.zeros(())
-        self._bad_loss = False
-        self._skipped = self._skipped_in_row = 0
+        self._non_finite = NonFiniteSteps(args.on_nan, self._error)
         self._said: set[str] = set()
         super().__init__(model, args, *rest, **options)
         if args.packing:
@@ -76,6 +75,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
             if self._unfused() is not None or not args.fused_loss:
                 raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
                                   "label_smoothing_factor=0 and compute_loss_func=None, or mtp_loss_weight=None")  # fmt: skip
+        if args.packing:
+            pack_for_trainer(self)
         self._balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
         self._logged_steps = 0
         self.add_callback(_AfterStep(self))
@@ -199,7 +200,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         with prepared.kept if prepared is not None and torch.is_grad_enabled() else contextlib.nullcontext():
             result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
-            self._see_loss(result[0] if isinstance(result, tuple) else result)
+            self._non_finite.see_loss(result[0] if isinstance(result, tuple) else result)
         return result
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
@@ -218,11 +219,6 @@ class DeepSeekTrainer(AtomicCheckpoints):
             return "label_smoothing_factor is made of logits, so they stand in memory as a whole"
         return None
 
-    def _see_loss(self, loss: torch.Tensor) -> None:
-        self._bad_loss = self._bad_loss or not bool(torch.isfinite(loss.detach()).all())
-        if self._bad_loss and self.args.on_nan == "stop":
-            raise self._error(f"the loss is {float(loss.detach().mean())}")
-
     def _clip_grad_norm(self, model: Any) -> Any:
         """The optimizer clips in its own pass; the norm is a tensor that `_stepped` fills in before Trainer logs it."""
         if self._own is None:
@@ -233,10 +229,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self._own is None:
             grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-            self._bad_loss = self._bad_loss or not math.isfinite(float(grad_norm))
+            self._non_finite.see_norm(grad_norm)
         elif grad_norm is None:  # max_grad_norm is 0
             grad_norm = self._clip_grad_norm(model)
-        if self._bad_loss:
+        if self._non_finite.bad:
             self._drop_gradients(model)
         return grad_norm
 
@@ -247,30 +243,22 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     def _stepped(self) -> None:
         """After the optimizer's step: what it found, and whether training may go on."""
-        own = self._own
+        own, bad = self._own, self._non_finite.bad
         if own is not None:
-            self._grad_norm.fill_(math.nan if self._bad_loss else own.grad_norm)
-        bad = self._bad_loss or (own is not None and own.skipped)
-        if self._accumulators is not None and self._bad_loss:
+            self._grad_norm.fill_(math.nan if bad else own.grad_norm)
+        if self._accumulators is not None and bad:
             self._accumulators.give()
-        self._bad_loss = False
-        self._skipped_in_row = self._skipped_in_row + 1 if bad else 0
-        self._skipped += bad
+        refused = own is not None and own.skipped
         self._logged_steps += 1
-        if bad:
+        if bad or refused:
             self._balancing.drop()
-        if bad and self.args.on_nan == "stop":
-            raise self._error("the gradients are not finite")
-        if self._skipped_in_row > MOST_SKIPPED:
-            raise self._error(f"this is the {self._skipped_in_row}th step in a row whose loss or gradients are not finite")
-        if bad:
-            self._say("a step was left out, for its loss or gradients are not finite; skipped_steps in the log counts them")
+        self._non_finite.after_step(refused)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the number of steps left out so far if there are any, the loss of MTP layers, and how busy experts
         are."""
         if "loss" in logs:
-            logs |= {"skipped_steps": self._skipped} if self._skipped else {}
+            logs |= {"skipped_steps": self._non_finite.skipped} if self._non_finite.skipped else {}
             steps, self._logged_steps = self._logged_steps, 0
             if self._mtp is not None and (mean := self._mtp.mean(steps)) is not None:
                 logs["mtp_loss"] = round(mean, 4)
@@ -301,24 +289,11 @@ class DeepSeekTrainer(AtomicCheckpoints):
         if self.args.save_dtype is None or state_dict is not None or self._unnamed is not None:
             return super()._save(output_dir, state_dict)
         dtype = DTYPES[self.args.save_dtype]
-        super()._save(output_dir, self._weights_in(dtype))
+        super()._save(output_dir, weights_in(self.accelerator.unwrap_model(self.model), dtype, self._own))
         if self.args.should_save and not hasattr(self.model, "peft_config"):  # the config names the model's own dtype
             config = copy.deepcopy(self.model.config)
             config.dtype = dtype
             config.save_pretrained(output_dir or self.args.output_dir)
-
-    def _weights_in(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The model's state, floating point weights as `dtype`; those of more than bf16 are the optimizer's masters."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        exact = self._own.master if self._own is not None and dtype == torch.float32 else None
-        trained = {p.data_ptr(): p for p in trainable(model)} if exact is not None else {}
-        state = {}
-        for name, tensor in model.state_dict().items():
-            source = trained.get(tensor.data_ptr())
-            if exact is not None and source is not None:
-                tensor = exact(source)
-            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        return state
 
 
 class _AfterStep(TrainerCallback):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...integration.compat import CACHE_NAMES
-from .plain_ops import rope
+from ..ops.rope import rope
 
 # Those whose rope turns the halves of a head against each other; nothing in a module tells that.
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")

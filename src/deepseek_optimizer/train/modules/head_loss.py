@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.cross_entropy import linear_cross_entropy
 from .linear import is_plain
-from .plain_ops import linear_cross_entropy
 
 _CHUNK_BYTES: Final = 32 << 20
 

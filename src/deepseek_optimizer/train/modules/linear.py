@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .plain_ops import linear
+from ..ops.linear import linear
 
 
 class TrainedLinear(nn.Module):

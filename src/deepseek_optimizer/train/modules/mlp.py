@@ -9,7 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..kept import Kept
-from .plain_ops import swiglu
+from ..ops.swiglu import swiglu
 
 
 class TrainedMlp(nn.Module):

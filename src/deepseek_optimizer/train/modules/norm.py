@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..kept import Kept
-from .plain_ops import rms_norm
+from ..ops.rms_norm import rms_norm
 
 
 class TrainedNorm(nn.Module):
