@@ -64,14 +64,15 @@ def test_a_whole_model_is_trained_and_answers(train, dso, chats, tmp_path):
 
 def test_an_adapter_is_trained_and_merged(train, dso, chats, tiny_model, tmp_path):
     peft = pytest.importorskip("peft")
-    result = train("--data", chats, *FAST, "--lora", "8", "--json")
+    few = ("--steps", "6", *FAST[2:])
+    result = train("--data", chats, *few, "--lora", "8", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert facts["kind"] == "adapter" and facts["eval_after"] < facts["eval_before"] and facts["steps"] == 30
+    assert facts["kind"] == "adapter" and facts["eval_after"] < facts["eval_before"] and facts["steps"] == 6
     out, merged = tmp_path / "out", tmp_path / "merged"
     with_adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out)
     assert all(weight.abs().max() > 0 for name, weight in with_adapter.named_parameters() if "lora_B" in name)
-    result = train("--data", chats, *FAST, "--lora", "8", "--merge", out=merged)
+    result = train("--data", chats, *few, "--lora", "8", "--merge", out=merged)
     assert result.exit_code == 0 and f"dso chat {merged}" in result.stdout, result.output
     assert (merged / "adapter" / "adapter_model.safetensors").is_file() and not list(merged.rglob("*.bin"))
     plain, ours = AutoModelForCausalLM.from_pretrained(merged), deepseek_optimizer.load_model(merged)
@@ -84,7 +85,7 @@ def test_an_adapter_is_trained_and_merged(train, dso, chats, tiny_model, tmp_pat
 
 def test_an_adapter_on_packed_weights_is_merged_into_the_original(train, chats, tiny_model, tmp_path):
     pytest.importorskip("peft")
-    result = train("--data", chats, *FAST, "--lora", "8", "--precision", "int8", "--merge")
+    result = train("--data", chats, "--steps", "6", *FAST[2:], "--lora", "8", "-p", "int8", "--merge")
     assert result.exit_code == 0, result.output
     plain, before = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tiny_model)
     moved = (plain.model.layers[0].self_attn.q_proj.weight.float() - before.model.layers[0].self_attn.q_proj.weight).abs().max()

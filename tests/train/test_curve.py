@@ -72,6 +72,7 @@ def test_a_full_disk_leaves_the_old_figures(tmp_path, monkeypatch):
     curve.on_save(None, state(1), None)
     before = (tmp_path / "loss.json").read_bytes()
     log(curve, 2, loss=0.5)
+    assert (tmp_path / "loss.png").is_file()
 
     def full(_):
         raise OSError(28, "No space left on device")

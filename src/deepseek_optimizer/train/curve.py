@@ -19,14 +19,16 @@ _NAMES: Final = {
     "loss": "loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm",
     "num_input_tokens_seen": "tokens", "epoch": "epoch",
 }  # fmt: skip
-_EVERY: Final = 5.0  # seconds between two writings of the figures: each waits for the disk
+# Seconds between two writings of the figures, which wait for the disk, and between two drawings, which take a third of one.
+_EVERY, _DRAWN_EVERY = 5.0, 30.0
 
 
 class LossCurve(TrainerCallback):
     """Keeps what Trainer logs, a point a step: step, epoch, loss, eval_loss, learning_rate, grad_norm, tokens, seconds. What a
     step has no figure for is left out of its point.
 
-    Figures are written every few seconds, the picture when the model is evaluated or saved, both at the end.
+    Figures are written every few seconds and when the model is evaluated or saved, the picture then if the last is older than
+    half a minute; both at the end.
 
     Args:
         directory: where to.
@@ -44,6 +46,7 @@ class LossCurve(TrainerCallback):
         self.points: list[dict[str, float]] = read_points(self._json) if resume and self._json.is_file() else []
         self._before = 0.0  # seconds of the run that this one goes on from
         self._started = self._written = time.monotonic()
+        self._drawn = -math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.points = [point for point in self.points if point["step"] <= state.global_step]
@@ -70,12 +73,15 @@ class LossCurve(TrainerCallback):
         self._write_all(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._drawn = -math.inf
         self._write_all(state)
 
     def _write_all(self, state: Any) -> None:
         if state.is_world_process_zero and self.points:
             self._write()
-            draw(self.points, self._png)
+            if time.monotonic() - self._drawn >= _DRAWN_EVERY:
+                draw(self.points, self._png)
+                self._drawn = time.monotonic()
 
     def _write(self) -> None:
         points = [{name: _shown(name, value) for name, value in point.items()} for point in self.points]
@@ -108,7 +114,9 @@ def draw(points: list[dict[str, float]], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(
+        figsize=(8, 5),
+    )
     FigureCanvasAgg(figure)  # not pyplot: it has a state of the whole process, and may ask for a screen
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for axis, name, label, style in (
@@ -124,5 +132,6 @@ def draw(points: list[dict[str, float]], file: Path) -> None:
         axis.grid(alpha=0.3)
     if loss.lines:
         loss.legend()
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.1, top=0.97, hspace=0.08)
     with atomic_file(file) as opened:
         figure.savefig(opened, format="png", dpi=120)

@@ -25,6 +25,7 @@ from .checkpoints.directory import checkpoints
 from .config import TrainConfig
 from .curve import JSON_NAME, PNG_NAME, LossCurve
 from .data import Collator, DataReport, PackedRows, TokenDataset, load_data
+from .data.packing import row_for
 from .defaults import defaults, rhythm
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
@@ -33,7 +34,6 @@ from .report import plan_memory
 from .trainer import DeepSeekTrainer
 
 SETTINGS = "train.json"
-_ROW = 1024  # tokens of a row at least, where nothing is said and the model has positions for it
 _LIKE_BEFORE = ("model", "data", "lora", "precision")  # what a run that goes on must have as before
 
 
@@ -120,7 +120,7 @@ class TrainingJob:
         elif data.eval_fraction:
             documents, held = documents.split(data.eval_fraction, int(self.args.data_seed or self.args.seed))
         longest = max(int(part.lengths.max()) for part in (documents, held) if part is not None)
-        self.row = data.max_length or min(self.context, max(_ROW, longest))
+        self.row = data.max_length or row_for(longest, self.context)
         self.documents, self.held = documents, held
         self.train_rows = PackedRows(documents, self.row) if data.packing else documents
         self.eval_rows = held if held is None or not data.packing else PackedRows(held, self.row)
@@ -200,6 +200,7 @@ class TrainingJob:
         Raises:
             NotEnoughMemoryError, TrainingError, SaveError: see `DeepSeekTrainer`.
         """
+        self.plan.memory.check(0)
         model = self._load_model()
         base = model.get_base_model() if self.config.lora is not None else model
         used_cache, base.config.use_cache = base.config.use_cache, False  # with one, Transformers' masks join documents

@@ -92,3 +92,24 @@ def test_rows_take_lists_and_any_data_set():
 
     (row,) = [PackedRows(Lists(), 6)[0]]
     assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 0] and row["labels"].tolist() == [-100, 2, 3, -100, 2, -100]
+
+
+def test_the_trainer_packs_where_it_is_asked_to(tmp_path):
+    from deepseek_optimizer import DeepSeekTrainer, DeepSeekTrainingArguments
+
+    def trainer(data, **options):
+        args = DeepSeekTrainingArguments(tmp_path, packing=True, max_steps=1, report_to="none", per_device_train_batch_size=2)
+        return DeepSeekTrainer(random_model(llama(max_position_embeddings=40)), args, train_dataset=data, **options)
+
+    docs = documents([5, 17, 30, 24, 3])
+    made = trainer(docs, eval_dataset=docs[:2])
+    assert isinstance(made.train_dataset, PackedRows) and made.train_dataset.row == 40
+    batch = next(iter(made.get_train_dataloader()))
+    assert "position_ids" in batch and "attention_mask" in next(iter(made.get_eval_dataloader()))
+    assert made.train().global_step == 1 and made.evaluate()["eval_loss"] > 0
+    with pytest.raises(ConfigError, match="packing=True makes its own batches"):
+        trainer(docs, data_collator=lambda rows: rows)
+    with pytest.raises(ConfigError, match="packing=True needs a train_dataset with a length.*labels"):
+        trainer([{"input_ids": [1, 2]}])
+    with pytest.raises(ConfigError, match="sequence 0 has 41 tokens, and a row 40"):
+        trainer(documents([41]))

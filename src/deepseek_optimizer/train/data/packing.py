@@ -50,6 +50,14 @@ def best_fit(lengths: Sequence[int] | np.ndarray, row: int) -> list[list[int]]:
     return rows
 
 
+LEAST_ROW = 1024  # tokens of a row where nothing is said and the model has positions for it
+
+
+def row_for(longest: int, context: int) -> int:
+    """Tokens of a row for documents of up to `longest` tokens."""
+    return min(context, max(LEAST_ROW, longest))
+
+
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """A data set's documents in rows: `input_ids`, `labels` and `position_ids`, int64 [n], n at most `row`.
 
@@ -78,6 +86,33 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         out = {name: torch.cat([document[name] for document in documents]) for name in ("input_ids", "labels")}
         out["position_ids"] = torch.cat([torch.arange(len(document["input_ids"])) for document in documents])
         return out
+
+
+def pack_for_trainer(trainer: Any) -> None:
+    """Gives a Trainer its training data in rows, and batches that keep the documents of a row apart.
+
+    Raises:
+        ConfigError: the data has no length, no tokens or no labels; or a collator was given, which would make other batches.
+    """
+    from transformers import DataCollatorWithPadding, default_data_collator
+
+    if isinstance(trainer.train_dataset, PackedRows) or trainer.train_dataset is None:
+        return
+    given = trainer.data_collator
+    if not isinstance(given, (Collator, DataCollatorWithPadding)) and given is not default_data_collator:
+        raise ConfigError(f"packing=True makes its own batches, and data_collator={type(given).__name__} would make others; "
+                          "leave it out, or set packing=False")  # fmt: skip
+    documents = trainer.train_dataset
+    try:
+        lengths = [len(documents[i]["input_ids"]) for i in range(len(documents))]
+        documents[0]["labels"]
+    except (TypeError, KeyError, IndexError) as error:
+        raise ConfigError(f"packing=True needs a train_dataset with a length, whose examples have input_ids and labels "
+                          f"({type(error).__name__}: {error})") from None  # fmt: skip
+    context = getattr(trainer.model.config, "max_position_embeddings", None) or max(lengths)
+    trainer.train_dataset = PackedRows(documents, row_for(max(lengths), context), lengths)
+    pad = getattr(trainer.processing_class, "pad_token_id", None)
+    trainer.data_collator = Collator(pad or 0)
 
 
 @dataclass(frozen=True)
