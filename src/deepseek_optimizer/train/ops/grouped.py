@@ -18,7 +18,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
 
     Groups may be empty: the gradient of their matrix is zero. `main_grad` as in `linear`. Raises ValueError.
     """
-    _check(x, weight, offsets)
+    check_grouped("grouped_linear", x, weight, offsets)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -62,14 +62,15 @@ def grouped_weight_gradient(
     return None
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> None:
-    check_columns("grouped_linear", x, weight)
+def check_grouped(op: str, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Raises ValueError where shapes do not belong together or offsets do not ascend over all rows."""
+    check_columns(op, x, weight)
     if x.dim() != 2 or weight.dim() != 3:
-        raise ValueError(f"grouped_linear: x is {list(x.shape)} and weight {list(weight.shape)}, not [T, K] and [E, N, K]")
+        raise ValueError(f"{op}: x is {list(x.shape)} and weight {list(weight.shape)}, not [T, K] and [E, N, K]")
     if offsets.dtype != torch.int64 or offsets.shape != (weight.shape[0] + 1,):
         raise ValueError(
-            f"grouped_linear: offsets are {offsets.dtype} {list(offsets.shape)}, not int64 [{weight.shape[0] + 1}]"
+            f"{op}: offsets are {offsets.dtype} {list(offsets.shape)}, not int64 [{weight.shape[0] + 1}]"
         )
     ends = offsets.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
-        raise ValueError(f"grouped_linear: offsets must ascend from 0 to {x.shape[0]}, x's rows; they are {ends}")
+        raise ValueError(f"{op}: offsets must ascend from 0 to {x.shape[0]}, x's rows; they are {ends}")
