@@ -15,7 +15,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..kept import Kept
-from .plain_ops import grouped_linear, swiglu
+from ..ops.grouped import grouped_linear
+from ..ops.swiglu import swiglu
 
 
 class _Dispatch(torch.autograd.Function):
