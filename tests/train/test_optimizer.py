@@ -3,11 +3,13 @@
 import copy
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.integration.threads import one_torch_thread
 from deepseek_optimizer.train.optimizer import DeepSeekAdamW
 
 FORMATS = [(s, m) for s in ("bf16", "int8", "fp32") for m in ("split", "stochastic")]
@@ -253,3 +255,30 @@ def test_state_of_another_format_is_refused():
         DeepSeekAdamW(model().parameters()).load_state_dict(saved)
     with pytest.raises(ConfigError, match="another optimizer"):
         DeepSeekAdamW(model().parameters()).load_state_dict(torch.optim.AdamW(model().parameters()).state_dict())
+
+
+def test_losses_of_200_steps_are_those_of_fp32_moments_and_masters():
+    text = torch.tensor(list(Path(torch.nn.functional.__file__).read_bytes()))
+
+    def loss_after(dtype: torch.dtype, **options) -> float:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Embedding(256, 24), torch.nn.Flatten(), torch.nn.Linear(192, 128), torch.nn.Tanh())
+        net.append(torch.nn.Linear(128, 256)).to(dtype)
+        optimizer = DeepSeekAdamW(net.parameters(), lr=2e-3, **options)
+        places = torch.randint(0, len(text) - 9, (201, 256), generator=torch.Generator().manual_seed(1))
+        for step in range(201):
+            windows = text[places[step][:, None] + torch.arange(9)]
+            loss = torch.nn.functional.cross_entropy(net(windows[:, :8]).float(), windows[:, 8])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            windows = text[: len(text) // 9 * 9].view(-1, 9)
+            return float(torch.nn.functional.cross_entropy(net(windows[:, :8]).float(), windows[:, 8]))
+
+    with one_torch_thread():
+        exact = loss_after(torch.float32, state="fp32")
+        assert exact < 2.4  # of 5.5: it learns
+        for state, master_weights in (("bf16", "split"), ("int8", "split"), ("int8", "stochastic")):
+            found = loss_after(torch.bfloat16, state=state, master_weights=master_weights)
+            assert found == pytest.approx(exact, rel=0.003), (state, master_weights)

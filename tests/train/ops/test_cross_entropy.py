@@ -160,3 +160,16 @@ def test_logits_never_stand_as_a_whole():
     assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == 2048
     assert all((p.stop - p.start) % 16 == 0 for p in pieces[:-1])
     assert cross_entropy._pieces(5, 10**9, None) == [slice(0, 5)] and cross_entropy._pieces(0, 10, None) == []
+
+
+def test_many_pieces_are_summed_in_fp32():
+    torch.manual_seed(2)
+    hidden, weight, labels = operands(400, 16, 50, torch.bfloat16)
+    exact = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), labels)[2]
+
+    def off(chunk: int) -> float:
+        found = gradients(linear_cross_entropy, hidden, weight, labels, chunk=chunk)[2]
+        return float((found.double() - exact).norm() / exact.norm())
+
+    assert off(chunk=8) < 0.004 > off(chunk=400)  # 40 pieces and one: the rounding of logits' gradients, and of the result
+    assert off(chunk=48) < 0.006  # in bf16

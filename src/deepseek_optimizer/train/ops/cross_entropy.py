@@ -21,6 +21,9 @@ from .product import product
 from .scale import scale_into
 
 _PIECE_BYTES: Final = 64 << 20  # of logits in fp32
+# Up to so many pieces the head's gradient is summed in its own dtype: in bf16 it is off by 0.33% after 7 pieces (of 304 rows),
+# by 0.17% if it is summed in fp32 and rounded once. That would take another 2 to 4 bytes a weight where memory is fullest.
+_FEW_PIECES: Final = 8
 
 
 def linear_cross_entropy(
@@ -94,21 +97,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if needed[0] else None
         dweight: torch.Tensor | None = None
         total = 0.0
-        for part in _pieces(len(hidden), weight.shape[0], chunk):
+        pieces = _pieces(len(hidden), weight.shape[0], chunk)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        for part in pieces:
             x = hidden[part]
-            logits = product("nt", x, weight, dtype=torch.promote_types(x.dtype, torch.float32))
+            logits = product("nt", x, weight, dtype=wide)
             loss, gradient = cross_entropy_(logits, labels[part], factor if any(needed) else None, x.dtype)
             total += loss
             if dhidden is not None:
                 product("nn", gradient, weight, out=dhidden[part])
-            if needed[1]:
-                dweight = _added(dweight, gradient, x, whole=len(x) == len(hidden))
+            if needed[1] and dweight is not None:
+                product("tn", gradient, x, out=dweight, add=True)
+            elif needed[1]:
+                dweight = product("tn", gradient, x, dtype=x.dtype if len(pieces) <= _FEW_PIECES else wide)
         if needed[1] and dweight is None:
             dweight = torch.zeros_like(weight)
         if dweight is not None and dweight.dtype != weight.dtype and getattr(weight, "main_grad", None) is None:
             dweight = scale_into(torch.empty_like(weight), dweight)
         ctx.gradients, ctx.weight = (dhidden, dweight), gradient_place(weight)
-        return torch.tensor(total * factor, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        return torch.tensor(total * factor, dtype=wide, device=hidden.device)
 
     @staticmethod
     @once_differentiable
@@ -168,10 +175,3 @@ def _pieces(rows: int, columns: int, chunk: int | None) -> list[slice]:
     count = -(-rows // most)
     each = chunk or (-(-rows // (16 * max(count, 1))) * 16)
     return [slice(begin, min(begin + each, rows)) for begin in range(0, rows, max(each, 1))]
-
-
-def _added(total: torch.Tensor | None, gradient: torch.Tensor, x: torch.Tensor, whole: bool) -> torch.Tensor:
-    """The head's gradient with that of a piece. It is summed in fp32, unless one piece is all there is."""
-    if total is None:
-        return product("tn", gradient, x, dtype=x.dtype if whole else torch.promote_types(x.dtype, torch.float32))
-    return product("tn", gradient, x, out=total, add=True)
