@@ -26,6 +26,7 @@ from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
+from .fp8.backend import Fp8, of_arguments
 from .modules.mtp import add_trained_layers
 from .mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
@@ -45,6 +46,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         model, args, ...: as Trainer's; `args` are `DeepSeekTrainingArguments`.
 
     Raises, from `train`:
+        BackendError: `fp8_backend="hardware"` where there is none; when it is made.
         NotEnoughMemoryError: the weights, the optimizer and a batch would not fit; before any of it is made.
         TrainingError: a loss or a gradient is not finite (`on_nan`).
         CheckpointError, SaveError: see `AtomicCheckpoints`.
@@ -65,9 +67,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._grad_norm = torch.zeros(())
         self._non_finite = NonFiniteSteps(args.on_nan, self._error)
         self._said: set[str] = set()
+        self._fp8: Fp8 | None = of_arguments(args)
         super().__init__(model, args, *rest, **options)
-        if args.packing:
-            pack_for_trainer(self)
         self._mtp: MtpObjective | None = None
         self._mtp_notes: list[str] = []
         if args.mtp_loss_weight is not None:
@@ -159,7 +160,12 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     def _prepare(self) -> Prepared:
         args = self.args
-        prepared = prepare(self.model, activation_memory=args.activation_memory, fused_loss=args.fused_loss, mtp=self._mtp)
+        how = {"activation_memory": args.activation_memory, "fused_loss": args.fused_loss}
+        prepared = prepare(self.model, **how, mtp=self._mtp, fp8=self._fp8)
+        if self._fp8 is not None:
+            prepared.notes.append(self._fp8.note)
+            if not self._fp8.on_hardware:
+                self._say(self._fp8.note)
         if (reason := self._unfused()) is not None:
             self._say(reason)
         return prepared

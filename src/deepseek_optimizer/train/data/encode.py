@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ...chat.reasoning import CLOSE, OPEN, opened_by
 from ...chat.template import ChatTemplate
-from ...errors import ConfigError, DataError, RequestError
+from ...errors import ConfigError, DataError, MissingPackageError, RequestError
 from .examples import Chat, Completion, Example, Text
 from .places import Place
 
@@ -34,6 +35,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, assistant_only: bool, per_answer: bool) -> None:
         self._tokenizer, self._assistant_only, self._per_answer = tokenizer, assistant_only, per_answer
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        if self._template is not None and importlib.util.find_spec("jinja2") is None:
+            raise MissingPackageError("a chat template", "jinja2", "train")
 
     def close(self) -> None:
         """Ends the process that templates run in."""
