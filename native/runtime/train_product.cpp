@@ -12,7 +12,7 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kMostRows = 512, kMostColumns = 768;  // of a block: its packed rows stay in L2
+constexpr int64_t kMostRows = 384, kMostColumns = 768;  // of a block: its packed rows stay in L2
 // What it costs to pack a number, in numbers multiplied (measured on Zen 4; nothing but speed hangs on it).
 constexpr int64_t kPackCost = 8;
 constexpr int64_t kColumnsOfSums = 256;
@@ -36,15 +36,17 @@ ProductGrid cut_product(int64_t M, int64_t N, int64_t jobs, int threads) {
 }
 
 void multiply(Context& c, const std::vector<ProductJob>& jobs, bool exact) {
-  int64_t M = 0, N = 0, K = 0;
-  for (const ProductJob& job : jobs) M = std::max(M, job.M), N = std::max(N, job.N), K = std::max(K, job.K);
+  int64_t M = 0, N = 0;
+  for (const ProductJob& job : jobs) M = std::max(M, job.M), N = std::max(N, job.N);
   if (M == 0 || N == 0) return;
   const ProductGrid grid = cut_product(M, N, int64_t(jobs.size()), c.pool.threads());
   std::vector<int64_t> first(1, 0);  // tasks before each job
   for (const ProductJob& job : jobs) first.push_back(first.back() + ceil_div(job.M, grid.rows) * ceil_div(job.N, grid.columns));
 
   const TrainProduct& kernels = *c.kernels.train_product;
-  const int64_t scratch = round_up(kernels.scratch(std::min(grid.rows, M), std::min(grid.columns, N), K), 4096);
+  int64_t scratch = 0;
+  for (const ProductJob& job : jobs) scratch = std::max(scratch, kernels.scratch(std::min(grid.rows, M), std::min(grid.columns, N), job.K));
+  scratch = round_up(scratch, 4096);
   ThreadPool::Lease lease(c.pool);
   Team& team = lease.team();
   c.scratch.reserve(scratch * team.threads());

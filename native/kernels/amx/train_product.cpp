@@ -1,4 +1,4 @@
-#include "../avx512/lanes.hpp"
+#include "../avx512/bit_lanes.hpp"
 #ifdef __AMX_TILE__
 #include "tile.hpp"
 #else

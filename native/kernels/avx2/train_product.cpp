@@ -1,2 +1,2 @@
-#include "lanes.hpp"
+#include "bit_lanes.hpp"
 #include "../generic/train_product.inl"

@@ -16,21 +16,24 @@ namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t block_steps = 16, block_bytes = 1024;
+constexpr int64_t ahead = 256;  // bytes that are fetched early: a block has more rows than the processor follows by itself
 
 enum class Numbers { bf16, rounded, fp32 };  // pairs of bf16; fp32 that was rounded to bf16, where that has no product; fp32
 
 constexpr int64_t columns_of_step(Numbers kind) { return kind == Numbers::bf16 ? 2 : 1; }
 constexpr int64_t columns_of_block(Numbers kind) { return block_steps * columns_of_step(kind); }
 
-// n <= 16 numbers, the rest zero.
-DSO_INLINE F read_bf16(const uint8_t* p, int64_t n) {
-  if (n >= 16) return load_bf16(p);
-  alignas(32) uint16_t some[16] = {};
-  if (n > 0) memcpy(some, p, 2 * (size_t)n);
-  return load_bf16(some);
+// n numbers, 16 at most count, the rest zero.
+template <bool bf16> DSO_INLINE F read_number(const uint8_t* p, int64_t n) {
+  if constexpr (bf16) {
+    if (n >= 16) return load_bf16(p);
+    alignas(32) uint16_t some[16] = {};
+    if (n > 0) memcpy(some, p, 2 * (size_t)n);
+    return load_bf16(some);
+  } else {
+    return n >= 16 ? load((const float*)p) : n > 0 ? load((const float*)p, n) : zero();
+  }
 }
-DSO_INLINE F read_f32(const uint8_t* p, int64_t n) { return n >= 16 ? load((const float*)p) : n > 0 ? load((const float*)p, n) : zero(); }
-DSO_INLINE F read_number(const uint8_t* p, bool bf16, int64_t n) { return bf16 ? read_bf16(p, n) : read_f32(p, n); }
 
 DSO_INLINE F through_bf16(F x) {
   alignas(32) uint16_t rounded[16];
@@ -38,71 +41,81 @@ DSO_INLINE F through_bf16(F x) {
   return load_bf16(rounded);
 }
 
-DSO_INLINE B bytes_of(F x) {
-  alignas(64) float some[16];
-  store(some, x);
-  return load_bytes(some);
-}
-
 // A block's part of one lane: n numbers from p on.
-template <Numbers kind> DSO_INLINE B lane_of(const uint8_t* p, bool bf16, int64_t n) {
-  if constexpr (kind == Numbers::bf16) {
+template <Numbers kind, bool bf16> DSO_INLINE B lane_of(const uint8_t* p, int64_t n) {
+  if constexpr (kind != Numbers::bf16) {
+    const F x = read_number<bf16>(p, n);
+    return bits(kind == Numbers::rounded && !bf16 ? through_bf16(x) : x);
+  } else {
     if (bf16 && n >= 32) return load_bytes(p);
     alignas(64) uint16_t some[32] = {};
     if (bf16) {
       memcpy(some, p, 2 * (size_t)n);
     } else {
-      round_bf16(some, read_f32(p, n));
-      round_bf16(some + 16, read_f32(p + 64, n - 16));
+      round_bf16(some, read_number<bf16>(p, n));
+      round_bf16(some + 16, read_number<bf16>(p + 64, n - 16));
     }
     return load_bytes(some);
-  } else {
-    const F x = read_number(p, bf16, n);
-    return bytes_of(kind == Numbers::rounded && !bf16 ? through_bf16(x) : x);
   }
 }
 
 // One step of n lanes, of which k numbers exist (at least one); `next`: bytes from a k to the next.
-template <Numbers kind> DSO_INLINE B step_of(const uint8_t* p, int64_t next, bool bf16, int64_t n, int64_t k) {
-  const F x = read_number(p, bf16, n);
-  if constexpr (kind == Numbers::bf16) {
-    const F y = k > 1 ? read_number(p + next, bf16, n) : zero();
-    return bf16 ? pair_bf16(x, y) : round_pair_bf16(x, y);
+template <Numbers kind, bool bf16> DSO_INLINE B step_of(const uint8_t* p, int64_t next, int64_t n, int64_t k) {
+  if constexpr (kind != Numbers::bf16) {
+    const F x = read_number<bf16>(p, n);
+    return bits(kind == Numbers::rounded && !bf16 ? through_bf16(x) : x);
   } else {
-    return bytes_of(kind == Numbers::rounded && !bf16 ? through_bf16(x) : x);
+    if (bf16 && n >= 16 && k > 1) return iadd(load_u16(p), shl<16>(load_u16(p + next)));
+    const F x = read_number<bf16>(p, n), y = k > 1 ? read_number<bf16>(p + next, n) : zero();
+    return bf16 ? pair_bf16(x, y) : round_pair_bf16(x, y);
   }
 }
 
-// The block of `lanes` lanes from `lane` on and `depth` numbers from k on.
-template <Numbers kind, bool lanes_first>
-static void pack_block(const ProductOperand& s, int64_t lane, int64_t lanes, int64_t k, int64_t depth, uint8_t* to) {
-  const int64_t size = s.bf16 ? 2 : 4, next = s.ld * size;
+// The block of `lanes` lanes and `depth` numbers each that begins at p; `next`: bytes from a row of memory to the next. What a block
+// lacks is zero.
+template <Numbers kind, bool bf16, bool along, bool lanes_first, bool whole>
+static void pack_block(const uint8_t* p, int64_t next, int64_t lanes, int64_t depth, uint8_t* to) {
+  constexpr int64_t columns = along ? columns_of_block(kind) : columns_of_step(kind);
+  const int64_t n = whole || lanes > 16 ? 16 : lanes, k = whole || depth > columns_of_block(kind) ? columns_of_block(kind) : depth;
   B x[16];
-  const uint8_t* p = s.data + (s.along ? lane * next + k * size : k * next + lane * size);
-  if (s.along) {
-    const int64_t n = depth < columns_of_block(kind) ? depth : columns_of_block(kind);
-    for (int i = 0; i < 16; i++) x[i] = i < lanes ? lane_of<kind>(p + i * next, s.bf16, n) : bytes_of(zero());
-  } else {
-    constexpr int64_t columns = columns_of_step(kind);
-    for (int i = 0; i < 16; i++)
-      x[i] = i * columns < depth ? step_of<kind>(p + i * columns * next, next, s.bf16, lanes < 16 ? lanes : 16, depth - i * columns) : bytes_of(zero());
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    if constexpr (along) {
+      if (whole) _mm_prefetch((const char*)p + i * next + ahead, _MM_HINT_T0);
+      x[i] = whole || i < n ? lane_of<kind, bf16>(p + i * next, k) : izero();
+    } else {
+      if (whole)
+        for (int64_t c = 0; c < columns; c++) _mm_prefetch((const char*)p + (i * columns + c) * next + ahead, _MM_HINT_T0);
+      x[i] = whole || i * columns < k ? step_of<kind, bf16>(p + i * columns * next, next, n, k - i * columns) : izero();
+    }
   }
-  if (s.along != lanes_first) transpose(x);
+  if constexpr (along != lanes_first) transpose(x);
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) store_bytes(to + 64 * i, x[i]);
 }
 
 constexpr int64_t blocks_for(Numbers kind, int64_t depth) { return (depth + columns_of_block(kind) - 1) / columns_of_block(kind); }
 
+template <Numbers kind, bool lanes_first, bool bf16, bool along>
+static void pack_in_order(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, uint8_t* to) {
+  constexpr int64_t size = bf16 ? 2 : 4, columns = columns_of_block(kind);
+  const int64_t panels = (end - begin + 15) / 16, blocks = blocks_for(kind, k1 - k0), next = s.ld * size;
+  const int64_t outer = along ? panels : blocks, inner = along ? blocks : panels;  // along the rows of memory
+  for (int64_t i = 0; i < outer; i++)
+    for (int64_t j = 0; j < inner; j++) {
+      const int64_t panel = along ? i : j, block = along ? j : i, k = k0 + block * columns, lane = begin + 16 * panel;
+      const uint8_t* const p = s.data + (along ? lane * next + k * size : k * next + lane * size);
+      uint8_t* const at = to + (panel * blocks + block) * block_bytes;
+      if (end - lane >= 16 && k1 - k >= columns) pack_block<kind, bf16, along, lanes_first, true>(p, next, 16, columns, at);
+      else pack_block<kind, bf16, along, lanes_first, false>(p, next, end - lane, k1 - k, at);
+    }
+}
+
 // Lanes [begin, end) by k in [k0, k1), panel after panel.
 template <Numbers kind, bool lanes_first>
 static void pack_panels(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, uint8_t* to) {
-  const int64_t panels = (end - begin + 15) / 16, blocks = blocks_for(kind, k1 - k0);
-  const int64_t outer = s.along ? panels : blocks, inner = s.along ? blocks : panels;  // along the rows of memory
-  for (int64_t i = 0; i < outer; i++)
-    for (int64_t j = 0; j < inner; j++) {
-      const int64_t panel = s.along ? i : j, block = s.along ? j : i, k = k0 + block * columns_of_block(kind), lane = begin + 16 * panel;
-      pack_block<kind, lanes_first>(s, lane, end - lane, k, k1 - k, to + (panel * blocks + block) * block_bytes);
-    }
+  if (s.bf16) s.along ? pack_in_order<kind, lanes_first, true, true>(s, begin, end, k0, k1, to) : pack_in_order<kind, lanes_first, true, false>(s, begin, end, k0, k1, to);
+  else s.along ? pack_in_order<kind, lanes_first, false, true>(s, begin, end, k0, k1, to) : pack_in_order<kind, lanes_first, false, false>(s, begin, end, k0, k1, to);
 }
 
 }  // namespace
