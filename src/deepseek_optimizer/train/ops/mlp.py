@@ -1,0 +1,72 @@
+"""y = down(silu(gate(x)) * up(x)) in one op (SwiGLU: Shazeer, arXiv 2002.05202), which keeps x, gate(x) and up(x): the rows that
+go into `down` are made again in the backward, in the same pass as the gradients of the gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import native
+from .linear import check_columns, gradient_place, rows_of, weight_gradient
+from .product import product
+from .swiglu import swiglu
+
+
+def mlp(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor) -> torch.Tensor:
+    """x [..., H], gate_w and up_w [I, H], down_w [O, I], all of one dtype -> [..., O]. Autocast and `main_grad` as in `linear`.
+
+    Raises ValueError where shapes do not fit.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, gate_w, up_w, down_w = (t.to(dtype) for t in (x, gate_w, up_w, down_w))
+    one_dtype = x.dtype == gate_w.dtype == up_w.dtype == down_w.dtype
+    if not (one_dtype and native.usable(x, gate_w, up_w, down_w)):
+        return mlp_reference(x, gate_w, up_w, down_w)
+    check_columns("mlp", x, gate_w)
+    if gate_w.shape != up_w.shape or down_w.dim() != 2 or down_w.shape[1] != gate_w.shape[0]:
+        raise ValueError(f"mlp: the weights are {list(gate_w.shape)}, {list(up_w.shape)} and {list(down_w.shape)}")
+    found: torch.Tensor = _Mlp.apply(x, gate_w, up_w, down_w)
+    return found
+
+
+def mlp_reference(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor) -> torch.Tensor:
+    """The same in plain torch."""
+    return F.linear(F.silu(F.linear(x, gate_w)) * F.linear(x, up_w), down_w)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor) -> torch.Tensor:
+        rows = rows_of(x)
+        gate, up = product("nt", rows, gate_w), product("nt", rows, up_w)
+        ctx.save_for_backward(x, gate, up, gate_w, up_w, down_w)
+        ctx.weights = tuple(gradient_place(w) for w in (gate_w, up_w, down_w))
+        return product("nt", swiglu(gate, up), down_w).view(*x.shape[:-1], down_w.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, gate, up, gate_w, up_w, down_w = ctx.saved_tensors
+        needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad
+        dy, rows = rows_of(dy), rows_of(x)
+        h = product("nn", dy, down_w)  # its gradient, until the gates' are made
+        dgate, dup = _gate_gradients(gate, up, h)
+        dx = product("nn", dgate, gate_w) if needs_x else None
+        return (
+            None if dx is None else product("nn", dup, up_w, out=dx, add=True).view(x.shape),
+            weight_gradient(ctx.weights[0], dgate, rows) if needs_gate else None,
+            weight_gradient(ctx.weights[1], dup, rows) if needs_up else None,
+            weight_gradient(ctx.weights[2], dy, h) if needs_down else None,
+        )
+
+
+def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up; h takes the place of its gradient dh. Gate and up stay, for who goes backward twice."""
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    g, u, d, to_gate, to_up = (native.matrix(t) for t in (gate, up, dh, dgate, dup))
+    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, to_gate, to_up, d)
+    return dgate, dup
