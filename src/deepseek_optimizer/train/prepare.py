@@ -19,9 +19,11 @@ from ..integration.compat import keep_layers, recompute_layers, recomputes_layer
 from ..integration.instance_method import Replacement
 from ..integration.modules import Packed
 from .attention import DSO_TRAIN, register_train_attention
+from .fp8.backend import Fp8
 from .kept import Kept
 from .modules.attention import TrainedAttention
 from .modules.experts import TrainedExperts
+from .modules.fp8_linear import TrainedFp8Linear, kept_from_fp8
 from .modules.head import TrainedCausalLM
 from .modules.head_loss import head_is_fused
 from .modules.linear import TrainedLinear
@@ -69,6 +71,7 @@ class Prepared:
             if type(module) is given:
                 module.__class__ = own
                 module.__dict__.pop("kept", None)
+                module.__dict__.pop("fp8", None)
                 module.__dict__.pop("mtp", None)
                 module.__dict__.pop("mtp", None)
         for module, forward in self._forwards:
@@ -86,6 +89,7 @@ def prepare(
     activation_memory: ActivationMemory = "selective",
     fused_loss: bool = True,
     mtp: MtpObjective | None = None,
+    fp8: Fp8 | None = None,
 ) -> Prepared:
     """Gives a model's modules forwards of ours.
 
@@ -94,15 +98,21 @@ def prepare(
         activation_memory: see `DeepSeekTrainingArguments`.
         fused_loss: whether the loss is made with the head, where that can be.
         mtp: the loss of the model's MTP layers, which the fused loss then holds too.
+        fp8: how products of linear layers and experts run in FP8; None: they don't.
     """
+    exempt = kept_from_fp8(model) if fp8 is not None else set()
     done = Prepared(model, Kept(everything=activation_memory == "full"))
     modules: list[Any] = list(model.modules())
     for module in modules:
         mixin = next((m for m in FORWARDS if m.fits(module)), None)
         if mixin is TrainedCausalLM and not fused_loss:
             mixin = None
+        if mixin is TrainedLinear and fp8 is not None and id(module) not in exempt:
+            mixin = TrainedFp8Linear
         if mixin is not None and _reachable(module, mixin, done):
             _take(module, mixin, done)
+            if mixin in (TrainedFp8Linear, TrainedExperts):
+                module.fp8 = fp8
             if mixin is TrainedCausalLM:
                 module.mtp = mtp
         elif not isinstance(module, (nn.Embedding, Packed)) and any(True for _ in module.parameters(recurse=False)):

@@ -106,8 +106,8 @@ def test_choice_on_a_machine_without() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "cuda", "reason"),
-    [((8, 9), "12.9", "has compute capability 8.9"), ((10, 0), "13.0", "capability 10.0"), ((9, 0), "12.8", "CUDA 12.9 or later"),
-     ((9, 0), "12.9", None), ((9, 0), "13.0", None)],
+    [((8, 9), "12.9", "compute capability 8.9"), ((10, 0), "13.0", "compute capability 10.0"),
+     ((9, 0), "12.8", "CUDA 12.9 or later"), ((9, 0), "12.9", None), ((9, 0), "13.0", None)],
 )  # fmt: skip
 def test_choice_by_device_and_build(monkeypatch: pytest.MonkeyPatch, capability, cuda, reason) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -147,7 +147,7 @@ def _meta(scale: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hardware_gets_the_layout_that_torch_asks_for(monkeypatch: pytest.MonkeyPatch, shape, gradients) -> None:
-    """On a device that claims to be capable: `scaled_mm` is called once a product, with operands whose product is the emulation's."""
+    """On a device that claims to be capable: `scaled_mm` is called once a product, and from its operands comes the same."""
     calls = []
 
     def scaled_mm(*args, **kwargs):

@@ -1,7 +1,7 @@
 """Products on FP8 tensor cores: `torch.nn.functional.scaled_mm` with scales by blocks (cuBLASLt, Hopper).
 
-UNVERIFIED on a device: no machine of ours has one. What is tested is that torch accepts shapes, strides and dtypes (its own checks,
-on tensors without data), and that codes and scales are those of the emulation.
+UNVERIFIED on a device: no machine of ours has one. What is tested is that torch accepts shapes, strides and dtypes (its own
+checks, on tensors without data), and that codes and scales are those of the emulation.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from .backend import Fp8
 
 
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: Fp8) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N], bf16 (or fp32) -> [..., N] of x's dtype. What the backward needs is kept as it is, and
-    quantised there along the other dimension, from the original rather than from rounded tiles.
+    """x [..., K], weight [N, K], bias [N], bf16 (or fp32) -> [..., N] of x's dtype. What the backward needs is kept as it is,
+    and quantised there along the other dimension, from the original rather than from rounded tiles.
 
     A weight's `main_grad` is added to, as `ops.linear.linear` does.
     """
@@ -24,7 +24,8 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 
 def fp8_grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, how: Fp8) -> torch.Tensor:
-    """x [T, K], weight [E, N, K], offsets int64 [E + 1] -> [T, N], as `ops.grouped.grouped_linear`. No tile spans two groups."""
+    """x [T, K], weight [E, N, K], offsets int64 [E + 1] -> [T, N], as `ops.grouped.grouped_linear`. No tile spans two
+    groups."""
     check_grouped("fp8_grouped_linear", x, weight, offsets)
     found: torch.Tensor = _Fp8GroupedLinear.apply(x, weight, offsets, how)
     return found

@@ -1,4 +1,4 @@
-"""The product of two matrices in FP8 as section 3.3 of the report describes it, step by step: what the others are tested against."""
+"""The product of two matrices in FP8 as section 3.3 of the report has it, step by step: what the others are tested against."""
 
 from __future__ import annotations
 

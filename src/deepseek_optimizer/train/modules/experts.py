@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from ..fp8.backend import Fp8
+from ..fp8.linear import fp8_grouped_linear
 from ..kept import Kept
 from ..ops.grouped import grouped_linear
 from ..ops.swiglu import swiglu
@@ -92,6 +94,7 @@ def grouped_experts(
     index: torch.Tensor,
     weights: torch.Tensor,
     kept: Kept | None = None,
+    fp8: Fp8 | None = None,
 ) -> torch.Tensor:
     """
     Args:
@@ -100,10 +103,12 @@ def grouped_experts(
         index: int64 [T, K], the experts of each token, all different.
         weights: [T, K], what each of them counts; differentiable.
         kept: what of each chosen row may be made again in the backward is told to it: of rows, gates and ups stay.
+        fp8: how the products run in FP8; None: in x's dtype.
 
     Returns: [T, H] of x's dtype.
     """
     kept = Kept(everything=True) if kept is None else kept
+    product = grouped_linear if fp8 is None else partial(fp8_grouped_linear, how=fp8)
     index, by_expert = index.sort(-1)
     flat, chosen = index.flatten(), index.shape[1]
     order = flat.argsort(stable=True)
@@ -114,9 +119,9 @@ def grouped_experts(
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     each = weights.gather(-1, by_expert).flatten()[order]
     rows = kept.again(_Dispatch.apply(x, order, place), partial(dispatch, x.detach(), order, chosen))
-    both = grouped_linear(rows, gate_up, offsets)
+    both = product(rows, gate_up, offsets)
     h = kept.again(_Gated.apply(both, each), partial(gated, both.detach(), each.detach()))
-    result: torch.Tensor = _Collect.apply(grouped_linear(h, down, offsets), order, place)
+    result: torch.Tensor = _Collect.apply(product(h, down, offsets), order, place)
     return result
 
 
@@ -141,5 +146,6 @@ class TrainedExperts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H] of hidden_states' dtype."""
-        where = (top_k_index, top_k_weights, getattr(self, "kept", None))
+        fp8: Fp8 | None = getattr(self, "fp8", None) if self.training else None
+        where = (top_k_index, top_k_weights, getattr(self, "kept", None), fp8)
         return grouped_experts(hidden_states, self.gate_up_proj, self.down_proj, *where)

@@ -1,0 +1,49 @@
+"""Linear layers whose products run in FP8, in training; and which layers they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..fp8.backend import Fp8
+from ..fp8.linear import fp8_linear
+from ..ops.linear import linear
+from .linear import TrainedLinear
+
+_ROUTERS = ("gate", "router", "score", "classifier")  # the last part of a name: they decide, and stay in bf16
+_ADAPTERS = "lora_"
+
+
+class TrainedFp8Linear(nn.Module):
+    """y = x W^T + b in FP8 while the model trains; in its own dtype in evaluation, as the saved model will be used."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    fp8: Fp8
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return TrainedLinear.fits(module)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        if not self.training:
+            return linear(input, self.weight, self.bias)
+        return fp8_linear(input, self.weight, self.bias, self.fp8)
+
+
+def kept_from_fp8(model: Any) -> set[int]:
+    """ids of linear layers that stay in bf16: the head, routers, adapters (report, section 3.3.1)."""
+    kept = {id(head)} if (head := _head(model)) is not None else set()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] in _ROUTERS or any(part.startswith(_ADAPTERS) for part in parts):
+            kept.add(id(module))
+    return kept
+
+
+def _head(model: Any) -> nn.Module | None:
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
