@@ -20,6 +20,10 @@ def model(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.nn.Module
     return torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5)).to(dtype)
 
 
+def parameters_of(optimizer: DeepSeekAdamW) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def give_gradients(parameters, seed: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
@@ -28,13 +32,13 @@ def give_gradients(parameters, seed: int, scale: float = 1.0) -> None:
 
 def run(optimizer: DeepSeekAdamW, steps: range) -> None:
     for step in steps:
-        give_gradients(optimizer._parameters(), step)
+        give_gradients(parameters_of(optimizer), step)
         optimizer.step()
 
 
 def bits(optimizer: DeepSeekAdamW) -> list[torch.Tensor]:
-    found = [p.detach().clone() for p in optimizer._parameters()]
-    return found + [v for p in optimizer._parameters() for v in optimizer.state[p].values()]
+    found = [p.detach().clone() for p in parameters_of(optimizer)]
+    return found + [v for p in parameters_of(optimizer) for v in optimizer.state[p].values()]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -93,11 +97,11 @@ def test_resuming_is_bitwise(state, master_weights):
     whole = DeepSeekAdamW(model().parameters(), state=state, master_weights=master_weights, seed=3, max_norm=2.0)
     run(whole, range(5))
     saved = io.BytesIO()
-    torch.save({"optimizer": whole.state_dict(), "weights": [p.detach().clone() for p in whole._parameters()]}, saved)
+    torch.save({"optimizer": whole.state_dict(), "weights": [p.detach().clone() for p in parameters_of(whole)]}, saved)
     saved.seek(0)
     found = torch.load(saved, weights_only=True)
     again = DeepSeekAdamW(model(seed=1).parameters(), state=state, master_weights=master_weights, max_norm=2.0)
-    for p, weights in zip(again._parameters(), found["weights"], strict=True):
+    for p, weights in zip(parameters_of(again), found["weights"], strict=True):
         p.data.copy_(weights)
     again.load_state_dict(found["optimizer"])
     assert equal(bits(whole), bits(again)) and again.param_groups[0]["seed"] == 3
@@ -121,7 +125,7 @@ def test_another_seed_rounds_otherwise_and_each_tensor_by_itself():
 
     first, same, other = made(0), made(0), made(1)
     assert equal(bits(first), bits(same)) and not equal(bits(first), bits(other))
-    a, b = first._parameters()
+    a, b = parameters_of(first)
     assert not torch.equal(first.state[a]["exp_avg"], first.state[b]["exp_avg"])
 
 
@@ -187,14 +191,14 @@ def test_gradients_are_freed_and_missing_ones_leave_their_parameter_alone():
 
 def test_accumulated_fp32_gradients_are_taken():
     sums, plain = (DeepSeekAdamW(model().parameters()) for _ in range(2))
-    for p, q in zip(sums._parameters(), plain._parameters(), strict=True):
+    for p, q in zip(parameters_of(sums), parameters_of(plain), strict=True):
         q.grad = torch.full_like(q, 0.75)
         p.main_grad, p.grad = torch.full(p.shape, 0.5), torch.full_like(p, 0.25)
     sums.step()
     plain.step()
     assert equal(bits(sums), bits(plain)) and sums.grad_norm == plain.grad_norm
     sums.zero_grad()
-    assert all(not p.main_grad.any() for p in sums._parameters())
+    assert all(not p.main_grad.any() for p in parameters_of(sums))
 
 
 def test_groups_schedulers_and_closures():
@@ -222,7 +226,7 @@ def test_state_bytes_are_what_is_kept():
         optimizer = DeepSeekAdamW(model().parameters(), state=state, master_weights=master_weights)
         planned = optimizer.state_bytes()
         run(optimizer, range(1))
-        kept = [v for p in optimizer._parameters() for k, v in optimizer.state[p].items() if k != "step"]
+        kept = [v for p in parameters_of(optimizer) for k, v in optimizer.state[p].items() if k != "step"]
         assert planned == sum(v.numel() * v.element_size() for v in kept)
 
 
@@ -282,3 +286,16 @@ def test_losses_of_200_steps_are_those_of_fp32_moments_and_masters():
         for state, master_weights in (("bf16", "split"), ("int8", "split"), ("int8", "stochastic")):
             found = loss_after(torch.bfloat16, state=state, master_weights=master_weights)
             assert found == pytest.approx(exact, rel=0.003), (state, master_weights)
+
+
+def test_state_of_other_shapes_is_refused_before_it_is_written_through():
+    saved = DeepSeekAdamW(torch.nn.Linear(96, 64).bfloat16().named_parameters())
+    run(saved, range(1))
+    narrower = DeepSeekAdamW(torch.nn.Linear(95, 64).bfloat16().named_parameters())
+    with pytest.raises(ConfigError, match=r"state of weight .*\[64, 96\].*\[64, 95\]"):
+        narrower.load_state_dict(saved.state_dict())
+    run(narrower, range(1))
+    for p in parameters_of(saved):
+        p.main_grad = torch.zeros(3)
+    with pytest.raises(ConfigError, match="main_grad of weight"):
+        saved.step()

@@ -113,10 +113,10 @@ class DeepSeekAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer`'s; a `main_grad` is filled with zeros."""
         super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if getattr(parameter, "main_grad", None) is not None:
-                    parameter.main_grad.zero_()
+        for parameter, _, _ in self._named():
+            accumulated = getattr(parameter, "main_grad", None)
+            if accumulated is not None:
+                accumulated.zero_()
 
     def master(self, parameter: torch.Tensor) -> torch.Tensor:
         """The fp32 weights of a parameter: exactly what is being trained. Of a sharded one, this process's shard."""
@@ -126,20 +126,16 @@ class DeepSeekAdamW(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of moments and masters that `step` keeps, or will have kept after the first one."""
-        total = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                weights, kind = local(parameter), _moment_format(parameter, group)
-                low = 2 if _master(parameter, group) == "split" else 0
-                each = {"fp32": 8, "bf16": 4, "int8": 2}[kind] + low
-                total += each * weights.numel() + (8 * -(-weights.numel() // 256) if kind == "int8" else 0)
-        return total
+        meta = torch.device("meta")
+        states = (_fresh(local(parameter), parameter, group, meta) for parameter, group, _ in self._named())
+        return sum(t.numel() * t.element_size() for state in states for name, t in state.items() if name != "step")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer`'s, but that every tensor keeps its dtype: resuming is exact to the bit.
 
         Raises:
-            ConfigError: the state is of another format than this optimizer keeps; the message names the argument to give.
+            ConfigError: the state is of another format than this optimizer keeps (the message names the argument to give), or
+                of parameters of other shapes.
         """
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
             if "master_weights" not in theirs:
@@ -150,35 +146,36 @@ class DeepSeekAdamW(Optimizer):
                         f"the saved optimizer has {name}={theirs[name]!r}, this one {name}={ours[name]!r}: "
                         f"make it with {name}={theirs[name]!r}, or begin with a fresh one"
                     )
-        super().load_state_dict(state_dict)  # which gives moments the parameter's dtype, so they are taken once more
-        saved = state_dict["state"]
+        super().load_state_dict({**state_dict, "state": {}})  # which would give all of it the parameter's dtype
         numbers = (n for group in state_dict["param_groups"] for n in group["params"])
-        for number, parameter in zip(numbers, self._parameters(), strict=True):
-            for name, value in saved.get(number, {}).items():
-                if isinstance(value, torch.Tensor):
-                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+        for number, (parameter, group, name) in zip(numbers, self._named(), strict=True):
+            saved = state_dict["state"].get(number, {})
+            if saved:
+                _check_saved(saved, _fresh(local(parameter), parameter, group, torch.device("meta")), name)
+                self.state[parameter] = {key: value.detach().to(parameter.device, copy=True) for key, value in saved.items()}
 
-    def _parameters(self) -> Iterable[torch.nn.Parameter]:
-        return (p for group in self.param_groups for p in group["params"])
-
-    def _gradients(self) -> Iterable[tuple[torch.Tensor, torch.Tensor, dict[str, Any], int, str]]:
-        """(parameter, gradient, group, number of the parameter, its name) of each that has a gradient."""
-        index = -1
+    def _named(self) -> Iterable[tuple[torch.nn.Parameter, dict[str, Any], str]]:
+        """(parameter, its group, its name) of each, in the order that their numbers count."""
+        index = 0
         for group in self.param_groups:
             names = group.get("param_names")
             for place, parameter in enumerate(group["params"]):
+                yield parameter, group, names[place] if names else f"parameter {index}"
                 index += 1
-                name = names[place] if names else f"parameter {index}"
-                gradient = _gradient(parameter, name)
-                if gradient is not None:
-                    yield parameter, gradient, group, index, name
+
+    def _gradients(self) -> Iterable[tuple[torch.Tensor, torch.Tensor, dict[str, Any], int, str]]:
+        """(parameter, gradient, group, number of the parameter, its name) of each that has a gradient."""
+        for index, (parameter, group, name) in enumerate(self._named()):
+            gradient = _gradient(parameter, name)
+            if gradient is not None:
+                yield parameter, gradient, group, index, name
 
     def _update(
         self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], index: int, scale: float
     ) -> Update:
         state, master = self.state[parameter], _master(parameter, group)
         if not state:
-            self._begin(state, parameter, group, master)
+            state.update(_fresh(local(parameter), parameter, group, parameter.device))
         state["step"] += 1
         step, low = int(state["step"]), state.get("master_low")
         moments = Moments(**{name: local(state[key]) for name, key in _MOMENT_NAMES.items() if key in state})
@@ -189,13 +186,30 @@ class DeepSeekAdamW(Optimizer):
         low = None if low is None else local(low)
         return Update(local(parameter), local(gradient), moments, rates, master, low, random_keys(group["seed"], step, index))
 
-    def _begin(self, state: dict[str, Any], parameter: torch.Tensor, group: dict[str, Any], master: Master) -> None:
-        weights = local(parameter)
-        state["step"] = torch.zeros((), dtype=torch.int64)
-        made = Moments.zeros_like(weights, _moment_format(parameter, group))
-        state.update((_MOMENT_NAMES[name], t) for name, t in vars(made).items() if t is not None)
-        if master == "split":
-            state["master_low"] = torch.zeros(weights.shape, dtype=torch.int16, device=weights.device)
+
+def _fresh(
+    weights: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The state of a parameter before its first step; weights: this process's part of it."""
+    made = Moments.zeros(weights.shape, _moment_format(parameter, group), device)
+    state = {_MOMENT_NAMES[name]: t for name, t in vars(made).items() if t is not None}
+    if _master(parameter, group) == "split":
+        state["master_low"] = torch.zeros(weights.shape, dtype=torch.int16, device=device)
+    return {"step": torch.zeros((), dtype=torch.int64), **state}
+
+
+def _check_saved(saved: dict[str, Any], fresh: dict[str, torch.Tensor], name: str) -> None:
+    """What the native step would otherwise take for memory of the parameter's size."""
+
+    def described(state: dict[str, Any]) -> dict[str, str]:
+        return {key: f"{getattr(t, 'dtype', type(t))} {list(getattr(t, 'shape', ()))}" for key, t in state.items()}
+
+    theirs, ours = described(saved), described(fresh)
+    if theirs != ours:
+        raise ConfigError(
+            f"the saved optimizer's state of {name} is {theirs}, it should be {ours}: it belongs to another model, or to other "
+            "parameters of this one; begin with a fresh optimizer"
+        )
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -222,6 +236,10 @@ def _gradient(parameter: torch.Tensor, name: str) -> torch.Tensor | None:
         raise ConfigError(f"the gradient of {name} is {kind}: it must be dense, in bf16 or fp32")
     if accumulated is None:
         return gradient
+    if accumulated.dtype != torch.float32 or accumulated.shape != parameter.shape:
+        raise ConfigError(
+            f"main_grad of {name} is {accumulated.dtype} {list(accumulated.shape)}: it must be fp32, of its shape"
+        )
     if gradient is not None:
         accumulated.add_(gradient)
         parameter.grad = None

@@ -18,7 +18,7 @@ SIZES = (1, 15, 16, 17, 255, 256, 257, 5003, 40000)
 def update(master: str, kind: str, weights: torch.Tensor, **options) -> Update:
     parameter = weights.clone() if master == "none" else weights.bfloat16()
     low = torch.zeros(weights.shape, dtype=torch.int16) if master == "split" else None
-    return Update(parameter, weights, Moments.zeros_like(parameter, kind), rates(1), master, low, **options)
+    return Update(parameter, weights, Moments.zeros(parameter.shape, kind), rates(1), master, low, **options)
 
 
 def rates(step: int, lr: float = 1e-2, gradient_scale: float = 1.0) -> Rates:
@@ -140,7 +140,7 @@ def test_bf16_moments_follow_fp32_ones_where_rounding_to_nearest_would_freeze():
 def test_8_bit_moments_stay_within_half_a_code():
     torch.manual_seed(5)
     m, v = gradient(5000), gradient(5000).square()
-    kept = Moments.zeros_like(m, "int8")
+    kept = Moments.zeros(m.shape, "int8")
     kept.write(m, v, (0, 0, 0, 0))
     read_m, read_v = kept.read()
     top_m = torch.nn.functional.pad(m.abs(), (0, 120)).view(-1, 256).amax(1).repeat_interleave(256)[:5000]
@@ -151,7 +151,7 @@ def test_8_bit_moments_stay_within_half_a_code():
         (read_v.sqrt() - v.sqrt()).abs() <= top_v.sqrt() * torch.where(v.sqrt() < top_v.sqrt() / 510, 1.001, 0.501) / 255
     ).all()
     assert (read_v[v > 0] > 0).all()
-    nothing = Moments.zeros_like(m, "int8")
+    nothing = Moments.zeros(m.shape, "int8")
     nothing.write(torch.zeros(5000), torch.zeros(5000), (0, 0, 0, 0))
     assert all(not t.any() for t in nothing.read())
 

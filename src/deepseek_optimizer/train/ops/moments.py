@@ -36,17 +36,16 @@ class Moments:
     v_scale: torch.Tensor | None = None
 
     @classmethod
-    def zeros_like(cls, parameter: torch.Tensor, kind: MomentFormat) -> Moments:
+    def zeros(cls, shape: torch.Size, kind: MomentFormat, device: torch.device | str = "cpu") -> Moments:
         """Moments before the first step."""
 
         def zeros(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         if kind != "int8":
             dtype = torch.bfloat16 if kind == "bf16" else torch.float32
             return cls(zeros(dtype), zeros(dtype))
-        blocks = -(-parameter.numel() // BLOCK)
-        scales = (torch.zeros(blocks, device=parameter.device) for _ in range(2))
+        scales = (torch.zeros(-(-shape.numel() // BLOCK), device=device) for _ in range(2))
         return cls(zeros(torch.int8), zeros(torch.uint8), *scales)
 
     @property
