@@ -138,3 +138,19 @@ def test_bytes_a_token_a_layer():
     again = 2 * (2 * hidden + inner)  # results of the norms, and what goes into down
     assert _kept_by("full", 3) - _kept_by("full", 2) == least + again
     assert _kept_by("recompute", 3) - _kept_by("recompute", 2) == 2 * hidden
+
+
+def test_made_once_for_all_who_read_it_and_again_for_a_second_backward():
+    x, weights, kept, made = torch.randn(64, 32, requires_grad=True), _weights(), Kept(), []
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return F.silu(x.detach())
+
+    with kept:
+        inner = kept.again(F.silu(x * 1.0), make)
+        loss = sum(F.linear(inner, weight).sum() for weight in weights)
+    for times in (1, 2):
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+        assert len(made) == times
+        assert all(torch.equal(g, gradients[0]) for g in gradients)

@@ -12,11 +12,29 @@ import torch
 Make = Callable[[], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Recipe:
-    """What stands in the autograd graph in place of a tensor: how to make it, and the shape that was saved."""
+    """How a tensor is made again, once for all who saved it: their backwards follow each other."""
 
     make: Make
+    savers: int = 0
+    _made: torch.Tensor | None = None
+    _left: int = 0
+
+    def give(self) -> torch.Tensor:
+        if self._made is None:
+            self._made, self._left = self.make(), self.savers
+        made, self._left = self._made, self._left - 1
+        if self._left <= 0:
+            self._made = None
+        return made
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What stands in the autograd graph in place of a tensor: its recipe, and the shape that was saved."""
+
+    recipe: _Recipe
     shape: torch.Size
 
 
@@ -27,8 +45,7 @@ class Kept:
         y = kept.again(rms_norm(x, w), partial(rms_norm, x.detach(), w.detach()))
         loss = linear(y, v).sum()   # saves a recipe that holds x and w, and not y
 
-    It works through torch's hooks for saved tensors, so it holds for adapters and modules that know nothing of it. A tensor
-    that is read by several products is made again for each.
+    It works through torch's hooks for saved tensors, so it holds for adapters and modules that know nothing of it.
 
     Args:
         everything: nothing is made again.
@@ -36,13 +53,13 @@ class Kept:
 
     def __init__(self, everything: bool = False) -> None:
         self.everything = everything
-        self._marked: dict[int, tuple[weakref.ref[torch.Tensor], Make]] = {}
+        self._marked: dict[int, tuple[weakref.ref[torch.Tensor], _Recipe]] = {}
         self._hooks: list[Any] = []
 
     def again(self, result: torch.Tensor, make: Make) -> torch.Tensor:
         """`result`, of which `make` is known to give the same bits from what is kept anyway."""
         if self._hooks and not self.everything and result.requires_grad and result.is_contiguous():
-            self._marked[result.data_ptr()] = (weakref.ref(result), make)
+            self._marked[result.data_ptr()] = (weakref.ref(result), _Recipe(make))
         return result
 
     def __enter__(self) -> Kept:
@@ -55,7 +72,7 @@ class Kept:
         self._hooks.pop().__exit__(*error)
         self._marked.clear()
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Recipe:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
         found = self._marked.get(tensor.data_ptr())
         if found is None:
             return tensor
@@ -63,11 +80,12 @@ class Kept:
         # a marked tensor that is gone may have left its memory to another; one that is there cannot have
         if marked is None or marked.numel() != tensor.numel() or marked.dtype != tensor.dtype or not tensor.is_contiguous():
             return tensor
-        return _Recipe(found[1], tensor.shape)
+        found[1].savers += 1
+        return _Saved(found[1], tensor.shape)
 
     @staticmethod
-    def _unpack(packed: torch.Tensor | _Recipe) -> torch.Tensor:
+    def _unpack(packed: torch.Tensor | _Saved) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
         with torch.no_grad():
-            return packed.make().view(packed.shape)
+            return packed.recipe.give().view(packed.shape)
