@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ def defaults(config: TrainConfig) -> dict[str, Any]:
 
 
 def rhythm(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Logs a hundred times, evaluates and saves ten times in a run, and ends with the best of what was saved."""
+    """Logs a hundred times, evaluates and saves up to ten times in a run, ten steps apart or more, and ends with the best of
+    what was saved."""
     said = config.arguments
     out: dict[str, Any] = {"logging_strategy": "steps", "logging_steps": max(1, min(10, steps // 100))}
-    often = {"steps": max(1, steps // 10), "strategy": "steps"}
+    often = {"steps": math.ceil(steps / min(10, max(1, steps // 10))), "strategy": "steps"}
     if config.evaluates:
         often = {"steps": said.get("eval_steps", often["steps"]), "strategy": said.get("eval_strategy", "steps")}
         out |= {"eval_strategy": often["strategy"], "eval_steps": often["steps"]}

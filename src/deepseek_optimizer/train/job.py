@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    IntervalStrategy,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
@@ -129,9 +137,9 @@ class TrainingJob:
 
     def _plan(self, checkpoint: Checkpoint) -> TrainingPlan:
         config = self.config
+        numbers = _unpacked_sketch(checkpoint).num_parameters()
         model: Any = self._sketch(checkpoint)
         adapter = None
-        numbers = model.num_parameters()
         if config.lora is not None:
             self.targets = lora.targets_of(model, config.lora.targets)
             model = self._with_adapter(model)
@@ -165,12 +173,7 @@ class TrainingJob:
         """The model without its weights."""
         if self.frozen:
             return sketch(checkpoint, None, self._packed_fields())[0]
-        from transformers import CONFIG_MAPPING
-
-        fields = checkpoint.config()
-        settings: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings)
+        return _unpacked_sketch(checkpoint)
 
     def _packed_fields(self) -> dict[str, Any]:
         return {} if self.config.precision is None else {"precision": self.config.precision}
@@ -207,7 +210,7 @@ class TrainingJob:
         self.output.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.output / SETTINGS) as file:
             file.write(self.config.model_dump_json(indent=1).encode())
-        more: list[TrainerCallback] = [self.curve, *callbacks]
+        more: list[TrainerCallback] = [self.curve, _LastStep(), *callbacks]
         if self.config.patience is not None:
             more.append(EarlyStoppingCallback(self.config.patience))
         trainer = DeepSeekTrainer(
@@ -267,6 +270,23 @@ class TrainingJob:
     def _save_to(self, directory: Path, trainer: DeepSeekTrainer) -> None:
         trainer.save_model(str(directory))
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings are in `train.json`
+
+
+def _unpacked_sketch(checkpoint: Checkpoint) -> Any:
+    fields = checkpoint.config()
+    fields.pop("quantization_config", None)
+    settings: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings)
+
+
+class _LastStep(TrainerCallback):
+    """What a run ends with is evaluated and saved too, whatever the steps between: it may be the best."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_evaluate or args.eval_strategy != IntervalStrategy.NO
+            control.should_save = control.should_save or args.save_strategy != IntervalStrategy.NO
 
 
 def _begins(output: Path) -> bool:
