@@ -9,13 +9,16 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..kept import Kept
+from ..ops.mlp import mlp
 from ..ops.swiglu import swiglu
+from .linear import is_plain
 
 
 class TrainedMlp(nn.Module):
     """y = down(silu(gate(x)) * up(x)); a mixin before Transformers' own class of that form.
 
-    The three projections may be anything that is called: adapters, packed weights.
+    The three projections may be anything that is called: adapters, packed weights. Where they are plain products one op does
+    it all.
     """
 
     gate_proj: nn.Module
@@ -31,6 +34,10 @@ class TrainedMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]."""
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        if all(is_plain(p) for p in projections):
+            gate_w, up_w, down_w = (p.weight for p in projections)
+            return mlp(x, gate_w, up_w, down_w, keep=self.kept.everything)  # type: ignore[arg-type]
         gate, up = self.gate_proj(x), self.up_proj(x)
         inner = self.kept.again(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach()))
         result: torch.Tensor = self.down_proj(inner)

@@ -1,5 +1,5 @@
-"""Products of groups of rows with a matrix each: experts (DeepSeekMoE, arXiv 2401.06066, section 3). All groups are one parallel
-section, so that small ones cost no more than their numbers."""
+"""Products of groups of rows with a matrix each: experts (DeepSeekMoE, arXiv 2401.06066, section 3). All groups are one
+parallel section, so that small ones cost no more than their numbers."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def check_grouped(op: str, x: torch.Tensor, weight: torch.Tensor, offsets: torch
     if x.dim() != 2 or weight.dim() != 3:
         raise ValueError(f"{op}: x is {list(x.shape)} and weight {list(weight.shape)}, not [T, K] and [E, N, K]")
     if offsets.dtype != torch.int64 or offsets.shape != (weight.shape[0] + 1,):
-        raise ValueError(
-            f"{op}: offsets are {offsets.dtype} {list(offsets.shape)}, not int64 [{weight.shape[0] + 1}]"
-        )
+        raise ValueError(f"{op}: offsets are {offsets.dtype} {list(offsets.shape)}, not int64 [{weight.shape[0] + 1}]")
     ends = offsets.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
         raise ValueError(f"{op}: offsets must ascend from 0 to {x.shape[0]}, x's rows; they are {ends}")

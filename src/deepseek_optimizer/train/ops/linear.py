@@ -59,7 +59,7 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_place(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """The parameter, if it may have a `main_grad` once its gradient is made: saved tensors need not come back as the same object."""
+    """The parameter itself, whose `main_grad` counts once its gradient is made: what is saved may come back another object."""
     return parameter if parameter is not None and parameter.is_leaf and parameter.requires_grad else None
 
 

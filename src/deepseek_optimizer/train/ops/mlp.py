@@ -1,5 +1,5 @@
-"""y = down(silu(gate(x)) * up(x)) in one op (SwiGLU: Shazeer, arXiv 2002.05202), which keeps x, gate(x) and up(x): the rows that
-go into `down` are made again in the backward, in the same pass as the gradients of the gates."""
+"""y = down(silu(gate(x)) * up(x)) in one op (SwiGLU: Shazeer, arXiv 2002.05202), which keeps x, gate(x) and up(x): the rows
+that go into `down` are made again in the backward, in the same pass as the gradients of the gates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from .product import product
 from .swiglu import swiglu
 
 
-def mlp(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor) -> torch.Tensor:
+def mlp(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     """x [..., H], gate_w and up_w [I, H], down_w [O, I], all of one dtype -> [..., O]. Autocast and `main_grad` as in `linear`.
+
+    Args:
+        keep: what goes into `down` too, [T, I] more, which changes no bit.
 
     Raises ValueError where shapes do not fit.
     """
@@ -29,7 +32,7 @@ def mlp(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch
     check_columns("mlp", x, gate_w)
     if gate_w.shape != up_w.shape or down_w.dim() != 2 or down_w.shape[1] != gate_w.shape[0]:
         raise ValueError(f"mlp: the weights are {list(gate_w.shape)}, {list(up_w.shape)} and {list(down_w.shape)}")
-    found: torch.Tensor = _Mlp.apply(x, gate_w, up_w, down_w)
+    found: torch.Tensor = _Mlp.apply(x, gate_w, up_w, down_w, keep)
     return found
 
 
@@ -40,33 +43,38 @@ def mlp_reference(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, dow
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor, keep: bool
+    ) -> torch.Tensor:
         rows = rows_of(x)
         gate, up = product("nt", rows, gate_w), product("nt", rows, up_w)
-        ctx.save_for_backward(x, gate, up, gate_w, up_w, down_w)
+        h = swiglu(gate, up)
+        ctx.save_for_backward(x, gate, up, gate_w, up_w, down_w, h if keep else None)
         ctx.weights = tuple(gradient_place(w) for w in (gate_w, up_w, down_w))
-        return product("nt", swiglu(gate, up), down_w).view(*x.shape[:-1], down_w.shape[0])
+        return product("nt", h, down_w).view(*x.shape[:-1], down_w.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, gate, up, gate_w, up_w, down_w = ctx.saved_tensors
-        needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad
+        x, gate, up, gate_w, up_w, down_w, kept = ctx.saved_tensors
+        needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
         dy, rows = rows_of(dy), rows_of(x)
-        h = product("nn", dy, down_w)  # its gradient, until the gates' are made
-        dgate, dup = _gate_gradients(gate, up, h)
+        dh = product("nn", dy, down_w)
+        dgate, dup = _gate_gradients(gate, up, dh, kept is None)
+        h = dh if kept is None else kept
         dx = product("nn", dgate, gate_w) if needs_x else None
         return (
             None if dx is None else product("nn", dup, up_w, out=dx, add=True).view(x.shape),
             weight_gradient(ctx.weights[0], dgate, rows) if needs_gate else None,
             weight_gradient(ctx.weights[1], dup, rows) if needs_up else None,
             weight_gradient(ctx.weights[2], dy, h) if needs_down else None,
+            None,
         )
 
 
-def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up; h takes the place of its gradient dh. Gate and up stay, for who goes backward twice."""
+def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, which stay, for who goes backward twice. `again`: h takes the place of its gradient dh."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     g, u, d, to_gate, to_up = (native.matrix(t) for t in (gate, up, dh, dgate, dup))
-    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, to_gate, to_up, d)
+    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, to_gate, to_up, d if again else None)
     return dgate, dup

@@ -1,7 +1,8 @@
 """The matrix products of training: y = x W^T, dx = dy W, dW = dy^T x, alone and for groups of rows (experts).
 
-Sums run in fp32 (fp64 for fp64) and are rounded once. Numbers are multiplied as bf16 where one of the two matrices is bf16, and as
-fp32 where both are. The native form packs blocks of both operands on the way, so that neither is copied or transposed as a whole.
+Sums run in fp32 (fp64 for fp64) and are rounded once. Numbers are multiplied as bf16 where one of the two matrices is bf16, and
+as fp32 where both are. The native form packs blocks of both operands on the way, so that neither is copied or transposed as a
+whole.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def product(
     _check_product(form, a, b)
     if out is None:
         M, N, _ = _sizes(form, a, b)
-        out = a.new_empty(M, N, dtype=dtype or a.dtype)
+        out = native.new((M, N), a, dtype)
     if native.usable(a, b, bias, out) and _is_matrix(out):
         _product(a, b, bias, out, form, add)
     else:
@@ -69,15 +70,15 @@ def grouped_product(
     """The same for groups of rows, group e being rows [offsets[e], offsets[e + 1]).
 
     Args:
-        form: "nt": a [T, K], b [E, N, K] -> [T, N]; "nn": a [T, K], b [E, K, N] -> [T, N]; "tn": a [T, M], b [T, N] -> [E, M, N],
-            zero for a group without rows.
+        form: "nt": a [T, K], b [E, N, K] -> [T, N]; "nn": a [T, K], b [E, K, N] -> [T, N]; "tn": a [T, M], b [T, N] ->
+            [E, M, N], zero for a group without rows.
         offsets: int64 [E + 1], ascending from 0 to T, on the CPU.
         out, add: as `product` has them.
     """
     if out is None:
         groups = offsets.numel() - 1
         shape = (groups, a.shape[1], b.shape[1]) if form == "tn" else (a.shape[0], b.shape[1 if form == "nt" else 2])
-        out = a.new_empty(shape)
+        out = native.new(shape, a)
     if native.usable(a, b, out) and _is_matrix(out):
         _grouped_product(a, b, offsets, out, form, add)
     else:
@@ -116,7 +117,8 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: t
     a, b, bias = _with_rows(a), _with_rows(b), None if bias is None else bias.contiguous()
     at = None if bias is None else C.byref(_matrix(bias))
     native.call(
-        "dso_train_product", PRODUCT_FORMS[form], _flags(a, b, add), M, N, K, C.byref(_matrix(a)), C.byref(_matrix(b)), at, C.byref(_matrix(out))
+        "dso_train_product", PRODUCT_FORMS[form], _flags(a, b, add), M, N, K,
+        C.byref(_matrix(a)), C.byref(_matrix(b)), at, C.byref(_matrix(out)),
     )  # fmt: skip
 
 
