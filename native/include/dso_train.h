@@ -79,14 +79,13 @@ DSO_API int32_t dso_train_scale(dso_context* c, const dso_train_numbers* x, floa
 
 /* The matrices of a call below are of one type and of `rows` rows of n numbers. Weights are n numbers of that type. */
 
-/* y = x rstd w, rstd[row] = 1 / sqrt(mean(x^2) + eps); with delta (else NULL) x + delta in the place of x, rounded and kept in sum. */
-DSO_API int32_t dso_train_rms_norm(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const dso_train_matrix* delta,
-                                   const void* weight, float eps, const dso_train_matrix* sum, const dso_train_matrix* y, float* rstd);
-/* dx = rstd (dy w - x rstd^2 mean(dy w x)) + more (NULL: none); dw[n] (NULL: not wanted) = the sum over rows of dy x rstd, in fp32 and
- * by pieces of rows that do not depend on the threads. dx may be dy or more. */
+/* y = x rstd w, rstd[row] = 1 / sqrt(mean(x^2) + eps). */
+DSO_API int32_t dso_train_rms_norm(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const void* weight, float eps,
+                                   const dso_train_matrix* y, float* rstd);
+/* dx = rstd (dy w - x rstd^2 mean(dy w x)); dw[n] (NULL: not wanted) = the sum over rows of dy x rstd, in fp32 and by pieces of rows
+ * that do not depend on the threads. dx may be dy. */
 DSO_API int32_t dso_train_rms_norm_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* dy, const dso_train_matrix* x,
-                                            const void* weight, const float* rstd, const dso_train_matrix* more, const dso_train_matrix* dx,
-                                            float* dw);
+                                            const void* weight, const float* rstd, const dso_train_matrix* dx, float* dw);
 /* h = silu(gate) up. h may be gate or up. */
 DSO_API int32_t dso_train_swiglu(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* gate, const dso_train_matrix* up,
                                  const dso_train_matrix* h);

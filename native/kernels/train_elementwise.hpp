@@ -15,8 +15,8 @@ struct TrainElementwise {
   void (*scale)(int32_t x_type, const void* x, float scale, bool adds, int64_t begin, int64_t end, int32_t out_type, void* out);
 
   // ---- one row each, all of one type; see generic/train_rows.hpp
-  void (*rms_norm)(int32_t type, const void* x, const void* delta, const void* weight, int64_t n, float eps, void* sum, void* y, float* rstd);
-  void (*rms_norm_backward)(int32_t type, const void* dy, const void* x, const void* weight, float rstd, const void* more, int64_t n, void* dx, float* dw);
+  void (*rms_norm)(int32_t type, const void* x, const void* weight, int64_t n, float eps, void* y, float* rstd);
+  void (*rms_norm_backward)(int32_t type, const void* dy, const void* x, const void* weight, float rstd, int64_t n, void* dx, float* dw);
   void (*swiglu)(int32_t type, const void* gate, const void* up, int64_t n, void* h);
   void (*swiglu_backward)(int32_t type, const void* gate, const void* up, const void* dh, int64_t n, void* dgate, void* dup, void* h);
   void (*rope)(const dso_train_rotation& rotation, const void* x, const void* cosine, const void* sine, void* out);  // the heads of a token

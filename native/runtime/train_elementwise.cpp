@@ -40,9 +40,6 @@ class Rows {
     stride_ = m->ld * (type == DSO_TYPE_BF16 ? 2 : 4);
   }
   Rows() = default;  // of an operand that is not there
-  static Rows optional(const dso_train_matrix* m, const char* name, int64_t rows, int64_t n, int32_t type) {
-    return m ? Rows(m, name, rows, n, type) : Rows();
-  }
   void* operator[](int64_t row) const { return data_ ? data_ + row * stride_ : nullptr; }
 
  private:
@@ -60,11 +57,11 @@ void each_row(Context& c, int64_t rows, int64_t n, const Row& row) {
 }
 
 void rms_norm_backward(Context& c, int64_t rows, int64_t n, int32_t type, const Rows& dy, const Rows& x, const void* weight, const float* rstd,
-                       const Rows& more, const Rows& dx, float* dw) {
+                       const Rows& dx, float* dw) {
   const TrainElementwise& kernels = *c.kernels.train_elementwise;
   if (!dw || rows == 0) {
     if (dw) std::fill(dw, dw + n, 0.0f);
-    return each_row(c, rows, n, [&](int64_t r) { kernels.rms_norm_backward(type, dy[r], x[r], weight, rstd[r], more[r], n, dx[r], nullptr); });
+    return each_row(c, rows, n, [&](int64_t r) { kernels.rms_norm_backward(type, dy[r], x[r], weight, rstd[r], n, dx[r], nullptr); });
   }
   const int64_t block = std::max(kLeastPieceRows, ceil_div(rows, kMostPieces)), pieces = ceil_div(rows, block);
   ThreadPool::Lease lease(c.pool);
@@ -75,7 +72,7 @@ void rms_norm_backward(Context& c, int64_t rows, int64_t n, int32_t type, const 
                     float* const mine = sums + piece * piece_floats;
                     std::fill(mine, mine + n, 0.0f);
                     for (int64_t r = piece * block; r < std::min(rows, (piece + 1) * block); ++r)
-                      kernels.rms_norm_backward(type, dy[r], x[r], weight, rstd[r], more[r], n, dx[r], mine);
+                      kernels.rms_norm_backward(type, dy[r], x[r], weight, rstd[r], n, dx[r], mine);
                   }},
                  {1, [&](int64_t, int) {
                     std::fill(dw, dw + n, 0.0f);
@@ -125,28 +122,24 @@ using namespace dso;
 
 extern "C" {
 
-int32_t dso_train_rms_norm(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const dso_train_matrix* delta, const void* weight,
-                           float eps, const dso_train_matrix* sum, const dso_train_matrix* y, float* rstd) {
+int32_t dso_train_rms_norm(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const void* weight, float eps,
+                           const dso_train_matrix* y, float* rstd) {
   return guarded([&] {
     check_shape(rows, n);
     const int32_t type = given(x, "x").type;
-    const Rows from(x, "x", rows, n, type), add = Rows::optional(delta, "delta", rows, n, type), to(y, "y", rows, n, type);
-    const Rows kept = delta ? Rows(sum, "sum", rows, n, type) : Rows();
+    const Rows from(x, "x", rows, n, type), to(y, "y", rows, n, type);
     if (rows > 0 && n > 0) need(weight, "weight"), need(rstd, "rstd");
-    each_row(shared(c), rows, n, [&](int64_t r) {
-      shared(c).kernels.train_elementwise->rms_norm(type, from[r], add[r], weight, n, eps, kept[r], to[r], rstd + r);
-    });
+    each_row(shared(c), rows, n, [&](int64_t r) { shared(c).kernels.train_elementwise->rms_norm(type, from[r], weight, n, eps, to[r], rstd + r); });
   });
 }
 
 int32_t dso_train_rms_norm_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* dy, const dso_train_matrix* x, const void* weight,
-                                    const float* rstd, const dso_train_matrix* more, const dso_train_matrix* dx, float* dw) {
+                                    const float* rstd, const dso_train_matrix* dx, float* dw) {
   return guarded([&] {
     check_shape(rows, n);
     const int32_t type = given(dy, "dy").type;
     if (rows > 0 && n > 0) need(weight, "weight"), need(rstd, "rstd");
-    rms_norm_backward(shared(c), rows, n, type, {dy, "dy", rows, n, type}, {x, "x", rows, n, type}, weight, rstd,
-                      Rows::optional(more, "more", rows, n, type), {dx, "dx", rows, n, type}, dw);
+    rms_norm_backward(shared(c), rows, n, type, {dy, "dy", rows, n, type}, {x, "x", rows, n, type}, weight, rstd, {dx, "dx", rows, n, type}, dw);
   });
 }
 
@@ -165,7 +158,7 @@ int32_t dso_train_swiglu_backward(dso_context* c, int64_t rows, int64_t n, const
     check_shape(rows, n);
     const int32_t type = given(gate, "gate").type;
     const Rows g(gate, "gate", rows, n, type), u(up, "up", rows, n, type), d(dh, "dh", rows, n, type);
-    const Rows dg(dgate, "dgate", rows, n, type), du(dup, "dup", rows, n, type), to = Rows::optional(h, "h", rows, n, type);
+    const Rows dg(dgate, "dgate", rows, n, type), du(dup, "dup", rows, n, type), to = h ? Rows(h, "h", rows, n, type) : Rows();
     each_row(shared(c), rows, n, [&](int64_t r) {
       shared(c).kernels.train_elementwise->swiglu_backward(type, g[r], u[r], d[r], n, dg[r], du[r], to[r]);
     });

@@ -72,32 +72,31 @@ void ok(int32_t code) { check(code == DSO_OK, "%s", dso_last_error()); }
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 Bytes norms(dso_context* c, int64_t rows, int64_t n, int type, int64_t gap, Random random) {
-  Numbers x(rows, n, type, gap), delta(rows, n, type), weight(1, n, type), dy(rows, n, type, gap), more(rows, n, type);
-  for (Numbers* m : {&x, &delta, &weight, &dy, &more}) m->fill(random);
-  Numbers sum(rows, n, type, gap), y(rows, n, type), dx(rows, n, type, gap);
+  Numbers x(rows, n, type, gap), weight(1, n, type), dy(rows, n, type, gap);
+  for (Numbers* m : {&x, &weight, &dy}) m->fill(random);
+  Numbers y(rows, n, type), dx(rows, n, type, gap);
   std::vector<float> rstd((size_t)rows), dw((size_t)n, -7);
-  const auto mx = x.matrix(), md = delta.matrix(), ms = sum.matrix(), my = y.matrix(), mdy = dy.matrix(), mm = more.matrix(), mdx = dx.matrix();
-  ok(dso_train_rms_norm(c, rows, n, &mx, &md, weight.bytes.get(), 1e-5f, &ms, &my, rstd.data()));
+  const auto mx = x.matrix(), my = y.matrix(), mdy = dy.matrix(), mdx = dx.matrix();
+  ok(dso_train_rms_norm(c, rows, n, &mx, weight.bytes.get(), 1e-5f, &my, rstd.data()));
   std::vector<double> scale((size_t)rows), pull((size_t)rows);
   for (int64_t r = 0; r < rows; ++r) {
     double squares = 0, along = 0;
-    for (int64_t i = 0; i < n; ++i) squares += sum.get(r, i) * sum.get(r, i), along += dy.get(r, i) * weight.get(0, i) * sum.get(r, i);
+    for (int64_t i = 0; i < n; ++i) squares += x.get(r, i) * x.get(r, i), along += dy.get(r, i) * weight.get(0, i) * x.get(r, i);
     scale[(size_t)r] = 1 / std::sqrt(squares / (double)n + 1e-5);
     pull[(size_t)r] = along / (double)n * scale[(size_t)r] * scale[(size_t)r];
     check(std::fabs(rstd[(size_t)r] / scale[(size_t)r] - 1) < 1e-6, "rstd is %g, not %g", (double)rstd[(size_t)r], scale[(size_t)r]);
   }
-  near(sum, [&](int64_t r, int64_t i) { return x.get(r, i) + delta.get(r, i); }, "x + delta");
-  near(y, [&](int64_t r, int64_t i) { return sum.get(r, i) * scale[(size_t)r] * weight.get(0, i); }, "rms_norm");
-  ok(dso_train_rms_norm_backward(c, rows, n, &mdy, &ms, weight.bytes.get(), rstd.data(), &mm, &mdx, dw.data()));
-  near(dx, [&](int64_t r, int64_t i) { return scale[(size_t)r] * (dy.get(r, i) * weight.get(0, i) - sum.get(r, i) * pull[(size_t)r]) + more.get(r, i); }, "dx");
+  near(y, [&](int64_t r, int64_t i) { return x.get(r, i) * scale[(size_t)r] * weight.get(0, i); }, "rms_norm");
+  ok(dso_train_rms_norm_backward(c, rows, n, &mdy, &mx, weight.bytes.get(), rstd.data(), &mdx, dw.data()));
+  near(dx, [&](int64_t r, int64_t i) { return scale[(size_t)r] * (dy.get(r, i) * weight.get(0, i) - x.get(r, i) * pull[(size_t)r]); }, "dx");
   for (int64_t i = 0; i < n; ++i) {
     double exact = 0, size = 1e-3;
-    for (int64_t r = 0; r < rows; ++r) exact += dy.get(r, i) * sum.get(r, i) * scale[(size_t)r], size += std::fabs(dy.get(r, i) * sum.get(r, i) * scale[(size_t)r]);
+    for (int64_t r = 0; r < rows; ++r) exact += dy.get(r, i) * x.get(r, i) * scale[(size_t)r], size += std::fabs(dy.get(r, i) * x.get(r, i) * scale[(size_t)r]);
     check(std::fabs(dw[(size_t)i] - exact) < 1e-6 * size, "dw[%lld] is %g, not %g", (long long)i, (double)dw[(size_t)i], exact);
   }
   Numbers in_place(dy);
   const auto mi = in_place.matrix();
-  ok(dso_train_rms_norm_backward(c, rows, n, &mi, &ms, weight.bytes.get(), rstd.data(), &mm, &mi, nullptr));
+  ok(dso_train_rms_norm_backward(c, rows, n, &mi, &mx, weight.bytes.get(), rstd.data(), &mi, nullptr));
   check(in_place.all() == dx.all(), "rms_norm_backward in place differs");
   Bytes all = y.all();
   append(all, dx.all());
@@ -299,7 +298,7 @@ void refusals(dso_context* c) {
   refused(dso_train_cross_entropy(c, 2, 4, &mx, labels.data(), -100, 1, -1, found.data()), "labels[1] is 4");
   refused(dso_train_swiglu(c, 2, 4, &mx, &my, &mx), "up is of another type");
   refused(dso_train_swiglu(c, 2, 5, &mx, &mx, &mx), "ld is 4");
-  refused(dso_train_rms_norm(c, 2, 4, &mx, &mx, x.bytes.get(), 1e-5f, nullptr, &mx, (float*)y.bytes.get()), "sum is NULL");
+  refused(dso_train_rms_norm(c, 2, 4, &mx, nullptr, 1e-5f, &mx, (float*)y.bytes.get()), "weight is NULL");
   dso_train_update u = {};
   u.count = 1;
   refused(dso_train_adamw(c, &u, 1), "parameter is NULL");

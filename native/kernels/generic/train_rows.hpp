@@ -4,13 +4,8 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-// ---- y = x rstd w, rstd = 1 / sqrt(mean(x^2) + eps); with `delta` x is x + delta, rounded and kept in `sum`
-template <class T>
-static void rms_norm_row(const T* x, const T* delta, const T* weight, int64_t n, float eps, T* sum_out, T* y, float* rstd) {
-  if (delta) {
-    for (int64_t i = 0; i < n; i += 16) store_some(sum_out + i, add(load_some(x + i, n - i), load_some(delta + i, n - i)), n - i);
-    x = sum_out;
-  }
+// ---- y = x rstd w, rstd = 1 / sqrt(mean(x^2) + eps)
+template <class T> static void rms_norm_row(const T* x, const T* weight, int64_t n, float eps, T* y, float* rstd) {
   F s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 64 <= n; i += 64)
@@ -28,9 +23,8 @@ static void rms_norm_row(const T* x, const T* delta, const T* weight, int64_t n,
   for (i = 0; i < n; i += 16) store_some(y + i, mul(mul(load_some(x + i, n - i), scale), load_some(weight + i, n - i)), n - i);
 }
 
-// dx = rstd (g - x rstd^2 mean(g x)) + more, g = dy w;  dw += dy x rstd. more and dw may be null.
-template <class T>
-static void rms_norm_backward_row(const T* dy, const T* x, const T* weight, float rstd, const T* more, int64_t n, T* dx, float* dw) {
+// dx = rstd (g - x rstd^2 mean(g x)), g = dy w;  dw += dy x rstd, unless it is null
+template <class T> static void rms_norm_backward_row(const T* dy, const T* x, const T* weight, float rstd, int64_t n, T* dx, float* dw) {
   F s[2] = {zero(), zero()};
   for (int64_t i = 0; i < n; i += 32)
     for (int j = 0; j < 2 && i + 16 * j < n; ++j) {
@@ -43,9 +37,7 @@ static void rms_norm_backward_row(const T* dy, const T* x, const T* weight, floa
     const int64_t k = n - i;
     const F d = load_some(dy + i, k), v = load_some(x + i, k);
     if (dw) store_some(dw + i, fma(mul(d, v), scale, load_some(dw + i, k)), k);
-    F out = mul(scale, fnma(v, pull, mul(d, load_some(weight + i, k))));
-    if (more) out = add(out, load_some(more + i, k));
-    store_some(dx + i, out, k);
+    store_some(dx + i, mul(scale, fnma(v, pull, mul(d, load_some(weight + i, k)))), k);
   }
 }
 
@@ -122,13 +114,13 @@ static void rope_token(const dso_train_rotation& r, const T* x, const T* cosine,
 // ---- by type
 static bool is_bf16(int32_t type) { return type == DSO_TYPE_BF16; }
 
-static void rms_norm_forward(int32_t type, const void* x, const void* delta, const void* weight, int64_t n, float eps, void* sum_out, void* y, float* rstd) {
-  if (is_bf16(type)) rms_norm_row((const uint16_t*)x, (const uint16_t*)delta, (const uint16_t*)weight, n, eps, (uint16_t*)sum_out, (uint16_t*)y, rstd);
-  else rms_norm_row((const float*)x, (const float*)delta, (const float*)weight, n, eps, (float*)sum_out, (float*)y, rstd);
+static void rms_norm_forward(int32_t type, const void* x, const void* weight, int64_t n, float eps, void* y, float* rstd) {
+  if (is_bf16(type)) rms_norm_row((const uint16_t*)x, (const uint16_t*)weight, n, eps, (uint16_t*)y, rstd);
+  else rms_norm_row((const float*)x, (const float*)weight, n, eps, (float*)y, rstd);
 }
-static void rms_norm_backward(int32_t type, const void* dy, const void* x, const void* weight, float rstd, const void* more, int64_t n, void* dx, float* dw) {
-  if (is_bf16(type)) rms_norm_backward_row((const uint16_t*)dy, (const uint16_t*)x, (const uint16_t*)weight, rstd, (const uint16_t*)more, n, (uint16_t*)dx, dw);
-  else rms_norm_backward_row((const float*)dy, (const float*)x, (const float*)weight, rstd, (const float*)more, n, (float*)dx, dw);
+static void rms_norm_backward(int32_t type, const void* dy, const void* x, const void* weight, float rstd, int64_t n, void* dx, float* dw) {
+  if (is_bf16(type)) rms_norm_backward_row((const uint16_t*)dy, (const uint16_t*)x, (const uint16_t*)weight, rstd, n, (uint16_t*)dx, dw);
+  else rms_norm_backward_row((const float*)dy, (const float*)x, (const float*)weight, rstd, n, (float*)dx, dw);
 }
 static void swiglu_forward(int32_t type, const void* gate, const void* up, int64_t n, void* h) {
   if (is_bf16(type)) swiglu_row((const uint16_t*)gate, (const uint16_t*)up, n, (uint16_t*)h);

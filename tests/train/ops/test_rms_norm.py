@@ -1,10 +1,10 @@
-"""RMS norm in training, alone and behind a sum: gradients of the reference, the native form against fp64."""
+"""RMS norm in training: gradients of the reference, the native form against fp64."""
 
 import pytest
 import torch
 
 from deepseek_optimizer.train.ops import native
-from deepseek_optimizer.train.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from deepseek_optimizer.train.ops.rms_norm import rms_norm, rms_norm_reference
 from support.op_checks import against_fp64, contiguous_and_not
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
@@ -15,15 +15,10 @@ def alone(x, weight):
     return rms_norm(x, weight, EPS)
 
 
-def behind_a_sum(x, delta, weight):
-    return add_rms_norm(x, delta, weight, EPS)
-
-
 def test_gradients_of_the_reference():
     torch.manual_seed(0)
-    x, delta, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 7), (2, 3, 7), (7,)))
+    x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 7), (7,)))
     assert torch.autograd.gradcheck(alone, (x, weight))
-    assert torch.autograd.gradcheck(behind_a_sum, (x, delta, weight))
 
 
 @needs_native
@@ -32,9 +27,7 @@ def test_native_is_fp64s_to_rounding(dtype):
     torch.manual_seed(1)
     for rows, n in ((1, 2), (3, 7), (5, 16), (33, 40), (70, 64), (1000, 96), (19, 577)):
         for x in contiguous_and_not(torch.randn(rows, n).to(dtype)):
-            delta, weight = torch.randn(rows, n).to(dtype), torch.randn(n).to(dtype)
-            against_fp64(alone, lambda x, w: rms_norm_reference(x, w, EPS), (x, weight))
-            against_fp64(behind_a_sum, lambda x, d, w: add_rms_norm_reference(x, d, w, EPS), (x, delta, weight))
+            against_fp64(alone, lambda x, w: rms_norm_reference(x, w, EPS), (x, torch.randn(n).to(dtype)))
 
 
 @needs_native
@@ -61,5 +54,3 @@ def test_a_weight_of_another_dtype_takes_the_plain_form():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.ones(2, 8), torch.ones(7), EPS)
-    with pytest.raises(ValueError, match="delta"):
-        add_rms_norm(torch.ones(2, 8), torch.ones(1, 8), torch.ones(8), EPS)

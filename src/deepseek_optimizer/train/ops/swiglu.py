@@ -26,31 +26,6 @@ def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate.to(wide)) * up.to(wide)).to(dtype)
 
 
-def swiglu_backward_(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> None:
-    """Puts the gradients of gate and up in their places, and h, made again, in that of its gradient dh.
-
-    Args:
-        gate, up, dh: [T, n] of one dtype, rows of any stride.
-    """
-    parts = (gate, up, dh)
-    if native.usable(*parts) and all(native.rows(t).data_ptr() == t.data_ptr() for t in parts):
-        _backward_in_place(gate, up, dh)
-    else:
-        h = swiglu_reference(gate, up)
-        dgate, dup = swiglu_backward_reference(gate, up, dh)
-        gate.copy_(dgate)
-        up.copy_(dup)
-        dh.copy_(h)
-
-
-def swiglu_backward_reference(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up in plain torch."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    g, u, d = gate.to(wide), up.to(wide), dh.to(wide)
-    s = torch.sigmoid(g)
-    return (d * u * s * (1 + g * (1 - s))).to(gate.dtype), (d * g * s).to(up.dtype)
-
-
 # ---- as torch knows them
 
 
@@ -70,12 +45,6 @@ def _backward(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[t
     return dgate, dup
 
 
-@torch.library.custom_op("dso::train_swiglu_backward_in_place", mutates_args=("gate", "up", "dh"), device_types="cpu")
-def _backward_in_place(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> None:
-    g, u, d = (native.matrix(t) for t in (gate, up, dh))
-    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, g, u, d)
-
-
 @_swiglu.register_fake
 def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -86,11 +55,6 @@ def _(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Ten
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), torch.empty(
         gate.shape, dtype=up.dtype, device=gate.device
     )
-
-
-@_backward_in_place.register_fake
-def _(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> None:
-    """It changes its arguments, and makes nothing."""
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
