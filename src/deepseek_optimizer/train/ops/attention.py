@@ -142,9 +142,11 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, scale: float, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = (_dense_heads(x) for x in (q, k, v))
-    new = q.new_empty if _cover(begin, end, q) else q.new_zeros
-    o = new(*q.shape[:3], v.shape[3])
-    state = new(2, q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32)
+    o = native.new((*q.shape[:3], v.shape[3]), q)
+    state = native.new((2, q.shape[2], q.shape[0] * q.shape[1]), q, torch.float32)
+    if not _cover(begin, end, q):
+        o.zero_()
+        state.zero_()
     call = _call(q, k, v, o, state, begin, end, scale, window)
     native.call("dso_train_attention_forward", C.byref(call))
     return o, state
@@ -170,8 +172,10 @@ def _backward(
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     o_grad, q, k, v = (_dense_heads(x) for x in (o_grad, q, k, v))
-    new = torch.empty if _cover(begin, end, q) else torch.zeros
-    gradients = [new(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    gradients = [native.new(x.shape, x) for x in (q, k, v)]
+    if not _cover(begin, end, q):
+        for gradient in gradients:
+            gradient.zero_()
     call = _call(q, k, v, o, state, begin, end, scale, window)
     call.o_grad = _heads(o_grad)
     call.q_grad, call.k_grad, call.v_grad = (_heads(x) for x in gradients)

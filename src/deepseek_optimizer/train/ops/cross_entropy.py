@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, factor: float, chunk: int | None,
         needed: tuple[bool, bool],
     ) -> torch.Tensor:  # fmt: skip
-        dhidden = torch.empty_like(hidden) if needed[0] else None
+        dhidden = native.new(hidden.shape, hidden) if needed[0] else None
         dweight: torch.Tensor | None = None
         total = 0.0
         pieces = _pieces(len(hidden), weight.shape[0], chunk)
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needed[1] and dweight is None:
             dweight = torch.zeros_like(weight)
         if dweight is not None and dweight.dtype != weight.dtype and getattr(weight, "main_grad", None) is None:
-            dweight = scale_into(torch.empty_like(weight), dweight)
+            dweight = scale_into(native.new(weight.shape, weight), dweight)
         ctx.gradients, ctx.weight = (dhidden, dweight), gradient_place(weight)
         return torch.tensor(total * factor, dtype=wide, device=hidden.device)
 

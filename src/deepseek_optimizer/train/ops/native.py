@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ...backends.cpu import native
 from ...backends.cpu.native_train import TYPES, Matrix
 from ...errors import BackendError
+from .memory import memory
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,6 +42,13 @@ def type_of(tensor: torch.Tensor) -> int:
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's first number lies; NULL for None. The caller keeps the tensor alive over the call."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def new(shape: Iterable[int], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor of a shape, of another's dtype (or `dtype`) and device; on the CPU where a step's tensors lie."""
+    size, dtype = torch.Size(shape), dtype or like.dtype
+    real = type(like) in (torch.Tensor, torch.nn.Parameter) and like.device.type == "cpu"  # not one that torch only traces
+    return memory().empty(size, dtype) if real else torch.empty(size, dtype=dtype, device=like.device)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

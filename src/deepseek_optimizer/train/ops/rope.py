@@ -90,5 +90,5 @@ _rope.register_autograd(_gradients, setup_context=_keep)
 def _empty(x: torch.Tensor) -> torch.Tensor:
     """Of x's shape, dense, [B, S, H, D] in memory where x is a transposed view of that."""
     if x.stride(1) < x.stride(2):
-        return torch.empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), dtype=x.dtype, device=x.device).transpose(1, 2)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return native.new((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x).transpose(1, 2)
+    return native.new(x.shape, x)

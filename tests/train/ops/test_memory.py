@@ -1,0 +1,83 @@
+"""Blocks of the ops' tensors: never two in one place, holes found again, and memory given back."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+
+import torch
+
+from deepseek_optimizer.train.ops import native
+from deepseek_optimizer.train.ops.memory import Memory
+
+MB = 1 << 20
+
+
+def test_no_tensor_lies_in_another():
+    """Each keeps what was written into it while others come and go, also where only a view of it is left."""
+    memory, chance, alive = Memory(), random.Random(0), []
+    for turn in range(1500):
+        if alive and chance.random() < 0.5:
+            tensor, value = alive.pop(chance.randrange(len(alive)))
+            assert (tensor == value).all()
+        else:
+            dtype = chance.choice([torch.bfloat16, torch.float32, torch.int64])
+            tensor = memory.empty((chance.randrange(1, 9), chance.randrange(1, 90_000)), dtype)
+            alive.append((tensor.fill_(turn % 97).view(-1)[::2], turn % 97))
+            del tensor
+    for tensor, value in alive:
+        assert (tensor == value).all()
+
+
+def test_holes_become_one_and_are_taken_again():
+    memory = Memory()
+    tensors = [memory.empty((MB,), torch.uint8) for _ in range(256)]
+    assert memory.used() == memory.held() == 256 * MB
+    places = [t.data_ptr() for t in tensors]
+    del tensors[10:14], tensors[0]
+    assert memory.used() == 251 * MB
+    assert memory.empty((4 * MB,), torch.uint8).data_ptr() == places[10]  # the four beside each other; gone again at once
+    small = memory.empty((MB,), torch.uint8)
+    assert small.data_ptr() == places[0] and memory.held() == 256 * MB  # the smallest hole that it fits into
+    more = memory.empty((300 * MB,), torch.uint8)
+    assert memory.held() == 556 * MB
+    del more, tensors
+    memory.trim()
+    assert memory.used() == MB and memory.held() == 256 * MB
+    del small
+    memory.trim()
+    assert memory.held() == 0
+
+
+def test_small_and_empty_tensors_are_torchs_own():
+    memory = Memory()
+    for shape in ((), (0,), (3, 0), (1000,)):
+        assert memory.empty(shape, torch.float32).shape == torch.Size(shape)
+    assert memory.held() == 0
+
+
+def test_tensors_end_in_other_threads_and_in_cycles():
+    memory = Memory()
+
+    def work() -> None:
+        for _ in range(200):
+            holder = [memory.empty((MB,), torch.uint8)]
+            holder.append(holder)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert memory.used() == 0
+
+
+def test_what_is_only_traced_takes_no_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        like = torch.empty(4)
+        assert type(native.new((1 << 40,), like)) is type(like)
+    assert native.new((3,), torch.empty(4), torch.float64).dtype == torch.float64
