@@ -269,7 +269,7 @@ Bytes everything(dso_context* c) {
   for (int type : {DSO_TYPE_F32, DSO_TYPE_BF16})
     for (const auto& [rows, n] : std::vector<std::pair<int64_t, int64_t>>{{0, 5}, {1, 1}, {2, 16}, {3, 31}, {5, 64}, {150, 33}, {1100, 48}, {7, 1000}})
       for (int64_t gap : {0, 3}) {
-        append(all, norms(c, rows, n, type, gap, Random(++seed)));
+        if (n > 1) append(all, norms(c, rows, n, type, gap, Random(++seed)));  // of a row of one number nothing is left of dx
         append(all, gates(c, rows, n, type, gap, Random(++seed)));
         for (int gradient : {-1, (int)DSO_TYPE_F32, (int)DSO_TYPE_BF16})
           if (gradient != DSO_TYPE_F32 || type == DSO_TYPE_F32) append(all, losses(c, rows, n, type, gradient, gap, Random(++seed)));
