@@ -30,6 +30,7 @@ from .fp8.backend import Fp8, of_arguments
 from .modules.mtp import add_trained_layers
 from .mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
+from .ops.memory import memory
 from .ops.native import built
 from .optimizer import DeepSeekAdamW
 from .precision import DTYPES, set_training_dtype, weights_in
@@ -176,6 +177,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         if self._prepared is not None:
             self._prepared.undo()
         self._accumulators = self._prepared = None
+        memory().trim()
 
     def _dtype(self) -> torch.dtype | None:
         """What weights are trained in; None: as they were loaded, for Transformers' optimizers have no masters."""

@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         pieces = _pieces(len(hidden), weight.shape[0], chunk)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # one place for all pieces: memory of this size is the system's again with each tensor, and is cleared for the next
-        place = hidden.new_empty(pieces[0].stop if pieces else 0, weight.shape[0], dtype=wide)
+        place = native.new((pieces[0].stop if pieces else 0, weight.shape[0]), hidden, wide)
         for part in pieces:
             x = hidden[part]
             logits = product("nt", x, weight, out=place[: len(x)])

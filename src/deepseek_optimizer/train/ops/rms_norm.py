@@ -42,7 +42,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 @torch.library.custom_op("dso::train_rms_norm", mutates_args=(), device_types="cpu")
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     flat, m, weight = native.rows(x), native.matrix, weight.contiguous()
-    y, rstd = _empty(x), x.new_empty(len(flat), dtype=torch.float32)
+    y, rstd = native.new(x.shape, x), x.new_empty(len(flat), dtype=torch.float32)
     native.call("dso_train_rms_norm", *flat.shape, m(flat), weight.data_ptr(), eps, m(native.rows(y)), rstd.data_ptr())
     return y, rstd
 
@@ -52,7 +52,7 @@ def _backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, needs_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and, in fp32, of the weight (empty where it is not needed)."""
-    dx, dw = _empty(x), x.new_empty(weight.numel() if needs_weight else 0, dtype=torch.float32)
+    dx, dw = native.new(x.shape, x), x.new_empty(weight.numel() if needs_weight else 0, dtype=torch.float32)
     flat, kept, m, weight = native.rows(dy.to(x.dtype)), native.rows(x), native.matrix, weight.contiguous()
     native.call(
         "dso_train_rms_norm_backward", *flat.shape, m(flat), m(kept), weight.data_ptr(), rstd.data_ptr(), m(native.rows(dx)),
@@ -63,14 +63,14 @@ def _backward(
 
 @_rms_norm.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return native.new(x.shape, x), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
 @_backward.register_fake
 def _(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, needs_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty(x), x.new_empty(weight.numel() if needs_weight else 0, dtype=torch.float32)
+    return native.new(x.shape, x), x.new_empty(weight.numel() if needs_weight else 0, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -87,7 +87,3 @@ def _gradients(ctx: Any, dy: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
 
 
 _rms_norm.register_autograd(_gradients, setup_context=_keep)
-
-
-def _empty(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

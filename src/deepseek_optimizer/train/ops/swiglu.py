@@ -31,7 +31,7 @@ def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("dso::train_swiglu", mutates_args=(), device_types="cpu")
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    h = torch.empty(gate.shape, dtype=gate.dtype)
+    h = native.new(gate.shape, gate)
     g, u, m = native.rows(gate), native.rows(up), native.matrix
     native.call("dso_train_swiglu", *g.shape, m(g), m(u), m(native.rows(h)))
     return h
@@ -39,7 +39,7 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("dso::train_swiglu_backward", mutates_args=(), device_types="cpu")
 def _backward(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    dgate, dup = (native.new(gate.shape, gate) for _ in range(2))
     g, u, d, m = native.rows(gate), native.rows(up), native.rows(dh.to(gate.dtype)), native.matrix
     native.call("dso_train_swiglu_backward", *g.shape, m(g), m(u), m(d), m(native.rows(dgate)), m(native.rows(dup)), None)
     return dgate, dup
