@@ -22,6 +22,8 @@ from ..quant.tiles import panels, tile_counts
 
 # (x [..., K], W, bias [N] or None) -> float32 [..., N]
 Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Tensor]
+# (dL/dy [..., N], W) -> float32 dL/dx [..., K]
+Gradient = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
 
 
 class Packed(nn.Module):
@@ -65,30 +67,34 @@ def matmul_panels(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | No
     return out if bias is None else out + bias.float()
 
 
+def gradient_panels(grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """grad [..., N] @ W in float32, dequantised as in `matmul_panels`."""
+    flat = grad.reshape(-1, matrix.rows).float()
+    out = flat.new_zeros(flat.shape[0], matrix.cols)
+    for begin, end in panels(matrix.rows, matrix.cols):
+        out.addmm_(flat[:, begin:end], _panel(matrix, begin, end).to(flat.device))
+    return out.view(*grad.shape[:-1], matrix.cols)
+
+
 def _panel(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
     tiles = matrix.data[begin // 16 : -(-end // 16)]
     return unpack(PackedMatrix(matrix.format, end - begin, matrix.cols, tiles))
 
 
 class PackedProduct(torch.autograd.Function):
-    """y = product(x, W); dL/dx = dL/dy @ W with W dequantised by panels. W itself has no gradient.
+    """y = product(x, W); dL/dx = gradient(dL/dy, W) = dL/dy @ W. W itself has no gradient.
 
     Rounding of the activations, where the format has any, is passed straight through.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, product: Product) -> torch.Tensor:
-        ctx.matrix, ctx.dtype = matrix, x.dtype
+    def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, product: Product, gradient: Gradient) -> torch.Tensor:
+        ctx.matrix, ctx.dtype, ctx.gradient = matrix, x.dtype, gradient
         return product(x, matrix, None).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        matrix, grad = ctx.matrix, grads[0]
-        flat = grad.reshape(-1, matrix.rows).float()
-        out = flat.new_zeros(flat.shape[0], matrix.cols)
-        for begin, end in panels(matrix.rows, matrix.cols):
-            out.addmm_(flat[:, begin:end], _panel(matrix, begin, end).to(flat.device))
-        return out.view(*grad.shape[:-1], matrix.cols).to(ctx.dtype), None, None
+        return ctx.gradient(grads[0], ctx.matrix).to(ctx.dtype), None, None, None
 
 
 class PackedLinear(Packed, nn.Linear):
@@ -103,7 +109,7 @@ class PackedLinear(Packed, nn.Linear):
 
     Attributes:
         weight: uint8 [ceil(N/16), ceil(K/32), tile_bytes], without gradient.
-        product: how x W^T is computed; the runtime sets the native one where there is one.
+        product, gradient: how x W^T and the gradient in x are computed; the runtime sets the native ones where there are any.
     """
 
     weight: nn.Parameter
@@ -118,6 +124,7 @@ class PackedLinear(Packed, nn.Linear):
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", made)
         self.product: Product = matmul_panels
+        self.gradient: Gradient = gradient_panels
         self._is_hf_initialized = True  # weights are loaded, never drawn
 
     @property
@@ -128,7 +135,7 @@ class PackedLinear(Packed, nn.Linear):
         return {"weight": self.packed}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = PackedProduct.apply(input, self.packed, self.product)
+        out: torch.Tensor = PackedProduct.apply(input, self.packed, self.product, self.gradient)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

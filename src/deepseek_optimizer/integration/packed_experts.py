@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..quant import PackedStack, PackedWeight, unpack
-from .modules import Packed, PackedProduct, Product, empty_tiles, matmul_panels
+from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles, gradient_panels, matmul_panels
 
 
 class PackedExperts(Packed):
@@ -30,7 +30,7 @@ class PackedExperts(Packed):
     Attributes:
         gate_up_proj: uint8 [2 E, ...tiles of I x H], gate and up of each expert in turn, without gradient.
         down_proj: uint8 [E, ...tiles of H x I].
-        product: how single matrices are multiplied; the runtime sets the native one where there is one.
+        product, gradient: as `PackedLinear` has them.
         listener: called with each h = act(gate x) * (up x), float [tokens, I], that down is multiplied with; for calibration.
     """
 
@@ -56,6 +56,7 @@ class PackedExperts(Packed):
         self.down_proj = empty_tiles(hidden_dim, intermediate_dim, down_format, device, (num_experts,))
         self.act_fn = act_fn
         self.product: Product = matmul_panels
+        self.gradient: Gradient = gradient_panels
         self.listener: Callable[[torch.Tensor], None] | None = None
         self._is_hf_initialized = True  # weights are loaded, never drawn
 
@@ -77,19 +78,19 @@ class PackedExperts(Packed):
 
         An index of `num_experts` chooses nobody (expert parallelism marks so what another process has).
         """
-        gate_up, down, product = self.gate_up, self.down, self.product
+        gate_up, down, how = self.gate_up, self.down, (self.product, self.gradient)
         out = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():  # ascending, as a token's sum runs in every backend
             if expert == self.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
             x = hidden_states[token]
-            gate = PackedProduct.apply(x, gate_up.matrix(2 * expert), product)
-            up = PackedProduct.apply(x, gate_up.matrix(2 * expert + 1), product)
+            gate = PackedProduct.apply(x, gate_up.matrix(2 * expert), *how)
+            up = PackedProduct.apply(x, gate_up.matrix(2 * expert + 1), *how)
             h = self.act_fn(gate) * up
             if self.listener is not None:
                 self.listener(h)
-            y = PackedProduct.apply(h, down.matrix(expert), product) * top_k_weights[token, place, None]
+            y = PackedProduct.apply(h, down.matrix(expert), *how) * top_k_weights[token, place, None]
             out.index_add_(0, token, y.float())
         return out.to(hidden_states.dtype)
 

@@ -26,7 +26,7 @@ from ..quant import Packer, reference_packer
 from .arena import Arena, LatentRow, arena_blocks
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
-from .modules import Packed, PackedLinear, matmul_panels
+from .modules import Packed, PackedLinear, gradient_panels, matmul_panels
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
 
@@ -204,10 +204,11 @@ class Runtime:
 
     def _set_products(self, backend: Backend) -> None:
         """Packed modules compute with the backend's own product where it has one."""
-        product = getattr(backend, "linear", None) or matmul_panels
+        product = Shared(getattr(backend, "linear", None) or matmul_panels)
+        gradient = Shared(getattr(backend, "linear_gradient", None) or gradient_panels)
         for module in self.model.modules():
             if isinstance(module, (PackedLinear, PackedExperts)):
-                module.product = Shared(product)
+                module.product, module.gradient = product, gradient
 
     def rebind(self) -> None:
         """Drops the compiled plans; the next call compiles them from the modules' present storage."""

@@ -47,3 +47,18 @@ def test_refuses_a_bias_of_another_length(cpu, length):
     assert torch.equal(cpu.linear(torch.ones(1, 32), matrix, torch.ones(20)), torch.full((1, 20), 33.0))
     with pytest.raises(ValueError, match="bias has shape"):
         cpu.linear(torch.ones(1, 32), matrix, torch.ones(length))
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(("rows", "cols"), [(3, 5), (211, 72), (2049, 300)])
+def test_gradient_of_a_packed_product(cpu, format, rows, cols):
+    torch.manual_seed(0)
+    matrix = PackedMatrix(format, rows, cols, cpu.pack(torch.randn(rows, cols), format))
+    weight = cpu.unpack(matrix).double()
+    for dtype, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)):  # bf16: the weight is rounded too
+        grad = torch.randn(2, 9, rows).to(dtype)
+        found = cpu.linear_gradient(grad, matrix)
+        assert found.shape == (2, 9, cols) and found.dtype == torch.float32
+        bound = (unit + rows * 2.0**-23) * (grad.double().abs() @ weight.abs())
+        assert ((found.double() - grad.double() @ weight).abs() <= bound).all()
+    assert cpu.linear_gradient(torch.randn(0, rows), matrix).shape == (0, cols)

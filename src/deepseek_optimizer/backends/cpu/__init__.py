@@ -86,6 +86,10 @@ class CpuBackend:
         """See `packer.linear`."""
         return packer.linear(self.context, x, matrix, bias, **options)
 
+    def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+        """See `packer.linear_gradient`."""
+        return packer.linear_gradient(self.context, grad, matrix)
+
 
 def exact(name: str) -> str:
     """The `isa` argument that means exactly this one of `native.isa_names()`."""

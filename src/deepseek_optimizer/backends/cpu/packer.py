@@ -10,8 +10,9 @@ from ...errors import BackendError
 from ...quant import fp8, get_format, ggml
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
-from ...quant.tiles import empty_tiles, tile_counts
+from ...quant.tiles import empty_tiles, panels, tile_counts
 from .native import FORMATS, SLOT_KINDS, Context, Weight, check
+from .native_train import ADD, EXACT, PRODUCT_FORMS, TYPES, Matrix
 
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # uint8: ggml blocks
 
@@ -130,3 +131,26 @@ def linear(
             )
         )  # fmt: skip
     return out.reshape(*x.shape[:-1], matrix.rows)
+
+
+def linear_gradient(context: Context, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """grad [..., N] @ W -> float32 [..., K], the gradient of `linear` in x, with W dequantised by panels of rows.
+
+    A gradient in bf16 is multiplied as that, with W rounded to it on the way; any other in fp32.
+    """
+    flat = grad.detach().reshape(-1, matrix.rows)
+    flat = (flat if flat.dtype == torch.bfloat16 else flat.float()).contiguous()
+    out = torch.zeros(flat.shape[0], matrix.cols)
+    flags = ADD if flat.dtype == torch.bfloat16 else ADD | EXACT
+    type_of, total = TYPES[str(flat.dtype).removeprefix("torch.")], Matrix(out.data_ptr(), matrix.cols, 0, TYPES["float32"], 0)
+    for begin, end in panels(matrix.rows, matrix.cols):
+        panel = unpack(context, matrix, begin, end)
+        a = Matrix(flat.data_ptr() + begin * flat.element_size(), matrix.rows, 0, type_of, 0)
+        b = Matrix(panel.data_ptr(), matrix.cols, 0, TYPES["float32"], 0)
+        sizes = flat.shape[0], matrix.cols, end - begin
+        check(
+            context.lib.dso_train_product(
+                context.handle, PRODUCT_FORMS["nn"], flags, *sizes, C.byref(a), C.byref(b), None, C.byref(total)
+            )
+        )
+    return out.reshape(*grad.shape[:-1], matrix.cols)

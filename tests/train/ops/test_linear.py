@@ -1,0 +1,113 @@
+"""linear in training: gradients against fp64, where they go, and what else autograd asks of it."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_optimizer.train.ops import native
+from deepseek_optimizer.train.ops.linear import linear, linear_reference
+from support.op_checks import against_fp64
+
+needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def parts(*shape, dtype, N=48, bias=True):
+    K = shape[-1]
+    x, weight = torch.randn(shape).to(dtype), (torch.randn(N, K) / K**0.5).to(dtype)
+    return tuple(t.requires_grad_() for t in ((x, weight, torch.randn(N).to(dtype)) if bias else (x, weight)))
+
+
+def test_gradients_of_the_reference():
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(linear, parts(2, 3, 5, dtype=torch.float64, N=4))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_native_is_fp64s_to_rounding(dtype, bias):
+    torch.manual_seed(1)
+    for shape, N in (((1, 1), 1), ((7, 33), 5), ((2, 3, 64), 31), ((2, 150, 100), 70), ((0, 8), 3)):
+        against_fp64(linear, linear_reference, parts(*shape, dtype=dtype, N=N, bias=bias))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_made_for_what_needs_them(dtype):
+    torch.manual_seed(2)
+    whole = parts(30, 64, dtype=dtype)
+    linear(*whole).sum().backward()
+    for wanted in range(3):
+        some = tuple(t.detach().clone().requires_grad_(i == wanted) for i, t in enumerate(whole))
+        linear(*some).sum().backward()
+        assert [t.grad is not None for t in some] == [i == wanted for i in range(3)]
+        assert torch.equal(some[wanted].grad, whole[wanted].grad)
+        assert some[wanted].grad.dtype == dtype
+    with torch.no_grad():
+        assert not linear(*whole).requires_grad
+
+
+@needs_native
+def test_gradients_add_up_in_main_grad():
+    torch.manual_seed(3)
+    x, weight, bias = parts(30, 64, dtype=torch.bfloat16)
+    weight.main_grad, bias.main_grad = torch.ones(48, 64), torch.ones(48)
+    for _ in range(2):
+        linear(x, weight, bias).sum().backward()
+    assert weight.grad is None and bias.grad is None and x.grad is not None
+    rows = 2 * x.detach().double().sum(0) + 1
+    torch.testing.assert_close(weight.main_grad.double(), rows.expand(48, 64), rtol=1e-5, atol=1e-5)
+    assert (bias.main_grad == 61).all()
+
+
+@needs_native
+def test_recomputing_changes_no_bit():
+    torch.manual_seed(4)
+    found = []
+    x, *weights = parts(30, 64, dtype=torch.bfloat16, N=64)
+    for again in (False, True):
+        for t in (x, *weights):
+            t.grad = None
+        y = checkpoint(linear, x, *weights, use_reentrant=False) if again else linear(x, *weights)
+        linear(y, *weights).square().sum().backward()
+        found.append([t.grad for t in (x, *weights)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_native
+def test_autocast_casts_as_torchs_own():
+    torch.manual_seed(5)
+    ours, theirs = parts(30, 64, dtype=torch.float32), None
+    theirs = tuple(t.detach().clone().requires_grad_() for t in ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, z = linear(*ours), torch.nn.functional.linear(*theirs)
+    assert y.dtype == z.dtype == torch.bfloat16
+    torch.testing.assert_close(y, z)
+    y.float().sum().backward()
+    z.float().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad.dtype == torch.float32
+        torch.testing.assert_close(a.grad, b.grad, rtol=2**-6, atol=2**-6)
+
+
+@needs_native
+def test_several_threads_at_once():
+    torch.manual_seed(6)
+    whole = parts(60, 64, dtype=torch.bfloat16)
+    expected, found = linear(*whole), []
+    threads = [threading.Thread(target=lambda: found.extend(linear(*whole) for _ in range(20))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80 and all(torch.equal(y, expected) for y in found)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises((ValueError, RuntimeError)):
+        linear(torch.ones(2, 3), torch.ones(4, 5))
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.bfloat16))
