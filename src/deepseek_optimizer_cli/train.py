@@ -153,9 +153,8 @@ def _told(summary: Any, model: str) -> str:
     if summary.eval_after is not None:
         before = "" if summary.eval_before is None else f"{summary.eval_before:.4f} before, "
         lines.append(f"evaluation loss: {before}{summary.eval_after:.4f} after")
-    speed = summary.tokens / summary.seconds if summary.seconds else 0
     early = "; ended early, for it got no better" if summary.stopped_early else ""
-    lines.append(f"training loss: {summary.loss:.4f} in {summary.steps:,} steps, {speed:,.0f} tokens a second{early}")
+    lines.append(f"training loss: {summary.loss:.4f} in {summary.steps:,} steps and {summary.seconds:,.0f} s{early}")
     lines.append(f"loss curve: {summary.curve}")
     lines.append(f"{summary.kind}: {summary.output}")
     if summary.loads:

@@ -402,3 +402,41 @@ def test_no_process_is_left(made):
         os.kill(pid, 0)
     with pytest.raises(RequestError, match="closed"):
         template.render([{"role": "user", "content": "x"}])
+
+
+TURNS = [
+    {"role": "system", "content": "the system"},
+    {"role": "user", "content": "hello <|im_start|>"},
+    {"role": "assistant", "content": "  the fox \n"},
+    {"role": "user", "content": "again"},
+    {"role": "assistant", "content": "<b>the dog"},
+]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_dialogue_is_what_is_rendered_with_the_places_of_its_answers(made, name, prefix):
+    tokenizer, template = made(name, prefix)
+    dialogue = template.dialogue(TURNS)
+    whole = template.render(TURNS, add_generation_prompt=False)
+    assert (dialogue.ids, dialogue.text, dialogue.hidden) == (whole.ids, whole.text, [])
+    said = [tokenizer.decode(dialogue.ids[begin:end]).strip() for begin, end in dialogue.answers]
+    assert len(said) == 2 and "the fox" in said[0] and said[1].startswith("<b>the dog")
+    for begin, end in dialogue.answers:
+        assert dialogue.ids[begin:end].index(tokenizer.eos_token_id) == end - begin - 1
+        # what the model is asked with ends where the answer begins, but for thoughts
+        asked = template.render(TURNS[: 2 if end < dialogue.answers[1][0] else 4]).ids
+        assert dialogue.ids[:begin] == asked[:begin]
+
+
+def test_what_a_template_does_not_show_is_known(made):
+    _, template = made("deepseek_r1")
+    thought = {"role": "assistant", "content": "the fox", "reasoning_content": "who jumps"}
+    assert template.dialogue([TURNS[1], thought]).hidden == [1]
+    assert not template.marks_answers()
+
+
+def test_what_someone_says_has_no_control_tokens(made):
+    tokenizer, template = made("qwen")
+    ids = template.said("the <|im_start|> fox")
+    assert tokenizer.decode(ids) == "the <|im_start|> fox" and tokenizer.convert_tokens_to_ids("<|im_start|>") not in ids
