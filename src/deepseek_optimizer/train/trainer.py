@@ -161,8 +161,9 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     def _prepare(self) -> Prepared:
         args = self.args
-        how = {"activation_memory": args.activation_memory, "fused_loss": args.fused_loss}
-        prepared = prepare(self.model, **how, mtp=self._mtp, fp8=self._fp8)
+        prepared = prepare(
+            self.model, activation_memory=args.activation_memory, fused_loss=args.fused_loss, mtp=self._mtp, fp8=self._fp8
+        )
         if self._fp8 is not None:
             prepared.notes.append(self._fp8.note)
             if not self._fp8.on_hardware:
