@@ -1,4 +1,4 @@
-"""The Python view of the C interface against `dso.h` itself: structs field by field, prototypes, constants."""
+"""The Python view of the C interface against `dso.h` and `dso_train.h` themselves: structs field by field, prototypes, constants."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from deepseek_optimizer.backends.base import BLOCK_TOKENS, DECODE, PREFILL
-from deepseek_optimizer.backends.cpu import native
+from deepseek_optimizer.backends.cpu import native, native_train
 
-HEADER = Path(__file__).parents[3] / "native" / "include" / "dso.h"
-TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
-SCALARS = {"int32_t": C.c_int32, "int64_t": C.c_int64, "float": C.c_float, "double": C.c_double, "void": None}
-CONSTANTS = {name: int(value) for name, value in re.findall(r"\b(DSO_\w+)\s*=\s*(-?\d+)", TEXT)}
+INCLUDE = Path(__file__).parents[3] / "native" / "include"
+TEXT, TRAIN_TEXT = (re.sub(r"/\*.*?\*/", "", (INCLUDE / name).read_text(), flags=re.S) for name in ("dso.h", "dso_train.h"))
+SCALARS = {"int32_t": C.c_int32, "uint32_t": C.c_uint32, "int64_t": C.c_int64, "float": C.c_float, "double": C.c_double, "void": None}
+CONSTANTS = {name: int(value) for name, value in re.findall(r"\b(DSO_\w+)\s*=\s*(-?\d+)", TEXT + TRAIN_TEXT)}
+STRUCTS = {"dso_train_heads": native_train.TrainHeads}  # that are parts of others
+TRAIN_STRUCTS = [t for t in vars(native_train).values() if isinstance(t, type) and issubclass(t, C.Structure)]
 
 
 def ctype(declared: str):
@@ -22,7 +24,7 @@ def ctype(declared: str):
     plain = declared.replace("const", "").strip()
     if plain == "char*":
         return C.c_char_p
-    return C.c_void_p if "*" in plain else SCALARS[plain]
+    return C.c_void_p if "*" in plain else {**SCALARS, **STRUCTS}[plain]
 
 
 def declarations(text: str):
@@ -30,8 +32,8 @@ def declarations(text: str):
     for line in filter(str.strip, text.split(";")):
         kind, names = re.fullmatch(r"\s*((?:const\s+)?\w+\s*\**)\s*(.*?)\s*", line, re.S).groups()
         for name in names.split(","):
-            name, length = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", name).groups()
-            yield ctype(kind), name, length
+            star, name, length = re.fullmatch(r"\s*(\*?)\s*(\w+)(?:\[(\d+)\])?\s*", name).groups()
+            yield ctype(kind + star), name, length
 
 
 @pytest.mark.parametrize("struct", [native.Weight, native.Slot, native.Step, native.Batch, native.Rotation])
@@ -42,13 +44,22 @@ def test_structs(struct):
     assert [(name, kind) for name, kind in struct._fields_] == expected
 
 
-def test_prototypes():
-    found = re.findall(r"DSO_API\s+([\w\s]+?\**)\s*(dso_\w+)\(([^)]*)\)", TEXT)
+@pytest.mark.parametrize("struct", TRAIN_STRUCTS)
+def test_structs_of_training(struct):
+    name = re.search(r"dso_\w+", struct.__doc__)[0]
+    body = re.search(rf"typedef struct {name} {{(.*?)}}", TRAIN_TEXT, re.S)[1]
+    expected = [(n, kind * int(length) if length else kind) for kind, n, length in declarations(body)]
+    assert list(struct._fields_) == expected
+
+
+@pytest.mark.parametrize(("text", "signatures"), [(TEXT, native._SIGNATURES), (TRAIN_TEXT, native_train.SIGNATURES)])
+def test_prototypes(text, signatures):
+    found = re.findall(r"DSO_API\s+([\w\s]+?\**)\s*(dso_\w+)\(([^)]*)\)", text)
     expected = {}
     for result, name, arguments in found:
         kinds = [ctype(re.sub(r"\b\w+$", "", a.strip())) for a in arguments.split(",")] if arguments != "void" else []
         expected[name] = (ctype(result), kinds)
-    assert native._SIGNATURES == expected
+    assert signatures == expected
 
 
 def test_constants():
@@ -61,6 +72,8 @@ def test_constants():
         ("DSO_SLOT_", native.SLOT_KINDS),
         ("DSO_KV_", native.KV_TYPES),
         ("DSO_OP_", native.OPS),
+        ("DSO_TYPE_", {"f32": native_train.TYPES["float32"], "bf16": native_train.TYPES["bfloat16"]}),
+        ("DSO_PRODUCT_", {**native_train.PRODUCT_FORMS, "add": native_train.ADD, "exact": native_train.EXACT}),
     ):
         for name, value in values.items():
             assert CONSTANTS[prefix + names.get(name, name.upper())] == value, name
