@@ -76,6 +76,10 @@ typedef struct dso_train_numbers {
 DSO_API int32_t dso_train_squares(dso_context* c, const dso_train_numbers* tensors, int64_t tensors_count, double* sums, int64_t* not_finite);
 /* result = scale x, or, where `adds` is not 0, result + scale x; both dense and of x's count. Also converts from type to type. */
 DSO_API int32_t dso_train_scale(dso_context* c, const dso_train_numbers* x, float scale, int32_t adds, const dso_train_numbers* result);
+/* Row v of result[result_rows, n] = the sum of the rows of x[rows, n] whose number is v, ascending, in fp32; zeros where there is none.
+ * With `adds` it is added to what is there. Rows whose number is `ignored` don't count. Types may differ. */
+DSO_API int32_t dso_train_rows_summed(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const int64_t* numbers, int64_t ignored,
+                                      int64_t result_rows, const dso_train_matrix* result, int32_t adds);
 
 /* The matrices of a call below are of one type and of `rows` rows of n numbers. Weights are n numbers of that type. */
 

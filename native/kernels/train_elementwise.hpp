@@ -13,6 +13,8 @@ struct TrainElementwise {
   void (*squares)(int32_t type, const void* x, int64_t begin, int64_t end, double* sum, int64_t* not_finite);
   // out = scale x, or, with `adds`, out + scale x; numbers [begin, end)
   void (*scale)(int32_t x_type, const void* x, float scale, bool adds, int64_t begin, int64_t end, int32_t out_type, void* out);
+  // out = the sum of rows which[0 .. count) of x (ld numbers apart), or, with `adds`, out and that sum; n numbers
+  void (*rows_summed)(int32_t x_type, const void* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds, int32_t out_type, void* out);
 
   // ---- one row each, all of one type; see generic/train_rows.hpp
   void (*rms_norm)(int32_t type, const void* x, const void* weight, int64_t n, float eps, void* y, float* rstd);

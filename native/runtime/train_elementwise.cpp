@@ -2,6 +2,9 @@
 #include "../kernels/train_elementwise.hpp"
 
 #include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
 
 #include "border.hpp"
 #include "dso_train.h"
@@ -115,6 +118,37 @@ void cross_entropy(Context& c, int64_t rows, int64_t n, int32_t type, const Rows
   });
 }
 
+// Each task has rows of the result to itself, and finds those of x among (number, row) in order.
+void rows_summed(Context& c, int64_t rows, int64_t n, const dso_train_matrix& x, const int64_t* numbers, int64_t ignored, int64_t result_rows,
+                 const dso_train_matrix& result, bool adds) {
+  std::vector<std::pair<int64_t, int64_t>> order;
+  order.reserve(size_t(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    if (numbers[r] == ignored) continue;
+    if (numbers[r] < 0 || numbers[r] >= result_rows)
+      fail(DSO_EINVAL, "numbers[%lld] is %lld, result has %lld rows", (long long)r, (long long)numbers[r], (long long)result_rows);
+    order.emplace_back(numbers[r], r);
+  }
+  std::sort(order.begin(), order.end());
+  std::vector<int64_t> which(order.size());
+  for (size_t i = 0; i < order.size(); ++i) which[i] = order[i].second;
+  const int64_t size = result.type == DSO_TYPE_BF16 ? 2 : 4, block = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, n));
+  parallel(c, ceil_div(result_rows, block), [&](int64_t task, int) {
+    const int64_t end = std::min(result_rows, (task + 1) * block);
+    size_t at = size_t(std::lower_bound(order.begin(), order.end(), std::make_pair(task * block, int64_t(0))) - order.begin());
+    for (int64_t v = task * block; v < end; ++v) {
+      const size_t first = at;
+      while (at < order.size() && order[at].first == v) ++at;
+      uint8_t* const out = static_cast<uint8_t*>(result.data) + v * result.ld * size;
+      if (at > first) {
+        c.kernels.train_elementwise->rows_summed(x.type, x.data, x.ld, which.data() + first, int64_t(at - first), n, adds, result.type, out);
+      } else if (!adds) {
+        std::memset(out, 0, size_t(n * size));
+      }
+    }
+  });
+}
+
 }  // namespace
 }  // namespace dso
 
@@ -174,6 +208,19 @@ int32_t dso_train_rope(dso_context* c, const dso_train_rotation* rotation, const
     if (r.half > 0) need(cosine, "cosine"), need(sine, "sine");
     if (r.interleaved && x == result) fail(DSO_EINVAL, "result is x, which it cannot be with interleaving");
     rope(shared(c), r, x, cosine, sine, result);
+  });
+}
+
+int32_t dso_train_rows_summed(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const int64_t* numbers, int64_t ignored,
+                              int64_t result_rows, const dso_train_matrix* result, int32_t adds) {
+  return guarded([&] {
+    check_shape(rows, n);
+    check_shape(result_rows, n);
+    Rows(x, "x", rows, n, given(x, "x").type);
+    Rows(result, "result", result_rows, n, given(result, "result").type);
+    if (result_rows == 0 || n == 0) return;
+    if (rows > 0) need(numbers, "numbers");
+    rows_summed(shared(c), rows, n, *x, numbers, ignored, result_rows, *result, adds != 0);
   });
 }
 

@@ -263,6 +263,25 @@ Bytes sums(dso_context* c, Random random) {
   return both;
 }
 
+Bytes summed(dso_context* c, int64_t rows, int64_t n, int type, int result_type, bool adds, Random random) {
+  const int64_t most = 40;
+  Numbers x(rows, n, type, 2), result(most, n, result_type, 3);
+  x.fill(random);
+  result.fill(random);
+  Numbers old(result);
+  std::vector<int64_t> numbers((size_t)rows);
+  for (int64_t& v : numbers) v = random.below(9) * 4;
+  const auto mx = x.matrix(), mr = result.matrix();
+  ok(dso_train_rows_summed(c, rows, n, &mx, numbers.data(), 8, most, &mr, adds));
+  near(result, [&](int64_t v, int64_t i) {
+    double total = adds ? old.get(v, i) : 0;
+    for (int64_t r = 0; v != 8 && r < rows; ++r)
+      if (numbers[(size_t)r] == v) total += x.get(r, i);
+    return total;
+  }, "rows summed");
+  return result.all();
+}
+
 Bytes everything(dso_context* c) {
   Bytes all;
   uint64_t seed = 0;
@@ -274,6 +293,8 @@ Bytes everything(dso_context* c) {
         for (int gradient : {-1, (int)DSO_TYPE_F32, (int)DSO_TYPE_BF16})
           if (gradient != DSO_TYPE_F32 || type == DSO_TYPE_F32) append(all, losses(c, rows, n, type, gradient, gap, Random(++seed)));
       }
+  for (const auto& [rows, n] : std::vector<std::pair<int64_t, int64_t>>{{0, 4}, {1, 1}, {100, 17}, {500, 64}})
+    for (int types = 0; types < 8; ++types) append(all, summed(c, rows, n, types & 1, types >> 1 & 1, types >> 2, Random(++seed)));
   append(all, losses(c, 3, 5001, DSO_TYPE_F32, DSO_TYPE_BF16, 1, Random(++seed)));
   for (int type : {DSO_TYPE_F32, DSO_TYPE_BF16})
     for (bool interleaved : {false, true})
@@ -299,6 +320,7 @@ void refusals(dso_context* c) {
   refused(dso_train_swiglu(c, 2, 4, &mx, &my, &mx), "up is of another type");
   refused(dso_train_swiglu(c, 2, 5, &mx, &mx, &mx), "ld is 4");
   refused(dso_train_rms_norm(c, 2, 4, &mx, nullptr, 1e-5f, &mx, (float*)y.bytes.get()), "weight is NULL");
+  refused(dso_train_rows_summed(c, 2, 4, &mx, labels.data(), -1, 4, &mx, 0), "numbers[1] is 4");
   dso_train_update u = {};
   u.count = 1;
   refused(dso_train_adamw(c, &u, 1), "parameter is NULL");

@@ -14,6 +14,7 @@ const TrainElementwise train_elementwise = {
     .adamw = adamw,
     .squares = squares,
     .scale = scale_numbers,
+    .rows_summed = rows_summed,
     .rms_norm = rms_norm_forward,
     .rms_norm_backward = rms_norm_backward,
     .swiglu = swiglu_forward,

@@ -67,6 +67,15 @@ template <class X, class T> static void scale_range(const X* x, float scale, boo
   }
 }
 
+// ---- out = the sum of `count` rows of x (+ out), in this order
+template <class X, class T> static void sum_of_rows(const X* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds, T* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    F total = zero();
+    for (int64_t k = 0; k < count; ++k) total = add(total, load_some(x + which[k] * ld + i, n - i));
+    store_some(out + i, adds ? add(load_some(out + i, n - i), total) : total, n - i);
+  }
+}
+
 // ---- RoPE of the heads of a token. Pair i is numbers (i, i + half), or, interleaved, (2i, 2i + 1) on the side of x:
 //   forward   a' = a cos_i - b sin_i,  b' = b cos_(i + half) + a sin_(i + half)       x may be interleaved
 //   backward  a' = a cos_i + b sin_(i + half),  b' = b cos_(i + half) - a sin_i       out may be interleaved
@@ -133,6 +142,15 @@ static void swiglu_backward(int32_t type, const void* gate, const void* up, cons
 static void rope_heads(const dso_train_rotation& r, const void* x, const void* cosine, const void* sine, void* out) {
   if (is_bf16(r.type)) rope_token(r, (const uint16_t*)x, (const uint16_t*)cosine, (const uint16_t*)sine, (uint16_t*)out);
   else rope_token(r, (const float*)x, (const float*)cosine, (const float*)sine, (float*)out);
+}
+static void rows_summed(int32_t x_type, const void* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds, int32_t out_type, void* out) {
+  if (is_bf16(x_type)) {
+    if (is_bf16(out_type)) sum_of_rows((const uint16_t*)x, ld, which, count, n, adds, (uint16_t*)out);
+    else sum_of_rows((const uint16_t*)x, ld, which, count, n, adds, (float*)out);
+  } else {
+    if (is_bf16(out_type)) sum_of_rows((const float*)x, ld, which, count, n, adds, (uint16_t*)out);
+    else sum_of_rows((const float*)x, ld, which, count, n, adds, (float*)out);
+  }
 }
 static void scale_numbers(int32_t x_type, const void* x, float scale, bool adds, int64_t begin, int64_t end, int32_t out_type, void* out) {
   const int64_t n = end - begin;

@@ -59,6 +59,7 @@ _ELEMENTWISE: dict[str, tuple[Any, list[Any]]] = {
     "dso_train_adamw": (I32, [PTR, PTR, I64]),
     "dso_train_squares": (I32, [PTR, PTR, I64, PTR, PTR]),
     "dso_train_scale": (I32, [PTR, PTR, C.c_float, I32, PTR]),
+    "dso_train_rows_summed": (I32, [PTR, I64, I64, PTR, PTR, I64, I64, PTR, I32]),
     "dso_train_rms_norm": (I32, [PTR, I64, I64, PTR, PTR, C.c_float, PTR, PTR]),
     "dso_train_rms_norm_backward": (I32, [PTR, I64, I64, PTR, PTR, PTR, PTR, PTR, PTR]),
     "dso_train_swiglu": (I32, [PTR, I64, I64, PTR, PTR, PTR]),

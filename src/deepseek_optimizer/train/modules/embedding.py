@@ -1,0 +1,24 @@
+"""Embeddings, in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..ops.embedding import embedding
+
+
+class TrainedEmbedding(nn.Module):
+    """Rows of a table, whose gradient the package's own op makes; a mixin before `nn.Embedding`."""
+
+    weight: torch.Tensor
+    padding_idx: int | None
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Only `nn.Embedding` itself, without what changes its weight or its gradient's form."""
+        return type(module) is nn.Embedding and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[...] -> [..., H]."""
+        return embedding(input, self.weight, self.padding_idx)
