@@ -49,7 +49,13 @@ def test_experts_are_balanced_and_layers_ahead_are_trained(tmp_path):
     model = random_model(deepseek_v3(num_nextn_predict_layers=2))
     before = biases(model)
     trainer = make_trainer(
-        model, tmp_path, mtp_loss_weight=0.3, learning_rate=3e-3, max_steps=10, gradient_accumulation_steps=2
+        model,
+        tmp_path,
+        mtp_loss_weight=0.3,
+        moe_sequence_loss_weight=1e-4,
+        learning_rate=3e-3,
+        max_steps=10,
+        gradient_accumulation_steps=2,
     )
     drawn = {name: p.clone() for name, p in model.named_parameters() if name.startswith("model.layers.3.")}
     assert len(before) == 2 and len(biases(model)) == 4 and drawn
