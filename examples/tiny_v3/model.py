@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(8192, 256, 4, 4, 16, 128, length=256, batch=8, rate=3e-3),
+    "small": Size(8192, 256, 4, 4, 16, 128, length=256, batch=8, rate=4e-3),
     "smallest": Size(512, 64, 2, 2, 8, 32, length=64, batch=4, rate=4e-3),
 }
 

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from corpus import Corpus, gather, questions
 from model import SIZES, Size, make_model, make_tokenizer
 
-_MTP_WEIGHT = 0.3
+_MTP_WEIGHT, _LATE_MTP_WEIGHT, _LATE = 0.3, 0.1, 2 / 3  # as V3 had it: the smaller one for the last third
 _WARM_UP = 40  # steps
 _CONSTANT = 0.4  # share of the time after which the learning rate falls
-_LEFT_OVER = 0.12  # share of the time for what follows training
+_LEFT_OVER = 0.06  # share of the time for what follows training
 _PROMPTS, _PROMPT, _ANSWER = 12, 64, 48  # held-out texts that drafts are measured on; their tokens; tokens that are made
 
 
@@ -117,11 +117,13 @@ def make_trainer(
 
     class InTime(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if progress() > _LATE:
+                trainer.mtp.weight = _LATE_MTP_WEIGHT
             control.should_training_stop = control.should_training_stop or progress() >= 1.0
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
-                named = {"loss": logs["loss"] - _MTP_WEIGHT * logs["mtp_loss"]}
+                named = {"loss": logs["loss"] - trainer.mtp.weight * logs["mtp_loss"]}
                 named |= {name: logs[name] for name in ("mtp_loss", "expert_load", "learning_rate")}
                 say(f"step {state.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in named.items()))
 

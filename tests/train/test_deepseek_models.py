@@ -118,6 +118,17 @@ def test_resumed_is_never_stopped(tmp_path, fields):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_best_model_has_its_experts(tmp_path):
+    trainer = make_trainer(
+        random_model(deepseek_v3()), tmp_path, max_steps=6, learning_rate=0.3, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(found) < found[-1]  # so large a rate makes it worse
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
+
+
 def test_what_cannot_be_trained_ahead(tmp_path):
     with pytest.raises(ConfigError, match="mtp_loss_weight.*num_nextn_predict_layers"):
         make_trainer(random_model(llama()), tmp_path, mtp_loss_weight=0.3)
