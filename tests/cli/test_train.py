@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deepseek_optimizer
 from deepseek_optimizer.train.job import TrainingJob
+from support.tiny_v3 import tiny_v3
 
 
 @pytest.fixture
@@ -220,3 +221,11 @@ def test_bad_lines_may_be_left_out_and_are_told(train, chats):
     result = train("--data", chats, "--skip-bad-lines", "--dry-run")
     assert result.exit_code == 0 and "1 record(s) cannot be used and are left out" in result.stdout
     assert "line 41, messages: must be a list of at least one message" in result.stdout
+
+
+def test_layers_that_a_result_will_not_have_are_told(train, chats):
+    model, told = tiny_v3(), "the result has no MTP layers"
+    assert told in train("--data", chats, "--all-tokens", "--dry-run", model=model).stdout
+    for flags in (("--set", "mtp_loss_weight=0.3"), ("--lora", "2")):
+        result = train("--data", chats, "--all-tokens", "--dry-run", *flags, model=model)
+        assert result.exit_code == 0 and told not in result.stdout, result.output

@@ -26,6 +26,7 @@ from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
 from ..integration.arena import available_bytes
 from ..integration.loader import resolve, sketch
+from ..integration.mtp_layers import stored_mtp_layers
 from ..models import check_config
 from . import lora
 from .arguments import DeepSeekTrainingArguments
@@ -166,8 +167,18 @@ class TrainingJob:
             batch=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             memory=memory,
             free=available_bytes(),
-            remarks=self.report.remarks(),
+            remarks=[*self.report.remarks(), *self._left_out(checkpoint, model)],
         )
+
+    def _left_out(self, checkpoint: Checkpoint, model: Any) -> list[str]:
+        """What of the model the result will not have."""
+        whole = self.config.lora is None or self.config.merge
+        if not whole or self.args.mtp_loss_weight is not None or not stored_mtp_layers(checkpoint, model.config):
+            return []
+        return [
+            "the result has no MTP layers, for they are not trained"
+            + ("" if self.config.lora else "; mtp_loss_weight=0.3 among the arguments trains and keeps them")
+        ]
 
     def _sketch(self, checkpoint: Checkpoint) -> Any:
         """The model without its weights."""
