@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_soak [--rounds 200] [--seed 0]
 
-A tiny model is trained with a checkpoint after every step, and killed (SIGKILL) at a random moment: after a random time, or at a
-random call that flushes, renames or removes something. After each kill every checkpoint that has a name must be whole, and none
-may be older than the newest before; the next round goes on from it. A run that gets through must end with the same bytes as one
+A tiny model is trained with a checkpoint after every step, and killed (SIGKILL) at a random moment: after a random time, or at
+a random call that flushes, renames or removes something. After each kill every checkpoint that has a name must be whole, and
+the newest may not be older than the newest before; the next round goes on from it. A run that gets through must end with the same bytes as one
 that was never killed: weights, optimizer, scheduler, random numbers. Ends with status 1 on any failure.
 """
 
@@ -113,7 +113,13 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 def _train(run: Path, call: int | None = None) -> None:
     """Trains to the end, from where the last one got to; dies at a call, if one is given."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, attention_dropout=0.1))
     tokens = torch.randint(64, (40, 8), generator=torch.Generator().manual_seed(0))
     arguments = DeepSeekTrainingArguments(

@@ -11,6 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -79,6 +80,8 @@ def differences(one: Any, two: Any, at: str = "") -> list[str]:
     if isinstance(one, torch.Tensor):
         same = isinstance(two, torch.Tensor) and one.dtype == two.dtype and one.shape == two.shape
         return [] if same and torch.equal(_bits(one), _bits(two)) else [at]
+    if isinstance(one, np.ndarray):
+        return [] if type(one) is type(two) and one.dtype == two.dtype and np.array_equal(one, two) else [at]
     if isinstance(one, dict):
         keys = [] if isinstance(two, dict) and one.keys() == two.keys() else [f"{at}: keys"]
         return keys or [found for key in one for found in differences(one[key], two[key], f"{at}/{key}")]

@@ -35,6 +35,7 @@ from .ops.native import built
 from .optimizer import DeepSeekAdamW
 from .precision import DTYPES, set_training_dtype, weights_in
 from .prepare import Prepared, prepare, trainable
+from .processes import shard_on_cpus
 from .report import TrainingReport, plan_memory
 
 _LOOKED_AT: Final = 64  # examples whose lengths memory is planned by
@@ -45,6 +46,9 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     Args:
         model, args, ...: as Trainer's; `args` are `DeepSeekTrainingArguments`.
+
+    Attributes:
+        mtp: the loss of MTP layers where they are trained; its `weight` may change as training goes on. Else None.
 
     Raises, from `train`:
         BackendError: `fp8_backend="hardware"` where there is none; when it is made.
@@ -70,10 +74,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._said: set[str] = set()
         self._fp8: Fp8 | None = of_arguments(args)
         super().__init__(model, args, *rest, **options)
-        self._mtp: MtpObjective | None = None
+        self.mtp: MtpObjective | None = None
         self._mtp_notes: list[str] = []
         if args.mtp_loss_weight is not None:
-            self._mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
+            self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
             if self._unfused() is not None or not args.fused_loss:
                 raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
                                   "label_smoothing_factor=0 and compute_loss_func=None, or mtp_loss_weight=None")  # fmt: skip
@@ -84,6 +88,11 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self.add_callback(_AfterStep(self))
         if args.moe_balance_rate or args.moe_sequence_loss_weight:
             self.add_callback(self._balancing)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; `fsdp` shards on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self)
 
     # ---- the model, prepared and given back ----
 
@@ -162,7 +171,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
     def _prepare(self) -> Prepared:
         args = self.args
         prepared = prepare(
-            self.model, activation_memory=args.activation_memory, fused_loss=args.fused_loss, mtp=self._mtp, fp8=self._fp8
+            self.model, activation_memory=args.activation_memory, fused_loss=args.fused_loss, mtp=self.mtp, fp8=self._fp8
         )
         if self._fp8 is not None:
             prepared.notes.append(self._fp8.note)
@@ -269,7 +278,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         if "loss" in logs:
             logs |= {"skipped_steps": self._non_finite.skipped} if self._non_finite.skipped else {}
             steps, self._logged_steps = self._logged_steps, 0
-            if self._mtp is not None and (mean := self._mtp.mean(steps)) is not None:
+            if self.mtp is not None and (mean := self.mtp.mean(steps)) is not None:
                 logs["mtp_loss"] = round(mean, 4)
             logs |= self._balancing.statistics()
         super().log(logs, *args, **kwargs)

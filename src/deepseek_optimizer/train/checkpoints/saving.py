@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -26,6 +28,7 @@ from .directory import checkpoints, locked, newest_whole, remove_unfinished, rot
 from .experts import MergedExperts
 from .manifest import write_manifest
 from .random_numbers import random_states, set_random_states
+from .sharded import gathered, scattered, whole
 from .state import read_state, sizes, write_state
 
 OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.safetensors", "scheduler.safetensors", "training_args.json"
@@ -166,6 +169,11 @@ class AtomicCheckpoints(MergedExperts, Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {name: whole(tensor) for name, tensor in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
     @contextlib.contextmanager
     def _directory(self, path: Path) -> Iterator[Path]:
         """A fresh directory that all processes know; it is gone afterwards."""
@@ -206,7 +214,7 @@ class AtomicCheckpoints(MergedExperts, Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         directory = Path(output_dir)
-        state = self.optimizer.state_dict()
+        state = gathered(self.optimizer.state_dict(), self.optimizer.param_groups)
         if self.args.should_save:
             write_state(directory / OPTIMIZER, state)
             write_state(directory / SCHEDULER, self.lr_scheduler.state_dict())
@@ -221,7 +229,7 @@ class AtomicCheckpoints(MergedExperts, Trainer):
                     f"has no {name} (save_only_model=True?), so training can't go on from it; begin a new run from its weights",
                     file=directory,
                 )
-        self.optimizer.load_state_dict(read_state(directory / OPTIMIZER))
+        self.optimizer.load_state_dict(scattered(read_state(directory / OPTIMIZER), self.optimizer))
         self.lr_scheduler.load_state_dict(read_state(directory / SCHEDULER))
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -246,11 +254,32 @@ class AtomicCheckpoints(MergedExperts, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # PEFT makes the weights of an adapter that it loads float32, whatever they were; bf16 goes there and back exactly.
         loaded = self.model if model is None else model
+        if self.is_fsdp_enabled:
+            return self._load_shards(Path(resume_from_checkpoint), loaded)
         dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in loaded.named_parameters():
             if parameter.dtype != dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(dtypes[name])
+
+    @staticmethod
+    def _load_shards(directory: Path, model: torch.nn.Module) -> None:
+        """Each process reads the whole weights, and keeps its shards."""
+        state: dict[str, torch.Tensor] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            if file.name.startswith("model"):
+                state |= load_file(file)
+        found = set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        absent = [name for name in found.missing_keys if not _is_tied(model, name)]
+        if absent or found.unexpected_keys:
+            raise CheckpointError(
+                f"is not of this model: {len(absent)} of its tensors are missing, {len(found.unexpected_keys)} are unknown",
+                file=directory, tensor=next(iter([*absent, *found.unexpected_keys])),
+            )  # fmt: skip
+
+
+def _is_tied(model: Any, name: str) -> bool:
+    return name in (getattr(model, "_tied_weights_keys", None) or ())
 
 
 def _move_files(source: Path, target: Path) -> None:
