@@ -1,6 +1,6 @@
 # native:      builds the library and puts it into the source tree, for work without installing.
 # test-native: builds all with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then the checks
-#              on the optimised build.
+#              on the optimised build. GCC's frames for stack-use-after-return are not aligned for AVX-512 (its bug 110027).
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
@@ -19,7 +19,7 @@ native: $(filter $(BIN)/cmake,$(CMAKE))
 test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON
 	$(CMAKE) --build build/native-sanitized -j $(NATIVE_JOBS)
-	cd build/native-sanitized && UBSAN_OPTIONS=print_stacktrace=1 ctest --output-on-failure --timeout 600
+	cd build/native-sanitized && ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest --output-on-failure --timeout 600
 	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
 	$(CMAKE) --build build/native -j $(NATIVE_JOBS)
 	cd build/native && ctest --output-on-failure

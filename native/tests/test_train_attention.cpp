@@ -130,7 +130,7 @@ static void shapes(const Variant& v) {
 static void long_sequences(const Variant& v) {
   Random random(12);
   for (const int64_t window : {0, 300}) {
-    const Shape s = {v.name == "amx-emulated" || window ? DSO_TYPE_BF16 : DSO_TYPE_F32, 1, 2181, 2, 1, 8, 6, window};
+    const Shape s = {window ? DSO_TYPE_BF16 : DSO_TYPE_F32, 1, 2181, 2, 1, 8, 6, window};
     Inputs in(s, 0, random);
     const Sequences of = {{0, 40}, {40, 2181}};
     const Results one = run(v, 1, in, of);
@@ -228,7 +228,7 @@ int main() {
   for (const Variant& v : variants()) {
     if (v.name == "avx2-vnni" || v.name == "avx512-vnni") continue;  // the same code as their neighbours
     shapes(v);
-    long_sequences(v);
+    if (v.name != "amx-emulated") long_sequences(v);  // minutes under AddressSanitizer; how they are cut is the runtime's
     alone(v);
     overflow(v);
     nan(v);
