@@ -80,7 +80,7 @@ def test_everything_is_found_and_given_back():
     signature = inspect.signature(model.forward)
     prepared = prepare(model)
     assert prepared.ours == {
-        "Qwen3ForCausalLM": 1, "Qwen3Attention": 3, "Qwen3MLP": 3, "Qwen3RMSNorm": 13, "Linear": 22,
+        "Qwen3ForCausalLM": 1, "Qwen3Attention": 3, "Qwen3MLP": 3, "Qwen3RMSNorm": 13, "Linear": 22, "Embedding": 1,
     }  # fmt: skip
     assert not prepared.theirs and prepared.fused_loss
     for name, module in model.named_modules():
@@ -159,7 +159,8 @@ def test_what_is_not_known_stays_and_is_reported():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=48, n_layer=1, n_head=2, n_positions=64))
     expected, _ = _loss_and_gradients(model.eval())
     prepared = prepare(model)
-    assert not prepared.fused_loss and prepared.ours == {"Linear": 1} and prepared.theirs == {"LayerNorm": 3, "Conv1D": 4}
+    assert not prepared.fused_loss
+    assert prepared.ours == {"Linear": 1, "Embedding": 2} and prepared.theirs == {"LayerNorm": 3, "Conv1D": 4}
     assert any("attention" in note for note in prepared.notes)
     assert torch.isfinite(_loss_and_gradients(model, prepared.kept)[0])
 

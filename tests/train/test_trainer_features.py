@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepseek_optimizer import DeepSeekTrainer
 from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.train.modules import embedding
 from support.models import llama, random_model
 from support.training import Rows, losses, make_trainer
 
@@ -218,15 +219,15 @@ def test_model_card(tmp_path):
 
 
 def test_batch_size_is_found(tmp_path, monkeypatch):
-    sizes, forward = [], torch.nn.Embedding.forward
+    sizes, real = [], embedding.embedding
 
-    def full(self, ids):
+    def full(ids, *rest):
         sizes.append(len(ids))
         if len(ids) > 6:
             raise RuntimeError("CUDA out of memory.")
-        return forward(self, ids)
+        return real(ids, *rest)
 
-    monkeypatch.setattr(torch.nn.Embedding, "forward", full)
+    monkeypatch.setattr(embedding, "embedding", full)
     trainer = make_trainer(random_model(llama()), tmp_path, per_device_train_batch_size=8, auto_find_batch_size=True)
     trainer.train()
     assert sizes[0] == 8 and sizes[-1] <= 6 and len(losses(trainer)) == 6

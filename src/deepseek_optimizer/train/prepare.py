@@ -22,6 +22,7 @@ from .attention import DSO_TRAIN, register_train_attention
 from .fp8.backend import Fp8
 from .kept import Kept
 from .modules.attention import TrainedAttention
+from .modules.embedding import TrainedEmbedding
 from .modules.experts import TrainedExperts
 from .modules.fp8_linear import TrainedFp8Linear, kept_from_fp8
 from .modules.head import TrainedCausalLM
@@ -34,7 +35,8 @@ from .mtp_loss import MtpObjective
 
 # Each with `fits(module)`, which knows a module by what it has; the first that fits is taken.
 FORWARDS: Final[tuple[Any, ...]] = (
-    TrainedCausalLM, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm, TrainedLinear,
+    TrainedCausalLM, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm, TrainedEmbedding,
+    TrainedLinear,
 )  # fmt: skip
 _ATTENTIONS: Final = (TrainedAttention, TrainedLatentAttention)
 
