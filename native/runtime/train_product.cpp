@@ -13,8 +13,7 @@ namespace dso {
 namespace {
 
 constexpr int64_t kMostRows = 384, kMostColumns = 768;  // of a block: its packed rows stay in L2
-// What it costs to pack a number, in numbers multiplied (measured on Zen 4; nothing but speed hangs on it).
-constexpr int64_t kPackCost = 8;
+constexpr int64_t kPackCost = 20;  // what a number costs to pack, in numbers multiplied (sampled on Zen 4; nothing but speed hangs on it)
 constexpr int64_t kColumnsOfSums = 256;
 
 constexpr int64_t kMostSide = int64_t(1) << 40;  // no product of sizes below overflows
@@ -25,8 +24,8 @@ constexpr int64_t kMostSide = int64_t(1) << 40;  // no product of sizes below ov
 ProductGrid cut_product(int64_t M, int64_t N, int64_t jobs, int threads) {
   ProductGrid best{product_rows, product_columns};
   int64_t least = std::numeric_limits<int64_t>::max();
-  for (int64_t rows = product_rows; rows <= kMostRows; rows += product_rows)
-    for (int64_t columns = product_columns; columns <= kMostColumns; columns += product_columns) {
+  for (int64_t rows = product_rows; rows <= std::min(kMostRows, round_up(M, product_rows)); rows += product_rows)
+    for (int64_t columns = product_columns; columns <= std::min(kMostColumns, round_up(N, product_columns)); columns += product_columns) {
       const int64_t tasks = jobs * ceil_div(M, rows) * ceil_div(N, columns);
       const int64_t m = std::min(rows, M), n = std::min(columns, N);
       const int64_t cost = ceil_div(tasks, int64_t(threads)) * (m * n + kPackCost * (m + n));

@@ -1,7 +1,7 @@
 // C = A B (+ bias) (+ C) for operands in any of the orders of training: y = x W^T, dx = dy W, dW = dy^T x.
 //
 // After BLIS (Van Zee and van de Geijn, 2015): a block of A is packed, `depth_steps` steps at a time, and stays in L2; a strip of B of a
-// few panels is packed and stays in L1 while the block's panels pass by. Sums of a depth wait in fp32 scratch for the next, which
+// few panels is packed, and the block's panels pass by while it is in L1 and L2. Sums of a depth wait in fp32 scratch for the next, which
 // changes no bit: every number of C is one chain of fused multiply-adds, k ascending (bf16: pairs, as the lanes' dot_bf16 adds them). Bias and
 // what C holds are added last, and the sum is rounded once.
 //
