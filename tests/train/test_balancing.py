@@ -56,6 +56,25 @@ def test_a_step_moves_each_bias_against_its_load(model):
     assert all(torch.equal(router.e_score_correction_bias, moved[path]) for path, router in routers(model))
 
 
+def test_loads_are_those_of_all_processes(model, monkeypatch):
+    """Another process whose tokens all chose expert 0 turns the signs."""
+
+    def add_theirs(counts):
+        counts[0] += 10_000
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_theirs)
+    balancing = ExpertBalancing(rate=0.5)
+    balancing.attach(model)
+    before = {path: router.e_score_correction_bias.clone() for path, router in routers(model)}
+    model(ids_of(model, 33), use_cache=False)
+    balancing.step()
+    for path, router in routers(model):
+        expected = torch.full((12,), 0.5)
+        expected[0] = -0.5
+        torch.testing.assert_close(router.e_score_correction_bias - before[path], expected)
+
+
 def test_padding_and_evaluation_do_not_count(model):
     ids = ids_of(model, 20, 20)
     mask = torch.ones_like(ids)
