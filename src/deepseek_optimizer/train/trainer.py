@@ -77,10 +77,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self.mtp: MtpObjective | None = None
         self._mtp_notes: list[str] = []
         if args.mtp_loss_weight is not None:
-            self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
             if self._unfused() is not None or not args.fused_loss:
                 raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
                                   "label_smoothing_factor=0 and compute_loss_func=None, or mtp_loss_weight=None")  # fmt: skip
+            self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
         if args.packing:
             pack_for_trainer(self)
         self._balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
