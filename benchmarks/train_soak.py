@@ -4,8 +4,8 @@
 
 A tiny model is trained with a checkpoint after every step, and killed (SIGKILL) at a random moment: after a random time, or at
 a random call that flushes, renames or removes something. After each kill every checkpoint that has a name must be whole, and
-the newest may not be older than the newest before; the next round goes on from it. A run that gets through must end with the same bytes as one
-that was never killed: weights, optimizer, scheduler, random numbers. Ends with status 1 on any failure.
+the newest may not be older than the newest before; the next round goes on from it. A run that gets through must end with the
+same bytes as one that was never killed: weights, optimizer, scheduler, random numbers. Ends with status 1 on any failure.
 """
 
 from __future__ import annotations

@@ -135,6 +135,9 @@ class DeepSeekTrainingArguments(PlainArguments):
         if self.use_liger_kernel:
             raise ConfigError(f"use_liger_kernel=True cannot be combined with fused_loss={self.fused_loss}: both replace the "
                               "same modules; leave use_liger_kernel=False")  # fmt: skip
+        if self.fsdp and self.optimizer_state == "int8" and self.optim == ADAMW_DEEPSEEK:
+            raise ConfigError('optimizer_state="int8" cannot be combined with fsdp: its scales belong to blocks of a shard, '
+                              'and could not be saved whole; take optimizer_state="bf16"')  # fmt: skip
         if self.deepspeed:
             raise ConfigError(f'deepspeed cannot be combined with optim="{self.optim}" and bf16={self.bf16}, for DeepSpeed has '
                               "its own; train with fsdp, or with Transformers' Trainer")  # fmt: skip

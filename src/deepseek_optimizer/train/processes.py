@@ -1,5 +1,5 @@
-"""Sharding over processes on CPUs. Accelerate knows FSDP on GPUs alone: asked for it on CPUs, it trains with DDP and says nothing.
-FSDP2 itself runs on gloo, so the accelerator that a trainer has made is told to shard."""
+"""Sharding over processes on CPUs. Accelerate knows FSDP on GPUs alone: asked for it on CPUs, it trains with DDP and says
+nothing. FSDP2 itself runs on gloo, so the accelerator that a trainer has made is told to shard."""
 
 from __future__ import annotations
 

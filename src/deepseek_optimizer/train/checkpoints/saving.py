@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ...checkpoint.atomic import publish, sync, sync_tree
-from ...errors import CheckpointError, SaveError
+from ...errors import CheckpointError, ConfigError, SaveError
 from .directory import checkpoints, locked, newest_whole, remove_unfinished, rotate, step_of, verified
 from .experts import MergedExperts
 from .manifest import write_manifest
@@ -265,7 +265,12 @@ class AtomicCheckpoints(MergedExperts, Trainer):
     @staticmethod
     def _load_shards(directory: Path, model: torch.nn.Module) -> None:
         """Each process reads the whole weights, and keeps its shards."""
-        state: dict[str, torch.Tensor] = {}
+        if hasattr(model, "peft_config"):
+            raise ConfigError(
+                "resume_from_checkpoint cannot be had for adapters with fsdp: they are small, so train them without fsdp (each "
+                "process then has the model)"
+            )
+        state: dict[str, Any] = {}
         for file in sorted(directory.glob("*.safetensors")):
             if file.name.startswith("model"):
                 state |= load_file(file)

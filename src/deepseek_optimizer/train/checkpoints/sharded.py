@@ -1,5 +1,5 @@
-"""Optimizer state of parameters that several processes share (FSDP2): whole in a checkpoint, so that any number of processes can
-go on from it, and in shards again afterwards."""
+"""Optimizer state of parameters that several processes share (FSDP2): whole in a checkpoint, so that any number of processes
+can go on from it, and in shards again afterwards."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(tensor: Any) -> torch.Tensor:
     """
     found = tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
     found = found.wait() if hasattr(found, "wait") else found
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _each(state_dict: dict[str, Any], groups: list[dict[str, Any]], change: Any) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def _whole(value: torch.Tensor, parameter: Any, name: str) -> torch.Tensor:
     if not isinstance(value, DTensor):
         if value.shape != parameter.to_local().shape:
             raise ConfigError(
-                f'optimizer_state="int8" keeps {name} by blocks of each process\'s shard, which cannot be gathered: with fsdp take '
-                'optimizer_state="bf16" or "fp32"'
+                f'optimizer_state="int8" keeps {name} by blocks of each process\'s shard, which cannot be gathered: with fsdp '
+                'take optimizer_state="bf16" or "fp32"'
             )
         # gloo knows no int16; any format of two bytes is as good for being moved
         moved = value.view(torch.float16) if value.dtype == torch.int16 else value
