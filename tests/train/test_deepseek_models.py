@@ -183,3 +183,15 @@ def test_an_fp8_checkpoint_is_tuned_by_adapters(tmp_path, fp8):
         loss = tuned(input_ids=ids, labels=ids).loss
         untuned = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()(input_ids=ids, labels=ids).loss
     assert loss < untuned
+
+
+def test_an_adapter_is_trained_ahead_too(tmp_path, fp8):
+    """`load_model` keeps a checkpoint's MTP layers, so adapters may stand in them."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(load_model(fp8[0]), peft.LoraConfig(r=4, target_modules=["o_proj", "eh_proj"]))
+    trainer = make_trainer(model, tmp_path, max_steps=8, learning_rate=1e-2, mtp_loss_weight=1.0)
+    trainer.train()
+    found = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
+    assert len(found) == 8 and found[-1] < found[0]
+    moved = {name.split(".")[4] for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0}
+    assert moved == {"0", "1", "2", "3"}
