@@ -87,7 +87,7 @@ quality: env
 	$(BIN)/python -m benchmarks.auto
 
 lint: env
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/mypy -p benchmarks
 	! test -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile Dockerfile.cuda
