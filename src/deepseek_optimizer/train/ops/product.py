@@ -41,7 +41,7 @@ def product(
         M, N, _ = _sizes(form, a, b)
         out = native.new((M, N), a, dtype)
     if native.usable(a, b, bias, out) and _is_matrix(out):
-        _product(a, b, bias, out, form, add)
+        torch.ops.dso.train_product(a, b, bias, out, form, add)
     else:
         _put(product_reference(form, a, b, bias), out, add)
     return out
@@ -80,7 +80,7 @@ def grouped_product(
         shape = (groups, a.shape[1], b.shape[1]) if form == "tn" else (a.shape[0], b.shape[1 if form == "nt" else 2])
         out = native.new(shape, a)
     if native.usable(a, b, out) and _is_matrix(out):
-        _grouped_product(a, b, offsets, out, form, add)
+        torch.ops.dso.train_grouped_product(a, b, offsets, out, form, add)
     else:
         _put(grouped_product_reference(form, a, b, offsets), out, add)
     return out
@@ -102,17 +102,23 @@ def column_sums(
     if out is None:
         out = x.new_empty(x.shape[1], dtype=dtype or x.dtype)
     if native.usable(x, out) and out.is_contiguous():
-        _column_sums(x, out, add)
+        torch.ops.dso.train_column_sums(x, out, add)
     else:
         _put(x.to(torch.promote_types(x.dtype, torch.float32)).sum(0), out, add)
     return out
 
 
-# ---- as torch knows them
+# ---- as torch knows them: by its plain registry, a call of which costs a tenth of `custom_op`'s 30 us
+
+torch.library.define("dso::train_product", "(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, str form, bool add) -> ()")
+torch.library.define(
+    "dso::train_grouped_product", "(Tensor a, Tensor b, Tensor offsets, Tensor(a!) out, str form, bool add) -> ()"
+)
+torch.library.define("dso::train_column_sums", "(Tensor x, Tensor(a!) out, bool add) -> ()")
 
 
-@torch.library.custom_op("dso::train_product", mutates_args=("out",), device_types="cpu")
-def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, form: str, add: bool) -> None:
+@torch.library.impl("dso::train_product", "cpu")
+def _run_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, form: str, add: bool) -> None:
     M, N, K = _sizes(form, a, b)
     a, b, bias = _with_rows(a), _with_rows(b), None if bias is None else bias.contiguous()
     at = None if bias is None else C.byref(_matrix(bias))
@@ -122,8 +128,10 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: t
     )  # fmt: skip
 
 
-@torch.library.custom_op("dso::train_grouped_product", mutates_args=("out",), device_types="cpu")
-def _grouped_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, form: str, add: bool) -> None:
+@torch.library.impl("dso::train_grouped_product", "cpu")
+def _run_grouped_product(
+    a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, form: str, add: bool
+) -> None:
     a, b, offsets = _with_rows(a), _with_rows(b), offsets.contiguous()
     M, N, K = (a.shape[1], b.shape[1], 0) if form == "tn" else (0, out.shape[1], a.shape[1])
     native.call(
@@ -132,15 +140,15 @@ def _grouped_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, ou
     )  # fmt: skip
 
 
-@torch.library.custom_op("dso::train_column_sums", mutates_args=("out",), device_types="cpu")
-def _column_sums(x: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+@torch.library.impl("dso::train_column_sums", "cpu")
+def _run_column_sums(x: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     x = _with_rows(x)
     native.call("dso_train_column_sums", ADD if add else 0, *x.shape, C.byref(_matrix(x)), C.byref(_matrix(out)))
 
 
-@_product.register_fake
-@_grouped_product.register_fake
-@_column_sums.register_fake
+@torch.library.register_fake("dso::train_product")
+@torch.library.register_fake("dso::train_grouped_product")
+@torch.library.register_fake("dso::train_column_sums")
 def _(*arguments: object) -> None:
     """They change `out`, and make nothing."""
 
