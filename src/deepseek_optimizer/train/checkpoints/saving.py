@@ -159,20 +159,22 @@ class AtomicCheckpoints(MergedExperts, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, but each file takes its name whole: a model that lay there is never half overwritten by a full disk."""
         if self._unnamed is not None:
-            return super().save_model(output_dir, _internal_call=True)
+            return self._write_model(str(output_dir))
         target = Path(output_dir or self.args.output_dir)
         with self._saving(target), self._directory(target / ".model.tmp") as unnamed:
-            super().save_model(str(unnamed), _internal_call=True)
+            self._write_model(str(unnamed))
             self._barrier()
             if self.args.should_save:
                 _move_files(unnamed, target)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:
-            state_dict = {name: whole(tensor) for name, tensor in state_dict.items()}
-        super()._save(output_dir, state_dict)
+    def _write_model(self, directory: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(directory, _internal_call=True)
+        state = {name: whole(tensor) for name, tensor in self.accelerator.get_state_dict(self.model).items()}
+        if self.args.should_save:
+            self._save(directory, state)
 
     @contextlib.contextmanager
     def _directory(self, path: Path) -> Iterator[Path]:
