@@ -80,7 +80,8 @@ def test_everything_is_found_and_given_back():
     signature = inspect.signature(model.forward)
     prepared = prepare(model)
     assert prepared.ours == {
-        "Qwen3ForCausalLM": 1, "Qwen3Attention": 3, "Qwen3MLP": 3, "Qwen3RMSNorm": 13, "Linear": 22, "Embedding": 1,
+        "Qwen3ForCausalLM": 1, "Qwen3DecoderLayer": 3, "Qwen3Attention": 3, "Qwen3MLP": 3, "Qwen3RMSNorm": 13, "Linear": 22,
+        "Embedding": 1,
     }  # fmt: skip
     assert not prepared.theirs and prepared.fused_loss
     for name, module in model.named_modules():
@@ -191,3 +192,13 @@ def test_packed_models(tmp_path, tiny_model):
     torch.testing.assert_close(loss.loss.float(), expected.float(), rtol=0.02, atol=0)
     prepared.undo()
     assert model.__dict__["forward"] is forward
+
+
+def test_hooks_on_norms_and_projections_are_called():
+    model, seen = random_model(llama()), []
+    prepare(model)
+    layer = model.model.layers[1]
+    for module in (layer.input_layernorm, layer.self_attn.k_proj, layer.mlp.up_proj):
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    model(**_batch())
+    assert seen == [layer.input_layernorm, layer.self_attn.k_proj, layer.mlp.up_proj]

@@ -27,6 +27,7 @@ from .modules.experts import TrainedExperts
 from .modules.fp8_linear import TrainedFp8Linear, kept_from_fp8
 from .modules.head import TrainedCausalLM
 from .modules.head_loss import head_is_fused
+from .modules.layer import TrainedLayer
 from .modules.linear import TrainedLinear
 from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
@@ -35,8 +36,8 @@ from .mtp_loss import MtpObjective
 
 # Each with `fits(module)`, which knows a module by what it has; the first that fits is taken.
 FORWARDS: Final[tuple[Any, ...]] = (
-    TrainedCausalLM, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm, TrainedEmbedding,
-    TrainedLinear,
+    TrainedCausalLM, TrainedLayer, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm,
+    TrainedEmbedding, TrainedLinear,
 )  # fmt: skip
 _ATTENTIONS: Final = (TrainedAttention, TrainedLatentAttention)
 

@@ -1,4 +1,4 @@
-"""The Python view of the C interface against `dso.h` and `dso_train.h` themselves: structs field by field, prototypes, constants."""
+"""The Python view of the C interface against `dso.h` and `dso_train.h` themselves: structs, prototypes, constants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from deepseek_optimizer.backends.cpu import native, native_train
 
 INCLUDE = Path(__file__).parents[3] / "native" / "include"
 TEXT, TRAIN_TEXT = (re.sub(r"/\*.*?\*/", "", (INCLUDE / name).read_text(), flags=re.S) for name in ("dso.h", "dso_train.h"))
-SCALARS = {"int32_t": C.c_int32, "uint32_t": C.c_uint32, "int64_t": C.c_int64, "float": C.c_float, "double": C.c_double, "void": None}
+SCALARS = {
+    "int32_t": C.c_int32, "uint32_t": C.c_uint32, "int64_t": C.c_int64, "float": C.c_float, "double": C.c_double, "void": None,
+}  # fmt: skip
 CONSTANTS = {name: int(value) for name, value in re.findall(r"\b(DSO_\w+)\s*=\s*(-?\d+)", TEXT + TRAIN_TEXT)}
 STRUCTS = {"dso_train_heads": native_train.TrainHeads}  # that are parts of others
 TRAIN_STRUCTS = [t for t in vars(native_train).values() if isinstance(t, type) and issubclass(t, C.Structure)]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_optimizer.train.ops import native
-from deepseek_optimizer.train.ops.linear import linear, linear_reference
+from deepseek_optimizer.train.ops.linear import linear, linear_reference, linears
 from support.op_checks import against_fp64
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
@@ -111,3 +111,22 @@ def test_what_does_not_fit_is_refused():
         linear(torch.ones(2, 3), torch.ones(4, 5))
     with pytest.raises(RuntimeError, match="dtype"):
         linear(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.bfloat16))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_weights_of_one_input(dtype):
+    torch.manual_seed(7)
+    x = torch.randn(2, 30, 64).to(dtype)
+    weights = [(torch.randn(N, 64) / 8).to(dtype) for N in (48, 7, 16)]
+    against_fp64(
+        lambda x, *w: linears(x, w), lambda x, *w: tuple(linear_reference(x, each) for each in w), (x, *weights)
+    )  # fmt: skip
+    some = [x.clone().requires_grad_(), weights[0].clone(), weights[1].clone().requires_grad_()]
+    some[2].main_grad = torch.ones(7, 64)
+    sum(y.float().sum() for y in linears(some[0], some[1:])).backward()
+    assert some[0].grad is not None and some[1].grad is None and some[2].grad is None and not torch.equal(
+        some[2].main_grad, torch.ones(7, 64)
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(linears(x, weights)[1], linear(x, weights[1]))

@@ -13,7 +13,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...integration.compat import CACHE_NAMES
+from ..ops.linear import linears
 from ..ops.rope import rope
+from .linear import is_plain
 
 # Those whose rope turns the halves of a head against each other; nothing in a module tells that.
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
@@ -51,9 +53,8 @@ class TrainedAttention(nn.Module):
             result: Any = super().forward(hidden_states=hidden_states, **where, **kwargs)
             return result
         cos, sin = position_embeddings
-        query = rope(self._heads(hidden_states, self.q_proj, "q_norm"), cos, sin)
-        key = rope(self._heads(hidden_states, self.k_proj, "k_norm"), cos, sin)
-        value = self._heads(hidden_states, self.v_proj)
+        q, k, v = self._projected(hidden_states)
+        query, key, value = rope(self._heads(q, "q_norm"), cos, sin), rope(self._heads(k, "k_norm"), cos, sin), self._heads(v)
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.attention_dropout if self.training else 0.0
         window = {"sliding_window": self._window} if self._window is not None else {}
@@ -62,9 +63,16 @@ class TrainedAttention(nn.Module):
         )
         return self.o_proj(out.flatten(2)), weights
 
-    def _heads(self, x: torch.Tensor, projection: nn.Module, norm: str = "") -> torch.Tensor:
-        """[B, S, H] -> [B, heads, S, D], a view that is not contiguous."""
-        heads = projection(x).view(*x.shape[:-1], -1, self.head_dim)
+    def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, S, H] -> query, key and value, [B, S, heads D] each."""
+        projections: list[Any] = [self.q_proj, self.k_proj, self.v_proj]
+        if all(map(is_plain, projections)):
+            return linears(x, [projection.weight for projection in projections])
+        return tuple(projection(x) for projection in projections)
+
+    def _heads(self, x: torch.Tensor, norm: str = "") -> torch.Tensor:
+        """[B, S, heads D] -> [B, heads, S, D], a view that is not contiguous."""
+        heads = x.view(*x.shape[:-1], -1, self.head_dim)
         if norm and hasattr(self, norm):
             heads = getattr(self, norm)(heads)
         return heads.transpose(1, 2)

@@ -26,9 +26,10 @@ class TrainedLinear(nn.Module):
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is no more than the product with its weight, so that an op may take the weight alone."""
-    return (
-        isinstance(module, TrainedLinear)
-        and module.bias is None
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-    )
+    return isinstance(module, TrainedLinear) and module.bias is None and is_untouched(module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody waits for a module to be called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..kept import Kept
-from ..ops.rms_norm import rms_norm
+from ..ops.rms_norm import rms_norm, rms_norm_beside
 
 
 class TrainedNorm(nn.Module):
@@ -33,3 +33,9 @@ class TrainedNorm(nn.Module):
         """[..., H] -> [..., H]."""
         x, weight, epsilon = hidden_states, self.weight, self.variance_epsilon
         return self.kept.again(rms_norm(x, weight, epsilon), partial(rms_norm, x.detach(), weight.detach(), epsilon))
+
+    def beside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(forward(x), x), for a block that adds to what it norms."""
+        weight, epsilon = self.weight, self.variance_epsilon
+        y, same = rms_norm_beside(x, weight, epsilon)
+        return self.kept.again(y, partial(rms_norm, x.detach(), weight.detach(), epsilon)), same

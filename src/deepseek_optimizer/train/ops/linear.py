@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return found
 
 
+def linears(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """`linear` of one x with several weights; the gradients of x are summed where they are made."""
+    one_dtype = all(weight.dtype == x.dtype for weight in weights)
+    if torch.is_autocast_enabled(x.device.type) or not (one_dtype and native.usable(x, *weights)):
+        return tuple(linear(x, weight) for weight in weights)
+    for weight in weights:
+        check_columns("linears", x, weight)
+    found: tuple[torch.Tensor, ...] = _Linears.apply(x, *weights)
+    return found
+
+
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Torch's own, which raises what it raises."""
     return F.linear(x, weight, bias)
@@ -51,6 +63,28 @@ class _Linear(torch.autograd.Function):
         dx = product("nn", dy, weight).view(ctx.shape) if needs_x else None
         dw = weight_gradient(ctx.weight, dy, rows_of(x)) if needs_weight else None
         return dx, dw, bias_gradient(ctx.bias, dy) if needs_bias else None
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        needs_x, *needed = ctx.needs_input_grad
+        ctx.save_for_backward(x if any(needed) else None, *(weight if needs_x else None for weight in weights))
+        ctx.weights, ctx.shape = [gradient_place(weight) for weight in weights], x.shape
+        return tuple(product("nt", rows_of(x), weight).view(*x.shape[:-1], weight.shape[0]) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        needs_x, *needed = ctx.needs_input_grad
+        gradients = [rows_of(dy) for dy in upstream]
+        dx = None
+        for dy, weight in zip(gradients, weights, strict=True) if needs_x else ():
+            dx = product("nn", dy, weight, out=dx, add=dx is not None)
+        found = zip(needed, ctx.weights, gradients, strict=True)
+        dw = [weight_gradient(place, dy, rows_of(x)) if wanted else None for wanted, place, dy in found]
+        return None if dx is None else dx.view(ctx.shape), *dw
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

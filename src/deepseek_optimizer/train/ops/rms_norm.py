@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import native
+from .scale import scale_into
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -22,6 +24,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if not native.usable(x, weight) or x.dtype != weight.dtype:
         return rms_norm_reference(x, weight, eps)
     return _rms_norm(x, weight, eps)[0]
+
+
+def rms_norm_beside(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x), x), for blocks that add to what they norm: the two gradients of x are summed in the norm's backward."""
+    _check(x, weight)
+    if not native.usable(x, weight) or x.dtype != weight.dtype:
+        return rms_norm_reference(x, weight, eps), x
+    found: tuple[torch.Tensor, torch.Tensor] = _Beside.apply(x, weight, eps)
+    return found
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -87,3 +98,20 @@ def _gradients(ctx: Any, dy: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
 
 
 _rms_norm.register_autograd(_gradients, setup_context=_keep)
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        y, rstd = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor, beside: torch.Tensor) -> Any:
+        x, weight, rstd = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        dx, dw = _backward(dy, x, weight, rstd, needs_weight)
+        scale_into(dx, beside, add=True)
+        return dx, dw.to(weight.dtype) if needs_weight else None, None

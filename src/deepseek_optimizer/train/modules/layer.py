@@ -1,0 +1,42 @@
+"""Decoder layers of Llama's form, in training: what attention and the feed-forward block make is added to their input."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ..ops.add import add
+from .linear import is_untouched
+from .norm import TrainedNorm
+
+# Those whose layers add both results as they are; others scale them, and nothing in a module tells that.
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3")
+_CHILDREN: Final = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class TrainedLayer(nn.Module):
+    """x + attention(norm(x)), then that + mlp(norm(that)); a mixin before Transformers' own class of that form."""
+
+    self_attn: nn.Module
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        config = getattr(getattr(module, "self_attn", None), "config", None)
+        known = getattr(config, "model_type", None) in FAMILIES
+        return known and {name for name, _ in module.named_children()} == _CHILDREN
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        normed, residual = _norm(self.input_layernorm, hidden_states)
+        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
+        normed, residual = _norm(self.post_attention_layernorm, add(residual, attended))
+        return add(residual, self.mlp(normed))
+
+
+def _norm(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return norm.beside(x) if isinstance(norm, TrainedNorm) and is_untouched(norm) else (norm(x), x)
