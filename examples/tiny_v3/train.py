@@ -24,6 +24,7 @@ from corpus import Corpus, gather, questions
 from model import SIZES, Size, make_model, make_tokenizer
 
 _MTP_WEIGHT, _LATE_MTP_WEIGHT, _LATE = 0.3, 0.1, 2 / 3  # as V3 had it: the smaller one for the last third
+_BALANCE_RATE = 0.02  # at first: a run so short has no time for V3's 0.001
 _WARM_UP = 40  # steps
 _CONSTANT = 0.4  # share of the time after which the learning rate falls
 _LEFT_OVER = 0.06  # share of the time for what follows training
@@ -117,8 +118,8 @@ def make_trainer(
 
     class InTime(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if progress() > _LATE:
-                trainer.mtp.weight = _LATE_MTP_WEIGHT
+            trainer.mtp.weight = _MTP_WEIGHT if progress() < _LATE else _LATE_MTP_WEIGHT
+            trainer.balancing.rate = _BALANCE_RATE * factor(state.global_step)  # V3's was 0 in the end
             control.should_training_stop = control.should_training_stop or progress() >= 1.0
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -130,7 +131,7 @@ def make_trainer(
     set_seed(0)
     arguments = DeepSeekTrainingArguments(
         output_dir=str(output), max_steps=1_000_000, per_device_train_batch_size=size.batch, per_device_eval_batch_size=8,
-        learning_rate=size.rate, weight_decay=0.1, adam_beta2=0.95, mtp_loss_weight=_MTP_WEIGHT, moe_balance_rate=0.01,
+        learning_rate=size.rate, weight_decay=0.1, adam_beta2=0.95, mtp_loss_weight=_MTP_WEIGHT, moe_balance_rate=_BALANCE_RATE,
         logging_steps=25, save_strategy="no", report_to="none", disable_tqdm=True, seed=0, use_cpu=True,
         dataloader_drop_last=True, prediction_loss_only=True,
     )  # fmt: skip

@@ -49,6 +49,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     Attributes:
         mtp: the loss of MTP layers where they are trained; its `weight` may change as training goes on. Else None.
+        balancing: what moves the biases of experts; its `rate` may change as training goes on.
 
     Raises, from `train`:
         BackendError: `fp8_backend="hardware"` where there is none; when it is made.
@@ -83,11 +84,11 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
         if args.packing:
             pack_for_trainer(self)
-        self._balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
+        self.balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
         self._logged_steps = 0
         self.add_callback(_AfterStep(self))
         if args.moe_balance_rate or args.moe_sequence_loss_weight:
-            self.add_callback(self._balancing)
+            self.add_callback(self.balancing)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; `fsdp` shards on CPUs too."""
@@ -141,7 +142,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         return DeepSeekAdamW, {
             "lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
             "state": args.optimizer_state, "master_weights": args.master_weights, "max_norm": args.max_grad_norm or None,
-            "free_gradients": True, "seed": args.seed,
+            "free_gradients": True, "dither": True, "seed": args.seed,
         }  # fmt: skip
 
     def report(self) -> TrainingReport:
@@ -269,7 +270,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         refused = own is not None and own.skipped
         self._logged_steps += 1
         if bad or refused:
-            self._balancing.drop()
+            self.balancing.drop()
         self._non_finite.after_step(refused)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -280,7 +281,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
             steps, self._logged_steps = self._logged_steps, 0
             if self.mtp is not None and (mean := self.mtp.mean(steps)) is not None:
                 logs["mtp_loss"] = round(mean, 4)
-            logs |= self._balancing.statistics()
+            logs |= self.balancing.statistics()
         super().log(logs, *args, **kwargs)
 
     @property
