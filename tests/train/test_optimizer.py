@@ -299,3 +299,30 @@ def test_state_of_other_shapes_is_refused_before_it_is_written_through():
         p.main_grad = torch.zeros(3)
     with pytest.raises(ConfigError, match="main_grad of weight"):
         saved.step()
+
+
+def test_dithered_masters_round_to_their_weights_and_let_small_updates_through():
+    """0.001 of a step of bf16 moves one weight of a thousand by a whole step: the mean moves by the update, where masters that
+    begin at their weights are all rounded back."""
+    begin = torch.linspace(1.0, 1.99, 200_000).bfloat16()
+    moved = {}
+    for dither in (True, False):
+        weights = torch.nn.Parameter(begin.clone())
+        weights.grad = torch.ones_like(begin)
+        optimizer = DeepSeekAdamW([weights], lr=0.0, weight_decay=0.0, dither=dither, seed=3)
+        optimizer.step()
+        assert torch.equal(optimizer.master(weights).bfloat16(), begin) and torch.equal(weights, begin)
+        optimizer.param_groups[0]["lr"] = 2.0**-7 / 1000
+        weights.grad = torch.ones_like(begin)
+        optimizer.step()
+        moved[dither] = float((begin.double() - weights.detach().double()).mean())
+    assert moved[False] == 0.0
+    assert moved[True] == pytest.approx(2.0**-7 / 1000, rel=0.25)  # 200 of 200,000, give or take three deviations
+
+
+def test_dithered_zeros_stay_numbers():
+    weights = torch.nn.Parameter(torch.tensor([0.0, -0.0, 1.0] * 2000).bfloat16())
+    weights.grad = torch.zeros_like(weights)
+    optimizer = DeepSeekAdamW([weights], lr=0.1, dither=True, weight_decay=0.0)
+    optimizer.step()
+    assert torch.equal(optimizer.master(weights)[:2], torch.zeros(2)) and torch.isfinite(optimizer.master(weights)).all()

@@ -38,6 +38,9 @@ class DeepSeekAdamW(Optimizer):
             that of fp32 weights to the bit; "stochastic": nothing, and each update is rounded up or down by chance.
         max_norm: gradients are scaled so that their norm, over all parameters, is at most this; None: they are not.
         free_gradients: `step` sets each `grad` to None, so that memory for gradients is free until the next backward.
+        dither: with "split", masters begin anywhere in the interval that rounds to their weight, by chance, instead of at the
+            weight. Weights that come from bf16 would else all lie at the middle of theirs, where the first updates, each far
+            below half a step of bf16, are not seen by the model.
         seed: of the random bits by which numbers are rounded; an update depends on (seed, step, parameter, element) alone.
 
     After each `step`:
@@ -63,11 +66,12 @@ class DeepSeekAdamW(Optimizer):
         master_weights: str = "split",
         max_norm: float | None = None,
         free_gradients: bool = False,
+        dither: bool = False,
         seed: int = 0,
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"max_norm must be above 0, or None for no limit, got {max_norm!r}")
-        self.max_norm, self.free_gradients = max_norm, free_gradients
+        self.max_norm, self.free_gradients, self.dither = max_norm, free_gradients, dither
         self.grad_norm, self.skipped, self.skipped_steps = 0.0, False, 0
         own = {"state": state, "master_weights": master_weights, "seed": seed}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **own})
@@ -176,6 +180,8 @@ class DeepSeekAdamW(Optimizer):
         state, master = self.state[parameter], _master(parameter, group)
         if not state:
             state.update(_fresh(local(parameter), parameter, group, parameter.device))
+            if self.dither and "master_low" in state:
+                _dither(local(state["master_low"]), local(parameter), group["seed"] + index)
         state["step"] += 1
         step, low = int(state["step"]), state.get("master_low")
         moments = Moments(**{name: local(state[key]) for name, key in _MOMENT_NAMES.items() if key in state})
@@ -196,6 +202,13 @@ def _fresh(
     if _master(parameter, group) == "split":
         state["master_low"] = torch.zeros(weights.shape, dtype=torch.int16, device=device)
     return {"step": torch.zeros((), dtype=torch.int64), **state}
+
+
+def _dither(low: torch.Tensor, weights: torch.Tensor, seed: int) -> None:
+    """Fills `low` with what any fp32 number has that is rounded to its weight. Zero weights stay exact."""
+    generator = torch.Generator(low.device).manual_seed(seed)
+    low.random_(-(1 << 15) + 1, 1 << 15, generator=generator)
+    low.masked_fill_(weights == 0, 0)
 
 
 def _check_saved(saved: dict[str, Any], fresh: dict[str, torch.Tensor], name: str) -> None:
