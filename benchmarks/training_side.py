@@ -61,6 +61,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
             "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "weight_decay": 0.01,
         }  # fmt: skip
         model = _model(a)
+        kind: Any
+        arguments: Any
         if a.side == "ours":
             from deepseek_optimizer import DeepSeekTrainer, DeepSeekTrainingArguments
 
