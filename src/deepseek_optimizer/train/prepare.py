@@ -76,7 +76,6 @@ class Prepared:
                 module.__dict__.pop("kept", None)
                 module.__dict__.pop("fp8", None)
                 module.__dict__.pop("mtp", None)
-                module.__dict__.pop("mtp", None)
         for module, forward in self._forwards:
             module.__dict__["forward"] = forward
         for config, name in self._attentions:
