@@ -118,7 +118,6 @@ def make_trainer(
 
     class InTime(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trainer.mtp.weight = _MTP_WEIGHT if progress() < _LATE else _LATE_MTP_WEIGHT
             trainer.balancing.rate = _BALANCE_RATE * factor(state.global_step)  # V3's was 0 in the end
             control.should_training_stop = control.should_training_stop or progress() >= 1.0
 
@@ -127,6 +126,7 @@ def make_trainer(
                 named = {"loss": logs["loss"] - trainer.mtp.weight * logs["mtp_loss"]}
                 named |= {name: logs[name] for name in ("mtp_loss", "expert_load", "learning_rate")}
                 say(f"step {state.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in named.items()))
+                trainer.mtp.weight = _MTP_WEIGHT if progress() < _LATE else _LATE_MTP_WEIGHT
 
     set_seed(0)
     arguments = DeepSeekTrainingArguments(
