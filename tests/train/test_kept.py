@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from functools import partial
 
 import pytest
@@ -154,3 +155,28 @@ def test_made_once_for_all_who_read_it_and_again_for_a_second_backward():
         gradients = torch.autograd.grad(loss, weights, retain_graph=True)
         assert len(made) == times
         assert all(torch.equal(g, gradients[0]) for g in gradients)
+
+
+def test_what_was_changed_in_place_since_is_kept_as_it_is():
+    """As the noise of Mixtral's routers, which is multiplied into what a norm made."""
+    kept, weight = Kept(), _weights()[0]
+    x = torch.randn(64, 32, requires_grad=True)
+    with kept:
+        inner = kept.again(x * 2, lambda: pytest.fail("made again as it was before"))
+        inner *= 3
+        loss = F.linear(inner, weight).sum()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, (6 * x.detach()).sum(0).expand(32, 32))
+
+
+def test_recomputed_layers_hold_nothing_for_what_they_marked():
+    kept, x, made = Kept(), torch.randn(8, requires_grad=True), []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        between = x * 2
+        made.append(weakref.ref(between))
+        return kept.again(between * 3, partial(torch.mul, between.detach(), 3)) * 5
+
+    with kept:
+        checkpoint(layer, x, use_reentrant=False)
+        assert made[0]() is None and not kept._marked

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -326,3 +327,21 @@ def test_dithered_zeros_stay_numbers():
     optimizer = DeepSeekAdamW([weights], lr=0.1, dither=True, weight_decay=0.0)
     optimizer.step()
     assert torch.equal(optimizer.master(weights)[:2], torch.zeros(2)) and torch.isfinite(optimizer.master(weights)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_through_weights_that_were_changed_is_an_error(dtype):
+    net = model(dtype)
+    optimizer, loss = DeepSeekAdamW(net.parameters()), net(torch.ones(2, 96, dtype=dtype)).sum()
+    give_gradients(net.parameters(), 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_copies_go_on_as_the_one_they_were_made_of():
+    plain = DeepSeekAdamW(model().parameters(), dither=True, max_norm=1.0)
+    copies = [copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))]
+    for optimizer in (plain, *copies):
+        run(optimizer, range(2))
+    assert all(equal(bits(optimizer), bits(plain)) for optimizer in copies)

@@ -244,3 +244,17 @@ def test_report(tmp_path):
 def test_arguments_of_transformers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="DeepSeekTrainingArguments"):
         DeepSeekTrainer(random_model(llama()), TrainingArguments(output_dir=str(tmp_path)))
+
+
+def test_gradients_do_not_last_beyond_a_step_of_the_callers_own_optimizer(tmp_path):
+    """One that keeps its gradients until `zero_grad`: Trainer asks the model for that, which knows of no `main_grad`."""
+    runs = []
+    for free in (True, False):
+        model = random_model(llama(), dtype=torch.bfloat16)
+        optimizer = DeepSeekAdamW(model.parameters(), lr=1e-3, free_gradients=free)
+        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        args = arguments(tmp_path, gradient_accumulation_steps=2)
+        trainer = DeepSeekTrainer(model, args, train_dataset=Rows(), optimizers=(optimizer, constant))
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]

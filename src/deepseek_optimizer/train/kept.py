@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ class _Recipe:
 
 
 @dataclass(frozen=True)
+class _Mark:
+    """A result, how often it had been changed in place when it was marked, and its recipe."""
+
+    result: weakref.ref[torch.Tensor]
+    version: int
+    recipe: _Recipe
+
+
+@dataclass(frozen=True)
 class _Saved:
     """What stands in the autograd graph in place of a tensor: its recipe, and the shape that was saved."""
 
@@ -53,14 +63,20 @@ class Kept:
 
     def __init__(self, everything: bool = False) -> None:
         self.everything = everything
-        self._marked: dict[int, tuple[weakref.ref[torch.Tensor], _Recipe]] = {}
+        self._marked: dict[int, _Mark] = {}
         self._hooks: list[Any] = []
 
     def again(self, result: torch.Tensor, make: Make) -> torch.Tensor:
         """`result`, of which `make` is known to give the same bits from what is kept anyway."""
         if self._hooks and not self.everything and result.requires_grad and result.is_contiguous():
-            self._marked[result.data_ptr()] = (weakref.ref(result), _Recipe(make))
+            place = result.data_ptr()
+            self._marked[place] = _Mark(weakref.ref(result, partial(self._gone, place)), result._version, _Recipe(make))
         return result
+
+    def _gone(self, place: int, result: weakref.ref[torch.Tensor]) -> None:
+        """Recipes that nobody has saved go with their results: under checkpointing that is all of them."""
+        if place in self._marked and self._marked[place].result is result:
+            del self._marked[place]
 
     def __enter__(self) -> Kept:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -76,12 +92,14 @@ class Kept:
         found = self._marked.get(tensor.data_ptr())
         if found is None:
             return tensor
-        marked = found[0]()
+        marked = found.result()
         # a marked tensor that is gone may have left its memory to another; one that is there cannot have
         if marked is None or marked.numel() != tensor.numel() or marked.dtype != tensor.dtype or not tensor.is_contiguous():
             return tensor
-        found[1].savers += 1
-        return _Saved(found[1], tensor.shape)
+        if tensor._version != found.version:  # changed in place since: its recipe makes what it was
+            return tensor
+        found.recipe.savers += 1
+        return _Saved(found.recipe, tensor.shape)
 
     @staticmethod
     def _unpack(packed: torch.Tensor | _Saved) -> torch.Tensor:

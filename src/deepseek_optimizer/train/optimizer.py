@@ -77,7 +77,7 @@ class DeepSeekAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **own})
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "free_gradients", "grad_norm", "skipped", "skipped_steps")
+        own = ("max_norm", "free_gradients", "dither", "grad_norm", "skipped", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -267,6 +267,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self._grad_norm.fill_(math.nan if bad else own.grad_norm)
         if self._accumulators is not None and bad:
             self._accumulators.give()
+        if self._accumulators is not None and own is not None and not own.free_gradients:
+            own.zero_grad()  # Trainer lets go of `grad` alone
         refused = own is not None and own.skipped
         self._logged_steps += 1
         if bad or refused:

@@ -211,3 +211,12 @@ def test_what_is_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             attention(q[0], k[0], v[0], torch.tensor(cuts), 1.0, used=None if used is None else torch.tensor(used))
+
+
+@needs_native
+def test_bounds_may_be_columns_of_a_table():
+    torch.manual_seed(9)
+    tensors, table = inputs(2, 16, 2, 2, 16, 16, torch.float32), torch.tensor([[0, 8], [8, 16], [16, 32]])
+    found = with_gradients(packed_attention, tensors, *table.unbind(1), 0.25)
+    dense = with_gradients(packed_attention, tensors, *(t.clone() for t in table.unbind(1)), 0.25)
+    assert all(map(torch.equal, found, dense))

@@ -130,3 +130,18 @@ def test_several_weights_of_one_input(dtype):
     )  # fmt: skip
     with torch.no_grad():
         assert torch.equal(linears(x, weights)[1], linear(x, weights[1]))
+
+
+def test_a_bias_that_is_spread_is_torchs_business():
+    x, weight, bias = torch.randn(3, 64), torch.randn(40, 64), torch.arange(1.0, 101.0)[:1]
+    assert torch.equal(linear(x, weight, bias), linear_reference(x, weight, bias))
+
+
+def test_nothing_is_written_past_a_main_grad_of_another_shape():
+    x, weight, bias = parts(30, 64, dtype=torch.bfloat16)
+    weight.main_grad = torch.zeros(47, 64)
+    with pytest.raises(ValueError, match=r"\[48, 64\].*main_grad.*\[47, 64\]"):
+        linear(x, weight, bias).sum().backward()
+    weight.main_grad, bias.main_grad = None, torch.zeros(47)
+    with pytest.raises(ValueError, match=r"\[48\].*main_grad.*\[47\]"):
+        linear(x, weight, bias).sum().backward()

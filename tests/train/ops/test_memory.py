@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 
@@ -81,3 +82,13 @@ def test_what_is_only_traced_takes_no_memory():
         like = torch.empty(4)
         assert type(native.new((1 << 40,), like)) is type(like)
     assert native.new((3,), torch.empty(4), torch.float64).dtype == torch.float64
+
+
+def test_a_forked_process_writes_to_its_own_copy():
+    tensor = Memory().empty((MB,), torch.uint8).zero_()
+    child = os.fork()
+    if child == 0:
+        tensor.numpy()[:] = 1
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not tensor.any()

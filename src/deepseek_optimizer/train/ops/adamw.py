@@ -94,6 +94,8 @@ def adamw(updates: Sequence[Update]) -> None:
     native_ones = [u for u in updates if _native(u.parameter, u.gradient) and all(t.is_contiguous() for t in u.tensors())]
     if native_ones:
         native.call("dso_train_adamw", (TrainUpdate * len(native_ones))(*map(_described, native_ones)), len(native_ones))
+        for update in native_ones:  # so that a backward through the weights as they were is an error, as of torch's own
+            torch.autograd.graph.increment_version(update.parameter)
     taken = set(map(id, native_ones))
     for update in updates:
         if id(update) not in taken:

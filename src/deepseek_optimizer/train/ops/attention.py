@@ -72,7 +72,7 @@ def packed_attention(
     fits = max(q.shape[-1], v.shape[-1]) <= MOST_WIDTH and q.shape[-1] % 2 == v.shape[-1] % 2 == 0
     if not (fits and native.usable(q, k, v)):
         return packed_attention_reference(q, k, v, begin, end, scale, window)
-    found: torch.Tensor = _forward(q, k, v, begin, end, scale, window)[0]
+    found: torch.Tensor = _forward(q, k, v, begin.contiguous(), end.contiguous(), scale, window)[0]
     return found
 
 

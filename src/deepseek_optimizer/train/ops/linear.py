@@ -22,7 +22,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     one_dtype = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-    if not (one_dtype and native.usable(x, weight, bias)):
+    one_each = bias is None or bias.shape == weight.shape[:1]
+    if not (one_dtype and one_each and native.usable(x, weight, bias)):
         return linear_reference(x, weight, bias)
     check_columns("linear", x, weight)
     found: torch.Tensor = _Linear.apply(x, weight, bias)

@@ -120,7 +120,9 @@ class Memory:
 
 
 def _new_segment(size: int) -> _Segment:
-    pages = mmap.mmap(-1, size)
+    # Private: of Python's default, which is shared, a process that is forked would write into the tensors of the other.
+    own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    pages = mmap.mmap(-1, size, **own)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)

@@ -38,8 +38,8 @@ def product(
     """
     _check_product(form, a, b)
     if out is None:
-        M, N, _ = _sizes(form, a, b)
-        out = native.new((M, N), a, dtype)
+        out = native.new(_sizes(form, a, b)[:2], a, dtype)
+    _check_out("product", out, *_sizes(form, a, b)[:2])
     if native.usable(a, b, bias, out) and _is_matrix(out):
         torch.ops.dso.train_product(a, b, bias, out, form, add)
     else:
@@ -75,10 +75,11 @@ def grouped_product(
         offsets: int64 [E + 1], ascending from 0 to T, on the CPU.
         out, add: as `product` has them.
     """
+    groups = offsets.numel() - 1
+    shape = (groups, a.shape[1], b.shape[1]) if form == "tn" else (a.shape[0], b.shape[1 if form == "nt" else 2])
     if out is None:
-        groups = offsets.numel() - 1
-        shape = (groups, a.shape[1], b.shape[1]) if form == "tn" else (a.shape[0], b.shape[1 if form == "nt" else 2])
         out = native.new(shape, a)
+    _check_out("grouped_product", out, *shape)
     if native.usable(a, b, out) and _is_matrix(out):
         torch.ops.dso.train_grouped_product(a, b, offsets, out, form, add)
     else:
@@ -101,6 +102,7 @@ def column_sums(
     """[T, N] -> [N], summed over rows in fp32 (fp64 for fp64): the gradient of a bias."""
     if out is None:
         out = x.new_empty(x.shape[1], dtype=dtype or x.dtype)
+    _check_out("column_sums", out, x.shape[1])
     if native.usable(x, out) and out.is_contiguous():
         torch.ops.dso.train_column_sums(x, out, add)
     else:
@@ -181,6 +183,12 @@ def _sizes(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int]:
 
 def _put(found: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     out.copy_(found + out if add else found)
+
+
+def _check_out(op: str, out: torch.Tensor, *shape: int) -> None:
+    """A `main_grad` of another shape would be written past its end."""
+    if out.shape != shape:
+        raise ValueError(f"{op}: the result is {list(shape)}, what it is put into (main_grad?) {list(out.shape)}")
 
 
 def _check_product(form: str, a: torch.Tensor, b: torch.Tensor) -> None:
