@@ -7,8 +7,10 @@ import os
 import random
 import threading
 
+import pytest
 import torch
 
+from deepseek_optimizer.errors import NotEnoughMemoryError
 from deepseek_optimizer.train.ops import native
 from deepseek_optimizer.train.ops.memory import Memory
 
@@ -92,3 +94,10 @@ def test_a_forked_process_writes_to_its_own_copy():
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert not tensor.any()
+
+
+def test_what_the_system_has_not_is_said():
+    memory = Memory()
+    with pytest.raises(NotEnoughMemoryError, match="shorter sequences"):
+        memory.empty((1 << 55,), torch.uint8)
+    assert memory.held() == 0

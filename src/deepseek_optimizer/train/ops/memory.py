@@ -19,6 +19,10 @@ from typing import Any, Final
 
 import torch
 
+from ...errors import NotEnoughMemoryError
+from ...integration.arena import available_bytes
+
+_REMEDY: Final = "take shorter sequences or fewer of them a step"
 _SEGMENT: Final = 256 << 20
 _LEAST: Final = 256 << 10  # bytes; what is smaller comes from torch
 _UNIT: Final = 4096
@@ -71,7 +75,7 @@ class Memory:
         self._alive: dict[int, Any] = {}
 
     def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """[shape] on the CPU, contiguous."""
+        """[shape] on the CPU, contiguous. Raises NotEnoughMemoryError."""
         count = torch.Size(shape).numel()
         size = -(-count * dtype.itemsize // _UNIT) * _UNIT
         if size < _LEAST:
@@ -122,7 +126,10 @@ class Memory:
 def _new_segment(size: int) -> _Segment:
     # Private: of Python's default, which is shared, a process that is forked would write into the tensors of the other.
     own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    pages = mmap.mmap(-1, size, **own)
+    try:
+        pages = mmap.mmap(-1, size, **own)
+    except OSError as error:
+        raise NotEnoughMemoryError("a tensor of training", size, available_bytes(), _REMEDY) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)
