@@ -118,5 +118,13 @@ static void pack_panels(const ProductOperand& s, int64_t begin, int64_t end, int
   else s.along ? pack_in_order<kind, lanes_first, false, true>(s, begin, end, k0, k1, to) : pack_in_order<kind, lanes_first, false, false>(s, begin, end, k0, k1, to);
 }
 
+// Part number `part` of `parts` of what pack_panels is going to read comes into L2.
+static void fetch_lanes(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t part, int64_t parts) {
+  const int64_t size = s.bf16 ? 2 : 4, rows = s.along ? end - begin : k1 - k0, bytes = (s.along ? k1 - k0 : end - begin) * size;
+  const uint8_t* const p = s.data + (s.along ? begin * s.ld + k0 : k0 * s.ld + begin) * size;
+  for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + row * s.ld * size + at, 0, 2);
+}
+
 }  // namespace
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -158,12 +158,18 @@ static void block_with(const ProductJob& job, int64_t m0, int64_t m1, int64_t n0
   for (int64_t k = 0; k == 0 || k < job.K; k += depth) {  // once also where nothing is to be summed
     const int64_t end = job.K - k < depth ? job.K : k + depth, panel = blocks_for(kind, end - k) * block_bytes;
     const bool last = end == job.K, parked = job.K > depth;
-    pack_panels<kind, Engine::lanes_first>(job.a, m0, m1, k, end, left);
     for (int64_t n = n0; n < n1; n += strip) {
       const int64_t columns = n1 - n < strip ? n1 - n : strip;
       pack_panels<kind, false>(job.b, n, n + columns, k, end, right);
       for (int64_t cell = 0; cell < cells; cell++) {
         const int64_t m = m0 + cell * Engine::rows, rows = m1 - m < Engine::rows ? m1 - m : Engine::rows;
+        // The first strip meets A cell by cell: the next one's numbers come from memory while this one's are multiplied, as do those of
+        // the next strip.
+        if (n == n0) {
+          pack_panels<kind, Engine::lanes_first>(job.a, m, m + rows, k, end, left + cell * (Engine::rows / 16) * panel);
+          if (cell + 1 < cells) fetch_lanes(job.a, m + rows, m1 - m - rows < Engine::rows ? m1 : m + rows + Engine::rows, k, end, 0, 1);
+        }
+        if (n + strip < n1) fetch_lanes(job.b, n + strip, n1 - n - strip < strip ? n1 : n + 2 * strip, k, end, cell, cells);
         float* const to = parked ? sums + ((n - n0) / strip * cells + cell) * cell_floats<Engine> : sums;
         if (last) fetch(job.c, m, rows, n, columns);
         engine.multiply(left + cell * (Engine::rows / 16) * panel, panel, right, panel, (end - k + columns_of_step(kind) - 1) / columns_of_step(kind), rows,
