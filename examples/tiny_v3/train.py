@@ -47,9 +47,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     trainer = make_trainer(size, tokenizer, train, held_out, output, end - _LEFT_OVER * 60 * options.minutes, say)
     say(f"{trainer.model.num_parameters() / 1e6:.1f} M weights")
     trainer.train()
-    results = {"eval_loss": trainer.evaluate()["eval_loss"], **loads(trainer.state.log_history)}
+    results = {"eval_loss": trainer.evaluate()["eval_loss"], **loads(trainer, held_out)}
     results["tokens"] = trainer.state.global_step * size.batch * size.length
-    say(f"held-out loss {results['eval_loss']:.3f} nats a token after {results['tokens'] / 1e6:.2f} M tokens")
+    say(f"held-out loss {results['eval_loss']:.3f} nats a token after {results['tokens'] / 1e6:.2f} M tokens; "
+        f"the busiest expert has {results['expert_load']:.2f} times the mean load")  # fmt: skip
     trainer.save_model(str(output / "model"))
     tokenizer.save_pretrained(output / "model")
 
@@ -143,11 +144,26 @@ def make_trainer(
     return trainer
 
 
-def loads(history: list[dict[str, float]]) -> dict[str, float]:
-    """The largest load of an expert over the mean one, after warm-up: the mean over logs of the second half, and the worst."""
-    found = [entry["expert_load"] for entry in history if "expert_load" in entry]
-    late = found[len(found) // 2 :]
-    return {"expert_load": sum(late) / len(late), "worst_expert_load": max(late)} if late else {}
+def loads(trainer: Any, held_out: list[Any]) -> dict[str, float]:
+    """The largest load of an expert over the mean one, in the worst layer: of held-out texts as a whole, and as the mean over
+    the batches of the second half of training."""
+    import torch
+
+    from deepseek_optimizer.train.balancing import ExpertBalancing
+
+    counter, model = ExpertBalancing(rate=0.0), trainer.model
+    counter.attach(model)
+    model.train()  # loads are counted then
+    with torch.no_grad():
+        for row in held_out:
+            model(input_ids=row["input_ids"][None], position_ids=row["position_ids"][None], use_cache=False)
+    counter.step()
+    model.eval()
+    found = {"expert_load": counter.statistics()["expert_load"]}
+    counter.detach()
+    batches = [entry["expert_load_batch"] for entry in trainer.state.log_history if "expert_load_batch" in entry]
+    late = batches[len(batches) // 2 :]
+    return found | ({"expert_load_batch": sum(late) / len(late)} if late else {})
 
 
 def pack_and_measure(output: Path, tokenizer: Any, held_out: list[Any]) -> float:

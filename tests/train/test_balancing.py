@@ -34,6 +34,20 @@ def chosen_in(model, run):
     return seen
 
 
+def test_loads_of_steps_and_of_all_their_tokens(model):
+    """Two steps that each keep other experts busy."""
+    balancing = ExpertBalancing(rate=0.0)
+    balancing.attach(model)
+    for busy in (0, 1):
+        for load in balancing._loads.values():
+            load.counts[busy], load.counts[2:] = 30, 3
+        balancing.step()
+    found = balancing.statistics()
+    assert found["expert_load_batch"] == 6.0  # 30 of 60 tokens and 12 experts
+    assert found["expert_load"] == found["expert_load_layer_1"] == 3.0
+    balancing.detach()
+
+
 def test_a_step_moves_each_bias_against_its_load(model):
     ids = ids_of(model, 33, 33)
     balancing = ExpertBalancing(rate=0.01)
@@ -49,7 +63,8 @@ def test_a_step_moves_each_bias_against_its_load(model):
         assert torch.equal(router.e_score_correction_bias, expected)
         ratios["expert_load_layer_" + path.split(".")[2]] = round(float(load.max() / load.mean()), 4)
     found = balancing.statistics()
-    assert found == {"expert_load": max(ratios.values()), **ratios}
+    worst = max(ratios.values())
+    assert found == {"expert_load": worst, "expert_load_batch": worst, **ratios}
     assert balancing.statistics() == {}
     moved = {path: router.e_score_correction_bias.clone() for path, router in routers(model)}
     balancing.step()  # nothing was counted since
@@ -156,7 +171,7 @@ def test_what_is_logged(model):
     logs = {"loss": 3.0}
     balancing.on_log(args, state, None, logs=logs)
     assert logs["expert_load"] >= 1
-    assert set(logs) == {"loss", "expert_load", "expert_load_layer_1", "expert_load_layer_2"}
+    assert set(logs) == {"loss", "expert_load", "expert_load_batch", "expert_load_layer_1", "expert_load_layer_2"}
     assert state.log_history == [logs]
     balancing.on_train_end(args, state, None)
     assert not balancing._handles

@@ -44,19 +44,22 @@ class _Tokens:
 
 @dataclass
 class _Load:
-    """What a router did: tokens of each expert in this step, and the largest over the mean in those since the last log."""
+    """What a router did: tokens of each expert in this step, and in all since the last log; the largest over the mean in each
+    of those steps."""
 
     name: str
     router: nn.Module
     counts: torch.Tensor
+    total: torch.Tensor
     ratios: list[float] = field(default_factory=list)
 
 
 class ExpertBalancing(TrainerCallback):
     """Moves the biases as training goes on, and logs how busy the experts are.
 
-    Logged, as means over steps: `expert_load` (the largest load of an expert over the mean one, in the worst layer; 1 is
-    perfect) and the same of each layer, as `expert_load_layer_N`.
+    Logged: `expert_load`, the largest load of an expert over the mean one in the worst layer, of all tokens since the last log
+    (1 is perfect; the paper's MaxVio_global is this less 1), the same of each layer as `expert_load_layer_N`, and
+    `expert_load_batch`, the mean over steps of what each step's own tokens give (MaxVio_batch), also of the worst layer.
 
     Args:
         rate: how far a bias moves in a step; V3 had 0.001, and 0 at the end of its training.
@@ -77,7 +80,8 @@ class ExpertBalancing(TrainerCallback):
         for path, router in routers(model):
             bias = getattr(router, BIAS)
             bias.data = bias.data.float()
-            self._loads[path] = _Load(_name(path), router, torch.zeros(bias.shape, dtype=torch.int64, device=bias.device))
+            none = torch.zeros(bias.shape, dtype=torch.int64, device=bias.device)
+            self._loads[path] = _Load(_name(path), router, none, none.float())
             self._handles.append(router.register_forward_hook(self._counter(path)))
         if self._loads:
             self._handles.append(model.get_decoder().register_forward_pre_hook(self._see, with_kwargs=True))
@@ -123,6 +127,7 @@ class ExpertBalancing(TrainerCallback):
                 continue
             mean = counts.mean()
             load.ratios.append(float(counts.max() / mean))
+            load.total += counts
             getattr(load.router, BIAS).add_(torch.sign(mean - counts), alpha=self.rate)
 
     def drop(self) -> None:
@@ -132,12 +137,15 @@ class ExpertBalancing(TrainerCallback):
 
     def statistics(self) -> dict[str, float]:
         """What is logged, of the steps since the last call; empty if there were none."""
-        means = {load.name: sum(load.ratios) / len(load.ratios) for load in self._loads.values() if load.ratios}
-        for load in self._loads.values():
-            load.ratios.clear()
-        if not means:
+        seen = [load for load in self._loads.values() if load.ratios]
+        if not seen:
             return {}
-        return {"expert_load": round(max(means.values()), 4), **{name: round(mean, 4) for name, mean in means.items()}}
+        found = {load.name: round(float(load.total.max() / load.total.mean()), 4) for load in seen}
+        batches = [sum(load.ratios) / len(load.ratios) for load in seen]
+        for load in seen:
+            load.ratios.clear()
+            load.total.zero_()
+        return {"expert_load": max(found.values()), "expert_load_batch": round(max(batches), 4), **found}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.attach(model, args.gradient_accumulation_steps)
