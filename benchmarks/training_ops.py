@@ -143,6 +143,7 @@ def measure(case: Case, threads: int, rounds: int) -> tuple[float, float]:
 
 
 def _seconds(run: Run) -> float:
+    time.sleep(0.05)  # torch's threads spin for some milliseconds after their last work, beside whoever comes next
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
