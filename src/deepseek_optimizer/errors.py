@@ -74,7 +74,11 @@ class TrainingError(DeepSeekOptimizerError, ArithmeticError):
 
     def __init__(self, step: int, cause: str, last: object | None) -> None:
         self.step, self.last = step, None if last is None else str(last)
-        stands = f"{last} stands; go on from it by train(resume_from_checkpoint=True)" if last else "no checkpoint stands yet"
+        stands = (
+            f"{last} stands; go on from it by train(resume_from_checkpoint=True), or dso train --resume"
+            if last
+            else "no checkpoint stands yet"
+        )
         super().__init__(
             f'step {step}: {cause}. Take a smaller learning_rate or look at the data of this step; on_nan="skip" leaves single '
             f"steps out. The weights are those from before the step, and {stands}"

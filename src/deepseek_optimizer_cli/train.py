@@ -13,7 +13,7 @@ _FROZEN = "With --lora: the frozen weights as int4, q4_1, int8 or fp8. Default: 
 
 
 def train(
-    file: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML or JSON file; flags go before it.")] = None,
+    file: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML or JSON file; flags go before it.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=o.MODEL_HELP)] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", "-d", metavar="PATH", help="Chats (.jsonl, .json), texts, directories.")
@@ -76,11 +76,11 @@ def train(
             "too_long": too_long, "assistant_only": False if all_tokens else None, "per_answer": per_answer or None,
             "skip_bad_lines": skip_bad_lines or None, "packing": False if no_packing else None,
         },
-        "arguments": {
-            **_named(more or []), "num_train_epochs": epochs, "max_steps": steps, "learning_rate": learning_rate,
+        "arguments": _with_named(more or [], {
+            "num_train_epochs": epochs, "max_steps": steps, "learning_rate": learning_rate,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
             "activation_memory": activation_memory, "optimizer_state": optimizer_state,
-        },
+        }),
     }  # fmt: skip
     from deepseek_optimizer.integration.progress import counted
     from deepseek_optimizer.train.config import make_config, read_config
@@ -116,13 +116,15 @@ def _run(job: Any) -> Any:
         bar.close()
 
 
-def _named(pairs: list[str]) -> dict[str, Any]:
-    """--set NAME=VALUE, each."""
-    found = {}
+def _with_named(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by flags of their own, and by --set NAME=VALUE, each."""
+    found = {name: value for name, value in flags.items() if value is not None}
     for pair in pairs:
         name, given, value = pair.partition("=")
         if not given or not name.strip():
             raise ValueError(f"--set {pair}: must be NAME=VALUE, such as weight_decay=0.1")
+        if name.strip() in found:
+            raise ValueError(f"--set {pair}: {name.strip()} is {found[name.strip()]} already; give it once")
         found[name.strip()] = value.strip()
     return found
 
@@ -141,10 +143,9 @@ def _over(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
             out[name] = {**out[name], "r": value}
         elif value is not None:
             out[name] = value
-    if flags.get("eval_fraction") is not None:
-        out.pop("eval", None)
-    elif flags.get("eval") is not None:
-        out.pop("eval_fraction", None)
+    for name, other in (("eval_fraction", "eval"), ("eval", "eval_fraction")):
+        if flags.get(name) is not None and flags.get(other) is None:
+            out.pop(other, None)
     return out
 
 

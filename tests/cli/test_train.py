@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deepseek_optimizer
+from deepseek_optimizer.train.checkpoints import directory
 from deepseek_optimizer.train.job import TrainingJob
 from support.tiny_v3 import tiny_v3
 
@@ -135,10 +136,20 @@ def test_flags_go_before_the_file(dso, chats, tiny_model, tmp_path):
         (("--data", "CHATS", "--max-length", "9999"), "max_length=9,999 is more than the 256"),
         (("--data", "CHATS", "--set", "lerning_rate=1"), "did you mean 'learning_rate'?"),
         (("--data", "CHATS", "--set", "x"), "must be NAME=VALUE"),
+        (("--data", "CHATS", "--set", "optimizer_state=int4"), "arguments.optimizer_state: Input should be"),
+        (("--data", "CHATS", "--set", "learning_rate=fast"), "arguments.learning_rate: Input should be"),
+        (("--data", "CHATS", "--lr", "1e-3", "--set", "learning_rate=1"), "learning_rate is 0.001 already; give it once"),
+        (("--data", "CHATS", "--lr", "nan"), "learning_rate must be a finite number"),
+        (("--data", "CHATS", "--epochs", "nan"), "num_train_epochs must be a finite number"),
+        (("--data", "CHATS", "--epochs", "0"), "num_train_epochs=0 trains nothing"),
+        (("--data", "CHATS", "--eval-fraction", "0.1", "--eval-data", "CHATS"), "give one of them"),
+        (("--data", "CHATS", "--set", "fp8_enabled=true", "--set", "fp8_backend=hardware"), "is not possible here"),
         (("--data", "CHATS", "--set", "fp16=true"), "fp16=True"),
         (("--data", "CHATS", "--optimizer-state", "int2"), "arguments.optimizer_state"),
         (("--data", "CHATS", "--max-length", "8"), "more than the 8 that a sequence may have"),
         (("--data", "BROKEN"), "line 2: is not JSON"),
+        (("--data", "CUT"), "string starting at character 10. Mend the data, or set skip_bad_lines=True"),
+        (("--data", "ODD"), "line 1, messages: must be a list of at least one message; "),
         (("--data", "EMPTY"), "is empty"),
         (("NOCONFIG.yaml",), "cannot be read: No such file"),
     ],
@@ -147,10 +158,30 @@ def test_what_is_wrong_is_said_before_the_model_loads(train, chats, tmp_path, mo
     monkeypatch.setattr(TrainingJob, "_load_model", None)
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n')
     (tmp_path / "empty.jsonl").write_text("")
-    names = {"CHATS": chats, "BROKEN": tmp_path / "broken.jsonl", "EMPTY": tmp_path / "empty.jsonl"}
+    (tmp_path / "cut.jsonl").write_text('{"text": "x')
+    (tmp_path / "odd.jsonl").write_text('{"messages": []}\n' * 2)
+    names = {name.upper(): tmp_path / f"{name}.jsonl" for name in ("chats", "broken", "empty", "cut", "odd")}
     result = train(*(names.get(flag, flag) for flag in flags))
     assert result.exit_code == 2 and error in result.stderr and len(result.stderr.splitlines()) == 1, result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_something_else_is_left_alone(train, chats, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"theirs")
+    for flags in ((), ("--resume",)):
+        result = train("--data", chats, *flags)
+        assert result.exit_code == 2 and "out exists and is not empty; name another directory\n" in result.stderr
+    assert "is a file; name another" in train("--data", chats, out=chats).stderr
+
+
+def test_a_second_run_is_refused_before_the_model_loads(train, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingJob, "_load_model", None)
+    monkeypatch.setattr(directory, "LOCK_WAIT", 0.1)
+    with directory.locked(tmp_path / "out"):
+        result = train("--data", chats)
+        assert result.exit_code == 2 and "another run trains into this directory" in result.stderr, result.output
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [directory.LOCK]
 
 
 def test_packed_weights_cannot_be_trained_or_merged_into(train, dso, chats, tiny_model, tmp_path):
@@ -193,26 +224,16 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_model(train, chats, tmp_
     assert [point["step"] for point in points] == list(range(31)) and json.loads(result.stdout)["eval_before"] is not None
 
 
-def test_patience_ends_a_run_and_the_best_is_kept(train, chats, tmp_path):
-    flags = (
-        "--steps",
-        "45",
-        "--set",
-        "eval_steps=5",
-        "--lr",
-        "3.0",
-        "--set",
-        "warmup_steps=0",
-        "--set",
-        "max_grad_norm=0",
-        "--max-length",
-        "64",
-    )
+def test_patience_ends_a_run_and_the_best_is_kept(train, chats, tmp_path, caplog):
+    """The learning rate grows from nothing to far too much, so that the loss falls first and rises then."""
+    rising = ("--lr", "1.0", "--set", "lr_scheduler_type=constant_with_warmup", "--set", "warmup_steps=45")
+    flags = ("--steps", "45", "--set", "eval_steps=5", *rising, "--set", "max_grad_norm=0", "--max-length", "64")
     result = train("--data", chats, *flags, "--eval-fraction", "0.1", "--patience", "2", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     points = json.loads((tmp_path / "out" / "loss.json").read_text())["points"]
     evals = [point["eval_loss"] for point in points[1:] if "eval_loss" in point]
+    assert "missing keys" not in result.stderr + caplog.text  # for the head is tied
     assert facts["stopped_early"] and facts["steps"] < 45 and facts["eval_after"] == min(evals)
 
 

@@ -211,6 +211,16 @@ def test_packing(tmp_path):
     assert losses(trainer)[0] == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_sequences_beyond_the_positions_are_told(tmp_path, recwarn):
+    model = random_model(llama(max_position_embeddings=16))
+    with pytest.warns(OptimizerWarning, match="a sequence of 24 tokens is longer than the 16"):
+        make_trainer(model, tmp_path, max_steps=1).train()
+    recwarn.clear()
+    several = [{**row, "position_ids": torch.arange(24) % 12} for row in Rows(2)]
+    make_trainer(model, tmp_path, max_steps=1, train_dataset=several).train()
+    assert not [warning for warning in recwarn if "has positions for" in str(warning.message)]
+
+
 def test_model_card(tmp_path):
     trainer = make_trainer(random_model(llama()), tmp_path)
     trainer.train()

@@ -26,6 +26,7 @@ _CHOICES: Final[dict[str, Any]] = {
     "on_nan": OnNan, "fp8_backend": Fp8Backend,
 }  # fmt: skip
 _FLAGS: Final = ("bf16", "fp8_enabled", "fp8_e4m3", "packing", "fused_loss")
+_NUMBERS: Final = ("learning_rate", "num_train_epochs", "weight_decay", "moe_balance_rate", "moe_sequence_loss_weight")
 
 
 @dataclass(repr=False)
@@ -109,10 +110,15 @@ class DeepSeekTrainingArguments(PlainArguments):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _one_of("optim", str(getattr(self.optim, "value", self.optim)), (ADAMW_DEEPSEEK, *(o.value for o in OptimizerNames)))
-        _number("moe_balance_rate", self.moe_balance_rate)
-        _number("moe_sequence_loss_weight", self.moe_sequence_loss_weight)
+        for name in _NUMBERS:
+            _number(name, getattr(self, name))
         if self.mtp_loss_weight is not None:
             _number("mtp_loss_weight", self.mtp_loss_weight)
+        if self.num_train_epochs == 0 and self.max_steps <= 0:
+            raise ConfigError("num_train_epochs=0 trains nothing; give it more than 0, or max_steps")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {value!r}")
 
     def _check_agreement(self) -> None:
         """Fields that contradict each other; here, so that nothing is loaded before it is said."""
@@ -150,8 +156,8 @@ class DeepSeekTrainingArguments(PlainArguments):
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"{name} has no value {value!r}; {hint}It must be one of {', '.join(map(repr, allowed))}")
 
 
 def _number(name: str, value: Any) -> None:

@@ -230,7 +230,7 @@ def _said(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return f"{where}: {message}" if where and not message.startswith(where) else message
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

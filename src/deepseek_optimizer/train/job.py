@@ -30,17 +30,19 @@ from ..integration.mtp_layers import stored_mtp_layers
 from ..models import check_config
 from . import lora
 from .arguments import DeepSeekTrainingArguments
-from .checkpoints.directory import checkpoints
+from .checkpoints.directory import checkpoints, locked
 from .config import TrainConfig
 from .curve import JSON_NAME, PNG_NAME, LossCurve
 from .data import Collator, DataReport, PackedRows, TokenDataset, load_data
 from .data.packing import row_for
 from .defaults import defaults, rhythm
+from .fp8.backend import of_arguments
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
 from .prepare import prepare, trainable
 from .report import plan_memory
 from .trainer import DeepSeekTrainer
+from .weights import load_whole
 
 SETTINGS = "train.json"
 _LIKE_BEFORE = ("model", "data", "lora", "precision")  # what a run that goes on must have as before
@@ -97,9 +99,10 @@ class TrainingJob:
         self.config, self.output = config, Path(config.output)
         if config.lora is not None:
             lora.check_installed()
-        self.resumes = _goes_on(config, self.output) if resume else _begins(self.output)
+        self.resumes = (resume and _goes_on(config, self.output)) or _begins(self.output)
         self.curve = LossCurve(self.output, self.resumes)
         self.args = self._arguments({})  # what contradicts itself is refused before the data is read
+        of_arguments(self.args)  # and hardware for FP8 that is not there
         self.source = resolve(config.model)
         with open_checkpoint(self.source) as checkpoint:
             fields = checkpoint.config()
@@ -202,7 +205,7 @@ class TrainingJob:
             model = load_model(self.source, **self._packed_fields())
         else:
             dtype = DTYPES["bf16" if self.args.bf16 else "fp32"]
-            model = AutoModelForCausalLM.from_pretrained(str(self.source), dtype=dtype)
+            model = load_whole(self.source, dtype)
         return model if self.config.lora is None else self._with_adapter(model)
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> Summary:
@@ -213,8 +216,11 @@ class TrainingJob:
 
         Raises:
             NotEnoughMemoryError, TrainingError, SaveError: see `DeepSeekTrainer`.
+            CheckpointError: another run trains into `output`, or the model lacks weights.
         """
         self.plan.memory.check(0)
+        with locked(self.output) if self.args.should_save else contextlib.nullcontext():
+            pass  # another run is seen before the model loads; from `train` on, the trainer holds the lock itself
         model = self._load_model()
         base = model.get_base_model() if self.config.lora is not None else model
         used_cache, base.config.use_cache = base.config.use_cache, False  # with one, Transformers' masks join documents
@@ -305,7 +311,9 @@ def _begins(output: Path) -> bool:
     if output.is_dir() and not _lost_by_beginning(output):
         return False
     if output.exists():
-        raise ConfigError(f"output: {output} exists and is not empty; name another directory, or go on with --resume")
+        what = "exists and is not empty" if output.is_dir() else "is a file"
+        more = ", or go on with --resume" if checkpoints(output) else ""
+        raise ConfigError(f"output: {output} {what}; name another directory{more}")
     return False
 
 

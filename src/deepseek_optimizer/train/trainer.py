@@ -216,11 +216,21 @@ class DeepSeekTrainer(AtomicCheckpoints):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; what the forward keeps for the backward is as `activation_memory` says."""
         prepared = self._prepared
+        self._see_length(inputs)
         with prepared.kept if prepared is not None and torch.is_grad_enabled() else contextlib.nullcontext():
             result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
             self._non_finite.see_loss(result[0] if isinstance(result, tuple) else result)
         return result
+
+    def _see_length(self, inputs: Any) -> None:
+        """Says where a sequence has positions that the model was not made for; several in a row bring their own."""
+        ids, limit = inputs.get("input_ids"), getattr(self.model.config, "max_position_embeddings", None)
+        if ids is not None and limit is not None and ids.shape[-1] > limit and inputs.get("position_ids") is None:
+            self._say(
+                f"a sequence of {ids.shape[-1]:,} tokens is longer than the {limit:,} that the model has positions for "
+                "(max_position_embeddings); cut it, or extend the model's context first"
+            )
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; without logits where only the loss is asked for."""

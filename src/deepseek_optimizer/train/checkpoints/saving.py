@@ -264,6 +264,11 @@ class AtomicCheckpoints(MergedExperts, Trainer):
             if parameter.dtype != dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(dtypes[name])
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's; a tied weight is not missing, for it is another one of the checkpoint."""
+        missing = [name for name in load_result.missing_keys if not _is_tied(self.model, name)]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     @staticmethod
     def _load_shards(directory: Path, model: torch.nn.Module) -> None:
         """Each process reads the whole weights, and keeps its shards."""

@@ -23,7 +23,7 @@ TooLong = Literal["error", "truncate", "split", "skip"]
 _VERSION = 1  # of what tokens are made by; raise it where the same data would give others
 _KEPT = 8  # data sets in the cache
 _PIECE = 1024  # tokens of a piece of text where nothing is said
-_REMEDY = "Mend them, or set skip_bad_lines=True to leave them out"
+_REMEDY = "Mend the data, or set skip_bad_lines=True (dso train --skip-bad-lines) to leave such records out"
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class _Making:
             return [tokens]
         if self.options.too_long == "error":
             most = f"more than the {self.limit:,} that a sequence may have"
-            raise place.error(f"has {len(tokens.ids):,} tokens, {most}; too_long can be truncate, split or skip")
+            raise place.error(f"has {len(tokens.ids):,} tokens, {most}; too_long (--too-long) can be truncate, split or skip")
         if self.options.too_long == "skip":
             self.counts["skipped"] += 1
             return []

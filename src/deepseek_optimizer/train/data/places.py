@@ -44,4 +44,4 @@ class BadLines:
             raise DataError(f"{self.first[0]}. {remedy}")
         if self.count:
             shown = "" if self.count <= SHOWN else f"; the first {SHOWN}"
-            raise DataError(f"{self.count:,} records cannot be used{shown}:\n" + "\n".join(self.first) + f"\n{remedy}")
+            raise DataError(f"{self.count:,} records cannot be used{shown}:\n" + ";\n".join(self.first) + f".\n{remedy}")

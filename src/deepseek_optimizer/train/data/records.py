@@ -129,7 +129,7 @@ def _json(data: bytes, place: Place) -> Any:
         raise place.error("is nested too deep") from None
     except json.JSONDecodeError as error:
         at = f"character {error.pos + 1}" if place.line is not None else f"line {error.lineno}, character {error.colno}"
-        raise place.error(f"is not JSON: {error.msg} at {at}") from None
+        raise place.error(f"is not JSON: {error.msg.removesuffix(' at')} at {at}") from None
     except ValueError as error:  # of the two below, or an integer of thousands of digits
         raise place.error(f"is not JSON: {error}") from None
     if place.line is not None and not isinstance(value, dict):

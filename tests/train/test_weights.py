@@ -1,0 +1,31 @@
+"""Models read for training: whole or not at all, and without a table of what is left out on purpose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepseek_optimizer.errors import CheckpointError
+from deepseek_optimizer.train.weights import load_whole
+from support.models import llama, random_model
+from support.tiny_v3 import tiny_v3
+
+
+def test_layers_that_are_left_out_make_no_noise(capfd):
+    model = load_whole(tiny_v3(), torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("change", ["gone", "shape"])
+def test_a_weight_that_is_not_there_is_named(tmp_path, change):
+    random_model(llama()).save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    kept = {**tensors, name: tensors[name][1:].contiguous()} if change == "shape" else tensors
+    if change == "gone":
+        del tensors[name]
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        load_whole(tmp_path, torch.float32)
