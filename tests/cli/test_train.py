@@ -74,6 +74,8 @@ def test_an_adapter_is_trained_and_merged(train, dso, chats, tiny_model, tmp_pat
     out, merged = tmp_path / "out", tmp_path / "merged"
     with_adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out)
     assert all(weight.abs().max() > 0 for name, weight in with_adapter.named_parameters() if "lora_B" in name)
+    talk = dso("chat", out, input="count 3\n")
+    assert talk.exit_code == 2 and "is an adapter, not a model" in talk.stderr
     result = train("--data", chats, *few, "--lora", "8", "--merge", out=merged)
     assert result.exit_code == 0 and f"dso chat {merged}" in result.stdout, result.output
     assert (merged / "adapter" / "adapter_model.safetensors").is_file() and not list(merged.rglob("*.bin"))

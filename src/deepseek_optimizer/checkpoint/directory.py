@@ -23,6 +23,12 @@ _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)$")
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json, without `auto_map`: it names code to run, and none is run."""
     if not (directory / CONFIG).exists():
+        if (directory / "adapter_config.json").is_file():
+            raise CheckpointError(
+                "is an adapter, not a model; load the model it was trained on and attach it by PEFT, or make a whole model "
+                "of both (dso train --merge)",
+                file=directory,
+            )
         raise CheckpointError(f"there is no {CONFIG} in it", file=directory)
     config = read_json(directory, CONFIG)
     config.pop("auto_map", None)
