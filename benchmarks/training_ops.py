@@ -144,6 +144,7 @@ def measure(case: Case, threads: int, rounds: int) -> tuple[float, float]:
 
 def _seconds(run: Run) -> float:
     time.sleep(0.05)  # torch's threads spin for some milliseconds after their last work, beside whoever comes next
+    run()  # in a step nobody's threads are asleep
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
