@@ -8,17 +8,14 @@ how fast it is: tiny lengths, one round, and results nowhere but in a directory 
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import sys
-from pathlib import Path
 from typing import Any
 
 from deepseek_optimizer.bench.machine import read_gb_s
-from deepseek_optimizer.bench.process import cpu_name, usable_cpus
-from deepseek_optimizer.versions import versions
+from deepseek_optimizer.bench.process import usable_cpus
 
 from . import measure, measure_serving, results, speculation, spine
+from .command import asked
 from .deepseek import DEEPSEEK
 from .long_context import LONG
 from .serving import SERVING, Serving
@@ -32,31 +29,16 @@ SIZES_MB = (76, 900)  # what int4 weights of 135 million and of 1.5 billion para
 
 def main() -> None:
     known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *LONG, *SPECULATION, *SERVING, *SPINE)}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; none: all")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="tiny lengths, one round")
-    parser.add_argument("--results", type=Path, help="directory; default: benchmarks/results, with --quick none")
-    a = parser.parse_args()
-    if unknown := set(a.names) - set(known):
-        parser.error(f"no row is called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    directory = a.results or (None if a.quick else results.DIRECTORY)
-    rounds, seconds = (1, 0.1) if a.quick else (a.rounds, 1.0)
-    threads = usable_cpus()
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "threads": threads,
-        "versions": versions(),
-        "rounds": rounds,
-        "read_gb_s": {f"{size} MB": read_gb_s(size * 10**6, threads, seconds) for size in SIZES_MB},
-    }
-    print(f"{facts['cpu']}, {threads} threads, reads {facts['read_gb_s']} GB/s; median (lowest - highest) of {rounds} rounds")
-    for name in a.names or known:
-        found, kind, lines = _measure(known[name], a.quick, threads, rounds, seconds)
+    a = asked(__doc__.splitlines()[0], known, rounds=3)
+    seconds, threads = 0.1 if a.quick else 1.0, usable_cpus()
+    bandwidth = {f"{size} MB": read_gb_s(size * 10**6, threads, seconds) for size in SIZES_MB}
+    facts = {**a.facts(), "read_gb_s": bandwidth}
+    print(f"{facts['cpu']}, {threads} threads, reads {facts['read_gb_s']} GB/s; median (lowest - highest) of {a.rounds} rounds")
+    for name in a.names:
+        found, kind, lines = _measure(known[name], a.quick, threads, a.rounds, seconds)
         print("\n".join(lines), flush=True)
-        if directory:
-            results.merge(kind, {name: {**facts, **found}}, directory)
+        if a.directory:
+            results.merge(kind, {name: {**facts, **found}}, a.directory)
 
 
 def _measure(

@@ -8,22 +8,18 @@ issue 7's. `--quick` shows whether everything works, not how fast it is, and kee
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from deepseek_optimizer.backends.cpu.native import cpu_description
 from deepseek_optimizer.bench.against import run_json
-from deepseek_optimizer.bench.process import cpu_name, usable_cpus
-from deepseek_optimizer.versions import versions
 
 from . import results
+from .command import asked
 from .models import TITLES, model
 from .verdict import MISSED, REACHED
 
@@ -73,7 +69,9 @@ class Row:
 FP32, AUTOCAST = Side("fp32", "Transformers fp32"), Side("autocast", "Transformers bf16 autocast")
 OURS = Side("ours", "ours")
 INT8 = Side("ours", "ours, int8 moments", {"optimizer_state": "int8"})
-STOCHASTIC = Side("ours", "ours, stochastic rounding", {"optimizer_state": "int8", "master_weights": "stochastic"})
+STOCHASTIC = Side(
+    "ours", "ours, int8 moments, stochastic rounding", {"optimizer_state": "int8", "master_weights": "stochastic"}
+)
 FP8 = Side("ours", "ours, FP8 emulated", {"fp8_enabled": True, "fp8_backend": "emulate"})
 LORA = Side("ours", "ours, LoRA, recompute", {"activation_memory": "recompute"}, ("--lora", "16"))
 PACKED = Side("ours", "ours, LoRA on int4", {"activation_memory": "recompute"}, ("--lora", "16", "--precision", "int4"))
@@ -111,24 +109,13 @@ def rows() -> dict[str, Row]:
 
 def main() -> None:
     known = rows()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; none: all")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny lengths, one round")
-    parser.add_argument("--results", type=Path, help="directory; default: benchmarks/results, with --quick none")
-    a = parser.parse_args()
-    if unknown := set(a.names) - set(known):
-        parser.error(f"no row is called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    directory = a.results or (None if a.quick else results.DIRECTORY)
-    facts = {
-        "date": datetime.date.today().isoformat(), "cpu": cpu_name(), "threads": usable_cpus(), "versions": versions(),
-        "rounds": 1 if a.quick else a.rounds,
-    }  # fmt: skip
-    for name in a.names or known:
-        found = measure(known[name], 1 if a.quick else a.rounds, a.quick)
+    a = asked(__doc__.splitlines()[0], known, rounds=2)
+    facts = a.facts()
+    for name in a.names:
+        found = measure(known[name], a.rounds, a.quick)
         print("\n".join(lines(found)), flush=True)
-        if directory:
-            results.merge("training", {name: {**facts, **found}}, directory)
+        if a.directory:
+            results.merge("training", {name: {**facts, **found}}, a.directory)
 
 
 def measure(row: Row, rounds: int, quick: bool) -> dict[str, Any]:

@@ -46,6 +46,15 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def step_both(ours, optimizer, exact, theirs, seed: int) -> None:
+    """A step of each, by the same gradients."""
+    give_gradients(ours.parameters(), seed)
+    for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
+        q.grad = p.grad.double()
+    optimizer.step()
+    theirs.step()
+
+
 def test_fp32_is_torchs_adamw_to_rounding():
     ours, exact = model(torch.float32), model(torch.float64)
     exact.load_state_dict(ours.state_dict())
@@ -55,11 +64,7 @@ def test_fp32_is_torchs_adamw_to_rounding():
         torch.optim.AdamW(exact.parameters(), **options),
     )
     for step in range(50):
-        give_gradients(ours.parameters(), step)
-        for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
-            q.grad = p.grad.double()
-        optimizer.step()
-        theirs.step()
+        step_both(ours, optimizer, exact, theirs, step)
         for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
             assert (p.double() - q).abs().max() < 4e-7 * (step + 1) ** 0.5  # half an ulp of weights up to 2, a step
 
@@ -72,11 +77,7 @@ def test_small_formats_stay_near_torchs_adamw(state, master_weights):
     theirs = torch.optim.AdamW(exact.parameters(), lr=1e-3)
     start = [p.detach().clone() for p in exact.parameters()]
     for step in range(50):
-        give_gradients(ours.parameters(), step)
-        for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
-            q.grad = p.grad.double()
-        optimizer.step()
-        theirs.step()
+        step_both(ours, optimizer, exact, theirs, step)
     bound = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.15}[state] if master_weights == "split" else 0.4
     for p, q, s in zip(ours.parameters(), exact.parameters(), start, strict=True):
         moved = (q - s).norm()
