@@ -45,7 +45,10 @@ void Arena::close() {
 void Arena::allow([[maybe_unused]] int64_t from, [[maybe_unused]] int64_t bytes) { ASAN_UNPOISON_MEMORY_REGION(data_ + from, bytes); }
 
 void Arena::reserve(int64_t bytes) {
-  if (bytes <= size_) return;
+  if (bytes <= size_) {
+    ASAN_UNPOISON_MEMORY_REGION(data_, bytes);  // of whole pages, those asked for before may have been fewer
+    return;
+  }
   const int64_t grown = std::max(bytes, size_ + size_ / 4);
   *this = Arena();  // give the old memory back first
   *this = Arena(grown);
