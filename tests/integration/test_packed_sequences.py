@@ -112,3 +112,13 @@ def test_documents_are_found_by_transformers_rule():
         assert (found is None) == (expected is None)
         if expected is not None:
             np.testing.assert_array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("mode", [{"attention_optimization": "sliding", "attention_window": 16}, {"sparse_attention": True}])
+@torch.no_grad()
+def test_each_document_has_its_own_window(mode):
+    pair = make_pair(backend="auto", **mode)
+    ids, positions = pair.ids(90), restarting([50, 40])
+    packed = pair.fast(ids, position_ids=positions, use_cache=False).logits
+    alone = [pair.fast(ids[:, begin:end], use_cache=False).logits for begin, end in ((0, 50), (50, 90))]
+    assert torch.equal(packed, torch.cat(alone, 1))
