@@ -32,17 +32,20 @@ Kind = Literal["machine", "cgroup", "reserved"]
 class Limit:
     """Attributes:
     kind: "reserved" bounds address space or what was promised, the others memory that is used.
-    says: the beginning of a sentence about it, such as "the cgroup /x limits memory to".
+    name: such as "the cgroup /system.slice/x".
+    bounds: what it limits.
     total, free: bytes that it allows, and those of them that are left.
     """
 
     kind: Kind
-    says: str
+    name: str
+    bounds: str
     total: int
     free: int
 
     def __str__(self) -> str:
-        return f"{self.says} {mb(self.total)}, of which {mb(self.free)} are free"
+        has = f"{self.name} has" if self.kind == "machine" else f"{self.name} limits {self.bounds} to"
+        return f"{has} {mb(self.total)}, of which {mb(self.free)} are free"
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def _machine(root: Path, own: dict[str, int]) -> Limit:
 
         memory = psutil.virtual_memory()
         total, available = int(memory.total), int(memory.available)
-    return Limit("machine", "this machine has", total, max(0, available - own.get("RssFile", 0)))
+    return Limit("machine", "this machine", "memory", total, max(0, available - own.get("RssFile", 0)))
 
 
 def cgroup_limits(root: Path, own: dict[str, int]) -> Iterator[Limit]:
@@ -125,7 +128,7 @@ def cgroup_limits(root: Path, own: dict[str, int]) -> Iterator[Limit]:
         stat, prefix = read_sizes(root, f"{group.folder}/memory.stat"), "" if group.v2 else "total_"
         files = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
         held = max(0, used - max(0, files - own.get("RssFile", 0)))
-        yield Limit("cgroup", f"the cgroup {group.name} limits memory to", total, max(0, total - held))
+        yield Limit("cgroup", f"the cgroup {group.name}", "memory", total, max(0, total - held))
 
 
 def _limit(root: Path, group: Group) -> int | None:
@@ -144,13 +147,12 @@ def _number(root: Path, path: str) -> int | None:
 
 def _ulimits(root: Path, own: dict[str, int]) -> Iterator[Limit]:
     """RLIMIT_AS and RLIMIT_DATA, the soft ones."""
-    told = {"Max address space": ("ulimit -v limits address space to", "VmSize"),
-            "Max data size": ("ulimit -d limits data to", "VmData")}  # fmt: skip
+    told = {"Max address space": ("ulimit -v", "address space", "VmSize"), "Max data size": ("ulimit -d", "data", "VmData")}
     for line in read_text(root, "/proc/self/limits").splitlines():  # "Max data size   SOFT   HARD   bytes"
-        for name, (says, used) in told.items():
+        for name, (ulimit, bounds, used) in told.items():
             soft = line.removeprefix(name).split()[:1] if line.startswith(name) else []
             if soft and soft[0].isdigit():
-                yield Limit("reserved", says, int(soft[0]), max(0, int(soft[0]) - own.get(used, 0)))
+                yield Limit("reserved", ulimit, bounds, int(soft[0]), max(0, int(soft[0]) - own.get(used, 0)))
 
 
 def _commit_limit(root: Path) -> Iterator[Limit]:
@@ -161,4 +163,4 @@ def _commit_limit(root: Path) -> Iterator[Limit]:
     if "CommitLimit" in sizes:
         total = sizes["CommitLimit"]
         free = max(0, total - sizes.get("Committed_AS", 0))
-        yield Limit("reserved", "vm.overcommit_memory=2 limits what is reserved to", total, free)
+        yield Limit("reserved", "vm.overcommit_memory=2", "what is reserved", total, free)
