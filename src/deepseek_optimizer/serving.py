@@ -22,6 +22,7 @@ from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
 from .graph.rotation import key_rotation
 from .integration.arena import Arena
+from .integration.cache_size import FullBatch
 from .integration.runtime import Runtime, runtime_of
 from .integration.threads import one_torch_thread
 
@@ -89,7 +90,9 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and a window: when one slides depends on how prompts are cut; choose one")
         key_rotation(runtime.graph)  # an error where keys cannot be moved
-    arena = arena or _arena(runtime, options)
+    batch = _full_batch(runtime, options)
+    other = runtime_of(draft_model) if drafts and draft_model is not None else None
+    arena = arena or runtime.serving_arena(batch, 0 if other is None else _full_batch(other, options).bytes)
     vocab = runtime.graph.vocab_size
     rope = dynamic_rope(runtime.graph)
     latent = isinstance(runtime.graph.cache, LatentSpec)
@@ -102,38 +105,38 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         plain=None if rope is None else rope.context,
     )
     runner = Runner(runtime.plan, arena, vocab if native else 0)
-    proposers = _proposers(runtime, arena, draft_model, options) if drafts else None
+    draft = None if other is None else _draft_model(runtime, other, options)
+    proposers = _proposers(runtime, arena, draft) if drafts else None
     core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
     return core, one_torch_thread if native else nullcontext
 
 
-def _arena(runtime: Runtime, options: EngineOptions) -> Arena:
-    """A model's own cache memory, as large as a full batch needs."""
+def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:
+    """The cache that all sequences of an engine take at most."""
     context = runtime.graph.max_positions
     tokens = context if options.window is None else min(context, options.window)
-    return runtime.serving_arena(options.batch_size_range[1], tokens, options.step_tokens)
+    return runtime.full_batch(options.batch_size_range[1], tokens, options.step_tokens)
 
 
-def _proposers(runtime: Runtime, arena: Arena, draft_model: Any, options: EngineOptions) -> list[tuple[Proposer, int]]:
+def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[tuple[Proposer, int]]:
     found: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
-    if draft_model is not None:
-        found.append((_draft_model(runtime, draft_model, options), _DRAFT_MODEL))
+    if draft is not None:
+        found.append((draft, _DRAFT_MODEL))
     if plans := runtime.mtp_plans:
         layers = [Runner(plan, arena) for plan in plans]
         found.append((MtpProposer(layers, lambda _, __, logits: (int(largest(logits[None])), None)), max(_MTP, len(plans))))
     return found
 
 
-def _draft_model(runtime: Runtime, model: Any, options: EngineOptions) -> DraftModelProposer:
-    other = runtime_of(model)
+def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> DraftModelProposer:
+    """Its cache is the draft model's own, with a share of the half that the model's has."""
     mine, theirs = runtime.graph.vocab_size, other.graph.vocab_size
     if mine != theirs:
         raise ConfigError(
             f"draft_model has a vocabulary of {theirs} tokens, the model one of {mine}: they must share a tokenizer"
         )
-    return DraftModelProposer(
-        Runner(other.plan, _arena(other, options), mine), other.graph.max_positions, other.config.prefill_chunk
-    )
+    arena = other.serving_arena(_full_batch(other, options), _full_batch(runtime, options).bytes)
+    return DraftModelProposer(Runner(other.plan, arena, mine), other.graph.max_positions, other.config.prefill_chunk)
 
 
 def _ends(model: Any) -> frozenset[int]:

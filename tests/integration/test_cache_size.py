@@ -21,8 +21,9 @@ GB = 1_000_000_000
 CGROUP = Limit("cgroup", "the cgroup /slice/x", "memory", 4_096_000_000, 1_200_000_000)
 
 
-def batch_of(block_bytes, free, sequences=16):
-    return cache_size.full_batch(block_bytes, sequences, 8192, 256, free)
+def batch_of(block_bytes, free, sequences=16, beside=0):
+    batch = cache_size.FullBatch(sequences, 8192, sequences * 257 * block_bytes)
+    return cache_size.for_batch(batch, free, beside)
 
 
 def test_what_a_full_batch_needs():
@@ -38,6 +39,13 @@ def test_half_of_what_is_free():
     assert str(size) == words
     words = str(batch_of(10_000_000, memory_of(9 * GB, CGROUP), sequences=1))
     assert "(half of the 1,200 MB that the cgroup /slice/x leaves free; 1 sequence of 8,192 tokens would take" in words
+
+
+def test_two_models_share_the_half():
+    first, second = (
+        batch_of(bytes, memory_of(9 * GB), beside=16 * 257 * other) for bytes, other in ((30**5, 10**7), (10**7, 30**5))
+    )
+    assert 0 <= 4_500_000_000 - first.bytes - second.bytes < 2 and "that are free, shared with another model's;" in str(first)
 
 
 def test_what_is_granted_and_what_is_free():
@@ -154,6 +162,13 @@ def test_an_engine_has_a_full_batch_of_the_models_context(folder, free):
     assert model.dso.arena is engine.core.memory
     report = model.report()
     assert report.kv_limit == engine.core.memory.size.bytes and "3 sequences" in str(report)
+
+
+def test_a_draft_model_has_a_share_of_the_half(folder, free):
+    free(4 * 1_000_000)
+    models = [load_model(folder, backend="reference") for _ in range(2)]
+    make_engine(models[0], draft_model=models[1])
+    assert [model.dso.arena.size.bytes for model in models] == [1_000_000] * 2
 
 
 def test_a_full_batch_loses_nobody(folder):

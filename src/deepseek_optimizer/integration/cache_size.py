@@ -39,21 +39,34 @@ def what_is_free(free: FreeMemory) -> CacheSize:
     return CacheSize(max(0, less_reserve(free.free)), f"the {_free(free)}, less a reserve")
 
 
-def full_batch(block_bytes: int, sequences: int, tokens: int, blocks: int, free: FreeMemory) -> CacheSize:
+@dataclass(frozen=True)
+class FullBatch:
+    """Attributes:
+    sequences: that run at once, at most.
+    tokens: that each may have.
+    bytes: of cache that they take.
+    """
+
+    sequences: int
+    tokens: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.sequences:,} sequence{'' if self.sequences == 1 else 's'} of {self.tokens:,} tokens"
+
+
+def for_batch(batch: FullBatch, free: FreeMemory, beside: int = 0) -> CacheSize:
     """What a server needs at most, within half of what is free.
 
     Args:
-        sequences: that run at once, at most.
-        tokens: that each may have.
-        blocks: that each holds at most at once; fewer than its tokens fill where the cache forgets.
         free: memory as it is now.
+        beside: bytes that another model's cache needs, out of the same half: each gets its share.
     """
-    needed = sequences * (blocks + 1) * block_bytes  # one to go on into, or for the copy of one that is shared
-    half = free.free // 2
-    batch = f"{sequences:,} sequence{'' if sequences == 1 else 's'} of {tokens:,} tokens"
-    if needed <= half:
-        return CacheSize(needed, f"{batch}; half of the {_free(free)} would be {mb(half)}")
-    return CacheSize(half, f"half of the {_free(free)}; {batch} would take {mb(needed)}")
+    half = free.free // 2 * batch.bytes // (batch.bytes + beside)
+    shared = ", shared with another model's" if beside else ""
+    if batch.bytes <= half:
+        return CacheSize(batch.bytes, f"{batch}; half of the {_free(free)} would be {mb(half)}{shared}")
+    return CacheSize(half, f"half of the {_free(free)}{shared}; {batch} would take {mb(batch.bytes)}")
 
 
 def _free(free: FreeMemory) -> str:

@@ -25,7 +25,7 @@ from ..graph.rotation import KeyRotation, key_rotation
 from ..quant import Packer, reference_packer
 from ..system.memory import free_memory
 from .arena import Arena, LatentRow
-from .cache_size import CacheSize, check_granted, check_reserved, full_batch, granted, what_is_free
+from .cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
 from .modules import Packed, PackedLinear, gradient_panels, matmul_panels
@@ -199,14 +199,21 @@ class Runtime:
         """
         return self._arena_of(what_is_free(free_memory()) if memory is None else granted(memory))
 
-    def serving_arena(self, sequences: int, tokens: int, step_tokens: int) -> Arena:
+    def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
+        """The cache that so many sequences of so many tokens take at most, while steps of `step_tokens` are run."""
+        blocks, forgets = -(-tokens // BLOCK_TOKENS), forgetting_of(self.graph)
+        if forgets is not None:
+            blocks = min(blocks, forgets.blocks(step_tokens))
+        # each one more, to go on into, or for the copy of one that is shared
+        return FullBatch(sequences, tokens, sequences * (blocks + 1) * self._block_bytes)
+
+    def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
         """The model's own cache memory, for an engine. Where it is made here and the config doesn't say how large: what a full
         batch needs, at most half of what is free.
 
         Args:
-            sequences: that run at once, at most.
-            tokens: that each of them may have.
-            step_tokens: tokens of a step at most.
+            batch: of `full_batch`.
+            beside: bytes that another model's cache needs, out of the same half.
 
         Raises:
             NotEnoughMemoryError: the config asks for more than is free.
@@ -216,10 +223,7 @@ class Runtime:
                 if self.config.kv_cache_memory is not None:
                     check_granted(self.config.kv_cache_memory)
                     return self.arena
-                blocks, forgets = -(-tokens // BLOCK_TOKENS), forgetting_of(self.graph)
-                if forgets is not None:
-                    blocks = min(blocks, forgets.blocks(step_tokens))
-                self._arena = self._arena_of(full_batch(self._block_bytes, sequences, tokens, blocks, free_memory()))
+                self._arena = self._arena_of(for_batch(batch, free_memory(), beside))
             return self._arena
 
     def _arena_of(self, size: CacheSize) -> Arena:
