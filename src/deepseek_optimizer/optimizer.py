@@ -28,6 +28,7 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
     Raises:
         CheckpointError: a file is damaged, incomplete or not what it claims. Names file and tensor; no pickle is ever opened.
         ConfigError: a field, or the checkpoint's config.json, is wrong or names what is not supported.
+        NotEnoughMemoryError: the weights do not fit in what is free; before any is read.
     """
     from .integration.loader import load
 

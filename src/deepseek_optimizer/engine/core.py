@@ -302,7 +302,10 @@ class EngineCore:
         return [self._short_of_memory(r) for r in found]
 
     def _short_of_memory(self, r: Running) -> Output:
-        output = self._end(r, "error", error="the cache is used by others; raise kv_cache_memory, or try again later")
+        with self.memory.locked() as manager:
+            shortage = manager.shortage
+        why = "the cache is used by others; raise kv_cache_memory, or" if shortage is None else f"{shortage};"
+        output = self._end(r, "error", error=f"{why} try again later")
         output.transient = True
         return output
 

@@ -25,10 +25,11 @@ from ..checkpoint import (
 )
 from ..checkpoint.load import IGNORED
 from ..config import DeepSeekConfig
-from ..errors import CheckpointError, ConfigError, DeepSeekOptimizerError
+from ..errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
 from ..graph.least import exact_weights
 from ..models import check_config
 from ..quant import PackedWeight, Packer
+from ..system.memory import free_memory
 from .adapt import adapt, calibration_tokens
 from .context_extension import extended
 from .graphs import whole_graph
@@ -75,6 +76,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         texts = None
         if settings.chooses_formats:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
+        _check_memory(model, checkpoint)
         same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
         importance, notes = importance_for(
             checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
@@ -90,6 +92,17 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     if texts is not None:
         adapt(model, texts)
     return model
+
+
+def _check_memory(model: Any, checkpoint: Checkpoint) -> None:
+    """Raises NotEnoughMemoryError where the weights of a sketched model cannot fit; those of a packed checkpoint are mapped."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    needed, memory = sum(tensors[name].nbytes for name in expected_tensors(model)[0]), free_memory()
+    if needed > memory.free:
+        remedy = "take a smaller precision, or free memory; `dso doctor MODEL` tells what fits"
+        raise NotEnoughMemoryError("the model's weights", needed, memory.free, remedy, memory)
 
 
 def sketch(

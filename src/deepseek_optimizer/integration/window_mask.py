@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, NotEnoughMemoryError
-from .arena import RESERVE_SHARE, available_bytes
+from ..system.memory import RESERVE_SHARE, free_memory
 
 MOST_WINDOW, MOST_SINKS = 1 << 24, 1024  # as in DeepSeekConfig
 _GIVEN = "a tokenizer's output, rows of token ids, one row, or the number of tokens of one"
@@ -119,12 +119,13 @@ class WindowMasks(Sequence[torch.Tensor]):
 
 
 def _check_memory(row: Row) -> None:
-    free = available_bytes()
-    if row.bytes > free * (1 - RESERVE_SHARE):
+    memory = free_memory()
+    if row.bytes > memory.free * (1 - RESERVE_SHARE):
         raise NotEnoughMemoryError(
-            f"the mask of a row of {row.tokens} tokens", row.bytes, free,
+            f"the mask of a row of {row.tokens} tokens", row.bytes, memory.free,
             'no mask is needed with load_model(path, attention_optimization="sliding"), or with '
             'from_pretrained(path, attn_implementation="dso_sliding"); else cut the text into shorter rows (truncation=True)',
+            memory,
         )  # fmt: skip
 
 

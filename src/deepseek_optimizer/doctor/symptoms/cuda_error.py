@@ -50,7 +50,7 @@ def look(machine: Machine) -> Cuda:
     """What there is here. Asks the driver only where torch can."""
     import torch
 
-    text = machine.read("/proc/driver/nvidia/version") or ""
+    text = machine.read("/proc/driver/nvidia/version")
     version = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
     driver = version[1] if version else None
     if torch.version.cuda is None:
