@@ -8,11 +8,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <functional>
 #include <thread>
 
 #include "check.hpp"
 #include "mapped_files.hpp"
+#include "thread_pool.hpp"
 
 namespace {
 
@@ -155,6 +157,34 @@ void calls() {
   dso_context_destroy(c);
 }
 
+// Tasks that each read a file, and wait for each other: so every thread of a pool has one.
+struct Readers final : Job {
+  Readers(const File& file, int threads) : file(file), left(threads), tasks(threads) {}
+  int64_t next() override { return std::exchange(tasks, -1); }
+  void task(int64_t, int) override {
+    --left;
+    while (left.load() > 0) std::this_thread::yield();
+    total += file.sum();
+  }
+  const File& file;
+  std::atomic<int> left;
+  std::atomic<int64_t> total{0};
+  int64_t tasks;
+};
+
+void pool() {
+  constexpr int kThreads = 4;
+  ThreadPool pool(kThreads);
+  File f("f");
+  for (const bool lost : {false, true}) {
+    if (lost) f.cut(0);
+    Readers readers(f, kThreads);
+    ThreadPool::Lease(pool).team().run(readers);
+    check(readers.total == (lost ? 0 : kThreads * kBytes), "the pool's threads read %lld", (long long)readers.total);
+  }
+  changed(f.data(), ": f");
+}
+
 // How a child process ends that does this: its exit code, or the negative signal.
 int child(const std::function<void()>& work) {
   fflush(nullptr);
@@ -230,5 +260,6 @@ int main() {
   written();
   registered_and_not();
   calls();
+  pool();
   return report("mapped_files");
 }
