@@ -13,6 +13,7 @@ from .config import DeepSeekConfig
 from .errors import (
     BackendError,
     CacheFullError,
+    CheckpointChangedError,
     CheckpointError,
     ConfigError,
     DeepSeekOptimizerError,
@@ -68,6 +69,7 @@ _LAZY = {
 __all__ = [
     "BackendError",
     "CacheFullError",
+    "CheckpointChangedError",
     "CheckpointError",
     "ConfigError",
     "DeepSeekConfig",

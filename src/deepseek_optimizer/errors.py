@@ -46,6 +46,19 @@ class CheckpointError(DeepSeekOptimizerError, ValueError):
         super().__init__(f"{where}: {message}" if where else message)
 
 
+class CheckpointChangedError(CheckpointError):
+    """A checkpoint file was changed while its weights are in use; results that rest on it are not given out.
+
+    Args:
+        message: what happened to the file, to follow its name.
+        file: path of the file.
+    """
+
+    def __init__(self, message: str, *, file: object = None) -> None:
+        self.what = message
+        super().__init__(f"{message}; restore the file and load the model again", file=file)
+
+
 class SaveError(DeepSeekOptimizerError, OSError):
     """A checkpoint of training or a model could not be written; what was there before it is as it was.
 

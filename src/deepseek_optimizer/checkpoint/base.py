@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..quant import PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import empty_stack, empty_tiles, panels
+from .files import Mapper
 from .stacks import Part, StackShape, is_stack, merged_shape, parts
 
 PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
@@ -38,9 +39,11 @@ class Checkpoint(ABC):
     Attributes:
         path: the directory or file that was opened.
         tensors: by Transformers' parameter names.
+        mapper: what maps packed weights, to use them in place; None: they are read into memory.
     """
 
     kind: ClassVar[str]
+    mapper: Mapper | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
@@ -145,6 +148,10 @@ class Checkpoint(ABC):
     def remarks(self) -> list[str]:
         """One line for each thing that is in the files and left out."""
         return []
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raises CheckpointChangedError where a file was written to since it was opened: what was read may be of both."""
 
     @abstractmethod
     def close(self) -> None:

@@ -130,6 +130,9 @@ class GgufCheckpoint(Checkpoint):
     def remarks(self) -> list[str]:
         return self._remarks
 
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
+
     def close(self) -> None:
         self._file.close()
 

@@ -26,6 +26,10 @@ class Runner:
         self.plan, self.memory, self._vocab_size = plan, memory, vocab_size
         self._logits: torch.Tensor | None = None  # a big batch over a big vocabulary would pay for fresh pages at every step
 
+    def check_weights(self) -> None:
+        """See `Plan.check_weights`."""
+        self.plan.check_weights()
+
     def reserve(self, sequences: Iterable[Sequence], counts: Iterable[int]) -> None:
         """Room for so many more tokens of each.
 

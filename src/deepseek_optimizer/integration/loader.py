@@ -35,7 +35,7 @@ from .context_extension import extended
 from .graphs import whole_graph
 from .importance import importance_for
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
-from .runtime import choose_backend, packer_of
+from .runtime import choose_backend, mapper_of, packer_of
 from .swap import expected_tensors, swap_on_meta
 from .wrapper import bind
 
@@ -73,6 +73,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
+        checkpoint.mapper = mapper_of(backend)
         texts = None
         if settings.chooses_formats:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
@@ -84,6 +85,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         with reading_bar(checkpoint) as progress:
             cast = dtype if settings.precision == "fp32" else None
             _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
+        checkpoint.check_unchanged()
         name_source(model, checkpoint.path, dtype)
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from ..backends.base import BLOCK_TOKENS, Backend, Plan
 from ..cache.forgetting import Forgetting
+from ..checkpoint.files import Mapper
 from ..config import DeepSeekConfig
 from ..engine.speculative.gate import SpeculationReport
 from ..errors import BackendError, ConfigError, UnsupportedModelError
@@ -28,7 +29,7 @@ from .arena import Arena, LatentRow
 from .cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
-from .modules import Packed, PackedLinear, gradient_panels, matmul_panels
+from .modules import Packed, PackedLinear, gradient_panels, matmul_panels, unchecked
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
 
@@ -67,6 +68,11 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
 def packer_of(backend: Backend) -> Packer:
     """The backend's own packer where it has one."""
     return getattr(backend, "pack", reference_packer)
+
+
+def mapper_of(backend: Backend) -> Mapper | None:
+    """What maps a file of packed weights, where the backend can watch over it; None: weights are read into memory."""
+    return getattr(backend, "map_file", None)
 
 
 def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
@@ -250,11 +256,21 @@ class Runtime:
         """Storage of the cache."""
         return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
 
+    def check_weights(self) -> None:
+        """Raises CheckpointChangedError where a file that weights are mapped from is not what it was at loading."""
+        for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.intact(None)
+
     def _set_products(self, backend: Backend) -> None:
-        """Packed modules compute with the backend's own product where it has one."""
+        """Packed modules compute with the backend's own product where it has one, and ask it whether their weights are
+        intact."""
+        intact = Shared(getattr(backend, "check_tensor", None) or unchecked)
         product = Shared(getattr(backend, "linear", None) or matmul_panels)
         gradient = Shared(getattr(backend, "linear_gradient", None) or gradient_panels)
         for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.check_tensor = intact
             if isinstance(module, (PackedLinear, PackedExperts)):
                 module.product, module.gradient = product, gradient
 

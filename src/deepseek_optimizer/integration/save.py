@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ class PackedSave(InstanceMethod):
         model = self.runtime.model
         plain = not getattr(model, "_hf_peft_config_loaded", False) and self.runtime.changed() is None
         if not plain or any(value not in (None, True, False) for value in kwargs.values()) or kwargs.get("push_to_hub"):
-            type(model).save_pretrained(model, save_directory, **kwargs)
+            with self._intact():
+                type(model).save_pretrained(model, save_directory, **kwargs)
             return
         target = Path(save_directory)
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -50,7 +53,19 @@ class PackedSave(InstanceMethod):
     def _write(self, folder: Path) -> None:
         model = self.runtime.model
         save_configs(model, model.dtype, folder)
-        write_safetensors(folder / "model.safetensors", weights_of(model, whole_graph(model)))
+        with self._intact():
+            write_safetensors(folder / "model.safetensors", weights_of(model, whole_graph(model)))
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """Around what reads the weights: CheckpointChangedError where a file that they are mapped from is not what it was."""
+        self.runtime.check_weights()
+        try:
+            yield
+        except OSError:  # the system reads a page that is gone: EFAULT
+            self.runtime.check_weights()
+            raise
+        self.runtime.check_weights()
 
 
 def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:

@@ -171,6 +171,9 @@ class CpuPlan:
             raise ValueError(f"{name} has shape {tuple(given.shape)}, this step needs {(tokens, self.hidden_size)}")
         return given.detach().to("cpu", torch.float32).contiguous()
 
+    def check_weights(self) -> None:
+        check(self.lib.dso_plan_check(self.handle))
+
     def reserve(self, tokens: int, logit_rows: int) -> None:
         check(self.lib.dso_plan_reserve(self.handle, tokens, logit_rows))
 

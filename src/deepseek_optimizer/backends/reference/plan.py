@@ -75,6 +75,9 @@ class ReferencePlan:
         logits = logits.float() if batch.logits is None else batch.logits.copy_(logits)
         return StepOutput(logits, hidden, last)
 
+    def check_weights(self) -> None:
+        """Nothing to do: they are dequantised, in memory of the plan's own."""
+
     def reserve(self, tokens: int, logit_rows: int) -> None:
         """Nothing to do: torch allocates as it goes."""
 
