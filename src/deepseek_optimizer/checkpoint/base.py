@@ -174,6 +174,6 @@ def all_finite(values: torch.Tensor) -> bool:
         return True
     size = values.element_size()
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    infinity = int(torch.tensor(torch.inf, dtype=values.dtype).view(whole))
+    infinity = int(torch.tensor(torch.inf, dtype=values.dtype, device="cpu").view(whole))
     bits = values.detach().cpu().view(whole).numpy()
     return bool(bits.max() < infinity and bits.view(f"u{size}").max() < infinity + (1 << 8 * size - 1))

@@ -72,7 +72,7 @@ class DataFile:
     def read_tensor(self, offset: int, count: int) -> torch.Tensor:
         """`count` bytes at `offset` as a fresh uint8 tensor."""
         self._check(offset, count)
-        out = torch.empty(count, dtype=torch.uint8)
+        out = torch.empty(count, dtype=torch.uint8, device="cpu")
         self._fill(offset, out.numpy().data)
         return out
 
@@ -80,7 +80,7 @@ class DataFile:
         """`count` bytes at `offset` in place, uint8. The mapping is private: writing to the tensor leaves the file alone."""
         self._check(offset, count)
         if count == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         if self._map is None:
             self._map = mapper(self._fd, self.size, self._modified_ns, self.path)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset)

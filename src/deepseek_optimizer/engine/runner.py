@@ -85,7 +85,7 @@ class Runner:
         logits = None
         if self._vocab_size:
             if self._logits is None or len(self._logits) < len(rows):
-                self._logits = torch.empty(max(len(rows), 16), self._vocab_size)
+                self._logits = torch.empty(max(len(rows), 16), self._vocab_size, dtype=torch.float32, device="cpu")
             logits = self._logits[: len(rows)]
         return self._run(parts, np.array(rows, np.int32), last_hidden=last_hidden, logits=logits)
 

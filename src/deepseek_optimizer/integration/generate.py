@@ -223,7 +223,7 @@ def _sample(
         else:
             next_tokens = largest(chosen_from)
         if stop.has_eos and not all(alive):
-            next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device), next_tokens, pad)
+            next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device, dtype=torch.bool), next_tokens, pad)
         tokens = next_tokens.tolist()
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
         ended = stop(input_ids, tokens, scores)

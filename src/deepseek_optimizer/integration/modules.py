@@ -54,7 +54,7 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Refuses a cast: tiles have no other dtype, and to cast only what is left (norms, biases) would be half a cast."""
-        wanted = fn(torch.empty(0, dtype=self.dtype)).dtype
+        wanted = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if wanted != self.dtype:
             formats = ", ".join(dict.fromkeys(weight.format for weight in self.held().values()))
             raise UnsupportedRequestError(

@@ -95,7 +95,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     logits: torch.Tensor | None = None
     hidden = None
     if new.hidden:
-        hidden = torch.zeros(model.hidden_states, rows, q, model.hidden_size)
+        hidden = torch.zeros(model.hidden_states, rows, q, model.hidden_size, dtype=torch.float32, device="cpu")
     place = np.full(q, -1, np.int64)  # column -> its place in the logits
     place[new.wanted] = np.arange(len(new.wanted))
     state.forget()
@@ -124,7 +124,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
         raise
     state.add_columns(q, new.kept)
     if logits is None:
-        logits = torch.zeros(rows, len(new.wanted), model.vocab_size)
+        logits = torch.zeros(rows, len(new.wanted), model.vocab_size, dtype=torch.float32, device="cpu")
     return logits, hidden
 
 

@@ -97,7 +97,7 @@ class WindowMasks(Sequence[torch.Tensor]):
     def _made(self, row: Row) -> torch.Tensor:
         if row.real is None:
             return self._band(row.tokens)
-        mask = torch.zeros(row.tokens, row.tokens, dtype=torch.bool)
+        mask = torch.zeros(row.tokens, row.tokens, dtype=torch.bool, device="cpu")
         places = row.real.nonzero().flatten()
         if not len(places):
             return mask
@@ -110,8 +110,8 @@ class WindowMasks(Sequence[torch.Tensor]):
 
     def _band(self, n: int) -> torch.Tensor:
         """bool [n, n], made in place: a difference of positions would take eight times as much."""
-        mask = torch.ones(n, n, dtype=torch.bool).tril_().triu_(1 - self.window)
-        mask[:, : self.sinks] = torch.ones(n, min(n, self.sinks), dtype=torch.bool).tril_()
+        mask = torch.ones(n, n, dtype=torch.bool, device="cpu").tril_().triu_(1 - self.window)
+        mask[:, : self.sinks] = torch.ones(n, min(n, self.sinks), dtype=torch.bool, device="cpu").tril_()
         return mask
 
     def __repr__(self) -> str:
@@ -141,7 +141,7 @@ def _rows(chunks: Any) -> list[Row]:
     rows = _split("input_ids", chunks["input_ids"])
     if chunks.get("attention_mask") is None:
         return [Row(len(row)) for row in rows]
-    kept = [torch.as_tensor(row).to("cpu", torch.bool) for row in _split("attention_mask", chunks["attention_mask"])]
+    kept = [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in _split("attention_mask", chunks["attention_mask"])]
     if [len(row) for row in rows] != [len(row) for row in kept]:
         raise ConfigError("attention_mask has other rows than input_ids, or rows of other lengths")
     return [Row(len(real), None if real.all() else real) for real in kept]

@@ -69,7 +69,7 @@ def _device(index: int) -> Device:
 
     failure = ""
     try:
-        ones = torch.ones(64, 64, device=f"cuda:{index}")
+        ones = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.float32)
         if float((ones @ ones).sum()) != 64.0**3:
             failure = "a product of ones came out wrong"
     except RuntimeError as error:

@@ -79,7 +79,7 @@ class Memory:
         count = torch.Size(shape).numel()
         size = -(-count * dtype.itemsize // _UNIT) * _UNIT
         if size < _LEAST:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         with self._lock:
             segment, start = self._find(size)
         block = segment.view[start : start + size]
