@@ -171,15 +171,18 @@ def test_a_draft_model_has_a_share_of_the_half(folder, free):
     assert [model.dso.arena.size.bytes for model in models] == [1_000_000] * 2
 
 
-def test_a_full_batch_loses_nobody(folder):
+def test_a_full_batch_runs_at_once(folder, monkeypatch):
     """All of the context, by all sequences at once, within what the words say."""
     model = load_model(folder, backend="reference")
     engine = make_engine(model, batch_size_range=(1, 2), drafts=False)
-    context = model.config.max_position_embeddings
-    prompts = [random_ids(model.config, context - 4, seed=n) for n in range(2)]
-    found = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
-    assert [len(answer.token_ids) for answer in found] == [4, 4]
-    assert engine.core.scheduler.preemptions == 0
+    context, step, together = model.config.max_position_embeddings, engine.core.runner.step, []
+    monkeypatch.setattr(
+        engine.core.runner, "step", lambda parts, *args, **more: together.append(len(parts)) or step(parts, *args, **more)
+    )
+    prompts = [random_ids(model.config, context - 20, seed=n) for n in range(2)]
+    found = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    assert [len(answer.token_ids) for answer in found] == [20, 20]
+    assert engine.core.scheduler.preemptions == 0 and together.count(2) >= 18
 
 
 def test_two_servers_on_one_machine_leave_each_other_memory(folder, free):
