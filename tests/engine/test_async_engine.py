@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from deepseek_optimizer import EngineBusyError, EngineDeadError, RequestError
+from deepseek_optimizer import CheckpointChangedError, EngineBusyError, EngineDeadError, RequestError
 from deepseek_optimizer.engine.async_engine import AsyncEngine, merged
 from deepseek_optimizer.engine.request import Output, Request, SamplingParams, TokenLogprob
 from support.mock_model import blocks_in_use, expected, make_core
@@ -155,6 +155,31 @@ async def test_when_the_thread_dies_everybody_hears_of_it(engine):
         engine.admit()
     with pytest.raises(EngineDeadError):
         engine.submit(Request([1], GREEDY))
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_model_whose_file_changed_answers_no_more(running):
+    """Found out by a step, or by whoever asks while none runs; all hear why."""
+
+    def changed():
+        raise CheckpointChangedError("was written to", file="model.safetensors")
+
+    @started()
+    async def test(engine):
+        if running:
+            with engine.admit():
+                engine.core.runner.before = changed
+                _, _, last = await whole(engine.submit(Request([1], GREEDY)))
+                assert last.finish == "error"
+        else:
+            engine.core.runner.check_weights = changed
+        assert not engine.alive
+        for call in (engine.admit, lambda: engine.submit(Request([1], GREEDY)), engine.check_alive):
+            with pytest.raises(EngineDeadError) as caught:
+                call()
+            assert isinstance(caught.value.__cause__, CheckpointChangedError)
+
+    test()
 
 
 @started()

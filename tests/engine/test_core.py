@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from deepseek_optimizer import RequestError
+from deepseek_optimizer import CheckpointChangedError, RequestError
+from deepseek_optimizer.cache.prefix_cache import keys
 from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.base import Draft
@@ -259,6 +260,33 @@ def test_drafts_that_cannot_be_made_are_done_without():
     script = {1: prompt + expected(prompt, 20, None)}
     core = make_core(proposers=[(Poor(script, 1.0, VOCAB), 4)])
     assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
+
+
+def test_a_draft_model_whose_file_changed_ends_the_drafts_alone():
+    class Changed(ScriptedProposer):
+        def propose(self, sequences, most):
+            raise CheckpointChangedError("was written to", file="draft.safetensors")
+
+    prompt = [4, 5]
+    script = {1: prompt + expected(prompt, 20, None)}
+    core = make_core(proposers=[(Changed(script, 1.0, VOCAB), 4)])
+    assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
+    assert core.drafting is None
+
+
+def test_nothing_is_kept_of_a_step_over_weights_that_changed():
+    def changed():
+        raise CheckpointChangedError("was written to", file="model.safetensors")
+
+    core, prompt = make_core(), list(range(50)) * 2
+    core.add(Request(prompt, GREEDY, id="a"))
+    core.runner.before = changed
+    with pytest.raises(CheckpointChangedError, match="model.safetensors: was written to"):
+        core.step()
+    assert core.prefix.known(keys(prompt, "", 3)) == 0
+    core.cancel("a")
+    assert [output.finish for output in core.step()] == ["cancelled"] and blocks_in_use(core) == 0
+    assert core.prefix.known(keys(prompt, "", 3)) == 0
 
 
 def test_a_grammar_that_fails_ends_its_request_alone():
