@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+_EXCERPT = 100  # characters of a text from outside that an error quotes
+
+
+def excerpt(text: object) -> str:
+    """A text from outside (a client, a file) as an error quotes it: its beginning, and how long it is where that is not all."""
+    found = text if isinstance(text, str) else str(text)
+    return found if len(found) <= _EXCERPT else f"{found[:_EXCERPT]}... ({len(found):,} characters)"
+
 
 class DeepSeekOptimizerError(Exception):
     """Base class of every error this package raises on purpose."""
