@@ -25,7 +25,7 @@ from ..graph.rotation import KeyRotation, key_rotation
 from ..quant import Packer, reference_packer
 from .arena import Arena, LatentRow, arena_blocks
 from .context_extension import extension_note
-from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
+from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph, with_eps_of
 from .modules import Packed, PackedLinear, gradient_panels, matmul_panels
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
@@ -103,7 +103,7 @@ class Runtime:
         self._model = weakref.ref(model)
         self.config, self.bytes_before = config, bytes_before
         graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model))
-        self.graph, self.in_mode = apply_mode(graph, config.attention)
+        self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()
