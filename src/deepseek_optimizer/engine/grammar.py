@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RequestError, excerpt
+from ..errors import RequestError, excerpt, shown
 from .json_schema import Enforced, normalise
 from .pattern import to_rules
 from .request import CompiledGrammar, Grammar
@@ -124,7 +124,7 @@ class GrammarCompiler:
         functions = [tool["function"] for tool in tools if choice in ("required", tool["function"]["name"])]
         if not functions:
             raise RequestError(
-                "tool_choice", f"there is no tool {excerpt(choice)!r}" if tools else "there are no tools to call"
+                "tool_choice", f"there is no tool {shown(choice)}" if tools else "there are no tools to call"
             )
         calls = [  # as xgrammar's structural tags, but for the contents, which the job makes into grammars
             {

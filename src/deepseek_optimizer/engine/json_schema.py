@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RequestError, excerpt
+from ..errors import RequestError, excerpt, shown
 from .pattern import to_rules
 from .schema_overlap import canonical, disjoint, is_of_type
 from .schema_shapes import FIELD, check_shapes, refuse
@@ -260,7 +260,7 @@ class _Normaliser:
         for key in required:
             if key not in properties:
                 if more is False:
-                    refuse(at, f"requires {excerpt(key)!r}, which properties do not have")
+                    refuse(at, f"requires {shown(key)}, which properties do not have")
                 properties[key] = more
         least, most = schema.get("minProperties"), schema.get("maxProperties")
         if least is not None and least > len(set(required)):
