@@ -1,7 +1,7 @@
 """The special tokens that a model's configs name.
 
-Transformers takes an id that is no token (-1 is common for "none") and only warns, since such a model works: nothing ever ends at
-that token. So does this package, and says it in the report. What is no id at all is an error.
+Transformers takes an id that is no token (-1 is common for "none") and only warns, since such a model works: nothing ever ends
+at that token. So does this package, and says it in the report. What is no id at all is an error.
 """
 
 from __future__ import annotations
