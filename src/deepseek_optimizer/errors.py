@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+_EXCERPT = 100  # characters of a text from outside that an error quotes
+
+
+def excerpt(text: str) -> str:
+    """A text from outside (a client, a file) as an error quotes it: its beginning, and how long it is where that is not all."""
+    return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}... ({len(text):,} characters)"
+
+
+def shown(value: object) -> str:
+    """A value from outside as an error shows it: as Python writes it, or the beginning of that."""
+    try:
+        return excerpt(repr(value))
+    except (ValueError, RecursionError):  # an integer of very many digits; what is nested too deeply
+        return f"a value of type {type(value).__name__}"
+
 
 class DeepSeekOptimizerError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -170,8 +185,8 @@ class RequestError(DeepSeekOptimizerError, ValueError):
     """
 
     def __init__(self, field: str, message: str) -> None:
-        self.field = field
-        super().__init__(f"{field}: {message}")
+        self.field = excerpt(field)
+        super().__init__(f"{self.field}: {message}")
 
 
 class EngineBusyError(DeepSeekOptimizerError, RuntimeError):

@@ -24,6 +24,7 @@ from .graph.rotation import key_rotation
 from .integration.arena import Arena
 from .integration.cache_size import FullBatch
 from .integration.runtime import Runtime, runtime_of
+from .integration.special_tokens import token_ids
 from .integration.threads import one_torch_thread
 
 _LATENT_CHUNK = 64  # tokens: the form that latent attention takes depends on where a prompt is cut
@@ -100,7 +101,7 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         vocab_size=vocab,
         hidden_size=runtime.graph.hidden_size,
         context=runtime.graph.max_positions,
-        eos=_ends(model),
+        eos=_ends(model, vocab),
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
@@ -139,9 +140,9 @@ def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> Dr
     return DraftModelProposer(Runner(other.plan, arena, mine), other.graph.max_positions, other.config.prefill_chunk)
 
 
-def _ends(model: Any) -> frozenset[int]:
-    """Tokens that end a text, by the model's generation config."""
+def _ends(model: Any, vocab: int) -> frozenset[int]:
+    """Tokens that end a text, by the model's generation config; ids that are no tokens (-1 for "none") end none."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)
-    return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return frozenset(token for token in token_ids("generation_config.eos_token_id", ids) if 0 <= token < vocab)

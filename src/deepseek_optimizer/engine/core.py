@@ -17,7 +17,7 @@ import numpy as np
 from ..backends.base import BLOCK_TOKENS, DECODE
 from ..cache.block_manager import SequenceBlocks
 from ..cache.prefix_cache import PrefixCache
-from ..errors import BackendError, CheckpointChangedError, RequestError
+from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .batch_size import BatchSize
 from .budget import PromptBudget
 from .chooser import Chooser, NotANumberError, NoTokenError
@@ -154,7 +154,7 @@ class EngineCore:
             RequestError: there is one of this id already.
         """
         if request.id in self._requests:
-            raise RequestError("id", f"{request.id!r} is running already")
+            raise RequestError("id", f"{shown(request.id)} is running already")
         sampling = request.sampling
         if self.idle:
             self._idle_since = None

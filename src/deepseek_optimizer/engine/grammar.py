@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RequestError
+from ..errors import RequestError, excerpt, shown
 from .json_schema import Enforced, normalise
 from .pattern import to_rules
 from .request import CompiledGrammar, Grammar
@@ -123,7 +123,9 @@ class GrammarCompiler:
             return None
         functions = [tool["function"] for tool in tools if choice in ("required", tool["function"]["name"])]
         if not functions:
-            raise RequestError("tool_choice", f"there is no tool {choice!r}" if tools else "there are no tools to call")
+            raise RequestError(
+                "tool_choice", f"there is no tool {shown(choice)}" if tools else "there are no tools to call"
+            )
         calls = [  # as xgrammar's structural tags, but for the contents, which the job makes into grammars
             {
                 "type": "tag",
@@ -295,7 +297,9 @@ def _tokenizer_info(tokenizer: Any, vocab_size: int, stops: Sequence[int]) -> An
 
 def _parameters(function: Mapping[str, Any]) -> Enforced:
     """The schema of a tool's arguments, which are an object."""
-    name, schema = function["name"], function.get("parameters") or {}
+    name, schema = excerpt(function["name"]), function.get("parameters") or {}
+    if not isinstance(schema, Mapping):
+        raise RequestError("tools", f"parameters of {name}: must be an object")
     try:
         return normalise({"type": "object", **schema})
     except RequestError as error:

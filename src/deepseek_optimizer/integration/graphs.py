@@ -26,6 +26,19 @@ def plan_graph(
     return apply_mode(graph, mode)[0], reports
 
 
+def with_eps_of(model: Any, graph: Graph) -> Graph:
+    """A graph whose norms add what the model's own do, which may have been set on a module and not in the config."""
+
+    def eps(weight: str, by_config: float) -> float:
+        norm = model.get_submodule(weight.rpartition(".")[0])
+        return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", by_config)))
+
+    nodes = [
+        n.with_(attrs={**n.attrs, "eps": eps(n.weights[0], n.attrs["eps"])}) if "eps" in n.attrs else n for n in graph.nodes
+    ]
+    return replace(graph, nodes=nodes)
+
+
 def loaded_mtp_layers(model: Any) -> int:
     """How many MTP layers hang on a model, behind its own."""
     layers = getattr(getattr(model, "model", None), "layers", ())
@@ -45,7 +58,7 @@ def mtp_graphs(model: Any) -> list[Graph]:
         with torch.device("cpu"):
             graph = build_mtp_graph(model.config, depth, count)
         nodes = [n.with_(weights=tuple(shared.get(w, w) for w in n.weights)) for n in graph.nodes]
-        graphs.append(replace(graph, nodes=nodes))
+        graphs.append(with_eps_of(model, replace(graph, nodes=nodes)))
     return graphs
 
 

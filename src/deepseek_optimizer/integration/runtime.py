@@ -28,7 +28,7 @@ from ..system.memory import free_memory
 from .arena import Arena, LatentRow
 from .cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
 from .context_extension import extension_note
-from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
+from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph, with_eps_of
 from .modules import Packed, PackedLinear, gradient_panels, matmul_panels, unchecked
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
@@ -111,7 +111,7 @@ class Runtime:
         self._model = weakref.ref(model)
         self.config, self.bytes_before = config, bytes_before
         graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model))
-        self.graph, self.in_mode = apply_mode(graph, config.attention)
+        self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()

@@ -28,6 +28,7 @@ from .instance_method import InstanceMethod, Replacement
 from .quantizer import mark_quantized
 from .runtime import Runtime
 from .save import PackedSave
+from .special_tokens import special_token_notes
 from .steps import Columns, documents_of, run_columns
 from .swap import matrices_of
 
@@ -217,6 +218,7 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     Returns: the same model, with `forward`, `generate` and `dso` set on it.
     """
     config = copy.deepcopy(config)
+    notes = [*(notes or ()), *special_token_notes(model)]
     runtime = Runtime(model, config, bytes_before=bytes_before, notes=notes)
     _describe(model, runtime)
     for parameter in model.parameters():

@@ -43,7 +43,7 @@ class HostGuard:
 
 
 class Guard:
-    """Asks for the key, and turns every error into an answer.
+    """Asks for the key, turns every error into an answer, and has HEAD answered as GET, whose body uvicorn leaves out.
 
     The key's hash is left in the scope's state as `salt`, and the time of arrival as `arrived`, of `time.monotonic`.
 
@@ -58,7 +58,9 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        arrived = time.monotonic()
+        arrived, asked = time.monotonic(), scope["method"]
+        if asked == "HEAD":
+            scope = {**scope, "method": "GET"}
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -76,14 +78,14 @@ class Guard:
         except Exception as error:
             found = problem(error)
             if found is None:
-                logger.exception("error in %s %s", scope["method"], _handler(scope))
+                logger.exception("error in %s %s", asked, _handler(scope))
             if not status:
                 await (found or INTERNAL).response()(scope, receive, send_with_headers)
             else:
                 raise  # in the middle of an answer: uvicorn closes the connection, so that it can't pass for a whole one
         finally:
             status = status or 499  # a client that left before its answer began
-            method = scope["method"] if scope["method"] in _METHODS else "other"
+            method = asked if asked in _METHODS else "other"
             self._metrics.record(_handler(scope), method, status, time.monotonic() - arrived)
             if self._settings.access_log:
                 logger.info("%s %s %d %.3f s", method, _handler(scope), status, time.monotonic() - arrived)

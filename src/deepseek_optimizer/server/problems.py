@@ -21,6 +21,7 @@ from ..errors import (
     EngineDeadError,
     MissingPackageError,
     RequestError,
+    excerpt,
 )
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -46,7 +47,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code = status, message, param and excerpt(param), code
         self.headers = dict(headers or {})
         super().__init__(message)
 
@@ -77,7 +78,7 @@ def problem(error: BaseException) -> ApiError | None:
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.field)
     if isinstance(error, DocumentError):
-        return ApiError(400, f"{error.file[:300]}: {error.message}", param="file", code="unreadable_file")
+        return ApiError(400, f"{excerpt(error.file)}: {error.message}", param="file", code="unreadable_file")
     if isinstance(error, MissingPackageError):
         return ApiError(501, str(error), code="missing_package")
     if isinstance(error, EngineBusyError):
