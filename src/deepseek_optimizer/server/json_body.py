@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +18,14 @@ _CLOSE = {"Connection": "close"}
 
 
 class BodyReader:
-    """Reads bodies, and counts what all that are being read take together."""
+    """Reads bodies, and counts what those that are being read take, of each client and of all together."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._held = 0  # bytes of bodies that are not parsed yet
+        self._held = Counter[str]()  # bytes of bodies that are not parsed yet, by client
 
-    async def read(self, request: Request) -> dict[str, Any]:
-        """The object that a request's body is.
+    async def read(self, request: Request) -> tuple[dict[str, Any], int]:
+        """The object that a request's body is, and the bytes that it came in.
 
         Raises:
             ApiError: 400 not strict JSON (NaN, lone surrogates), not an object, or nested too deeply; 408 too slow; 413 too
@@ -32,7 +33,7 @@ class BodyReader:
             ClientDisconnect: the client left.
         """
         self._check_headers(request)
-        with self._counted() as count:
+        with self._counted(request.state.client) as count:
             try:
                 body = await asyncio.wait_for(self._bytes(request, count), self._settings.body_seconds)
             except asyncio.TimeoutError:
@@ -47,7 +48,7 @@ class BodyReader:
             raise ApiError(
                 400, f"the body nests lists and objects more than {self._settings.most_json_depth} deep", code="invalid_json"
             )
-        return value
+        return value, len(body)
 
     def _check_headers(self, request: Request) -> None:
         kind, _, parameters = request.headers.get("content-type", "").partition(";")
@@ -77,27 +78,32 @@ class BodyReader:
         return ApiError(413, f"the body is larger than {self._settings.most_body_bytes} bytes", headers=_CLOSE)
 
     @contextmanager
-    def _counted(self) -> Iterator[_Count]:
-        count = _Count(self)
+    def _counted(self, client: str) -> Iterator[_Count]:
+        count = _Count(self, client)
         try:
             yield count
         finally:
             count.set(0)
 
-    def hold(self, change: int) -> None:
-        if change > 0 and self._held + change > self._settings.most_bodies_bytes:
-            raise busy("the server is reading as many bodies as it can hold")
-        self._held += change
+    def hold(self, client: str, change: int) -> None:
+        if change > 0:
+            if self._held[client] + change > self._settings.most_key_bodies_bytes:
+                raise busy("the server is reading as many bodies of yours as it can hold")
+            if self._held.total() + change > self._settings.most_bodies_bytes:
+                raise busy("the server is reading as many bodies as it can hold")
+        self._held[client] += change
+        if not self._held[client]:
+            del self._held[client]
 
 
 class _Count:
     """One body's part in what is held."""
 
-    def __init__(self, reader: BodyReader) -> None:
-        self._reader, self._bytes = reader, 0
+    def __init__(self, reader: BodyReader, client: str) -> None:
+        self._reader, self._client, self._bytes = reader, client, 0
 
     def set(self, size: int) -> None:
-        self._reader.hold(size - self._bytes)
+        self._reader.hold(self._client, size - self._bytes)
         self._bytes = size
 
 

@@ -5,6 +5,7 @@ No message holds a path, an address or a traceback: those go to the log.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,16 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import DocumentError, EngineBusyError, EngineDeadError, MissingPackageError, RequestError
+from ..errors import (
+    DocumentError,
+    EngineBusyError,
+    EngineDeadError,
+    MissingPackageError,
+    RequestError,
+    WorkerLostError,
+)
 
+logger = logging.getLogger("deepseek_optimizer.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -77,6 +86,12 @@ def problem(error: BaseException) -> ApiError | None:
         return ApiError(429, str(error), code="queue_full", headers=after)
     if isinstance(error, EngineDeadError):
         return ApiError(503, "the engine has stopped", code="engine_dead", headers={"Retry-After": "30"})
+    if isinstance(error, WorkerLostError):
+        logger.error("%s", error)
+        return ApiError(
+            503, "a process of the server that this request needs was ended twice; send it again", code="worker_lost",
+            headers={"Retry-After": "1"},
+        )  # fmt: skip
     if isinstance(error, HTTPException):
         names = {404: "there is nothing at this address", 405: "this address does not know this method"}
         return ApiError(error.status_code, names.get(error.status_code, str(error.detail)), headers=error.headers)

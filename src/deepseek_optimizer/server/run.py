@@ -45,6 +45,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # whose turn it is goes by the connection's address, which X-Forwarded-For must not change
                 timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a float will do
                 timeout_graceful_shutdown=3,
             )
