@@ -101,7 +101,7 @@ def test_small_prompts_in_numbers(server, held):
         pool.submit(send, A, "first", "hold")
         wait_for(lambda: held.begun)
         futures = [pool.submit(send, A, "a", "x") for _ in range(7)]
-        queue = server.app.state.server.queues[0]
+        queue = server.app.state.server._tokenising.queues[0]
         wait_for(lambda: queue.waiting == 7)
         futures.append(pool.submit(send, B, "b", "x"))
         wait_for(lambda: queue.waiting == 8)
@@ -159,7 +159,7 @@ def test_what_clients_that_left_were_waiting_for_is_never_begun(server, held):
     for _ in range(5):
         connections.append(server.connect())
         connections[-1].sendall(message)
-    queue = server.app.state.server.queues[0]
+    queue = server.app.state.server._tokenising.queues[0]
     wait_for(lambda: held.begun == 1 and queue.waiting == 4)
     for connection in connections:
         connection.close()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from typing import Any
 
 from fastapi import Request
 
 from .caller import Caller, unless_gone
 from .protocol.base import Model, parse
 from .state import ServerState
+
+_PROMPTS = ("prompt", "input")  # fields that may be tokens
 
 
 @asynccontextmanager
@@ -31,7 +35,13 @@ async def taken_in(
     body, size = await state.bodies.read(request)
     caller = Caller(request.state.client, size, state.deadline(request.state.arrived))
     with state.admit({} if one else body, caller.key) as places:
-        asked = parse(model, body)
-        state.check_model(getattr(asked, "model", None))
         async with unless_gone(request):
+            asked = await state.bodies.working(caller.key, size, partial(_checked, state, model, body))
+            state.check_model(getattr(asked, "model", None))
             yield asked, places, caller
+
+
+def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> Model:
+    for field in _PROMPTS:
+        state.prompt_size.check_tokens(body.get(field), field)
+    return parse(model, body)

@@ -3,52 +3,82 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 
+from .fair_queue import FairQueue
 from .problems import ApiError, busy
 from .settings import ServerSettings
 
+T = TypeVar("T")
+
 _CLOSE = {"Connection": "close"}
+_SMALL = 1 << 16  # bytes of a body: a millisecond of work
+_MOST_PARTS = 50_000  # lists and objects of a body: 10,000 messages have three each
+_HOLDERS = frozenset({dict, list})
+_MOST_FIELDS = 5_000  # of an object: a schema can't have as many properties
 
 
 class BodyReader:
-    """Reads bodies, and counts what those that are being read take, of each client and of all together."""
+    """Reads bodies, and counts what those that are being read take, of each client and of all together.
 
-    def __init__(self, settings: ServerSettings) -> None:
+    Args:
+        most_key, most: as of `FairQueue`.
+    """
+
+    def __init__(self, settings: ServerSettings, most_key: int, most: int) -> None:
         self._settings = settings
+        self.queue = FairQueue("large bodies", 1, most_running=1, most_key=most_key, most=most)
         self._held = Counter[str]()  # bytes of bodies that are not parsed yet, by client
 
     async def read(self, request: Request) -> tuple[dict[str, Any], int]:
         """The object that a request's body is, and the bytes that it came in.
 
         Raises:
-            ApiError: 400 not strict JSON (NaN, lone surrogates), not an object, or nested too deeply; 408 too slow; 413 too
-                large; 415 not JSON by its headers; 503 too many bodies at once.
+            ApiError: 400 not strict JSON (NaN, lone surrogates), not an object, nested too deeply or of too many parts; 408 too
+                slow; 413 too large; 415 not JSON by its headers; 503 too many bodies at once; others as of `FairQueue.run`.
             ClientDisconnect: the client left.
         """
+        client = request.state.client
         self._check_headers(request)
-        with self._counted(request.state.client) as count:
+        with self._counted(client) as count:
             try:
                 body = await asyncio.wait_for(self._bytes(request, count), self._settings.body_seconds)
             except asyncio.TimeoutError:
                 raise ApiError(408, "the body came too slowly", code="timeout", headers=_CLOSE) from None
-            try:
+            return await self.working(client, len(body), lambda: self._parsed(body)), len(body)
+
+    async def working(self, client: str, size: int, work: Callable[[], T]) -> T:
+        """Runs what is done with a body's JSON: at once where it is small, in turns on a thread where it is large, so that the
+        event loop and others' bodies get on meanwhile.
+
+        Args:
+            size: bytes of the body.
+
+        Raises:
+            ApiError: as of `FairQueue.run`.
+        """
+        if size <= _SMALL:
+            return work()
+        return await self.queue.run(client, work, time.monotonic() + self._settings.request_seconds)
+
+    def _parsed(self, body: bytearray) -> dict[str, Any]:
+        try:
+            with _no_collection():
                 value = orjson.loads(body)
-            except orjson.JSONDecodeError as error:
-                raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+        except orjson.JSONDecodeError as error:
+            raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
         if not isinstance(value, dict):
             raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-        if _deeper(value, self._settings.most_json_depth):
-            raise ApiError(
-                400, f"the body nests lists and objects more than {self._settings.most_json_depth} deep", code="invalid_json"
-            )
-        return value, len(body)
+        _check_shape(value, self._settings.most_json_depth)
+        return value
 
     def _check_headers(self, request: Request) -> None:
         kind, _, parameters = request.headers.get("content-type", "").partition(";")
@@ -107,15 +137,39 @@ class _Count:
         self._bytes = size
 
 
-def _deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects nest deeper. Level by level, so that no depth can exhaust the stack."""
-    level = [value]
-    for _ in range(most):
+def _check_shape(value: dict[str, Any], most_depth: int) -> None:
+    """Level by level, so that no depth can exhaust the stack; before anything looks at what the parts are.
+
+    Raises:
+        ApiError: 400, lists and objects nest too deeply, are too many, or an object has too many fields.
+    """
+    level: list[Any] = [value]
+    parts = 0
+    for _ in range(most_depth):
         below: list[Any] = []
         for item in level:
             children = item.values() if type(item) is dict else item
+            if type(item) is dict and len(item) > _MOST_FIELDS:
+                raise ApiError(400, f"an object of the body has more than {_MOST_FIELDS:,} fields", code="invalid_json")
+            if _HOLDERS.isdisjoint(map(type, children)):
+                continue
             below += [child for child in children if type(child) is dict or type(child) is list]
+            if parts + len(below) > _MOST_PARTS:
+                raise ApiError(400, f"the body has more than {_MOST_PARTS:,} lists and objects", code="invalid_json")
         if not below:
-            return False
+            return
+        parts += len(below)
         level = below
-    return True
+    raise ApiError(400, f"the body nests lists and objects more than {most_depth} deep", code="invalid_json")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the collector, which would look at a million new objects again and again while none of them can be garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

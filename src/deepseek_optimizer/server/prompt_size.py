@@ -60,6 +60,20 @@ class PromptSize:
                 f"{size:,} bytes are {least:,} tokens at least, and the model's context has {self._context:,}; shorten it",
             )
 
+    def check_tokens(self, prompt: Any, field: str) -> None:
+        """Of what may be a prompt's tokens, or those of several, before each of them is looked at.
+
+        Raises:
+            RequestError: there are more than the context has.
+        """
+        if self._context is None or not isinstance(prompt, list) or not prompt:
+            return
+        for ids in prompt if isinstance(prompt[0], list) else [prompt]:
+            if isinstance(ids, list) and len(ids) > self._context and isinstance(ids[0], int):
+                raise RequestError(
+                    field, f"{len(ids):,} tokens, and the model's context has {self._context:,}; shorten it"
+                )  # fmt: skip
+
     def check_chat(self, messages: Sequence[Mapping[str, Any]], field: str = "messages") -> None:
         """Of a chat whose template shows all that people say, but for white space around it. What the assistant said is not
         counted: templates leave out its past thoughts.

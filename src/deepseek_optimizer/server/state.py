@@ -43,7 +43,6 @@ class ServerState:
 
     def __init__(self, engine: Any, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
-        self.bodies = BodyReader(settings)
         self.created = int(time.time())
         self.draining = False
         self.model_name: str = engine.model_name
@@ -52,6 +51,7 @@ class ServerState:
         self.texts = TokenTexts(self.tokenizer)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.window is None else None)
         most_key, most = settings.most_key_jobs, _CLIENTS * settings.most_key_jobs
+        self.bodies = BodyReader(settings, most_key, most)
         self._tokenising = Tokenising(self.tokenizer, most_key, most)
         self.template = self._tokenising.short.template
         workers = min(max(_WORKERS[0], (os.cpu_count() or 1) // 2), _WORKERS[1])
@@ -65,7 +65,8 @@ class ServerState:
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, most_key, most)
         self.queues = [
-            *self._tokenising.queues, self._looking_up, self._compiling, self.reader.queue, *self.documents.queues,
+            self.bodies.queue, *self._tokenising.queues, self._looking_up, self._compiling, self.reader.queue,
+            *self.documents.queues,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
 
@@ -179,7 +180,7 @@ class ServerState:
 
     def close(self) -> None:
         """Ends what the state has started."""
-        for queue in (self._looking_up, self._compiling):
+        for queue in (self._looking_up, self._compiling, self.bodies.queue):
             queue.close()
         self._tokenising.close()
         self.reader.close()
