@@ -31,6 +31,7 @@ from .errors import (
     RequestError,
     UnsupportedModelError,
     UnsupportedRequestError,
+    WorkerLostError,
 )
 from .integration.attention_name import register_attention as _register_attention
 from .integration.quantizer import register as _register
@@ -97,6 +98,7 @@ __all__ = [
     "TrainingArguments",
     "UnsupportedModelError",
     "UnsupportedRequestError",
+    "WorkerLostError",
     "benchmark_model",
     "load_model",
     "load_tokenizer",

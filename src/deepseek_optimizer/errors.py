@@ -206,6 +206,10 @@ class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
     """The engine has stopped, by `close` or by an error that is this one's cause; nothing more is answered."""
 
 
+class WorkerLostError(DeepSeekOptimizerError, RuntimeError):
+    """A worker process was ended from outside, or could not be started: the machine's fault, and not that of what was asked."""
+
+
 class DocumentError(DeepSeekOptimizerError, ValueError):
     """A file that cannot be read as a document.
 

@@ -46,6 +46,22 @@ async def whole(answers):
     return tokens, text, last
 
 
+@started(batch_size_range=(1, 2), most_waiting=1)
+async def test_a_client_that_takes_all_of_its_places_leaves_the_others_theirs(engine):
+    own = [engine.admit(client="a") for _ in range(3)]
+    with pytest.raises(EngineBusyError, match="3 requests"):
+        engine.admit(client="a")
+    with engine.admit(2, client="b"):
+        assert engine.waiting == 5
+    own.pop().leave()
+    own.append(engine.admit(client="a"))
+    others = [engine.admit(3, client=name) for name in "bcd"]
+    with pytest.raises(EngineBusyError):  # all together have places for four
+        engine.admit(client="e")
+    for place in own + others:
+        place.leave()
+
+
 @started()
 async def test_answers_stream_and_end(engine):
     with engine.admit():

@@ -74,7 +74,8 @@ def test_in_any_company_with_little_room(seed):
         prompt = rng.choice(shared) + prompts(rng, 1, 50)[0] if rng.random() < 0.6 else prompts(rng, 1, 150)[0]
         most = rng.randrange(1, 80)
         sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=rng.random() < 0.5)
-        waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=rng.choice(["", "a"])))
+        salt, client = rng.choice(["", "a"]), rng.choice(["", "", "b", "c"])
+        waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=salt, client=client))
         script[n + 1] = prompt + expected(prompt, most, EOS if not sampling.ignore_eos else None)
     found, cancelled, requests = {}, set(), {}
     while waiting or not core.idle:

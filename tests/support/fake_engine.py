@@ -82,14 +82,14 @@ class FakeEngine:
     def admitted(self) -> int:
         return self._admitted
 
-    def admit(self, requests: int = 1) -> Admission:
+    def admit(self, requests: int = 1, client: str = "") -> Admission:
         self.check_alive()
         if self._draining or self._admitted + requests > self.capacity:
             raise EngineBusyError(self._admitted, 2.0)
         self._admitted += requests
-        return Admission(self, requests)
+        return Admission(self, requests, client)
 
-    def left(self, requests: int) -> None:
+    def left(self, requests: int, client: str) -> None:
         self._admitted -= requests
 
     def submit(self, request: Request) -> Answers:

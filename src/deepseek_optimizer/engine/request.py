@@ -140,6 +140,7 @@ class Request:
         embed: the answer is the mean of the last hidden states of the prompt, and no text.
         drafts: whether tokens may be drafted for it; None: as the engine does by default.
         pinned: (begin, end) of prompt tokens that a window must keep; the first `sinks` always stay.
+        client: whose it is: of requests of one priority, clients have their turns, and only a client's own wait for each other.
     """
 
     prompt: list[int]
@@ -151,6 +152,7 @@ class Request:
     embed: bool = False
     drafts: bool | None = None
     pinned: tuple[tuple[int, int], ...] = ()
+    client: str = ""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,16 @@ def _limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def _give_way(nice: int) -> None:
+    """To processes of the same machine that are in more of a hurry."""
+    os.nice(nice)
+    try:  # where the kernel shares out time by sessions, and by niceness only within them
+        with open("/proc/self/autogroup", "w") as file:
+            file.write(str(nice))
+    except OSError:
+        pass
+
+
 def main() -> None:
     jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not stand among the answers
@@ -46,6 +56,8 @@ def main() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run = module.prepare(first["setup"])
+    if first["nice"]:  # not before: somebody waits for the worker to start
+        _give_way(first["nice"])
     if sys.platform == "linux":
         _limit_memory(first["memory"])
     _write(answers, ["ready", None])

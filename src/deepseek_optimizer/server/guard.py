@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .caller import client_of
 from .hosts import HostCheck
 from .metrics import HttpMetrics
 from .problems import INTERNAL, ApiError, problem
@@ -45,7 +46,8 @@ class HostGuard:
 class Guard:
     """Asks for the key, turns every error into an answer, and has HEAD answered as GET, whose body uvicorn leaves out.
 
-    The key's hash is left in the scope's state as `salt`, and the time of arrival as `arrived`, of `time.monotonic`.
+    The key's hash is left in the scope's state as `salt`, what tells clients apart as `client` (see `caller`), and the time of
+    arrival as `arrived`, of `time.monotonic`.
 
     Args:
         open_paths: that anyone may ask for.
@@ -71,7 +73,8 @@ class Guard:
             await send(message)
 
         try:
-            scope.setdefault("state", {}).update(salt=self._salt(scope), arrived=arrived)
+            salt = self._salt(scope)
+            scope.setdefault("state", {}).update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = status or 499  # nginx's number: nobody is there to read an answer

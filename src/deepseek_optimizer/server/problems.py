@@ -5,6 +5,7 @@ No message holds a path, an address or a traceback: those go to the log.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -21,9 +22,11 @@ from ..errors import (
     EngineDeadError,
     MissingPackageError,
     RequestError,
+    WorkerLostError,
     excerpt,
 )
 
+logger = logging.getLogger("deepseek_optimizer.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -86,6 +89,12 @@ def problem(error: BaseException) -> ApiError | None:
         return ApiError(429, str(error), code="queue_full", headers=after)
     if isinstance(error, EngineDeadError):
         return _dead(error.__cause__)
+    if isinstance(error, WorkerLostError):
+        logger.error("%s", error)
+        return ApiError(
+            503, "a process of the server that this request needs was ended twice; send it again", code="worker_lost",
+            headers={"Retry-After": "1"},
+        )  # fmt: skip
     if isinstance(error, HTTPException):
         names = {404: "there is nothing at this address", 405: "this address does not know this method"}
         return ApiError(error.status_code, names.get(error.status_code, str(error.detail)), headers=error.headers)

@@ -17,7 +17,10 @@ Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored."
 
 
 class Body(BaseModel):
-    """A request, or part of one. A number in quotes is no number, true is not 1, and a field that is not known is an error."""
+    """A request, or part of one. A number in quotes is no number, true is not 1, and a field that is not known is an error.
+
+    Lists that may be long have `fail_fast`: one error is told, and a client could make a million.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
 
