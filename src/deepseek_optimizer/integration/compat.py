@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -31,6 +32,24 @@ def take_cache(arguments: dict[str, Any]) -> Any:
 def causal_output(*, cache: Any, **fields: Any) -> CausalLMOutputWithPast:
     """A `CausalLMOutputWithPast` with the cache under the name of the release."""
     return CausalLMOutputWithPast(**{cache_name(): cache}, **fields)
+
+
+def decoder_output(*, cache: Any, **fields: Any) -> BaseModelOutputWithPast:
+    """The same of a model without a head."""
+    return BaseModelOutputWithPast(**{cache_name(): cache}, **fields)
+
+
+def chosen_hidden(asked: Any, count: int) -> Collection[int]:
+    """Which of `count` hidden states `output_hidden_states` asks for: all, or since 5.24 those at an index or a list of them."""
+    try:
+        from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
+    except ImportError:
+        return range(count)
+    selected = selected_hidden_states(asked)
+    chosen: Collection[int] = (
+        range(count) if selected is None else resolve_hidden_states_indices(None, selected, num_hidden_states=count)
+    )
+    return chosen
 
 
 def sample_arguments() -> set[str]:

@@ -28,6 +28,7 @@ class Columns:
         wanted: int64 [n], ascending columns whose logits are asked for.
         phase: DECODE or PREFILL.
         hidden: whether hidden states are asked for.
+        last_hidden: whether the last of them is wanted where the others are not.
     """
 
     ids: Int32 | None
@@ -37,6 +38,7 @@ class Columns:
     wanted: Int64
     phase: int
     hidden: bool = False
+    last_hidden: bool = False
 
 
 @dataclass
@@ -52,7 +54,8 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     """Runs all new tokens, in steps of at most `config.prefill_chunk`, and adds them to the cache.
 
     Returns:
-        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H] or None.
+        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H], or [1, B, q, H]
+        where only the last is wanted, or None.
 
     An error leaves the cache as it was; or empty, where the call had already made it forget some of that.
     """
@@ -62,8 +65,8 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     reach = _reach(state, new, model.max_positions)
     logits: torch.Tensor | None = None
     hidden = None
-    if new.hidden:
-        hidden = torch.zeros(model.hidden_states, rows, q, model.hidden_size)
+    if new.hidden or new.last_hidden:
+        hidden = torch.zeros(model.hidden_states if new.hidden else 1, rows, q, model.hidden_size)
     place = np.full(q, -1, np.int64)  # column -> its place in the logits
     place[new.wanted] = np.arange(len(new.wanted))
     state.forget()
@@ -76,15 +79,15 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
                 for piece, end in zip(pieces, ends, strict=True):
                     state.follower(piece.row, made.last_hidden[end - len(piece.columns) : end])
             if len(targets) == rows * len(new.wanted):  # one step gave everything, in order
-                logits = made.logits.view(rows, len(new.wanted), -1)
+                logits = made.logits.view(rows, len(new.wanted), model.vocab_size)
             elif len(targets):
                 if logits is None:
                     logits = made.logits.new_zeros(rows, len(new.wanted), model.vocab_size)
                 logits.view(-1, model.vocab_size)[torch.from_numpy(targets)] = made.logits
             if hidden is not None:
                 flat = np.concatenate([p.row * q + p.columns for p in pieces])
-                hidden = hidden.to(made.hidden.device)
-                hidden.view(model.hidden_states, rows * q, -1)[:, torch.from_numpy(flat)] = made.hidden
+                hidden = hidden.to(made.logits.device)
+                hidden.view(len(hidden), rows * q, -1)[:, torch.from_numpy(flat)] = made.hidden if new.hidden else made.last_hidden
             if not state.verifies:
                 state.forget()
     except BaseException:
@@ -157,7 +160,7 @@ def _batch(
         logit_rows=wanted.astype(np.int32),
         inputs_embeds=embeds,
         hidden=new.hidden,
-        last_hidden=state.follower is not None,
+        last_hidden=state.follower is not None or new.last_hidden,
         reach=reach[rows],
     )
     return batch, row_of[wanted] * n + goes_to[wanted]

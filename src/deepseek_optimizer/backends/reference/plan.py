@@ -68,12 +68,18 @@ class ReferencePlan:
                 continue
             made = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
             step.values.update(zip(node.outputs, made, strict=True))
-        head = next(n for n in reversed(self.graph.nodes) if n.op == "lm_head").outputs[0]
-        logits = step.values[head] if head.selected else step.values[head][self._rows(batch)]
+        logits = self._logits(step)
         hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
         last = step.hidden[self.graph.hidden_states - 1] if batch.last_hidden else None
         logits = logits.float() if batch.logits is None else batch.logits.copy_(logits)
         return StepOutput(logits, hidden, last)
+
+    def _logits(self, step: _Step) -> torch.Tensor:
+        """[R, V]; R is 0 where the graph has no head."""
+        head = next((n.outputs[0] for n in self.graph.nodes if n.op == "lm_head"), None)
+        if head is None:
+            return torch.empty(0, self.graph.vocab_size, dtype=torch.float32, device=self.device)
+        return step.values[head] if head.selected else step.values[head][self._rows(step.batch)]
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
         """Nothing to do: torch allocates as it goes."""

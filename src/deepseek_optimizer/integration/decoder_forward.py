@@ -1,0 +1,31 @@
+"""The forward of an optimised model without a head: hidden states by the plan, logits by nobody.
+
+It stands on a decoder, which is all of an `AutoModel` and the inner part of a classifier; the classifier's own code runs on what
+it returns, unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .compat import decoder_output
+from .steps import Columns
+from .wrapper import PlanForward
+
+
+class DecoderForward(PlanForward):
+    """`model.forward` of a decoder. `last_hidden_state` has the model's dtype, and is zero in padding."""
+
+    def _wanted(self, call: dict[str, Any], q: int) -> Any:
+        return np.zeros(0, np.int64)
+
+    def _columns(self, *args: Any) -> Columns:
+        columns = super()._columns(*args)
+        columns.last_hidden = not columns.hidden
+        return columns
+
+    def _output(self, call: dict[str, Any], new: Columns, logits: torch.Tensor, hidden: Any, states: Any, cache: Any) -> Any:
+        return decoder_output(last_hidden_state=hidden[-1], hidden_states=states, cache=cache)
