@@ -9,6 +9,8 @@ from .runtime import Runtime
 
 Method = TypeVar("Method", bound="InstanceMethod")
 
+PLANNED = "an optimised model runs a plan that is compiled already; leave torch.compile out, or fullgraph=True off"
+
 
 class InstanceMethod:
     """Called without `self`; finds its model through the runtime, and follows the model when that is copied or pickled.

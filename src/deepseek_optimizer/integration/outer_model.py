@@ -6,6 +6,7 @@ import copy
 import weakref
 from typing import Any
 
+from .adapters import ModuleWalk
 from .instance import Instance
 from .runtime import Runtime
 from .save import PackedSave
@@ -31,6 +32,7 @@ class OuterModel(Instance):
             "save_pretrained": PackedSave(self),
             "resize_token_embeddings": Refuse(RESIZE),
             "report": self.runtime.report,
+            "named_modules": ModuleWalk(self),
         }
 
     def changed(self) -> str | None:

@@ -241,7 +241,7 @@ class Runtime(Instance):
         for children, name, child in tree:
             if children.get(name) is not child:
                 return f"module {name!r} was replaced or wrapped (an adapter?)"
-            if child._forward_hooks or child._forward_pre_hooks:
+            if child._forward_pre_hooks or any(map(_acts, child._forward_hooks.values())):
                 return f"module {name!r} has forward hooks"
             if "forward" in child.__dict__:
                 return f"module {name!r} has a forward of its own"
@@ -304,6 +304,12 @@ def runtime_of(model: Any) -> Runtime:
         f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
         "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
     )
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a forward hook is anyone's but Transformers' own, which stay on a model once its attention weights or hidden states
+    were asked for, and do nothing in calls that don't ask."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _rotation(graph: Graph) -> KeyRotation | None:

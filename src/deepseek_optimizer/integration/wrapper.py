@@ -21,11 +21,12 @@ from ..checkpoint import packed_section
 from ..config import DeepSeekConfig
 from ..errors import UnsupportedRequestError
 from ..graph.analysis import dynamic_rope
+from .adapters import ModuleWalk, OutputEmbeddings
 from .cache import Bool, PagedCache, PagedState
 from .compat import cache_name, causal_output, chosen_hidden, take_cache
 from .generate import PlanGenerate
 from .graphs import planned_module, whole_graph
-from .instance_method import InstanceMethod, Replacement
+from .instance_method import PLANNED, InstanceMethod, Replacement
 from .outer_model import OuterModel
 from .quantizer import mark_quantized
 from .runtime import Runtime
@@ -46,6 +47,7 @@ class PlanForward(Replacement):
 
     replaces = "forward"
 
+    @torch.compiler.disable(reason=PLANNED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
         cache = take_cache(call)
@@ -268,12 +270,16 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
     """What an optimised model has in place of its class's own, and beside it."""
     from .decoder_forward import DecoderForward
 
+    served: dict[str, Any] = {"forward": DecoderForward(runtime)}
     if runtime.graph.has_head:
-        served: dict[str, Any] = {"forward": PlanForward(runtime), "generate": PlanGenerate(runtime)}
-    else:
-        served = {"forward": DecoderForward(runtime)}
+        served = {
+            "forward": PlanForward(runtime),
+            "generate": PlanGenerate(runtime),
+            "get_output_embeddings": OutputEmbeddings(runtime),
+        }
     return {
         **served,
+        "named_modules": ModuleWalk(runtime),
         "save_pretrained": PackedSave(runtime),
         "resize_token_embeddings": Refuse(RESIZE),
         "report": runtime.report,
