@@ -23,8 +23,8 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
         fields: single fields of `DeepSeekConfig`, over those of `config`.
 
     Returns:
-        The family's `ForCausalLM` model, in eval mode; `model.report()` says what was made of it. Others (`AutoModel`, classifiers)
-        come by `from_pretrained(path, quantization_config=config)` of their own class.
+        The family's `ForCausalLM` model, in eval mode; `model.report()` says what was made of it. Load other classes
+        (`AutoModel`, classifiers) with their own `from_pretrained(path, quantization_config=config)`.
 
     Raises:
         CheckpointError: a file is damaged, incomplete or not what it claims. Names file and tensor; no pickle is ever opened.

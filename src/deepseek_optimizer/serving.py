@@ -64,7 +64,7 @@ def _name(model: Any) -> str:
 
 
 def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore, Any]:
-    runtime = runtime_of(model)
+    runtime = _with_head(model)
     config = runtime.config
     drafts = given.pop("drafts", True)
     draft_model = given.pop("draft_model", None)
@@ -104,6 +104,13 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     return core, one_torch_thread if native else nullcontext
 
 
+def _with_head(model: Any) -> Runtime:
+    runtime = runtime_of(model)
+    if not runtime.graph.has_head:
+        raise ConfigError(f"{type(model).__name__} has no head to generate with; load the checkpoint with load_model")
+    return runtime
+
+
 def _proposers(runtime: Runtime, arena: Arena, draft_model: Any) -> list[tuple[Proposer, int]]:
     found: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
     if draft_model is not None:
@@ -115,7 +122,7 @@ def _proposers(runtime: Runtime, arena: Arena, draft_model: Any) -> list[tuple[P
 
 
 def _draft_model(runtime: Runtime, model: Any) -> DraftModelProposer:
-    other = runtime_of(model)
+    other = _with_head(model)
     mine, theirs = runtime.graph.vocab_size, other.graph.vocab_size
     if mine != theirs:
         raise ConfigError(

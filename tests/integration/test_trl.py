@@ -24,8 +24,16 @@ def trained(tiny_model, byte_tokenizer, tmp_path):
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.03, logging_steps=1,
-            max_length=32, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=0.03,
+            logging_steps=1,
+            max_length=32,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
         ),  # fmt: skip
         train_dataset=Dataset.from_dict({"text": ["the quick brown fox jumps over"] * 6}),
         processing_class=byte_tokenizer,
@@ -52,6 +60,5 @@ def test_the_plan_serves_the_merged_model(trained, byte_tokenizer):
     wrapped = trained[0].model.eval()
     assert wrapped.base_model.model.get_output_embeddings() is not wrapped.base_model.model.lm_head  # a float copy
     merged = wrapped.merge_and_unload()
-    merged.disable_input_require_grads()  # a hook that the trainer leaves
-    assert isinstance(getattr(merged(ids), cache_name()), PagedCache)
+    assert isinstance(getattr(merged(ids, use_cache=True), cache_name()), PagedCache)
     assert merged.get_output_embeddings() is merged.lm_head

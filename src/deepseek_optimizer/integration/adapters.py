@@ -1,8 +1,8 @@
-"""Adapters of PEFT on packed modules: merging them into the weights, and a float head for those who multiply with it themselves.
+"""PEFT's adapters on packed modules: merging them into the weights, and a float head for trainers that multiply with it.
 
-PEFT adds an adapter to `weight` where it lies, which tiles do not allow, and lets no kind of module bring its own way. But each of
-its operations begins with a walk over the model's modules, so that walk, on an optimised model, first gives every adapter whose
-base is packed a `merge` and an `unmerge` that dequantise, add and pack again. As everything of ours they are set on the instance.
+PEFT merges by adding to `weight` in place, which packed tiles do not allow, and base layers cannot bring a method of their own.
+But each of its operations first walks over the model's modules. On an optimised model that walk gives every adapter on a packed
+base a `merge` and an `unmerge` that dequantise, add and pack again. They are set on the adapter's layer, not on PEFT's classes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,30 @@ _EXACT = ("fp32", "bf16")  # formats that round a sum no more than a float weigh
 
 
 class ModuleWalk(InstanceMethod):
-    """`model.named_modules`, by which `modules` and `named_parameters` go too."""
+    """`model.named_modules`, by which `modules` and `parameters` go too, of the model and of a module around it.
+
+    One module with a float parameter comes before the others: libraries ask the first parameter for a model's dtype
+    (sentence-transformers does), and tiles are uint8.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         model = self.runtime.model
         if "peft_config" in model.__dict__:  # PEFT leaves it there as long as adapters are
             for _, module in nn.Module.named_modules(model):
                 if isinstance(module._modules.get("base_layer"), Packed) and hasattr(type(module), "merge"):
-                    _teach(module, model.__dict__["dso"])
-        return nn.Module.named_modules(model, *args, **kwargs)
+                    _set_methods(module, model.__dict__["dso"])
+        found = list(nn.Module.named_modules(model, *args, **kwargs))
+        first = next((i for i, (_, module) in enumerate(found) if _is_float(module)), 0)
+        if first > 1:
+            found.insert(1, found.pop(first))
+        return iter(found)
 
 
-def _teach(layer: Any, runtime: Runtime) -> None:
+def _is_float(module: nn.Module) -> bool:
+    return any(p is not None and p.is_floating_point() for p in module._parameters.values()) and not isinstance(module, Packed)
+
+
+def _set_methods(layer: Any, runtime: Runtime) -> None:
     merge = layer.__dict__.get("merge")
     if not (isinstance(merge, _Merge) and merge.layer() is layer):  # of a copied model's layer it is the original's
         layer.__dict__.update(merge=_Merge(layer, runtime), unmerge=_Unmerge(layer, runtime))
@@ -60,8 +72,8 @@ class _LayerMethod:
         base = layer.base_layer
         if not isinstance(base, (PackedLinear, PackedEmbedding)) or not hasattr(layer, "get_delta_weight"):
             raise UnsupportedRequestError(
-                f"a {type(layer).__module__}.{type(layer).__name__} cannot be merged into packed weights: merge it into the float "
-                "model and convert that"
+                f"a {type(layer).__module__}.{type(layer).__name__} cannot be merged into packed weights: merge it into the "
+                "float model and convert that"
             )
         if adapter in getattr(layer, "lora_variant", ()) or getattr(layer, "lora_bias", {}).get(adapter):
             raise UnsupportedRequestError(
@@ -107,7 +119,7 @@ class _Unmerge(_LayerMethod):
 class OutputEmbeddings(InstanceMethod):
     """`model.get_output_embeddings`: the head; or, where another forward than ours trains adapters, a float copy of it.
 
-    TRL's trainers set a forward of their own on the model, which multiplies with `lm_head.weight` instead of calling the module.
+    TRL's trainers set a forward of their own on the model, which multiplies with `lm_head.weight` and never calls the module.
     """
 
     def __call__(self) -> Any:

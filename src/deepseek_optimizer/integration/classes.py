@@ -1,7 +1,7 @@
-"""Checkpoints of one class opened as another: what weights are called there, and what to say where that cannot be.
+"""Checkpoints saved from one class and opened as another: the names of their weights, and the error where that cannot work.
 
-Transformers loads the decoder of any of a family's classes into any other, and takes the decoder's path off the names or puts it
-before them. A packed checkpoint's description of its matrices has to follow, and so has our own look into the files.
+Transformers loads a family's decoder from any of its classes into any other, and removes or adds the decoder's path in the
+names. The description of a packed checkpoint's matrices has to follow, and so do our own checks of the files.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def check_causal(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def _saved_from(checkpoint: Checkpoint, model: Any) -> str | None:
-    """The class that a checkpoint was saved from, where that is another one than the model's, and one that an Auto class opens."""
+    """The class that a checkpoint was saved from, if it differs from the model's and an Auto class opens it."""
     saved = checkpoint.config().get("architectures")
     name = saved[0] if isinstance(saved, list) and saved else None
     return name if isinstance(name, str) and name != type(model).__name__ and auto_class(name) is not None else None

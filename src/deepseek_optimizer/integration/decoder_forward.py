@@ -1,7 +1,7 @@
 """The forward of an optimised model without a head: hidden states by the plan, logits by nobody.
 
-It stands on a decoder, which is all of an `AutoModel` and the inner part of a classifier; the classifier's own code runs on what
-it returns, unchanged.
+It is set on a decoder, which is all of an `AutoModel` and the inner part of a classifier; the classifier's own code runs on its
+output, unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .compat import decoder_output
+from .compat import cache_name, output_class
 from .steps import Columns
 from .wrapper import PlanForward
 
@@ -28,4 +28,5 @@ class DecoderForward(PlanForward):
         return columns
 
     def _output(self, call: dict[str, Any], new: Columns, logits: torch.Tensor, hidden: Any, states: Any, cache: Any) -> Any:
-        return decoder_output(last_hidden_state=hidden[-1], hidden_states=states, cache=cache)
+        fields = {"last_hidden_state": hidden[-1], "hidden_states": states, cache_name(): cache}
+        return output_class(self.runtime.model)(**fields)

@@ -1,7 +1,7 @@
 """The graphs of a model: its own, and those of the MTP layers that hang on it.
 
-A family names weights as its `ForCausalLM` class has them: the decoder under `model`, and a head beside it. Other classes have the
-decoder elsewhere (`AutoModel` is the decoder) and no head of the family's; `model_graph` names and cuts a graph to fit the class.
+A family names weights as its `ForCausalLM` class does: the decoder under `model`, a head beside it. Other classes have the
+decoder elsewhere (an `AutoModel` is the decoder) and no language model head; `model_graph` renames and cuts a graph to fit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plan_graph(
 
 
 def decoder_path(model: Any) -> str:
-    """Where in a Transformers model the decoder is, the module that makes hidden states of tokens; "" where the model is one."""
+    """Path of a Transformers model's decoder, the module that makes hidden states of tokens; "" if that is the model itself."""
     base = getattr(model, "base_model", model)
     return "" if base is model else str(model.base_model_prefix)
 
@@ -43,7 +43,7 @@ def has_head(model: Any) -> bool:
 
 
 def planned_module(model: Any) -> Any:
-    """The module whose forward a plan replaces: the model itself where it has the head, or else its decoder."""
+    """The module whose forward a plan replaces: the model itself if it has a language model head, otherwise its decoder."""
     path = decoder_path(model)
     return model if has_head(model) or not path else model.get_submodule(path)
 

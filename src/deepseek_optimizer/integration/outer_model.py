@@ -25,7 +25,7 @@ class OuterModel(Instance):
         self.attach(model)
 
     def methods(self) -> dict[str, Any]:
-        from .wrapper import Refuse, RESIZE
+        from .wrapper import RESIZE, Refuse
 
         return {
             "dso": self.runtime,

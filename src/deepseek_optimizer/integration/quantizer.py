@@ -211,10 +211,10 @@ def _check_files(files: Any, model: Any) -> None:
         check_tokenizer_beside(checkpoint)
         check_class(checkpoint, model)
         formats, shapes = expected_tensors(model)
-        if not has_head(model):  # a head of another kind may be new, which Transformers says
-            formats = {name: formats[name] for name in whole_graph(model).weights()}
+        # A head of another kind may be new: Transformers makes it, and says so.
+        checked = list(formats) if has_head(model) else whole_graph(model).weights()
         here = stored_as(checkpoint.tensors, model)
-        formats, shapes = ({here(name): of[name] for name in formats} for of in (formats, shapes))
+        formats, shapes = {here(n): formats[n] for n in checked}, {here(n): shapes[n] for n in checked}
         if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
             check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
             stored_mtp_layers(checkpoint, model.config)

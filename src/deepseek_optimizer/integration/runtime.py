@@ -307,8 +307,10 @@ def runtime_of(model: Any) -> Runtime:
 
 
 def _acts(hook: Any) -> bool:
-    """Whether a forward hook is anyone's but Transformers' own, which stay on a model once its attention weights or hidden states
-    were asked for, and do nothing in calls that don't ask."""
+    """Whether a forward hook may do something in a call that the plan could serve. Two kinds stay on a model and do not: those
+    that record attention weights for the calls that ask, and those of a trainer that make embeddings need gradients."""
+    if getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads"):
+        return torch.is_grad_enabled()
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 

@@ -54,8 +54,8 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     """Runs all new tokens, in steps of at most `config.prefill_chunk`, and adds them to the cache.
 
     Returns:
-        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H], or [1, B, q, H]
-        where only the last is wanted, or None.
+        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H], of the last
+        alone [1, B, q, H], or None.
 
     An error leaves the cache as it was; or empty, where the call had already made it forget some of that.
     """
@@ -87,7 +87,8 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
             if hidden is not None:
                 flat = np.concatenate([p.row * q + p.columns for p in pieces])
                 hidden = hidden.to(made.logits.device)
-                hidden.view(len(hidden), rows * q, -1)[:, torch.from_numpy(flat)] = made.hidden if new.hidden else made.last_hidden
+                made_hidden = made.hidden if new.hidden else made.last_hidden
+                hidden.view(len(hidden), rows * q, -1)[:, torch.from_numpy(flat)] = made_hidden
             if not state.verifies:
                 state.forget()
     except BaseException:

@@ -23,7 +23,7 @@ from ..errors import UnsupportedRequestError
 from ..graph.analysis import dynamic_rope
 from .adapters import ModuleWalk, OutputEmbeddings
 from .cache import Bool, PagedCache, PagedState
-from .compat import cache_name, causal_output, chosen_hidden, take_cache
+from .compat import cache_name, chosen_hidden, output_class, take_cache
 from .generate import PlanGenerate
 from .graphs import planned_module, whole_graph
 from .instance_method import PLANNED, InstanceMethod, Replacement
@@ -72,6 +72,8 @@ class PlanForward(Replacement):
                 return f"argument {name!r} is given"
         if call.get("output_attentions") or (call.get("output_attentions") is None and config.output_attentions):
             return "output_attentions is asked for"
+        if getattr(config, "output_router_logits", False) and call.get("output_router_logits") is None:
+            return "config.output_router_logits is true"
         if call.get("is_causal", getattr(config, "is_causal", None)) is False:
             return "is_causal is False, so tokens see those after them"
         if reason := self.runtime.changed():
@@ -131,7 +133,8 @@ class PlanForward(Replacement):
         """What Transformers returns. `hidden`: as the plan made them; `states`: the tuple that the caller sees."""
         if isinstance(keep := call.get("logits_to_keep", 0), torch.Tensor):
             logits = logits[:, torch.from_numpy(np.searchsorted(new.wanted, _columns_of(keep, new.positions.shape[1])))]
-        return causal_output(loss=self._loss(logits, call), logits=logits, hidden_states=states, cache=cache)
+        fields = {"loss": self._loss(logits, call), "logits": logits, "hidden_states": states, cache_name(): cache}
+        return output_class(self.runtime.model)(**fields)
 
     def _wanted(self, call: dict[str, Any], q: int) -> Any:
         """The columns whose logits are computed, ascending."""

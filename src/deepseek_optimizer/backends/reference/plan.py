@@ -60,6 +60,10 @@ class ReferencePlan:
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: Store) -> StepOutput:
+        with torch.autocast(self.device.type, enabled=False):  # a plan has a dtype of its own, on every backend
+            return self._run(batch, store)
+
+    def _run(self, batch: StepBatch, store: Store) -> StepOutput:
         check_batch(batch, self.graph, store.num_blocks, self._span)
         step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device))
         unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
