@@ -24,7 +24,8 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
         fields: single fields of `DeepSeekConfig`, over those of `config`.
 
     Returns:
-        A `PreTrainedModel` of the class the checkpoint names, in eval mode; `model.report()` says what was made of it.
+        The family's `ForCausalLM` model, in eval mode; `model.report()` says what was made of it. Load other classes
+        (`AutoModel`, classifiers) with their own `from_pretrained(path, quantization_config=config)`.
 
     Raises:
         CheckpointError: a file is damaged, incomplete or not what it claims. Names file and tensor; no pickle is ever opened.
@@ -82,7 +83,7 @@ class DynamicGraphOptimizer:
         config: DeepSeekConfig | None = None,
     ) -> None:
         from .integration.context_extension import extended
-        from .integration.runtime import plan_graph
+        from .integration.graphs import plan_graph
         from .integration.swap import NATURAL
 
         if config is not None and not isinstance(config, DeepSeekConfig):

@@ -68,7 +68,7 @@ def _name(model: Any) -> str:
 
 
 def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore, Any]:
-    runtime = runtime_of(model)
+    runtime = _with_head(model)
     config = runtime.config
     drafts = given.pop("drafts", True)
     draft_model = given.pop("draft_model", None)
@@ -92,7 +92,7 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
             raise ConfigError("batch_invariant=True and a window: when one slides depends on how prompts are cut; choose one")
         key_rotation(runtime.graph)  # an error where keys cannot be moved
     batch = _full_batch(runtime, options)
-    other = runtime_of(draft_model) if drafts and draft_model is not None else None
+    other = _with_head(draft_model) if drafts and draft_model is not None else None
     arena = arena or runtime.serving_arena(batch, 0 if other is None else _full_batch(other, options).bytes)
     vocab = runtime.graph.vocab_size
     rope = dynamic_rope(runtime.graph)
@@ -117,6 +117,13 @@ def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:
     context = runtime.graph.max_positions
     tokens = context if options.window is None else min(context, options.window)
     return runtime.full_batch(options.batch_size_range[1], tokens, options.step_tokens)
+
+
+def _with_head(model: Any) -> Runtime:
+    runtime = runtime_of(model)
+    if not runtime.graph.has_head:
+        raise ConfigError(f"{type(model).__name__} has no head to generate with; load the checkpoint with load_model")
+    return runtime
 
 
 def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[tuple[Proposer, int]]:

@@ -1,4 +1,8 @@
-"""The graphs of a model: its own, and those of the MTP layers that hang on it."""
+"""The graphs of a model: its own, and those of the MTP layers that hang on it.
+
+A family names weights as its `ForCausalLM` class does: the decoder under `model`, a head beside it. Other classes have the
+decoder elsewhere (an `AutoModel` is the decoder) and no language model head; `model_graph` renames and cuts a graph to fit.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..graph import rules
 from ..graph.attention_mode import FLASH, AttentionMode, apply_mode
@@ -39,6 +44,39 @@ def with_eps_of(model: Any, graph: Graph) -> Graph:
     return replace(graph, nodes=nodes)
 
 
+def decoder_path(model: Any) -> str:
+    """Path of a Transformers model's decoder, the module that makes hidden states of tokens; "" if that is the model itself."""
+    base = getattr(model, "base_model", model)
+    return "" if base is model else str(model.base_model_prefix)
+
+
+def has_head(model: Any) -> bool:
+    """Whether a Transformers model computes logits over the vocabulary, and so whether its plan does."""
+    return isinstance(getattr(model, "lm_head", None), nn.Module)
+
+
+def planned_module(model: Any) -> Any:
+    """The module whose forward a plan replaces: the model itself if it has a language model head, otherwise its decoder."""
+    path = decoder_path(model)
+    return model if has_head(model) or not path else model.get_submodule(path)
+
+
+def model_graph(
+    model: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0, mode: AttentionMode = FLASH
+) -> tuple[Graph, list[rules.RuleReport]]:
+    """`plan_graph` of a model's config, with the model's own names of weights, and without a head where it has none."""
+    path = decoder_path(model)
+
+    def named(weight: str) -> str:
+        inner = weight.removeprefix("model.")
+        return weight if inner == weight else f"{path}.{inner}" if path else inner
+
+    with torch.device("cpu"):  # as in `plan_graph`
+        graph = build_graph(model.config, mtp_layers).renamed(named)
+        graph, reports = rules.apply(graph if has_head(model) else graph.without_head(), rule_names)
+    return apply_mode(graph, mode)[0], reports
+
+
 def loaded_mtp_layers(model: Any) -> int:
     """How many MTP layers hang on a model, behind its own."""
     layers = getattr(getattr(model, "model", None), "layers", ())
@@ -64,7 +102,7 @@ def mtp_graphs(model: Any) -> list[Graph]:
 
 def whole_graph(model: Any) -> Graph:
     """All nodes of all graphs in one: for facts about weights, not to be run."""
-    graph, _ = plan_graph(model.config, (), loaded_mtp_layers(model))
+    graph, _ = model_graph(model, (), loaded_mtp_layers(model))
     return replace(graph, nodes=[node for g in (graph, *mtp_graphs(model)) for node in g.nodes])
 
 

@@ -31,6 +31,7 @@ from ..models import check_config
 from ..quant import PackedWeight, Packer
 from ..system.memory import free_memory
 from .adapt import adapt, calibration_tokens
+from .classes import check_causal
 from .context_extension import extended
 from .graphs import whole_graph
 from .importance import importance_for
@@ -123,6 +124,7 @@ def sketch(
     if settings.mtp == "auto":
         add_mtp_layers(model, own_tensors(checkpoint, model.config))
     swap_on_meta(model, whole_graph(model), settings, dtype, checkpoint.own_format)
+    check_causal(checkpoint, model)
     return model, settings, dtype
 
 

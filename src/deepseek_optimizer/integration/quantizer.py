@@ -25,8 +25,9 @@ from ..errors import CheckpointError, ConfigError
 from ..graph.least import exact_weights
 from ..quant import PackedStack, PackedWeight
 from .attention_name import check_attention_name
+from .classes import check_class, described_for, stored_as
 from .context_extension import extended
-from .graphs import plan_graph, whole_graph
+from .graphs import has_head, plan_graph, whole_graph
 from .mapped import MappedFiles
 from .modules import Packed
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
@@ -120,7 +121,14 @@ class PackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.dtype
+        if self.quantization_config.chooses_formats and not has_head(model):
+            raise ConfigError(
+                f"kl_budget measures logits, and {type(model).__name__} has none: choose formats with load_model or "
+                "`dso convert`, and open the packed directory with this class"
+            )
         self._add_mtp_layers(model, checkpoint_files, dtype)
+        if self.pre_quantized:
+            described_for(self.quantization_config, model)
         graph = whole_graph(model)
         swap_on_meta(model, graph, self.quantization_config, dtype)
         _expect_fp32(model, exact_weights(graph))
@@ -137,7 +145,7 @@ class PackingQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored_keys(
             model.config
         )
-        if self.quantization_config.mtp == "auto" and _is_standard(files):
+        if self.quantization_config.mtp == "auto" and has_head(model) and _is_standard(files):
             with torch.device("cpu"), open_checkpoint(Path(files[0]).parent) as checkpoint:
                 add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
@@ -240,7 +248,12 @@ def _check_files(files: Any, model: Any) -> None:
         return
     with open_checkpoint(Path(files[0]).parent) as checkpoint:
         check_tokenizer_beside(checkpoint)
+        check_class(checkpoint, model)
         formats, shapes = expected_tensors(model)
+        # A head of another kind may be new: Transformers makes it, and says so.
+        checked = list(formats) if has_head(model) else whole_graph(model).weights()
+        here = stored_as(checkpoint.tensors, model)
+        formats, shapes = {here(n): formats[n] for n in checked}, {here(n): shapes[n] for n in checked}
         if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
             check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
             stored_mtp_layers(checkpoint, model.config)

@@ -28,7 +28,8 @@ from ..system.memory import free_memory
 from .arena import Arena, LatentRow
 from .cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
 from .context_extension import extension_note
-from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph, with_eps_of
+from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
+from .instance import Instance
 from .modules import Packed, PackedLinear, gradient_panels, matmul_panels, unchecked
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
@@ -90,14 +91,11 @@ def forgetting_of(graph: Graph) -> Forgetting | None:
     return None if seen is None else Forgetting(*seen)
 
 
-class Runtime:
-    """Binds a plan to one model instance. Attached as `model.dso`.
-
-    The model owns the runtime, and the way back is a weak reference, so that dropping the model frees everything at once. In
-    `load_model(path).generate(...)` the model is dropped before the call begins: what it consists of is kept here, and
-    `model` puts it together again.
+class Runtime(Instance):
+    """Binds a plan to one model instance, whose forward the plan replaces. Attached as `model.dso`.
 
     Attributes:
+        model: that instance: the whole model, or of one without a head of the family's its decoder.
         config, graph, rules: what was asked for, and what the rules made of it.
         in_mode: layers whose attention the config's mode has changed.
         backend: runs the plan.
@@ -110,7 +108,7 @@ class Runtime:
     ) -> None:
         self._model = weakref.ref(model)
         self.config, self.bytes_before = config, bytes_before
-        graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model))
+        graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
         self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
@@ -131,24 +129,10 @@ class Runtime:
         self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
         _check_bound(model, whole_graph(model))
 
-    @property
-    def model(self) -> Any:
-        """The model. Hold on to it as long as it is needed."""
-        model = self._model()
-        if model is None:
-            model = object.__new__(self._class)
-            model.__dict__.update(self._parts)
-            self.attach(model)
-        return model
-
-    def attach(self, model: Any) -> None:
-        """Puts the plan in charge of this instance."""
+    def methods(self) -> dict[str, Any]:
         from .wrapper import instance_methods
 
-        self._model, self._class = weakref.ref(model), type(model)
-        own = {"dso": self, **instance_methods(self)}
-        self._parts = {name: value for name, value in model.__dict__.items() if name not in own}
-        model.__dict__.update(own)
+        return {"dso": self, **instance_methods(self)}
 
     @property
     def backend(self) -> Backend:
@@ -321,7 +305,7 @@ class Runtime:
         for children, name, child in tree:
             if children.get(name) is not child:
                 return f"module {name!r} was replaced or wrapped (an adapter?)"
-            if child._forward_hooks or child._forward_pre_hooks:
+            if child._forward_pre_hooks or any(map(_acts, child._forward_hooks.values())):
                 return f"module {name!r} has forward hooks"
             if "forward" in child.__dict__:
                 return f"module {name!r} has a forward of its own"
@@ -384,6 +368,14 @@ def runtime_of(model: Any) -> Runtime:
         f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
         "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
     )
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a forward hook may do something in a call that the plan could serve. Two kinds stay on a model and do not: those
+    that record attention weights for the calls that ask, and those of a trainer that make embeddings need gradients."""
+    if getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads"):
+        return torch.is_grad_enabled()
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _rotation(graph: Graph) -> KeyRotation | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import shutil
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.atomic import atomic_directory, sync
-from ..checkpoint.packed import write_safetensors
-from .graphs import whole_graph
+from ..checkpoint.packed import packed_section, write_safetensors
+from ..config import DeepSeekConfig
+from ..quant import PackedWeight
 from .instance_method import InstanceMethod
-from .swap import weights_of
+from .swap import stored_tensors
 
 
 class PackedSave(InstanceMethod):
@@ -52,9 +54,13 @@ class PackedSave(InstanceMethod):
 
     def _write(self, folder: Path) -> None:
         model = self.runtime.model
-        save_configs(model, model.dtype, folder)
+        tensors = stored_tensors(model)
+        settings = copy.deepcopy(model.config.quantization_config)
+        section = packed_section({name: value for name, value in tensors.items() if isinstance(value, PackedWeight)})
+        settings.modules, settings.format_version = section["modules"], section["format_version"]
+        save_configs(model, model.dtype, folder, settings)
         with self._intact():
-            write_safetensors(folder / "model.safetensors", weights_of(model, whole_graph(model)))
+            write_safetensors(folder / "model.safetensors", tensors)
 
     @contextmanager
     def _intact(self) -> Iterator[None]:
@@ -68,9 +74,19 @@ class PackedSave(InstanceMethod):
         self.runtime.check_weights()
 
 
-def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:
-    """config.json and generation_config.json. `dtype`: that of what is not packed."""
+def save_configs(model: Any, dtype: torch.dtype, folder: Path, settings: DeepSeekConfig | None = None) -> None:
+    """config.json, and generation_config.json where the model generates.
+
+    Args:
+        dtype: that of what is not packed.
+        settings: of what is saved; None: the model's own.
+    """
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    config = model.config
+    if settings is not None:
+        config = copy.copy(config)
+        config.quantization_config = settings
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)

@@ -119,9 +119,11 @@ class CpuPlan:
         hidden_size: int,
         hidden_states: int,
         rope: Any,
+        has_head: bool,
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
+        self.has_head = has_head
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
         self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
         self._steps = len(steps)
@@ -133,6 +135,8 @@ class CpuPlan:
     def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
         """One step. Shapes are checked here, ids and lengths by the library, before anything is written."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
+        if rows and not self.has_head:
+            raise ValueError(f"logit_rows asks for {rows} rows of logits, and this plan has no head")
         frequencies = self._frequencies(batch)
         logits = _logits(batch.logits, (rows, self.vocab_size))
         hidden = (
