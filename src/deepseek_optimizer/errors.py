@@ -144,16 +144,18 @@ class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
     """Something does not fit in the memory that is free; none was taken.
 
     Args:
-        what: that was to be made.
-        needed, free: bytes.
+        what: that was to be made; where the system refused memory and the bytes are not known, what it said.
+        needed, free: bytes; None where they are not known.
         remedy: what to do, as a sentence without its stop.
         limit: which limit leaves no more, as a sentence without its stop.
     """
 
-    def __init__(self, what: str, needed: int, free: int, remedy: str, limit: object = None) -> None:
+    def __init__(self, what: str, needed: int | None, free: int | None, remedy: str, limit: object = None) -> None:
         self.needed, self.free = needed, free
         which = "" if limit is None else f" ({limit})"
-        super().__init__(f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free{which}: {remedy}")
+        if needed is not None and free is not None:
+            what = f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free{which}"
+        super().__init__(f"{what}: {remedy}")
 
 
 class ForgottenError(DeepSeekOptimizerError, ValueError):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.atomic import atomic_directory, sync
+from ..checkpoint.atomic import merged_directory
 from ..checkpoint.packed import packed_section, write_safetensors
+from ..checkpoint.shards import is_weights
 from ..config import DeepSeekConfig
 from ..quant import PackedWeight
 from .instance_method import InstanceMethod
@@ -24,8 +23,8 @@ from .swap import stored_tensors
 class PackedSave(InstanceMethod):
     """`model.save_pretrained`, on the instance.
 
-    A directory that is not there yet appears at once when all is written. In one that is there (a tokenizer in it, perhaps),
-    each file is replaced at once. Adapters, uploads and state dicts given by the caller go to Transformers' own.
+    The directory changes at once when all is written; other files in it (a tokenizer, perhaps) stay. See `merged_directory` for
+    where that cannot be had. Adapters, uploads and state dicts given by the caller go to Transformers' own.
     """
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -35,22 +34,8 @@ class PackedSave(InstanceMethod):
             with self._intact():
                 type(model).save_pretrained(model, save_directory, **kwargs)
             return
-        target = Path(save_directory)
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            with atomic_directory(target, overwrite=True) as folder:
-                self._write(folder)
-            return
-        folder = target / f".{secrets.token_hex(4)}.tmp"
-        folder.mkdir()
-        try:
+        with merged_directory(save_directory, replaces=is_weights) as folder:
             self._write(folder)
-            for path in sorted(folder.iterdir(), key=lambda p: p.name == "config.json"):  # the config last
-                sync(path)
-                os.replace(path, target / path.name)
-            for stale in (*target.glob("model-*-of-*.safetensors"), target / "model.safetensors.index.json"):
-                stale.unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
         model = self.runtime.model

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...errors import BackendError, CheckpointChangedError
+from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
 from ...graph.ir import CacheSpec, LatentSpec
 from . import native_train
 
@@ -165,6 +165,9 @@ def library() -> Any:
     return lib
 
 
+_MEMORY_REMEDY = "end other programs, take a smaller kv_cache_memory, or load the model in a smaller format"
+
+
 def check(code: int) -> None:
     """Raises what a non-zero return code stands for, with the library's own message."""
     if code == 0:
@@ -173,7 +176,7 @@ def check(code: int) -> None:
     if code == _EINVAL:
         raise ValueError(message)
     if code == _ENOMEM:
-        raise MemoryError(message)
+        raise NotEnoughMemoryError(message, None, None, _MEMORY_REMEDY)
     if code == _EFILE:
         what, _, file = message.partition(": ")
         raise CheckpointChangedError(what, file=file)
