@@ -189,14 +189,14 @@ class PackingQuantizer(HfQuantizer):
         self.mapped.watch()
         packed = [pair for pair in model.named_modules() if isinstance(pair[1], Packed)]
         with ExitStack() as opened, torch.no_grad():
-            checkpoint: Checkpoint | None = None
             if self.pre_quantized and _is_standard(self.files):
                 checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
                 checkpoint.mapper = mapper_of(choose_backend(self.quantization_config, torch.device("cpu"))[0])
-            for path, module in packed:
-                for leaf, weight in module.held().items():
-                    if checkpoint is not None and self.mapped.holds(weight.data):
-                        module._parameters[leaf].data = _read_again(checkpoint, f"{path}.{leaf}", weight).data
+                stored = stored_as(checkpoint.tensors, model)
+                for path, module in packed:
+                    for leaf, weight in module.held().items():
+                        if self.mapped.holds(weight.data):
+                            module._parameters[leaf].data = _read_again(checkpoint, stored(f"{path}.{leaf}"), weight).data
             for tensor in (*model.parameters(), *model.buffers()):
                 if self.mapped.holds(tensor):
                     tensor.data = tensor.data.clone()
