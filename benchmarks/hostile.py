@@ -12,13 +12,15 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from typing import Any
 
@@ -82,13 +84,19 @@ class Hostile:
         self.statuses: Counter[str] = Counter()
 
     async def run(self, seconds: float) -> None:
-        """Leans on the server for so long."""
-        until = time.monotonic() + seconds
+        """Leans on the server for so long. Prints a line when all that it sends is made."""
         ways = [(KINDS[kind][0], n) for kind in self._kinds for n in range(KINDS[kind][1])]
-        await asyncio.gather(*(self._one(make, random.Random(f"{self._seed} {make.__name__} {n}"), until) for make, n in ways))
+        rngs = [random.Random(f"{self._seed} {make.__name__} {n}") for make, n in ways]
+        requests = [make(rng)(self._key) for (make, _), rng in zip(ways, rngs, strict=True)]
+        print("begun", flush=True)
+        until = time.monotonic() + seconds
+        await asyncio.gather(
+            *(self._one(request, make, rng, until) for request, (make, _), rng in zip(requests, ways, rngs, strict=True))
+        )
 
-    async def _one(self, make: Callable[[random.Random], Callable[[str], bytes]], rng: random.Random, until: float) -> None:
-        request = make(rng)(self._key)
+    async def _one(
+        self, request: bytes, make: Callable[[random.Random], Callable[[str], bytes]], rng: random.Random, until: float
+    ) -> None:
         while (left := until - time.monotonic()) > 0:
             try:
                 await self._ask(request, rng, left)
@@ -116,14 +124,26 @@ class Hostile:
 
 
 @contextmanager
-def leaning(port: int, key: str, kind: str, seconds: float) -> Iterator[subprocess.Popen[str]]:
-    """A hostile client as a process, which is ended where it has not ended; its output is what it prints."""
+def leaning(port: int, key: str, kind: str, seconds: float) -> Iterator[Counter[str]]:
+    """A hostile client as a process, which has begun by then and is ended in the end.
+
+    Returns: how often each status came, when it has ended.
+
+    Raises: RuntimeError, it ended by an error.
+    """
     command = [sys.executable, "-m", "benchmarks.hostile", str(port), key, kind, "--seconds", str(seconds)]
+    statuses: Counter[str] = Counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            yield process
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield statuses
         finally:
-            process.kill()
+            process.terminate()
+            said, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the hostile client ended with status {process.returncode}")
+    statuses.update(json.loads(said))
 
 
 def _chat(content: str, **fields: Any) -> Callable[[str], bytes]:
@@ -131,6 +151,7 @@ def _chat(content: str, **fields: Any) -> Callable[[str], bytes]:
     return lambda key: request_bytes(CHATS, body, key=key)
 
 
+@cache
 def _docx() -> bytes:
     from docx import Document
 
@@ -163,8 +184,16 @@ def main() -> None:
     a = parser.parse_args()
     every = a.kind == "all"
     hostile = Hostile(a.port, a.key, list(KINDS) if every else [a.kind], LEAVING if every else 0.0)
-    asyncio.run(hostile.run(a.seconds))
+    asyncio.run(_until_terminated(hostile.run(a.seconds)))
     print(json.dumps(hostile.statuses))
+
+
+async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_what_is_wrong_is_told():
     assert soak.report(clients, {"400": 3, "left": 1}, flat, 2, [], 1200.0, "") == []
     assert "grew by" in soak.report(clients, {"400": 3}, growing, 2, [], 1200.0, "")[0]
     assert "500" in soak.report(clients, {"500": 1}, flat, 2, [], 1200.0, "")[0]
-    assert "did not come" in soak.report(clients, {}, flat, 2, [], 1200.0, "")[0]
+    assert "got no answer" in soak.report(clients, {}, flat, 2, [], 1200.0, "")[0]
     assert "left behind" in soak.report(clients, {"400": 3}, flat, 2, ["a block"], 1200.0, "")[0]
     assert "traceback" in soak.report(clients, {"400": 3}, flat, 2, [], 1200.0, "Traceback (most")[0]
     clients.sent["chat"] += 1
@@ -105,5 +105,5 @@ def test_what_a_hostile_client_sends(monkeypatch):
 
 def test_percentiles_and_ratios():
     assert attacks.percentile([float(n) for n in range(100)]) == 95.0 and attacks.percentile([1.0]) == 1.0
-    assert attacks.Row("prompts", "chat", 0.1, 0.2, 0.3).ratio == 2.0
+    assert attacks.Row("prompts", "chat", 0.1, 0.2, 0.3, {}).ratio == 2.0
     assert all("response_format" in attacks.body("schema") or kind != "schema" for kind in ("chat", "schema", "file"))

@@ -110,14 +110,14 @@ def test_blocks_are_shared_too(prefix_cache):
 
 
 def test_the_one_with_most_loses_its_blocks_first():
-    """b's single text came last and keeps its blocks while a's five grow."""
+    """b's single text came last and keeps its blocks while a's five grow beyond what there is."""
     watched = Watched(blocks=14, batch_size_range=(8, 8), prefix_cache=False)
-    watched.add(*(asked(f"a{n}", "a", tokens=200) for n in range(5)), asked("b", "b", tokens=60))
-    for _ in range(58):
+    watched.add(*(asked(f"a{n}", "a", tokens=200) for n in range(5)), asked("b", "b", tokens=120))
+    while "b" not in watched.ended:
         watched.step()
-    assert watched.core.scheduler.preemptions > 0 or "b" in watched.running
-    assert watched.to_the_end()[0] == "b"
+        assert "b" in watched.running or "b" in watched.ended
     assert watched.core.scheduler.preemptions > 0
+    watched.to_the_end()
 
 
 def test_prompts_go_in_turns():
