@@ -80,7 +80,7 @@ class Served:
     @property
     def resident_bytes(self) -> int:
         """Of the server's process."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
         raise OSError("the server has ended")
@@ -89,7 +89,7 @@ class Served:
     def children(self) -> list[int]:
         """Ids of the processes that it has started and that live."""
         found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted({int(child) for path in found for child in path.read_text().split()})
+        return sorted({int(child) for path in found for child in path.read_text(encoding="utf-8").split()})
 
     def get(self, path: str) -> Any:
         """JSON at a path."""

@@ -74,7 +74,7 @@ class Machine:
     def read(self, path: str) -> str | None:
         """A system file's text without white space around it; None where it can't be read."""
         try:
-            return (self.root / path.lstrip("/")).read_text(errors="replace").strip()
+            return (self.root / path.lstrip("/")).read_text(encoding="utf-8", errors="replace").strip()
         except OSError:
             return None
 

@@ -29,7 +29,7 @@ def _write(pipe: BinaryIO, message: Any) -> None:
 
 def _limit_memory(more: int) -> None:
     """To what the process has now, and so much more."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         pages = int(file.read().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -189,6 +189,6 @@ def available_bytes() -> int:
 
 def _cgroup_number(name: str, default: int) -> int:
     try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
+        return int((Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not Linux, no such controller, or "max"
         return default
