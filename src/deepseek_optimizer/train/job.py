@@ -21,6 +21,8 @@ from transformers import (
     set_seed,
 )
 
+from ..backends.cpu import crowding
+from ..backends.cpu.environment import forced_threads
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
@@ -38,6 +40,7 @@ from .data.packing import row_for
 from .defaults import defaults, rhythm
 from .disk import check_writable, plan_disk
 from .fp8.backend import of_arguments
+from .ops.native import built
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
 from .prepare import prepare, trainable
@@ -178,7 +181,7 @@ class TrainingJob:
             memory=memory,
             free=available_bytes(),
             disk=disk,
-            remarks=[*self.report.remarks(), *self._left_out(checkpoint, model)],
+            remarks=[*self.report.remarks(), *self._left_out(checkpoint, model), *_crowded()],
         )
 
     def _left_out(self, checkpoint: Checkpoint, model: Any) -> list[str]:
@@ -298,6 +301,13 @@ class TrainingJob:
     def _save_to(self, directory: Path, trainer: DeepSeekTrainer) -> None:
         trainer.save_model(str(directory))
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings are in `train.json`
+
+
+def _crowded() -> list[str]:
+    """That DSO_THREADS asks for more threads than there are processors for."""
+    asked = forced_threads()
+    note = crowding(asked) if asked is not None and built() else None
+    return [] if note is None else [note]
 
 
 def _unpacked_sketch(checkpoint: Checkpoint) -> Any:
