@@ -273,6 +273,11 @@ class DeepSeekConfig(QuantizationConfigMixin):
             raise ConfigError(f"DeepSeekConfig has no field {name!r}; {hint}")
         return cls._checks[name]
 
+    @classmethod
+    def check(cls, name: str, value: Any) -> None:
+        """Raises ConfigError if there is no such field, or it can't have this value."""
+        cls._known(name)(name, value)
+
     @property
     def rules(self) -> tuple[str, ...]:
         """Names of the rules to apply, in the order of application."""

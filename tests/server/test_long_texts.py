@@ -48,8 +48,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "/v1/completions": [
-        {"model": "m", "prompt": "hello", "max_tokens": 1, "guided_regex": "a", "top_p": 1.0},
-        {"prompt": "hello", "guided_grammar": "root ::= root"},
+        {"model": "m", "prompt": "hello", "max_tokens": 1, "top_p": 1.0},
     ],
     "/v1/responses": [
         {

@@ -92,7 +92,7 @@ class Served:
     def children(self) -> list[int]:
         """Ids of the processes that it has started and that live."""
         found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted({int(child) for path in found for child in path.read_text().split()})
+        return sorted({int(child) for path in found for child in path.read_text(encoding="utf-8").split()})
 
     def get(self, path: str) -> Any:
         """JSON at a path."""
@@ -112,7 +112,7 @@ class Served:
 def resident(pid: int) -> int | None:
     """Bytes of memory that a process has; None: it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)

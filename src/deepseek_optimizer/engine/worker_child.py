@@ -29,7 +29,7 @@ def _write(pipe: BinaryIO, message: Any) -> None:
 
 def _limit_memory(more: int) -> None:
     """To what the process has now, and so much more."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         pages = int(file.read().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -39,7 +39,7 @@ def _give_way(nice: int) -> None:
     """To processes of the same machine that are in more of a hurry."""
     os.nice(nice)
     try:  # where the kernel shares out time by sessions, and by niceness only within them
-        with open("/proc/self/autogroup", "w") as file:
+        with open("/proc/self/autogroup", "w", encoding="ascii") as file:
             file.write(str(nice))
     except OSError:
         pass

@@ -132,6 +132,8 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     """The config of this load: what the checkpoint was packed with, then `config`, then `fields`."""
     if config is not None and not isinstance(config, DeepSeekConfig):
         raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
+    for name, value in fields.items():
+        DeepSeekConfig.check(name, value)  # each by itself before they are compared with what is stored
     if not isinstance(checkpoint, PackedCheckpoint):
         if section is not None and not isinstance(checkpoint, GgufCheckpoint):
             method = section.get("quant_method") if isinstance(section, dict) else section

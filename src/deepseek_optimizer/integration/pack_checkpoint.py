@@ -110,7 +110,7 @@ def _write(
     """Writes these shards; notes for the user."""
     if not shards:
         return []
-    backend, _ = choose_backend(settings, torch.device("cpu"))
+    backend, note = choose_backend(settings, torch.device("cpu"))
     same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
     importance, notes = importance_for(
         checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
@@ -122,7 +122,7 @@ def _write(
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)
     checkpoint.check_unchanged()
-    notes += checkpoint.remarks()
+    notes += [*filter(None, [note]), *checkpoint.remarks()]
     return notes + (checkpoint.conversions() if settings.precision == "auto" else [])
 
 

@@ -42,7 +42,7 @@ class OptimizerWarning(UserWarning):
 
 
 def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, str | None]:
-    """The backend for a model on `device`, and why it is not the native one where that might surprise.
+    """The backend for a model on `device`, and what might surprise of it: why it is not the native one, too many threads.
 
     Raises:
         BackendError: backend="cpu" cannot be had.
@@ -59,7 +59,8 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
     else:
         reason = unavailable_reason()
         if reason is None or config.backend == "cpu" or config.isa or forced_isa():
-            return CpuBackend(isa=config.isa, threads=config.threads), None
+            native = CpuBackend(isa=config.isa, threads=config.threads)
+            return native, native.note
         note = f"the reference backend serves, much slower than the native one: {reason}"
     from ..backends.reference import ReferenceBackend  # not before it is needed: a fast start
 

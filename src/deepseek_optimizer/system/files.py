@@ -10,7 +10,7 @@ ROOT = Path("/")
 def read_text(root: Path, path: str) -> str:
     """A system file's text without white space around it; "" where it can't be read."""
     try:
-        return (root / path.lstrip("/")).read_text(errors="replace").strip()
+        return (root / path.lstrip("/")).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 

@@ -24,6 +24,17 @@ FAMILIES = ("avx2", "avx512")  # ISA names that stand for several variants
 unavailable_reason = native.unavailable_reason
 
 
+def crowding(threads: int) -> str | None:
+    """That so many threads are more than this process has processors for; None: they are not."""
+    usable = int(native.library().dso_default_threads())
+    if threads <= usable:
+        return None
+    return (
+        f"{threads} threads share the {usable} processors that this process may use, and a step ends with the last of them: "
+        f"leave threads and DSO_THREADS out, or ask for {usable}"
+    )
+
+
 class CpuBackend:
     """Graphs compiled to native plans.
 
@@ -55,6 +66,11 @@ class CpuBackend:
     @property
     def threads(self) -> int:
         return self.context.threads
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know of its threads."""
+        return crowding(self.threads)
 
     @property
     def detail(self) -> str:

@@ -56,7 +56,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "ids": runs[-1].ids,
     }
     if a.reference:
-        result["agreed"] = _agreed(model, essay, json.loads(a.reference.read_text()))
+        result["agreed"] = _agreed(model, essay, json.loads(a.reference.read_text(encoding="utf-8")))
     return result
 
 

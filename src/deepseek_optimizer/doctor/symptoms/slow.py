@@ -102,7 +102,7 @@ def processor_times() -> Times:
     try:
         usable = {f"cpu{i}" for i in os.sched_getaffinity(0)}
         tick = os.sysconf("SC_CLK_TCK")
-        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()]
     except (OSError, AttributeError):
         return None
     busy = 0
