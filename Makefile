@@ -1,4 +1,4 @@
-# make test | demo | lint | bench | bench-train | soak | quality | test-lowest | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-lowest demo lint bench bench-train soak quality wheel fuzz clean
+.PHONY: help env test test-lowest demo lint bench bench-train bench-commits soak quality wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -70,6 +70,11 @@ BENCH ?=
 bench: env
 	$(BIN)/python -m benchmarks.run $(BENCH)
 	$(BIN)/python -m benchmarks.tables
+
+# This tree beside an earlier commit, in turns: make bench-commits BEFORE=HEAD~5 BENCH="smol-decode serve-16".
+BEFORE ?= HEAD~1
+bench-commits: env
+	$(BIN)/python -m benchmarks.commits $(BEFORE) $(BENCH)
 
 # A step of training beside Transformers' Trainer, memory, and what the loss loses.
 bench-train: env

@@ -7,12 +7,18 @@ Importing this package registers its names with Transformers and does nothing el
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 from typing import TYPE_CHECKING, Any
+
+from .address_space import check_address_space as _check_address_space
+
+_check_address_space()  # before torch is loaded
 
 from .config import DeepSeekConfig
 from .errors import (
     BackendError,
     CacheFullError,
+    CheckpointChangedError,
     CheckpointError,
     ConfigError,
     DeepSeekOptimizerError,
@@ -68,6 +74,7 @@ _LAZY = {
 __all__ = [
     "BackendError",
     "CacheFullError",
+    "CheckpointChangedError",
     "CheckpointError",
     "ConfigError",
     "DeepSeekConfig",

@@ -46,6 +46,19 @@ class CheckpointError(DeepSeekOptimizerError, ValueError):
         super().__init__(f"{where}: {message}" if where else message)
 
 
+class CheckpointChangedError(CheckpointError):
+    """A checkpoint file was changed while its weights are in use; results that rest on it are not given out.
+
+    Args:
+        message: what happened to the file, to follow its name.
+        file: path of the file.
+    """
+
+    def __init__(self, message: str, *, file: object = None) -> None:
+        self.what = message
+        super().__init__(f"{message}; restore the file and load the model again", file=file)
+
+
 class SaveError(DeepSeekOptimizerError, OSError):
     """A checkpoint of training or a model could not be written; what was there before it is as it was.
 
@@ -99,13 +112,15 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
     Args:
         needed: blocks that were asked for.
         free: blocks that are free.
+        shortage: why the cache cannot grow, where it is smaller than it may be.
     """
 
-    def __init__(self, needed: int, free: int) -> None:
-        self.needed, self.free = needed, free
+    def __init__(self, needed: int, free: int, shortage: str | None = None) -> None:
+        self.needed, self.free, self.shortage = needed, free, shortage
+        why, more = ("", "raise kv_cache_memory") if shortage is None else (f", and {shortage}", "free memory")
         super().__init__(
-            f"KV cache: {needed} more block(s) needed, {free} free. Shorten the request, send fewer at once, raise "
-            "kv_cache_memory, or load the model with sparse_attention=True (half the cache) or "
+            f"KV cache: {needed} more block(s) needed, {free} free{why}. Shorten the request, send fewer at once, {more}, "
+            "or load the model with sparse_attention=True (half the cache) or "
             'attention_optimization="sliding" (a window).'
         )
 
@@ -117,11 +132,13 @@ class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
         what: that was to be made.
         needed, free: bytes.
         remedy: what to do, as a sentence without its stop.
+        limit: which limit leaves no more, as a sentence without its stop.
     """
 
-    def __init__(self, what: str, needed: int, free: int, remedy: str) -> None:
+    def __init__(self, what: str, needed: int, free: int, remedy: str, limit: object = None) -> None:
         self.needed, self.free = needed, free
-        super().__init__(f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: {remedy}")
+        which = "" if limit is None else f" ({limit})"
+        super().__init__(f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free{which}: {remedy}")
 
 
 class ForgottenError(DeepSeekOptimizerError, ValueError):

@@ -74,7 +74,7 @@ def test_positional_arguments_and_tuple(pair):
     assert_close_rows(made[0], pair.plain(ids, return_dict=False)[0])
 
 
-@pytest.mark.parametrize("keep", [0, 1, 3, 100, torch.tensor([0, 4]), torch.tensor([5, 2, 2]), torch.tensor([-1])])
+@pytest.mark.parametrize("keep", [0, 1, 3, 100, -4, -11, torch.tensor([0, 4]), torch.tensor([5, 2, 2]), torch.tensor([-1])])
 @torch.no_grad()
 def test_logits_to_keep(pair, keep):
     ids = pair.ids(11, 11)
@@ -132,6 +132,14 @@ def test_position_ids(pair):
     positions = torch.tensor([[3, 4, 5, 6, 7], [0, 2, 4, 6, 8]])
     assert_close_rows(pair.fast(ids, position_ids=positions).logits, pair.plain(ids, position_ids=positions).logits)
     assert_close_rows(pair.fast(ids, position_ids=positions[:1]).logits, pair.plain(ids, position_ids=positions[:1]).logits)
+
+
+@torch.no_grad()
+def test_fractional_positions_are_not_rounded(fresh_pair):
+    ids, positions = fresh_pair.ids(5), torch.tensor([[0.5, 1.5, 2.5, 3.5, 4.75]])
+    with pytest.warns(OptimizerWarning, match="position_ids is not a 2-D tensor of integers"):
+        fast = fresh_pair.fast(ids, position_ids=positions, use_cache=False).logits
+    assert_close_rows(fast, fresh_pair.plain(ids, position_ids=positions, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
@@ -378,6 +386,7 @@ def test_a_paged_cache_cannot_be_used_by_transformers_forward(fresh_pair):
         ({"input_ids": torch.tensor([[1]]), "position_ids": torch.tensor([[-1]])}, "position -1 is outside"),
         ({"input_ids": torch.zeros(1, 4097, dtype=torch.long)}, "context of 4096"),
         ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
+        ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, torch.nan]])}, "attention_mask holds NaN"),
         ({"input_ids": torch.tensor([[1, 2]]), "logits_to_keep": torch.tensor([2])}, "outside the 2"),
     ],
 )

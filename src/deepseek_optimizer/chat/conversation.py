@@ -99,7 +99,7 @@ def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> Any:
     """The same as a tensor for `generate`: int64 [1, T]."""
     import torch
 
-    return torch.tensor([prompt_tokens(tokenizer, messages, raw=raw)], dtype=torch.int64)
+    return torch.tensor([prompt_tokens(tokenizer, messages, raw=raw)], dtype=torch.int64, device="cpu")
 
 
 @dataclass

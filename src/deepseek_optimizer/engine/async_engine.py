@@ -20,7 +20,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EngineBusyError, EngineDeadError
+from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
 from .core import EngineCore
 from .request import Output, Request
 
@@ -118,6 +118,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._dead: BaseException | None = None
+        self._changed: CheckpointChangedError | None = None  # found out by asking, before a step met it
         self._answers: dict[str, Answers] = {}
         self._ids = itertools.count(1)
         self._admitted = 0
@@ -141,7 +142,17 @@ class AsyncEngine:
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
-        return self._dead is None and self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive() and self._failure() is None
+
+    def _failure(self) -> BaseException | None:
+        """What keeps requests from being answered: what ended the thread, or would end it at its next step."""
+        if self._dead is None and self._changed is None:
+            try:
+                self.core.runner.check_weights()
+            except CheckpointChangedError as error:
+                _log.error("the model cannot be used any more: %s", error)
+                self._changed = error
+        return self._dead or self._changed
 
     @property
     def waiting(self) -> int:
@@ -177,7 +188,7 @@ class AsyncEngine:
             EngineBusyError: there are not so many left, or the engine is draining.
             EngineDeadError: nothing is answered any more.
         """
-        self._check_alive()
+        self.check_alive()
         if self._draining or self._admitted + requests > self.capacity:
             raise EngineBusyError(self._admitted, self._retry_after(requests))
         self._admitted += requests
@@ -204,7 +215,7 @@ class AsyncEngine:
             RequestError: it can never be served as it is.
             EngineDeadError: nothing is answered any more.
         """
-        self._check_alive()
+        self.check_alive()
         self.core.check(request)
         # The engine's own ids: two clients may send the same one.
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
@@ -217,9 +228,14 @@ class AsyncEngine:
         if request_id in self._answers:
             self._send(request_id)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """
+        Raises:
+            EngineDeadError: nothing is answered any more. Its cause tells why, where there was an error: a
+                CheckpointChangedError where a file that the model is mapped from was changed.
+        """
         if not self.alive or self._stopping:
-            raise EngineDeadError("the engine has stopped; restart the server") from self._dead
+            raise EngineDeadError("the engine has stopped; restart the server") from self._failure()
 
     def _send(self, message: Request | str) -> None:
         with self._wake:
@@ -285,7 +301,10 @@ class AsyncEngine:
                 elif self.core.nobody_ran:
                     time.sleep(_NAP)
         except BaseException as error:
-            _log.exception("the engine's thread has died")
+            if isinstance(error, CheckpointChangedError):
+                _log.error("the model cannot be used any more: %s", error)
+            else:
+                _log.exception("the engine's thread has died")
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._died, error)
 

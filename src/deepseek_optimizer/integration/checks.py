@@ -25,7 +25,7 @@ _WHOLE = {
 
 
 def check_prompt(inputs: Any, mask: Any, graph: Graph) -> None:
-    """ids [B, n] or embeddings [B, n, H]: not empty, inside the vocabulary, inside the context, padded on the left only.
+    """ids [B, n] or embeddings [B, n, H]: not empty, inside the vocabulary, inside the context.
 
     Raises: ValueError.
     """
@@ -47,12 +47,6 @@ def check_prompt(inputs: Any, mask: Any, graph: Graph) -> None:
         rows, columns = inputs.shape[:2]
         if mask.shape[0] != rows or mask.shape[1] < columns:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, but the prompt {(rows, columns)}")
-        if not mask[:, -1].all():
-            row = int((mask[:, -1] == 0).nonzero()[0])
-            raise ValueError(
-                f"row {row} of the prompt ends in padding, and what follows would continue that; "
-                "pad on the left: tokenizer.padding_side = 'left'"
-            )
     if inputs.ndim == 2:
         low, high = (int(extreme) for extreme in inputs.aminmax())
         if low < 0 or high >= graph.vocab_size:
@@ -60,6 +54,21 @@ def check_prompt(inputs: Any, mask: Any, graph: Graph) -> None:
                 f"token id {low if low < 0 else high} is outside the vocabulary of {graph.vocab_size}; "
                 "use the tokenizer that belongs to this model"
             )
+
+
+def unserved_mask(mask: Any) -> str | None:
+    """Why the plan cannot generate from a prompt under this mask; None if it can.
+
+    The plan computes no padding, and Transformers continues a row that ends in padding from the logits of a padding token.
+    """
+    if not isinstance(mask, torch.Tensor):
+        return None if mask is None else f"attention_mask is a {type(mask).__name__}"
+    if mask.ndim != 2:
+        return f"attention_mask has {mask.ndim} dimensions"
+    if mask.shape[1] and not mask[:, -1].all():
+        row = int((mask[:, -1] == 0).nonzero()[0])
+        return f"row {row} of the prompt ends in padding (tokenizer.padding_side = 'left' avoids it)"
+    return None
 
 
 def check_generation(config: Any) -> None:

@@ -20,9 +20,10 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..engine.sampler import largest
+from ..errors import UnsupportedRequestError
 from ..graph.analysis import dynamic_rope
 from .cache import PagedCache, PagedState
-from .checks import check_generation, check_prompt
+from .checks import check_generation, check_prompt, unserved_mask
 from .compat import CACHE_NAMES, cache_name
 from .instance_method import PLANNED, Replacement
 from .loop import ContextLimit, Stop, next_positions, prefill
@@ -56,6 +57,14 @@ class PlanGenerate(Replacement):
         longest = self._longest(call, config, inputs)
         cache = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
         reason = self.runtime.changed()
+        if (mask_reason := unserved_mask(call.get("attention_mask"))) is not None:
+            if isinstance(cache, PagedCache):
+                raise UnsupportedRequestError(
+                    f"the plan cannot continue this prompt ({mask_reason}), and only it can use a PagedCache; pad on the left, "
+                    "or pass a transformers.DynamicCache()"
+                )
+            self.runtime.tell(f"{mask_reason}: Transformers' own loop and forward serve such prompts, slower")
+            reason = mask_reason
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
             self._may_go_beyond(longest)
             return self._handed_on(call, config, proposer)  # the forward says why it is slower
@@ -215,7 +224,7 @@ def _sample(
         else:
             next_tokens = largest(chosen_from)
         if stop.has_eos and not all(alive):
-            next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device), next_tokens, pad)
+            next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device, dtype=torch.bool), next_tokens, pad)
         tokens = next_tokens.tolist()
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
         ended = stop(input_ids, tokens, scores)

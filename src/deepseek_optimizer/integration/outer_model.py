@@ -39,6 +39,10 @@ class OuterModel(Instance):
         """As `Runtime.changed`, of the decoder."""
         return self.runtime.changed()
 
+    def check_weights(self) -> None:
+        """As `Runtime.check_weights`, of the decoder."""
+        self.runtime.check_weights()
+
     def copied(self, memo: dict[int, Any]) -> OuterModel:
         """The same for the copy that is being made of the model."""
         if (found := memo.get(id(self))) is None:

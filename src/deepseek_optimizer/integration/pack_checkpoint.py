@@ -120,6 +120,7 @@ def _write(
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)
+    checkpoint.check_unchanged()
     notes += checkpoint.remarks()
     return notes + (checkpoint.conversions() if settings.precision == "auto" else [])
 

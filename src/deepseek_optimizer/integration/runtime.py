@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..backends.base import Backend, Plan
+from ..backends.base import BLOCK_TOKENS, Backend, Plan
 from ..cache.forgetting import Forgetting
+from ..checkpoint.files import Mapper
 from ..config import DeepSeekConfig
 from ..engine.speculative.gate import SpeculationReport
 from ..errors import BackendError, ConfigError, UnsupportedModelError
@@ -23,11 +24,13 @@ from ..graph.attention_mode import apply_mode, forgetting
 from ..graph.ir import Graph
 from ..graph.rotation import KeyRotation, key_rotation
 from ..quant import Packer, reference_packer
-from .arena import Arena, LatentRow, arena_blocks
+from ..system.memory import free_memory
+from .arena import Arena, LatentRow
+from .cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph
 from .instance import Instance
-from .modules import Packed, PackedLinear, gradient_panels, matmul_panels
+from .modules import Packed, PackedLinear, gradient_panels, matmul_panels, unchecked
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
 
@@ -66,6 +69,11 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
 def packer_of(backend: Backend) -> Packer:
     """The backend's own packer where it has one."""
     return getattr(backend, "pack", reference_packer)
+
+
+def mapper_of(backend: Backend) -> Mapper | None:
+    """What maps a file of packed weights, where the backend can watch over it; None: weights are read into memory."""
+    return getattr(backend, "map_file", None)
 
 
 def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
@@ -175,22 +183,78 @@ class Runtime(Instance):
 
         Args:
             memory: bytes that it may grow to; None: what is free, less a reserve.
+
+        Raises:
+            NotEnoughMemoryError: a limit of address space leaves fewer.
         """
-        blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), memory)
-        store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
+        return self._arena_of(what_is_free(free_memory()) if memory is None else granted(memory))
+
+    def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
+        """The cache that so many sequences of so many tokens take at most, while steps of `step_tokens` are run."""
+        blocks, forgets = -(-tokens // BLOCK_TOKENS), forgetting_of(self.graph)
+        if forgets is not None:
+            blocks = min(blocks, forgets.blocks(step_tokens))
+        # each one more, to go on into, or for the copy of one that is shared
+        return FullBatch(sequences, tokens, sequences * (blocks + 1) * self._block_bytes)
+
+    def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
+        """The model's own cache memory, for an engine. Where it is made here and the config doesn't say how large: what a full
+        batch needs, at most half of what is free.
+
+        Args:
+            batch: of `full_batch`.
+            beside: bytes that another model's cache needs, out of the same half.
+
+        Raises:
+            NotEnoughMemoryError: the config asks for more than is free.
+        """
+        with self._making:
+            if self._arena is None:
+                if self.config.kv_cache_memory is not None:
+                    check_granted(self.config.kv_cache_memory)
+                    return self.arena
+                self._arena = self._arena_of(for_batch(batch, free_memory(), beside))
+            return self._arena
+
+    def _arena_of(self, size: CacheSize) -> Arena:
+        check_reserved(size, free_memory())
+        store = self.backend.new_store(self.graph, self.kv_dtype, size.blocks(self._block_bytes))
         layers, forgets = self.graph.hidden_states - 1, forgetting_of(self.graph)
-        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets)
+        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets, size)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.backend.block_bytes(self.graph, self.kv_dtype)
+
+    @property
+    def cache_size(self) -> CacheSize:
+        """What the cache may grow to: of the model's own, or of the one that it would get now."""
+        with self._making:
+            if self._arena is not None:
+                return self._arena.size
+            memory = self.config.kv_cache_memory
+            return what_is_free(free_memory()) if memory is None else granted(memory)
 
     @property
     def kv_dtype(self) -> str:
         """Storage of the cache."""
         return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
 
+    def check_weights(self) -> None:
+        """Raises CheckpointChangedError where a file that weights are mapped from is not what it was at loading."""
+        for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.intact(None)
+
     def _set_products(self, backend: Backend) -> None:
-        """Packed modules compute with the backend's own product where it has one."""
+        """Packed modules compute with the backend's own product where it has one, and ask it whether their weights are
+        intact."""
+        intact = Shared(getattr(backend, "check_tensor", None) or unchecked)
         product = Shared(getattr(backend, "linear", None) or matmul_panels)
         gradient = Shared(getattr(backend, "linear_gradient", None) or gradient_panels)
         for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.check_tensor = intact
             if isinstance(module, (PackedLinear, PackedExperts)):
                 module.product, module.gradient = product, gradient
 

@@ -6,6 +6,8 @@ import copy
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ class PackedSave(InstanceMethod):
         model = self.runtime.model
         plain = not getattr(model, "_hf_peft_config_loaded", False) and self.runtime.changed() is None
         if not plain or any(value not in (None, True, False) for value in kwargs.values()) or kwargs.get("push_to_hub"):
-            type(model).save_pretrained(model, save_directory, **kwargs)
+            with self._intact():
+                type(model).save_pretrained(model, save_directory, **kwargs)
             return
         target = Path(save_directory)
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -56,7 +59,19 @@ class PackedSave(InstanceMethod):
         section = packed_section({name: value for name, value in tensors.items() if isinstance(value, PackedWeight)})
         settings.modules, settings.format_version = section["modules"], section["format_version"]
         save_configs(model, model.dtype, folder, settings)
-        write_safetensors(folder / "model.safetensors", tensors)
+        with self._intact():
+            write_safetensors(folder / "model.safetensors", tensors)
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """Around what reads the weights: CheckpointChangedError where a file that they are mapped from is not what it was."""
+        self.runtime.check_weights()
+        try:
+            yield
+        except OSError:  # the system reads a page that is gone: EFAULT
+            self.runtime.check_weights()
+            raise
+        self.runtime.check_weights()
 
 
 def save_configs(model: Any, dtype: torch.dtype, folder: Path, settings: DeepSeekConfig | None = None) -> None:

@@ -29,6 +29,8 @@ class Columns:
         phase: DECODE or PREFILL.
         hidden: whether hidden states are asked for.
         last_hidden: whether the last of them is wanted where the others are not.
+        documents: int64 [B, q], ascending along each row: which document of its row a token belongs to, where rows pack several
+            (`documents_of`). Each document is a sequence of its own. None: each row is one sequence.
     """
 
     ids: Int32 | None
@@ -39,12 +41,42 @@ class Columns:
     phase: int
     hidden: bool = False
     last_hidden: bool = False
+    documents: Int64 | None = None
+
+    def sequences(self) -> list[tuple[int, Int64]]:
+        """Of each sequence, in order: its row, and the columns of its real tokens."""
+        rows, q = self.positions.shape
+        every = np.arange(q)
+        if self.documents is None:
+            return [(row, every if self.kept is None else np.flatnonzero(self.kept[row])) for row in range(rows)]
+        return [
+            (row, columns)
+            for row in range(rows)
+            for columns in np.split(every, np.flatnonzero(np.diff(self.documents[row])) + 1)
+        ]
+
+
+def documents_of(positions: Int32) -> Int64 | None:
+    """Which document each token of packed rows belongs to. A new one begins where a position is not its predecessor's plus one:
+    Transformers' rule (`masking_utils.find_packed_sequence_indices`).
+
+    Args:
+        positions: int32 [B, q].
+
+    Returns:
+        int64 [B, q], ascending from 0 along each row; None where every row is one document.
+    """
+    breaks = np.diff(positions, axis=1) != 1
+    if not breaks.any():
+        return None
+    return np.concatenate([np.zeros((len(positions), 1), np.int64), breaks.cumsum(1)], axis=1)
 
 
 @dataclass
 class _Piece:
-    """Real tokens of one row: its number, their columns, and how many tokens of it came before."""
+    """Real tokens of one sequence: its number, its row, their columns, and how many tokens of it came before in this call."""
 
+    sequence: int
     row: int
     columns: Int64
     before: int
@@ -66,12 +98,13 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     logits: torch.Tensor | None = None
     hidden = None
     if new.hidden or new.last_hidden:
-        hidden = torch.zeros(model.hidden_states if new.hidden else 1, rows, q, model.hidden_size)
+        count = model.hidden_states if new.hidden else 1
+        hidden = torch.zeros(count, rows, q, model.hidden_size, dtype=torch.float32, device="cpu")
     place = np.full(q, -1, np.int64)  # column -> its place in the logits
     place[new.wanted] = np.arange(len(new.wanted))
     state.forget()
     try:
-        for pieces in _chunks(new.kept, rows, q, runtime.config.prefill_chunk):
+        for pieces in _chunks(new.sequences(), runtime.config.prefill_chunk):
             batch, targets = _batch(state, new, pieces, before, place, reach)
             made = state.arena.run(plan, batch)
             if state.follower is not None:
@@ -96,21 +129,19 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
         raise
     state.add_columns(q, new.kept)
     if logits is None:
-        logits = torch.zeros(rows, len(new.wanted), model.vocab_size)
+        logits = torch.zeros(rows, len(new.wanted), model.vocab_size, dtype=torch.float32, device="cpu")
     return logits, hidden
 
 
-def _chunks(kept: Bool | None, rows: int, q: int, limit: int) -> Iterator[list[_Piece]]:
-    """Cuts the batch into steps of at most `limit` tokens, row after row."""
-    every = np.arange(q)
+def _chunks(sequences: list[tuple[int, Int64]], limit: int) -> Iterator[list[_Piece]]:
+    """Cuts the batch into steps of at most `limit` tokens, sequence after sequence."""
     pieces: list[_Piece] = []
     room = limit
-    for row in range(rows):
-        columns = every if kept is None else np.flatnonzero(kept[row])
+    for sequence, (row, columns) in enumerate(sequences):
         begin = 0
         while begin < len(columns):
             take = min(room, len(columns) - begin)
-            pieces.append(_Piece(row, columns[begin : begin + take], begin))
+            pieces.append(_Piece(sequence, row, columns[begin : begin + take], begin))
             begin, room = begin + take, room - take
             if room == 0:
                 yield pieces
@@ -123,6 +154,9 @@ def _reach(state: PagedState, new: Columns, context: int) -> Int32:
     """int32 [B]: for how many tokens each row's frequencies are made; for good where a row begins and its length is known."""
     rows, q = new.positions.shape
     kept = np.ones((rows, q), np.bool_) if new.kept is None else new.kept
+    highest = np.where(kept, new.positions, 0).max(1) + 1
+    if new.documents is not None:
+        return highest  # packed rows have no cache: nothing goes on from here
     first, begins = kept.argmax(1), kept.any(1) & np.array([s.tokens == 0 for s in state.sequences])
     if begins.any():
         begun = 0
@@ -130,7 +164,6 @@ def _reach(state: PagedState, new: Columns, context: int) -> Int32:
             start = new.positions[np.arange(rows), first] - state.columns - first  # position of column 0
             begun = np.clip(start + state.length, 1, context)
         state.reach = np.where(begins, begun, state.reach).astype(np.int32)
-    highest = np.where(kept, new.positions, 0).max(1) + 1
     return np.where(state.reach > 0, state.reach, highest).astype(np.int32)
 
 
@@ -138,11 +171,11 @@ def _batch(
     state: PagedState, new: Columns, pieces: list[_Piece], before: list[int], place: Int64, reach: Int32
 ) -> tuple[StepBatch, Int64]:
     """One step, and where each of its logit rows goes in [B * n]. Takes the blocks."""
-    rows = [p.row for p in pieces]
+    rows, sequences = [p.row for p in pieces], [p.sequence for p in pieces]
     counts = np.array([len(p.columns) for p in pieces], np.int32)
     with state.arena.locked():
         for piece in pieces:
-            state.append(piece.row, len(piece.columns))
+            state.append(piece.sequence, len(piece.columns))
     row_of = np.repeat(np.array(rows), counts)
     column_of = np.concatenate([p.columns for p in pieces])
     goes_to = place[column_of]
@@ -155,9 +188,9 @@ def _batch(
         token_ids=np.zeros(len(row_of), np.int32) if new.ids is None else new.ids[row_of, column_of],
         positions=new.positions[row_of, column_of],
         query_len=counts,
-        context_len=np.array([before[p.row] + p.before for p in pieces], np.int32),
+        context_len=np.array([before[p.sequence] + p.before for p in pieces], np.int32),
         phase=np.full(len(pieces), new.phase, np.int32),
-        block_table=state.tables(rows),
+        block_table=state.tables(sequences),
         logit_rows=wanted.astype(np.int32),
         inputs_embeds=embeds,
         hidden=new.hidden,

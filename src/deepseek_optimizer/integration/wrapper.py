@@ -31,7 +31,7 @@ from .outer_model import OuterModel
 from .quantizer import mark_quantized
 from .runtime import Runtime
 from .save import PackedSave
-from .steps import Columns, run_columns
+from .steps import Columns, documents_of, run_columns
 from .swap import matrices_of
 
 _LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
@@ -84,8 +84,8 @@ class PlanForward(Replacement):
         if cache is not None and not (isinstance(cache, PagedCache) and cache.state.arena is self.runtime.arena):
             return f"the cache is a {type(cache).__name__} that this model's plan did not make"
         positions = call.get("position_ids")
-        if positions is not None and positions.ndim != 2:
-            return "position_ids is not a 2-D tensor"
+        if positions is not None and (positions.ndim != 2 or positions.is_floating_point()):
+            return "position_ids is not a 2-D tensor of integers"
         if model.training and getattr(config, "attention_dropout", 0.0):
             return "the model is in training mode and has dropout"
         if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or _trainable(model)):
@@ -114,8 +114,10 @@ class PlanForward(Replacement):
         asked = call.get("output_hidden_states")
         asked = config.output_hidden_states if asked is None else asked
         new = self._columns(state, ids, embeds, call, bool(asked))
+        if cache is None and call.get("attention_mask") is None:  # the condition under which Transformers looks for documents
+            new.documents = documents_of(new.positions)
         if not state.sequences:
-            state.start(source.shape[0])
+            state.start(source.shape[0] if new.documents is None else len(new.sequences()))
         elif len(state.sequences) != source.shape[0]:
             raise ValueError(f"the cache holds {len(state.sequences)} sequences, but {source.shape[0]} rows were given")
         logits, hidden = run_columns(runtime, state, new)
@@ -141,7 +143,7 @@ class PlanForward(Replacement):
         keep = call.get("logits_to_keep", 0)
         if isinstance(keep, torch.Tensor):
             return np.unique(_columns_of(keep, q))
-        return np.arange(max(q - keep, 0) if keep else 0, q)
+        return np.arange(q)[slice(-keep, None)]  # Transformers' own slice: a negative number leaves out the first columns
 
     def _columns(self, state: PagedState, ids: Any, embeds: Any, call: dict[str, Any], hidden: bool) -> Columns:
         """The call in numpy, checked."""
@@ -198,6 +200,8 @@ def _kept(state: PagedState, mask: torch.Tensor | None, rows: int, q: int) -> Bo
             f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} cached tokens it must be "
             f"{(rows, state.columns + q)}"
         )
+    if mask.is_floating_point() and mask.isnan().any():
+        raise ValueError("attention_mask holds NaN; 1 stands for a token and 0 for padding")
     kept = mask.cpu().numpy() != 0
     past = kept[:, : state.columns]
     if not (past.all() if state.kept is None else (past == state.kept).all()):

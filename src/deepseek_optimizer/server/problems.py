@@ -6,6 +6,7 @@ No message holds a path, an address or a traceback: those go to the log.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,14 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import DocumentError, EngineBusyError, EngineDeadError, MissingPackageError, RequestError
+from ..errors import (
+    CheckpointChangedError,
+    DocumentError,
+    EngineBusyError,
+    EngineDeadError,
+    MissingPackageError,
+    RequestError,
+)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -76,11 +84,20 @@ def problem(error: BaseException) -> ApiError | None:
         after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return ApiError(429, str(error), code="queue_full", headers=after)
     if isinstance(error, EngineDeadError):
-        return ApiError(503, "the engine has stopped", code="engine_dead", headers={"Retry-After": "30"})
+        return _dead(error.__cause__)
     if isinstance(error, HTTPException):
         names = {404: "there is nothing at this address", 405: "this address does not know this method"}
         return ApiError(error.status_code, names.get(error.status_code, str(error.detail)), headers=error.headers)
     return None
+
+
+def _dead(cause: BaseException | None) -> ApiError:
+    message, code = "the engine has stopped", "engine_dead"
+    if isinstance(cause, CheckpointChangedError):
+        name = os.path.basename(cause.file or "") or "a file of it"
+        message = f"the model cannot be used any more: {name} {cause.what}; restore the file and restart the server"
+        code = "model_file_changed"
+    return ApiError(503, message, code=code, headers={"Retry-After": "30"})
 
 
 INTERNAL = ApiError(500, "an error of the server; its log says more", code="internal_error")

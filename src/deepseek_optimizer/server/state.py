@@ -13,7 +13,7 @@ from ..chat.reasoning import thinks
 from ..chat.template import ChatTemplate
 from ..engine.grammar import GrammarCompiler
 from ..engine.request import Request
-from ..errors import EngineBusyError, EngineDeadError, RequestError
+from ..errors import EngineBusyError, RequestError
 from .document_reader import DocumentReader
 from .file_store import FileStore
 from .json_body import BodyReader
@@ -60,8 +60,7 @@ class ServerState:
         """
         if self.draining:
             raise busy("the server is stopping", 5)
-        if not self.engine.alive:
-            raise EngineDeadError("the engine has stopped")
+        self.engine.check_alive()
 
     def admit(self, body: Mapping[str, Any]) -> ExitStack:
         """Takes places in the engine's queue for the answers that a body asks for, before anything else is done for it.

@@ -24,10 +24,10 @@ from transformers import (
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
-from ..integration.arena import available_bytes
 from ..integration.loader import resolve, sketch
 from ..integration.mtp_layers import stored_mtp_layers
 from ..models import check_config
+from ..system.memory import free_memory
 from . import lora
 from .arguments import DeepSeekTrainingArguments
 from .checkpoints.directory import checkpoints, locked
@@ -169,7 +169,7 @@ class TrainingJob:
             steps=steps_of(rows, self.args),
             batch=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             memory=memory,
-            free=available_bytes(),
+            free=free_memory().free,
             remarks=[*self.report.remarks(), *self._left_out(checkpoint, model)],
         )
 

@@ -92,7 +92,7 @@ class _Compiler:
     def frequencies(self, spec: Any) -> int:
         name = f"rope:{id(spec)}"
         if name not in self.index:
-            self._add(name, self._vector(torch.as_tensor(spec.inv_freq, dtype=torch.float32).clone()))
+            self._add(name, self._vector(torch.as_tensor(spec.inv_freq, dtype=torch.float32, device="cpu").clone()))
         return self.index[name]
 
     def step(self, node: Node) -> Step:

@@ -85,6 +85,9 @@ class ReferencePlan:
             return torch.empty(0, self.graph.vocab_size, dtype=torch.float32, device=self.device)
         return step.values[head] if head.selected else step.values[head][self._rows(step.batch)]
 
+    def check_weights(self) -> None:
+        """Nothing to do: they are dequantised, in memory of the plan's own."""
+
     def reserve(self, tokens: int, logit_rows: int) -> None:
         """Nothing to do: torch allocates as it goes."""
 

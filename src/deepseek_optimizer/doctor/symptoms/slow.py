@@ -69,7 +69,7 @@ def measure_decode(model: Any) -> Decode:
     from ...bench.traffic import traffic_of
 
     report = model.report()
-    ids = torch.arange(1, PROMPT_TOKENS + 1)[None] % model.config.vocab_size
+    ids = torch.arange(1, PROMPT_TOKENS + 1, dtype=torch.int64, device="cpu")[None] % model.config.vocab_size
     seconds, others = float("inf"), None
     for _ in range(ROUNDS):
         first = _timed(model, ids, 1)
