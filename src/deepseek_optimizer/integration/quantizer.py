@@ -196,7 +196,8 @@ class PackingQuantizer(HfQuantizer):
             for path, module in packed:
                 for leaf, weight in module.held().items():
                     if checkpoint is not None and self.mapped.holds(weight.data):
-                        module._parameters[leaf].data = _read_again(checkpoint, f"{path}.{leaf}", weight).data
+                        name = stored_as(checkpoint.tensors, model)(f"{path}.{leaf}")
+                        module._parameters[leaf].data = _read_again(checkpoint, name, weight).data
             for tensor in (*model.parameters(), *model.buffers()):
                 if self.mapped.holds(tensor):
                     tensor.data = tensor.data.clone()
