@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError, load_model
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows, random_ids, randomise
@@ -145,6 +145,17 @@ def test_what_cannot_be_merged_is_refused_and_changes_nothing(fresh_pair):
     with pytest.raises(UnsupportedRequestError, match="cannot be merged into packed weights: merge it into the float model"):
         model.merge_and_unload()
     assert all(torch.equal(value, before[name]) for name, value in fresh_pair.fast.state_dict().items())
+
+
+@torch.no_grad()
+def test_merging_does_not_reach_the_file_that_weights_are_mapped_from(fresh_pair, tmp_path):
+    fresh_pair.fast.save_pretrained(tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    before, ids = file.read_bytes(), fresh_pair.ids(8)
+    mapped = load_model(tmp_path / "packed", backend="auto")
+    plain, fast = (lora(m, target_modules="all-linear") for m in (fresh_pair.plain, mapped))
+    assert_close_rows(fast.merge_and_unload()(ids).logits, plain.merge_and_unload()(ids).logits)
+    assert file.read_bytes() == before
 
 
 def test_an_adapter_that_is_broken_is_not_merged(fresh_pair):

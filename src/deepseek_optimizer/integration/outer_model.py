@@ -40,7 +40,7 @@ class OuterModel(Instance):
         return self.runtime.changed()
 
     def check_weights(self) -> None:
-        """As `Runtime.check_weights`."""
+        """As `Runtime.check_weights`, of the decoder."""
         self.runtime.check_weights()
 
     def copied(self, memo: dict[int, Any]) -> OuterModel:

@@ -28,9 +28,9 @@ class Columns:
         wanted: int64 [n], ascending columns whose logits are asked for.
         phase: DECODE or PREFILL.
         hidden: whether hidden states are asked for.
+        last_hidden: whether the last of them is wanted where the others are not.
         documents: int64 [B, q], ascending along each row: which document of its row a token belongs to, where rows pack several
             (`documents_of`). Each document is a sequence of its own. None: each row is one sequence.
-        last_hidden: whether the last of them is wanted where the others are not.
     """
 
     ids: Int32 | None
@@ -98,8 +98,8 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     logits: torch.Tensor | None = None
     hidden = None
     if new.hidden or new.last_hidden:
-        states = model.hidden_states if new.hidden else 1
-        hidden = torch.zeros(states, rows, q, model.hidden_size, dtype=torch.float32, device="cpu")
+        count = model.hidden_states if new.hidden else 1
+        hidden = torch.zeros(count, rows, q, model.hidden_size, dtype=torch.float32, device="cpu")
     place = np.full(q, -1, np.int64)  # column -> its place in the logits
     place[new.wanted] = np.arange(len(new.wanted))
     state.forget()
