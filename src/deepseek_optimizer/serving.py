@@ -59,7 +59,7 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
         model_name: what clients call it; None: the last part of the path that it was loaded from.
     """
     core, running = _core(model, tokenizer, {"stall": STALL, **options})
-    return AsyncEngine(core, model_name or _name(model), running)
+    return AsyncEngine(core, model_name or _name(model), running, runtime_of(model).replaced_files)
 
 
 def _name(model: Any) -> str:

@@ -134,6 +134,9 @@ class FakeEngine:
         """One request fails, and the engine goes on."""
         self._end(list(self._running.values())[index], "error", "NaN at /secret/path")
 
+    def tell_of_replaced_files(self):
+        pass
+
     def check_alive(self):
         if not self.alive:
             raise EngineDeadError("dead")

@@ -149,6 +149,10 @@ class Checkpoint(ABC):
         """One line for each thing that is in the files and left out."""
         return []
 
+    def mappings(self) -> list[Any]:
+        """What the mapper made of files that tensors were mapped from."""
+        return []
+
     @abstractmethod
     def check_unchanged(self) -> None:
         """Raises CheckpointChangedError where a file was written to since it was opened: what was read may be of both."""

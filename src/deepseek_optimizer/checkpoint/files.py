@@ -56,7 +56,7 @@ class DataFile:
             self.close()
             raise CheckpointError("is not a regular file", file=path)
         self.size, self._modified_ns = status.st_size, status.st_mtime_ns
-        self._map: Any = None
+        self.mapping: Any = None  # what a `Mapper` made, once a tensor was mapped
 
     def close(self) -> None:
         """Closes the file; tensors that map it stay good."""
@@ -81,9 +81,9 @@ class DataFile:
         self._check(offset, count)
         if count == 0:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
-        if self._map is None:
-            self._map = mapper(self._fd, self.size, self._modified_ns, self.path)
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset)
+        if self.mapping is None:
+            self.mapping = mapper(self._fd, self.size, self._modified_ns, self.path)
+        return torch.frombuffer(self.mapping, dtype=torch.uint8, count=count, offset=offset)
 
     def check_unchanged(self) -> None:
         """Raises CheckpointChangedError where the file has another size or time of modification than when it was opened."""

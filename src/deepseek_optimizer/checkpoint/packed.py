@@ -175,6 +175,9 @@ class PackedCheckpoint(SafetensorsCheckpoint):
             return super().packed_stack(name, format, shape, packer)
         return PackedStack(format, *shape, self._tiles(name, format))
 
+    def mappings(self) -> list[Any]:
+        return [file.mapping for file in self._files.values() if file.mapping is not None]
+
     def _tiles(self, name: str, format: str) -> torch.Tensor:
         info, entry = self.info(name), self._entries[name]
         if format != entry.format:

@@ -107,10 +107,13 @@ class AsyncEngine:
         core: nobody else may use it.
         model_name: what the API calls it.
         running: what is entered while steps run: the backend's arrangements with torch's threads.
+        replaced_files: paths of the model's mapped files that lead to others by now.
     """
 
-    def __init__(self, core: EngineCore, model_name: str, running: Any = nullcontext) -> None:
-        self.core, self.model_name, self._running = core, model_name, running
+    def __init__(
+        self, core: EngineCore, model_name: str, running: Any = nullcontext, replaced_files: Callable[[], list[str]] = list
+    ) -> None:
+        self.core, self.model_name, self._running, self._replaced_files = core, model_name, running, replaced_files
         self.tokenizer = core.tokenizer
         self.context, self.vocab_size, self.eos = core.facts.context, core.facts.vocab_size, core.facts.eos
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,6 +122,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._dead: BaseException | None = None
+        self._told: set[str] = set()  # replaced files
         self._changed: CheckpointChangedError | None = None  # found out by asking, before a step met it
         self._answers: dict[str, Answers] = {}
         self._ids = itertools.count(1)
@@ -144,6 +148,13 @@ class AsyncEngine:
     def alive(self) -> bool:
         """Whether requests are answered."""
         return self._thread is not None and self._thread.is_alive() and self._failure() is None
+
+    def tell_of_replaced_files(self) -> None:
+        """Logs, once each, that the model goes on with files that have been replaced."""
+        for file in self._replaced_files():
+            if file not in self._told:
+                self._told.add(file)
+                _log.warning("%s was replaced or removed; the model goes on with what it loaded until it is restarted", file)
 
     def _failure(self) -> BaseException | None:
         """What keeps requests from being answered: what ended the thread, or would end it at its next step."""

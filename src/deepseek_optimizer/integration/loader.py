@@ -92,6 +92,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     bind(model.eval(), settings, bytes_before=total, notes=notes)
+    model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:
         adapt(model, texts)
     return model

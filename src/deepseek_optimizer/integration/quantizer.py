@@ -163,7 +163,7 @@ class PackingQuantizer(HfQuantizer):
 
         if self.refused:
             raise self.refused[0]
-        self._leave_mappings(model)
+        mappings = self._leave_mappings(model)
         for name, module in model.named_modules():
             for leaf in module.held() if isinstance(module, Packed) else ():
                 if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
@@ -176,13 +176,16 @@ class PackingQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.mapped.give_back()
         bind(model, self.quantization_config)
+        model.dso.mappings.update(mappings)
         if self.quantization_config.chooses_formats:
             adapt(model, self.texts)
         return model
 
-    def _leave_mappings(self, model: Any) -> None:
+    def _leave_mappings(self, model: Any) -> list[Any]:
         """Tensors that lie where Transformers mapped the files are read into memory, and packed ones mapped anew by our own
         reader, which watches over them as long as they are in use.
+
+        Returns: the new mappings.
 
         Raises: CheckpointChangedError, a file was changed meanwhile.
         """
@@ -202,6 +205,7 @@ class PackingQuantizer(HfQuantizer):
                     tensor.data = tensor.data.clone()
             self.mapped.check()
         self.mapped.unwatch()
+        return [] if checkpoint is None else checkpoint.mappings()
 
     def is_serializable(self) -> bool:
         return True

@@ -101,6 +101,7 @@ class Runtime(Instance):
         in_mode: layers whose attention the config's mode has changed.
         backend: runs the plan.
         notes: warnings given so far, for the report.
+        mappings: `MappedFile`s that weights lie in, as long as some do.
         speculation: what drafts did for the last request that had any: `engine.speculative.gate.SpeculationReport`.
     """
 
@@ -114,6 +115,7 @@ class Runtime(Instance):
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()
+        self.mappings: weakref.WeakSet[Any] = weakref.WeakSet()
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.tell(note)
         self._making = threading.RLock()  # what is made when it is first asked for is made once, whoever asks meanwhile
@@ -247,6 +249,10 @@ class Runtime(Instance):
             if isinstance(module, Packed):
                 module.intact(None)
 
+    def replaced_files(self) -> list[str]:
+        """Paths of mapped files that lead to another file by now, or to none: the model goes on with what it loaded."""
+        return sorted(str(path) for mapping in self.mappings if (path := mapping.replaced()) is not None)
+
     def _set_products(self, backend: Backend) -> None:
         """Packed modules compute with the backend's own product where it has one, and ask it whether their weights are
         intact."""
@@ -329,6 +335,7 @@ class Runtime(Instance):
         twin._parts = copy.deepcopy(self._parts, memo)
         twin._making = threading.RLock()
         twin._plan = twin._mtp_plans = twin._arena = None
+        twin.mappings = weakref.WeakSet()  # its weights are in memory
         twin.config = copy.deepcopy(self.config, memo)
         twin.notes, twin._told = list(self.notes), set(self._told)
         twin._tree = None  # its modules are not all made yet

@@ -8,7 +8,7 @@ The file is looked at after each step as well (an fstat a file, under a microsec
 overwritten in place is given out. Size and time of modification count: a `touch` is taken for a change, since to tell one from
 the other means to read the whole file, and a change within the tick of the clock (4 ms) in which the file was last written
 before it was opened is not seen. A file that was replaced under its name, or removed, stays what it was for those who have
-mapped it: that is no error.
+mapped it: that is no error, and a server says it once in its log.
 
 The alternative, a copy in memory of our own, costs time and memory (`checkpoint/files.py` has figures) and is not shared by
 processes that serve the same model. It is what serves where this library was not built.
@@ -40,9 +40,17 @@ class MappedFile(mmap.mmap):
         Raises:
             CheckpointChangedError: the file is not what it was at `modified_ns`.
         """
+        self._path, self._identity = path, _identity(os.fstat(fd))
         address = C.addressof(C.c_char.from_buffer(self))
         self._unwatch = watch(address, len(self), fd, modified_ns, path)
         check(library().dso_mapping_check(address))
+
+    def replaced(self) -> Path | None:
+        """The file's path, where that leads to another file by now, or to none."""
+        try:
+            return None if _identity(os.stat(self._path)) == self._identity else self._path
+        except OSError:
+            return self._path
 
     def __del__(self) -> None:  # not weakref.finalize, which mmap calls when its place may be another mapping's already
         if self._unwatch is not None:
@@ -71,6 +79,10 @@ def map_file(fd: int, size: int, modified_ns: int, path: Path) -> MappedFile:
         mapped.madvise(mmap.MADV_HUGEPAGE)  # weights are read whole at every token: fewer pages, fewer misses
     mapped.madvise(mmap.MADV_WILLNEED)  # from a disk: one long read instead of a fault a page
     return mapped
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def watch(address: int, size: int, fd: int, modified_ns: int, path: Path) -> Callable[[], None]:
