@@ -1,10 +1,10 @@
-# native:      builds the library and puts it into the source tree, for work without installing.
-# test-native: builds all with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then the checks
+# native:           builds the library and puts it into the source tree, for work without installing.
+# test-native:      builds all with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then the checks
 #              on the optimised build. GCC's frames for stack-use-after-return are not aligned for AVX-512 (its bug 110027).
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
-.PHONY: native test-native
+.PHONY: native test-native test-native-tsan
 
 $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
@@ -23,3 +23,10 @@ test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
 	$(CMAKE) --build build/native -j $(NATIVE_JOBS)
 	cd build/native && ctest --output-on-failure
+
+# The thread pool and plans that several threads share, under ThreadSanitizer.
+TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan
+test-native-tsan: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-tsan -DDSO_TESTS=ON -DDSO_SANITIZE=thread
+	$(CMAKE) --build build/native-tsan -j $(NATIVE_JOBS) --target $(TSAN_TESTS)
+	cd build/native-tsan && TSAN_OPTIONS=die_after_fork=0 ctest --output-on-failure --timeout 900 -R '^($(subst $(eval ) ,|,$(strip $(TSAN_TESTS))))$$'

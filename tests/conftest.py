@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread, no network, and a tiny model of a known family with its own tokenizer."""
+"""Shared by all tests: one torch thread, no network, red zones, and a tiny model of a known family with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DSO_CHECK", "1")  # red zones around all that the native library writes into
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

@@ -28,6 +28,7 @@ enum {
   DSO_EISA = 3,    /* the ISA that was asked for is unknown or cannot run here */
   DSO_ESTATE = 4,  /* called at the wrong time (a run started from inside a run on the same context) */
   DSO_EFILE = 5,   /* a mapped file that was read is not what it was: "<what happened>: <name>". What was written is worthless */
+  DSO_ECHECK = 6,  /* a checked context found memory beside a buffer written: a defect of this library */
 };
 DSO_API const char* dso_last_error(void); /* of the calling thread; never NULL */
 
@@ -49,6 +50,9 @@ DSO_API int32_t dso_context_create(const char* isa, int32_t threads, dso_context
 DSO_API void dso_context_destroy(dso_context* c);
 DSO_API const char* dso_context_isa(const dso_context* c);
 DSO_API int32_t dso_context_threads(const dso_context* c);
+/* on: plans made on this context from now on keep red zones between their buffers, and a run that finds one written returns
+ * DSO_ECHECK and says by which steps. For tests; results are the same. */
+DSO_API int32_t dso_context_set_checked(dso_context* c, int32_t on);
 DSO_API int32_t dso_default_threads(void);             /* min(affinity, ceil(cgroup quota)) */
 /* Bytes a second at which the context's threads together read `bytes` (1 MiB at least; taken for the call) over and over:
  * the fastest of the rounds that fit `seconds`, four at least. */

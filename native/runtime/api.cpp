@@ -49,6 +49,9 @@ int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out) 
 void dso_context_destroy(dso_context* c) { delete c; }  // plans made on it keep what they share
 const char* dso_context_isa(const dso_context* c) { return c ? c->shared->kernels.isa : nullptr; }
 int32_t dso_context_threads(const dso_context* c) { return c ? c->shared->pool.threads() : 0; }
+int32_t dso_context_set_checked(dso_context* c, int32_t on) {
+  return guarded([&] { shared(c).checked = on != 0; });
+}
 int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second) {
   return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });
 }

@@ -1,5 +1,6 @@
 // A context: one ISA's kernels and the threads that run them. Shared by the caller's handle and every plan made on it.
 #pragma once
+#include <atomic>
 #include <memory>
 
 #include "arena.hpp"
@@ -12,6 +13,7 @@ struct Context {
   Context(const Kernels& kernels, int threads) : kernels(kernels), pool(threads) {}
   const Kernels& kernels;
   ThreadPool pool;
+  std::atomic<bool> checked{false};  // plans made from now on have red zones
   Arena scratch;  // of calls outside a plan; touched only under a Lease of the pool
 };
 

@@ -17,11 +17,6 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 int64_t slot_rows(const dso_slot& s, int64_t T, int64_t R) { return (s.selected ? R : T) * std::max(1, s.repeat); }
 
-int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) {
-  if (s.kind == DSO_SLOT_LOGITS) return 0;  // the caller's
-  return round_up(row_bytes(s.kind, s.width) * slot_rows(s, T, R), 64) + Arena::kGap;
-}
-
 void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
   for (int32_t i = 0; i < n; ++i) {
     const dso_slot& s = slots[i];
@@ -74,7 +69,10 @@ std::unique_ptr<Op> dso::make_op(StepReader& s) {
 
 dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,
                    const dso_weight* weights, int32_t n_weights, int32_t vocab_size)
-    : context_(std::move(context)), run_{context_->kernels, context_->pool.threads(), {}, {}} {
+    : context_(std::move(context)),
+      run_{context_->kernels, context_->pool.threads(), {}, {}},
+      checked_(Arena::kGap == 0 && context_->checked),  // AddressSanitizer sees to the gaps itself
+      gap_(checked_ ? RedZones::kBytes : Arena::kGap) {
   if (n_steps < 1 || n_steps > kMostSteps || !steps) fail(DSO_EINVAL, "steps: %d of them", n_steps);
   if (n_slots < 1 || n_slots > kMostSlots || !slots) fail(DSO_EINVAL, "slots: %d of them", n_slots);
   if (n_weights < 0 || (n_weights > 0 && !weights)) fail(DSO_EINVAL, "weights: %d of them", n_weights);
@@ -92,11 +90,16 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
     StepReader reader(source, steps[i], i);
     std::unique_ptr<Op> op = make_op(reader);
     reader.done();
-    steps_.push_back({std::move(op), std::move(reader.reads), std::move(reader.writes)});
+    steps_.push_back({std::move(op), std::move(reader.reads), std::move(reader.writes), steps[i].op});
   }
   needs_ = source.needs;
   resources_ = n_slots + 1 + int32_t(needs_.layers);
   run_.slots.resize(n_slots);
+}
+
+int64_t dso_plan::slot_bytes(const dso_slot& s, int64_t T, int64_t R) const {
+  if (s.kind == DSO_SLOT_LOGITS) return 0;  // the caller's
+  return round_up(row_bytes(s.kind, s.width) * slot_rows(s, T, R), 64) + gap_;
 }
 
 int64_t dso_plan::buffer_bytes(int64_t T, int64_t R) const {
@@ -113,19 +116,24 @@ void dso_plan::place(int64_t T, int64_t R) {
     scratch = std::max(scratch, s.op->scratch_bytes(run_));
   }
   const int64_t slots = round_up(buffer_bytes(T, R), 4096), shared_at = slots;
-  run_.scratch_stride = round_up(scratch + Arena::kGap, 4096);
-  const int64_t scratch_at = round_up(shared_at + shared + Arena::kGap, 4096);
+  run_.scratch_stride = round_up(scratch + gap_, 4096);
+  const int64_t scratch_at = round_up(shared_at + shared + gap_, 4096);
   arena_.reserve(scratch_at + run_.scratch_stride * run_.threads);
   arena_.close();
+  zones_.clear();
+  auto give = [&](int64_t from, int64_t bytes, int64_t number) {
+    arena_.allow(from, bytes);
+    if (checked_) zones_.add(arena_.data() + from + bytes, int32_t(number));
+  };
   int64_t at = 0;
   for (size_t i = 0; i < slots_.size(); ++i) {
     const dso_slot& s = slots_[i];
     run_.slots[i] = {arena_.data() + at, row_bytes(s.kind, s.width), slot_rows(s, T, R)};
-    if (slot_bytes(s, T, R) > 0) arena_.allow(at, slot_bytes(s, T, R) - Arena::kGap);
+    if (slot_bytes(s, T, R) > 0) give(at, slot_bytes(s, T, R) - gap_, int64_t(i));
     at += slot_bytes(s, T, R);
   }
-  arena_.allow(shared_at, shared);
-  for (int t = 0; t < run_.threads; ++t) arena_.allow(scratch_at + t * run_.scratch_stride, scratch);
+  give(shared_at, shared, int64_t(slots_.size()));
+  for (int t = 0; t < run_.threads; ++t) give(scratch_at + t * run_.scratch_stride, scratch, int64_t(slots_.size()) + 1 + t);
   run_.shared = arena_.data() + shared_at;
   run_.scratch = arena_.data() + scratch_at;
 }
@@ -192,14 +200,17 @@ void dso_plan::run(const dso_batch& batch) {
       run_.slots[i] = {reinterpret_cast<uint8_t*>(batch.logits), 4 * int64_t(slots_[i].width), run_.batch.R};
 
   stage_ = 0;
+  found_ = {};
   if (timing_) mark_ = now();
   lease.team().run(*this);
+  if (found_.zone >= 0) fail_overwritten();
   check_weights();
   runs_ += timing_;
 }
 
 int64_t dso_plan::next() {
   if (timing_ && stage_ > 0 && stages_[stage_ - 1].shared < stages_[stage_ - 1].end) took(stages_[stage_ - 1].end - 1);
+  if (checked_ && stage_ > 0) look(stages_[stage_ - 1].shared, stages_[stage_ - 1].end);
   if (stage_ == stages_.size()) return -1;
   const Stage& stage = stages_[stage_++];
   for (int32_t i = stage.begin; i < stage.shared; ++i) {
@@ -209,6 +220,7 @@ int64_t dso_plan::next() {
     const int64_t n = op.tasks(run_);
     for (int64_t t = 0; t < n; ++t) op.task(run_, t, 0);  // no task runs now, so any thread's scratch is free
     if (timing_) took(i);
+    if (checked_) look(i, i + 1);
   }
   int64_t tasks = 0;
   for (int32_t i = stage.shared; i < stage.end; ++i) {
@@ -225,6 +237,22 @@ void dso_plan::task(int64_t index, int thread) {
     if (index < n) return steps_[i].op->task(run_, index, thread);
     index -= n;
   }
+}
+
+void dso_plan::look(int32_t begin, int32_t end) {
+  if (found_.zone >= 0 || (found_ = zones_.look()).zone < 0) return;
+  found_begin_ = begin;
+  found_end_ = end;
+}
+
+void dso_plan::fail_overwritten() const {
+  const int64_t slots = int64_t(slots_.size());
+  const std::string where = found_.zone < slots    ? text("slot %d", found_.zone)
+                            : found_.zone == slots ? text("the steps' shared memory")
+                                                   : text("the scratch of thread %d", int(found_.zone - slots - 1));
+  std::string which;
+  for (int32_t i = found_begin_; i < found_end_; ++i) which += text("%s%d (op %d)", which.empty() ? "" : ", ", i, steps_[i].code);
+  fail(DSO_ECHECK, "step %s wrote byte %d behind %s", which.c_str(), found_.byte, where.c_str());
 }
 
 void dso_plan::took(int32_t step) {

@@ -7,6 +7,7 @@
 
 #include "context.hpp"
 #include "op.hpp"
+#include "red_zones.hpp"
 #include "step_reader.hpp"
 
 struct dso_plan final : private dso::Job {
@@ -26,6 +27,7 @@ struct dso_plan final : private dso::Job {
   struct Step {
     std::unique_ptr<dso::Op> op;
     std::vector<int32_t> reads, writes;
+    int32_t code = 0;  // DSO_OP_*
     double seconds = 0;
   };
   struct Stage {
@@ -38,6 +40,9 @@ struct dso_plan final : private dso::Job {
   int64_t next() override;
   void task(int64_t index, int thread) override;
   void took(int32_t step);  // timing: it ended now
+  int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) const;
+  void look(int32_t begin, int32_t end);  // at the red zones, after steps [begin, end)
+  [[noreturn]] void fail_overwritten() const;
 
   const std::shared_ptr<dso::Context> context_;
   std::vector<dso_slot> slots_;
@@ -55,6 +60,12 @@ struct dso_plan final : private dso::Job {
     bool hidden = false, last_hidden = false;
     bool operator==(const Shape&) const = default;
   } shape_;
+
+  const bool checked_;
+  const int64_t gap_;  // bytes behind each buffer
+  dso::RedZones zones_;     // numbers: of slots, then the shared memory, then the threads' scratch
+  dso::RedZones::Found found_;
+  int32_t found_begin_ = 0, found_end_ = 0;  // the steps after which it was
 
   bool timing_ = false;
   int64_t runs_ = 0;

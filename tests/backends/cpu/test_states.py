@@ -87,5 +87,5 @@ def test_states_of_a_wrong_shape_are_refused(backend):
     with pytest.raises(ValueError, match="batch.states is NULL"):
         r.plan.run(batch, r.store)
     batch.states = torch.zeros(3, hidden)
-    with pytest.raises(ValueError, match="states has shape"):
+    with pytest.raises(ValueError, match="states must be contiguous"):
         r.plan.run(batch, r.store)

@@ -14,6 +14,7 @@ from ...graph.least import exact_weights
 from ...graph.planner import assign_slots
 from ...quant import get_format, pack
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
+from .buffers import address
 from .lower import lower
 from .mla_weights import absorbed_stacks, absorbs
 from .native import FLAGS, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
@@ -87,7 +88,8 @@ class _Compiler:
             raise BackendError(f"a vector was expected, got shape {tuple(tensor.shape)}")
         vector = tensor.detach().to("cpu", torch.float32).contiguous()
         self.keep.append(vector)
-        return Weight(VECTOR, 1, vector.numel(), 0, vector.data_ptr(), vector.numel() * 4)
+        place = address(vector, "a vector", torch.float32, tuple(tensor.shape))
+        return Weight(VECTOR, 1, vector.numel(), 0, place, vector.numel() * 4)
 
     def frequencies(self, spec: Any) -> int:
         name = f"rope:{id(spec)}"

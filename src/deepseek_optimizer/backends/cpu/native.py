@@ -11,9 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
 from ...graph.ir import CacheSpec, LatentSpec
 from . import native_train
+from .buffers import Outputs, checking
 
 ABI_VERSION = 6
 BLOCK_TOKENS = 32
@@ -92,6 +95,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_context_destroy": (None, [PTR]),
     "dso_context_isa": (C.c_char_p, [PTR]),
     "dso_context_threads": (I32, [PTR]),
+    "dso_context_set_checked": (I32, [PTR, I32]),
     "dso_default_threads": (I32, []),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
     "dso_mapping_add": (I32, [PTR, I64, I32, I64, C.c_char_p, PTR]),
@@ -208,7 +212,8 @@ class Handle:
 
 
 class Context:
-    """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialised.
+    """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialised. With DSO_CHECK=1 all that the
+    library writes into has red zones, which are looked at after each call.
 
     Args:
         isa: a name of `isa_names()` or None for the best that runs here.
@@ -219,6 +224,22 @@ class Context:
         self.lib = library()
         name = isa.encode() if isa else None
         self.handle = Handle(self.lib.dso_context_create, self.lib.dso_context_destroy, name, threads or 0)
+        self.outputs = Outputs(checking())
+        if self.outputs.checked:
+            check(self.lib.dso_context_set_checked(self.handle, 1))
+
+    def call(self, name: str, *arguments: Any, **written: torch.Tensor | None) -> None:
+        """Runs a function of the library.
+
+        Args:
+            arguments: all of them; addresses come from `buffers`.
+            written: by name what the function writes into, for the red zones of `outputs`.
+
+        Raises: what `check` does; BackendError where a red zone was written.
+        """
+        check(getattr(self.lib, name)(*arguments))
+        if self.outputs.checked:
+            self.outputs.verify(name, written)
 
     @property
     def isa(self) -> str:

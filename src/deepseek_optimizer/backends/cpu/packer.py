@@ -10,8 +10,9 @@ from ...errors import BackendError
 from ...quant import fp8, get_format, ggml
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
-from ...quant.tiles import empty_tiles, panels, tile_counts
-from .native import FORMATS, SLOT_KINDS, Context, Weight, check
+from ...quant.tiles import panels, tile_counts
+from .buffers import address, optional, strided
+from .native import FORMATS, SLOT_KINDS, Context, Weight
 from .native_train import ADD, EXACT, PRODUCT_FORMS, TYPES, Matrix
 
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # uint8: ggml blocks
@@ -41,37 +42,31 @@ def pack(
     stride = max(weight.stride(0), cols)  # a single row may have any
     if weight.dtype == torch.uint8:
         cols = stride = ggml.blocks_for(format_name, cols)[1]
-    out = _tiles_for(rows, cols, format_name, out)
+    out = _tiles_for(context, rows, cols, format_name, out)
+    source = strided(weight, "weight", weight.dtype, tuple(weight.shape))
+    target = address(out, "tiles", torch.uint8, tuple(out.shape))
     if weight.dtype == torch.float8_e4m3fn:
         fp8.check_target(format_name)
         scale = fp8.check_scale(weight, scale).contiguous()
-        check(context.lib.dso_pack_fp8(context.handle, weight.data_ptr(), scale.data_ptr(), rows, cols, stride, out.data_ptr()))
+        scales = address(scale, "scale", torch.float32, fp8.scale_shape(rows, cols))
+        context.call("dso_pack_fp8", context.handle, source, scales, rows, cols, stride, target, tiles=out)
         return out
     if importance is not None:
         check_importance(importance, cols)
         importance = importance.contiguous()
-    check(
-        context.lib.dso_pack(
-            context.handle,
-            FORMATS[format_name],
-            _SOURCES[weight.dtype],
-            weight.data_ptr(),
-            rows,
-            cols,
-            stride,
-            None if importance is None else importance.data_ptr(),
-            out.data_ptr(),
-        )
-    )
+    columns = optional(importance, "importance", torch.float32, (cols,))
+    kinds = FORMATS[format_name], _SOURCES[weight.dtype]
+    context.call("dso_pack", context.handle, *kinds, source, rows, cols, stride, columns, target, tiles=out)
     return out
 
 
-def _tiles_for(rows: int, cols: int, format_name: str, out: torch.Tensor | None) -> torch.Tensor:
+def _tiles_for(context: Context, rows: int, cols: int, format_name: str, out: torch.Tensor | None) -> torch.Tensor:
     """`out` if it is the tiles of such a matrix, ValueError if not; fresh ones where it is None."""
     tile_bytes = get_format(format_name).tile_bytes
+    shape = (*tile_counts(rows, cols), tile_bytes)
     if out is None:
-        return empty_tiles(rows, cols, tile_bytes)
-    if out.shape != (*tile_counts(rows, cols), tile_bytes) or out.dtype != torch.uint8 or not out.is_contiguous():
+        return context.outputs.empty(shape, torch.uint8)
+    if out.shape != shape or out.dtype != torch.uint8 or not out.is_contiguous():
         raise ValueError(f"{out.dtype} {tuple(out.shape)} are not the tiles of a {rows} x {cols} matrix in {format_name}")
     return out
 
@@ -80,25 +75,32 @@ def weight_struct(matrix: PackedMatrix) -> Weight:
     """The C view of a packed matrix; the caller keeps `matrix.data` alive."""
     if matrix.format not in FORMATS:
         raise BackendError(f"the cpu backend has no kernels for format {matrix.format!r}; it knows {', '.join(FORMATS)}")
-    data = matrix.data
-    if data.dtype != torch.uint8 or not data.is_contiguous() or data.device.type != "cpu":
-        raise BackendError(f"packed data must be contiguous uint8 on the CPU, not {data.dtype} on {data.device}")
-    return Weight(FORMATS[matrix.format], matrix.rows, matrix.cols, 1, data.data_ptr(), data.numel())
+    shape = (*tile_counts(matrix.rows, matrix.cols), get_format(matrix.format).tile_bytes)
+    data = _tiles_address(matrix.data, shape)
+    return Weight(FORMATS[matrix.format], matrix.rows, matrix.cols, 1, data, matrix.data.numel())
 
 
 def stack_struct(stack: PackedStack) -> Weight:
     """The C view of a stack of matrices; the caller keeps `stack.data` alive."""
     one = weight_struct(stack.matrix(0))
-    if not stack.data.is_contiguous():
-        raise BackendError("a stack of matrices must be contiguous")
-    return Weight(one.format, stack.rows, stack.cols, stack.count, stack.data.data_ptr(), stack.nbytes)
+    shape = (stack.count, *tile_counts(stack.rows, stack.cols), get_format(stack.format).tile_bytes)
+    return Weight(one.format, stack.rows, stack.cols, stack.count, _tiles_address(stack.data, shape), stack.data.numel())
+
+
+def _tiles_address(tiles: torch.Tensor, shape: tuple[int, ...]) -> int:
+    try:
+        return address(tiles, "packed data", torch.uint8, shape)
+    except ValueError as error:
+        raise BackendError(str(error)) from error
 
 
 def unpack(context: Context, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
     """Rows [begin, end) as float32 [end - begin, cols]."""
     end = matrix.rows if end is None else end
-    out = torch.empty(end - begin, matrix.cols, dtype=torch.float32, device="cpu")
-    check(context.lib.dso_unpack(context.handle, C.byref(weight_struct(matrix)), begin, end, out.data_ptr()))
+    shape = max(end - begin, 0), matrix.cols
+    out = context.outputs.empty(shape, torch.float32)
+    target = address(out, "out", torch.float32, shape)
+    context.call("dso_unpack", context.handle, C.byref(weight_struct(matrix)), begin, end, target, out=out)
     return out
 
 
@@ -119,16 +121,15 @@ def linear(
     """
     kind = activation or get_format(matrix.format).activation
     flat = x.detach().reshape(-1, matrix.cols).float().contiguous()
-    out = torch.empty(flat.shape[0], matrix.rows, dtype=torch.float32, device="cpu")
+    rows, f32 = flat.shape[0], torch.float32
+    out = context.outputs.empty((rows, matrix.rows), f32)
     bias32 = None if bias is None else bias.detach().float().contiguous()
-    if bias32 is not None and bias32.shape != (matrix.rows,):
-        raise ValueError(f"bias has shape {tuple(bias32.shape)}, the matrix has {matrix.rows} rows")
-    if flat.shape[0]:
-        check(
-            context.lib.dso_linear(
-                context.handle, C.byref(weight_struct(matrix)), None if bias32 is None else bias32.data_ptr(), SLOT_KINDS[kind],
-                flat.data_ptr(), flat.shape[0], decode_rows, out.data_ptr(),
-            )
+    added = optional(bias32, "bias", f32, (matrix.rows,))
+    if rows:
+        context.call(
+            "dso_linear", context.handle, C.byref(weight_struct(matrix)), added, SLOT_KINDS[kind],
+            address(flat, "x", f32, (rows, matrix.cols)), rows, decode_rows, address(out, "out", f32, (rows, matrix.rows)),
+            out=out,
         )  # fmt: skip
     return out.reshape(*x.shape[:-1], matrix.rows)
 
@@ -140,17 +141,16 @@ def linear_gradient(context: Context, grad: torch.Tensor, matrix: PackedMatrix) 
     """
     flat = grad.detach().reshape(-1, matrix.rows)
     flat = (flat if flat.dtype == torch.bfloat16 else flat.float()).contiguous()
-    out = torch.zeros(flat.shape[0], matrix.cols, dtype=torch.float32, device="cpu")
+    rows, f32 = flat.shape[0], torch.float32
+    out = context.outputs.empty((rows, matrix.cols), f32).zero_()
     flags = ADD if flat.dtype == torch.bfloat16 else ADD | EXACT
-    type_of, total = TYPES[str(flat.dtype).removeprefix("torch.")], Matrix(out.data_ptr(), matrix.cols, 0, TYPES["float32"], 0)
+    type_of = TYPES[str(flat.dtype).removeprefix("torch.")]
+    total = Matrix(address(out, "out", f32, (rows, matrix.cols)), matrix.cols, 0, TYPES["float32"], 0)
     for begin, end in panels(matrix.rows, matrix.cols):
-        panel = unpack(context, matrix, begin, end)
-        a = Matrix(flat.data_ptr() + begin * flat.element_size(), matrix.rows, 0, type_of, 0)
-        b = Matrix(panel.data_ptr(), matrix.cols, 0, TYPES["float32"], 0)
-        sizes = flat.shape[0], matrix.cols, end - begin
-        check(
-            context.lib.dso_train_product(
-                context.handle, PRODUCT_FORMS["nn"], flags, *sizes, C.byref(a), C.byref(b), None, C.byref(total)
-            )
-        )
+        part, panel = flat[:, begin:end], unpack(context, matrix, begin, end)
+        a = Matrix(strided(part, "grad", flat.dtype, (rows, end - begin)), matrix.rows, 0, type_of, 0)
+        b = Matrix(address(panel, "panel", f32, (end - begin, matrix.cols)), matrix.cols, 0, TYPES["float32"], 0)
+        sizes = rows, matrix.cols, end - begin
+        operands = C.byref(a), C.byref(b), None, C.byref(total)
+        context.call("dso_train_product", context.handle, PRODUCT_FORMS["nn"], flags, *sizes, *operands, out=out)
     return out.reshape(*grad.shape[:-1], matrix.cols)

@@ -14,19 +14,10 @@ from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
 from ...graph.rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput, reach_of
+from .buffers import address, optional
 from .native import FLAGS, Batch, Context, Handle, Rotation, Slot, Step, Weight, block_bytes, cache_shape, check
 
-_INT32 = np.dtype(np.int32)
-
-
-def _address(array: Int32, name: str, *shape: int) -> int:
-    """Data pointer of a contiguous int32 array of this shape (`__array_interface__` costs a third of `.ctypes`).
-
-    Raises: ValueError for any other array: the library sees a pointer, and would read past its end.
-    """
-    if array.dtype != _INT32 or array.shape != shape or not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be contiguous int32 {list(shape)}, and is {array.dtype} {list(array.shape)}")
-    return int(array.__array_interface__["data"][0])
+_I32, _F32, _U8 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint8)
 
 
 class CpuStore:
@@ -57,35 +48,36 @@ class CpuStore:
         return int(self.lib.dso_cache_saved_bytes(self.handle))
 
     def read_block(self, block: int) -> bytes:
-        found = C.create_string_buffer(self.saved_bytes)
-        check(self.lib.dso_cache_save_block(self.handle, block, found))
-        return found.raw
+        found = self.context.outputs.empty((self.saved_bytes,), torch.uint8)
+        place = address(found, "a block", torch.uint8, (self.saved_bytes,))
+        self.context.call("dso_cache_save_block", self.handle, block, place, block=found)
+        return found.numpy().tobytes()
 
     def write_block(self, block: int, data: bytes) -> None:
         if len(data) != self.saved_bytes:
             raise ValueError(f"a block has {self.saved_bytes} bytes, got {len(data)}")
-        check(self.lib.dso_cache_load_block(self.handle, block, data))
+        place = address(np.frombuffer(data, _U8), "a block", _U8, (self.saved_bytes,))
+        self.context.call("dso_cache_load_block", self.handle, block, place)
 
     def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
         table, frequencies = _table(block_table, tokens), np.ascontiguousarray(rotation.inv_freq, dtype=np.float32)
         key, index = (None if pairs is None else _rotation(pairs, frequencies) for pairs in (rotation.key, rotation.index))
-        address = _address(table, "block_table", table.size)
+        place = address(table, "block_table", _I32, (table.size,))
         args = (None if r is None else C.byref(r) for r in (key, index))
-        check(self.lib.dso_cache_turn(self.context.handle, self.handle, *args, address, tokens, position, delta))
+        self.context.call("dso_cache_turn", self.context.handle, self.handle, *args, place, tokens, position, delta)
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        table, spec = _table(block_table, tokens), self.spec
+        table, spec, f32 = _table(block_table, tokens), self.spec, torch.float32
         if isinstance(spec, LatentSpec):
-            key = torch.empty(tokens, spec.rank + spec.rope, dtype=torch.float32, device="cpu")
-            value = torch.empty(tokens, spec.index, dtype=torch.float32, device="cpu") if spec.index else None
+            shapes: list[tuple[int, ...]] = [(tokens, spec.rank + spec.rope), *([(tokens, spec.index)] if spec.index else [])]
         else:
-            key, value = (
-                torch.empty(spec.kv_heads, tokens, spec.head_dim, dtype=torch.float32, device="cpu") for _ in range(2)
-            )
-        address = _address(table, "block_table", table.size)
-        second = None if value is None else value.data_ptr()
-        check(self.lib.dso_cache_read(self.handle, layer, address, tokens, key.data_ptr(), second))
+            shapes = [(spec.kv_heads, tokens, spec.head_dim)] * 2
+        key = self.context.outputs.empty(shapes[0], f32)
+        value = self.context.outputs.empty(shapes[1], f32) if len(shapes) > 1 else None
+        places = address(key, "key", f32, shapes[0]), optional(value, "value", f32, shapes[-1])
+        place = address(table, "block_table", _I32, (table.size,))
+        self.context.call("dso_cache_read", self.handle, layer, place, tokens, *places, key=key, value=value)
         return key, value
 
 
@@ -100,7 +92,8 @@ def _table(block_table: Int32, tokens: int) -> Int32:
 def _rotation(pairs: Pairs, frequencies: Any) -> Rotation:
     if 2 * len(frequencies) != pairs.rot:
         raise ValueError(f"{len(frequencies)} frequencies do not turn {pairs.rot} numbers")
-    return Rotation(frequencies.ctypes.data, pairs.rot, pairs.offset, FLAGS["interleaved"] if pairs.interleaved else 0, 0)
+    place = address(frequencies, "inv_freq", _F32, (pairs.rot // 2,))
+    return Rotation(place, pairs.rot, pairs.offset, FLAGS["interleaved"] if pairs.interleaved else 0, 0)
 
 
 class CpuPlan:
@@ -125,6 +118,7 @@ class CpuPlan:
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
         self.has_head = has_head
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
+        self._rot = 0 if rope is None else rope.rot
         self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
         self._steps = len(steps)
         self.handle = Handle(
@@ -137,31 +131,36 @@ class CpuPlan:
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         if rows and not self.has_head:
             raise ValueError(f"logit_rows asks for {rows} rows of logits, and this plan has no head")
-        frequencies = self._frequencies(batch)
-        logits = _logits(batch.logits, (rows, self.vocab_size))
-        hidden = (
-            torch.empty(self.hidden_states, tokens, self.hidden_size, dtype=torch.float32, device="cpu")
-            if batch.hidden
-            else None
-        )
-        last = torch.empty(tokens, self.hidden_size, dtype=torch.float32, device="cpu") if batch.last_hidden else None
-        embeds = self._rows_of(batch.inputs_embeds, "inputs_embeds", tokens)
-        states = self._rows_of(batch.states, "states", tokens)
-        sequences, blocks = len(batch.query_len), batch.block_table.shape[-1]
+        sequences, blocks, width = len(batch.query_len), batch.block_table.shape[-1], self.hidden_size
+        f32, new = torch.float32, self.context.outputs.empty
+        shape, logits = (rows, self.vocab_size), batch.logits
+        if logits is None or self.context.outputs.checked:
+            optional(logits, "logits", f32, shape)
+            logits = new(shape, f32)  # red zones lie around a copy
+        hidden = new((self.hidden_states, tokens, width), f32) if batch.hidden else None
+        last = new((tokens, width), f32) if batch.last_hidden else None
+        embeds = None if batch.inputs_embeds is None else batch.inputs_embeds.detach().to("cpu", f32).contiguous()
+        states = None if batch.states is None else batch.states.detach().to("cpu", f32).contiguous()
         b = Batch()
         b.T, b.S, b.R, b.max_blocks = tokens, sequences, rows, blocks
-        b.token_ids = _address(batch.token_ids, "token_ids", tokens) if embeds is None else None
-        b.positions = _address(batch.positions, "positions", tokens)
-        b.query_len = _address(batch.query_len, "query_len", sequences)
-        b.context_len = _address(batch.context_len, "context_len", sequences)
-        b.phase = _address(batch.phase, "phase", sequences)
-        b.block_table = _address(batch.block_table, "block_table", sequences, blocks)
-        b.logit_rows = _address(batch.logit_rows, "logit_rows", rows)
-        b.inputs_embeds, b.states = _pointer(embeds), _pointer(states)
-        b.logits, b.hidden, b.last_hidden = logits.data_ptr(), _pointer(hidden), _pointer(last)
+        b.token_ids = address(batch.token_ids, "token_ids", _I32, (tokens,)) if embeds is None else None
+        b.positions = address(batch.positions, "positions", _I32, (tokens,))
+        b.query_len = address(batch.query_len, "query_len", _I32, (sequences,))
+        b.context_len = address(batch.context_len, "context_len", _I32, (sequences,))
+        b.phase = address(batch.phase, "phase", _I32, (sequences,))
+        b.block_table = address(batch.block_table, "block_table", _I32, (sequences, blocks))
+        b.logit_rows = address(batch.logit_rows, "logit_rows", _I32, (rows,))
+        b.inputs_embeds = optional(embeds, "inputs_embeds", f32, (tokens, width))
+        b.states = optional(states, "states", f32, (tokens, width))
+        b.logits = address(logits, "logits", f32, shape)
+        b.hidden = optional(hidden, "hidden", f32, (self.hidden_states, tokens, width))
+        b.last_hidden = optional(last, "last_hidden", f32, (tokens, width))
         b.cache = store.handle.address
-        b.inv_freq = None if frequencies is None else frequencies.__array_interface__["data"][0]
-        check(self.lib.dso_plan_run(self.handle, C.byref(b)))
+        frequencies = self._frequencies(batch)
+        b.inv_freq = optional(frequencies, "inv_freq", _F32, (sequences, self._rot // 2))
+        self.context.call("dso_plan_run", self.handle, C.byref(b), logits=logits, hidden=hidden, last_hidden=last)
+        if batch.logits is not None and logits is not batch.logits:
+            logits = batch.logits.copy_(logits)
         return StepOutput(logits, hidden, last)
 
     def _frequencies(self, batch: StepBatch) -> npt.NDArray[np.float32] | None:
@@ -172,14 +171,6 @@ class CpuPlan:
             raise ValueError(f"reach must be {len(batch.query_len)} numbers above 0, and is {batch.reach}")
         lengths = reach_of(batch)
         return None if max(lengths) <= self._rope.context else np.stack([self._inv_freq_at(n) for n in lengths])
-
-    def _rows_of(self, given: torch.Tensor | None, name: str, tokens: int) -> torch.Tensor | None:
-        """A batch's float rows as the library reads them."""
-        if given is None:
-            return None
-        if tuple(given.shape) != (tokens, self.hidden_size):
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, this step needs {(tokens, self.hidden_size)}")
-        return given.detach().to("cpu", torch.float32).contiguous()
 
     def check_weights(self) -> None:
         check(self.lib.dso_plan_check(self.handle))
@@ -205,16 +196,3 @@ class CpuPlan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise BackendError("a compiled plan cannot be copied; compile the copied model's graph again")
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _logits(given: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
-    """The tensor that the step writes its logits into."""
-    if given is None:
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
-    if given.shape != shape or given.dtype != torch.float32 or given.device.type != "cpu" or not given.is_contiguous():
-        raise ValueError(f"logits must be contiguous float32 {shape} on the CPU, got {given.dtype} {tuple(given.shape)}")
-    return given

@@ -13,9 +13,10 @@ from typing import Final, Literal
 
 import torch
 
+from ...backends.cpu.buffers import address, optional
 from ...backends.cpu.native_train import TrainNumbers, TrainUpdate
 from . import native
-from .moments import Moments, root
+from .moments import BLOCK, Moments, root
 from .random_bits import random_bits, round_by_chance
 
 Master = Literal["none", "split", "stochastic"]
@@ -93,7 +94,8 @@ def adamw(updates: Sequence[Update]) -> None:
     """A step of each of these tensors. Raises BackendError."""
     native_ones = [u for u in updates if _native(u.parameter, u.gradient) and all(t.is_contiguous() for t in u.tensors())]
     if native_ones:
-        native.call("dso_train_adamw", (TrainUpdate * len(native_ones))(*map(_described, native_ones)), len(native_ones))
+        described = (TrainUpdate * len(native_ones))(*map(_described, native_ones))
+        native.call("dso_train_adamw", described, len(native_ones))
         for update in native_ones:  # so that a backward through the weights as they were is an error, as of torch's own
             torch.autograd.graph.increment_version(update.parameter)
     taken = set(map(id, native_ones))
@@ -130,7 +132,7 @@ def squares(tensors: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
     places = [i for i, t in enumerate(tensors) if _native(t)]
     if places:
         dense = [tensors[i].contiguous() for i in places]
-        numbers = (TrainNumbers * len(dense))(*(TrainNumbers(t.data_ptr(), t.numel(), native.type_of(t)) for t in dense))
+        numbers = (TrainNumbers * len(dense))(*(native.numbers(t, "a gradient") for t in dense))
         found, odd = (C.c_double * len(dense))(), (C.c_int64 * len(dense))()
         native.call("dso_train_squares", numbers, len(dense), found, odd)
         for i, total, count in zip(places, found, odd, strict=True):
@@ -150,10 +152,17 @@ def _native(*tensors: torch.Tensor) -> bool:
 
 
 def _described(update: Update) -> TrainUpdate:
-    u, r, at = update, update.rates, native.pointer
+    u, r, moments, shape = update, update.rates, update.moments, update.parameter.shape
+    scales = (-(-u.parameter.numel() // BLOCK),)
+    places = (
+        address(u.parameter, "parameter", u.parameter.dtype, shape), optional(u.low, "low", torch.int16, shape),
+        address(u.gradient, "gradient", u.gradient.dtype, shape), address(moments.m, "m", moments.m.dtype, shape),
+        address(moments.v, "v", torch.uint8 if moments.kind == "int8" else moments.m.dtype, shape),
+        optional(moments.m_scale, "m_scale", torch.float32, scales),
+        optional(moments.v_scale, "v_scale", torch.float32, scales),
+    )  # fmt: skip
     numbers = (r.gradient_scale, r.beta1, r.rest1, r.beta2, r.rest2, r.bias2, r.eps, r.step, r.decay)
     return TrainUpdate(
-        at(u.parameter), at(u.low), at(u.gradient), at(u.moments.m), at(u.moments.v), at(u.moments.m_scale),
-        at(u.moments.v_scale), u.parameter.numel(), _MASTERS[u.master], _MOMENTS[u.moments.kind], native.type_of(u.gradient),
-        *numbers, (C.c_uint32 * 4)(*u.key),
+        *places, u.parameter.numel(), _MASTERS[u.master], _MOMENTS[moments.kind], native.type_of(u.gradient), *numbers,
+        (C.c_uint32 * 4)(*u.key),
     )  # fmt: skip

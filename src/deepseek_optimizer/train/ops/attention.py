@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...backends.cpu.buffers import address, strided
 from ...backends.cpu.native_train import TrainAttention, TrainHeads
 from . import native
 
@@ -148,7 +149,7 @@ def _forward(
         o.zero_()
         state.zero_()
     call = _call(q, k, v, o, state, begin, end, scale, window)
-    native.call("dso_train_attention_forward", C.byref(call))
+    native.call("dso_train_attention_forward", C.byref(call), o=o, state=state)
     return o, state
 
 
@@ -177,9 +178,10 @@ def _backward(
         for gradient in gradients:
             gradient.zero_()
     call = _call(q, k, v, o, state, begin, end, scale, window)
-    call.o_grad = _heads(o_grad)
-    call.q_grad, call.k_grad, call.v_grad = (_heads(x) for x in gradients)
-    native.call("dso_train_attention_backward", C.byref(call))
+    call.o_grad = _heads(o_grad, "o_grad", o)
+    call.q_grad, call.k_grad, call.v_grad = (_heads(g, "a gradient", x) for g, x in zip(gradients, (q, k, v), strict=True))
+    written = dict(zip(("q_grad", "k_grad", "v_grad"), gradients, strict=True))
+    native.call("dso_train_attention_backward", C.byref(call), **written)
     return gradients[0], gradients[1], gradients[2]
 
 
@@ -217,15 +219,18 @@ def _cover(begin: torch.Tensor, end: torch.Tensor, q: torch.Tensor) -> bool:
     return int((end - begin).sum()) == q.shape[0] * q.shape[1]
 
 
-def _heads(x: torch.Tensor) -> TrainHeads:
-    return TrainHeads(x.data_ptr(), *x.stride()[:3])
+def _heads(x: torch.Tensor, name: str, like: torch.Tensor) -> TrainHeads:
+    """x, which has the dtype and shape of `like`."""
+    return TrainHeads(strided(x, name, like.dtype, tuple(like.shape)), *x.stride()[:3])
 
 
 def _call(q: Any, k: Any, v: Any, o: Any, state: Any, begin: Any, end: Any, scale: float, window: int) -> TrainAttention:
     """The caller keeps the tensors alive, and `begin` and `end` are dense."""
     rows, tokens, heads, width = q.shape
     many = len(begin) if q.numel() else 0
+    bounds = (address(t, name, torch.int64, tuple(begin.shape)) for t, name in ((begin, "begin"), (end, "end")))
+    places = (_heads(t, name, t) for t, name in ((q, "q"), (k, "k"), (v, "v"), (o, "o")))
     return TrainAttention(
-        native.type_of(q), heads, k.shape[2], width, v.shape[3], scale, window, rows, tokens, many, begin.data_ptr(),
-        end.data_ptr(), _heads(q), _heads(k), _heads(v), _heads(o), state.data_ptr(),
+        native.type_of(q), heads, k.shape[2], width, v.shape[3], scale, window, rows, tokens, many, *bounds, *places,
+        address(state, "state", torch.float32, (2, heads, rows * tokens)),
     )  # fmt: skip

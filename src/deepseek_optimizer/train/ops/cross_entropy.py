@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ...backends.cpu.buffers import address
 from ...errors import ConfigError
 from . import native
 from .linear import gradient_place
@@ -146,7 +147,7 @@ def cross_entropy_(
         dtype: of the gradient, which may lie where the logits did: bf16 or the logits' own.
     """
     if native.usable(logits) and logits.is_contiguous():
-        losses = torch.empty(len(logits), dtype=torch.float64, device="cpu")
+        losses = native.new((len(logits),), logits, torch.float64)
         bf16 = dtype == torch.bfloat16
         _cross_entropy(logits, labels, 0.0 if factor is None else factor, -1 if factor is None else int(bf16), losses)
         gradient = logits.view(dtype)[:, : logits.shape[1]] if bf16 else logits
@@ -162,8 +163,10 @@ def cross_entropy_(
 
 @torch.library.custom_op("dso::train_cross_entropy", mutates_args=("logits", "losses"), device_types="cpu")
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, factor: float, gradient: int, losses: torch.Tensor) -> None:
-    labels, x = labels.to(torch.int64).contiguous(), native.matrix(logits)
-    native.call("dso_train_cross_entropy", *logits.shape, x, labels.data_ptr(), -1, factor, gradient, losses.data_ptr())
+    labels, x = labels.to(torch.int64).contiguous(), native.matrix(logits, "logits")
+    columns = address(labels, "labels", torch.int64, logits.shape[:1])
+    sums = address(losses, "losses", torch.float64, logits.shape[:1])
+    native.call("dso_train_cross_entropy", *logits.shape, x, columns, -1, factor, gradient, sums, logits=logits, losses=losses)
 
 
 @_cross_entropy.register_fake

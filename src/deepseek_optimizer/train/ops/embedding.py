@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ...backends.cpu.buffers import address
 from . import native
 from .linear import gradient_place
 
@@ -55,8 +56,9 @@ class _Embedding(torch.autograd.Function):
 @torch.library.custom_op("dso::train_rows_summed", mutates_args=("out",), device_types="cpu")
 def _rows_summed(x: torch.Tensor, numbers: torch.Tensor, ignored: int, out: torch.Tensor, add: bool) -> None:
     numbers = numbers.to(torch.int64).contiguous()
-    into, rows = native.matrix(out), native.matrix(x)
-    native.call("dso_train_rows_summed", *x.shape, rows, numbers.data_ptr(), ignored, out.shape[0], into, int(add))
+    into, rows = native.matrix(out, "out", (out.shape[0], x.shape[1])), native.matrix(x, "x")
+    which = address(numbers, "numbers", torch.int64, x.shape[:1])
+    native.call("dso_train_rows_summed", *x.shape, rows, which, ignored, out.shape[0], into, int(add), out=out)
 
 
 @_rows_summed.register_fake

@@ -24,7 +24,7 @@ from ...system.memory import free_memory
 
 _REMEDY: Final = "take shorter sequences or fewer of them a step"
 _SEGMENT: Final = 256 << 20
-_LEAST: Final = 256 << 10  # bytes; what is smaller comes from torch
+LEAST: Final = 256 << 10  # bytes; what is smaller comes from torch
 _UNIT: Final = 4096
 
 
@@ -78,7 +78,7 @@ class Memory:
         """[shape] on the CPU, contiguous. Raises NotEnoughMemoryError."""
         count = torch.Size(shape).numel()
         size = -(-count * dtype.itemsize // _UNIT) * _UNIT
-        if size < _LEAST:
+        if size < LEAST:
             return torch.empty(shape, dtype=dtype, device="cpu")
         with self._lock:
             segment, start = self._find(size)

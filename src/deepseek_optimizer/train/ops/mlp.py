@@ -75,6 +75,7 @@ class _Mlp(torch.autograd.Function):
 def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of gate and up, which stay, for who goes backward twice. `again`: h takes the place of its gradient dh."""
     dgate, dup = native.new(gate.shape, gate), native.new(up.shape, up)
-    g, u, d, to_gate, to_up = (native.matrix(t) for t in (gate, up, dh, dgate, dup))
-    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, to_gate, to_up, d if again else None)
+    named = (("gate", gate), ("up", up), ("dh", dh), ("dgate", dgate), ("dup", dup))
+    g, u, d, to_gate, to_up = (native.matrix(t, name, gate.shape) for name, t in named)
+    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, to_gate, to_up, d if again else None, dgate=dgate, dup=dup)
     return dgate, dup

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ...backends.cpu import native
+from ...backends.cpu.buffers import address, strided
 from ...backends.cpu.environment import forced_threads
-from ...backends.cpu.native_train import TYPES, Matrix
+from ...backends.cpu.native_train import TYPES, Matrix, TrainNumbers
 from ...errors import BackendError
-from .memory import memory
+from .memory import LEAST, memory
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,16 +41,15 @@ def type_of(tensor: torch.Tensor) -> int:
     return TYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
-def pointer(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor's first number lies; NULL for None. The caller keeps the tensor alive over the call."""
-    return None if tensor is None else tensor.data_ptr()
-
-
 def new(shape: Iterable[int], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised tensor of a shape, of another's dtype (or `dtype`) and device; on the CPU where a step's tensors lie."""
     size, dtype = torch.Size(shape), dtype or like.dtype
     real = type(like) in (torch.Tensor, torch.nn.Parameter) and like.device.type == "cpu"  # not one that torch only traces
-    return memory().empty(size, dtype) if real else torch.empty(size, dtype=dtype, device=like.device)
+    if not real:
+        return torch.empty(size, dtype=dtype, device=like.device)
+    if built() and context().outputs.checked and size.numel() * dtype.itemsize < LEAST:  # which torch would make
+        return context().outputs.empty(size, dtype)
+    return memory().empty(size, dtype)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -58,16 +58,28 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(-1) == 1 and (len(flat) < 2 or flat.stride(0) >= flat.shape[1]) else flat.contiguous()
 
 
-def matrix(x: torch.Tensor | None) -> Any:
-    """The dso_train_matrix of what `rows` returned, to be passed by reference; NULL for None."""
-    return None if x is None else C.byref(Matrix(x.data_ptr(), x.stride(0), 0, type_of(x), 0))
+def matrix(x: torch.Tensor | None, name: str, shape: Iterable[int] = ()) -> Any:
+    """The dso_train_matrix of what `rows` returned, to be passed by reference; NULL for None.
+
+    Args:
+        shape: what the call takes it for; x's own where it is not said.
+    """
+    if x is None:
+        return None
+    place = strided(x, name, x.dtype, tuple(shape) or tuple(x.shape))
+    return C.byref(Matrix(place, x.stride(0), 0, type_of(x), 0))
 
 
-def call(name: str, *arguments: Any) -> None:
-    """Runs a function of `dso_train.h` on the shared context. Raises BackendError."""
+def numbers(x: torch.Tensor, name: str) -> TrainNumbers:
+    """The dso_train_numbers of a dense tensor."""
+    return TrainNumbers(address(x, name, x.dtype, x.shape), x.numel(), type_of(x), 0)
+
+
+def call(name: str, *arguments: Any, **written: torch.Tensor | None) -> None:
+    """Runs a function of `dso_train.h` on the shared context; `written` as `Context.call` takes it. Raises BackendError."""
     made = context()
     try:
-        native.check(getattr(made.lib, name)(made.handle, *arguments))
+        made.call(name, made.handle, *arguments, **written)
     except ValueError as error:  # the ops check what users can get wrong, so this is a defect of ours
         raise BackendError(f"{name}: {error}") from error
     except MemoryError as error:

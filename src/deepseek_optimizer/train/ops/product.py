@@ -8,10 +8,11 @@ whole.
 from __future__ import annotations
 
 import ctypes as C
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from ...backends.cpu.buffers import address, strided
 from ...backends.cpu.native_train import ADD, EXACT, PRODUCT_FORMS, Matrix
 from . import native
 
@@ -101,7 +102,7 @@ def column_sums(
 ) -> torch.Tensor:
     """[T, N] -> [N], summed over rows in fp32 (fp64 for fp64): the gradient of a bias."""
     if out is None:
-        out = x.new_empty(x.shape[1], dtype=dtype or x.dtype)
+        out = native.new((x.shape[1],), x, dtype)
     _check_out("column_sums", out, x.shape[1])
     if native.usable(x, out) and out.is_contiguous():
         torch.ops.dso.train_column_sums(x, out, add)
@@ -123,10 +124,11 @@ torch.library.define("dso::train_column_sums", "(Tensor x, Tensor(a!) out, bool 
 def _run_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, form: str, add: bool) -> None:
     M, N, K = _sizes(form, a, b)
     a, b, bias = _with_rows(a), _with_rows(b), None if bias is None else bias.contiguous()
-    at = None if bias is None else C.byref(_matrix(bias))
+    left, right = (K, M) if form == "tn" else (M, K), (N, K) if form == "nt" else (K, N)
+    at = None if bias is None else _matrix(bias, "bias", (N,))
     native.call(
         "dso_train_product", PRODUCT_FORMS[form], _flags(a, b, add), M, N, K,
-        C.byref(_matrix(a)), C.byref(_matrix(b)), at, C.byref(_matrix(out)),
+        _matrix(a, "a", left), _matrix(b, "b", right), at, _matrix(out, "out", (M, N)), out=out,
     )  # fmt: skip
 
 
@@ -136,16 +138,23 @@ def _run_grouped_product(
 ) -> None:
     a, b, offsets = _with_rows(a), _with_rows(b), offsets.contiguous()
     M, N, K = (a.shape[1], b.shape[1], 0) if form == "tn" else (0, out.shape[1], a.shape[1])
+    groups, tokens = offsets.numel() - 1, a.shape[0]
+    if form == "tn":
+        right, made = (tokens, N), (groups, M, N)
+    else:
+        right, made = (groups, N, K) if form == "nt" else (groups, K, N), (tokens, N)
+    bounds = address(offsets, "offsets", torch.int64, (groups + 1,))
     native.call(
-        "dso_train_grouped_product", PRODUCT_FORMS[form], _flags(a, b, add), offsets.numel() - 1, offsets.data_ptr(), M, N, K,
-        C.byref(_matrix(a)), C.byref(_matrix(b)), C.byref(_matrix(out)),
+        "dso_train_grouped_product", PRODUCT_FORMS[form], _flags(a, b, add), groups, bounds, M, N, K,
+        _matrix(a, "a", (tokens, M or K)), _matrix(b, "b", right), _matrix(out, "out", made), out=out,
     )  # fmt: skip
 
 
 @torch.library.impl("dso::train_column_sums", "cpu")
 def _run_column_sums(x: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     x = _with_rows(x)
-    native.call("dso_train_column_sums", ADD if add else 0, *x.shape, C.byref(_matrix(x)), C.byref(_matrix(out)))
+    sums = _matrix(out, "out", (x.shape[1],))
+    native.call("dso_train_column_sums", ADD if add else 0, *x.shape, _matrix(x, "x", tuple(x.shape)), sums, out=out)
 
 
 @torch.library.register_fake("dso::train_product")
@@ -155,10 +164,10 @@ def _(*arguments: object) -> None:
     """They change `out`, and make nothing."""
 
 
-def _matrix(t: torch.Tensor) -> Matrix:
-    return Matrix(
-        t.data_ptr(), t.stride(-2) if t.dim() > 1 else t.numel(), t.stride(0) if t.dim() == 3 else 0, native.type_of(t), 0
-    )
+def _matrix(t: torch.Tensor, name: str, shape: tuple[int, ...]) -> Any:
+    """A vector, a matrix or a stack of them, by reference."""
+    ld, following = t.stride(-2) if t.dim() > 1 else t.numel(), t.stride(0) if t.dim() == 3 else 0
+    return C.byref(Matrix(strided(t, name, t.dtype, shape), ld, following, native.type_of(t), 0))
 
 
 def _flags(a: torch.Tensor, b: torch.Tensor, add: bool) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ...backends.cpu.buffers import address, optional
 from . import native
 from .scale import scale_into
 
@@ -53,8 +54,12 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 @torch.library.custom_op("dso::train_rms_norm", mutates_args=(), device_types="cpu")
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     flat, m, weight = native.rows(x), native.matrix, weight.contiguous()
-    y, rstd = native.new(x.shape, x), x.new_empty(len(flat), dtype=torch.float32)
-    native.call("dso_train_rms_norm", *flat.shape, m(flat), weight.data_ptr(), eps, m(native.rows(y)), rstd.data_ptr())
+    y, rstd = native.new(x.shape, x), native.new((len(flat),), x, torch.float32)
+    scale = address(weight, "weight", x.dtype, flat.shape[1:])
+    roots = address(rstd, "rstd", torch.float32, flat.shape[:1])
+    native.call(
+        "dso_train_rms_norm", *flat.shape, m(flat, "x"), scale, eps, m(native.rows(y), "y", flat.shape), roots, y=y, rstd=rstd
+    )
     return y, rstd
 
 
@@ -63,12 +68,13 @@ def _backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, needs_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and, in fp32, of the weight (empty where it is not needed)."""
-    dx, dw = native.new(x.shape, x), x.new_empty(weight.numel() if needs_weight else 0, dtype=torch.float32)
+    dx, dw = native.new(x.shape, x), native.new((weight.numel() if needs_weight else 0,), x, torch.float32)
     flat, kept, m, weight = native.rows(dy.to(x.dtype)), native.rows(x), native.matrix, weight.contiguous()
-    native.call(
-        "dso_train_rms_norm_backward", *flat.shape, m(flat), m(kept), weight.data_ptr(), rstd.data_ptr(), m(native.rows(dx)),
-        dw.data_ptr() if needs_weight else None,
-    )  # fmt: skip
+    scale = address(weight, "weight", x.dtype, flat.shape[1:])
+    roots = address(rstd, "rstd", torch.float32, flat.shape[:1])
+    sums = optional(dw if needs_weight else None, "dw", torch.float32, flat.shape[1:])
+    operands = m(flat, "dy"), m(kept, "x", flat.shape), scale, roots, m(native.rows(dx), "dx", flat.shape), sums
+    native.call("dso_train_rms_norm_backward", *flat.shape, *operands, dx=dx, dw=dw)
     return dx, dw
 
 

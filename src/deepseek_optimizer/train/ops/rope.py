@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...backends.cpu.buffers import address, strided
 from ...backends.cpu.native_train import TrainRotation
 from . import native
 
@@ -65,7 +66,10 @@ def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
         x.stride(0), x.stride(2), x.stride(1), out.stride(0), out.stride(2), out.stride(1), angles, cos.stride(1),
         native.type_of(x), 1, interleaved, backward,
     )  # fmt: skip
-    native.call("dso_train_rope", C.byref(rotation), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    angle_places = (address(t, name, x.dtype, tuple(cos.shape)) for t, name in ((cos, "cos"), (sin, "sin")))
+    places = (strided(t, name, x.dtype, tuple(x.shape)) for t, name in ((x, "x"), (out, "out")))
+    source, target = places
+    native.call("dso_train_rope", C.byref(rotation), source, *angle_places, target, out=out)
     return out
 
 

@@ -6,7 +6,6 @@ import ctypes as C
 
 import torch
 
-from ...backends.cpu.native_train import TrainNumbers
 from . import native
 
 
@@ -23,8 +22,8 @@ def scale_into(out: torch.Tensor, x: torch.Tensor, scale: float = 1.0, *, add: b
 
 @torch.library.custom_op("dso::train_scale_into", mutates_args=("out",), device_types="cpu")
 def _scale_into(out: torch.Tensor, x: torch.Tensor, scale: float, add: bool) -> None:
-    into, source = (TrainNumbers(t.data_ptr(), t.numel(), native.type_of(t)) for t in (out, x))
-    native.call("dso_train_scale", C.byref(source), scale, add, C.byref(into))
+    into, source = native.numbers(out, "out"), native.numbers(x, "x")
+    native.call("dso_train_scale", C.byref(source), scale, add, C.byref(into), out=out)
 
 
 @_scale_into.register_fake

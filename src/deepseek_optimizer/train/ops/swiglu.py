@@ -33,7 +33,7 @@ def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     h = native.new(gate.shape, gate)
     g, u, m = native.rows(gate), native.rows(up), native.matrix
-    native.call("dso_train_swiglu", *g.shape, m(g), m(u), m(native.rows(h)))
+    native.call("dso_train_swiglu", *g.shape, m(g, "gate"), m(u, "up", g.shape), m(native.rows(h), "h", g.shape), h=h)
     return h
 
 
@@ -41,7 +41,9 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _backward(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dgate, dup = (native.new(gate.shape, gate) for _ in range(2))
     g, u, d, m = native.rows(gate), native.rows(up), native.rows(dh.to(gate.dtype)), native.matrix
-    native.call("dso_train_swiglu_backward", *g.shape, m(g), m(u), m(d), m(native.rows(dgate)), m(native.rows(dup)), None)
+    given = m(g, "gate"), m(u, "up", g.shape), m(d, "dh", g.shape)
+    made = m(native.rows(dgate), "dgate", g.shape), m(native.rows(dup), "dup", g.shape)
+    native.call("dso_train_swiglu_backward", *g.shape, *given, *made, None, dgate=dgate, dup=dup)
     return dgate, dup
 
 

@@ -1,0 +1,117 @@
+"""Memory that the native library gets: every pointer is taken here, from a tensor or an array that was checked to be what the
+library takes it for. It sees an address, and would read or write past the end of anything else.
+
+With DSO_CHECK=1, for tests, what the library writes into has red zones besides: `Outputs` makes it and looks at them after each
+call.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from ...errors import BackendError
+
+ZONE: Final = 64  # bytes before and behind a checked buffer; as much as the allocator aligns it to
+_PATTERN: Final = bytes([0xC3]) * ZONE
+Memory = torch.Tensor | np.ndarray[Any, Any]
+
+
+def address(memory: Memory, name: str, dtype: Any, shape: tuple[int, ...]) -> int:
+    """Where dense memory of this dtype and shape on the CPU begins; the caller keeps it alive over the call.
+
+    Args:
+        name: what the error calls it.
+        dtype: torch's for a tensor, numpy's for an array.
+
+    Raises: ValueError for any other memory.
+    """
+    if isinstance(memory, torch.Tensor):
+        if memory.dtype is not dtype or memory.shape != shape or not memory.is_cpu or not memory.is_contiguous():
+            raise _unfit(memory, name, "contiguous", dtype, shape)
+        return memory.data_ptr()
+    if memory.dtype != dtype or memory.shape != shape or not memory.flags.c_contiguous:
+        raise _unfit(memory, name, "contiguous", dtype, shape)
+    return int(memory.__array_interface__["data"][0])  # a third of what `.ctypes` costs
+
+
+def optional(memory: Memory | None, name: str, dtype: Any, shape: tuple[int, ...]) -> int | None:
+    """The same; NULL for None."""
+    return None if memory is None else address(memory, name, dtype, shape)
+
+
+def strided(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The same for a tensor whose rows lie apart: only numbers of its last dimension must lie together."""
+    fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu
+    if not fits or (shape[-1] > 1 and tensor.stride(-1) != 1):
+        raise _unfit(tensor, name, "dense rows of", dtype, shape)
+    return tensor.data_ptr()
+
+
+def _unfit(memory: Memory, name: str, layout: str, dtype: Any, shape: Iterable[int]) -> ValueError:
+    if isinstance(memory, torch.Tensor):
+        dense, device = memory.is_contiguous(), memory.device.type
+    else:
+        dense, device = memory.flags.c_contiguous, "cpu"
+    found = (
+        f"{'' if dense else 'strided '}{_name(memory.dtype)} {list(memory.shape)}{'' if device == 'cpu' else f' on {device}'}"
+    )
+    return ValueError(f"{name} must be {layout} {_name(dtype)} {list(shape)} on the CPU, and is {found}")
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
+
+
+class Outputs:
+    """Makes the tensors that the library writes into.
+
+    Args:
+        checked: with red zones before and behind each, for `verify`.
+    """
+
+    def __init__(self, checked: bool) -> None:
+        self.checked = checked
+        self._zones: dict[int, tuple[memoryview, int, int]] = {}  # address -> what it lies in, where, bytes
+
+    def empty(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor on the CPU."""
+        shape = torch.Size(shape)
+        size = shape.numel() * dtype.itemsize
+        if not self.checked or not size:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        array = np.empty(size + 3 * ZONE, np.uint8)
+        start = ZONE + -array.__array_interface__["data"][0] % ZONE
+        whole = memoryview(array)  # type: ignore[arg-type]
+        whole[start - ZONE : start] = whole[start + size : start + size + ZONE] = _PATTERN
+        block = whole[start : start + size]  # lives as long as the tensor's storage
+        tensor = torch.frombuffer(block, dtype=dtype, count=shape.numel()).view(shape)
+        place = tensor.data_ptr()
+        self._zones[place] = whole, start, size
+        weakref.finalize(block, self._zones.pop, place, None)
+        return tensor
+
+    def verify(self, call: str, written: Mapping[str, torch.Tensor | None]) -> None:
+        """Looks at the red zones of what a call wrote into; memory that was not made here has none.
+
+        Raises: BackendError that names the call, the buffer and the place.
+        """
+        for name, tensor in written.items():
+            if tensor is None or (found := self._zones.get(tensor.data_ptr())) is None:
+                continue
+            whole, start, size = found
+            for begin, offset in ((start - ZONE, -ZONE), (start + size, size)):
+                if whole[begin : begin + ZONE] != _PATTERN:
+                    byte = next(i for i in range(ZONE) if whole[begin + i] != _PATTERN[i])
+                    shape = f"{tensor.dtype} {list(tensor.shape)}, {size} bytes"
+                    raise BackendError(f"{call} wrote outside {name} ({shape}): at byte {offset + byte}")
+
+
+def checking() -> bool:
+    """Whether DSO_CHECK=1 asks for red zones. Read where a context is made."""
+    return os.environ.get("DSO_CHECK") == "1"
