@@ -139,6 +139,8 @@ def _run_grouped_product(
     a, b, offsets = _with_rows(a), _with_rows(b), offsets.contiguous()
     M, N, K = (a.shape[1], b.shape[1], 0) if form == "tn" else (0, out.shape[1], a.shape[1])
     groups, tokens = offsets.numel() - 1, a.shape[0]
+    right: tuple[int, ...]
+    made: tuple[int, ...]
     if form == "tn":
         right, made = (tokens, N), (groups, M, N)
     else:
