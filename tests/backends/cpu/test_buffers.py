@@ -21,8 +21,10 @@ from deepseek_optimizer.train.ops import native as train_native
 
 SOURCE = Path(deepseek_optimizer.__file__).parent
 POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped_storage"}
-# Files that take one to know what is the same memory, not to hand it on.
-IDENTITY = {"integration/runtime.py", "train/precision.py", "train/kept.py"}
+# Files that take one to know which memory it is, and never to have it read or written.
+IDENTITY = {
+    "backends/cpu/mapped_file.py", "integration/mapped.py", "integration/runtime.py", "train/precision.py", "train/kept.py",
+}  # fmt: skip
 
 
 def pointers(tree: ast.AST) -> list[int]:
