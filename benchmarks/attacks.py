@@ -3,9 +3,9 @@
     python -m benchmarks.attacks [--chats 40] [--model DIRECTORY]
 
 A small chat of key b is asked again and again, one at a time: while nobody else asks anything, then while key a sends large
-prompts, prompts that may just fit, large schemas, or documents that take long to read (`hostile`); with a small schema and a
-small file too, where such are what the other sends. Prints the 95th percentiles and their ratio, and ends with status 1 where
-one is over 3.
+prompts, prompts that may just fit, lists of tokens, large schemas, or documents that take long to read (`hostile`); with a
+small schema and a small file too, where such are what the other sends. Prints the 95th percentiles and their ratio, and ends
+with status 1 where one is over 3.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ _SCHEMA = {
     "properties": {"city": {"enum": ["Paris", "Rome", "Bonn"]}},
 }  # fmt: skip
 # attack -> what is asked meanwhile
-ROWS = {"prompts": ["chat"], "fitting": ["chat"], "schemas": ["chat", "schema"], "documents": ["chat", "file"]}
+ROWS = {
+    "prompts": ["chat"],
+    "fitting": ["chat"],
+    "tokens": ["chat"],
+    "schemas": ["chat", "schema"],
+    "documents": ["chat", "file"],
+}
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from typing import Any
 
 from deepseek_optimizer.bench.exchange import Exchange, request_bytes
 
-CHATS, FILES = "/v1/chat/completions", "/v1/files"
+TEXTS, CHATS, FILES = "/v1/completions", "/v1/chat/completions", "/v1/files"
 HARMLESS = frozenset({200, 400, 413, 429, 503, 504})  # statuses that such requests may get
-PATIENCE = 120.0  # seconds for an answer
+PATIENCE = 660.0  # seconds for an answer: more than the server takes for any
 LEAVING = 0.25  # share of connections that are cut, where all kinds come
 _PROPERTIES = 3_000
 _PARAGRAPHS = 6_000_000
@@ -43,6 +43,12 @@ def prompts(rng: random.Random) -> Callable[[str], bytes]:
 def fitting(rng: random.Random) -> Callable[[str], bytes]:
     """Chats of 600 kB, whose tokens have to be counted."""
     return _chat("".join(rng.choices("abcdefghij \n", k=600_000)))
+
+
+def tokens(rng: random.Random) -> Callable[[str], bytes]:
+    """Bodies of more than a million tokens."""
+    body = {"prompt": [1] * 1_300_000, "max_tokens": 1}
+    return lambda key: request_bytes(TEXTS, body, key=key)
 
 
 def schemas(rng: random.Random) -> Callable[[str], bytes]:
@@ -69,7 +75,8 @@ def documents(rng: random.Random) -> Callable[[str], bytes]:
 
 # kind -> (what it sends, how many at once)
 KINDS: dict[str, tuple[Callable[[random.Random], Callable[[str], bytes]], int]] = {
-    "prompts": (prompts, 4), "fitting": (fitting, 4), "schemas": (schemas, 8), "documents": (documents, 4),
+    "prompts": (prompts, 4), "fitting": (fitting, 4), "tokens": (tokens, 4), "schemas": (schemas, 8),
+    "documents": (documents, 4),
 }  # fmt: skip
 
 

@@ -209,7 +209,7 @@ class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
 
 
 class WorkerLostError(DeepSeekOptimizerError, RuntimeError):
-    """A worker process was ended from outside, or could not be started: the machine's fault, and not that of what was asked."""
+    """A worker process was ended from outside, got no time, or could not be started: the machine's fault, not the request's."""
 
 
 class DocumentError(DeepSeekOptimizerError, ValueError):

@@ -128,6 +128,16 @@ def test_a_worker_that_does_not_start_is_nobodys_fault(tmp_path):
     worker.close()
 
 
+def test_a_job_that_gets_no_time_is_not_blamed_for_it_nor_tried_again(job):
+    worker = Worker(job, {}, seconds=0.05)
+    worker.call({"kind": "echo", "value": 1})
+    began = time.monotonic()
+    with pytest.raises(WorkerLostError, match="0.5 s on the clock"):
+        worker.call({"kind": "sleep", "seconds": 60})
+    assert time.monotonic() - began < 30
+    worker.close()
+
+
 def test_a_nice_worker_is_nice(job):
     worker = Worker(job, {}, nice=3)
     assert worker.call({"kind": "nice"}) == min(19, os.nice(0) + 3)

@@ -139,8 +139,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(live):
         ({"prompt": "x", "metadata": {str(n): 1 for n in range(6_000)}}, "fields"),
         ({f"field{n}": 1 for n in range(6_000)}, "fields"),
         ({"prompt": ["x"] * 200_000}, "200000 answers"),
-        ({"prompt": [1] * 200_000}, "context"),
-        ({"prompt": [[1] * 5_000]}, "context"),
+        ({"prompt": [1] * 200_000}, "the model's context"),
+        ({"prompt": [[1] * 5_000]}, "the model's context"),
     ],
 )
 def test_bodies_of_very_many_parts_are_refused_before_they_are_checked(live, refused, monkeypatch, body, words):

@@ -24,7 +24,7 @@ from .worker_pool import WorkerPool
 
 _JOB = Path(__file__).with_name("grammar_job.py")
 _MOST_BYTES = 1 << 25  # of a compiled grammar
-_NICE = 10  # of the processes: answers that are being written go first
+_NICE = 5  # of the processes: answers that are being written go first
 _CACHED, _CACHED_BYTES = 256, 1 << 27  # compiled grammars kept at most
 
 

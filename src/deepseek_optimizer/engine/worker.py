@@ -41,6 +41,10 @@ class WorkerError(Exception):
     """The job ended its worker: it took too long, or too much memory."""
 
 
+class _TooSlow(WorkerLostError):
+    """It would be so a second time."""
+
+
 class Worker:
     """
     Args:
@@ -76,7 +80,8 @@ class Worker:
         Raises:
             JobError: the job refused the payload.
             WorkerError: it ended its worker. The next call has a new one.
-            WorkerLostError: its worker did not start, or something else ended it, twice.
+            WorkerLostError: its worker did not start, or something else ended it, twice; or it got too little of the machine's
+                time to use its own.
             EngineBusyError: others' jobs took all of `patience`.
         """
         self._waiting += 1
@@ -91,8 +96,8 @@ class Worker:
                     raise WorkerError("it is closed")
                 try:
                     return self._ask(payload)
-                except WorkerLostError:
-                    if tries == _TRIES and not self._closed:
+                except WorkerLostError as error:
+                    if (tries == _TRIES or isinstance(error, _TooSlow)) and not self._closed:
                         raise
             raise WorkerError("it is closed")
         finally:
@@ -152,7 +157,7 @@ class Worker:
             return json.loads(self._read(size, deadline))
         except TimeoutError:
             self._end()
-            raise WorkerError(f"it takes too long, more than {seconds:g} s on the clock") from None
+            raise _TooSlow(f"a worker process was not done in {seconds:g} s on the clock: the machine is too busy") from None
         except (OSError, EOFError):
             code = self._end()
             if code in _FROM_OUTSIDE:

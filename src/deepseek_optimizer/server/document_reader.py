@@ -20,7 +20,7 @@ _JOB = Path(__file__).with_name("document_job.py")
 _MEMORY = 1 << 30  # bytes that reading one file may take
 
 
-_NICE = 10  # of the processes: answers that are being written go first
+_NICE = 5  # of the processes: answers that are being written go first
 
 
 class DocumentReader:

@@ -92,8 +92,8 @@ def problem(error: BaseException) -> ApiError | None:
     if isinstance(error, WorkerLostError):
         logger.error("%s", error)
         return ApiError(
-            503, "a process of the server that this request needs was ended twice; send it again", code="worker_lost",
-            headers={"Retry-After": "1"},
+            503, "a process of the server was ended, or got no time, while it worked for this request; send it again",
+            code="worker_lost", headers={"Retry-After": "1"},
         )  # fmt: skip
     if isinstance(error, HTTPException):
         names = {404: "there is nothing at this address", 405: "this address does not know this method"}
