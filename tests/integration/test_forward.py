@@ -280,9 +280,11 @@ def test_router_logits():
     for model in (pair.fast, pair.plain):
         model.config.output_router_logits = True
     ids = pair.ids(6)
+    expected = getattr(pair.plain(ids), "router_logits", None)
     with pytest.warns(OptimizerWarning, match="output_router_logits"):
-        made = pair.fast(ids).router_logits
-    assert len(made) == len(pair.plain(ids).router_logits) > 0
+        made = getattr(pair.fast(ids), "router_logits", None)
+    assert (made is None) == (expected is None)  # before 5.24 Transformers gave none
+    assert expected is None or len(made) == len(expected) > 0
 
 
 @torch.no_grad()

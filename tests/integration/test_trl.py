@@ -8,37 +8,35 @@ import torch
 from deepseek_optimizer import PagedCache, load_model
 from deepseek_optimizer.integration.compat import cache_name
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytest.importorskip("trl")
 
 
 @pytest.fixture
-def trained(tiny_model, byte_tokenizer, tmp_path):
-    """A trainer after some steps on one text, and the packed weights that there were before."""
+def model(tiny_model):
+    return load_model(tiny_model, precision="int4", backend="reference")
+
+
+def trainer_of(model, tokenizer, folder, **options):
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    model = load_model(tiny_model, precision="int4", backend="reference")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = SFTTrainer(
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.03, "logging_steps": 1, "max_length": 32}
+    return SFTTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            learning_rate=0.03,
-            logging_steps=1,
-            max_length=32,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-        ),  # fmt: skip
+        args=SFTConfig(str(folder), **settings, report_to=[], save_strategy="no", use_cpu=True, bf16=False),
         train_dataset=Dataset.from_dict({"text": ["the quick brown fox jumps over"] * 6}),
-        processing_class=byte_tokenizer,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        processing_class=tokenizer,
+        **options,
     )
+
+
+@pytest.fixture
+def trained(model, byte_tokenizer, tmp_path):
+    """A trainer after some steps on one text, and the packed weights that there were before."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = trainer_of(model, byte_tokenizer, tmp_path, peft_config=config)
     trainer.train()
     return trainer, before
 
@@ -62,3 +60,8 @@ def test_the_plan_serves_the_merged_model(trained, byte_tokenizer):
     merged = wrapped.merge_and_unload()
     assert isinstance(getattr(merged(ids, use_cache=True), cache_name()), PagedCache)
     assert merged.get_output_embeddings() is merged.lm_head
+
+
+def test_without_adapters_it_is_refused_at_once(model, byte_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models.*adapters"):
+        trainer_of(model, byte_tokenizer, tmp_path)
