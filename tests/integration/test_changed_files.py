@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from deepseek_optimizer import load_model
+from deepseek_optimizer.backends.cpu.native import library_path
 from support import changed_files
 from support.saved_llama import saved_llama
 
@@ -42,7 +43,7 @@ def is_changed(found, words: str) -> bool:
 def test_packed_files_are_mapped_and_nothing_else_is(found):
     """And the handler of SIGBUS comes with the first of them."""
     handlers = {"handler at first": False, "handler so far": False, "handler": True}
-    ways = {"load_model": True, "from_pretrained": True, "float": False, "reference": False}
+    ways = {"load_model": True, "from_pretrained": True, "float": False, "reference": False, "other names": False}
     assert found["mapped"] == handlers | ways
 
 
@@ -90,30 +91,33 @@ def test_a_file_that_changes_while_it_is_loaded(found, case, words):
 
 
 FAULTS = """
-import faulthandler, mmap, os, sys
-from pathlib import Path
-from deepseek_optimizer.backends.cpu import mapped_file
+import ctypes as C, faulthandler, mmap, os, sys
+add, folder = C.CDLL(sys.argv[1]).dso_mapping_add, sys.argv[2]
+add.argtypes = C.c_void_p, C.c_int64, C.c_int32, C.c_int64, C.c_char_p, C.c_void_p
 
-def opened(name):
-    path = Path(sys.argv[1], name)
-    path.write_bytes(bytes([1]) * 8192)
-    fd = os.open(path, os.O_RDWR)
-    return path, fd, os.fstat(fd)
+def mapped(name):
+    file = open(os.path.join(folder, name), "w+b")
+    file.write(bytes([1]) * 8192)
+    file.flush()
+    return file, mmap.mmap(file.fileno(), 8192, access=mmap.ACCESS_COPY)
 
-path, fd, status = opened("ours")
-ours = mapped_file.map_file(fd, status.st_size, status.st_mtime_ns, path)
+def watch(pages):
+    assert add(C.addressof(C.c_char.from_buffer(pages)), 8192, -1, 0, b"x", C.byref(C.c_int64())) == 0
+
+file, ours = mapped("ours")
+watch(ours)
 faulthandler.enable()
-other = mapped_file.map_file(fd, status.st_size, status.st_mtime_ns, path)  # whatever comes to the library puts us first again
-os.truncate(path, 0)
+more = mapped("more")[1]
+watch(more)  # the library puts its handler first again
+file.truncate(0)
 print(sum(ours[:]), flush=True)
-path, fd, status = opened("theirs")
-theirs = mmap.mmap(fd, status.st_size)
-os.truncate(path, 0)
+file, theirs = mapped("theirs")
+file.truncate(0)
 theirs[0]
 """
 
 
 def test_a_fault_elsewhere_kills_as_before_and_faulthandler_tells_of_it(tmp_path):
-    done = run("-c", FAULTS, tmp_path)
+    done = run("-c", FAULTS, library_path(), tmp_path)
     assert done.returncode == -signal.SIGBUS and done.stdout == "0\n", (done.returncode, done.stderr)
     assert "Fatal Python error: Bus error" in done.stderr
