@@ -9,7 +9,8 @@ from io import TextIOWrapper
 
 
 def tolerate_locale() -> None:
-    """Characters that the terminal's encoding lacks are written as escapes, where they would end the program otherwise.
+    """Characters that the terminal's encoding lacks are written as escapes, where they would end the program otherwise; what is
+    typed and can't be read becomes U+FFFD.
 
     A locale that names no encoding (C, POSIX) makes Python take UTF-8 by itself (PEP 540). Where that was turned off
     (PYTHONUTF8=0), arguments and names of files are no text that a tokenizer could read, so the command starts again with it.
@@ -20,3 +21,5 @@ def tolerate_locale() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")

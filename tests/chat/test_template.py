@@ -346,6 +346,10 @@ def hostile(byte_tokenizer):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError|nested too deeply"),
         ("{{ cycler.__init__.__globals__.os.system('touch /tmp/escaped') }}", "SecurityError|Undefined"),
         ("", "empty prompt"),
+        ("{{ '\\ud800' }}", "half of a surrogate pair"),
+        ("{% for a in [1] %}" * 30 + "x" + "{% endfor %}" * 30, "too many statically nested blocks"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError|nested too deeply"),
+        ("{{ '%999999999d' % 1 }}", "too much memory"),
     ],
 )
 def test_hostile_templates_end_in_an_error_of_the_request(hostile, source, message):

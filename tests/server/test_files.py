@@ -287,15 +287,17 @@ class Clock:
 
 
 def test_files_expire_and_their_memory_comes_back():
-    clock = Clock()
+    wall, clock = Clock(), Clock()
     gone = []
-    store = FileStore(ServerSettings(file_seconds=100), lambda owner, digest: gone.append((owner, digest)), clock)
+    store = FileStore(ServerSettings(file_seconds=100), lambda owner, digest: gone.append((owner, digest)), wall, clock)
     text = TextFile("a.txt", "x" * 10_000)
     short = store.add("me", "user_data", 1, "d1", text, seconds=50)
     long = store.add("me", "user_data", 1, "d2", text, seconds=10_000)
     assert (short.expires, long.expires) == (1050, 1100)  # no longer than the server keeps any
     held = store.held
     assert held > 20_000
+    for wall.now in (0, 10**10):  # a clock that is put right, forwards or back, takes no file away and keeps none
+        assert store.of("me") == [short, long]
     clock.now = 1049
     assert store.get("me", short.id) is short
     clock.now = 1050

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..checkpoint.atomic import atomic_file
+from ..engine.request import check_text
 from ..errors import RequestError
 
 Messages = list[dict[str, str]]
@@ -83,8 +84,10 @@ def prompt_tokens(tokenizer: Any, messages: Messages, *, raw: bool = False) -> l
     """Token ids of a chat, or of the last message's text as it is (`raw`, and models without a template).
 
     Raises:
-        RequestError: the model's template does not take these messages.
+        RequestError: a message is no Unicode, or the model's template does not take these messages.
     """
+    for message in messages:
+        check_text(f"the {message['role']}'s message", message["content"])
     if raw or not tokenizer.chat_template:
         return list(tokenizer(messages[-1]["content"])["input_ids"])
     from jinja2 import TemplateError

@@ -33,6 +33,10 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if len(rendered[0][0]) > setup["most"]:
             raise ValueError("it makes a text that is too long")
+        try:
+            rendered[0][0].encode()
+        except UnicodeEncodeError:
+            raise ValueError("it makes a text with half of a surrogate pair") from None
         return str(rendered[0][0]), rendered[1][0] if payload.get("marked") else []
 
     def render(template: str, payload: dict[str, Any]) -> str:

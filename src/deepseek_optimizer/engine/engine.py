@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .core import EngineCore
-from .request import Finish, Output, Request, SamplingParams, TokenLogprob
+from .request import Finish, Output, Request, SamplingParams, TokenLogprob, check_text
 
 
 @dataclass
@@ -116,5 +116,9 @@ class Engine:
         self._number += 1
         if isinstance(prompt, Request):
             return prompt if prompt.id else replace(prompt, id=f"request-{self._number}")
+        if isinstance(prompt, str):
+            check_text("prompt", prompt)
+        if isinstance(prompt, str):
+            check_text("prompt", prompt)
         tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         return Request(tokens, sampling, id=f"request-{self._number}")

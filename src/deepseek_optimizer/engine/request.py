@@ -116,6 +116,16 @@ class SamplingParams:
         return self.temperature < 1e-5
 
 
+def check_text(field: str, text: str) -> None:
+    """Raises RequestError for half of a surrogate pair, which no tokenizer takes; bytes that aren't UTF-8 become one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            field, f"has half of a surrogate pair at character {error.start + 1:,}, which is no character; give UTF-8"
+        ) from None
+
+
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(name, f"must be an integer from {low} to {high}, got {shown(value)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.json_schema import normalise
+from ..engine.request import check_text
 from ..errors import RequestError, shown
 
 NOTHING = "NOTHING"  # what a model says of a part of the document that does not bear on the question
@@ -31,6 +32,7 @@ class Question:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
             raise RequestError("question", "is empty; ask something")
+        check_text("question", self.text)
         if len(self.text) > MOST_QUESTION:
             raise RequestError("question", f"has {len(self.text):,} characters, and {MOST_QUESTION:,} are the most")
 

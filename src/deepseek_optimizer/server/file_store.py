@@ -69,7 +69,8 @@ class FileStore:
     """
     Args:
         gone: told the owner and digest of each file that is let go of.
-        clock: seconds since 1970.
+        clock: seconds since 1970, for what clients are told.
+        running: seconds that no one sets: files expire by them, so that a clock that is put right takes none away.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class FileStore:
         settings: ServerSettings,
         gone: Callable[[str, str], None] | None = None,
         clock: Callable[[], float] = time.time,
+        running: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._gone, self._clock = settings, gone, clock
+        self._settings, self._gone, self._clock, self._running = settings, gone, clock, running
         self._files: dict[str, StoredFile] = {}
+        self._ends: dict[str, float] = {}  # of those files, by `running`
         self._taken = Counter[str]()  # bytes by owner
         self._coming = Counter[str]()  # uploads on their way, by client
 
@@ -153,11 +156,11 @@ class FileStore:
             )
         now = self._clock()
         most = self._settings.file_seconds
-        expires = now + (most if seconds is None else min(seconds, most))
+        kept = most if seconds is None else min(seconds, most)
         name = f"file-{secrets.token_hex(12)}"
-        file = StoredFile(name, owner, purpose, size, digest, int(now), int(expires), text)
+        file = StoredFile(name, owner, purpose, size, digest, int(now), int(now + kept), text)
         self.take(owner, file.held)
-        self._files[file.id] = file
+        self._files[file.id], self._ends[file.id] = file, self._running() + kept
         return file
 
     def get(self, owner: str, id: str) -> StoredFile:
@@ -185,12 +188,12 @@ class FileStore:
 
     def sweep(self) -> None:
         """Lets go of what has expired."""
-        now = self._clock()
-        for file in [file for file in self._files.values() if file.expires <= now]:
+        now = self._running()
+        for file in [file for file in self._files.values() if self._ends[file.id] <= now]:
             self._remove(file)
 
     def _remove(self, file: StoredFile) -> None:
-        del self._files[file.id]
+        del self._files[file.id], self._ends[file.id]
         self.take(file.owner, -file.held)
         if self._gone is not None and not any((f.owner, f.digest) == (file.owner, file.digest) for f in self._files.values()):
             self._gone(file.owner, file.digest)
