@@ -191,6 +191,7 @@ class PackingQuantizer(HfQuantizer):
         """
         self.mapped.watch()
         packed = [pair for pair in model.named_modules() if isinstance(pair[1], Packed)]
+        made: list[Any] = []
         with ExitStack() as opened, torch.no_grad():
             if self.pre_quantized and _is_standard(self.files):
                 checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
@@ -200,12 +201,13 @@ class PackingQuantizer(HfQuantizer):
                     for leaf, weight in module.held().items():
                         if self.mapped.holds(weight.data):
                             module._parameters[leaf].data = _read_again(checkpoint, stored(f"{path}.{leaf}"), weight).data
+                made = checkpoint.mappings()
             for tensor in (*model.parameters(), *model.buffers()):
                 if self.mapped.holds(tensor):
                     tensor.data = tensor.data.clone()
             self.mapped.check()
         self.mapped.unwatch()
-        return [] if checkpoint is None else checkpoint.mappings()
+        return made
 
     def is_serializable(self) -> bool:
         return True
