@@ -104,11 +104,16 @@ lint: env
 
 include native/native.mk
 
-# A million mutated headers of safetensors, GGUF and packed files, and for each operation of the server a thousand valid and a
-# thousand invalid requests made from its schema; the suite runs a short round of both.
+# Ten minutes of coverage-guided fuzzing for each target of tests/fuzz/targets.py; a million mutated headers of safetensors, GGUF
+# and packed files; and for each operation of the server a thousand valid and a thousand invalid requests made from its schema.
+# The suite replays the corpora, and runs a short round of the others. FUZZ_TARGET=schema fuzzes one target.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGET ?= all
 FUZZ_INPUTS ?= 1000000
 FUZZ_REQUESTS ?= 1000
 fuzz: env
+	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[fuzz]"
+	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_TARGET) --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz/fuzz_headers.py --inputs $(FUZZ_INPUTS)
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest tests/server/test_schema_fuzz.py
 

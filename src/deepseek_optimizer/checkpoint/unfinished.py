@@ -79,7 +79,7 @@ class Unfinished:
                 os.fsync(raw.fileno())
             os.replace(part, self.folder / name)
             sync(self.folder)
-        with open(self.path / _JOURNAL, "ab") as journal:
+        with naming(self.path / _JOURNAL), open(self.path / _JOURNAL, "ab") as journal:
             journal.write(_line(_entry(name, checked.count, checked.hash.hexdigest())))
             journal.flush()
             os.fsync(journal.fileno())
@@ -139,12 +139,13 @@ class Unfinished:
     def _write_journal(self, *lines: Mapping[str, Any]) -> None:
         """A new journal in place of the old one, at once: a kill in between must not lose what was finished."""
         part = self.path / f"{_JOURNAL}.part"
-        with open(part, "wb") as journal:
-            journal.write(b"".join(map(_line, lines)))
-            journal.flush()
-            os.fsync(journal.fileno())
-        os.replace(part, self.path / _JOURNAL)
-        sync(self.path)
+        with naming(part):
+            with open(part, "wb") as journal:
+                journal.write(b"".join(map(_line, lines)))
+                journal.flush()
+                os.fsync(journal.fileno())
+            os.replace(part, self.path / _JOURNAL)
+            sync(self.path)
 
     def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         """Whether the file is the one that was finished, byte for byte."""
