@@ -293,6 +293,7 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
         "resize_token_embeddings": Refuse(RESIZE),
         "report": runtime.report,
         "_apply": _Apply(runtime),
+        "compile": _Compile(runtime),
         "_replicate_for_data_parallel": Refuse("start a process for each device, each with a model of its own"),
     }
 
@@ -316,6 +317,13 @@ class _Apply(InstanceMethod):
         else:
             self.runtime.rebind()
         return model
+
+
+class _Compile(InstanceMethod):
+    """`model.compile`: changes nothing, and says so. `torch.compile(model)` cannot be told from a plain call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.runtime.tell("torch.compile changes nothing here: the plan of an optimised model is compiled already")
 
 
 class Refuse:
