@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -126,6 +127,18 @@ def test_a_worker_that_does_not_start_is_nobodys_fault(tmp_path):
     with pytest.raises(WorkerLostError, match="could not be started"):
         worker.call({})
     worker.close()
+
+
+def test_a_worker_for_which_no_file_is_left_is_nobodys_fault(worker):
+    """As under a small `ulimit -n`; there is one as soon as there are files again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(WorkerLostError, match="could not be started: Too many open files"):
+            worker.call({"kind": "echo", "value": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert worker.call({"kind": "echo", "value": 2}) == [{"a": 1}, 2]
 
 
 def test_a_job_that_gets_no_time_is_not_blamed_for_it_nor_tried_again(job):

@@ -123,13 +123,16 @@ class Worker:
             self._end()  # it was ended while it had nothing to do
         if self._process is not None:
             return
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C at the terminal is for this process to handle
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C at the terminal is for this process to handle
+            )
+        except OSError as error:  # no file descriptor, process or memory left
+            raise WorkerLostError(f"a worker process could not be started: {error.strerror}") from None
         try:
             self._exchange(self._setup, _START_SECONDS)
         except WorkerError as error:  # nobody's job was in it
