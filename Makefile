@@ -1,4 +1,4 @@
-# make test | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-interop | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-lowest demo lint bench bench-train bench-commits soak quality wheel fuzz clean
+.PHONY: help env test test-lowest test-interop demo lint bench bench-train bench-commits soak quality wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -63,6 +63,18 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
+
+# Packages of other projects on optimised models, in an environment of their own: they are large, and slow every start.
+INTEROP := .venv-interop
+
+$(INTEROP)/.installed: $(WHEELS)/.built
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev,interop]"
+	$(INTEROP)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
+	touch $@
+
+test-interop: $(INTEROP)/.installed
+	DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
 
 # Ratios in alternating runs; nothing else may run meanwhile. BENCH picks rows: make bench BENCH="smol-decode spine-smol".
 # The first run also makes models and the other engines' environments, in the user's cache directory.
@@ -118,4 +130,4 @@ fuzz: env
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest tests/server/test_schema_fuzz.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(INTEROP) build dist .pytest_cache .mypy_cache .ruff_cache

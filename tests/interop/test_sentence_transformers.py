@@ -10,7 +10,6 @@ import torch
 from deepseek_optimizer import DeepSeekConfig
 from support.saved_llama import saved_llama
 
-sentence_transformers = pytest.importorskip("sentence_transformers")
 TEXTS = ["a short text", "and one that is longer than that, so there is padding", "c"]
 
 

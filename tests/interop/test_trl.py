@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 
 from deepseek_optimizer import PagedCache, load_model
 from deepseek_optimizer.integration.compat import cache_name
-
-peft = pytest.importorskip("peft")
-pytest.importorskip("trl")
 
 
 @pytest.fixture

@@ -1,0 +1,13 @@
+"""Other projects' packages over optimised models. They are large, so `make test-interop` has an environment with them, and only
+there are these tests collected."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+PACKAGES = ("sentence_transformers", "trl")
+if os.environ.get("DSO_INTEROP") == "1":
+    collect_ignore_glob: list[str] = []  # whatever is missing fails
+elif any(find_spec(name) is None for name in PACKAGES):
+    collect_ignore_glob = ["test_*.py"]
