@@ -1,4 +1,4 @@
-# make test | test-interop | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-interop | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:

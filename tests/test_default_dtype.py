@@ -59,7 +59,7 @@ def test_a_factory_without_them_is_found(code, count):
 
 def test_answers_are_the_same_under_every_default(tiny_model):
     """To the bit, from forwards, generation, the engine, a cache read back, files and training."""
-    defaults = ["float32", "bfloat16", "float16", "float64", "device:meta"]
+    defaults = ["float32", "bfloat16", "float64", "device:meta"]
     tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "support.answers", str(tiny_model), *defaults],
@@ -67,7 +67,7 @@ def test_answers_are_the_same_under_every_default(tiny_model):
     )  # fmt: skip
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-3000:]}"
     expected, *others = map(json.loads, done.stdout.splitlines())
-    assert len(expected) > 20 and len(others) == 4
+    assert len(expected) > 20 and len(others) == 3
     for default, found in zip(defaults[1:], others, strict=True):
         assert {k for k in expected if found[k] != expected[k]} == set(), default
 

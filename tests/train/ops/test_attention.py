@@ -89,7 +89,7 @@ def test_native_is_the_reference(dtype, heads, kv_heads, qk, v):
 @needs_native
 def test_it_ran_natively(monkeypatch):
     called = []
-    monkeypatch.setattr(native, "call", lambda name, *_: called.append(name))
+    monkeypatch.setattr(native, "call", lambda name, *_, **__: called.append(name))
     tensors = inputs(1, 4, 2, 1, 8, 8, torch.float32)
     packed_attention(*tensors, *bounds((0, 4)), 1.0).sum().backward()
     assert called == ["dso_train_attention_forward", "dso_train_attention_backward"]

@@ -31,13 +31,14 @@ def address(memory: Memory, name: str, dtype: Any, shape: tuple[int, ...]) -> in
 
     Raises: ValueError for any other memory.
     """
-    if isinstance(memory, torch.Tensor):
-        if memory.dtype is not dtype or memory.shape != shape or not memory.is_cpu or not memory.is_contiguous():
+    if isinstance(memory, np.ndarray):
+        kind = memory.dtype
+        if (kind is not dtype and kind != dtype) or memory.shape != shape or not memory.flags.c_contiguous:
             raise _unfit(memory, name, "contiguous", dtype, shape)
-        return memory.data_ptr()
-    if memory.dtype != dtype or memory.shape != shape or not memory.flags.c_contiguous:
+        return int(memory.__array_interface__["data"][0])  # a third of what `.ctypes` costs
+    if memory.dtype is not dtype or memory.shape != shape or not memory.is_cpu or not memory.is_contiguous():
         raise _unfit(memory, name, "contiguous", dtype, shape)
-    return int(memory.__array_interface__["data"][0])  # a third of what `.ctypes` costs
+    return memory.data_ptr()
 
 
 def optional(memory: Memory | None, name: str, dtype: Any, shape: tuple[int, ...]) -> int | None:
@@ -48,7 +49,7 @@ def optional(memory: Memory | None, name: str, dtype: Any, shape: tuple[int, ...
 def strided(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """The same for a tensor whose rows lie apart: only numbers of its last dimension must lie together."""
     fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu
-    if not fits or (shape[-1] > 1 and tensor.stride(-1) != 1):
+    if not fits or (shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel()):
         raise _unfit(tensor, name, "dense rows of", dtype, shape)
     return tensor.data_ptr()
 

@@ -139,12 +139,8 @@ def _run_grouped_product(
     a, b, offsets = _with_rows(a), _with_rows(b), offsets.contiguous()
     M, N, K = (a.shape[1], b.shape[1], 0) if form == "tn" else (0, out.shape[1], a.shape[1])
     groups, tokens = offsets.numel() - 1, a.shape[0]
-    right: tuple[int, ...]
-    made: tuple[int, ...]
-    if form == "tn":
-        right, made = (tokens, N), (groups, M, N)
-    else:
-        right, made = (groups, N, K) if form == "nt" else (groups, K, N), (tokens, N)
+    right = {"tn": (tokens, N), "nt": (groups, N, K), "nn": (groups, K, N)}[form]
+    made = (groups, M, N) if form == "tn" else (tokens, N)
     bounds = address(offsets, "offsets", torch.int64, (groups + 1,))
     native.call(
         "dso_train_grouped_product", PRODUCT_FORMS[form], _flags(a, b, add), groups, bounds, M, N, K,
