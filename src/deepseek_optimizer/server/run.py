@@ -25,7 +25,7 @@ from .settings import ServerSettings
 from .state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
-_SWITCH = 1e-3  # seconds that a thread in Python keeps the others waiting, the engine's and the event loop's, before it gives way
+_SWITCH = 1e-3  # seconds that a thread in Python may keep the engine and the event loop waiting
 _LAST_BYTES = 2.0  # seconds that clients have, once their answers are written, to read them
 
 
