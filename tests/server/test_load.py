@@ -18,8 +18,9 @@ ASKED = {"prompt": "x", "max_tokens": 20}
 def test_a_burst_of_ten_times_the_capacity(make_server):
     live = make_server(capacity=8, step_seconds=0.001)
     tokenised = []
-    real = live.app.state.server.tokenizer
-    live.app.state.server.tokenizer = lambda text, **options: tokenised.append(text) or real(text, **options)
+    lane = live.app.state.server._tokenising.short
+    real = lane.tokenizer
+    lane.tokenizer = lambda text, **options: tokenised.append(text) or real(text, **options)
     live.engine.frozen = True
 
     def ask(i):

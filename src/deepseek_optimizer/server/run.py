@@ -25,6 +25,7 @@ from .settings import ServerSettings
 from .state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
+_SWITCH = 1e-3  # seconds that a thread in Python may keep the engine and the event loop waiting
 _LAST_BYTES = 2.0  # seconds that clients have, once their answers are written, to read them
 
 
@@ -142,5 +143,6 @@ def serve(engine: Any, settings: ServerSettings, sock: socket.socket, banner: Ca
     raise_file_limit()
     app = create_app(engine, settings)
     app.state.server.warm_up()
+    sys.setswitchinterval(_SWITCH)
     gc.freeze()  # what is there now stays: no collection need look at it, which would take a tenth of a second
     Server(app, settings, banner).run([sock])
