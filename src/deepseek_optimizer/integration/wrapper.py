@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..backends.base import DECODE, PREFILL
 from ..checkpoint import packed_section
@@ -26,6 +27,7 @@ from .generate import PlanGenerate
 from .graphs import whole_graph
 from .instance_method import InstanceMethod, Replacement
 from .quantizer import mark_quantized
+from .resize import ResizeTokens
 from .runtime import Runtime
 from .save import PackedSave
 from .steps import Columns, documents_of, run_columns
@@ -221,7 +223,9 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     _describe(model, runtime)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model._weight_conversions = []  # packed experts are saved as they are: Transformers would split them into float ones
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # packed experts are saved as they are: Transformers would split them
+            module._weight_conversions = []
     if "dso" not in model.__dict__:
         model.register_load_state_dict_post_hook(_rebind)
     runtime.attach(model)
@@ -250,7 +254,7 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
         "forward": PlanForward(runtime),
         "generate": PlanGenerate(runtime),
         "save_pretrained": PackedSave(runtime),
-        "resize_token_embeddings": _Refuse("resize the embeddings of the float model, then optimise it"),
+        "resize_token_embeddings": ResizeTokens(runtime),
         "report": runtime.report,
         "_apply": _Apply(runtime),
     }
@@ -275,13 +279,3 @@ class _Apply(InstanceMethod):
         else:
             self.runtime.rebind()
         return model
-
-
-class _Refuse:
-    """A method that a packed model cannot offer."""
-
-    def __init__(self, remedy: str) -> None:
-        self.remedy = remedy
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedRequestError(f"a packed model cannot do this; {self.remedy}")
