@@ -72,7 +72,7 @@ def _ends(model: Any) -> tuple[PackedEmbedding, PackedLinear | None]:
 
 def _float_embedding(packed: PackedEmbedding) -> nn.Embedding:
     weight = packed.dequantized(packed.dtype)
-    return nn.Embedding(*weight.shape, padding_idx=packed.padding_idx, _weight=weight, _freeze=True)
+    return nn.Embedding.from_pretrained(weight, padding_idx=packed.padding_idx)
 
 
 def _float_linear(packed: PackedLinear) -> nn.Linear:

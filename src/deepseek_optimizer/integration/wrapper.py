@@ -26,6 +26,7 @@ from .compat import cache_name, causal_output, take_cache
 from .generate import PlanGenerate
 from .graphs import whole_graph
 from .instance_method import InstanceMethod, Replacement
+from .parameter_count import ParameterCount
 from .quantizer import mark_quantized
 from .resize import ResizeTokens
 from .runtime import Runtime
@@ -223,9 +224,9 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     _describe(model, runtime)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # packed experts are saved as they are: Transformers would split them
-            module._weight_conversions = []
+    parts: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for part in parts:
+        part._weight_conversions = []  # packed experts are saved as they are: Transformers would split them into float ones
     if "dso" not in model.__dict__:
         model.register_load_state_dict_post_hook(_rebind)
     runtime.attach(model)
@@ -255,6 +256,7 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
         "generate": PlanGenerate(runtime),
         "save_pretrained": PackedSave(runtime),
         "resize_token_embeddings": ResizeTokens(runtime),
+        "num_parameters": ParameterCount(runtime),
         "report": runtime.report,
         "_apply": _Apply(runtime),
     }
