@@ -86,11 +86,15 @@ bench-train: env
 	$(BIN)/python -m benchmarks.training $(BENCH)
 	$(BIN)/python -m benchmarks.tables
 
-# 64 clients lean on the server for ten minutes, on SmolLM2; no error, nothing left behind. And training is killed 200 times.
-SOAK_SECONDS ?= 600
+# On SmolLM2: a hostile client beside 16 honest ones for half an hour, whose answers stay right; 64 clients of all kinds for ten
+# minutes; no error, nothing left behind. And training is killed 200 times.
+SOAK_SECONDS ?= 1800
+MIXED_SECONDS ?= 600
 SOAK_KILLS ?= 200
 soak: env
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
+	$(BIN)/python -m benchmarks.attacks
+	$(BIN)/python -m benchmarks.mixed_soak --seconds $(MIXED_SECONDS)
 	$(BIN)/python -m benchmarks.train_soak --rounds $(SOAK_KILLS)
 
 quality: env

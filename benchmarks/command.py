@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_optimizer.bench.process import cpu_name, usable_cpus
+from deepseek_optimizer.system.memory import free_memory
 from deepseek_optimizer.versions import versions
 
 from . import results
@@ -31,7 +32,7 @@ class Asked:
         """When, where and how often: what every entry of a results file says."""
         return {
             "date": datetime.date.today().isoformat(), "cpu": cpu_name(), "threads": usable_cpus(), "versions": versions(),
-            "rounds": self.rounds,
+            "memory": str(free_memory()), "rounds": self.rounds,
         }  # fmt: skip
 
 

@@ -33,7 +33,8 @@ def main() -> None:
     seconds, threads = 0.1 if a.quick else 1.0, usable_cpus()
     bandwidth = {f"{size} MB": read_gb_s(size * 10**6, threads, seconds) for size in SIZES_MB}
     facts = {**a.facts(), "read_gb_s": bandwidth}
-    print(f"{facts['cpu']}, {threads} threads, reads {facts['read_gb_s']} GB/s; median (lowest - highest) of {a.rounds} rounds")
+    print(f"{facts['cpu']}, {threads} threads, reads {facts['read_gb_s']} GB/s; {facts['memory']}")
+    print(f"median (lowest - highest) of {a.rounds} rounds")
     for name in a.names:
         found, kind, lines = _measure(known[name], a.quick, threads, a.rounds, seconds)
         print("\n".join(lines), flush=True)

@@ -1,258 +1,297 @@
-"""Many clients lean on `dso serve` for minutes: `make soak`.
+"""Honest clients beside a hostile one, and workers that are killed: `make soak`.
 
-    python -m benchmarks.soak [--seconds 600] [--clients 64] [--quick]
+    python -m benchmarks.soak [--seconds 1800] [--clients 16] [--model DIRECTORY]
 
-Prompts of all lengths, some of which begin alike, texts and chats, streamed or whole, greedy and sampled, JSON schemas and
-regular expressions, and clients that leave in the midst of it. Every answer is checked for what can be known of it; some greedy
-requests come again and again, and must be answered alike each time. At the end nothing may be left: no request, no block, no
-memory beyond what was there when the cache had filled up. Prints what was done, and ends with status 1 on any failure.
+What the honest clients ask is asked once before, alone, with the likeliest tokens. Then each of them asks one after the other
+of these again and again, while a client of another key sends large prompts, schemas and documents and cuts connections
+(`hostile`), and one of the server's processes is killed now and then. Each honest request must be answered once, whole, and
+with the text that it had alone; the hostile one's by a status that says what is wrong; the memory of the server, and of its
+processes, must stay flat within 2% over the last twenty minutes, or two thirds of the time; and in the end nothing may be
+left. Prints a table, and ends with status 1 where anything of this is not so.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import base64
+import os
 import random
-import re
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from deepseek_optimizer.bench.exchange import Reply, ask, send
-from deepseek_optimizer.bench.served import Served
+from deepseek_optimizer.bench.served import Served, resident
 
-from .edits import EDITS, QUESTIONS
+from . import hostile
+from .attacks import percentile
+from .edits import QUESTIONS
 from .models import model
 
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
-CACHE = 256 << 20  # bytes: fewer blocks than all running requests can use
-GROWTH = 48 << 20  # bytes of resident memory that may come after the first third of the time
-FULL = 60.0  # seconds until that third has filled the cache
-SETTLE = 5.0  # seconds that those who left at the very end have: their requests end with the next step
-LEAVING, AGAIN, FORMS = 0.1, 0.05, 0.1  # shares of requests
-PATTERN = r"[0-9]{3}-[a-f]{2,5}"
-SCHEMA = {
+CACHE = 256 << 20  # bytes
+KEYS = 4  # of the honest clients, who share them
+FLAT, WINDOW, ENOUGH = 0.02, 1200.0, 600.0  # growth of memory; seconds at the end that count; fewer say nothing
+SAMPLE, KILLS = 2.0, (10.0, 30.0)  # seconds between looks at memory; between kills, at least and at most
+SETTLE = 120.0  # seconds in which what those who left had asked for must be over
+_SCHEMA = {
     "type": "object", "required": ["city", "people"], "additionalProperties": False,
     "properties": {"city": {"enum": ["Paris", "Rome", "Bonn"]}, "people": {"type": "integer", "minimum": 1, "maximum": 99}},
 }  # fmt: skip
+_FILE = "The lamp of the lighthouse was lit on Tuesday by Ada, who keeps the key under the third stone. " * 3
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an honest client asks."""
+
+    kind: str
+    path: str
+    body: dict[str, Any]
+
+
+def questions(tokens: int = 24) -> list[Question]:
+    """Of all kinds, with the likeliest tokens.
+
+    Args:
+        tokens: of an answer.
+    """
+
+    def chat(kind: str, content: Any, **fields: Any) -> Question:
+        messages = [{"role": "user", "content": content}]
+        return Question(kind, CHATS, {"messages": messages, "max_tokens": tokens, "temperature": 0, **fields})
+
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA}}
+    found = []
+    for n, question in enumerate(QUESTIONS[:6]):
+        text = f"{n}: {question}"
+        found += [chat("chat", question), chat("stream", text, stream=True)]
+        found.append(Question("text", TEXTS, {"prompt": text, "max_tokens": tokens, "temperature": 0}))
+    for n in range(3):
+        found.append(chat("schema", f"Name city {n}, and how many people you saw there.", response_format=form))
+        data = f"data:text/plain;base64,{base64.b64encode(f'{n}. {_FILE}'.encode()).decode()}"
+        file = {"type": "file", "file": {"filename": f"{n}.txt", "file_data": data}}
+        found.append(chat("file", [file, {"type": "text", "text": "Who lit the lamp?"}]))
+    return found
+
+
+@dataclass
+class Honest:
+    """Honest clients.
+
+    Attributes:
+        expected: text of each question.
+        sent, answered: requests by kind.
+        times: seconds that answers took.
+    """
+
+    port: int
+    keys: list[str]
+    asked: list[Question]
+    expected: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+    answered: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    async def alone(self) -> None:
+        """Learns what the answers are, asking one after the other.
+
+        Raises:
+            RuntimeError: one is not answered, or not alike twice.
+        """
+        for question in self.asked:
+            texts = []
+            for _ in range(2):
+                reply = await ask(self.port, question.path, question.body, key=self.keys[0])
+                if wrong := _wrong(reply, question):
+                    raise RuntimeError(f"alone, a {question.kind} {wrong}")
+                texts.append(reply.text)
+            if texts[0] != texts[1]:
+                raise RuntimeError(f"alone, a {question.kind} was answered {texts[0]!r} and then {texts[1]!r}")
+            self.expected.append(texts[0])
+
+    async def run(self, clients: int, until: float) -> None:
+        """So many clients at once; who is in the midst of a request when the time is over ends it."""
+        await asyncio.gather(*(self._client(n, until) for n in range(clients)))
+
+    async def _client(self, number: int, until: float) -> None:
+        rng = random.Random(number)
+        while time.monotonic() < until:
+            place = rng.randrange(len(self.asked))
+            question = self.asked[place]
+            self.sent[question.kind] += 1
+            began = time.perf_counter()
+            try:
+                exchange = await send(self.port, question.path, question.body, key=self.keys[number % len(self.keys)])
+                reply = await exchange.reply()
+            except OSError as error:
+                self.failures.append(f"{question.kind}: {type(error).__name__}: {error}")
+                await asyncio.sleep(1)
+                continue
+            wrong = _wrong(reply, question)
+            if not wrong and reply.text != self.expected[place]:
+                wrong = f"was answered {reply.text!r}, and alone {self.expected[place]!r}"
+            if wrong:
+                self.failures.append(f"{question.kind} {wrong}")
+            else:
+                self.answered[question.kind] += 1
+                self.times.append(time.perf_counter() - began)
+
+
+def _wrong(reply: Reply, question: Question) -> str:
+    if reply.status != 200:
+        return f"got {reply.status}: {reply.body[:300]!r}"
+    whole = reply.done if question.body.get("stream") else reply.whole
+    return "" if whole else f"broke off: {reply.body[-300:]!r}"
+
+
+@dataclass
+class Memory:
+    """(seconds, bytes of the server, bytes of its processes), as time goes by."""
+
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+
+    async def watch(self, server: Any, until: float) -> None:
+        began = time.monotonic()
+        while time.monotonic() < until:
+            workers = sum(resident(pid) or 0 for pid in server.children)
+            self.samples.append((time.monotonic() - began, server.resident_bytes, workers))
+            await asyncio.sleep(SAMPLE)
+
+    def growth(self, place: int, window: float) -> float | None:
+        """How much more there was in the last fifth of the last seconds than in the first of them, by medians; None: too few.
+
+        Args:
+            place: in a sample.
+        """
+        end = self.samples[-1][0] if self.samples else 0.0
+        seen = [sample[place] for sample in self.samples if sample[0] >= end - window]
+        fifth = len(seen) // 5
+        return None if fifth < 3 else median(seen[-fifth:]) / max(1.0, median(seen[:fifth])) - 1
+
+
+async def kill_workers(server: Any, rng: random.Random, until: float, kills: tuple[float, float] = KILLS) -> int:
+    """Ends one of the server's processes now and then; how many."""
+    count = 0
+    while (wait := rng.uniform(*kills)) < until - time.monotonic():
+        await asyncio.sleep(wait)
+        if children := server.children:
+            try:
+                os.kill(rng.choice(children), signal.SIGKILL)
+                count += 1
+            except ProcessLookupError:  # it has ended by itself
+                pass
+    return count
+
+
+async def left_behind(server: Any) -> list[str]:
+    """What the server still holds when all are gone."""
+    names = ("dso:requests_admitted", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+             "dso:queue_waiting", "dso:queue_running")  # fmt: skip
+    until = time.monotonic() + SETTLE
+    while True:
+        found = await asyncio.to_thread(server.metrics)
+        left = [f"{name} {found[name]:g}" for name in names if found[name]]
+        if not left or time.monotonic() > until:
+            return left
+        await asyncio.sleep(0.2)
+
+
+async def soak(server: Any, honest: Honest, hostile_key: str, clients: int, seconds: float, kind: str = "all") -> list[str]:
+    """Prints the table; what failed.
+
+    Args:
+        server: as `Served`.
+        kind: of what the hostile client sends.
+    """
+    await honest.alone()
+    print(f"{len(honest.asked)} questions are known; {seconds:g} s begin", file=sys.stderr, flush=True)
+    memory = Memory()
+    with hostile.leaning(server.port, hostile_key, kind, seconds + SETTLE) as statuses:
+        until = time.monotonic() + seconds
+        _, _, kills, _ = await asyncio.gather(
+            honest.run(clients, until), memory.watch(server, until), kill_workers(server, random.Random(0), until),
+            _tell(honest, until),
+        )  # fmt: skip
+    left = await left_behind(server)
+    window = min(WINDOW, seconds * 2 / 3)
+    return report(honest, statuses, memory, kills, left, window, server.log)
+
+
+async def _tell(honest: Honest, until: float) -> None:
+    while (left := until - time.monotonic()) > 0:
+        await asyncio.sleep(min(30.0, left))
+        print(f"{honest.answered.total():,} answered, {len(honest.failures)} failures", file=sys.stderr, flush=True)
+
+
+def report(
+    honest: Honest, statuses: Mapping[str, int], memory: Memory, kills: int, left: list[str], window: float, log: str
+) -> list[str]:
+    """Prints the table; what failed.
+
+    Args:
+        statuses: how often the hostile client got each.
+        left: what the server still held in the end.
+        window: seconds at the end in which memory must be flat.
+    """
+    failures = list(honest.failures)
+    if honest.answered != honest.sent and not failures:
+        failures.append(f"{honest.sent.total()} requests were sent, and {honest.answered.total()} answered")
+    if not honest.answered:
+        failures.append("no honest request was answered")
+    odd = {status: n for status, n in statuses.items() if status != "left" and status not in map(str, hostile.HARMLESS)}
+    if odd:
+        failures.append(f"the hostile client got {odd}")
+    if not statuses:
+        failures.append("the hostile client got no answer")
+    growths = [memory.growth(place, window) for place in (1, 2)]
+    for name, growth in zip(("the server", "its processes"), growths, strict=True):
+        if growth is not None and growth > FLAT and window >= ENOUGH:
+            failures.append(f"the memory of {name} grew by {growth:.1%} in the last {window:.0f} s")
+    failures += [f"left behind: {what}" for what in left]
+    if "Traceback" in log:
+        failures.append(f"the server's log has a traceback: {log[log.index('Traceback') :][:2000]}")
+    times = sorted(honest.times) or [0.0]
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(honest.answered.items()))
+    shown = ["not known" if growth is None else f"{growth:+.2%}" for growth in growths]
+    sizes = [f"{sample / 1e6:,.0f} MB" for sample in (memory.samples[-1][1:] if memory.samples else (0, 0))]
+    print(f"honest     {honest.sent.total():,} sent, {honest.answered.total():,} answered rightly: {kinds}")
+    print(f"times      median {median(times):.2f} s, p95 {percentile(times):.2f} s, slowest {times[-1]:.2f} s")
+    print(f"hostile    {', '.join(f'{status} {n:,}' for status, n in sorted(statuses.items()))}")
+    print(f"killed     {kills} processes")
+    print(f"memory     server {sizes[0]}, {shown[0]}; its processes {sizes[1]}, {shown[1]}; over the last {window:.0f} s")
+    print(f"left       {', '.join(left) or 'nothing'}", flush=True)
+    return failures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="ten seconds: whether it works; memory is shown alone")
+    parser.add_argument("--seconds", type=float, default=1800.0)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--model", type=Path, help="a directory; default: SmolLM2-135M in int4")
     a = parser.parse_args()
-    seconds = min(a.seconds, 10.0) if a.quick else a.seconds
-    with Served(model("smol", "int4"), "--kv-cache-memory", str(CACHE)) as server:
-        soak = Soak(server.port, a.seed)
-        failures = run(soak, server, a.clients, seconds)
+    keys = [f"honest-key-{n}" for n in range(KEYS)]
+    environment = {"DSO_API_KEYS": ",".join([*keys, "hostile-key"])}
+    served = Served(
+        a.model or model("smol", "int4"), "--kv-cache-memory", str(CACHE), environment=environment, key=keys[0]
+    )  # fmt: skip
+    with served as server:
+        honest = Honest(server.port, keys, questions())
+        failures = asyncio.run(soak(server, honest, "hostile-key", a.clients, a.seconds))
     if server.process.returncode:
         failures.append(f"the server ended with status {server.process.returncode}")
     for failure in failures[:20]:
         print(f"FAILED {failure}")
     print("failed" if failures else "passed")
     raise SystemExit(bool(failures))
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request, and what is wrong with its answer: a word, or nothing."""
-
-    kind: str
-    path: str
-    body: dict[str, Any]
-    check: Callable[[Reply], str]
-
-
-@dataclass
-class Soak:
-    """
-    Args:
-        port: of the server.
-        longest: tokens of a prompt, and of a text, at most.
-        vocabulary: of token ids that prompts are made of.
-    """
-
-    port: int
-    seed: int
-    longest: tuple[int, int] = (1500, 200)
-    vocabulary: int = 49152
-    done: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    failures: list[str] = field(default_factory=list)
-    known: dict[str, str] = field(default_factory=dict)  # greedy requests that come again, and their text
-
-    async def clients(self, count: int, seconds: float) -> None:
-        """So many, each with one request after the other; who is in the midst of one when the time is over ends it."""
-        until = time.monotonic() + seconds
-        await asyncio.gather(*(self._client(random.Random(f"{self.seed} {n}"), until) for n in range(count)))
-
-    async def _client(self, rng: random.Random, until: float) -> None:
-        while time.monotonic() < until:
-            asked = self.request(rng)
-            try:
-                await self._ask(asked, rng)
-            except Exception as error:  # a connection that breaks, an answer that cannot be read: a failure, and not the end
-                self.failures.append(f"{asked.kind}: {type(error).__name__}: {error}")
-                await asyncio.sleep(1)
-
-    async def _ask(self, asked: Asked, rng: random.Random) -> None:
-        exchange = await send(self.port, asked.path, asked.body)
-        if rng.random() < LEAVING:
-            await asyncio.sleep(rng.random() ** 3 * 5)
-            exchange.leave()
-            await exchange.reply()
-            self.done["left"] += 1
-            return
-        reply = await exchange.reply()
-        if reply.status == 429:
-            self.done["refused"] += 1
-            await asyncio.sleep(reply.retry_after)
-            return
-        if wrong := self._wrong(asked, reply):
-            self.failures.append(f"{asked.kind}: {wrong}; status {reply.status}, {json.dumps(asked.body)[:300]}")
-            return
-        self.done[asked.kind] += 1
-        self.tokens += (reply.usage or {}).get("completion_tokens", 0)
-
-    def _wrong(self, asked: Asked, reply: Reply) -> str:
-        if reply.status != 200:
-            return f"refused: {reply.body[:300]!r}"
-        if not (reply.done if asked.body.get("stream") else reply.whole):
-            return f"broke off: {reply.body[-300:]!r}"
-        return asked.check(reply)
-
-    def request(self, rng: random.Random) -> Asked:
-        """One at random."""
-        chance = rng.random()
-        if chance < AGAIN:
-            return self._again(rng)
-        if chance < AGAIN + FORMS:
-            return self._form(rng)
-        return rng.choice((self._text, self._text, self._chat))(rng)
-
-    def _text(self, rng: random.Random) -> Asked:
-        prompt, text = self.longest
-        ids = [rng.randrange(10, self.vocabulary) for _ in range(1 + int(rng.random() ** 3 * (prompt - 1)))]
-        body = {"prompt": ids, "max_tokens": rng.randrange(1, text), "ignore_eos": True, **_options(rng)}
-        return Asked("text", TEXTS, body, _count(body["max_tokens"]))
-
-    def _chat(self, rng: random.Random) -> Asked:
-        """Most begin with one of a few long system prompts."""
-        system, question = f"You know this text:\n\n{rng.choice(EDITS)[0]}", rng.choice(QUESTIONS)
-        messages = [{"role": "system", "content": system}] if rng.random() < 0.8 else []
-        messages = [*messages, {"role": "user", "content": question}]
-        body = {"messages": messages, "max_tokens": rng.randrange(1, self.longest[1]), **_options(rng)}
-        return Asked("chat", CHATS, body, lambda reply: "")
-
-    def _form(self, rng: random.Random) -> Asked:
-        options = {**_options(rng), "max_tokens": min(60, self.longest[1])}
-        if rng.random() < 0.5:
-            return Asked("pattern", TEXTS, {"prompt": "A code:", "guided_regex": PATTERN, **options}, _matches)
-        form = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA}}
-        messages = [{"role": "user", "content": "Name a city, and how many people you saw there."}]
-        return Asked("schema", CHATS, {"messages": messages, "response_format": form, **options}, _fits)
-
-    def _again(self, rng: random.Random) -> Asked:
-        number = rng.randrange(8)
-        prompt = random.Random(number).choices(range(10, self.vocabulary), k=10 + self.longest[0] // 20 * number)
-        body = {"prompt": prompt, "max_tokens": min(64, self.longest[1]), "temperature": 0, "stream": rng.random() < 0.5}
-
-        def same(reply: Reply) -> str:
-            text = self.known.setdefault(str(number), reply.text)
-            return "" if reply.text == text else f"answered {reply.text!r} and before {text!r}"
-
-        return Asked("again", TEXTS, body, same)
-
-
-def _options(rng: random.Random) -> dict[str, Any]:
-    found: dict[str, Any] = {"temperature": rng.choice((0, 0.7, 1.0))}
-    if rng.random() < 0.5:
-        found |= {"stream": True, "stream_options": {"include_usage": True}}
-    if rng.random() < 0.2:
-        found |= {"seed": rng.randrange(100), "top_p": 0.9, "repetition_penalty": 1.1}
-    return found
-
-
-def _count(tokens: int) -> Callable[[Reply], str]:
-    def check(reply: Reply) -> str:
-        found = (reply.usage or {}).get("completion_tokens")
-        return "" if found == tokens else f"{tokens} tokens were asked for, and {found} came"
-
-    return check
-
-
-def _ended(reply: Reply) -> bool:
-    """Whether the text came to its own end, and not to that of its tokens."""
-    events = [event for _, event in reply.events] or [reply.json()]
-    return any(choice.get("finish_reason") == "stop" for event in events for choice in event["choices"])
-
-
-def _matches(reply: Reply) -> str:
-    return "" if not _ended(reply) or re.fullmatch(PATTERN, reply.text) else f"{reply.text!r} is not of the pattern"
-
-
-def _fits(reply: Reply) -> str:
-    if not _ended(reply):
-        return ""
-    try:
-        found = json.loads(reply.text)
-    except ValueError:
-        return f"{reply.text!r} is no JSON"
-    fits = set(found) == {"city", "people"} and found["city"] in ("Paris", "Rome", "Bonn") and 1 <= found["people"] <= 99
-    return "" if fits else f"{reply.text!r} is not of the schema"
-
-
-def run(soak: Soak, server: Any, clients: int, seconds: float) -> list[str]:
-    """What failed.
-
-    Args:
-        server: with `metrics()`, `resident_bytes` and `log`.
-    """
-    resident, blocks = asyncio.run(_watched(soak, server, clients, seconds))
-    failures = [*soak.failures]
-    begin, end = resident
-    if end - begin > GROWTH and seconds / 3 >= FULL:
-        failures.append(f"memory grew from {begin / 1e6:.0f} to {end / 1e6:.0f} MB")
-    failures += [f"left behind: {name} {value:g}" for name, value in blocks.items() if value]
-    if "Traceback" in server.log:
-        failures.append(f"the server's log has a traceback: {server.log[-2000:]}")
-    print(f"requests   {sum(soak.done.values()):,}: {', '.join(f'{kind} {n:,}' for kind, n in sorted(soak.done.items()))}")
-    print(f"tokens     {soak.tokens:,}")
-    print(f"errors     {len(soak.failures)}")
-    print(f"memory     {begin / 1e6:.0f} MB after a third of the time, {end / 1e6:.0f} MB at the end")
-    print(f"left       {', '.join(f'{name} {value:g}' for name, value in blocks.items())}", flush=True)
-    return failures
-
-
-async def _watched(soak: Soak, server: Any, clients: int, seconds: float) -> tuple[tuple[int, int], dict[str, float]]:
-    """((resident bytes after a third of the time, and at the end), what is left in the server)."""
-    working = asyncio.ensure_future(soak.clients(clients, seconds))
-    await asyncio.wait([working], timeout=seconds / 3)
-    begin = server.resident_bytes
-    while not working.done():
-        await asyncio.wait([working], timeout=30)
-        print(f"{sum(soak.done.values()):,} requests, {len(soak.failures)} errors", file=sys.stderr)
-    await working
-    health = await ask(soak.port, "/health")
-    if health.status != 200:
-        soak.failures.append(f"the server is not well: {health.body!r}")
-    names = ("dso:requests_admitted", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    left: dict[str, float] = {}
-    until = time.monotonic() + SETTLE
-    while True:
-        found = await asyncio.to_thread(server.metrics)
-        left = {name: found[name] for name in names}
-        if not any(left.values()) or time.monotonic() > until:
-            break
-        await asyncio.sleep(0.1)
-    return (begin, server.resident_bytes), left
 
 
 if __name__ == "__main__":

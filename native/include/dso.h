@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 5
+#define DSO_ABI_VERSION 6
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -27,6 +27,7 @@ enum {
   DSO_ENOMEM = 2,  /* memory could not be had */
   DSO_EISA = 3,    /* the ISA that was asked for is unknown or cannot run here */
   DSO_ESTATE = 4,  /* called at the wrong time (a run started from inside a run on the same context) */
+  DSO_EFILE = 5,   /* a mapped file that was read is not what it was: "<what happened>: <name>". What was written is worthless */
 };
 DSO_API const char* dso_last_error(void); /* of the calling thread; never NULL */
 
@@ -52,6 +53,18 @@ DSO_API int32_t dso_default_threads(void);             /* min(affinity, ceil(cgr
 /* Bytes a second at which the context's threads together read `bytes` (1 MiB at least; taken for the call) over and over:
  * the fastest of the rounds that fit `seconds`, four at least. */
 DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second);
+
+/* ---- mapped files ---------------------------------------------------------------------------------------
+ * Weights may lie in a privately mapped file. Once the mapping is registered, a file that is cut short, or that the disk cannot
+ * give, kills the process no more: a handler of SIGBUS puts zeros in place of the mapping, and every call that has read weights
+ * of it (dso_plan_run, dso_linear, dso_unpack, dso_pack of a source that lies there) returns DSO_EFILE, then and ever after. So
+ * it does where the file's size or time of modification is another than when it was opened. The handler is installed with the
+ * first mapping, and hands all other faults on to the one before it. */
+/* address: where the file is mapped from its first byte on. bytes: its length. fd: of the file, duplicated; -1: only faults are
+ * noticed. modified_ns: st_mtim when it was opened. name: for messages. number: for dso_mapping_remove, before it is unmapped. */
+DSO_API int32_t dso_mapping_add(const void* address, int64_t bytes, int32_t fd, int64_t modified_ns, const char* name, int64_t* number);
+DSO_API void dso_mapping_remove(int64_t number);
+DSO_API int32_t dso_mapping_check(const void* address); /* DSO_EFILE where the mapping that holds this address is not what it was */
 
 /* ---- weights --------------------------------------------------------------------------------------------
  * A matrix W[rows, cols] (out features, in features) is packed in tiles of 16 rows x 32 columns, tile row by tile
@@ -272,6 +285,7 @@ typedef struct dso_batch {
                                   with one ROPE_TABLE */
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
+DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check of all its weights */
 
 /* With timing on, seconds spent in each step summed over runs (wall time on thread 0), and runs counted. */
 DSO_API int32_t dso_plan_set_timing(dso_plan* p, int32_t on);

@@ -11,6 +11,7 @@
 #include "error.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
+#include "mapped_files.hpp"
 #include "plan.hpp"
 
 using namespace dso;
@@ -50,6 +51,17 @@ const char* dso_context_isa(const dso_context* c) { return c ? c->shared->kernel
 int32_t dso_context_threads(const dso_context* c) { return c ? c->shared->pool.threads() : 0; }
 int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second) {
   return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });
+}
+
+int32_t dso_mapping_add(const void* address, int64_t bytes, int32_t fd, int64_t modified_ns, const char* name, int64_t* number) {
+  return guarded([&] {
+    given(number, "number") = 0;
+    *number = add_mapping(address, bytes, fd, modified_ns, name);
+  });
+}
+void dso_mapping_remove(int64_t number) { remove_mapping(number); }
+int32_t dso_mapping_check(const void* address) {
+  return guarded([&] { check_intact(address); });
 }
 
 int64_t dso_tile_bytes(int32_t format) { return tile_bytes(format); }
@@ -121,6 +133,9 @@ int32_t dso_plan_reserve(dso_plan* p, int32_t T, int32_t R) {
 }
 int32_t dso_plan_run(dso_plan* p, const dso_batch* batch) {
   return guarded([&] { given(p, "plan").run(given(batch, "batch")); });
+}
+int32_t dso_plan_check(const dso_plan* p) {
+  return guarded([&] { given(p, "plan").check_weights(); });
 }
 int32_t dso_plan_set_timing(dso_plan* p, int32_t on) {
   return guarded([&] { given(p, "plan").set_timing(on != 0); });

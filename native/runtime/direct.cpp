@@ -9,6 +9,7 @@
 #include "ggml_blocks.hpp"
 #include "layout.hpp"
 #include "linear_grid.hpp"
+#include "mapped_files.hpp"
 #include "parallel.hpp"
 
 namespace dso {
@@ -30,6 +31,7 @@ static void pack_blocks(Context& c, int32_t format, const uint8_t* source, int64
   parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
     repack_tile_row(format, source, rows, cols, stride / kTileCols * block, tile, packed);
   });
+  check_intact(source);
 }
 
 void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride,
@@ -40,6 +42,7 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
     fail(DSO_EINVAL, "src_type %d is unknown", source_type);
   if (stride < cols) fail(DSO_EINVAL, "stride is %lld, cols are %lld", (long long)stride, (long long)cols);
   if (!source || !packed) fail(DSO_EINVAL, "src or dst is NULL");
+  keep_handler();
   if (source_type == DSO_SRC_GGML) return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
   for (int64_t k = 0; importance && k < cols; ++k)
     if (!(importance[k] >= 0 && importance[k] <= FLT_MAX)) fail(DSO_EINVAL, "importance[%lld] is %g", (long long)k, double(importance[k]));
@@ -47,6 +50,7 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   parallel(c, ceil_div(rows, band_rows(format)), [&](int64_t tile, int) {
     c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, importance, tile, static_cast<uint8_t*>(packed));
   });
+  check_intact(source);
 }
 
 void pack_fp8(Context& c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, void* packed) {
@@ -56,6 +60,7 @@ void pack_fp8(Context& c, const uint8_t* codes, const float* scales, int64_t row
   parallel(c, ceil_div(rows, band_rows(DSO_FP8)), [&](int64_t band, int) {
     repack_fp8_band(codes, scales, rows, cols, stride, band, static_cast<uint8_t*>(packed));
   });
+  check_intact(codes);
 }
 
 void unpack(Context& c, const dso_weight& weight, int64_t row_begin, int64_t row_end, float* out) {
@@ -64,10 +69,12 @@ void unpack(Context& c, const dso_weight& weight, int64_t row_begin, int64_t row
     fail(DSO_EINVAL, "rows %lld to %lld of %d", (long long)row_begin, (long long)row_end, w.rows);
   if (row_begin == row_end) return;
   if (!out) fail(DSO_EINVAL, "dst is NULL");
+  keep_handler();
   parallel(c, ceil_div(row_end - row_begin, kTileRows), [&](int64_t block, int) {
     const int64_t begin = row_begin + block * kTileRows, end = std::min(begin + kTileRows, row_end);
     c.kernels.unpack_rows(w, begin, end, out + block * kTileRows * w.cols, 4 * int64_t(w.cols));
   });
+  check_intact(weight.data);
 }
 
 // Rows of task `block`.
@@ -95,6 +102,7 @@ void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kin
   if (T == 0) return;
   if (!x || !y) fail(DSO_EINVAL, "x or y is NULL");
 
+  keep_handler();
   ThreadPool::Lease lease(c.pool);
   Team& team = lease.team();
   const bool converted = kind != DSO_SLOT_F32;
@@ -116,6 +124,7 @@ void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kin
   };
   Stages stages({{converted ? ceil_div(T, kRows) : 0, convert_rows}, {grids.grid[0].tasks() + grids.grid[1].tasks(), product}});
   team.run(stages);
+  check_intact(weight.data);
 }
 
 }  // namespace dso

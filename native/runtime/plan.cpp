@@ -1,8 +1,10 @@
 #include "plan.hpp"
 
+#include <algorithm>
 #include <chrono>
 
 #include "error.hpp"
+#include "mapped_files.hpp"
 #include "ops.hpp"
 
 using namespace dso;
@@ -79,6 +81,10 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
   if (vocab_size < 1) fail(DSO_EINVAL, "vocab_size is %d", vocab_size);
   check_slots(slots, n_slots, vocab_size);
   slots_.assign(slots, slots + n_slots);
+  for (int32_t i = 0; i < n_weights; ++i) {
+    const void* const mapping = mapping_of(weights[i].data);
+    if (mapping && std::find(mapped_.begin(), mapped_.end(), mapping) == mapped_.end()) mapped_.push_back(mapping);
+  }
 
   PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}, {}, {}, {}, {}};
   for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
@@ -170,8 +176,13 @@ void dso_plan::make_stages() {
   }
 }
 
+void dso_plan::check_weights() const {
+  for (const void* mapping : mapped_) check_intact(mapping);
+}
+
 void dso_plan::run(const dso_batch& batch) {
   ThreadPool::Lease lease(context_->pool);
+  if (!mapped_.empty()) keep_handler();
   run_.batch.set(batch, needs_);
   for (Step& s : steps_) s.op->prepare(run_);
   reshape();
@@ -183,6 +194,7 @@ void dso_plan::run(const dso_batch& batch) {
   stage_ = 0;
   if (timing_) mark_ = now();
   lease.team().run(*this);
+  check_weights();
   runs_ += timing_;
 }
 

@@ -15,6 +15,7 @@ struct dso_plan final : private dso::Job {
            const dso_weight* weights, int32_t n_weights, int32_t vocab_size);
 
   void run(const dso_batch& batch);
+  void check_weights() const;  // an Error where a mapped file that holds some is not what it was
   void reserve(int64_t T, int64_t R);
   int64_t buffer_bytes(int64_t T, int64_t R) const;
 
@@ -40,6 +41,7 @@ struct dso_plan final : private dso::Job {
 
   const std::shared_ptr<dso::Context> context_;
   std::vector<dso_slot> slots_;
+  std::vector<const void*> mapped_;  // starts of the mapped files that hold weights
   dso::BatchNeeds needs_;
   std::vector<Step> steps_;
   int32_t resources_ = 0;  // that steps may depend on: slots, the shared memory, layers of the cache

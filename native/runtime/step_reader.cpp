@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <iterator>
+#include <limits>
 
 #include "error.hpp"
 #include "layout.hpp"
@@ -110,7 +111,7 @@ int32_t StepReader::positive(const char* field, int32_t value) const {
 }
 
 float StepReader::eps() const {
-  if (!(step.eps >= 0 && step.eps < 1)) refuse("eps is %g", double(step.eps));
+  if (!(step.eps >= 0 && step.eps <= std::numeric_limits<float>::max())) refuse("eps is %g", double(step.eps));
   return step.eps;
 }
 

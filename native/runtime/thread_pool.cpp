@@ -41,11 +41,14 @@ void futex_wake_all(std::atomic<uint32_t>* word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-class SignalsBlocked {  // threads started meanwhile leave signals to the host program's own threads
+// Threads started meanwhile leave signals to the host program's own threads, but for those that an instruction of theirs may
+// cause: where these are blocked, the process ends without its handlers being called (`mapped_files.hpp`, faulthandler).
+class SignalsBlocked {
  public:
   SignalsBlocked() {
     sigset_t all;
     sigfillset(&all);
+    for (int fault : {SIGBUS, SIGSEGV, SIGILL, SIGFPE}) sigdelset(&all, fault);
     pthread_sigmask(SIG_SETMASK, &all, &before_);
   }
   ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }

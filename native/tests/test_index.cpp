@@ -302,7 +302,7 @@ static void plans(const Shape& shape, const Kernels& kernels, int threads, int32
 static void refusals(const Kernels& kernels) {
   const struct { int step; void (*spoil)(dso_step&); const char* words; } cases[] = {
       {2, [](dso_step& s) { s.b[0] = -1; }, "b[0] is weight -1"},
-      {2, [](dso_step& s) { s.eps = 2; }, "eps is 2"},
+      {2, [](dso_step& s) { s.eps = -1; }, "eps is -1"},
       {3, [](dso_step& s) { s.index = 10; }, "in[0] must have width 10"},
       {3, [](dso_step& s) { s.index = 0; }, "index is 0"},
       {3, [](dso_step& s) { s.layer = -1; }, "layer is -1"},

@@ -7,12 +7,18 @@ Importing this package registers its names with Transformers and does nothing el
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 from typing import TYPE_CHECKING, Any
+
+from .address_space import check_address_space as _check_address_space
+
+_check_address_space()  # before torch is loaded
 
 from .config import DeepSeekConfig
 from .errors import (
     BackendError,
     CacheFullError,
+    CheckpointChangedError,
     CheckpointError,
     ConfigError,
     DeepSeekOptimizerError,
@@ -25,6 +31,7 @@ from .errors import (
     RequestError,
     UnsupportedModelError,
     UnsupportedRequestError,
+    WorkerLostError,
 )
 from .integration.attention_name import register_attention as _register_attention
 from .integration.quantizer import register as _register
@@ -68,6 +75,7 @@ _LAZY = {
 __all__ = [
     "BackendError",
     "CacheFullError",
+    "CheckpointChangedError",
     "CheckpointError",
     "ConfigError",
     "DeepSeekConfig",
@@ -90,6 +98,7 @@ __all__ = [
     "TrainingArguments",
     "UnsupportedModelError",
     "UnsupportedRequestError",
+    "WorkerLostError",
     "benchmark_model",
     "load_model",
     "load_tokenizer",

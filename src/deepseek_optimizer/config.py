@@ -150,7 +150,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
             weights are fp32): long texts in half the memory.
         kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 where all weights are, int8 with
             `sparse_attention`, bf16 otherwise.
-        kv_cache_memory: most bytes the cache may take; None is what is free when the first cache is made, less a reserve.
+        kv_cache_memory: most bytes the cache may take, as it is used; None is what is free when the first cache is made, less a
+            reserve, and of an engine or server what a full batch needs, within half of what is free.
         threads: worker threads of the native backend; None is the environment's DSO_THREADS, or else what affinity and
             cgroup limits allow.
         isa: instruction set to force: "avx2", "avx512" or "amx"; None is DSO_ISA, or else the best one here.
@@ -271,6 +272,11 @@ class DeepSeekConfig(QuantizationConfigMixin):
             hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(cls._checks)}"
             raise ConfigError(f"DeepSeekConfig has no field {name!r}; {hint}")
         return cls._checks[name]
+
+    @classmethod
+    def check(cls, name: str, value: Any) -> None:
+        """Raises ConfigError if there is no such field, or it can't have this value."""
+        cls._known(name)(name, value)
 
     @property
     def rules(self) -> tuple[str, ...]:

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+_EXCERPT = 100  # characters of a text from outside that an error quotes
+
+
+def excerpt(text: str) -> str:
+    """A text from outside (a client, a file) as an error quotes it: its beginning, and how long it is where that is not all."""
+    return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}... ({len(text):,} characters)"
+
+
+def shown(value: object) -> str:
+    """A value from outside as an error shows it: as Python writes it, or the beginning of that."""
+    try:
+        return excerpt(repr(value))
+    except (ValueError, RecursionError):  # an integer of very many digits; what is nested too deeply
+        return f"a value of type {type(value).__name__}"
+
 
 class DeepSeekOptimizerError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -44,6 +59,19 @@ class CheckpointError(DeepSeekOptimizerError, ValueError):
         self.file, self.tensor = None if file is None else str(file), tensor
         where = ", ".join(p for p in (self.file, f"tensor {tensor!r}" if tensor else None) if p)
         super().__init__(f"{where}: {message}" if where else message)
+
+
+class CheckpointChangedError(CheckpointError):
+    """A checkpoint file was changed while its weights are in use; results that rest on it are not given out.
+
+    Args:
+        message: what happened to the file, to follow its name.
+        file: path of the file.
+    """
+
+    def __init__(self, message: str, *, file: object = None) -> None:
+        self.what = message
+        super().__init__(f"{message}; restore the file and load the model again", file=file)
 
 
 class SaveError(DeepSeekOptimizerError, OSError):
@@ -99,13 +127,15 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
     Args:
         needed: blocks that were asked for.
         free: blocks that are free.
+        shortage: why the cache cannot grow, where it is smaller than it may be.
     """
 
-    def __init__(self, needed: int, free: int) -> None:
-        self.needed, self.free = needed, free
+    def __init__(self, needed: int, free: int, shortage: str | None = None) -> None:
+        self.needed, self.free, self.shortage = needed, free, shortage
+        why, more = ("", "raise kv_cache_memory") if shortage is None else (f", and {shortage}", "free memory")
         super().__init__(
-            f"KV cache: {needed} more block(s) needed, {free} free. Shorten the request, send fewer at once, raise "
-            "kv_cache_memory, or load the model with sparse_attention=True (half the cache) or "
+            f"KV cache: {needed} more block(s) needed, {free} free{why}. Shorten the request, send fewer at once, {more}, "
+            "or load the model with sparse_attention=True (half the cache) or "
             'attention_optimization="sliding" (a window).'
         )
 
@@ -114,14 +144,18 @@ class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
     """Something does not fit in the memory that is free; none was taken.
 
     Args:
-        what: that was to be made.
-        needed, free: bytes.
+        what: that was to be made; where the system refused memory and the bytes are not known, what it said.
+        needed, free: bytes; None where they are not known.
         remedy: what to do, as a sentence without its stop.
+        limit: which limit leaves no more, as a sentence without its stop.
     """
 
-    def __init__(self, what: str, needed: int, free: int, remedy: str) -> None:
+    def __init__(self, what: str, needed: int | None, free: int | None, remedy: str, limit: object = None) -> None:
         self.needed, self.free = needed, free
-        super().__init__(f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: {remedy}")
+        which = "" if limit is None else f" ({limit})"
+        if needed is not None and free is not None:
+            what = f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free{which}"
+        super().__init__(f"{what}: {remedy}")
 
 
 class ForgottenError(DeepSeekOptimizerError, ValueError):
@@ -153,8 +187,8 @@ class RequestError(DeepSeekOptimizerError, ValueError):
     """
 
     def __init__(self, field: str, message: str) -> None:
-        self.field = field
-        super().__init__(f"{field}: {message}")
+        self.field = excerpt(field)
+        super().__init__(f"{self.field}: {message}")
 
 
 class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
@@ -172,6 +206,10 @@ class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
 
 class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
     """The engine has stopped, by `close` or by an error that is this one's cause; nothing more is answered."""
+
+
+class WorkerLostError(DeepSeekOptimizerError, RuntimeError):
+    """A worker process was ended from outside, or could not be started: the machine's fault, and not that of what was asked."""
 
 
 class DocumentError(DeepSeekOptimizerError, ValueError):

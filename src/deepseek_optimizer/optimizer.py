@@ -14,8 +14,9 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
     """Loads a checkpoint as an optimised Transformers model, on the CPU, ready to generate.
 
     Weights are packed as they stream in: beside the packed model, memory for a panel of rows is all it takes. Those of a packed
-    checkpoint are mapped from its file instead: as long as the model lives, replace that file (`save_pretrained` and
-    `dso convert` do), but don't write into it or cut it short, which the system answers with SIGBUS.
+    checkpoint are mapped from its file instead: as long as the model lives, that file may be replaced (`save_pretrained` and
+    `dso convert` do), and the model goes on with what it loaded. Where it is written into or cut short, every later call
+    raises CheckpointChangedError.
 
     Args:
         path: a directory as `save_pretrained` writes it (float or packed), a .gguf file, or a hub name.
@@ -23,11 +24,14 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
         fields: single fields of `DeepSeekConfig`, over those of `config`.
 
     Returns:
-        A `PreTrainedModel` of the class the checkpoint names, in eval mode; `model.report()` says what was made of it.
+        The family's `ForCausalLM` model, in eval mode; `model.report()` says what was made of it. Load other classes
+        (`AutoModel`, classifiers) with their own `from_pretrained(path, quantization_config=config)`.
 
     Raises:
         CheckpointError: a file is damaged, incomplete or not what it claims. Names file and tensor; no pickle is ever opened.
+        CheckpointChangedError: a file was written to while it was read.
         ConfigError: a field, or the checkpoint's config.json, is wrong or names what is not supported.
+        NotEnoughMemoryError: the weights do not fit in what is free; before any is read.
     """
     from .integration.loader import load
 
@@ -79,7 +83,7 @@ class DynamicGraphOptimizer:
         config: DeepSeekConfig | None = None,
     ) -> None:
         from .integration.context_extension import extended
-        from .integration.runtime import plan_graph
+        from .integration.graphs import plan_graph
         from .integration.swap import NATURAL
 
         if config is not None and not isinstance(config, DeepSeekConfig):

@@ -22,7 +22,9 @@ from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
 from .graph.rotation import key_rotation
 from .integration.arena import Arena
+from .integration.cache_size import FullBatch
 from .integration.runtime import Runtime, runtime_of
+from .integration.special_tokens import token_ids
 from .integration.threads import one_torch_thread
 
 _LATENT_CHUNK = 64  # tokens: the form that latent attention takes depends on where a prompt is cut
@@ -38,10 +40,12 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
         tokenizer: for prompts and answers that are text.
         options: of `EngineOptions`, where the model's config does not say; `drafts=False`: no speculative decoding;
             `draft_model`: a small optimised model of the same tokenizer that drafts for this one; `arena`: cache memory to
-            use in place of the model's own, of `model.dso.new_arena(bytes)`.
+            use in place of the model's own, of `model.dso.new_arena(bytes)`. The model's own may grow to `kv_cache_memory`;
+            where the config doesn't say, to what a full batch at the model's context needs, at most half of what is free.
 
     Raises:
         ConfigError: not an optimised model, an unknown option, or one that this model cannot do.
+        NotEnoughMemoryError: `kv_cache_memory` is more than is free.
     """
     core, running = _core(model, tokenizer, options)
     return Engine(core, running)
@@ -64,11 +68,11 @@ def _name(model: Any) -> str:
 
 
 def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore, Any]:
-    runtime = runtime_of(model)
+    runtime = _with_head(model)
     config = runtime.config
     drafts = given.pop("drafts", True)
     draft_model = given.pop("draft_model", None)
-    arena = given.pop("arena", None) or runtime.arena
+    arena = given.pop("arena", None)
     unknown = set(given) - {f.name for f in fields(EngineOptions)}
     if unknown:
         raise ConfigError(
@@ -87,6 +91,9 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and a window: when one slides depends on how prompts are cut; choose one")
         key_rotation(runtime.graph)  # an error where keys cannot be moved
+    batch = _full_batch(runtime, options)
+    other = _with_head(draft_model) if drafts and draft_model is not None else None
+    arena = arena or runtime.serving_arena(batch, 0 if other is None else _full_batch(other, options).bytes)
     vocab = runtime.graph.vocab_size
     rope = dynamic_rope(runtime.graph)
     latent = isinstance(runtime.graph.cache, LatentSpec)
@@ -94,39 +101,55 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         vocab_size=vocab,
         hidden_size=runtime.graph.hidden_size,
         context=runtime.graph.max_positions,
-        eos=_ends(model),
+        eos=_ends(model, vocab),
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
     runner = Runner(runtime.plan, arena, vocab if native else 0)
-    proposers = _proposers(runtime, arena, draft_model) if drafts else None
+    draft = None if other is None else _draft_model(runtime, other, options)
+    proposers = _proposers(runtime, arena, draft) if drafts else None
     core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
     return core, one_torch_thread if native else nullcontext
 
 
-def _proposers(runtime: Runtime, arena: Arena, draft_model: Any) -> list[tuple[Proposer, int]]:
+def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:
+    """The cache that all sequences of an engine take at most."""
+    context = runtime.graph.max_positions
+    tokens = context if options.window is None else min(context, options.window)
+    return runtime.full_batch(options.batch_size_range[1], tokens, options.step_tokens)
+
+
+def _with_head(model: Any) -> Runtime:
+    runtime = runtime_of(model)
+    if not runtime.graph.has_head:
+        raise ConfigError(f"{type(model).__name__} has no head to generate with; load the checkpoint with load_model")
+    return runtime
+
+
+def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[tuple[Proposer, int]]:
     found: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
-    if draft_model is not None:
-        found.append((_draft_model(runtime, draft_model), _DRAFT_MODEL))
+    if draft is not None:
+        found.append((draft, _DRAFT_MODEL))
     if plans := runtime.mtp_plans:
         layers = [Runner(plan, arena) for plan in plans]
         found.append((MtpProposer(layers, lambda _, __, logits: (int(largest(logits[None])), None)), max(_MTP, len(plans))))
     return found
 
 
-def _draft_model(runtime: Runtime, model: Any) -> DraftModelProposer:
-    other = runtime_of(model)
+def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> DraftModelProposer:
+    """Its cache is the draft model's own, with a share of the half that the model's has."""
     mine, theirs = runtime.graph.vocab_size, other.graph.vocab_size
     if mine != theirs:
         raise ConfigError(
             f"draft_model has a vocabulary of {theirs} tokens, the model one of {mine}: they must share a tokenizer"
         )
-    return DraftModelProposer(Runner(other.plan, other.arena, mine), other.graph.max_positions, other.config.prefill_chunk)
+    arena = other.serving_arena(_full_batch(other, options), _full_batch(runtime, options).bytes)
+    return DraftModelProposer(Runner(other.plan, arena, mine), other.graph.max_positions, other.config.prefill_chunk)
 
 
-def _ends(model: Any) -> frozenset[int]:
-    """Tokens that end a text, by the model's generation config."""
+def _ends(model: Any, vocab: int) -> frozenset[int]:
+    """Tokens that end a text, by the model's generation config; ids that are no tokens (-1 for "none") end none."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)
-    return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return frozenset(token for token in token_ids("generation_config.eos_token_id", ids) if 0 <= token < vocab)

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import bench, chat, convert, demo, doctor, info, longdoc, run, serve, train
+from .streams import tolerate_locale
 
 
 class Commands(TyperGroup):
@@ -85,4 +86,5 @@ app.command("bench")(bench.bench)
 
 def main() -> None:
     """Entry point of both scripts."""
+    tolerate_locale()
     app()

@@ -29,12 +29,12 @@ def convert(
     if out.exists() and not force:
         raise ValueError(f"{out} exists; name another directory, or replace it with --force")
 
-    from deepseek_optimizer.checkpoint.atomic import leftovers
+    from deepseek_optimizer.checkpoint.atomic import sweep
 
     from .model import print_json
 
-    for path in leftovers(out):
-        _tell(f"{path} is left over from an interrupted run, unless one is at it now; it may be deleted")
+    for path in sweep(out):
+        _tell(f"{path} is of another run that is writing now, or of an interrupted one on a file system without locks")
     fields = o.given(precision=precision, kl_budget=kl_budget, calibration=calibration)
     curve = _stream(model, out, fields, force) if kl_budget is None else _in_memory(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

@@ -43,7 +43,13 @@ def serve(
         typer.Option("--allow-origin", help="A web page's origin that may read answers (CORS), or *. Repeatable."),
     ] = None,
     kv_cache_memory: Annotated[
-        int | None, typer.Option("--kv-cache-memory", min=1, help="Bytes that all conversations together may take.")
+        int | None,
+        typer.Option(
+            "--kv-cache-memory",
+            min=1,
+            help="Bytes that all conversations together may take. Default: what a full batch at the model's context needs, at "
+            "most half of what is free.",
+        ),
     ] = None,
     max_running: Annotated[int, typer.Option("--max-running", min=1, help="Answers that are written at once, at most.")] = 32,
     max_waiting: Annotated[
@@ -133,6 +139,7 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     from dataclasses import replace
 
     from deepseek_optimizer import report
+    from deepseek_optimizer.integration.cache_size import check_granted
     from deepseek_optimizer.server.run import listener
     from deepseek_optimizer.server.run import serve as run
     from deepseek_optimizer.serving import make_async_engine
@@ -143,6 +150,8 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to tell of every index
     sock = listener(settings.host, settings.port)
+    if "kv_cache_memory" in fields:
+        check_granted(fields["kv_cache_memory"])
     loaded, tokenizer = load(model, fields)
     settings = replace(settings, sampling=_authors_sampling(loaded))
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
@@ -163,18 +172,16 @@ def _authors_sampling(model: Any) -> dict[str, Any]:
 
 
 def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
-    from deepseek_optimizer.backends.base import BLOCK_TOKENS
     from deepseek_optimizer.server.hosts import is_loopback
 
     formats = ", ".join(row.format for row in facts.formats)
-    tokens = engine.core.blocks * BLOCK_TOKENS
     shown = f"[{host}]" if ":" in host else host
     keys = f"{len(settings.keys)} API key(s)" if settings.keys else "no API key is asked for"
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
         f"context   {engine.context:,} tokens" + (f", in a window of {engine.window:,}" if engine.window else ""),
-        f"cache     {facts.kv_cache}, {tokens:,} tokens in all, {tokens * facts.kv_token_bytes / 1e6:,.0f} MB at most",
+        f"cache     {facts.kv_cache}, {engine.core.memory.size}",
         f"address   http://{shown}:{port}/ (API under /v1), {keys}",
     ]
     if not settings.keys and not is_loopback(settings.host):

@@ -1,8 +1,8 @@
-"""The soak for two seconds on a tiny model; and that it would notice."""
+"""The soak beside a hostile client for two seconds on a tiny model; that it would notice; and what the hostile one sends."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import random
 import shutil
 import sys
@@ -16,27 +16,25 @@ if not (ROOT / "benchmarks" / "soak.py").exists():
     pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
 sys.path.append(str(ROOT))
 
-from benchmarks import soak  # noqa: E402
+from benchmarks import attacks, hostile, soak  # noqa: E402
 
-from deepseek_optimizer.bench.exchange import Reply  # noqa: E402
 from deepseek_optimizer.bench.served import parsed  # noqa: E402
+from deepseek_optimizer.server.keys import ApiKeys  # noqa: E402
+from deepseek_optimizer.server.settings import ServerSettings  # noqa: E402
 from support.live_server import LiveServer  # noqa: E402
 from support.spoilt import set_config  # noqa: E402
 
-KINDS = {"again", "chat", "left", "pattern", "schema", "text"}
-
 
 class Server:
-    """What `soak.run` looks at, of a server in this process."""
+    """What `soak.soak` looks at, of a server in this process."""
 
-    log = ""
-    resident_bytes = 10**8
+    log, children, resident_bytes = "", (), 10**8
 
     def __init__(self, live: LiveServer) -> None:
-        self._live = live
+        self._live, self.port = live, live.port
 
     def metrics(self) -> dict[str, float]:
-        return parsed(self._live.client.get("/metrics").text)
+        return parsed(self._live.client.get("/metrics", headers={"Authorization": "Bearer good"}).text)
 
 
 @pytest.fixture(scope="module")
@@ -50,86 +48,62 @@ def live(tiny_model, tmp_path_factory):
     shutil.copytree(tiny_model, folder)
     set_config(folder, max_position_embeddings=2048)
     model = load_model(folder, precision="int8", threads=1, kv_cache_memory=1 << 20)
-    with LiveServer(make_async_engine(model, AutoTokenizer.from_pretrained(folder))) as running:
+    settings = ServerSettings(keys=ApiKeys(["good", "bad"]))
+    with LiveServer(make_async_engine(model, AutoTokenizer.from_pretrained(folder)), settings) as running:
         yield running
 
 
-def small(live: LiveServer) -> soak.Soak:
-    return soak.Soak(live.port, 0, longest=(60, 20), vocabulary=250)
+def honest(live: LiveServer) -> soak.Honest:
+    return soak.Honest(live.port, ["good"], [one for one in soak.questions(6) if one.kind in ("chat", "stream", "text")][:5])
 
 
-def test_two_seconds_for_real(live, capsys):
-    leaning = small(live)
-    assert soak.run(leaning, Server(live), 8, 2.0) == []
-    assert set(leaning.done) >= {"text", "chat"} and leaning.tokens > 0
-    assert "errors     0" in capsys.readouterr().out
+def test_two_seconds_for_real(live, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    clients = honest(live)
+    assert asyncio.run(soak.soak(Server(live), clients, "bad", 4, 3.0, "prompts")) == []
+    assert clients.answered == clients.sent and clients.answered.total() > 5
+    out = capsys.readouterr().out
+    assert "answered rightly" in out and "hostile    400" in out
 
 
-def test_a_text_that_changes_is_noticed(live):
-    leaning = small(live)
-    leaning.known = dict.fromkeys(map(str, range(8)), "what it never says")
-    failures = soak.run(leaning, Server(live), 8, 1.0)
-    assert failures and all(failure.startswith("again: answered") for failure in failures)
+def test_another_text_is_noticed(live):
+    clients = honest(live)
+    clients.expected = ["what it never says"] * len(clients.asked)
+
+    async def one_request():
+        until = soak.time.monotonic() + 0.05
+        await clients.run(1, until)
+
+    asyncio.run(one_request())
+    assert clients.failures and "and alone 'what it never says'" in clients.failures[0]
 
 
-class Leaking(Server):
-    """It grows whenever it is looked at, and keeps a block."""
-
-    log = "Traceback (most recent call last)"
-    sizes = iter([10**8, 2 * 10**8])
-
-    @property
-    def resident_bytes(self) -> int:
-        return next(self.sizes)
-
-    def metrics(self) -> dict[str, float]:
-        return {**super().metrics(), "vllm:kv_cache_usage_perc": 0.01}
-
-
-def test_what_is_left_behind_is_noticed(live, monkeypatch):
-    monkeypatch.setattr(soak, "FULL", 0.0)
-    monkeypatch.setattr(soak, "SETTLE", 0.2)
-    failures = soak.run(small(live), Leaking(live), 1, 0.2)
-    assert [failure.split(":")[0] for failure in failures] == [
-        "memory grew from 100 to 200 MB", "left behind", "the server's log has a traceback"
-    ]  # fmt: skip
+def test_what_is_wrong_is_told():
+    clients = soak.Honest(1, ["good"], [])
+    clients.sent, clients.answered, clients.times = Counter(chat=5), Counter(chat=5), [1.0] * 5
+    flat = soak.Memory([(float(n), 100, 100 + n % 2) for n in range(0, 1800, 2)])
+    growing = soak.Memory([(float(n), 10_000 + n, 100) for n in range(0, 1800, 2)])
+    assert soak.report(clients, {"400": 3, "left": 1}, flat, 2, [], 1200.0, "") == []
+    assert "grew by" in soak.report(clients, {"400": 3}, growing, 2, [], 1200.0, "")[0]
+    assert "500" in soak.report(clients, {"500": 1}, flat, 2, [], 1200.0, "")[0]
+    assert "got no answer" in soak.report(clients, {}, flat, 2, [], 1200.0, "")[0]
+    assert "left behind" in soak.report(clients, {"400": 3}, flat, 2, ["a block"], 1200.0, "")[0]
+    assert "traceback" in soak.report(clients, {"400": 3}, flat, 2, [], 1200.0, "Traceback (most")[0]
+    clients.sent["chat"] += 1
+    assert "6 requests were sent, and 5 answered" in soak.report(clients, {"400": 3}, flat, 2, [], 1200.0, "")[0]
 
 
-def test_a_server_that_is_not_there_is_noticed(live):
-    leaning = soak.Soak(1, 0)
-    with pytest.raises(OSError):
-        soak.run(leaning, Server(live), 2, 0.2)
-    assert leaning.failures and all("ConnectionRefusedError" in failure for failure in leaning.failures)
+def test_what_a_hostile_client_sends(monkeypatch):
+    monkeypatch.setattr(hostile, "_PARAGRAPHS", 1000)
+    made = {kind: make(random.Random(0))("a-key") for kind, (make, _) in hostile.KINDS.items()}
+    assert all(b"Authorization: Bearer a-key\r\n" in request for request in made.values())
+    assert len(made["prompts"]) > 3_800_000 and len(made["fitting"]) > 600_000
+    assert hostile.schemas(random.Random(0))("k") != hostile.schemas(random.Random(1))("k")
+    head, _, content = made["documents"].partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(content)}".encode() in head
 
 
-def test_requests_are_of_all_kinds():
-    rng, leaning = random.Random(0), soak.Soak(1, 0)
-    kinds = Counter(leaning.request(rng).kind for _ in range(2000))
-    assert set(kinds) == KINDS - {"left"} and min(kinds.values()) > 50
-
-
-def answer(text: str, finish: str = "stop", status: int = 200, whole: bool = True, tokens: int = 3) -> Reply:
-    body = {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": {"completion_tokens": tokens}}
-    return Reply(status, {"content-type": "application/json"}, json.dumps(body).encode(), whole=whole)
-
-
-@pytest.mark.parametrize(
-    "check, good, bad",
-    [
-        (soak._matches, "123-abc", "123-xyz"),
-        (soak._fits, '{"city": "Rome", "people": 3}', '{"city": "Rome", "people": 300}'),
-        (soak._fits, '{"people": 1, "city": "Bonn"}', '{"people": 1, "city": "Bonn"'),
-        (soak._count(3), "x", None),
-    ],
-)
-def test_answers_are_checked(check, good, bad):
-    assert check(answer(good)) == ""
-    assert check(answer(bad or "x", tokens=2))
-    assert bad is None or check(answer(bad, "length")) == ""  # it had no time to come to its end
-
-
-def test_refusals_and_halves_are_failures():
-    leaning, asked = soak.Soak(1, 0), soak.Asked("text", "/", {}, lambda reply: "")
-    assert leaning._wrong(asked, answer("x")) == ""
-    assert "refused" in leaning._wrong(asked, answer("x", status=500))
-    assert "broke off" in leaning._wrong(asked, answer("x", whole=False))
+def test_percentiles_and_ratios():
+    assert attacks.percentile([float(n) for n in range(100)]) == 95.0 and attacks.percentile([1.0]) == 1.0
+    assert attacks.Row("prompts", "chat", 0.1, 0.2, 0.3, {}).ratio == 2.0
+    assert all("response_format" in attacks.body("schema") or kind != "schema" for kind in ("chat", "schema", "file"))

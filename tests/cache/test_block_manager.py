@@ -208,4 +208,61 @@ def test_torch_is_not_imported() -> None:
     source = Path(inspect.getfile(BlockManager)).read_text()
     imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
                 if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
-    assert imported <= {"__future__", "collections.abc", "heapq", "numpy", "numpy.typing", "errors", "forgetting"}
+    assert imported <= {"__future__", "collections.abc", "heapq", "numpy", "numpy.typing", "typing", "errors", "forgetting"}
+
+
+class Rationed:
+    """Memory for `room` blocks, given in steps of `step`."""
+
+    def __init__(self, room: int, step: int = 1) -> None:
+        self.room, self.step, self.asked = room, step, []
+        self.shortage: str | None = None
+
+    def grow(self, wanted: int, backed: int) -> int:
+        self.asked.append((wanted, backed))
+        self.shortage = None if wanted <= self.room else "the memory is others'"
+        return backed if self.shortage else min(self.room, max(wanted, backed + self.step))
+
+
+def test_memory_is_asked_for_before_a_block_has_it() -> None:
+    growth = Rationed(room=8, step=4)
+    manager = BlockManager(8, growth=growth)
+    first = sequence(manager, 32)
+    assert growth.asked == [(1, 0)]
+    second = sequence(manager, 96)  # within the step
+    first.free()
+    sequence(manager, 32)  # a block that had memory before
+    assert growth.asked == [(1, 0)]
+    second.append(32)
+    assert growth.asked == [(1, 0), (5, 4)]
+
+
+def test_without_memory_the_cache_is_full_and_says_why() -> None:
+    growth = Rationed(room=3)
+    manager = BlockManager(8, growth=growth)
+    made = sequence(manager, 64)
+    with pytest.raises(CacheFullError, match="the memory is others'") as error:
+        made.append(64)
+    assert (error.value.needed, error.value.free) == (2, 0) and made.blocks == [0, 1]
+    assert manager.limited and manager.free_blocks == 0 and manager.shortage == "the memory is others'"
+    with pytest.raises(CacheFullError):
+        made.append(64)
+    assert len(growth.asked) == 2  # nobody looks again before the limit is lifted
+    made.crop(32)
+    assert manager.free_blocks == 1 and sequence(manager, 32).blocks == [1]
+    growth.room = 8
+    manager.lift_limit()
+    assert manager.free_blocks == 6
+    made.append(96)
+    assert not manager.limited and manager.shortage is None and manager.free_blocks == 3
+
+
+def test_what_is_given_back_is_asked_for_again() -> None:
+    growth = Rationed(room=8)
+    manager = BlockManager(8, growth=growth)
+    made = sequence(manager, 96)
+    with pytest.raises(ValueError, match="3 blocks are in use"):
+        manager.clear()
+    made.free()
+    manager.clear()
+    assert sequence(manager, 32).blocks == [0] and growth.asked == [(3, 0), (1, 0)]

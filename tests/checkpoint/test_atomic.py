@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_optimizer.checkpoint import atomic, atomic_directory
+from deepseek_optimizer.checkpoint.atomic import atomic_file, merged_directory, sweep
 from deepseek_optimizer.errors import CheckpointError
 from support.killed import die_at
 
@@ -101,3 +102,111 @@ def test_a_full_disk_names_the_target(tmp_path):
     with pytest.raises(OSError, match="No space left.*out"), atomic_directory(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list(tmp_path.iterdir())
+
+
+def in_child(work) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+
+def killed(target: Path, write) -> None:
+    """A process that is killed in the midst of writing."""
+
+    def work() -> None:
+        with write(target):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(in_child(work), 0)
+
+
+@pytest.mark.parametrize("write", [atomic_directory, atomic_file, merged_directory])
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path: Path, write) -> None:
+    killed(tmp_path / "t", write)
+    killed(tmp_path / "other", write)
+    (left,) = tmp_path.glob(".t.*.tmp")
+    with write(tmp_path / "t"):
+        assert not left.exists()
+    assert [p.name.split(".")[1] for p in tmp_path.glob(".*")] == ["other"]  # another target's is none of its business
+
+
+def test_what_another_writer_is_at_stays(tmp_path: Path) -> None:
+    """Also one in this process: the second of two writers wins, and both were whole."""
+    with atomic_directory(tmp_path / "t", overwrite=True) as first:
+        write(tmp_path / "t", "second")
+        assert sweep(tmp_path / "t") == [first]
+        (first / "a").write_text("first")
+        (first / "sub").mkdir()
+        (first / "sub" / "b").write_text("first")
+    assert content(tmp_path / "t") == "first" and os.listdir(tmp_path) == ["t"]
+
+
+def test_many_writers_of_one_directory_some_of_them_killed(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    write(target, "0")
+
+    def writer(name: int) -> None:
+        if name % 3 == 0:
+            die_at(name, (os, "fsync"), (atomic, "_exchange"))
+        for _ in range(10):
+            write(target, str(name), overwrite=True)
+
+    children = [in_child(lambda name=name: writer(name)) for name in range(1, 7)]
+    while children:
+        assert target.is_dir() and (target / "sub" / "b").read_text() in map(str, range(7))
+        child, status = os.waitpid(children[-1], os.WNOHANG)
+        if child:
+            killed_one = len(children) % 3 == 0
+            assert os.WTERMSIG(status) == signal.SIGKILL if killed_one else status == 0
+            children.pop()
+    write(target, "end", overwrite=True)
+    assert content(target) == "end" and os.listdir(tmp_path) == ["t"]
+
+
+def test_an_old_directory_that_was_moved_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two names cannot be exchanged at once: killed between the two renames."""
+    write(tmp_path / "t", "old")
+    child = os.fork()
+    if child == 0:
+        atomic.sys.platform = "darwin"
+        die_at(1, (os, "rename"))
+        write(tmp_path / "t", "new", overwrite=True)
+    os.waitpid(child, 0)
+    assert content(tmp_path / "t") is None and len(list(tmp_path.glob(".t.*.tmp.old"))) == 1
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "t", overwrite=True):
+        raise KeyboardInterrupt
+    assert content(tmp_path / "t") == "old" and os.listdir(tmp_path) == ["t"]
+
+
+@pytest.mark.parametrize("replaceable", [True, False])
+def test_a_merged_directory_keeps_what_it_does_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaceable) -> None:
+    target = tmp_path / "t"
+    write(target, "old")
+    (target / "stale-1").write_text("old")
+    (target / "link").symlink_to("a")
+    target.chmod(0o750)
+    if not replaceable:
+        monkeypatch.chdir(target)  # whoever is in it would be left in a directory without a name
+    with merged_directory(target, lambda name: name.startswith("stale")) as folder:
+        (folder / "a").write_text("new")
+        (folder / "stale-2").write_text("new")
+        (target / "late").write_text("meanwhile")
+    assert sorted(os.listdir(target)) == ["a", "late", "link", "stale-2", "sub"] and os.listdir(tmp_path) == ["t"]
+    assert (target / "a").read_text() == (target / "link").read_text() == "new" and os.readlink(target / "link") == "a"
+    assert (target / "sub" / "b").read_text() == "old" and target.stat().st_mode & 0o777 == 0o750
+    assert os.path.samefile(target, ".") != replaceable
+
+
+@pytest.mark.parametrize("text", ["No space left on device (os error 28)", "IoError(Os { code: 28 }) (os error 28)"])
+def test_an_error_of_a_rust_library_becomes_one_of_the_system(tmp_path: Path, text: str) -> None:
+    """As `tokenizers` raises it: a bare Exception."""
+    with pytest.raises(OSError, match="No space left on device: .*out") as error, atomic_directory(tmp_path / "out"):
+        raise Exception(text)
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(Exception, match="^other$"), atomic_directory(tmp_path / "out"):
+        raise Exception("other")

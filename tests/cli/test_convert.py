@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from deepseek_optimizer.checkpoint import atomic_directory
+
 
 def test_convert_then_run(dso, tiny_model, tmp_path):
     out = tmp_path / "packed"
@@ -85,10 +87,13 @@ def test_an_interrupted_convert_to_a_budget_leaves_nothing(dso, tiny_model, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_left_is_told(dso, tiny_model, tmp_path):
+def test_what_a_killed_run_left_is_removed_and_what_another_writes_now_is_told(dso, tiny_model, tmp_path):
     (tmp_path / ".packed.0123abcd.tmp").mkdir()
-    result = dso("convert", tiny_model, tmp_path / "packed")
-    assert result.exit_code == 0 and ".packed.0123abcd.tmp is left over" in result.stderr
+    assert dso("convert", tiny_model, tmp_path / "packed").exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+    with atomic_directory(tmp_path / "packed", overwrite=True) as other:
+        result = dso("convert", tiny_model, tmp_path / "packed", "--force")
+        assert result.exit_code == 0 and f"{other} is of another run" in result.stderr and other.is_dir()
 
 
 def test_a_model_is_not_packed_over_itself(dso, tiny_model):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +64,10 @@ def test_a_whole_model_is_trained_and_answers(train, dso, chats, tmp_path):
     assert points[0]["step"] == 0 and points[-1]["step"] == 30 and evals[-1] < 0.7 * evals[0] and len(evals) == 4
     assert points[-1]["tokens"] > 0 and (out / "loss.png").stat().st_size > 1000
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))  # no pickles
+    planned = json.loads(train("--data", chats, *FAST, "--dry-run", "--json", out=tmp_path / "other").stdout)["disk"]
+    written = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (out / "checkpoint-30", out)]
+    assert [planned["checkpoint"], planned["result"]] == pytest.approx(written, rel=0.1)
+    assert planned["checkpoints"] == 3 and planned["total"] == 3 * planned["checkpoint"] + planned["result"]
 
 
 def test_an_adapter_is_trained_and_merged(train, dso, chats, tiny_model, tmp_path):
@@ -112,6 +118,27 @@ def test_a_dry_run_says_what_would_be_done(train, chats, tmp_path, monkeypatch):
         f"{plan['weights']:,} weights" in text.stdout and "LoRA of rank 4 on q_proj" in text.stdout and "memory" in text.stdout
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags,kept", [((), 3), (("--set", "save_total_limit=1"), 3), (("--set", "save_strategy=no"), 0)])
+def test_a_disk_that_is_too_small_is_seen_before_the_model_loads(train, chats, tmp_path, monkeypatch, flags, kept):
+    monkeypatch.setattr(TrainingJob, "_load_model", None)
+    steps = ("--steps", "100", "--lr", "1e-2", "--max-length", "64", "--eval-fraction", "0.1")
+    plan = json.loads(train("--data", chats, *steps, *flags, "--dry-run", "--json").stdout)["disk"]
+    assert plan["checkpoints"] == kept and plan["free"] > plan["total"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=plan["total"] - 1))
+    result = train("--data", chats, *steps, *flags)
+    assert result.exit_code == 2 and "dso: output: " in result.stderr and "save_total_limit=1" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["file/out", "file", "/proc/out"])
+def test_an_output_that_cannot_be_written_is_seen_before_the_data_is_read(train, chats, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(TrainingJob, "_load_data", None)
+    (tmp_path / "file").write_text("")
+    result = train("--data", chats, *FAST, out=tmp_path / where)
+    assert result.exit_code == 2 and "output: " in result.stderr, result.output
+    assert "cannot be written" in result.stderr or where == "file"
 
 
 def test_flags_go_before_the_file(dso, chats, tiny_model, tmp_path):

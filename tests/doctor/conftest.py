@@ -8,6 +8,8 @@ import shutil
 import pytest
 
 from deepseek_optimizer.doctor import Case, Machine
+from deepseek_optimizer.system.files import read_sizes
+from deepseek_optimizer.system.memory import FreeMemory, Limit, cgroup_limits
 
 GIB = 1 << 30
 
@@ -22,8 +24,11 @@ def machine(tmp_path):
             file = root / path.lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        given = {"environ": {}, "usable_cpus": 4, "online_cpus": 4, "physical_cores": 4, "available_bytes": 8 * GIB, **fields}
-        return Machine(root=root, **given)
+        given = {"environ": {}, "usable_cpus": 4, "online_cpus": 4, "physical_cores": 4, **fields}
+        free = given.pop("available_bytes", 8 * GIB)
+        total = read_sizes(root, "/proc/meminfo").get("MemTotal", 0)
+        limits = [Limit("machine", "this machine", "memory", total, free), *cgroup_limits(root, {})]
+        return Machine(root=root, memory=FreeMemory(tuple(limits)), **given)
 
     return make
 

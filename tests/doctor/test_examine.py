@@ -62,5 +62,5 @@ def test_a_misspelt_symptom(case):
 
 def test_the_machine_here():
     here = Machine.here()
-    assert here.usable_cpus >= 1 and here.available_bytes > 1 << 20 and "torch" in here.packages
-    assert here.read("/no/such/file") is None
+    assert here.usable_cpus >= 1 and here.memory.free > 1 << 20 and "torch" in here.packages
+    assert here.read("/no/such/file") == ""

@@ -8,7 +8,7 @@ from deepseek_optimizer import load_model
 from deepseek_optimizer.doctor.budget import budget
 from deepseek_optimizer.doctor.checks import checkpoint, memory
 from deepseek_optimizer.doctor.symptoms import out_of_memory
-from deepseek_optimizer.integration.arena import RESERVE_BYTES
+from deepseek_optimizer.system.memory import RESERVE_BYTES
 from support.models import CASES, random_model
 
 
@@ -81,7 +81,7 @@ def test_a_container_limit_counts(case, machine, tiny_model, one):
     files = {"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "1000"}
     given = case(model=str(tiny_model), machine=machine(files))
     assert one(memory.check(given), "error", "weights do not fit").facts["free"] == 4000
-    one(out_of_memory.measure(given), "warning", "the container's limit leaves")
+    one(out_of_memory.measure(given), "warning", "the cgroup / limits memory to")
 
 
 def test_overcommit_is_off(case, machine, one):

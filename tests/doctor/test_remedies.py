@@ -16,9 +16,9 @@ from deepseek_optimizer.doctor import examine_symptom
 from deepseek_optimizer.doctor.budget import budget
 from deepseek_optimizer.doctor.checks import memory
 from deepseek_optimizer.doctor.remedies import LONGDOC_TOKENS, remedies
-from deepseek_optimizer.integration.arena import RESERVE_BYTES
 from deepseek_optimizer.longdoc.long_document import LongDocument
 from deepseek_optimizer.longdoc.material import Limits
+from deepseek_optimizer.system.memory import RESERVE_BYTES
 from support.models import llama, random_ids, random_model
 
 CONTEXT = 16384
@@ -174,7 +174,7 @@ import psutil, torch
 from deepseek_optimizer import CacheFullError, load_model
 from deepseek_optimizer.doctor import Case, Machine, examine_symptom
 from deepseek_optimizer.doctor.budget import budget
-from deepseek_optimizer.integration.arena import RESERVE_BYTES
+from deepseek_optimizer.system.memory import RESERVE_BYTES
 
 path, context = sys.argv[1], int(sys.argv[2])
 prompt = torch.randint(3, 200, (1, context - 8), generator=torch.Generator().manual_seed(0))

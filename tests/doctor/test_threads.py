@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
-from deepseek_optimizer.doctor.cgroup import cpu_quota, memory_left
 from deepseek_optimizer.doctor.checks import threads
 
 V2 = {"/proc/self/cgroup": "0::/pod/box\n"}
-V1 = {"/proc/self/cgroup": "3:cpuacct,cpu:/box\n2:memory:/box\n0::/\n"}
 
 
 def test_as_many_as_there_are(case, one):
@@ -62,28 +58,3 @@ def test_hyper_threads(case, machine, one):
 
 def test_no_hyper_threads_no_note(case):
     assert [f.severity for f in threads.check(case())] == ["ok"]
-
-
-@pytest.mark.parametrize("folder", ["cpu", "cpu,cpuacct"])
-def test_quota_of_cgroup_v1(machine, folder):
-    base = f"/sys/fs/cgroup/{folder}/box"
-    assert cpu_quota(machine({**V1, f"{base}/cpu.cfs_quota_us": "50000", f"{base}/cpu.cfs_period_us": "100000"})) == 0.5
-
-
-def test_no_quota_in_cgroup_v1(machine):
-    base = "/sys/fs/cgroup/cpu/box"
-    assert cpu_quota(machine({**V1, f"{base}/cpu.cfs_quota_us": "-1", f"{base}/cpu.cfs_period_us": "100000"})) is None
-
-
-def test_memory_of_both_cgroups(machine):
-    v1 = "/sys/fs/cgroup/memory/box"
-    assert memory_left(machine({**V1, f"{v1}/memory.limit_in_bytes": "1000", f"{v1}/memory.usage_in_bytes": "400"})) == 600
-    v2 = "/sys/fs/cgroup/pod"
-    assert memory_left(machine({**V2, f"{v2}/memory.max": "5000", f"{v2}/memory.current": "6000"})) == 0
-
-
-def test_no_memory_limit(machine):
-    assert memory_left(machine()) is None
-    v1 = "/sys/fs/cgroup/memory/box"  # v1 writes no limit as a number
-    files = {**V1, f"{v1}/memory.limit_in_bytes": "9223372036854771712", f"{v1}/memory.usage_in_bytes": "1"}
-    assert memory_left(machine(files)) is None

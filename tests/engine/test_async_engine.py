@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from deepseek_optimizer import EngineBusyError, EngineDeadError, RequestError
+from deepseek_optimizer import CheckpointChangedError, EngineBusyError, EngineDeadError, RequestError
 from deepseek_optimizer.engine.async_engine import AsyncEngine, merged
 from deepseek_optimizer.engine.request import Output, Request, SamplingParams, TokenLogprob
 from support.mock_model import blocks_in_use, expected, make_core
@@ -44,6 +44,22 @@ async def whole(answers):
         text += output.text
         last = output
     return tokens, text, last
+
+
+@started(batch_size_range=(1, 2), most_waiting=1)
+async def test_a_client_that_takes_all_of_its_places_leaves_the_others_theirs(engine):
+    own = [engine.admit(client="a") for _ in range(3)]
+    with pytest.raises(EngineBusyError, match="3 requests"):
+        engine.admit(client="a")
+    with engine.admit(2, client="b"):
+        assert engine.waiting == 5
+    own.pop().leave()
+    own.append(engine.admit(client="a"))
+    others = [engine.admit(3, client=name) for name in "bcd"]
+    with pytest.raises(EngineBusyError):  # all together have places for four
+        engine.admit(client="e")
+    for place in own + others:
+        place.leave()
 
 
 @started()
@@ -155,6 +171,31 @@ async def test_when_the_thread_dies_everybody_hears_of_it(engine):
         engine.admit()
     with pytest.raises(EngineDeadError):
         engine.submit(Request([1], GREEDY))
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_model_whose_file_changed_answers_no_more(running):
+    """Found out by a step, or by whoever asks while none runs; all hear why."""
+
+    def changed():
+        raise CheckpointChangedError("was written to", file="model.safetensors")
+
+    @started()
+    async def test(engine):
+        if running:
+            with engine.admit():
+                engine.core.runner.before = changed
+                _, _, last = await whole(engine.submit(Request([1], GREEDY)))
+                assert last.finish == "error"
+        else:
+            engine.core.runner.check_weights = changed
+        assert not engine.alive
+        for call in (engine.admit, lambda: engine.submit(Request([1], GREEDY)), engine.check_alive):
+            with pytest.raises(EngineDeadError) as caught:
+                call()
+            assert isinstance(caught.value.__cause__, CheckpointChangedError)
+
+    test()
 
 
 @started()

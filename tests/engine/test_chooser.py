@@ -30,6 +30,16 @@ def test_repetition_penalty_is_transformers():
     assert (row == logits(39)).all()  # not changed
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-45, 1e-26])
+@pytest.mark.parametrize("more", [{}, {"temperature": 1e-5, "seed": 1}, {"temperature": 100.0, "seed": 1, "min_p": 1e-300}])
+def test_the_smallest_repetition_penalties(penalty, more):
+    """The likeliest token that was seen becomes certain."""
+    row = logits()
+    row[[3, 50, 60]] = 1.0, 1.5, -2.0
+    c = chooser([3, 50, 60], repetition_penalty=penalty, **more)
+    assert [c.choose(row, place) for place in range(5)] == [50] * 5
+
+
 def test_presence_and_frequency_are_openais():
     c, text = chooser(presence_penalty=1.5, frequency_penalty=0.5), []
     for place in range(40):

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from deepseek_optimizer import RequestError
+from deepseek_optimizer import CheckpointChangedError, RequestError
+from deepseek_optimizer.cache.prefix_cache import keys
 from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.base import Draft
@@ -73,7 +74,8 @@ def test_in_any_company_with_little_room(seed):
         prompt = rng.choice(shared) + prompts(rng, 1, 50)[0] if rng.random() < 0.6 else prompts(rng, 1, 150)[0]
         most = rng.randrange(1, 80)
         sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=rng.random() < 0.5)
-        waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=rng.choice(["", "a"])))
+        salt, client = rng.choice(["", "a"]), rng.choice(["", "", "b", "c"])
+        waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=salt, client=client))
         script[n + 1] = prompt + expected(prompt, most, EOS if not sampling.ignore_eos else None)
     found, cancelled, requests = {}, set(), {}
     while waiting or not core.idle:
@@ -259,6 +261,33 @@ def test_drafts_that_cannot_be_made_are_done_without():
     script = {1: prompt + expected(prompt, 20, None)}
     core = make_core(proposers=[(Poor(script, 1.0, VOCAB), 4)])
     assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
+
+
+def test_a_draft_model_whose_file_changed_ends_the_drafts_alone():
+    class Changed(ScriptedProposer):
+        def propose(self, sequences, most):
+            raise CheckpointChangedError("was written to", file="draft.safetensors")
+
+    prompt = [4, 5]
+    script = {1: prompt + expected(prompt, 20, None)}
+    core = make_core(proposers=[(Changed(script, 1.0, VOCAB), 4)])
+    assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
+    assert core.drafting is None
+
+
+def test_nothing_is_kept_of_a_step_over_weights_that_changed():
+    def changed():
+        raise CheckpointChangedError("was written to", file="model.safetensors")
+
+    core, prompt = make_core(), list(range(50)) * 2
+    core.add(Request(prompt, GREEDY, id="a"))
+    core.runner.before = changed
+    with pytest.raises(CheckpointChangedError, match="model.safetensors: was written to"):
+        core.step()
+    assert core.prefix.known(keys(prompt, "", 3)) == 0
+    core.cancel("a")
+    assert [output.finish for output in core.step()] == ["cancelled"] and blocks_in_use(core) == 0
+    assert core.prefix.known(keys(prompt, "", 3)) == 0
 
 
 def test_a_grammar_that_fails_ends_its_request_alone():

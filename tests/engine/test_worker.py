@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_optimizer.engine.worker import JobError, Worker, WorkerError
-from deepseek_optimizer.errors import EngineBusyError
+from deepseek_optimizer.errors import EngineBusyError, WorkerLostError
 
 JOB = """
 import os, sys, time
@@ -30,6 +30,11 @@ def prepare(setup):
         if kind == "crash": raise TypeError("a fault of the job")
         if kind == "sleep": time.sleep(payload["seconds"]); return None
         if kind == "deep": return run(payload)
+        if kind == "killed":  # by somebody else, as often as asked
+            with open(payload["log"], "a") as log: log.write("begun;")
+            if open(payload["log"]).read().count(";") <= payload["times"]: os.kill(os.getpid(), payload["signal"])
+            return "answered"
+        if kind == "nice": return os.nice(0)
     return run
 """
 
@@ -85,12 +90,48 @@ def test_a_job_that_ends_its_worker_is_followed_by_another(worker, kind, message
     assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1] and worker.pid != pid
 
 
-def test_a_worker_that_was_killed_is_replaced_at_the_second_call(worker):
+def test_a_worker_that_was_killed_with_nothing_to_do_is_replaced(worker):
     worker.call({"kind": "echo", "value": 1})
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(WorkerError):
-        worker.call({"kind": "echo", "value": 1})
     assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_job_whose_worker_is_killed_runs_once_more(worker, tmp_path, number):
+    log = tmp_path / "log"
+    job = {"kind": "killed", "log": str(log), "times": 1, "signal": int(number)}
+    assert worker.call(job) == "answered"
+    assert log.read_text() == "begun;" * 2
+
+
+def test_a_job_whose_worker_is_killed_twice_is_not_blamed_for_it(worker, tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(WorkerLostError, match="signal 9"):
+        worker.call({"kind": "killed", "log": str(log), "times": 9, "signal": int(signal.SIGKILL)})
+    assert log.read_text() == "begun;" * 2
+    assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1]
+
+
+def test_a_crash_is_the_jobs_own(worker, tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(WorkerError, match="failed"):
+        worker.call({"kind": "killed", "log": str(log), "times": 9, "signal": int(signal.SIGSEGV)})
+    assert log.read_text() == "begun;"
+
+
+def test_a_worker_that_does_not_start_is_nobodys_fault(tmp_path):
+    path = tmp_path / "job.py"
+    path.write_text("raise SystemExit(1)")
+    worker = Worker(path, {})
+    with pytest.raises(WorkerLostError, match="could not be started"):
+        worker.call({})
+    worker.close()
+
+
+def test_a_nice_worker_is_nice(job):
+    worker = Worker(job, {}, nice=3)
+    assert worker.call({"kind": "nice"}) == min(19, os.nice(0) + 3)
+    worker.close()
 
 
 def test_callers_wait_for_each_other_and_not_for_ever(job):

@@ -52,7 +52,6 @@ DAMAGES = {
     "made twice": (twice("embedding"), "a second time"),
     "cache never written": (without("cache_write"), "before it is written"),
     "cache written twice": (twice("cache_write"), "a second time"),
-    "no head": (without("lm_head"), "lm_head"),
     "two heads": (lambda g: [*g.nodes, g.nodes[-1].with_(outputs=(Value("more", g.vocab_size),))], "lm_head"),
     "hidden state missing": (without("hidden_out"), "hidden_out"),
     "hidden state twice": (twice("hidden_out"), "hidden_out"),

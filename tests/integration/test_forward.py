@@ -45,7 +45,9 @@ def phases(monkeypatch):
 def test_logits_equal_transformers_on_every_family(case):
     pair = make_pair(case)
     ids = pair.ids(60, 60)
-    assert_close_rows(pair.fast(ids).logits, pair.plain(ids).logits)
+    fast, plain = pair.fast(ids), pair.plain(ids)
+    assert type(fast) is type(plain)
+    assert_close_rows(fast.logits, plain.logits)
 
 
 @torch.no_grad()
@@ -108,6 +110,20 @@ def test_hidden_states(pair):
     for a, b in zip(fast, plain, strict=True):
         assert a.dtype == b.dtype
         assert_close_rows(a, b)
+
+
+@pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], []])
+@torch.no_grad()
+def test_hidden_states_by_index(pair, asked):
+    ids = pair.ids(6)
+    fast, plain = (m(ids, output_hidden_states=asked).hidden_states for m in (pair.fast, pair.plain))
+    if plain is None:
+        assert fast is None
+        return
+    assert [h is None for h in fast] == [h is None for h in plain]
+    for a, b in zip(fast, plain, strict=True):
+        if b is not None:
+            assert_close_rows(a, b)
 
 
 @torch.no_grad()
@@ -238,6 +254,35 @@ def test_output_attentions(fresh_pair):
     assert len(made.attentions) == len(plain.attentions)
     torch.testing.assert_close(made.attentions[0], plain.attentions[0])
     assert_close_rows(made.logits, plain.logits)
+
+
+@torch.no_grad()
+def test_the_plan_serves_again_after_attention_weights_were_asked_for(fresh_pair):
+    """Transformers leaves the hooks that record them on the modules."""
+    ids = fresh_pair.ids(6)
+    fresh_pair.fast(ids, output_attentions=True)
+    assert isinstance(cache_of(fresh_pair.fast(ids)), PagedCache)
+
+
+@torch.no_grad()
+def test_attention_to_later_tokens(fresh_pair):
+    ids = fresh_pair.ids(6)
+    made = fallback(fresh_pair, "is_causal", ids, is_causal=False)
+    assert_close_rows(made.logits, fresh_pair.plain(ids, is_causal=False).logits)
+    fresh_pair.fast.config.is_causal = False
+    assert cache_of(fresh_pair.fast(ids, use_cache=False)) is None
+    assert_close_rows(fresh_pair.fast(ids, use_cache=False).logits, made.logits)
+
+
+@torch.no_grad()
+def test_router_logits():
+    pair = make_pair("deepseek_v3-groups")
+    for model in (pair.fast, pair.plain):
+        model.config.output_router_logits = True
+    ids = pair.ids(6)
+    with pytest.warns(OptimizerWarning, match="output_router_logits"):
+        made = pair.fast(ids).router_logits
+    assert len(made) == len(pair.plain(ids).router_logits) > 0
 
 
 @torch.no_grad()

@@ -157,6 +157,10 @@ def test_a_packed_checkpoint_keeps_its_settings_unless_told(saved, tmp_path):
     assert load_model(tmp_path / "p", kv_cache="fp32").dso.config.kv_cache == "fp32"
     with pytest.raises(CheckpointError, match="is packed as int8, not int4: convert the original"):
         load_model(tmp_path / "p", precision="int4")
+    with pytest.raises(ConfigError, match="precision must be one of 'auto', 'int4'.*got 'int5'; did you mean 'int"):
+        load_model(tmp_path / "p", precision="int5")
+    with pytest.raises(ConfigError, match="kl_budget"):
+        load_model(tmp_path / "p", kl_budget="much")
 
 
 def test_generation_config_comes_along(saved, tmp_path):

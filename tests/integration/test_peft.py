@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from deepseek_optimizer import PagedCache
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
-from support.models import assert_close_rows
+from support.models import CASES, assert_close_rows, random_ids, randomise
+
+from .conftest import make_pair
 
 peft = pytest.importorskip("peft")
 
@@ -75,14 +78,99 @@ def test_the_plan_serves_again_when_the_adapter_is_gone(fresh_pair):
     assert isinstance(getattr(after, cache_name()), PagedCache)
 
 
-def test_merging_is_refused(fresh_pair):
-    """A packed weight cannot take an adapter in; the weights stay as they were."""
-    model = lora(fresh_pair.fast, target_modules=["q_proj"])
-    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
-    before = weight.clone()
-    with pytest.raises((RuntimeError, ValueError)):
+@pytest.mark.parametrize(
+    ("case", "targets"),
+    [("llama-gqa", "all-linear"), ("llama-tied", ["embed_tokens", "v_proj"]), ("deepseek_v3-groups", ["kv_b_proj", "o_proj"])],
+)
+@torch.no_grad()
+def test_merging_gives_the_merged_float_model(case, targets):
+    pair = make_pair(case)
+    ids = pair.ids(8)
+    plain, fast = (lora(m, target_modules=targets) for m in (pair.plain, pair.fast))
+    merged, expected = fast.merge_and_unload(safe_merge=True), plain.merge_and_unload()
+    assert merged is pair.fast
+    made = merged(ids)
+    assert isinstance(getattr(made, cache_name()), PagedCache)
+    assert_close_rows(made.logits, expected(ids).logits)
+    assert not merged.dso.notes
+
+
+@torch.no_grad()
+def test_a_merge_is_taken_back(fresh_pair):
+    ids = fresh_pair.ids(8)
+    model = lora(fresh_pair.fast, target_modules=["q_proj", "down_proj"])
+    beside = model(input_ids=ids).logits
+    with model.disable_adapter():
+        without = model(input_ids=ids).logits
+    for merging in range(2):
         model.merge_adapter()
-    assert torch.equal(weight, before)
+        assert_close_rows(model(input_ids=ids).logits, beside)
+        if merging:
+            with model.disable_adapter():  # takes it back by itself
+                assert_close_rows(model(input_ids=ids).logits, without)
+        else:
+            model.unmerge_adapter()
+            assert_close_rows(model(input_ids=ids).logits, beside)
+
+
+@torch.no_grad()
+def test_a_copy_merges_into_weights_of_its_own(fresh_pair):
+    ids = fresh_pair.ids(8)
+    model = lora(fresh_pair.fast, target_modules=["q_proj"])
+    twin = copy.deepcopy(model)
+    beside = model(input_ids=ids).logits
+    merged = twin.merge_and_unload()
+    assert_close_rows(merged(ids).logits, beside)
+    assert torch.equal(model(input_ids=ids).logits, beside)
+
+
+@torch.no_grad()
+def test_merging_into_a_format_that_rounds_says_so():
+    pair = make_pair()
+    DynamicGraphOptimizer(pair.plain, config=DeepSeekConfig(precision="int8", backend="reference")).optimize()
+    ids = pair.ids(8)
+    model = lora(pair.plain, target_modules=["q_proj", "v_proj"])
+    beside = model(input_ids=ids).logits
+    with pytest.warns(OptimizerWarning, match="packed as int8.*rounds their sum anew.*merge it into the float model"):
+        merged = model.merge_and_unload()
+    assert_close_rows(merged(ids).logits, beside, 0.03)
+
+
+@torch.no_grad()
+def test_what_cannot_be_merged_is_refused_and_changes_nothing(fresh_pair):
+    model = peft.get_peft_model(
+        fresh_pair.fast, peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
+    before = copy.deepcopy(fresh_pair.fast.state_dict())
+    with pytest.raises(UnsupportedRequestError, match="cannot be merged into packed weights: merge it into the float model"):
+        model.merge_and_unload()
+    assert all(torch.equal(value, before[name]) for name, value in fresh_pair.fast.state_dict().items())
+
+
+def test_an_adapter_that_is_broken_is_not_merged(fresh_pair):
+    model = lora(fresh_pair.fast, target_modules=["q_proj"])
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].weight.data[0, 0] = torch.nan
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="not finite.*'default' seems to be broken"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged_adapters
+
+
+@torch.no_grad()
+def test_adapters_on_a_classifier():
+    config = CASES["llama-gqa"]()
+    config.pad_token_id, config.num_labels = 0, 3
+    plain = randomise(AutoModelForSequenceClassification.from_config(config).eval())
+    fast = copy.deepcopy(plain)
+    DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32", backend="reference")).optimize()
+    ids = torch.tensor([random_ids(config, 9)])
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
+    wrapped = [lora(model, **options) for model in (plain, fast)]
+    assert_close_rows(wrapped[1](input_ids=ids).logits, wrapped[0](input_ids=ids).logits)
+    made, expected = (model.merge_and_unload()(ids) for model in wrapped[::-1])
+    assert isinstance(getattr(made, cache_name()), PagedCache)
+    assert_close_rows(made.logits, expected.logits)
 
 
 def test_adapters_are_saved_and_loaded(fresh_pair, tmp_path):

@@ -11,6 +11,7 @@ from transformers import BatchEncoding
 
 from deepseek_optimizer import ConfigError, NotEnoughMemoryError, sliding_window_mask
 from deepseek_optimizer.integration import window_mask
+from support.memory import memory_of
 
 
 def reference(real, window, sinks):
@@ -90,9 +91,9 @@ def test_a_mask_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     with pytest.raises(NotEnoughMemoryError, match='attention_optimization="sliding"') as caught:
         sliding_window_mask([range(8), range(10_000_000)], 1024)
     assert caught.value.needed == 10**14 and "100000.00 GB" in str(caught.value)
-    monkeypatch.setattr(window_mask, "available_bytes", lambda: 200)
+    monkeypatch.setattr(window_mask, "free_memory", lambda: memory_of(200))
     masks = sliding_window_mask([range(13), range(13)], 4)
-    monkeypatch.setattr(window_mask, "available_bytes", lambda: 180)
+    monkeypatch.setattr(window_mask, "free_memory", lambda: memory_of(180))
     with pytest.raises(NotEnoughMemoryError):  # 169 bytes, and a tenth of what is free stays free
         masks[0]
     with pytest.raises(NotEnoughMemoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 
@@ -120,6 +121,17 @@ def test_a_cache_directory_serves_the_next_process_and_survives_damage(loaded, t
         assert answer.tokens.cached == 0 and any("read anew" in note for note in answer.notes)
     with opened(loaded, SHORT, cache_dir=tmp_path) as made:
         assert made.ask("What is it?").tokens.cached > 0  # written again
+
+
+def test_an_answer_is_given_though_its_cache_cannot_be_kept(loaded, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(long_document, "save_prefix", full)
+    with opened(loaded, SHORT, cache_dir=tmp_path) as made:
+        answer = made.ask("What is it?")
+        assert isinstance(answer.answer, str)
+        assert any("could not be kept" in note and "No space" in note for note in answer.notes)
 
 
 def test_paths_texts_and_documents(loaded, tmp_path):

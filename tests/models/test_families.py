@@ -107,10 +107,28 @@ def test_bad_context_length(value: Any) -> None:
         check_config(raw_config(max_position_embeddings=value))
 
 
-@pytest.mark.parametrize("value", BAD_NUMBERS)
+@pytest.mark.parametrize("value", [number for number in BAD_NUMBERS if number != 0] + [-1e-9, 1e39])
 def test_bad_eps(value: Any) -> None:
     with pytest.raises(ConfigError, match="rms_norm_eps"):
         check_config(raw_config(rms_norm_eps=value))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 1.0, 2.5, 1e38])
+def test_eps_as_transformers_takes_it(value: float) -> None:
+    check_config(raw_config(rms_norm_eps=value))
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", [-1, 10**9, {}, [], True, "nn", "float", "int8", "x" * 10_000])
+def test_bad_dtype(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.{field}: expected one of float32") as caught:
+        check_config(raw_config(**{field: value}))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", [None, "bfloat16", "float32", "float16"])
+def test_dtypes(value: Any) -> None:
+    check_config(raw_config(torch_dtype=value))
 
 
 @pytest.mark.parametrize("field", ["tie_word_embeddings", "attention_bias", "mlp_bias"])

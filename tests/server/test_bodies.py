@@ -129,3 +129,36 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(live):
         sock.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
         )
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": [[1]] * 60_000}, "lists and objects"),
+        ({"prompt": "x", "metadata": [[]] * 60_000}, "lists and objects"),
+        ({"prompt": "x", "metadata": {str(n): 1 for n in range(6_000)}}, "fields"),
+        ({f"field{n}": 1 for n in range(6_000)}, "fields"),
+        ({"prompt": ["x"] * 200_000}, "200000 answers"),
+        ({"prompt": [1] * 200_000}, "context"),
+        ({"prompt": [[1] * 5_000]}, "context"),
+    ],
+)
+def test_bodies_of_very_many_parts_are_refused_before_they_are_checked(live, refused, monkeypatch, body, words):
+    """Each of their parts would be looked at, and for each that is wrong an error written, while all others wait."""
+    from deepseek_optimizer.server.protocol import base
+
+    errors = []
+    real = base.field_error
+    monkeypatch.setattr(base, "field_error", lambda error, given: errors.append(error.error_count()) or real(error, given))
+    assert words in refused("/v1/completions", body).text
+    assert sum(errors) < 200
+
+
+def test_large_bodies_have_their_turns(live, client):
+    state = live.app.state.server
+    before = state.bodies.queue.counts.jobs["done"]
+    assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert state.bodies.queue.counts.jobs["done"] == before
+    body = {"prompt": "x", "max_tokens": 1, "metadata": "x" * 100_000}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    assert state.bodies.queue.counts.jobs["done"] == before + 2  # to read it, and to check it

@@ -64,6 +64,10 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(serve):
         assert "can't listen at 127.0.0.1:" in error_of(serve("--port", taken.getsockname()[1]))
 
 
+def test_more_cache_than_is_free_is_told_before_a_model_is_loaded(serve):
+    assert "the KV cache takes 1000000.00 GB" in error_of(serve("--kv-cache-memory", 10**15, "--port", 0))
+
+
 def test_keys_that_others_can_read_are_warned_of(serve, tmp_path):
     (tmp_path / "keys").write_text("alpha\n")
     (tmp_path / "keys").chmod(0o644)
@@ -75,7 +79,7 @@ def test_keys_that_others_can_read_are_warned_of(serve, tmp_path):
 def served(tiny_model):
     """The command itself, with the tiny model."""
     command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(tiny_model), "--port", "0"]
-    command += ["--served-model-name", "r1-int4", "--kv-cache-memory", "100000000"]
+    command += ["--served-model-name", "r1-int4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     banner = ""
     while "address" not in banner:
@@ -90,8 +94,10 @@ def served(tiny_model):
 
 def test_the_banner(served):
     banner, _ = served
-    for word in ("model     r1-int4 (llama)", "backend", "threads", "context   256 tokens", "cache", "no API key is asked for"):
+    for word in ("model     r1-int4 (llama)", "backend", "threads", "context   256 tokens", "no API key is asked for"):
         assert word in banner
+    size = r"grows to at most [\d,]+ MB \(32 sequences of 256 tokens; half of the [\d,]+ MB that .+ would be [\d,]+ MB\)"
+    assert re.search(f"cache     fp32, {size}", banner), banner
 
 
 def test_curl_as_readme_has_it(served):

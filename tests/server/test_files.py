@@ -310,16 +310,16 @@ def test_files_expire_and_their_memory_comes_back():
 
 def test_memory_that_was_refused_is_not_counted():
     store = FileStore(ServerSettings(most_key_file_bytes=1000, most_files_bytes=1500, most_uploads=2))
-    with store.room("a") as room:
+    with store.room("a", "a") as room:
         room.set(800)
         with pytest.raises(ApiError) as refused:
             room.set(1001)
         assert refused.value.status == 413 and store.held == 800
-        with store.room("b") as other:
+        with store.room("b", "b") as other:
             with pytest.raises(ApiError) as refused:
                 other.set(900)
             assert refused.value.status == 503
-            with pytest.raises(ApiError), store.room("c"):
+            with pytest.raises(ApiError), store.room("c", "c"):
                 pass
     assert store.held == 0
 

@@ -82,18 +82,18 @@ class FakeEngine:
     def admitted(self) -> int:
         return self._admitted
 
-    def admit(self, requests: int = 1) -> Admission:
-        self._check()
+    def admit(self, requests: int = 1, client: str = "") -> Admission:
+        self.check_alive()
         if self._draining or self._admitted + requests > self.capacity:
             raise EngineBusyError(self._admitted, 2.0)
         self._admitted += requests
-        return Admission(self, requests)
+        return Admission(self, requests, client)
 
-    def left(self, requests: int) -> None:
+    def left(self, requests: int, client: str) -> None:
         self._admitted -= requests
 
     def submit(self, request: Request) -> Answers:
-        self._check()
+        self.check_alive()
         if len(request.prompt) > self.context - (not request.embed):
             raise RequestError("prompt", f"{len(request.prompt)} tokens, and the context has {self.context}")
         sampling = request.sampling
@@ -134,7 +134,7 @@ class FakeEngine:
         """One request fails, and the engine goes on."""
         self._end(list(self._running.values())[index], "error", "NaN at /secret/path")
 
-    def _check(self):
+    def check_alive(self):
         if not self.alive:
             raise EngineDeadError("dead")
 

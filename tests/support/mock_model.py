@@ -97,6 +97,9 @@ class MockRunner:
     def __init__(self, memory: MockMemory) -> None:
         self.memory, self.seen, self.broken, self.before = memory, [], set(), lambda: None
 
+    def check_weights(self):
+        pass
+
     def step(self, parts, rows, *, last_hidden):
         self.before()
         phases = [p.phase for p in parts]

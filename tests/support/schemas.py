@@ -148,6 +148,24 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "two bounds": ({"type": "number", "minimum": 1, "exclusiveMinimum": 2}, "one bound"),
     "a length below 0": ({"type": "string", "minLength": -1}, "from 0"),
     "a length beyond all": ({"type": "string", "minLength": 10**9}, "from 0"),
+    "a format that is a list": ({"type": "string", "format": [1]}, "format must be"),
+    "a format that is an object": ({"type": "string", "format": {}}, "format must be"),
+    "types that are lists, in oneOf": ({"oneOf": [{"type": [[1]]}, {"type": [[2]]}]}, "type must be"),
+    "required names that are lists, in oneOf": (
+        {"oneOf": [{"type": "object", "required": [[1]]}, {"type": "object", "required": [[2]]}]},
+        "required must be",
+    ),
+    "required that is a number, in oneOf": (
+        {"oneOf": [{"type": "object", "required": 5}, {"type": "object", "required": 6}]},
+        "required must be",
+    ),
+    "properties that are a list, in oneOf": (
+        {"oneOf": [{"type": "object", "required": ["a"], "properties": []}] * 2},
+        "properties must be",
+    ),
+    "a reference to a value": ({"enum": [{"not": {}}], "$defs": {"a": {"$ref": "#/enum/0"}}}, "not can't be enforced"),
+    "a reference to no schema": ({"$defs": {"a": {"$ref": "#/x"}}, "x": 5}, "no schema"),
+    "a bound beyond all": ({"type": "number", "minimum": 10**400}, "must be a number"),
     "too large": ({"enum": ["x" * 300_000]}, "larger than"),
     "too many": ({"anyOf": [{"const": i} for i in range(5_000)]}, "parts"),
 }

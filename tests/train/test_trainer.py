@@ -12,6 +12,7 @@ from deepseek_optimizer import ConfigError, DeepSeekTrainer, NotEnoughMemoryErro
 from deepseek_optimizer.errors import TrainingError
 from deepseek_optimizer.integration.runtime import OptimizerWarning
 from deepseek_optimizer.train.optimizer import DeepSeekAdamW
+from support.memory import memory_of
 from support.models import llama, qwen3, random_model
 from support.training import Rows, arguments, losses, make_trainer
 
@@ -223,11 +224,11 @@ def test_what_cannot_fit_is_refused_before_it_is_taken(tmp_path, monkeypatch):
     weights = sum(p.numel() for p in model.parameters())
     assert (planned.weights, planned.masters, planned.moments, planned.gradients) == tuple(weights * n for n in (2, 2, 4, 2))
     assert planned.tokens == 48
-    monkeypatch.setattr(report, "available_bytes", lambda: planned.total - 4 * weights - 1)
+    monkeypatch.setattr(report, "free_memory", lambda: memory_of(planned.total - 4 * weights - 1))
     with pytest.raises(NotEnoughMemoryError, match='optimizer_state="int8"'):
         trainer.train()
     assert model.dtype == torch.float32 and trainer.optimizer is None and trainer._prepared is None
-    monkeypatch.setattr(report, "available_bytes", lambda: planned.total)
+    monkeypatch.setattr(report, "free_memory", lambda: memory_of(planned.total))
     trainer.train()
 
 

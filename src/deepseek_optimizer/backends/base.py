@@ -126,7 +126,11 @@ class KvStore(Protocol):
 class Plan(Protocol):
     """A compiled graph, bound to weights."""
 
-    def run(self, batch: StepBatch, store: KvStore) -> StepOutput: ...
+    def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
+        """Raises, beside what the arguments may cause, what `check_weights` does; nothing that was computed is good then."""
+
+    def check_weights(self) -> None:
+        """Raises CheckpointChangedError where weights lie in a mapped file that is not what was mapped. Cheap."""
 
     def reserve(self, tokens: int, logit_rows: int) -> None: ...
 

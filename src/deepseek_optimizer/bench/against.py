@@ -29,7 +29,7 @@ def run_json(command: Command) -> dict[str, Any]:
         BackendError: it failed; holds the last line it wrote to stderr, and its cause the rest.
     """
     words = list(map(str, command))
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BackendError(f"{said} (exit code {done.returncode} of: {shlex.join(words)})") from RuntimeError(done.stderr)

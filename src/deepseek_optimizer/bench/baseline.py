@@ -23,7 +23,7 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: it is none.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         try:
             found = json.loads(text)
         except json.JSONDecodeError:

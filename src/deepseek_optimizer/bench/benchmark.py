@@ -79,7 +79,7 @@ def _ids(case: Any, tokenizer: Any) -> Any:
         return prompt_ids(tokenizer, case)
     import torch
 
-    ids = torch.as_tensor(case, dtype=torch.int64)
+    ids = torch.as_tensor(case, dtype=torch.int64, device="cpu")
     return ids.reshape(1, -1) if ids.ndim == 1 else ids
 
 

@@ -91,7 +91,7 @@ def _measure(sides: dict[str, list[str]], common: list[str], rounds: int, consol
                 extra = ["--reference", str(reference)] if reference.exists() else []
                 samples[name].append(_run_side([*arguments, *common, *extra]))
                 if not reference.exists():
-                    reference.write_text(json.dumps(samples[name][0]["ids"]))
+                    reference.write_text(json.dumps(samples[name][0]["ids"]), encoding="utf-8")
                     samples[name][0]["agreed"] = None
     baseline = next(iter(samples.values()))[0]["answer"]
     return {name: _median(runs, baseline) for name, runs in samples.items()}

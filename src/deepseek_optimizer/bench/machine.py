@@ -54,9 +54,9 @@ def matrix_tera(threads: int, size: int = 2048, seconds: float = 0.3) -> dict[st
     found = {}
     try:
         for name, a in (
-            ("fp32", torch.ones(size, size)),
-            ("bf16", torch.ones(size, size, dtype=torch.bfloat16)),
-            ("int8", torch.ones(size, size, dtype=torch.int8)),
+            ("fp32", torch.ones(size, size, dtype=torch.float32, device="cpu")),
+            ("bf16", torch.ones(size, size, dtype=torch.bfloat16, device="cpu")),
+            ("int8", torch.ones(size, size, dtype=torch.int8, device="cpu")),
         ):
             product = torch._int_mm if name == "int8" else torch.mm
             try:

@@ -12,7 +12,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def cpu_name() -> str:
     """The processor's own name where the system tells it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -39,7 +39,7 @@ class PeakMemory:
     def restart(self) -> None:
         """Forgets the peak so far; it is still counted from what was resident when this was made."""
         try:
-            _CLEAR.write_text("5")  # the high-water mark starts at the present resident size
+            _CLEAR.write_text("5", encoding="utf-8")  # the high-water mark starts at the present resident size
         except OSError:
             self._base = None
 
@@ -57,7 +57,7 @@ def peak_resident_bytes() -> int | None:
 
 def _status(field: str) -> int:
     """A size out of /proc/self/status, in bytes."""
-    for line in _STATUS.read_text().splitlines():
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{_STATUS} has no {field}")

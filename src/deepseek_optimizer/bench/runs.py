@@ -116,7 +116,9 @@ def random_ids(model: Any, batch: int, tokens: int, generator: Any) -> Any:
     import torch
 
     high = model.config.get_text_config().vocab_size
-    return torch.randint(min(10, high - 1), high, (batch, tokens), generator=generator).to(model.device)
+    return torch.randint(min(10, high - 1), high, (batch, tokens), generator=generator, dtype=torch.int64, device="cpu").to(
+        model.device
+    )
 
 
 def deep_cache(model: Any, work: Work, generator: Any) -> dict[str, Any]:

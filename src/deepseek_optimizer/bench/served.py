@@ -28,13 +28,17 @@ class Served:
         model: what `dso serve` is told.
         options: of `dso serve`.
         environment: beside this process's own.
+        key: API key that `get` and `metrics` show.
 
     Attributes:
         port: where it listens, of 127.0.0.1.
         process: the server.
     """
 
-    def __init__(self, model: str | Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, model: str | Path, *options: str, environment: Mapping[str, str] | None = None, key: str | None = None
+    ) -> None:
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(model), "--port", "0", *options]
         self._environment = {**os.environ, **(environment or {})}
         self.port = 0
@@ -80,26 +84,38 @@ class Served:
     @property
     def resident_bytes(self) -> int:
         """Of the server's process."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-        raise OSError("the server has ended")
+        if (found := resident(self.process.pid)) is None:
+            raise OSError("the server has ended")
+        return found
 
     @property
     def children(self) -> list[int]:
         """Ids of the processes that it has started and that live."""
         found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted({int(child) for path in found for child in path.read_text().split()})
+        return sorted({int(child) for path in found for child in path.read_text(encoding="utf-8").split()})
 
     def get(self, path: str) -> Any:
         """JSON at a path."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.loads(answer.read())
+        return json.loads(self._read(path))
 
     def metrics(self) -> dict[str, float]:
         """Prometheus' name -> value, samples of different labels added up; with a label as `name{label=value}` too."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
-            return parsed(answer.read().decode())
+        return parsed(self._read("/metrics").decode())
+
+    def _read(self, path: str) -> bytes:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=self._headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            found: bytes = answer.read()
+        return found
+
+
+def resident(pid: int) -> int | None:
+    """Bytes of memory that a process has; None: it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
 
 
 def parsed(text: str) -> dict[str, float]:

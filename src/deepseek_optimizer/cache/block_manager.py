@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +21,61 @@ from .forgetting import Forgetting
 HOLE = -1  # in place of a block that was forgotten
 
 
+class Growth(Protocol):
+    """Asked before blocks are handed out that have no memory yet.
+
+    Attributes:
+        shortage: why it gave less than was asked for; None: it gave all, last time.
+    """
+
+    shortage: str | None
+
+    def grow(self, wanted: int, backed: int) -> int:
+        """How many blocks, from the first on, may have memory now, of `wanted` that should; `backed` have it already."""
+
+
 class BlockManager:
     """Hands out block ids below `num_blocks`, lowest first, so that high blocks stay untouched or can be given back.
 
     Args:
         forgetting: what its sequences may forget; None: nothing.
+        growth: finds out whether there is memory for more; None: there always is.
     """
 
-    def __init__(self, num_blocks: int, forgetting: Forgetting | None = None) -> None:
+    def __init__(self, num_blocks: int, forgetting: Forgetting | None = None, growth: Growth | None = None) -> None:
         if num_blocks < 0:
             raise ValueError(f"num_blocks must not be negative, got {num_blocks}")
-        self.num_blocks, self.forgetting = num_blocks, forgetting
+        self.num_blocks, self.forgetting, self._growth = num_blocks, forgetting, growth
         self._users: dict[int, int] = {}  # block -> how many sequences hold it
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins anew, once nobody holds a block and the store has given its memory back."""
+        if self._users:
+            raise ValueError(f"{len(self._users)} blocks are in use")
         self._freed: list[int] = []  # heap of ids below _next that are free
-        self._next = 0  # ids from here on were never handed out, or were all given back
+        self._next = 0  # ids from here on were never handed out
+        self._backed = self.num_blocks if self._growth is None else 0  # blocks that may have memory
+        self._limit = self.num_blocks  # fewer, once there was no memory for more
 
     @property
     def free_blocks(self) -> int:
-        return self.num_blocks - len(self._users)
+        """Blocks that can be handed out, as far as is known: memory for them is looked for when they are."""
+        return self._limit - len(self._users)
+
+    @property
+    def shortage(self) -> str | None:
+        """Why there is no memory for more blocks; None: there is, or nobody asked."""
+        return None if self._growth is None else self._growth.shortage
+
+    @property
+    def limited(self) -> bool:
+        """Whether no memory for more blocks is looked for, since there was none."""
+        return self._limit < self.num_blocks
+
+    def lift_limit(self) -> None:
+        """Memory is looked for again when more blocks are needed."""
+        self._limit = self.num_blocks
 
     @property
     def high_water(self) -> int:
@@ -50,8 +88,13 @@ class BlockManager:
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks with one user each, or CacheFullError and no change."""
+        wanted = self._next + count - len(self._freed)
+        if self._growth is not None and self._backed < wanted <= self._limit:
+            self._backed = self._growth.grow(wanted, self._backed)
+            if self._backed < wanted:
+                self._limit = self._backed
         if count > self.free_blocks:
-            raise CacheFullError(count, self.free_blocks)
+            raise CacheFullError(count, self.free_blocks, self.shortage if self.limited else None)
         blocks = [self._take() for _ in range(count)]
         self._users.update(dict.fromkeys(blocks, 1))
         return blocks

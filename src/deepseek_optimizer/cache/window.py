@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import ConfigError, RequestError
+from ..errors import ConfigError, RequestError, shown
 from .block_manager import BLOCK_TOKENS
 
 Spans = tuple[tuple[int, int], ...]
@@ -79,7 +79,7 @@ class WindowPolicy:
         tokens."""
         pinned = tuple(pinned)
         if any(not 0 <= begin < end for begin, end in pinned):
-            raise RequestError("pinned", f"a span is (begin, end) with 0 <= begin < end, got {pinned!r}")
+            raise RequestError("pinned", f"a span is (begin, end) with 0 <= begin < end, got {shown(pinned)}")
         if self.room(pinned) < coming:
             raise RequestError(
                 "pinned",

@@ -50,7 +50,7 @@ def stretches(
     Raises:
         ConfigError: the text is shorter than one stretch. It calls the text `source`: the file's name, where there is one.
     """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
     whole = len(ids) // length
     if whole == 0:
         raise ConfigError(f"calibration: {source} has {len(ids)} tokens, too few to measure by; give at least {length}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..checkpoint.atomic import atomic_file
 from ..errors import RequestError
 
 Messages = list[dict[str, str]]
@@ -99,7 +100,7 @@ def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> Any:
     """The same as a tensor for `generate`: int64 [1, T]."""
     import torch
 
-    return torch.tensor([prompt_tokens(tokenizer, messages, raw=raw)], dtype=torch.int64)
+    return torch.tensor([prompt_tokens(tokenizer, messages, raw=raw)], dtype=torch.int64, device="cpu")
 
 
 @dataclass
@@ -134,5 +135,6 @@ class Conversation:
         del self.turns[-2:]
 
     def save(self, path: Path) -> None:
-        """Writes the messages as JSON."""
-        path.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        """Writes the messages as JSON, in place of what was there."""
+        with atomic_file(path) as file:
+            file.write((json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n").encode())

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..engine.request import SamplingParams
-from ..errors import RequestError
+from ..errors import RequestError, shown
 
 _TOP_K = 50  # what `generate` takes where neither a config nor a caller says
 _OURS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop", "stop_sequence": "stop"}
@@ -49,7 +49,7 @@ def sampling_params(generation_config: Any = None, **given: Any) -> SamplingPara
     said = {_OURS.get(name, name): value for name, value in given.items() if value is not None}
     do_sample = said.pop("do_sample", None)
     if do_sample is not None and not isinstance(do_sample, bool):
-        raise RequestError("do_sample", f"must be True or False, got {do_sample!r}")
+        raise RequestError("do_sample", f"must be True or False, got {shown(do_sample)}")
     _check_names(said)
     chosen = {_OURS.get(name, name): getattr(generation_config, name, None) for name in _READ}
     merged = {**{name: value for name, value in chosen.items() if value is not None}, **said}
@@ -83,5 +83,5 @@ def _tuple(name: str, value: Any) -> tuple[Any, ...]:
     kind = str if name == "stop" else int
     values = (value,) if isinstance(value, (str, int)) else tuple(value) if isinstance(value, Iterable) else (None,)
     if not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
-        raise RequestError(name, f"must be {'strings' if kind is str else 'token ids'}, got {value!r}")
+        raise RequestError(name, f"must be {'strings' if kind is str else 'token ids'}, got {shown(value)}")
     return values

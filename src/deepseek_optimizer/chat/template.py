@@ -126,6 +126,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final: bool = False,
         options: Mapping[str, Any] | None = None,
+        most_bytes: int | None = None,
     ) -> Prompt:
         """The prompt of a chat. Blocks: the first one starts a process, a later one takes a millisecond and its tokenizing.
 
@@ -135,12 +136,21 @@ class ChatTemplate:
             add_generation_prompt: ends with what an answer begins with.
             continue_final: the last message, of the assistant, is the beginning of the answer; then without the above.
             options: values for `variables`, such as `enable_thinking`.
+            most_bytes: of the text, beyond which it is refused before it is tokenised; None: any number.
 
         Raises:
             RequestError: a message, a tool or an option is not what it should be, or the template fails.
+            WorkerLostError: something else ended the process that renders, twice.
             EngineBusyError: too many others are waiting for theirs.
         """
         made = self._rendered(messages, tools, add_generation_prompt, continue_final, options)
+        if most_bytes is not None and len(made.text) > most_bytes:
+            size = len(made.controls.plain(made.text, made.marks).encode())
+            if size > most_bytes:
+                raise RequestError(
+                    "messages",
+                    f"they make a prompt of {size:,} bytes, and the model's context holds {most_bytes:,} at most; shorten them",
+                )
         encoded = made.controls.encode(made.text, made.marks)
         if not encoded.ids:
             raise RequestError("messages", "they make an empty prompt")

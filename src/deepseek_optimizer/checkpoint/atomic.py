@@ -8,14 +8,16 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import CheckpointError
+from .locks import HAS_LOCKS, hold
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
@@ -23,7 +25,9 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
     """Yields a fresh directory beside `target`; on leaving, its files are synced and it takes the target's name at once.
 
     Whatever interrupts it (an exception, a full disk, kill -9), the target is what it was before: absent, or the old one whole.
-    An exception also removes the temporary directory (`.<name>.<random>.tmp`); after a kill it stays, and may be deleted.
+    An exception also removes the temporary directory (`.<name>.<random>.tmp`); after a kill it stays until the next write of
+    the same target. A file system that cannot exchange two names in one call needs two renames; a kill between them leaves the
+    old directory under the temporary name with `.old`, and the next write of the target puts it back first.
 
     Args:
         target: the directory to make. Its parent is made if need be.
@@ -31,21 +35,9 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
     """
     target = Path(os.path.abspath(target))
     check_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        publish(temporary, target, overwrite)
-    except OSError as error:
-        if error.filename is None:  # a write does not know its file, and a full disk should be found
-            error.filename = str(target)
-        raise
-    finally:
-        if temporary.is_symlink() or temporary.is_file():
-            temporary.unlink()
-        else:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _temporary(target, Path.mkdir) as folder:
+        yield folder
+        publish(folder, target, overwrite)
 
 
 @contextmanager
@@ -57,21 +49,50 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         target: its directory is made if need be.
     """
     target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with temporary.open("xb") as file:
+    with _temporary(target, lambda path: path.touch(exist_ok=False)) as path:
+        with path.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        os.replace(path, target)
         sync(target.parent)
-    except OSError as error:
-        if error.filename is None:  # a write does not know its file, and a full disk should be found
-            error.filename = str(target)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def merged_directory(target: str | os.PathLike[str], replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """Yields a fresh directory; on leaving, its files are in `target` in place of those of the same names, and the target's
+    other files stay.
+
+    The target changes at once: other files are linked into the fresh directory, which then takes the target's name. Where a
+    directory cannot be replaced (a mount point, this process's working directory, a parent that may not be written to, other
+    file systems below it), each file is replaced at once instead, `config.json` last; a kill between two of them leaves some
+    of both.
+
+    Args:
+        target: a directory, made if need be.
+        replaces: which files at the top of the target, by name, go because of what is written.
+    """
+    target = Path(os.path.realpath(target))
+    if not target.is_dir():
+        with atomic_directory(target) as folder:
+            yield folder
+    elif _is_replaceable(target):
+        with _temporary(target, Path.mkdir) as folder:
+            yield folder
+            shutil.copystat(target, folder)
+            written = {path.name for path in folder.iterdir()}
+            _link_others(target, folder, replaces)
+            publish(folder, target, overwrite=True)
+            _link_others(folder, target, lambda name: name in written or replaces(name))  # what came meanwhile
+    else:
+        with _temporary(target / "merged", Path.mkdir) as folder:
+            yield folder
+            written = {path.name for path in folder.iterdir()}
+            _move_files(folder, target)
+            for path in target.iterdir():
+                if replaces(path.name) and path.name not in written:
+                    path.unlink()
+            sync(target)
 
 
 def publish(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -89,17 +110,37 @@ def publish(temporary: Path, target: Path, overwrite: bool) -> None:
     sync(target.parent)
 
 
-def leftovers(target: str | os.PathLike[str]) -> list[Path]:
-    """Temporary directories of `atomic_directory` beside `target`: of runs that were killed, or are at it now."""
+def sweep(target: str | os.PathLike[str]) -> list[Path]:
+    """Removes temporary files and directories beside `target` that killed runs left.
+
+    Returns: those that stay, because a run is at it now, or where there are no locks to tell.
+    """
     target = Path(os.path.abspath(target))
-    mine = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp(\.old)?")
-    return sorted(p for p in target.parent.iterdir() if mine.fullmatch(p.name)) if target.parent.is_dir() else []
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp(\.old)?")
+    found = sorted(p for p in target.parent.iterdir() if pattern.fullmatch(p.name)) if target.parent.is_dir() else []
+    return [path for path in found if not _swept(path, target)]
 
 
 def check_free(target: Path, overwrite: bool) -> None:
     """CheckpointError if the target exists and may not be replaced."""
     if not overwrite and os.path.lexists(target):
         raise CheckpointError("exists already; name another directory or ask to overwrite it", file=target)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives this file to errors of the system that name none, as those of a write. Errors of `tokenizers` and `safetensors`,
+    which have types of their own, become OSErrors."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if type(error).__name__ not in ("Exception", "SafetensorError") or not (number := _RUST_ERROR.search(str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def sync_tree(directory: Path) -> None:
@@ -116,7 +157,8 @@ def sync(path: Path) -> None:
         return  # Windows has no handle on a directory to flush
     fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -134,4 +176,105 @@ def _exchange(new: Path, old: Path) -> None:
     except OSError:
         os.rename(aside, old)
         raise
-    os.rename(aside, new)
+    with suppress(FileNotFoundError):  # another writer swept it: it has no further use
+        os.rename(aside, new)
+
+
+@contextmanager
+def _temporary(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Something fresh beside `target`, gone afterwards, that no other writer sweeps away as long as this process lives."""
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target)
+        path, handle = _made(target, make)
+        try:
+            yield path
+        finally:
+            _remove(path)
+            if handle is not None:
+                os.close(handle)
+
+
+def _made(target: Path, make: Callable[[Path], object]) -> tuple[Path, int | None]:
+    """A new temporary path, and the handle that holds its lock."""
+    while True:
+        path = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+        make(path)
+        if not HAS_LOCKS:
+            return path, None
+        try:
+            return path, hold(path)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer swept it away before it was locked
+        except OSError:
+            return path, None  # a file system without locks, where nothing is swept
+
+
+def _swept(path: Path, target: Path) -> bool:
+    """Whether a temporary path was left by a process that is gone, and is removed now."""
+    old = path.suffix == ".old"
+    if not HAS_LOCKS:
+        return False
+    handles = []
+    try:
+        if old:  # it belongs to whoever writes the directory without that suffix
+            with suppress(FileNotFoundError):
+                handles.append(hold(path.with_suffix("")))
+        handles.append(hold(path))
+        if old and not os.path.lexists(target):
+            os.rename(path, target)  # killed between two renames
+        else:
+            _remove(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    finally:
+        for handle in handles:
+            os.close(handle)
+    return not os.path.lexists(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):  # the next write sweeps it
+            path.unlink()
+
+
+def _is_replaceable(directory: Path) -> bool:
+    """Whether another directory can take this one's place, with links to its files."""
+    if os.path.ismount(directory) or directory == Path.cwd() or not os.access(directory.parent, os.W_OK | os.X_OK):
+        return False
+    device = directory.stat().st_dev
+    places = [directory.parent, *(Path(root, name) for root, folders, _ in os.walk(directory) for name in folders)]
+    return all(place.lstat().st_dev == device for place in places) and not any(map(os.path.ismount, places[1:]))
+
+
+def _link_others(source: Path, target: Path, leave: Callable[[str], bool]) -> None:
+    """Links the files of `source` that `target` lacks into it, but for those at the top whose names are left out."""
+    for root, folders, names in os.walk(source):
+        top = root == str(source)
+        place = target / Path(root).relative_to(source)
+        for name in names:
+            if not (top and leave(name)) and not os.path.lexists(place / name):
+                os.link(Path(root, name), place / name, follow_symlinks=False)
+        for name in folders:
+            if Path(root, name).is_symlink():
+                if not os.path.lexists(place / name):
+                    os.link(Path(root, name), place / name, follow_symlinks=False)
+            elif not (place / name).is_dir():
+                (place / name).mkdir()
+                shutil.copystat(Path(root, name), place / name)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Syncs the files below `source`, and gives each its name below `target`."""
+    sync_tree(source)
+    for root, _, names in os.walk(source):
+        place = target / Path(root).relative_to(source)
+        place.mkdir(exist_ok=True)
+        for name in sorted(names, key=lambda name: (name == "config.json", name)):
+            os.replace(Path(root, name), place / name)
+        sync(place)

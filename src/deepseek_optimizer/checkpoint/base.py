@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..quant import PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import empty_stack, empty_tiles, panels
+from .files import Mapper
 from .stacks import Part, StackShape, is_stack, merged_shape, parts
 
 PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
@@ -38,9 +39,11 @@ class Checkpoint(ABC):
     Attributes:
         path: the directory or file that was opened.
         tensors: by Transformers' parameter names.
+        mapper: what maps packed weights, to use them in place; None: they are read into memory.
     """
 
     kind: ClassVar[str]
+    mapper: Mapper | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
@@ -147,6 +150,10 @@ class Checkpoint(ABC):
         return []
 
     @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raises CheckpointChangedError where a file was written to since it was opened: what was read may be of both."""
+
+    @abstractmethod
     def close(self) -> None:
         """Closes the files. Tensors already made stay good."""
 
@@ -167,6 +174,6 @@ def all_finite(values: torch.Tensor) -> bool:
         return True
     size = values.element_size()
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    infinity = int(torch.tensor(torch.inf, dtype=values.dtype).view(whole))
+    infinity = int(torch.tensor(torch.inf, dtype=values.dtype, device="cpu").view(whole))
     bits = values.detach().cpu().view(whole).numpy()
     return bool(bits.max() < infinity and bits.view(f"u{size}").max() < infinity + (1 << 8 * size - 1))

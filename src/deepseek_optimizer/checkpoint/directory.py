@@ -136,6 +136,10 @@ class SafetensorsCheckpoint(Checkpoint):
             )
         return FLOATS[info.dtype]
 
+    def check_unchanged(self) -> None:
+        for file in self._files.values():
+            file.check_unchanged()
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()

@@ -1,29 +1,43 @@
 """Files of a checkpoint: found inside its directory only, and read no further than they reach.
 
 Float checkpoints are read with pread, so that their pages never count as this process's memory and a file cut short while
-open is an error instead of a SIGBUS. Packed checkpoints are mapped: they are used in place. Copying them into memory of our
-own, huge pages or not, was measured (1 GB, Zen 5, warm): first token after 0.9 s or more instead of 0.2, for 4-6 % in decode.
+open is an error instead of a SIGBUS. Packed checkpoints are mapped where the backend can watch over the mapping
+(`backends/cpu/mapped_file.py`): they are used in place. Elsewhere they are read like the others. Copying them into memory of
+our own, huge pages or not, was measured (1 GB, Zen 5, warm): first token after 0.9 s or more instead of 0.2, for 4-6 % in
+decode.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 import re
 import stat
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointChangedError, CheckpointError
 
 _MAX_JSON_BYTES = 64 << 20  # an index of a million tensors stays below it
 _READ_BYTES = 1 << 30  # most bytes one system call is asked for
+
+
+class Mapper(Protocol):
+    """Maps a whole file for reading, privately, and sees to it that a file which changes meanwhile is an error."""
+
+    def __call__(self, fd: int, size: int, modified_ns: int, path: Path) -> Any:
+        """A writable buffer of `size` bytes.
+
+        Args:
+            size, modified_ns: the file's when it was opened.
+
+        Raises:
+            CheckpointChangedError: it is not what it was then.
+        """
 
 
 class DataFile:
@@ -41,8 +55,8 @@ class DataFile:
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CheckpointError("is not a regular file", file=path)
-        self.size = status.st_size
-        self._map: mmap.mmap | None = None
+        self.size, self._modified_ns = status.st_size, status.st_mtime_ns
+        self._map: Any = None
 
     def close(self) -> None:
         """Closes the file; tensors that map it stay good."""
@@ -58,23 +72,24 @@ class DataFile:
     def read_tensor(self, offset: int, count: int) -> torch.Tensor:
         """`count` bytes at `offset` as a fresh uint8 tensor."""
         self._check(offset, count)
-        out = torch.empty(count, dtype=torch.uint8)
+        out = torch.empty(count, dtype=torch.uint8, device="cpu")
         self._fill(offset, out.numpy().data)
         return out
 
-    def map_tensor(self, offset: int, count: int) -> torch.Tensor:
+    def map_tensor(self, offset: int, count: int, mapper: Mapper) -> torch.Tensor:
         """`count` bytes at `offset` in place, uint8. The mapping is private: writing to the tensor leaves the file alone."""
         self._check(offset, count)
         if count == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         if self._map is None:
-            self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
-            if hasattr(mmap, "MADV_HUGEPAGE"):  # weights are read whole at every token: fewer pages, fewer misses
-                with contextlib.suppress(OSError):  # a kernel without huge pages
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
-            if hasattr(mmap, "MADV_WILLNEED"):
-                self._map.madvise(mmap.MADV_WILLNEED)  # from a disk: one long read instead of a fault a page
+            self._map = mapper(self._fd, self.size, self._modified_ns, self.path)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointChangedError where the file has another size or time of modification than when it was opened."""
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._modified_ns):
+            raise CheckpointChangedError("was written to while it was read", file=self.path)
 
     def _check(self, offset: int, count: int) -> None:
         if not 0 <= offset <= offset + count <= self.size:
@@ -88,7 +103,7 @@ class DataFile:
         while done < len(view):
             got = _read_at(self._fd, view[done : done + _READ_BYTES], offset + done)
             if got == 0:
-                raise CheckpointError(f"was cut short while it was read, at byte {offset + done}", file=self.path)
+                raise CheckpointChangedError("was cut short while it was read", file=self.path)
             done += got
 
 

@@ -130,6 +130,9 @@ class GgufCheckpoint(Checkpoint):
     def remarks(self) -> list[str]:
         return self._remarks
 
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
+
     def close(self) -> None:
         self._file.close()
 
@@ -194,4 +197,4 @@ def _halves_first(rows: int, heads: int) -> torch.Tensor:
 
     llama.cpp rotates neighbours (2i, 2i + 1) and its converter permutes q and k for that; Transformers rotates halves.
     """
-    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    return torch.arange(rows, dtype=torch.int64, device="cpu").view(heads, -1, 2).transpose(1, 2).reshape(-1)

@@ -146,7 +146,7 @@ def _llama3(meta: Metadata, factors: torch.Tensor, theta: float) -> dict[str, An
     low, high, original = 1.0, 4.0, 8192
     factor = float(factors.max())
     n = factors.numel()
-    inverse = theta ** (-torch.arange(n, dtype=torch.float64) / n)
+    inverse = theta ** (-torch.arange(n, dtype=torch.float64, device="cpu") / n)
     turns = original * inverse / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else torch.zeros_like(turns)

@@ -116,7 +116,8 @@ def packed_section(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
 
 
 class PackedCheckpoint(SafetensorsCheckpoint):
-    """A checkpoint this package wrote: matrices come mapped, read-only as far as the file is concerned."""
+    """A checkpoint this package wrote: matrices come mapped where there is a `mapper`, read-only as far as the file is
+    concerned."""
 
     kind: ClassVar[str] = "packed"
 
@@ -162,19 +163,19 @@ class PackedCheckpoint(SafetensorsCheckpoint):
         return self.read(name).flatten(0, -2)[begin:end] if name in self._entries else super().read_rows(name, begin, end)
 
     def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
-        """The matrix in place, without a copy; it can't be had in another format than it was packed in."""
+        """The matrix as it lies there; it can't be had in another format than it was packed in."""
         if name not in self._entries:
             return super().packed(name, format, packer)
         rows, cols = self.matrix_shape(name)
-        return PackedMatrix(format, rows, cols, self._mapped(name, format))
+        return PackedMatrix(format, rows, cols, self._tiles(name, format))
 
     def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
-        """The stack in place, as `packed` has matrices."""
+        """The stack as it lies there, as `packed` has matrices."""
         if name not in self._entries:
             return super().packed_stack(name, format, shape, packer)
-        return PackedStack(format, *shape, self._mapped(name, format))
+        return PackedStack(format, *shape, self._tiles(name, format))
 
-    def _mapped(self, name: str, format: str) -> torch.Tensor:
+    def _tiles(self, name: str, format: str) -> torch.Tensor:
         info, entry = self.info(name), self._entries[name]
         if format != entry.format:
             raise CheckpointError(
@@ -182,7 +183,10 @@ class PackedCheckpoint(SafetensorsCheckpoint):
                 file=self.path,
                 tensor=name,
             )
-        return self._files[info.file].map_tensor(info.offset, info.nbytes).view(entry.tiles)
+        file = self._files[info.file]
+        if self.mapper is None:
+            return file.read_tensor(info.offset, info.nbytes).view(entry.tiles)
+        return file.map_tensor(info.offset, info.nbytes, self.mapper).view(entry.tiles)
 
 
 def save_packed(

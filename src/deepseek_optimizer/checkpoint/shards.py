@@ -15,6 +15,12 @@ from .layout import Layout, Stored, bytes_of, layout_of
 
 SHARD_BYTES = 2 << 30
 _LAYER = re.compile(r".*?\.layers\.\d+(?=\.)")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds a model's weights or their index: a new save of the model replaces all of them."""
+    return name in (SINGLE, INDEX) or _SHARD.fullmatch(name) is not None
 
 
 class Writable(Protocol):

@@ -17,13 +17,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at once are not told apart
-    fcntl = None  # type: ignore[assignment]
-
 from ..errors import CheckpointError
-from .atomic import check_free, publish, sync
+from .atomic import check_free, naming, publish, sync
+from .locks import HAS_LOCKS, hold
 
 _JOURNAL, _FILES = "journal.jsonl", "files"
 _MAX_JOURNAL = 64 << 20
@@ -75,7 +71,7 @@ class Unfinished:
     def file(self, name: str) -> Iterator[_Checked]:
         """A binary file to write from front to end. It appears under its name, and in the journal, when it is whole."""
         part = self.folder / f"{name}.part"
-        try:
+        with naming(part):
             with open(part, "wb") as raw:
                 checked = _Checked(raw)
                 yield checked
@@ -83,10 +79,6 @@ class Unfinished:
                 os.fsync(raw.fileno())
             os.replace(part, self.folder / name)
             sync(self.folder)
-        except OSError as error:
-            if error.filename is None:  # a write does not know its file, and a full disk should be found
-                error.filename = str(part)
-            raise
         with open(self.path / _JOURNAL, "ab") as journal:
             journal.write(_line(_entry(name, checked.count, checked.hash.hexdigest())))
             journal.flush()
@@ -210,17 +202,13 @@ def _locked(path: Path, target: Path) -> int | None:
             pass
         if not stat.S_ISDIR(_mode(path)):
             raise CheckpointError("is in the way of a temporary directory; remove it", file=path)
-        if fcntl is None:
+        if not HAS_LOCKS:
             return None
-        handle = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return hold(path)
         except BlockingIOError as error:
-            os.close(handle)
             raise CheckpointError("another process is writing it", file=target) from error
+        except FileNotFoundError:
+            continue  # whoever had it has finished, and removed it, meanwhile
         except OSError:
-            return handle  # a file system without locks
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle
-        os.close(handle)  # whoever had it has finished, and removed it, meanwhile
+            return None  # a file system without locks

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..graph.attention_mode import BLOCK
-from ..integration.arena import less_reserve
+from ..system.memory import less_reserve
 from .case import Case
-from .cgroup import memory_left
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,11 @@ def budget(case: Case) -> Budget:
     least, exact = least_formats(whole), exact_weights(whole)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
     kv = kv_dtype(case.settings, formats)
-    left = memory_left(case.machine)
     return Budget(
         weights=sum(formats.values()) + plain,
         cache_per_token=_block_bytes(case, kv) // BLOCK,
         buffers=_buffers(case, dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices}),
-        free=case.machine.available_bytes if left is None else min(left, case.machine.available_bytes),
+        free=case.machine.memory.free,
         granted=case.settings.kv_cache_memory,
         span=_span(case),
         kv_cache=kv,

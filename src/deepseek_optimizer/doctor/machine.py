@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from ..system.files import ROOT, read_text
+from ..system.memory import FreeMemory, Limit, free_memory
+
 PACKAGES = (
     "deepseek-optimizer", "torch", "transformers", "accelerate", "numpy", "safetensors", "gguf", "tokenizers",
     "huggingface-hub", "torchvision", "torchaudio", "triton", "peft",
@@ -32,17 +35,17 @@ class Machine:
     root: where the system's files lie; tests put their own there.
     usable_cpus, online_cpus: processors that this process may run on, and all that the system has.
     physical_cores: processors without their hyper-threads; None where the system doesn't tell.
-    available_bytes: memory that can still be taken.
+    memory: that can still be taken, and every limit of it.
     load: processes that wanted to run, on average over the last minute; None where the system doesn't tell.
     packages: installed distributions by name.
     """
 
     environ: Mapping[str, str]
-    root: Path = Path("/")
+    root: Path = ROOT
     usable_cpus: int = 1
     online_cpus: int = 1
     physical_cores: int | None = None
-    available_bytes: int = 0
+    memory: FreeMemory = FreeMemory((Limit("machine", "this machine", "memory", 0, 0),))
     load: float | None = None
     packages: Mapping[str, Package] = field(default_factory=dict)
 
@@ -53,30 +56,26 @@ class Machine:
         Args:
             for_model: imports what loading a model does before memory is measured.
         """
-        import psutil  # comes with accelerate
+        import psutil
 
         if for_model:
             import transformers.modeling_utils  # noqa: F401
 
         from ..bench.process import usable_cpus
-        from ..integration.arena import available_bytes
 
         return cls(
             environ=dict(os.environ),
             usable_cpus=usable_cpus(),
             online_cpus=os.cpu_count() or 1,
             physical_cores=psutil.cpu_count(logical=False),
-            available_bytes=available_bytes(),
+            memory=free_memory(),
             load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             packages=dict(installed(PACKAGES)),
         )
 
-    def read(self, path: str) -> str | None:
-        """A system file's text without white space around it; None where it can't be read."""
-        try:
-            return (self.root / path.lstrip("/")).read_text(errors="replace").strip()
-        except OSError:
-            return None
+    def read(self, path: str) -> str:
+        """A system file's text without white space around it; "" where it can't be read."""
+        return read_text(self.root, path)
 
 
 def installed(names: tuple[str, ...]) -> Iterator[tuple[str, Package]]:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +20,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EngineBusyError, EngineDeadError
+from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
 from .core import EngineCore
 from .request import Output, Request
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 _log = logging.getLogger(__name__)
+_CLIENTS = 4  # whose requests are taken, if each has as many as it may
 _NAP = 0.002  # seconds between steps while nobody can go on
 
 
@@ -85,8 +86,8 @@ def merged(first: Output, then: Output) -> Output:
 class Admission:
     """Places in the queue, held while a request is prepared and answered: `with engine.admit(): ...`."""
 
-    def __init__(self, engine: AsyncEngine, requests: int) -> None:
-        self._engine, self._requests = engine, requests
+    def __init__(self, engine: AsyncEngine, requests: int, client: str) -> None:
+        self._engine, self._requests, self._client = engine, requests, client
 
     def __enter__(self) -> Admission:
         return self
@@ -96,7 +97,7 @@ class Admission:
 
     def leave(self) -> None:
         """Gives the places back, once."""
-        self._engine.left(self._requests)
+        self._engine.left(self._requests, self._client)
         self._requests = 0
 
 
@@ -118,9 +119,10 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._dead: BaseException | None = None
+        self._changed: CheckpointChangedError | None = None  # found out by asking, before a step met it
         self._answers: dict[str, Answers] = {}
         self._ids = itertools.count(1)
-        self._admitted = 0
+        self._admitted = Counter[str]()  # places by client
         self._draining = False
         self._left: deque[float] = deque(maxlen=64)  # when places were given back
         self._empty: asyncio.Event | None = None
@@ -141,12 +143,22 @@ class AsyncEngine:
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
-        return self._dead is None and self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive() and self._failure() is None
+
+    def _failure(self) -> BaseException | None:
+        """What keeps requests from being answered: what ended the thread, or would end it at its next step."""
+        if self._dead is None and self._changed is None:
+            try:
+                self.core.runner.check_weights()
+            except CheckpointChangedError as error:
+                _log.error("the model cannot be used any more: %s", error)
+                self._changed = error
+        return self._dead or self._changed
 
     @property
     def waiting(self) -> int:
         """Places that are taken."""
-        return self._admitted
+        return self._admitted.total()
 
     @property
     def window(self) -> int | None:
@@ -160,7 +172,7 @@ class AsyncEngine:
 
     @property
     def capacity(self) -> int:
-        """Places there are."""
+        """Places that a client may have. There are _CLIENTS times as many, so that who takes all of its own leaves some."""
         return self.core.options.batch_size_range[1] + self.core.options.most_waiting
 
     async def start(self) -> None:
@@ -170,24 +182,30 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="dso-engine", daemon=True)
         self._thread.start()
 
-    def admit(self, requests: int = 1) -> Admission:
+    def admit(self, requests: int = 1, client: str = "") -> Admission:
         """Takes places in the queue. To be called before any work is done for the request.
+
+        Args:
+            client: whose request it is.
 
         Raises:
             EngineBusyError: there are not so many left, or the engine is draining.
             EngineDeadError: nothing is answered any more.
         """
-        self._check_alive()
-        if self._draining or self._admitted + requests > self.capacity:
-            raise EngineBusyError(self._admitted, self._retry_after(requests))
-        self._admitted += requests
-        return Admission(self, requests)
+        self.check_alive()
+        own, all_ = self._admitted[client], self._admitted.total()
+        if self._draining or own + requests > self.capacity or all_ + requests > _CLIENTS * self.capacity:
+            raise EngineBusyError(own or all_, self._retry_after(requests))
+        self._admitted[client] += requests
+        return Admission(self, requests, client)
 
-    def left(self, requests: int) -> None:
+    def left(self, requests: int, client: str) -> None:
         """Places are free again."""
-        self._admitted -= requests
+        self._admitted[client] -= requests
+        if not self._admitted[client]:
+            del self._admitted[client]
         self._left.extend([time.monotonic()] * requests)
-        if self._admitted == 0 and self._empty is not None:
+        if not self._admitted and self._empty is not None:
             self._empty.set()
 
     def _retry_after(self, requests: int) -> float:
@@ -204,7 +222,7 @@ class AsyncEngine:
             RequestError: it can never be served as it is.
             EngineDeadError: nothing is answered any more.
         """
-        self._check_alive()
+        self.check_alive()
         self.core.check(request)
         # The engine's own ids: two clients may send the same one.
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
@@ -217,9 +235,14 @@ class AsyncEngine:
         if request_id in self._answers:
             self._send(request_id)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """
+        Raises:
+            EngineDeadError: nothing is answered any more. Its cause tells why, where there was an error: a
+                CheckpointChangedError where a file that the model is mapped from was changed.
+        """
         if not self.alive or self._stopping:
-            raise EngineDeadError("the engine has stopped; restart the server") from self._dead
+            raise EngineDeadError("the engine has stopped; restart the server") from self._failure()
 
     def _send(self, message: Request | str) -> None:
         with self._wake:
@@ -246,7 +269,7 @@ class AsyncEngine:
         Returns: whether all could end by themselves.
         """
         self._draining = True
-        if self._admitted == 0 or self._empty is None:
+        if not self._admitted or self._empty is None:
             return True
         self._empty.clear()
         try:
@@ -285,7 +308,10 @@ class AsyncEngine:
                 elif self.core.nobody_ran:
                     time.sleep(_NAP)
         except BaseException as error:
-            _log.exception("the engine's thread has died")
+            if isinstance(error, CheckpointChangedError):
+                _log.error("the model cannot be used any more: %s", error)
+            else:
+                _log.exception("the engine's thread has died")
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._died, error)
 

@@ -18,6 +18,10 @@ from .request import Request, TokenLogprob
 Bools = npt.NDArray[np.bool_]
 
 
+# Logits over it and over any temperature are still numbers. A smaller penalty means the same: a token seen is certain.
+_LEAST_PENALTY = 1e-25
+
+
 class NoTokenError(ValueError):
     """Every token is forbidden."""
 
@@ -82,7 +86,7 @@ class Chooser:
         logits: Floats = raw.copy()
         if self._seen is not None:
             seen = logits[self._seen]
-            penalty = np.float32(sampling.repetition_penalty)
+            penalty = np.float32(max(sampling.repetition_penalty, _LEAST_PENALTY))
             logits[self._seen] = np.where(seen < 0, seen * penalty, seen / penalty)
         if self._counts:
             tokens = np.fromiter(self._counts, np.int64)

@@ -17,7 +17,7 @@ import numpy as np
 from ..backends.base import BLOCK_TOKENS, DECODE
 from ..cache.block_manager import SequenceBlocks
 from ..cache.prefix_cache import PrefixCache
-from ..errors import BackendError, RequestError
+from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .batch_size import BatchSize
 from .budget import PromptBudget
 from .chooser import Chooser, NotANumberError, NoTokenError
@@ -154,7 +154,7 @@ class EngineCore:
             RequestError: there is one of this id already.
         """
         if request.id in self._requests:
-            raise RequestError("id", f"{request.id!r} is running already")
+            raise RequestError("id", f"{shown(request.id)} is running already")
         sampling = request.sampling
         if self.idle:
             self._idle_since = None
@@ -225,7 +225,11 @@ class EngineCore:
     # ---- a step
 
     def step(self) -> list[Output]:
-        """One step of all that take part in it, and what it brought."""
+        """One step of all that take part in it, and what it brought.
+
+        Raises:
+            CheckpointChangedError: a file that the model's weights are mapped from was changed. Nothing of the step is kept.
+        """
         outputs = self._expired()
         begun = self.clock()
         try:
@@ -263,6 +267,9 @@ class EngineCore:
             except (MemoryError, BackendError):  # the text does without
                 _log.exception("drafts could not be made")
                 drafts = {}
+            except CheckpointChangedError as error:  # the draft model's; the model's own is found out in the step
+                _log.error("no more drafts are made: %s", error)
+                self.drafting, drafts = None, {}
             for share in decoders:
                 share.drafts = drafts.get(share.running, [])
         prompts = self.scheduler.prompts(sum(1 + len(s.drafts) for s in decoders))
@@ -278,6 +285,7 @@ class EngineCore:
         """Nobody can go on: others use the cache. Whoever waits for long is told so."""
         if self.idle:
             return []
+        self.runner.check_weights()  # no step would meet it
         now = self.clock()
         self._idle_since = now if self._idle_since is None else self._idle_since
         if now - self._idle_since < _PATIENCE:
@@ -302,7 +310,10 @@ class EngineCore:
         return [self._short_of_memory(r) for r in found]
 
     def _short_of_memory(self, r: Running) -> Output:
-        output = self._end(r, "error", error="the cache is used by others; raise kv_cache_memory, or try again later")
+        with self.memory.locked() as manager:
+            shortage = manager.shortage
+        why = "the cache is used by others; raise kv_cache_memory, or" if shortage is None else f"{shortage};"
+        output = self._end(r, "error", error=f"{why} try again later")
         output.transient = True
         return output
 
@@ -357,6 +368,9 @@ class EngineCore:
         except (MemoryError, BackendError):  # the text does without its drafts
             _log.exception("drafts could not follow")
             self._lost(r)
+        except CheckpointChangedError as error:
+            _log.error("no more drafts are made: %s", error)
+            self.drafting = None
 
     def _take(self, r: Running, share: Share, logits: Any) -> Output:
         """Chooses the tokens that a share brings, up to where the text ends."""

@@ -6,11 +6,9 @@ can't be compiled, takes too long or would slow down each step is refused with t
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError
-from .json_schema import Enforced, normalise
-from .pattern import to_rules
+from .grammar_source import CallShape, GrammarSource, ebnf_source, object_source, regex_source, schema_source, tools_source
 from .request import CompiledGrammar, Grammar
 from .thoughts import AfterThoughts
-from .worker import JobError, Worker, WorkerError
+from .worker import JobError, WorkerError
+from .worker_pool import WorkerPool
 
 _JOB = Path(__file__).with_name("grammar_job.py")
 _MOST_BYTES = 1 << 25  # of a compiled grammar
-_MOST_SOURCE = {"regex": 8_192, "ebnf": 1 << 16}  # characters
+_NICE = 10  # of the processes: answers that are being written go first
 _CACHED, _CACHED_BYTES = 256, 1 << 27  # compiled grammars kept at most
-
-
-@dataclass(frozen=True)
-class CallShape:
-    """How a model writes calls of tools: `begin (before NAME between ARGUMENTS after, separator between them) end`."""
-
-    before: str
-    between: str
-    after: str
-    separator: str = ""
-    begin: str = ""
-    end: str = ""
 
 
 class GrammarCompiler:
@@ -52,6 +38,7 @@ class GrammarCompiler:
         seconds: of CPU time that compiling one may take. A string of a bounded length of 128 or more takes one or two of them,
             the others of a schema milliseconds.
         memory: bytes that it may take.
+        workers: processes that compile, at most.
     """
 
     def __init__(
@@ -62,88 +49,70 @@ class GrammarCompiler:
         stop_token_ids: Iterable[int] = (),
         seconds: float = 10.0,
         memory: int = 1 << 30,
+        workers: int = 1,
     ) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         own = tokenizer.eos_token_id
         self._stops = sorted({*stop_token_ids, *([] if own is None else [own])})
-        self._seconds, self._memory = seconds, memory
+        self._seconds, self._memory, self._count = seconds, memory, workers
         self._lock = threading.Lock()
         self._info: Any = None
-        self._worker: Worker | None = None
+        self._workers: WorkerPool | None = None
         self._closed = False
         self._cache: OrderedDict[tuple[str, str], _Compiled | RequestError] = OrderedDict()
 
     def json_object(self) -> CompiledGrammar:
         """Any JSON object."""
-        return self._compile("json_object", "", "response_format")
+        return self.compile(object_source())
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> CompiledGrammar:
-        """JSON that is valid under a schema. Of what it leaves open, the grammar may allow less.
-
-        Raises:
-            RequestError: the schema is wrong, has what can't be enforced, or can't be compiled within the limits.
-            EngineBusyError: others' grammars took all the time that one waits for them.
-        """
-        return self._compile("json_schema", json.dumps(asdict(normalise(schema))), "json_schema")
+        """JSON that is valid under a schema; errors as of `schema_source` and `compile`."""
+        return self.compile(schema_source(schema))
 
     def regex(self, pattern: str) -> CompiledGrammar:
-        """Text that a regular expression matches from beginning to end; errors as of `json_schema`."""
-        most = _MOST_SOURCE["regex"]
-        if not isinstance(pattern, str) or not 0 < len(pattern) <= most:
-            raise RequestError("regex", f"must be a string of 1 to {most} characters")
-        try:
-            rules = to_rules(pattern, "root", json_string=False)
-        except ValueError as error:
-            raise RequestError("regex", str(error)) from None
-        return self._compile("ebnf", rules, "regex")
+        """Text that a regular expression matches; errors as of `regex_source` and `compile`."""
+        return self.compile(regex_source(pattern))
 
     def ebnf(self, text: str) -> CompiledGrammar:
-        """Text of a grammar in GBNF, llama.cpp's notation, whose first rule is `root`; errors as of `json_schema`."""
-        if not isinstance(text, str) or not 0 < len(text) <= _MOST_SOURCE["ebnf"]:
-            raise RequestError("grammar", f"must be a string of 1 to {_MOST_SOURCE['ebnf']} characters")
-        return self._compile("ebnf", text, "grammar")
+        """Text of a grammar in GBNF; errors as of `ebnf_source` and `compile`."""
+        return self.compile(ebnf_source(text))
 
     def tools(
         self, tools: Sequence[Mapping[str, Any]], choice: str, shape: CallShape, parallel: bool = True
     ) -> CompiledGrammar | None:
-        """Calls whose arguments are valid under the tools' schemas, and nothing else.
+        """Calls of tools; arguments and errors as of `tools_source` and `compile`. None: nothing is asked of the text."""
+        source = tools_source(tools, choice, shape, parallel)
+        return None if source is None else self.compile(source)
 
-        Args:
-            tools: as OpenAI's API has them.
-            choice: "required" for a call of any of them, or the name of the one to call. With "auto" and "none" nothing can be
-                asked of the text, and there is no grammar.
-            shape: how the model writes calls.
-            parallel: whether there may be several.
+    def known(self, source: GrammarSource) -> CompiledGrammar | None:
+        """What was compiled of this source before; None: nothing, so that `compile` would have work to do.
 
         Raises:
-            RequestError: as of `json_schema`, or there is no tool to call.
-            EngineBusyError: as of `json_schema`.
+            RequestError: it was refused before.
         """
-        if choice in ("auto", "none"):
-            return None
-        functions = [tool["function"] for tool in tools if choice in ("required", tool["function"]["name"])]
-        if not functions:
-            raise RequestError("tool_choice", f"there is no tool {choice!r}" if tools else "there are no tools to call")
-        calls = [  # as xgrammar's structural tags, but for the contents, which the job makes into grammars
-            {
-                "type": "tag",
-                "begin": f"{shape.before}{function['name']}{shape.between}",
-                "content": asdict(_parameters(function)),
-                "end": shape.after,
-            }
-            for function in functions
-        ]
-        several = {
-            "type": "tags_with_separator",
-            "tags": calls,
-            "separator": shape.separator,
-            "at_least_one": True,
-            "stop_after_first": not parallel,
-        }
-        around = [{"type": "const_string", "value": text} for text in (shape.begin, shape.end)]
-        parts = [part for part in (around[0], several, around[1]) if part.get("value") != ""]
-        structure = {"type": "structural_tag", "format": {"type": "sequence", "elements": parts}}
-        return self._compile("structure", json.dumps(structure), "tools")
+        with self._lock:
+            found = self._cache.get((source.kind, source.text))
+            if found is not None:
+                self._cache.move_to_end((source.kind, source.text))
+        if isinstance(found, RequestError):
+            raise RequestError(source.field, str(found).partition(": ")[2])
+        return found
+
+    def compile(self, source: GrammarSource) -> CompiledGrammar:
+        """
+        Raises:
+            RequestError: it is wrong, or can't be compiled within the limits.
+            WorkerLostError: something else ended the process that compiled it, twice.
+            EngineBusyError: others' grammars took all the time that one waits for them.
+        """
+        found = self.known(source)
+        if found is not None:
+            return found
+        made = self._make(source)
+        self._keep((source.kind, source.text), made)
+        if isinstance(made, RequestError):
+            raise made
+        return made
 
     def after_thoughts(self, grammar: CompiledGrammar, open_tag: str, close_tag: str, opened: bool) -> CompiledGrammar:
         """A grammar for a model that thinks first: it begins behind the thoughts, which are free.
@@ -167,33 +136,28 @@ class GrammarCompiler:
         """Ends the process; what was compiled stays usable."""
         with self._lock:
             self._closed = True
-            worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.close()
+            workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
 
-    def _compile(self, kind: str, source: str, field: str) -> CompiledGrammar:
-        if "\0" in source or any("\ud800" <= character <= "\udfff" for character in source):
-            raise RequestError(field, "has a NUL or half of a surrogate pair")
-        key = kind, source
+    def start(self) -> None:
+        """Starts the processes, which takes seconds: the first grammars need not wait for them."""
+        self._started().start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that there are."""
         with self._lock:
-            found = self._cache.get(key)
-            if found is not None:
-                self._cache.move_to_end(key)
-        if found is None:
-            found = self._make(kind, source, field)
-            self._keep(key, found)
-        if isinstance(found, RequestError):
-            raise RequestError(found.field, str(found).partition(": ")[2])
-        return found
+            return self._workers.pids if self._workers is not None else []
 
-    def _make(self, kind: str, source: str, field: str) -> _Compiled | RequestError:
-        worker = self._started()
+    def _make(self, source: GrammarSource) -> _Compiled | RequestError:
+        workers = self._started()
         try:
-            text = worker.call({"kind": kind, "source": source})
+            text = workers.call({"kind": source.kind, "source": source.text})
         except JobError as error:
-            return RequestError(field, str(error))
+            return RequestError(source.field, str(error))
         except WorkerError as error:  # not kept: it may have been the machine
-            raise RequestError(field, str(error)) from None
+            raise RequestError(source.field, str(error)) from None
         import xgrammar
 
         return _Compiled(xgrammar.CompiledGrammar.deserialize_json(text, self._info), self._vocab_size, self._stops)
@@ -206,15 +170,17 @@ class GrammarCompiler:
                 (_, source), oldest = self._cache.popitem(last=False)
                 size -= _size(source, oldest)
 
-    def _started(self) -> Worker:
+    def _started(self) -> WorkerPool:
         with self._lock:
             if self._closed:
                 raise RequestError("grammar", "the server is ending")
-            if self._worker is None:
+            if self._workers is None:
                 self._info = _tokenizer_info(self._tokenizer, self._vocab_size, self._stops)
                 setup = {"tokenizer": self._info.serialize_json(), "most": _MOST_BYTES}
-                self._worker = Worker(_JOB, setup, seconds=self._seconds, memory=self._memory, patience=2 * self._seconds)
-            return self._worker
+                self._workers = WorkerPool(
+                    _JOB, setup, self._count, patience=2 * self._seconds, seconds=self._seconds, memory=self._memory, nice=_NICE
+                )
+            return self._workers
 
 
 class _Compiled:
@@ -291,15 +257,6 @@ def _tokenizer_info(tokenizer: Any, vocab_size: int, stops: Sequence[int]) -> An
         stop_token_ids=list(stops),
         add_prefix_space=found.add_prefix_space,
     )
-
-
-def _parameters(function: Mapping[str, Any]) -> Enforced:
-    """The schema of a tool's arguments, which are an object."""
-    name, schema = function["name"], function.get("parameters") or {}
-    try:
-        return normalise({"type": "object", **schema})
-    except RequestError as error:
-        raise RequestError("tools", f"parameters of {name}: {str(error).partition(': ')[2]}") from None
 
 
 def _size(source: str, found: _Compiled | RequestError) -> int:

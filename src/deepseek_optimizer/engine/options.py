@@ -21,7 +21,8 @@ class EngineOptions:
         window: tokens that a sequence may hold: longer ones let go of their midst and go on for ever; None: they end with the
             model's context. `sinks` at the beginning always stay, and what a request pins; but where attention itself sees
             only a window (attention_optimization="sliding"), its own sinks and nothing else.
-        most_waiting: requests that an `AsyncEngine` takes beside those that can run.
+        most_waiting: requests of one client that an `AsyncEngine` takes beside those that can run; of all clients four times
+            as many.
     """
 
     batch_size_range: tuple[int, int] = (1, 32)

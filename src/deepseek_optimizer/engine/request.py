@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -10,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
@@ -119,14 +118,13 @@ class SamplingParams:
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(name, f"must be an integer from {low} to {high}, got {value!r}")
+        raise RequestError(name, f"must be an integer from {low} to {high}, got {shown(value)}")
 
 
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-    if not good or (above and value == low):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or (above and value == low):
         raise RequestError(
-            name, f"must be a number from {low:g} to {high:g}{', and not the first' if above else ''}, got {value!r}"
+            name, f"must be a number from {low:g} to {high:g}{', and not the first' if above else ''}, got {shown(value)}"
         )
 
 
@@ -142,6 +140,7 @@ class Request:
         embed: the answer is the mean of the last hidden states of the prompt, and no text.
         drafts: whether tokens may be drafted for it; None: as the engine does by default.
         pinned: (begin, end) of prompt tokens that a window must keep; the first `sinks` always stay.
+        client: whose it is: of requests of one priority, clients have their turns, and only a client's own wait for each other.
     """
 
     prompt: list[int]
@@ -153,6 +152,7 @@ class Request:
     embed: bool = False
     drafts: bool | None = None
     pinned: tuple[tuple[int, int], ...] = ()
+    client: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ class Runner:
         self.plan, self.memory, self._vocab_size = plan, memory, vocab_size
         self._logits: torch.Tensor | None = None  # a big batch over a big vocabulary would pay for fresh pages at every step
 
+    def check_weights(self) -> None:
+        """See `Plan.check_weights`."""
+        self.plan.check_weights()
+
     def reserve(self, sequences: Iterable[Sequence], counts: Iterable[int]) -> None:
         """Room for so many more tokens of each.
 
@@ -81,7 +85,7 @@ class Runner:
         logits = None
         if self._vocab_size:
             if self._logits is None or len(self._logits) < len(rows):
-                self._logits = torch.empty(max(len(rows), 16), self._vocab_size)
+                self._logits = torch.empty(max(len(rows), 16), self._vocab_size, dtype=torch.float32, device="cpu")
             logits = self._logits[: len(rows)]
         return self._run(parts, np.array(rows, np.int32), last_hidden=last_hidden, logits=logits)
 

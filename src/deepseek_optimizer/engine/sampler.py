@@ -81,7 +81,7 @@ def _probabilities(logits: torch.Tensor) -> Float32:
 
 
 def _uniform() -> float:
-    return float(torch.rand(()))
+    return float(torch.rand((), dtype=torch.float32, device="cpu"))
 
 
 def _drawn(weights: npt.NDArray[Any]) -> int:

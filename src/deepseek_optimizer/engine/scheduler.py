@@ -2,7 +2,8 @@
 
 Decoding sequences take part in every step; what the budget leaves goes to prompts, in pieces. Blocks are taken as tokens come.
 Where none are left, unused ones of the prefix cache go first; then whoever is last by priority and arrival loses its own and
-waits, to be run again from its tokens (or from what the prefix cache still has of them).
+waits, to be run again from its tokens (or from what the prefix cache still has of them). Several clients have their
+turns, and the one with most loses first (`turns`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .batch_size import BatchSize
 from .budget import PromptBudget
 from .running import Running
 from .sliding import Sliding
+from .turns import Turns, alternating, first_to_yield, in_turn, place_for
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -80,6 +82,7 @@ class Scheduler:
         self.shares: dict[Running, Share] = {}  # of the step that is being made up
         self._lost = lost
         self._shortest_turn = False
+        self._taken_in, self._read = Turns(), Turns()
 
     @property
     def idle(self) -> bool:
@@ -123,7 +126,8 @@ class Scheduler:
         self._admit_waiting()
         found: list[Share] = []
         room = self.budget.tokens(decoding)
-        filling = [r for r in self.running if r.missing and not r.decoding]  # of those that decode all is taken in by now
+        # Of those that decode all is taken in by now.
+        filling = alternating([r for r in self.running if r.missing and not r.decoding], self._read)
         if len(filling) > 1:
             first, shortest = filling[0], min(filling, key=lambda r: (r.request.priority, r.missing))
             if shortest is not first and shortest.request.priority == first.request.priority:
@@ -139,6 +143,8 @@ class Scheduler:
                 break
             if running in self.running:  # and has not lost its blocks to one before it
                 room -= self._piece(running, room, found)
+        for share in found:
+            self._read.had(share.running.request.client, self.running)
         return found
 
     def _piece(self, running: Running, room: int, found: list[Share]) -> int:
@@ -157,20 +163,33 @@ class Scheduler:
         return count
 
     def _admit_waiting(self) -> None:
-        """Takes in who waits, one after the other, as long as there are places and blocks."""
+        """Takes in who waits, one after the other and clients in turns, as long as there are places and blocks."""
         if not self.waiting:
             return
         most = self.batch.choose()
         filling = self._being_filled()
-        for running in list(self.waiting):
-            if len(self.running) >= most:
+        for running in in_turn(self.waiting, self.running, self._taken_in):
+            full = len(self.running) >= most
+            if full and place_for(running, self.running) is None:
                 return
             shares = self.prefix is not None and not running.request.embed
             if shares and self._twin_runs(running, filling):
                 continue
-            if not self._admit(running, shares):
-                return
+            if full:
+                self._make_place(running)
+            while not self._admit(running, shares):
+                if not self._make_place(running):
+                    return
+            self._taken_in.had(running.request.client, [*self.waiting, *self.running])
             filling.update(running.keys[running.registered :])
+
+    def _make_place(self, newcomer: Running) -> bool:
+        """Whether somebody of a client with several gave up its place, and its blocks, for a client that has none."""
+        victim = place_for(newcomer, self.running)
+        if victim is None:
+            return False
+        self.preempt(victim)
+        return True
 
     def _twin_runs(self, running: Running, filling: set[bytes]) -> bool:
         """Whether somebody is computing the next block that it needs: it waits, and finds it in the cache."""
@@ -278,7 +297,7 @@ class Scheduler:
         while not self._extend(running, count):
             if self.sliding is not None and self.sliding.shrink([r for r in self.running if self._may_shrink(r)]):
                 continue
-            victim = self.running[-1]
+            victim = first_to_yield(self.running)
             running.starved += len(self.running) == 1
             self.preempt(victim)
             if victim is running:

@@ -29,10 +29,20 @@ def _write(pipe: BinaryIO, message: Any) -> None:
 
 def _limit_memory(more: int) -> None:
     """To what the process has now, and so much more."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         pages = int(file.read().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _give_way(nice: int) -> None:
+    """To processes of the same machine that are in more of a hurry."""
+    os.nice(nice)
+    try:  # where the kernel shares out time by sessions, and by niceness only within them
+        with open("/proc/self/autogroup", "w", encoding="ascii") as file:
+            file.write(str(nice))
+    except OSError:
+        pass
 
 
 def main() -> None:
@@ -46,6 +56,8 @@ def main() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run = module.prepare(first["setup"])
+    if first["nice"]:  # not before: somebody waits for the worker to start
+        _give_way(first["nice"])
     if sys.platform == "linux":
         _limit_memory(first["memory"])
     _write(answers, ["ready", None])

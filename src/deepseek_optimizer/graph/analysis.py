@@ -18,8 +18,11 @@ def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
     """Indices of nodes that matter only where hidden states are asked for: `hidden_out` and what feeds nothing else.
 
     Args:
-        wanted: indices of hidden states that count as results; what they need is not among the nodes returned.
+        wanted: indices of hidden states that count as results; what they need is not among the nodes returned. Of a graph
+            without a head the last one always counts: it is what its steps are run for.
     """
+    if not graph.has_head:
+        wanted = {*wanted, graph.hidden_states - 1}
     needed: set[Value] = set()
     only: set[int] = set()
     for i in range(len(graph.nodes) - 1, -1, -1):

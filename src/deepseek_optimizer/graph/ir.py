@@ -79,7 +79,8 @@ Packed, gate_up is a stack of 2 E matrices [I, H] (gate and up of each expert in
 Of equal scores (of experts, of groups, of tokens in `index_choose`) the lower number goes first.
 
 The result is `lm_head`'s output. As a family builds a graph it has all T rows, and the backend hands out those asked for; rule
-`last_logits` selects them before the final norm, so that the head runs on R rows only.
+`last_logits` selects them before the final norm, so that the head runs on R rows only. Without `lm_head` (`without_head`) there
+are no logits, `logit_rows` is empty, and the result is the last `hidden_out`.
 
 Fused, made by `graph/rules`: `rope_cache` (q, k, v, table -> q), `add_rms_norm` (x, delta -> x', y), `gate_up` (x -> h;
 weights gate, up; biases). A `linear` with several matrices is what rule `qkv` makes.
@@ -89,7 +90,7 @@ Order matters where a node reads the cache: nodes run in list order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,6 +178,19 @@ class Graph:
         """The node that makes `value`."""
         return next((n for n in self.nodes if value in n.outputs), None)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the graph computes logits."""
+        return any(node.op == "lm_head" for node in self.nodes)
+
+    def without_head(self) -> Graph:
+        """The graph up to the final norm."""
+        return replace(self, nodes=[node for node in self.nodes if node.op != "lm_head"])
+
+    def renamed(self, name: Callable[[str], str]) -> Graph:
+        """The graph with every weight's name, biases included, put through `name`."""
+        return replace(self, nodes=[_renamed(node, name) for node in self.nodes])
+
     def weights(self) -> list[str]:
         """Every weight's name, biases included, once, in order of use."""
         names: dict[str, None] = {}
@@ -185,3 +199,12 @@ class Graph:
                 if name is not None:
                     names[name] = None
         return list(names)
+
+
+def _renamed(node: Node, name: Callable[[str], str]) -> Node:
+    attrs = dict(node.attrs)
+    if attrs.get("biases"):
+        attrs["biases"] = tuple(None if bias is None else name(bias) for bias in attrs["biases"])
+    if attrs.get("bias") is not None:
+        attrs["bias"] = name(attrs["bias"])
+    return node.with_(weights=tuple(map(name, node.weights)), attrs=attrs)

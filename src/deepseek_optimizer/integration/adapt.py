@@ -22,9 +22,10 @@ from ..graph.least import least_formats
 from ..quant import PackedMatrix, PackedStack, PackedWeight, get_format
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import empty_stack, empty_tiles, panels
+from .graphs import plan_graph
 from .importance import measure_importance
 from .progress import counted
-from .runtime import Runtime, kv_dtype, packer_of, plan_graph, runtime_of
+from .runtime import Runtime, kv_dtype, packer_of, runtime_of
 from .swap import matrices_of, packed_twin, sites, weights_of
 from .wrapper import rebind
 

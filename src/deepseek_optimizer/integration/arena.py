@@ -7,22 +7,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 from ..backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
 from ..cache import HOLE, BlockManager, Forgetting, SequenceBlocks
 from ..errors import UnsupportedRequestError
 from ..graph.rotation import KeyRotation
-
-RESERVE_BYTES = 256 << 20
-RESERVE_SHARE = 0.1
+from .cache_size import CacheSize
+from .growth import CheckedGrowth
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,8 @@ class Arena:
         latent: the shape of a latent cache's rows; None where it holds keys and values.
         rotation: how the model's keys were turned, for `drop_blocks`; None: it cannot be done.
         forgetting: what its sequences may forget; None: nothing.
+        size: what it may grow to, and why that; None: the store's size.
+        growth: finds out whether there is memory for more; None: by this system's limits.
     """
 
     def __init__(
@@ -54,9 +49,13 @@ class Arena:
         latent: LatentRow | None = None,
         rotation: KeyRotation | None = None,
         forgetting: Forgetting | None = None,
+        size: CacheSize | None = None,
+        growth: CheckedGrowth | None = None,
     ) -> None:
         self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
-        self.manager = BlockManager(store.num_blocks, forgetting)
+        self.size = size or CacheSize(store.num_blocks * store.block_bytes, "all that was made for it")
+        self._growth = growth or CheckedGrowth(store.block_bytes, store.num_blocks)
+        self.manager = BlockManager(store.num_blocks, forgetting, self._growth)
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()  # taken after _lock where both are
         self._release_due = False
@@ -67,6 +66,8 @@ class Arena:
         """The manager, with all garbage freed; memory goes back to the system when the last user is gone."""
         with self._lock:
             self._sweep()
+            if self.manager.limited and self._growth.look_again():
+                self.manager.lift_limit()
             yield self.manager
             self._sweep()
         if self._garbage:  # queued between the sweep and the release of the lock
@@ -95,6 +96,7 @@ class Arena:
                 self._release_due = False
                 if self.manager.high_water == 0:
                     self.store.release(0)
+                    self.manager.clear()
             finally:
                 self._store_lock.release()
 
@@ -160,35 +162,3 @@ class Arena:
     def used_bytes(self) -> int:
         """Bytes of the blocks in use."""
         return (self.manager.num_blocks - self.manager.free_blocks) * self.store.block_bytes
-
-
-def arena_blocks(block_bytes: int, kv_cache_memory: int | None) -> int:
-    """How many blocks a cache may grow to: what was granted, or what is free less a reserve. At least one."""
-    if kv_cache_memory is None:
-        kv_cache_memory = less_reserve(available_bytes())
-    return max(1, min(kv_cache_memory // block_bytes, (1 << 31) // BLOCK_TOKENS - 1))
-
-
-def less_reserve(free: int) -> int:
-    """Of `free` bytes those that a cache may take."""
-    return free - max(RESERVE_BYTES, int(free * RESERVE_SHARE))
-
-
-def available_bytes() -> int:
-    """Memory this process can still take: what is available, and the limits of the cgroup and of `ulimit` leave."""
-    import psutil  # comes with accelerate
-
-    available = int(psutil.virtual_memory().available)
-    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        rest = _cgroup_number(most, 1 << 62) - _cgroup_number(used, 0)
-        available = min(available, max(rest, 0))
-    if resource is not None and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        available = min(available, max(limit - int(psutil.Process().memory_info().vms), 0))
-    return available
-
-
-def _cgroup_number(name: str, default: int) -> int:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):  # not Linux, no such controller, or "max"
-        return default

@@ -223,7 +223,7 @@ class PagedLayer(CacheLayerMixin):
             row = found.new_zeros(found.shape[0], state.columns, found.shape[2])
             row[:, slice(None) if state.kept is None else torch.from_numpy(state.kept[i])] = found
             rows.append(row)
-        return torch.stack(rows) if rows else torch.empty(0)
+        return torch.stack(rows) if rows else torch.empty(0, dtype=torch.float32, device="cpu")
 
     def _of_sequence(self, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [heads, tokens, width]."""

@@ -13,8 +13,11 @@ _FINITE = (
     "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
     "length_penalty", "diversity_penalty", "encoder_repetition_penalty", "guidance_scale", "max_time",
 )  # fmt: skip
-
-
+# What float32 logits can be divided or multiplied by and stay numbers, and what a length can be raised to.
+_RANGES = {
+    "temperature": (1e-30, 1e30), "repetition_penalty": (1e-30, 1e30), "encoder_repetition_penalty": (1e-30, 1e30),
+    "guidance_scale": (-1e30, 1e30), "length_penalty": (-50, 50), "top_p": (0, 1), "min_p": (0, 1),
+}  # fmt: skip
 _KINDS = {2: "integer token ids", 3: "floating point embeddings"}
 # Smallest values, and largest where memory is taken for each.
 _WHOLE = {
@@ -90,9 +93,9 @@ def check_generation(config: Any) -> None:
         if not whole or (low is not None and value < low) or (high is not None and value > high):
             most = "" if high is None else f", {high} at most"
             raise ValueError(f"{name} must be a whole number{'' if low is None else f' from {low} on'}{most}, got {value!r}")
-    for name in ("top_p", "min_p"):
+    for name, (least, most_of_it) in _RANGES.items():
         value = getattr(config, name, None)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
-    if config.do_sample and config.temperature is not None and config.temperature <= 0:
-        raise ValueError(f"temperature must be above 0 for sampling, got {config.temperature!r}; for greedy, do_sample=False")
+        if value is None or least <= value <= most_of_it or (name == "temperature" and not config.do_sample):
+            continue
+        remedy = "; for greedy, do_sample=False" if name == "temperature" else ""
+        raise ValueError(f"{name} must be from {least:g} to {most_of_it:g}, got {value!r}{remedy}")

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+from collections.abc import Collection
 from typing import Any
 
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -31,6 +34,35 @@ def take_cache(arguments: dict[str, Any]) -> Any:
 def causal_output(*, cache: Any, **fields: Any) -> CausalLMOutputWithPast:
     """A `CausalLMOutputWithPast` with the cache under the name of the release."""
     return CausalLMOutputWithPast(**{cache_name(): cache}, **fields)
+
+
+def output_class(model: Any) -> Any:
+    """The class of what a model's forward returns: with experts it is another than without."""
+    model_class: Any = type(model)
+    return _output_class(model_class)
+
+
+@functools.lru_cache(maxsize=64)
+def _output_class(model_class: Any) -> Any:
+    found = inspect.signature(model_class.forward).return_annotation
+    if isinstance(found, str):
+        found = getattr(sys.modules[model_class.__module__], found, None)
+    if isinstance(found, type) and issubclass(found, ModelOutput):
+        return found
+    return CausalLMOutputWithPast if issubclass(model_class, GenerationMixin) else BaseModelOutputWithPast
+
+
+def chosen_hidden(asked: Any, count: int) -> Collection[int]:
+    """Which of `count` hidden states `output_hidden_states` asks for: all; since 5.24 also those at an index or several."""
+    try:
+        from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
+    except ImportError:
+        return range(count)
+    selected = selected_hidden_states(asked)
+    if selected is None:
+        return range(count)
+    nobody: Any = None  # the model is looked at for their number only
+    return resolve_hidden_states_indices(nobody, selected, num_hidden_states=count)
 
 
 def sample_arguments() -> set[str]:

@@ -11,20 +11,20 @@ from ..backends.base import DECODE, StepBatch
 from ..config import DeepSeekConfig
 from .attention_name import check_attention_name
 from .context_extension import extend_model
-from .runtime import Runtime, choose_backend, packer_of, plan_graph
+from .graphs import planned_module, whole_graph
+from .runtime import Runtime, choose_backend, packer_of
 from .swap import pack_in_place
 from .wrapper import bind
 
 
 def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
-    before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(model)
+    before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(planned_module(model))
     check_attention_name(model.config, config)
     _own_config(model)
     extend_model(model, config)
-    graph, _ = plan_graph(model.config, ())
     backend, _ = choose_backend(config, model.device)
-    pack_in_place(model, graph, config, packer_of(backend))
+    pack_in_place(model, whole_graph(model), config, packer_of(backend))
     bind(model.eval(), config, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):
         _warm(model.dso, rows)
@@ -55,7 +55,7 @@ def _warm(runtime: Runtime, rows: int) -> None:
             context_len=np.zeros(rows, np.int32),
             phase=np.full(rows, DECODE, np.int32),
             block_table=np.arange(rows, dtype=np.int32)[:, None],
-            logit_rows=np.arange(rows, dtype=np.int32),
+            logit_rows=np.arange(rows if runtime.graph.has_head else 0, dtype=np.int32),
         ),
         store,
     )

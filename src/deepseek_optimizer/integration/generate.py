@@ -25,7 +25,7 @@ from ..graph.analysis import dynamic_rope
 from .cache import PagedCache, PagedState
 from .checks import check_generation, check_prompt, unserved_mask
 from .compat import CACHE_NAMES, cache_name
-from .instance_method import Replacement
+from .instance_method import PLANNED, Replacement
 from .loop import ContextLimit, Stop, next_positions, prefill
 from .runtime import Runtime
 from .speculation import speculative_sample, wanted_drafts
@@ -41,6 +41,7 @@ class PlanGenerate(Replacement):
 
     replaces = "generate"
 
+    @torch.compiler.disable(reason=PLANNED)
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         native = self.runtime.backend.name == "cpu"
@@ -223,7 +224,7 @@ def _sample(
         else:
             next_tokens = largest(chosen_from)
         if stop.has_eos and not all(alive):
-            next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device), next_tokens, pad)
+            next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device, dtype=torch.bool), next_tokens, pad)
         tokens = next_tokens.tolist()
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
         ended = stop(input_ids, tokens, scores)

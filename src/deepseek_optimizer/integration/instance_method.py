@@ -9,11 +9,19 @@ from .runtime import Runtime
 
 Method = TypeVar("Method", bound="InstanceMethod")
 
+PLANNED = "an optimised model runs a plan that is compiled already; leave torch.compile out, or fullgraph=True off"
+
 
 class InstanceMethod:
-    """Called without `self`; finds its model through the runtime, and follows the model when that is copied or pickled."""
+    """Called without `self`; finds its model through the runtime, and follows the model when that is copied or pickled.
 
-    def __init__(self, runtime: Runtime) -> None:
+    Args:
+        runtime: the model's, or what has `model`, `changed` and `copied` as a runtime has them.
+    """
+
+    runtime: Any
+
+    def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
 
     def __deepcopy__(self: Method, memo: dict[int, Any]) -> Method:
@@ -29,6 +37,7 @@ class InstanceMethod:
 class Replacement(InstanceMethod):
     """One that stands for a method of the class: same signature, which `generate` and the Trainer look at."""
 
+    runtime: Runtime
     replaces: ClassVar[str]
 
     def __init__(self, runtime: Runtime) -> None:

@@ -25,16 +25,18 @@ from ..checkpoint import (
 )
 from ..checkpoint.load import IGNORED
 from ..config import DeepSeekConfig
-from ..errors import CheckpointError, ConfigError, DeepSeekOptimizerError
+from ..errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
 from ..graph.least import exact_weights
 from ..models import check_config
 from ..quant import PackedWeight, Packer
+from ..system.memory import free_memory
 from .adapt import adapt, calibration_tokens
+from .classes import check_causal
 from .context_extension import extended
 from .graphs import whole_graph
 from .importance import importance_for
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
-from .runtime import choose_backend, packer_of
+from .runtime import choose_backend, mapper_of, packer_of
 from .swap import expected_tensors, swap_on_meta
 from .wrapper import bind
 
@@ -72,9 +74,11 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
+        checkpoint.mapper = mapper_of(backend)
         texts = None
         if settings.chooses_formats:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
+        _check_memory(model, checkpoint)
         same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
         importance, notes = importance_for(
             checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
@@ -82,6 +86,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         with reading_bar(checkpoint) as progress:
             cast = dtype if settings.precision == "fp32" else None
             _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
+        checkpoint.check_unchanged()
         name_source(model, checkpoint.path, dtype)
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
@@ -90,6 +95,17 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     if texts is not None:
         adapt(model, texts)
     return model
+
+
+def _check_memory(model: Any, checkpoint: Checkpoint) -> None:
+    """Raises NotEnoughMemoryError where the weights of a sketched model cannot fit; those of a packed checkpoint are mapped."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    needed, memory = sum(tensors[name].nbytes for name in expected_tensors(model)[0]), free_memory()
+    if needed > memory.free:
+        remedy = "take a smaller precision, or free memory; `dso doctor MODEL` tells what fits"
+        raise NotEnoughMemoryError("the model's weights", needed, memory.free, remedy, memory)
 
 
 def sketch(
@@ -108,6 +124,7 @@ def sketch(
     if settings.mtp == "auto":
         add_mtp_layers(model, own_tensors(checkpoint, model.config))
     swap_on_meta(model, whole_graph(model), settings, dtype, checkpoint.own_format)
+    check_causal(checkpoint, model)
     return model, settings, dtype
 
 
@@ -115,6 +132,8 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     """The config of this load: what the checkpoint was packed with, then `config`, then `fields`."""
     if config is not None and not isinstance(config, DeepSeekConfig):
         raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
+    for name, value in fields.items():
+        DeepSeekConfig.check(name, value)  # each by itself before they are compared with what is stored
     if not isinstance(checkpoint, PackedCheckpoint):
         if section is not None and not isinstance(checkpoint, GgufCheckpoint):
             method = section.get("quant_method") if isinstance(section, dict) else section

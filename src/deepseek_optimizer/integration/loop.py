@@ -23,7 +23,9 @@ class ContextLimit(StoppingCriteria):
         self.max_positions = max_positions
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.max_positions, device=input_ids.device)
+        return torch.full(
+            (input_ids.shape[0],), input_ids.shape[1] >= self.max_positions, device=input_ids.device, dtype=torch.bool
+        )
 
 
 class Stop:

@@ -26,22 +26,35 @@ Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Te
 Gradient = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
 
 
+def unchecked(tensor: torch.Tensor) -> None:
+    """`Packed.check_tensor` where weights are in memory."""
+
+
 class Packed(nn.Module):
     """What the packed modules have in common.
 
     Attributes:
         dtype: floating point type of the model around, which a cast is measured against.
+        check_tensor: raises CheckpointChangedError where a tensor lies in a mapped file that is not what it was; set by the
+            runtime. Native products ask by themselves; what torch reads of the weights is asked for here.
     """
 
     dtype: torch.dtype
+    check_tensor: Callable[[torch.Tensor], None] = staticmethod(unchecked)
 
     def held(self) -> dict[str, PackedWeight]:
         """The packed weights, by the parameter's name in this module."""
         raise NotImplementedError
 
+    def intact(self, read: Any) -> Any:
+        """What was `read` of the weights, once they are found to be what was loaded."""
+        for weight in self.held().values():
+            self.check_tensor(weight.data)
+        return read
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Refuses a cast: tiles have no other dtype, and to cast only what is left (norms, biases) would be half a cast."""
-        wanted = fn(torch.empty(0, dtype=self.dtype)).dtype
+        wanted = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if wanted != self.dtype:
             formats = ", ".join(dict.fromkeys(weight.format for weight in self.held().values()))
             raise UnsupportedRequestError(
@@ -140,7 +153,7 @@ class PackedLinear(Packed, nn.Linear):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W as float [N, K]."""
-        return unpack(self.packed, dtype)
+        return self.intact(unpack(self.packed, dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}"
@@ -180,11 +193,11 @@ class PackedEmbedding(Packed, nn.Embedding):
         return {"weight": self.packed}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return take_rows(self.packed, input, self.dtype)
+        return self.intact(take_rows(self.packed, input, self.dtype))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The table as float."""
-        return unpack(self.packed, dtype)
+        return self.intact(unpack(self.packed, dtype))
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"

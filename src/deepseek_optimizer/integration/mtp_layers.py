@@ -122,4 +122,4 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
 
 def ignored_keys(config: Any) -> set[str]:
     """Patterns of what checkpoints hold of MTP layers: nothing of it is unexpected, whether or not it was wanted."""
-    return {rf"model\.layers\.{config.num_hidden_layers + depth}\." for depth in range(mtp_layers(config))}
+    return {rf"(^|\.)layers\.{config.num_hidden_layers + depth}\." for depth in range(mtp_layers(config))}

@@ -15,6 +15,7 @@ import torch
 
 from ..calibration.text import read_text
 from ..checkpoint import Checkpoint, open_checkpoint, packed_section
+from ..checkpoint.atomic import naming
 from ..checkpoint.layout import Stored
 from ..checkpoint.packed import PackedEntry
 from ..checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
@@ -70,7 +71,7 @@ def pack_checkpoint(
         shards = plan_shards(planned, shard_bytes)
         identity = _identity(checkpoint, settings, shards)
         directory = Unfinished(out, identity, [shard.name for shard in shards], overwrite)
-        with directory, _telling_what_stays(directory, tell):
+        with directory, _telling_what_stays(directory, tell), naming(out):
             if directory.news:
                 tell(directory.news)
             todo = [shard for shard in shards if shard.name not in directory.finished]
@@ -109,7 +110,7 @@ def _write(
     """Writes these shards; notes for the user."""
     if not shards:
         return []
-    backend, _ = choose_backend(settings, torch.device("cpu"))
+    backend, note = choose_backend(settings, torch.device("cpu"))
     same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
     importance, notes = importance_for(
         checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
@@ -120,7 +121,8 @@ def _write(
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)
-    notes += checkpoint.remarks()
+    checkpoint.check_unchanged()
+    notes += [*filter(None, [note]), *checkpoint.remarks()]
     return notes + (checkpoint.conversions() if settings.precision == "auto" else [])
 
 

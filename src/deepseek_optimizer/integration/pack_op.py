@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist, Weig
 
 from ..checkpoint import all_finite
 from ..checkpoint.stacks import StackShape
-from ..errors import CheckpointError
+from ..errors import CheckpointChangedError, CheckpointError
 from ..quant import PackedStack, get_format
 from ..quant.tiles import empty_stack
 
@@ -38,6 +38,8 @@ class PackWeight(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         assert full_layer_name is not None
+        if self.quantizer.refused:
+            return {}  # nothing comes of this model
         path, _, leaf = full_layer_name.rpartition(".")
         weight = model.get_submodule(path).held()[leaf]
         try:
@@ -46,6 +48,9 @@ class PackWeight(ConversionOps):
             else:
                 (value,) = input_dict.values()
                 tiles = self._pack(value[0] if isinstance(value, list) else value, weight.shape, weight.format)
+        except CheckpointChangedError as error:
+            self.quantizer.refused.append(error)
+            return {}
         except CheckpointError as error:
             where = model.config.name_or_path
             self.quantizer.refused.append(CheckpointError(str(error), file=where, tensor=full_layer_name))

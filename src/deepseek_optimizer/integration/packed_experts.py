@@ -98,9 +98,11 @@ class PackedExperts(Packed):
         """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as Transformers' module has them."""
         gate_up, down = self.gate_up, self.down
         rows = [unpack(gate_up.matrix(i), dtype) for i in range(gate_up.count)]
-        return (
-            torch.stack(rows).view(self.num_experts, -1, self.hidden_dim),
-            torch.stack([unpack(down.matrix(i), dtype) for i in range(down.count)]),
+        return self.intact(
+            (
+                torch.stack(rows).view(self.num_experts, -1, self.hidden_dim),
+                torch.stack([unpack(down.matrix(i), dtype) for i in range(down.count)]),
+            )
         )
 
     def extra_repr(self) -> str:

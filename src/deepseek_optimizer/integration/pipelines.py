@@ -23,7 +23,7 @@ import torch
 from transformers.pipelines.base import Pipeline
 
 from ..config import DeepSeekConfig
-from ..errors import BackendError, ConfigError, RequestError
+from ..errors import BackendError, ConfigError, RequestError, shown
 
 if TYPE_CHECKING:
     from ..engine.request import Request
@@ -161,7 +161,7 @@ class ConversationalPipeline(Pipeline):
         """
         stream = generation.pop("stream_output", self.stream_output)
         if not isinstance(stream, bool):
-            raise RequestError("stream_output", f"must be True or False, got {stream!r}")
+            raise RequestError("stream_output", f"must be True or False, got {shown(stream)}")
         self._close()
         _, forward, _ = self._sanitize_parameters(**generation)
         if stream:
@@ -343,7 +343,7 @@ def _check_messages(messages: Any) -> None:
     for message in messages:
         if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
             raise RequestError(
-                "text", f"a message has a role ({', '.join(_ROLES)}) and a content that is text, got {message!r}"
+                "text", f"a message has a role ({', '.join(_ROLES)}) and a content that is text, got {shown(message)}"
             )
     if messages[-1]["role"] == "assistant":
         raise RequestError("text", "the last message is an answer already; end with the user's")

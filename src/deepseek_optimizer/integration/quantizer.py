@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import Fp8Checkpoint, check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
+from ..checkpoint import Checkpoint, Fp8Checkpoint, check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
 from ..checkpoint.directory import INDEX, SINGLE
 from ..config import QUANT_METHOD, DeepSeekConfig
 from ..errors import CheckpointError, ConfigError
 from ..graph.least import exact_weights
+from ..quant import PackedStack, PackedWeight
 from .attention_name import check_attention_name
+from .classes import check_class, described_for, stored_as
 from .context_extension import extended
-from .graphs import plan_graph, whole_graph
+from .graphs import has_head, plan_graph, whole_graph
 from .mapped import MappedFiles
 from .modules import Packed
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
-from .runtime import choose_backend, packer_of
+from .runtime import choose_backend, mapper_of, packer_of
 from .swap import expected_tensors, float_shape, swap_on_meta
 
 _FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
@@ -90,7 +93,14 @@ class PackingQuantizer(HfQuantizer):
             )
         return device_map
 
+    def get_new_dtype(self, *args: Any, **kwargs: Any) -> Any:
+        """Of what is packed already. Transformers has mapped the files by then, and not read them."""
+        self.mapped.watch()
+        return super().get_new_dtype(*args, **kwargs)
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """As `get_new_dtype`, of what is to be packed."""
+        self.mapped.watch()
         path, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(path)
         return isinstance(module, Packed) and leaf in module.held()
@@ -111,12 +121,19 @@ class PackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.dtype
+        if self.quantization_config.chooses_formats and not has_head(model):
+            raise ConfigError(
+                f"kl_budget measures logits, and {type(model).__name__} has none: choose formats with load_model or "
+                "`dso convert`, and open the packed directory with this class"
+            )
         self._add_mtp_layers(model, checkpoint_files, dtype)
+        if self.pre_quantized:
+            described_for(self.quantization_config, model)
         graph = whole_graph(model)
         swap_on_meta(model, graph, self.quantization_config, dtype)
         _expect_fp32(model, exact_weights(graph))
         _check_files(checkpoint_files, model)
-        self.mapped = MappedFiles(checkpoint_files or ())
+        self.files, self.mapped = checkpoint_files, MappedFiles(checkpoint_files or ())
         if not self.pre_quantized:
             _expect_floats(model, dtype)
         if self.quantization_config.chooses_formats:
@@ -128,7 +145,7 @@ class PackingQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored_keys(
             model.config
         )
-        if self.quantization_config.mtp == "auto" and _is_standard(files):
+        if self.quantization_config.mtp == "auto" and has_head(model) and _is_standard(files):
             with torch.device("cpu"), open_checkpoint(Path(files[0]).parent) as checkpoint:
                 add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
@@ -146,6 +163,7 @@ class PackingQuantizer(HfQuantizer):
 
         if self.refused:
             raise self.refused[0]
+        self._leave_mappings(model)
         for name, module in model.named_modules():
             for leaf in module.held() if isinstance(module, Packed) else ():
                 if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
@@ -162,6 +180,29 @@ class PackingQuantizer(HfQuantizer):
             adapt(model, self.texts)
         return model
 
+    def _leave_mappings(self, model: Any) -> None:
+        """Tensors that lie where Transformers mapped the files are read into memory, and packed ones mapped anew by our own
+        reader, which watches over them as long as they are in use.
+
+        Raises: CheckpointChangedError, a file was changed meanwhile.
+        """
+        self.mapped.watch()
+        packed = [pair for pair in model.named_modules() if isinstance(pair[1], Packed)]
+        with ExitStack() as opened, torch.no_grad():
+            if self.pre_quantized and _is_standard(self.files):
+                checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
+                checkpoint.mapper = mapper_of(choose_backend(self.quantization_config, torch.device("cpu"))[0])
+                stored = stored_as(checkpoint.tensors, model)
+                for path, module in packed:
+                    for leaf, weight in module.held().items():
+                        if self.mapped.holds(weight.data):
+                            module._parameters[leaf].data = _read_again(checkpoint, stored(f"{path}.{leaf}"), weight).data
+            for tensor in (*model.parameters(), *model.buffers()):
+                if self.mapped.holds(tensor):
+                    tensor.data = tensor.data.clone()
+            self.mapped.check()
+        self.mapped.unwatch()
+
     def is_serializable(self) -> bool:
         return True
 
@@ -169,6 +210,12 @@ class PackingQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters are; the packed weights themselves are frozen."""
         return True
+
+
+def _read_again(checkpoint: Checkpoint, name: str, weight: PackedWeight) -> PackedWeight:
+    if isinstance(weight, PackedStack):
+        return checkpoint.packed_stack(name, weight.format, weight.shape)
+    return checkpoint.packed(name, weight.format)
 
 
 def _expect_floats(model: Any, dtype: torch.dtype) -> None:
@@ -201,7 +248,12 @@ def _check_files(files: Any, model: Any) -> None:
         return
     with open_checkpoint(Path(files[0]).parent) as checkpoint:
         check_tokenizer_beside(checkpoint)
+        check_class(checkpoint, model)
         formats, shapes = expected_tensors(model)
+        # A head of another kind may be new: Transformers makes it, and says so.
+        checked = list(formats) if has_head(model) else whole_graph(model).weights()
+        here = stored_as(checkpoint.tensors, model)
+        formats, shapes = {here(n): formats[n] for n in checked}, {here(n): shapes[n] for n in checked}
         if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
             check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
             stored_mtp_layers(checkpoint, model.config)

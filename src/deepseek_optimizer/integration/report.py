@@ -13,6 +13,7 @@ from ..graph.attention_mode import forgetting
 from ..graph.ir import Graph, LatentSpec
 from ..graph.least import least_formats
 from ..quant import PackedStack, PackedWeight
+from ..system.memory import mb
 from .graphs import loaded_mtp_layers, whole_graph
 
 
@@ -71,6 +72,7 @@ class Report:
     curve: where formats were chosen for a `kl_budget`: sizes and qualities that were measured, the smallest first.
     attention: the mode of attention.
     kv_cache, kv_block_bytes, kv_token_bytes: storage of the cache, bytes of a block of 32 tokens, and of one token.
+    kv_limit, kv_limit_why: bytes that the cache may grow to, and where that number comes from.
     latent: whether it holds latents (MLA) instead of keys and values.
     experts: None where there are none.
     mtp_layers: for multi-token prediction, beside the model's own; weights and cache count them.
@@ -94,6 +96,8 @@ class Report:
     kv_cache: str
     kv_block_bytes: int
     kv_token_bytes: int
+    kv_limit: int
+    kv_limit_why: str
     latent: bool
     experts: ExpertsRow | None
     mtp_layers: int
@@ -129,6 +133,7 @@ class Report:
         if self.config["sparse_attention"] and self.config["kv_cache"] == "auto" and self.kv_cache == "int8":
             kind += " (sparse_attention)"
         table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes a token ({self.kv_token_bytes / 1024:,.1f} KiB)")
+        table.add_row("", f"grows to at most {mb(self.kv_limit)} ({self.kv_limit_why})")
         for rule in self.rules:
             table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")
         if self.rules_left_out:
@@ -252,7 +257,7 @@ def make_report(runtime: Any) -> Report:
     formats: dict[str, list[PackedWeight]] = {}
     for matrix in matrices.values():
         formats.setdefault(matrix.format, []).append(matrix)
-    block_bytes = backend.block_bytes(graph, runtime.kv_dtype)
+    block_bytes, size = backend.block_bytes(graph, runtime.kv_dtype), runtime.cache_size
     applied = tuple(RuleRow(r.rule, r.count, r.places) for r in runtime.rules)
     told_apart = ("modules", "format_version", "curve")
     config = {name: value for name, value in runtime.config.to_dict().items() if name not in told_apart}
@@ -276,6 +281,8 @@ def make_report(runtime: Any) -> Report:
         kv_cache=runtime.kv_dtype,
         kv_block_bytes=block_bytes,
         kv_token_bytes=block_bytes // BLOCK_TOKENS,
+        kv_limit=size.bytes,
+        kv_limit_why=size.why,
         latent=isinstance(graph.cache, LatentSpec),
         experts=_experts(whole, matrices),
         mtp_layers=loaded_mtp_layers(runtime.model),

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..backends.base import Backend, Plan
+from ..backends.base import BLOCK_TOKENS, Backend, Plan
 from ..cache.forgetting import Forgetting
+from ..checkpoint.files import Mapper
 from ..config import DeepSeekConfig
 from ..engine.speculative.gate import SpeculationReport
 from ..errors import BackendError, ConfigError, UnsupportedModelError
@@ -23,10 +24,13 @@ from ..graph.attention_mode import apply_mode, forgetting
 from ..graph.ir import Graph
 from ..graph.rotation import KeyRotation, key_rotation
 from ..quant import Packer, reference_packer
-from .arena import Arena, LatentRow, arena_blocks
+from ..system.memory import free_memory
+from .arena import Arena, LatentRow
+from .cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
 from .context_extension import extension_note
-from .graphs import loaded_mtp_layers, mtp_graphs, plan_graph, whole_graph
-from .modules import Packed, PackedLinear, gradient_panels, matmul_panels
+from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
+from .instance import Instance
+from .modules import Packed, PackedLinear, gradient_panels, matmul_panels, unchecked
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
 
@@ -38,7 +42,7 @@ class OptimizerWarning(UserWarning):
 
 
 def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, str | None]:
-    """The backend for a model on `device`, and why it is not the native one where that might surprise.
+    """The backend for a model on `device`, and what might surprise of it: why it is not the native one, too many threads.
 
     Raises:
         BackendError: backend="cpu" cannot be had.
@@ -55,7 +59,8 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
     else:
         reason = unavailable_reason()
         if reason is None or config.backend == "cpu" or config.isa or forced_isa():
-            return CpuBackend(isa=config.isa, threads=config.threads), None
+            native = CpuBackend(isa=config.isa, threads=config.threads)
+            return native, native.note
         note = f"the reference backend serves, much slower than the native one: {reason}"
     from ..backends.reference import ReferenceBackend  # not before it is needed: a fast start
 
@@ -65,6 +70,11 @@ def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, s
 def packer_of(backend: Backend) -> Packer:
     """The backend's own packer where it has one."""
     return getattr(backend, "pack", reference_packer)
+
+
+def mapper_of(backend: Backend) -> Mapper | None:
+    """What maps a file of packed weights, where the backend can watch over it; None: weights are read into memory."""
+    return getattr(backend, "map_file", None)
 
 
 def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
@@ -82,14 +92,11 @@ def forgetting_of(graph: Graph) -> Forgetting | None:
     return None if seen is None else Forgetting(*seen)
 
 
-class Runtime:
-    """Binds a plan to one model instance. Attached as `model.dso`.
-
-    The model owns the runtime, and the way back is a weak reference, so that dropping the model frees everything at once. In
-    `load_model(path).generate(...)` the model is dropped before the call begins: what it consists of is kept here, and
-    `model` puts it together again.
+class Runtime(Instance):
+    """Binds a plan to one model instance, whose forward the plan replaces. Attached as `model.dso`.
 
     Attributes:
+        model: that instance: the whole model, or of one without a head of the family's its decoder.
         config, graph, rules: what was asked for, and what the rules made of it.
         in_mode: layers whose attention the config's mode has changed.
         backend: runs the plan.
@@ -102,8 +109,8 @@ class Runtime:
     ) -> None:
         self._model = weakref.ref(model)
         self.config, self.bytes_before = config, bytes_before
-        graph, self.rules = plan_graph(model.config, config.rules, loaded_mtp_layers(model))
-        self.graph, self.in_mode = apply_mode(graph, config.attention)
+        graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
+        self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
         self._told: set[str] = set()
@@ -123,24 +130,10 @@ class Runtime:
         self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
         _check_bound(model, whole_graph(model))
 
-    @property
-    def model(self) -> Any:
-        """The model. Hold on to it as long as it is needed."""
-        model = self._model()
-        if model is None:
-            model = object.__new__(self._class)
-            model.__dict__.update(self._parts)
-            self.attach(model)
-        return model
-
-    def attach(self, model: Any) -> None:
-        """Puts the plan in charge of this instance."""
+    def methods(self) -> dict[str, Any]:
         from .wrapper import instance_methods
 
-        self._model, self._class = weakref.ref(model), type(model)
-        own = {"dso": self, **instance_methods(self)}
-        self._parts = {name: value for name, value in model.__dict__.items() if name not in own}
-        model.__dict__.update(own)
+        return {"dso": self, **instance_methods(self)}
 
     @property
     def backend(self) -> Backend:
@@ -191,22 +184,78 @@ class Runtime:
 
         Args:
             memory: bytes that it may grow to; None: what is free, less a reserve.
+
+        Raises:
+            NotEnoughMemoryError: a limit of address space leaves fewer.
         """
-        blocks = arena_blocks(self.backend.block_bytes(self.graph, self.kv_dtype), memory)
-        store = self.backend.new_store(self.graph, self.kv_dtype, blocks)
+        return self._arena_of(what_is_free(free_memory()) if memory is None else granted(memory))
+
+    def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
+        """The cache that so many sequences of so many tokens take at most, while steps of `step_tokens` are run."""
+        blocks, forgets = -(-tokens // BLOCK_TOKENS), forgetting_of(self.graph)
+        if forgets is not None:
+            blocks = min(blocks, forgets.blocks(step_tokens))
+        # each one more, to go on into, or for the copy of one that is shared
+        return FullBatch(sequences, tokens, sequences * (blocks + 1) * self._block_bytes)
+
+    def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
+        """The model's own cache memory, for an engine. Where it is made here and the config doesn't say how large: what a full
+        batch needs, at most half of what is free.
+
+        Args:
+            batch: of `full_batch`.
+            beside: bytes that another model's cache needs, out of the same half.
+
+        Raises:
+            NotEnoughMemoryError: the config asks for more than is free.
+        """
+        with self._making:
+            if self._arena is None:
+                if self.config.kv_cache_memory is not None:
+                    check_granted(self.config.kv_cache_memory)
+                    return self.arena
+                self._arena = self._arena_of(for_batch(batch, free_memory(), beside))
+            return self._arena
+
+    def _arena_of(self, size: CacheSize) -> Arena:
+        check_reserved(size, free_memory())
+        store = self.backend.new_store(self.graph, self.kv_dtype, size.blocks(self._block_bytes))
         layers, forgets = self.graph.hidden_states - 1, forgetting_of(self.graph)
-        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets)
+        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets, size)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.backend.block_bytes(self.graph, self.kv_dtype)
+
+    @property
+    def cache_size(self) -> CacheSize:
+        """What the cache may grow to: of the model's own, or of the one that it would get now."""
+        with self._making:
+            if self._arena is not None:
+                return self._arena.size
+            memory = self.config.kv_cache_memory
+            return what_is_free(free_memory()) if memory is None else granted(memory)
 
     @property
     def kv_dtype(self) -> str:
         """Storage of the cache."""
         return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
 
+    def check_weights(self) -> None:
+        """Raises CheckpointChangedError where a file that weights are mapped from is not what it was at loading."""
+        for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.intact(None)
+
     def _set_products(self, backend: Backend) -> None:
-        """Packed modules compute with the backend's own product where it has one."""
+        """Packed modules compute with the backend's own product where it has one, and ask it whether their weights are
+        intact."""
+        intact = Shared(getattr(backend, "check_tensor", None) or unchecked)
         product = Shared(getattr(backend, "linear", None) or matmul_panels)
         gradient = Shared(getattr(backend, "linear_gradient", None) or gradient_panels)
         for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.check_tensor = intact
             if isinstance(module, (PackedLinear, PackedExperts)):
                 module.product, module.gradient = product, gradient
 
@@ -257,7 +306,7 @@ class Runtime:
         for children, name, child in tree:
             if children.get(name) is not child:
                 return f"module {name!r} was replaced or wrapped (an adapter?)"
-            if child._forward_hooks or child._forward_pre_hooks:
+            if child._forward_pre_hooks or any(map(_acts, child._forward_hooks.values())):
                 return f"module {name!r} has forward hooks"
             if "forward" in child.__dict__:
                 return f"module {name!r} has a forward of its own"
@@ -320,6 +369,14 @@ def runtime_of(model: Any) -> Runtime:
         f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
         "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
     )
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a forward hook may do something in a call that the plan could serve. Two kinds stay on a model and do not: those
+    that record attention weights for the calls that ask, and those of a trainer that make embeddings need gradients."""
+    if getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads"):
+        return torch.is_grad_enabled()
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _rotation(graph: Graph) -> KeyRotation | None:

@@ -2,60 +2,76 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import secrets
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.atomic import atomic_directory, sync
-from ..checkpoint.packed import write_safetensors
-from .graphs import whole_graph
+from ..checkpoint.atomic import merged_directory
+from ..checkpoint.packed import packed_section, write_safetensors
+from ..checkpoint.shards import is_weights
+from ..config import DeepSeekConfig
+from ..quant import PackedWeight
 from .instance_method import InstanceMethod
-from .swap import weights_of
+from .swap import stored_tensors
 
 
 class PackedSave(InstanceMethod):
     """`model.save_pretrained`, on the instance.
 
-    A directory that is not there yet appears at once when all is written. In one that is there (a tokenizer in it, perhaps),
-    each file is replaced at once. Adapters, uploads and state dicts given by the caller go to Transformers' own.
+    The directory changes at once when all is written; other files in it (a tokenizer, perhaps) stay. See `merged_directory` for
+    where that cannot be had. Adapters, uploads and state dicts given by the caller go to Transformers' own.
     """
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         model = self.runtime.model
         plain = not getattr(model, "_hf_peft_config_loaded", False) and self.runtime.changed() is None
         if not plain or any(value not in (None, True, False) for value in kwargs.values()) or kwargs.get("push_to_hub"):
-            type(model).save_pretrained(model, save_directory, **kwargs)
+            with self._intact():
+                type(model).save_pretrained(model, save_directory, **kwargs)
             return
-        target = Path(save_directory)
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            with atomic_directory(target, overwrite=True) as folder:
-                self._write(folder)
-            return
-        folder = target / f".{secrets.token_hex(4)}.tmp"
-        folder.mkdir()
-        try:
+        with merged_directory(save_directory, replaces=is_weights) as folder:
             self._write(folder)
-            for path in sorted(folder.iterdir(), key=lambda p: p.name == "config.json"):  # the config last
-                sync(path)
-                os.replace(path, target / path.name)
-            for stale in (*target.glob("model-*-of-*.safetensors"), target / "model.safetensors.index.json"):
-                stale.unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
         model = self.runtime.model
-        save_configs(model, model.dtype, folder)
-        write_safetensors(folder / "model.safetensors", weights_of(model, whole_graph(model)))
+        tensors = stored_tensors(model)
+        settings = copy.deepcopy(model.config.quantization_config)
+        section = packed_section({name: value for name, value in tensors.items() if isinstance(value, PackedWeight)})
+        settings.modules, settings.format_version = section["modules"], section["format_version"]
+        save_configs(model, model.dtype, folder, settings)
+        with self._intact():
+            write_safetensors(folder / "model.safetensors", tensors)
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """Around what reads the weights: CheckpointChangedError where a file that they are mapped from is not what it was."""
+        self.runtime.check_weights()
+        try:
+            yield
+        except OSError:  # the system reads a page that is gone: EFAULT
+            self.runtime.check_weights()
+            raise
+        self.runtime.check_weights()
 
 
-def save_configs(model: Any, dtype: torch.dtype, folder: Path) -> None:
-    """config.json and generation_config.json. `dtype`: that of what is not packed."""
+def save_configs(model: Any, dtype: torch.dtype, folder: Path, settings: DeepSeekConfig | None = None) -> None:
+    """config.json, and generation_config.json where the model generates.
+
+    Args:
+        dtype: that of what is not packed.
+        settings: of what is saved; None: the model's own.
+    """
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    config = model.config
+    if settings is not None:
+        config = copy.copy(config)
+        config.quantization_config = settings
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)

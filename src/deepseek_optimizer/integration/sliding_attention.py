@@ -91,13 +91,13 @@ class WindowedMask:
 
     def _piece(self, start: int, end: int) -> Piece:
         device = self.first.device
-        query = torch.arange(start, end, device=device)[:, None] + self.query_offset
+        query = torch.arange(start, end, device=device, dtype=torch.int64)[:, None] + self.query_offset
         low = min(max(0, self.query_offset + start - self.window + 1 - self.key_offset), self.keys)
         high = max(low, min(self.keys, self.query_offset + end - self.key_offset))
-        seen = self.sees(query, torch.arange(low, high, device=device) + self.key_offset)
+        seen = self.sees(query, torch.arange(low, high, device=device, dtype=torch.int64) + self.key_offset)
         if not self.sinks or low == 0:
             return Piece(low, high, None, seen)
-        key = self.first[:, None] + torch.arange(self.sinks, device=device)
+        key = self.first[:, None] + torch.arange(self.sinks, device=device, dtype=torch.int64)
         apart = (key >= self.key_offset) & (key < self.key_offset + low)  # the others are near, or the cache has dropped them
         column = (key - self.key_offset).clamp(0, low - 1)
         sunk = self.sees(query, (column + self.key_offset)[:, None, None]) & apart[:, None, None]
@@ -106,7 +106,7 @@ class WindowedMask:
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """bool [B or 1, 1, queries, keys] for positions that broadcast to that."""
-        batch = torch.arange(len(self.first), device=self.first.device)[:, None, None, None]
+        batch = torch.arange(len(self.first), device=self.first.device, dtype=torch.int64)[:, None, None, None]
         seen = self.rule(batch, torch.zeros_like(batch), query, key)
         seen = seen & self.near(query, key, self.first[:, None, None, None])
         return seen if self.real is None else seen & self.real[batch, key]
@@ -157,11 +157,11 @@ def sliding_mask(
     if allow_is_causal_skip and not use_vmap:
         return mask
     full: Any = sdpa_mask(**given, allow_is_causal_skip=False)
-    query = torch.arange(q_length, device=device)[:, None] + q_offset
+    query = torch.arange(q_length, device=device, dtype=torch.int64)[:, None] + q_offset
     # A text begins where its queries' sight does: in a row of several texts not at the first token. With a window of the
     # model's own sight begins later, and a row has one text.
     first = full.int().argmax(-1)[..., None] if local_size is None and kv_offset == 0 else first[:, None, None, None]
-    return full & mask.near(query, torch.arange(kv_length, device=device) + kv_offset, first)
+    return full & mask.near(query, torch.arange(kv_length, device=device, dtype=torch.int64) + kv_offset, first)
 
 
 def sliding_attention(

@@ -150,7 +150,7 @@ class _Text:
         length = self.lengths[row]
         self._room(length + len(drafted))
         if drafted:
-            self.ids[row, length : length + len(drafted)] = torch.tensor(drafted, device=self.ids.device)
+            self.ids[row, length : length + len(drafted)] = torch.tensor(drafted, device=self.ids.device, dtype=torch.int64)
         return self.ids[row : row + 1, : length + len(drafted)]
 
     def _room(self, columns: int) -> None:
@@ -178,7 +178,7 @@ class _Stream:
         running = [n for n, a in zip(lengths, alive, strict=True) if a]
         for column in range(self._column, min(running, default=max(lengths))):
             values = [int(self._text.ids[row, column]) if column < n else self._pad for row, n in enumerate(lengths)]
-            self._streamer.put(torch.tensor(values))
+            self._streamer.put(torch.tensor(values, dtype=torch.int64, device="cpu"))
             self._column = column + 1
 
     def end(self) -> None:

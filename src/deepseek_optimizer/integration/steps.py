@@ -30,6 +30,7 @@ class Columns:
         hidden: whether hidden states are asked for.
         documents: int64 [B, q], ascending along each row: which document of its row a token belongs to, where rows pack several
             (`documents_of`). Each document is a sequence of its own. None: each row is one sequence.
+        last_hidden: whether the last of them is wanted where the others are not.
     """
 
     ids: Int32 | None
@@ -39,6 +40,7 @@ class Columns:
     wanted: Int64
     phase: int
     hidden: bool = False
+    last_hidden: bool = False
     documents: Int64 | None = None
 
     def sequences(self) -> list[tuple[int, Int64]]:
@@ -84,7 +86,8 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     """Runs all new tokens, in steps of at most `config.prefill_chunk`, and adds them to the cache.
 
     Returns:
-        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H] or None.
+        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H], of the last
+        alone [1, B, q, H], or None.
 
     An error leaves the cache as it was; or empty, where the call had already made it forget some of that.
     """
@@ -94,8 +97,9 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     reach = _reach(state, new, model.max_positions)
     logits: torch.Tensor | None = None
     hidden = None
-    if new.hidden:
-        hidden = torch.zeros(model.hidden_states, rows, q, model.hidden_size)
+    if new.hidden or new.last_hidden:
+        states = model.hidden_states if new.hidden else 1
+        hidden = torch.zeros(states, rows, q, model.hidden_size, dtype=torch.float32, device="cpu")
     place = np.full(q, -1, np.int64)  # column -> its place in the logits
     place[new.wanted] = np.arange(len(new.wanted))
     state.forget()
@@ -115,8 +119,9 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
                 logits.view(-1, model.vocab_size)[torch.from_numpy(targets)] = made.logits
             if hidden is not None:
                 flat = np.concatenate([p.row * q + p.columns for p in pieces])
-                hidden = hidden.to(made.hidden.device)
-                hidden.view(model.hidden_states, rows * q, -1)[:, torch.from_numpy(flat)] = made.hidden
+                hidden = hidden.to(made.logits.device)
+                made_hidden = made.hidden if new.hidden else made.last_hidden
+                hidden.view(len(hidden), rows * q, -1)[:, torch.from_numpy(flat)] = made_hidden
             if not state.verifies:
                 state.forget()
     except BaseException:
@@ -124,7 +129,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
         raise
     state.add_columns(q, new.kept)
     if logits is None:
-        logits = torch.zeros(rows, len(new.wanted), model.vocab_size)
+        logits = torch.zeros(rows, len(new.wanted), model.vocab_size, dtype=torch.float32, device="cpu")
     return logits, hidden
 
 
@@ -189,7 +194,7 @@ def _batch(
         logit_rows=wanted.astype(np.int32),
         inputs_embeds=embeds,
         hidden=new.hidden,
-        last_hidden=state.follower is not None,
+        last_hidden=state.follower is not None or new.last_hidden,
         reach=reach[rows],
     )
     return batch, row_of[wanted] * n + goes_to[wanted]

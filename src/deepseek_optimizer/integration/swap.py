@@ -190,6 +190,17 @@ def expected_tensors(model: Any) -> tuple[dict[str, str | None], dict[str, tuple
     return formats, shapes
 
 
+def stored_tensors(model: Any) -> dict[str, PackedWeight | torch.Tensor]:
+    """What a checkpoint of this model holds, by name: packed weights as they are, everything else plain, tied ones once."""
+    found: dict[str, PackedWeight | torch.Tensor] = {}
+    for name in expected_tensors(model)[0]:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        held = module.held() if isinstance(module, Packed) else {}
+        found[name] = held[leaf] if leaf in held else getattr(module, leaf).data
+    return found
+
+
 def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
     """What a backend compiles with: matrices packed, vectors as they are. The storage is the modules' own."""
     found: dict[str, PackedWeight | torch.Tensor] = {}

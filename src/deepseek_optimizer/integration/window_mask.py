@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, NotEnoughMemoryError
-from .arena import RESERVE_SHARE, available_bytes
+from ..system.memory import RESERVE_SHARE, free_memory
 
 MOST_WINDOW, MOST_SINKS = 1 << 24, 1024  # as in DeepSeekConfig
 _GIVEN = "a tokenizer's output, rows of token ids, one row, or the number of tokens of one"
@@ -97,7 +97,7 @@ class WindowMasks(Sequence[torch.Tensor]):
     def _made(self, row: Row) -> torch.Tensor:
         if row.real is None:
             return self._band(row.tokens)
-        mask = torch.zeros(row.tokens, row.tokens, dtype=torch.bool)
+        mask = torch.zeros(row.tokens, row.tokens, dtype=torch.bool, device="cpu")
         places = row.real.nonzero().flatten()
         if not len(places):
             return mask
@@ -110,8 +110,8 @@ class WindowMasks(Sequence[torch.Tensor]):
 
     def _band(self, n: int) -> torch.Tensor:
         """bool [n, n], made in place: a difference of positions would take eight times as much."""
-        mask = torch.ones(n, n, dtype=torch.bool).tril_().triu_(1 - self.window)
-        mask[:, : self.sinks] = torch.ones(n, min(n, self.sinks), dtype=torch.bool).tril_()
+        mask = torch.ones(n, n, dtype=torch.bool, device="cpu").tril_().triu_(1 - self.window)
+        mask[:, : self.sinks] = torch.ones(n, min(n, self.sinks), dtype=torch.bool, device="cpu").tril_()
         return mask
 
     def __repr__(self) -> str:
@@ -119,12 +119,13 @@ class WindowMasks(Sequence[torch.Tensor]):
 
 
 def _check_memory(row: Row) -> None:
-    free = available_bytes()
-    if row.bytes > free * (1 - RESERVE_SHARE):
+    memory = free_memory()
+    if row.bytes > memory.free * (1 - RESERVE_SHARE):
         raise NotEnoughMemoryError(
-            f"the mask of a row of {row.tokens} tokens", row.bytes, free,
+            f"the mask of a row of {row.tokens} tokens", row.bytes, memory.free,
             'no mask is needed with load_model(path, attention_optimization="sliding"), or with '
             'from_pretrained(path, attn_implementation="dso_sliding"); else cut the text into shorter rows (truncation=True)',
+            memory,
         )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def _rows(chunks: Any) -> list[Row]:
     rows = _split("input_ids", chunks["input_ids"])
     if chunks.get("attention_mask") is None:
         return [Row(len(row)) for row in rows]
-    kept = [torch.as_tensor(row).to("cpu", torch.bool) for row in _split("attention_mask", chunks["attention_mask"])]
+    kept = [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in _split("attention_mask", chunks["attention_mask"])]
     if [len(row) for row in rows] != [len(row) for row in kept]:
         raise ConfigError("attention_mask has other rows than input_ids, or rows of other lengths")
     return [Row(len(real), None if real.all() else real) for real in kept]

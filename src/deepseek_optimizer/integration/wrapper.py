@@ -10,6 +10,7 @@ their logits and hidden states are zero. And no gradient flows: where one is nee
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,19 @@ from ..checkpoint import packed_section
 from ..config import DeepSeekConfig
 from ..errors import UnsupportedRequestError
 from ..graph.analysis import dynamic_rope
+from .adapters import ModuleWalk, OutputEmbeddings
 from .cache import Bool, PagedCache, PagedState
-from .compat import cache_name, causal_output, take_cache
+from .compat import cache_name, chosen_hidden, output_class, take_cache
 from .generate import PlanGenerate
-from .graphs import whole_graph
-from .instance_method import InstanceMethod, Replacement
+from .graphs import planned_module, whole_graph
+from .instance_method import PLANNED, InstanceMethod, Replacement
+from .outer_model import OuterModel
 from .parameter_count import ParameterCount
 from .quantizer import mark_quantized
 from .resize import ResizeTokens
 from .runtime import Runtime
 from .save import PackedSave
+from .special_tokens import special_token_notes
 from .steps import Columns, documents_of, run_columns
 from .swap import matrices_of
 
@@ -47,6 +51,7 @@ class PlanForward(Replacement):
 
     replaces = "forward"
 
+    @torch.compiler.disable(reason=PLANNED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
         cache = take_cache(call)
@@ -71,6 +76,10 @@ class PlanForward(Replacement):
                 return f"argument {name!r} is given"
         if call.get("output_attentions") or (call.get("output_attentions") is None and config.output_attentions):
             return "output_attentions is asked for"
+        if getattr(config, "output_router_logits", False) and call.get("output_router_logits") is None:
+            return "config.output_router_logits is true"
+        if call.get("is_causal", getattr(config, "is_causal", None)) is False:
+            return "is_causal is False, so tokens see those after them"
         if reason := self.runtime.changed():
             return reason
         mask, embeds = call.get("attention_mask"), call.get("inputs_embeds")
@@ -107,7 +116,8 @@ class PlanForward(Replacement):
             cache = PagedCache(runtime.model)
         state = cache.state if cache is not None else PagedState(runtime.arena)
         asked = call.get("output_hidden_states")
-        new = self._columns(state, ids, embeds, call, bool(config.output_hidden_states if asked is None else asked))
+        asked = config.output_hidden_states if asked is None else asked
+        new = self._columns(state, ids, embeds, call, bool(asked))
         if cache is None and call.get("attention_mask") is None:  # the condition under which Transformers looks for documents
             new.documents = documents_of(new.positions)
         if not state.sequences:
@@ -116,16 +126,28 @@ class PlanForward(Replacement):
             raise ValueError(f"the cache holds {len(state.sequences)} sequences, but {source.shape[0]} rows were given")
         logits, hidden = run_columns(runtime, state, new)
         state.steps += 1
-        if isinstance(keep := call.get("logits_to_keep", 0), torch.Tensor):
-            logits = logits[:, torch.from_numpy(np.searchsorted(new.wanted, _columns_of(keep, source.shape[1])))]
-        output = causal_output(
-            cache=cache if keep_cache else None,
-            loss=self._loss(logits, call),
-            logits=logits.to(source.device),
-            hidden_states=None if hidden is None else tuple(hidden.to(source.device, runtime.model.dtype)),
-        )
+        if hidden is not None:
+            hidden = hidden.to(source.device, runtime.model.dtype)
+        states = None
+        if hidden is not None and new.hidden:
+            states = _tuple_of(hidden, chosen_hidden(asked, runtime.graph.hidden_states))
+        output = self._output(call, new, logits.to(source.device), hidden, states, cache if keep_cache else None)
         return_dict = call.get("return_dict")
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _output(self, call: dict[str, Any], new: Columns, logits: torch.Tensor, hidden: Any, states: Any, cache: Any) -> Any:
+        """What Transformers returns. `hidden`: as the plan made them; `states`: the tuple that the caller sees."""
+        if isinstance(keep := call.get("logits_to_keep", 0), torch.Tensor):
+            logits = logits[:, torch.from_numpy(np.searchsorted(new.wanted, _columns_of(keep, new.positions.shape[1])))]
+        fields = {"loss": self._loss(logits, call), "logits": logits, "hidden_states": states, cache_name(): cache}
+        return output_class(self.runtime.model)(**fields)
+
+    def _wanted(self, call: dict[str, Any], q: int) -> Any:
+        """The columns whose logits are computed, ascending."""
+        keep = call.get("logits_to_keep", 0)
+        if isinstance(keep, torch.Tensor):
+            return np.unique(_columns_of(keep, q))
+        return np.arange(q)[slice(-keep, None)]  # Transformers' own slice: a negative number leaves out the first columns
 
     def _columns(self, state: PagedState, ids: Any, embeds: Any, call: dict[str, Any], hidden: bool) -> Columns:
         """The call in numpy, checked."""
@@ -152,12 +174,7 @@ class PlanForward(Replacement):
                 f"position {low if low < 0 else high} is outside the model's context of {graph.max_positions} tokens; "
                 "shorten the prompt, ask for fewer new tokens, or make room with context_extension"
             )
-        keep = call.get("logits_to_keep", 0)
-        if isinstance(keep, torch.Tensor):
-            wanted = np.unique(_columns_of(keep, q))
-        else:
-            wanted = np.arange(q)[slice(-keep, None)]  # Transformers' own slice: a negative number leaves out the first columns
-        kept = _kept(state, call.get("attention_mask"), rows, q)
+        wanted, kept = self._wanted(call, q), _kept(state, call.get("attention_mask"), rows, q)
         return Columns(ids32, embeds, positions, kept, wanted, self._phase(state, q), hidden)
 
     def _phase(self, state: PagedState, q: int) -> int:
@@ -210,26 +227,39 @@ def _columns_of(index: torch.Tensor, q: int) -> Any:
     return columns
 
 
+def _tuple_of(hidden: torch.Tensor, chosen: Collection[int]) -> tuple[torch.Tensor | None, ...]:
+    """`hidden_states` of an output: those not chosen are None in it, as Transformers has it."""
+    return tuple(h if i in chosen else None for i, h in enumerate(hidden))
+
+
 def _trainable(model: torch.nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None) -> Any:
-    """Compiles the plan of a model whose modules are packed, and puts it in charge of this instance.
+RESIZE = "resize the embeddings of the float model, then optimise it"
 
-    Returns: the same model, with `forward`, `generate` and `dso` set on it.
+
+def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None) -> Any:
+    """Compiles the plan of a model whose modules are packed, and puts it in charge of this instance, or of its decoder where
+    the model has another head than the family's, which stays a float module of its class and may be trained.
+
+    Returns: the same model, with `dso` and methods of ours set on it.
     """
     config = copy.deepcopy(config)
-    runtime = Runtime(model, config, bytes_before=bytes_before, notes=notes)
+    planned = planned_module(model)
+    notes = [*(notes or ()), *special_token_notes(model)]
+    runtime = Runtime(planned, config, bytes_before=bytes_before, notes=notes)
     _describe(model, runtime)
-    for parameter in model.parameters():
+    for parameter in planned.parameters():
         parameter.requires_grad_(False)
+    if "dso" not in planned.__dict__:
+        planned.register_load_state_dict_post_hook(_rebind)
+    runtime.attach(planned)
+    if planned is not model:
+        OuterModel(model, runtime)
     parts: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for part in parts:
         part._weight_conversions = []  # packed experts are saved as they are: Transformers would split them into float ones
-    if "dso" not in model.__dict__:
-        model.register_load_state_dict_post_hook(_rebind)
-    runtime.attach(model)
     _ = runtime.plan  # compiled now, so that what is wrong is said at load
     return model
 
@@ -251,14 +281,24 @@ def _describe(model: Any, runtime: Runtime) -> None:
 
 def instance_methods(runtime: Runtime) -> dict[str, Any]:
     """What an optimised model has in place of its class's own, and beside it."""
+    from .decoder_forward import DecoderForward
+
+    served: dict[str, Any] = {"forward": DecoderForward(runtime)}
+    if runtime.graph.has_head:
+        served = {
+            "forward": PlanForward(runtime),
+            "generate": PlanGenerate(runtime),
+            "get_output_embeddings": OutputEmbeddings(runtime),
+        }
     return {
-        "forward": PlanForward(runtime),
-        "generate": PlanGenerate(runtime),
+        **served,
+        "named_modules": ModuleWalk(runtime),
         "save_pretrained": PackedSave(runtime),
-        "resize_token_embeddings": ResizeTokens(runtime),
+        "resize_token_embeddings": ResizeTokens(runtime) if runtime.graph.has_head else Refuse(RESIZE),
         "num_parameters": ParameterCount(runtime),
         "report": runtime.report,
         "_apply": _Apply(runtime),
+        "_replicate_for_data_parallel": Refuse("start a process for each device, each with a model of its own"),
     }
 
 
@@ -281,3 +321,13 @@ class _Apply(InstanceMethod):
         else:
             self.runtime.rebind()
         return model
+
+
+class Refuse:
+    """A method that a packed model cannot offer."""
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedRequestError(f"a packed model cannot do this; {self.remedy}")

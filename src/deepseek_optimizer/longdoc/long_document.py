@@ -238,7 +238,10 @@ class LongDocument:
         if file is None or self._kept:
             return []
         engines = self._engines
-        self._kept = save_prefix(file, engines.runtime, engines.arena, engines.prefix, self._prefix) > 0
+        try:
+            self._kept = save_prefix(file, engines.runtime, engines.arena, engines.prefix, self._prefix) > 0
+        except OSError as error:
+            return [f"what was read could not be kept for the next time: {error}"]
         if self._kept:
             return []
         return ["what was read could not be kept: under dynamic RoPE it belongs to one question's length (yarn's does not)"]

@@ -14,7 +14,7 @@ _INTERVAL = 0.02  # seconds between samples
 def own_bytes() -> int | None:
     """Anonymous and shared pages that are resident now. None where Linux doesn't tell."""
     try:
-        lines = [line.split() for line in _STATUS.read_text().splitlines() if line.startswith(_FIELDS)]
+        lines = [line.split() for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(_FIELDS)]
     except OSError:
         return None
     return sum(int(line[1]) << 10 for line in lines) if lines else None

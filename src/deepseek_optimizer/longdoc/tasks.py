@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.json_schema import normalise
-from ..errors import RequestError
+from ..errors import RequestError, shown
 
 NOTHING = "NOTHING"  # what a model says of a part of the document that does not bear on the question
 MOST_QUESTION = 8_192  # characters
@@ -61,7 +61,8 @@ class Extraction:
         if not isinstance(self.schema, Mapping) or not isinstance(self.schema.get("properties"), Mapping):
             raise RequestError("schema", 'must be a JSON schema of an object: {"type": "object", "properties": {...}}')
         if self.schema.get("type", "object") != "object":
-            raise RequestError("schema", f"must be of type object, got {self.schema['type']!r}; put the value into a property")
+            kind = shown(self.schema["type"])
+            raise RequestError("schema", f"must be of type object, got {kind}; put the value into a property")
         normalise(self.schema)
 
     @property

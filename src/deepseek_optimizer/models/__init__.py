@@ -12,11 +12,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import Graph
 from .fields import Fields
 
 FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 MAX_LABELS, MAX_MTP_LAYERS = 1 << 16, 64
 
 
@@ -33,6 +34,7 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
     """
     fields = _fields(config)
     graph = _build(fields, _model_type(config))
+    _check_dtype(fields, "dtype")
     _check_mtp(config, mtp_layers)
     return replace(graph, cache=replace(graph.cache, layers=graph.cache.layers + mtp_layers))
 
@@ -80,6 +82,8 @@ def check_config(raw: Mapping[str, Any]) -> None:
     fields = _fields(raw)
     _build(fields, raw.get("model_type"))
     mtp_layers(raw)
+    for name in ("dtype", "torch_dtype"):
+        _check_dtype(fields, name)
     if "num_labels" in raw:  # nothing here uses it, but Transformers makes a table of that length
         fields.integer("num_labels", MAX_LABELS)
 
@@ -108,6 +112,14 @@ def _family(model_type: Any) -> ModuleType:
 def _build(fields: Fields, model_type: Any) -> Graph:
     graph: Graph = _family(model_type).build(fields)
     return graph
+
+
+def _check_dtype(fields: Fields, name: str) -> None:
+    """Transformers takes any number for a dtype, and any attribute of torch by its name."""
+    value = fields.get(name)
+    written = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value  # a config object has torch's own
+    if value is not None and (not isinstance(written, str) or written not in DTYPES):
+        raise ConfigError(f"config.{name}: expected one of {', '.join(DTYPES)}, got {shown(value)}")
 
 
 def _check_mtp(config: Any, count: int) -> None:

@@ -62,7 +62,7 @@ def read_trunk(fields: Fields, family: str, turning: int, name: str = "head_dim"
     return Trunk(
         family=family, layers=fields.integer("num_hidden_layers", MAX_LAYERS), hidden=fields.integer("hidden_size", MAX_WIDTH),
         intermediate=fields.integer("intermediate_size", MAX_WIDTH), vocab=vocab, max_positions=rope.room,
-        eps=fields.positive("rms_norm_eps"), tied=fields.flag("tie_word_embeddings"),
+        eps=fields.epsilon("rms_norm_eps"), tied=fields.flag("tie_word_embeddings"),
         rope=rope, mlp_bias=mlp_bias,
     )  # fmt: skip
 

@@ -123,18 +123,21 @@ def _compute(parameters: dict[str, Any], head_dim: int, max_positions: int, leng
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if parameters["rope_type"] == "default":  # not in Transformers' table: each model there has its own copy of this line
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
         return (1.0 / (parameters["rope_theta"] ** exponents)).numpy(), 1.0
     # A config that holds nothing but what these functions read: they write to the one they are given.
     carrier = LlamaConfig(
         hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=max_positions,
         rope_parameters=dict(parameters),
     )  # fmt: skip
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](carrier, torch.device("cpu"), seq_len=length)
+    with torch.device("cpu"):  # they make some of their tensors on torch's default device
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](carrier, torch.device("cpu"), seq_len=length)
     return inv_freq.float().numpy(), float(scaling)
 
 
 def _inv_freq(parameters: dict[str, Any], head_dim: int, max_positions: int, length: int) -> Frequencies:
     import torch
 
-    return _compute(parameters, head_dim, max_positions, torch.tensor(length))[0]  # a tensor, as Transformers' forward passes
+    # A tensor, as Transformers' forward passes. Theirs is of integers, and its products have torch's default dtype.
+    reach = torch.tensor(length, dtype=torch.float32, device="cpu")
+    return _compute(parameters, head_dim, max_positions, reach)[0]

@@ -47,7 +47,7 @@ class Fp8:
         """uint8 tiles -> float [rows, cols]: value times scale, rounded once, in float32."""
         if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
             raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not the tiles of a {rows} x {cols} matrix")
-        out = torch.empty(rows, cols, dtype=dtype)
+        out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
         for begin, end in panels(rows, cols):
             tiles = packed[begin // TILE_ROWS : -(-end // TILE_ROWS)].contiguous()
             values = _by_rows(tiles[..., :_CODES]).view(torch.float8_e4m3fn).float()
@@ -130,7 +130,7 @@ def block_maxima(weight: torch.Tensor) -> torch.Tensor:
 
 def expand(scale: torch.Tensor, rows: int, cols: int, first_row: int = 0) -> torch.Tensor:
     """The scale of each weight of `rows` rows, `first_row` and on: [ceil(N/128), ceil(K/128)] -> [rows, K]."""
-    blocks = torch.arange(first_row, first_row + rows) // BLOCK
+    blocks = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=scale.device) // BLOCK
     return scale[blocks].repeat_interleave(BLOCK, 1)[:, :cols]
 
 

@@ -31,12 +31,12 @@ def tile_counts(rows: int, cols: int) -> tuple[int, int]:
 
 def empty_tiles(rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
     """Uninitialised tiles of a matrix, uint8 [ceil(rows/16), ceil(cols/32), tile_bytes]."""
-    return torch.empty(*tile_counts(rows, cols), tile_bytes, dtype=torch.uint8)
+    return torch.empty(*tile_counts(rows, cols), tile_bytes, dtype=torch.uint8, device="cpu")
 
 
 def empty_stack(count: int, rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
     """Uninitialised tiles of `count` matrices, uint8 [count, ceil(rows/16), ceil(cols/32), tile_bytes]."""
-    return torch.empty(count, *tile_counts(rows, cols), tile_bytes, dtype=torch.uint8)
+    return torch.empty(count, *tile_counts(rows, cols), tile_bytes, dtype=torch.uint8, device="cpu")
 
 
 def panels(rows: int, cols: int, elements: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -97,7 +97,7 @@ def unpack_panels(
     """uint8 tiles -> float [rows, cols] of `dtype`, computed in float32."""
     if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
         raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not the tiles of a {rows} x {cols} matrix")
-    out = torch.empty(rows, cols, dtype=dtype)
+    out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
     for begin, end in panels(rows, cols):
         values = decode(*read_tiles(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)], words, halves))
         out[begin:end] = values.flatten(1)[: end - begin, :cols]

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from ..errors import excerpt
 from . import openapi
 from .guard import Guard, HostGuard
 from .metrics import HttpMetrics
@@ -105,7 +106,7 @@ async def _wrong_parameter(_request: Request, error: Exception) -> Response:
     """Of an address's path or query."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    name = str(first["loc"][-1])[:64]
+    name = excerpt(str(first["loc"][-1]))
     return ApiError(400, f"{name}: {first['msg']}", param=name).response()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..longdoc.document import Document, TextFile
+from .caller import Caller
 from .file_store import Room, memory_of
 from .problems import ApiError
 from .state import ServerState
@@ -51,7 +52,7 @@ def has_files(messages: Sequence[Message]) -> bool:
     return any(part["type"] == "file" for message in messages for part in _parts(message))
 
 
-async def attached(state: ServerState, messages: Sequence[Message], owner: str, places: ExitStack, deadline: float) -> Attached:
+async def attached(state: ServerState, messages: Sequence[Message], owner: str, places: ExitStack, caller: Caller) -> Attached:
     """
     Args:
         messages: as OpenAI's chat API has them, checked.
@@ -60,12 +61,13 @@ async def attached(state: ServerState, messages: Sequence[Message], owner: str, 
 
     Raises:
         ApiError: 400, a file that is not what it should be, or no question; 404, a file that is not there; 413, one that is too
-            large, or too many together.
+            large, or too many together; others as of `DocumentReader.read`.
         DocumentError: one can't be read.
+        WorkerLostError: something else ended the process that read one, twice.
     """
     found: dict[str, tuple[TextFile, str | None]] = {}  # digest -> file, its id
     inlined: list[dict[str, Any]] = []
-    coming = _Coming(state, owner, places, deadline)
+    coming = _Coming(state, owner, places, caller)
     for message in messages:
         texts: list[str] = []
         for part in _parts(message):
@@ -95,8 +97,8 @@ async def attached(state: ServerState, messages: Sequence[Message], owner: str, 
 class _Coming:
     """Files that come with a request; their memory counts until it is answered."""
 
-    def __init__(self, state: ServerState, owner: str, places: ExitStack, deadline: float) -> None:
-        self._state, self._owner, self._places, self._deadline = state, owner, places, deadline
+    def __init__(self, state: ServerState, owner: str, places: ExitStack, caller: Caller) -> None:
+        self._state, self._owner, self._places, self._caller = state, owner, places, caller
         self._room: Room | None = None
         self._held = 0
 
@@ -104,9 +106,9 @@ class _Coming:
         """A file's text, and its digest."""
         name, data = _data_of(self._state, file)
         if self._room is None:
-            self._room = self._places.enter_context(self._state.files.room(self._owner))
+            self._room = self._places.enter_context(self._state.files.room(self._owner, self._caller.key))
         self._room.set(self._held + len(data))
-        text = await self._state.reader.read(name, data, self._deadline)
+        text = await self._state.reader.read(name, data, self._caller)
         self._held += memory_of(text)
         self._room.set(self._held)
         return text, digest_of(name, data)

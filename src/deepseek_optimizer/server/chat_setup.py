@@ -15,6 +15,7 @@ from ..chat.tools import FORMATS, ToolFormat, detect
 from .problems import ApiError
 from .prompts import tokens_of
 from .state import ServerState
+from .tokenising import Lane
 
 Tool = Mapping[str, Any]
 
@@ -60,22 +61,22 @@ class ChatSetup:
     parser: Callable[[], OutputParser] | None
 
 
-def set_up(state: ServerState, asked: ChatAsked) -> ChatSetup:
-    """Blocks, and uses the tokenizer: for `ServerState.tokenizing`.
+def set_up(state: ServerState, lane: Lane, asked: ChatAsked) -> ChatSetup:
+    """Blocks, and uses the lane's tokenizer and template: for `ServerState.tokenizing`.
 
     Raises:
         ApiError: 400, tools that this model can't call, or an effort that it can't make.
         RequestError: the chat template does not take the messages, the tools or an option.
-        EngineBusyError: too many others are waiting for their templates.
+        WorkerLostError: something else ended the process that renders templates, twice.
     """
     tools = list(asked.tools) if asked.named or asked.choice != "none" else []
-    source = state.template.source(bool(tools))
+    source = lane.template.source(bool(tools))
     tool_format = _tool_format(state, source) if tools else None
     thinks = state.thinks(bool(tools))
-    options = _options(state, asked, bool(tools), thinks)
-    prompt, dropped = _fitted(state, asked.messages, tools, options)
-    keep_special = (thinks or tool_format is not None) and special_markers(state.tokenizer, tool_format)
-    drop = [token for token in state.tokenizer.all_special_tokens if token] if keep_special and asked.skip_special else []
+    options = _options(lane, asked, bool(tools), thinks)
+    prompt, dropped = _fitted(state, lane, asked.messages, tools, options)
+    keep_special = (thinks or tool_format is not None) and special_markers(lane.tokenizer, tool_format)
+    drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and asked.skip_special else []
     names = [tool["function"]["name"] for tool in tools]
 
     def parser() -> OutputParser:
@@ -86,13 +87,13 @@ def set_up(state: ServerState, asked: ChatAsked) -> ChatSetup:
 
 
 def _fitted(
-    state: ServerState, messages: Sequence[Mapping[str, Any]], tools: list[Tool], options: Mapping[str, Any]
+    state: ServerState, lane: Lane, messages: Sequence[Mapping[str, Any]], tools: list[Tool], options: Mapping[str, Any]
 ) -> tuple[Prompt, int]:
     """The prompt, and how many tokens of messages are not in it. Where there is a window, a quarter of it is left for the
     answer and the turns to come."""
 
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
-        return state.template.render(some, tools=tools or None, options=options)
+        return lane.template.render(some, tools=tools or None, options=options, most_bytes=state.prompt_size.most)
 
     whole, window = render(messages), state.engine.window
     if window is None or len(whole.ids) <= window * 3 // 4:
@@ -100,7 +101,7 @@ def _fitted(
     fitted = fit(
         [dict(message) for message in messages],
         lambda some: len(render(some).ids),
-        lambda message: len(tokens_of(state.tokenizer, str(message.get("content") or ""), special=False)),
+        lambda message: len(tokens_of(lane.tokenizer, str(message.get("content") or ""), special=False)),
         window * 3 // 4,
     )
     prompt = render(fitted.messages)
@@ -115,7 +116,7 @@ def _tool_format(state: ServerState, source: str) -> ToolFormat:
     return found
 
 
-def _options(state: ServerState, asked: ChatAsked, tools: bool, thinks: bool) -> dict[str, Any]:
+def _options(lane: Lane, asked: ChatAsked, tools: bool, thinks: bool) -> dict[str, Any]:
     """The template's variables, with `reasoning_effort` where it knows it.
 
     Where it does not, "none" still asks a model that thinks not to (`enable_thinking`, or DeepSeek's `thinking`), and any other
@@ -124,7 +125,7 @@ def _options(state: ServerState, asked: ChatAsked, tools: bool, thinks: bool) ->
     options, effort = dict(asked.options), asked.effort
     if effort is None:
         return options
-    variables = state.template.variables(tools)
+    variables = lane.template.variables(tools)
     if "reasoning_effort" in variables:
         options.setdefault("reasoning_effort", effort)
     elif switch := next((name for name in ("enable_thinking", "thinking") if name in variables), None):

@@ -81,7 +81,11 @@ class CitedAnswers:
         self._pieces.append(output.text)
         if output.finish in ("stop", "length"):
             context = output.prompt_tokens + output.completion_tokens - output.dropped_tokens
-            self._answer.cited = await self._state.documents.citing(lambda: self._cited(context))
+            request = self._answers.request
+            assert request.deadline is not None
+            self._answer.cited = await self._state.documents.citing(
+                request.client, lambda: self._cited(context), request.deadline
+            )
         return output
 
     def _cited(self, context: int) -> dict[str, Any]:
@@ -156,24 +160,24 @@ class DocumentAnswers(Answers):
 
     async def _work(self) -> Any:
         """Runs the strategy to its end; why the answer ended."""
-        attached, material, deadline = self._attached, self._material, self._deadline
+        attached, material, deadline, client = self._attached, self._material, self._deadline, self.request.client
         finish = "stop"
 
         def begin() -> tuple[Work, Batch | Result]:
             work = answer_by(Question(attached.question, attached.before), material)
             return work, advance(work)
 
-        work, step = await self._state.documents.step(begin, deadline)
+        work, step = await self._state.documents.step(client, begin, deadline)
         while isinstance(step, Batch):
             if step.last:
                 reply, finish = await self._last(step.asks[0])
                 replies = [reply]
             else:
                 replies = await self._parts(step)
-            step = await self._state.documents.step(partial(advance, work, replies), deadline)
+            step = await self._state.documents.step(client, partial(advance, work, replies), deadline)
         if not self._streamed:  # what one part said is the answer
             said, params, prompts = str(step.answer), self.request.sampling, material.prompts
-            text, finish = await self._state.documents.step(lambda: _held_to(said, params, prompts), deadline)
+            text, finish = await self._state.documents.step(client, lambda: _held_to(said, params, prompts), deadline)
             self.put(self._output(text=text))
         notes = step.notes + (["earlier messages were cut: the documents take the room"] if attached.cut else [])
         self._answer.cited = {

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-from fastapi import Request
-from starlette.requests import ClientDisconnect
+from typing import Any
 
 from ..chat.reasoning import ReasoningParser
 from ..engine.request import Request as EngineRequest
 from ..longdoc.material import Material
 from .attachments import Attached, attached, has_files
+from .caller import Caller
 from .chat_answers import ChatAnswer
 from .chat_setup import ChatAsked, ChatSetup, set_up
 from .document_answers import CitedAnswers, DocumentAnswers
 from .problems import ApiError
 from .state import ServerState
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,46 +53,41 @@ def answered(
     return cited, parsed
 
 
-async def documents_of(
-    state: ServerState, request: Request, chat: ChatAsked, places: ExitStack, deadline: float
-) -> Documents | None:
+async def documents_of(state: ServerState, owner: str, chat: ChatAsked, places: ExitStack, caller: Caller) -> Documents | None:
     """The documents of a chat, read and in chunks; None: it has no files.
 
     Args:
+        owner: salt of the key that asks.
         places: the request's, given back when it is answered: memory of files that came with it goes along.
 
     Raises:
-        ApiError, DocumentError: as of `attached`; 504, they were not ready by the deadline.
-        ClientDisconnect: the client left meanwhile.
+        ApiError, DocumentError, WorkerLostError: as of `attached`; 504, they were not ready by the deadline.
     """
     if not has_files(chat.messages):
         return None
-    owner = request.state.salt
-
-    async def ready() -> Documents:
-        found = await attached(state, chat.messages, owner, places, deadline)
-        return Documents(found, await state.documents.material(owner, found.digests, found.document, deadline))
-
-    return await _unless_gone(request, ready())
+    found = await attached(state, chat.messages, owner, places, caller)
+    return Documents(found, await state.documents.material(owner, found.digests, found.document, caller))
 
 
 async def set_up_chat(
-    state: ServerState, chat: ChatAsked, documents: Documents | None, most: int | None, deadline: float
+    state: ServerState, chat: ChatAsked, documents: Documents | None, most: int | None, caller: Caller
 ) -> ChatSetup | None:
     """As `set_up`, with the documents' texts before what is asked of them; None: they do not fit.
 
     Args:
         most: tokens that the request allows the answer; None: it does not say.
 
-    Raises: as `set_up`; ApiError: 504, not done by the deadline.
+    Raises: as `set_up`; RequestError: what people say can't fit; ApiError: as of `FairQueue.run`.
     """
     if documents is None:
-        return await state.tokenizing(lambda: set_up(state, chat), deadline)
+        state.prompt_size.check_chat(chat.messages)
+        return await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)
     room = state.engine.room
     if documents.material.tokens > room:
         return None
     asked = replace(chat, messages=documents.attached.messages)
-    setup = await state.tokenizing(lambda: set_up(state, asked), deadline)
+    size = caller.size + documents.attached.document.characters
+    setup = await state.tokenizing(lambda lane: set_up(state, lane, asked), caller, size)
     fits = not setup.dropped and len(setup.prompt.ids) + (most or state.documents.reply) <= room
     return setup if fits else None
 
@@ -115,22 +104,3 @@ def check_simple(**wanted: object) -> None:
                 400, f"{name}: not with documents that, with the answer, are longer than the model's context; leave it out, or "
                 "send less text", param=name,
             )  # fmt: skip
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What the work comes to, which is ended when the client leaves."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return await task
-    finally:
-        watch.cancel()
-        task.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

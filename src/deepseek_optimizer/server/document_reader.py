@@ -1,17 +1,18 @@
-"""Bytes that a client sent to their text: in a process of its own, with limits on time and memory, one file after the other."""
+"""Bytes that a client sent to their text: in processes of their own, with limits on time and memory. A client's files are read
+one after the other, which leaves a process to the others."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..engine.worker import Worker, WorkerError
+from ..engine.worker import WorkerError
+from ..engine.worker_pool import WorkerPool
 from ..errors import DocumentError
 from ..longdoc.document import Page, TextFile
+from .caller import Caller
+from .fair_queue import FairQueue
 from .problems import ApiError
 from .settings import ServerSettings
 
@@ -19,31 +20,32 @@ _JOB = Path(__file__).with_name("document_job.py")
 _MEMORY = 1 << 30  # bytes that reading one file may take
 
 
+_NICE = 10  # of the processes: answers that are being written go first
+
+
 class DocumentReader:
-    """Starts its process with the first file."""
+    """Starts its processes when there are files for them.
 
-    def __init__(self, settings: ServerSettings) -> None:
+    Args:
+        workers: processes, and files that are read at once.
+        most_key, most: as of `FairQueue`.
+    """
+
+    def __init__(self, settings: ServerSettings, workers: int, most_key: int, most: int) -> None:
         setup = {"package": __name__.partition(".")[0], "most": settings.most_file_bytes}
-        self._worker = Worker(_JOB, setup, seconds=settings.file_read_seconds, memory=_MEMORY)
-        # One thread: while it works, what others sent waits as the bytes that they are, and not as messages to the worker too.
-        self._thread = ThreadPoolExecutor(1, "dso-files")
+        self.workers = WorkerPool(_JOB, setup, workers, seconds=settings.file_read_seconds, memory=_MEMORY, nice=_NICE)
+        # As many threads: what waits does so as the bytes that it is, and not as a message to a worker too.
+        self.queue = FairQueue("files", workers, most_running=1, most_key=most_key, most=most)
 
-    async def read(self, name: str, data: bytes | bytearray, deadline: float) -> TextFile:
+    async def read(self, name: str, data: bytes | bytearray, caller: Caller) -> TextFile:
         """
-        Args:
-            deadline: of `time.monotonic`.
-
         Raises:
             DocumentError: it can't be read, or takes too long or too much memory to be.
-            ApiError: 501, a library is not installed; 503, it could not be read in time, since so many are before it.
+            WorkerLostError: something else ended the process that read it, twice.
+            ApiError: 501, a library is not installed; others as of `FairQueue.run`.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._thread, self._read, name, data)
         try:
-            found = await asyncio.wait_for(future, max(0.01, deadline - time.monotonic()))
-        except asyncio.TimeoutError:
-            raise ApiError(
-                503, "file: others' files took all the time", code="unavailable", headers={"Retry-After": "30"}
-            ) from None
+            found = await self.queue.run(caller.key, lambda: self._read(name, data), caller.deadline)
         except WorkerError as error:
             raise DocumentError(name, f"cannot be read: {error}") from None
         if "missing" in found:
@@ -54,9 +56,9 @@ class DocumentReader:
         return TextFile(name, found["text"], pages, tuple(found["headings"]), tuple(found["warnings"]))
 
     def close(self) -> None:
-        """Ends the process."""
-        self._worker.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends threads and processes."""
+        self.queue.close()
+        self.workers.close()
 
     def _read(self, name: str, data: bytes | bytearray) -> Any:
-        return self._worker.call({"name": name, "data": base64.b64encode(data).decode()})
+        return self.workers.call({"name": name, "data": base64.b64encode(data).decode()})

@@ -81,7 +81,7 @@ class FileStore:
         self._settings, self._gone, self._clock = settings, gone, clock
         self._files: dict[str, StoredFile] = {}
         self._taken = Counter[str]()  # bytes by owner
-        self._coming = 0  # uploads on their way
+        self._coming = Counter[str]()  # uploads on their way, by client
 
     def __len__(self) -> int:
         return len(self._files)
@@ -92,20 +92,30 @@ class FileStore:
         return self._taken.total()
 
     @contextmanager
-    def room(self, owner: str) -> Iterator[Room]:
+    def room(self, owner: str, client: str) -> Iterator[Room]:
         """For what is being received. Its memory is free again at the end; `add` takes the text's own.
 
+        Args:
+            client: who sends it; without keys all files have one owner.
+
         Raises:
-            ApiError: 503, too many are being received.
+            ApiError: 429, the client is sending as many as it may; 503, all together are.
         """
-        if self._coming >= self._settings.most_uploads:
+        if self._coming[client] >= self._settings.most_key_uploads:
+            raise ApiError(
+                429, f"file: {self._coming[client]} of yours are being received, and no more are taken at once",
+                code="queue_full", headers={"Retry-After": "1"},
+            )  # fmt: skip
+        if self._coming.total() >= self._settings.most_uploads:
             raise busy("the server is reading as many files as it can at once")
         room = Room(self, owner)
-        self._coming += 1
+        self._coming[client] += 1
         try:
             yield room
         finally:
-            self._coming -= 1
+            self._coming[client] -= 1
+            if not self._coming[client]:
+                del self._coming[client]
             room.set(0)
 
     def take(self, owner: str, change: int) -> None:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..chat.reasoning import CLOSE, OPEN
+from ..engine.grammar_source import (
+    GrammarSource,
+    ebnf_source,
+    object_source,
+    regex_source,
+    schema_source,
+    tools_source,
+)
 from ..engine.request import CompiledGrammar
+from .caller import Caller
 from .chat_setup import ChatAsked, ChatSetup
 from .problems import ApiError
 from .protocol.formats import Guided, JsonObjectFormat, JsonSchemaFormat
@@ -45,28 +54,27 @@ def form_of(guided: Guided) -> Form | None:
     return forms[0] if forms else None
 
 
-async def compiled(state: ServerState, form: Form | None, deadline: float) -> CompiledGrammar | None:
+async def compiled(state: ServerState, form: Form | None, caller: Caller) -> CompiledGrammar | None:
     """The grammar of a form; None where there is none.
 
     Raises:
         RequestError: it is wrong, or takes too long to compile.
-        EngineBusyError: too many others are waiting for theirs.
-        ApiError: 504, it was not compiled by the deadline.
+        WorkerLostError: something else ended the process that compiled it, twice.
+        ApiError: as of `FairQueue.run`.
     """
     if form is None:
         return None
-    compiler = state.grammars
-    make: dict[str, Callable[[], CompiledGrammar]] = {
-        "json_object": compiler.json_object,
-        "json_schema": lambda: compiler.json_schema(form.value),
-        "regex": lambda: compiler.regex(form.value),
-        "ebnf": lambda: compiler.ebnf(form.value),
+    make: dict[str, Callable[[], GrammarSource]] = {
+        "json_object": object_source,
+        "json_schema": lambda: schema_source(form.value),
+        "regex": lambda: regex_source(form.value),
+        "ebnf": lambda: ebnf_source(form.value),
     }
-    return await state.compiling(make[form.kind], deadline)
+    return await state.compiling(make[form.kind], caller)
 
 
 async def chat_grammar(
-    state: ServerState, chat: ChatAsked, setup: ChatSetup, form: Form | None, parallel: bool, deadline: float
+    state: ServerState, chat: ChatAsked, setup: ChatSetup, form: Form | None, parallel: bool, caller: Caller
 ) -> CompiledGrammar | None:
     """What a chat's answer is held to: a form, or calls of tools that must be made. Thoughts before it are free.
 
@@ -75,19 +83,19 @@ async def chat_grammar(
 
     Raises:
         ApiError: 400, a form and tools that may be called, which exclude each other.
-        RequestError, EngineBusyError, ApiError: as of `compiled`.
+        RequestError, WorkerLostError, ApiError: as of `compiled`.
     """
     tool_format = setup.tool_format
     if form is not None and tool_format is not None:
         raise ApiError(400, 'tools: not with a form of the text; give either, or tool_choice "none"', param="tools")
     if tool_format is None or (chat.choice != "required" and not chat.named):
-        grammar = await compiled(state, form, deadline)
+        grammar = await compiled(state, form, caller)
     else:
         shape = tool_format.shape
         tools = [tool for tool in chat.tools if not chat.named or tool["function"]["name"] == chat.choice]
         if shape is None:
             raise ApiError(400, "tool_choice: calls in this model's format can't be forced", param="tool_choice")
-        grammar = await state.compiling(lambda: state.grammars.tools(tools, "required", shape, parallel), deadline)
+        grammar = await state.compiling(lambda: tools_source(tools, "required", shape, parallel), caller)
     if grammar is None or setup.thinking == "no":
         return grammar
     return state.grammars.after_thoughts(grammar, OPEN, CLOSE, setup.thinking == "open")

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .caller import client_of
 from .hosts import HostCheck
 from .metrics import HttpMetrics
 from .problems import INTERNAL, ApiError, problem
@@ -43,9 +44,10 @@ class HostGuard:
 
 
 class Guard:
-    """Asks for the key, and turns every error into an answer.
+    """Asks for the key, turns every error into an answer, and has HEAD answered as GET, whose body uvicorn leaves out.
 
-    The key's hash is left in the scope's state as `salt`, and the time of arrival as `arrived`, of `time.monotonic`.
+    The key's hash is left in the scope's state as `salt`, what tells clients apart as `client` (see `caller`), and the time of
+    arrival as `arrived`, of `time.monotonic`.
 
     Args:
         open_paths: that anyone may ask for.
@@ -58,7 +60,9 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        arrived = time.monotonic()
+        arrived, asked = time.monotonic(), scope["method"]
+        if asked == "HEAD":
+            scope = {**scope, "method": "GET"}
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -69,21 +73,22 @@ class Guard:
             await send(message)
 
         try:
-            scope.setdefault("state", {}).update(salt=self._salt(scope), arrived=arrived)
+            salt = self._salt(scope)
+            scope.setdefault("state", {}).update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = status or 499  # nginx's number: nobody is there to read an answer
         except Exception as error:
             found = problem(error)
             if found is None:
-                logger.exception("error in %s %s", scope["method"], _handler(scope))
+                logger.exception("error in %s %s", asked, _handler(scope))
             if not status:
                 await (found or INTERNAL).response()(scope, receive, send_with_headers)
             else:
                 raise  # in the middle of an answer: uvicorn closes the connection, so that it can't pass for a whole one
         finally:
             status = status or 499  # a client that left before its answer began
-            method = scope["method"] if scope["method"] in _METHODS else "other"
+            method = asked if asked in _METHODS else "other"
             self._metrics.record(_handler(scope), method, status, time.monotonic() - arrived)
             if self._settings.access_log:
                 logger.info("%s %s %d %.3f s", method, _handler(scope), status, time.monotonic() - arrived)

@@ -5,7 +5,9 @@ No message holds a path, an address or a traceback: those go to the log.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +15,18 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import DocumentError, EngineBusyError, EngineDeadError, MissingPackageError, RequestError
+from ..errors import (
+    CheckpointChangedError,
+    DocumentError,
+    EngineBusyError,
+    EngineDeadError,
+    MissingPackageError,
+    RequestError,
+    WorkerLostError,
+    excerpt,
+)
 
+logger = logging.getLogger("deepseek_optimizer.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -38,7 +50,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code = status, message, param and excerpt(param), code
         self.headers = dict(headers or {})
         super().__init__(message)
 
@@ -69,18 +81,33 @@ def problem(error: BaseException) -> ApiError | None:
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.field)
     if isinstance(error, DocumentError):
-        return ApiError(400, f"{error.file[:300]}: {error.message}", param="file", code="unreadable_file")
+        return ApiError(400, f"{excerpt(error.file)}: {error.message}", param="file", code="unreadable_file")
     if isinstance(error, MissingPackageError):
         return ApiError(501, str(error), code="missing_package")
     if isinstance(error, EngineBusyError):
         after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return ApiError(429, str(error), code="queue_full", headers=after)
     if isinstance(error, EngineDeadError):
-        return ApiError(503, "the engine has stopped", code="engine_dead", headers={"Retry-After": "30"})
+        return _dead(error.__cause__)
+    if isinstance(error, WorkerLostError):
+        logger.error("%s", error)
+        return ApiError(
+            503, "a process of the server that this request needs was ended twice; send it again", code="worker_lost",
+            headers={"Retry-After": "1"},
+        )  # fmt: skip
     if isinstance(error, HTTPException):
         names = {404: "there is nothing at this address", 405: "this address does not know this method"}
         return ApiError(error.status_code, names.get(error.status_code, str(error.detail)), headers=error.headers)
     return None
+
+
+def _dead(cause: BaseException | None) -> ApiError:
+    message, code = "the engine has stopped", "engine_dead"
+    if isinstance(cause, CheckpointChangedError):
+        name = os.path.basename(cause.file or "") or "a file of it"
+        message = f"the model cannot be used any more: {name} {cause.what}; restore the file and restart the server"
+        code = "model_file_changed"
+    return ApiError(503, message, code=code, headers={"Retry-After": "30"})
 
 
 INTERNAL = ApiError(500, "an error of the server; its log says more", code="internal_error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import RequestError
+from .caller import Caller
 from .state import ServerState
 
 
@@ -17,16 +18,19 @@ def tokens_of(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-async def text_prompts(state: ServerState, prompt: Any, special: bool, deadline: float, field: str) -> list[list[int]]:
+async def text_prompts(state: ServerState, prompt: Any, special: bool, caller: Caller, field: str) -> list[list[int]]:
     """Of /v1/completions and /v1/embeddings: one text or several, as characters or tokens.
 
     Raises:
-        RequestError: one of them has no token.
+        RequestError: one of them has no token, or more than the model's context.
+        ApiError: as of `FairQueue.run`.
     """
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
     if isinstance(prompt[0], str):
-        prompt = await state.tokenizing(lambda: [tokens_of(state.tokenizer, text, special) for text in prompt], deadline)
+        for text in prompt:
+            state.prompt_size.check([text], field)
+        prompt = await state.tokenizing(lambda lane: [tokens_of(lane.tokenizer, text, special) for text in prompt], caller)
     if not all(prompt):
         raise RequestError(field, "must have at least one token")
     return list(prompt)

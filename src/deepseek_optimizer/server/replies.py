@@ -102,8 +102,10 @@ class _Reply(Response):
         logger.error("request %s failed: %s", output.request_id, output.error)
         if output.transient:
             return busy("there is no memory for this answer now", 5)
-        if not self._state.engine.alive:
-            return problem(EngineDeadError("the engine has stopped"))
+        try:
+            self._state.engine.check_alive()
+        except EngineDeadError as error:
+            return problem(error)
         return ApiError(500, "the model could not go on with this answer", code="generation_failed")
 
 

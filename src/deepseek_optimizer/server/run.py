@@ -7,6 +7,7 @@ status 0. The second: it ends at once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -45,6 +46,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # whose turn it is goes by the connection's address, which X-Forwarded-For must not change
                 timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a float will do
                 timeout_graceful_shutdown=3,
             )
@@ -140,4 +142,5 @@ def serve(engine: Any, settings: ServerSettings, sock: socket.socket, banner: Ca
     raise_file_limit()
     app = create_app(engine, settings)
     app.state.server.warm_up()
+    gc.freeze()  # what is there now stays: no collection need look at it, which would take a tenth of a second
     Server(app, settings, banner).run([sock])

@@ -20,7 +20,8 @@ class ServerSettings:
             or where any are given.
         allow_origins: of web pages that may read answers (CORS); "*" for all.
         most_body_bytes: of one request's body.
-        most_bodies_bytes: of all bodies that are being read at once.
+        most_key_bodies_bytes, most_bodies_bytes: of the bodies of a client that are being read at once, and of all. A client is
+            a key, or an address where no keys are asked for.
         most_header_bytes: of a request's line and headers together; most_headers: how many.
         most_json_depth: of lists and objects in each other.
         most_connections: open at once.
@@ -33,7 +34,9 @@ class ServerSettings:
         most_file_bytes: of a file that is sent, and characters of the text in it.
         most_key_file_bytes, most_files_bytes: that the texts of all files of a key, and of all files, may take in memory, with
             those that are coming in. What is made of them to answer from may take `most_files_bytes` again.
-        most_key_files: files of a key; most_uploads: that are read at once.
+        most_key_files: files of a key; most_key_uploads, most_uploads: of a client, and of all, that are received at once.
+        most_key_jobs: requests of a client that may wait for a queue's work: tokenising, grammars, documents. In all of a queue
+            there may be four times as many.
         file_seconds: after which a file is let go of.
         file_read_seconds: of CPU time that reading a file's text may take.
         upload_seconds: that a client may take to send a file.
@@ -50,7 +53,8 @@ class ServerSettings:
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     most_body_bytes: int = 4 << 20
-    most_bodies_bytes: int = 64 << 20
+    most_key_bodies_bytes: int = 64 << 20
+    most_bodies_bytes: int = 128 << 20
     most_header_bytes: int = 32 << 10
     most_headers: int = 100
     most_json_depth: int = 100
@@ -66,7 +70,9 @@ class ServerSettings:
     most_key_file_bytes: int = 128 << 20
     most_files_bytes: int = 256 << 20
     most_key_files: int = 1000
-    most_uploads: int = 64
+    most_key_uploads: int = 64
+    most_uploads: int = 128
+    most_key_jobs: int = 512
     file_seconds: float = 86_400.0
     file_read_seconds: float = 20.0
     upload_seconds: float = 300.0
@@ -101,10 +107,10 @@ class ServerSettings:
                 raise ConfigError(f"allow_origins: {origin!r} is no web page's origin; give https://example.com, or *")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
-        for name in ("most_body_bytes", "most_bodies_bytes", "most_header_bytes", "most_headers", "most_json_depth",
-                     "most_file_bytes", "most_key_file_bytes", "most_files_bytes"):  # fmt: skip
+        for name in ("most_body_bytes", "most_key_bodies_bytes", "most_bodies_bytes", "most_header_bytes", "most_headers",
+                     "most_json_depth", "most_file_bytes", "most_key_file_bytes", "most_files_bytes"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("most_connections", "most_answers", "most_key_files", "most_uploads"):
+        for name in ("most_connections", "most_answers", "most_key_files", "most_key_uploads", "most_uploads", "most_key_jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")

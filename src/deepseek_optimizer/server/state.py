@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from ..chat.reasoning import thinks
-from ..chat.template import ChatTemplate
 from ..engine.grammar import GrammarCompiler
-from ..engine.request import Request
-from ..errors import EngineBusyError, EngineDeadError, RequestError
+from ..engine.grammar_source import GrammarSource
+from ..engine.request import CompiledGrammar, Request
+from ..errors import EngineBusyError, RequestError, WorkerLostError
+from .caller import Caller
 from .document_reader import DocumentReader
+from .fair_queue import FairQueue
 from .file_store import FileStore
 from .json_body import BodyReader
 from .preparation import Preparation
 from .problems import ApiError, busy
+from .prompt_size import PromptSize
 from .protocol.sampling import answers_asked
+from .queue_metrics import QueueCollector
 from .settings import ServerSettings
-from .threads import threaded
 from .token_text import TokenTexts
+from .tokenising import Lane, Tokenising
 
 T = TypeVar("T")
+
+_CLIENTS = 4  # whose jobs a queue takes, if each has as many as it may
+_WORKERS = (2, 4)  # processes of a kind, at least and at most
 
 
 class ServerState:
@@ -35,22 +43,32 @@ class ServerState:
 
     def __init__(self, engine: Any, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
-        self.bodies = BodyReader(settings)
         self.created = int(time.time())
         self.draining = False
         self.model_name: str = engine.model_name
         # Its own copy: a tokenizer's settings change while it encodes, and the engine's thread decodes meanwhile.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
-        self.template = ChatTemplate(self.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
-        # One thread: two would meet each other's settings. Texts wait for each other there, and not the event loop for them.
-        self._tokenizing = ThreadPoolExecutor(1, "dso-tokenizer")
+        self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.window is None else None)
+        most_key, most = settings.most_key_jobs, _CLIENTS * settings.most_key_jobs
+        self.bodies = BodyReader(settings, most_key, most)
+        self._tokenising = Tokenising(self.tokenizer, most_key, most)
+        self.template = self._tokenising.short.template
+        workers = min(max(_WORKERS[0], (os.cpu_count() or 1) // 2), _WORKERS[1])
         self.grammars = GrammarCompiler(
-            self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds
+            self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds, workers=workers
         )
-        self._compiling = ThreadPoolExecutor(8, "dso-grammar")  # they wait for a process
-        self.documents = Preparation(self._tokenizer_copy, engine.room, settings.most_files_bytes)
-        self.files, self.reader = FileStore(settings, self.documents.forget), DocumentReader(settings)
+        # One of a client's at a time: what may take seconds leaves the other processes to the others.
+        self._compiling = FairQueue("grammars", workers, most_running=1, most_key=most_key, most=most)
+        self._looking_up = FairQueue("schemas", 1, most_running=1, most_key=most_key, most=most)
+        self.documents = Preparation(self._tokenizer_copy, engine.room, settings.most_files_bytes, most_key, most)
+        self.files = FileStore(settings, self.documents.forget)
+        self.reader = DocumentReader(settings, workers, most_key, most)
+        self.queues = [
+            self.bodies.queue, *self._tokenising.queues, self._looking_up, self._compiling, self.reader.queue,
+            *self.documents.queues,
+        ]  # fmt: skip
+        engine.registry.register(QueueCollector(self.queues, engine.model_name))
 
     def check_taking(self) -> None:
         """
@@ -60,11 +78,13 @@ class ServerState:
         """
         if self.draining:
             raise busy("the server is stopping", 5)
-        if not self.engine.alive:
-            raise EngineDeadError("the engine has stopped")
+        self.engine.check_alive()
 
-    def admit(self, body: Mapping[str, Any]) -> ExitStack:
+    def admit(self, body: Mapping[str, Any], client: str) -> ExitStack:
         """Takes places in the engine's queue for the answers that a body asks for, before anything else is done for it.
+
+        Args:
+            client: whose they are.
 
         Returns: what gives them back.
 
@@ -78,7 +98,7 @@ class ServerState:
         if count > most:
             raise ApiError(400, f"n: {count} answers were asked for, and a request may have {most}", param="n")
         places = ExitStack()
-        places.enter_context(self.engine.admit(count))
+        places.enter_context(self.engine.admit(count, client))
         return places
 
     def check_model(self, name: str | None) -> None:
@@ -93,17 +113,29 @@ class ServerState:
         """Of a request that arrived then, both of `time.monotonic`."""
         return arrived + self.settings.request_seconds
 
-    async def tokenizing(self, work: Callable[[], T], deadline: float) -> T:
-        """Runs what uses the tokenizer or the chat template.
+    async def tokenizing(self, work: Callable[[Lane], T], caller: Caller, size: int | None = None) -> T:
+        """Runs what uses a tokenizer or the chat template; see `Tokenising.run`."""
+        return await self._tokenising.run(work, caller, size)
+
+    async def compiling(self, make: Callable[[], GrammarSource | None], caller: Caller) -> CompiledGrammar | None:
+        """The grammar of what a request asks for. What is known already waits for no process.
+
+        Args:
+            make: makes its source, or raises.
 
         Raises:
-            ApiError: 504, it was not done by the deadline.
+            RequestError, WorkerLostError: as of `GrammarCompiler.compile`.
+            ApiError: as of `FairQueue.run`.
         """
-        return await threaded(self._tokenizing, work, deadline)
 
-    async def compiling(self, work: Callable[[], T], deadline: float) -> T:
-        """Runs what waits for a grammar; raises as `tokenizing` does."""
-        return await threaded(self._compiling, work, deadline)
+        def look_up() -> tuple[GrammarSource | None, CompiledGrammar | None]:
+            source = make()
+            return source, None if source is None else self.grammars.known(source)
+
+        source, found = await self._looking_up.run(caller.key, look_up, caller.deadline)
+        if source is None or found is not None:
+            return found
+        return await self._compiling.run(caller.key, lambda: self.grammars.compile(source), caller.deadline)
 
     def submit(self, requests: list[Request]) -> list[Any]:
         """The answers of each, all of them or none.
@@ -121,9 +153,9 @@ class ServerState:
             raise
         return answers
 
-    async def _tokenizer_copy(self, deadline: float) -> Any:
+    async def _tokenizer_copy(self, caller: Caller) -> Any:
         """Made on the thread that alone uses it."""
-        return await self.tokenizing(lambda: copy.deepcopy(self.tokenizer), deadline)
+        return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes thoughts before its answer."""
@@ -132,17 +164,24 @@ class ServerState:
 
     def warm_up(self) -> None:
         """Starts the processes for templates and grammars, which takes seconds; the first requests need not wait for them."""
-        self._compiling.submit(self.grammars.json_object)
+        threading.Thread(target=self._warm_grammars, name="dso-warm-up", daemon=True).start()
         try:
             self.template.variables()
-        except (RequestError, EngineBusyError):  # a model without a template, or one that fails: for whoever chats to hear
+        except (RequestError, EngineBusyError, WorkerLostError):  # no template, or one that fails: for whoever chats to hear
+            pass
+
+    def _warm_grammars(self) -> None:
+        try:
+            self.grammars.json_object()
+            self.grammars.start()
+        except (RequestError, EngineBusyError, WorkerLostError):  # for whoever asks for one to hear
             pass
 
     def close(self) -> None:
         """Ends what the state has started."""
-        for threads in (self._tokenizing, self._compiling):
-            threads.shutdown(wait=False, cancel_futures=True)
-        self.template.close()
+        for queue in (self._looking_up, self._compiling, self.bodies.queue):
+            queue.close()
+        self._tokenising.close()
         self.reader.close()
         self.documents.close()
         self.grammars.close()

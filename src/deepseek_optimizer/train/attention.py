@@ -137,15 +137,15 @@ def train_mask(
 
 def whole_rows(rows: int, tokens: int, window: int = 0) -> Texts:
     """One text a row."""
-    begin = torch.arange(rows) * tokens
+    begin = torch.arange(rows, dtype=torch.int64, device="cpu") * tokens
     return Texts(begin, begin + tokens, window, rows, tokens)
 
 
 def _texts(rule: Rule, padding: torch.Tensor | None, rows: int, tokens: int, window: int, device: Any) -> Texts:
     """A text begins where a token does not see the one before it. Of chunks (Llama 4) that is a chunk's first token, and a
     window as long as they are sees all of it."""
-    row = torch.arange(rows, device=device)[:, None]
-    here = torch.arange(1, tokens, device=device)[None]
+    row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]
+    here = torch.arange(1, tokens, device=device, dtype=torch.int64)[None]
     if bool(rule(row, torch.zeros_like(row), here - 1, here).any()):
         raise UnsupportedRequestError('dso_train is causal, and this model has tokens see some behind them; use "sdpa"')
     begins = torch.ones(rows, tokens, dtype=torch.bool, device=device)

@@ -97,7 +97,10 @@ class ExpertBalancing(TrainerCallback):
         real = mask.bool().flatten() if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.all() else None
         text = None
         if self.sequence_weight and isinstance(ids, torch.Tensor):
-            text = texts_of(positions if positions is not None else torch.arange(ids.shape[1], device=ids.device), ids.shape)
+            text = texts_of(
+                positions if positions is not None else torch.arange(ids.shape[1], device=ids.device, dtype=torch.int64),
+                ids.shape,
+            )
         self._tokens = _Tokens(real, text)
 
     def _counter(self, path: str) -> Any:
@@ -197,7 +200,9 @@ def sequence_loss(
     scores = scores / scores.sum(-1, keepdim=True)
     picked = torch.zeros_like(scores).scatter_(1, index, 1.0)
     length = text.bincount(minlength=count)
-    f = torch.zeros(count, scores.shape[1], device=scores.device).index_add_(0, text, picked) * (scores.shape[1] / chosen)
+    f = torch.zeros(count, scores.shape[1], device=scores.device, dtype=torch.float32).index_add_(0, text, picked) * (
+        scores.shape[1] / chosen
+    )
     p = torch.zeros_like(f).index_add_(0, text, scores)
     each = (f * p).sum(-1) / length.clamp(min=1).float().square()
     return each.sum() / (length > 0).sum()

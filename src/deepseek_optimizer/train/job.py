@@ -21,13 +21,15 @@ from transformers import (
     set_seed,
 )
 
+from ..backends.cpu import crowding
+from ..backends.cpu.environment import forced_threads
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
-from ..integration.arena import available_bytes
 from ..integration.loader import resolve, sketch
 from ..integration.mtp_layers import stored_mtp_layers
 from ..models import check_config
+from ..system.memory import free_memory
 from . import lora
 from .arguments import DeepSeekTrainingArguments
 from .checkpoints.directory import checkpoints, locked
@@ -36,7 +38,9 @@ from .curve import JSON_NAME, PNG_NAME, LossCurve
 from .data import Collator, DataReport, PackedRows, TokenDataset, load_data
 from .data.packing import row_for
 from .defaults import defaults, rhythm
+from .disk import check_writable, plan_disk
 from .fp8.backend import of_arguments
+from .ops.native import built
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
 from .prepare import prepare, trainable
@@ -87,7 +91,8 @@ class TrainingJob:
         progress: called with how many records are made into tokens, and how many there are.
 
     Raises:
-        ConfigError: settings that contradict each other, the model or what lies in `output`.
+        ConfigError: settings that contradict each other, the model or what lies in `output`, or an `output` that cannot be
+            written.
         CheckpointError: the model, or a run that is to go on, cannot be read.
         DataError: data that cannot be used.
         MissingPackageError: PEFT or matplotlib is needed and not installed.
@@ -102,6 +107,8 @@ class TrainingJob:
         self.resumes = (resume and _goes_on(config, self.output)) or _begins(self.output)
         self.curve = LossCurve(self.output, self.resumes)
         self.args = self._arguments({})  # what contradicts itself is refused before the data is read
+        if self.args.should_save:
+            check_writable(self.output)
         of_arguments(self.args)  # and hardware for FP8 that is not there
         self.source = resolve(config.model)
         with open_checkpoint(self.source) as checkpoint:
@@ -151,6 +158,9 @@ class TrainingJob:
         tokens = min(self.longest, self.row) * self.args.train_batch_size
         prepared = prepare(model, activation_memory=self.args.activation_memory, fused_loss=self.args.fused_loss)
         memory = plan_memory(prepared, self.args, DTYPES["bf16" if self.args.bf16 else "fp32"], tokens)
+        steps = steps_of(len(self.train_rows), self.args)
+        present = len(checkpoints(self.output)) if self.resumes else 0
+        disk = plan_disk(self.output, self.args, memory, steps, present, adapter=config.lora is not None, merge=config.merge)
         rows, row = len(self.train_rows), self.row if config.data.packing else self.longest
         return TrainingPlan(
             model=config.model,
@@ -166,11 +176,12 @@ class TrainingJob:
             row=row,
             filled=self.documents.tokens / (rows * row),
             eval_sequences=0 if self.held is None else len(self.held),
-            steps=steps_of(rows, self.args),
+            steps=steps,
             batch=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             memory=memory,
-            free=available_bytes(),
-            remarks=[*self.report.remarks(), *self._left_out(checkpoint, model)],
+            free=free_memory().free,
+            disk=disk,
+            remarks=[*self.report.remarks(), *self._left_out(checkpoint, model), *_crowded()],
         )
 
     def _left_out(self, checkpoint: Checkpoint, model: Any) -> list[str]:
@@ -216,9 +227,12 @@ class TrainingJob:
 
         Raises:
             NotEnoughMemoryError, TrainingError, SaveError: see `DeepSeekTrainer`.
+            ConfigError: what it will write is more than the disk has.
             CheckpointError: another run trains into `output`, or the model lacks weights.
         """
         self.plan.memory.check(0)
+        if self.args.should_save:
+            self.plan.disk.check()
         with locked(self.output) if self.args.should_save else contextlib.nullcontext():
             pass  # another run is seen before the model loads; from `train` on, the trainer holds the lock itself
         model = self._load_model()
@@ -287,6 +301,13 @@ class TrainingJob:
     def _save_to(self, directory: Path, trainer: DeepSeekTrainer) -> None:
         trainer.save_model(str(directory))
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings are in `train.json`
+
+
+def _crowded() -> list[str]:
+    """That DSO_THREADS asks for more threads than there are processors for."""
+    asked = forced_threads()
+    note = crowding(asked) if asked is not None and built() else None
+    return [] if note is None else [note]
 
 
 def _unpacked_sketch(checkpoint: Checkpoint) -> Any:

@@ -201,7 +201,7 @@ def _fresh(
     state = {_MOMENT_NAMES[name]: t for name, t in vars(made).items() if t is not None}
     if _master(parameter, group) == "split":
         state["master_low"] = torch.zeros(weights.shape, dtype=torch.int16, device=device)
-    return {"step": torch.zeros((), dtype=torch.int64), **state}
+    return {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
 
 
 def _dither(low: torch.Tensor, weights: torch.Tensor, seed: int) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .disk import DiskPlan
 from .report import MemoryPlan
 
 
@@ -21,7 +22,8 @@ class TrainingPlan:
         filled: the part of the rows that is no padding.
         eval_sequences: held back to evaluate on.
         steps, batch: steps of training, and rows in each.
-        memory: by `report.plan_memory`. free: bytes that are free now.
+        memory: by `report.plan_memory`. free: bytes of it that are free now.
+        disk: by `disk.plan_disk`.
         remarks: on the data, as sentences.
     """
 
@@ -42,11 +44,13 @@ class TrainingPlan:
     batch: int
     memory: MemoryPlan
     free: int
+    disk: DiskPlan
     remarks: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For programs."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        totals = {name: {**asdict(getattr(self, name)), "total": getattr(self, name).total} for name in ("memory", "disk")}
+        return {**asdict(self), **totals}
 
     def __str__(self) -> str:
         packed = (
@@ -60,6 +64,7 @@ class TrainingPlan:
             f"tokens   {self.tokens:,}, {self.trained_tokens:,} of them trained{packed}",
             f"steps    {self.steps:,} of {self.batch} row(s)",
             f"memory   {self.memory}; {self.free / 1e6:,.0f} MB are free",
+            f"disk     {self.disk}",
         ]
         return "\n".join([*lines, *(f"note     {remark}" for remark in self.remarks)])
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
-import psutil  # comes with accelerate
+import psutil
 from transformers import TrainerCallback
 
 _STEPS = 20  # that the speed shown is the mean of

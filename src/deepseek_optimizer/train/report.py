@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from ..errors import NotEnoughMemoryError
-from ..integration.arena import available_bytes
+from ..system.memory import free_memory
 from .modules.attention import TrainedAttention
 from .modules.head import TrainedCausalLM
 from .modules.mlp import TrainedMlp
@@ -53,9 +53,9 @@ class MemoryPlan:
 
     def check(self, held: int) -> None:
         """Raises NotEnoughMemoryError if it cannot fit beside what is taken; `held`: bytes of it that are held already."""
-        needed, free = self.total - held, available_bytes()
-        if needed > free:
-            raise NotEnoughMemoryError("training", needed, free, _REMEDY)
+        needed, memory = self.total - held, free_memory()
+        if needed > memory.free:
+            raise NotEnoughMemoryError("training", needed, memory.free, _REMEDY, memory)
 
     def __str__(self) -> str:
         named = ("weights", "masters", "moments", "gradients", "accumulators", "activations")

@@ -27,7 +27,7 @@ def total_squares(tensors: Sequence[torch.Tensor], sums: list[float], counts: li
     """
     sums, counts = list(sums), list(counts)
     for group, places in _groups(tensors):
-        pair = torch.tensor([[sums[i] for i in places], [float(counts[i]) for i in places]], dtype=torch.float64)
+        pair = torch.tensor([[sums[i] for i in places], [float(counts[i]) for i in places]], dtype=torch.float64, device="cpu")
         pair = pair.to(local(tensors[places[0]]).device)
         dist.all_reduce(pair, group=group)
         for i, total, count in zip(places, *pair.tolist(), strict=True):

@@ -70,7 +70,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
             )
         self._prepared: Prepared | None = None
         self._accumulators: Accumulators | None = None
-        self._grad_norm = torch.zeros(())
+        self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         self._non_finite = NonFiniteSteps(args.on_nan, self._error)
         self._said: set[str] = set()
         self._fp8: Fp8 | None = of_arguments(args)
@@ -252,7 +252,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         """The optimizer clips in its own pass; the norm is a tensor that `_stepped` fills in before Trainer logs it."""
         if self._own is None:
             return super()._clip_grad_norm(model)
-        self._grad_norm = torch.zeros(())
+        self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         return self._grad_norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ...quant.packed import PackedMatrix
 from . import native, packer
 from .compile import compile_graph
 from .environment import forced_isa, forced_threads
+from .mapped_file import MappedFile, check_tensor, map_file
 from .plan import CpuPlan, CpuStore
 
 __all__ = ["CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
@@ -20,6 +22,17 @@ __all__ = ["CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
 FAMILIES = ("avx2", "avx512")  # ISA names that stand for several variants
 
 unavailable_reason = native.unavailable_reason
+
+
+def crowding(threads: int) -> str | None:
+    """That so many threads are more than this process has processors for; None: they are not."""
+    usable = int(native.library().dso_default_threads())
+    if threads <= usable:
+        return None
+    return (
+        f"{threads} threads share the {usable} processors that this process may use, and a step ends with the last of them: "
+        f"leave threads and DSO_THREADS out, or ask for {usable}"
+    )
 
 
 class CpuBackend:
@@ -55,6 +68,11 @@ class CpuBackend:
         return self.context.threads
 
     @property
+    def note(self) -> str | None:
+        """What the user should know of its threads."""
+        return crowding(self.threads)
+
+    @property
     def detail(self) -> str:
         return f"{self.isa}, {self.threads} threads"
 
@@ -78,6 +96,14 @@ class CpuBackend:
     ) -> torch.Tensor:
         """A `quant.Packer` on this backend's threads."""
         return packer.pack(self.context, weight, name, out, importance, scale)
+
+    def map_file(self, fd: int, size: int, modified_ns: int, path: Path) -> MappedFile:
+        """A `checkpoint.files.Mapper`."""
+        return map_file(fd, size, modified_ns, path)
+
+    def check_tensor(self, tensor: torch.Tensor) -> None:
+        """Raises CheckpointChangedError where a tensor lies in a mapped file that is not what was mapped."""
+        check_tensor(tensor)
 
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
         return packer.unpack(self.context, matrix, begin, end)

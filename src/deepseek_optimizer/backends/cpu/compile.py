@@ -92,7 +92,7 @@ class _Compiler:
     def frequencies(self, spec: Any) -> int:
         name = f"rope:{id(spec)}"
         if name not in self.index:
-            self._add(name, self._vector(torch.as_tensor(spec.inv_freq, dtype=torch.float32).clone()))
+            self._add(name, self._vector(torch.as_tensor(spec.inv_freq, dtype=torch.float32, device="cpu").clone()))
         return self.index[name]
 
     def step(self, node: Node) -> Step:
@@ -186,9 +186,10 @@ def compile_graph(
     compiler = _Compiler(context, graph, weights, activation)
     nodes = compiler.graph.nodes
     steps = [compiler.step(n) for n in nodes]
-    compiler.slots[compiler.slot_of[nodes[-1].outputs[0]]].kind = SLOT_KINDS["logits"]
+    if graph.has_head:
+        compiler.slots[compiler.slot_of[nodes[-1].outputs[0]]].kind = SLOT_KINDS["logits"]
     return CpuPlan(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
-        rope=compiler.rope,
+        rope=compiler.rope, has_head=graph.has_head,
     )  # fmt: skip

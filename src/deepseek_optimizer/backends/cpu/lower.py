@@ -3,7 +3,7 @@
 A product reads its input in the kind its weight's format asks for. Where every reader of a value wants the same kind, the op
 that makes the value writes that kind itself (a norm that quantises its result); elsewhere a `convert` step makes it, once.
 Ops over several matrices are split where their formats want different kinds. A router is a product in fp32, then the choice.
-The last node's output is the caller's logits.
+The last node's output is the caller's logits, if the graph has a head.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def _once(nodes: Iterable[Node]) -> list[Node]:
 
 def _selection(nodes: list[Node]) -> list[Node]:
     """Without rule `last_logits` the head runs on every token; the rows asked for are picked from its output."""
+    if nodes[-1].op != "lm_head":
+        return []
     logits = nodes[-1].outputs[0]
     return (
         []

@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...errors import BackendError
+from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
 from ...graph.ir import CacheSpec, LatentSpec
 from . import native_train
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 BLOCK_TOKENS = 32
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4, "fp8": 5}
@@ -30,7 +30,7 @@ OPS = {
     "state_in": 27, "concat": 28, "block_choose": 29, "latent_choose": 30,
 }  # fmt: skip
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128}
-_EINVAL, _ENOMEM = 1, 2
+_EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
 
@@ -94,6 +94,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_context_threads": (I32, [PTR]),
     "dso_default_threads": (I32, []),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
+    "dso_mapping_add": (I32, [PTR, I64, I32, I64, C.c_char_p, PTR]),
+    "dso_mapping_remove": (None, [I64]),
+    "dso_mapping_check": (I32, [PTR]),
     "dso_tile_bytes": (I64, [I32]),
     "dso_packed_bytes": (I64, [I32, I64, I64]),
     "dso_pack": (I32, [PTR, I32, I32, PTR, I64, I64, I64, PTR, PTR]),
@@ -117,6 +120,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),
     "dso_plan_reserve": (I32, [PTR, I32, I32]),
     "dso_plan_run": (I32, [PTR, PTR]),
+    "dso_plan_check": (I32, [PTR]),
     "dso_plan_set_timing": (I32, [PTR, I32]),
     "dso_plan_timing": (I32, [PTR, PTR, PTR]),
 }
@@ -161,6 +165,9 @@ def library() -> Any:
     return lib
 
 
+_MEMORY_REMEDY = "end other programs, take a smaller kv_cache_memory, or load the model in a smaller format"
+
+
 def check(code: int) -> None:
     """Raises what a non-zero return code stands for, with the library's own message."""
     if code == 0:
@@ -169,7 +176,10 @@ def check(code: int) -> None:
     if code == _EINVAL:
         raise ValueError(message)
     if code == _ENOMEM:
-        raise MemoryError(message)
+        raise NotEnoughMemoryError(message, None, None, _MEMORY_REMEDY)
+    if code == _EFILE:
+        what, _, file = message.partition(": ")
+        raise CheckpointChangedError(what, file=file)
     raise BackendError(message)
 
 

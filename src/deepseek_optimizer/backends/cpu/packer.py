@@ -97,7 +97,7 @@ def stack_struct(stack: PackedStack) -> Weight:
 def unpack(context: Context, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
     """Rows [begin, end) as float32 [end - begin, cols]."""
     end = matrix.rows if end is None else end
-    out = torch.empty(end - begin, matrix.cols)
+    out = torch.empty(end - begin, matrix.cols, dtype=torch.float32, device="cpu")
     check(context.lib.dso_unpack(context.handle, C.byref(weight_struct(matrix)), begin, end, out.data_ptr()))
     return out
 
@@ -119,7 +119,7 @@ def linear(
     """
     kind = activation or get_format(matrix.format).activation
     flat = x.detach().reshape(-1, matrix.cols).float().contiguous()
-    out = torch.empty(flat.shape[0], matrix.rows)
+    out = torch.empty(flat.shape[0], matrix.rows, dtype=torch.float32, device="cpu")
     bias32 = None if bias is None else bias.detach().float().contiguous()
     if bias32 is not None and bias32.shape != (matrix.rows,):
         raise ValueError(f"bias has shape {tuple(bias32.shape)}, the matrix has {matrix.rows} rows")
@@ -140,7 +140,7 @@ def linear_gradient(context: Context, grad: torch.Tensor, matrix: PackedMatrix) 
     """
     flat = grad.detach().reshape(-1, matrix.rows)
     flat = (flat if flat.dtype == torch.bfloat16 else flat.float()).contiguous()
-    out = torch.zeros(flat.shape[0], matrix.cols)
+    out = torch.zeros(flat.shape[0], matrix.cols, dtype=torch.float32, device="cpu")
     flags = ADD if flat.dtype == torch.bfloat16 else ADD | EXACT
     type_of, total = TYPES[str(flat.dtype).removeprefix("torch.")], Matrix(out.data_ptr(), matrix.cols, 0, TYPES["float32"], 0)
     for begin, end in panels(matrix.rows, matrix.cols):

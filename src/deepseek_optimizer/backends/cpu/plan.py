@@ -77,10 +77,12 @@ class CpuStore:
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         table, spec = _table(block_table, tokens), self.spec
         if isinstance(spec, LatentSpec):
-            key = torch.empty(tokens, spec.rank + spec.rope)
-            value = torch.empty(tokens, spec.index) if spec.index else None
+            key = torch.empty(tokens, spec.rank + spec.rope, dtype=torch.float32, device="cpu")
+            value = torch.empty(tokens, spec.index, dtype=torch.float32, device="cpu") if spec.index else None
         else:
-            key, value = (torch.empty(spec.kv_heads, tokens, spec.head_dim) for _ in range(2))
+            key, value = (
+                torch.empty(spec.kv_heads, tokens, spec.head_dim, dtype=torch.float32, device="cpu") for _ in range(2)
+            )
         address = _address(table, "block_table", table.size)
         second = None if value is None else value.data_ptr()
         check(self.lib.dso_cache_read(self.handle, layer, address, tokens, key.data_ptr(), second))
@@ -117,9 +119,11 @@ class CpuPlan:
         hidden_size: int,
         hidden_states: int,
         rope: Any,
+        has_head: bool,
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
+        self.has_head = has_head
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
         self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
         self._steps = len(steps)
@@ -131,10 +135,16 @@ class CpuPlan:
     def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
         """One step. Shapes are checked here, ids and lengths by the library, before anything is written."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
+        if rows and not self.has_head:
+            raise ValueError(f"logit_rows asks for {rows} rows of logits, and this plan has no head")
         frequencies = self._frequencies(batch)
         logits = _logits(batch.logits, (rows, self.vocab_size))
-        hidden = torch.empty(self.hidden_states, tokens, self.hidden_size) if batch.hidden else None
-        last = torch.empty(tokens, self.hidden_size) if batch.last_hidden else None
+        hidden = (
+            torch.empty(self.hidden_states, tokens, self.hidden_size, dtype=torch.float32, device="cpu")
+            if batch.hidden
+            else None
+        )
+        last = torch.empty(tokens, self.hidden_size, dtype=torch.float32, device="cpu") if batch.last_hidden else None
         embeds = self._rows_of(batch.inputs_embeds, "inputs_embeds", tokens)
         states = self._rows_of(batch.states, "states", tokens)
         sequences, blocks = len(batch.query_len), batch.block_table.shape[-1]
@@ -171,6 +181,9 @@ class CpuPlan:
             raise ValueError(f"{name} has shape {tuple(given.shape)}, this step needs {(tokens, self.hidden_size)}")
         return given.detach().to("cpu", torch.float32).contiguous()
 
+    def check_weights(self) -> None:
+        check(self.lib.dso_plan_check(self.handle))
+
     def reserve(self, tokens: int, logit_rows: int) -> None:
         check(self.lib.dso_plan_reserve(self.handle, tokens, logit_rows))
 
@@ -201,7 +214,7 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 def _logits(given: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
     """The tensor that the step writes its logits into."""
     if given is None:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     if given.shape != shape or given.dtype != torch.float32 or given.device.type != "cpu" or not given.is_contiguous():
         raise ValueError(f"logits must be contiguous float32 {shape} on the CPU, got {given.dtype} {tuple(given.shape)}")
     return given

@@ -32,6 +32,7 @@ def check_batch(batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int
     rows = batch.logit_rows
     inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
     _require(inside and (np.diff(rows) > 0).all(), "logit_rows", f"must ascend within [0, {tokens})")
+    _require(not len(rows) or graph.has_head, "logit_rows", "must be empty: this graph has no head")
 
 
 def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:

@@ -41,8 +41,8 @@ def choose_blocks(
         q: float32 [queries, heads, group, width]; row i is token context + i.
         keys: float32 [context + queries, heads, width].
     """
-    row = torch.arange(context, context + len(q), device=q.device)[:, None]
-    block = torch.arange(-(-len(keys) // BLOCK_TOKENS), device=q.device)
+    row = torch.arange(context, context + len(q), device=q.device, dtype=torch.int64)[:, None]
+    block = torch.arange(-(-len(keys) // BLOCK_TOKENS), device=q.device, dtype=torch.int64)
     before, first, last = -(-sinks // BLOCK_TOKENS), (row + 1 - window).clamp(min=0) // BLOCK_TOKENS, row // BLOCK_TOKENS
     seen, between = block <= last, (block >= before) & (block < first)
     enough = last < blocks  # all that the row sees may be chosen
@@ -85,6 +85,6 @@ def tokens_of(chosen: torch.Tensor, context: int) -> torch.Tensor:
     Args:
         chosen: float32 [queries, blocks].
     """
-    row = torch.arange(context, context + len(chosen), device=chosen.device)[:, None]
-    tokens = (chosen[..., None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=chosen.device)).flatten(1)
+    row = torch.arange(context, context + len(chosen), device=chosen.device, dtype=torch.int64)[:, None]
+    tokens = (chosen[..., None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=chosen.device, dtype=torch.int64)).flatten(1)
     return torch.where((tokens < 0) | (tokens > row), -1.0, tokens)

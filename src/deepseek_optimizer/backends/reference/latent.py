@@ -69,7 +69,7 @@ def choose(scores: torch.Tensor, mask: torch.Tensor, top_k: int) -> torch.Tensor
     [queries, top_k]. Of equal scores the earlier key goes first."""
     keys = scores.shape[-1]
     best = ops.best(scores.masked_fill(~mask, -torch.inf), min(top_k, keys))
-    visible = torch.arange(best.shape[-1], device=best.device) < mask.sum(-1, keepdim=True)
+    visible = torch.arange(best.shape[-1], device=best.device, dtype=torch.int64) < mask.sum(-1, keepdim=True)
     ascending = torch.where(visible, best, keys).sort(-1).values
     chosen = scores.new_full((len(scores), top_k), -1.0)
     chosen[:, : best.shape[-1]] = torch.where(ascending == keys, -1, ascending).to(chosen.dtype)

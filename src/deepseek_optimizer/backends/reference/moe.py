@@ -84,4 +84,4 @@ def _visits(chosen: torch.Tensor, grouped: bool) -> Iterator[tuple[int, torch.Te
             yield expert, (flat == expert).nonzero()[:, 0]
     else:
         for row, expert in enumerate(flat.tolist()):
-            yield expert, torch.tensor([row], device=flat.device)
+            yield expert, torch.tensor([row], device=flat.device, dtype=torch.int64)

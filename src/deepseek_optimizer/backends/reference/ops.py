@@ -58,7 +58,7 @@ def visible(queries: int, context: int, keys: torch.Tensor, window: int = 0, sin
     Args:
         keys: int64 [keys], numbers of tokens of the sequence.
     """
-    query = torch.arange(context, context + queries, device=keys.device)[:, None]
+    query = torch.arange(context, context + queries, device=keys.device, dtype=torch.int64)[:, None]
     seen = keys <= query
     return seen & ((keys > query - window) | (keys < sinks)) if window else seen
 
@@ -66,11 +66,11 @@ def visible(queries: int, context: int, keys: torch.Tensor, window: int = 0, sin
 def tokens_seen(queries: int, context: int, window: int, sinks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the sequence's blocks that may hold what a query sees, and of the tokens in them: int64, ascending."""
     total = context + queries
-    blocks = torch.arange(-(-total // BLOCK_TOKENS), device=device)
+    blocks = torch.arange(-(-total // BLOCK_TOKENS), device=device, dtype=torch.int64)
     if window:
         first = max(0, context + 1 - window) // BLOCK_TOKENS
         blocks = blocks[(blocks >= first) | (blocks < -(-sinks // BLOCK_TOKENS))]
-    tokens = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device)).flatten()
+    tokens = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device, dtype=torch.int64)).flatten()
     return blocks, tokens[tokens < total]
 
 

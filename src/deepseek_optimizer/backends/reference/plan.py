@@ -60,6 +60,10 @@ class ReferencePlan:
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: Store) -> StepOutput:
+        with torch.autocast(self.device.type, enabled=False):  # a plan has a dtype of its own, on every backend
+            return self._run(batch, store)
+
+    def _run(self, batch: StepBatch, store: Store) -> StepOutput:
         check_batch(batch, self.graph, store.num_blocks, self._span)
         step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device))
         unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
@@ -68,12 +72,21 @@ class ReferencePlan:
                 continue
             made = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
             step.values.update(zip(node.outputs, made, strict=True))
-        head = next(n for n in reversed(self.graph.nodes) if n.op == "lm_head").outputs[0]
-        logits = step.values[head] if head.selected else step.values[head][self._rows(batch)]
+        logits = self._logits(step)
         hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
         last = step.hidden[self.graph.hidden_states - 1] if batch.last_hidden else None
         logits = logits.float() if batch.logits is None else batch.logits.copy_(logits)
         return StepOutput(logits, hidden, last)
+
+    def check_weights(self) -> None:
+        """Nothing to do: they are dequantised, in memory of the plan's own."""
+
+    def _logits(self, step: _Step) -> torch.Tensor:
+        """[R, V]; R is 0 where the graph has no head."""
+        head = next((n.outputs[0] for n in self.graph.nodes if n.op == "lm_head"), None)
+        if head is None:
+            return torch.empty(0, self.graph.vocab_size, dtype=torch.float32, device=self.device)
+        return step.values[head] if head.selected else step.values[head][self._rows(step.batch)]
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
         """Nothing to do: torch allocates as it goes."""

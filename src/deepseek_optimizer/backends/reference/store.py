@@ -107,7 +107,7 @@ class _Blocks:
 
     def _places(self, table: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks and places in them of a sequence's tokens [start, start + count); there is memory for them after this."""
-        tokens = torch.arange(start, start + count, device=table.device)
+        tokens = torch.arange(start, start + count, device=table.device, dtype=torch.int64)
         blocks = table[tokens // BLOCK_TOKENS]
         self._grow(int(blocks.max()) + 1)
         return blocks, tokens % BLOCK_TOKENS
@@ -145,7 +145,10 @@ class TorchStore(_Blocks):
         super().__init__(spec, kv_dtype, num_blocks)
         shape = (0, BLOCK_TOKENS, spec.kv_heads, spec.head_dim)
         self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for _ in range(2 * spec.layers)]
-        self._scales = [torch.zeros(shape[:3], device=device) for _ in range(2 * spec.layers if kv_dtype == "int8" else 0)]
+        self._scales = [
+            torch.zeros(shape[:3], device=device, dtype=torch.float32)
+            for _ in range(2 * spec.layers if kv_dtype == "int8" else 0)
+        ]
 
     def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts K and V, float [n, kv_heads, head_dim], at tokens [start, start + n) of a sequence.
@@ -200,7 +203,9 @@ class LatentStore(_Blocks):
         for width, kind in ((spec.rank, dtype), (spec.rope, _beside(dtype)), (spec.index, _beside(dtype))):
             self._data += [torch.zeros((0, BLOCK_TOKENS, width), dtype=kind, device=device) for _ in range(spec.layers)]
         if kv_dtype == "int8":
-            self._scales = [torch.zeros((0, BLOCK_TOKENS, _groups(spec)), device=device) for _ in range(spec.layers)]
+            self._scales = [
+                torch.zeros((0, BLOCK_TOKENS, _groups(spec)), device=device, dtype=torch.float32) for _ in range(spec.layers)
+            ]
 
     def write(self, layer: int, table: torch.Tensor, start: int, rows: torch.Tensor) -> None:
         """Puts latents and turned keys, float [n, rank + rope], at tokens [start, start + n) of a sequence."""
@@ -273,7 +278,7 @@ def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _angle_table(inv_freq: np.ndarray, position: int, count: int, delta: int, device: torch.device) -> torch.Tensor:
     """cos and sin, float32 [count, rot], of the angles between positions position + t and position + t + delta: RoPE's are
     float32 products, and their differences are taken in double, so that turns add up to the last position's own angle."""
-    positions = torch.arange(position, position + count, device=device)
+    positions = torch.arange(position, position + count, device=device, dtype=torch.int64)
     frequencies = torch.from_numpy(inv_freq).to(device)
     made, wanted = ((at[:, None].float() * frequencies).double() for at in (positions, positions + delta))
     return torch.cat(((wanted - made).cos(), (wanted - made).sin()), -1).float()

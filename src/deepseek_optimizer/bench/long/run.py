@@ -137,8 +137,8 @@ def run(
 
 def printed(command: Sequence[str]) -> Iterator[Line]:
     """The lines of JSON that a process prints, as they come; where it fails, one more that says so."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=errors, text=True)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace")
         assert process.stdout is not None
         try:
             for text in process.stdout:

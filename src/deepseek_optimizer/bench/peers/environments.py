@@ -62,7 +62,8 @@ def setup(peer: Peer) -> Path:
 
 def _pip(peer: Peer, action: str, *arguments: str) -> None:
     command = [str(directory(peer) / "bin" / "python"), "-m", "pip", action, "--quiet", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **peer.environment})
+    environment = {**os.environ, **peer.environment}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BackendError(f"cannot set up {peer.name}: {said}")

@@ -56,7 +56,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "ids": runs[-1].ids,
     }
     if a.reference:
-        result["agreed"] = _agreed(model, essay, json.loads(a.reference.read_text()))
+        result["agreed"] = _agreed(model, essay, json.loads(a.reference.read_text(encoding="utf-8")))
     return result
 
 
@@ -64,7 +64,7 @@ def _agreed(model: Any, prompt: Any, reference: list[int]) -> int:
     """How many of the reference's tokens this model would choose, each after the reference's own text."""
     import torch
 
-    expected = torch.tensor([reference])
+    expected = torch.tensor([reference], dtype=torch.int64, device="cpu")
     with torch.inference_mode():
         logits = model(torch.cat([prompt, expected], dim=1)).logits
     return int((logits[0, prompt.shape[1] - 1 : -1].argmax(-1) == expected[0]).sum())

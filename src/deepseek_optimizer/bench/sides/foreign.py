@@ -20,6 +20,6 @@ def main(measure: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
 
 def resident(field: str) -> int:
     """A size out of this process's status (VmRSS: now, VmHWM: its peak), in bytes."""
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         line = next(line for line in status if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

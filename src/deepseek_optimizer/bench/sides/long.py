@@ -92,7 +92,9 @@ def _answer(model: Any, tokenizer: Any, prompt: list[int]) -> tuple[Any, list[in
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     ends.add(tokenizer.eos_token_id)
     with exact_length(model):
-        run, new = timed(model, torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, num_beams=1)
+        run, new = timed(
+            model, torch.tensor([prompt], dtype=torch.int64, device="cpu"), max_new_tokens=NEW, do_sample=False, num_beams=1
+        )
     ids = new[0].tolist()
     return run, ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 

@@ -28,7 +28,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     pipeline = openvino_genai.LLMPipeline(a.model, "CPU", INFERENCE_NUM_THREADS=a.threads)
     load_s = time.perf_counter() - started
     generator = np.random.default_rng(0)
-    vocabulary = json.loads((Path(a.model) / "config.json").read_text())["vocab_size"]
+    vocabulary = json.loads((Path(a.model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
     def run(batch: int, prompt: int, new: int) -> dict[str, Any]:
         options = openvino_genai.GenerationConfig()

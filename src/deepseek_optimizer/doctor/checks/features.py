@@ -81,7 +81,7 @@ def _summary(used: Mapping[str, str]) -> str:
 
 def _flags(case: Case) -> list[str]:
     """The CPU's flags as Linux lists them."""
-    for line in (case.machine.read("/proc/cpuinfo") or "").splitlines():
+    for line in case.machine.read("/proc/cpuinfo").splitlines():
         if line.startswith("flags"):
             return line.partition(":")[2].split()
     return []

@@ -15,7 +15,7 @@ _SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
 def check(case: Case) -> Iterator[Finding]:
     """The native arenas (cache, buffers) ask for huge pages: 2 MiB of them need one entry of the TLB instead of 512."""
     text = case.machine.read(_SETTING)
-    chosen = re.search(r"\[(\w+)\]", text or "")
+    chosen = re.search(r"\[(\w+)\]", text)
     if chosen is None:
         yield Finding(NAME, "note", "the system doesn't say whether it has transparent huge pages", facts={"setting": text})
     elif chosen[1] == "never":

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from ...backends.cpu.environment import forced_threads
 from ...errors import ConfigError
+from ...system.cgroup import cpu_quota, throttled_periods
 from ..case import Case
-from ..cgroup import cpu_quota, throttled_periods
 from ..finding import Finding
 
 NAME = "threads"
@@ -16,7 +16,7 @@ NAME = "threads"
 
 def check(case: Case) -> Iterator[Finding]:
     """Too many threads wait for each other at every step; too few leave bandwidth unused."""
-    machine, quota = case.machine, cpu_quota(case.machine)
+    machine, quota = case.machine, cpu_quota(case.machine.root)
     usable = machine.usable_cpus
     limit = usable if quota is None else min(usable, math.ceil(quota))
     try:
@@ -26,7 +26,7 @@ def check(case: Case) -> Iterator[Finding]:
         return
     facts = {
         "threads": threads, "usable_cpus": usable, "online_cpus": machine.online_cpus, "physical_cores": machine.physical_cores,
-        "cgroup_cpus": quota, "throttled_periods": throttled_periods(machine),
+        "cgroup_cpus": quota, "throttled_periods": throttled_periods(machine.root),
     }  # fmt: skip
     found = list(_findings(case, threads, limit, quota, facts))
     if not any(f.severity == "warning" for f in found):
@@ -53,9 +53,9 @@ def _findings(case: Case, threads: int, limit: int, quota: float | None, facts: 
             NAME, "note", f"{threads} threads leave {limit - threads} of {limit} usable processors idle",
             "the setting threads or DSO_THREADS asks for so few", "leave both out to use all", facts,
         )  # fmt: skip
-    if throttled_periods(machine):
+    if throttled_periods(machine.root):
         yield Finding(
-            NAME, "warning", f"the cgroup's quota has stopped this container {throttled_periods(machine)} times",
+            NAME, "warning", f"the cgroup's quota has stopped this container {throttled_periods(machine.root)} times",
             f"it allows {quota:g} processors' time" if quota else "a group above this one has a quota",
             "raise the quota to whole processors, or take fewer threads", facts,
         )  # fmt: skip

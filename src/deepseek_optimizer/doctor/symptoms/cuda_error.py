@@ -50,7 +50,7 @@ def look(machine: Machine) -> Cuda:
     """What there is here. Asks the driver only where torch can."""
     import torch
 
-    text = machine.read("/proc/driver/nvidia/version") or ""
+    text = machine.read("/proc/driver/nvidia/version")
     version = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
     driver = version[1] if version else None
     if torch.version.cuda is None:
@@ -69,7 +69,7 @@ def _device(index: int) -> Device:
 
     failure = ""
     try:
-        ones = torch.ones(64, 64, device=f"cuda:{index}")
+        ones = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.float32)
         if float((ones @ ones).sum()) != 64.0**3:
             failure = "a product of ones came out wrong"
     except RuntimeError as error:

@@ -7,36 +7,35 @@ from collections.abc import Iterator
 
 from ..budget import budget
 from ..case import Case
-from ..cgroup import memory_left
 from ..finding import Finding
-from ..machine import Machine
 from ..remedies import gb, remedies
 from .base import Symptom
 
 NAME = "out-of-memory"
+_BEYOND = {  # kind of limit -> what happens beyond it, and what to do
+    "cgroup": (
+        "beyond a cgroup's limit the kernel kills the process", "raise it (docker run --memory, resources.limits.memory)"
+    ),
+    "reserved": ("beyond it memory is refused, reserved or used", "raise it (ulimit -v unlimited, LimitAS=, LimitDATA=)"),
+}  # fmt: skip
 _MUCH = 0.1  # of the machine's memory: what one other process must hold to be worth naming
 
 
 def measure(case: Case) -> Iterator[Finding]:
     """Limits below what the machine has, and other processes that hold much of it."""
-    machine = case.machine
-    total = _meminfo(machine, "MemTotal")
-    left = memory_left(machine)
-    facts = {"available": machine.available_bytes, "total": total, "cgroup_left": left}
-    if left is not None and left < machine.available_bytes:
-        free = machine.available_bytes / 1e9
-        yield Finding(
-            NAME, "warning", f"the container's limit leaves {left / 1e9:.2f} GB of the {free:.2f} GB that are free",
-            "beyond a cgroup's limit the kernel kills the process", "raise it (docker run --memory, resources.limits.memory)",
-            facts,
-        )  # fmt: skip
+    machine, limit = case.machine, case.machine.memory.tightest
+    has = next((one for one in machine.memory.limits if one.kind == "machine"), limit)
+    cgroups = [one.free for one in machine.memory.limits if one.kind == "cgroup"]
+    facts = {"available": has.free, "total": has.total, "cgroup_left": min(cgroups, default=None), "free": limit.free}
+    if limit.kind in _BEYOND:
+        yield Finding(NAME, "warning", f"{limit}; this machine has {has.free / 1e9:.2f} GB free", *_BEYOND[limit.kind], facts)
     if machine.read("/proc/sys/vm/overcommit_memory") == "2":
         yield Finding(
             NAME, "warning", "the kernel refuses memory that is reserved but not used",
             "vm.overcommit_memory=2; the cache reserves its whole range, and uses it as it grows",
             "sysctl vm.overcommit_memory=0, or bound the cache with kv_cache_memory", facts,
         )  # fmt: skip
-    for name, pid, held in _large_processes(total):
+    for name, pid, held in _large_processes(has.total):
         yield Finding(
             NAME, "note", f"{name} (process {pid}) holds {held / 1e9:.2f} GB", "it shares this machine's memory",
             "end it if it isn't needed", {**facts, "process": name, "pid": pid, "bytes": held},
@@ -60,13 +59,6 @@ def _predictions(case: Case) -> Iterator[Finding]:
             NAME, "note", f"{case.batch} x {context} tokens with {remedy.name}: {gb(remedy.needed)}, {fits}", remedy.price,
             f"take {remedy.name}" if remedy is first else "", {**remedy.to_dict(), "free": needs.free, "context": context},
         )  # fmt: skip
-
-
-def _meminfo(machine: Machine, field: str) -> int:
-    for line in (machine.read("/proc/meminfo") or "").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _large_processes(total: int) -> Iterator[tuple[str, int, int]]:

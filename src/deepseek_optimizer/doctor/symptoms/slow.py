@@ -69,7 +69,7 @@ def measure_decode(model: Any) -> Decode:
     from ...bench.traffic import traffic_of
 
     report = model.report()
-    ids = torch.arange(1, PROMPT_TOKENS + 1)[None] % model.config.vocab_size
+    ids = torch.arange(1, PROMPT_TOKENS + 1, dtype=torch.int64, device="cpu")[None] % model.config.vocab_size
     seconds, others = float("inf"), None
     for _ in range(ROUNDS):
         first = _timed(model, ids, 1)
@@ -102,7 +102,7 @@ def processor_times() -> Times:
     try:
         usable = {f"cpu{i}" for i in os.sched_getaffinity(0)}
         tick = os.sysconf("SC_CLK_TCK")
-        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()]
     except (OSError, AttributeError):
         return None
     busy = 0

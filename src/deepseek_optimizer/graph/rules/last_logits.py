@@ -14,7 +14,9 @@ from .edit import Links, rebuilt
 def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     """rms_norm(x) -> n; lm_head(n)  =>  rms_norm(x) -> n (if read elsewhere); select_rows(x); rms_norm; lm_head, on R rows."""
     links = Links(graph)
-    at, head = next((i, n) for i, n in enumerate(graph.nodes) if n.op == "lm_head")
+    at, head = next(((i, n) for i, n in enumerate(graph.nodes) if n.op == "lm_head"), (0, None))
+    if head is None:
+        return graph, []
     logits, normed = head.outputs[0], head.inputs[0]
     norm = graph.nodes[links.maker(normed)]
     if logits.selected or links.readers(logits) or norm.op != "rms_norm":

@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ...errors import excerpt, shown
 from ..problems import ApiError
 
 TOKEN_ID = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
@@ -16,7 +17,10 @@ Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored."
 
 
 class Body(BaseModel):
-    """A request, or part of one. A number in quotes is no number, true is not 1, and a field that is not known is an error."""
+    """A request, or part of one. A number in quotes is no number, true is not 1, and a field that is not known is an error.
+
+    Lists that may be long have `fail_fast`: one error is told, and a client could make a million.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
 
@@ -56,16 +60,19 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
 def field_error(error: ValidationError, body: Any) -> ApiError:
     """What a client is told: the field and what is wrong with it, without the value, which may be long or secret."""
     found: dict[str, list[str]] = {}
-    for one in error.errors(include_url=False, include_context=False, include_input=False):
+    for one in error.errors(include_url=False, include_input=False):
         path = ".".join(_path(one["loc"], body, one["type"]))
         message = one["msg"].removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
-            message = f"this server does not know the field {path.rsplit('.', 1)[-1][:64]!r}; leave it out"
+            message = f"this server does not know the field {shown(path.rsplit('.', 1)[-1])}; leave it out"
+        tag = one.get("ctx", {}).get("tag")
+        if isinstance(tag, str):  # of a union, as the client gave it
+            message = message.replace(tag, excerpt(tag))
         found.setdefault(path, []).append(message)
     # Of a field that may be several things, the branch that got furthest knows best what is wrong.
     path, messages = max(found.items(), key=lambda item: item[0].count("."))
     message = ", or: ".join(dict.fromkeys(messages[:3]))
-    return ApiError(400, f"{path[:256]}: {message}" if path else message, param=path[:256] or None)
+    return ApiError(400, f"{excerpt(path)}: {message}" if path else message, param=path or None)
 
 
 def _path(loc: tuple[int | str, ...], body: Any, kind: str) -> list[str]:

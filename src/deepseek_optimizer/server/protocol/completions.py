@@ -13,13 +13,13 @@ from .formats import Guided
 from .sampling import Sampling
 
 _Text = Annotated[str, Field(min_length=1)]
-_Ids = Annotated[list[TOKEN_ID], Field(min_length=1)]
+_Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
 MOST_PROMPTS = 64
 Prompt = (
     _Text
     | _Ids
-    | Annotated[list[_Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-    | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[_Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...errors import excerpt
 from ..file_store import StoredFile
 from ..problems import ApiError
 from .base import Answer
@@ -79,7 +80,7 @@ def check_fields(fields: Mapping[str, str]) -> tuple[str, float | None]:
     """
     for name in fields:
         if name not in ("purpose", _ANCHOR, _SECONDS):
-            raise ApiError(400, f"{name}: this server does not know the field; leave it out", param=name)
+            raise ApiError(400, f"{excerpt(name)}: this server does not know the field; leave it out", param=name)
     purpose = fields.get("purpose")
     if purpose not in PURPOSES:
         raise ApiError(400, f"purpose: must be {' or '.join(PURPOSES)}", param="purpose")

@@ -60,8 +60,8 @@ def _known_part(value: Any) -> str | None:
 
 
 UserPart = Annotated[Annotated[TextPart, Tag("text")] | Annotated[FilePart, Tag("file")], Discriminator(_known_part)]
-Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
-UserContent = str | Annotated[list[UserPart], Field(min_length=1, max_length=1000)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)]
+UserContent = str | Annotated[list[UserPart], Field(min_length=1, max_length=1000, fail_fast=True)]
 
 
 class FunctionCall(Body):
@@ -99,7 +99,7 @@ class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     refusal: Ignored
     annotations: Ignored
     audio: Ignored
@@ -115,7 +115,7 @@ class ToolMessage(_Message):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-Messages = Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
 
 
 class Function(Body):
@@ -130,7 +130,7 @@ class Tool(Body):
     function: Function
 
 
-Tools = Annotated[list[Tool], Field(max_length=128)]
+Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
 
 
 class NamedFunction(Body):

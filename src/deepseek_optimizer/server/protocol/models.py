@@ -46,7 +46,7 @@ class Tokens(Answer):
 
 class DetokenizeRequest(Body):
     model: ModelName = None
-    tokens: Annotated[list[TOKEN_ID], Field(max_length=1_000_000)]
+    tokens: Annotated[list[TOKEN_ID], Field(max_length=1_000_000, fail_fast=True)]
 
 
 class Text(Answer):

@@ -54,8 +54,8 @@ def _known_part(value: Any) -> str | None:
 
 
 _Part = Annotated[Annotated[InputText, Tag("text")] | Annotated[InputFile, Tag("file")], Discriminator(_known_part)]
-InputContent = str | Annotated[list[InputText], Field(max_length=1000)]
-MessageContent = str | Annotated[list[_Part], Field(max_length=1000)]
+InputContent = str | Annotated[list[InputText], Field(max_length=1000, fail_fast=True)]
+MessageContent = str | Annotated[list[_Part], Field(max_length=1000, fail_fast=True)]
 
 
 class InputMessage(Body):
@@ -158,17 +158,22 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Ignored
 
 
+_Input = (
+    Annotated[str, Field(min_length=1)] | Annotated[list[InputItem], Field(min_length=1, max_length=10_000, fail_fast=True)]
+)
+
+
 class ResponsesRequest(Harmless):
     """A conversation to be continued. previous_response_id, conversation, prompt and background need a server with state."""
 
     model: ModelName = None
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[InputItem], Field(min_length=1, max_length=10_000)]
+    input: _Input
     instructions: str | None = None
     max_output_tokens: _Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None

@@ -123,13 +123,16 @@ def requests_for(
     *,
     id: str,
     salt: str,
+    client: str,
     deadline: float,
     priority: int | None,
     pinned: tuple[tuple[int, int], ...] = (),
 ) -> list[Request]:
     """One for each answer: those to the first prompt first."""
     return [
-        Request(prompt, seeded(params, i), id=id, pinned=pinned, salt=salt, deadline=deadline, priority=priority or 0)
+        Request(
+            prompt, seeded(params, i), id=id, pinned=pinned, salt=salt, client=client, deadline=deadline, priority=priority or 0
+        )
         for prompt in prompts
         for i in range(n)
     ]

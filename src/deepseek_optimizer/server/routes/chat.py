@@ -31,21 +31,21 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         """Answers a chat, by the model's chat template."""
-        async with taken_in(state, request, ChatRequest) as (asked, places, deadline):
+        async with taken_in(state, request, ChatRequest) as (asked, places, caller):
             check(asked)
             n = asked.n or 1
             chat = asked_of(asked)
             form = form_of(asked)
             most = asked.max_completion_tokens or asked.max_tokens
-            documents = await documents_of(state, request, chat, places, deadline)
-            setup = await set_up_chat(state, chat, documents, most, deadline)
+            documents = await documents_of(state, request.state.salt, chat, places, caller)
+            setup = await set_up_chat(state, chat, documents, most, caller)
             if setup is None:
                 check_simple(
                     n=n > 1, tools=asked.tools and chat.choice != "none", logprobs=asked.logprobs, response_format=form
                 )
                 grammar = None
             else:
-                grammar = await chat_grammar(state, chat, setup, form, asked.parallel_tool_calls is not False, deadline)
+                grammar = await chat_grammar(state, chat, setup, form, asked.parallel_tool_calls is not False, caller)
             top = (asked.top_logprobs or 0) if asked.logprobs else None
             params = asked.params(
                 state.settings.sampling,
@@ -58,8 +58,8 @@ def add(app: FastAPI, state: ServerState) -> None:
             head = {"id": name, "created": int(time.time()), "model": state.model_name}
             pinned = (setup.prompt.system,) if setup and setup.prompt.system else ()
             requests = requests_for(
-                [setup.prompt.ids if setup else []], params, n, id=name, salt=request.state.salt, deadline=deadline,
-                priority=asked.priority, pinned=pinned,
+                [setup.prompt.ids if setup else []], params, n, id=name, salt=request.state.salt, client=caller.key,
+                deadline=caller.deadline, priority=asked.priority, pinned=pinned,
             )  # fmt: skip
             one_call = asked.parallel_tool_calls is False
             answers, parsed = answered(state, documents, setup, requests, one_call)

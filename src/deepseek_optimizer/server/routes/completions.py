@@ -17,6 +17,7 @@ from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..replies import StreamReply, WholeReply
 from ..state import ServerState
+from ..tokenising import Lane
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -31,10 +32,10 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def completions(request: Request) -> Response:
         """Continues a text as it is, without the model's chat template."""
-        async with taken_in(state, request, CompletionRequest) as (asked, places, deadline):
+        async with taken_in(state, request, CompletionRequest) as (asked, places, caller):
             check(asked)
             n = asked.n or 1
-            grammar = await compiled(state, form_of(asked), deadline)
+            grammar = await compiled(state, form_of(asked), caller)
             params = asked.params(
                 state.settings.sampling,
                 max_tokens=asked.max_tokens or _DEFAULT_TOKENS,
@@ -42,17 +43,24 @@ def add(app: FastAPI, state: ServerState) -> None:
                 grammar=grammar,
             )
             special = asked.add_special_tokens is not False
-            prompts = await text_prompts(state, asked.prompt, special, deadline, "prompt")
+            prompts = await text_prompts(state, asked.prompt, special, caller, "prompt")
             echoes = [""] * (len(prompts) * n)
             if asked.echo:
-                decoded = await state.tokenizing(lambda: [echo(ids) for ids in prompts], deadline)
+                decoded = await state.tokenizing(lambda lane: [echo(lane, ids) for ids in prompts], caller)
                 given = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
             name = f"cmpl-{uuid.uuid4().hex}"
             head = {"id": name, "created": int(time.time()), "model": state.model_name}
             requests = requests_for(
-                prompts, params, n, id=name, salt=request.state.salt, deadline=deadline, priority=asked.priority
+                prompts,
+                params,
+                n,
+                id=name,
+                salt=request.state.salt,
+                client=caller.key,
+                deadline=caller.deadline,
+                priority=asked.priority,
             )
             answers = state.submit(requests)
             token_texts = None if asked.logprobs is None else state.texts
@@ -63,10 +71,10 @@ def add(app: FastAPI, state: ServerState) -> None:
             collector = CompletionCollector(head, echoes, n, token_texts, asked.logprobs)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
-    def echo(ids: list[int]) -> str:
+    def echo(lane: Lane, ids: list[int]) -> str:
         if max(ids) >= state.engine.vocab_size:
             raise ApiError(400, "prompt: has a token that is not of this model", param="prompt")
-        return str(state.tokenizer.decode(ids))
+        return str(lane.tokenizer.decode(ids))
 
 
 def check(asked: CompletionRequest) -> None:

@@ -33,12 +33,17 @@ def add(app: FastAPI, state: ServerState) -> None:
         A language model was not trained to embed: texts that mean the same are near each other, but less so than with an
         embedding model.
         """
-        async with taken_in(state, request, EmbeddingRequest) as (asked, places, deadline):
-            prompts = await text_prompts(state, asked.input, True, deadline, "input")
+        async with taken_in(state, request, EmbeddingRequest) as (asked, places, caller):
+            prompts = await text_prompts(state, asked.input, True, caller, "input")
             name = f"embd-{uuid.uuid4().hex}"
             priority, salt = asked.priority or 0, request.state.salt
             answers = state.submit(
-                [EngineRequest(ids, id=name, salt=salt, deadline=deadline, embed=True, priority=priority) for ids in prompts]
+                [
+                    EngineRequest(
+                        ids, id=name, salt=salt, client=caller.key, deadline=caller.deadline, embed=True, priority=priority
+                    )
+                    for ids in prompts
+                ]
             )
             found: dict[int, Output] = {}
             as_text = asked.encoding_format == "base64"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Path, Query, Request, Response
 
+from ..caller import Caller, unless_gone
 from ..openapi import errors
 from ..problems import ApiError
 from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, shown
@@ -21,7 +22,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     @app.post(
         "/v1/files",
         response_model=FileObject,
-        responses=errors(400, 401, 403, 408, 413, 415, 500, 501, 503),
+        responses=errors(400, 401, 403, 408, 413, 415, 429, 500, 501, 503),
         openapi_extra=FORM,
         tags=["files"],
     )
@@ -29,15 +30,15 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Reads a document: PDF, Word, HTML, Markdown, source code, any text."""
         state.check_taking()
         check_origin(request, state.settings.allow_origins)
-        owner = request.state.salt
-        with state.files.room(owner) as room:
+        owner, client = request.state.salt, request.state.client
+        with state.files.room(owner, client) as room:
             form = await read_upload_form(request, state.settings, room)
             purpose, seconds = check_fields(form.fields)
             if form.name is None:
                 raise ApiError(400, "file: is missing", param="file")
-            text = await state.reader.read(form.name, form.data, state.deadline(time.monotonic()))
-            if await request.is_disconnected():  # nobody would know of it
-                return Response()
+            async with unless_gone(request):  # nobody would know of it
+                caller = Caller(client, len(form.data), state.deadline(time.monotonic()))
+                text = await state.reader.read(form.name, form.data, caller)
             size, digest = len(form.data), digest_of(form.name, form.data)
             form.data.clear()
             room.set(0)

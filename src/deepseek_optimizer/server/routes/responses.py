@@ -42,16 +42,16 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def responses(request: Request) -> Response:
         """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
-        async with taken_in(state, request, ResponsesRequest, one=True) as (asked, places, deadline):
+        async with taken_in(state, request, ResponsesRequest, one=True) as (asked, places, caller):
             chat = asked_of(asked)
-            documents = await documents_of(state, request, chat, places, deadline)
-            setup = await set_up_chat(state, chat, documents, asked.max_output_tokens, deadline)
+            documents = await documents_of(state, request.state.salt, chat, places, caller)
+            setup = await set_up_chat(state, chat, documents, asked.max_output_tokens, caller)
             parallel, form, grammar = asked.parallel_tool_calls is not False, form_of(asked), None
             wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
             if setup is None:
                 check_simple(tools=asked.tools and chat.choice != "none", text=form, include=wants_logprobs)
             else:
-                grammar = await chat_grammar(state, chat, setup, form, parallel, deadline)
+                grammar = await chat_grammar(state, chat, setup, form, parallel, caller)
             values: dict[str, Any] = {**state.settings.sampling}
             for name in ("temperature", "top_p", "min_p", "seed"):
                 if (value := getattr(asked, name)) is not None:
@@ -67,7 +67,8 @@ def add(app: FastAPI, state: ServerState) -> None:
             )
             head = new_response(state.model_name, _echo(asked, params))
             sequence = EngineRequest(
-                setup.prompt.ids if setup else [], params, id=head["id"], salt=request.state.salt, deadline=deadline,
+                setup.prompt.ids if setup else [], params, id=head["id"], salt=request.state.salt, client=caller.key,
+                deadline=caller.deadline,
                 priority=asked.priority or 0, pinned=(setup.prompt.system,) if setup and setup.prompt.system else (),
             )  # fmt: skip
             answers, [answer] = answered(state, documents, setup, [sequence], not parallel)

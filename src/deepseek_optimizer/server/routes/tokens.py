@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from ..caller import Caller
 from ..intake import taken_in
 from ..openapi import body_errors, reads
 from ..problems import ApiError
@@ -32,20 +33,20 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a chat as the model would read it."""
-        async with taken_in(state, request, TokenizeRequest, one=True) as (asked, _, deadline):
-            return await tokens(asked, deadline)
+        async with taken_in(state, request, TokenizeRequest, one=True) as (asked, _, caller):
+            return await tokens(asked, caller)
 
-    async def tokens(asked: TokenizeRequest, deadline: float) -> Response:
+    async def tokens(asked: TokenizeRequest, caller: Caller) -> Response:
         if (asked.prompt is None) == (asked.messages is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
         if asked.messages is not None:
             messages = [message.model_dump(exclude_none=True) for message in asked.messages]
             tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None
             options = asked.chat_template_kwargs or {}
-            ids = await state.tokenizing(lambda: state.template.render(messages, tools=tools, options=options).ids, deadline)
+            ids = await state.tokenizing(lambda lane: lane.template.render(messages, tools=tools, options=options).ids, caller)
         else:
             text, special = asked.prompt or "", asked.add_special_tokens is not False
-            ids = await state.tokenizing(lambda: tokens_of(state.tokenizer, text, special), deadline)
+            ids = await state.tokenizing(lambda lane: tokens_of(lane.tokenizer, text, special), caller)
         body: dict[str, Any] = {"count": len(ids), "max_model_len": state.engine.context, "tokens": ids}
         if asked.return_token_strs:
             body["token_strs"] = [state.texts.text(token) for token in ids]
@@ -60,8 +61,8 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones too."""
-        async with taken_in(state, request, DetokenizeRequest, one=True) as (asked, _, deadline):
+        async with taken_in(state, request, DetokenizeRequest, one=True) as (asked, _, caller):
             if any(token >= state.engine.vocab_size for token in asked.tokens):
                 raise ApiError(400, f"tokens: this model has tokens 0 to {state.engine.vocab_size - 1}", param="tokens")
-            text = await state.tokenizing(lambda: state.tokenizer.decode(asked.tokens), deadline)
+            text = await state.tokenizing(lambda lane: lane.tokenizer.decode(asked.tokens), caller)
         return json_response({"prompt": text})

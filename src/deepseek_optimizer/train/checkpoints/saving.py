@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from ...checkpoint.atomic import publish, sync, sync_tree
+from ...checkpoint.atomic import merged_directory, naming, publish
+from ...checkpoint.shards import is_weights
 from ...errors import CheckpointError, ConfigError, SaveError
 from .directory import checkpoints, locked, newest_whole, remove_unfinished, rotate, step_of, verified
 from .experts import MergedExperts
@@ -157,15 +157,14 @@ class AtomicCheckpoints(MergedExperts, Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, but each file takes its name whole: a model that lay there is never half overwritten by a full disk."""
+        """Trainer's, but all files change at once: a model that lay there is never half overwritten. See `merged_directory`."""
         if self._unnamed is not None:
             return self._write_model(str(output_dir))
         target = Path(output_dir or self.args.output_dir)
-        with self._saving(target), self._directory(target / ".model.tmp") as unnamed:
+        fresh = merged_directory(target, is_weights) if self.args.should_save else contextlib.nullcontext(target)
+        with self._saving(target), fresh as unnamed:
             self._write_model(str(unnamed))
             self._barrier()
-            if self.args.should_save:
-                _move_files(unnamed, target)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -200,8 +199,9 @@ class AtomicCheckpoints(MergedExperts, Trainer):
             if free < needed:
                 raise SaveError(target, f"it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB of the disk are free", last)
         try:
-            yield
-        except (OSError, SafetensorError, RuntimeError) as error:
+            with naming(target):
+                yield
+        except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
             raise SaveError(target, str(error), last) from error
@@ -292,17 +292,6 @@ class AtomicCheckpoints(MergedExperts, Trainer):
 
 def _is_tied(model: Any, name: str) -> bool:
     return name in (getattr(model, "_tied_weights_keys", None) or ())
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Flushes the files below `source`, and gives each its name below `target`."""
-    sync_tree(source)
-    for root, _, names in os.walk(source):
-        place = target / Path(root).relative_to(source)
-        place.mkdir(exist_ok=True)
-        for name in sorted(names):
-            os.replace(Path(root, name), place / name)
-        sync(place)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

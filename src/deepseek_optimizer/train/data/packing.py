@@ -84,7 +84,9 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         documents = [_tensors(self._documents[i]) for i in self._rows[index]]
         out = {name: torch.cat([document[name] for document in documents]) for name in ("input_ids", "labels")}
-        out["position_ids"] = torch.cat([torch.arange(len(document["input_ids"])) for document in documents])
+        out["position_ids"] = torch.cat(
+            [torch.arange(len(document["input_ids"]), dtype=torch.int64, device="cpu") for document in documents]
+        )
         return out
 
 
@@ -134,22 +136,24 @@ class Collator:
         rows = [_tensors(feature) for feature in features]
         packed = "position_ids" in rows[0]
         if self.padding_free:
-            positions = [row.get("position_ids", torch.arange(len(row["input_ids"]))) for row in rows]
+            positions = [
+                row.get("position_ids", torch.arange(len(row["input_ids"]), dtype=torch.int64, device="cpu")) for row in rows
+            ]
             out = {name: torch.cat([row[name] for row in rows])[None] for name in ("input_ids", "labels")}
             return {**out, "position_ids": torch.cat(positions)[None]}
         width = max(len(row["input_ids"]) for row in rows)
         out = {
-            "input_ids": torch.full((len(rows), width), self.pad_token_id),
-            "labels": torch.full((len(rows), width), IGNORED),
+            "input_ids": torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64, device="cpu"),
+            "labels": torch.full((len(rows), width), IGNORED, dtype=torch.int64, device="cpu"),
         }
         last = "position_ids" if packed else "attention_mask"
-        out[last] = torch.zeros((len(rows), width), dtype=torch.int64)
+        out[last] = torch.zeros((len(rows), width), dtype=torch.int64, device="cpu")
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
             out["input_ids"][i, :length], out["labels"][i, :length] = row["input_ids"], row["labels"]
             if packed:
                 out[last][i, :length] = row["position_ids"]
-                out[last][i, length:] = torch.arange(width - length)
+                out[last][i, length:] = torch.arange(width - length, dtype=torch.int64, device="cpu")
             else:
                 out[last][i, :length] = 1
         return out
@@ -157,12 +161,12 @@ class Collator:
 
 def _tensors(document: Any) -> dict[str, torch.Tensor]:
     """One document of any data set. Its first label is left out, whatever the data set says: nothing stands before it."""
-    out = {name: torch.as_tensor(document[name], dtype=torch.int64) for name in ("input_ids", "labels")}
+    out = {name: torch.as_tensor(document[name], dtype=torch.int64, device="cpu") for name in ("input_ids", "labels")}
     if "position_ids" in document:
-        out["position_ids"] = torch.as_tensor(document["position_ids"], dtype=torch.int64)
+        out["position_ids"] = torch.as_tensor(document["position_ids"], dtype=torch.int64, device="cpu")
         starts = out["position_ids"] == 0
     else:
-        starts = torch.zeros(len(out["labels"]), dtype=torch.bool)
+        starts = torch.zeros(len(out["labels"]), dtype=torch.bool, device="cpu")
         starts[:1] = True
     out["labels"] = out["labels"].masked_fill(starts, IGNORED)
     return out

@@ -17,7 +17,7 @@ def block_product_reference(
         b: codes [N, K] with scales [ceil(N / b_rows), ceil(K / 128)].
         b_rows: rows of B that share a scale: 1 or 128.
     """
-    total = torch.zeros(a.shape[0], b.shape[0])
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     rows = b_scale.repeat_interleave(b_rows, 0)[: b.shape[0]]
     for k, start in enumerate(range(0, a.shape[1], TILE)):
         part = a[:, start : start + TILE].float() @ b[:, start : start + TILE].float().t()

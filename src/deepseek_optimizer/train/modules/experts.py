@@ -113,7 +113,7 @@ def grouped_experts(
     flat, chosen = index.flatten(), index.shape[1]
     order = flat.argsort(stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
+    place[order] = torch.arange(len(order), device=order.device, dtype=torch.int64)
     place = place.view_as(index)
     counts = flat.bincount(minlength=len(gate_up))
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))

@@ -131,7 +131,7 @@ def mtp_states(
     """
     decoder, config = model.get_decoder(), model.config
     if position_ids is None:
-        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        position_ids = torch.arange(hidden.shape[1], device=hidden.device, dtype=torch.int64)[None]
     where = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "position_ids": position_ids}
     mask = create_causal_mask(**where, **{cache_name(): None})
     turns = decoder.rotary_emb(hidden, position_ids)

@@ -90,7 +90,7 @@ def packed_attention_reference(
         if first > at:
             pieces.append(query.new_zeros(q.shape[2], first - at, v.shape[3]))
         keys, values = (x[:, first:last].repeat_interleave(group, 0) for x in (key, value))
-        t = torch.arange(last - first, device=q.device)
+        t = torch.arange(last - first, device=q.device, dtype=torch.int64)
         seen = t[:, None] >= t
         if window:
             seen &= t[:, None] - t < window

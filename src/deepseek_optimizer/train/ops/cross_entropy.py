@@ -146,7 +146,7 @@ def cross_entropy_(
         dtype: of the gradient, which may lie where the logits did: bf16 or the logits' own.
     """
     if native.usable(logits) and logits.is_contiguous():
-        losses = torch.empty(len(logits), dtype=torch.float64)
+        losses = torch.empty(len(logits), dtype=torch.float64, device="cpu")
         bf16 = dtype == torch.bfloat16
         _cross_entropy(logits, labels, 0.0 if factor is None else factor, -1 if factor is None else int(bf16), losses)
         gradient = logits.view(dtype)[:, : logits.shape[1]] if bf16 else logits
@@ -156,7 +156,7 @@ def cross_entropy_(
     if factor is None:
         return float(loss), logits
     gradient = scaled.exp_()
-    gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
+    gradient[torch.arange(len(labels), device=labels.device, dtype=torch.int64), labels] -= 1
     return float(loss), gradient.mul_(factor).to(dtype)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 
 from ...errors import NotEnoughMemoryError
-from ...integration.arena import available_bytes
+from ...system.memory import free_memory
 
 _REMEDY: Final = "take shorter sequences or fewer of them a step"
 _SEGMENT: Final = 256 << 20
@@ -79,7 +79,7 @@ class Memory:
         count = torch.Size(shape).numel()
         size = -(-count * dtype.itemsize // _UNIT) * _UNIT
         if size < _LEAST:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         with self._lock:
             segment, start = self._find(size)
         block = segment.view[start : start + size]
@@ -129,7 +129,8 @@ def _new_segment(size: int) -> _Segment:
     try:
         pages = mmap.mmap(-1, size, **own)
     except OSError as error:
-        raise NotEnoughMemoryError("a tensor of training", size, available_bytes(), _REMEDY) from error
+        memory = free_memory()
+        raise NotEnoughMemoryError("a tensor of training", size, memory.free, _REMEDY, memory) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)

@@ -45,7 +45,7 @@ class Moments:
         if kind != "int8":
             dtype = torch.bfloat16 if kind == "bf16" else torch.float32
             return cls(zeros(dtype), zeros(dtype))
-        scales = (torch.zeros(-(-shape.numel() // BLOCK), device=device) for _ in range(2))
+        scales = (torch.zeros(-(-shape.numel() // BLOCK), device=device, dtype=torch.float32) for _ in range(2))
         return cls(zeros(torch.int8), zeros(torch.uint8), *scales)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...backends.cpu import native
+from ...backends.cpu.environment import forced_threads
 from ...backends.cpu.native_train import TYPES, Matrix
 from ...errors import BackendError
 from .memory import memory
@@ -20,7 +21,7 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 def context() -> native.Context:
     """The process's threads, which the models that were loaded with default settings use too. They survive a fork: the library
     starts them anew in a child."""
-    return native.shared_context(None, None)
+    return native.shared_context(None, forced_threads())
 
 
 @functools.cache

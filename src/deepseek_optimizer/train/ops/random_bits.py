@@ -30,7 +30,7 @@ def keys(seed: int, step: int, tensor: int) -> tuple[int, int, int, int]:
 
 def random_bits(count: int, key: int, second: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """int64 [count]: 32 random bits of each of a tensor's elements (of which the 2^32 th has those of the first again)."""
-    x = (torch.arange(count, device=device) + key) & _WORD
+    x = (torch.arange(count, device=device, dtype=torch.int64) + key) & _WORD
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = (x + second) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD  # what overflows an int64 is above the 32 bits that are kept

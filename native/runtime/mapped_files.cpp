@@ -1,0 +1,207 @@
+#include "mapped_files.hpp"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "error.hpp"
+
+namespace dso {
+namespace {
+
+enum State : int32_t { kIntact = 0, kLost = 1, kWritten = 2 };
+
+// Never freed, but used again: the handler walks the list without a lock. It looks at the atomic fields and `next`; the others
+// belong to whoever holds the mutex.
+struct Mapping {
+  std::atomic<uint32_t> version{0};  // odd while the next three change
+  std::atomic<int64_t> number{0};    // 0: free
+  std::atomic<uintptr_t> begin{0}, end{0};
+  std::atomic<int32_t> state{kIntact};
+  Mapping* next = nullptr;
+
+  int fd = -1;
+  int64_t bytes = 0, modified_ns = 0;
+  std::string name;
+};
+
+std::atomic<Mapping*> mappings{nullptr};
+std::atomic<int32_t> live{0};
+std::atomic<pid_t> chaining{0};  // the thread in which the handler before ours is being called
+struct sigaction before;         // whom we call for all other faults; written under the mutex
+
+std::mutex& mutex() {
+  static std::mutex* const made = [] {
+    auto* const m = new std::mutex;  // never destroyed: mappings may be removed while the process ends
+    pthread_atfork([] { mutex().lock(); }, [] { mutex().unlock(); }, [] { mutex().unlock(); });  // a child must find it free
+    return m;
+  }();
+  return *made;
+}
+
+void place(Mapping& m, int64_t number, uintptr_t begin, uintptr_t end) {
+  m.version.fetch_add(1);
+  m.number.store(number);
+  m.begin.store(begin);
+  m.end.store(end);
+  m.version.fetch_add(1);
+}
+
+// ---- the handler: nothing here takes a lock or memory
+
+struct Range {
+  Mapping* mapping = nullptr;
+  int64_t number = 0;
+  uintptr_t begin = 0, end = 0;
+};
+
+// The newest mapping that holds this address: one that was unmapped may be removed late.
+Range find(const void* address) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  Range found;
+  for (Mapping* m = mappings.load(); m; m = m->next) {
+    const uint32_t version = m->version.load();
+    const Range r{m, m->number.load(), m->begin.load(), m->end.load()};
+    if (version % 2 == 0 && m->version.load() == version && r.begin <= at && at < r.end && r.number > found.number) found = r;
+  }
+  return found;
+}
+
+bool replace_by_zeros(void* address) {
+  const Range r = find(address);
+  if (!r.mapping) return false;
+  r.mapping->state.store(kLost);  // first: whoever reads zeros must find it
+  void* const made = mmap(reinterpret_cast<void*>(r.begin), r.end - r.begin, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+  return made != MAP_FAILED;
+}
+
+void call_default(int signal, bool fault) {
+  struct sigaction standard = {};
+  standard.sa_handler = SIG_DFL;
+  sigaction(signal, &standard, nullptr);
+  if (!fault) raise(signal);  // a fault comes again by itself
+}
+
+void call_before(int signal, siginfo_t* info, void* context) {
+  const bool fault = info->si_code > 0;
+  const pid_t thread = pid_t(syscall(SYS_gettid));
+  // Python's faulthandler, once it has written, restores whom it found and raises the signal anew: if that was us, it is done.
+  if (!fault && chaining.load() == thread) return call_default(signal, fault);
+  if (!(before.sa_flags & SA_SIGINFO)) {
+    if (before.sa_handler == SIG_IGN && !fault) return;
+    if (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN) return call_default(signal, fault);
+  }
+  chaining.store(thread);
+  if (before.sa_flags & SA_SIGINFO)
+    before.sa_sigaction(signal, info, context);
+  else
+    before.sa_handler(signal);
+  chaining.store(0);
+}
+
+void on_sigbus(int signal, siginfo_t* info, void* context) {
+  const int error = errno;
+  if (info->si_code != BUS_ADRERR || !replace_by_zeros(info->si_addr)) call_before(signal, info, context);
+  errno = error;
+}
+
+// ---- the rest holds the mutex
+
+void install() {
+  struct sigaction now = {};
+  if (sigaction(SIGBUS, nullptr, &now) == 0 && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus) return;
+  struct sigaction ours = {};
+  ours.sa_sigaction = on_sigbus;
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART | SA_NODEFER;  // what a handler raises within ours comes within ours
+  sigemptyset(&ours.sa_mask);
+  before = now;
+  sigaction(SIGBUS, &ours, nullptr);
+}
+
+int64_t modified(const struct stat& s) { return int64_t(s.st_mtim.tv_sec) * 1000000000 + s.st_mtim.tv_nsec; }
+
+// Looks at the file; what was found once stays.
+int32_t look(Mapping& m) {
+  struct stat s;
+  if (m.state.load() == kIntact && m.fd >= 0) {
+    int32_t found = kIntact, intact = kIntact;
+    if (fstat(m.fd, &s) != 0 || s.st_size < m.bytes)
+      found = kLost;
+    else if (s.st_size != m.bytes || modified(s) != m.modified_ns)
+      found = kWritten;
+    if (found != kIntact) m.state.compare_exchange_strong(intact, found);
+  }
+  return m.state.load();
+}
+
+}  // namespace
+
+int64_t add_mapping(const void* address, int64_t bytes, int fd, int64_t modified_ns, const char* name) {
+  if (!address || bytes < 1 || !name) fail(DSO_EINVAL, "a mapping of %lld bytes at %p", (long long)bytes, address);
+  const int own = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  if (fd >= 0 && own < 0) fail(DSO_EINVAL, "%s cannot be kept open (error %d)", name, errno);
+  std::lock_guard lock(mutex());
+  Mapping* m = mappings.load();
+  while (m && m->number.load() != 0) m = m->next;
+  if (!m) {
+    m = new Mapping;
+    m->next = mappings.load();
+    mappings.store(m);
+  }
+  static int64_t numbers = 0;
+  m->fd = own, m->bytes = bytes, m->modified_ns = modified_ns, m->name = name;
+  m->state.store(kIntact);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(address), page = uintptr_t(sysconf(_SC_PAGESIZE));
+  place(*m, ++numbers, begin / page * page, (begin + bytes + page - 1) / page * page);
+  live.fetch_add(1);
+  install();
+  return numbers;
+}
+
+void remove_mapping(int64_t number) {
+  std::lock_guard lock(mutex());
+  for (Mapping* m = mappings.load(); m; m = m->next) {
+    if (number == 0 || m->number.load() != number) continue;
+    place(*m, 0, 0, 0);
+    if (m->fd >= 0) close(m->fd);
+    m->fd = -1;
+    live.fetch_sub(1);
+    return;
+  }
+}
+
+const void* mapping_of(const void* address) {
+  if (live.load() == 0) return nullptr;
+  std::lock_guard lock(mutex());
+  return reinterpret_cast<const void*>(find(address).begin);
+}
+
+void check_intact(const void* address) {
+  if (live.load() == 0) return;
+  std::lock_guard lock(mutex());
+  Mapping* const m = find(address).mapping;
+  if (!m) return;
+  switch (look(*m)) {
+    case kLost: fail(DSO_EFILE, "was cut short or cannot be read while its weights are in use: %s", m->name.c_str());
+    case kWritten: fail(DSO_EFILE, "was written to while its weights are in use: %s", m->name.c_str());
+  }
+}
+
+void keep_handler() {
+  if (live.load() == 0) return;
+  std::lock_guard lock(mutex());
+  install();
+}
+
+}  // namespace dso

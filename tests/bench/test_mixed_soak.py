@@ -1,0 +1,135 @@
+"""The soak for two seconds on a tiny model; and that it would notice."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "benchmarks" / "mixed_soak.py").exists():
+    pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
+sys.path.append(str(ROOT))
+
+from benchmarks import mixed_soak as soak  # noqa: E402
+
+from deepseek_optimizer.bench.exchange import Reply  # noqa: E402
+from deepseek_optimizer.bench.served import parsed  # noqa: E402
+from support.live_server import LiveServer  # noqa: E402
+from support.spoilt import set_config  # noqa: E402
+
+KINDS = {"again", "chat", "left", "pattern", "schema", "text"}
+
+
+class Server:
+    """What `soak.run` looks at, of a server in this process."""
+
+    log = ""
+    resident_bytes = 10**8
+
+    def __init__(self, live: LiveServer) -> None:
+        self._live = live
+
+    def metrics(self) -> dict[str, float]:
+        return parsed(self._live.client.get("/metrics").text)
+
+
+@pytest.fixture(scope="module")
+def live(tiny_model, tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    from deepseek_optimizer import load_model
+    from deepseek_optimizer.serving import make_async_engine
+
+    folder = tmp_path_factory.mktemp("soak") / "model"
+    shutil.copytree(tiny_model, folder)
+    set_config(folder, max_position_embeddings=2048)
+    model = load_model(folder, precision="int8", threads=1, kv_cache_memory=1 << 20)
+    with LiveServer(make_async_engine(model, AutoTokenizer.from_pretrained(folder))) as running:
+        yield running
+
+
+def small(live: LiveServer) -> soak.Soak:
+    return soak.Soak(live.port, 0, longest=(60, 20), vocabulary=250)
+
+
+def test_two_seconds_for_real(live, capsys):
+    leaning = small(live)
+    assert soak.run(leaning, Server(live), 8, 2.0) == []
+    assert set(leaning.done) >= {"text", "chat"} and leaning.tokens > 0
+    assert "errors     0" in capsys.readouterr().out
+
+
+def test_a_text_that_changes_is_noticed(live):
+    leaning = small(live)
+    leaning.known = dict.fromkeys(map(str, range(8)), "what it never says")
+    failures = soak.run(leaning, Server(live), 8, 1.0)
+    assert failures and all(failure.startswith("again: answered") for failure in failures)
+
+
+class Leaking(Server):
+    """It grows whenever it is looked at, and keeps a block."""
+
+    log = "Traceback (most recent call last)"
+    sizes = iter([10**8, 2 * 10**8])
+
+    @property
+    def resident_bytes(self) -> int:
+        return next(self.sizes)
+
+    def metrics(self) -> dict[str, float]:
+        return {**super().metrics(), "vllm:kv_cache_usage_perc": 0.01}
+
+
+def test_what_is_left_behind_is_noticed(live, monkeypatch):
+    monkeypatch.setattr(soak, "FULL", 0.0)
+    monkeypatch.setattr(soak, "SETTLE", 0.2)
+    failures = soak.run(small(live), Leaking(live), 1, 0.2)
+    assert [failure.split(":")[0] for failure in failures] == [
+        "memory grew from 100 to 200 MB", "left behind", "the server's log has a traceback"
+    ]  # fmt: skip
+
+
+def test_a_server_that_is_not_there_is_noticed(live):
+    leaning = soak.Soak(1, 0)
+    with pytest.raises(OSError):
+        soak.run(leaning, Server(live), 2, 0.2)
+    assert leaning.failures and all("ConnectionRefusedError" in failure for failure in leaning.failures)
+
+
+def test_requests_are_of_all_kinds():
+    rng, leaning = random.Random(0), soak.Soak(1, 0)
+    kinds = Counter(leaning.request(rng).kind for _ in range(2000))
+    assert set(kinds) == KINDS - {"left"} and min(kinds.values()) > 50
+
+
+def answer(text: str, finish: str = "stop", status: int = 200, whole: bool = True, tokens: int = 3) -> Reply:
+    body = {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": {"completion_tokens": tokens}}
+    return Reply(status, {"content-type": "application/json"}, json.dumps(body).encode(), whole=whole)
+
+
+@pytest.mark.parametrize(
+    "check, good, bad",
+    [
+        (soak._matches, "123-abc", "123-xyz"),
+        (soak._fits, '{"city": "Rome", "people": 3}', '{"city": "Rome", "people": 300}'),
+        (soak._fits, '{"people": 1, "city": "Bonn"}', '{"people": 1, "city": "Bonn"'),
+        (soak._count(3), "x", None),
+    ],
+)
+def test_answers_are_checked(check, good, bad):
+    assert check(answer(good)) == ""
+    assert check(answer(bad or "x", tokens=2))
+    assert bad is None or check(answer(bad, "length")) == ""  # it had no time to come to its end
+
+
+def test_refusals_and_halves_are_failures():
+    leaning, asked = soak.Soak(1, 0), soak.Asked("text", "/", {}, lambda reply: "")
+    assert leaning._wrong(asked, answer("x")) == ""
+    assert "refused" in leaning._wrong(asked, answer("x", status=500))
+    assert "broke off" in leaning._wrong(asked, answer("x", whole=False))

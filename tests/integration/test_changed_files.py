@@ -1,0 +1,119 @@
+"""Files of weights that change while a model uses them: an error that names the file, no dead process and no wrong token."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from deepseek_optimizer import load_model
+from support import changed_files
+from support.saved_llama import saved_llama
+
+LOST = "was cut short or cannot be read while its weights are in use; restore the file and load the model again"
+WRITTEN = "was written to while its weights are in use; restore the file and load the model again"
+WHAT = {"emptied": LOST, "halved": LOST, "overwritten": WRITTEN}
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, byte_tokenizer):
+    folder = tmp_path_factory.mktemp("changed")
+    floats = saved_llama(folder / "floats", byte_tokenizer, tie_word_embeddings=False)
+    load_model(floats, precision="int8").save_pretrained(folder / "packed")
+    done = run(changed_files.__file__, folder / "packed", floats, folder / "work")
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def is_changed(found, words: str) -> bool:
+    return found[0] == "CheckpointChangedError" and "model.safetensors: " in found[1] and words in found[1]
+
+
+def test_packed_files_are_mapped_and_nothing_else_is(found):
+    """And the handler of SIGBUS comes with the first of them."""
+    handlers = {"handler at first": False, "handler so far": False, "handler": True}
+    ways = {"load_model": True, "from_pretrained": True, "float": False, "reference": False}
+    assert found["mapped"] == handlers | ways
+
+
+@pytest.mark.parametrize("way", changed_files.LOADERS)
+@pytest.mark.parametrize("change", WHAT)
+def test_a_file_that_changes_in_place_is_the_models_error_then_and_ever_after(found, way, change):
+    case = found["changes"][f"{way} {change}"]
+    for name in ("after", "again", "twin"):
+        assert is_changed(case[name], WHAT[change]), case[name]
+    assert case["other"] == case["loaded"] == case["before"]
+
+
+@pytest.mark.parametrize("way", changed_files.LOADERS)
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_a_file_that_gave_its_name_away_goes_on_serving(found, way, change):
+    case = found["changes"][f"{way} {change}"]
+    assert len(case["before"][0]) == 32
+    assert all(case[name] == case["before"] for name in ("after", "again", "twin", "other", "loaded"))
+
+
+READERS = ("embedding", "linear", "gradient", "dequantized", "table", "forward", "engine", "own forward")
+
+
+@pytest.mark.parametrize("reader", [*READERS, "save", "cut while saving", "own save"])
+def test_whatever_reads_weights_says_so(found, reader):
+    assert is_changed(found["readers"][reader], LOST), found["readers"][reader]
+
+
+def test_nothing_is_saved_of_lost_weights_and_copies_in_memory_live_on(found):
+    assert found["readers"]["saved"] is False and found["readers"]["apart"] is True
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("load_model, cut", "cut short while it was read"),
+        ("load_model, overwritten", "was written to while it was read"),
+        ("load_model packed, cut", "cut short"),
+        ("from_pretrained, cut", "cut short"),
+        ("from_pretrained, overwritten", "was changed while it was read"),
+    ],
+)
+def test_a_file_that_changes_while_it_is_loaded(found, case, words):
+    assert is_changed(found["loading"][case], words), found["loading"][case]
+
+
+FAULTS = """
+import faulthandler, mmap, os, sys
+from pathlib import Path
+from deepseek_optimizer.backends.cpu import mapped_file
+
+def opened(name):
+    path = Path(sys.argv[1], name)
+    path.write_bytes(bytes([1]) * 8192)
+    fd = os.open(path, os.O_RDWR)
+    return path, fd, os.fstat(fd)
+
+path, fd, status = opened("ours")
+ours = mapped_file.map_file(fd, status.st_size, status.st_mtime_ns, path)
+faulthandler.enable()
+other = mapped_file.map_file(fd, status.st_size, status.st_mtime_ns, path)  # whatever comes to the library puts us first again
+os.truncate(path, 0)
+print(sum(ours[:]), flush=True)
+path, fd, status = opened("theirs")
+theirs = mmap.mmap(fd, status.st_size)
+os.truncate(path, 0)
+theirs[0]
+"""
+
+
+def test_a_fault_elsewhere_kills_as_before_and_faulthandler_tells_of_it(tmp_path):
+    done = run("-c", FAULTS, tmp_path)
+    assert done.returncode == -signal.SIGBUS and done.stdout == "0\n", (done.returncode, done.stderr)
+    assert "Fatal Python error: Bus error" in done.stderr

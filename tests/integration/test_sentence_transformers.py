@@ -1,0 +1,42 @@
+"""sentence-transformers: a packed decoder under its pooling."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from deepseek_optimizer import DeepSeekConfig
+from support.saved_llama import saved_llama
+
+sentence_transformers = pytest.importorskip("sentence_transformers")
+TEXTS = ["a short text", "and one that is longer than that, so there is padding", "c"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, byte_tokenizer):
+    return saved_llama(tmp_path_factory.mktemp("st") / "model", byte_tokenizer)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_are_those_of_the_float_model(folder, tmp_path, pooling, side):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    def embedder(**model_kwargs):
+        body = Transformer(str(folder), model_kwargs=model_kwargs)
+        body.tokenizer.padding_side = side
+        return SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), pooling)], device="cpu")
+
+    plain = embedder()
+    fast = embedder(quantization_config=DeepSeekConfig(precision="fp32", backend="reference"))
+    expected = plain.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(fast.encode(TEXTS, convert_to_tensor=True), expected, rtol=1e-4, atol=1e-4)
+    fast.save_pretrained(str(tmp_path / "packed"))
+    again = SentenceTransformer(str(tmp_path / "packed"), device="cpu")
+    for twin in (again, copy.deepcopy(fast)):
+        assert twin[0].model.dso.changed() is None
+        torch.testing.assert_close(twin.encode(TEXTS, convert_to_tensor=True), expected, rtol=1e-4, atol=1e-4)
+    assert not any("slower" in note for note in fast[0].model.dso.notes)

@@ -1,0 +1,54 @@
+"""More threads than processors: said wherever they are asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deepseek_optimizer import load_model
+from deepseek_optimizer.backends.cpu import crowding, native, unavailable_reason
+from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+from deepseek_optimizer.integration.runtime import OptimizerWarning
+
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A machine of two processors."""
+    monkeypatch.setattr(native.library(), "dso_default_threads", lambda: 2)
+
+
+def test_as_many_as_there_are_is_nothing_to_say(few):
+    assert crowding(1) is None and crowding(2) is None and "3 threads share the 2 processors" in (crowding(3) or "")
+
+
+def test_loading_says_it(few, tiny_model):
+    with pytest.warns(OptimizerWarning, match="3 threads share the 2 processors"):
+        model = load_model(tiny_model, precision="int8", threads=3)
+    assert any("3 threads" in warning for warning in model.report().to_dict()["warnings"])
+
+
+def test_the_environment_counts_too(few, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSO_THREADS", "3")
+    told: list[str] = []
+    pack_checkpoint(tiny_model, tmp_path / "out", {"precision": "int8"}, tell=told.append)
+    assert any("3 threads share the 2 processors" in line for line in told)
+
+
+def test_training_uses_the_environments_threads_and_says_it(few, tiny_model, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from deepseek_optimizer.train.ops.native import context
+    from deepseek_optimizer_cli.app import app
+
+    monkeypatch.setenv("DSO_THREADS", "3")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert context().threads == 3
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}), encoding="utf-8"
+    )
+    arguments = ["train", "--model", tiny_model, "--data", tmp_path / "chats.jsonl", "--output", tmp_path / "out", "--dry-run"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0 and "3 threads share the 2 processors" in result.stdout, result.output

@@ -1,0 +1,128 @@
+"""What a client sends does not come back in full in an error: texts are quoted by their beginnings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from deepseek_optimizer.server.settings import ServerSettings
+
+LONG = "q" * 10_000
+MOST = 1_000  # bytes of an error, whatever was sent
+FUNCTION = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/a"}, "b": {"type": "string", "format": "date", "pattern": "a"}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "$defs": {"a": {"enum": ["x"]}},
+}
+CHAT = {
+    "model": "m",
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
+    "max_tokens": 1,
+    "temperature": 0,
+    "stop": ["x"],
+    "logit_bias": {"5": 1},
+    "reasoning_effort": "low",
+    "chat_template_kwargs": {"thinking": True},
+}
+BODIES: dict[str, list[dict[str, Any]]] = {
+    "/v1/chat/completions": [
+        CHAT,
+        {**CHAT, "tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                }
+            ]
+        },
+    ],
+    "/v1/completions": [
+        {"model": "m", "prompt": "hello", "max_tokens": 1, "top_p": 1.0},
+    ],
+    "/v1/responses": [
+        {
+            "model": "m",
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}],
+            "previous_response_id": "r",
+            "tools": [{"type": "function", "name": "f", "parameters": {}}],
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}},
+        }
+    ],
+    "/v1/embeddings": [{"model": "m", "input": "hello", "encoding_format": "float"}],
+    "/tokenize": [{"model": "m", "prompt": "hello", "messages": []}],
+    "/detokenize": [{"model": "m", "tokens": [1]}],
+}
+
+
+def spoilt(value: Any) -> Iterator[Any]:
+    """A value with a long text at one place at a time: instead of each value, for each name, and as a name more."""
+    yield LONG
+    if isinstance(value, dict):
+        yield {**value, LONG: 1}
+        for key, inner in value.items():
+            yield {**{k: v for k, v in value.items() if k != key}, LONG: inner}
+            for other in spoilt(inner):
+                yield {**value, key: other}
+    elif isinstance(value, list):
+        yield [*value, LONG]
+        for i, inner in enumerate(value):
+            for other in spoilt(inner):
+                yield [*value[:i], other, *value[i + 1 :]]
+
+
+@pytest.fixture(scope="module")
+def answers(byte_tokenizer):
+    from support.chats import HERMES
+    from support.fake_engine import FakeEngine
+    from support.live_server import LiveServer
+
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = HERMES
+    with LiveServer(FakeEngine(tokenizer, context=512), ServerSettings(grammar_seconds=1.0)) as live:
+        yield live.client
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_errors_quote_the_beginning(answers, path):
+    tried = 0
+    for body in BODIES[path]:
+        for broken in spoilt(body):
+            if not isinstance(broken, dict):
+                continue
+            found = answers.post(path, json=broken)
+            assert found.status_code in (200, 400, 404, 429), found.text
+            if found.status_code != 200:
+                assert len(found.content) < MOST, found.text[:300]
+                tried += 1
+    assert tried > 3
+
+
+def test_addresses_headers_and_forms(answers):
+    for found in (
+        answers.get(f"/v1/models/{LONG}"),
+        answers.get(f"/v1/files/{LONG}"),
+        answers.get(f"/v1/files?purpose={LONG}"),
+        answers.get(f"/v1/files?limit={LONG}"),
+        answers.get(f"/v1/files?{LONG}=1"),
+        answers.get(f"/{LONG}"),
+        answers.post("/v1/completions", content=b"{}", headers={"content-type": LONG}),
+        answers.post("/v1/completions", content=b'{"' + LONG.encode(), headers={"content-type": "application/json"}),
+        answers.get("/health", headers={"host": LONG}),
+        answers.post("/v1/files", files={"file": (LONG, b"x")}, data={"purpose": "user_data"}),
+        answers.post("/v1/files", files={"file": ("a" * 200 + ".docx", b"x")}, data={"purpose": "user_data"}),
+        answers.post("/v1/files", files={"file": ("a.txt", b"x")}, data={"purpose": LONG}),
+        answers.post("/v1/files", files={"file": ("a.txt", b"x")}, data={LONG: "x"}),
+        answers.post("/v1/files", files={LONG: ("a.txt", b"x")}, data={"purpose": "user_data"}),
+    ):
+        assert found.status_code == 200 or len(found.content) < MOST, (found.request.url.path[:30], found.text[:300])

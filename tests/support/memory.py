@@ -1,0 +1,10 @@
+"""Machines with as much memory as a test wants."""
+
+from __future__ import annotations
+
+from deepseek_optimizer.system.memory import FreeMemory, Limit
+
+
+def memory_of(free: int, *limits: Limit) -> FreeMemory:
+    """A machine with so many bytes free, all that it has, and other limits beside."""
+    return FreeMemory((Limit("machine", "this machine", "memory", free, free), *limits))

@@ -1,0 +1,85 @@
+"""Torch's default dtype and device are the host program's, and change nothing of what we compute."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepseek_optimizer
+from deepseek_optimizer.models.fields import Fields
+from deepseek_optimizer.models.rope import read_rope
+
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "frombuffer", "full", "linspace", "logspace", "normal",
+    "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+SOURCE = Path(deepseek_optimizer.__file__).parent
+
+
+def unnamed(tree: ast.AST) -> list[str]:
+    """Calls of torch's factories that leave the dtype or the device of what they make to a default."""
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if name in FACTORIES:
+                wanted = {"dtype"} if name == "frombuffer" else {"dtype", "device"}  # which is always of the CPU
+                if missing := sorted(wanted - {keyword.arg for keyword in node.keywords}):
+                    found.append(f"line {node.lineno}: torch.{name} without {' and '.join(missing)}")
+    return found
+
+
+def test_every_factory_names_its_dtype_and_device():
+    files = sorted(SOURCE.rglob("*.py"))
+    assert len(files) > 200
+    wrong = [f"{file.relative_to(SOURCE)}: {what}" for file in files for what in unnamed(ast.parse(file.read_text()))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("torch.empty(3)", 1),
+        ("torch.zeros((2, 3), dtype=torch.float32)", 1),
+        ("torch.full(s, 0.0, device='cpu')", 1),
+        ("torch.rand((), dtype=torch.float32, device='cpu')", 0),
+        ("torch.zeros_like(x) + x.new_empty(3)", 0),
+        ("torch.frombuffer(b, dtype=torch.uint8)", 0),
+    ],
+)
+def test_a_factory_without_them_is_found(code, count):
+    assert len(unnamed(ast.parse(code))) == count
+
+
+def test_answers_are_the_same_under_every_default(tiny_model):
+    """To the bit, from forwards, generation, the engine, a cache read back, files and training."""
+    defaults = ["float32", "bfloat16", "float16", "float64", "device:meta"]
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "support.answers", str(tiny_model), *defaults],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-3000:]}"
+    expected, *others = map(json.loads, done.stdout.splitlines())
+    assert len(expected) > 20 and len(others) == 4
+    for default, found in zip(defaults[1:], others, strict=True):
+        assert {k for k in expected if found[k] != expected[k]} == set(), default
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_frequencies_of_a_long_context_are_the_same(dtype):
+    fields = Fields({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.3}})
+    spec = read_rope(fields, 64, 128)
+    expected = spec.inv_freq_at(777)
+    torch.set_default_dtype(dtype)
+    try:
+        found = spec.inv_freq_at(777)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (found == expected).all()
