@@ -83,7 +83,8 @@ def main() -> int:
             made.append(run_family(family, file, Path(folder), select, given.side))
             print(made[-1].line(), flush=True)
     wrong = faults(made, KINDS, whole=not (given.families or given.k))
-    print(*(line.replace("\n", " ")[:600] for line in wrong), sep="\n")
+    for line in wrong:
+        print(line.replace("\n", " ")[:600])
     seconds, used = time.monotonic() - began, os.times()
     of_cpu = used.children_user + used.children_system
     print(f"conformance: {len(wrong)} faults, {len(KINDS)} kinds of exceptions, {seconds:.0f} s ({of_cpu:.0f} s of one core)")
