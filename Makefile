@@ -1,4 +1,4 @@
-# make test | test-interop | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-interop | test-conformance | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-lowest test-interop demo lint bench bench-train bench-commits soak quality wheel fuzz clean
+.PHONY: help env test test-lowest test-interop test-conformance demo lint bench bench-train bench-commits soak quality wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -45,6 +45,11 @@ wheel: $(WHEELS)/.built
 
 test: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(PYTEST_ARGS)
+
+# Transformers' own tests on optimised models beside plain ones; CONFORMANCE takes families and options (--all: the slow ones too).
+CONFORMANCE ?=
+test-conformance: env
+	PYTHONPATH=tests $(BIN)/python -m conformance.run $(CONFORMANCE)
 
 demo: env
 	$(BIN)/dso demo

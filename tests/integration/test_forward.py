@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from deepseek_optimizer import PagedCache, UnsupportedRequestError
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError
 from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
-from support.models import assert_close_rows, native_cases
+from support.models import CASES, assert_close_rows, native_cases, random_model
 
 from .conftest import make_pair
 
@@ -461,11 +461,6 @@ def test_casts_are_refused_and_moves_are_not(fresh_pair):
     assert_close_rows(model(fresh_pair.ids(4)).logits, fresh_pair.plain(fresh_pair.ids(4)).logits)
 
 
-def test_resizing_is_refused(fresh_pair):
-    with pytest.raises(UnsupportedRequestError, match="float model"):
-        fresh_pair.fast.resize_token_embeddings(300)
-
-
 def test_pickle_is_refused(pair, tmp_path):
     with pytest.raises(BackendError, match="save_pretrained"):
         torch.save(pair.fast, tmp_path / "model.pt")
@@ -490,3 +485,11 @@ def test_nothing_global_changes(pair):
     assert "forward" not in pair.plain.__dict__
     assert type(pair.plain) is type(pair.fast)
     assert "forward" in pair.fast.__dict__
+
+
+def test_a_config_that_others_share_stays_as_it_was():
+    plain = random_model(CASES["llama-gqa"]())
+    shared = plain.config
+    fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", backend="reference")).optimize()
+    assert not hasattr(shared, "quantization_config")
+    assert all(module.config is fast.config for module in fast.modules() if hasattr(module, "config"))

@@ -287,3 +287,11 @@ def test_report_of_experts_and_latents(tmp_path):
     stacks = next(row for row in report.formats if row.format == "int4")
     assert stacks.matrices == 1 + 1 + 3 * 4 + 3 + 2 * (3 * 12 + 3)  # ends, attention but kv_b, dense MLP, experts and shared
     assert report.to_dict()["experts"]["experts"] == 12
+
+
+def test_the_base_model_is_saved_with_its_experts_packed(tmp_path):
+    model = DynamicGraphOptimizer(random_model(CASES["deepseek_v3-groups"]())).optimize()
+    model.model.save_pretrained(tmp_path)
+    written, own = load_file(tmp_path / "model.safetensors"), model.model.state_dict()
+    assert written.keys() == own.keys()
+    assert all(torch.equal(written[name], own[name]) for name in own)

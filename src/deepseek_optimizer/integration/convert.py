@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,22 @@ def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
     before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(planned_module(model))
     check_attention_name(model.config, config)
+    _own_config(model)
     extend_model(model, config)
     backend, _ = choose_backend(config, model.device)
     pack_in_place(model, whole_graph(model), config, packer_of(backend))
     bind(model.eval(), config, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):
         _warm(model.dso, rows)
+
+
+def _own_config(model: Any) -> None:
+    """Gives a model a config that no other model shares: what optimising writes into it is true of this model only."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
 
 
 def parameter_bytes(model: Any) -> int:

@@ -40,7 +40,7 @@ class Replacement(InstanceMethod):
     runtime: Runtime
     replaces: ClassVar[str]
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Any) -> None:
         super().__init__(runtime)
         model = runtime.model
         self._original = getattr(type(model), self.replaces)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapters import ModuleWalk
 from .instance import Instance
+from .parameter_count import ParameterCount
 from .runtime import Runtime
 from .save import PackedSave
 
@@ -31,6 +32,7 @@ class OuterModel(Instance):
             "dso": self.runtime,
             "save_pretrained": PackedSave(self),
             "resize_token_embeddings": Refuse(RESIZE),
+            "num_parameters": ParameterCount(self),
             "report": self.runtime.report,
             "named_modules": ModuleWalk(self),
         }

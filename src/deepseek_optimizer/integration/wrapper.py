@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..backends.base import DECODE, PREFILL
 from ..checkpoint import packed_section
@@ -28,7 +29,9 @@ from .generate import PlanGenerate
 from .graphs import planned_module, whole_graph
 from .instance_method import PLANNED, InstanceMethod, Replacement
 from .outer_model import OuterModel
+from .parameter_count import ParameterCount
 from .quantizer import mark_quantized
+from .resize import ResizeTokens
 from .runtime import Runtime
 from .save import PackedSave
 from .special_tokens import special_token_notes
@@ -254,8 +257,9 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     runtime.attach(planned)
     if planned is not model:
         OuterModel(model, runtime)
-    for holder in (model, planned):
-        holder._weight_conversions = []  # packed experts are saved as they are: Transformers would split them into float ones
+    parts: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for part in parts:
+        part._weight_conversions = []  # packed experts are saved as they are: Transformers would split them into float ones
     _ = runtime.plan  # compiled now, so that what is wrong is said at load
     return model
 
@@ -290,7 +294,8 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
         **served,
         "named_modules": ModuleWalk(runtime),
         "save_pretrained": PackedSave(runtime),
-        "resize_token_embeddings": Refuse(RESIZE),
+        "resize_token_embeddings": ResizeTokens(runtime) if runtime.graph.has_head else Refuse(RESIZE),
+        "num_parameters": ParameterCount(runtime),
         "report": runtime.report,
         "_apply": _Apply(runtime),
         "compile": _Compile(runtime),

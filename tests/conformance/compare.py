@@ -1,0 +1,91 @@
+"""What two runs of the same tests say: which pass on plain models and not on optimised ones, and which of those may."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .exceptions import MOST, Kind
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one test: "passed", "failed", "skipped", or "crashed" where the process ended in it."""
+
+    outcome: str
+    error: str = ""
+
+
+def read(path: Path) -> dict[str, Outcome]:
+    """The outcomes that `plugin.py` wrote; a test with several reports (subtests) failed if any of them did."""
+    found: dict[str, Outcome] = {}
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        test, outcome = entry["test"], entry["outcome"]
+        if outcome == "started":
+            found[test] = Outcome("crashed", "the process ended in this test")
+        elif found[test].outcome != "failed":
+            found[test] = Outcome(outcome, entry["error"])
+    return found
+
+
+@dataclass
+class Comparison:
+    """Of one family.
+
+    Attributes:
+        control, optimised: how many passed.
+        excused: (kind, test) that the list of exceptions explains.
+        deviations: (test, error) that it does not.
+    """
+
+    family: str
+    control: int
+    optimised: int
+    excused: list[tuple[str, str]] = field(default_factory=list)
+    deviations: list[tuple[str, str]] = field(default_factory=list)
+
+    def line(self) -> str:
+        kinds = Counter(kind for kind, _ in self.excused)
+        listed = ", ".join(f"{kind} {count}" for kind, count in kinds.items()) or "none"
+        return f"{self.family}: control {self.control}, optimised {self.optimised}; exceptions: {listed}"
+
+
+def compare(family: str, control: Mapping[str, Outcome], optimised: Mapping[str, Outcome], kinds: Sequence[Kind]) -> Comparison:
+    """Each test that passes in `control` passes in `optimised` too, or is excused, or deviates."""
+    passed = [test for test, outcome in control.items() if outcome.outcome == "passed"]
+    made = Comparison(family, len(passed), sum(o.outcome == "passed" for o in optimised.values()))
+    for test in passed:
+        found = optimised.get(test, Outcome("crashed", "it was not run"))
+        if found.outcome == "passed":
+            continue
+        kind = next((kind for kind in kinds if kind.fits(test, found.error)), None)
+        if kind is not None and found.outcome != "crashed":
+            made.excused.append((kind.name, test))
+        else:
+            made.deviations.append((test, f"{found.outcome}: {found.error}"))
+    return made
+
+
+def faults(comparisons: Iterable[Comparison], kinds: Sequence[Kind], *, whole: bool = True) -> list[str]:
+    """What is wrong, a line each; empty where all is well.
+
+    Args:
+        whole: every family and test was run, so that a kind that explains nothing is stale.
+    """
+    found, used = [], set()
+    if len(kinds) > MOST:
+        found.append(f"{len(kinds)} kinds of exceptions are listed, {MOST} at most may be")
+    for one in comparisons:
+        used |= {kind for kind, _ in one.excused}
+        if not one.control:
+            found.append(f"{one.family}: no test passed on the plain model")
+        for test, error in one.deviations:
+            found.append(f"{one.family}: {test} passes on the plain model, not on the optimised one: {error}")
+    if whole:
+        stale = [kind.name for kind in kinds if kind.name not in used]
+        found += [f"the exception {name!r} explains nothing any more: remove it" for name in stale]
+    return found

@@ -1,0 +1,77 @@
+"""A small model of each family around Transformers' mixins; run from where `stage.py` copies it to."""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .generation.test_utils import GenerationTesterMixin
+from .test_modeling_common import ModelTesterMixin, ids_tensor
+from .test_training_mixin import TrainingTesterMixin
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 512, "initializer_range": 0.02,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LATENT = {
+    **SMALL, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}  # fmt: skip
+EXPERTS = {
+    **LATENT, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+# No more experts a token than the chosen groups have: Transformers' own tester asks for 8 of 4, where torch.topk decides a tie
+# among the masked ones, which no checkpoint does and `models/experts.py` refuses.
+GROUPS = {**EXPERTS, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4}
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "qwen2": SMALL,
+    "qwen3": {**SMALL, "head_dim": 8},
+    "deepseek_v2": EXPERTS,
+    "deepseek_v3": GROUPS,
+    # So many index heads because a key that all of them shun has a score of exactly 0, and several such are ties.
+    "deepseek_v32": {**GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20},
+    "youtu": LATENT,
+}
+
+
+class ModelTester:
+    """What the mixins ask of a family: a config, and inputs whose mask is lower triangular, as in Transformers' own testers."""
+
+    batch_size, seq_length, is_training = 5, 7, True
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.causal_lm_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+        for name, value in FIELDS[family].items():
+            setattr(self, name, value)
+
+    def get_config(self) -> Any:
+        return transformers.CONFIG_MAPPING[self.family](**FIELDS[self.family])
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
+
+
+class _FamilyTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
+    family: ClassVar[str]
+    model_tester: Any = None
+    test_all_params_have_gradient = False  # experts that no token goes to have none
+    model_split_percents = [0.5, 0.7, 0.8]
+
+    def setUp(self) -> None:
+        self.model_tester = ModelTester(self.family)
+        self.all_model_classes = (self.model_tester.causal_lm_class,)
+
+
+for _family in FIELDS:
+    _name = f"Test_{_family}"
+    globals()[_name] = type(_name, (_FamilyTest, unittest.TestCase), {"family": _family})

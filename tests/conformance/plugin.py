@@ -1,0 +1,113 @@
+"""A pytest plugin for the process that runs Transformers' tests: their models are optimised as they are made.
+
+`DSO_CONFORMANCE_SIDE` is "control" (models stay plain), "optimised", or "broken" (optimised, and then one
+norm is changed: what such a model fails must be reported). What became of each test is written, line by line as
+JSON, to the file that `DSO_CONFORMANCE_RESULTS` names, so that nothing is lost where the process dies. Classes of Transformers
+are patched here because their tests make models by calling them; nothing outside this process sees that.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+SIDE, RESULTS = "DSO_CONFORMANCE_SIDE", "DSO_CONFORMANCE_RESULTS"
+_plain = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    if os.environ[SIDE] != "control":
+        from deepseek_optimizer.models import FAMILIES
+
+        for family in FAMILIES:
+            patch(_causal_class(family))
+
+
+def _causal_class(family: str) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+
+
+def patch(model_class: Any) -> None:
+    """Has every model of this very class optimised once it has its weights."""
+    plain_init, plain_load = model_class.__init__, model_class.from_pretrained.__func__
+
+    @functools.wraps(plain_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain_init(self, *args, **kwargs)
+        if type(self) is model_class:
+            optimise(self)
+
+    @functools.wraps(plain_load)
+    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = plain_load(cls, *args, **kwargs)
+        if cls is model_class:
+            optimise(made[0] if isinstance(made, tuple) else made)
+        return made
+
+    model_class.__init__ = init
+    model_class.from_pretrained = classmethod(load)
+
+
+@contextmanager
+def plain_models() -> Iterator[None]:
+    """Inside, models stay as they are made."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def treated(model: Any) -> Any:
+    """A plain model as this side has it."""
+    if os.environ[SIDE] != "control":
+        optimise(model)
+    return model
+
+
+def optimise(model: Any) -> None:
+    """In fp32, in place; a model without weights yet is left for later, and so is its mode of training."""
+    from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
+
+    if _plain or "dso" in model.__dict__ or model.device.type == "meta":
+        return
+    training = model.training
+    DynamicGraphOptimizer(model, config=DeepSeekConfig(precision="fp32")).optimize()
+    if os.environ[SIDE] == "broken":
+        model.model.norm.weight.data.mul_(2)
+        model.dso.rebind()
+    model.train(training)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Subtests report too: one that fails makes a test failed that reports itself passed afterwards."""
+    if report.when == "call" or report.outcome != "passed":
+        _write({"test": report.nodeid.rpartition("::")[2], "outcome": report.outcome, "error": _error(report)})
+
+
+def _error(report: pytest.TestReport) -> str:
+    """The message of the exception; of a skip its reason."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[-1])
+    return str(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr or ""))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write({"test": nodeid.rpartition("::")[2], "outcome": "started"})
+
+
+def _write(line: dict[str, str]) -> None:
+    with open(os.environ[RESULTS], "a") as file:
+        file.write(json.dumps(line) + "\n")

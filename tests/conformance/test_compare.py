@@ -1,0 +1,81 @@
+"""The comparison can fail: what deviates is reported, what is listed is not, and a list that is too long or stale is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from conformance.compare import Outcome, compare, faults, read
+from conformance.exceptions import KINDS, MOST, Kind
+
+KIND = Kind("casts", "why", r"test_cast_\w+", "cannot be cast")
+PASSED = Outcome("passed")
+
+
+def one(optimised, control=PASSED, test="test_cast_half", kinds=(KIND,)):
+    return compare("llama", {test: control}, {} if optimised is None else {test: optimised}, kinds)
+
+
+def test_equal_runs_have_no_faults():
+    assert faults([one(PASSED)], ()) == []
+
+
+def test_what_fails_on_both_sides_is_no_deviation():
+    failed = Outcome("failed", "anything")
+    assert one(failed, control=failed).deviations == []
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [Outcome("failed", "Error: 1 != 2"), Outcome("skipped", "why not"), Outcome("crashed", "cannot be cast"), None],
+    ids=["another error", "skipped", "crashed", "not run"],
+)
+def test_deviations_are_reported(outcome):
+    made = one(outcome)
+    assert [test for test, _ in made.deviations] == ["test_cast_half"]
+    assert "test_cast_half passes on the plain model" in faults([made], (KIND,))[0]
+
+
+def test_a_listed_error_in_another_test_is_reported():
+    assert one(Outcome("failed", "cannot be cast"), test="test_greedy").deviations
+
+
+def test_listed_exceptions_are_counted_by_kind():
+    made = one(Outcome("failed", "Error:\nit cannot be cast"))
+    assert made.excused == [("casts", "test_cast_half")]
+    assert faults([made], (KIND,)) == []
+    assert made.line() == "llama: control 1, optimised 0; exceptions: casts 1"
+
+
+def test_an_exception_that_passes_is_stale():
+    assert faults([one(PASSED)], (KIND,)) == ["the exception 'casts' explains nothing any more: remove it"]
+    assert faults([one(PASSED)], (KIND,), whole=False) == []
+
+
+def test_a_control_without_passes_is_a_fault():
+    assert faults([one(PASSED, control=Outcome("skipped"))], ()) == ["llama: no test passed on the plain model"]
+
+
+def test_the_list_is_short_and_explained():
+    assert len(KINDS) <= MOST == 10
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
+    assert all(kind.why for kind in KINDS)
+    assert faults([], [KIND] * 11)[0].startswith("11 kinds")
+
+
+def test_outcomes_are_read_as_they_were_written(tmp_path):
+    lines = [
+        {"test": "a", "outcome": "started"},
+        {"test": "a", "outcome": "failed", "error": "a subtest"},
+        {"test": "a", "outcome": "passed", "error": ""},
+        {"test": "b", "outcome": "started"},
+        {"test": "b", "outcome": "passed", "error": ""},
+        {"test": "c", "outcome": "started"},
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read(file)
+    assert found["a"] == Outcome("failed", "a subtest")
+    assert found["b"] == PASSED
+    assert found["c"].outcome == "crashed"

@@ -1,0 +1,79 @@
+"""Where Transformers' tests come from, and what is said where they cannot be had. No network: pip is replaced."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from conformance import source
+from conformance.run import main
+from conformance.source import NEEDED, OFFLINE, SourceError, cached_tests
+
+
+def archive(path, names):
+    with tarfile.open(path, "w:gz") as made:
+        for name in names:
+            content = f"# {name}\n".encode()
+            entry = tarfile.TarInfo(f"transformers-1/{name}")
+            entry.size = len(content)
+            made.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """Replaces pip by one that gives these files, or fails with this message; counts its calls."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(OFFLINE, raising=False)
+    calls = []
+
+    def use(names=(), error=None):
+        def run(command, **kwargs):
+            calls.append(command)
+            if error is None:
+                folder = command[command.index("--dest") + 1]
+                archive(f"{folder}/transformers-1.tar.gz", names)
+            return subprocess.CompletedProcess(command, int(error is not None), "", error or "")
+
+        monkeypatch.setattr(source.subprocess, "run", run)
+        return calls
+
+    return use
+
+
+def test_tests_are_fetched_once_and_nothing_else_is_taken(pip):
+    calls = pip([*(f"tests/{name}" for name in NEEDED), "tests/deep/test_a.py", "src/x.py", "tests/data.bin"])
+    folder = cached_tests()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(NEEDED)
+    assert cached_tests() == folder
+    assert len(calls) == 1
+
+
+def test_an_archive_without_the_tests_is_named_and_not_kept(pip):
+    calls = pip(["tests/test_other.py"])
+    for _ in range(2):
+        with pytest.raises(SourceError, match="transformers-1.tar.gz has no tests/test_modeling_common.py"):
+            cached_tests()
+    assert len(calls) == 2
+
+
+def test_an_index_out_of_reach_is_a_failure_with_what_to_do(pip, monkeypatch, capsys):
+    pip(error="warning\nERROR: No matching distribution found")
+    monkeypatch.setattr(sys, "argv", ["run"])
+    assert main() == 1
+    assert capsys.readouterr().out.count("\n") == 1
+    with pytest.raises(SourceError, match=f"No matching distribution found; connect to a package index, or set {OFFLINE}=1"):
+        cached_tests()
+
+
+def test_only_the_variable_leaves_the_tests_out(pip, monkeypatch, capsys):
+    calls = pip(error="never")
+    monkeypatch.setenv(OFFLINE, "1")
+    monkeypatch.setattr(sys, "argv", ["run"])
+    assert main() == 0
+    assert f"left out, {OFFLINE}=1" in capsys.readouterr().out
+    assert not calls

@@ -1,0 +1,30 @@
+"""`num_parameters` of an optimised model is that of the float model, in every format."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
+from support.models import CASES, random_model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("case", ["llama-biases", "llama-tied", "deepseek_v3-groups"])
+def test_as_many_as_the_float_model_has(case, precision):
+    plain = random_model(CASES[case]())
+    config = DeepSeekConfig(precision=precision, backend="reference")
+    fast = DynamicGraphOptimizer(copy.deepcopy(plain), config=config).optimize()
+    assert fast.num_parameters() == plain.num_parameters()
+    assert fast.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    assert fast.num_parameters(only_trainable=True) == 0
+
+
+def test_a_classifier_counts_its_own_head_too():
+    plain = AutoModelForSequenceClassification.from_config(CASES["llama-gqa"]())
+    config = DeepSeekConfig(precision="fp32", backend="reference")
+    fast = DynamicGraphOptimizer(copy.deepcopy(plain), config=config).optimize()
+    assert fast.num_parameters() == plain.num_parameters()
+    assert fast.num_parameters(only_trainable=True) == fast.score.weight.numel()
