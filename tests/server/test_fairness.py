@@ -212,6 +212,9 @@ def test_bytes_of_tokens(byte_tokenizer):
     size.check(["x" * 65, "é" * 32], "prompt")
     with pytest.raises(ValueError, match="131 bytes are 11 tokens at least"):
         size.check(["x" * 66, "é" * 32, "x"], "prompt")
+    size._bytes = found._replace(lost=b"\x01\xc3")
+    size.check(["\x01x" * 130], "prompt")
+    size.check(["é\x01" * 130], "prompt")
     PromptSize(byte_tokenizer, None).check(["x" * 10**6], "prompt")
     for change in (
         {"normalizer": normalizers.Strip()},

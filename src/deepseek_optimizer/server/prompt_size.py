@@ -52,7 +52,7 @@ class PromptSize:
         """
         if self.most is None or self._bytes is None:
             return
-        size = sum(len(text.encode().translate(None, self._bytes.lost)) for text in texts)
+        size = sum(_kept(text, self._bytes.lost) for text in texts)
         if size > self.most:
             least = -(-size // self._bytes.most)
             raise RequestError(
@@ -113,6 +113,13 @@ def _byte_level() -> dict[int, str]:
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     found = {byte: chr(byte) for byte in seen}
     return found | {byte: chr(0x100 + n) for n, byte in enumerate(sorted(set(range(256)) - set(seen)))}
+
+
+def _kept(text: str, lost: bytes) -> int:
+    """Bytes of a text without those that are lost; quick where it is ASCII, as large ones mostly are."""
+    if text.isascii():
+        return len(text) - sum(text.count(chr(byte)) for byte in lost if byte < 0x80)
+    return len(text.encode().translate(None, lost))
 
 
 def _shrinks(normalizer: Any) -> int | None:
