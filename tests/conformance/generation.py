@@ -60,6 +60,8 @@ class GenerationTesterMixin:
         torch.manual_seed(0)
         with plain_models():
             plain = self.model_tester.causal_lm_class(config).eval()
+        with torch.no_grad():  # it is made zero, and where a model generates it every index score of DSA would be a tie
+            plain.get_input_embeddings().weight[config.pad_token_id].normal_(std=config.initializer_range)
         return plain, treated(copy.deepcopy(plain))
 
     def rows(self, kind: str | None = None) -> dict[str, torch.Tensor]:

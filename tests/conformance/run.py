@@ -45,14 +45,14 @@ def run_family(family: str, file: Path, folder: Path, select: str, side: str = "
     """Both sides of one family.
 
     Raises:
-        RuntimeError: the control could not be run.
+        SystemExit: the control could not be run.
     """
     paths = {name: folder / f"{family}.{name}.jsonl" for name in ("control", side)}
     running = [start(name, file, family, select, path) for name, path in paths.items()]
     for process in running:
         process.wait()
     if not paths["control"].is_file():
-        raise RuntimeError(f"{family}: no test was run:\n{paths['control'].with_suffix('.log').read_text()[-2000:]}")
+        raise SystemExit(f"{family}: no test was run:\n{paths['control'].with_suffix('.log').read_text()[-2000:]}")
     outcomes = [read(path) if path.is_file() else {} for path in paths.values()]
     return compare(family, *outcomes, KINDS)
 
