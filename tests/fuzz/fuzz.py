@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz.py TARGET --seconds 600      one target of targets.py
     python tests/fuzz/fuzz.py all --seconds 600         all of them, one after the other
-    python tests/fuzz/fuzz.py TARGET --keep             adds what reaches code that the corpus does not, small inputs only
+    python tests/fuzz/fuzz.py TARGET --keep             adds some of the inputs that were found to the corpus, small ones only
 
 Inputs begin from `corpus/TARGET`, which `test_corpus.py` replays. What is found goes to build/fuzz/TARGET; an input that
 raises what it should not, hangs or takes too much memory is written there as crash-..., timeout-... or oom-..., and belongs
@@ -15,7 +15,6 @@ import argparse
 import logging
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -42,17 +41,15 @@ def fuzz(name: str, *options: str) -> None:
     atheris.Fuzz()
 
 
-def keep(name: str) -> int:
-    """Adds what was found and reaches new code to the corpus: the smallest inputs."""
+def keep(name: str) -> None:
+    """Adds some of what was found to the corpus. libFuzzer has made each of them as small as it can."""
     corpus = HERE / "corpus" / name
-    with tempfile.TemporaryDirectory() as merged:
-        command = [sys.executable, __file__, name, "--merge", merged]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        known = {path.read_bytes() for path in corpus.iterdir()}
-        found = [path for path in Path(merged).iterdir() if path.read_bytes() not in known and path.stat().st_size <= SMALL]
-        for path in sorted(found, key=lambda path: path.stat().st_size)[-MOST:]:
-            (corpus / path.name[:12]).write_bytes(path.read_bytes())
-    return 0
+    known = {path.read_bytes() for path in corpus.iterdir()}
+    small = [path for path in (BUILD / name).iterdir() if path.stat().st_size <= SMALL and "-" not in path.name]
+    found = [path for path in small if path.read_bytes() not in known]
+    found.sort(key=lambda path: (path.stat().st_size, path.name))
+    for path in found[:: max(1, len(found) // MOST)][:MOST]:
+        (corpus / path.name[:12]).write_bytes(path.read_bytes())
 
 
 def main() -> int:
@@ -60,7 +57,6 @@ def main() -> int:
     parser.add_argument("target")
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--merge", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     targets = sorted(path.name for path in (HERE / "corpus").iterdir())
     if arguments.target == "all":
@@ -71,11 +67,10 @@ def main() -> int:
     if arguments.target not in targets:
         parser.error(f"unknown target; there are {', '.join(targets)}")
     if arguments.keep:
-        return keep(arguments.target)
+        keep(arguments.target)
+        return 0
     found, corpus = BUILD / arguments.target, HERE / "corpus" / arguments.target
     found.mkdir(parents=True, exist_ok=True)
-    if arguments.merge:
-        fuzz(arguments.target, "-merge=1", arguments.merge, str(corpus), str(found))
     fuzz(arguments.target, f"-max_total_time={arguments.seconds}", "-print_final_stats=1", str(found), str(corpus))
     return 0
 
