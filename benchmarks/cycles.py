@@ -24,7 +24,7 @@ import torch
 from deepseek_optimizer import load_model
 
 GROWTH = 0.02  # of resident memory, over the last two thirds of the cycles
-FORMATS = ({"precision": "int8"}, {"precision": "int4", "kv_cache": "int8"}, {"precision": "bf16"})
+FORMATS: tuple[dict[str, Any], ...] = ({"precision": "int8"}, {"precision": "int4", "kv_cache": "int8"}, {"precision": "bf16"})
 
 
 def main() -> None:
