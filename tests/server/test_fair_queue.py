@@ -16,8 +16,8 @@ from deepseek_optimizer.server.fair_queue import FairQueue
 from deepseek_optimizer.server.problems import ApiError
 
 
-def queue(places: int = 1, most_running: int = 1, most_key: int = 100, most: int = 1000) -> FairQueue:
-    return FairQueue("work", places, most_running=most_running, most_key=most_key, most=most)
+def queue(places: int = 1, most_running: int = 1, most_key: int = 100, most: int = 1000, share: float = 1.0) -> FairQueue:
+    return FairQueue("work", places, most_running=most_running, most_key=most_key, most=most, share=share)
 
 
 def later(seconds: float = 30.0) -> float:
@@ -223,3 +223,21 @@ def test_what_tells_clients_apart():
     assert client_of("", ("2001:db8::1", 1)) == client_of("", ("2001:db8::2", 1)) != client_of("", ("2001:db8:0:1::1", 1))
     assert client_of("", ("fe80::1%eth0", 1)) == client_of("", ("fe80::1", 1))
     assert client_of("", None) and client_of("", ("", 0))
+
+
+@run
+async def test_a_client_whose_jobs_may_take_a_share_of_the_time_rests_in_between():
+    work, begun = queue(share=0.1), []
+
+    def job(name, seconds=0.0):
+        def run_it():
+            begun.append((name, time.monotonic()))
+            time.sleep(seconds)
+
+        return run_it
+
+    jobs = [("a", job("a0", 0.05)), ("a", job("a1")), ("b", job("b0"))]
+    await asyncio.gather(*(work.run(key, made, later()) for key, made in jobs))
+    assert [name for name, _ in begun] == ["a0", "b0", "a1"]
+    assert begun[2][1] - begun[0][1] >= 0.05 / 0.1 - 0.01
+    return work

@@ -44,11 +44,17 @@ class FairQueue:
         most_running: of a client's jobs, that run at once: less than `places` keeps one for the others.
         most_key: jobs that a client may hold.
         most: jobs that all may hold together.
+        share: of the time that a client's jobs may run; after one of t seconds its next begins t * (1 / share - 1) later at the
+            earliest. For work that slows everybody while it runs, since it holds the interpreter.
     """
 
-    def __init__(self, name: str, places: int, *, most_running: int, most_key: int, most: int) -> None:
+    def __init__(
+        self, name: str, places: int, *, most_running: int, most_key: int, most: int, share: float = 1.0
+    ) -> None:
         self.name, self.counts = name, QueueCounts()
         self._free, self._most_running, self._most_key, self._most = places, most_running, most_key, most
+        self._rest = 1 / share - 1  # seconds for each second that a job ran
+        self._resting: set[str] = set()
         self._threads = ThreadPoolExecutor(places, f"dso-{name.replace(' ', '-')}")
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the next to have a turn comes first
         self._held, self._running = Counter[str](), Counter[str]()
@@ -124,7 +130,7 @@ class FairQueue:
     def _grant(self) -> None:
         """Lets begin whoever may, in turns."""
         while self._free:
-            key = next((key for key in self._waiting if self._running[key] < self._most_running), None)
+            key = next((key for key in self._waiting if self._may_begin(key)), None)
             if key is None:
                 return
             waiters = self._waiting[key]
@@ -136,6 +142,9 @@ class FairQueue:
             self._free -= 1
             self._running[key] += 1
             waiter.set_result(None)
+
+    def _may_begin(self, key: str) -> bool:
+        return key not in self._resting and self._running[key] < self._most_running
 
     def _leave(self, key: str, waiter: asyncio.Future[None], how: str) -> None:
         """Of a job that does not begin, whether or not its turn had come."""
@@ -151,10 +160,18 @@ class FairQueue:
         self._drop(self._held, key)
 
     def _ended(self, key: str, began: float) -> None:
+        ran = time.monotonic() - began
         self.counts.jobs["done"] += 1
-        self.counts.ran += time.monotonic() - began
+        self.counts.ran += ran
         self._drop(self._held, key)
+        if self._rest:
+            self._resting.add(key)
+            asyncio.get_running_loop().call_later(ran * self._rest, self._rested, key)
         self._give_back(key)
+
+    def _rested(self, key: str) -> None:
+        self._resting.discard(key)
+        self._grant()
 
     def _give_back(self, key: str) -> None:
         self._drop(self._running, key)

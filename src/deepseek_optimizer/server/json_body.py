@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _CLOSE = {"Connection": "close"}
 _SMALL = 1 << 16  # bytes of a body: a millisecond of work
+_SHARE = 0.2  # of the time that a client's large bodies may be parsed: nothing else of the server runs meanwhile
 _MOST_PARTS = 50_000  # lists and objects of a body: 10,000 messages have three each
 _HOLDERS = frozenset({dict, list})
 _MOST_FIELDS = 5_000  # of an object: a schema can't have as many properties
@@ -35,7 +36,7 @@ class BodyReader:
 
     def __init__(self, settings: ServerSettings, most_key: int, most: int) -> None:
         self._settings = settings
-        self.queue = FairQueue("large bodies", 1, most_running=1, most_key=most_key, most=most)
+        self.queue = FairQueue("large bodies", 1, most_running=1, most_key=most_key, most=most, share=_SHARE)
         self._held = Counter[str]()  # bytes of bodies that are not parsed yet, by client
 
     async def read(self, request: Request) -> tuple[dict[str, Any], int]:
