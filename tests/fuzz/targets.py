@@ -129,11 +129,12 @@ def _request(data: bytes, kind: str) -> Request:
     async def receive() -> Any:
         return messages.pop(0)
 
-    return Request({"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode())]}, receive)
+    head = {"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode())], "state": {"client": "key"}}
+    return Request(head, receive)
 
 
 def _upload(data: bytes) -> None:
-    with FileStore(_SETTINGS).room("key") as room:
+    with FileStore(_SETTINGS).room("key", "client") as room:
         form = asyncio.run(read_upload_form(_request(data, "multipart/form-data; boundary=xx"), _SETTINGS, room))
     check_fields(form.fields)
     if form.name is not None:
@@ -145,7 +146,11 @@ def _document(data: bytes) -> None:
 
 
 def _body(data: bytes) -> None:
-    value = asyncio.run(BodyReader(_SETTINGS).read(_request(data, "application/json")))
+    reader = BodyReader(_SETTINGS, most_key=1, most=1)
+    try:
+        value, _ = asyncio.run(reader.read(_request(data, "application/json")))
+    finally:
+        reader.queue.close()
     for model in _BODIES:
         with contextlib.suppress(ApiError):
             parse(model, value)
