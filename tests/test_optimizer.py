@@ -116,7 +116,8 @@ def test_report_as_table_and_dict(model):
     assert as_dict["rules"][0]["places"]
     assert len(as_dict["kernels"]) == len(model.dso.plan.describe())
     assert as_dict["config"]["fusion_rules"] == ["attention_softmax", "layer_norm"]
-    assert str(model.report()) == text
+    again = model.report().to_dict()
+    assert {name for name in as_dict if json.loads(json.dumps(again))[name] != as_dict[name]} <= {"kv_limit", "kv_limit_why"}
 
 
 def test_a_missing_native_build_is_said(model, monkeypatch):

@@ -102,10 +102,16 @@ int64_t dso_plan::slot_bytes(const dso_slot& s, int64_t T, int64_t R) const {
   return round_up(row_bytes(s.kind, s.width) * slot_rows(s, T, R), 64) + gap_;
 }
 
-int64_t dso_plan::buffer_bytes(int64_t T, int64_t R) const {
+int64_t dso_plan::slots_bytes(int64_t T, int64_t R) const {
   int64_t bytes = 0;
   for (const dso_slot& s : slots_) bytes += slot_bytes(s, T, R);
   return bytes;
+}
+
+int64_t dso_plan::buffer_bytes(int64_t T, int64_t R) const {
+  int64_t gaps = 0;
+  for (const dso_slot& s : slots_) gaps += s.kind == DSO_SLOT_LOGITS ? 0 : gap_;
+  return slots_bytes(T, R) - gaps;
 }
 
 // Where the slots, the shared memory and the threads' scratch lie; the sizes of the latter follow from the batch.
@@ -115,7 +121,7 @@ void dso_plan::place(int64_t T, int64_t R) {
     shared = std::max(shared, s.op->shared_bytes(run_));
     scratch = std::max(scratch, s.op->scratch_bytes(run_));
   }
-  const int64_t slots = round_up(buffer_bytes(T, R), 4096), shared_at = slots;
+  const int64_t slots = round_up(slots_bytes(T, R), 4096), shared_at = slots;
   run_.scratch_stride = round_up(scratch + gap_, 4096);
   const int64_t scratch_at = round_up(shared_at + shared + gap_, 4096);
   arena_.reserve(scratch_at + run_.scratch_stride * run_.threads);
@@ -141,7 +147,7 @@ void dso_plan::place(int64_t T, int64_t R) {
 void dso_plan::reserve(int64_t T, int64_t R) {
   if (T < 0 || R < 0 || R > T) fail(DSO_EINVAL, "reserve: T is %lld, R is %lld", (long long)T, (long long)R);
   ThreadPool::Lease lease(context_->pool);
-  arena_.reserve(buffer_bytes(T, R));
+  arena_.reserve(slots_bytes(T, R));
 }
 
 void dso_plan::reshape() {

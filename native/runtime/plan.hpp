@@ -18,7 +18,7 @@ struct dso_plan final : private dso::Job {
   void run(const dso_batch& batch);
   void check_weights() const;  // an Error where a mapped file that holds some is not what it was
   void reserve(int64_t T, int64_t R);
-  int64_t buffer_bytes(int64_t T, int64_t R) const;
+  int64_t buffer_bytes(int64_t T, int64_t R) const;  // of the slots, without the gaps that a check puts between them
 
   void set_timing(bool on);
   void timing(double* seconds_per_step, int64_t* runs) const;
@@ -40,7 +40,8 @@ struct dso_plan final : private dso::Job {
   int64_t next() override;
   void task(int64_t index, int thread) override;
   void took(int32_t step);  // timing: it ended now
-  int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) const;
+  int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) const;  // with the gap behind it
+  int64_t slots_bytes(int64_t T, int64_t R) const;
   void look(int32_t begin, int32_t end);  // at the red zones, after steps [begin, end)
   [[noreturn]] void fail_overwritten() const;
 

@@ -27,7 +27,7 @@ class Commands(TyperGroup):
         except Exception as error:
             if ctx.params["debug"] or not _expected(error):
                 raise
-            typer.echo(f"dso: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            typer.echo(f"dso: {_said(error)}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -36,6 +36,13 @@ def _expected(error: Exception) -> bool:
     errors = sys.modules.get("deepseek_optimizer.errors")  # not loaded: then none of ours can have been raised
     ours = (errors.DeepSeekOptimizerError,) if errors else ()
     return isinstance(error, (*ours, ValueError, OSError, MemoryError))
+
+
+def _said(error: Exception) -> str:
+    """An error in one line; also one without words, which is what Python raises where the system gives it no memory."""
+    if isinstance(error, MemoryError) and not str(error):
+        return "the system gives no more memory: free some, or raise the limit (ulimit -v, ulimit -d, the cgroup's)"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 app = typer.Typer(

@@ -16,6 +16,7 @@ from deepseek_optimizer.chat.deltas import collect
 from deepseek_optimizer.chat.output_parser import make_output_parser
 from deepseek_optimizer.chat.tools import FORMATS
 from deepseek_optimizer.engine.grammar import GrammarCompiler
+from deepseek_optimizer.engine.grammar_source import GrammarSource
 from deepseek_optimizer.engine.json_schema import normalise
 from deepseek_optimizer.errors import RequestError
 from support.random_texts import RandomModel
@@ -325,7 +326,7 @@ def test_thoughts_without_a_token_have_no_end(compiler):
 def test_hostile_grammars_are_refused_and_harm_no_one(compiler, tokenizer, method, source, message):
     with pytest.raises(RequestError, match=message):
         getattr(compiler, method)(source)
-        compiler._compile("no such kind", "", method)  # where it compiles after all
+        compiler.compile(GrammarSource("no such kind", "", method))  # where it compiles after all
     assert follow(compiler.regex("ok"), tokenizer, "ok").finished
 
 
@@ -333,15 +334,17 @@ def test_a_compiler_that_is_killed_is_replaced(tokenizer):
     compiler = GrammarCompiler(tokenizer, len(tokenizer))
     try:
         compiler.regex("a")
-        os.kill(compiler._worker.pid, signal.SIGKILL)
-        with pytest.raises(RequestError, match="regex: it"):
-            compiler.regex("b")
-        assert follow(compiler.regex("b"), tokenizer, "b").finished
+        killed = compiler.pids
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        assert follow(compiler.regex("b"), tokenizer, "b").finished, "nobody is blamed for a kill from outside"
+        assert compiler.pids and not set(compiler.pids) & set(killed)
     finally:
-        pid = compiler._worker.pid
+        pids = compiler.pids
         compiler.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
     assert follow(compiler.regex("a"), tokenizer, "a").finished, "what is cached stays usable"
     with pytest.raises(RequestError, match="ending"):
         compiler.regex("c")

@@ -35,6 +35,7 @@ def prepare(setup):
             with open(payload["log"], "a") as log: log.write("begun;")
             if open(payload["log"]).read().count(";") <= payload["times"]: os.kill(os.getpid(), payload["signal"])
             return "answered"
+        if kind == "slow crash": os.closerange(3, 256); time.sleep(0.5); os.kill(os.getpid(), 11)
         if kind == "nice": return os.nice(0)
     return run
 """
@@ -118,6 +119,11 @@ def test_a_crash_is_the_jobs_own(worker, tmp_path):
     with pytest.raises(WorkerError, match="failed"):
         worker.call({"kind": "killed", "log": str(log), "times": 9, "signal": int(signal.SIGSEGV)})
     assert log.read_text() == "begun;"
+
+
+def test_a_crash_that_takes_its_time_is_the_jobs_own_too(worker):
+    with pytest.raises(WorkerError, match="it failed"):
+        worker.call({"kind": "slow crash"})
 
 
 def test_a_worker_that_does_not_start_is_nobodys_fault(tmp_path):

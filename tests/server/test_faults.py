@@ -157,7 +157,7 @@ import torch, transformers, uvicorn
 import deepseek_optimizer.server.run, deepseek_optimizer.serving
 from deepseek_optimizer_cli.app import main
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + (350 << 20), resource.RLIM_INFINITY))
 sys.argv = ["dso", "serve", {str(tmp_path / "m")!r}, "--port", "0", "--precision", "fp32"]
 main()
 """
@@ -165,4 +165,4 @@ main()
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
     byte_tokenizer.save_pretrained(tmp_path / "m")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("dso: ") and "address" not in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("dso: the model's weights takes"), done.stderr

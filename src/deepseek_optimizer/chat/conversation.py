@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,6 +140,11 @@ class Conversation:
         del self.turns[-2:]
 
     def save(self, path: Path) -> None:
-        """Writes the messages as JSON, in place of what was there."""
+        """Writes the messages as JSON, in place of what was there.
+
+        Raises: FileNotFoundError, the folder is not there: a mistyped path makes none.
+        """
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
         with atomic_file(path) as file:
             file.write((json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n").encode())

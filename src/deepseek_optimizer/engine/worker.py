@@ -27,6 +27,7 @@ _CHILD = Path(__file__).with_name("worker_child.py")
 _HEADER = 8  # bytes before each message: how long it is
 _START_SECONDS = 60.0  # imports, on a busy machine
 _WALL = 10  # times the CPU time that a job may take on the clock: the machine may have other things to do
+_ENDING_SECONDS = 10.0  # from the end of its answers to its own: the kernel frees its memory meanwhile
 _TIMED_OUT = -signal.SIGPROF  # by its own timer
 # Codes of a process that others ended. The other signals, such as SIGSEGV and SIGABRT, come of what the job made a library do.
 _FROM_OUTSIDE = frozenset(-s for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
@@ -162,7 +163,7 @@ class Worker:
             self._end()
             raise _TooSlow(f"a worker process was not done in {seconds:g} s on the clock: the machine is too busy") from None
         except (OSError, EOFError):
-            code = self._end()
+            code = self._end(_ENDING_SECONDS)
             if code in _FROM_OUTSIDE:
                 raise WorkerLostError(f"something ended a worker process with signal {-code}") from None
             late = f"it takes too long, more than {self._seconds:g} s"
@@ -184,16 +185,24 @@ class Worker:
             missing -= len(part)
         return b"".join(parts)
 
-    def _end(self) -> int | None:
-        """Of the process; returns its code, negative where a signal ended it."""
+    def _end(self, grace: float = 0.1) -> int | None:
+        """Ends the process.
+
+        Args:
+            grace: seconds for it to end by itself: its code says why.
+
+        Returns: its code, negative where a signal ended it; None where it had to be killed.
+        """
         process, self._process = self._process, None
         if process is None:
             return None
+        code: int | None
         try:
-            code = process.wait(timeout=0.1)  # it may be ending by itself, and its code says why
+            code = process.wait(timeout=grace)
         except subprocess.TimeoutExpired:
             process.kill()
-            code = process.wait()
+            process.wait()
+            code = None
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             try:
