@@ -18,7 +18,7 @@ from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows, native_cases, random_model
 
-from .conftest import make_pair
+from .conftest import make_pair, skip_unless_indexed
 
 
 def cache_of(output):
@@ -115,6 +115,7 @@ def test_hidden_states(pair):
 @pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], []])
 @torch.no_grad()
 def test_hidden_states_by_index(pair, asked):
+    skip_unless_indexed(asked)
     ids = pair.ids(6)
     fast, plain = (m(ids, output_hidden_states=asked).hidden_states for m in (pair.fast, pair.plain))
     if plain is None:
