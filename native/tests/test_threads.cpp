@@ -36,7 +36,8 @@ void make_and_drop(const Model& model) {
   const dso_weight& head = model.weights.back();
   std::vector<float> x((size_t)head.cols, 1.0f), y((size_t)head.rows);
   check(dso_linear(model.context.c, &head, nullptr, model.spec.activation, x.data(), 1, 1, y.data()) == 0, "linear: %s", dso_last_error());
-  check(dso_plan_create(model.context.c, nullptr, 0, nullptr, 0, nullptr, 0, 1, &plan) == DSO_EINVAL, "a plan of nothing");
+  dso_plan* none = nullptr;
+  check(dso_plan_create(model.context.c, nullptr, 0, nullptr, 0, nullptr, 0, 1, &none) == DSO_EINVAL, "a plan of nothing");
   check(std::strstr(dso_last_error(), "steps") != nullptr, "this thread's message: %s", dso_last_error());
   dso_cache_destroy(cache);
   dso_plan_destroy(plan);
