@@ -11,7 +11,7 @@ import torch
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from support.models import CASES, random_ids, random_model
+from support.models import CASES, assert_close_rows, random_ids, random_model
 
 BACKENDS = [
     "reference",
@@ -57,9 +57,21 @@ def fresh_pair() -> Pair:
     return make_pair()
 
 
-def skip_unless_indexed(asked: Any) -> None:
-    """Skips a test that asks for hidden states by index where Transformers, older than 5.24, counts them otherwise."""
+def check_indexed_hidden_states(pair: Pair, asked: Any) -> None:
+    """The hidden states that `output_hidden_states=asked` names, and None for the others, as Transformers returns them.
+
+    Skips indices where Transformers, older than 5.24, counts them otherwise.
+    """
     if not isinstance(asked, bool):
         capturing = pytest.importorskip("transformers.utils.output_capturing")
         if not hasattr(capturing, "selected_hidden_states"):
             pytest.skip("indices of hidden states are counted as here since Transformers 5.24")
+    ids = pair.ids(6)
+    fast, plain = (m(ids, output_hidden_states=asked).hidden_states for m in (pair.fast, pair.plain))
+    if plain is None:
+        assert fast is None
+        return
+    assert [h is None for h in fast] == [h is None for h in plain]
+    for a, b in zip(fast, plain, strict=True):
+        if b is not None:
+            assert_close_rows(a, b)

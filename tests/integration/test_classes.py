@@ -36,7 +36,7 @@ from deepseek_optimizer.integration.modules import Packed
 from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows, native_cases, random_ids, random_model, randomise
 
-from .conftest import BACKENDS, Pair, skip_unless_indexed
+from .conftest import BACKENDS, Pair, check_indexed_hidden_states
 
 NATIVE = "reference" if unavailable_reason() else "cpu"
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -126,16 +126,7 @@ def test_no_product_with_the_vocabulary_is_computed(decoder):
 @pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], [], False])
 @torch.no_grad()
 def test_hidden_states_by_index(decoder, asked):
-    skip_unless_indexed(asked)
-    ids = decoder.ids(6)
-    fast, plain = (m(ids, output_hidden_states=asked).hidden_states for m in (decoder.fast, decoder.plain))
-    if plain is None:
-        assert fast is None
-        return
-    assert [h is None for h in fast] == [h is None for h in plain]
-    for a, b in zip(fast, plain, strict=True):
-        if b is not None:
-            assert_close_rows(a, b)
+    check_indexed_hidden_states(decoder, asked)
 
 
 @pytest.mark.parametrize(("head", "case"), CLASSIFIERS)

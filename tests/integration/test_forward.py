@@ -18,7 +18,7 @@ from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows, native_cases, random_model
 
-from .conftest import make_pair, skip_unless_indexed
+from .conftest import check_indexed_hidden_states, make_pair
 
 
 def cache_of(output):
@@ -115,16 +115,7 @@ def test_hidden_states(pair):
 @pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], []])
 @torch.no_grad()
 def test_hidden_states_by_index(pair, asked):
-    skip_unless_indexed(asked)
-    ids = pair.ids(6)
-    fast, plain = (m(ids, output_hidden_states=asked).hidden_states for m in (pair.fast, pair.plain))
-    if plain is None:
-        assert fast is None
-        return
-    assert [h is None for h in fast] == [h is None for h in plain]
-    for a, b in zip(fast, plain, strict=True):
-        if b is not None:
-            assert_close_rows(a, b)
+    check_indexed_hidden_states(pair, asked)
 
 
 @torch.no_grad()
