@@ -1,4 +1,4 @@
-"""What the commands that measure rows have in common: which rows, how often, and where results go."""
+"""What the commands have in common: which rows, how often, where results go, and how a soak ends."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import datetime
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deepseek_optimizer.bench.process import cpu_name, usable_cpus
+from deepseek_optimizer.bench.served import Served
 from deepseek_optimizer.system.memory import free_memory
 from deepseek_optimizer.versions import versions
 
@@ -54,3 +55,17 @@ def asked(description: str, known: Iterable[str], rounds: int) -> Asked:
         parser.error(f"no row is called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     directory = a.results or (None if a.quick else results.DIRECTORY)
     return Asked(a.names or known, 1 if a.quick else a.rounds, a.quick, directory)
+
+
+def conclude(failures: list[str], server: Served) -> NoReturn:
+    """Ends a soak: prints what failed, a server among it that ended badly, and exits with status 1 where anything did.
+
+    Args:
+        server: has been left.
+    """
+    if server.process.returncode:
+        failures = [*failures, f"the server ended with status {server.process.returncode}"]
+    for failure in failures[:20]:
+        print(f"FAILED {failure}")
+    print("failed" if failures else "passed")
+    raise SystemExit(bool(failures))

@@ -25,6 +25,7 @@ from typing import Any
 from deepseek_optimizer.bench.exchange import Reply, ask, send
 from deepseek_optimizer.bench.served import Served
 
+from .command import conclude
 from .edits import EDITS, QUESTIONS
 from .models import model
 
@@ -52,12 +53,7 @@ def main() -> None:
     with Served(model("smol", "int4"), "--kv-cache-memory", str(CACHE)) as server:
         soak = Soak(server.port, a.seed)
         failures = run(soak, server, a.clients, seconds)
-    if server.process.returncode:
-        failures.append(f"the server ended with status {server.process.returncode}")
-    for failure in failures[:20]:
-        print(f"FAILED {failure}")
-    print("failed" if failures else "passed")
-    raise SystemExit(bool(failures))
+    conclude(failures, server)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from deepseek_optimizer.bench.served import Served, resident
 
 from . import hostile
 from .attacks import percentile
+from .command import conclude
 from .edits import QUESTIONS
 from .models import model
 
@@ -290,12 +291,7 @@ def main() -> None:
     with served as server:
         honest = Honest(server.port, keys, questions())
         failures = asyncio.run(soak(server, honest, "hostile-key", a.clients, a.seconds))
-    if server.process.returncode:
-        failures.append(f"the server ended with status {server.process.returncode}")
-    for failure in failures[:20]:
-        print(f"FAILED {failure}")
-    print("failed" if failures else "passed")
-    raise SystemExit(bool(failures))
+    conclude(failures, server)
 
 
 if __name__ == "__main__":
