@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 
@@ -24,6 +26,22 @@ def optimised(tiny_model):
 def either(request):
     """Transformers' own model, and an optimised one."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def soaked_engine(tiny_model, tmp_path_factory):
+    """An engine for soaks: a context of 2,048 tokens, and fewer blocks than all that run can use."""
+    from transformers import AutoTokenizer
+
+    from deepseek_optimizer import load_model
+    from deepseek_optimizer.serving import make_async_engine
+    from support.spoilt import set_config
+
+    folder = tmp_path_factory.mktemp("soak") / "model"
+    shutil.copytree(tiny_model, folder)
+    set_config(folder, max_position_embeddings=2048)
+    model = load_model(folder, precision="int8", threads=1, kv_cache_memory=1 << 20)
+    return make_async_engine(model, AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture

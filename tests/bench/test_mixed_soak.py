@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,7 +20,6 @@ from benchmarks import mixed_soak as soak  # noqa: E402
 from deepseek_optimizer.bench.exchange import Reply  # noqa: E402
 from deepseek_optimizer.bench.served import parsed  # noqa: E402
 from support.live_server import LiveServer  # noqa: E402
-from support.spoilt import set_config  # noqa: E402
 
 KINDS = {"again", "chat", "left", "pattern", "schema", "text"}
 
@@ -40,17 +38,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def live(tiny_model, tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    from deepseek_optimizer import load_model
-    from deepseek_optimizer.serving import make_async_engine
-
-    folder = tmp_path_factory.mktemp("soak") / "model"
-    shutil.copytree(tiny_model, folder)
-    set_config(folder, max_position_embeddings=2048)
-    model = load_model(folder, precision="int8", threads=1, kv_cache_memory=1 << 20)
-    with LiveServer(make_async_engine(model, AutoTokenizer.from_pretrained(folder))) as running:
+def live(soaked_engine):
+    with LiveServer(soaked_engine) as running:
         yield running
 
 

@@ -62,9 +62,9 @@ def planned_module(model: Any) -> Any:
 
 
 def model_graph(
-    model: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0, mode: AttentionMode = FLASH
+    model: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0
 ) -> tuple[Graph, list[rules.RuleReport]]:
-    """`plan_graph` of a model's config, with the model's own names of weights, and without a head where it has none."""
+    """The graph of a model with the named rules applied, with its own names of weights, and no head where it has none."""
     path = decoder_path(model)
 
     def named(weight: str) -> str:
@@ -73,8 +73,7 @@ def model_graph(
 
     with torch.device("cpu"):  # as in `plan_graph`
         graph = build_graph(model.config, mtp_layers).renamed(named)
-        graph, reports = rules.apply(graph if has_head(model) else graph.without_head(), rule_names)
-    return apply_mode(graph, mode)[0], reports
+        return rules.apply(graph if has_head(model) else graph.without_head(), rule_names)
 
 
 def loaded_mtp_layers(model: Any) -> int:
