@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_optimizer.bench.process import cpu_name, usable_cpus
-from deepseek_optimizer.integration.threads import one_torch_thread
+from deepseek_optimizer.system.threads import one_torch_thread
 from deepseek_optimizer.train.ops.attention import attention
 from deepseek_optimizer.train.ops.cross_entropy import linear_cross_entropy
 from deepseek_optimizer.train.ops.embedding import embedding

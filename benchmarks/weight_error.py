@@ -17,7 +17,7 @@ from torch import nn
 from deepseek_optimizer import DeepSeekConfig
 from deepseek_optimizer.bench.quality import Divergence, Logits, through_prefill
 from deepseek_optimizer.calibration.statistics import ColumnSquares
-from deepseek_optimizer.integration.runtime import choose_backend, packer_of
+from deepseek_optimizer.integration.bind.runtime import choose_backend, packer_of
 from deepseek_optimizer.quant import Packer, get_format, pack, unpack
 
 Round = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # W, importance of its columns or None -> W'
@@ -73,7 +73,7 @@ def matrices(model: Any) -> dict[str, torch.Tensor]:
 
 
 def importance_of(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As `integration.importance.measure_importance`, of a model that is not ours."""
+    """As `integration.load.importance.measure_importance`, of a model that is not ours."""
     columns, tied = ColumnSquares(), model.all_tied_weights_keys or {}
     linear = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = {n: m for n, m in model.named_modules() if _is_experts(m)}

@@ -31,7 +31,7 @@ from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.cache.window import WindowPolicy
 from deepseek_optimizer.calibration.text import sample_text
 from deepseek_optimizer.graph.rotation import key_rotation
-from deepseek_optimizer.integration.arena import Arena
+from deepseek_optimizer.integration.memory.arena import Arena
 
 from . import models, results
 from .quality import TINY_V3

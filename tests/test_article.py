@@ -29,7 +29,7 @@ def dynamic_graph(model):  # 3.1
     return optimized
 
 
-@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
 def test_loading(tiny_model):
     prompt = torch.tensor([[5, 6, 7]])
     answers = []
@@ -49,7 +49,7 @@ def test_a_device_that_is_not_there(tiny_model, device):
         AutoModelForCausalLM.from_pretrained(tiny_model, device_map=device, quantization_config=DeepSeekConfig())
 
 
-@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
 def test_dynamic_graph(tiny_model, capsys):
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     prompt = torch.tensor([[5, 6, 7]])

@@ -52,7 +52,7 @@ def test_without_a_config_the_weights_keep_their_dtype(dtype, format):
 
 def test_originals_are_given_back_one_by_one(model, monkeypatch):
     """When a matrix is packed, every one before it is already gone: the peak is the model and one matrix."""
-    from deepseek_optimizer.integration import convert
+    from deepseek_optimizer.integration.load import convert
     from deepseek_optimizer.quant import reference_packer
 
     alive, peak = [], []
@@ -122,7 +122,7 @@ def test_report_as_table_and_dict(model):
 
 def test_a_missing_native_build_is_said(model, monkeypatch):
     import deepseek_optimizer.backends.cpu as cpu
-    from deepseek_optimizer.integration.runtime import OptimizerWarning
+    from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "it was not built")
     with pytest.warns(OptimizerWarning, match="reference backend serves.*it was not built"):

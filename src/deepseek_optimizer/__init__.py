@@ -15,6 +15,7 @@ from .address_space import check_address_space as _check_address_space
 _check_address_space()  # before torch is loaded
 
 from .config import DeepSeekConfig
+from .dialogue.task import register_task as _register_task
 from .errors import (
     BackendError,
     CacheFullError,
@@ -33,15 +34,14 @@ from .errors import (
     UnsupportedRequestError,
     WorkerLostError,
 )
-from .integration.attention_name import register_attention as _register_attention
-from .integration.quantizer import register as _register
-from .integration.task import register_task as _register_task
+from .integration.attention.registration import register_attention as _register_attention
+from .integration.load.quantizer import register as _register
 
 if TYPE_CHECKING:
     from .bench.benchmark import benchmark_model
     from .engine.request import Request, SamplingParams
-    from .integration.cache import PagedCache
-    from .integration.window_mask import sliding_window_mask
+    from .integration.attention.window_mask import sliding_window_mask
+    from .integration.generation.cache import PagedCache
     from .longdoc.document import Document
     from .longdoc.long_document import LongDocument
     from .longdoc.read import read_documents

@@ -33,7 +33,7 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
         ConfigError: a field, or the checkpoint's config.json, is wrong or names what is not supported.
         NotEnoughMemoryError: the weights do not fit in what is free; before any is read.
     """
-    from .integration.loader import load
+    from .integration.load.loader import load
 
     return load(path, config, fields)
 
@@ -47,7 +47,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     from .checkpoint import load_tokenizer as load
     from .checkpoint import open_checkpoint
-    from .integration.loader import resolve
+    from .integration.load.loader import resolve
     from .models import check_config
 
     with open_checkpoint(resolve(path)) as checkpoint:
@@ -57,7 +57,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 def report(model: Any) -> Any:
     """What was made of an optimised model: prints as a table, `.to_dict()` for programs."""
-    from .integration.runtime import runtime_of
+    from .integration.bind.runtime import runtime_of
 
     return runtime_of(model).report()
 
@@ -82,9 +82,9 @@ class DynamicGraphOptimizer:
         batch_size_range: tuple[int, int] | None = None,
         config: DeepSeekConfig | None = None,
     ) -> None:
-        from .integration.context_extension import extended
-        from .integration.graphs import plan_graph
-        from .integration.swap import NATURAL
+        from .integration.bind.context_extension import extended
+        from .integration.bind.graphs import plan_graph
+        from .integration.bind.swap import NATURAL
 
         if config is not None and not isinstance(config, DeepSeekConfig):
             raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
@@ -112,7 +112,7 @@ class DynamicGraphOptimizer:
 
         Returns: the model that was given.
         """
-        from .integration.convert import optimize_in_place
+        from .integration.load.convert import optimize_in_place
 
         optimize_in_place(self.model, self.config)
         return self.model

@@ -12,7 +12,7 @@ from .engine.core import EngineCore, ModelFacts
 from .engine.engine import Engine
 from .engine.options import EngineOptions
 from .engine.runner import Runner
-from .engine.sampler import largest
+from .engine.sampling.sampler import largest
 from .engine.speculative.base import Proposer
 from .engine.speculative.draft_model import DraftModelProposer
 from .engine.speculative.mtp import MtpProposer
@@ -21,11 +21,11 @@ from .errors import ConfigError, UnsupportedRequestError
 from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
 from .graph.rotation import key_rotation
-from .integration.arena import Arena
-from .integration.cache_size import FullBatch
-from .integration.runtime import Runtime, runtime_of
-from .integration.special_tokens import token_ids
-from .integration.threads import one_torch_thread
+from .integration.bind.runtime import Runtime, runtime_of
+from .integration.generation.special_tokens import token_ids
+from .integration.memory.arena import Arena
+from .integration.memory.cache_size import FullBatch
+from .system.threads import one_torch_thread
 
 _LATENT_CHUNK = 64  # tokens: the form that latent attention takes depends on where a prompt is cut
 _LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # drafts of a round at most

@@ -43,7 +43,7 @@ def bench_long(
     from deepseek_optimizer.bench.long.run import LongRequest, run
     from deepseek_optimizer.bench.table import show_sections
     from deepseek_optimizer.bench.work import numbers
-    from deepseek_optimizer.integration.progress import counted
+    from deepseek_optimizer.system.progress import counted
 
     given: dict[str, Any] = {"lengths": numbers(lengths)} if lengths is not None else {}
     given |= {name: _names(text) for name, text in (("modes", modes), ("tasks", tasks)) if text is not None}

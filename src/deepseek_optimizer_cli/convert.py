@@ -50,7 +50,7 @@ def convert(
 def _stream(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
     """From file to file."""
     from deepseek_optimizer import load_tokenizer
-    from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+    from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 
     from .model import no_bars_in_pipes
 

@@ -57,11 +57,11 @@ def longdoc(
     if summarize and strategy == "retrieve":
         raise ValueError("--strategy retrieve finds passages for a question; a summary is of the whole document")
 
-    from deepseek_optimizer.integration.progress import counted
     from deepseek_optimizer.longdoc.long_document import LongDocument
     from deepseek_optimizer.longdoc.read import read_documents
     from deepseek_optimizer.longdoc.strategies import check_name
     from deepseek_optimizer.longdoc.tasks import Extraction, Question
+    from deepseek_optimizer.system.progress import counted
 
     from .interrupt import stop_on_interrupt
     from .model import load, print_json

@@ -100,7 +100,7 @@ def serve(
 
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.errors import ConfigError
-    from deepseek_optimizer.server.keys import read_keys
+    from deepseek_optimizer.server.http.keys import read_keys
     from deepseek_optimizer.server.settings import ServerSettings
 
     if tool_format is not None and tool_format not in FORMATS:
@@ -139,7 +139,7 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     from dataclasses import replace
 
     from deepseek_optimizer import report
-    from deepseek_optimizer.integration.cache_size import check_granted
+    from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.run import listener
     from deepseek_optimizer.server.run import serve as run
     from deepseek_optimizer.serving import make_async_engine
@@ -172,7 +172,7 @@ def _authors_sampling(model: Any) -> dict[str, Any]:
 
 
 def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
-    from deepseek_optimizer.server.hosts import is_loopback
+    from deepseek_optimizer.server.http.hosts import is_loopback
 
     formats = ", ".join(row.format for row in facts.formats)
     shown = f"[{host}]" if ":" in host else host

@@ -82,7 +82,7 @@ def train(
             "activation_memory": activation_memory, "optimizer_state": optimizer_state,
         }),
     }  # fmt: skip
-    from deepseek_optimizer.integration.progress import counted
+    from deepseek_optimizer.system.progress import counted
     from deepseek_optimizer.train.config import make_config, read_config
 
     from .model import no_bars_in_pipes, print_json

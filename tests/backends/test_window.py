@@ -17,7 +17,7 @@ from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.cache.window import WindowPolicy
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.rotation import key_rotation
-from deepseek_optimizer.integration.arena import Arena
+from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
 from support.late_rope import LateRope
 from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of

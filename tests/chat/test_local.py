@@ -11,7 +11,7 @@ from deepseek_optimizer.chat.conversation import Conversation, Stop, prompt_toke
 from deepseek_optimizer.chat.local import EngineSpeaker, answer, default_sampling, dialogue_tokens, room_of
 from deepseek_optimizer.chat.sampling import sampling_params
 from deepseek_optimizer.errors import BackendError, ConfigError, RequestError
-from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

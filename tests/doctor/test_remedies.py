@@ -145,7 +145,7 @@ def test_a_cgroups_limit_is_what_is_free(case, machine, long_model):
     assert taken(examine_symptom(given, "out-of-memory")) == "sparse_attention=True"
 
 
-@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NATIVE)])
 @pytest.mark.parametrize(
     "remedy", [{"sparse_attention": True}, {**SLIDING, "attention_window": 512}], ids=["sparse", "sliding"]

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from deepseek_optimizer.engine.batch_size import BatchSize
-from deepseek_optimizer.engine.budget import LEAST, PromptBudget
+from deepseek_optimizer.engine.scheduling.batch_size import BatchSize
+from deepseek_optimizer.engine.scheduling.budget import LEAST, PromptBudget
+from deepseek_optimizer.engine.scheduling.step_times import StepTimes
 from deepseek_optimizer.engine.speculative.bandit import DraftBandit
-from deepseek_optimizer.engine.step_times import StepTimes
 
 
 def times(a, b, rows=(1, 4, 16), prompt=None):

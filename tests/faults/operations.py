@@ -13,7 +13,7 @@ from deepseek_optimizer import LongDocument, load_model
 from deepseek_optimizer.chat.conversation import Conversation
 from deepseek_optimizer.checkpoint.saved_blocks import save_blocks
 from deepseek_optimizer.errors import CheckpointError
-from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from deepseek_optimizer.train.checkpoints.directory import checkpoints
 from deepseek_optimizer.train.checkpoints.manifest import verify
 from deepseek_optimizer_cli.app import app

@@ -17,19 +17,20 @@ from typing import Any
 
 import torch
 import xgrammar
+from deepseek_optimizer.engine.grammar.job import _ebnf
+from deepseek_optimizer.engine.grammar.json_schema import normalise
+from deepseek_optimizer.engine.grammar.pattern import to_rules
 from starlette.requests import Request
 
 from deepseek_optimizer.checkpoint import check_tokenizer_beside, load_tokenizer, open_checkpoint
 from deepseek_optimizer.checkpoint.saved_blocks import open_blocks
-from deepseek_optimizer.engine.grammar_job import _ebnf
-from deepseek_optimizer.engine.json_schema import normalise
-from deepseek_optimizer.engine.pattern import to_rules
 from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentError, RequestError
 from deepseek_optimizer.longdoc.read import read_upload
 from deepseek_optimizer.longdoc.readers import docx, html, pdf, text
-from deepseek_optimizer.server.file_store import FileStore
-from deepseek_optimizer.server.json_body import BodyReader
-from deepseek_optimizer.server.problems import ApiError
+from deepseek_optimizer.server.documents.file_store import FileStore
+from deepseek_optimizer.server.http.json_body import BodyReader
+from deepseek_optimizer.server.http.problems import ApiError
+from deepseek_optimizer.server.http.upload import read_upload_form
 from deepseek_optimizer.server.protocol.base import parse
 from deepseek_optimizer.server.protocol.chat import ChatRequest
 from deepseek_optimizer.server.protocol.completions import CompletionRequest
@@ -38,7 +39,6 @@ from deepseek_optimizer.server.protocol.files import check_fields
 from deepseek_optimizer.server.protocol.models import DetokenizeRequest, TokenizeRequest
 from deepseek_optimizer.server.protocol.responses import ResponsesRequest
 from deepseek_optimizer.server.settings import ServerSettings
-from deepseek_optimizer.server.upload import read_upload_form
 from deepseek_optimizer.train.checkpoints.state import read_state
 
 _CONFIG = b'{"model_type": "llama", "vocab_size": 40, "hidden_size": 64}'

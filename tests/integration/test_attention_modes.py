@@ -23,8 +23,8 @@ from deepseek_optimizer import (
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.errors import ForgottenError
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows, deepseek_v3, llama, random_ids, random_model
 from support.mtp_files import save_with_mtp
 from support.row_by_row import logits_in_mode

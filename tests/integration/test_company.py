@@ -17,7 +17,7 @@ from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.cache import SequenceBlocks
-from deepseek_optimizer.integration.swap import weights_of
+from deepseek_optimizer.integration.bind.swap import weights_of
 from support.models import CASES, NATIVE_FAMILIES, random_ids, random_model
 from support.steps import Part, Runner, run_step
 from support.tiny_v3 import documents, tiny_v3

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deepseek_optimizer import PagedCache, UnsupportedRequestError
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import assert_close_rows
 
 

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError
 from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows, native_cases, random_model
 
 from .conftest import check_indexed_hidden_states, make_pair

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.checkpoint import open_checkpoint
-from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from support.fp8_files import dequantised, fp8_copy
 from support.models import CASES, assert_close_rows, random_model
 

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from deepseek_optimizer import PagedCache, UnsupportedRequestError
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from deepseek_optimizer.integration.runtime import OptimizerWarning
 
 RIGHT = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 TRIANGLE = torch.tril(torch.ones(4, 6, dtype=torch.long))  # what Transformers' own testers give
@@ -30,7 +30,7 @@ def test_a_prompt_that_ends_in_padding_is_continued_as_transformers_does(fresh_p
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 2}]
 )
-@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.runtime.OptimizerWarning")
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
 def test_other_loops_too(fresh_pair, options):
     rows = 1 if "prompt_lookup_num_tokens" in options else 2
     ids, mask = fresh_pair.ids(6, 6)[:rows], RIGHT.flip(0)[:rows]

@@ -9,7 +9,7 @@ import torch
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from support.gguf_deepseek2 import dequantised, v2, v2_lite, v3, write_gguf, youtu
 from support.models import assert_close_rows, random_ids, random_model, transformers_logits
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, UnsupportedModelError, load_model
-from deepseek_optimizer.integration.modules import PackedEmbedding, PackedLinear
+from deepseek_optimizer.integration.bind.modules import PackedEmbedding, PackedLinear
 from support.models import CASES, assert_close_rows, random_ids, random_model
 
 FORMATS = ["fp32", "bf16", "int8", "int4"]
@@ -212,7 +212,7 @@ def test_saving_over_the_checkpoint_a_model_is_mapped_from(saved, tmp_path):
 
 
 def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch):
-    from deepseek_optimizer.integration import save
+    from deepseek_optimizer.integration.model import save
 
     model = load_model(saved("llama-gqa")[0], config(precision="int4"))
     model.save_pretrained(tmp_path / "there")
@@ -364,6 +364,6 @@ def test_importing_does_no_work():
         "assert 'deepseek_optimizer' in m\n"
         "assert 'peft' not in sys.modules and 'transformers.models.llama.modeling_llama' not in sys.modules\n"
         "assert threading.active_count() == 1\n"
-        "from deepseek_optimizer.integration.quantizer import register; register()\n"
+        "from deepseek_optimizer.integration.load.quantizer import register; register()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)

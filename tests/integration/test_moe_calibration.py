@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import DeepSeekConfig, load_model, load_tokenizer
 from deepseek_optimizer.calibration.text import stretches
-from deepseek_optimizer.integration.importance import measure_importance
+from deepseek_optimizer.integration.load.importance import measure_importance
 from deepseek_optimizer.quant import get_format
 from support.calibrated import save_unequal
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.least import exact_weights, least_formats
-from deepseek_optimizer.integration.packed_experts import PackedExperts
+from deepseek_optimizer.integration.bind.packed_experts import PackedExperts
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import FORMATS, get_format, unpack
 from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.errors import UnsupportedRequestError
-from deepseek_optimizer.integration import speculation
-from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
+from deepseek_optimizer.integration.generation import speculation
 from support.models import deepseek_v3, deepseek_v32, random_ids
 from support.mtp_files import save_with_mtp
 from support.tiny_v3 import documents, tiny_v3
@@ -143,7 +143,7 @@ def test_packed_checkpoints_come_back(folder, tmp_path, precision):
 
 
 def test_conversion_from_file_to_file_takes_them_along(folder, tmp_path):
-    from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+    from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 
     pack_checkpoint(folder, tmp_path / "converted", {"precision": "int4", "backend": "reference"})
     assert_same_weights(by_load_model(tmp_path / "converted"), by_load_model(folder, precision="int4"))

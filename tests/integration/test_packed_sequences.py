@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
-from deepseek_optimizer.integration.steps import documents_of
+from deepseek_optimizer.integration.generation.steps import documents_of
 from support.models import assert_close_rows, native_cases
 
 from .conftest import make_pair

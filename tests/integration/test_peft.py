@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError, load_model
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from deepseek_optimizer.integration.runtime import OptimizerWarning
 from support.models import CASES, assert_close_rows, random_ids, randomise
 
 from .conftest import make_pair

@@ -8,8 +8,8 @@ import pytest
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu import crowding, native, unavailable_reason
-from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
-from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
+from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
 

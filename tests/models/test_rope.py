@@ -11,7 +11,7 @@ import torch
 
 from deepseek_optimizer import ConfigError, DeepSeekConfig
 from deepseek_optimizer.backends.reference import ReferenceBackend
-from deepseek_optimizer.integration.context_extension import extend_context
+from deepseek_optimizer.integration.bind.context_extension import extend_context
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.models.rope import RopeSpec
 from support.models import CASES, llama, random_ids, random_model, rope, transformers_logits, weights_of

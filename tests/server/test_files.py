@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from deepseek_optimizer.longdoc.document import TextFile
-from deepseek_optimizer.server.file_store import FileStore
-from deepseek_optimizer.server.keys import ApiKeys
-from deepseek_optimizer.server.problems import ApiError
+from deepseek_optimizer.server.documents.file_store import FileStore
+from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.http.problems import ApiError
 from deepseek_optimizer.server.settings import ServerSettings
 from support.documents import pdf
 from support.live_server import assert_error

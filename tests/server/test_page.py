@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from deepseek_optimizer.server.page_files import FOLDER, page_files
+from deepseek_optimizer.server.http.page_files import FOLDER, page_files
 
 
 def directives(response) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.engine.request import SamplingParams
-from deepseek_optimizer.integration.pack_checkpoint import pack_checkpoint
+from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from deepseek_optimizer.serving import make_engine
 from deepseek_optimizer.train.optimizer import DeepSeekAdamW
 from deepseek_optimizer.train.prepare import prepare

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import DeepSeekConfig, SamplingParams, load_model, make_engine
 from deepseek_optimizer.checkpoint import Checkpoint
-from deepseek_optimizer.integration import save
-from deepseek_optimizer.integration.pack_op import PackWeight
+from deepseek_optimizer.integration.load.pack_op import PackWeight
+from deepseek_optimizer.integration.model import save
 
 IDS = torch.arange(60, 80)[None]
 LOADERS: dict[str, Callable[[Path], Any]] = {"load_model": load_model, "from_pretrained": AutoModelForCausalLM.from_pretrained}

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from deepseek_optimizer import DeepSeekConfig, load_model
-from deepseek_optimizer.integration.modules import PackedLinear
+from deepseek_optimizer.integration.bind.modules import PackedLinear
 from support.models import llama, random_model
 from support.training import losses, make_trainer
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepseek_optimizer.errors import ConfigError
-from deepseek_optimizer.integration.threads import one_torch_thread
+from deepseek_optimizer.system.threads import one_torch_thread
 from deepseek_optimizer.train.optimizer import DeepSeekAdamW
 
 FORMATS = [(s, m) for s in ("bf16", "int8", "fp32") for m in ("split", "stochastic")]

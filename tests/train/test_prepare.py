@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
 
-from deepseek_optimizer.integration.modules import PackedLinear
+from deepseek_optimizer.integration.bind.modules import PackedLinear
 from deepseek_optimizer.train.prepare import prepare
 from support.models import CASES, llama, qwen3, random_model
 from support.training import Rows

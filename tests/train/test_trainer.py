@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from deepseek_optimizer import ConfigError, DeepSeekTrainer, NotEnoughMemoryError
 from deepseek_optimizer.errors import TrainingError
-from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.train.optimizer import DeepSeekAdamW
 from support.memory import memory_of
 from support.models import llama, qwen3, random_model

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepseek_optimizer import DeepSeekTrainer
-from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.train.modules import embedding
 from support.models import llama, random_model
 from support.training import Rows, losses, make_trainer

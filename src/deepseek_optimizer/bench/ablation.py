@@ -45,7 +45,7 @@ def ablate(
     Raises:
         ConfigError: the model is not optimised, or runs without rules.
     """
-    from ..integration.runtime import runtime_of
+    from ..integration.bind.runtime import runtime_of
     from ..optimizer import DynamicGraphOptimizer
 
     config = runtime_of(model).config

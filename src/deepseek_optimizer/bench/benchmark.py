@@ -85,7 +85,7 @@ def _ids(case: Any, tokenizer: Any) -> Any:
 
 def _room(model: Any, ids: Any) -> int:
     """New tokens that still fit the model's context."""
-    from ..integration.context_extension import room_of
+    from ..integration.bind.context_extension import room_of
 
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"a test case must be one prompt of at least one token, got ids of shape {list(ids.shape)}")

@@ -90,7 +90,7 @@ def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int
     """
     import torch
 
-    from ..integration.context_extension import room_of
+    from ..integration.bind.context_extension import room_of
 
     room = room_of(model.config)
     if room is not None and work.length > room:

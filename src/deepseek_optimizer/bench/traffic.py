@@ -83,7 +83,7 @@ def traffic_of(model: Any) -> Traffic:
     """Of a Transformers model. What an optimised one reads is what its plan says (`plan.describe()`), of another what its
     parameters take."""
     from ..graph.analysis import weight_shapes
-    from ..integration.swap import weights_of
+    from ..integration.bind.swap import weights_of
     from ..models import build_graph
 
     try:

@@ -22,7 +22,7 @@ def answer(
     Raises:
         ValueError: the prompt alone fills the model's context, or `generate` refuses an argument.
     """
-    from ..integration.context_extension import room_of
+    from ..integration.bind.context_extension import room_of
 
     length = ids.shape[-1]
     room = (room_of(model.config) or length + max_new_tokens) - length

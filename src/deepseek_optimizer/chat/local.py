@@ -22,7 +22,7 @@ _ids = itertools.count(1)
 
 def default_sampling(model: Any, **given: Any) -> SamplingParams:
     """`sampling_params` by the generation config of an optimised model, which says once what of it an engine leaves out."""
-    from ..integration.runtime import runtime_of
+    from ..integration.bind.runtime import runtime_of
 
     config = model.generation_config
     if names := left_out(config):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..engine.worker import JobError, Worker, WorkerError
 from ..errors import RequestError
+from ..system.sandbox.worker import JobError, Worker, WorkerError
 from .control_tokens import ControlTokens, Encoded, Marks
 from .messages import check_json, check_messages, check_tools
 from .tools.base import write_json

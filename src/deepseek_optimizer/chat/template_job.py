@@ -1,4 +1,4 @@
-"""Renders chat templates in a worker (see `engine.worker`), by Transformers' own sandbox and rules."""
+"""Renders chat templates in a worker (see `system.sandbox.worker`), by Transformers' own sandbox and rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
-    """See `engine.worker.Worker`.
+    """See `system.sandbox.worker.Worker`.
 
     Args:
         setup: {"most": characters that a rendered text may have}.

@@ -71,9 +71,9 @@ class Budget:
 def budget(case: Case) -> Budget:
     """The budget of the case's model."""
     from ..graph.least import exact_weights, least_formats
-    from ..integration.graphs import whole_graph
-    from ..integration.runtime import kv_dtype
-    from ..integration.swap import expected_tensors
+    from ..integration.bind.graphs import whole_graph
+    from ..integration.bind.runtime import kv_dtype
+    from ..integration.bind.swap import expected_tensors
 
     wanted, shapes = expected_tensors(case.sketch)
     matrices = {name: shapes[name] for name, format_name in wanted.items() if format_name}
@@ -99,7 +99,7 @@ def budget(case: Case) -> Budget:
 
 
 def _span(case: Case) -> int | None:
-    from ..integration.runtime import forgetting_of
+    from ..integration.bind.runtime import forgetting_of
 
     forgets = forgetting_of(case.graph)
     return None if forgets is None else forgets.blocks(case.settings.prefill_chunk) * BLOCK

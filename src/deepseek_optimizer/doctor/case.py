@@ -41,7 +41,7 @@ class Case:
     def checkpoint(self) -> Any:
         """The opened checkpoint. Raises CheckpointError where it is damaged."""
         from ..checkpoint import open_checkpoint
-        from ..integration.loader import resolve
+        from ..integration.load.loader import resolve
 
         if self.model is None:
             raise ConfigError("this needs a model: name a directory, a .gguf file or a hub name")
@@ -49,7 +49,7 @@ class Case:
 
     @cached_property
     def _sketch(self) -> tuple[Any, Any]:
-        from ..integration.loader import sketch
+        from ..integration.load.loader import sketch
 
         return sketch(self.checkpoint, None, self.fields)[:2]
 
@@ -66,7 +66,7 @@ class Case:
     @cached_property
     def graph(self) -> Any:
         """The model's graph, with the rules and the attention that the settings ask for."""
-        from ..integration.graphs import loaded_mtp_layers, plan_graph
+        from ..integration.bind.graphs import loaded_mtp_layers, plan_graph
 
         settings, layers = self.settings, loaded_mtp_layers(self.sketch)
         return plan_graph(self.sketch.config, settings.rules, layers, settings.attention)[0]

@@ -18,21 +18,21 @@ from ..backends.base import BLOCK_TOKENS, DECODE
 from ..cache.block_manager import SequenceBlocks
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
-from .batch_size import BatchSize
-from .budget import PromptBudget
-from .chooser import Chooser, NotANumberError, NoTokenError
 from .detokenizer import Detokenizer
-from .memory import Memory
 from .metrics import EngineMetrics
 from .options import EngineOptions
 from .request import Finish, Output, Request
 from .running import Running
-from .scheduler import Scheduler, Share
+from .sampling.chooser import Chooser, NotANumberError, NoTokenError
+from .scheduling.batch_size import BatchSize
+from .scheduling.budget import PromptBudget
+from .scheduling.memory import Memory
+from .scheduling.scheduler import Scheduler, Share
+from .scheduling.sliding import Sliding, window_of
+from .scheduling.step_times import StepTimes
 from .sequence import Part, Sequence
-from .sliding import Sliding, window_of
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_times import StepTimes
 
 if TYPE_CHECKING:
     from .runner import Runner

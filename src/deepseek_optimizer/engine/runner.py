@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..backends.base import BLOCK_TOKENS, PREFILL, Int32, Plan, StepBatch, StepOutput
-from .memory import Memory
+from .scheduling.memory import Memory
 from .sequence import Part, Sequence
 
 _FEW = 16  # rows of a sequence up to which the decode family serves where either may

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.prefix_cache import Key
-from .chooser import Chooser
 from .detokenizer import Detokenizer
 from .request import Output, Request
+from .sampling.chooser import Chooser
 from .sequence import Sequence
 
 

@@ -9,10 +9,10 @@ from ..backends.base import BLOCK_TOKENS
 from ..cache.prefix_cache import PrefixCache
 from ..cache.window import SMALLEST
 from ..engine.engine import Engine
-from ..engine.grammar import GrammarCompiler
+from ..engine.grammar.compiler import GrammarCompiler
 from ..errors import ConfigError, UnsupportedModelError
 from ..graph.rotation import key_rotation
-from ..integration.runtime import runtime_of
+from ..integration.bind.runtime import runtime_of
 from ..serving import make_engine
 from .own_memory import own_bytes
 

@@ -15,8 +15,8 @@ from ..chat.conversation import Stop
 from ..checkpoint.atomic import atomic_directory
 from ..engine.request import SamplingParams
 from ..errors import CacheFullError, CheckpointError, ConfigError
-from ..integration.progress import counted
-from ..integration.saved_prefix import fingerprint, load_prefix, save_prefix
+from ..integration.generation.saved_prefix import fingerprint, load_prefix, save_prefix
+from ..system.progress import counted
 from .citations import Citation
 from .document import Document
 from .driver import Driver, Tokens

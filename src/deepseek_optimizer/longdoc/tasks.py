@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.json_schema import normalise
+from ..engine.grammar.json_schema import normalise
 from ..engine.request import check_text
 from ..errors import RequestError, shown
 

@@ -16,10 +16,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import excerpt
 from . import openapi
-from .guard import Guard, HostGuard
-from .metrics import HttpMetrics
-from .page_files import page_files
-from .problems import ApiError, problem
+from .http.guard import Guard, HostGuard
+from .http.metrics import HttpMetrics
+from .http.page_files import page_files
+from .http.problems import ApiError, problem
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest

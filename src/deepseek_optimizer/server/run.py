@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 
 from .app import create_app
-from .connections import protocol_for
+from .http.connections import protocol_for
 from .settings import ServerSettings
 from .state import ServerState
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
-from .keys import ApiKeys
+from .http.keys import ApiKeys
 
 
 @dataclass(frozen=True)

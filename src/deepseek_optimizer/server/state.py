@@ -11,23 +11,23 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from ..chat.reasoning import thinks
-from ..engine.grammar import GrammarCompiler
-from ..engine.grammar_source import GrammarSource
+from ..engine.grammar.compiler import GrammarCompiler
+from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
-from .caller import Caller
-from .document_reader import DocumentReader
-from .fair_queue import FairQueue
-from .file_store import FileStore
-from .json_body import BodyReader
-from .preparation import Preparation
-from .problems import ApiError, busy
-from .prompt_size import PromptSize
+from .chat.prompt_size import PromptSize
+from .chat.token_text import TokenTexts
+from .chat.tokenising import Lane, Tokenising
+from .documents.file_store import FileStore
+from .documents.preparation import Preparation
+from .documents.reader import DocumentReader
+from .http.caller import Caller
+from .http.fair_queue import FairQueue
+from .http.json_body import BodyReader
+from .http.problems import ApiError, busy
+from .http.queue_metrics import QueueCollector
 from .protocol.sampling import answers_asked
-from .queue_metrics import QueueCollector
 from .settings import ServerSettings
-from .token_text import TokenTexts
-from .tokenising import Lane, Tokenising
 
 T = TypeVar("T")
 

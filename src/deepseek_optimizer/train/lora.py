@@ -70,7 +70,7 @@ def merged(model: Any, base: str, adapter: str) -> Any:
         base: where the original weights lie.
         adapter: where the adapter is saved.
     """
-    from ..integration.modules import Packed
+    from ..integration.bind.modules import Packed
 
     if not any(isinstance(module, Packed) for module in model.modules()):
         return model.merge_and_unload()

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from ..errors import TrainingError
-from ..integration.runtime import OptimizerWarning
+from ..integration.bind.runtime import OptimizerWarning
 
 MOST_SKIPPED: Final = 5  # steps in a row; more are no accident
 _LEFT_OUT: Final = "a step was left out, for its loss or gradients are not finite; skipped_steps in the log counts them"

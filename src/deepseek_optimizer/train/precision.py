@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integration.modules import Packed
+from ..integration.bind.modules import Packed
 from .optimizer import DeepSeekAdamW
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from ..integration.bind.instance_method import Replacement
+from ..integration.bind.modules import Packed
 from ..integration.compat import keep_layers, recompute_layers, recomputes_layers
-from ..integration.instance_method import Replacement
-from ..integration.modules import Packed
 from .attention import DSO_TRAIN, register_train_attention
 from .fp8.backend import Fp8
 from .kept import Kept

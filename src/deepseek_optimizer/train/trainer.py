@@ -18,8 +18,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ConfigError, TrainingError
-from ..integration.runtime import OptimizerWarning
-from ..integration.threads import one_torch_thread
+from ..integration.bind.runtime import OptimizerWarning
+from ..system.threads import one_torch_thread
 from .accumulation import Accumulators
 from .arguments import DeepSeekTrainingArguments
 from .balancing import ExpertBalancing

@@ -23,7 +23,8 @@ SOURCE = Path(deepseek_optimizer.__file__).parent
 POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped_storage"}
 # Files that take one to know which memory it is, and never to have it read or written.
 IDENTITY = {
-    "backends/cpu/mapped_file.py", "integration/mapped.py", "integration/runtime.py", "train/precision.py", "train/kept.py",
+    "backends/cpu/mapped_file.py", "integration/load/mapped.py",
+    "integration/bind/runtime.py", "train/precision.py", "train/kept.py",
 }  # fmt: skip
 
 

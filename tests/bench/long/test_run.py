@@ -12,7 +12,7 @@ from deepseek_optimizer.bench.long.run import LongRequest, printed, rows_of, run
 from deepseek_optimizer.bench.long.sample import score
 from deepseek_optimizer.bench.sides import long as side
 from deepseek_optimizer.errors import CacheFullError, CheckpointError, ConfigError
-from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from support.saved_llama import saved_llama
 
 LENGTHS = (1024, 2048)

@@ -18,7 +18,7 @@ from deepseek_optimizer.engine.speculative.decoder import SpeculativeDecoder
 from deepseek_optimizer.engine.speculative.mtp import MtpProposer
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.ir import Graph
-from deepseek_optimizer.integration.arena import Arena
+from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from support import steps
 from support.models import deepseek_v3, random_ids, random_model, weights_of

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer.errors import BackendError
-from deepseek_optimizer.integration.runtime import OptimizerWarning
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.train.arguments import DeepSeekTrainingArguments
 from deepseek_optimizer.train.fp8 import Fp8, backend
 from deepseek_optimizer.train.modules.fp8_linear import TrainedFp8Linear

@@ -43,7 +43,7 @@ def main() -> None:
 
 def measure(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from ... import load_model, load_tokenizer
-    from ...integration.context_extension import room_of
+    from ...integration.bind.context_extension import room_of
 
     started = time.perf_counter()
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...engine.grammar_source import CallShape
+from ...engine.grammar.source import CallShape
 from ..deltas import ContentDelta, Delta, OutputParser, ToolCallDelta
 from ..scan import MarkerScanner
 

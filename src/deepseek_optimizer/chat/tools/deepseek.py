@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...engine.grammar_source import CallShape
+from ...engine.grammar.source import CallShape
 from ..deltas import OutputParser
 from .base import Call, MarkedCallParser, make_call
 

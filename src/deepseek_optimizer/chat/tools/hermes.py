@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...engine.grammar_source import CallShape
+from ...engine.grammar.source import CallShape
 from ..deltas import OutputParser
 from .base import Call, MarkedCallParser, make_call, read_json
 

@@ -6,7 +6,7 @@ of the answer (or behind another call), has these two fields and names a tool of
 
 from __future__ import annotations
 
-from ...engine.grammar_source import CallShape
+from ...engine.grammar.source import CallShape
 from ..deltas import Delta, OutputParser
 from .base import Call, CallWriter, make_call, read_json
 

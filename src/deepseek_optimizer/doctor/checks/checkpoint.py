@@ -15,8 +15,8 @@ NAME = "checkpoint"
 def check(case: Case) -> Iterator[Finding]:
     """What `load_model` would refuse, found without loading."""
     from ...checkpoint import check_tensors
-    from ...integration.loader import not_wanted
-    from ...integration.swap import expected_tensors
+    from ...integration.bind.swap import expected_tensors
+    from ...integration.load.loader import not_wanted
 
     try:
         checkpoint, model = case.checkpoint, case.sketch

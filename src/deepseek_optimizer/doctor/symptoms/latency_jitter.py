@@ -99,9 +99,9 @@ def measure(case: Case) -> Iterator[Finding]:
 
 def measure_jitter(model: Any, high: int | None = None) -> Jitter:
     """Runs streams and prompts of numbers that mean nothing: no text is needed."""
-    from ...integration.runtime import runtime_of
-    from ...integration.threads import one_torch_thread
+    from ...integration.bind.runtime import runtime_of
     from ...serving import STALL, make_engine
+    from ...system.threads import one_torch_thread
 
     runtime = runtime_of(model)
     running = one_torch_thread if runtime.backend.name == "cpu" else nullcontext

@@ -11,7 +11,7 @@ request loses more than that share by them.
 
 from __future__ import annotations
 
-from ..step_times import StepTimes
+from ..scheduling.step_times import StepTimes
 from .acceptance import Acceptance
 
 SHARE = 0.01  # of the time that passes may be lost by drafts that do not hold

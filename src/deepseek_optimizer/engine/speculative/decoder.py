@@ -13,7 +13,7 @@ from .gate import Gate
 
 if TYPE_CHECKING:
     from ..runner import Runner
-    from ..sampler import Sampler
+    from ..sampling.sampler import Sampler
 
 
 class SpeculativeDecoder:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from ..running import Running
-from ..step_times import StepTimes
+from ..scheduling.step_times import StepTimes
 from .bandit import DraftBandit
 from .base import Draft, Proposer
 

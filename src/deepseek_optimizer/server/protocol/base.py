@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import excerpt, shown
-from ..problems import ApiError
+from ..http.problems import ApiError
 
 TOKEN_ID = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 ModelName = Annotated[

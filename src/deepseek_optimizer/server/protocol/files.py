@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...errors import excerpt
-from ..file_store import StoredFile
-from ..problems import ApiError
+from ..documents.file_store import StoredFile
+from ..http.problems import ApiError
 from .base import Answer
 
 PURPOSES = ("user_data", "assistants")

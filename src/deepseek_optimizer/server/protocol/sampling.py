@@ -15,7 +15,7 @@ from ...engine.request import (
     Request,
     SamplingParams,
 )
-from ..problems import ApiError
+from ..http.problems import ApiError
 from .base import TOKEN_ID, Harmless
 
 MOST_N = 32

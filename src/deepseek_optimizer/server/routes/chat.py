@@ -7,17 +7,17 @@ import uuid
 
 from fastapi import FastAPI, Request, Response
 
-from ..chat_answers import ChatCollector, ChatEncoder
-from ..chat_setup import ChatAsked, check_choice
-from ..document_chats import answered, check_simple, documents_of, set_up_chat
-from ..grammars import chat_grammar, form_of
-from ..intake import taken_in
+from ..chat.chat_answers import ChatCollector, ChatEncoder
+from ..chat.chat_setup import ChatAsked, check_choice
+from ..chat.grammars import chat_grammar, form_of
+from ..chat.intake import taken_in
+from ..chat.replies import StreamReply, WholeReply
+from ..documents.chats import answered, check_simple, documents_of, set_up_chat
+from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..problems import ApiError
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
 from ..protocol.messages import NamedTool
 from ..protocol.sampling import requests_for
-from ..replies import StreamReply, WholeReply
 from ..state import ServerState
 
 

@@ -7,17 +7,17 @@ import uuid
 
 from fastapi import FastAPI, Request, Response
 
-from ..completion_answers import CompletionCollector, CompletionEncoder
-from ..grammars import compiled, form_of
-from ..intake import taken_in
+from ..chat.completion_answers import CompletionCollector, CompletionEncoder
+from ..chat.grammars import compiled, form_of
+from ..chat.intake import taken_in
+from ..chat.prompts import text_prompts
+from ..chat.replies import StreamReply, WholeReply
+from ..chat.tokenising import Lane
+from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..problems import ApiError
-from ..prompts import text_prompts
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
-from ..replies import StreamReply, WholeReply
 from ..state import ServerState
-from ..tokenising import Lane
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 

@@ -11,11 +11,11 @@ from fastapi import FastAPI, Request, Response
 
 from ...engine.request import Output
 from ...engine.request import Request as EngineRequest
-from ..intake import taken_in
+from ..chat.intake import taken_in
+from ..chat.prompts import text_prompts
+from ..chat.replies import WholeReply
 from ..openapi import body_errors, reads
-from ..prompts import text_prompts
 from ..protocol.embeddings import EXAMPLE, EmbeddingList, EmbeddingRequest
-from ..replies import WholeReply
 from ..state import ServerState
 
 

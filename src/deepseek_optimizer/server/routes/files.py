@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Path, Query, Request, Response
 
-from ..caller import Caller, unless_gone
+from ..chat.replies import json_response
+from ..http.caller import Caller, unless_gone
+from ..http.problems import ApiError
+from ..http.upload import check_origin, digest_of, read_upload_form
 from ..openapi import errors
-from ..problems import ApiError
 from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, shown
-from ..replies import json_response
 from ..state import ServerState
-from ..upload import check_origin, digest_of, read_upload_form
 
 _Id = Annotated[str, Path(max_length=256)]
 

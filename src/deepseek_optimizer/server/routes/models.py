@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Response
 
+from ..chat.replies import json_response
 from ..openapi import errors
 from ..protocol.models import ModelCard, ModelList
-from ..replies import json_response
 from ..state import ServerState
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ..page_files import HEADERS, PageFile
-from ..problems import ApiError
+from ..http.page_files import HEADERS, PageFile
+from ..http.problems import ApiError
 
 INDEX = "index.html"
 

@@ -8,10 +8,12 @@ from fastapi import FastAPI, Request, Response
 
 from ...engine.request import Request as EngineRequest
 from ...engine.request import SamplingParams
-from ..chat_setup import ChatAsked, check_choice
-from ..document_chats import answered, check_simple, documents_of, set_up_chat
-from ..grammars import Form, chat_grammar
-from ..intake import taken_in
+from ..chat.chat_setup import ChatAsked, check_choice
+from ..chat.grammars import Form, chat_grammar
+from ..chat.intake import taken_in
+from ..chat.replies import StreamReply, WholeReply
+from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
+from ..documents.chats import answered, check_simple, documents_of, set_up_chat
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,
@@ -27,8 +29,6 @@ from ..protocol.responses import (
     ResponsesRequest,
     SchemaFormat,
 )
-from ..replies import StreamReply, WholeReply
-from ..response_answers import ResponseCollector, ResponseEncoder, new_response
 from ..state import ServerState
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ..caller import Caller
-from ..intake import taken_in
+from ..chat.intake import taken_in
+from ..chat.prompts import tokens_of
+from ..chat.replies import json_response
+from ..http.caller import Caller
+from ..http.problems import ApiError
 from ..openapi import body_errors, reads
-from ..problems import ApiError
-from ..prompts import tokens_of
 from ..protocol.models import (
     EXAMPLE_DETOKENIZE,
     EXAMPLE_TOKENIZE,
@@ -19,7 +20,6 @@ from ..protocol.models import (
     TokenizeRequest,
     Tokens,
 )
-from ..replies import json_response
 from ..state import ServerState
 
 

@@ -20,10 +20,10 @@ from transformers.masking_utils import create_causal_mask
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.stacks import is_stack
 from ...errors import ConfigError
+from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
-from ...integration.graphs import loaded_mtp_layers
-from ...integration.loader import resolve
-from ...integration.mtp_layers import add_mtp_layers, own_tensors
+from ...integration.load.loader import resolve
+from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
 from ...models import mtp_layers
 from ..checkpoints.experts import read_stack
 

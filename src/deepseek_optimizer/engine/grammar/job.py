@@ -1,0 +1,119 @@
+"""Compiles grammars with xgrammar in a worker (see `system.sandbox.worker`), and tries how long their steps take."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+# The rule for a character of a string of bounded length, and what it should be: in xgrammar 0.2.8 it has control characters and
+# halves of surrogate pairs. It has no escapes: with them a mask takes a second.
+_CHARACTERS = re.compile(r"(?m)^(\w+ ::= \(\()\[\^\\\"\\\\\\r\\n\](\)\))$")
+_CHARACTER = r"[\U00000020-\U00000021\U00000023-\U0000005b\U0000005d-\U0000d7ff\U0000e000-\U0010ffff]"
+_WALKS, _STEPS = 4, 96  # of the trial
+_SLOW, _GROWING = (
+    2e-3,
+    3e-4,
+)  # seconds: a step that takes the first, or the second and ever more, is too slow for others to wait for
+
+
+def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+    """See `system.sandbox.worker.Worker`.
+
+    Args:
+        setup: {"tokenizer": xgrammar's TokenizerInfo as JSON, "most": bytes that a compiled grammar may have}.
+    """
+    import xgrammar
+
+    compiler = xgrammar.GrammarCompiler(
+        xgrammar.TokenizerInfo.deserialize_json(setup["tokenizer"]), max_threads=1, cache_enabled=False
+    )
+
+    def structure(source: str) -> Any:
+        return compiler.compile_structural_tag(json.dumps(_with_grammars(json.loads(source), xgrammar)))
+
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "json_object": lambda _: compiler.compile_json_schema('{"type": "object"}', any_whitespace=False, strict_mode=False),
+        "json_schema": lambda source: compiler.compile_grammar(_ebnf(json.loads(source), xgrammar)),
+        "ebnf": compiler.compile_grammar,
+        "structure": structure,
+    }
+
+    def run(payload: dict[str, Any]) -> Any:
+        try:
+            compiled = kinds[payload["kind"]](payload["source"])
+        except RuntimeError as error:
+            raise ValueError(_reason(str(error))) from None
+        if compiled.memory_size_bytes > setup["most"]:
+            raise ValueError("it becomes too large; give it fewer alternatives, optional properties or repetitions")
+        _try(compiled, xgrammar)
+        text = compiled.serialize_json()
+        if len(text) > setup["most"]:
+            raise ValueError("it becomes too large; give it fewer alternatives, optional properties or repetitions")
+        return text
+
+    return run
+
+
+def _ebnf(enforced: dict[str, Any], xgrammar: Any) -> str:
+    """Of an `Enforced` schema: xgrammar's grammar with our patterns and characters in it.
+
+    White space is fixed: a model that may write it can go on with it for ever.
+    """
+    text = str(xgrammar.Grammar.from_json_schema(json.dumps(enforced["schema"]), any_whitespace=False))
+    for name, rules in enforced["rules"].items():
+        place = f'Regex("^{name}$", json_string=true)'
+        if place not in text:
+            raise ValueError("this release of xgrammar writes patterns in a way that is not known here")
+        text = text.replace(place, name) + f"\n{rules}\n"
+    return _CHARACTERS.sub(lambda rule: f"{rule[1]}{_CHARACTER}{rule[2]}", text)
+
+
+def _with_grammars(value: Any, xgrammar: Any) -> Any:
+    """A structural tag whose contents were `Enforced` schemas."""
+    if isinstance(value, list):
+        return [_with_grammars(item, xgrammar) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"schema", "rules"}:
+        return {"type": "grammar", "grammar": _ebnf(value, xgrammar)}
+    return {key: _with_grammars(item, xgrammar) for key, item in value.items()}
+
+
+def _try(compiled: Any, xgrammar: Any) -> None:
+    """Follows a grammar along random tokens: an ambiguous one takes longer at each, and every answer beside it would wait."""
+    import numpy as np
+
+    tokenizer = compiled.tokenizer_info
+    bits = np.zeros((1, -(-tokenizer.vocab_size // 32)), np.int32)
+    stops, vocabulary = set(tokenizer.stop_token_ids), tokenizer.decoded_vocab
+    for walk in range(_WALKS):
+        choose, matcher = random.Random(walk), xgrammar.GrammarMatcher(compiled)
+        times: list[float] = []
+        while len(times) < _STEPS:
+            began = time.perf_counter()
+            some = matcher.fill_next_token_bitmask(bits)
+            taken = time.perf_counter() - began
+            flags = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: len(vocabulary)]
+            allowed = np.flatnonzero(flags) if some else np.arange(len(vocabulary))
+            drawn = [int(allowed[choose.randrange(len(allowed))]) for _ in range(16)] if len(allowed) else []
+            drawn = [token for token in drawn if token not in stops]
+            if not drawn:
+                break
+            token = min(drawn, key=lambda t: len(vocabulary[t]) or 99) if walk % 2 == 0 else drawn[0]
+            began = time.perf_counter()
+            if not matcher.accept_token(token):
+                break
+            times.append(taken + time.perf_counter() - began)
+        if len(times) == _STEPS:
+            early, late = (sorted(part)[len(part) // 2] for part in (times[16:48], times[-32:]))
+            if late > _SLOW or (late > _GROWING and late > 1.6 * early):
+                raise ValueError("it is too ambiguous: there are too many ways to read one text")
+
+
+def _reason(message: str) -> str:
+    """xgrammar's, without where in its sources it stands."""
+    return message.rpartition(".cc:")[2].partition(":")[2].strip()[:300] or "it is not well formed"

@@ -1,0 +1,116 @@
+"""Chooses the tokens of one request: penalties, biases and grammar, then the likeliest or one drawn. No torch.
+
+Drafts are verified by choosing as if there were none and comparing: a draft that was proposed for certain is accepted with the
+probability that the model gives it, so the text is distributed as plain sampling's, and, since a place in the text has a random
+number of its own, it is plain sampling's text.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import numpy.typing as npt
+
+from ..request import Request, TokenLogprob
+from .distribution import Floats, draw, largest_tokens, log_probability, uniform
+
+Bools = npt.NDArray[np.bool_]
+
+
+# Logits over it and over any temperature are still numbers. A smaller penalty means the same: a token seen is certain.
+_LEAST_PENALTY = 1e-25
+
+
+class NoTokenError(ValueError):
+    """Every token is forbidden."""
+
+
+class NotANumberError(ValueError):
+    """The model's logits hold a NaN, or no finite number."""
+
+
+class Chooser:
+    """
+    Args:
+        request: whose tokens these are; a text that goes on after preemption goes on with the same chooser.
+        vocab_size: logits of a row.
+        eos: tokens that end the text.
+    """
+
+    def __init__(self, request: Request, vocab_size: int, eos: frozenset[int]) -> None:
+        sampling = request.sampling
+        self.sampling = sampling
+        self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        self.grammar = None if sampling.grammar is None else sampling.grammar.start()
+        self._bits = np.zeros(-(-vocab_size // 32), np.int32) if self.grammar else None
+        self._seen: Bools | None = None  # tokens of prompt and text
+        if sampling.repetition_penalty != 1:
+            self._seen = np.zeros(vocab_size, np.bool_)
+            self._seen[request.prompt] = True
+        self._counts: dict[int, int] | None = None  # of the text's tokens
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._counts = {}
+        biases = sampling.logit_bias
+        self._biased = np.array(list(biases), np.int64)
+        self._bias = np.array([-np.inf if b <= -100 else b for b in biases.values()], np.float32)
+        self._ends = np.array(sorted({*eos, *sampling.stop_token_ids}), np.int64)
+        # Whether nothing is done to logits once `min_tokens` are there: then the likeliest is the model's own.
+        self._plain = self._seen is None and self._counts is None and not len(self._biased) and self.grammar is None
+
+    def choose(self, logits: Floats, place: int) -> int:
+        """The token for a place of the text (0: the first), and what follows from it for the next.
+
+        Args:
+            logits: the model's own, [V]; not changed.
+
+        Raises:
+            NotANumberError: they are not all numbers.
+            NoTokenError: none may come.
+        """
+        token = int(logits.argmax())
+        if not np.isfinite(logits[token]):
+            raise NotANumberError("the model's logits are not finite")
+        if not (self._plain and place >= self.sampling.min_tokens):
+            logits = self._processed(logits, place)
+            token = int(logits.argmax())
+            if not np.isfinite(logits[token]):
+                raise NoTokenError("logit_bias, min_tokens and the grammar leave no token that may come")
+        if not self.sampling.greedy:
+            token = draw(logits, self.sampling, uniform(self._seed, place))
+        self._took(token)
+        return token
+
+    def _processed(self, raw: Floats, place: int) -> Floats:
+        sampling = self.sampling
+        logits: Floats = raw.copy()
+        if self._seen is not None:
+            seen = logits[self._seen]
+            penalty = np.float32(max(sampling.repetition_penalty, _LEAST_PENALTY))
+            logits[self._seen] = np.where(seen < 0, seen * penalty, seen / penalty)
+        if self._counts:
+            tokens = np.fromiter(self._counts, np.int64)
+            counts = np.fromiter(self._counts.values(), np.float32)
+            logits[tokens] -= np.float32(sampling.frequency_penalty) * counts + np.float32(sampling.presence_penalty)
+        if len(self._biased):
+            logits[self._biased] += self._bias
+        if place < sampling.min_tokens:
+            logits[self._ends] = -np.inf
+        if self.grammar is not None and self._bits is not None and self.grammar.mask(self._bits):
+            allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
+            logits[allowed == 0] = -np.inf
+        return logits
+
+    def _took(self, token: int) -> None:
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        if self.grammar is not None:
+            self.grammar.accept(token)
+
+    def logprob(self, logits: Floats, token: int) -> TokenLogprob:
+        """What is reported of a chosen token: by the model's own logits [V]."""
+        top = largest_tokens(logits, self.sampling.logprobs or 0) if self.sampling.logprobs else np.zeros(0, np.int64)
+        found = log_probability(logits, np.concatenate([np.array([token], np.int64), top]))
+        return TokenLogprob(token, float(found[0]), tuple(zip(top.tolist(), found[1:].tolist(), strict=True)))

@@ -1,0 +1,411 @@
+"""What an optimised model carries: its config, graph, plan, backend and cache memory, and which calls the plan can serve."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ...backends.base import BLOCK_TOKENS, Backend, Plan
+from ...cache.forgetting import Forgetting
+from ...checkpoint.files import Mapper
+from ...config import DeepSeekConfig
+from ...engine.speculative.gate import SpeculationReport
+from ...errors import BackendError, ConfigError, UnsupportedModelError
+from ...graph import rules
+from ...graph.attention_mode import apply_mode, forgetting
+from ...graph.ir import Graph
+from ...graph.rotation import KeyRotation, key_rotation
+from ...quant import Packer, reference_packer
+from ...system.memory import free_memory
+from ..memory.arena import Arena, LatentRow
+from ..memory.cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
+from .context_extension import extension_note
+from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
+from .instance import Instance
+from .modules import Packed, PackedLinear, gradient_panels, matmul_panels, unchecked
+from .packed_experts import PackedExperts
+from .swap import matrices_of, weights_of
+
+_NO_PICKLE = "an optimised model cannot be pickled; save it with save_pretrained and load it with load_model"
+
+
+class OptimizerWarning(UserWarning):
+    """Something works, but slower than it could; said once a model."""
+
+
+def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, str | None]:
+    """The backend for a model on `device`, and what might surprise of it: why it is not the native one, too many threads.
+
+    Raises:
+        BackendError: backend="cpu" cannot be had.
+    """
+    from ...backends.cpu import CpuBackend, unavailable_reason
+    from ...backends.cpu.environment import forced_isa
+
+    if device.type != "cpu":
+        if config.backend == "cpu":
+            raise BackendError(f"the cpu backend cannot run a model on {device}; move it with model.to('cpu')")
+        note = f"the model is on {device}, where the reference backend serves"
+    elif config.backend == "reference":
+        note = None
+    else:
+        reason = unavailable_reason()
+        if reason is None or config.backend == "cpu" or config.isa or forced_isa():
+            native = CpuBackend(isa=config.isa, threads=config.threads)
+            return native, native.note
+        note = f"the reference backend serves, much slower than the native one: {reason}"
+    from ...backends.reference import ReferenceBackend  # not before it is needed: a fast start
+
+    return ReferenceBackend(device), note
+
+
+def packer_of(backend: Backend) -> Packer:
+    """The backend's own packer where it has one."""
+    return getattr(backend, "pack", reference_packer)
+
+
+def mapper_of(backend: Backend) -> Mapper | None:
+    """What maps a file of packed weights, where the backend can watch over it; None: weights are read into memory."""
+    return getattr(backend, "map_file", None)
+
+
+def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
+    """Storage of the cache of a model whose matrices have these formats."""
+    if config.kv_cache != "auto":
+        return config.kv_cache
+    if set(formats) == {"fp32"}:
+        return "fp32"
+    return "int8" if config.sparse_attention else "bf16"
+
+
+def forgetting_of(graph: Graph) -> Forgetting | None:
+    """What the cache of a model with this graph may forget; None: nothing."""
+    seen = forgetting(graph)
+    return None if seen is None else Forgetting(*seen)
+
+
+class Runtime(Instance):
+    """Binds a plan to one model instance, whose forward the plan replaces. Attached as `model.dso`.
+
+    Attributes:
+        model: that instance: the whole model, or of one without a head of the family's its decoder.
+        config, graph, rules: what was asked for, and what the rules made of it.
+        in_mode: layers whose attention the config's mode has changed.
+        backend: runs the plan.
+        notes: warnings given so far, for the report.
+        mappings: `MappedFile`s that weights lie in, as long as some do.
+        speculation: what drafts did for the last request that had any: `engine.speculative.gate.SpeculationReport`.
+    """
+
+    def __init__(
+        self, model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.config, self.bytes_before = config, bytes_before
+        graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
+        self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
+        self.notes: list[str] = []
+        self.speculation: SpeculationReport | None = None
+        self._told: set[str] = set()
+        self.mappings: weakref.WeakSet[Any] = weakref.WeakSet()
+        for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
+            self.tell(note)
+        self._making = threading.RLock()  # what is made when it is first asked for is made once, whoever asks meanwhile
+        self._plan: Plan | None = None
+        self._mtp_plans: list[Plan] | None = None
+        self._arena: Arena | None = None
+        self._backend: Backend | None = None
+        self._shape = [
+            (path, name, type(child))
+            for path, m in model.named_modules()
+            for name, child in m._modules.items()
+            if child is not None
+        ]
+        self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
+        _check_bound(model, whole_graph(model))
+
+    def methods(self) -> dict[str, Any]:
+        from ..model.wrapper import instance_methods
+
+        return {"dso": self, **instance_methods(self)}
+
+    @property
+    def backend(self) -> Backend:
+        with self._making:
+            if self._backend is None:
+                self._backend, note = choose_backend(self.config, self.model.device)
+                if note:
+                    self.tell(note)
+                self._set_products(self._backend)
+            return self._backend
+
+    @property
+    def plan(self) -> Plan:
+        """The compiled plan; compiled again after the weights' storage changed."""
+        with self._making:
+            if self._plan is None:
+                plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), **self.compile_options())
+                high = self.config.batch_size_range[1]
+                plan.reserve(max(self.config.prefill_chunk, high), high)
+                self._plan = plan
+            return self._plan
+
+    @property
+    def mtp_plans(self) -> list[Plan]:
+        """The plans of the MTP layers that were loaded, by depth; compiled when they are first asked for."""
+        with self._making:
+            if self._mtp_plans is None:
+                mode, options = self.config.attention, self.compile_options()
+                graphs = [apply_mode(rules.apply(g, self.config.rules)[0], mode)[0] for g in mtp_graphs(self.model)]
+                self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), **options) for g in graphs]
+            return self._mtp_plans
+
+    def compile_options(self) -> Mapping[str, Any]:
+        """What `Backend.compile` takes from the config."""
+        if self.backend.name == "cpu":
+            return {"activation": self.config.activation}
+        return {}
+
+    @property
+    def arena(self) -> Arena:
+        with self._making:
+            if self._arena is None:
+                self._arena = self.new_arena(self.config.kv_cache_memory)
+            return self._arena
+
+    def new_arena(self, memory: int | None) -> Arena:
+        """Cache memory for this model, beside its own.
+
+        Args:
+            memory: bytes that it may grow to; None: what is free, less a reserve.
+
+        Raises:
+            NotEnoughMemoryError: a limit of address space leaves fewer.
+        """
+        return self._arena_of(what_is_free(free_memory()) if memory is None else granted(memory))
+
+    def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
+        """The cache that so many sequences of so many tokens take at most, while steps of `step_tokens` are run."""
+        blocks, forgets = -(-tokens // BLOCK_TOKENS), forgetting_of(self.graph)
+        if forgets is not None:
+            blocks = min(blocks, forgets.blocks(step_tokens))
+        # each one more, to go on into, or for the copy of one that is shared
+        return FullBatch(sequences, tokens, sequences * (blocks + 1) * self._block_bytes)
+
+    def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
+        """The model's own cache memory, for an engine. Where it is made here and the config doesn't say how large: what a full
+        batch needs, at most half of what is free.
+
+        Args:
+            batch: of `full_batch`.
+            beside: bytes that another model's cache needs, out of the same half.
+
+        Raises:
+            NotEnoughMemoryError: the config asks for more than is free.
+        """
+        with self._making:
+            if self._arena is None:
+                if self.config.kv_cache_memory is not None:
+                    check_granted(self.config.kv_cache_memory)
+                    return self.arena
+                self._arena = self._arena_of(for_batch(batch, free_memory(), beside))
+            return self._arena
+
+    def _arena_of(self, size: CacheSize) -> Arena:
+        check_reserved(size, free_memory())
+        store = self.backend.new_store(self.graph, self.kv_dtype, size.blocks(self._block_bytes))
+        layers, forgets = self.graph.hidden_states - 1, forgetting_of(self.graph)
+        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets, size)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.backend.block_bytes(self.graph, self.kv_dtype)
+
+    @property
+    def cache_size(self) -> CacheSize:
+        """What the cache may grow to: of the model's own, or of the one that it would get now."""
+        with self._making:
+            if self._arena is not None:
+                return self._arena.size
+            memory = self.config.kv_cache_memory
+            return what_is_free(free_memory()) if memory is None else granted(memory)
+
+    @property
+    def kv_dtype(self) -> str:
+        """Storage of the cache."""
+        return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
+
+    def check_weights(self) -> None:
+        """Raises CheckpointChangedError where a file that weights are mapped from is not what it was at loading."""
+        for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.intact(None)
+
+    def replaced_files(self) -> list[str]:
+        """Paths of mapped files that lead to another file by now, or to none: the model goes on with what it loaded."""
+        return sorted(str(path) for mapping in self.mappings if (path := mapping.replaced()) is not None)
+
+    def _set_products(self, backend: Backend) -> None:
+        """Packed modules compute with the backend's own product where it has one, and ask it whether their weights are
+        intact."""
+        intact = Shared(getattr(backend, "check_tensor", None) or unchecked)
+        product = Shared(getattr(backend, "linear", None) or matmul_panels)
+        gradient = Shared(getattr(backend, "linear_gradient", None) or gradient_panels)
+        for module in self.model.modules():
+            if isinstance(module, Packed):
+                module.check_tensor = intact
+            if isinstance(module, (PackedLinear, PackedExperts)):
+                module.product, module.gradient = product, gradient
+
+    def rebind(self) -> None:
+        """Drops the compiled plans; the next call compiles them from the modules' present storage."""
+        self._plan = self._mtp_plans = None
+
+    def replaced(self) -> None:
+        """After packed modules were replaced by others: what was seen of the old ones is forgotten, and caches begin anew."""
+        self._tree = self._arena = None
+        if self._backend is not None:
+            self._set_products(self._backend)
+        self.rebind()
+
+    def move(self) -> None:
+        """After the model moved to another device: another backend, and caches begin anew."""
+        self._plan = self._mtp_plans = self._backend = self._arena = None
+
+    def tell(self, note: str) -> None:
+        """Warns once."""
+        if note not in self._told:
+            self._told.add(note)
+            self.notes.append(note)
+            warnings.warn(note, OptimizerWarning, stacklevel=4)
+
+    # ---- whether the model is still what the plan was compiled from
+
+    def _watched(self) -> list[tuple[dict[str, Any], str, nn.Module]] | str:
+        """(children of a module, name, child) for the whole tree; or what differs from the tree the plan was made for."""
+        if self._tree is None:
+            modules = dict(self.model.named_modules())
+            tree = []
+            for path, name, kind in self._shape:
+                children = modules[path]._modules if path in modules else {}
+                if type(children.get(name)) is not kind:
+                    return f"module {name!r} was replaced or wrapped (an adapter?)"
+                tree.append((children, name, children[name]))
+            self._tree = tree
+        return self._tree
+
+    def changed(self) -> str | None:
+        """What in the module tree keeps the plan from serving: an adapter, a hook; None if nothing does."""
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "global module hooks are registered"
+        tree = self._watched()
+        if isinstance(tree, str):
+            return tree
+        for children, name, child in tree:
+            if children.get(name) is not child:
+                return f"module {name!r} was replaced or wrapped (an adapter?)"
+            if child._forward_pre_hooks or any(map(_acts, child._forward_hooks.values())):
+                return f"module {name!r} has forward hooks"
+            if "forward" in child.__dict__:
+                return f"module {name!r} has a forward of its own"
+        return None
+
+    def report(self) -> Any:
+        """What was optimised and how: `report.Report`."""
+        from ..model.report import make_report
+
+        return make_report(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        model = memo.get(id(self._model()))
+        if model is None:
+            raise BackendError("a plan is copied with its model only; use copy.deepcopy(model)")
+        twin = object.__new__(Runtime)
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        twin._model = weakref.ref(model)
+        twin._parts = copy.deepcopy(self._parts, memo)
+        twin._making = threading.RLock()
+        twin._plan = twin._mtp_plans = twin._arena = None
+        twin.mappings = weakref.WeakSet()  # its weights are in memory
+        twin.config = copy.deepcopy(self.config, memo)
+        twin.notes, twin._told = list(self.notes), set(self._told)
+        twin._tree = None  # its modules are not all made yet
+        return twin
+
+    def copied(self, memo: dict[int, Any]) -> Runtime:
+        """The runtime of the copy that is being made of the model."""
+        found: Runtime = memo.get(id(self)) or self.__deepcopy__(memo)
+        return found
+
+    def __reduce__(self) -> Any:
+        raise BackendError(_NO_PICKLE)
+
+
+class Shared:
+    """A callable that copies of a model share instead of copying: what is behind it (a thread pool) cannot be."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise BackendError(_NO_PICKLE)
+
+
+def runtime_of(model: Any) -> Runtime:
+    """The runtime of an optimised model, also through a PEFT wrapper."""
+    for candidate in (model, getattr(getattr(model, "base_model", None), "model", None)):
+        found = getattr(candidate, "__dict__", {}).get("dso")
+        if isinstance(found, Runtime):
+            return found
+    raise ConfigError(
+        f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
+        "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
+    )
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a forward hook may do something in a call that the plan could serve. Two kinds stay on a model and do not: those
+    that record attention weights for the calls that ask, and those of a trainer that make embeddings need gradients."""
+    if getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads"):
+        return torch.is_grad_enabled()
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+
+
+def _rotation(graph: Graph) -> KeyRotation | None:
+    try:
+        return key_rotation(graph)
+    except UnsupportedModelError:
+        return None  # whoever wants to move keys asks again, and hears why not
+
+
+def _latent_row(graph: Graph) -> LatentRow | None:
+    node = next((node for node in graph.nodes if node.op == "latent"), None)
+    if node is None:
+        return None
+    # V2's own module turns pairs in place; those that came later bring them into halves first, which changes no product.
+    return LatentRow(node.attrs["rank"], node.attrs["interleaved"] and graph.family != "deepseek_v2")
+
+
+def _check_bound(model: Any, graph: Graph) -> None:
+    """Every packed matrix must be one that the graph reads: a head that should be tied but is not would be left out."""
+    bound = {m.data.data_ptr() for m in matrices_of(model, graph).values()}
+    for name, module in model.named_modules():
+        if isinstance(module, Packed) and any(w.data.data_ptr() not in bound for w in module.held().values()):
+            raise ConfigError(
+                f"{name}.weight is not tied to the embedding, though config.tie_word_embeddings is true; set it to false"
+            )

@@ -1,0 +1,219 @@
+"""Putting packed modules where Transformers' own stand, and reading a model's weights as a plan wants them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...checkpoint.stacks import merged_shape
+from ...config import DeepSeekConfig
+from ...errors import BackendError, ConfigError, UnsupportedModelError
+from ...graph.analysis import stack_shapes
+from ...graph.ir import Graph
+from ...graph.least import exact_weights, least_formats
+from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
+from ...quant.tiles import empty_stack
+from .modules import Packed, PackedEmbedding, PackedLinear
+from .packed_experts import PackedExperts
+
+_STACKS = ("gate_up_proj", "down_proj")  # parameters of Transformers' modules of experts
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that holds matrices of the graph. `weights`: its parameters' names in it -> in the model, after tying."""
+
+    name: str
+    parent: nn.Module
+    child: str
+    module: nn.Module
+    weights: Mapping[str, str]
+
+
+def sites(model: nn.Module, graph: Graph) -> list[Site]:
+    """Every linear, embedding and experts module with weights of `graph` that may be packed; a tied one is named with its
+    source's weight."""
+    wanted = set(graph.weights()) - exact_weights(graph)
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    found = []
+    for name, module in model.named_modules():
+        kept = {leaf: tied.get(f"{name}.{leaf}", f"{name}.{leaf}") for leaf in ("weight", *_STACKS)}
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weights = {"weight": kept["weight"]} if kept["weight"] in wanted else {}
+            known = type(module) in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
+        else:
+            weights = {leaf: kept[leaf] for leaf in _STACKS if kept[leaf] in wanted}
+            known = isinstance(module, PackedExperts) or _STACKS == tuple(module._parameters)
+        if weights:
+            if not known:
+                raise UnsupportedModelError(
+                    f"{name} is a {type(module).__name__}, which cannot be packed; load the model without other quantisers "
+                    "or adapters"
+                )
+            parent, _, child = name.rpartition(".")
+            found.append(Site(name, model.get_submodule(parent), child, module, weights))
+    return found
+
+
+def _named_sites(model: nn.Module, graph: Graph, config: DeepSeekConfig) -> list[Site]:
+    """The sites, once every entry of `config.formats` is found to name one of their matrices."""
+    found = sites(model, graph)
+    names = dict.fromkeys(weight.removesuffix(".weight") for site in found for weight in site.weights.values())
+    for entry in config.unmatched(names):
+        if entry not in config.unmatched([weight.removesuffix(".weight") for weight in exact_weights(graph)]):
+            raise ConfigError(f"formats names {entry!r}, which stays as exact as it is stored; leave it out")
+        near = difflib.get_close_matches(entry, names, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"formats names {entry!r}, which is no matrix of this model{hint}")
+    return found
+
+
+def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtype) -> Packed:
+    """An empty packed module for a float or packed one, on the meta device. Biases are its own.
+
+    Args:
+        formats: by the parameter's name in the module.
+    """
+    for name in formats.values():
+        get_format(name)
+    if isinstance(module, nn.Embedding):
+        return PackedEmbedding(
+            module.num_embeddings,
+            module.embedding_dim,
+            formats["weight"],
+            padding_idx=module.padding_idx,
+            dtype=dtype,
+            device="meta",
+        )
+    if isinstance(module, nn.Linear):
+        twin = PackedLinear(module.in_features, module.out_features, formats["weight"], dtype=dtype, device="meta")
+        twin.bias = module.bias
+        return twin
+    experts: Any = module
+    return PackedExperts(
+        experts.num_experts,
+        experts.hidden_dim,
+        experts.intermediate_dim,
+        *(formats[leaf] for leaf in _STACKS),
+        act_fn=experts.act_fn,
+        dtype=dtype,
+        device="meta",
+    )
+
+
+NATURAL = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}  # what keeps a float matrix as it is
+
+
+def swap_on_meta(
+    model: Any,
+    graph: Graph,
+    config: DeepSeekConfig,
+    dtype: torch.dtype,
+    natural: Callable[[str, tuple[int, ...]], str] | None = None,
+) -> None:
+    """Puts empty packed modules in place before weights are loaded, tied ones sharing one parameter.
+
+    Args:
+        natural: a weight's name and shape -> the format that keeps it as it is stored; None: that of `dtype`.
+    """
+    stacks, least = stack_shapes(graph), least_formats(graph)
+    first: dict[str, nn.Parameter] = {}
+    for site in _named_sites(model, graph, config):
+        formats = {}
+        for leaf, weight in site.weights.items():
+            shape = stacks.get(weight) or tuple(getattr(site.module, leaf).shape)
+            own = NATURAL[dtype] if natural is None else natural(weight, shape)
+            formats[leaf] = config.format_of(weight, own, least.get(weight))
+        twin = packed_twin(site.module, formats, dtype)
+        for leaf, weight in site.weights.items():
+            setattr(twin, leaf, first.setdefault(weight, getattr(twin, leaf)))
+        setattr(site.parent, site.child, twin)
+
+
+def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Packer) -> None:
+    """Converts a loaded float model module by module; each original's memory is free before the next is packed."""
+    least = least_formats(graph)
+    done: dict[str, nn.Parameter] = {}
+    for site in _named_sites(model, graph, config):
+        if isinstance(site.module, Packed):
+            continue
+        module = site.module
+        dtype: Any = next(iter(module._parameters.values())).dtype  # type: ignore[union-attr]  # they have weights
+        formats = {leaf: config.format_of(w, NATURAL[dtype], least.get(w)) for leaf, w in site.weights.items()}
+        twin = packed_twin(module, formats, dtype)
+        for leaf, weight in site.weights.items():
+            if weight not in done:
+                tiles = _packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer)
+                done[weight] = nn.Parameter(tiles, requires_grad=False)
+                del module._parameters[leaf]  # whoever still holds the module must not hold its weights
+            setattr(twin, leaf, done[weight])
+        twin.training = module.training
+        setattr(site.parent, site.child, twin)
+        module._parameters.clear()
+        del module, site
+
+
+def _packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer) -> torch.Tensor:
+    """The tiles of a float matrix, or of a merged float parameter of experts, matrix by matrix."""
+    if isinstance(like, PackedMatrix):
+        return packer(weight, like.format)
+    out = empty_stack(*like.shape, get_format(like.format).tile_bytes)
+    for matrix, tiles in zip(weight.reshape(like.shape), out, strict=True):
+        packer(matrix, like.format, tiles)
+    return out
+
+
+def float_shape(leaf: str, weight: PackedWeight) -> tuple[int, ...]:
+    """The shape of the float parameter `leaf` that stood where this matrix or stack stands."""
+    return merged_shape(leaf, weight.shape) if isinstance(weight, PackedStack) else weight.shape
+
+
+def expected_tensors(model: Any) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]]]:
+    """What a checkpoint must hold for a swapped model, tied parameters once: formats (None for plain tensors), and shapes (of a
+    stack: count, rows, cols)."""
+    tied = model.all_tied_weights_keys or {}
+    formats: dict[str, str | None] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        held = module.held() if isinstance(module, Packed) else {}
+        lasting = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for leaf, tensor in (*module._parameters.items(), *lasting.items()):
+            name = f"{path}.{leaf}" if path else leaf
+            if tensor is not None and name not in tied:
+                formats[name] = held[leaf].format if leaf in held else None
+                shapes[name] = held[leaf].shape if leaf in held else tuple(tensor.shape)
+    return formats, shapes
+
+
+def stored_tensors(model: Any) -> dict[str, PackedWeight | torch.Tensor]:
+    """What a checkpoint of this model holds, by name: packed weights as they are, everything else plain, tied ones once."""
+    found: dict[str, PackedWeight | torch.Tensor] = {}
+    for name in expected_tensors(model)[0]:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        held = module.held() if isinstance(module, Packed) else {}
+        found[name] = held[leaf] if leaf in held else getattr(module, leaf).data
+    return found
+
+
+def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
+    """What a backend compiles with: matrices packed, vectors as they are. The storage is the modules' own."""
+    found: dict[str, PackedWeight | torch.Tensor] = {}
+    for name in graph.weights():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        held = module.held() if isinstance(module, Packed) else {}
+        found[name] = weight = held[leaf] if leaf in held else getattr(module, leaf).data
+        if (weight.data if isinstance(weight, PackedWeight) else weight).device.type == "meta":
+            raise BackendError(f"{name} has no data yet: bind the plan after loading the weights")
+    return found
+
+
+def matrices_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight]:
+    """The packed matrices and stacks by parameter name, tied ones once."""
+    return {name: w for name, w in weights_of(model, graph).items() if isinstance(w, PackedWeight)}

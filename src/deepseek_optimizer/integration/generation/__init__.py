@@ -1,0 +1,1 @@
+"""generate() on an execution plan: steps, cache, checks, drafts, saved prefixes."""

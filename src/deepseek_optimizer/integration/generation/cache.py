@@ -1,0 +1,329 @@
+"""`PagedCache`: the paged KV cache as a Transformers `Cache`.
+
+Transformers counts columns: every row of a batch has as many, padding included. The paged cache holds real tokens only, each
+sequence in blocks of its own. `columns` and `kept` are the bridge between the two.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ...backends.base import BLOCK_TOKENS, Int32
+from ...cache import HOLE, SequenceBlocks
+from ...errors import ForgottenError, UnsupportedRequestError
+from ..memory.arena import Arena
+
+Bool = npt.NDArray[np.bool_]
+
+
+class PagedState:
+    """The sequences of one cache.
+
+    Attributes:
+        sequences: blocks of each row of the batch.
+        columns: tokens of a row as Transformers counts them, padding included.
+        kept: bool [rows, columns], which columns are real tokens; None where all are.
+        recording: Transformers will roll back: calls of several tokens verify guesses (assisted decoding).
+        steps: forward calls since `recording` was set; the first of them is still a prefill.
+        length: columns that a row may come to have, by which its `reach` is set at its first token; None: nobody knows.
+        reach: int32 [rows], for how many tokens each row's frequencies are made, where RoPE is dynamic; 0: in each call for
+            those that it has then.
+        follower: given the last hidden states of every token that a forward call adds: (row, float32 [n, H], in order).
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.sequences: list[SequenceBlocks] = []
+        self.columns = 0
+        self.kept: Bool | None = None
+        self.recording, self.steps = False, 0
+        self.length: int | None = None
+        self.reach: Int32 = np.zeros(0, np.int32)
+        self.follower: Callable[[int, torch.Tensor], None] | None = None
+        self._tables: Int32 = np.zeros((0, 1), np.int32)
+        weakref.finalize(self, arena.reclaim, self.sequences).atexit = False
+
+    def start(self, rows: int) -> None:
+        """Makes `rows` empty sequences."""
+        with self.arena.locked() as manager:
+            self.sequences += [SequenceBlocks(manager) for _ in range(rows)]
+        self._tables = np.zeros((rows, 4), np.int32)
+        self.reach = np.zeros(rows, np.int32)
+
+    def replace(self, sequences: list[SequenceBlocks], kept: Bool | None) -> None:
+        """Puts other sequences in place of these; whoever is not among them must have been freed."""
+        self.sequences[:] = sequences  # in place: the finalizer holds this list
+        self.kept = kept
+        self._tables = np.zeros((len(sequences), 4), np.int32)
+        for row in range(len(sequences)):
+            self._write_table(row)
+
+    def append(self, row: int, count: int) -> None:
+        """Room for `count` more tokens of one sequence. Call with the arena locked.
+
+        Raises: CacheFullError, with nothing changed.
+        """
+        sequence = self.sequences[row]
+        if count == 1 and sequence.tokens % BLOCK_TOKENS and sequence.manager.users(sequence.blocks[-1]) == 1:
+            sequence.tokens += 1  # the common step: room in a block of its own
+            return
+        self.arena.copy_blocks(sequence.append(count))
+        self._write_table(row)
+
+    def append_one(self, rows: list[int]) -> bool:
+        """Room for one more token in each of `rows`; whether tables changed.
+
+        Raises: CacheFullError, with nothing changed.
+        """
+        sequences = [self.sequences[row] for row in rows]
+        if all(s.tokens % BLOCK_TOKENS and s.manager.users(s.blocks[-1]) == 1 for s in sequences):
+            for sequence in sequences:
+                sequence.tokens += 1
+            return False
+        with self.arena.locked():
+            done = 0
+            try:
+                for row in rows:
+                    self.append(row, 1)
+                    done += 1
+            except BaseException:
+                for sequence in sequences[:done]:
+                    sequence.crop(sequence.tokens - 1)
+                raise
+        return True
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the next call verifies guesses, some of which will be taken back."""
+        return self.recording and self.steps > 0
+
+    def add_columns(self, count: int, kept: Bool | None) -> None:
+        """Counts `count` new columns; `kept` bool [rows, count] says which hold a token, None that all do."""
+        if self.kept is not None or kept is not None:
+            old = np.ones((len(self.sequences), self.columns), np.bool_) if self.kept is None else self.kept
+            new = np.ones((len(self.sequences), count), np.bool_) if kept is None else kept
+            self.kept = np.concatenate([old, new], axis=1)
+        self.columns += count
+
+    def written(self, count: int) -> None:
+        """The one row got `count` more tokens by way of its blocks."""
+        self._write_table(0)
+        self.add_columns(count, None)
+
+    def only(self, rows: list[int]) -> Bool:
+        """bool [all rows, 1]: one new column that these rows have."""
+        column = np.zeros((len(self.sequences), 1), np.bool_)
+        column[rows] = True
+        return column
+
+    def forget(self) -> None:
+        """Lets go of the blocks that no later token sees."""
+        if any(sequence.forgettable for sequence in self.sequences):
+            with self.arena.locked():
+                gone = [row for row, sequence in enumerate(self.sequences) if sequence.forget()]
+            for row in gone:
+                self._write_table(row)
+
+    def _write_table(self, row: int) -> None:
+        blocks = self.sequences[row].blocks
+        if len(blocks) > self._tables.shape[1]:
+            wider = np.zeros((len(self._tables), max(len(blocks), 2 * self._tables.shape[1])), np.int32)
+            wider[:, : self._tables.shape[1]] = self._tables
+            self._tables = wider
+        self._tables[row, : len(blocks)] = blocks
+
+    def tables(self, rows: list[int] | None = None) -> Int32:
+        """int32 [rows, max_blocks]; what lies past a sequence's own blocks has no meaning."""
+        return self._tables if rows is None else self._tables[rows]
+
+    def crop_rows(self, tokens: list[int]) -> None:
+        """Keeps the first `tokens[i]` real tokens of each row.
+
+        Raises: ForgottenError, with nothing changed.
+        """
+        with self.arena.locked():
+            for sequence, count in zip(self.sequences, tokens, strict=True):
+                sequence.check_crop(count)
+            for sequence, count in zip(self.sequences, tokens, strict=True):
+                sequence.crop(count)
+
+    def restore(self, tokens: list[int]) -> None:
+        """The same after a step that failed; empties the cache where what it was is gone."""
+        try:
+            self.crop_rows(tokens)
+        except ForgottenError:
+            self.clear()
+
+    def crop_columns(self, keep: int) -> None:
+        """Keeps the first `keep` columns of every row.
+
+        Raises: ForgottenError, with nothing changed.
+        """
+        kept = None if self.kept is None else self.kept[:, :keep]
+        self.crop_rows([keep] * len(self.sequences) if kept is None else [int(row.sum()) for row in kept])
+        self.columns, self.kept = keep, kept
+
+    def select(self, rows: list[int]) -> None:
+        """Row i becomes a copy of old row rows[i], with blocks shared until one of them writes."""
+        with self.arena.locked():
+            made = [self.sequences[row].fork() for row in rows]
+            for sequence in self.sequences:
+                sequence.free()
+        self.replace(made, None if self.kept is None else self.kept[rows])
+        self.reach = self.reach[rows]
+
+    def fork(self) -> PagedState:
+        twin = PagedState(self.arena)
+        with self.arena.locked():
+            made = [sequence.fork() for sequence in self.sequences]
+        twin.replace(made, None if self.kept is None else self.kept.copy())
+        twin.columns, twin.recording, twin.steps = self.columns, self.recording, self.steps
+        twin.length, twin.reach = self.length, self.reach.copy()
+        return twin
+
+    def clear(self) -> None:
+        self.arena.reclaim(list(self.sequences))
+        self.replace([], None)
+        self.columns, self.length, self.reach = 0, None, np.zeros(0, np.int32)
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of a `PagedCache`, for those who look at layers. `keys` and `values` are read out of the blocks: float32 copies
+    [rows, kv_heads, columns, head_dim], zero in padding and where tokens were forgotten. Of a latent cache they are what
+    Transformers caches there: latents [rows, 1, columns, rank], and turned keys [rows, 1, columns, rope]."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    is_initialized = True
+    supports_early_init = False
+
+    def __init__(self, state: PagedState, index: int) -> None:
+        self.state, self.index = state, index
+
+    @property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
+        return self._read(0)
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]
+        return self._read(1)
+
+    def _read(self, which: int) -> torch.Tensor:
+        state, rows = self.state, []
+        for i, sequence in enumerate(state.sequences):
+            found = self._of_sequence(sequence)[which]
+            row = found.new_zeros(found.shape[0], state.columns, found.shape[2])
+            row[:, slice(None) if state.kept is None else torch.from_numpy(state.kept[i])] = found
+            rows.append(row)
+        return torch.stack(rows) if rows else torch.empty(0, dtype=torch.float32, device="cpu")
+
+    def _of_sequence(self, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, tokens, width]."""
+        arena = self.state.arena
+        table, holes = sequence.table(), len(sequence.holes) * BLOCK_TOKENS
+        first, second = arena.store.read(self.index, table[table != HOLE], sequence.tokens - holes)
+        if holes:
+            start = sequence.holes.start * BLOCK_TOKENS
+            first, second = (x if x is None else _opened(x, start, holes) for x in (first, second))
+        if arena.latent is None:
+            return first, second
+        latent, turned = first[None, :, : arena.latent.rank], first[None, :, arena.latent.rank :]
+        return latent, torch.cat((turned[..., 0::2], turned[..., 1::2]), -1) if arena.latent.paired else turned
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: blocks are taken as tokens come."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedRequestError(
+            "a PagedCache is written by the plan only, and this call needs Transformers' own forward; begin again without a "
+            "cache, or pass a transformers.DynamicCache() from the first call on"
+        )
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.state.columns + int(query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.state.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _opened(rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Rows [..., tokens, width] with `count` of zeros put in at token `start`."""
+    before, behind = rows.tensor_split((start,), -2)
+    return torch.cat((before, rows.new_zeros(*rows.shape[:-2], count, rows.shape[-1]), behind), -2)
+
+
+class PagedCache(Cache):
+    """A model's paged KV cache; `generate` makes one for each call, and `model(..., cache=...)` takes one.
+
+    Its blocks go back to the model's arena when it is garbage collected, or at `reset()`. `copy.deepcopy` shares the blocks
+    until one of the two writes.
+
+    Args:
+        model: an optimised model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from ..bind.runtime import runtime_of
+
+        self._adopt(PagedState(runtime_of(model).arena))
+
+    def _adopt(self, state: PagedState) -> None:
+        self.state = state
+        layers = [PagedLayer(state, i) for i in range(state.arena.layers)]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.state.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.state.sequences) or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last -n columns of every row; a positive n is the number of columns to keep, as it used to be."""
+        state, n = self.state, int(tokens_to_remove)
+        keep = max(state.columns + n, 0) if n <= 0 else min(n, state.columns)
+        if keep < state.columns:
+            state.crop_columns(keep)
+
+    def reset(self) -> None:
+        self.state.clear()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.state.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.state.select(rows.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state.select([row for row in range(len(self.state.sequences)) for _ in range(repeats)])
+
+    def activate_past_recording(self) -> None:
+        self.state.recording, self.state.steps = True, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        twin = object.__new__(PagedCache)
+        twin._adopt(self.state.fork())
+        return twin
+
+    def __repr__(self) -> str:
+        return f"PagedCache({len(self.state.sequences)} sequences, {self.state.columns} tokens)"

@@ -1,0 +1,152 @@
+"""What a model has read of a text, out of its prefix cache into a file, and from a file back into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...backends.base import BLOCK_TOKENS
+from ...cache.block_manager import HOLE
+from ...cache.prefix_cache import PrefixCache, keys
+from ...checkpoint.saved_blocks import open_blocks, save_blocks
+from ...errors import CacheFullError, CheckpointError
+from ...quant.packed import PackedWeight
+from ..bind.runtime import Runtime
+from ..bind.swap import weights_of
+from ..memory.arena import Arena
+
+_SAMPLE = 4096  # bytes of each weight, at its beginning and at its end, that tell models of one shape apart
+
+
+def save_prefix(
+    path: str | os.PathLike[str], runtime: Runtime, arena: Arena, prefix: PrefixCache, tokens: list[int], salt: str = ""
+) -> int:
+    """Writes the blocks that the prefix cache has of a text's beginning. Nothing is written where it has none.
+
+    Args:
+        tokens: of the text.
+        salt: of the requests that read it.
+
+    Returns: tokens that were saved.
+    """
+    wanted = keys(tokens, salt, len(tokens) // BLOCK_TOKENS)
+    with arena.locked():
+        blocks = prefix.match(wanted)
+    held = [number for number, block in enumerate(blocks) if block != HOLE]
+    try:
+        if held:
+            save_blocks(
+                path,
+                fingerprint(runtime),
+                tokens[: len(blocks) * BLOCK_TOKENS],
+                (arena.read_block(blocks[number]) for number in held),
+                numbers=held,
+                block_tokens=BLOCK_TOKENS,
+                block_bytes=arena.store.saved_bytes,
+            )
+    finally:
+        _release(arena, [blocks[number] for number in held])
+    return len(blocks) * BLOCK_TOKENS
+
+
+def load_prefix(
+    path: str | os.PathLike[str],
+    runtime: Runtime,
+    arena: Arena,
+    prefix: PrefixCache,
+    tokens: list[int] | None = None,
+    salt: str = "",
+) -> int:
+    """Reads a file's blocks into the prefix cache: all of them, or none.
+
+    Args:
+        tokens: of the text that the file should be of; None: any.
+
+    Returns: tokens that were loaded.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model, other settings or another text.
+        CacheFullError: the cache has too few blocks.
+    """
+    saved = open_blocks(path)
+    saved.check(fingerprint(runtime), BLOCK_TOKENS, arena.store.saved_bytes)
+    if tokens is not None and saved.tokens != tokens[: len(saved.tokens)]:
+        raise CheckpointError("its cache is of another text; delete it and read this one", file=path)
+    numbers = saved.numbers
+    count = len(numbers)
+    with arena.locked() as manager:
+        if count > manager.free_blocks:
+            prefix.evict(count - manager.free_blocks)
+        if count > manager.free_blocks:
+            raise CacheFullError(count, manager.free_blocks)
+        blocks = manager.allocate(count)
+    try:
+        for block, data in zip(blocks, saved.blocks(), strict=True):
+            arena.write_block(block, data)
+        known = keys(saved.tokens, salt, len(saved.tokens) // BLOCK_TOKENS)
+        with arena.locked():
+            for number, block in zip(numbers, blocks, strict=True):
+                prefix.put(known[number], block)
+    finally:
+        _release(arena, blocks)
+    return len(saved.tokens)
+
+
+def fingerprint(runtime: Runtime) -> dict[str, str]:
+    """What the bytes of a cache depend on, by name: the model's graph (with its RoPE and attention), its weights and their
+    formats, the cache's storage, and who computes."""
+    weights = weights_of(runtime.model, runtime.graph)
+    formats = {name: w.format if isinstance(w, PackedWeight) else str(w.dtype) for name, w in weights.items()}
+    return {
+        "model": _hash([[node.op, node.weights, _plain(node.attrs)] for node in runtime.graph.nodes]),
+        "weights": _hash([[name, _sample(weights[name])] for name in sorted(weights)]),
+        "weight format": _hash(formats),
+        "activation format": runtime.config.activation,
+        "KV cache format": runtime.kv_dtype,
+        "backend": runtime.backend.name,
+    }
+
+
+def _release(arena: Arena, blocks: list[int]) -> None:
+    with arena.locked() as manager:
+        for block in blocks:
+            manager.release(block)
+
+
+def _sample(weight: Any) -> str:
+    data = (weight.data if isinstance(weight, PackedWeight) else weight).detach().reshape(-1)
+    count = max(1, _SAMPLE // data.element_size())
+    ends = torch.cat([data[:count], data[-count:]]).cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(ends.tobytes() + str(tuple(data.shape)).encode(), digest_size=16).hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON that is the same for the same attributes, in every process."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__name__, {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}]
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, partial):  # how dynamic RoPE makes its frequencies
+        return [value.func.__qualname__, _plain(value.args), _plain(value.keywords)]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, Enum) or value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise TypeError(f"a graph attribute of type {type(value).__name__} has no fingerprint")

@@ -1,0 +1,367 @@
+"""Generation with drafts: `use_mtp=True`, `prompt_lookup_num_tokens=N`, or a proposer of the caller's own.
+
+The loop of `generate.py` with rounds of several tokens: rows of a batch get as many as they accept, and end when they end. The
+request's processors and criteria, and a streamer, see every token once, in order and with the prefix it has in plain decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation import logits_process, stopping_criteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ...engine.runner import Runner
+from ...engine.sampling.sampler import Sampler
+from ...engine.sequence import Sequence
+from ...engine.speculative.base import Draft, Proposer
+from ...engine.speculative.decoder import SpeculativeDecoder
+from ...engine.speculative.gate import Gate
+from ...engine.speculative.mtp import MtpProposer
+from ...engine.speculative.prompt_lookup import PromptLookupProposer
+from ...errors import UnsupportedRequestError
+from ...models import mtp_layers
+from ..bind.runtime import Runtime
+from ..compat import cache_name
+from .cache import PagedCache
+from .loop import ContextLimit, Stop, next_positions, prefill
+
+# What treats each row by itself and keeps nothing from call to call.
+_BY_ROW = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "TemperatureLogitsWarper", "TopPLogitsWarper",
+        "RepetitionPenaltyLogitsProcessor", "TopKLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper", "EtaLogitsWarper",
+        "TypicalLogitsWarper", "EpsilonLogitsWarper", "NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor",
+        "NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor", "ExponentialDecayLengthPenalty", "LogitNormalization",
+        "SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor",
+    )
+)  # fmt: skip
+MOST = 3  # drafts a round, where the request names no number
+_CRITERIA_BY_ROW = (stopping_criteria.MaxTimeCriteria, stopping_criteria.StopStringCriteria, ContextLimit)
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """How a request wants drafts.
+
+    Attributes:
+        most: drafts a round, at most.
+        proposer: makes the proposer, given a sampler for its drafts.
+        fixed: always as many, whether or not they pay.
+    """
+
+    most: int
+    proposer: Callable[[Sampler], Proposer]
+    fixed: bool = False
+
+
+def wanted_drafts(
+    runtime: Runtime, config: Any, given: int | None, schedule: str | None, proposer: Proposer | None
+) -> Drafts | None:
+    """What a request asks for; None: no drafts.
+
+    Args:
+        config: the settled generation config.
+        given, schedule: `num_assistant_tokens` and `num_assistant_tokens_schedule` of the caller's; "constant" leaves the gate
+            out. None: not given.
+        proposer: of the caller's own.
+
+    Raises:
+        UnsupportedRequestError: use_mtp, and there are no MTP layers.
+    """
+    fixed = schedule == "constant"
+    if proposer is not None:
+        return Drafts(given or MOST, lambda _: proposer, fixed)
+    if config.prompt_lookup_num_tokens is not None:  # goes before use_mtp, as in Transformers
+        longest = config.max_matching_ngram_size or 3
+        return Drafts(config.prompt_lookup_num_tokens, lambda _: PromptLookupProposer(longest), fixed)
+    if not config.use_mtp:
+        return None
+    plans = runtime.mtp_plans
+    if not plans:
+        raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
+    most = given or max(MOST, len(plans))
+    return Drafts(most, lambda drafter: MtpProposer([Runner(plan, runtime.arena) for plan in plans], drafter.draft), fixed)
+
+
+def _why_no_mtp(runtime: Runtime) -> str:
+    if not mtp_layers(runtime.model.config):
+        return "this model has no MTP layers; leave it out, or take drafts from the text: prompt_lookup_num_tokens=3"
+    if runtime.config.mtp == "off":
+        return 'the MTP layers were not loaded: DeepSeekConfig(mtp="off"); load the model again with mtp="auto"'
+    return (
+        "the checkpoint holds no MTP layers (model.layers.N.* behind the last), or the model was converted in memory, where "
+        "Transformers has left them out; load one that has them with load_model, or quantization_config=DeepSeekConfig(...)"
+    )
+
+
+def why_not(
+    input_ids: torch.Tensor, processors: Any, stop: Stop, config: Any, owned: bool, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a request cannot have drafts; None if it can."""
+    if kwargs.get("inputs_embeds") is not None:
+        return "the prompt was given as embeddings"
+    if input_ids.shape[0] == 1:
+        return None
+    if not owned or config.return_dict_in_generate:
+        return "a cache or scores of several rows were asked for, which then have unequal lengths"
+    for found, known in ((processors, _BY_ROW), (stop.others, _CRITERIA_BY_ROW)):
+        other = next((type(f).__name__ for f in found if type(f) not in known), None)
+        if other is not None:
+            return f"{other} may need all rows of the batch at once"
+    return None
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """A processor of `_BY_ROW` for one row: since 5.24 the repetition penalty knows the prompt of each."""
+    lengths = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(lengths, torch.Tensor) or lengths.ndim == 0:
+        return processor
+    twin = copy.copy(processor)
+    twin.prompt_ignore_length = lengths[row : row + 1]
+    return twin
+
+
+class _Text:
+    """The ids of every row, prompt and padding included, as the request's processors and criteria see them.
+
+    Attributes:
+        ids: int64 [B, room for more than was written].
+        lengths: columns of each row.
+    """
+
+    def __init__(self, input_ids: torch.Tensor) -> None:
+        self.ids, self.prompt = input_ids, input_ids.shape[1]
+        self.lengths = [self.prompt] * input_ids.shape[0]
+
+    def append(self, row: int, token: int) -> None:
+        self._room(self.lengths[row] + 1)
+        self.ids[row, self.lengths[row]] = token
+        self.lengths[row] += 1
+
+    def prefix(self, row: int, drafted: list[int]) -> torch.Tensor:
+        """int64 [1, n]: the row, and tokens behind it that are not its own yet."""
+        length = self.lengths[row]
+        self._room(length + len(drafted))
+        if drafted:
+            self.ids[row, length : length + len(drafted)] = torch.tensor(drafted, device=self.ids.device, dtype=torch.int64)
+        return self.ids[row : row + 1, : length + len(drafted)]
+
+    def _room(self, columns: int) -> None:
+        if columns > self.ids.shape[1]:
+            self.ids = torch.nn.functional.pad(self.ids, (0, max(columns, 64 + 2 * self.ids.shape[1]) - self.ids.shape[1]))
+
+    def padded(self, pad: int) -> torch.Tensor:
+        """int64 [B, the longest]; rows that are shorter end in `pad`."""
+        result = self.ids[:, : max(self.lengths)].clone()
+        for row, length in enumerate(self.lengths):
+            result[row, length:] = pad
+        return result
+
+
+class _Stream:
+    """Hands tokens to a streamer column by column, as soon as every row has its own."""
+
+    def __init__(self, streamer: Any, text: _Text, pad: int) -> None:
+        self._streamer, self._text, self._pad, self._column = streamer, text, pad, text.prompt
+
+    def put(self, alive: list[bool]) -> None:
+        if self._streamer is None:
+            return
+        lengths = self._text.lengths
+        running = [n for n, a in zip(lengths, alive, strict=True) if a]
+        for column in range(self._column, min(running, default=max(lengths))):
+            values = [int(self._text.ids[row, column]) if column < n else self._pad for row, n in enumerate(lengths)]
+            self._streamer.put(torch.tensor(values, dtype=torch.int64, device="cpu"))
+            self._column = column + 1
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+class _Request:
+    """One call of `generate`: rows, their sequences, and what the caller asked for."""
+
+    def __init__(self, runtime: Runtime, input_ids: torch.Tensor, processors: Any, stop: Stop, config: Any) -> None:
+        self.runtime, self.config, self.stop = runtime, config, stop
+        rows = range(input_ids.shape[0])
+        self.processors = (
+            [type(processors)(_of_row(p, row) for p in processors) for row in rows] if len(rows) > 1 else [processors]
+        )
+        self.text = _Text(input_ids)
+        as_dict = bool(config.return_dict_in_generate)
+        self.scores: list[torch.Tensor] | None = [] if as_dict and config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if as_dict and config.output_logits else None
+        self.alive = [True] * input_ids.shape[0]
+
+    def process(self, index: int, drafted: list[int], logits: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.processors[index](self.text.prefix(index, drafted), logits.to(self.text.ids.device))
+        return found
+
+    @property
+    def keeps_logits(self) -> bool:
+        return self.scores is not None or self.logits is not None
+
+    def _ends(self, row: int) -> bool:
+        """Whether a criterion of the caller's ends the row."""
+        if not self.stop.others:
+            return False
+        scores = None if self.scores is None else tuple(self.scores)
+        return bool(self.stop.others(self.text.prefix(row, []), scores)[0])
+
+    def take(self, row: int, tokens: list[int], used: list[Any], stream: _Stream) -> int:
+        """Appends tokens up to where the row ends.
+
+        Returns: how many were taken.
+        """
+        for count, token in enumerate(tokens):
+            if used:
+                raw, processed = used[count]
+                for kept, value in ((self.logits, raw), (self.scores, processed)):
+                    if kept is not None:
+                        kept.append(value)
+            self.text.append(row, token)
+            ended = self._ends(row)
+            if ended or self.stop.ends(self.text.lengths[row], token):
+                self.alive[row] = False
+            stream.put(self.alive)
+            if not self.alive[row]:
+                return count + 1
+        return len(tokens)
+
+
+def speculative_sample(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    runtime: Runtime,
+    drafts: Drafts,
+    plain: Callable[..., Any],
+    streamer: Any,
+    owned: bool,
+    **model_kwargs: Any,
+) -> Any:
+    """A generation loop with drafts; `plain` is the one without, which serves what this one cannot."""
+    stop, config = Stop(stopping_criteria), generation_config
+    if reason := why_not(input_ids, logits_processor, stop, config, owned, model_kwargs):
+        runtime.tell(f"a request ran without drafts: {reason}")
+        return plain(
+            model, input_ids, logits_processor, stopping_criteria, config, runtime=runtime, streamer=streamer, owned=owned,
+            **model_kwargs,
+        )  # fmt: skip
+    request = _Request(runtime, input_ids, logits_processor, stop, config)
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    stream = _Stream(streamer, request.text, pad)
+    sampler = Sampler(sampled=bool(config.do_sample), process=request.process if logits_processor else None)
+    plainly = all(type(p) in _BY_ROW for p in logits_processor)  # others may count their calls: drafts do without them
+    drafter = Sampler(sampled=sampler.sampled, process=request.process if logits_processor and plainly else None)
+    proposer = drafts.proposer(drafter)
+    sequences, logits, cache = _begin(model, request, proposer, model_kwargs)
+    decoder = SpeculativeDecoder(Runner(runtime.plan, runtime.arena), proposer, sampler, Gate(drafts.most, fixed=drafts.fixed))
+    limit = runtime.graph.max_positions - max(s.first_position + len(s.tokens) for s in sequences) + 1
+    if stop.max_length is not None:
+        limit = min(limit, stop.max_length - request.text.prompt)
+    used: list[Any] = []
+    keep = used if request.keeps_logits else None
+    try:
+        for sequence in sequences:
+            tokens = sampler.accept(sequence.index, Draft(), logits[sequence.index][None], keep)
+            sequence.tokens += tokens
+            request.take(sequence.index, tokens, used, stream)
+        _rounds(request, decoder, sequences, limit, stream, used, keep)
+        stream.end()
+    finally:
+        runtime.speculation = decoder.gate.report()
+        _settle(cache, decoder, sequences, request.text)
+    ids = request.text.padded(pad)
+    if not config.return_dict_in_generate:
+        return ids
+    scores, raw = (None if kept is None else tuple(kept) for kept in (request.scores, request.logits))
+    fields: dict[str, Any] = {"sequences": ids, "scores": scores, "logits": raw, cache_name(): cache}
+    return GenerateDecoderOnlyOutput(**fields)
+
+
+def _begin(
+    model: Any, request: _Request, proposer: Proposer, model_kwargs: dict[str, Any]
+) -> tuple[list[Sequence], torch.Tensor, PagedCache]:
+    """Runs the prompt.
+
+    Returns: a sequence a row, the logits of their next tokens [B, V], and the cache.
+    """
+    ids, mask = request.text.ids, model_kwargs.get("attention_mask")
+    cache: PagedCache = model_kwargs[cache_name()]
+    positions = next_positions(model_kwargs, ids.shape[1], ids.shape[0])
+    copies = 1 if cache.get_seq_length() else request.config.num_return_sequences  # the prompt's step runs each of them once
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    prompts = [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
+    firsts = [int(p) - len(tokens) for p, tokens in zip(positions, prompts, strict=True)]
+    state = cache.state
+    of_prompt: dict[int, Sequence] = {}
+
+    def seen(row: int, states: torch.Tensor) -> None:
+        index = row * copies
+        if row not in of_prompt:
+            reach = int(state.reach[row]) or None
+            of_prompt[row] = Sequence(index, prompts[index], state.sequences[row], firsts[index], reach)
+        proposer.follow(of_prompt[row], states)
+
+    state.follower = seen if proposer.wants_states else None
+    try:
+        logits, cache = prefill(model, ids, request.config, model_kwargs)
+    finally:
+        state.follower = None
+    sequences = []
+    for index, (tokens, first) in enumerate(zip(prompts, firsts, strict=True)):
+        sequence = Sequence(index, list(tokens), state.sequences[index], first, int(state.reach[index]) or None)
+        origin = of_prompt.get(index // copies)
+        if origin is not None and origin.index != index:
+            proposer.fork(origin, sequence)
+        sequences.append(sequence)
+    return sequences, logits, cache
+
+
+def _rounds(
+    request: _Request,
+    decoder: SpeculativeDecoder,
+    sequences: list[Sequence],
+    limit: int,
+    stream: _Stream,
+    used: list[Any],
+    keep: list[Any] | None,
+) -> None:
+    text, context = request.text, request.runtime.graph.max_positions
+    while True:
+        active = [s for s in sequences if request.alive[s.index]]
+        room = [limit - (text.lengths[s.index] - text.prompt) for s in active]
+        if full := [s for s, r in zip(active, room, strict=True) if r <= 0]:  # `stop` has ended those of max_length
+            request.runtime.tell(f"generation stopped at the model's context of {context} tokens")
+            for sequence in full:
+                request.alive[sequence.index] = False
+            stream.put(request.alive)
+            continue
+        if not active:
+            return
+        used.clear()
+        for sequence, tokens in zip(active, decoder.round(active, room, keep), strict=True):
+            request.take(sequence.index, tokens, used, stream)
+
+
+def _settle(cache: PagedCache, decoder: SpeculativeDecoder, sequences: list[Sequence], text: _Text) -> None:
+    """Leaves a cache of one row as plain decoding does: all but the last token. Of several, nobody sees it."""
+    if len(sequences) != 1:
+        return
+    sequence, state = sequences[0], cache.state
+    before = state.columns if state.kept is None else int(state.kept[0].sum())
+    tokens = before + max(text.lengths[0] - text.prompt - 1, 0)
+    decoder.runner.crop(sequences, [min(tokens, sequence.cached)])
+    state.written(sequence.cached - before)

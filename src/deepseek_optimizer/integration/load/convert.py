@@ -1,0 +1,61 @@
+"""Optimising a model that is already loaded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from ...backends.base import DECODE, StepBatch
+from ...config import DeepSeekConfig
+from ..attention.registration import check_attention_name
+from ..bind.context_extension import extend_model
+from ..bind.graphs import planned_module, whole_graph
+from ..bind.runtime import Runtime, choose_backend, packer_of
+from ..bind.swap import pack_in_place
+from ..model.wrapper import bind
+
+
+def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
+    """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
+    before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(planned_module(model))
+    check_attention_name(model.config, config)
+    _own_config(model)
+    extend_model(model, config)
+    backend, _ = choose_backend(config, model.device)
+    pack_in_place(model, whole_graph(model), config, packer_of(backend))
+    bind(model.eval(), config, bytes_before=before)
+    for rows in sorted(set(config.batch_size_range)):
+        _warm(model.dso, rows)
+
+
+def _own_config(model: Any) -> None:
+    """Gives a model a config that no other model shares: what optimising writes into it is true of this model only."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of the parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _warm(runtime: Runtime, rows: int) -> None:
+    """One step of `rows` sequences over a cache of its own, whose result nobody looks at."""
+    store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, rows)
+    runtime.plan.run(
+        StepBatch(
+            token_ids=np.zeros(rows, np.int32),
+            positions=np.zeros(rows, np.int32),
+            query_len=np.ones(rows, np.int32),
+            context_len=np.zeros(rows, np.int32),
+            phase=np.full(rows, DECODE, np.int32),
+            block_table=np.arange(rows, dtype=np.int32)[:, None],
+            logit_rows=np.arange(rows if runtime.graph.has_head else 0, dtype=np.int32),
+        ),
+        store,
+    )

@@ -1,0 +1,90 @@
+"""Calibration of a load: the model as it is, run over the calibration text, says which columns of its matrices matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...calibration.statistics import ColumnSquares
+from ...calibration.text import LENGTH, read_text, stretches
+from ...checkpoint import Checkpoint, PackedCheckpoint, load_tokenizer
+from ...config import DeepSeekConfig
+from ...quant import WEIGHED
+from ...system.progress import counted
+from ...system.threads import one_torch_thread
+from ..bind.packed_experts import PackedExperts
+from ..bind.runtime import runtime_of
+from ..bind.swap import sites
+
+UNUSED = "the calibration text was not used: no matrix is rounded to " + " or ".join(sorted(WEIGHED))
+
+
+def importance_for(
+    checkpoint: Checkpoint, settings: DeepSeekConfig, formats: Mapping[str, str | None], load_original: Callable[[], Any]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Column importance by weight name, as `quant.Packer` has it, where `settings` ask for it and a format reads it; and notes.
+
+    Args:
+        formats: weight name -> the format it will be packed in, None for what is not packed.
+        load_original: loads the model without loss; it is dropped again before this returns.
+
+    Raises:
+        ConfigError: the calibration text cannot be read, or is too short.
+    """
+    if settings.calibration is None or settings.chooses_formats or isinstance(checkpoint, PackedCheckpoint):
+        return {}, []
+    if not any(format in WEIGHED and checkpoint.lossless_format(name) != format for name, format in formats.items()):
+        return {}, [UNUSED]
+    length = min(LENGTH, checkpoint.config().get("max_position_embeddings", LENGTH))
+    texts = stretches(load_tokenizer(checkpoint), read_text(settings.calibration), length, source=settings.calibration)
+    original = load_original()  # shows a bar of its own
+    with counted("Calibrating") as progress:
+        return measure_importance(original, texts, progress), []
+
+
+def measure_importance(
+    model: Any, texts: Sequence[torch.Tensor], progress: Callable[[int, int], None] | None = None
+) -> dict[str, torch.Tensor]:
+    """Float32 [K], of mean 1, for each matrix that products read, and for each stack of experts, whose matrices share it; an
+    embedding that no head shares has none.
+
+    Args:
+        model: optimised, packed without loss.
+        texts: token ids, int64 [1, n] each.
+        progress: called after each text with how many are done, and how many there are.
+    """
+    found = sites(model, runtime_of(model).graph)
+    head, columns = model.get_output_embeddings(), ColumnSquares()
+    read_by_head = [site.weights["weight"] for site in found if site.module is head and isinstance(head, nn.Linear)]
+    readers: dict[str, nn.Module] = {
+        site.weights["weight"]: site.module for site in found if isinstance(site.module, nn.Linear)
+    }
+    experts = [site for site in found if isinstance(site.module, PackedExperts)]
+    readers |= {site.weights["gate_up_proj"]: site.module for site in experts}  # of all: every token goes to as many
+    with one_torch_thread(), torch.inference_mode(), ExitStack() as watching:
+        watching.enter_context(columns.watching({name: m for name, m in readers.items() if name not in read_by_head}))
+        for site in experts:
+            watching.enter_context(_listening(site.module, partial(columns.add, site.weights["down_proj"])))
+        for done, ids in enumerate(texts, 1):
+            hidden = model.base_model(ids, use_cache=False)[0]
+            for name in read_by_head:
+                columns.add(name, hidden)  # what the head reads: its logits are not needed
+            if progress is not None:
+                progress(done, len(texts))
+    return columns.importance()
+
+
+@contextmanager
+def _listening(experts: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """What `experts` make of their gates and ups goes to `listener`. A layer's experts share the weights of down's columns: a
+    single one sees too few tokens of a short text."""
+    experts.listener = listener
+    try:
+        yield
+    finally:
+        experts.listener = None

@@ -1,0 +1,290 @@
+"""Loading a checkpoint into an optimised model: built on the meta device, filled tensor by tensor, nothing drawn at random."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    LoadProgress,
+    PackedCheckpoint,
+    check_tokenizer_beside,
+    load_tokenizer,
+    open_checkpoint,
+    stream_weights,
+)
+from ...checkpoint.load import IGNORED
+from ...config import DeepSeekConfig
+from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
+from ...graph.least import exact_weights
+from ...models import check_config
+from ...quant import PackedWeight, Packer
+from ...system.memory import free_memory
+from ..bind.classes import check_causal
+from ..bind.context_extension import extended
+from ..bind.graphs import whole_graph
+from ..bind.runtime import choose_backend, mapper_of, packer_of
+from ..bind.swap import expected_tensors, swap_on_meta
+from ..model.wrapper import bind
+from .adapt import adapt, calibration_tokens
+from .importance import importance_for
+from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def resolve(path: str | os.PathLike[str], **hub: Any) -> Path:
+    """A local file or directory as it is; a hub name is fetched (safetensors, never pickles), or found in the hub's cache.
+
+    Args:
+        hub: what the hub's client takes beside the name: revision, token, local_files_only, cache_dir.
+
+    Raises:
+        CheckpointError: there is no such file, and the hub has no such model or cannot be reached.
+    """
+    text = os.fspath(path)
+    if os.path.exists(text):
+        return Path(text)
+    if text.endswith((".gguf", ".safetensors")) or not _HUB_NAME.fullmatch(text) or text.startswith("."):
+        raise CheckpointError("does not exist", file=text)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=_HUB_FILES, **hub))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise CheckpointError(
+            f"is neither a local path nor a model the hub can give ({type(error).__name__}: {error})", file=text
+        ) from error
+
+
+def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
+    """See `load_model`."""
+    with open_checkpoint(resolve(path)) as checkpoint:
+        model, settings, dtype = sketch(checkpoint, config, fields)
+        backend, _ = choose_backend(settings, torch.device("cpu"))
+        checkpoint.mapper = mapper_of(backend)
+        texts = None
+        if settings.chooses_formats:
+            texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
+        _check_memory(model, checkpoint)
+        same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
+        importance, notes = importance_for(
+            checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
+        )
+        with reading_bar(checkpoint) as progress:
+            cast = dtype if settings.precision == "fp32" else None
+            _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
+        checkpoint.check_unchanged()
+        name_source(model, checkpoint.path, dtype)
+        notes += checkpoint.remarks()
+        notes += checkpoint.conversions() if settings.precision == "auto" else []
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+    bind(model.eval(), settings, bytes_before=total, notes=notes)
+    model.dso.mappings.update(checkpoint.mappings())
+    if texts is not None:
+        adapt(model, texts)
+    return model
+
+
+def _check_memory(model: Any, checkpoint: Checkpoint) -> None:
+    """Raises NotEnoughMemoryError where the weights of a sketched model cannot fit; those of a packed checkpoint are mapped."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    needed, memory = sum(tensors[name].nbytes for name in expected_tensors(model)[0]), free_memory()
+    if needed > memory.free:
+        remedy = "take a smaller precision, or free memory; `dso doctor MODEL` tells what fits"
+        raise NotEnoughMemoryError("the model's weights", needed, memory.free, remedy, memory)
+
+
+def sketch(
+    checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]
+) -> tuple[Any, DeepSeekConfig, torch.dtype]:
+    """The model that a load would make, checked but empty: its packed modules are on the meta device. Only headers are read.
+
+    Returns: the model, its settings, and the dtype of what is not packed.
+    """
+    raw = checkpoint.config()
+    check_config(raw)
+    check_tokenizer_beside(checkpoint)
+    settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
+    model = _empty_model(raw, settings, checkpoint.path)
+    dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
+    if settings.mtp == "auto":
+        add_mtp_layers(model, own_tensors(checkpoint, model.config))
+    swap_on_meta(model, whole_graph(model), settings, dtype, checkpoint.own_format)
+    check_causal(checkpoint, model)
+    return model, settings, dtype
+
+
+def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]) -> DeepSeekConfig:
+    """The config of this load: what the checkpoint was packed with, then `config`, then `fields`."""
+    if config is not None and not isinstance(config, DeepSeekConfig):
+        raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
+    for name, value in fields.items():
+        DeepSeekConfig.check(name, value)  # each by itself before they are compared with what is stored
+    if not isinstance(checkpoint, PackedCheckpoint):
+        if section is not None and not isinstance(checkpoint, GgufCheckpoint):
+            method = section.get("quant_method") if isinstance(section, dict) else section
+            raise CheckpointError(
+                f"is quantised by {method!r}, which cannot be taken over; use the original", file=checkpoint.path
+            )
+        return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields, "modules": None, "format_version": None})
+    stored = DeepSeekConfig(**section).to_dict()
+    given = {**(config.to_dict() if config else {}), **fields}
+    packed = {name: stored[name] for name in ("modules", "format_version", "kl_budget", "formats", "curve")}
+    extension = ("context_extension", "context_length")
+    if all(given.get(name) is None for name in extension):  # its config.json is extended already, if it is
+        packed |= {name: stored[name] for name in extension}
+    wanted = given.get("precision", "auto")
+    formats = {entry["format"] for entry in stored["modules"].values()}
+    if wanted not in ("auto", stored["precision"]) and formats != {wanted}:
+        raise CheckpointError(
+            f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead",
+            file=checkpoint.path,
+        )
+    if given.get("kl_budget") not in (None, stored["kl_budget"]) or _other_formats(given.get("formats"), stored["modules"]):
+        raise CheckpointError(
+            "is packed already, in other formats: convert the original checkpoint with this kl_budget or formats instead",
+            file=checkpoint.path,
+        )
+    if given.get("calibration") not in (None, stored["calibration"]):
+        raise CheckpointError(
+            "is packed already: a calibration text weighs how the original is rounded; convert the original with it",
+            file=checkpoint.path,
+        )
+    if wanted != "auto":
+        packed["kl_budget"] = None  # it is in one format, whatever chose it
+    return DeepSeekConfig(**{**stored, **given, **packed})
+
+
+def _other_formats(given: dict[str, str] | None, modules: dict[str, Any]) -> bool:
+    """Whether `formats` asks for what the packed `modules` are not in, or for what is not there."""
+    wanted = DeepSeekConfig(formats=given)
+    named = {module: wanted.named_format(module) for module in modules}
+    return bool(wanted.unmatched(modules)) or any(f not in (None, modules[module]["format"]) for module, f in named.items())
+
+
+def _empty_model(raw: dict[str, Any], settings: DeepSeekConfig, path: Path) -> Any:
+    """The model on the meta device, with the buffers that it computes from the config real."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        hf_config = extended(CONFIG_MAPPING[raw["model_type"]].from_dict(raw), settings)
+        made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+        with torch.device("meta"):
+            model = made(hf_config)
+    except DeepSeekOptimizerError:
+        raise
+    except Exception as error:  # fields that only Transformers reads: it raises whatever a wrong one leads it to
+        raise ConfigError(f"{path}: Transformers cannot use this config: {' '.join(str(error).split())}") from error
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and any(child._buffers[b].is_meta for b in child._non_persistent_buffers_set):
+                parent._modules[name] = type(child)(config=model.config)  # rotary embeddings: buffers follow from the config
+    return model
+
+
+def _float_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of what is not packed: that of the norms as stored."""
+    norms = (i for i in checkpoint.tensors.values() if len(i.shape) == 1 and i.name.endswith("layernorm.weight"))
+    stored = next((_FLOATS[i.dtype] for i in norms if i.dtype in _FLOATS), None)
+    return stored or torch.bfloat16
+
+
+def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]) -> None:
+    for name, value in weights:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value.data
+        else:
+            module._parameters[leaf] = nn.Parameter(value.data, requires_grad=False)
+    for target, source in dict(model.all_tied_weights_keys or {}).items():
+        path, _, leaf = target.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+
+
+def weights_for(
+    model: Any,
+    checkpoint: Checkpoint,
+    packer: Packer,
+    cast: torch.dtype | None,
+    progress: Callable[[LoadProgress], None] | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    order: Sequence[str] | None = None,
+) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
+    """What a sketched model wants, as `stream_weights` has it; what is kept exact (`exact_weights`) as float32. `cast`: the
+    dtype of other plain tensors; None: as they are stored."""
+    exact = exact_weights(whole_graph(model))
+    wanted, shapes = expected_tensors(model)
+    for pair in dict(model.all_tied_weights_keys or {}).items():
+        if pair[0] in checkpoint.tensors:
+            _check_same(checkpoint, *pair)
+    ignored = not_wanted(checkpoint, model)
+    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, importance, order)
+    for name, value in streamed:
+        kept = torch.float32 if name in exact else cast
+        yield name, value if isinstance(value, PackedWeight) or kept is None else value.to(kept)
+        del value  # the caller has it; nothing here may keep it alive
+
+
+def not_wanted(checkpoint: Checkpoint, model: Any) -> list[str]:
+    """Patterns of names that a checkpoint may have and a load leaves: what the model computes itself or has under another name,
+    and what of MTP layers is not wanted.
+
+    Raises: CheckpointError, as `stored_mtp_layers`.
+    """
+    tied = list(model.all_tied_weights_keys or ())
+    layers = stored_mtp_layers(checkpoint, model.config)
+    return [*IGNORED, *map(re.escape, (*tied, *(tensor for layer in layers for tensor in layer)))]
+
+
+def _check_same(checkpoint: Checkpoint, target: str, source: str) -> None:
+    """`target`, which the config ties to `source` and the checkpoint stores as well: it must be the same."""
+    if not same_tensor(checkpoint, target, source):
+        raise CheckpointError(
+            f"differs from {source}, though config.tie_word_embeddings is true; set it to false",
+            file=checkpoint.info(target).file,
+            tensor=target,
+        )
+
+
+def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
+    """Writes into a model's configs what it was loaded from; takes the checkpoint's generation config over."""
+    model.config.dtype = dtype
+    model.config._name_or_path = str(path)
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(path))
+        except Exception as error:
+            raise CheckpointError(f"cannot be read: {error}", file=path / "generation_config.json") from error
+
+
+@contextmanager
+def reading_bar(checkpoint: Checkpoint, doing: str = "Loading") -> Iterator[Callable[[LoadProgress], None] | None]:
+    """A bar with the time left, where someone can see it."""
+    if not sys.stderr.isatty() or isinstance(checkpoint, PackedCheckpoint):  # packed ones are mapped: done at once
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{doing} {checkpoint.path.name}", total=None)
+        yield lambda p: bar.update(task, total=p.total_bytes, completed=p.done_bytes)

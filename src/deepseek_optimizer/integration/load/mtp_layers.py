@@ -1,0 +1,125 @@
+"""Layers for multi-token prediction in a checkpoint: `model.layers.{num_hidden_layers + depth}.*`, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...checkpoint import Checkpoint
+from ...errors import CheckpointError
+from ...graph.analysis import stack_shapes, weight_shapes
+from ...models import build_mtp_graph, mtp_layers
+from ..bind.graphs import SHARED
+
+
+def stored_mtp_layers(checkpoint: Checkpoint, config: Any) -> list[list[str]]:
+    """The names of the tensors of each MTP layer that the checkpoint has, by depth; checked, but nothing is read.
+
+    A checkpoint that Transformers wrote has none, whatever its config promises; one with a layer has those before it too.
+
+    Args:
+        config: a Transformers config object, or the content of a config.json.
+
+    Raises:
+        CheckpointError: a layer is half there, or a tensor has another shape than the config makes it. It names the tensor.
+    """
+    layers: int = (config if isinstance(config, dict) else config.to_dict())["num_hidden_layers"]
+    prefixes = [f"model.layers.{layers + depth}." for depth in range(mtp_layers(config))]
+    have = [depth for depth, prefix in enumerate(prefixes) if any(name.startswith(prefix) for name in checkpoint.tensors)]
+    return [_layer(checkpoint, config, depth, prefixes[depth]) for depth in range(max(have, default=-1) + 1)]
+
+
+def _layer(checkpoint: Checkpoint, config: Any, depth: int, prefix: str) -> list[str]:
+    with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
+        graph = build_mtp_graph(config, depth)
+    shapes = weight_shapes(graph) | stack_shapes(graph)
+    found = []
+    for name, shape in shapes.items():
+        for tensor, expected in checkpoint.stored(name, shape).items():
+            if tensor not in checkpoint.tensors:
+                if tensor.removeprefix(prefix) in SHARED or not tensor.startswith(prefix):
+                    continue
+                raise CheckpointError(
+                    f"lacks {tensor}, though it has others of MTP layer {depth}; fetch it again, or set "
+                    "num_nextn_predict_layers to 0 and leave that layer's tensors out",
+                    file=checkpoint.path,
+                    tensor=tensor,
+                )
+            if checkpoint.shape(tensor) != expected:
+                raise CheckpointError(
+                    f"has shape {checkpoint.shape(tensor)}, but the config makes it {expected}",
+                    file=checkpoint.info(tensor).file,
+                    tensor=tensor,
+                )
+            found.append(tensor)
+    return found
+
+
+def own_tensors(checkpoint: Checkpoint, config: Any) -> list[frozenset[str]]:
+    """Of each MTP layer that the checkpoint has, those of `SHARED` that it must have for itself: a published checkpoint repeats
+    the model's embedding and head there, which then are in memory once.
+
+    Raises: as `stored_mtp_layers`.
+    """
+    layers = stored_mtp_layers(checkpoint, config)
+    count: int = config.num_hidden_layers
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if "lm_head.weight" not in checkpoint.tensors else {}
+    return [
+        frozenset(
+            leaf
+            for leaf, name in SHARED.items()
+            if f"model.layers.{count + depth}.{leaf}" in tensors
+            and not same_tensor(checkpoint, f"model.layers.{count + depth}.{leaf}", tied.get(name, name))
+        )
+        for depth, tensors in enumerate(layers)
+    ]
+
+
+def same_tensor(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors are equal, compared by panels of rows."""
+    a, b = checkpoint.info(one), checkpoint.info(other)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    rows = a.shape[0] if a.shape else 0
+    step = max(1, (1 << 21) // max(1, a.nbytes // max(rows, 1)))
+    ends = ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
+    return all(torch.equal(checkpoint.read_rows(one, *at), checkpoint.read_rows(other, *at)) for at in ends)
+
+
+def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | None = None) -> None:
+    """Hangs empty MTP layers on a model that is on the meta device, behind its own layers and under the names that checkpoints
+    have. Transformers' forward runs `num_hidden_layers` layers and leaves them alone.
+
+    Args:
+        own: of each layer, as `own_tensors` finds it.
+        dtype: of their parameters; None: the default one.
+    """
+    config, layers = model.config, model.model.layers
+    first = type(layers[0])
+    norm = type(layers[0].input_layernorm)
+    count = config.num_hidden_layers
+    sparse = copy.deepcopy(config)  # all MTP layers have experts
+    sparse.first_k_dense_replace = 0
+    if getattr(sparse, "mlp_layer_types", None) is not None:
+        sparse.mlp_layer_types = ["sparse"] * (count + len(own))
+    with torch.device("meta"):
+        for depth, kept in enumerate(own):
+            layer: Any = first(sparse, count + depth)
+            hidden = config.hidden_size
+            layer.enorm, layer.hnorm = (norm(hidden, eps=config.rms_norm_eps) for _ in range(2))
+            layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+            layer.shared_head = nn.Module()
+            layer.shared_head.norm = norm(hidden, eps=config.rms_norm_eps)
+            if "embed_tokens.weight" in kept:
+                layer.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+            if "shared_head.head.weight" in kept:
+                layer.shared_head.head = nn.Linear(hidden, config.vocab_size, bias=False)
+            layers.append(layer if dtype is None else layer.to(dtype))
+
+
+def ignored_keys(config: Any) -> set[str]:
+    """Patterns of what checkpoints hold of MTP layers: nothing of it is unexpected, whether or not it was wanted."""
+    return {rf"(^|\.)layers\.{config.num_hidden_layers + depth}\." for depth in range(mtp_layers(config))}

@@ -1,0 +1,115 @@
+"""The loading operations that pack: Transformers calls them with float weights as they stream in."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+
+from ...checkpoint import all_finite
+from ...checkpoint.stacks import StackShape
+from ...errors import CheckpointChangedError, CheckpointError
+from ...quant import PackedStack, get_format
+from ...quant.tiles import empty_stack
+
+
+class PackWeight(ConversionOps):
+    """Packs one parameter: a matrix, or the experts of a layer.
+
+    What is wrong with it is kept in `quantizer.refused` and said after loading: Transformers hides errors that are raised here.
+
+    Args:
+        quantizer: the `PackingQuantizer`, which knows the packer and the files that are read.
+    """
+
+    def __init__(self, quantizer: Any) -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]  # of a converter's patterns, only those of experts concern us
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Any = (),
+        model: Any = None,
+        full_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        assert full_layer_name is not None
+        if self.quantizer.refused:
+            return {}  # nothing comes of this model
+        path, _, leaf = full_layer_name.rpartition(".")
+        weight = model.get_submodule(path).held()[leaf]
+        try:
+            if isinstance(weight, PackedStack):
+                tiles = self._pack_stack(experts_in_turn(input_dict, source_patterns, weight.shape), weight)
+            else:
+                (value,) = input_dict.values()
+                tiles = self._pack(value[0] if isinstance(value, list) else value, weight.shape, weight.format)
+        except CheckpointChangedError as error:
+            self.quantizer.refused.append(error)
+            return {}
+        except CheckpointError as error:
+            where = model.config.name_or_path
+            self.quantizer.refused.append(CheckpointError(str(error), file=where, tensor=full_layer_name))
+            return {}
+        return {full_layer_name: nn.Parameter(tiles, requires_grad=False)}
+
+    def _pack_stack(self, matrices: list[Any], weight: PackedStack) -> torch.Tensor:
+        tiles = empty_stack(*weight.shape, get_format(weight.format).tile_bytes)
+        for i in range(weight.count):
+            self._pack(matrices[i], weight.shape[1:], weight.format, tiles[i])
+            matrices[i] = None  # its memory is given back before the next is packed
+        return tiles
+
+    def _pack(self, weight: torch.Tensor, shape: tuple[int, ...], format: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        if tuple(weight.shape) != tuple(shape):
+            raise CheckpointError(f"has shape {tuple(weight.shape)}, the config makes it {tuple(shape)}")
+        if not all_finite(weight):
+            raise CheckpointError("holds NaN or infinite weights; fetch the file again")
+        tiles: torch.Tensor = self.quantizer.packer(weight, format, out)
+        self.quantizer.mapped.was_read(weight.nbytes)  # else the whole float file would stay in memory until loading ends
+        return tiles
+
+
+def experts_in_turn(found: dict[str, Any], patterns: Any, shape: StackShape) -> list[Any]:
+    """The float matrices of a stack in its order, taken out of `found`.
+
+    Args:
+        found: a list of the experts' matrices for each of a converter's `patterns` (gate, up), or one merged parameter.
+
+    Raises:
+        CheckpointError: there are not as many as the config makes it.
+    """
+    lists = [found.pop(pattern) for pattern in patterns if pattern in found] or [found.pop(key) for key in list(found)]
+    merged = lists[0][0] if isinstance(lists[0], list) else lists[0]
+    if merged.dim() == 3:
+        if merged.numel() != math.prod(shape) or merged.shape[-1] != shape[-1]:
+            raise CheckpointError(f"has shape {tuple(merged.shape)}, the config makes it {shape[0]} matrices of {shape[1:]}")
+        return list(merged.reshape(shape))
+    if any(len(tensors) * len(lists) != shape[0] for tensors in lists):
+        raise CheckpointError(f"has {sum(map(len, lists))} matrices of experts, the config makes it {shape[0]}")
+    in_turn = [tensors[expert] for expert in range(len(lists[0])) for tensors in lists]
+    for tensors in lists:
+        tensors.clear()  # the only references are the result's
+    return in_turn
+
+
+class AsStored(ConversionOps):
+    """Hands tensors on as they were collected: a list for each pattern of the converter."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def unmerged(conversion: Any) -> Any:
+    """A converter that merges modules of experts into one parameter, without the merging; any other conversion as it is."""
+    if isinstance(conversion, WeightConverter) and any(isinstance(op, MergeModulelist) for op in conversion.operations):
+        conversion.operations = [AsStored()]
+    return conversion

@@ -1,0 +1,287 @@
+"""The plug-in behind `from_pretrained(..., quantization_config=DeepSeekConfig(...))`.
+
+Linear and embedding modules are swapped on the meta device, weights are packed one by one as Transformers streams them, and the
+plan takes over once all are there. A packed checkpoint goes the same way without packing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from ...checkpoint import Checkpoint, Fp8Checkpoint, check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
+from ...checkpoint.directory import INDEX, SINGLE
+from ...config import QUANT_METHOD, DeepSeekConfig
+from ...errors import CheckpointError, ConfigError
+from ...graph.least import exact_weights
+from ...quant import PackedStack, PackedWeight
+from ..attention.registration import check_attention_name
+from ..bind.classes import check_class, described_for, stored_as
+from ..bind.context_extension import extended
+from ..bind.graphs import has_head, plan_graph, whole_graph
+from ..bind.modules import Packed
+from ..bind.runtime import choose_backend, mapper_of, packer_of
+from ..bind.swap import expected_tensors, float_shape, swap_on_meta
+from .mapped import MappedFiles
+from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
+
+_FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
+
+
+class PackingQuantizer(HfQuantizer):
+    """See the module's docstring. Registered under "deepseek_optimizer" by `register`."""
+
+    quantization_config: DeepSeekConfig
+
+    def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
+        # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.refused: list[CheckpointError] = []  # what was found wrong with parameters as they came
+        if self.pre_quantized:
+            return
+        self.quantization_config.modules = None
+        if self.quantization_config.calibration is not None and not self.quantization_config.chooses_formats:
+            raise ConfigError(
+                "calibration reads the checkpoint twice, which from_pretrained does not: use load_model(path, config), or load "
+                "what `dso convert --calibration FILE` writes"
+            )
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
+        self.packer = packer_of(backend)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype {dtype} cannot be packed; use float32 or bfloat16")
+        return torch.float32 if self.quantization_config.precision == "fp32" else dtype
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first hook that sees the config. What is wrong with it is said before a model is made from it, and what is wrong
+        with a directory's files before Transformers opens any: a pickle, an index that leads out of it."""
+        check_attention_name(config, self.quantization_config)
+        plan_graph(config, (), mode=self.quantization_config.attention)
+        config = extended(config, self.quantization_config)
+        folder = Path(config.name_or_path)
+        if config.name_or_path and folder.is_dir():
+            standard = any((folder / name).is_file() for name in (SINGLE, INDEX))
+            if standard or (any(folder.glob("*.bin")) and not any(folder.rglob("*.safetensors"))):
+                with open_checkpoint(folder) as checkpoint:
+                    if isinstance(checkpoint, Fp8Checkpoint):
+                        raise ConfigError(f"{folder}: {_FP8}")
+        return config
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """One device: a plan does not span several."""
+        if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            gpu = torch.cuda.is_available() and self.quantization_config.backend != "cpu"
+            return {"": "cuda:0" if gpu else "cpu"}
+        if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
+            raise ConfigError(f"device_map must name one device for an optimised model, got {device_map}")
+        named = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
+        if not torch.cuda.is_available() and any(name.isdigit() or name.startswith("cuda") for name in named):
+            raise ConfigError(
+                f'device_map {device_map} names a CUDA device, and none can be reached here; use device_map="cpu"'
+            )
+        return device_map
+
+    def get_new_dtype(self, *args: Any, **kwargs: Any) -> Any:
+        """Of what is packed already. Transformers has mapped the files by then, and not read them."""
+        self.mapped.watch()
+        return super().get_new_dtype(*args, **kwargs)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """As `get_new_dtype`, of what is to be packed."""
+        self.mapped.watch()
+        path, _, leaf = param_name.rpartition(".")
+        module = model.get_submodule(path)
+        return isinstance(module, Packed) and leaf in module.held()
+
+    def get_quantize_ops(self) -> Any:
+        from .pack_op import PackWeight  # what it stands on takes a second to import
+
+        return PackWeight(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Experts are handed to `PackWeight` one by one, as they are stored: merged first, as Transformers does it, a layer of
+        them would be in memory three times."""
+        from .pack_op import unmerged
+
+        if self.pre_quantized:
+            return weight_conversions
+        return [unmerged(conversion) for conversion in weight_conversions]
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        dtype = kwargs.get("dtype") or model.dtype
+        if self.quantization_config.chooses_formats and not has_head(model):
+            raise ConfigError(
+                f"kl_budget measures logits, and {type(model).__name__} has none: choose formats with load_model or "
+                "`dso convert`, and open the packed directory with this class"
+            )
+        self._add_mtp_layers(model, checkpoint_files, dtype)
+        if self.pre_quantized:
+            described_for(self.quantization_config, model)
+        graph = whole_graph(model)
+        swap_on_meta(model, graph, self.quantization_config, dtype)
+        _expect_fp32(model, exact_weights(graph))
+        _check_files(checkpoint_files, model)
+        self.files, self.mapped = checkpoint_files, MappedFiles(checkpoint_files or ())
+        if not self.pre_quantized:
+            _expect_floats(model, dtype)
+        if self.quantization_config.chooses_formats:
+            self.texts = self._calibration_tokens(model.config)
+        return model
+
+    def _add_mtp_layers(self, model: Any, files: Any, dtype: torch.dtype) -> None:
+        """Those of a checkpoint that our own reader can look into."""
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored_keys(
+            model.config
+        )
+        if self.quantization_config.mtp == "auto" and has_head(model) and _is_standard(files):
+            with torch.device("cpu"), open_checkpoint(Path(files[0]).parent) as checkpoint:
+                add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
+
+    def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
+        from .adapt import calibration_tokens
+        from .loader import resolve
+
+        with torch.device("cpu"), open_checkpoint(resolve(config.name_or_path)) as checkpoint:  # else meta tensors
+            tokenizer = load_tokenizer(checkpoint)
+            return calibration_tokens(self.quantization_config, tokenizer, config.max_position_embeddings)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ..model.wrapper import bind
+        from .adapt import adapt
+
+        if self.refused:
+            raise self.refused[0]
+        mappings = self._leave_mappings(model)
+        for name, module in model.named_modules():
+            for leaf in module.held() if isinstance(module, Packed) else ():
+                if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
+                    raise CheckpointError("is missing", file=model.config.name_or_path, tensor=f"{name}.{leaf}")
+        held = (*model.named_parameters(), *model.named_buffers())
+        for name in (name for name, value in held if value.is_floating_point() and not value.isfinite().all()):
+            raise CheckpointError(
+                "holds NaN or infinite weights; fetch the file again", file=model.config.name_or_path, tensor=name
+            )
+        if not self.pre_quantized:
+            self.mapped.give_back()
+        bind(model, self.quantization_config)
+        model.dso.mappings.update(mappings)
+        if self.quantization_config.chooses_formats:
+            adapt(model, self.texts)
+        return model
+
+    def _leave_mappings(self, model: Any) -> list[Any]:
+        """Tensors that lie where Transformers mapped the files are read into memory, and packed ones mapped anew by our own
+        reader, which watches over them as long as they are in use.
+
+        Returns: the new mappings.
+
+        Raises: CheckpointChangedError, a file was changed meanwhile.
+        """
+        self.mapped.watch()
+        packed = [pair for pair in model.named_modules() if isinstance(pair[1], Packed)]
+        made: list[Any] = []
+        with ExitStack() as opened, torch.no_grad():
+            if self.pre_quantized and _is_standard(self.files):
+                checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
+                checkpoint.mapper = mapper_of(choose_backend(self.quantization_config, torch.device("cpu"))[0])
+                stored = stored_as(checkpoint.tensors, model)
+                for path, module in packed:
+                    for leaf, weight in module.held().items():
+                        if self.mapped.holds(weight.data):
+                            module._parameters[leaf].data = _read_again(checkpoint, stored(f"{path}.{leaf}"), weight).data
+                made = checkpoint.mappings()
+            for tensor in (*model.parameters(), *model.buffers()):
+                if self.mapped.holds(tensor):
+                    tensor.data = tensor.data.clone()
+            self.mapped.check()
+        self.mapped.unwatch()
+        return made
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are; the packed weights themselves are frozen."""
+        return True
+
+
+def _read_again(checkpoint: Checkpoint, name: str, weight: PackedWeight) -> PackedWeight:
+    if isinstance(weight, PackedStack):
+        return checkpoint.packed_stack(name, weight.format, weight.shape)
+    return checkpoint.packed(name, weight.format)
+
+
+def _expect_floats(model: Any, dtype: torch.dtype) -> None:
+    """Float placeholders for the weights to come: before 5.24, Transformers casts what it reads to the placeholder's dtype."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, weight in module.held().items() if isinstance(module, Packed) else ():
+            empty = nn.Parameter(torch.empty(float_shape(leaf, weight), dtype=dtype, device="meta"), requires_grad=False)
+            setattr(module, leaf, made.setdefault(id(module._parameters[leaf]), empty))
+
+
+def _expect_fp32(model: Any, names: Iterable[str]) -> None:
+    """Before 5.24, Transformers made routers of the model's dtype, and would round what is stored in fp32."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            setattr(module, leaf, nn.Parameter(module._parameters[leaf].float(), requires_grad=False))
+
+
+def _check_files(files: Any, model: Any) -> None:
+    """Headers, indexes, names and shapes checked by our own reader before Transformers takes memory for them."""
+    names = {Path(file).name for file in files or ()}
+    if pickled := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise CheckpointError(
+            "is pickled, which can run code when opened, so it is not; convert it to safetensors where you trust its source",
+            file=pickled[0],
+        )
+    if not _is_standard(files):
+        return
+    with open_checkpoint(Path(files[0]).parent) as checkpoint:
+        check_tokenizer_beside(checkpoint)
+        check_class(checkpoint, model)
+        formats, shapes = expected_tensors(model)
+        # A head of another kind may be new: Transformers makes it, and says so.
+        checked = list(formats) if has_head(model) else whole_graph(model).weights()
+        here = stored_as(checkpoint.tensors, model)
+        formats, shapes = {here(n): formats[n] for n in checked}, {here(n): shapes[n] for n in checked}
+        if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
+            check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
+            stored_mtp_layers(checkpoint, model.config)
+
+
+def _is_standard(files: Any) -> bool:
+    """Whether these are files of a checkpoint under the names that our own reader looks for."""
+    names = {Path(file).name for file in files or ()}
+    return bool(names) and (names == {"model.safetensors"} or all(name.startswith("model-") for name in names))
+
+
+def mark_quantized(model: Any, config: DeepSeekConfig) -> None:
+    """What Transformers looks at on a model loaded through a quantizer, for one that was not."""
+    model.config.quantization_config = config
+    model.hf_quantizer = PackingQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config._is_quantized = True
+
+
+def register() -> None:
+    """Makes the names known to Transformers; more than once does no harm."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(DeepSeekConfig)
+        register_quantizer(QUANT_METHOD)(PackingQuantizer)

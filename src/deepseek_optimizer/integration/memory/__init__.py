@@ -1,0 +1,1 @@
+"""Memory for the cache: how much it may take, and how it grows."""

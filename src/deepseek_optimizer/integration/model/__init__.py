@@ -1,0 +1,1 @@
+"""What an optimised model does in place of its class's methods: forward, save, resize, adapters, report."""

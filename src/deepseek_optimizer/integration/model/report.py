@@ -1,0 +1,291 @@
+"""What optimising made of a model, for people (a table) and for programs (a dict)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...backends.base import BLOCK_TOKENS
+from ...graph.attention_mode import forgetting
+from ...graph.ir import Graph, LatentSpec
+from ...graph.least import least_formats
+from ...quant import PackedStack, PackedWeight
+from ...system.memory import mb
+from ..bind.graphs import loaded_mtp_layers, whole_graph
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """One fusion rule: how often it fired and where."""
+
+    rule: str
+    count: int
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """The matrices of one weight format."""
+
+    format: str
+    matrices: int
+    weights: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExpertsRow:
+    """The layers with experts. `chosen`: of `experts`, by a token; `bytes`: of all of them."""
+
+    layers: int
+    experts: int
+    chosen: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """What a token sees. `layers`: how many are in this mode; `own`: those that keep the window or the choice that their model
+    was trained with; `forgets`: whether the cache lets go of what no later token sees."""
+
+    mode: str
+    window: int
+    sinks: int
+    budget: int
+    layers: int
+    own: int
+    forgets: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+    family, backend, detail: the model's family; the backend, and its ISA and threads or device.
+    isa, threads: of the native backend, None elsewhere.
+    rules: what each fusion rule did; rules_left_out: those that were not asked for.
+    formats: weight formats.
+    kernels: one row a step of the plan, as the backend describes it.
+    bytes_before, bytes_after: of the weights, as given (file or float parameters) and as they are now.
+    curve: where formats were chosen for a `kl_budget`: sizes and qualities that were measured, the smallest first.
+    attention: the mode of attention.
+    kv_cache, kv_block_bytes, kv_token_bytes: storage of the cache, bytes of a block of 32 tokens, and of one token.
+    kv_limit, kv_limit_why: bytes that the cache may grow to, and where that number comes from.
+    latent: whether it holds latents (MLA) instead of keys and values.
+    experts: None where there are none.
+    mtp_layers: for multi-token prediction, beside the model's own; weights and cache count them.
+    config: the settings.
+    warnings: what works, but slower than it could, or is not exactly what was stored.
+    """
+
+    family: str
+    backend: str
+    detail: str
+    isa: str | None
+    threads: int | None
+    rules: tuple[RuleRow, ...]
+    rules_left_out: tuple[str, ...]
+    formats: tuple[FormatRow, ...]
+    curve: tuple[dict[str, Any], ...]
+    kernels: tuple[dict[str, Any], ...]
+    attention: AttentionRow
+    bytes_before: int | None
+    bytes_after: int
+    kv_cache: str
+    kv_block_bytes: int
+    kv_token_bytes: int
+    kv_limit: int
+    kv_limit_why: str
+    latent: bool
+    experts: ExpertsRow | None
+    mtp_layers: int
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        made: dict[str, Any] = _plain(asdict(self))
+        return made
+
+    def __rich__(self) -> Any:
+        """A table for rich's `print`."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.family} on {self.backend} ({self.detail})", title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        table.add_row("weights", self._weights())
+        for row in self.formats:
+            size = f"{row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB"
+            table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
+        for point in self.curve:
+            table.add_row(f"  {point['bits']:.2f} bits{' (chosen)' if point['chosen'] else ''}", _point(point))
+        if self.config["calibration"] is not None:
+            table.add_row("calibration text", self.config["calibration"])
+        if (e := self.experts) is not None:
+            table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} a token, {e.bytes / 1e6:,.1f} MB")
+        if self.mtp_layers:
+            table.add_row("MTP layers", f"{self.mtp_layers}, for drafts: generate(use_mtp=True)")
+        table.add_row("attention", _attention_text(self.attention))
+        kind = f"{self.kv_cache} latents" if self.latent else self.kv_cache
+        if self.config["sparse_attention"] and self.config["kv_cache"] == "auto" and self.kv_cache == "int8":
+            kind += " (sparse_attention)"
+        table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes a token ({self.kv_token_bytes / 1024:,.1f} KiB)")
+        table.add_row("", f"grows to at most {mb(self.kv_limit)} ({self.kv_limit_why})")
+        for rule in self.rules:
+            table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")
+        if self.rules_left_out:
+            table.add_row("left out", ", ".join(self.rules_left_out))
+        for (op, kernel), count in Counter((str(k.get("op")), _kernel(k)) for k in self.kernels).items():
+            table.add_row(f"{count} x {op}", kernel)
+        for warning in self.warnings:
+            table.add_row("note", warning)
+        return table
+
+    def _weights(self) -> str:
+        after = f"{self.bytes_after / 1e6:,.1f} MB"
+        if not self.bytes_before:
+            return after
+        return f"{self.bytes_before / 1e6:,.1f} MB -> {after} ({self.bytes_after / self.bytes_before:.0%})"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip("\n")
+
+
+def _attention_text(row: AttentionRow) -> str:
+    parts = {
+        "sliding": f"the latest {row.window:,} tokens and the first {row.sinks}",
+        "sparse": f"{row.budget:,} tokens at most: blocks of the first {row.sinks}, the latest {row.window:,}, and those that "
+        "a query ranks highest",
+    }
+    found = []
+    if row.layers:
+        found.append(f"{parts.get(row.mode, 'all tokens before')}, in {_layers(row.layers)}")
+    if row.own:
+        found.append(f"as trained in {_layers(row.own)}")
+    if row.forgets:
+        found.append("the cache forgets the rest")
+    return f"{row.mode}: {'; '.join(found)}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
+
+
+def _attention(runtime: Any) -> AttentionRow:
+    mode, config = runtime.config.attention, runtime.config
+    nodes = [n for n in runtime.graph.nodes if n.op in ("attention", "mla_attention")]
+    limited = sum(bool(n.attrs.get("window")) or len(n.inputs) > 1 for n in nodes)
+    own = limited - len(runtime.in_mode)
+    return AttentionRow(
+        mode=config.attention_optimization if mode.kind == "flash" else mode.kind,
+        window=mode.window,
+        sinks=mode.sinks if mode.kind != "flash" else 0,
+        budget=mode.budget if mode.kind == "sparse" else 0,
+        layers=len(nodes) - own,
+        own=own,
+        forgets=forgetting(runtime.graph) is not None,
+    )
+
+
+def _point(point: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in point["formats"].items())
+    return f"{point['bytes'] / 1e6:,.1f} MB, KL {point['measured_kl']:.2g}: {counts}"
+
+
+def _kernel(row: dict[str, Any]) -> str:
+    """What distinguishes a step, without its own names and sizes."""
+    own = ("op", "output", "weights", "bytes", "prefill_bytes")
+    parts = (f"{name} {value}" for name, value in row.items() if name not in own and value)
+    return ", ".join(parts)
+
+
+def _sample(places: tuple[str, ...], shown: int = 3) -> str:
+    if not places:
+        return ""
+    more = f", ... {places[-1]}" if len(places) > shown else ""
+    return f": {', '.join(places[:shown])}{more}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _matrices(weight: PackedWeight) -> int:
+    return weight.count if isinstance(weight, PackedStack) else 1
+
+
+def _experts(graph: Graph, matrices: Mapping[str, PackedWeight]) -> ExpertsRow | None:
+    routers = [node for node in graph.nodes if node.op == "router"]
+    if not routers:
+        return None
+    size = sum(weight.nbytes for weight in matrices.values() if isinstance(weight, PackedStack))
+    return ExpertsRow(len(routers), routers[0].attrs["experts"], routers[0].attrs["top_k"], size)
+
+
+def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]) -> list[str]:
+    """A line for each kind of matrix that `precision` did not make as small as others."""
+    found: dict[tuple[str, str], int] = {}
+    for name in least_formats(graph):
+        path, format = name.removesuffix(".weight"), matrices[name].format
+        if config.precision not in ("auto", format) and config.named_format(path) is None:
+            key = path.rpartition(".")[2], format
+            found[key] = found.get(key, 0) + 1
+    return [
+        f"{count} x {kind} kept in {format}: {config.precision} would cost more there than elsewhere; `formats` can have it"
+        for (kind, format), count in found.items()
+    ]
+
+
+def make_report(runtime: Any) -> Report:
+    """The report of an optimised model's runtime."""
+    from ...graph.rules import RULES
+    from ..bind.swap import matrices_of
+    from ..load.convert import parameter_bytes
+
+    backend, graph, whole = runtime.backend, runtime.graph, whole_graph(runtime.model)
+    matrices = matrices_of(runtime.model, whole)
+    formats: dict[str, list[PackedWeight]] = {}
+    for matrix in matrices.values():
+        formats.setdefault(matrix.format, []).append(matrix)
+    block_bytes, size = backend.block_bytes(graph, runtime.kv_dtype), runtime.cache_size
+    applied = tuple(RuleRow(r.rule, r.count, r.places) for r in runtime.rules)
+    told_apart = ("modules", "format_version", "curve")
+    config = {name: value for name, value in runtime.config.to_dict().items() if name not in told_apart}
+    return Report(
+        family=graph.family,
+        backend=backend.name,
+        detail=backend.detail,
+        isa=getattr(backend, "isa", None),
+        threads=getattr(backend, "threads", None),
+        rules=applied,
+        rules_left_out=tuple(name for name in RULES if name not in {row.rule for row in applied}),
+        formats=tuple(
+            FormatRow(name, sum(map(_matrices, found)), sum(math.prod(m.shape) for m in found), sum(m.nbytes for m in found))
+            for name, found in formats.items()
+        ),
+        curve=runtime.config.curve or (),
+        kernels=tuple(runtime.plan.describe()),
+        bytes_before=runtime.bytes_before,
+        bytes_after=parameter_bytes(runtime.model),
+        attention=_attention(runtime),
+        kv_cache=runtime.kv_dtype,
+        kv_block_bytes=block_bytes,
+        kv_token_bytes=block_bytes // BLOCK_TOKENS,
+        kv_limit=size.bytes,
+        kv_limit_why=size.why,
+        latent=isinstance(graph.cache, LatentSpec),
+        experts=_experts(whole, matrices),
+        mtp_layers=loaded_mtp_layers(runtime.model),
+        config=config,
+        warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),
+    )

@@ -1,0 +1,83 @@
+"""`resize_token_embeddings` of an optimised model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import UnsupportedRequestError
+from ..bind.graphs import loaded_mtp_layers, whole_graph
+from ..bind.instance_method import Replacement
+from ..bind.modules import PackedEmbedding, PackedLinear
+from ..bind.runtime import packer_of
+from ..bind.swap import pack_in_place
+
+_EXACT = ("fp32", "bf16")  # formats that give back the floats they were packed from
+_REMEDY = "resize the embeddings of the float model, then optimise it"
+
+
+class ResizeTokens(Replacement):
+    """`model.resize_token_embeddings`: Transformers' own on float copies of the embedding and the head, which are packed again
+    afterwards in the formats they had. Caches made before are of no use after.
+
+    Raises:
+        UnsupportedRequestError: unpacked and packed again, the weights would not be the same, or a module was wrapped.
+    """
+
+    replaces = "resize_token_embeddings"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from .wrapper import bind
+
+        runtime = self.runtime
+        model, call = runtime.model, self.named(args, kwargs)
+        if call.get("new_num_tokens") is None and call.get("pad_to_multiple_of") is None:
+            return model.get_input_embeddings()
+        self._check(model)
+        embedding, head = _ends(model)
+        table = _float_embedding(embedding)
+        model.set_input_embeddings(table)
+        if head is not None:
+            linear = _float_linear(head)
+            if head.weight is embedding.weight:
+                linear.weight = table.weight
+            model.set_output_embeddings(linear)
+        try:
+            self._original(model, **call)
+        finally:  # after an error too: what it left as it was is packed as it was
+            pack_in_place(model, whole_graph(model), runtime.config, packer_of(runtime.backend))
+            bind(model, runtime.config, bytes_before=runtime.bytes_before, notes=runtime.notes)
+        return model.get_input_embeddings()
+
+    def _check(self, model: Any) -> None:
+        if reason := self.runtime.changed():
+            raise UnsupportedRequestError(f"the embeddings cannot be resized: {reason}; resize them before that")
+        if loaded_mtp_layers(model):
+            raise UnsupportedRequestError(
+                'the embeddings cannot be resized: layers for multi-token prediction share the vocabulary; load with mtp="off"'
+            )
+        for module in _ends(model):
+            if module is not None and module.format not in _EXACT:
+                raise UnsupportedRequestError(
+                    f"the embeddings cannot be resized: packed as {module.format}, they would be rounded again; {_REMEDY}"
+                )
+
+
+def _ends(model: Any) -> tuple[PackedEmbedding, PackedLinear | None]:
+    """The packed embedding and, where there is one, the packed head."""
+    return model.get_input_embeddings(), type(model).get_output_embeddings(model)
+
+
+def _float_embedding(packed: PackedEmbedding) -> nn.Embedding:
+    weight = packed.dequantized(packed.dtype)
+    return nn.Embedding.from_pretrained(weight, padding_idx=packed.padding_idx)
+
+
+def _float_linear(packed: PackedLinear) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(packed.in_features, packed.out_features, bias=False, dtype=packed.dtype)
+    linear.weight = nn.Parameter(packed.dequantized(packed.dtype), requires_grad=False)
+    linear.bias = packed.bias
+    return linear

@@ -1,0 +1,77 @@
+"""`save_pretrained` of an optimised model: a packed checkpoint, each file whole or not there."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoint.atomic import merged_directory
+from ...checkpoint.packed import packed_section, write_safetensors
+from ...checkpoint.shards import is_weights
+from ...config import DeepSeekConfig
+from ...quant import PackedWeight
+from ..bind.instance_method import InstanceMethod
+from ..bind.swap import stored_tensors
+
+
+class PackedSave(InstanceMethod):
+    """`model.save_pretrained`, on the instance.
+
+    The directory changes at once when all is written; other files in it (a tokenizer, perhaps) stay. See `merged_directory` for
+    where that cannot be had. Adapters, uploads and state dicts given by the caller go to Transformers' own.
+    """
+
+    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        model = self.runtime.model
+        plain = not getattr(model, "_hf_peft_config_loaded", False) and self.runtime.changed() is None
+        if not plain or any(value not in (None, True, False) for value in kwargs.values()) or kwargs.get("push_to_hub"):
+            with self._intact():
+                type(model).save_pretrained(model, save_directory, **kwargs)
+            return
+        with merged_directory(save_directory, replaces=is_weights) as folder:
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        model = self.runtime.model
+        tensors = stored_tensors(model)
+        settings = copy.deepcopy(model.config.quantization_config)
+        section = packed_section({name: value for name, value in tensors.items() if isinstance(value, PackedWeight)})
+        settings.modules, settings.format_version = section["modules"], section["format_version"]
+        save_configs(model, model.dtype, folder, settings)
+        with self._intact():
+            write_safetensors(folder / "model.safetensors", tensors)
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """Around what reads the weights: CheckpointChangedError where a file that they are mapped from is not what it was."""
+        self.runtime.check_weights()
+        try:
+            yield
+        except OSError:  # the system reads a page that is gone: EFAULT
+            self.runtime.check_weights()
+            raise
+        self.runtime.check_weights()
+
+
+def save_configs(model: Any, dtype: torch.dtype, folder: Path, settings: DeepSeekConfig | None = None) -> None:
+    """config.json, and generation_config.json where the model generates.
+
+    Args:
+        dtype: that of what is not packed.
+        settings: of what is saved; None: the model's own.
+    """
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    config = model.config
+    if settings is not None:
+        config = copy.copy(config)
+        config.quantization_config = settings
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""From a request with messages or a prompt to the engine's request, and from its tokens to an answer."""

@@ -1,0 +1,166 @@
+"""The answers to a chat: outputs of the engine into content, thoughts and calls, and those into JSON or events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from ...chat.deltas import ContentDelta, Delta, OutputParser, ReasoningDelta, ToolCallDelta, collect
+from ...engine.request import Output, TokenLogprob
+from ..http.problems import ApiError
+from .token_text import TokenTexts, chat_logprobs
+from .usage import Tally
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ChatAnswer:
+    """One of a request's answers. A stream's deltas and a whole answer come from the same calls, so their texts are the same.
+
+    Args:
+        parser: None where text is nothing but content.
+        one_call: of several calls all but the first are left out.
+
+    Attributes:
+        cited: further fields of the message, of an answer from documents: `annotations` and `document`.
+        progress: tokens of documents that were read, and that will be; None: nothing to tell.
+    """
+
+    def __init__(self, parser: OutputParser | None, one_call: bool = False) -> None:
+        self._parser, self._one_call = parser, one_call
+        self._thinking = False
+        self.reasoning_tokens = 0
+        self.called = False
+        self.finish = ""
+        self.cited: dict[str, Any] = {}
+        self.progress: tuple[int, int] | None = None
+        self.stop_reason: str | int | None = None
+
+    def feed(self, output: Output) -> list[Delta]:
+        """What an output brings."""
+        parser = self._parser
+        if parser is None:
+            deltas: list[Delta] = [ContentDelta(output.text)] if output.text else []
+        else:
+            deltas = parser.feed(output.text) if output.text else []
+            if output.finish is not None:
+                deltas += parser.finish()
+            if self._one_call:
+                deltas = [delta for delta in deltas if not isinstance(delta, ToolCallDelta) or delta.index == 0]
+            if deltas:
+                self._thinking = isinstance(deltas[-1], ReasoningDelta)
+                self.called = self.called or any(isinstance(delta, ToolCallDelta) for delta in deltas)
+            if self._thinking:
+                self.reasoning_tokens += len(output.token_ids)
+        if output.finish is not None:
+            self.finish = "tool_calls" if self.called and output.finish == "stop" else output.finish
+            self.stop_reason = output.stop_reason
+        return deltas
+
+
+class ChatCollector:
+    """Whole answers: a `chat.completion`."""
+
+    def __init__(self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, dropped: int = 0) -> None:
+        self._head, self._answers, self._texts = head, answers, texts
+        self._deltas: list[list[Delta]] = [[] for _ in answers]
+        self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]
+        self._tally = Tally(len(answers), len(answers), dropped)
+
+    def feed(self, index: int, output: Output) -> None:
+        self._deltas[index] += self._answers[index].feed(output)
+        self._logprobs[index] += output.logprobs or ()
+        self._tally.add(index, output)
+
+    def body(self) -> dict[str, Any]:
+        choices = []
+        for index, answer in enumerate(self._answers):
+            parsed = collect(self._deltas[index])
+            message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+            if parsed.reasoning:
+                message["reasoning_content"] = parsed.reasoning
+            message |= answer.cited
+            if parsed.tool_calls:
+                message["content"] = parsed.content or None
+                message["tool_calls"] = [
+                    {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                    for call in parsed.tool_calls
+                ]
+            logprobs = {"content": chat_logprobs(self._logprobs[index], self._texts)} if self._texts else None
+            choices.append(
+                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish,
+                 "stop_reason": answer.stop_reason}
+            )  # fmt: skip
+        usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+
+
+class ChatEncoder:
+    """Answers as chunks, `data: {...}`. What stands around a chunk's text is written once, not once a token."""
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        answers: list[ChatAnswer],
+        texts: TokenTexts | None,
+        include_usage: bool,
+        dropped: int = 0,
+    ) -> None:
+        self._answers, self._texts, self._include_usage = answers, texts, include_usage
+        self._tally = Tally(len(answers), len(answers), dropped)
+        self._begun = [False] * len(answers)
+        self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]  # of tokens whose text is still held back
+        self._head = b"data: " + orjson.dumps({**head, "object": "chat.completion.chunk"})[:-1] + b',"choices":['
+        self._openings = [self._head + b'{"index":%d,"delta":' % index for index in range(len(answers))]
+        self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        self._close = b',"logprobs":null,"finish_reason":null}]' + self._end
+
+    def feed(self, index: int, output: Output) -> bytes:
+        answer = self._answers[index]
+        deltas = answer.feed(output)
+        self._tally.add(index, output)
+        if output.logprobs is not None:
+            self._logprobs[index] += output.logprobs
+        chunks = []
+        if not self._begun[index]:
+            self._begun[index] = True
+            chunks.append(self._openings[index] + b'{"role":"assistant","content":""}' + self._close)
+        if answer.progress is not None:
+            told = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
+            answer.progress = None
+            chunks.append(self._openings[index] + orjson.dumps(told) + self._close)
+        for delta in deltas:
+            close = self._closing(index) if self._logprobs[index] else self._close
+            chunks.append(self._openings[index] + _delta(delta) + close)
+        if output.finish is not None:
+            finish = orjson.dumps(answer.finish) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
+            chunks.append(self._openings[index] + orjson.dumps(answer.cited) + self._closing(index, finish))
+        return b"".join(chunks)
+
+    def _closing(self, index: int, finish: bytes = b"null") -> bytes:
+        """A chunk's end with the log probabilities that wait, which go with the first text that comes."""
+        found, self._logprobs[index] = self._logprobs[index], []
+        logprobs = orjson.dumps({"content": chat_logprobs(found, self._texts)}) if found and self._texts else b"null"
+        return b',"logprobs":' + logprobs + b',"finish_reason":' + finish + b"}]" + self._end
+
+    def last(self) -> bytes:
+        if not self._include_usage:
+            return DONE
+        usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
+        return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n" + DONE
+
+    def broken(self, error: ApiError) -> bytes:
+        return b"data: " + orjson.dumps(error.body()) + b"\n\n" + DONE
+
+
+def _delta(delta: Delta) -> bytes:
+    if isinstance(delta, ContentDelta):
+        return b'{"content":' + orjson.dumps(delta.text) + b"}"
+    if isinstance(delta, ReasoningDelta):
+        return b'{"reasoning_content":' + orjson.dumps(delta.text) + b"}"
+    call: dict[str, Any] = {"index": delta.index, "function": {"arguments": delta.arguments}}
+    if delta.id is not None:
+        call = {"index": delta.index, "id": delta.id, "type": "function",
+                "function": {"name": delta.name, "arguments": delta.arguments}}  # fmt: skip
+    return orjson.dumps({"tool_calls": [call]})

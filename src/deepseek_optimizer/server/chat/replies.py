@@ -1,0 +1,188 @@
+"""Answers of the engine on their way to a client: whole, or as server-sent events. A client that leaves ends them.
+
+A stream costs one `send` an output and no task of its own; only where a request has several answers, they have one each. The
+engine merges what nobody has read yet, so a slow reader holds one output and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ...engine.request import Output
+from ...errors import EngineDeadError
+from ..http.problems import ApiError, busy, late, problem
+from ..state import ServerState
+
+logger = logging.getLogger("deepseek_optimizer.server")
+_JSON = [(b"content-type", b"application/json")]
+_EVENTS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def json_response(value: Any) -> Response:
+    """200, with what orjson writes."""
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+class Encoder(Protocol):
+    """Writes a protocol's events. `index` is the answer's place in the request."""
+
+    def feed(self, index: int, output: Output) -> bytes:
+        """Events of an output; none: b""."""
+
+    def last(self) -> bytes:
+        """Events behind those of all answers."""
+
+    def broken(self, error: ApiError) -> bytes:
+        """Events that end the stream where an answer failed."""
+
+
+class _Reply(Response):
+    """
+    Args:
+        state: the server's.
+        places: in the engine's queue, given back when the engine is done: a client that does not read keeps nobody out.
+        answers: what the engine gave for each request; they end with this reply.
+    """
+
+    def __init__(self, state: ServerState, places: ExitStack, answers: list[Any]) -> None:
+        super().__init__()
+        self._state, self._places, self._answers = state, places, answers
+        self._gone = False
+        self._unfinished = len(answers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.ensure_future(self._watch(receive))
+        for answers in self._answers:
+            answers.when_ended(self._one_ended)
+        try:
+            await self._respond(send)
+        finally:
+            watch.cancel()
+            self._cancel()
+            self._places.close()
+
+    async def _respond(self, send: Send) -> None:
+        raise NotImplementedError
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._cancel()
+
+    def _one_ended(self) -> None:
+        self._unfinished -= 1
+        if self._unfinished == 0:
+            self._places.close()
+
+    def _cancel(self) -> None:
+        for answers in self._answers:
+            answers.cancel()
+
+    def _failure(self, output: Output) -> ApiError | None:
+        """What an answer that ended badly means for its client."""
+        if output.finish == "deadline":
+            return late()
+        if output.finish == "cancelled":
+            return busy("the server is stopping", 5)
+        if output.finish != "error":
+            return None
+        logger.error("request %s failed: %s", output.request_id, output.error)
+        if output.transient:
+            return busy("there is no memory for this answer now", 5)
+        try:
+            self._state.engine.check_alive()
+        except EngineDeadError as error:
+            return problem(error)
+        return ApiError(500, "the model could not go on with this answer", code="generation_failed")
+
+
+class WholeReply(_Reply):
+    """One JSON body.
+
+    Args:
+        feed: takes each answer's outputs.
+        body: the answer, when all have come.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        places: ExitStack,
+        answers: list[Any],
+        feed: Callable[[int, Output], object],
+        body: Callable[[], dict[str, Any]],
+    ) -> None:
+        super().__init__(state, places, answers)
+        self._feed, self._body = feed, body
+
+    async def _respond(self, send: Send) -> None:
+        for index, answers in enumerate(self._answers):  # one after the other: what the others have is merged meanwhile
+            async for output in answers:
+                if self._gone:
+                    return
+                if error := self._failure(output):
+                    raise error
+                self._feed(index, output)
+        content = orjson.dumps(self._body(), option=orjson.OPT_SERIALIZE_NUMPY)
+        headers = [*_JSON, (b"content-length", b"%d" % len(content))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+class StreamReply(_Reply):
+    """Server-sent events. The status is sent with the first output: what fails before it has a status of its own."""
+
+    def __init__(self, state: ServerState, places: ExitStack, answers: list[Any], encoder: Encoder) -> None:
+        super().__init__(state, places, answers)
+        self._encoder = encoder
+
+    async def _respond(self, send: Send) -> None:
+        first = await self._answers[0].__anext__()
+        if self._gone:
+            return
+        if error := self._failure(first):
+            raise error
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        try:
+            if data := self._encoder.feed(0, first):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            if len(self._answers) == 1:
+                await self._pump(0, send)
+            else:
+                await self._pump_all(send)
+            data = self._encoder.last()
+        except ApiError as error:
+            data = self._encoder.broken(error)
+        if not self._gone:
+            await send({"type": "http.response.body", "body": data})
+
+    async def _pump(self, index: int, send: Send) -> None:
+        feed = self._encoder.feed
+        async for output in self._answers[index]:
+            if self._gone:
+                return
+            if output.finish is not None and (error := self._failure(output)):
+                raise error
+            if data := feed(index, output):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _pump_all(self, send: Send) -> None:
+        pumps = [asyncio.ensure_future(self._pump(index, send)) for index in range(len(self._answers))]
+        try:
+            await asyncio.gather(*pumps)
+        finally:
+            for pump in pumps:
+                pump.cancel()

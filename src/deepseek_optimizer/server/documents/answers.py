@@ -1,0 +1,280 @@
+"""Answers from documents: a chat's own with the passages that support it, and those that take more than one prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ...chat.deltas import OutputParser, collect
+from ...engine.async_engine import Answers
+from ...engine.request import Output, Request, SamplingParams
+from ...errors import RequestError
+from ...longdoc.citations import Citation, cite
+from ...longdoc.material import Material
+from ...longdoc.prompts import Prompts
+from ...longdoc.repetition import Watch
+from ...longdoc.strategies import answer_by
+from ...longdoc.tasks import Question
+from ...longdoc.work import Ask, Batch, Reply, Result, Work, advance
+from ..chat.chat_answers import ChatAnswer
+from ..http.problems import INTERNAL, ApiError, problem
+from ..state import ServerState
+from .attachments import Attached
+
+logger = logging.getLogger("deepseek_optimizer.server")
+_AT_ONCE = 4  # prompts of a document in the engine: it has one place in the queue, and others want to be answered too
+
+
+def file_citations(citations: Sequence[Citation], material: Material, ids: Sequence[str | None]) -> list[dict[str, Any]]:
+    """Citations as OpenAI's `file_citation`, with the passage beside it: characters of the file's text, page, line."""
+    found = []
+    for one in citations:
+        index = material.chunks[one.chunk].file
+        found.append(
+            {"type": "file_citation", "file_id": ids[index], "filename": one.file, "index": index, "start": one.start,
+             "end": one.end, "page": one.page, "line": one.line, "text": one.text}
+        )  # fmt: skip
+    return found
+
+
+def described(strategy: str, reason: str, notes: list[str], context: int) -> dict[str, Any]:
+    """How documents were answered from.
+
+    Args:
+        context: tokens of the last prompt and its reply.
+    """
+    return {"strategy": strategy, "reason": reason, "notes": notes, "context_tokens": context}
+
+
+class CitedAnswers:
+    """A chat's answer whose prompt holds the whole documents: before its last output, the passages are found.
+
+    Args:
+        answers: of the engine.
+        answer: gets the citations.
+        parser: as the answer's; None: the text is nothing but content.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        answers: Answers,
+        answer: ChatAnswer,
+        parser: OutputParser | None,
+        attached: Attached,
+        material: Material,
+    ) -> None:
+        self._state, self._answers, self._answer, self._parser = state, answers, answer, parser
+        self._attached, self._material = attached, material
+        self._pieces: list[str] = []
+        self.cancel, self.when_ended = answers.cancel, answers.when_ended
+
+    def __aiter__(self) -> CitedAnswers:
+        return self
+
+    async def __anext__(self) -> Output:
+        output = await self._answers.__anext__()
+        self._pieces.append(output.text)
+        if output.finish in ("stop", "length"):
+            context = output.prompt_tokens + output.completion_tokens - output.dropped_tokens
+            request = self._answers.request
+            assert request.deadline is not None
+            self._answer.cited = await self._state.documents.citing(
+                request.client, lambda: self._cited(context), request.deadline
+            )
+        return output
+
+    def _cited(self, context: int) -> dict[str, Any]:
+        text, material = "".join(self._pieces), self._material
+        if self._parser is not None:
+            text = collect([*self._parser.feed(text), *self._parser.finish()]).content
+        citations = cite(text, material.chunks, material.document, question=self._attached.question)
+        reason = "the documents fit the model's context"
+        return {
+            "annotations": file_citations(citations, material, self._attached.ids),
+            "document": described("whole", reason, [], context),
+        }
+
+
+class _Ended(Exception):
+    """A prompt of the document ended without a reply: cancelled, too late, failed."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        super().__init__(output.finish)
+
+
+class DocumentAnswers(Answers):
+    """An answer out of several prompts, as if it were one: outputs come as from the engine, and each counts all tokens so far.
+
+    Args:
+        request: its sampling is that of the answer itself, parts of the documents are read with the likeliest tokens; the rest
+            but for the prompt holds for each prompt.
+        answer: gets what is known of the reading, and the citations.
+    """
+
+    def __init__(
+        self, state: ServerState, attached: Attached, material: Material, request: Request, answer: ChatAnswer
+    ) -> None:
+        super().__init__(state.engine, request)
+        self._state, self._attached, self._material = state, attached, material
+        self._answer = answer
+        assert request.deadline is not None
+        self._deadline = request.deadline
+        self._read = self._cached = self._generated = self._context = 0
+        self._error: ApiError | None = None
+        self._streamed = False
+        self._stop_reason: str | int | None = None
+        self._task = asyncio.ensure_future(self._run())
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    async def __anext__(self) -> Output:
+        output = await super().__anext__()
+        if self._error is not None and output.finish == "error":
+            raise self._error
+        return output
+
+    async def _run(self) -> None:
+        name = self.request.id
+        try:
+            finish = await self._work()
+            self.put(self._output(finish=finish, stop_reason=self._stop_reason))
+        except asyncio.CancelledError:
+            self.put(Output(name, finish="cancelled"))
+        except _Ended as ended:
+            self.put(replace(ended.output, request_id=name))
+        except Exception as error:
+            if isinstance(error, RequestError) and error.field == "max_length":  # of a chunk: the question took the room
+                error = RequestError("messages", "the question and what was said before it leave no room for the documents")
+            found = problem(error)
+            if found is None:
+                logger.exception("request %s: documents could not be read", name)
+            self._error = found or INTERNAL
+            self.put(Output(name, finish="error", error=str(error)))
+
+    async def _work(self) -> Any:
+        """Runs the strategy to its end; why the answer ended."""
+        attached, material, deadline, client = self._attached, self._material, self._deadline, self.request.client
+        finish = "stop"
+
+        def begin() -> tuple[Work, Batch | Result]:
+            work = answer_by(Question(attached.question, attached.before), material)
+            return work, advance(work)
+
+        work, step = await self._state.documents.step(client, begin, deadline)
+        while isinstance(step, Batch):
+            if step.last:
+                reply, finish = await self._last(step.asks[0])
+                replies = [reply]
+            else:
+                replies = await self._parts(step)
+            step = await self._state.documents.step(client, partial(advance, work, replies), deadline)
+        if not self._streamed:  # what one part said is the answer
+            said, params, prompts = str(step.answer), self.request.sampling, material.prompts
+            text, finish = await self._state.documents.step(client, lambda: _held_to(said, params, prompts), deadline)
+            self.put(self._output(text=text))
+        notes = step.notes + (["earlier messages were cut: the documents take the room"] if attached.cut else [])
+        self._answer.cited = {
+            "annotations": file_citations(step.citations, material, attached.ids),
+            "document": described(step.strategy, step.reason, notes, self._context),
+        }
+        return finish
+
+    async def _last(self, ask: Ask) -> tuple[Reply, str]:
+        """The reply that is the answer, as it comes; and why it ended."""
+        params, room = self.request.sampling, self._state.engine.room - len(ask.prompt)
+        most = min(params.max_tokens or ask.max_tokens, max(1, room))
+        answers = self._submit(ask.prompt, replace(params, max_tokens=most))
+        if self._told is not None:
+            answers.when_ended(self._told)  # the engine is done then, whether or not anybody reads on
+        pieces: list[str] = []
+        self._streamed = True
+        try:
+            async for output in answers:
+                pieces.append(output.text)
+                finish = self._checked(output)
+                text, ids = output.text, output.token_ids
+                so_far = (output.prompt_tokens, output.cached_tokens, output.completion_tokens)
+                self.put(self._output(text=text, token_ids=ids, so_far=so_far))
+        finally:
+            answers.cancel()
+        self._count(output)
+        self._stop_reason = output.stop_reason
+        return Reply("".join(pieces), finish == "stop"), str(finish)
+
+    async def _parts(self, batch: Batch) -> list[Reply]:
+        """Replies to prompts about parts of the document, some at once."""
+        gate = asyncio.Semaphore(_AT_ONCE)
+        left = batch.left + sum(len(ask.prompt) for ask in batch.asks)
+
+        async def reply(ask: Ask) -> Reply:
+            nonlocal left
+            async with gate:
+                found = await self._part(ask)
+            left -= len(ask.prompt)
+            self._answer.progress = (self._read, max(0, left))
+            self.put(self._output())
+            return found
+
+        tasks = [asyncio.ensure_future(reply(ask)) for ask in batch.asks]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _part(self, ask: Ask) -> Reply:
+        answers = self._submit(ask.prompt, SamplingParams(temperature=0.0, max_tokens=ask.max_tokens))
+        text, watch, once = "", Watch(), None
+        try:
+            async for output in answers:
+                text += output.text
+                if once is None and output.finish is None:
+                    if (once := watch.first_time(text, output.completion_tokens)) is not None:
+                        answers.cancel()  # it says the same over and over
+                if once is None or output.finish != "cancelled":
+                    self._checked(output)
+        finally:
+            answers.cancel()
+        self._count(output)
+        return Reply(text if once is None else once, output.finish == "stop", repeated=once is not None)
+
+    def _submit(self, prompt: list[int], params: SamplingParams) -> Answers:
+        found: Answers = self._state.engine.submit(replace(self.request, prompt=prompt, sampling=params))
+        return found
+
+    def _checked(self, output: Output) -> str | None:
+        if output.finish in ("cancelled", "deadline", "error"):
+            raise _Ended(output)
+        return output.finish
+
+    def _count(self, output: Output) -> None:
+        self._read += output.prompt_tokens
+        self._cached += output.cached_tokens
+        self._generated += output.completion_tokens
+        self._context = output.prompt_tokens + output.completion_tokens
+
+    def _output(self, *, so_far: tuple[int, int, int] = (0, 0, 0), **fields: Any) -> Output:
+        """With the tokens of all prompts that have ended, and of the one that is `so_far`."""
+        read, cached, generated = so_far
+        return Output(
+            self.request.id, prompt_tokens=self._read + read, cached_tokens=self._cached + cached,
+            completion_tokens=self._generated + generated, **fields,
+        )  # fmt: skip
+
+
+def _held_to(text: str, params: SamplingParams, prompts: Prompts) -> tuple[str, str]:
+    """A text that was not written under a request's limits, within them; and how it ends."""
+    ends = [at + len(stop) * params.include_stop for stop in params.stop if (at := text.find(stop)) >= 0]
+    text = text[: min(ends)] if ends else text
+    ids = prompts.encode(text)
+    if params.max_tokens is None or len(ids) <= params.max_tokens:
+        return text, "stop"
+    return prompts.tokenizer.decode(ids[: params.max_tokens]), "length"

@@ -1,0 +1,156 @@
+"""Files in a chat's messages: found, read, and their texts put where they stood."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from ...longdoc.document import Document, TextFile
+from ..http.caller import Caller
+from ..http.problems import ApiError
+from ..http.upload import digest_of, label, too_large
+from ..state import ServerState
+from .file_store import Room, memory_of
+
+MOST_FILES = 64  # of a chat
+MOST_BEFORE = 2_000  # characters of earlier messages that go with a question about a document that does not fit
+_DATA = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a chat's files come to.
+
+    Attributes:
+        document: all of them, each once.
+        ids: of each; None: it came with the request.
+        digests: of each.
+        messages: with the files' texts in them.
+        question: what the last person's message says beside its files.
+        before: the system's message and the end of what was said earlier, for a model that is not shown `messages`.
+        cut: whether something of that was left out.
+    """
+
+    document: Document
+    ids: tuple[str | None, ...]
+    digests: tuple[str, ...]
+    messages: list[dict[str, Any]]
+    question: str
+    before: str
+    cut: bool
+
+
+def has_files(messages: Sequence[Message]) -> bool:
+    """Whether any part of a message is a file."""
+    return any(part["type"] == "file" for message in messages for part in _parts(message))
+
+
+async def attached(state: ServerState, messages: Sequence[Message], owner: str, places: ExitStack, caller: Caller) -> Attached:
+    """
+    Args:
+        messages: as OpenAI's chat API has them, checked.
+        owner: salt of the key that asks.
+        places: of the request; memory of files that came with it is given back with them.
+
+    Raises:
+        ApiError: 400, a file that is not what it should be, or no question; 404, a file that is not there; 413, one that is too
+            large, or too many together; others as of `DocumentReader.read`.
+        DocumentError: one can't be read.
+        WorkerLostError: something else ended the process that read one, twice.
+    """
+    found: dict[str, tuple[TextFile, str | None]] = {}  # digest -> file, its id
+    inlined: list[dict[str, Any]] = []
+    coming = _Coming(state, owner, places, caller)
+    for message in messages:
+        texts: list[str] = []
+        for part in _parts(message):
+            if part["type"] != "file":
+                continue
+            if len(found) >= MOST_FILES:
+                raise ApiError(400, f"messages: a chat may have {MOST_FILES} files", param="messages")
+            id = part["file"].get("file_id")
+            if id is not None:
+                kept = state.files.get(owner, id)
+                text, digest = kept.text, kept.digest
+            else:
+                text, digest = await coming.read(part["file"])
+            if digest not in found:  # a file that comes twice is shown once
+                found[digest] = text, id
+                texts.append(f"File: {text.name}\n{text.text}\n\n")
+        inlined.append({**message, "content": "".join(texts) + _said(message)} if "content" in message else dict(message))
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    question = _said(messages[last]).strip() if last >= 0 else ""
+    if not question:
+        raise ApiError(400, "messages: the last message of the user has a file and no question about it", param="messages")
+    before, cut = _before(messages[:last])
+    document = Document(tuple(text for text, _ in found.values()))
+    return Attached(document, tuple(id for _, id in found.values()), tuple(found), inlined, question, before, cut)
+
+
+class _Coming:
+    """Files that come with a request; their memory counts until it is answered."""
+
+    def __init__(self, state: ServerState, owner: str, places: ExitStack, caller: Caller) -> None:
+        self._state, self._owner, self._places, self._caller = state, owner, places, caller
+        self._room: Room | None = None
+        self._held = 0
+
+    async def read(self, file: Mapping[str, Any]) -> tuple[TextFile, str]:
+        """A file's text, and its digest."""
+        name, data = _data_of(self._state, file)
+        if self._room is None:
+            self._room = self._places.enter_context(self._state.files.room(self._owner, self._caller.key))
+        self._room.set(self._held + len(data))
+        text = await self._state.reader.read(name, data, self._caller)
+        self._held += memory_of(text)
+        self._room.set(self._held)
+        return text, digest_of(name, data)
+
+
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _said(message: Message) -> str:
+    """A message's own text."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if part["type"] != "file")
+
+
+def _data_of(state: ServerState, file: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Name and bytes of a file that came with the request."""
+    given = file.get("file_data")
+    if given is None:
+        raise ApiError(400, "file: give file_id, or file_data and filename", param="messages")
+    head = _DATA.match(given)
+    if given.startswith(("http:", "https:")):
+        raise ApiError(400, "file_data: addresses are not fetched; send the file itself", param="file_data")
+    try:
+        data = base64.b64decode(given[head.end() if head else 0 :], validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, "file_data: must be data:...;base64,... or base64", param="file_data") from None
+    if len(data) > state.settings.most_file_bytes:
+        raise too_large(state.settings)
+    return label(file.get("filename") or "file"), data
+
+
+def _before(messages: Sequence[Message]) -> tuple[str, bool]:
+    """What was said before a question, as text; and whether the beginning of it was cut off."""
+    system = "\n".join(_said(message) for message in messages if message["role"] in ("system", "developer")).strip()
+    names = {"user": "User", "assistant": "Assistant"}
+    turns = "\n".join(
+        f"{names[message['role']]}: {said}"
+        for message in messages
+        if message["role"] in names and (said := _said(message).strip())
+    )
+    cut = len(system) > MOST_BEFORE or len(turns) > MOST_BEFORE
+    parts = [system[:MOST_BEFORE], f"What was said before:\n{turns[-MOST_BEFORE:]}" if turns else ""]
+    return "\n\n".join(part for part in parts if part), cut

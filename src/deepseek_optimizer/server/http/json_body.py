@@ -1,0 +1,176 @@
+"""Request bodies: read within bounds of size and time, then parsed as strict JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+
+from ..settings import ServerSettings
+from .fair_queue import FairQueue
+from .problems import ApiError, busy
+
+T = TypeVar("T")
+
+_CLOSE = {"Connection": "close"}
+_SMALL = 1 << 16  # bytes of a body: a millisecond of work
+_SHARE = 0.2  # of the time that a client's large bodies may be parsed: nothing else of the server runs meanwhile
+_MOST_PARTS = 50_000  # lists and objects of a body: 10,000 messages have three each
+_HOLDERS = frozenset({dict, list})
+_MOST_FIELDS = 5_000  # of an object: a schema can't have as many properties
+
+
+class BodyReader:
+    """Reads bodies, and counts what those that are being read take, of each client and of all together.
+
+    Args:
+        most_key, most: as of `FairQueue`.
+    """
+
+    def __init__(self, settings: ServerSettings, most_key: int, most: int) -> None:
+        self._settings = settings
+        self.queue = FairQueue("large bodies", 1, most_running=1, most_key=most_key, most=most, share=_SHARE)
+        self._held = Counter[str]()  # bytes of bodies that are not parsed yet, by client
+
+    async def read(self, request: Request) -> tuple[dict[str, Any], int]:
+        """The object that a request's body is, and the bytes that it came in.
+
+        Raises:
+            ApiError: 400 not strict JSON (NaN, lone surrogates), not an object, nested too deeply or of too many parts; 408 too
+                slow; 413 too large; 415 not JSON by its headers; 503 too many bodies at once; others as of `FairQueue.run`.
+            ClientDisconnect: the client left.
+        """
+        client = request.state.client
+        self._check_headers(request)
+        with self._counted(client) as count:
+            try:
+                body = await asyncio.wait_for(self._bytes(request, count), self._settings.body_seconds)
+            except asyncio.TimeoutError:
+                raise ApiError(408, "the body came too slowly", code="timeout", headers=_CLOSE) from None
+            return await self.working(client, len(body), lambda: self._parsed(body)), len(body)
+
+    async def working(self, client: str, size: int, work: Callable[[], T]) -> T:
+        """Runs what is done with a body's JSON: at once where it is small, in turns on a thread where it is large, so that the
+        event loop and others' bodies get on meanwhile.
+
+        Args:
+            size: bytes of the body.
+
+        Raises:
+            ApiError: as of `FairQueue.run`.
+        """
+        if size <= _SMALL:
+            return work()
+        return await self.queue.run(client, work, time.monotonic() + self._settings.request_seconds)
+
+    def _parsed(self, body: bytearray) -> dict[str, Any]:
+        try:
+            with _no_collection():
+                value = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+        if not isinstance(value, dict):
+            raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+        _check_shape(value, self._settings.most_json_depth)
+        return value
+
+    def _check_headers(self, request: Request) -> None:
+        kind, _, parameters = request.headers.get("content-type", "").partition(";")
+        charset = parameters.lower().replace('"', "").replace(" ", "")
+        if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+            raise ApiError(415, "the body must be JSON in UTF-8: send Content-Type: application/json")
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise ApiError(415, "the body must not be compressed")
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self._settings.most_body_bytes:
+            raise self._too_large()
+
+    async def _bytes(self, request: Request, count: _Count) -> bytearray:
+        body = bytearray()
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self._settings.most_body_bytes:
+                raise self._too_large()
+            count.set(len(body))
+            if not message.get("more_body", False):
+                return body
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._settings.most_body_bytes} bytes", headers=_CLOSE)
+
+    @contextmanager
+    def _counted(self, client: str) -> Iterator[_Count]:
+        count = _Count(self, client)
+        try:
+            yield count
+        finally:
+            count.set(0)
+
+    def hold(self, client: str, change: int) -> None:
+        if change > 0:
+            if self._held[client] + change > self._settings.most_key_bodies_bytes:
+                raise busy("the server is reading as many bodies of yours as it can hold")
+            if self._held.total() + change > self._settings.most_bodies_bytes:
+                raise busy("the server is reading as many bodies as it can hold")
+        self._held[client] += change
+        if not self._held[client]:
+            del self._held[client]
+
+
+class _Count:
+    """One body's part in what is held."""
+
+    def __init__(self, reader: BodyReader, client: str) -> None:
+        self._reader, self._client, self._bytes = reader, client, 0
+
+    def set(self, size: int) -> None:
+        self._reader.hold(self._client, size - self._bytes)
+        self._bytes = size
+
+
+def _check_shape(value: dict[str, Any], most_depth: int) -> None:
+    """Level by level, so that no depth can exhaust the stack; before anything looks at what the parts are.
+
+    Raises:
+        ApiError: 400, lists and objects nest too deeply, are too many, or an object has too many fields.
+    """
+    level: list[Any] = [value]
+    parts = 0
+    for _ in range(most_depth):
+        below: list[Any] = []
+        for item in level:
+            children = item.values() if type(item) is dict else item
+            if type(item) is dict and len(item) > _MOST_FIELDS:
+                raise ApiError(400, f"an object of the body has more than {_MOST_FIELDS:,} fields", code="invalid_json")
+            if _HOLDERS.isdisjoint(map(type, children)):
+                continue
+            below += [child for child in children if type(child) is dict or type(child) is list]
+            if parts + len(below) > _MOST_PARTS:
+                raise ApiError(400, f"the body has more than {_MOST_PARTS:,} lists and objects", code="invalid_json")
+        if not below:
+            return
+        parts += len(below)
+        level = below
+    raise ApiError(400, f"the body nests lists and objects more than {most_depth} deep", code="invalid_json")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the collector, which would look at a million new objects again and again while none of them can be garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,87 @@
+"""Several workers of one kind: a job that takes long leaves the others to other jobs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import EngineBusyError, WorkerLostError
+from .worker import Worker, WorkerError
+
+
+class WorkerPool:
+    """
+    Args:
+        job, setup: as of `Worker`.
+        count: processes at most. Each starts with the first job that finds no other one idle, or with `start`.
+        patience: seconds that a call waits for an idle one.
+        limits: the others of `Worker`.
+    """
+
+    def __init__(self, job: Path, setup: Mapping[str, Any], count: int, *, patience: float = 10.0, **limits: Any) -> None:
+        self._workers = [Worker(job, setup, patience=patience, **limits) for _ in range(count)]
+        self._idle = list(self._workers)
+        self._patience, self._waiting, self._closed = patience, 0, False
+        self._lock, self._places = threading.Lock(), threading.Semaphore(count)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that there are."""
+        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+
+    def call(self, payload: Any) -> Any:
+        """As `Worker.call`, by whichever is idle.
+
+        A job that ended its worker waits until there is another: its caller pays for the start, and not the next one.
+        """
+        with self._lock:
+            self._waiting += 1
+        try:
+            if not self._places.acquire(timeout=self._patience):
+                raise EngineBusyError(self._waiting, self._patience)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+        with self._lock:
+            worker = next((one for one in self._idle if one.pid is not None), self._idle[0])
+            self._idle.remove(worker)
+        try:
+            return worker.call(payload)
+        except (WorkerError, WorkerLostError):
+            if not self._closed:
+                _start(worker)
+            raise
+        finally:
+            with self._lock:
+                self._idle.append(worker)
+            self._places.release()
+
+    def start(self) -> None:
+        """Starts all, one after the other; jobs meanwhile go to those that run."""
+        for _ in self._workers:
+            if self._closed or not self._places.acquire(blocking=False):
+                return
+            with self._lock:
+                worker = next((one for one in self._idle if one.pid is None), self._idle[0])
+                self._idle.remove(worker)
+            try:
+                _start(worker)
+            finally:
+                with self._lock:
+                    self._idle.append(worker)
+                self._places.release()
+
+    def close(self) -> None:
+        """Ends all processes and waits for them; jobs that run end with a WorkerError. May be called twice."""
+        self._closed = True
+        for worker in self._workers:
+            worker.close()
+
+
+def _start(worker: Worker) -> None:
+    try:
+        worker.start()
+    except WorkerLostError:  # the next job tries again, and its caller is told
+        pass

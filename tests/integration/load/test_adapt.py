@@ -1,0 +1,208 @@
+"""`kl_budget`: formats chosen by measurement, kept through saving, and refused where they cannot be."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model, load_tokenizer
+from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.errors import KlBudgetError
+from deepseek_optimizer.integration.load.adapt import calibration_tokens, spread
+from deepseek_optimizer.quant import get_format
+from support.models import CASES, random_model
+
+BACKENDS = ["reference"] + (["cpu"] if unavailable_reason() is None else [])
+FAST = BACKENDS[-1]
+SENSITIVE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, byte_tokenizer):
+    """A random model in which one matrix makes most of what the layers add to the residual stream: its errors count most."""
+    config = CASES["llama-tied"]()
+    config.vocab_size = len(byte_tokenizer)
+    model = random_model(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(20 if name.startswith(SENSITIVE) else 0.1)
+    folder = tmp_path_factory.mktemp("adapt") / "model"
+    model.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def adapted(request, original):
+    return load_model(original, kl_budget=0.03, backend=request.param), request.param
+
+
+def kl_between(model, reference, tokens) -> float:
+    terms = []
+    with torch.inference_mode():
+        for ids in tokens:
+            p, q = (m(ids, use_cache=False).logits[0].double().log_softmax(-1) for m in (reference, model))
+            terms.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(terms).mean().item()
+
+
+def formats_of(model) -> dict[str, str]:
+    return {name: entry["format"] for name, entry in model.dso.config.modules.items()}
+
+
+def test_the_budget_holds_as_measured_from_outside(adapted, original):
+    model, backend = adapted
+    chosen = next(p for p in model.report().to_dict()["curve"] if p["chosen"])
+    tokens = calibration_tokens(model.dso.config, load_tokenizer(original))
+    assert [t.shape for t in tokens] == [(1, 128)] * 4
+    measured = kl_between(model, load_model(original, backend=backend), tokens)
+    assert measured == pytest.approx(chosen["measured_kl"], rel=1e-3)
+    assert measured <= 0.03 < min(p["measured_kl"] for p in model.report().curve if p["bytes"] < chosen["bytes"])
+
+
+def test_the_sensitive_matrix_stays_wide(adapted):
+    found = formats_of(adapted[0])
+    wide = {name for name, format in found.items() if get_format(format).bits > 8}
+    assert SENSITIVE in wide
+    assert not any("layers.0" in name or "layers.2" in name for name in wide), "what hardly counts pays for it"
+    for layer in range(3):
+        for together in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({found[f"model.layers.{layer}.{name}"] for name in together}) == 1
+
+
+def test_the_curve_falls(adapted):
+    report = adapted[0].report()
+    curve = report.to_dict()["curve"]
+    assert len(curve) >= 4
+    assert sum(point["chosen"] for point in curve) == 1
+    for before, after in itertools.pairwise(curve):
+        assert before["bytes"] < after["bytes"] and before["bits"] < after["bits"]
+        assert before["measured_kl"] > after["measured_kl"]
+    assert curve[0]["formats"] == {"int4": 22}
+    chosen = next(point for point in curve if point["chosen"])
+    assert chosen["bytes"] == sum(row.bytes for row in report.formats)
+    assert chosen["formats"] == {row.format: row.matrices for row in report.formats}
+    assert f"{chosen['bits']:.2f} bits (chosen)" in str(report)
+
+
+def test_a_larger_budget_makes_a_smaller_model(adapted, original):
+    model, backend = adapted
+    larger = load_model(original, kl_budget=0.3, backend=backend)
+    assert larger.report().bytes_after < model.report().bytes_after
+    smallest = load_model(original, kl_budget=100, backend=backend)
+    assert set(formats_of(smallest).values()) == {"int4"}
+
+
+def test_what_was_chosen_is_saved_and_loaded(adapted, tmp_path):
+    model, backend = adapted
+    ids = torch.arange(30)[None]
+    model.save_pretrained(tmp_path / "packed")
+    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert section["kl_budget"] == 0.03 and section["formats"] == formats_of(model)
+    for loaded in (
+        load_model(tmp_path / "packed", backend=backend),
+        load_model(tmp_path / "packed", DeepSeekConfig(backend=backend)),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
+    ):
+        assert formats_of(loaded) == formats_of(model)
+        assert loaded.report().curve == model.report().curve
+        assert loaded.dso.config.kl_budget == 0.03
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(CheckpointError, match="packed already.*convert the original"):
+        load_model(tmp_path / "packed", kl_budget=0.01)
+    with pytest.raises(CheckpointError, match="packed already"):
+        load_model(tmp_path / "packed", formats={SENSITIVE: "int4"})
+    load_model(tmp_path / "packed", kl_budget=0.03, formats=formats_of(model))
+
+
+def test_from_pretrained_chooses_the_same(adapted, original):
+    model, backend = adapted
+    config = DeepSeekConfig(kl_budget=0.03, backend=backend)
+    other = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
+    assert formats_of(other) == formats_of(model)
+    assert other.config.quantization_config.formats == formats_of(model)
+    assert torch.equal(other(torch.arange(30)[None]).logits, model(torch.arange(30)[None]).logits)
+    assert other.get_input_embeddings().weight is other.get_output_embeddings().weight
+    assert config == DeepSeekConfig(kl_budget=0.03, backend=backend), "the user's own is left as it is"
+
+
+def test_formats_named_beforehand_are_kept(adapted, original):
+    _, backend = adapted
+    named = {"model.embed_tokens": "bf16", "model.layers.0.self_attn.q_proj": "int8"}
+    found = formats_of(load_model(original, kl_budget=0.3, formats=named, backend=backend))
+    assert {name: found[name] for name in named} == named
+    again = load_model(original, kl_budget=0.3, formats=found, backend=backend)
+    assert formats_of(again) == found
+    with pytest.raises(KlBudgetError, match="smallest KL divergence that can be reached is"):
+        load_model(original, kl_budget=1e-4, formats={SENSITIVE: "int4"}, backend=backend)
+
+
+def test_a_cache_that_costs_more_than_the_budget(original):
+    with pytest.raises(KlBudgetError, match="kl_budget=1e-06") as caught:
+        load_model(original, kl_budget=1e-6, kv_cache="int8", backend=FAST)
+    reached = caught.value.reached
+    assert reached > 1e-6
+    model = load_model(original, kl_budget=2 * reached, kv_cache="int8", backend=FAST)
+    assert next(p for p in model.report().curve if p["chosen"])["measured_kl"] <= 2 * reached
+
+
+def test_no_loss_at_all_is_always_within_reach(original):
+    model = load_model(original, kl_budget=1e-15, backend=FAST)
+    assert set(formats_of(model).values()) == {"fp32"}
+
+
+def test_formats_by_hand(original):
+    model = load_model(original, precision="int4", formats={SENSITIVE: "int8"}, backend=FAST)
+    assert [name for name, format in formats_of(model).items() if format != "int4"] == [SENSITIVE]
+    with pytest.raises(ConfigError, match="'model.layers.1.mlp.down'.*did you mean 'model.layers.1.mlp.down_proj'"):
+        load_model(original, formats={"model.layers.1.mlp.down": "int8"}, backend=FAST)
+
+
+def test_a_calibration_text_is_used(original, tmp_path):
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text("too short")
+    long.write_text("0123456789 " * 200)
+    with pytest.raises(ConfigError, match="calibration: .*short.txt has 9 tokens"):
+        load_model(original, kl_budget=0.1, calibration=str(short), backend=FAST)
+    model = load_model(original, kl_budget=0.1, calibration=str(long), backend=FAST)
+    tokens = calibration_tokens(model.dso.config, load_tokenizer(original))
+    assert len(tokens) == 17 and [t.tolist() for t in spread(tokens)] == [tokens[i].tolist() for i in (0, 4, 8, 12)]
+    chosen = next(p for p in model.report().curve if p["chosen"])
+    measured = kl_between(model, load_model(original, backend=FAST), spread(tokens))
+    assert measured == pytest.approx(chosen["measured_kl"], rel=1e-3) and measured <= 0.1
+    plain = load_model(original, formats=formats_of(model), backend=FAST)
+    name = next(name for name, format in formats_of(model).items() if format == "int4")
+    tiles = [m.get_parameter(f"{name}.weight") for m in (model, plain)]
+    assert not torch.equal(*tiles), "int4 is rounded by what the text shows"
+
+
+def test_a_context_shorter_than_a_stretch(original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "short")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 48}))
+    for model in (
+        load_model(folder, kl_budget=0.3, backend=FAST),
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig(kl_budget=0.3, backend=FAST)),
+    ):
+        assert model.report().curve
+
+
+def test_a_model_that_is_loaded_already_has_no_tokenizer(original):
+    model = AutoModelForCausalLM.from_pretrained(original)
+    with pytest.raises(ConfigError, match="kl_budget needs .* load_model or `dso convert`"):
+        DynamicGraphOptimizer(model, config=DeepSeekConfig(kl_budget=0.1))
+
+
+def test_rules_of_an_adapted_model_can_be_changed(adapted):
+    model, _ = adapted
+    before = formats_of(model)
+    ids = torch.arange(30)[None]
+    logits = model(ids).logits
+    again = DynamicGraphOptimizer(model, config=model.dso.config).optimize()
+    assert formats_of(again) == before and torch.equal(again(ids).logits, logits)

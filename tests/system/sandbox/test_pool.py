@@ -1,0 +1,71 @@
+"""Several workers: a long job leaves the others free, and whose job ended a worker waits for the next one."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from deepseek_optimizer.errors import EngineBusyError
+from deepseek_optimizer.system.sandbox.pool import WorkerPool
+from deepseek_optimizer.system.sandbox.worker import WorkerError
+from support.live_server import wait_for
+
+JOB = """
+import os, time
+def prepare(setup):
+    def run(payload):
+        while payload and not os.path.exists(payload): time.sleep(0.005)
+        if payload is None: os._exit(3)
+        return os.getpid()
+    return run
+"""
+
+
+@pytest.fixture
+def pool(tmp_path):
+    path = tmp_path / "job.py"
+    path.write_text(JOB)
+    made = WorkerPool(path, {}, 2, patience=0.2)
+    yield made
+    made.close()
+
+
+def test_a_long_job_leaves_the_other_worker_free(pool, tmp_path):
+    end, answers = tmp_path / "end", []
+    thread = threading.Thread(target=lambda: answers.append(pool.call(str(end))))
+    thread.start()
+    wait_for(lambda: pool.pids, 30)
+    other = pool.call("")  # answered while the first still runs
+    second = threading.Thread(target=lambda: answers.append(pool.call(str(end))))
+    second.start()
+    wait_for(lambda: not pool._idle)
+    with pytest.raises(EngineBusyError):  # both are busy
+        pool.call("")
+    end.touch()
+    thread.join()
+    second.join()
+    assert set(pool.pids) == set(answers) and other in answers and len(pool.pids) == 2
+
+
+def test_one_process_does_where_jobs_come_one_by_one_and_all_can_be_started_before(pool):
+    assert pool.call("") == pool.call("") and len(pool.pids) == 1
+    pool.start()
+    assert len(pool.pids) == 2
+
+
+def test_whose_job_ended_its_worker_waits_for_the_next_one(pool):
+    first = pool.call("")
+    with pytest.raises(WorkerError):
+        pool.call(None)
+    assert len(pool.pids) == 1 and pool.pids != [first]  # there when the job's caller is told
+    os.kill(pool.pids[0], 0)
+
+
+def test_close_ends_all(pool):
+    pool.start()
+    pool.close()
+    assert not pool.pids
+    with pytest.raises(WorkerError, match="closed"):
+        pool.call("")

@@ -1,0 +1,218 @@
+"""Work in a process of its own: limits end it and nothing else, and no process is left."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from deepseek_optimizer.errors import EngineBusyError, WorkerLostError
+from deepseek_optimizer.system.sandbox.worker import JobError, Worker, WorkerError
+
+JOB = """
+import os, sys, time
+def prepare(setup):
+    print("what a job prints is no answer")
+    def run(payload):
+        kind = payload["kind"]
+        if kind == "echo": return [setup, payload["value"]]
+        if kind == "refuse": raise ValueError("no")
+        if kind == "spin":
+            while True: pass
+        if kind == "memory": return len(bytearray(1 << 33))
+        if kind == "die": os._exit(3)
+        if kind == "crash": raise TypeError("a fault of the job")
+        if kind == "sleep": time.sleep(payload["seconds"]); return None
+        if kind == "deep": return run(payload)
+        if kind == "killed":  # by somebody else, as often as asked
+            with open(payload["log"], "a") as log: log.write("begun;")
+            if open(payload["log"]).read().count(";") <= payload["times"]: os.kill(os.getpid(), payload["signal"])
+            return "answered"
+        if kind == "slow crash": os.closerange(3, 256); time.sleep(0.5); os.kill(os.getpid(), 11)
+        if kind == "nice": return os.nice(0)
+    return run
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    path = tmp_path / "job.py"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.fixture
+def worker(job):
+    made = Worker(job, {"a": 1}, seconds=0.3, patience=0.2)
+    yield made
+    made.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_jobs_are_answered_by_one_process_that_starts_at_the_first(worker):
+    assert worker.pid is None
+    value = {"text": "é👩 \0" * 50_000, "n": [1, None]}
+    assert worker.call({"kind": "echo", "value": value}) == [{"a": 1}, value]
+    pid = worker.pid
+    assert worker.call({"kind": "echo", "value": 2}) == [{"a": 1}, 2] and worker.pid == pid
+
+
+@pytest.mark.parametrize("kind", ["refuse", "deep"])
+def test_a_job_that_says_no_keeps_its_worker(worker, kind):
+    with pytest.raises(JobError, match="no|nested"):
+        worker.call({"kind": kind})
+    pid = worker.pid
+    worker.call({"kind": "echo", "value": 1})
+    assert worker.pid == pid
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("spin", "too long"), ("memory", "too much memory"), ("die", "failed"), ("crash", "failed")]
+)
+def test_a_job_that_ends_its_worker_is_followed_by_another(worker, kind, message):
+    worker.call({"kind": "echo", "value": 1})
+    pid = worker.pid
+    with pytest.raises(WorkerError, match=message):
+        worker.call({"kind": kind})
+    assert not alive(pid)
+    assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1] and worker.pid != pid
+
+
+def test_a_worker_that_was_killed_with_nothing_to_do_is_replaced(worker):
+    worker.call({"kind": "echo", "value": 1})
+    os.kill(worker.pid, signal.SIGKILL)
+    assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_job_whose_worker_is_killed_runs_once_more(worker, tmp_path, number):
+    log = tmp_path / "log"
+    job = {"kind": "killed", "log": str(log), "times": 1, "signal": int(number)}
+    assert worker.call(job) == "answered"
+    assert log.read_text() == "begun;" * 2
+
+
+def test_a_job_whose_worker_is_killed_twice_is_not_blamed_for_it(worker, tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(WorkerLostError, match="signal 9"):
+        worker.call({"kind": "killed", "log": str(log), "times": 9, "signal": int(signal.SIGKILL)})
+    assert log.read_text() == "begun;" * 2
+    assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1]
+
+
+def test_a_crash_is_the_jobs_own(worker, tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(WorkerError, match="failed"):
+        worker.call({"kind": "killed", "log": str(log), "times": 9, "signal": int(signal.SIGSEGV)})
+    assert log.read_text() == "begun;"
+
+
+def test_a_crash_that_takes_its_time_is_the_jobs_own_too(worker):
+    with pytest.raises(WorkerError, match="it failed"):
+        worker.call({"kind": "slow crash"})
+
+
+def test_a_worker_that_does_not_start_is_nobodys_fault(tmp_path):
+    path = tmp_path / "job.py"
+    path.write_text("raise SystemExit(1)")
+    worker = Worker(path, {})
+    with pytest.raises(WorkerLostError, match="could not be started"):
+        worker.call({})
+    worker.close()
+
+
+def test_a_worker_for_which_no_file_is_left_is_nobodys_fault(worker):
+    """As under a small `ulimit -n`; there is one as soon as there are files again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(WorkerLostError, match="could not be started: Too many open files"):
+            worker.call({"kind": "echo", "value": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert worker.call({"kind": "echo", "value": 2}) == [{"a": 1}, 2]
+
+
+def test_a_job_that_gets_no_time_is_not_blamed_for_it_nor_tried_again(job):
+    worker = Worker(job, {}, seconds=0.05)
+    worker.call({"kind": "echo", "value": 1})
+    began = time.monotonic()
+    with pytest.raises(WorkerLostError, match="0.5 s on the clock"):
+        worker.call({"kind": "sleep", "seconds": 60})
+    assert time.monotonic() - began < 30
+    worker.close()
+
+
+def test_a_nice_worker_is_nice(job):
+    worker = Worker(job, {}, nice=3)
+    assert worker.call({"kind": "nice"}) == min(19, os.nice(0) + 3)
+    worker.close()
+
+
+def test_callers_wait_for_each_other_and_not_for_ever(job):
+    worker = Worker(job, {}, seconds=5, patience=0.2)
+    worker.call({"kind": "echo", "value": 1})
+    first = threading.Thread(target=worker.call, args=({"kind": "sleep", "seconds": 1.5},))
+    first.start()
+    while not worker._lock.locked():
+        time.sleep(0.01)
+    with pytest.raises(EngineBusyError):
+        worker.call({"kind": "echo", "value": 1})
+    first.join()
+    assert worker.call({"kind": "echo", "value": 1}) == [{}, 1]
+    worker.close()
+
+
+def test_close_ends_a_job_that_runs(job):
+    worker = Worker(job, {}, seconds=60)
+    worker.call({"kind": "echo", "value": 1})
+    pid, errors = worker.pid, []
+
+    def call():
+        try:
+            worker.call({"kind": "spin"})
+        except WorkerError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    while not worker._lock.locked():
+        time.sleep(0.01)
+    worker.close()
+    thread.join()
+    assert errors and not alive(pid)
+    with pytest.raises(WorkerError, match="closed"):
+        worker.call({"kind": "echo", "value": 1})
+
+
+def test_a_parent_that_dies_leaves_no_child(job):
+    code = (
+        "import time; from deepseek_optimizer.system.sandbox.worker import Worker; from pathlib import Path\n"
+        f"w = Worker(Path({str(job)!r}), {{}}); w.call({{'kind': 'echo', 'value': 1}}); print(w.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    for _ in range(500):
+        if not alive(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # no one may be there to reap it
+            return
+        time.sleep(0.02)
+    pytest.fail("the child is still there")
