@@ -26,7 +26,7 @@ from deepseek_optimizer.bench.served import Served
 from . import hostile
 from .models import model
 
-MOST = 3.0  # times the idle percentile
+MAX = 3.0  # times the idle percentile
 WARM = 3  # chats that are not counted
 BEGINS = 5.0  # seconds after which an attack is under way
 _TEXT = "The lamp of the lighthouse was lit on Tuesday by Ada, who keeps the key under the third stone."
@@ -130,7 +130,7 @@ def main() -> None:
             f"{row.slowest * 1e3:>7.0f} ms{row.ratio:>8.2f}   {statuses}"
         )
     print(json.dumps({f"{row.attack} {row.asked}": round(row.ratio, 3) for row in rows}))
-    raise SystemExit(any(row.ratio > MOST for row in rows))
+    raise SystemExit(any(row.ratio > MAX for row in rows))
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def _window_cells(window: dict[str, Any]) -> list[str]:
     """Late tokens of a text of many windows, beside a fresh window that holds the same text."""
     title = f"window: {window['title']}, {window['read']:,} read: perplexity, beside a fresh window's"
     figures = [f"{window[name]:.2f}" for name in ("fresh_perplexity", "perplexity")]
-    more = f"{window['perplexity_ratio']:.3f}x; {window['most_blocks']} of {window['window_blocks']} blocks"
+    more = f"{window['perplexity_ratio']:.3f}x; {window['max_blocks']} of {window['window_blocks']} blocks"
     if "code_nats_pinned" in window:
         more += f"; a pinned string {window['code_nats_pinned']:.1f} nats a token, dropped {window['code_nats_dropped']:.1f}"
     return [title, *figures, more, "at most 1.05x, memory constant, pins attended", window["verdict"]]

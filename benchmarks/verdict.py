@@ -10,7 +10,7 @@ from deepseek_optimizer.bench.against import Values, ratio_row
 
 from .standing import Bar, Row
 
-MOST = 0.85  # of the machine's own limit: no bar asks for more
+MAX = 0.85  # of the machine's own limit: no bar asks for more
 REACHED, LIMITED, MISSED = "reached", "limited by the machine", "missed"
 
 
@@ -50,8 +50,8 @@ def _judge(
     fastest = max((rival.label for rival in bar.rivals), key=lambda label: median(found[label], row.figure))
     ratio = ratio_row(row.figure, found[fastest], found[ours])
     allowed = None
-    if ours in read:  # the ratio at which ours would read at MOST of what the machine can
-        allowed = MOST * read[ours]["machine_gb_s"] * 1e9 / read[ours]["token_bytes"] / ratio["baseline"]
+    if ours in read:  # the ratio at which ours would read at MAX of what the machine can
+        allowed = MAX * read[ours]["machine_gb_s"] * 1e9 / read[ours]["token_bytes"] / ratio["baseline"]
     percent = read[ours]["percent"] if ours in read else 0.0
     enough = row.read_percent is None or percent >= row.read_percent
     reached = ratio["better"] >= bar.at_least or (bar.or_percent is not None and percent >= bar.or_percent)

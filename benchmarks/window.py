@@ -39,7 +39,7 @@ from .verdict import MISSED, REACHED
 
 CHUNK = 256
 TIMES = 10  # the window, or the trained context where that is it
-MOST_RATIO, LEAST_GAIN = 1.05, 2.0  # of perplexities; nats a token that the pin is worth
+MAX_RATIO, LEAST_GAIN = 1.05, 2.0  # of perplexities; nats a token that the pin is worth
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Reader:
         self.plan, self.arena, self.policy, self.pinned = plan, arena, policy, tuple(pinned)
         self.tokens: list[int] = []
         self.blocks = SequenceBlocks(arena.manager)
-        self.most_blocks = self.drops = 0
+        self.max_blocks = self.drops = 0
         self.turn_seconds: list[float] = []
 
     def make_room(self, coming: int) -> bool:
@@ -106,7 +106,7 @@ class Reader:
         )  # fmt: skip
         logits = self.arena.run(self.plan, batch).logits
         self.tokens += ids
-        self.most_blocks = max(self.most_blocks, len(self.blocks.blocks))
+        self.max_blocks = max(self.max_blocks, len(self.blocks.blocks))
         if following is None:
             return torch.zeros(0)
         return torch.nn.functional.cross_entropy(logits, torch.tensor(following), reduction="none").double()
@@ -163,8 +163,8 @@ class Bench:
         found = {
             "read": len(self.text), "compared": len(a), "drops": reader.drops,
             "turn_seconds": float(np.median(reader.turn_seconds)),
-            "most_blocks": reader.most_blocks, "window_blocks": -(-self.window // BLOCK_TOKENS),
-            "cache_mb": reader.most_blocks * self.arena.store.block_bytes / 1e6,
+            "max_blocks": reader.max_blocks, "window_blocks": -(-self.window // BLOCK_TOKENS),
+            "cache_mb": reader.max_blocks * self.arena.store.block_bytes / 1e6,
             "perplexity": math.exp(float(a.mean())), "fresh_perplexity": math.exp(float(b.mean())),
             "perplexity_ratio": math.exp(float((a - b).mean())),
             "perplexity_ratio_error": float((a - b).std() / len(a) ** 0.5),
@@ -201,7 +201,7 @@ def measure(reading: Reading, tiny_v3: Path = TINY_V3, quick: bool = False) -> d
     """A row of the results. quick: three windows are read, not ten."""
     bench = Bench(reading, tiny_v3, quick)
     row = {**bench.compare(1 if quick else reading.late), "title": reading.title, "window": reading.window}
-    held = [row["perplexity_ratio"] <= MOST_RATIO, row["most_blocks"] <= row["window_blocks"]]
+    held = [row["perplexity_ratio"] <= MAX_RATIO, row["max_blocks"] <= row["window_blocks"]]
     if reading.copies:
         row["code_tokens"] = len(bench.code)
         row["code_nats_pinned"], row["code_nats_pinned_fresh"] = bench.recall(True)
@@ -213,7 +213,7 @@ def measure(reading: Reading, tiny_v3: Path = TINY_V3, quick: bool = False) -> d
 def _shown(row: dict[str, Any]) -> str:
     shown = (
         f"{row['title']}: perplexity {row['perplexity']:.3f}, fresh {row['fresh_perplexity']:.3f}, ratio "
-        f"{row['perplexity_ratio']:.4f} +- {row['perplexity_ratio_error']:.4f}; {row['most_blocks']} of {row['window_blocks']} "
+        f"{row['perplexity_ratio']:.4f} +- {row['perplexity_ratio_error']:.4f}; {row['max_blocks']} of {row['window_blocks']} "
         f"blocks; {row['drops']} drops of {1000 * row['turn_seconds']:.1f} ms"
     )
     if "code_nats_pinned" in row:

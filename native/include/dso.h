@@ -159,7 +159,7 @@ typedef struct dso_rotation { const float* inv_freq; int32_t rot, offset, flags,
  * each head gets a new scale. A scale of ROPE_TABLE is in the keys, and stays.
  * key: of the heads, or of the rope numbers of a latent; index: of the indexer's key, NULL where the cache has none.
  * Everything is checked before a byte is written. No block may be there twice; whoever shares one must have been given a copy. */
-DSO_API int32_t dso_cache_turn(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
+DSO_API int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
                                const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta);
 
 /* ---- plan: a flat list of steps over slots ---------------------------------------------------------------

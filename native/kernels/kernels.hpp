@@ -41,13 +41,13 @@ struct KvView {
   int64_t summary_stride = 0;     // bytes to those of the next 32 blocks
 };
 
-struct Sight {  // what a row sees of the tokens up to itself
+struct VisibleTokens {  // what a row sees of the tokens up to itself
   int64_t window = 0, sinks = 0;    // the last `window` of them and the first `sinks`; window 0: all
   const int32_t* chosen = nullptr;  // or those in these blocks of the sequence and no others: `blocks` numbers, ascending
   int64_t blocks = 0;
 };
 
-struct Turn {  // of the keys of a block: numbers [offset, offset + rot) of each, in pairs as `rope` has them
+struct Rotation {  // of the keys of a block: numbers [offset, offset + rot) of each, in pairs as `rope` has them
   const float* table;  // cosines and sines of 32 tokens; their order is the kernel's
   int64_t rot, offset;
   bool interleaved;
@@ -96,7 +96,7 @@ struct Kernels {
                    const float* val, int64_t v_stride, int64_t h0, int64_t h1);
   void (*kv_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* key, float* value);  // [kv_heads, tokens, head_dim]
 
-  void (*kv_turn)(const KvLayout& l, const KvView& v, int64_t block, const Turn& turn);  // table: [rot][32 tokens], cosines first
+  void (*kv_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& turn);  // table: [rot][32 tokens], cosines first
 
   // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
   // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
@@ -105,7 +105,7 @@ struct Kernels {
   // then r1 is r0 + 1. Row r is token ctx + r. Blocks that no row sees are not touched. Writes for every (row, q head): m, l and
   // o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
   void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                            int64_t r0, int64_t r1, int64_t ctx, const Sight& sight, float scale, int64_t chunk, float* part, uint8_t* scratch);
+                            int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk, float* part, uint8_t* scratch);
   // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
   void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
   // The same, to what a chunk would have been that saw all of it: a part, which a later merge takes. Of one part, that part.
@@ -113,7 +113,7 @@ struct Kernels {
   // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
   // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
   void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                       int64_t r0, int64_t r1, int64_t ctx, const Sight& sight, float scale, float* o, int64_t o_stride, uint8_t* scratch);
+                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride, uint8_t* scratch);
   // The plain form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch of ctx + r + 1 floats.
   void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
                      float* scores, float* o);  // sees tokens [first, n)
@@ -146,7 +146,7 @@ struct Kernels {
   void (*latent_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
   void (*latent_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index);  // index may be null
   // Tables: [32 tokens][rot], each cosines first. index: of the indexer's keys, null where there are none. room: floats for the larger rot.
-  void (*latent_turn)(const KvLayout& l, const KvView& v, int64_t block, const Turn& key, const Turn* index, float* room);
+  void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index, float* room);
 
   // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the caller's
   // thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads them.
@@ -171,7 +171,7 @@ struct Kernels {
   // of row r at [r - r0]) as attn_prefill has them: the caller sets m to -inf, l and o to 0 before a row's first chunk, and divides o
   // by l behind its last. scratch: attn_scratch bytes.
   void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
-                       const Sight& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch);
+                       const VisibleTokens& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch);
 
   // ---- training: translation units of their own, train_*.cpp of the ISA's folder
   const TrainProduct* train_product;

@@ -10,7 +10,7 @@ int64_t even_blocks(int64_t total, int64_t most, int64_t step) {  // the block s
 }
 }  // namespace
 
-int64_t most_rows(int32_t kind, int64_t width) { return std::clamp(kRowsBytes / row_bytes(kind, width), kLeastRows, kMostRows); }
+int64_t max_rows(int32_t kind, int64_t width) { return std::clamp(kRowsBytes / row_bytes(kind, width), kLeastRows, kMostRows); }
 
 LinearGrid cut(const Matrix& w, int32_t kind, int64_t row_begin, int64_t rows, bool prefill, int threads, int64_t matrix_bytes,
                int64_t tiles_step) {
@@ -26,7 +26,7 @@ LinearGrid cut(const Matrix& w, int32_t kind, int64_t row_begin, int64_t rows, b
     g.block_tiles = std::min(round_up(ceil_div(bytes, tile_row_bytes(w)), kTileStep), round_up(ceil_div(tiles, threads), tiles_step));
   } else {
     const int64_t wanted = kTasksAThread * threads;
-    int64_t most = most_rows(kind, w.cols);
+    int64_t most = max_rows(kind, w.cols);
     g.block_tiles = std::min(kBlockTiles, round_up(tiles, tiles_step));
     while (most > kLeastRows && ceil_div(rows, most) * ceil_div(tiles, g.block_tiles) < wanted) most /= 2;
     g.block_rows = even_blocks(rows, most, 4);

@@ -14,7 +14,7 @@ constexpr int64_t kLeastBytes = 32 << 10, kMostBytes = 1024 << 10;
 constexpr int64_t kLeastRows = 64, kMostRows = 256;
 constexpr int64_t kTileStep = 6;  // blocks of tiles are multiples of what the kernels keep in registers (3 tiles), and even
 constexpr int64_t kTasksAThread = 4;
-int64_t most_rows(int32_t kind, int64_t width);  // of a block of many
+int64_t max_rows(int32_t kind, int64_t width);  // of a block of many
 
 struct LinearGrid {
   int64_t row_begin = 0, rows = 0;

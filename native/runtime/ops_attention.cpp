@@ -52,7 +52,7 @@ class Attention final : public Op {
   }
 
   // What the task's rows see; with chosen blocks, what row r sees. Whatever a slot may hold, no number leads outside the sequence.
-  Sight sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
+  VisibleTokens sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
     if (shape_.top_k == 0) return {shape_.window, shape_.sinks};
     const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS, n = std::min(last + 1, shape_.top_k);
     const float* from = run.slots[chosen_.index].f32(run.batch.first_row[t.sequence] + r) + t.kv_head * shape_.top_k;
@@ -73,7 +73,7 @@ class Attention final : public Op {
     const int64_t heads = t.h1 - t.h0, chunk_floats = (t.r1 - t.r0) * heads * shape_.part_floats();
     const int64_t context = run.batch.source->context_len[t.sequence];
     float* parts = t.part < 0 ? private_floats(run, thread) : reinterpret_cast<float*>(run.shared + parts_at(run)) + t.part;
-    const Sight seen = sight(run, t, t.r0, thread);
+    const VisibleTokens seen = sight(run, t, t.r0, thread);
     for (int64_t c = t.c0; c < t.c1; ++c)
       run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads, t.r0, t.r1,
                                     context, seen, scale_, t.chunks.at(c), parts + c * chunk_floats, run.thread_scratch(thread));

@@ -38,9 +38,9 @@ class ExpertsGateUp final : public Op {
     tasks_ = 0;
     // The largest blocks that open() may cut: few rows and a long stretch, or many and few tiles.
     const bool many = pairs >= kFewRows;
-    most_rows_ = many ? std::max(kFewRows, round_up(most_rows(x_.in.kind, x_.stack.first.cols), 4)) : pairs;
+    max_rows_ = many ? std::max(kFewRows, round_up(max_rows(x_.in.kind, x_.stack.first.cols), 4)) : pairs;
     const int64_t few = std::min(pairs, kFewRows) * std::max(stretches(kVectorRows, kMostBytes).largest(), stretches(kFewRows, kMostBytes).largest());
-    block_floats_ = kTileRows * std::max(few, many ? most_rows_ * kMostTiles : 0);
+    block_floats_ = kTileRows * std::max(few, many ? max_rows_ * kMostTiles : 0);
   }
   void open(const Run& run) override {
     ExpertGroups& groups = *x_.groups;
@@ -111,14 +111,14 @@ class ExpertsGateUp final : public Op {
   Part cut_part(const Run& run, int64_t expert, int64_t begin, int64_t end, bool prefill) const {
     const int64_t rows = end - begin;
     if (rows < kFewRows) return {expert, begin, end, prefill, rows, 1, stretches(rows, x_.stretch(run, int64_t(x_.groups->groups().size()))), 0};
-    const int64_t wanted = ceil_div(rows, most_rows(x_.in.kind, x_.stack.first.cols)), block_rows = round_up(ceil_div(rows, wanted), 4);
+    const int64_t wanted = ceil_div(rows, max_rows(x_.in.kind, x_.stack.first.cols)), block_rows = round_up(ceil_div(rows, wanted), 4);
     const int64_t fair = x_.groups->pairs() * x_.tiles() / (kTasksAThread * run.threads) / block_rows;  // tiles of a task
     const int64_t tiles = std::clamp(fair, kTileStep, kMostTiles);
     return {expert, begin, end, prefill, block_rows, ceil_div(rows, block_rows), TileBlocks::of(x_.tiles(), kTileStep, ceil_div(x_.tiles(), tiles)), 0};
   }
 
   int64_t gather_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
-  int64_t buffers_at(const Run& run) const { return gather_at(run) + most_rows_ * row_bytes(x_.in.kind, x_.in.width); }
+  int64_t buffers_at(const Run& run) const { return gather_at(run) + max_rows_ * row_bytes(x_.in.kind, x_.in.width); }
 
   // The input rows of pairs [begin, begin + n), copied together where they don't lie so.
   Rows rows_of(const Run& run, int64_t begin, int64_t n, uint8_t* gathered) const {
@@ -132,7 +132,7 @@ class ExpertsGateUp final : public Op {
   const Experts x_;
   const SlotRef out_;
   std::vector<Part> parts_;
-  int64_t tasks_ = 0, most_rows_ = 0, block_floats_ = 0;
+  int64_t tasks_ = 0, max_rows_ = 0, block_floats_ = 0;
   bool stretches_ = false;
 };
 
@@ -146,7 +146,7 @@ class ExpertsDown final : public Op {
     const int64_t rows = h_.rows(run), pairs = h_.pairs(run), tiles = h_.tiles();
     const int64_t groups = h_.groups->grouped ? std::min(pairs, h_.groups->chosen.experts) : pairs;  // at most
     token_blocks_ = 1;
-    block_rows_ = std::min(pairs, most_rows(h_.in.kind, h_.stack.first.cols));
+    block_rows_ = std::min(pairs, max_rows(h_.in.kind, h_.stack.first.cols));
     stretches_ = rows < kFewRows;
     if (stretches_) {
       int64_t step = rows <= kVectorRows ? 1 : kTileStep;

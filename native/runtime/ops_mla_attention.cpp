@@ -118,7 +118,7 @@ class MlaAttention final : public Op {
     const MlaHead shape = head(run);
     const int64_t row = run.batch.first_row[t.sequence], rows = t.r1 - t.r0;
     const Rows &q = run.slots[slots_.q.index], &out = run.slots[slots_.out.index];
-    const Sight sight{shape_.window.window, shape_.window.sinks};
+    const VisibleTokens sight{shape_.window.window, shape_.window.sinks};
     float* state = reinterpret_cast<float*>(scratch + room.state);
     std::fill_n(state, 2 * rows * (t.h1 - t.h0), 0.0f);
     for (int64_t h = t.h0; h < t.h1; ++h) {

@@ -132,7 +132,7 @@ inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const f
   for (int64_t i = 0; i < l.head_dim; ++i) o[i] /= sum;
 }
 // What token `row` sees, of the chunk (-1: of all).
-inline std::vector<int64_t> seen(const Sight& sight, int64_t row, int64_t chunk) {
+inline std::vector<int64_t> seen(const VisibleTokens& sight, int64_t row, int64_t chunk) {
   std::vector<int64_t> tokens;
   if (!sight.chosen) {
     for (int64_t t = 0; t <= row; ++t)
@@ -145,7 +145,7 @@ inline std::vector<int64_t> seen(const Sight& sight, int64_t row, int64_t chunk)
   return tokens;
 }
 inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
-                         int64_t ctx, const Sight& sight, float scale, float* o, int64_t o_stride, uint8_t*) {
+                         int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h) {
       float m, sum, *out = (float*)((char*)o + r * o_stride) + h * l.head_dim;
@@ -154,7 +154,7 @@ inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const
     }
 }
 inline void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                              int64_t r1, int64_t ctx, const Sight& sight, float scale, int64_t chunk, float* part, uint8_t*) {
+                              int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk, float* part, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h, part += l.head_dim + 16)
       attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, chunk), scale, part, part + 1, part + 16);

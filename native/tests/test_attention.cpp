@@ -53,7 +53,7 @@ struct Setup {
     return blocks;
   }
   const std::vector<int32_t>& blocks_of(int64_t row, int64_t kv_head) const { return chosen[(size_t)((c.ctx + row - first) * c.kv_heads + kv_head)]; }
-  Sight sight(int64_t row, int64_t kv_head) const {
+  VisibleTokens sight(int64_t row, int64_t kv_head) const {
     if (c.top_k == 0) return {c.window, c.sinks};
     const std::vector<int32_t>& blocks = blocks_of(row, kv_head);
     return {0, 0, blocks.data(), (int64_t)blocks.size()};
@@ -91,7 +91,7 @@ struct Setup {
     for (int64_t h = 0; h < c.kv_heads; ++h) {
       const std::vector<int32_t> table = holed(h, r0, r1);
       const KvView view = {cache.view.base, cache.view.block_stride, table.data()};
-      const Sight seen = sight(r0, h);
+      const VisibleTokens seen = sight(r0, h);
       const float* first_q = q.data() + h * c.group * d;
       float* o = out.data() + h * c.group * d;
       if (family == Family::prefill) {
@@ -260,7 +260,7 @@ static void empty_chunk(const Variant& v, Random& random) {
   Setup s(v, {DSO_KV_BF16, 1, 2, 64, 600, 1, 50, 0.125f, 1.0f}, random);
   Buffer part(2 * 80 * 4, 0xff);
   const float* p = (const float*)part.get();
-  v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, Sight{50, 0}, 0.125f, 0, (float*)part.get(), s.scratch.get());
+  v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, VisibleTokens{50, 0}, 0.125f, 0, (float*)part.get(), s.scratch.get());
   for (int h = 0; h < 2; ++h) {
     check(p[h * 80] == -INFINITY && p[h * 80 + 1] == 0, "%s: m, l of an empty chunk are %g, %g", v.name.c_str(), p[h * 80], p[h * 80 + 1]);
     for (int i = 0; i < 64; ++i) check(p[h * 80 + 16 + i] == 0, "%s: o of an empty chunk is not 0", v.name.c_str());

@@ -352,7 +352,7 @@ void caches(const Variant& v, int type, Random& random) {
   const std::vector<float> frequencies(1, 0.3f);
   const dso_rotation turn = {frequencies.data(), 2, 0, 0, 0};
   OwnContext context(*v.kernels, 2);
-  check(dso_cache_turn(context.c, &m.cache, &turn, nullptr, copy.blocks.data(), 75, 50, -20) == 0, "%s", dso_last_error());
+  check(dso_cache_rotate(context.c, &m.cache, &turn, nullptr, copy.blocks.data(), 75, 50, -20) == 0, "%s", dso_last_error());
   summaries_hold(m, copy, "as turned");
   summaries_hold(m, s, "beside what turned");
 

@@ -9,12 +9,12 @@ struct Setup {
   MlaHead head;
   LatentCache cache;
   int64_t ctx, rows;
-  Sight sight;
+  VisibleTokens sight;
   float scale;
   std::vector<float> q, kv;  // [rows, nope + rope], [tokens, nope + v_dim]
   Buffer scratch, panels;
 
-  Setup(const Variant& v, const MlaHead& h, const KvLayout& l, int64_t ctx, int64_t rows, const Sight& sight, float magnitude, Random& random)
+  Setup(const Variant& v, const MlaHead& h, const KvLayout& l, int64_t ctx, int64_t rows, const VisibleTokens& sight, float magnitude, Random& random)
       : variant(v), head(h), cache(*v.kernels, l, ctx + rows, random), ctx(ctx), rows(rows), sight(sight), scale(0.2f),
         q(normal((size_t)(rows * k_dim()), magnitude, random)), kv(normal((size_t)((ctx + rows) * kv_dim()), 1, random)), scratch(v.kernels->attn_scratch, 0xff),
         panels((size_t)v.kernels->mla_panel_bytes(h), 0xff) {
@@ -109,7 +109,7 @@ static void against_reference(const Setup& s, const std::vector<float>& out) {
   }
 }
 
-static void expanded(const Variant& v, const MlaHead& h, const KvLayout& l, int64_t ctx, int64_t rows, const Sight& sight, float magnitude, Random& random) {
+static void expanded(const Variant& v, const MlaHead& h, const KvLayout& l, int64_t ctx, int64_t rows, const VisibleTokens& sight, float magnitude, Random& random) {
   Setup s(v, h, l, ctx, rows, sight, magnitude, random);
   const std::vector<float> out = s.in_tasks(random);
   against_reference(s, out);
@@ -165,7 +165,7 @@ int main() {
         const auto& d = dims[i % 6];
         const int64_t ctx = random.below(3) ? random.below(40) : random.below(600), rows = 1 + random.below(random.below(2) ? 70 : 6);
         const float magnitude = i % 8 == 6 ? 20.0f : i % 8 == 7 ? 1e3f : 1.0f;
-        Sight sight;
+        VisibleTokens sight;
         if (i % 3 > 0) sight = {1 + random.below(i % 3 == 1 ? 60 : 500), random.below(2) ? random.below(50) : random.below(300)};
         expanded(v, {d[0], d[1], d[2], type == DSO_KV_F32 && i % 4 != 0}, LatentCache::shape(type, 34, (int32_t)d[1], 0), ctx, rows, sight, magnitude, random);
       }

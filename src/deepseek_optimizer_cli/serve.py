@@ -116,10 +116,10 @@ def serve(
         keys=keys,
         allow_hosts=tuple(allow_host or ()),
         allow_origins=tuple(allow_origin or ()),
-        most_body_bytes=max_body_bytes,
-        most_file_bytes=max(1, int(max_file_mb * 1e6)),
-        most_files_bytes=file_memory,
-        most_key_file_bytes=max(1, file_memory // 2) if keys else file_memory,
+        max_body_bytes=max_body_bytes,
+        max_file_bytes=max(1, int(max_file_mb * 1e6)),
+        max_file_bytes_total=file_memory,
+        max_file_bytes_per_client=max(1, file_memory // 2) if keys else file_memory,
         request_seconds=request_timeout,
         drain_seconds=drain_seconds,
         tools_format=tool_format,
@@ -130,7 +130,7 @@ def serve(
         kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
     )
     fields["batch_size_range"] = (1, max_running)
-    options: dict[str, Any] = {"most_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts, "window": window}
+    options: dict[str, Any] = {"max_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts, "window": window}
     _serve(model, name, fields, settings, options)
 
 

@@ -144,7 +144,7 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_what_cannot_be_turned_changes_nothing(what: str) -> None:
-    """That the native library changes nothing either is a test of its own, native/tests/test_turn.cpp."""
+    """That the native library changes nothing either is a test of its own, native/tests/test_rotate.cpp."""
     spec, rotation = SHAPES["heads"]
     store, before = filled(spec, "bf16")
     with pytest.raises((ValueError, BackendError)):

@@ -118,7 +118,7 @@ def test_the_table_has_windows_below_it():
     first = SERVING[0]
     window = {
         "title": "W", "read": 10_240, "perplexity": 27.41, "fresh_perplexity": 27.4, "perplexity_ratio": 1.0003,
-        "most_blocks": 32, "window_blocks": 32, "verdict": REACHED,
+        "max_blocks": 32, "window_blocks": 32, "verdict": REACHED,
     }  # fmt: skip
     pinned = {**window, "code_nats_pinned": 0.5, "code_nats_dropped": 4.0}
     entries = {first.name: {**FACTS, "title": first.title, "sides": {}, "claims": [claim]}}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .exceptions import MOST, Kind
+from .exceptions import MAX, Kind
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def faults(comparisons: Iterable[Comparison], kinds: Sequence[Kind], *, whole: b
         whole: every family and test was run, so that a kind that explains nothing is stale.
     """
     found, used = [], set()
-    if len(kinds) > MOST:
-        found.append(f"{len(kinds)} kinds of exceptions are listed, {MOST} at most may be")
+    if len(kinds) > MAX:
+        found.append(f"{len(kinds)} kinds of exceptions are listed, {MAX} at most may be")
     for one in comparisons:
         used |= {kind for kind, _ in one.excused}
         if not one.control:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-MOST = 10
+MAX = 10
 
 
 @dataclass(frozen=True)

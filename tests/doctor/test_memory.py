@@ -57,7 +57,7 @@ def test_nothing_makes_it_fit(case, machine, tiny_model, one):
 def test_context_does_not_fit(case, machine, tiny_model, one, context, severity):
     box = machine(available_bytes=free_for(case, tiny_model, 128))
     finding = one(memory.check(case(model=str(tiny_model), machine=box, context=context)), severity, "tokens do not fit")
-    assert "128 tokens" in finding.fix and "kv_cache='int8'" in finding.fix and finding.facts["most_tokens"] == 128
+    assert "128 tokens" in finding.fix and "kv_cache='int8'" in finding.fix and finding.facts["max_tokens"] == 128
 
 
 def test_batch_does_not_fit(case, machine, tiny_model, one):

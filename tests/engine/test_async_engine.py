@@ -27,7 +27,7 @@ def started(**options):
                     await asyncio.wait_for(engine.close(), 10)
                 assert engine.core.idle or not engine.alive
                 assert blocks_in_use(engine.core) == 0 or engine._dead
-                assert not engine._answers and engine.waiting == 0
+                assert not engine._answers and engine.admitted == 0
 
             asyncio.run(main())
 
@@ -46,13 +46,13 @@ async def whole(answers):
     return tokens, text, last
 
 
-@started(batch_size_range=(1, 2), most_waiting=1)
+@started(batch_size_range=(1, 2), max_waiting=1)
 async def test_a_client_that_takes_all_of_its_places_leaves_the_others_theirs(engine):
     own = [engine.admit(client="a") for _ in range(3)]
     with pytest.raises(EngineBusyError, match="3 requests"):
         engine.admit(client="a")
     with engine.admit(2, client="b"):
-        assert engine.waiting == 5
+        assert engine.admitted == 5
     own.pop().leave()
     own.append(engine.admit(client="a"))
     others = [engine.admit(3, client=name) for name in "bcd"]
@@ -70,7 +70,7 @@ async def test_answers_stream_and_end(engine):
     assert text == engine.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-@started(blocks=40, most_waiting=2_000)
+@started(blocks=40, max_waiting=2_000)
 async def test_a_thousand_at_once(engine):
     """A tenth of them cancelled: each is answered exactly once."""
     rng = random.Random(0)
@@ -105,7 +105,7 @@ async def test_one_who_does_not_read_costs_one_output(engine):
     assert tokens == expected([2], 20, None)
 
 
-@started(most_waiting=3, batch_size_range=(1, 1))
+@started(max_waiting=3, batch_size_range=(1, 1))
 async def test_more_than_there_are_places_for(engine):
     places = [engine.admit() for _ in range(4)]
     with pytest.raises(EngineBusyError) as busy:

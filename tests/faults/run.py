@@ -1,6 +1,6 @@
 """Tries operations with faults and prints what came of each as JSON; to be started with the shim in LD_PRELOAD.
 
-python run.py MODEL FOLDER [--seed N] [OPERATION[:MOST] ...]
+python run.py MODEL FOLDER [--seed N] [OPERATION[:MAX] ...]
 """
 
 from __future__ import annotations

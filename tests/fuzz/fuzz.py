@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "fuzz"
 SECONDS, MEMORY_MB, LENGTH = 10, 3072, 6144  # of one input at most
-SMALL, MOST = 1024, 12  # bytes of an input that is kept, and how many are
+SMALL, MAX = 1024, 12  # bytes of an input that is kept, and how many are
 
 
 def fuzz(name: str, *options: str) -> None:
@@ -48,7 +48,7 @@ def keep(name: str) -> None:
     small = [path for path in (BUILD / name).iterdir() if path.stat().st_size <= SMALL and "-" not in path.name]
     found = [path for path in small if path.read_bytes() not in known]
     found.sort(key=lambda path: (path.stat().st_size, path.name))
-    for path in found[:: max(1, len(found) // MOST)][:MOST]:
+    for path in found[:: max(1, len(found) // MAX)][:MAX]:
         (corpus / path.name[:12]).write_bytes(path.read_bytes())
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import xgrammar
-from deepseek_optimizer.engine.grammar.job import _ebnf
-from deepseek_optimizer.engine.grammar.json_schema import normalise
-from deepseek_optimizer.engine.grammar.pattern import to_rules
 from starlette.requests import Request
 
 from deepseek_optimizer.checkpoint import check_tokenizer_beside, load_tokenizer, open_checkpoint
 from deepseek_optimizer.checkpoint.saved_blocks import open_blocks
+from deepseek_optimizer.engine.grammar.job import _ebnf
+from deepseek_optimizer.engine.grammar.json_schema import normalise
+from deepseek_optimizer.engine.grammar.pattern import to_rules
 from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentError, RequestError
 from deepseek_optimizer.longdoc.read import read_upload
 from deepseek_optimizer.longdoc.readers import docx, html, pdf, text
@@ -146,7 +146,7 @@ def _document(data: bytes) -> None:
 
 
 def _body(data: bytes) -> None:
-    reader = BodyReader(_SETTINGS, most_key=1, most=1)
+    reader = BodyReader(_SETTINGS, max_per_client=1, most=1)
     try:
         value, _ = asyncio.run(reader.read(_request(data, "application/json")))
     finally:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from deepseek_optimizer.engine.grammar.json_schema import normalise
 
+from deepseek_optimizer.engine.grammar.json_schema import normalise
 from deepseek_optimizer.errors import RequestError
 from deepseek_optimizer.longdoc.extraction import merged, problems, relaxed, without_gaps
 from deepseek_optimizer.longdoc.tasks import Extraction

@@ -29,7 +29,7 @@ DROP = """([files, type]) => {
 @pytest.fixture(scope="module")
 def running(byte_tokenizer: Any) -> Any:
     engine = FakeEngine(byte_tokenizer, lambda request: ANSWER)
-    with LiveServer(engine, ServerSettings(most_file_bytes=200_000)) as live:
+    with LiveServer(engine, ServerSettings(max_file_bytes=200_000)) as live:
         yield live
 
 

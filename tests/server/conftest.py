@@ -12,7 +12,7 @@ from support.live_server import LiveServer, assert_error, wait_for
 
 @pytest.fixture(scope="session")
 def shared_server(byte_tokenizer):
-    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(most_body_bytes=1 << 20)) as live:
+    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(max_body_bytes=1 << 20)) as live:
         yield live
 
 

@@ -109,7 +109,7 @@ def test_a_body_that_comes_too_slowly(make_server):
 
 
 def test_many_bodies_at_once_are_bounded_together(make_server):
-    live = make_server(ServerSettings(most_body_bytes=1 << 20, most_bodies_bytes=1 << 20))
+    live = make_server(ServerSettings(max_body_bytes=1 << 20, max_body_bytes_total=1 << 20))
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
     )

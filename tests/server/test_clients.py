@@ -157,12 +157,12 @@ def test_who_leaves_is_gone_a_step_later(server, alone, stage, stream):
     server.steps.allow(2)  # one may have begun already
     assert server.request(LEAVER["prompt"]) is None and running not in server.engine.core.scheduler.running
     assert not running.sequence.blocks.blocks
-    wait_for(lambda: server.engine.waiting == 1 + len(others))
+    wait_for(lambda: server.engine.admitted == 1 + len(others))
     server.steps.allow(float("inf"))
     assert whole(companion.read()) == alone
     for other in others:
         whole(other.read())
-    wait_for(lambda: server.engine.waiting == 0)
+    wait_for(lambda: server.engine.admitted == 0)
     assert blocks_in_use(server) == 0
 
 
@@ -172,7 +172,7 @@ def test_who_leaves_when_all_is_written_leaves_nothing(server, alone):
     while b"[DONE]" not in data:
         data += client.sock.recv(65536)
     client.leave()
-    wait_for(lambda: server.engine.waiting == 0)
+    wait_for(lambda: server.engine.admitted == 0)
     assert blocks_in_use(server) == 0
     assert whole(server.raw(request_bytes(PATH, COMPANION))) == alone
 
@@ -194,5 +194,5 @@ def test_a_deadline_ends_it_with_the_next_step(tiny_model, stream, begun):
         assert reply.status == (200 if stream and begun else 504) and reply.whole
         assert b"was not done in the time" in reply.body
         live.steps.allow(float("inf"))
-        wait_for(lambda: live.engine.waiting == 0)
+        wait_for(lambda: live.engine.admitted == 0)
         assert live.client.post(PATH, json={"prompt": "x", "max_tokens": 2}).status_code == 200

@@ -46,7 +46,7 @@ def server(model):
     with LiveServer(engine, ServerSettings(drain_seconds=2)) as live:
         before = [text_of(live, body) for body in company()]
         yield live
-        wait_for(lambda: engine.waiting == 0)
+        wait_for(lambda: engine.admitted == 0)
         if engine.alive:
             assert engine.core.cache_usage() == 0 and live.client.get("/health").status_code == 200
             assert [text_of(live, body) for body in company()] == before
@@ -131,7 +131,7 @@ def test_when_the_engines_thread_dies(server, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         bodies = [{**BODY, "max_tokens": 150, "prompt": [80 + i] * 5, "stream": i % 2 == 0} for i in range(8)]
         answers = [pool.submit(server.client.post, PATH, json=body) for body in bodies]
-        wait_for(lambda: server.engine.waiting == 8)
+        wait_for(lambda: server.engine.admitted == 8)
         dying.set()
         for body, answer in zip(bodies, answers, strict=True):
             found = answer.result()

@@ -125,7 +125,7 @@ def test_a_pdf_that_takes_long(make_server):
 
 
 def test_a_line_of_fifty_megabytes(make_server):
-    live = make_server(ServerSettings(most_file_bytes=51 << 20))
+    live = make_server(ServerSettings(max_file_bytes=51 << 20))
     assert live.client.post("/v1/files", files={"file": ("a.txt", b"ab" * (25 << 20))}, data={"purpose": "user_data"}).json()[
         "characters"
     ] == (50 << 20)
@@ -195,7 +195,7 @@ def test_another_content_type(client, kind):
 
 
 def test_limits_hold_before_all_is_read(make_server):
-    live = make_server(ServerSettings(most_file_bytes=100_000))
+    live = make_server(ServerSettings(max_file_bytes=100_000))
     long = b"Content-Length: 400000\r\n\r\n" + form(FILE, PURPOSE)[:50]
     answer = live.raw(HEAD + long)  # by what the header says, with nothing of the file sent
     assert answer.startswith(b"HTTP/1.1 413 ") and b'"file_too_large"' in answer
@@ -262,7 +262,7 @@ def test_files_belong_to_their_key(make_server):
 
 def test_a_key_has_so_much_room(make_server):
     settings = ServerSettings(
-        keys=ApiKeys(["one", "two"]), most_key_file_bytes=60_000, most_files_bytes=100_000, most_key_files=3
+        keys=ApiKeys(["one", "two"]), max_file_bytes_per_client=60_000, max_file_bytes_total=100_000, max_files_per_client=3
     )
     live = make_server(settings)
     one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
@@ -311,7 +311,7 @@ def test_files_expire_and_their_memory_comes_back():
 
 
 def test_memory_that_was_refused_is_not_counted():
-    store = FileStore(ServerSettings(most_key_file_bytes=1000, most_files_bytes=1500, most_uploads=2))
+    store = FileStore(ServerSettings(max_file_bytes_per_client=1000, max_file_bytes_total=1500, max_uploads_total=2))
     with store.room("a", "a") as room:
         room.set(800)
         with pytest.raises(ApiError) as refused:

@@ -11,7 +11,7 @@ import pytest
 from deepseek_optimizer.server.settings import ServerSettings
 
 LONG = "q" * 10_000
-MOST = 1_000  # bytes of an error, whatever was sent
+MAX = 1_000  # bytes of an error, whatever was sent
 FUNCTION = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
@@ -103,7 +103,7 @@ def test_errors_quote_the_beginning(answers, path):
             found = answers.post(path, json=broken)
             assert found.status_code in (200, 400, 404, 429), found.text
             if found.status_code != 200:
-                assert len(found.content) < MOST, found.text[:300]
+                assert len(found.content) < MAX, found.text[:300]
                 tried += 1
     assert tried > 3
 
@@ -125,4 +125,4 @@ def test_addresses_headers_and_forms(answers):
         answers.post("/v1/files", files={"file": ("a.txt", b"x")}, data={LONG: "x"}),
         answers.post("/v1/files", files={LONG: ("a.txt", b"x")}, data={"purpose": "user_data"}),
     ):
-        assert found.status_code == 200 or len(found.content) < MOST, (found.request.url.path[:30], found.text[:300])
+        assert found.status_code == 200 or len(found.content) < MAX, (found.request.url.path[:30], found.text[:300])

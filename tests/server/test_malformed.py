@@ -113,7 +113,7 @@ def test_a_head_that_is_too_large_and_sent_whole_gets_its_answer(live):
 
 
 def test_a_connection_too_many_that_sends_at_once_gets_its_answer(make_server):
-    live = make_server(ServerSettings(most_connections=1))
+    live = make_server(ServerSettings(max_connections=1))
     with live.connect() as first:
         first.sendall(GET + b"\r\n")
         assert b"200 OK" in first.recv(65536)
@@ -124,7 +124,7 @@ def test_a_connection_too_many_that_sends_at_once_gets_its_answer(make_server):
 
 def test_lingering_ends(make_server):
     """By the client, by its silence, by time, and by what it sends."""
-    live = make_server(ServerSettings(body_seconds=0.5, most_body_bytes=100, most_bodies_bytes=1 << 20))
+    live = make_server(ServerSettings(body_seconds=0.5, max_body_bytes=100, max_body_bytes_total=1 << 20))
     connections = live.server.server_state.connections
     refused = POST + b"Content-Length: 1000000000\r\n\r\n"
     with live.connect() as sock:

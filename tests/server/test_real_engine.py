@@ -31,7 +31,7 @@ def start(model, settings=None, fields=None, **options) -> LiveServer:
 def server(tiny_model):
     with start(tiny_model) as live:
         yield live
-        wait_for(lambda: live.engine.waiting == 0)
+        wait_for(lambda: live.engine.admitted == 0)
         assert live.client.get("/health").status_code == 200
 
 
@@ -126,11 +126,11 @@ def test_one_request_larger_than_the_whole_cache(tiny_model):
 
 
 def test_a_thousand_prompts_past_capacity(tiny_model):
-    with start(tiny_model, most_waiting=16) as live, ThreadPoolExecutor(100) as pool:
+    with start(tiny_model, max_waiting=16) as live, ThreadPoolExecutor(100) as pool:
         bodies = [{"prompt": f"{i}", "max_tokens": 2} for i in range(1000)]
         statuses = list(pool.map(lambda body: live.client.post(TEXT, json=body).status_code, bodies))
         assert set(statuses) <= {200, 429} and statuses.count(200) >= 48
-        wait_for(lambda: live.engine.waiting == 0)
+        wait_for(lambda: live.engine.admitted == 0)
         assert text_of(live, ignore_eos=True, max_tokens=8, temperature=0)
 
 
@@ -155,8 +155,8 @@ def test_a_client_that_leaves_frees_its_place(server):
             body = json.dumps({"prompt": "x", "max_tokens": 250, "ignore_eos": True, "stream": stream}).encode()
             head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            wait_for(lambda: server.engine.waiting == 1)
-        wait_for(lambda: server.engine.waiting == 0)
+            wait_for(lambda: server.engine.admitted == 1)
+        wait_for(lambda: server.engine.admitted == 0)
     metrics = server.client.get("/metrics").text
     assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in metrics
     assert 'vllm:num_requests_waiting{model_name="tiny"} 0.0' in metrics

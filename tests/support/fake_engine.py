@@ -56,7 +56,7 @@ class FakeEngine:
         self.steps = 0
         self.seen: list[Request] = []
         self.ended: list[Finish] = []
-        self.most_pending = 0  # tokens of the longest output that nobody has read yet
+        self.max_pending = 0  # tokens of the longest output that nobody has read yet
         self._admitted, self._draining = 0, False
         self._ids = itertools.count(1)
         self._running: dict[str, _Sequence] = {}
@@ -193,7 +193,7 @@ class _Sequence:
         if output.finish is not None:
             self.engine.ended_(self, output.finish)
         self.answers.put(output)
-        self.engine.most_pending = max(self.engine.most_pending, len(self.answers._pending.token_ids))
+        self.engine.max_pending = max(self.engine.max_pending, len(self.answers._pending.token_ids))
 
     def step(self):
         if self.request.embed:

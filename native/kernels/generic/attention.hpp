@@ -120,7 +120,7 @@ struct Span {  // tokens [begin, end) and [0, sinks); sinks < begin, or 0
 };
 
 // What query row r sees; the first and the last of several rows tell what all of them see together.
-DSO_INLINE Span visible(int64_t ctx, const Sight& sight, int64_t r) {
+DSO_INLINE Span visible(int64_t ctx, const VisibleTokens& sight, int64_t r) {
   const int64_t end = ctx + r + 1, begin = end - sight.window;
   if (sight.window <= 0 || begin <= sight.sinks) return {0, end};
   return {begin, end, sight.sinks};
@@ -188,7 +188,7 @@ struct State {  // of R consecutive rows
 
 // Up to chunk_blocks blocks as a tile reads them. A piece is 32 rows of a panel: K block by block, then V panel by panel, block by
 // block. ahead[i] is how far from piece i the one lies that is to be fetched meanwhile.
-constexpr int64_t most_pieces = 2 * chunk_blocks * max_head_dim / 32;
+constexpr int64_t max_pieces = 2 * chunk_blocks * max_head_dim / 32;
 
 struct Stretch {
   const Block* blocks;
@@ -197,7 +197,7 @@ struct Stretch {
   const int64_t* ahead;
 
   void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the K panel that follows, or null
-    const uint8_t* piece[most_pieces + look_ahead_pieces];
+    const uint8_t* piece[max_pieces + look_ahead_pieces];
     int64_t pieces = 0;
     for (int64_t b = 0; b < count; ++b)
       for (int64_t i = 0; i < k_pieces; ++i) piece[pieces++] = blocks[b].k + i * panel_bytes;
@@ -357,7 +357,7 @@ template <Read T> static void bring_query(const float* q, int64_t head_dim, floa
 struct QueryRows {
   const float* q;
   int64_t q_stride, group, r0, r1, ctx;
-  Sight sight;
+  VisibleTokens sight;
   float scale;
 
   Span row(int64_t r) const { return sight.chosen ? Span{0, ctx + r + 1} : visible(ctx, sight, r); }
@@ -396,7 +396,7 @@ static Blocks blocks_of(const QueryRows& rows, int64_t chunk) {
   return b;
 }
 
-constexpr int64_t nothing_ahead[most_pieces] = {};
+constexpr int64_t nothing_ahead[max_pieces] = {};
 
 // Blocks of the cache against query rows: heads of a row are consecutive rows of a tile. m[i], l[i] and o[i] belong to head
 // i % group of row r0 + i / group.
@@ -429,7 +429,7 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
     for (int64_t b = 0; b < read.count; ++b)
       if (seen.touches(read.number[b])) own[part.count++] = blocks[b];
     if (part.count == 0) continue;
-    int64_t ahead[most_pieces];
+    int64_t ahead[max_pieces];
     if (tile == 0) {  // the tiles that follow find all of it in the cache
       part.look_ahead(next, ahead);
       part.ahead = ahead;

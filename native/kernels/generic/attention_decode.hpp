@@ -12,7 +12,7 @@ static bool any_nan(const float* x, int64_t n) {
 }
 
 static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                              int64_t r1, int64_t ctx, const Sight& sight, float scale, int64_t chunk, float* part, uint8_t* scratch) {
+                              int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk, float* part, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   const int64_t d = l.head_dim, stride = d + 16, count = (r1 - r0) * group;
   constexpr int64_t most = 64;  // rows and heads whose m and l fit on the stack

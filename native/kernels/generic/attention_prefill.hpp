@@ -16,7 +16,7 @@ struct PrefillScratch {
 constexpr size_t attn_scratch_bytes = (sizeof(PrefillScratch) + 63) / 64 * 64;
 
 static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
-                         int64_t ctx, const Sight& sight, float scale, float* o, int64_t o_stride, uint8_t* scratch) {
+                         int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride, uint8_t* scratch) {
   PrefillScratch& s = *(PrefillScratch*)scratch;
   const int64_t d = l.head_dim, count = (r1 - r0) * group;
   if (count > state_rows) {  // a large group: fewer rows, then fewer heads at once

@@ -13,18 +13,18 @@ namespace indexer {
 
 enum class Keys { f32, bf16, dot };  // bf16: widened to fp32; dot: read by dot_bf16, with q in bf16 pairs as well
 
-constexpr int most_tokens = 4;                       // of a block of accumulators
-constexpr int most_tiles = registers >= 32 ? 4 : 1;  // so that these, a tile row each and a broadcast fit the registers
+constexpr int max_tokens = 4;                       // of a block of accumulators
+constexpr int max_tiles = registers >= 32 ? 4 : 1;  // so that these, a tile row each and a broadcast fit the registers
 
 template <Keys K> DSO_INLINE int64_t tile_bytes(int64_t index) { return index * lanes * (K == Keys::dot ? 2 : 4); }
 
 // total[t] += relu(q . k_t) * w over the heads of N tiles.
 template <Keys K, int N>
-static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uint8_t* const* keys, int64_t index, F (&total)[most_tokens]) {
+static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uint8_t* const* keys, int64_t index, F (&total)[max_tokens]) {
   const int64_t tile = tile_bytes<K>(index);
-  F acc[most_tokens][N];
+  F acc[max_tokens][N];
 #pragma GCC unroll 4
-  for (int t = 0; t < most_tokens; ++t)
+  for (int t = 0; t < max_tokens; ++t)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[t][n] = zero();
   if constexpr (K == Keys::dot) {
@@ -33,7 +33,7 @@ static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uin
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) part[n] = load_bytes(q + n * tile);
 #pragma GCC unroll 4
-      for (int t = 0; t < most_tokens; ++t) {
+      for (int t = 0; t < max_tokens; ++t) {
         const B k = broadcast4(keys[t] + 2 * i);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[t][n] = dot_bf16(acc[t][n], part[n], k);
@@ -48,7 +48,7 @@ static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uin
         odd[n] = load((const float*)(q + n * tile + 64));
       }
 #pragma GCC unroll 4
-      for (int t = 0; t < most_tokens; ++t) {
+      for (int t = 0; t < max_tokens; ++t) {
         const B k = broadcast4(keys[t] + 2 * i);
         const F k0 = even_bf16(k), k1 = odd_bf16(k);
 #pragma GCC unroll 4
@@ -61,7 +61,7 @@ static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uin
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) part[n] = load((const float*)(q + n * tile));
 #pragma GCC unroll 4
-      for (int t = 0; t < most_tokens; ++t) {
+      for (int t = 0; t < max_tokens; ++t) {
         const F k = set(((const float*)keys[t])[i]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[t][n] = fma(part[n], k, acc[t][n]);
@@ -72,7 +72,7 @@ static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uin
   for (int n = 0; n < N; ++n) {
     const F weight = load(w + n * lanes, heads - n * lanes);
 #pragma GCC unroll 4
-    for (int t = 0; t < most_tokens; ++t) total[t] = fma(max(zero(), acc[t][n]), weight, total[t]);  // a NaN stays
+    for (int t = 0; t < max_tokens; ++t) total[t] = fma(max(zero(), acc[t][n]), weight, total[t]);  // a NaN stays
   }
 }
 
@@ -84,15 +84,15 @@ static void scores_of(const KvLayout& l, const KvView& v, int64_t heads, const u
     const int64_t block = t / block_tokens, last = (block + 1) * block_tokens < end ? (block + 1) * block_tokens : end;
     const uint8_t* first = index_row(l, v, block * block_tokens);
     const uint8_t* next = last < end ? index_row(l, v, (block + 1) * block_tokens) : first;
-    for (; t < last; t += most_tokens) {
-      const int64_t slot = t % block_tokens, n = last - t < most_tokens ? last - t : most_tokens;
-      const uint8_t* keys[most_tokens];  // the last one again, where there are fewer
-      for (int64_t i = 0; i < most_tokens; ++i) keys[i] = first + (slot + (i < n ? i : n - 1)) * row;
+    for (; t < last; t += max_tokens) {
+      const int64_t slot = t % block_tokens, n = last - t < max_tokens ? last - t : max_tokens;
+      const uint8_t* keys[max_tokens];  // the last one again, where there are fewer
+      for (int64_t i = 0; i < max_tokens; ++i) keys[i] = first + (slot + (i < n ? i : n - 1)) * row;
       for (int64_t i = 0; i < n * row; i += 64) __builtin_prefetch(next + slot * row + i);
-      F total[most_tokens] = {zero(), zero(), zero(), zero()};
+      F total[max_tokens] = {zero(), zero(), zero(), zero()};
       int64_t i = 0;
-      for (; i + most_tiles <= tiles; i += most_tiles)
-        add_heads<K, most_tiles>(q + i * tile, w + i * lanes, heads - i * lanes, keys, l.index, total);
+      for (; i + max_tiles <= tiles; i += max_tiles)
+        add_heads<K, max_tiles>(q + i * tile, w + i * lanes, heads - i * lanes, keys, l.index, total);
       for (; i < tiles; ++i) add_heads<K, 1>(q + i * tile, w + i * lanes, heads - i * lanes, keys, l.index, total);
       for (int64_t j = 0; j < n; ++j) {
         const float score = sum(total[j]) * scale;

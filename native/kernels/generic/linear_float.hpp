@@ -21,7 +21,7 @@ namespace dso::DSO_ISA_NAMESPACE {
 namespace floating {
 
 // Tokens of a block: widening BF16 without its own instruction takes registers that six tokens would need.
-template <int format> constexpr int most_tokens = registers >= 32 || format == DSO_F32 ? 6 : 4;
+template <int format> constexpr int max_tokens = registers >= 32 || format == DSO_F32 ? 6 : 4;
 constexpr int step_bytes = 64;
 constexpr int ahead = 1536;                // bytes prefetched beyond a weight that is streamed
 constexpr int64_t panel_bytes = 24 << 10;  // of a 32 or 48 KB L1, leaving room for activations and outputs
@@ -138,7 +138,7 @@ template <int format, int M> static void stream(const Job& j, int64_t tile, int6
 
 // N tiles against all rows, the weights `panel_steps` steps at a time.
 template <int format, int N> static void panels(const Job& j, int64_t tile) {
-  const int64_t blocks = (j.T + most_tokens<format> - 1) / most_tokens<format>;
+  const int64_t blocks = (j.T + max_tokens<format> - 1) / max_tokens<format>;
   for (int64_t s = 0; s < j.steps; s += panel_steps) {
     const int64_t steps = j.steps - s < panel_steps ? j.steps - s : panel_steps;
     const uint8_t* w = j.w + tile * j.w_next + s * step_bytes;
@@ -156,8 +156,8 @@ template <int format, int N> static void panels(const Job& j, int64_t tile) {
 }
 
 template <int format> static void run(const Job& j, int64_t tile, int64_t tile_end) {
-  if (j.T > most_tokens<format>) {
-    constexpr int N = tiles_for(most_tokens<format>);
+  if (j.T > max_tokens<format>) {
+    constexpr int N = tiles_for(max_tokens<format>);
     for (; tile + N <= tile_end; tile += N) panels<format, N>(j, tile);
     for (; tile < tile_end; tile++) panels<format, 1>(j, tile);
     return;

@@ -19,8 +19,8 @@ constexpr int64_t tile_bytes = 544, scale_at = 512;
 constexpr int tile_steps = 16;     // a step: two columns
 constexpr int block_tiles = 4;     // of 32 columns, that share a scale
 constexpr int64_t ahead = 4096;    // bytes prefetched beyond what is streamed, of all tile rows together
-constexpr int most_tokens = floating::most_tokens<DSO_BF16>;
-constexpr int panel_rows = tiles_for(most_tokens);
+constexpr int max_tokens = floating::max_tokens<DSO_BF16>;
+constexpr int panel_rows = tiles_for(max_tokens);
 
 struct Codes {  // tile rows as packed, from one block of columns on
   const uint8_t* at;
@@ -108,7 +108,7 @@ struct Job {
 // N tile rows against all rows of x, one block of columns after the other.
 template <int N> static void tile_rows(const Job& j, int64_t tile) {
   const int64_t all = (j.w.cols + 31) / 32, next = all * tile_bytes;
-  const int64_t blocks = (j.T + most_tokens - 1) / most_tokens;
+  const int64_t blocks = (j.T + max_tokens - 1) / max_tokens;
   for (int64_t g = 0; g < all; g += block_tiles) {
     const int tiles = (int)(all - g < block_tiles ? all - g : block_tiles);
     const Codes codes = {j.w.data + tile * next + g * tile_bytes, next};

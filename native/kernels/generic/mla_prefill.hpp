@@ -43,7 +43,7 @@ static void write_values(const MlaHead& h, const HeadLayout& l, const float* v, 
 struct Task {  // rows [r0, r1) of a sequence against a chunk
   const float* q;
   int64_t q_stride, r0, r1, ctx;
-  Sight sight;
+  VisibleTokens sight;
   float scale;
   float *m, *sum, *o;
   int64_t o_stride;
@@ -152,7 +152,7 @@ static void mla_panels(const KvLayout& l, const KvView& v, const MlaHead& h, int
 }
 
 static void mla_expanded(const MlaHead& h, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
-                         const Sight& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch) {
+                         const VisibleTokens& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   const expanded::Task task = {q, q_stride, r0, r1, ctx, sight, scale, m, sum, o, o_stride};
   constexpr Read pairs = has_dot_bf16 ? Read::dot : Read::bf16;

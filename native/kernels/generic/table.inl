@@ -21,7 +21,7 @@
 #include "mla_prefill.hpp"
 #include "pack.hpp"
 #include "summaries.hpp"
-#include "turn.hpp"
+#include "rotate.hpp"
 
 #ifndef DSO_LINEAR
 #define DSO_LINEAR linear
@@ -58,7 +58,7 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .kv_layer_bytes = isa::kv_layer_bytes,
       .kv_write = isa::kv_write,
       .kv_read = isa::kv_read,
-      .kv_turn = isa::kv_turn,
+      .kv_rotate = isa::kv_rotate,
       .attn_decode_chunk = isa::attn_decode_chunk,
       .attn_merge = isa::attn_merge,
       .attn_fold = isa::attn_fold,
@@ -76,7 +76,7 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
       .index_select = isa::index_select,
       .latent_write = isa::latent_write,
       .latent_read = isa::latent_read,
-      .latent_turn = isa::latent_turn,
+      .latent_rotate = isa::latent_rotate,
       .mla_scratch = isa::mla_scratch,
       .mla_query_bytes = isa::mla_query_bytes,
       .mla_query = isa::mla_query,

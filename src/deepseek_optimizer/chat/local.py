@@ -26,7 +26,7 @@ def default_sampling(model: Any, **given: Any) -> SamplingParams:
 
     config = model.generation_config
     if names := left_out(config):
-        runtime_of(model).tell(f"the generation config sets {', '.join(names)}, which only model.generate heeds")
+        runtime_of(model).warn_once(f"the generation config sets {', '.join(names)}, which only model.generate heeds")
     return sampling_params(config, **given)
 
 

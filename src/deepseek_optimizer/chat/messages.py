@@ -14,7 +14,7 @@ from ..errors import RequestError
 from .tools.base import encodable, read_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MOST_MESSAGES, MOST_TOOLS, MOST_DEPTH = 10_000, 256, 64
+MAX_MESSAGES, MAX_TOOLS, MAX_DEPTH = 10_000, 256, 64
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "reasoning")
@@ -28,8 +28,8 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise RequestError("messages", "must be a list of at least one message")
-    if len(messages) > MOST_MESSAGES:
-        raise RequestError("messages", f"at most {MOST_MESSAGES:,} messages, got {len(messages):,}")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError("messages", f"at most {MAX_MESSAGES:,} messages, got {len(messages):,}")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -41,8 +41,8 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
         raise RequestError("tools", "must be a list of tools")
-    if len(tools) > MOST_TOOLS:
-        raise RequestError("tools", f"at most {MOST_TOOLS} tools, got {len(tools)}")
+    if len(tools) > MAX_TOOLS:
+        raise RequestError("tools", f"at most {MAX_TOOLS} tools, got {len(tools)}")
     checked = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     names = [tool["function"]["name"] for tool in checked]
     if len(set(names)) < len(names):
@@ -51,9 +51,9 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def check_json(value: Any, where: str, depth: int = 0) -> Any:
-    """Plain JSON that can be encoded and is not nested beyond MOST_DEPTH: a copy of it."""
-    if depth > MOST_DEPTH:
-        raise RequestError(where, f"is nested more than {MOST_DEPTH} deep")
+    """Plain JSON that can be encoded and is not nested beyond MAX_DEPTH: a copy of it."""
+    if depth > MAX_DEPTH:
+        raise RequestError(where, f"is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
         return _string(value, where)
     if value is None or isinstance(value, (bool, int, float)):
@@ -109,8 +109,8 @@ def _content(content: Any, where: str) -> str:
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)) or len(calls) > MOST_TOOLS:
-        raise RequestError(where, f"must be a list of at most {MOST_TOOLS} calls")
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)) or len(calls) > MAX_TOOLS:
+        raise RequestError(where, f"must be a list of at most {MAX_TOOLS} calls")
     out = []
     for i, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None

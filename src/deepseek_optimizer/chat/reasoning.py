@@ -9,7 +9,7 @@ from .deltas import ContentDelta, Delta, ReasoningDelta
 from .scan import MarkerScanner
 
 OPEN, CLOSE = "<think>", "</think>"
-_MOST_SPACE = 64  # characters of white space before the tag; behind more the text is an answer
+_MAX_SPACE = 64  # characters of white space before the tag; behind more the text is an answer
 
 
 def thinks(template: str) -> bool:
@@ -42,7 +42,7 @@ class ReasoningParser:
         if self._state == "start":
             self._begin += text
             text = self._begin.lstrip()
-            spaced = len(self._begin) - len(text) > _MOST_SPACE
+            spaced = len(self._begin) - len(text) > _MAX_SPACE
             if not spaced and len(text) < len(OPEN) and OPEN.startswith(text):
                 return []  # it may yet become the tag
             if spaced or not text.startswith(OPEN):

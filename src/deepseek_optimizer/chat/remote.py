@@ -12,8 +12,8 @@ from ..errors import ConfigError, DeepSeekOptimizerError
 from .conversation import Answer, Messages, Stop, rate
 
 _CONNECT, _READ = 10.0, 600.0  # seconds; a long prompt may take its time before the first word
-_MOST_EVENT = 1 << 24  # bytes of one event: more is no answer
-_MOST_ERROR = 1 << 16  # bytes of an error's body that are read
+_MAX_EVENT = 1 << 24  # bytes of one event: more is no answer
+_MAX_ERROR = 1 << 16  # bytes of an error's body that are read
 _THOUGHTS = ("<think>\n", "\n</think>\n\n")  # how thoughts are shown, and left out of the history
 
 
@@ -186,7 +186,7 @@ def _events(chunks: Iterable[bytes]) -> Iterator[bytes]:
     held = b""
     for chunk in chunks:
         *lines, held = (held + chunk).split(b"\n")
-        if len(held) > _MOST_EVENT:
+        if len(held) > _MAX_EVENT:
             raise RemoteError("the server sends what is no answer of a chat")
         for line in lines:
             if line.startswith(b"data:"):
@@ -223,7 +223,7 @@ def _refused(response: Any, url: str) -> RemoteError:
     body = b""
     for chunk in response.iter_bytes():
         body += chunk
-        if len(body) > _MOST_ERROR:
+        if len(body) > _MAX_ERROR:
             break
     try:
         said = _message(json.loads(body))

@@ -22,7 +22,7 @@ from .tools.base import write_json
 
 _JOB = Path(__file__).with_name("template_job.py")
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
-_MOST_SHOWN = 300  # characters of an error that a template raises
+_MAX_SHOWN = 300  # characters of an error that a template raises
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Tokens that end a message, beside the model's own end of text.
 _ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"})
@@ -87,12 +87,12 @@ class ChatTemplate:
         tokenizer: of Transformers.
         seconds: of CPU time that rendering may take.
         memory: bytes that it may take.
-        most_characters: of a rendered prompt.
+        max_characters: of a rendered prompt.
     """
 
-    def __init__(self, tokenizer: Any, *, seconds: float = 5.0, memory: int = 1 << 29, most_characters: int = 1 << 24) -> None:
+    def __init__(self, tokenizer: Any, *, seconds: float = 5.0, memory: int = 1 << 29, max_characters: int = 1 << 24) -> None:
         self._tokenizer = tokenizer
-        self._worker = Worker(_JOB, {"most": most_characters}, seconds=seconds, memory=memory)
+        self._worker = Worker(_JOB, {"most": max_characters}, seconds=seconds, memory=memory)
         self._special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._controls: dict[str, ControlTokens] = {}  # by template: with tools it may be another
         self._inspected: dict[str, Mapping[str, Any]] = {}
@@ -126,7 +126,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final: bool = False,
         options: Mapping[str, Any] | None = None,
-        most_bytes: int | None = None,
+        max_bytes: int | None = None,
     ) -> Prompt:
         """The prompt of a chat. Blocks: the first one starts a process, a later one takes a millisecond and its tokenizing.
 
@@ -136,7 +136,7 @@ class ChatTemplate:
             add_generation_prompt: ends with what an answer begins with.
             continue_final: the last message, of the assistant, is the beginning of the answer; then without the above.
             options: values for `variables`, such as `enable_thinking`.
-            most_bytes: of the text, beyond which it is refused before it is tokenised; None: any number.
+            max_bytes: of the text, beyond which it is refused before it is tokenised; None: any number.
 
         Raises:
             RequestError: a message, a tool or an option is not what it should be, or the template fails.
@@ -144,12 +144,12 @@ class ChatTemplate:
             EngineBusyError: too many others are waiting for theirs.
         """
         made = self._rendered(messages, tools, add_generation_prompt, continue_final, options)
-        if most_bytes is not None and len(made.text) > most_bytes:
+        if max_bytes is not None and len(made.text) > max_bytes:
             size = len(made.controls.plain(made.text, made.marks).encode())
-            if size > most_bytes:
+            if size > max_bytes:
                 raise RequestError(
                     "messages",
-                    f"they make a prompt of {size:,} bytes, and the model's context holds {most_bytes:,} at most; shorten them",
+                    f"they make a prompt of {size:,} bytes, and the model's context holds {max_bytes:,} at most; shorten them",
                 )
         encoded = made.controls.encode(made.text, made.marks)
         if not encoded.ids:
@@ -314,7 +314,7 @@ class ChatTemplate:
             reason = str(error)
             for mark in (marks.begin, marks.end, marks.edge) if marks else ():
                 reason = reason.replace(mark, "")
-            raise RequestError("messages", f"the model's chat template refuses them: {reason[:_MOST_SHOWN]}") from None
+            raise RequestError("messages", f"the model's chat template refuses them: {reason[:_MAX_SHOWN]}") from None
         except WorkerError as error:
             raise RequestError("messages", f"the model's chat template fails on them: {error}") from None
 

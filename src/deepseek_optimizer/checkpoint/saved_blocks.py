@@ -24,7 +24,7 @@ from .atomic import atomic_file
 
 _MAGIC, _VERSION = b"DSOBLOCK", 1
 _START = struct.Struct("<8sII")
-_MOST_HEADER = 1 << 20
+_MAX_HEADER = 1 << 20
 _DIGEST = 16
 _SIZES = ("tokens", "block_tokens", "block_bytes")
 
@@ -139,7 +139,7 @@ def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
 
 def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[str, Any], bytes]:
     damaged = CheckpointError("its header is damaged; delete it and read the text anew", file=path)
-    if length > min(_MOST_HEADER, size):
+    if length > min(_MAX_HEADER, size):
         raise damaged
     header = file.read(length)
     try:

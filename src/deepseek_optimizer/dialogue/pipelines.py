@@ -201,7 +201,7 @@ class ConversationalPipeline(Pipeline):
         sampling, whole = default_sampling(self.model, **generation), room_of(self.engine, self.max_length)
         tokens, self.dropped = dialogue_tokens(self.tokenizer, messages, sampling, whole)
         if self.dropped:
-            runtime_of(self.model).tell(f"the dialogue has outgrown its {whole} tokens: its oldest messages are left out")
+            runtime_of(self.model).warn_once(f"the dialogue has outgrown its {whole} tokens: its oldest messages are left out")
         request = request_for(self.engine, tokens, sampling, whole)
         pieces = self._pieces(messages, request)
         self._open = weakref.ref(pieces)

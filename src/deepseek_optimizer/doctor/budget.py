@@ -44,7 +44,7 @@ class Budget:
         return self.weights + self.buffers + self.cache_per_token * tokens
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens that the cache can get beside the weights, over all sequences: whole blocks. 0 where not even those fit."""
         left = self.free - self.weights - self.buffers
         room = left - self.reserve if self.granted is None else min(left, self.granted)

@@ -61,13 +61,13 @@ def _all(case: Case, needs: Budget, context: int) -> Iterator[Remedy]:
         yield Remedy(
             f"dso longdoc {shlex.quote(str(case.model))} FILE",
             "--strategy retrieve reads the passages that have a question's words, map_reduce all, a chunk at a time",
-            needs.needed(tokens), tokens <= needs.most_tokens,
+            needs.needed(tokens), tokens <= needs.max_tokens,
         )  # fmt: skip
     tokens = needs.held(context) * case.batch
     for name in SMALLER:
         smaller = needs.in_format(name)
         if smaller.weights < needs.weights * 0.9:
-            yield Remedy(f"precision={name!r}", "weights are rounded", smaller.needed(tokens), tokens <= smaller.most_tokens)
+            yield Remedy(f"precision={name!r}", "weights are rounded", smaller.needed(tokens), tokens <= smaller.max_tokens)
     if needs.kv_cache != "int8":
         twin = case.with_fields(kv_cache="int8")
         yield _mode(twin, budget(twin), context, "kv_cache='int8'", "keys and values are rounded")
@@ -93,7 +93,7 @@ def _sparse(case: Case, context: int) -> Remedy:
 
 def _mode(twin: Case, needs: Budget, context: int, name: str, price: str) -> Remedy:
     tokens = needs.held(context) * twin.batch
-    return Remedy(name, price, needs.needed(tokens), tokens <= needs.most_tokens)
+    return Remedy(name, price, needs.needed(tokens), tokens <= needs.max_tokens)
 
 
 def gb(size: float) -> str:

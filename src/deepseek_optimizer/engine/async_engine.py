@@ -167,7 +167,7 @@ class AsyncEngine:
         return self._dead or self._changed
 
     @property
-    def waiting(self) -> int:
+    def admitted(self) -> int:
         """Places that are taken."""
         return self._admitted.total()
 
@@ -184,7 +184,7 @@ class AsyncEngine:
     @property
     def capacity(self) -> int:
         """Places that a client may have. There are _CLIENTS times as many, so that who takes all of its own leaves some."""
-        return self.core.options.batch_size_range[1] + self.core.options.most_waiting
+        return self.core.options.batch_size_range[1] + self.core.options.max_waiting
 
     async def start(self) -> None:
         """Starts the thread."""

@@ -27,7 +27,7 @@ from .sampling.chooser import Chooser, NotANumberError, NoTokenError
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
-from .scheduling.scheduler import Scheduler, Share
+from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding, window_of
 from .scheduling.step_times import StepTimes
 from .sequence import Part, Sequence
@@ -115,7 +115,7 @@ class EngineCore:
     def room(self) -> int:
         """Tokens that prompt and text of a request may take together, but for what is read through a window."""
         most = self.facts.context if self.sliding is None else self.sliding.window
-        return most if self.blocks >= self._most_blocks(most) else self.blocks * BLOCK_TOKENS
+        return most if self.blocks >= self._max_blocks(most) else self.blocks * BLOCK_TOKENS
 
     def check(self, request: Request) -> int:
         """Tokens of text that it may get.
@@ -187,7 +187,7 @@ class EngineCore:
         """What a window must keep of a request: nothing where attention does not see it."""
         return request.pinned if self.sliding is not None and self.forgetting is None else ()
 
-    def _most_blocks(self, tokens: int) -> int:
+    def _max_blocks(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens takes at most at once."""
         blocks = -(-tokens // BLOCK_TOKENS)
         return blocks if self.forgetting is None else min(blocks, self.forgetting.blocks(self.options.step_tokens))
@@ -256,7 +256,7 @@ class EngineCore:
         self._measure(shares, ran - begun, self.clock())
         return outputs
 
-    def _schedule(self) -> list[Share]:
+    def _schedule(self) -> list[ScheduledChunk]:
         running = [r for r in self.scheduler.running if r.decoding]
         wanted = self.drafting.wanted(running) if self.drafting and running else {}
         decoders = self.scheduler.decoders(wanted)
@@ -335,7 +335,7 @@ class EngineCore:
             output.transient = isinstance(error, MemoryError)
         return outputs
 
-    def _advance(self, shares: list[Share], logits: Any, states: Any) -> list[Output]:
+    def _advance(self, shares: list[ScheduledChunk], logits: Any, states: Any) -> list[Output]:
         outputs: list[Output] = []
         outcomes: list[tuple[Running, int, int]] = []
         row = begin = 0
@@ -372,7 +372,7 @@ class EngineCore:
             _log.error("no more drafts are made: %s", error)
             self.drafting = None
 
-    def _take(self, r: Running, share: Share, logits: Any) -> Output:
+    def _take(self, r: Running, share: ScheduledChunk, logits: Any) -> Output:
         """Chooses the tokens that a share brings, up to where the text ends."""
         output = r.output()
         kept = r.chooser.sampling.logprobs is not None
@@ -424,7 +424,7 @@ class EngineCore:
             return "stop"
         return "length" if r.generated >= r.most else None
 
-    def _embed(self, r: Running, states: Any, share: Share, outputs: list[Output]) -> None:
+    def _embed(self, r: Running, states: Any, share: ScheduledChunk, outputs: list[Output]) -> None:
         """Adds up rows in order, so that the sum is the same however the prompt is cut."""
         rows = states.cpu().numpy().astype(np.float64)
         if r.states is not None:
@@ -460,19 +460,19 @@ class EngineCore:
             r.first = now
         r.last = now
 
-    def _measure(self, shares: list[Share], seconds: float, now: float) -> None:
+    def _measure(self, shares: list[ScheduledChunk], seconds: float, now: float) -> None:
         decoding = sum(1 + len(s.drafts) for s in shares if s.ends and s.phase == DECODE and s.count == 1)
         prompt = sum(s.count for s in shares) - sum(1 for s in shares if s.ends and s.phase == DECODE and s.count == 1)
         self.times.add(seconds, decoding, prompt)
         self.metrics.step(len(shares), decoding, prompt, seconds, self.scheduler.preemptions)
 
 
-def _part(share: Share) -> Part:
+def _part(share: ScheduledChunk) -> Part:
     tokens = share.running.sequence.tokens[share.start : share.start + share.count]
     return Part(share.running.sequence, [*tokens, *share.drafts], share.start, phase=share.phase)
 
 
-def _rows(share: Share, end: int) -> range:
+def _rows(share: ScheduledChunk, end: int) -> range:
     """The step's rows whose logits a share needs; `end`: one past its own."""
     if not share.ends or share.running.request.embed:
         return range(end, end)

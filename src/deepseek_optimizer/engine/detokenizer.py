@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer shows for a character whose bytes are not all there yet
-_MOST_HELD = 8  # tokens held for one character: after so many a broken one is what the model wrote
+_MAX_HELD = 8  # tokens held for one character: after so many a broken one is what the model wrote
 
 
 class Detokenizer:
@@ -40,7 +40,7 @@ class Detokenizer:
         """
         self._ids.append(token)
         text = self._decode(self._ids[self._start :])
-        if text.endswith(_INCOMPLETE) and len(self._ids) - self._read < _MOST_HELD:
+        if text.endswith(_INCOMPLETE) and len(self._ids) - self._read < _MAX_HELD:
             return "", None
         return self._passed(text, stops)
 

@@ -21,7 +21,7 @@ class EngineOptions:
         window: tokens that a sequence may hold: longer ones let go of their midst and go on for ever; None: they end with the
             model's context. `sinks` at the beginning always stay, and what a request pins; but where attention itself sees
             only a window (attention_optimization="sliding"), its own sinks and nothing else.
-        most_waiting: requests of one client that an `AsyncEngine` takes beside those that can run; of all clients four times
+        max_waiting: requests of one client that an `AsyncEngine` takes beside those that can run; of all clients four times
             as many.
     """
 
@@ -33,4 +33,4 @@ class EngineOptions:
     batch_invariant: bool = False
     window: int | None = None
     sinks: int = 4
-    most_waiting: int = 256
+    max_waiting: int = 256

@@ -52,7 +52,7 @@ class EngineCollector(Collector):
         scheduler = core.scheduler
         yield gauge("vllm:num_requests_running", "Requests that take part in steps.", len(scheduler.running))
         yield gauge("vllm:num_requests_waiting", "Requests that wait for blocks or a place.", len(scheduler.waiting))
-        yield gauge("dso:requests_admitted", "Places of the queue that are taken.", engine.waiting)
+        yield gauge("dso:requests_admitted", "Places of the queue that are taken.", engine.admitted)
         yield gauge("dso:batch_size", "Sequences that may run at once, by measured step times.", scheduler.batch.choose())
         yield gauge("vllm:kv_cache_usage_perc", "Share of the cache in use, 1 being all.", core.cache_usage())
         for name, attribute, text in _COUNTERS:

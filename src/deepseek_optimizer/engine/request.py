@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from ..errors import RequestError, shown
 
-MOST_LOGPROBS = 20
-MOST_STOPS = 16
-MOST_STOP_CHARACTERS = 1_024
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1_024
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -62,7 +62,7 @@ class SamplingParams:
         stop: strings that end the text, which then stops before them (behind them with include_stop).
         stop_token_ids: tokens that end the text, beside the model's own.
         ignore_eos: the model's own end-of-text tokens do not end the text.
-        logprobs: how many of the likeliest tokens to report at each place, 0 to MOST_LOGPROBS, beside the chosen one: log
+        logprobs: how many of the likeliest tokens to report at each place, 0 to MAX_LOGPROBS, beside the chosen one: log
             probabilities of the model's own distribution, before any of the above. None: none.
         grammar: what the text must keep to.
         skip_special_tokens: leave them out of the text.
@@ -102,14 +102,14 @@ class SamplingParams:
         if self.seed is not None:
             _integer("seed", self.seed, 0, (1 << 64) - 1)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         for token, bias in self.logit_bias.items():
             _integer("logit_bias's token", token, 0, 1 << 31)
             _number(f"logit_bias[{token}]", bias, -100, 100)
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 1 << 31)
-        if len(self.stop) > MOST_STOPS or any(not s or len(s) > MOST_STOP_CHARACTERS for s in self.stop):
-            raise RequestError("stop", f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_CHARACTERS} characters")
+        if len(self.stop) > MAX_STOPS or any(not s or len(s) > MAX_STOP_CHARACTERS for s in self.stop):
+            raise RequestError("stop", f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
 
     @property
     def greedy(self) -> bool:

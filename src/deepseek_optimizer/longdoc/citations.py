@@ -15,8 +15,8 @@ from .split import Chunk
 from .token_counts import pieces
 from .words import words
 
-MOST_SENTENCE = 400  # characters of a passage
-MOST_COUNTED = 2 << 20  # characters of a document, spread over it, that tell how rare words are
+MAX_SENTENCE = 400  # characters of a passage
+MAX_COUNTED = 2 << 20  # characters of a document, spread over it, that tell how rare words are
 
 _PIECE = 256  # characters, about a sentence or two, that a word counts once in
 _QUESTION = 0.5  # weight of a word that only the question has
@@ -69,7 +69,7 @@ def cite(answer: str, chunks: Sequence[Chunk], document: Document, *, question: 
         return []
     weights = _weights(document, wanted[0] | wanted[1])
     choice = _Choice(passages, weights, wanted[0], wanted[1], limit)
-    spoken = [answer[start:end] for start, end in sentences(answer, 0, len(answer), MOST_SENTENCE)]
+    spoken = [answer[start:end] for start, end in sentences(answer, 0, len(answer), MAX_SENTENCE)]
     for quote in quotes(answer, spoken):
         choice.quoted(quote, chunks, document)
     choice.by_words()
@@ -101,11 +101,11 @@ def _passages(chunks: Sequence[Chunk], document: Document, wanted: set[str]) -> 
     for chunk in chunks:
         text = document.files[chunk.file].text
         before: _Passage | None = None
-        for start, end in sentences(text, chunk.start, chunk.end, MOST_SENTENCE):
+        for start, end in sentences(text, chunk.start, chunk.end, MAX_SENTENCE):
             found = frozenset(wanted.intersection(words(text[start:end])))
             passage = _Passage(chunk.file, start, end, chunk.index, found)
             pair = None
-            if before is not None and before.found and found and end - before.start <= MOST_SENTENCE:
+            if before is not None and before.found and found and end - before.start <= MAX_SENTENCE:
                 pair = _Passage(chunk.file, before.start, end, chunk.index, before.found | found, pair=True)
             for one in (passage, pair):
                 if one is not None and one.found and (one.file, one.start, one.end) not in seen:
@@ -116,7 +116,7 @@ def _passages(chunks: Sequence[Chunk], document: Document, wanted: set[str]) -> 
 
 def _weights(document: Document, wanted: set[str]) -> dict[str, float]:
     """Inverse document frequency of words, over short pieces of the document."""
-    step = document.characters // MOST_COUNTED + 1
+    step = document.characters // MAX_COUNTED + 1
     count, having = 0, Counter[str]()
     for file in document.files:
         for number, (start, end) in enumerate(pieces(file.text, _PIECE)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-MOST_QUOTES, MOST_WORDS, MOST_PLACES = 32, 200, 50
+MAX_QUOTES, MAX_WORDS, MAX_PLACES = 32, 200, 50
 LONG = 20  # characters of a quotation that is a passage by itself; of a shorter one, its sentence is
 LEAST_SENTENCE = 20  # characters of a sentence of the answer that counts as a quotation though it is not in quotation marks
 
@@ -31,7 +31,7 @@ def quotes(answer: str, sentences: list[str]) -> Iterator[str]:
         if len(sentence) >= LEAST_SENTENCE:
             found.setdefault(sentence.strip(_EDGES))
     told = [quote for quote in found if len(quote) >= 2]
-    yield from sorted(told, key=lambda quote: len(quote) < LONG)[:MOST_QUOTES]
+    yield from sorted(told, key=lambda quote: len(quote) < LONG)[:MAX_QUOTES]
 
 
 def places(quote: str, text: str, start: int, end: int) -> list[tuple[int, int]]:
@@ -40,7 +40,7 @@ def places(quote: str, text: str, start: int, end: int) -> list[tuple[int, int]]
     Places with other capital letters count only where there is none with the same.
     """
     parts = quote.split()
-    if not parts or len(parts) > MOST_WORDS:
+    if not parts or len(parts) > MAX_WORDS:
         return []
     pattern = r"\s+".join(map(re.escape, parts))
     before, behind = (r"\b" if edge.isalnum() else "" for edge in (quote[0], quote[-1]))
@@ -48,7 +48,7 @@ def places(quote: str, text: str, start: int, end: int) -> list[tuple[int, int]]
         found = []
         for match in re.compile(before + pattern + behind, flags).finditer(text, start, end):
             found.append(match.span())
-            if len(found) == MOST_PLACES:
+            if len(found) == MAX_PLACES:
                 break
         if found:
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST_UNIT = 240  # characters of what is said again
+MAX_UNIT = 240  # characters of what is said again
 TIMES = 4  # in a row
 _LOOK = 32  # tokens after which a text that grows is looked at again
 LEAST = 120  # characters of all of them: rules and dots are shorter
@@ -27,7 +27,7 @@ def first_time(text: str) -> str | None:
 
     The passage is the shortest one. Looks at the end alone, so that it can be asked while a text grows.
     """
-    for unit in range(1, min(MOST_UNIT, len(text) // TIMES) + 1):
+    for unit in range(1, min(MAX_UNIT, len(text) // TIMES) + 1):
         times = max(TIMES, -(-LEAST // unit))
         if len(text) < unit * times or text[-unit * (times - 1) :] != text[-unit * times : -unit]:
             continue

@@ -12,7 +12,7 @@ from ..engine.request import check_text
 from ..errors import RequestError, shown
 
 NOTHING = "NOTHING"  # what a model says of a part of the document that does not bear on the question
-MOST_QUESTION = 8_192  # characters
+MAX_QUESTION = 8_192  # characters
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Question:
         before: what was said before it, so that it can be understood; models read it, and it is not looked for.
 
     Raises:
-        RequestError: it is empty or beyond MOST_QUESTION characters.
+        RequestError: it is empty or beyond MAX_QUESTION characters.
     """
 
     text: str
@@ -33,8 +33,8 @@ class Question:
         if not isinstance(self.text, str) or not self.text.strip():
             raise RequestError("question", "is empty; ask something")
         check_text("question", self.text)
-        if len(self.text) > MOST_QUESTION:
-            raise RequestError("question", f"has {len(self.text):,} characters, and {MOST_QUESTION:,} are the most")
+        if len(self.text) > MAX_QUESTION:
+            raise RequestError("question", f"has {len(self.text):,} characters, and {MAX_QUESTION:,} are the most")
 
     @property
     def words(self) -> str:

@@ -17,7 +17,7 @@ from .tiles import pack_panels, pad_to_tiles, unpack_panels
 
 # What is left off of a group's range, below and above: the first is ggml's choice.
 TRIMS = tuple((below / 32, above / 32) for below in range(4) for above in range(4))
-_MOST = TRIMS[-1][0]
+_MAX = TRIMS[-1][0]
 SHIFT = 1 / 2  # how far a fit may move the minimum, in steps
 
 
@@ -47,7 +47,7 @@ class Q4_1:
         groups = grouped(pad_to_tiles(weight))
         low, high = (x.unsqueeze(-1) for x in _range(groups, weight.shape[-1] % TILE_COLS))
         step = (high - low) / 15
-        long, trim = step * (1 + REFIT), _MOST * (high - low)
+        long, trim = step * (1 + REFIT), _MAX * (high - low)
         least, greatest = low + trim + long * SHIFT, high - trim - (SHIFT + 15 * REFIT) * step
         rounding = 32 * scale_error(long) + scale_error(low) + scale_error(least) + 2.0**-22 * (low.abs() + groups.abs())
         return ungroup(torch.maximum(long / 2, torch.maximum(least - groups, groups - greatest)) + rounding, weight)

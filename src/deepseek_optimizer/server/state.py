@@ -50,20 +50,20 @@ class ServerState:
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.window is None else None)
-        most_key, most = settings.most_key_jobs, _CLIENTS * settings.most_key_jobs
-        self.bodies = BodyReader(settings, most_key, most)
-        self._tokenising = Tokenising(self.tokenizer, most_key, most)
+        max_per_client, most = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
+        self.bodies = BodyReader(settings, max_per_client, most)
+        self._tokenising = Tokenising(self.tokenizer, max_per_client, most)
         self.template = self._tokenising.short.template
         workers = min(max(_WORKERS[0], (os.cpu_count() or 1) // 2), _WORKERS[1])
         self.grammars = GrammarCompiler(
             self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds, workers=workers
         )
         # One of a client's at a time: what may take seconds leaves the other processes to the others.
-        self._compiling = FairQueue("grammars", workers, most_running=1, most_key=most_key, most=most)
-        self._looking_up = FairQueue("schemas", 1, most_running=1, most_key=most_key, most=most)
-        self.documents = Preparation(self._tokenizer_copy, engine.room, settings.most_files_bytes, most_key, most)
+        self._compiling = FairQueue("grammars", workers, max_running=1, max_per_client=max_per_client, most=most)
+        self._looking_up = FairQueue("schemas", 1, max_running=1, max_per_client=max_per_client, most=most)
+        self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, most)
         self.files = FileStore(settings, self.documents.forget)
-        self.reader = DocumentReader(settings, workers, most_key, most)
+        self.reader = DocumentReader(settings, workers, max_per_client, most)
         self.queues = [
             self.bodies.queue, *self._tokenising.queues, self._looking_up, self._compiling, self.reader.queue,
             *self.documents.queues,
@@ -94,7 +94,7 @@ class ServerState:
             EngineDeadError: it can't answer any more.
         """
         self.check_taking()
-        count, most = answers_asked(body), self.settings.most_answers
+        count, most = answers_asked(body), self.settings.max_answers
         if count > most:
             raise ApiError(400, f"n: {count} answers were asked for, and a request may have {most}", param="n")
         places = ExitStack()

@@ -12,7 +12,7 @@ import torch
 from ..errors import TrainingError
 from ..integration.bind.runtime import OptimizerWarning
 
-MOST_SKIPPED: Final = 5  # steps in a row; more are no accident
+MAX_SKIPPED: Final = 5  # steps in a row; more are no accident
 _LEFT_OUT: Final = "a step was left out, for its loss or gradients are not finite; skipped_steps in the log counts them"
 
 
@@ -59,7 +59,7 @@ class NonFiniteSteps:
         self.skipped += 1
         if self._stops:
             raise self._error("the gradients are not finite")
-        if self._in_row > MOST_SKIPPED:
+        if self._in_row > MAX_SKIPPED:
             raise self._error(f"this is the {self._in_row}th step in a row whose loss or gradients are not finite")
         if self.skipped == 1:
             warnings.warn(_LEFT_OUT, OptimizerWarning, stacklevel=2)

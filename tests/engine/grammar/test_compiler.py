@@ -11,13 +11,13 @@ import threading
 
 import numpy as np
 import pytest
-from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
-from deepseek_optimizer.engine.grammar.json_schema import normalise
-from deepseek_optimizer.engine.grammar.source import GrammarSource
 
 from deepseek_optimizer.chat.deltas import collect
 from deepseek_optimizer.chat.output_parser import make_output_parser
 from deepseek_optimizer.chat.tools import FORMATS
+from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
+from deepseek_optimizer.engine.grammar.json_schema import normalise
+from deepseek_optimizer.engine.grammar.source import GrammarSource
 from deepseek_optimizer.errors import RequestError
 from support.random_texts import RandomModel
 from support.schemas import GOOD, REFUSED, deep

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from deepseek_optimizer.engine.grammar.compiler import CallShape, GrammarCompiler
 from deepseek_optimizer.engine.grammar.json_schema import normalise
 from deepseek_optimizer.engine.grammar.pattern import to_rules
 from deepseek_optimizer.engine.grammar.schema_shapes import _SHAPES
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from deepseek_optimizer.errors import RequestError
 from support.random_texts import RandomModel
 

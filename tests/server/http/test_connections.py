@@ -108,7 +108,7 @@ def test_a_head_in_pieces_and_two_requests_in_one(live):
 
 
 def test_one_connection_too_many(make_server):
-    live = make_server(ServerSettings(most_connections=2))
+    live = make_server(ServerSettings(max_connections=2))
     with live.connect() as first, live.connect() as second:
         for sock in (first, second):
             sock.sendall(GET + b"\r\n")

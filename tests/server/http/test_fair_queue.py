@@ -16,8 +16,8 @@ from deepseek_optimizer.server.http.fair_queue import FairQueue
 from deepseek_optimizer.server.http.problems import ApiError
 
 
-def queue(places: int = 1, most_running: int = 1, most_key: int = 100, most: int = 1000, share: float = 1.0) -> FairQueue:
-    return FairQueue("work", places, most_running=most_running, most_key=most_key, most=most, share=share)
+def queue(places: int = 1, max_running: int = 1, max_per_client: int = 100, most: int = 1000, share: float = 1.0) -> FairQueue:
+    return FairQueue("work", places, max_running=max_running, max_per_client=max_per_client, most=most, share=share)
 
 
 def later(seconds: float = 30.0) -> float:
@@ -95,7 +95,7 @@ async def test_a_key_leaves_a_place_to_the_others():
 
 @run
 async def test_more_than_a_key_may_hold_is_refused_and_others_are_not():
-    work, jobs = queue(most_key=3, most=4), Jobs()
+    work, jobs = queue(max_per_client=3, most=4), Jobs()
     own = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
     with pytest.raises(ApiError, match="3 of your requests") as refused:
@@ -171,7 +171,7 @@ async def test_an_error_of_the_work_is_the_callers():
 async def test_at_random_each_job_runs_once_or_never(seed):
     """Clients come and leave at random; nobody starves, and the caps hold all the while."""
     rng = random.Random(seed)
-    work, ran, lock = queue(places=3, most_running=2), Counter(), threading.Lock()
+    work, ran, lock = queue(places=3, max_running=2), Counter(), threading.Lock()
     running = Counter()
 
     def job(key, n):

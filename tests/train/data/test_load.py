@@ -195,7 +195,7 @@ def test_all_bad_lines_are_counted_and_five_shown(load):
 
 
 def test_a_huge_line_is_refused_without_being_read_whole(load, monkeypatch):
-    monkeypatch.setattr("deepseek_optimizer.train.data.records.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("deepseek_optimizer.train.data.records.MAX_BYTES", 1 << 20)
     data = b'{"text": "' + b"x" * (1 << 21) + b'"}\n{"text": "good"}\n'
     with pytest.raises(DataError, match=r"line 1: has more than 1 MB"):
         load(data)

@@ -118,7 +118,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_cache_save_block": (I32, [PTR, I32, PTR]),
     "dso_cache_load_block": (I32, [PTR, I32, PTR]),
     "dso_cache_read": (I32, [PTR, I32, PTR, I32, PTR, PTR]),
-    "dso_cache_turn": (I32, [PTR, PTR, PTR, PTR, PTR, I32, I32, I32]),
+    "dso_cache_rotate": (I32, [PTR, PTR, PTR, PTR, PTR, I32, I32, I32]),
     "dso_plan_create": (I32, [PTR, PTR, I32, PTR, I32, PTR, I32, I32, PTR]),
     "dso_plan_destroy": (None, [PTR]),
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),

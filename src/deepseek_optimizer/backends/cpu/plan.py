@@ -65,7 +65,7 @@ class CpuStore:
         key, index = (None if pairs is None else _rotation(pairs, frequencies) for pairs in (rotation.key, rotation.index))
         place = address(table, "block_table", _I32, (table.size,))
         args = (None if r is None else C.byref(r) for r in (key, index))
-        self.context.call("dso_cache_turn", self.context.handle, self.handle, *args, place, tokens, position, delta)
+        self.context.call("dso_cache_rotate", self.context.handle, self.handle, *args, place, tokens, position, delta)
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         table, spec, f32 = _table(block_table, tokens), self.spec, torch.float32

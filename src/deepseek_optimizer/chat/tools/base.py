@@ -17,7 +17,7 @@ from ...engine.grammar.source import CallShape
 from ..deltas import ContentDelta, Delta, OutputParser, ToolCallDelta
 from ..scan import MarkerScanner
 
-_MOST_NAME = 256  # characters
+_MAX_NAME = 256  # characters
 
 
 class ToolFormat(Protocol):
@@ -80,7 +80,7 @@ def make_call(name: Any, arguments: Any) -> Call | None:
         name: of the tool.
         arguments: a dict, or the JSON text of one; None counts as no arguments.
     """
-    if not isinstance(name, str) or not 0 < len(name) <= _MOST_NAME or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
         return None
     if isinstance(arguments, str):
         arguments = read_json(arguments)

@@ -21,7 +21,7 @@ def check(case: Case) -> Iterator[Finding]:
     facts = {
         "weights": needs.weights, "cache_per_token": needs.cache_per_token, "kv_cache": needs.kv_cache,
         "buffers": needs.buffers, "context": context, "batch": case.batch, "needed": needs.needed(tokens), "free": needs.free,
-        "most_tokens": needs.most_tokens, "weights_in": {name: needs.weights_in(name) for name in SMALLER},
+        "max_tokens": needs.max_tokens, "weights_in": {name: needs.weights_in(name) for name in SMALLER},
     }  # fmt: skip
     if needs.weights + needs.buffers > needs.free:
         yield Finding(
@@ -37,7 +37,7 @@ def check(case: Case) -> Iterator[Finding]:
             f"{case.graph.max_positions} at most, or room by --context-extension yarn --context-length {case.context}",
             facts,
         )  # fmt: skip
-    if tokens <= needs.most_tokens:
+    if tokens <= needs.max_tokens:
         yield Finding(
             NAME, "ok", f"{gb(needs.needed(tokens))} for weights and {case.batch} x {context} tokens, {gb(needs.free)} free",
             facts=facts,
@@ -51,7 +51,7 @@ def check(case: Case) -> Iterator[Finding]:
     parts.append(f"buffers {gb(needs.buffers)}")
     fixes = _smaller_cache(case, needs, context)
     if needs.granted is not None and needs.granted < cache:
-        what = f"kv_cache_memory holds {needs.most_tokens} of {tokens} tokens"
+        what = f"kv_cache_memory holds {needs.max_tokens} of {tokens} tokens"
         if needs.needed(tokens) <= needs.free:
             fixes.insert(0, f"kv_cache_memory={cache}, or leave it out to use what is free")
     else:
@@ -75,8 +75,8 @@ def _smaller_cache(case: Case, needs: Budget, context: int) -> list[str]:
     fixes = [f"{remedy.name} takes {gb(remedy.needed)} ({remedy.price})" for remedy in fitting[:1]]
     if len(fitting) > 1:
         fixes.append(", ".join(f"{remedy.name} ({gb(remedy.needed)})" for remedy in fitting[1:]))
-    if (most := needs.most_tokens // case.batch // BLOCK * BLOCK) > 0:
+    if (most := needs.max_tokens // case.batch // BLOCK * BLOCK) > 0:
         fixes.append(f"limit sequences to {most} tokens (max_length)")
-    if case.batch > 1 and needs.most_tokens:
+    if case.batch > 1 and needs.max_tokens:
         fixes.append("fewer sequences at once (batch_size_range)")
     return fixes or ["free memory, raise the container's limit, or take a smaller model"]

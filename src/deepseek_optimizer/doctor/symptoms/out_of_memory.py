@@ -49,7 +49,7 @@ def _predictions(case: Case) -> Iterator[Finding]:
     needs = budget(case)
     context = case.context or case.graph.max_positions
     tokens = needs.held(context) * case.batch
-    if tokens <= needs.most_tokens or needs.weights + needs.buffers > needs.free:
+    if tokens <= needs.max_tokens or needs.weights + needs.buffers > needs.free:
         return
     found = remedies(case, needs, context)
     first = next((remedy for remedy in found if remedy.fits), None)

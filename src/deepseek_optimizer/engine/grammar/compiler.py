@@ -23,7 +23,7 @@ from .source import CallShape, GrammarSource, ebnf_source, object_source, regex_
 from .thoughts import AfterThoughts
 
 _JOB = Path(__file__).with_name("job.py")
-_MOST_BYTES = 1 << 25  # of a compiled grammar
+_MAX_BYTES = 1 << 25  # of a compiled grammar
 _NICE = 5  # of the processes: answers that are being written go first
 _CACHED, _CACHED_BYTES = 256, 1 << 27  # compiled grammars kept at most
 
@@ -176,7 +176,7 @@ class GrammarCompiler:
                 raise RequestError("grammar", "the server is ending")
             if self._workers is None:
                 self._info = _tokenizer_info(self._tokenizer, self._vocab_size, self._stops)
-                setup = {"tokenizer": self._info.serialize_json(), "most": _MOST_BYTES}
+                setup = {"tokenizer": self._info.serialize_json(), "most": _MAX_BYTES}
                 self._workers = WorkerPool(
                     _JOB, setup, self._count, patience=2 * self._seconds, seconds=self._seconds, memory=self._memory, nice=_NICE
                 )

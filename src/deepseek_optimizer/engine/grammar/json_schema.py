@@ -19,10 +19,10 @@ from .pattern import to_rules
 from .schema_overlap import canonical, disjoint, is_of_type
 from .schema_shapes import FIELD, check_shapes, refuse
 
-MOST_DEPTH, MOST_NODES, MOST_BYTES = 32, 4_000, 1 << 18
-_MOST_EXCLUSIVE = 256  # branches of one oneOf, which are compared with one another
+MAX_DEPTH, MAX_NODES, MAX_BYTES = 32, 4_000, 1 << 18
+_MAX_EXCLUSIVE = 256  # branches of one oneOf, which are compared with one another
 _INDEX = re.compile(r"[0-9]{1,6}")  # into a list, in a reference
-_MOST_NESTING = 4 * MOST_DEPTH  # of lists and objects, values of enum and const among them
+_MAX_NESTING = 4 * MAX_DEPTH  # of lists and objects, values of enum and const among them
 _OF_TYPE = {
     "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
@@ -86,11 +86,11 @@ def normalise(schema: Any) -> Enforced:
         text = json.dumps(schema, allow_nan=False)
     except (ValueError, TypeError, RecursionError):
         raise RequestError(FIELD, "must be plain JSON that is not nested too deeply") from None
-    if len(text) > MOST_BYTES:
-        raise RequestError(FIELD, f"is larger than {MOST_BYTES:,} characters")
+    if len(text) > MAX_BYTES:
+        raise RequestError(FIELD, f"is larger than {MAX_BYTES:,} characters")
     schema = json.loads(text)  # of plain lists and objects, whose keys are strings
-    if _deeper(schema, _MOST_NESTING):
-        raise RequestError(FIELD, f"nests lists and objects more than {_MOST_NESTING} deep")
+    if _deeper(schema, _MAX_NESTING):
+        raise RequestError(FIELD, f"nests lists and objects more than {_MAX_NESTING} deep")
     normaliser = _Normaliser(schema)
     return Enforced(normaliser.whole(), normaliser.rules)
 
@@ -133,8 +133,8 @@ class _Normaliser:
     def node(self, schema: Any, at: str, depth: int) -> dict[str, Any]:
         """A schema in it, rewritten; `at`: where it stands."""
         self._nodes += 1
-        if depth > MOST_DEPTH or self._nodes > MOST_NODES:
-            raise RequestError(FIELD, f"has more than {MOST_NODES:,} parts, or some deeper than {MOST_DEPTH}")
+        if depth > MAX_DEPTH or self._nodes > MAX_NODES:
+            raise RequestError(FIELD, f"has more than {MAX_NODES:,} parts, or some deeper than {MAX_DEPTH}")
         if schema is True:
             return {}
         if not isinstance(schema, dict):
@@ -221,8 +221,8 @@ class _Normaliser:
         """`anyOf` and `oneOf`. A type beside them goes into the branches."""
         _alone(key, used - {"type"}, at)
         branches = schema[key]
-        if key == "oneOf" and len(branches) > _MOST_EXCLUSIVE:
-            refuse(at, f"oneOf can't be enforced with more than {_MOST_EXCLUSIVE} branches; use anyOf")
+        if key == "oneOf" and len(branches) > _MAX_EXCLUSIVE:
+            refuse(at, f"oneOf can't be enforced with more than {_MAX_EXCLUSIVE} branches; use anyOf")
         if "type" in used:
             for branch in branches:
                 if not isinstance(branch, dict) or branch.get("type", schema["type"]) != schema["type"] or "$ref" in branch:

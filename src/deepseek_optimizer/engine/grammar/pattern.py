@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-_MOST_DEPTH, _LAST = 50, 0x10FFFF
-_MOST_NODES, _MOST_STATES, _MOST_EDGES = 4_000, 1_000, 100_000  # of the automata, and of the work to make one
+_MAX_DEPTH, _LAST = 50, 0x10FFFF
+_MAX_NODES, _MAX_STATES, _MAX_EDGES = 4_000, 1_000, 100_000  # of the automata, and of the work to make one
 _NO_TEXT = ((0, 0), (0xD800, 0xDFFF))
 _ESCAPED = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F))  # in a JSON string
 _SHORTHANDS = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": ((9, 13), (32, 32))}
@@ -44,7 +44,7 @@ def to_rules(pattern: str, name: str, *, json_string: bool) -> str:
         reader.fail("a parenthesis is not open")
     automaton = _Automaton()
     end = automaton.add(node, 0)
-    names = [name] + [f"{name}_{i}" for i in range(1, _MOST_STATES)]
+    names = [name] + [f"{name}_{i}" for i in range(1, _MAX_STATES)]
     lines = []
     for state, (edges, accepts) in enumerate(automaton.deterministic(end)):
         parts = [f"[{_class_text(ranges)}] {names[target]}" for target, ranges in edges.items()] + ['""'] * accepts
@@ -67,7 +67,7 @@ class _Reader:
         raise ValueError(f"{message}, at character {self.at}")
 
     def alternatives(self, depth: int) -> Node:
-        if depth > _MOST_DEPTH:
+        if depth > _MAX_DEPTH:
             self.fail("groups are nested too deeply")
         out = [self._sequence(depth)]
         while self._peek() == "|":
@@ -208,7 +208,7 @@ class _Automaton:
         self._free: list[list[int]] = [[]]
 
     def _new(self) -> int:
-        if len(self._edges) == _MOST_NODES:
+        if len(self._edges) == _MAX_NODES:
             raise ValueError("it becomes too large; give it fewer repetitions")
         self._edges.append([])
         self._free.append([])
@@ -273,7 +273,7 @@ class _Automaton:
                     states[reached] = len(states)
                     todo.append(reached)
                 targets.setdefault(states[reached], []).append((low, high))
-                if len(states) > _MOST_STATES or work > _MOST_EDGES:
+                if len(states) > _MAX_STATES or work > _MAX_EDGES:
                     raise ValueError("it becomes too large; give it fewer repetitions and alternatives")
             out.append((targets, end in state))
         return out

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from ...errors import RequestError, excerpt
 
-MOST_LENGTH = 1 << 16
-MOST_PATTERN = 2_048
+MAX_LENGTH = 1 << 16
+MAX_PATTERN = 2_048
 TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 FIELD = "json_schema"
 
@@ -44,7 +44,7 @@ def _is_type(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_LENGTH
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_LENGTH
 
 
 def _is_number(value: Any) -> bool:
@@ -62,7 +62,7 @@ def _are_names(value: Any) -> bool:
 
 
 _Shape = tuple[Callable[[Any], bool], str]
-_COUNT: _Shape = (_is_count, f"an integer from 0 to {MOST_LENGTH}")
+_COUNT: _Shape = (_is_count, f"an integer from 0 to {MAX_LENGTH}")
 _NUMBER: _Shape = (_is_number, "a number")
 _SCHEMAS: _Shape = (lambda value: isinstance(value, Mapping) and all(map(_is_schema, value.values())), "an object of schemas")
 _CHOICES: _Shape = (lambda value: isinstance(value, list) and bool(value) and all(map(_is_schema, value)), "a list of schemas")
@@ -87,8 +87,8 @@ _SHAPES: dict[str, _Shape] = {
     "minLength": _COUNT,
     "maxLength": _COUNT,
     "pattern": (
-        lambda value: isinstance(value, str) and len(value) <= MOST_PATTERN,
-        f"a string of at most {MOST_PATTERN:,} characters",
+        lambda value: isinstance(value, str) and len(value) <= MAX_PATTERN,
+        f"a string of at most {MAX_PATTERN:,} characters",
     ),
     "format": (lambda value: isinstance(value, str), "a string"),
     "minimum": _NUMBER,

@@ -14,8 +14,8 @@ from ...errors import RequestError, excerpt, shown
 from .json_schema import Enforced, normalise
 from .pattern import to_rules
 
-_MOST_CHARACTERS = {"regex": 8_192, "ebnf": 1 << 16}
-_MOST_OF_TOOLS = 1 << 20  # characters of the schemas of all tools together
+_MAX_CHARACTERS = {"regex": 8_192, "ebnf": 1 << 16}
+_MAX_OF_TOOLS = 1 << 20  # characters of the schemas of all tools together
 
 
 class GrammarSource(NamedTuple):
@@ -59,7 +59,7 @@ def schema_source(schema: Mapping[str, Any] | str) -> GrammarSource:
 
 def regex_source(pattern: str) -> GrammarSource:
     """Text that a regular expression matches from beginning to end; errors as of `schema_source`."""
-    most = _MOST_CHARACTERS["regex"]
+    most = _MAX_CHARACTERS["regex"]
     if not isinstance(pattern, str) or not 0 < len(pattern) <= most:
         raise RequestError("regex", f"must be a string of 1 to {most} characters")
     try:
@@ -71,8 +71,8 @@ def regex_source(pattern: str) -> GrammarSource:
 
 def ebnf_source(text: str) -> GrammarSource:
     """Text of a grammar in GBNF, llama.cpp's notation, whose first rule is `root`; errors as of `schema_source`."""
-    if not isinstance(text, str) or not 0 < len(text) <= _MOST_CHARACTERS["ebnf"]:
-        raise RequestError("grammar", f"must be a string of 1 to {_MOST_CHARACTERS['ebnf']} characters")
+    if not isinstance(text, str) or not 0 < len(text) <= _MAX_CHARACTERS["ebnf"]:
+        raise RequestError("grammar", f"must be a string of 1 to {_MAX_CHARACTERS['ebnf']} characters")
     return _checked("ebnf", text, "grammar")
 
 
@@ -97,8 +97,8 @@ def tools_source(
     if not functions:
         raise RequestError("tool_choice", f"there is no tool {shown(choice)}" if tools else "there are no tools to call")
     size = sum(len(json.dumps(function.get("parameters"))) for function in functions)
-    if size > _MOST_OF_TOOLS:
-        raise RequestError("tools", f"their parameters have {size:,} characters together, and {_MOST_OF_TOOLS:,} are the most")
+    if size > _MAX_OF_TOOLS:
+        raise RequestError("tools", f"their parameters have {size:,} characters together, and {_MAX_OF_TOOLS:,} are the most")
     calls = [  # as xgrammar's structural tags, but for the contents, which the job makes into grammars
         {
             "type": "tag",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Share:
+class ScheduledChunk:
     """What a request has in a step.
 
     Attributes:
@@ -79,10 +79,10 @@ class Scheduler:
         self.waiting: list[Running] = []  # in order
         self.running: list[Running] = []  # in order
         self.preemptions = 0
-        self.shares: dict[Running, Share] = {}  # of the step that is being made up
+        self.shares: dict[Running, ScheduledChunk] = {}  # of the step that is being made up
         self._lost = lost
-        self._shortest_turn = False
-        self._taken_in, self._read = Turns(), Turns()
+        self._shortest_rotate = False
+        self._admission_turns, self._read = Turns(), Turns()
 
     @property
     def idle(self) -> bool:
@@ -99,9 +99,9 @@ class Scheduler:
         self.running.remove(running)
         self._free(running)
 
-    def decoders(self, drafts: dict[Running, int]) -> list[Share]:
+    def decoders(self, drafts: dict[Running, int]) -> list[ScheduledChunk]:
         """The shares of those that get a token each, with room in the cache for it and so many drafts."""
-        found: list[Share] = []
+        found: list[ScheduledChunk] = []
         self.shares.clear()
         for running in [r for r in self.running if r.decoding]:
             if running not in self.running:  # it lost its blocks to one before it
@@ -113,18 +113,18 @@ class Scheduler:
                 drafts[running] = most = 0
             if most or self._extend_or_preempt(running, 1):
                 start = running.sequence.cached - 1 - most
-                self._add(found, Share(running, start, 1, DECODE, True, preempted=running.preempted))
+                self._add(found, ScheduledChunk(running, start, 1, DECODE, True, preempted=running.preempted))
         return found
 
-    def _add(self, found: list[Share], share: Share) -> None:
+    def _add(self, found: list[ScheduledChunk], share: ScheduledChunk) -> None:
         found.append(share)
         self.shares[share.running] = share
 
-    def prompts(self, decoding: int) -> list[Share]:
+    def prompts(self, decoding: int) -> list[ScheduledChunk]:
         """The shares of prompts, beside so many rows that decode: in order, but half of the room goes to the shortest, so that
         a short question need not wait for somebody's book."""
         self._admit_waiting()
-        found: list[Share] = []
+        found: list[ScheduledChunk] = []
         room = self.budget.tokens(decoding)
         # Of those that decode all is taken in by now.
         filling = alternating([r for r in self.running if r.missing and not r.decoding], self._read)
@@ -133,8 +133,8 @@ class Scheduler:
             if shortest is not first and shortest.request.priority == first.request.priority:
                 half = room // 2
                 if half < (self.budget.fixed or 1):  # a piece for one of the two: in turns
-                    self._shortest_turn = not self._shortest_turn
-                    half = room if self._shortest_turn else 0
+                    self._shortest_rotate = not self._shortest_rotate
+                    half = room if self._shortest_rotate else 0
                 if half:
                     room -= self._piece(shortest, half, found)
                     filling.remove(shortest)
@@ -147,7 +147,7 @@ class Scheduler:
             self._read.had(share.running.request.client, self.running)
         return found
 
-    def _piece(self, running: Running, room: int, found: list[Share]) -> int:
+    def _piece(self, running: Running, room: int, found: list[ScheduledChunk]) -> int:
         """Tokens of a prompt that were added to the step."""
         start, missing = running.sequence.cached, running.missing
         if start < running.prompt:
@@ -159,7 +159,7 @@ class Scheduler:
         if count <= 0 or not self._extend_or_preempt(running, count):
             return 0
         start = running.sequence.cached - count  # a window may have slid
-        self._add(found, Share(running, start, count, phase, count == missing, preempted=running.preempted))
+        self._add(found, ScheduledChunk(running, start, count, phase, count == missing, preempted=running.preempted))
         return count
 
     def _admit_waiting(self) -> None:
@@ -168,7 +168,7 @@ class Scheduler:
             return
         most = self.batch.choose()
         filling = self._being_filled()
-        for running in in_turn(self.waiting, self.running, self._taken_in):
+        for running in in_turn(self.waiting, self.running, self._admission_turns):
             full = len(self.running) >= most
             if full and place_for(running, self.running) is None:
                 return
@@ -180,7 +180,7 @@ class Scheduler:
             while not self._admit(running, shares):
                 if not self._make_place(running):
                     return
-            self._taken_in.had(running.request.client, [*self.waiting, *self.running])
+            self._admission_turns.had(running.request.client, [*self.waiting, *self.running])
             filling.update(running.keys[running.registered :])
 
     def _make_place(self, newcomer: Running) -> bool:

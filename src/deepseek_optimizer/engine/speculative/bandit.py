@@ -15,7 +15,7 @@ from ..scheduling.step_times import StepTimes
 from .acceptance import Acceptance
 
 SHARE = 0.01  # of the time that passes may be lost by drafts that do not hold
-_FIRST, _MOST = 1.0, 4.0  # plain steps of credit, at first and at most
+_FIRST, _MAX = 1.0, 4.0  # plain steps of credit, at first and at most
 _SOON, _LATER = 8, 128  # chances that go by before drafts are tried again: doubles from the first to the second
 _MARGIN = 0.05  # of a step that drafts must promise, so that noise does not choose
 
@@ -75,4 +75,4 @@ class DraftBandit:
         if held:
             self._wait = _SOON
         if self._credit is not None:
-            self._credit = min(self._credit + held * token - cost + SHARE * token, _MOST * token)
+            self._credit = min(self._credit + held * token - cost + SHARE * token, _MAX * token)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from .acceptance import Acceptance
 from .costs import StepCosts
 
-FIRST, SHARE, MOST = 0.8, 0.012, 4.0  # plain steps of credit at first and at most; share of the time that adds to it
+FIRST, SHARE, MAX = 0.8, 0.012, 4.0  # plain steps of credit at first and at most; share of the time that adds to it
 _BETTER = 1.02  # that drafts must promise over plain decoding
 _WARM = 2  # plain rounds before the first drafts
 _SOON, _LATER = 4, 32  # rounds after which something beside the best is measured again: doubles from the first to the second
@@ -127,7 +127,7 @@ class Gate:
             self._plain += tokens * plain
             if self._credit is not None:
                 saved = tokens * plain - seconds if drafted else 0.0
-                self._credit = min(self._credit + saved + SHARE * seconds, MOST * plain)
+                self._credit = min(self._credit + saved + SHARE * seconds, MAX * plain)
 
     def _count(self, drafted: int, held: int) -> None:
         self._lengths += (1 + held) * (drafted > 0)

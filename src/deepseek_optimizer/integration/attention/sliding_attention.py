@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from ...config import WINDOWS, DeepSeekConfig
 from ...errors import UnsupportedRequestError
-from .window_mask import MOST_SINKS, MOST_WINDOW, whole
+from .window_mask import MAX_SINKS, MAX_WINDOW, whole
 
 _SCORE_BYTES = 64 << 20  # of one piece: what a kernel that does not work in tiles would take
 _REFUSED = ("softcap", "position_bias", "s_aux")  # change the softmax itself
@@ -233,6 +233,6 @@ def _window_of(config: Any) -> tuple[int, int]:
     """Window and sinks of a model's config. Raises ConfigError."""
     window, sinks = getattr(config, "dso_window", None), getattr(config, "dso_sinks", None)
     return (
-        whole("dso_window", WINDOWS["sliding"] if window is None else window, 1, MOST_WINDOW),
-        whole("dso_sinks", DeepSeekConfig.attention_sinks if sinks is None else sinks, 0, MOST_SINKS),
+        whole("dso_window", WINDOWS["sliding"] if window is None else window, 1, MAX_WINDOW),
+        whole("dso_sinks", DeepSeekConfig.attention_sinks if sinks is None else sinks, 0, MAX_SINKS),
     )

@@ -17,7 +17,7 @@ import torch
 from ...errors import ConfigError, NotEnoughMemoryError
 from ...system.memory import RESERVE_SHARE, free_memory
 
-MOST_WINDOW, MOST_SINKS = 1 << 24, 1024  # as in DeepSeekConfig
+MAX_WINDOW, MAX_SINKS = 1 << 24, 1024  # as in DeepSeekConfig
 _GIVEN = "a tokenizer's output, rows of token ids, one row, or the number of tokens of one"
 
 
@@ -39,7 +39,7 @@ def sliding_window_mask(chunks: Any, window: int, sinks: int = 4) -> WindowMasks
         NotEnoughMemoryError: a mask does not fit in what is free. Nothing was taken.
     """
     rows = _rows(chunks)
-    masks = WindowMasks(rows, whole("window", window, 1, MOST_WINDOW), whole("sinks", sinks, 0, MOST_SINKS))
+    masks = WindowMasks(rows, whole("window", window, 1, MAX_WINDOW), whole("sinks", sinks, 0, MAX_SINKS))
     if rows:
         _check_memory(max(rows, key=lambda row: row.bytes))
     return masks

@@ -114,10 +114,10 @@ class Runtime(Instance):
         self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
         self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self.mappings: weakref.WeakSet[Any] = weakref.WeakSet()
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
-            self.tell(note)
+            self.warn_once(note)
         self._making = threading.RLock()  # what is made when it is first asked for is made once, whoever asks meanwhile
         self._plan: Plan | None = None
         self._mtp_plans: list[Plan] | None = None
@@ -143,7 +143,7 @@ class Runtime(Instance):
             if self._backend is None:
                 self._backend, note = choose_backend(self.config, self.model.device)
                 if note:
-                    self.tell(note)
+                    self.warn_once(note)
                 self._set_products(self._backend)
             return self._backend
 
@@ -256,9 +256,9 @@ class Runtime(Instance):
     def _set_products(self, backend: Backend) -> None:
         """Packed modules compute with the backend's own product where it has one, and ask it whether their weights are
         intact."""
-        intact = Shared(getattr(backend, "check_tensor", None) or unchecked)
-        product = Shared(getattr(backend, "linear", None) or matmul_panels)
-        gradient = Shared(getattr(backend, "linear_gradient", None) or gradient_panels)
+        intact = NoCopyCallable(getattr(backend, "check_tensor", None) or unchecked)
+        product = NoCopyCallable(getattr(backend, "linear", None) or matmul_panels)
+        gradient = NoCopyCallable(getattr(backend, "linear_gradient", None) or gradient_panels)
         for module in self.model.modules():
             if isinstance(module, Packed):
                 module.check_tensor = intact
@@ -280,10 +280,10 @@ class Runtime(Instance):
         """After the model moved to another device: another backend, and caches begin anew."""
         self._plan = self._mtp_plans = self._backend = self._arena = None
 
-    def tell(self, note: str) -> None:
+    def warn_once(self, note: str) -> None:
         """Warns once."""
-        if note not in self._told:
-            self._told.add(note)
+        if note not in self._warned:
+            self._warned.add(note)
             self.notes.append(note)
             warnings.warn(note, OptimizerWarning, stacklevel=4)
 
@@ -337,7 +337,7 @@ class Runtime(Instance):
         twin._plan = twin._mtp_plans = twin._arena = None
         twin.mappings = weakref.WeakSet()  # its weights are in memory
         twin.config = copy.deepcopy(self.config, memo)
-        twin.notes, twin._told = list(self.notes), set(self._told)
+        twin.notes, twin._warned = list(self.notes), set(self._warned)
         twin._tree = None  # its modules are not all made yet
         return twin
 
@@ -350,7 +350,7 @@ class Runtime(Instance):
         raise BackendError(_NO_PICKLE)
 
 
-class Shared:
+class NoCopyCallable:
     """A callable that copies of a model share instead of copying: what is behind it (a thread pool) cannot be."""
 
     def __init__(self, function: Any) -> None:
@@ -359,7 +359,7 @@ class Shared:
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoCopyCallable:
         return self
 
     def __reduce__(self) -> Any:

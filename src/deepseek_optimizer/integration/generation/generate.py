@@ -63,7 +63,7 @@ class PlanGenerate(Replacement):
                     f"the plan cannot continue this prompt ({mask_reason}), and only it can use a PagedCache; pad on the left, "
                     "or pass a transformers.DynamicCache()"
                 )
-            self.runtime.tell(f"{mask_reason}: Transformers' own loop and forward serve such prompts, slower")
+            self.runtime.warn_once(f"{mask_reason}: Transformers' own loop and forward serve such prompts, slower")
             reason = mask_reason
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
             self._may_go_beyond(longest)
@@ -98,7 +98,7 @@ class PlanGenerate(Replacement):
         model = self.runtime.model
         if config.use_mtp or proposer is not None:
             call = _without(call, model, "use_mtp")
-            self.runtime.tell("a request ran without drafts: its options need Transformers' own loop")
+            self.runtime.warn_once("a request ran without drafts: its options need Transformers' own loop")
         return self._original(model, **call)
 
     def _longest(self, call: dict[str, Any], config: Any, inputs: Any) -> int:
@@ -117,7 +117,7 @@ class PlanGenerate(Replacement):
         state.length = longest
         rope, begun = dynamic_rope(self.runtime.graph), int(state.reach.max(initial=0))
         if rope is not None and longest is not None and begun and longest > max(begun, rope.context):
-            self.runtime.tell(
+            self.runtime.warn_once(
                 f"the cache was begun for {begun} tokens, whose frequencies it keeps, and may come to hold {longest}: quality "
                 "suffers; begin it with as large a max_length"
             )
@@ -125,7 +125,7 @@ class PlanGenerate(Replacement):
     def _may_go_beyond(self, longest: int) -> None:
         context = self.runtime.graph.max_positions
         if longest > context:
-            self.runtime.tell(
+            self.runtime.warn_once(
                 f"Transformers' own loop goes on beyond the model's context of {context} tokens, where quality is not assured"
             )
 
@@ -234,7 +234,7 @@ def _sample(
         if not any(alive):
             break
         if steps.next_position >= runtime.graph.max_positions:
-            runtime.tell(f"generation stopped at the model's context of {runtime.graph.max_positions} tokens")
+            runtime.warn_once(f"generation stopped at the model's context of {runtime.graph.max_positions} tokens")
             break
         if drop_ended and sum(alive) < len(steps.rows):
             steps.keep([i for i, row in enumerate(steps.rows) if alive[row]])

@@ -42,7 +42,7 @@ _BY_ROW = tuple(
         "SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor",
     )
 )  # fmt: skip
-MOST = 3  # drafts a round, where the request names no number
+MAX = 3  # drafts a round, where the request names no number
 _CRITERIA_BY_ROW = (stopping_criteria.MaxTimeCriteria, stopping_criteria.StopStringCriteria, ContextLimit)
 
 
@@ -77,7 +77,7 @@ def wanted_drafts(
     """
     fixed = schedule == "constant"
     if proposer is not None:
-        return Drafts(given or MOST, lambda _: proposer, fixed)
+        return Drafts(given or MAX, lambda _: proposer, fixed)
     if config.prompt_lookup_num_tokens is not None:  # goes before use_mtp, as in Transformers
         longest = config.max_matching_ngram_size or 3
         return Drafts(config.prompt_lookup_num_tokens, lambda _: PromptLookupProposer(longest), fixed)
@@ -86,7 +86,7 @@ def wanted_drafts(
     plans = runtime.mtp_plans
     if not plans:
         raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
-    most = given or max(MOST, len(plans))
+    most = given or max(MAX, len(plans))
     return Drafts(most, lambda drafter: MtpProposer([Runner(plan, runtime.arena) for plan in plans], drafter.draft), fixed)
 
 
@@ -254,7 +254,7 @@ def speculative_sample(
     """A generation loop with drafts; `plain` is the one without, which serves what this one cannot."""
     stop, config = Stop(stopping_criteria), generation_config
     if reason := why_not(input_ids, logits_processor, stop, config, owned, model_kwargs):
-        runtime.tell(f"a request ran without drafts: {reason}")
+        runtime.warn_once(f"a request ran without drafts: {reason}")
         return plain(
             model, input_ids, logits_processor, stopping_criteria, config, runtime=runtime, streamer=streamer, owned=owned,
             **model_kwargs,
@@ -344,7 +344,7 @@ def _rounds(
         active = [s for s in sequences if request.alive[s.index]]
         room = [limit - (text.lengths[s.index] - text.prompt) for s in active]
         if full := [s for s, r in zip(active, room, strict=True) if r <= 0]:  # `stop` has ended those of max_length
-            request.runtime.tell(f"generation stopped at the model's context of {context} tokens")
+            request.runtime.warn_once(f"generation stopped at the model's context of {context} tokens")
             for sequence in full:
                 request.alive[sequence.index] = False
             stream.put(request.alive)

@@ -8,7 +8,7 @@ from ...backends.base import BLOCK_TOKENS
 from ...errors import NotEnoughMemoryError
 from ...system.memory import FreeMemory, free_memory, less_reserve, mb
 
-_MOST_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # places in a cache are 32-bit numbers
+_MAX_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # places in a cache are 32-bit numbers
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CacheSize:
 
     def blocks(self, block_bytes: int) -> int:
         """How many blocks that is. At least one."""
-        return max(1, min(self.bytes // block_bytes, _MOST_BLOCKS))
+        return max(1, min(self.bytes // block_bytes, _MAX_BLOCKS))
 
 
 def granted(memory: int) -> CacheSize:

@@ -85,7 +85,7 @@ class _LayerMethod:
         base.weight.data.copy_(packer_of(runtime.backend)(merged, base.format))
         runtime.rebind()
         if base.format not in _EXACT:
-            runtime.tell(
+            runtime.warn_once(
                 f"an adapter was merged into weights packed as {base.format} ({get_format(base.format).bits:g} bits a weight), "
                 "which rounds their sum anew; for less of an error merge it into the float model and convert that"
             )

@@ -65,7 +65,7 @@ class PlanForward(Replacement):
         mode = self.runtime.config.attention.kind
         seen = f"; there every token sees all before it, whatever {mode} attention hides" if self.runtime.in_mode else ""
         seen += "; there dynamic RoPE follows each call's length" if dynamic_rope(self.runtime.graph) else ""
-        self.runtime.tell(f"{reason}: Transformers' own forward over the packed modules serves such calls, slower{seen}")
+        self.runtime.warn_once(f"{reason}: Transformers' own forward over the packed modules serves such calls, slower{seen}")
         return self._original(self.runtime.model, **call, **({} if cache is None else {cache_name(): cache}))
 
     def why_not(self, call: dict[str, Any], cache: Any) -> str | None:
@@ -328,7 +328,7 @@ class _Compile(InstanceMethod):
     """`model.compile`: changes nothing, and says so. `torch.compile(model)` cannot be told from a plain call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.runtime.tell("torch.compile changes nothing here: the plan of an optimised model is compiled already")
+        self.runtime.warn_once("torch.compile changes nothing here: the plan of an optimised model is compiled already")
 
 
 class Refuse:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ...errors import DocumentError
 from ..document import Page, TextFile, clean
 
-MOST_CHARACTERS = 128 << 20  # more than any book; a small file that unpacks to more is made to do harm
+MAX_CHARACTERS = 128 << 20  # more than any book; a small file that unpacks to more is made to do harm
 
 
 class TextBuilder:
@@ -66,5 +66,5 @@ class TextBuilder:
     def _append(self, text: str) -> None:
         self._parts.append(text)
         self._length += len(text)
-        if self._length > MOST_CHARACTERS:
-            raise DocumentError(self._name, f"has more than {MOST_CHARACTERS:,} characters of text; read a part of it")
+        if self._length > MAX_CHARACTERS:
+            raise DocumentError(self._name, f"has more than {MAX_CHARACTERS:,} characters of text; read a part of it")

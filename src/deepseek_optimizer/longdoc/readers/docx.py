@@ -16,7 +16,7 @@ from ...errors import DocumentError, MissingPackageError
 from ..document import TextFile
 from .builder import TextBuilder
 
-MOST_XML, MOST_UNPACKED, MOST_MEMBERS = 48 << 20, 512 << 20, 20_000  # bytes of one XML part, of all; entries of the archive
+MAX_XML, MAX_UNPACKED, MAX_MEMBERS = 48 << 20, 512 << 20, 20_000  # bytes of one XML part, of all; entries of the archive
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _CHARACTERS = {f"{_W}tab": "\t", f"{_W}br": "\n", f"{_W}cr": "\n", f"{_W}noBreakHyphen": "-"}
@@ -68,11 +68,11 @@ def _check(name: str, data: bytes) -> None:
         raise DocumentError(name, "is encrypted and needs a password; save a copy without one")
     xml = max((m.file_size for m in members if m.filename.endswith((".xml", ".rels"))), default=0)
     unpacked = sum(member.file_size for member in members)
-    if len(members) > MOST_MEMBERS or xml > MOST_XML or unpacked > MOST_UNPACKED:
+    if len(members) > MAX_MEMBERS or xml > MAX_XML or unpacked > MAX_UNPACKED:
         raise DocumentError(
             name,
             f"unpacks to {unpacked >> 20:,} MB in {len(members):,} parts, more than is read "
-            f"({MOST_UNPACKED >> 20} MB, {MOST_XML >> 20} MB of one text); split it or save it as text",
+            f"({MAX_UNPACKED >> 20} MB, {MAX_XML >> 20} MB of one text); split it or save it as text",
         )
 
 

@@ -21,7 +21,7 @@ Tool = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class ChatAsked:
+class ChatSpec:
     """What a request says of it, whichever protocol it came by.
 
     Attributes:
@@ -61,7 +61,7 @@ class ChatSetup:
     parser: Callable[[], OutputParser] | None
 
 
-def set_up(state: ServerState, lane: Lane, asked: ChatAsked) -> ChatSetup:
+def set_up(state: ServerState, lane: Lane, asked: ChatSpec) -> ChatSetup:
     """Blocks, and uses the lane's tokenizer and template: for `ServerState.tokenizing`.
 
     Raises:
@@ -93,7 +93,7 @@ def _fitted(
     answer and the turns to come."""
 
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
-        return lane.template.render(some, tools=tools or None, options=options, most_bytes=state.prompt_size.most)
+        return lane.template.render(some, tools=tools or None, options=options, max_bytes=state.prompt_size.most)
 
     whole, window = render(messages), state.engine.window
     if window is None or len(whole.ids) <= window * 3 // 4:
@@ -116,7 +116,7 @@ def _tool_format(state: ServerState, source: str) -> ToolFormat:
     return found
 
 
-def _options(lane: Lane, asked: ChatAsked, tools: bool, thinks: bool) -> dict[str, Any]:
+def _options(lane: Lane, asked: ChatSpec, tools: bool, thinks: bool) -> dict[str, Any]:
     """The template's variables, with `reasoning_effort` where it knows it.
 
     Where it does not, "none" still asks a model that thinks not to (`enable_thinking`, or DeepSeek's `thinking`), and any other

@@ -20,7 +20,7 @@ from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..protocol.formats import Guided, JsonObjectFormat, JsonSchemaFormat
 from ..state import ServerState
-from .chat_setup import ChatAsked, ChatSetup
+from .chat_setup import ChatSetup, ChatSpec
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ async def compiled(state: ServerState, form: Form | None, caller: Caller) -> Com
 
 
 async def chat_grammar(
-    state: ServerState, chat: ChatAsked, setup: ChatSetup, form: Form | None, parallel: bool, caller: Caller
+    state: ServerState, chat: ChatSpec, setup: ChatSetup, form: Form | None, parallel: bool, caller: Caller
 ) -> CompiledGrammar | None:
     """What a chat's answer is held to: a form, or calls of tools that must be made. Thoughts before it are free.
 

@@ -17,7 +17,7 @@ _PROMPTS = ("prompt", "input")  # fields that may be tokens
 
 
 @asynccontextmanager
-async def taken_in(
+async def admitted_request(
     state: ServerState, request: Request, model: type[Model], *, one: bool = False
 ) -> AsyncIterator[tuple[Model, ExitStack, Caller]]:
     """The body, checked; its places in the engine's queue, which whoever answers later takes along by `pop_all`; and who asks.

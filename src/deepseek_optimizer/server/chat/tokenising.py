@@ -31,13 +31,13 @@ class Tokenising:
     """
     Args:
         tokenizer: of Transformers, used by nobody else.
-        most_key, most: as of `FairQueue`.
+        max_per_client, most: as of `FairQueue`.
     """
 
-    def __init__(self, tokenizer: Any, most_key: int, most: int) -> None:
+    def __init__(self, tokenizer: Any, max_per_client: int, most: int) -> None:
         self.short, self._long = Lane(tokenizer), Lane(copy.deepcopy(tokenizer))
         names = ("tokenising short texts", "tokenising long texts")
-        self.queues = [FairQueue(name, 1, most_running=1, most_key=most_key, most=most) for name in names]
+        self.queues = [FairQueue(name, 1, max_running=1, max_per_client=max_per_client, most=most) for name in names]
 
     async def run(self, work: Callable[[Lane], T], caller: Caller, size: int | None = None) -> T:
         """What the work returns, or raises.

@@ -17,8 +17,8 @@ from ..http.upload import digest_of, label, too_large
 from ..state import ServerState
 from .file_store import Room, memory_of
 
-MOST_FILES = 64  # of a chat
-MOST_BEFORE = 2_000  # characters of earlier messages that go with a question about a document that does not fit
+MAX_FILES = 64  # of a chat
+MAX_BEFORE = 2_000  # characters of earlier messages that go with a question about a document that does not fit
 _DATA = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
 Message = Mapping[str, Any]
@@ -73,8 +73,8 @@ async def attached(state: ServerState, messages: Sequence[Message], owner: str, 
         for part in _parts(message):
             if part["type"] != "file":
                 continue
-            if len(found) >= MOST_FILES:
-                raise ApiError(400, f"messages: a chat may have {MOST_FILES} files", param="messages")
+            if len(found) >= MAX_FILES:
+                raise ApiError(400, f"messages: a chat may have {MAX_FILES} files", param="messages")
             id = part["file"].get("file_id")
             if id is not None:
                 kept = state.files.get(owner, id)
@@ -137,7 +137,7 @@ def _data_of(state: ServerState, file: Mapping[str, Any]) -> tuple[str, bytes]:
         data = base64.b64decode(given[head.end() if head else 0 :], validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, "file_data: must be data:...;base64,... or base64", param="file_data") from None
-    if len(data) > state.settings.most_file_bytes:
+    if len(data) > state.settings.max_file_bytes:
         raise too_large(state.settings)
     return label(file.get("filename") or "file"), data
 
@@ -151,6 +151,6 @@ def _before(messages: Sequence[Message]) -> tuple[str, bool]:
         for message in messages
         if message["role"] in names and (said := _said(message).strip())
     )
-    cut = len(system) > MOST_BEFORE or len(turns) > MOST_BEFORE
-    parts = [system[:MOST_BEFORE], f"What was said before:\n{turns[-MOST_BEFORE:]}" if turns else ""]
+    cut = len(system) > MAX_BEFORE or len(turns) > MAX_BEFORE
+    parts = [system[:MAX_BEFORE], f"What was said before:\n{turns[-MAX_BEFORE:]}" if turns else ""]
     return "\n\n".join(part for part in parts if part), cut

@@ -10,7 +10,7 @@ from ...chat.reasoning import ReasoningParser
 from ...engine.request import Request as EngineRequest
 from ...longdoc.material import Material
 from ..chat.chat_answers import ChatAnswer
-from ..chat.chat_setup import ChatAsked, ChatSetup, set_up
+from ..chat.chat_setup import ChatSetup, ChatSpec, set_up
 from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..state import ServerState
@@ -26,7 +26,7 @@ class Documents:
     material: Material
 
 
-def answered(
+def submit_answers(
     state: ServerState, documents: Documents | None, setup: ChatSetup | None, requests: list[EngineRequest], one_call: bool
 ) -> tuple[list[Any], list[ChatAnswer]]:
     """Answers of the engine, and what reads them.
@@ -53,7 +53,7 @@ def answered(
     return cited, parsed
 
 
-async def documents_of(state: ServerState, owner: str, chat: ChatAsked, places: ExitStack, caller: Caller) -> Documents | None:
+async def documents_of(state: ServerState, owner: str, chat: ChatSpec, places: ExitStack, caller: Caller) -> Documents | None:
     """The documents of a chat, read and in chunks; None: it has no files.
 
     Args:
@@ -70,7 +70,7 @@ async def documents_of(state: ServerState, owner: str, chat: ChatAsked, places: 
 
 
 async def set_up_chat(
-    state: ServerState, chat: ChatAsked, documents: Documents | None, most: int | None, caller: Caller
+    state: ServerState, chat: ChatSpec, documents: Documents | None, most: int | None, caller: Caller
 ) -> ChatSetup | None:
     """As `set_up`, with the documents' texts before what is asked of them; None: they do not fit.
 

@@ -104,12 +104,12 @@ class FileStore:
         Raises:
             ApiError: 429, the client is sending as many as it may; 503, all together are.
         """
-        if self._coming[client] >= self._settings.most_key_uploads:
+        if self._coming[client] >= self._settings.max_uploads_per_client:
             raise ApiError(
                 429, f"file: {self._coming[client]} of yours are being received, and no more are taken at once",
                 code="queue_full", headers={"Retry-After": "1"},
             )  # fmt: skip
-        if self._coming.total() >= self._settings.most_uploads:
+        if self._coming.total() >= self._settings.max_uploads_total:
             raise busy("the server is reading as many files as it can at once")
         room = Room(self, owner)
         self._coming[client] += 1
@@ -125,13 +125,13 @@ class FileStore:
         """Counts memory in or out; raises as of `Room.set`, and has counted nothing then."""
         if change > 0:
             self.sweep()
-            if self._taken[owner] + change > self._settings.most_key_file_bytes:
-                mb = self._settings.most_key_file_bytes / 1e6
+            if self._taken[owner] + change > self._settings.max_file_bytes_per_client:
+                mb = self._settings.max_file_bytes_per_client / 1e6
                 raise ApiError(
                     413, f"file: with it your files take more than the {mb:,.0f} MB that a key has; delete some", param="file",
                     code="file_memory", headers={"Connection": "close"},
                 )  # fmt: skip
-            if self.held + change > self._settings.most_files_bytes:
+            if self.held + change > self._settings.max_file_bytes_total:
                 raise busy("there is no memory for more files now", 30)
         self._taken[owner] += change
         if not self._taken[owner]:
@@ -147,10 +147,10 @@ class FileStore:
             ApiError: 413 or 503, there is no room; 400, the key has as many files as it may.
         """
         self.sweep()
-        if sum(file.owner == owner for file in self._files.values()) >= self._settings.most_key_files:
+        if sum(file.owner == owner for file in self._files.values()) >= self._settings.max_files_per_client:
             raise ApiError(
                 400,
-                f"file: a key may have {self._settings.most_key_files} files; delete some",
+                f"file: a key may have {self._settings.max_files_per_client} files; delete some",
                 param="file",
                 code="too_many_files",
             )

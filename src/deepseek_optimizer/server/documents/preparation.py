@@ -40,20 +40,20 @@ class Preparation:
     Args:
         copied: gives a copy of the tokenizer.
         room: tokens that prompt and answer may take together.
-        most_bytes: that prepared documents may take together; the newest one is kept whatever it takes.
-        most_key, most: as of `FairQueue`.
+        max_bytes: that prepared documents may take together; the newest one is kept whatever it takes.
+        max_per_client, most: as of `FairQueue`.
     """
 
     def __init__(
-        self, copied: Callable[[Caller], Awaitable[Any]], room: int, most_bytes: int, most_key: int, most: int
+        self, copied: Callable[[Caller], Awaitable[Any]], room: int, max_bytes: int, max_per_client: int, most: int
     ) -> None:
-        self.room, self._most = room, most_bytes
+        self.room, self._max = room, max_bytes
         self._copied = copied
         self._kept: OrderedDict[_Key, tuple[Material, float]] = OrderedDict()  # with when it was asked for last
         self._making: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
         self._copying = asyncio.Lock()
         self.queues = [
-            FairQueue(name, 1, most_running=1, most_key=most_key, most=most)
+            FairQueue(name, 1, max_running=1, max_per_client=max_per_client, most=most)
             for name in ("short documents", "long documents", "citations")
         ]
         self._short, self._long, self._citing = self.queues
@@ -75,7 +75,7 @@ class Preparation:
             found = self._kept.pop(key, None)
             made = found[0] if found is not None else await self._made(document, caller)
             self._kept[key] = made, time.monotonic()  # as the newest
-        while len(self._kept) > 1 and sum(_bytes(one) for one, _ in self._kept.values()) > self._most:
+        while len(self._kept) > 1 and sum(_bytes(one) for one, _ in self._kept.values()) > self._max:
             self._kept.popitem(last=False)
         return made
 

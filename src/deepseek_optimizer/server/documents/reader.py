@@ -28,14 +28,14 @@ class DocumentReader:
 
     Args:
         workers: processes, and files that are read at once.
-        most_key, most: as of `FairQueue`.
+        max_per_client, most: as of `FairQueue`.
     """
 
-    def __init__(self, settings: ServerSettings, workers: int, most_key: int, most: int) -> None:
-        setup = {"package": __name__.partition(".")[0], "most": settings.most_file_bytes}
+    def __init__(self, settings: ServerSettings, workers: int, max_per_client: int, most: int) -> None:
+        setup = {"package": __name__.partition(".")[0], "most": settings.max_file_bytes}
         self.workers = WorkerPool(_JOB, setup, workers, seconds=settings.file_read_seconds, memory=_MEMORY, nice=_NICE)
         # As many threads: what waits does so as the bytes that it is, and not as a message to a worker too.
-        self.queue = FairQueue("files", workers, most_running=1, most_key=most_key, most=most)
+        self.queue = FairQueue("files", workers, max_running=1, max_per_client=max_per_client, most=most)
 
     async def read(self, name: str, data: bytes | bytearray, caller: Caller) -> TextFile:
         """

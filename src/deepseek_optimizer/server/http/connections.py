@@ -33,16 +33,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.transport = LingeringTransport(transport, self.limits.body_seconds, self.limits.most_bodies_bytes)
+        self.transport = LingeringTransport(transport, self.limits.body_seconds, self.limits.max_body_bytes_total)
         self._in_head = False
         self._head_bytes = 0
         self._refusal: ApiError | None = None  # what the parser is stopped for
         self._due: ApiError | None = None  # what is answered once the requests before are; nothing more is parsed
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        if len(self.connections) > self.limits.most_connections:
+        if len(self.connections) > self.limits.max_connections:
             self._refuse(ApiError(503, "too many connections", code="unavailable", headers={"Retry-After": "1"}))
-            if len(self.connections) > 2 * self.limits.most_connections:
+            if len(self.connections) > 2 * self.limits.max_connections:
                 self.transport.close_now()
         else:
             self._arm_head_timer()
@@ -64,7 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._head_bytes += len(data) if begun else 0  # of a head's first piece, no more than a read's worth goes uncounted
-            if self._head_bytes > self.limits.most_header_bytes:
+            if self._head_bytes > self.limits.max_header_bytes:
                 return self._refuse(self._too_large())
         if self._in_head or self.cycle is None or self.cycle.response_complete:
             self._arm_head_timer()
@@ -82,7 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         self._count(len(name) + len(value) + 4)
-        if len(self.headers) > self.limits.most_headers:
+        if len(self.headers) > self.limits.max_headers:
             self._stop_parser(self._too_large())
 
     def on_headers_complete(self) -> None:
@@ -95,7 +95,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _count(self, size: int) -> None:
         self._parsed_bytes += size
-        if self._parsed_bytes > self.limits.most_header_bytes:
+        if self._parsed_bytes > self.limits.max_header_bytes:
             self._stop_parser(self._too_large())
 
     def _stop_parser(self, error: ApiError) -> None:
@@ -104,7 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_large(self) -> ApiError:
         limits = self.limits
-        return ApiError(431, f"the request's head is over {limits.most_header_bytes} bytes or {limits.most_headers} headers")
+        return ApiError(431, f"the request's head is over {limits.max_header_bytes} bytes or {limits.max_headers} headers")
 
     def _unsupported_upgrade_warning(self) -> None:
         """A request for another protocol is answered in this one, and is the last: the parser drops what came behind it."""

@@ -41,16 +41,16 @@ class FairQueue:
     Args:
         name: of what is done, for errors and metrics.
         places: jobs that run at once.
-        most_running: of a client's jobs, that run at once: less than `places` keeps one for the others.
-        most_key: jobs that a client may hold.
+        max_running: of a client's jobs, that run at once: less than `places` keeps one for the others.
+        max_per_client: jobs that a client may hold.
         most: jobs that all may hold together.
         share: of the time that a client's jobs may run; after one of t seconds its next begins t * (1 / share - 1) later at the
             earliest. For work that slows everybody while it runs, since it holds the interpreter.
     """
 
-    def __init__(self, name: str, places: int, *, most_running: int, most_key: int, most: int, share: float = 1.0) -> None:
+    def __init__(self, name: str, places: int, *, max_running: int, max_per_client: int, most: int, share: float = 1.0) -> None:
         self.name, self.counts = name, QueueCounts()
-        self._free, self._most_running, self._most_key, self._most = places, most_running, most_key, most
+        self._free, self._max_running, self._max_per_client, self._max = places, max_running, max_per_client, most
         self._rest = 1 / share - 1  # seconds for each second that a job ran
         self._resting: set[str] = set()
         self._threads = ThreadPoolExecutor(places, f"dso-{name.replace(' ', '-')}")
@@ -96,13 +96,13 @@ class FairQueue:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, key: str) -> None:
-        if self._held[key] >= self._most_key:
+        if self._held[key] >= self._max_per_client:
             self.counts.jobs["refused"] += 1
             raise ApiError(
                 429, f"{self.name}: {self._held[key]} of your requests wait for it, and no more are taken; let some end first",
                 code="queue_full", headers={"Retry-After": "1"},
             )  # fmt: skip
-        if self._held.total() >= self._most:
+        if self._held.total() >= self._max:
             self.counts.jobs["refused"] += 1
             raise busy(f"{self.name}: as many requests wait for it as the server takes")
 
@@ -142,7 +142,7 @@ class FairQueue:
             waiter.set_result(None)
 
     def _may_begin(self, key: str) -> bool:
-        return key not in self._resting and self._running[key] < self._most_running
+        return key not in self._resting and self._running[key] < self._max_running
 
     def _leave(self, key: str, waiter: asyncio.Future[None], how: str) -> None:
         """Of a job that does not begin, whether or not its turn had come."""

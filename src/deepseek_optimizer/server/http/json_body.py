@@ -22,21 +22,21 @@ T = TypeVar("T")
 _CLOSE = {"Connection": "close"}
 _SMALL = 1 << 16  # bytes of a body: a millisecond of work
 _SHARE = 0.2  # of the time that a client's large bodies may be parsed: nothing else of the server runs meanwhile
-_MOST_PARTS = 50_000  # lists and objects of a body: 10,000 messages have three each
+_MAX_PARTS = 50_000  # lists and objects of a body: 10,000 messages have three each
 _HOLDERS = frozenset({dict, list})
-_MOST_FIELDS = 5_000  # of an object: a schema can't have as many properties
+_MAX_FIELDS = 5_000  # of an object: a schema can't have as many properties
 
 
 class BodyReader:
     """Reads bodies, and counts what those that are being read take, of each client and of all together.
 
     Args:
-        most_key, most: as of `FairQueue`.
+        max_per_client, most: as of `FairQueue`.
     """
 
-    def __init__(self, settings: ServerSettings, most_key: int, most: int) -> None:
+    def __init__(self, settings: ServerSettings, max_per_client: int, most: int) -> None:
         self._settings = settings
-        self.queue = FairQueue("large bodies", 1, most_running=1, most_key=most_key, most=most, share=_SHARE)
+        self.queue = FairQueue("large bodies", 1, max_running=1, max_per_client=max_per_client, most=most, share=_SHARE)
         self._held = Counter[str]()  # bytes of bodies that are not parsed yet, by client
 
     async def read(self, request: Request) -> tuple[dict[str, Any], int]:
@@ -78,7 +78,7 @@ class BodyReader:
             raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
         if not isinstance(value, dict):
             raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-        _check_shape(value, self._settings.most_json_depth)
+        _check_shape(value, self._settings.max_json_depth)
         return value
 
     def _check_headers(self, request: Request) -> None:
@@ -89,7 +89,7 @@ class BodyReader:
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise ApiError(415, "the body must not be compressed")
         length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._settings.most_body_bytes:
+        if length.isdecimal() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
 
     async def _bytes(self, request: Request, count: _Count) -> bytearray:
@@ -99,14 +99,14 @@ class BodyReader:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             body += message.get("body", b"")
-            if len(body) > self._settings.most_body_bytes:
+            if len(body) > self._settings.max_body_bytes:
                 raise self._too_large()
             count.set(len(body))
             if not message.get("more_body", False):
                 return body
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._settings.most_body_bytes} bytes", headers=_CLOSE)
+        return ApiError(413, f"the body is larger than {self._settings.max_body_bytes} bytes", headers=_CLOSE)
 
     @contextmanager
     def _counted(self, client: str) -> Iterator[_Count]:
@@ -118,9 +118,9 @@ class BodyReader:
 
     def hold(self, client: str, change: int) -> None:
         if change > 0:
-            if self._held[client] + change > self._settings.most_key_bodies_bytes:
+            if self._held[client] + change > self._settings.max_body_bytes_per_client:
                 raise busy("the server is reading as many bodies of yours as it can hold")
-            if self._held.total() + change > self._settings.most_bodies_bytes:
+            if self._held.total() + change > self._settings.max_body_bytes_total:
                 raise busy("the server is reading as many bodies as it can hold")
         self._held[client] += change
         if not self._held[client]:
@@ -138,7 +138,7 @@ class _Count:
         self._bytes = size
 
 
-def _check_shape(value: dict[str, Any], most_depth: int) -> None:
+def _check_shape(value: dict[str, Any], max_depth: int) -> None:
     """Level by level, so that no depth can exhaust the stack; before anything looks at what the parts are.
 
     Raises:
@@ -146,22 +146,22 @@ def _check_shape(value: dict[str, Any], most_depth: int) -> None:
     """
     level: list[Any] = [value]
     parts = 0
-    for _ in range(most_depth):
+    for _ in range(max_depth):
         below: list[Any] = []
         for item in level:
             children = item.values() if type(item) is dict else item
-            if type(item) is dict and len(item) > _MOST_FIELDS:
-                raise ApiError(400, f"an object of the body has more than {_MOST_FIELDS:,} fields", code="invalid_json")
+            if type(item) is dict and len(item) > _MAX_FIELDS:
+                raise ApiError(400, f"an object of the body has more than {_MAX_FIELDS:,} fields", code="invalid_json")
             if _HOLDERS.isdisjoint(map(type, children)):
                 continue
             below += [child for child in children if type(child) is dict or type(child) is list]
-            if parts + len(below) > _MOST_PARTS:
-                raise ApiError(400, f"the body has more than {_MOST_PARTS:,} lists and objects", code="invalid_json")
+            if parts + len(below) > _MAX_PARTS:
+                raise ApiError(400, f"the body has more than {_MAX_PARTS:,} lists and objects", code="invalid_json")
         if not below:
             return
         parts += len(below)
         level = below
-    raise ApiError(400, f"the body nests lists and objects more than {most_depth} deep", code="invalid_json")
+    raise ApiError(400, f"the body nests lists and objects more than {max_depth} deep", code="invalid_json")
 
 
 @contextmanager

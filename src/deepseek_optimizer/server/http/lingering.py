@@ -18,11 +18,11 @@ class LingeringTransport:
     Args:
         inner: of asyncio or uvloop.
         seconds: that lingering may take.
-        most_bytes: that are read and dropped.
+        max_bytes: that are read and dropped.
     """
 
-    def __init__(self, inner: asyncio.Transport, seconds: float, most_bytes: int) -> None:
-        self._inner, self._seconds, self._left = inner, seconds, most_bytes
+    def __init__(self, inner: asyncio.Transport, seconds: float, max_bytes: int) -> None:
+        self._inner, self._seconds, self._left = inner, seconds, max_bytes
         self._loop = asyncio.get_running_loop()
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None

@@ -15,9 +15,9 @@ from ..documents.file_store import Room
 from ..settings import ServerSettings
 from .problems import ApiError
 
-MOST_NAME = 255  # characters
-_MOST_PARTS, _MOST_FIELD, _MOST_HEAD = 8, 256, 8192  # parts of a form; bytes of a field, and of a part's headers
-_ENVELOPE = _MOST_PARTS * (_MOST_FIELD + _MOST_HEAD + 1024)  # bytes of a form beside its file, at most
+MAX_NAME = 255  # characters
+_MAX_PARTS, _MAX_FIELD, _MAX_HEAD = 8, 256, 8192  # parts of a form; bytes of a field, and of a part's headers
+_ENVELOPE = _MAX_PARTS * (_MAX_FIELD + _MAX_HEAD + 1024)  # bytes of a form beside its file, at most
 _CLOSE = {"Connection": "close"}
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\u0080-\u009f\u2028\u2029\ud800-\udfff]")
 
@@ -46,7 +46,7 @@ async def read_upload_form(request: Request, settings: ServerSettings, room: Roo
     """
     form = _Form(_boundary(request), settings)
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > settings.most_file_bytes + _ENVELOPE:
+    if length.isdecimal() and int(length[:20]) > settings.max_file_bytes + _ENVELOPE:
         raise too_large(settings)
     try:
         await asyncio.wait_for(_receive(request, form, room), settings.upload_seconds)
@@ -88,7 +88,7 @@ async def _receive(request: Request, form: _Form, room: Room) -> None:
 def too_large(settings: ServerSettings) -> ApiError:
     """413 for a file."""
     return ApiError(
-        413, f"file: is larger than the {settings.most_file_bytes / 1e6:,.4g} MB that a file may have", param="file",
+        413, f"file: is larger than the {settings.max_file_bytes / 1e6:,.4g} MB that a file may have", param="file",
         code="file_too_large", headers=_CLOSE,
     )  # fmt: skip
 
@@ -100,8 +100,8 @@ def label(name: str) -> str:
         ApiError: 400, it is too long, or has what no name has.
     """
     name = re.split(r"[/\\]", name)[-1].strip()
-    if len(name) > MOST_NAME:
-        raise ApiError(400, f"file: its name has {len(name)} characters, and {MOST_NAME} are the most", param="filename")
+    if len(name) > MAX_NAME:
+        raise ApiError(400, f"file: its name has {len(name)} characters, and {MAX_NAME} are the most", param="filename")
     if _NO_NAME.search(name):
         raise ApiError(400, "file: its name has control characters", param="filename")
     return name if name.strip(". ") else "file"
@@ -135,7 +135,7 @@ class _Form:
         self._parts, self._head, self._ended = 0, 0, False
         self._header, self._value = bytearray(), bytearray()
         self._headers: dict[bytes, bytes] = {}
-        self._into, self._most = bytearray(), 0
+        self._into, self._max = bytearray(), 0
         self._name: str | None = None  # of the field; None: it is the file
         self._parser = MultipartParser(
             boundary,
@@ -163,8 +163,8 @@ class _Form:
 
     def _part_begins(self) -> None:
         self._parts += 1
-        if self._parts > _MOST_PARTS:
-            raise _malformed(f"it has more than {_MOST_PARTS} parts")
+        if self._parts > _MAX_PARTS:
+            raise _malformed(f"it has more than {_MAX_PARTS} parts")
         self._head, self._headers = 0, {}
 
     def _in_header(self, data: bytes, start: int, end: int) -> None:
@@ -177,8 +177,8 @@ class _Form:
 
     def _count_head(self, size: int) -> None:
         self._head += size
-        if self._head > _MOST_HEAD:
-            raise _malformed(f"a part has more than {_MOST_HEAD} bytes of headers")
+        if self._head > _MAX_HEAD:
+            raise _malformed(f"a part has more than {_MAX_HEAD} bytes of headers")
 
     def _header_ends(self) -> None:
         self._headers[bytes(self._header).lower()] = bytes(self._value)
@@ -194,15 +194,15 @@ class _Form:
                 raise ApiError(400, "file: only one in a request", param="file")
             given = options.get(b"filename", b"file").decode("utf-8", "replace")
             self.upload.name = label(given.replace("%22", '"'))  # as browsers write it
-            self._name, self._into, self._most = None, self.upload.data, self._settings.most_file_bytes
+            self._name, self._into, self._max = None, self.upload.data, self._settings.max_file_bytes
         else:
-            self._name, self._into, self._most = name[:64], bytearray(), _MOST_FIELD
+            self._name, self._into, self._max = name[:64], bytearray(), _MAX_FIELD
 
     def _in_part(self, data: bytes, start: int, end: int) -> None:
-        if len(self._into) + end - start > self._most:
+        if len(self._into) + end - start > self._max:
             if self._name is None:
                 raise too_large(self._settings)
-            raise ApiError(400, f"{self._name}: is longer than {_MOST_FIELD} bytes", param=self._name)
+            raise ApiError(400, f"{self._name}: is longer than {_MAX_FIELD} bytes", param=self._name)
         self._into += data[start:end]
 
     def _part_ends(self) -> None:

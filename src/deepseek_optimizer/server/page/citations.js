@@ -3,14 +3,14 @@
 import { el, icon } from './dom.js';
 import { t } from './i18n.js';
 
-const MOST = 50;
+const MAX = 50;
 
 /** What a server sent as annotations, with only what is shown; nothing of it is trusted. */
 export function readCitations(annotations) {
   if (!Array.isArray(annotations)) return [];
   return annotations
     .filter((one) => one?.type === 'file_citation' && typeof one.text === 'string')
-    .slice(0, MOST)
+    .slice(0, MAX)
     .map(({ filename, text, page, line }) => ({
       name: String(filename ?? ''),
       text,

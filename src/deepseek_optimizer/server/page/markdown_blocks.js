@@ -7,7 +7,7 @@
 // CommonMark with GitHub's tables and task lists, less what models don't mean: four spaces are not code, "---" is a rule also
 // under a paragraph, HTML is text, and references are not looked up, so that no line changes the meaning of a block before it.
 
-const MOST_NESTED = 12; // deeper containers are shown as text
+const MAX_NESTED = 12; // deeper containers are shown as text
 const FENCE = /^ *(`{3,}|~{3,})([^\n]*)$/;
 const MARKER = /^( *)([-*+]|\d{1,9}[.)])( +|$)/;
 
@@ -35,8 +35,8 @@ function blockAt(lines, at, depth) {
   const heading = headingOf(line);
   if (heading) return { kind: 'heading', ...heading, end: at + 1 };
   if (isRule(line)) return { kind: 'rule', end: at + 1 };
-  if (depth < MOST_NESTED && isQuote(line)) return quoteAt(lines, at, depth);
-  if (depth < MOST_NESTED && markerOf(line)) return listAt(lines, at, depth);
+  if (depth < MAX_NESTED && isQuote(line)) return quoteAt(lines, at, depth);
+  if (depth < MAX_NESTED && markerOf(line)) return listAt(lines, at, depth);
   if (isTable(lines, at)) return tableAt(lines, at);
   return paragraphAt(lines, at, depth);
 }
@@ -94,7 +94,7 @@ function markerOf(line) {
 /** Whether a line ends the paragraph above it. */
 function interrupts(line, depth) {
   if (fenceOf(line) || headingOf(line) || isRule(line) || isMath(line)) return true;
-  if (depth >= MOST_NESTED) return false;
+  if (depth >= MAX_NESTED) return false;
   const marker = markerOf(line);
   return isQuote(line) || Boolean(marker && !marker.empty && (!marker.ordered || marker.start === 1));
 }

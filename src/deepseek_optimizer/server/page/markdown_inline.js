@@ -12,8 +12,8 @@ const ANGLE_URL = /<((?:https?:\/\/|mailto:)[^\s<>]*)>/y;
 const LINE_BREAK_TAG = /<br ?\/?>/iy;
 const ENTITY = /&(?:#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6})|([A-Za-z]{2,6}));/y;
 const NAMED = { amp: '&', lt: '<', gt: '>', quot: '"', apos: "'", nbsp: '\u00a0', copy: '©', hellip: '…', mdash: '—', ndash: '–', times: '×' };
-const MOST_NESTED = 20; // a hostile text must not make a tree that the browser can't lay out
-const MOST_PARENTHESES = 32;
+const MAX_NESTED = 20; // a hostile text must not make a tree that the browser can't lay out
+const MAX_PARENTHESES = 32;
 const LONGEST_ALT = 300;
 
 /** The nodes of `text`. `unfinished`: more is to come, so what is open at the end is taken as closed there. */
@@ -201,7 +201,7 @@ class Inline {
       let depth = 0;
       for (; at < text.length && !SPACE.test(text[at]); at += 1) {
         if (text[at] === '\\' && PUNCTUATION.test(text[at + 1] ?? '')) at += 1;
-        else if (text[at] === '(' && ++depth > MOST_PARENTHESES) return null;
+        else if (text[at] === '(' && ++depth > MAX_PARENTHESES) return null;
         else if (text[at] === ')' && --depth < 0) break;
       }
       href = text.slice(start, at).replace(/\\([!-/:-@[-`{-~])/g, '$1');
@@ -343,7 +343,7 @@ function pair(opener, closer) {
 
 function closeAtEnd(run) {
   if (run.ch !== '~' && run.count % 2) run.opens.push('em');
-  for (let pairs = Math.min(run.count >> 1, MOST_NESTED); pairs > 0; pairs -= 1) run.opens.push(run.ch === '~' ? 'del' : 'strong');
+  for (let pairs = Math.min(run.count >> 1, MAX_NESTED); pairs > 0; pairs -= 1) run.opens.push(run.ch === '~' ? 'del' : 'strong');
   run.count = 0; // build closes whatever is open when the items end
 }
 
@@ -359,7 +359,7 @@ function build(items) {
     for (let left = item.closes.length; left > 0; left -= 1) open.pop();
     if (item.count) push({ type: 'text', text: item.ch.repeat(item.count) });
     for (const type of item.opens.reverse()) {
-      if (open.length > MOST_NESTED) {
+      if (open.length > MAX_NESTED) {
         open.push(open[open.length - 1]); // too deep to show: the text is, its emphasis isn't
         continue;
       }

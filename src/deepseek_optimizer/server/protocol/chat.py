@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...engine.request import MOST_LOGPROBS
+from ...engine.request import MAX_LOGPROBS
 from .base import Answer, Body, Ignored, ModelName, Usage
 from .formats import Guided
 from .messages import Messages, ToolChoice, Tools
@@ -28,7 +28,7 @@ class ChatRequest(Sampling, Guided):
     messages: Messages
     max_completion_tokens: _Tokens | None = Field(None, description="The newer name of max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(None, description="Needs logprobs.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Needs logprobs.")
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...engine.request import MOST_LOGPROBS
+from ...engine.request import MAX_LOGPROBS
 from .base import TOKEN_ID, Answer, ModelName, Usage
 from .chat import StreamOptions
 from .formats import Guided
@@ -14,12 +14,12 @@ from .sampling import Sampling
 
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
-MOST_PROMPTS = 64
+MAX_PROMPTS = 64
 Prompt = (
     _Text
     | _Ids
-    | Annotated[list[_Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
-    | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    | Annotated[list[_Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 )
 
 
@@ -30,7 +30,7 @@ class CompletionRequest(Sampling, Guided):
     prompt: Prompt
     best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(None, description="Only as much as n: none are left out.")
     echo: bool | None = Field(None, description="The prompt before the text; not with logprobs.")
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: None = None
     stream_options: StreamOptions | None = Field(None, description="Needs stream.")
     add_special_tokens: bool | None = Field(None, description="Whether the tokenizer adds its own, such as a begin token.")

@@ -14,7 +14,7 @@ from .base import Answer
 
 PURPOSES = ("user_data", "assistants")
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
-LEAST_SECONDS, MOST_SECONDS = 3600, 2_592_000  # OpenAI's
+LEAST_SECONDS, MAX_SECONDS = 3600, 2_592_000  # OpenAI's
 
 
 class FileObject(Answer):
@@ -63,7 +63,7 @@ FORM: dict[str, Any] = {
                         "file": {"type": "string", "format": "binary", "minLength": 1},
                         "purpose": {"type": "string", "enum": list(PURPOSES)},
                         _ANCHOR: {"type": "string", "enum": ["created_at"]},
-                        _SECONDS: {"type": "integer", "minimum": LEAST_SECONDS, "maximum": MOST_SECONDS},
+                        _SECONDS: {"type": "integer", "minimum": LEAST_SECONDS, "maximum": MAX_SECONDS},
                     },
                 }
             }
@@ -89,8 +89,8 @@ def check_fields(fields: Mapping[str, str]) -> tuple[str, float | None]:
     given = fields.get(_SECONDS)
     if given is None:
         return purpose, None
-    if not (given.isascii() and given.isdecimal() and len(given) < 10 and LEAST_SECONDS <= int(given) <= MOST_SECONDS):
-        raise ApiError(400, f"{_SECONDS}: must be a whole number from {LEAST_SECONDS} to {MOST_SECONDS}", param=_SECONDS)
+    if not (given.isascii() and given.isdecimal() and len(given) < 10 and LEAST_SECONDS <= int(given) <= MAX_SECONDS):
+        raise ApiError(400, f"{_SECONDS}: must be a whole number from {LEAST_SECONDS} to {MAX_SECONDS}", param=_SECONDS)
     return purpose, float(given)
 
 

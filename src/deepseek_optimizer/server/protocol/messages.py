@@ -10,7 +10,7 @@ from .base import Body, Ignored
 
 _Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 _Object = dict[str, Any]
-_MOST_MESSAGES = 10_000
+_MAX_MESSAGES = 10_000
 
 
 def only_text(value: Any) -> Any:
@@ -115,7 +115,7 @@ class ToolMessage(_Message):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-Messages = Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
 
 
 class Function(Body):

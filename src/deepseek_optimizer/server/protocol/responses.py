@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ...engine.request import MOST_LOGPROBS
+from ...engine.request import MAX_LOGPROBS
 from .base import Answer, Body, Harmless, Ignored, ModelName
 from .chat import Effort, _Scalar
 from .messages import _Name, only_text
@@ -172,7 +172,7 @@ class ResponsesRequest(Harmless):
     max_output_tokens: _Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None

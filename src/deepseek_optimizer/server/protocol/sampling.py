@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ...engine.request import (
-    MOST_STOP_CHARACTERS,
-    MOST_STOPS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
     CompiledGrammar,
     Request,
     SamplingParams,
@@ -18,10 +18,10 @@ from ...engine.request import (
 from ..http.problems import ApiError
 from .base import TOKEN_ID, Harmless
 
-MOST_N = 32
-_MOST_SEED = (1 << 64) - 1
+MAX_N = 32
+_MAX_SEED = (1 << 64) - 1
 
-_Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 _Tokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 _Unit = Annotated[float, Field(ge=0, le=1)]
@@ -35,11 +35,11 @@ class Sampling(Harmless):
     max_tokens: _Tokens | None = Field(None, description="New tokens at most; without it, as many as there is room for.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0 takes the likeliest token.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_N)] | None = None
-    seed: Annotated[int, Field(ge=0, le=_MOST_SEED)] | None = Field(
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = Field(
         None, description="The same request with the same seed gives the same text. Of n answers the i-th has seed + i."
     )
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: _Biases | None = None
@@ -106,14 +106,14 @@ def answers_asked(body: Mapping[str, Any]) -> int:
     prompts = body.get("prompt", body.get("input"))
     several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
     count = len(prompts) if several else 1
-    return (n if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MOST_N else 1) * count
+    return (n if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_N else 1) * count
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:
     """For the index-th of several answers to one prompt: with a seed they must differ, and be the same again next time."""
     if params.seed is None or index == 0:
         return params
-    return replace(params, seed=(params.seed + index) & _MOST_SEED)
+    return replace(params, seed=(params.seed + index) & _MAX_SEED)
 
 
 def requests_for(

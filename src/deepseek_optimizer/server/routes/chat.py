@@ -8,11 +8,11 @@ import uuid
 from fastapi import FastAPI, Request, Response
 
 from ..chat.chat_answers import ChatCollector, ChatEncoder
-from ..chat.chat_setup import ChatAsked, check_choice
+from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.grammars import chat_grammar, form_of
-from ..chat.intake import taken_in
+from ..chat.intake import admitted_request
 from ..chat.replies import StreamReply, WholeReply
-from ..documents.chats import answered, check_simple, documents_of, set_up_chat
+from ..documents.chats import check_simple, documents_of, set_up_chat, submit_answers
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
@@ -31,7 +31,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         """Answers a chat, by the model's chat template."""
-        async with taken_in(state, request, ChatRequest) as (asked, places, caller):
+        async with admitted_request(state, request, ChatRequest) as (asked, places, caller):
             check(asked)
             n = asked.n or 1
             chat = asked_of(asked)
@@ -62,7 +62,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 deadline=caller.deadline, priority=asked.priority, pinned=pinned,
             )  # fmt: skip
             one_call = asked.parallel_tool_calls is False
-            answers, parsed = answered(state, documents, setup, requests, one_call)
+            answers, parsed = submit_answers(state, documents, setup, requests, one_call)
             texts, dropped = state.texts if asked.logprobs else None, setup.dropped if setup else 0
             if asked.stream:
                 usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -82,7 +82,7 @@ def check(asked: ChatRequest) -> None:
         raise ApiError(400, "stream_options: only with stream", param="stream_options")
 
 
-def asked_of(asked: ChatRequest) -> ChatAsked:
+def asked_of(asked: ChatRequest) -> ChatSpec:
     """What the request says of its chat.
 
     Raises:
@@ -93,7 +93,7 @@ def asked_of(asked: ChatRequest) -> ChatAsked:
     named = isinstance(wanted, NamedTool)
     choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
     check_choice(tools, choice, named)
-    return ChatAsked(
+    return ChatSpec(
         messages=[message.model_dump(exclude_none=True) for message in asked.messages],
         tools=tools,
         choice=choice,

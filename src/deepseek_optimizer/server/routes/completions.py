@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
 from ..chat.grammars import compiled, form_of
-from ..chat.intake import taken_in
+from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.tokenising import Lane
@@ -32,7 +32,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def completions(request: Request) -> Response:
         """Continues a text as it is, without the model's chat template."""
-        async with taken_in(state, request, CompletionRequest) as (asked, places, caller):
+        async with admitted_request(state, request, CompletionRequest) as (asked, places, caller):
             check(asked)
             n = asked.n or 1
             grammar = await compiled(state, form_of(asked), caller)

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 
 from ...engine.request import Output
 from ...engine.request import Request as EngineRequest
-from ..chat.intake import taken_in
+from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import WholeReply
 from ..openapi import body_errors, reads
@@ -33,7 +33,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         A language model was not trained to embed: texts that mean the same are near each other, but less so than with an
         embedding model.
         """
-        async with taken_in(state, request, EmbeddingRequest) as (asked, places, caller):
+        async with admitted_request(state, request, EmbeddingRequest) as (asked, places, caller):
             prompts = await text_prompts(state, asked.input, True, caller, "input")
             name = f"embd-{uuid.uuid4().hex}"
             priority, salt = asked.priority or 0, request.state.salt

@@ -15,7 +15,7 @@ from ..state import ServerState
 def add(app: FastAPI, state: ServerState) -> None:
     def card() -> dict[str, Any]:
         return {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "deepseek-optimizer",
-                "max_model_len": state.engine.context, "max_file_bytes": state.settings.most_file_bytes}  # fmt: skip
+                "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes}  # fmt: skip
 
     @app.get("/v1/models", response_model=ModelList, responses=errors(401, 403), tags=["models"])
     async def models() -> Response:

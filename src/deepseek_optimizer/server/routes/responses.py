@@ -8,12 +8,12 @@ from fastapi import FastAPI, Request, Response
 
 from ...engine.request import Request as EngineRequest
 from ...engine.request import SamplingParams
-from ..chat.chat_setup import ChatAsked, check_choice
+from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.grammars import Form, chat_grammar
-from ..chat.intake import taken_in
+from ..chat.intake import admitted_request
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
-from ..documents.chats import answered, check_simple, documents_of, set_up_chat
+from ..documents.chats import check_simple, documents_of, set_up_chat, submit_answers
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,
@@ -42,7 +42,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def responses(request: Request) -> Response:
         """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
-        async with taken_in(state, request, ResponsesRequest, one=True) as (asked, places, caller):
+        async with admitted_request(state, request, ResponsesRequest, one=True) as (asked, places, caller):
             chat = asked_of(asked)
             documents = await documents_of(state, request.state.salt, chat, places, caller)
             setup = await set_up_chat(state, chat, documents, asked.max_output_tokens, caller)
@@ -71,7 +71,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 deadline=caller.deadline,
                 priority=asked.priority or 0, pinned=(setup.prompt.system,) if setup and setup.prompt.system else (),
             )  # fmt: skip
-            answers, [answer] = answered(state, documents, setup, [sequence], not parallel)
+            answers, [answer] = submit_answers(state, documents, setup, [sequence], not parallel)
             texts, dropped = state.texts if wants_logprobs else None, setup.dropped if setup else 0
             if asked.stream:
                 return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts, dropped))
@@ -79,7 +79,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
-def asked_of(asked: ResponsesRequest) -> ChatAsked:
+def asked_of(asked: ResponsesRequest) -> ChatSpec:
     """The chat that a request's input comes to.
 
     Raises:
@@ -93,7 +93,7 @@ def asked_of(asked: ResponsesRequest) -> ChatAsked:
     named = isinstance(wanted, NamedFunctionTool)
     choice = wanted.name if isinstance(wanted, NamedFunctionTool) else wanted
     check_choice(tools, choice, named)
-    return ChatAsked(
+    return ChatSpec(
         messages=chat_messages(asked),
         tools=tools,
         choice=choice,

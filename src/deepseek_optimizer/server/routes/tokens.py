@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ..chat.intake import taken_in
+from ..chat.intake import admitted_request
 from ..chat.prompts import tokens_of
 from ..chat.replies import json_response
 from ..http.caller import Caller
@@ -33,7 +33,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a chat as the model would read it."""
-        async with taken_in(state, request, TokenizeRequest, one=True) as (asked, _, caller):
+        async with admitted_request(state, request, TokenizeRequest, one=True) as (asked, _, caller):
             return await tokens(asked, caller)
 
     async def tokens(asked: TokenizeRequest, caller: Caller) -> Response:
@@ -61,7 +61,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     )
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones too."""
-        async with taken_in(state, request, DetokenizeRequest, one=True) as (asked, _, caller):
+        async with admitted_request(state, request, DetokenizeRequest, one=True) as (asked, _, caller):
             if any(token >= state.engine.vocab_size for token in asked.tokens):
                 raise ApiError(400, f"tokens: this model has tokens 0 to {state.engine.vocab_size - 1}", param="tokens")
             text = await state.tokenizing(lambda lane: lane.tokenizer.decode(asked.tokens), caller)

@@ -16,8 +16,8 @@ from ...errors import DataError
 from .places import Place
 
 LINES, ARRAYS = (".jsonl", ".ndjson"), (".json",)
-MOST_BYTES = 64 << 20  # of a line
-MOST_TEXT = 1 << 30  # bytes of a file that is read whole
+MAX_BYTES = 64 << 20  # of a line
+MAX_TEXT = 1 << 30  # bytes of a file that is read whole
 _MARK = b"\xef\xbb\xbf"  # UTF-8 with a byte order mark, as editors on Windows write it
 _LEFT_OUT = frozenset(("node_modules", "__pycache__", "CVS"))
 
@@ -77,14 +77,14 @@ def read_records(file: Path, bad: Callable[[DataError], None]) -> Iterator[Recor
 
 def _lines(file: Path, opened: BinaryIO, bad: Callable[[DataError], None]) -> Iterator[Record]:
     number, empty = 0, True
-    while line := opened.readline(MOST_BYTES + 1):
+    while line := opened.readline(MAX_BYTES + 1):
         number += 1
         place = Place(str(file), number)
-        if len(line) > MOST_BYTES:
+        if len(line) > MAX_BYTES:
             while line and not line.endswith(b"\n"):
-                line = opened.readline(MOST_BYTES)
+                line = opened.readline(MAX_BYTES)
             empty = False
-            bad(place.error(f"has more than {MOST_BYTES >> 20} MB, which is no record"))
+            bad(place.error(f"has more than {MAX_BYTES >> 20} MB, which is no record"))
             continue
         if number == 1:
             line = line.removeprefix(_MARK)
@@ -100,9 +100,9 @@ def _lines(file: Path, opened: BinaryIO, bad: Callable[[DataError], None]) -> It
 
 
 def _whole(file: Path, opened: BinaryIO, bad: Callable[[DataError], None]) -> Iterator[Record]:
-    data = opened.read(MOST_TEXT + 1)
-    if len(data) > MOST_TEXT:
-        raise DataError(f"has more than {MOST_TEXT >> 30} GB; cut it in several files, or write JSON lines", file=file)
+    data = opened.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise DataError(f"has more than {MAX_TEXT >> 30} GB; cut it in several files, or write JSON lines", file=file)
     place = Place(str(file), None)
     if not data.removeprefix(_MARK).strip():
         raise DataError("is empty", file=file)

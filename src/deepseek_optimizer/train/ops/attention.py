@@ -17,7 +17,7 @@ from ...backends.cpu.buffers import address, strided
 from ...backends.cpu.native_train import TrainAttention, TrainHeads
 from . import native
 
-MOST_WIDTH = 256
+MAX_WIDTH = 256
 
 
 def attention(
@@ -70,7 +70,7 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, begin, end, window)
-    fits = max(q.shape[-1], v.shape[-1]) <= MOST_WIDTH and q.shape[-1] % 2 == v.shape[-1] % 2 == 0
+    fits = max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH and q.shape[-1] % 2 == v.shape[-1] % 2 == 0
     if not (fits and native.usable(q, k, v)):
         return packed_attention_reference(q, k, v, begin, end, scale, window)
     found: torch.Tensor = _forward(q, k, v, begin.contiguous(), end.contiguous(), scale, window)[0]

@@ -1,4 +1,4 @@
-#include "cache_turn.hpp"
+#include "cache_rotate.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -47,7 +47,7 @@ void fill(const dso_rotation& r, int64_t position, int64_t delta, int64_t per_nu
   }
 }
 
-Turn turn_of(const dso_rotation& r, const float* table) { return {table, r.rot, r.offset, (r.flags & DSO_FLAG_INTERLEAVED) != 0}; }
+Rotation rotation_of(const dso_rotation& r, const float* table) { return {table, r.rot, r.offset, (r.flags & DSO_FLAG_INTERLEAVED) != 0}; }
 
 }  // namespace
 
@@ -78,11 +78,11 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
     } else {
       fill(key, at, delta, kTokens, 1, key_table);
     }
-    const Turn turn = turn_of(key, key_table), index_turn = index ? turn_of(*index, index_table) : Turn{};
+    const Rotation turn = rotation_of(key, key_table), index_turn = index ? rotation_of(*index, index_table) : Rotation{};
     for (int64_t layer = 0; layer < cache.layers; ++layer) {
       const KvView view = cache.view(layer, table);
-      if (layout.rank) c.kernels.latent_turn(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);
-      else c.kernels.kv_turn(layout, view, block, turn);
+      if (layout.rank) c.kernels.latent_rotate(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);
+      else c.kernels.kv_rotate(layout, view, block, turn);
       if (layout.summary_bytes > 0) (layout.rank ? c.kernels.latent_summarise : c.kernels.kv_summarise)(layout, view, block);
     }
   });

@@ -7,7 +7,7 @@
 namespace dso::DSO_ISA_NAMESPACE {
 
 // A K panel in numbers, [head_dim][32 tokens], lanes being tokens.
-static void turn_panel(float* x, const Turn& turn) {
+static void rotate_panel(float* x, const Rotation& turn) {
   const int64_t half = turn.rot / 2;
   for (int64_t i = 0; i < half; ++i) {
     float* first = x + (turn.offset + (turn.interleaved ? 2 * i : i)) * block_tokens;
@@ -21,7 +21,7 @@ static void turn_panel(float* x, const Turn& turn) {
   }
 }
 
-static void turn_bf16_panel(uint8_t* panel, int64_t d, const Turn& turn) {
+static void rotate_bf16_panel(uint8_t* panel, int64_t d, const Rotation& turn) {
   float x[max_head_dim * block_tokens];
   for (int64_t i = 0; i < d; i += 2)
     for (int64_t t = 0; t < block_tokens; t += lanes) {
@@ -29,7 +29,7 @@ static void turn_bf16_panel(uint8_t* panel, int64_t d, const Turn& turn) {
       store(x + i * block_tokens + t, even_bf16(pair));
       store(x + (i + 1) * block_tokens + t, odd_bf16(pair));
     }
-  turn_panel(x, turn);
+  rotate_panel(x, turn);
   for (int64_t i = 0; i < d; i += 2)
     for (int64_t t = 0; t < block_tokens; t += lanes) {
       uint16_t even[lanes], odd[lanes];
@@ -40,13 +40,13 @@ static void turn_bf16_panel(uint8_t* panel, int64_t d, const Turn& turn) {
 }
 
 // int8_row's rule for each token: a key may have another largest number once it is turned.
-static void turn_int8_panel(uint8_t* panel, float* scales, int64_t d, const Turn& turn) {
+static void rotate_int8_panel(uint8_t* panel, float* scales, int64_t d, const Rotation& turn) {
   float x[max_head_dim * block_tokens];
   for (int64_t t = 0; t < block_tokens; t += lanes) {
     const F scale = load(scales + t);
     for (int64_t i = 0; i < d; ++i) store(x + i * block_tokens + t, mul(to_float(load_i8(panel + i * block_tokens + t)), scale));
   }
-  turn_panel(x, turn);
+  rotate_panel(x, turn);
   for (int64_t t = 0; t < block_tokens; t += lanes) {
     F top = zero(), poison = zero();
     for (int64_t i = 0; i < d; ++i) {
@@ -68,18 +68,18 @@ static void turn_int8_panel(uint8_t* panel, float* scales, int64_t d, const Turn
   }
 }
 
-static void kv_turn(const KvLayout& l, const KvView& v, int64_t block, const Turn& turn) {
+static void kv_rotate(const KvLayout& l, const KvView& v, int64_t block, const Rotation& turn) {
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   for (int64_t head = 0; head < l.kv_heads; ++head) {
     uint8_t* at = kv_head_block(v, layout, head, block);
-    if (l.type == DSO_KV_F32) turn_panel((float*)at, turn);
-    else if (l.type == DSO_KV_BF16) turn_bf16_panel(at, l.head_dim, turn);
-    else turn_int8_panel(at, (float*)(at + layout.k_scale), l.head_dim, turn);
+    if (l.type == DSO_KV_F32) rotate_panel((float*)at, turn);
+    else if (l.type == DSO_KV_BF16) rotate_bf16_panel(at, l.head_dim, turn);
+    else rotate_int8_panel(at, (float*)(at + layout.k_scale), l.head_dim, turn);
   }
 }
 
 // The numbers of a row that turn; only those are rounded again.
-static void turn_row(uint8_t* numbers, bool single, const Turn& turn, int64_t slot, float* room) {
+static void rotate_row(uint8_t* numbers, bool single, const Rotation& turn, int64_t slot, float* room) {
   const float* table = turn.table + slot * turn.rot;
   uint8_t* at = numbers + turn.offset * (single ? 4 : 2);
   if (single) return rope((float*)at, table, 1, turn.rot, 0, turn.rot, turn.interleaved, (float*)at);
@@ -88,12 +88,12 @@ static void turn_row(uint8_t* numbers, bool single, const Turn& turn, int64_t sl
   write_bf16(room, turn.rot, at);
 }
 
-static void latent_turn(const KvLayout& l, const KvView& v, int64_t block, const Turn& key, const Turn* index, float* room) {
+static void latent_rotate(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index, float* room) {
   const bool single = l.type == DSO_KV_F32;
   for (int64_t slot = 0; slot < block_tokens; ++slot) {
     const int64_t token = block * block_tokens + slot;
-    turn_row(latent_row(l, v, token) + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot, room);  // the row's last numbers
-    if (index) turn_row(index_row(l, v, token), single, *index, slot, room);
+    rotate_row(latent_row(l, v, token) + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot, room);  // the row's last numbers
+    if (index) rotate_row(index_row(l, v, token), single, *index, slot, room);
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE
