@@ -20,40 +20,41 @@ struct Matrix {  // a packed weight, see dso.h
   const uint8_t* data;
 };
 
-struct KvLayout {      // of one cache; the kernels own what is inside a block
-  int32_t type;        // DSO_KV_*
+struct KvLayout {  // of one cache; the kernels own what is inside a block
+  int32_t type;    // DSO_KV_*
   int32_t kv_heads, head_dim;
-  int64_t layer_bytes; // bytes of one layer within a block; a multiple of 64
+  int64_t layer_bytes;  // bytes of one layer within a block; a multiple of 64
   // A latent cache has these instead of heads: 32 rows of `rank` and `rope` numbers, token after token; then 32 rows of `index`
   // numbers of the indexer. See latent_row_bytes and index_row_bytes in runtime/layout.hpp.
   int32_t rank = 0, rope = 0, index = 0;
   int64_t row_bytes = 0, index_bytes = 0;  // of one row
-  // Summaries of 32 blocks and one kv head (latent: of all numbers of a row), see kernels/generic/summaries.hpp; 0: there are none.
+  // Summaries of 32 blocks and one kv head (latent: of all numbers of a row), see kernels/generic/summaries.hpp; 0: there are
+  // none.
   int64_t summary_bytes = 0;
 };
 
 // A sequence's view of one layer of the cache: token t lies in block table[t / 32], slot t % 32.
 struct KvView {
-  uint8_t* base;        // start of block 0, this layer
-  int64_t block_stride; // bytes from a block to the next
+  uint8_t* base;         // start of block 0, this layer
+  int64_t block_stride;  // bytes from a block to the next
   const int32_t* table;
-  uint8_t* summaries = nullptr;   // of blocks 0 to 31, this layer, kv head after kv head
-  int64_t summary_stride = 0;     // bytes to those of the next 32 blocks
+  uint8_t* summaries = nullptr;  // of blocks 0 to 31, this layer, kv head after kv head
+  int64_t summary_stride = 0;    // bytes to those of the next 32 blocks
 };
 
-struct VisibleTokens {  // what a row sees of the tokens up to itself
+struct VisibleTokens {              // what a row sees of the tokens up to itself
   int64_t window = 0, sinks = 0;    // the last `window` of them and the first `sinks`; window 0: all
   const int32_t* chosen = nullptr;  // or those in these blocks of the sequence and no others: `blocks` numbers, ascending
   int64_t blocks = 0;
 };
 
-struct Rotation {  // of the keys of a block: numbers [offset, offset + rot) of each, in pairs as `rope` has them
+struct Rotation {      // of the keys of a block: numbers [offset, offset + rot) of each, in pairs as `rope` has them
   const float* table;  // cosines and sines of 32 tokens; their order is the kernel's
   int64_t rot, offset;
   bool interleaved;
 };
 
-struct MlaHead {  // of expanded latent attention
+struct MlaHead {              // of expanded latent attention
   int64_t nope, rope, v_dim;  // nope + rope and v_dim are at most max_head_dim
   bool single;                // all in fp32; otherwise keys, values (and where the ISA has it, q and weights) are bf16
 };
@@ -74,10 +75,10 @@ struct Kernels {
 
   void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
   void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);
-  // One tile row (FP8: number `tile` of the bands of 8 tile rows, which share scales); src is the whole matrix, dst the whole packed
-  // matrix. importance: of the columns, for INT4 and Q4_1; may be null.
-  void (*pack_tile)(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, const float* importance,
-                    int64_t tile, uint8_t* dst);
+  // One tile row (FP8: number `tile` of the bands of 8 tile rows, which share scales); src is the whole matrix, dst the whole
+  // packed matrix. importance: of the columns, for INT4 and Q4_1; may be null.
+  void (*pack_tile)(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride,
+                    const float* importance, int64_t tile, uint8_t* dst);
 
   // ---- element-wise, one row each
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
@@ -87,25 +88,30 @@ struct Kernels {
   void (*softmax)(const float* x, int64_t n, float* out);
   void (*sigmoid)(const float* x, int64_t n, float* out);
   void (*add_scaled)(const float* x, float scale, int64_t n, float* y);  // y = fma(x, scale, y)
-  void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, float* out);
+  void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,
+               bool interleaved, float* out);
 
   // ---- cache and attention
   int64_t (*kv_layer_bytes)(int32_t type, int64_t kv_heads, int64_t head_dim);
   // Writes `n` tokens (k, v: [n, kv_heads*head_dim], strided) at positions [start, start + n) for kv heads [h0, h1).
   void (*kv_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride,
                    const float* val, int64_t v_stride, int64_t h0, int64_t h1);
-  void (*kv_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* key, float* value);  // [kv_heads, tokens, head_dim]
+  void (*kv_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* key,
+                  float* value);  // [kv_heads, tokens, head_dim]
 
-  void (*kv_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& turn);  // table: [rot][32 tokens], cosines first
+  void (*kv_rotate)(const KvLayout& l, const KvView& v, int64_t block,
+                    const Rotation& turn);  // table: [rot][32 tokens], cosines first
 
   // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
   // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
   // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
-  // over the absolute chunk `chunk` of attn_chunk tokens; or over as many chosen blocks, from number chunk * attn_chunk / 32 on, and
-  // then r1 is r0 + 1. Row r is token ctx + r. Blocks that no row sees are not touched. Writes for every (row, q head): m, l and
-  // o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
-  void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                            int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk, float* part, uint8_t* scratch);
+  // over the absolute chunk `chunk` of attn_chunk tokens; or over as many chosen blocks, from number chunk * attn_chunk / 32
+  // on, and then r1 is r0 + 1. Row r is token ctx + r. Blocks that no row sees are not touched. Writes for every (row, q head):
+  // m, l and o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows
+  // that see nothing of the chunk get m = -inf, l = 0, o = 0.
+  void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
+                            int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale,
+                            int64_t chunk, float* part, uint8_t* scratch);
   // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
   void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
   // The same, to what a chunk would have been that saw all of it: a part, which a later merge takes. Of one part, that part.
@@ -113,65 +119,75 @@ struct Kernels {
   // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
   // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
   void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride, uint8_t* scratch);
+                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride,
+                       uint8_t* scratch);
   // The plain form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch of ctx + r + 1 floats.
   void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
                      float* scores, float* o);  // sees tokens [first, n)
-  size_t attn_scratch;  // bytes, private to the caller's thread
+  size_t attn_scratch;                          // bytes, private to the caller's thread
 
   // ---- the choice of blocks, by summaries
-  void (*kv_summarise)(const KvLayout& l, const KvView& v, int64_t block);  // of a full block, all heads
+  void (*kv_summarise)(const KvLayout& l, const KvView& v, int64_t block);      // of a full block, all heads
   void (*latent_summarise)(const KvLayout& l, const KvView& v, int64_t block);  // rank + rope is at most max_summary_width
-  // Estimates of `n` panels of summary_blocks blocks of the cache, for rows [r0, r1), all q heads of one kv head (q as above; of a latent
-  // cache, whose rows are keys of one kv head, absorbed): that of
-  // head h of row r for column c of panels[i] goes to estimates[((r - r0) * group + h) * stride + i * summary_blocks + c].
-  // scratch: attn_scratch bytes. Columns of blocks that are not full give anything.
-  void (*block_estimates)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                          int64_t r1, const int32_t* panels, int64_t n, float* estimates, int64_t stride, uint8_t* scratch);
+  // Estimates of `n` panels of summary_blocks blocks of the cache, for rows [r0, r1), all q heads of one kv head (q as above;
+  // of a latent cache, whose rows are keys of one kv head, absorbed): that of head h of row r for column c of panels[i] goes to
+  // estimates[((r - r0) * group + h) * stride + i * summary_blocks + c]. scratch: attn_scratch bytes. Columns of blocks that
+  // are not full give anything.
+  void (*block_estimates)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
+                          int64_t r0, int64_t r1, const int32_t* panels, int64_t n, float* estimates, int64_t stride,
+                          uint8_t* scratch);
   // scores[j] = the largest over h of estimates[h * stride + j] - (the largest of head h's n); NaN counts as infinity.
   void (*block_scores)(const float* estimates, int64_t stride, int64_t group, int64_t n, float* scores);
 
   // ---- the lightning indexer, over the index keys of a latent cache
-  void (*index_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride);  // as kv_write
+  void (*index_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k,
+                      int64_t k_stride);  // as kv_write
   // One row of q [heads, index], brought into the order that index_scores reads: index_query_bytes(heads, index), 64-aligned.
   void (*index_query)(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed);
   int64_t (*index_query_bytes)(int64_t heads, int64_t index);
   // scores[t - begin] = scale * sum over h of w_h relu(q_h . k_t), for tokens [begin, end); NaN counts as infinity.
-  void (*index_scores)(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end,
-                       float scale, float* scores);
+  void (*index_scores)(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin,
+                       int64_t end, float scale, float* scores);
   // The k largest of n scores, 0 < k < n, of equal ones the first: their numbers, ascending, as floats. No score is NaN.
   void (*index_select)(const float* scores, int64_t n, int64_t k, float* chosen);
 
   // ---- latent caches
   void (*latent_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
   void (*latent_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index);  // index may be null
-  // Tables: [32 tokens][rot], each cosines first. index: of the indexer's keys, null where there are none. room: floats for the larger rot.
-  void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index, float* room);
+  // Tables: [32 tokens][rot], each cosines first. index: of the indexer's keys, null where there are none. room: floats for the
+  // larger rot.
+  void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
+                        float* room);
 
-  // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the caller's
-  // thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads them.
+  // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the
+  // caller's thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads
+  // them.
   int64_t (*mla_scratch)(const KvLayout& l);
   int64_t (*mla_query_bytes)(const KvLayout& l);  // of a packed query, a multiple of 64
   void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
   // Tokens chosen[0 .. n) of the sequence; where null, [first, first + n). All of them must have been written.
   void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
-  // The query sees tokens [begin, end) of these (none where begin >= end) and knows nothing of the others. Writes for every head
-  // what attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
-  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part, uint8_t* scratch);
+  // The query sees tokens [begin, end) of these (none where begin >= end) and knows nothing of the others. Writes for every
+  // head what attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
+  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
+                     uint8_t* scratch);
 
-  // Expanded attention, a chunk of attn_chunk tokens and a head at a time: its latents become rows that a product reads, the product
-  // keys and values, these panels, and rows of q go over them.
-  // Latents of tokens [first, first + n) as rows of a slot kind; room: rank floats.
-  void (*mla_rows)(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows, int64_t stride);
+  // Expanded attention, a chunk of attn_chunk tokens and a head at a time: its latents become rows that a product reads, the
+  // product keys and values, these panels, and rows of q go over them. Latents of tokens [first, first + n) as rows of a slot
+  // kind; room: rank floats.
+  void (*mla_rows)(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows,
+                   int64_t stride);
   int64_t (*mla_panel_bytes)(const MlaHead& head);  // of a chunk
-  // Keys and values of tokens [first, first + n), in rows of `nope` and v_dim numbers, into the panels of their chunk. Tokens come
-  // in order, whole blocks but for the last.
-  void (*mla_panels)(const KvLayout& l, const KvView& v, const MlaHead& head, int64_t first, int64_t n, const float* kv, int64_t stride, uint8_t* panels);
-  // Rows [r0, r1) of a sequence against the chunk, of which panels are there for every block that a row sees. q, o, and the state (m, l
-  // of row r at [r - r0]) as attn_prefill has them: the caller sets m to -inf, l and o to 0 before a row's first chunk, and divides o
-  // by l behind its last. scratch: attn_scratch bytes.
-  void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
-                       const VisibleTokens& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch);
+  // Keys and values of tokens [first, first + n), in rows of `nope` and v_dim numbers, into the panels of their chunk. Tokens
+  // come in order, whole blocks but for the last.
+  void (*mla_panels)(const KvLayout& l, const KvView& v, const MlaHead& head, int64_t first, int64_t n, const float* kv,
+                     int64_t stride, uint8_t* panels);
+  // Rows [r0, r1) of a sequence against the chunk, of which panels are there for every block that a row sees. q, o, and the
+  // state (m, l of row r at [r - r0]) as attn_prefill has them: the caller sets m to -inf, l and o to 0 before a row's first
+  // chunk, and divides o by l behind its last. scratch: attn_scratch bytes.
+  void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0,
+                       int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* m, float* sum, float* o,
+                       int64_t o_stride, uint8_t* scratch);
 
   // ---- training: translation units of their own, train_*.cpp of the ISA's folder
   const TrainProduct* train_product;
@@ -181,10 +197,11 @@ struct Kernels {
 
 constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family
 constexpr int64_t attn_rows = 32;    // query rows of a prefill task
-constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel: rows of 32 times 4 bytes, a block's in one column
-constexpr int64_t mla_heads = 16;    // of a packed query
-constexpr int64_t latent_group = 128;  // numbers of an int8 latent that share a scale
-constexpr int64_t max_head_dim = 256;  // and head_dim is even: cache and attention take columns in pairs
+constexpr int64_t summary_blocks =
+    32;                            // blocks whose summaries share a panel: rows of 32 times 4 bytes, a block's in one column
+constexpr int64_t mla_heads = 16;  // of a packed query
+constexpr int64_t latent_group = 128;                     // numbers of an int8 latent that share a scale
+constexpr int64_t max_head_dim = 256;                     // and head_dim is even: cache and attention take columns in pairs
 constexpr int64_t max_summary_width = 15 * max_head_dim;  // numbers of a key that estimates are made of
 
 // One per variant; null where the compiler could not build it.

@@ -7,36 +7,43 @@ namespace dso {
 
 constexpr int64_t train_attn_block = 64;  // tokens; tasks begin at its multiples
 
-template <class Byte> struct Heads {  // some heads' numbers; strides are in numbers
-  Byte* data;                         // of the first head and the sequence's first token
+template <class Byte>
+struct Heads {  // some heads' numbers; strides are in numbers
+  Byte* data;   // of the first head and the sequence's first token
   int64_t token, head;
 
-  template <class T> T* row(int64_t h, int64_t t) const { return (T*)data + h * head + t * token; }
+  template <class T>
+  T* row(int64_t h, int64_t t) const {
+    return (T*)data + h * head + t * token;
+  }
 };
 
 // A sequence and a kv head with the query heads that share it. Token t sees tokens (t - window, t]; window 0: [0, t].
 struct TrainAttnTask {
-  int32_t type;               // DSO_TYPE_* of all but the fp32 state
+  int32_t type;  // DSO_TYPE_* of all but the fp32 state
   int64_t tokens, qk_width, v_width;
-  int64_t group;              // query heads
+  int64_t group;  // query heads
   float scale;
   int64_t window;
-  int64_t begin, end;         // of the queries (forward), of the keys (backward); begin is a multiple of train_attn_block
+  int64_t begin, end;  // of the queries (forward), of the keys (backward); begin is a multiple of train_attn_block
   Heads<const void> q, k, v;
-  Heads<void> o;              // forward: written; backward: read
-  // Of a query head and token: the largest logit in units of log 2, and the sum of 2^(logit - largest). The pair is kept instead
-  // of its logarithm, so that weights are the same to the bit in the backward, however large the logits. head: stride of both.
+  Heads<void> o;  // forward: written; backward: read
+  // Of a query head and token: the largest logit in units of log 2, and the sum of 2^(logit - largest). The pair is kept
+  // instead of its logarithm, so that weights are the same to the bit in the backward, however large the logits. head: stride
+  // of both.
   float *largest, *sum;
   int64_t state_head;
   // backward
   Heads<const void> o_grad;
   Heads<void> q_grad, k_grad, v_grad;  // q_grad: for the runtime, which has query_grad write it
-  // Transposed blocks of fp32 sums, block i of head h at (h * blocks + i) * train_attn_query_grad(qk_width), blocks counted from
-  // `begin` to the sequence's end: what query_grad adds up. Blocks whose queries see none of the keys are not written.
+  // Transposed blocks of fp32 sums, block i of head h at (h * blocks + i) * train_attn_query_grad(qk_width), blocks counted
+  // from `begin` to the sequence's end: what query_grad adds up. Blocks whose queries see none of the keys are not written.
   float* q_sums;
 };
 
-constexpr int64_t train_attn_query_grad(int64_t qk_width) { return (qk_width + 31) / 32 * 32 * train_attn_block; }  // floats of a block
+constexpr int64_t train_attn_query_grad(int64_t qk_width) {
+  return (qk_width + 31) / 32 * 32 * train_attn_block;
+}  // floats of a block
 
 struct TrainAttention {
   // Bytes that a task needs, private to its thread, 64-aligned.
@@ -44,10 +51,10 @@ struct TrainAttention {
   int64_t (*backward_scratch)(const TrainAttnTask& task);
   void (*forward)(const TrainAttnTask& task, uint8_t* scratch);
   void (*backward)(const TrainAttnTask& task, uint8_t* scratch);
-  // Rows of q's gradient: `count` (at most train_attn_block) sums of parts[0], parts[1] .. in this order, times scale. A part is a
-  // block as `backward` leaves it.
-  void (*query_grad)(int32_t type, const float* const* parts, int64_t part_count, int64_t count, int64_t qk_width, float scale, void* out,
-                     int64_t out_token);
+  // Rows of q's gradient: `count` (at most train_attn_block) sums of parts[0], parts[1] .. in this order, times scale. A part
+  // is a block as `backward` leaves it.
+  void (*query_grad)(int32_t type, const float* const* parts, int64_t part_count, int64_t count, int64_t qk_width, float scale,
+                     void* out, int64_t out_token);
 };
 
 }  // namespace dso

@@ -1,4 +1,5 @@
-// What a kernel set offers training: row-wise ops, the loss and the optimizer. As kernels.hpp: plain types only, no std header with inline code.
+// What a kernel set offers training: row-wise ops, the loss and the optimizer. As kernels.hpp: plain types only, no std header
+// with inline code.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,15 +15,20 @@ struct TrainElementwise {
   // out = scale x, or, with `adds`, out + scale x; numbers [begin, end)
   void (*scale)(int32_t x_type, const void* x, float scale, bool adds, int64_t begin, int64_t end, int32_t out_type, void* out);
   // out = the sum of rows which[0 .. count) of x (ld numbers apart), or, with `adds`, out and that sum; n numbers
-  void (*rows_summed)(int32_t x_type, const void* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds, int32_t out_type, void* out);
+  void (*rows_summed)(int32_t x_type, const void* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds,
+                      int32_t out_type, void* out);
 
   // ---- one row each, all of one type; see generic/train_rows.hpp
   void (*rms_norm)(int32_t type, const void* x, const void* weight, int64_t n, float eps, void* y, float* rstd);
-  void (*rms_norm_backward)(int32_t type, const void* dy, const void* x, const void* weight, float rstd, int64_t n, void* dx, float* dw);
+  void (*rms_norm_backward)(int32_t type, const void* dy, const void* x, const void* weight, float rstd, int64_t n, void* dx,
+                            float* dw);
   void (*swiglu)(int32_t type, const void* gate, const void* up, int64_t n, void* h);
-  void (*swiglu_backward)(int32_t type, const void* gate, const void* up, const void* dh, int64_t n, void* dgate, void* dup, void* h);
-  void (*rope)(const dso_train_rotation& rotation, const void* x, const void* cosine, const void* sine, void* out);  // the heads of a token
-  // Returns the loss of a row; gradient: -1 for none, else the type of what takes the place of the logits, from the row's start on.
+  void (*swiglu_backward)(int32_t type, const void* gate, const void* up, const void* dh, int64_t n, void* dgate, void* dup,
+                          void* h);
+  void (*rope)(const dso_train_rotation& rotation, const void* x, const void* cosine, const void* sine,
+               void* out);  // the heads of a token
+  // Returns the loss of a row; gradient: -1 for none, else the type of what takes the place of the logits, from the row's start
+  // on.
   double (*cross_entropy)(int32_t type, void* logits, int64_t n, int64_t label, float factor, int32_t gradient);
 };
 

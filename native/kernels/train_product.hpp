@@ -28,9 +28,9 @@ struct ProductJob {  // C[M, N] = A B (+ bias) (+ C), summed over K in fp32
 };
 
 struct TrainProduct {
-  // Rows [m0, m1) and columns [n0, n1) of C; m0 is a multiple of 16 and n0 of product_columns. Numbers are rounded to bf16 first, unless
-  // `exact`. Every number of C is one chain over k ascending, whatever the ranges. scratch: 64-aligned, private to the thread, of as
-  // many bytes as `scratch` says for so many rows and columns, or more.
+  // Rows [m0, m1) and columns [n0, n1) of C; m0 is a multiple of 16 and n0 of product_columns. Numbers are rounded to bf16
+  // first, unless `exact`. Every number of C is one chain over k ascending, whatever the ranges. scratch: 64-aligned, private
+  // to the thread, of as many bytes as `scratch` says for so many rows and columns, or more.
   void (*block)(const ProductJob& job, bool exact, int64_t m0, int64_t m1, int64_t n0, int64_t n1, uint8_t* scratch);
   int64_t (*scratch)(int64_t rows, int64_t columns, int64_t K);
   // sums[n] (+)= the sum of x[t, n] over t ascending, for columns [n0, n1). x is [T, ...], row-major; `along` means nothing.

@@ -56,7 +56,8 @@ int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double
   return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });
 }
 
-int32_t dso_mapping_add(const void* address, int64_t bytes, int32_t fd, int64_t modified_ns, const char* name, int64_t* number) {
+int32_t dso_mapping_add(const void* address, int64_t bytes, int32_t fd, int64_t modified_ns, const char* name,
+                        int64_t* number) {
   return guarded([&] {
     given(number, "number") = 0;
     *number = add_mapping(address, bytes, fd, modified_ns, name);
@@ -75,7 +76,8 @@ int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* s
                  const float* importance, void* dst) {
   return guarded([&] { pack(shared(c), format, src_type, src, rows, cols, stride, importance, dst); });
 }
-int32_t dso_pack_fp8(dso_context* c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, void* dst) {
+int32_t dso_pack_fp8(dso_context* c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride,
+                     void* dst) {
   return guarded([&] { pack_fp8(shared(c), codes, scales, rows, cols, stride, dst); });
 }
 int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64_t row_end, float* dst) {
@@ -117,8 +119,8 @@ int32_t dso_cache_load_block(dso_cache* k, int32_t block, const void* bytes) {
 int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value) {
   return guarded([&] { given(k, "cache").read(layer, block_table, tokens, key, value); });
 }
-int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index, const int32_t* block_table,
-                       int32_t tokens, int32_t position, int32_t delta) {
+int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
+                         const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta) {
   return guarded([&] { turn(shared(c), given(k, "cache"), given(key, "key"), index, block_table, tokens, position, delta); });
 }
 
@@ -130,7 +132,9 @@ int32_t dso_plan_create(dso_context* c, const dso_step* steps, int32_t n_steps, 
   });
 }
 void dso_plan_destroy(dso_plan* p) { delete p; }
-int64_t dso_plan_buffer_bytes(const dso_plan* p, int32_t T, int32_t R) { return p && T >= 0 && R >= 0 ? p->buffer_bytes(T, R) : -1; }
+int64_t dso_plan_buffer_bytes(const dso_plan* p, int32_t T, int32_t R) {
+  return p && T >= 0 && R >= 0 ? p->buffer_bytes(T, R) : -1;
+}
 int32_t dso_plan_reserve(dso_plan* p, int32_t T, int32_t R) {
   return guarded([&] { given(p, "plan").reserve(T, R); });
 }

@@ -42,7 +42,9 @@ void Arena::close() {
   ASAN_POISON_MEMORY_REGION(data_, size_);
 }
 
-void Arena::allow([[maybe_unused]] int64_t from, [[maybe_unused]] int64_t bytes) { ASAN_UNPOISON_MEMORY_REGION(data_ + from, bytes); }
+void Arena::allow([[maybe_unused]] int64_t from, [[maybe_unused]] int64_t bytes) {
+  ASAN_UNPOISON_MEMORY_REGION(data_ + from, bytes);
+}
 
 void Arena::reserve(int64_t bytes) {
   if (bytes <= size_) {

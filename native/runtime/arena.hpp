@@ -22,8 +22,8 @@ class Arena {
   void reserve(int64_t bytes);
   void release(int64_t from);  // pages wholly past `from` go back to the system, and read as zero
 
-  // For tests of what is kept in it. Under AddressSanitizer close() fills the arena with NaN and forbids all of it, allow() gives one
-  // region back, and regions want a gap between them; otherwise these do nothing.
+  // For tests of what is kept in it. Under AddressSanitizer close() fills the arena with NaN and forbids all of it, allow()
+  // gives one region back, and regions want a gap between them; otherwise these do nothing.
   void close();
   void allow(int64_t from, int64_t bytes);
 #ifdef __SANITIZE_ADDRESS__

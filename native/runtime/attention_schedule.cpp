@@ -4,7 +4,7 @@
 
 namespace dso {
 namespace {
-constexpr int64_t kDecodeRows = 8;          // rows that share a read of the cache
+constexpr int64_t kDecodeRows = 8;           // rows that share a read of the cache
 constexpr int64_t kPrivateFloats = 1 << 18;  // partial results a thread keeps at hand, where it can choose
 }  // namespace
 

@@ -1,8 +1,9 @@
 // How attention over a ragged batch is cut into tasks. Made once a step of the model, used by all layers that are alike.
 //
-// A task is some heads of one kv head (of several where sequences are many), some rows of one sequence and, in the decode family,
-// a range of absolute chunks of 256 tokens, or of eight blocks that its one row chose. Which task covers what never changes a row's bits: chunks are merged in order, whoever computed them. Heavy
-// tasks come first, and none is more than a fraction of a thread's share, so that all threads end together.
+// A task is some heads of one kv head (of several where sequences are many), some rows of one sequence and, in the decode
+// family, a range of absolute chunks of 256 tokens, or of eight blocks that its one row chose. Which task covers what never
+// changes a row's bits: chunks are merged in order, whoever computed them. Heavy tasks come first, and none is more than a
+// fraction of a thread's share, so that all threads end together.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -31,13 +32,14 @@ struct RowChunks {
 
 struct AttentionTask {
   AttentionKind kind;
-  int64_t sequence, kv_head, kv_end;  // kv heads [kv_head, kv_end): one after the other, more than one only in the decode family
-  int64_t h0, h1;      // q heads, within the kv head's group
-  int64_t r0, r1;      // rows, within the sequence
-  int64_t c0, c1;      // chunks of this task, of
-  RowChunks chunks;    // those of all tasks on these rows and heads
-  int64_t part;        // where the partial results of those begin in the shared memory, in floats; -1: this task has all chunks
-  int32_t merge, rows; // countdowns: tasks left before the chunks are merged, before the rows are whole; -1: none
+  int64_t sequence, kv_head,
+      kv_end;        // kv heads [kv_head, kv_end): one after the other, more than one only in the decode family
+  int64_t h0, h1;    // q heads, within the kv head's group
+  int64_t r0, r1;    // rows, within the sequence
+  int64_t c0, c1;    // chunks of this task, of
+  RowChunks chunks;  // those of all tasks on these rows and heads
+  int64_t part;      // where the partial results of those begin in the shared memory, in floats; -1: this task has all chunks
+  int32_t merge, rows;  // countdowns: tasks left before the chunks are merged, before the rows are whole; -1: none
   int64_t cost;
 };
 
@@ -58,8 +60,8 @@ class AttentionSchedule {
   void add_rows(const Run& run, AttentionKind kind, int64_t sequence, int64_t r0, int64_t r1, int64_t fair);
   int64_t rows_of_a_block(AttentionKind kind, int64_t chunks) const;
   AttentionKind kind_of(const Run& run, int64_t sequence) const;
-  int64_t first_token(int64_t context, int64_t row) const;                // of the window, or 0 where it reaches the sinks
-  int64_t tokens(int64_t context, int64_t r0, int64_t r1) const;          // that rows [r0, r1) see together
+  int64_t first_token(int64_t context, int64_t row) const;        // of the window, or 0 where it reaches the sinks
+  int64_t tokens(int64_t context, int64_t r0, int64_t r1) const;  // that rows [r0, r1) see together
   RowChunks chunks(int64_t context, int64_t r0, int64_t r1) const;
 
   int64_t built_ = 0;

@@ -14,7 +14,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kStride = 512;            // bytes a turn of the loop
+constexpr int64_t kStride = 512;  // bytes a turn of the loop
 constexpr int64_t kLeast = 1 << 20;
 constexpr int64_t kRoundBytes = 256 << 20;  // a round reads at least this much, so that its begin and end don't count
 constexpr int kLeastRounds = 4;
@@ -43,7 +43,11 @@ template <class Vector>
 class Reading final : public Job {
  public:
   Reading(int64_t bytes, int threads, double seconds)
-      : threads_(threads), share_(bytes / threads / kStride * kStride), passes_(ceil_div(kRoundBytes, bytes)), seconds_(seconds), memory_(bytes) {}
+      : threads_(threads),
+        share_(bytes / threads / kStride * kStride),
+        passes_(ceil_div(kRoundBytes, bytes)),
+        seconds_(seconds),
+        memory_(bytes) {}
 
   int64_t next() override {
     const Clock::time_point now = Clock::now();

@@ -17,20 +17,25 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   const KvLayout& l = k->layout;
   const bool latents = needs.rank > 0 || needs.index == 0;  // index keys alone fit beside any
   if ((latents && (l.rank != needs.rank || l.rope != needs.rope)) || (needs.index > 0 && l.index != needs.index))
-    fail(DSO_EINVAL, "batch.cache has latents of %d and %d, index keys of %d; the plan needs %lld and %lld, %lld", l.rank, l.rope, l.index,
-         (long long)needs.rank, (long long)needs.rope, (long long)needs.index);
+    fail(DSO_EINVAL, "batch.cache has latents of %d and %d, index keys of %d; the plan needs %lld and %lld, %lld", l.rank,
+         l.rope, l.index, (long long)needs.rank, (long long)needs.rope, (long long)needs.index);
   if (l.kv_heads != needs.kv_heads || l.head_dim != needs.head_dim || k->layers < needs.layers)
     fail(DSO_EINVAL, "batch.cache has %lld layers of %d heads of %d, the plan needs %lld of %lld of %lld", (long long)k->layers,
          k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads, (long long)needs.head_dim);
-  if (needs.summaries && l.summary_bytes == 0) fail(DSO_EINVAL, "batch.cache has no summaries, and the plan chooses blocks by them");
+  if (needs.summaries && l.summary_bytes == 0)
+    fail(DSO_EINVAL, "batch.cache has no summaries, and the plan chooses blocks by them");
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
   for (int64_t s = 0; s < b.S; ++s) {
-    const int64_t longest = needs.index > 0 || (needs.rank > 0 && needs.summaries) ? kMostNumbered : needs.summaries ? kMostNumbered * DSO_BLOCK_TOKENS : INT32_MAX;
+    const int64_t longest = needs.index > 0 || (needs.rank > 0 && needs.summaries) ? kMostNumbered
+                            : needs.summaries                                      ? kMostNumbered * DSO_BLOCK_TOKENS
+                                                                                   : INT32_MAX;
     if (int64_t(b.context_len[s]) + b.query_len[s] > longest)
-      fail(DSO_EINVAL, "batch: sequence %lld is longer than %lld tokens: what is chosen is numbered in fp32", (long long)s, (long long)longest);
+      fail(DSO_EINVAL, "batch: sequence %lld is longer than %lld tokens: what is chosen is numbered in fp32", (long long)s,
+           (long long)longest);
     const int64_t blocks = ceil_div(int64_t(b.context_len[s]) + b.query_len[s], DSO_BLOCK_TOKENS);
     if (blocks > b.max_blocks)
-      fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, max_blocks is %d", (long long)s, (long long)blocks, b.max_blocks);
+      fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, max_blocks is %d", (long long)s, (long long)blocks,
+           b.max_blocks);
     const int32_t* table = b.block_table + s * b.max_blocks;
     for (int64_t i = 0; i < blocks; ++i)
       if ((table[i] < 0 || table[i] >= k->blocks) && !(table[i] == -1 && needs.hides(i, b.context_len[s])))
@@ -58,7 +63,8 @@ void check_sequences(const dso_batch& b) {
 
 bool BatchNeeds::hides(int64_t block, int64_t context) const {
   const int64_t first = context + 1 - window;
-  return !sees_all && window > 0 && first > sinks && block * DSO_BLOCK_TOKENS >= sinks && (block + 1) * DSO_BLOCK_TOKENS <= first;
+  return !sees_all && window > 0 && first > sinks && block * DSO_BLOCK_TOKENS >= sinks &&
+         (block + 1) * DSO_BLOCK_TOKENS <= first;
 }
 
 void check_batch(const dso_batch& b, const BatchNeeds& needs) {
@@ -74,7 +80,8 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
     if (!b.token_ids) fail(DSO_EINVAL, "batch.token_ids and batch.inputs_embeds are both NULL");
     for (int64_t t = 0; t < b.T; ++t)
       if (b.token_ids[t] < 0 || b.token_ids[t] >= needs.vocab)
-        fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, the vocabulary has %lld", (long long)t, b.token_ids[t], (long long)needs.vocab);
+        fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, the vocabulary has %lld", (long long)t, b.token_ids[t],
+             (long long)needs.vocab);
   }
   if (needs.positions && !b.positions) fail(DSO_EINVAL, "batch.positions is NULL");
   if (b.inv_freq && needs.rope_tables != 1)

@@ -10,13 +10,13 @@ namespace dso {
 
 // What a plan asks of the batches it is given.
 struct BatchNeeds {
-  int64_t vocab = 0;           // ids are below it: the smaller of vocab_size and the embedding's rows
+  int64_t vocab = 0;  // ids are below it: the smaller of vocab_size and the embedding's rows
   bool token_ids = false, positions = false, states = false, logits = false;
-  int64_t layers = 0;          // of the cache; 0: no cache is used
+  int64_t layers = 0;  // of the cache; 0: no cache is used
   int64_t kv_heads = 0, head_dim = 0;
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead
   int64_t rope_tables = 0;
-  bool summaries = false;      // of the cache
+  bool summaries = false;  // of the cache
   // What attention sees: all, in one layer at least, or the widest window and the most sinks of any.
   bool sees_all = false;
   int64_t window = 0, sinks = 0;
@@ -41,7 +41,9 @@ struct Batch {
   std::vector<int64_t> first_row;              // of each sequence
   std::vector<Piece> pieces;
 
-  int64_t sequence_of(int64_t row) const { return std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin() - 1; }
+  int64_t sequence_of(int64_t row) const {
+    return std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin() - 1;
+  }
   const int32_t* table(int64_t sequence) const { return source->block_table + sequence * source->max_blocks; }
 };
 

@@ -4,16 +4,18 @@
 
 namespace dso {
 namespace {
-constexpr int64_t kFillRows = 64;             // rows of a task that estimates nothing
-constexpr int64_t kRows = 8;                  // of a task that does,
-constexpr int64_t kEstimates = 1 << 16;       // unless its estimates are more than so many
+constexpr int64_t kFillRows = 64;        // rows of a task that estimates nothing
+constexpr int64_t kRows = 8;             // of a task that does,
+constexpr int64_t kEstimates = 1 << 16;  // unless its estimates are more than so many
 }  // namespace
 
 int64_t BlockSchedule::rows_that_see_all(const dso_batch& b, int64_t sequence) const {
   return std::clamp<int64_t>(shape.top_k * DSO_BLOCK_TOKENS - b.context_len[sequence], 0, b.query_len[sequence]);
 }
 
-int64_t BlockSchedule::rows_of_a_task(int64_t width) const { return std::clamp<int64_t>(kEstimates / (width * shape.group()), 1, kRows); }
+int64_t BlockSchedule::rows_of_a_task(int64_t width) const {
+  return std::clamp<int64_t>(kEstimates / (width * shape.group()), 1, kRows);
+}
 
 void BlockSchedule::build(const Run& run) {
   if (built_ == run.batch.serial) return;
@@ -40,7 +42,8 @@ void BlockSchedule::build(const Run& run) {
 }
 
 void BlockSchedule::add_all_seen(int64_t sequence, int64_t rows) {
-  for (int64_t r = 0; r < rows; r += kFillRows) tasks.push_back({sequence, r, std::min(r + kFillRows, rows), -1, 0, 0, 0, 0, 0, 0, -1, -1, 0});
+  for (int64_t r = 0; r < rows; r += kFillRows)
+    tasks.push_back({sequence, r, std::min(r + kFillRows, rows), -1, 0, 0, 0, 0, 0, 0, -1, -1, 0});
 }
 
 void BlockSchedule::add_chosen(const Run& run, int64_t sequence, int64_t first_row, int64_t fair) {
@@ -92,8 +95,10 @@ void BlockSchedule::find_blocks(const int32_t* table, int64_t end) {
       place = std::lower_bound(panels.begin() + first_panel, panels.end(), panel) - panels.begin() - first_panel;
     }
     const int64_t at = place * summary_blocks + table[i] % summary_blocks;
-    if (int64_t(runs.size()) > first_run && runs.back().at + runs.back().count == at) ++runs.back().count;
-    else runs.push_back({i, 1, at});
+    if (int64_t(runs.size()) > first_run && runs.back().at + runs.back().count == at)
+      ++runs.back().count;
+    else
+      runs.push_back({i, 1, at});
   }
 }
 

@@ -1,9 +1,9 @@
-// How choosing blocks for a ragged batch is cut into tasks, and where the summaries of each sequence's blocks lie. Made once a step of
-// the model, used by all layers that are alike.
+// How choosing blocks for a ragged batch is cut into tasks, and where the summaries of each sequence's blocks lie. Made once a
+// step of the model, used by all layers that are alike.
 //
-// A row that sees no more than top_k blocks takes all of them. The others go in tasks of one kv head and a few rows of one sequence,
-// which share a read of the summaries; where that is more than a thread's share, several tasks estimate some of the panels each, and
-// the last to end chooses. An estimate depends on its row and its block alone, and so does the choice.
+// A row that sees no more than top_k blocks takes all of them. The others go in tasks of one kv head and a few rows of one
+// sequence, which share a read of the summaries; where that is more than a thread's share, several tasks estimate some of the
+// panels each, and the last to end chooses. An estimate depends on its row and its block alone, and so does the choice.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -19,10 +19,13 @@ struct BlockShape {  // latents: one kv head, and head_dim is that of a whole ro
   int64_t group() const { return heads / kv_heads; }
   int64_t first() const { return ceil_div(sinks, DSO_BLOCK_TOKENS); }  // block behind those of the sinks
   int64_t seen(int64_t token) const { return token / DSO_BLOCK_TOKENS + 1; }
-  int64_t end(int64_t token) const { return std::max<int64_t>(0, token + 1 - window) / DSO_BLOCK_TOKENS; }  // block where its window begins
+  int64_t end(int64_t token) const {
+    return std::max<int64_t>(0, token + 1 - window) / DSO_BLOCK_TOKENS;
+  }  // block where its window begins
 };
 
-// Blocks [block, block + count) of a sequence, whose estimates lie side by side from `at` on where its panels lie one after the other.
+// Blocks [block, block + count) of a sequence, whose estimates lie side by side from `at` on where its panels lie one after the
+// other.
 struct BlockRun {
   int64_t block, count, at;
 };
@@ -33,8 +36,8 @@ struct BlockTask {
   int64_t p0, p1;            // of `panels`
   int64_t first, width;      // the first panel of all tasks on these rows, and the blocks of all their panels
   int64_t b0, b1;            // of `runs`
-  int64_t part;              // where the estimates of all begin in the shared memory, in floats; -1: this task makes all of them
-  int32_t merge;             // countdown: tasks left before the rows are chosen for
+  int64_t part;   // where the estimates of all begin in the shared memory, in floats; -1: this task makes all of them
+  int32_t merge;  // countdown: tasks left before the rows are chosen for
   int64_t cost;
 };
 
@@ -45,10 +48,10 @@ class BlockSchedule {
 
   const BlockShape shape;
   std::vector<BlockTask> tasks;
-  std::vector<int32_t> panels;  // sequence after sequence, ascending: those with blocks that may be chosen
-  std::vector<BlockRun> runs;   // sequence after sequence
+  std::vector<int32_t> panels;                    // sequence after sequence, ascending: those with blocks that may be chosen
+  std::vector<BlockRun> runs;                     // sequence after sequence
   int64_t shared_floats = 0, private_floats = 0;  // estimates
-  int64_t candidates = 0;       // of a row, blocks
+  int64_t candidates = 0;                         // of a row, blocks
   Countdowns countdowns;
 
  private:

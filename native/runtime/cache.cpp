@@ -9,27 +9,37 @@ namespace dso {
 namespace {
 KvLayout checked_latent(const dso_cache_shape& s) {
   auto even = [](const char* name, int64_t n, int64_t least) {
-    if (n < least || n > (1 << 16) || n % 2) fail(DSO_EINVAL, "cache: %s is %lld, and must be even and from %lld to 65536", name, (long long)n, (long long)least);
+    if (n < least || n > (1 << 16) || n % 2)
+      fail(DSO_EINVAL, "cache: %s is %lld, and must be even and from %lld to 65536", name, (long long)n, (long long)least);
   };
-  if (s.kv_heads != 0 || s.head_dim != 0) fail(DSO_EINVAL, "cache: kv_heads %d and head_dim %d beside a rank of %d", s.kv_heads, s.head_dim, s.rank);
+  if (s.kv_heads != 0 || s.head_dim != 0)
+    fail(DSO_EINVAL, "cache: kv_heads %d and head_dim %d beside a rank of %d", s.kv_heads, s.head_dim, s.rank);
   even("rank", s.rank, 2);
   even("rope", s.rope, 2);
   even("index", s.index, 0);
   const int64_t row = latent_row_bytes(s.kv_type, s.rank, s.rope), index = index_row_bytes(s.kv_type, s.index);
-  return {s.kv_type, 0, 0, round_up(DSO_BLOCK_TOKENS * (row + index), 64), s.rank, s.rope, s.index, row, index,
-          s.summaries ? summary_bytes(s.kv_type, s.rank + s.rope) : 0};
+  return {s.kv_type, 0,
+          0,         round_up(DSO_BLOCK_TOKENS * (row + index), 64),
+          s.rank,    s.rope,
+          s.index,   row,
+          index,     s.summaries ? summary_bytes(s.kv_type, s.rank + s.rope) : 0};
 }
 }  // namespace
 
 KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& s) {
-  if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8) fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
+  if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8)
+    fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
   if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers", s.layers);
   if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, and must be 0 or 1", s.summaries);
   if (s.rank != 0 || s.rope != 0 || s.index != 0) return checked_latent(s);
   if (s.kv_heads < 1 || s.kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads", s.kv_heads);
-  if (!is_head_dim(s.head_dim)) fail(DSO_EINVAL, "cache: head_dim is %d, and must be even and at most %d", s.head_dim, int(max_head_dim));
-  return {s.kv_type, s.kv_heads, s.head_dim, round_up(kernels.kv_layer_bytes(s.kv_type, s.kv_heads, s.head_dim), 64), 0, 0, 0, 0, 0,
-          s.summaries ? summary_bytes(s.kv_type, s.head_dim) : 0};
+  if (!is_head_dim(s.head_dim))
+    fail(DSO_EINVAL, "cache: head_dim is %d, and must be even and at most %d", s.head_dim, int(max_head_dim));
+  return {s.kv_type,  s.kv_heads,
+          s.head_dim, round_up(kernels.kv_layer_bytes(s.kv_type, s.kv_heads, s.head_dim), 64),
+          0,          0,
+          0,          0,
+          0,          s.summaries ? summary_bytes(s.kv_type, s.head_dim) : 0};
 }
 
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& s) {
@@ -43,7 +53,8 @@ constexpr int64_t kSummaryRow = 4 * summary_blocks;
 int64_t checked_bytes(int64_t blocks, int64_t block_bytes) {
   int64_t bytes;
   if (blocks < 1 || blocks > INT32_MAX) fail(DSO_EINVAL, "cache: %lld blocks", (long long)blocks);
-  if (__builtin_mul_overflow(blocks, block_bytes, &bytes)) fail(DSO_ENOMEM, "cache: %lld blocks are too many", (long long)blocks);
+  if (__builtin_mul_overflow(blocks, block_bytes, &bytes))
+    fail(DSO_ENOMEM, "cache: %lld blocks are too many", (long long)blocks);
   return bytes;
 }
 }  // namespace
@@ -59,7 +70,9 @@ dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_b
       arena(checked_bytes(n_blocks, block_bytes())),
       summaries(ceil_div(n_blocks, summary_blocks) * group_bytes()) {}
 
-uint8_t* dso_cache::summary(int64_t block) const { return summaries.data() + block / summary_blocks * group_bytes() + block % summary_blocks * 4; }
+uint8_t* dso_cache::summary(int64_t block) const {
+  return summaries.data() + block / summary_blocks * group_bytes() + block % summary_blocks * 4;
+}
 
 void dso_cache::copy_block(int64_t from, int64_t to) {
   if (from < 0 || from >= blocks || to < 0 || to >= blocks)

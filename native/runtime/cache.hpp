@@ -1,8 +1,8 @@
 // The paged KV cache: `blocks` blocks in one stretch of address space, block-major (a block holds 32 tokens of every
 // layer), so that whole blocks can be copied, shared and given back. What is inside a layer belongs to the kernels.
 //
-// Summaries lie in a stretch of their own, by groups of summary_blocks blocks: rows of 32 times 4 bytes, of which each block has
-// one column. So the summaries of many blocks are read as a stream, and a group goes back to the system when its blocks do.
+// Summaries lie in a stretch of their own, by groups of summary_blocks blocks: rows of 32 times 4 bytes, of which each block
+// has one column. So the summaries of many blocks are read as a stream, and a group goes back to the system when its blocks do.
 #pragma once
 #include <algorithm>
 
@@ -22,7 +22,8 @@ struct dso_cache {
 
   int64_t block_bytes() const { return layers * layout.layer_bytes; }
   dso::KvView view(int64_t layer, const int32_t* table) const {
-    return {arena.data() + layer * layout.layer_bytes, block_bytes(), table, summaries.data() + layer * layer_summaries(), group_bytes()};
+    return {arena.data() + layer * layout.layer_bytes, block_bytes(), table, summaries.data() + layer * layer_summaries(),
+            group_bytes()};
   }
   int64_t group_bytes() const { return layers * layer_summaries(); }  // summaries of summary_blocks blocks; 0: there are none
 

@@ -15,7 +15,8 @@ constexpr int64_t kTokens = DSO_BLOCK_TOKENS;
 
 void check_rotation(const char* name, const dso_rotation& r, int64_t width) {
   if (r.rot < 2 || r.rot % 2 || r.offset < 0 || int64_t(r.offset) + r.rot > width)
-    fail(DSO_EINVAL, "%s: numbers [%d, %lld) of %lld cannot turn in pairs", name, r.offset, (long long)r.offset + r.rot, (long long)width);
+    fail(DSO_EINVAL, "%s: numbers [%d, %lld) of %lld cannot turn in pairs", name, r.offset, (long long)r.offset + r.rot,
+         (long long)width);
   if (r.flags & ~DSO_FLAG_INTERLEAVED) fail(DSO_EINVAL, "%s: flags are %d", name, r.flags);
   if (!r.inv_freq) fail(DSO_EINVAL, "%s: inv_freq is NULL", name);
   for (int64_t i = 0; i < r.rot / 2; ++i)
@@ -26,7 +27,8 @@ void check_blocks(const dso_cache& cache, const int32_t* table, int64_t blocks) 
   if (!table) fail(DSO_EINVAL, "cache: block_table is NULL");
   for (int64_t b = 0; b < blocks; ++b)
     if (table[b] < 0 || table[b] >= cache.blocks)
-      fail(DSO_EINVAL, "cache: block_table[%lld] is %d, there are %lld blocks", (long long)b, table[b], (long long)cache.blocks);
+      fail(DSO_EINVAL, "cache: block_table[%lld] is %d, there are %lld blocks", (long long)b, table[b],
+           (long long)cache.blocks);
   std::vector<int32_t> sorted(table, table + blocks);
   std::sort(sorted.begin(), sorted.end());
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
@@ -47,25 +49,32 @@ void fill(const dso_rotation& r, int64_t position, int64_t delta, int64_t per_nu
   }
 }
 
-Rotation rotation_of(const dso_rotation& r, const float* table) { return {table, r.rot, r.offset, (r.flags & DSO_FLAG_INTERLEAVED) != 0}; }
+Rotation rotation_of(const dso_rotation& r, const float* table) {
+  return {table, r.rot, r.offset, (r.flags & DSO_FLAG_INTERLEAVED) != 0};
+}
 
 }  // namespace
 
-void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, const int32_t* table, int64_t tokens, int64_t position,
-          int64_t delta) {
+void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, const int32_t* table,
+          int64_t tokens, int64_t position, int64_t delta) {
   const KvLayout& layout = cache.layout;
   check_rotation("key", key, layout.rank ? layout.rope : layout.head_dim);
-  if (!index != !layout.index) fail(DSO_EINVAL, "cache: index is %s, and the cache's keys of an indexer have %d numbers", index ? "given" : "NULL", layout.index);
+  if (!index != !layout.index)
+    fail(DSO_EINVAL, "cache: index is %s, and the cache's keys of an indexer have %d numbers", index ? "given" : "NULL",
+         layout.index);
   if (index) check_rotation("index", *index, layout.index);
   if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens", (long long)tokens);
-  const int64_t blocks = ceil_div(tokens, kTokens), first = std::min(position, position + delta), last = std::max(position, position + delta) + tokens;
+  const int64_t blocks = ceil_div(tokens, kTokens), first = std::min(position, position + delta),
+                last = std::max(position, position + delta) + tokens;
   if (first < 0 || last > INT32_MAX)
-    fail(DSO_EINVAL, "cache: %lld tokens from position %lld cannot move by %lld", (long long)tokens, (long long)position, (long long)delta);
+    fail(DSO_EINVAL, "cache: %lld tokens from position %lld cannot move by %lld", (long long)tokens, (long long)position,
+         (long long)delta);
   if (blocks == 0) return;
   check_blocks(cache, table, blocks);
   if (delta == 0) return;  // keys would come back the same, INT8 rounded once more
 
-  const int64_t key_room = kTokens * key.rot, index_room = index ? kTokens * index->rot : 0, room = std::max(key.rot, index ? index->rot : 0);
+  const int64_t key_room = kTokens * key.rot, index_room = index ? kTokens * index->rot : 0,
+                room = std::max(key.rot, index ? index->rot : 0);
   const int64_t each = round_up(key_room + index_room + room, 16);
   std::vector<float> rooms(static_cast<size_t>(each * c.pool.threads()));
   parallel(c, blocks, [&](int64_t block, int thread) {
@@ -81,8 +90,10 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
     const Rotation turn = rotation_of(key, key_table), index_turn = index ? rotation_of(*index, index_table) : Rotation{};
     for (int64_t layer = 0; layer < cache.layers; ++layer) {
       const KvView view = cache.view(layer, table);
-      if (layout.rank) c.kernels.latent_rotate(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);
-      else c.kernels.kv_rotate(layout, view, block, turn);
+      if (layout.rank)
+        c.kernels.latent_rotate(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);
+      else
+        c.kernels.kv_rotate(layout, view, block, turn);
       if (layout.summary_bytes > 0) (layout.rank ? c.kernels.latent_summarise : c.kernels.kv_summarise)(layout, view, block);
     }
   });

@@ -1,4 +1,5 @@
-// Steps that write to the cache. Tasks are pieces of sequences that lie in one cache block, so that no two threads write to one block.
+// Steps that write to the cache. Tasks are pieces of sequences that lie in one cache block, so that no two threads write to one
+// block.
 #pragma once
 #include "cache.hpp"
 #include "op.hpp"
@@ -31,9 +32,11 @@ class CacheWriter : public Op {
 // Rows as they are, one a token, by a kernel of this form.
 class RowsWriter final : public CacheWriter {
  public:
-  using Kernel = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
+  using Kernel = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x,
+                                    int64_t stride);
   using Summarise = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t block);
-  RowsWriter(const SlotRef& in, int64_t layer, Kernel kernel, Summarise summarise = nullptr) : CacheWriter(layer), in_(in), kernel_(kernel), summarise_(summarise) {}
+  RowsWriter(const SlotRef& in, int64_t layer, Kernel kernel, Summarise summarise = nullptr)
+      : CacheWriter(layer), in_(in), kernel_(kernel), summarise_(summarise) {}
   int64_t work(const Run& run) const override { return run.batch.T * in_.width; }
 
  private:

@@ -14,7 +14,7 @@ struct Context {
   const Kernels& kernels;
   ThreadPool pool;
   std::atomic<bool> checked{false};  // plans made from now on have red zones
-  Arena scratch;  // of calls outside a plan; touched only under a Lease of the pool
+  Arena scratch;                     // of calls outside a plan; touched only under a Lease of the pool
 };
 
 }  // namespace dso

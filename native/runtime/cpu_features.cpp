@@ -46,10 +46,20 @@ struct Name {
   const char* name;
 };
 constexpr Name kNames[] = {
-    {kAvx2, "avx2"},           {kFma, "fma"},           {kF16c, "f16c"},           {kBmi2, "bmi2"},
-    {kAvxVnni, "avx_vnni"},    {kAvx512f, "avx512f"},   {kAvx512bw, "avx512bw"},   {kAvx512dq, "avx512dq"},
-    {kAvx512vl, "avx512vl"},   {kAvx512Vnni, "avx512_vnni"}, {kAvx512Bf16, "avx512_bf16"},
-    {kAmxTile, "amx_tile"},    {kAmxInt8, "amx_int8"},  {kAmxBf16, "amx_bf16"},
+    {kAvx2, "avx2"},
+    {kFma, "fma"},
+    {kF16c, "f16c"},
+    {kBmi2, "bmi2"},
+    {kAvxVnni, "avx_vnni"},
+    {kAvx512f, "avx512f"},
+    {kAvx512bw, "avx512bw"},
+    {kAvx512dq, "avx512dq"},
+    {kAvx512vl, "avx512vl"},
+    {kAvx512Vnni, "avx512_vnni"},
+    {kAvx512Bf16, "avx512_bf16"},
+    {kAmxTile, "amx_tile"},
+    {kAmxInt8, "amx_int8"},
+    {kAmxBf16, "amx_bf16"},
 };
 
 std::string json_string(const char* s) {
@@ -120,7 +130,8 @@ std::string describe_cpu() {
   std::memcpy(vendor, &zero.b, 4);
   std::memcpy(vendor + 4, &zero.d, 4);
   std::memcpy(vendor + 8, &zero.c, 4);
-  std::string out = "{\"vendor\": " + json_string(vendor) + ", \"model\": " + json_string(brand().c_str()) + ", \"features\": [";
+  std::string out =
+      "{\"vendor\": " + json_string(vendor) + ", \"model\": " + json_string(brand().c_str()) + ", \"features\": [";
   const uint32_t features = detect_features();
   const char* comma = "";
   for (const Name& n : kNames) {

@@ -23,9 +23,9 @@ enum Feature : uint32_t {
   kAmxBf16 = 1u << 13,
 };
 
-uint32_t detect_features();                  // a set of Feature
+uint32_t detect_features();                    // a set of Feature
 std::string feature_names(uint32_t features);  // "avx2, fma": as Linux writes them in /proc/cpuinfo
-std::string describe_cpu();                  // JSON: vendor, model, features, caches in bytes, logical cores
+std::string describe_cpu();                    // JSON: vendor, model, features, caches in bytes, logical cores
 
 // Asks Linux for the tile registers, for the whole process and for good. Empty, or why not.
 std::string request_amx();

@@ -18,19 +18,21 @@ namespace {
 constexpr int64_t kRows = 8;  // that a task converts
 
 void check_activation(int32_t format, int32_t kind) {
-  if (!reads(format, kind)) fail(DSO_EINVAL, "activation is %s, which %s weights do not read", kind_name(kind), format_name(format));
+  if (!reads(format, kind))
+    fail(DSO_EINVAL, "activation is %s, which %s weights do not read", kind_name(kind), format_name(format));
 }
 
 }  // namespace
 
-static void pack_blocks(Context& c, int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride, uint8_t* packed) {
+static void pack_blocks(Context& c, int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride,
+                        uint8_t* packed) {
   const int64_t block = ggml_block_bytes(format);
   if (block < 0) fail(DSO_EINVAL, "format %s holds no ggml type's numbers", format_name(format));
   if (cols % kTileCols || stride % kTileCols)
-    fail(DSO_EINVAL, "rows of ggml blocks have a multiple of 32 columns, not %lld every %lld", (long long)cols, (long long)stride);
-  parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
-    repack_tile_row(format, source, rows, cols, stride / kTileCols * block, tile, packed);
-  });
+    fail(DSO_EINVAL, "rows of ggml blocks have a multiple of 32 columns, not %lld every %lld", (long long)cols,
+         (long long)stride);
+  parallel(c, ceil_div(rows, kTileRows),
+           [&](int64_t tile, int) { repack_tile_row(format, source, rows, cols, stride / kTileCols * block, tile, packed); });
   check_intact(source);
 }
 
@@ -43,9 +45,11 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   if (stride < cols) fail(DSO_EINVAL, "stride is %lld, cols are %lld", (long long)stride, (long long)cols);
   if (!source || !packed) fail(DSO_EINVAL, "src or dst is NULL");
   keep_handler();
-  if (source_type == DSO_SRC_GGML) return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
+  if (source_type == DSO_SRC_GGML)
+    return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
   for (int64_t k = 0; importance && k < cols; ++k)
-    if (!(importance[k] >= 0 && importance[k] <= FLT_MAX)) fail(DSO_EINVAL, "importance[%lld] is %g", (long long)k, double(importance[k]));
+    if (!(importance[k] >= 0 && importance[k] <= FLT_MAX))
+      fail(DSO_EINVAL, "importance[%lld] is %g", (long long)k, double(importance[k]));
   const int64_t stride_bytes = stride * (source_type == DSO_SRC_F32 ? 4 : 2);
   parallel(c, ceil_div(rows, band_rows(format)), [&](int64_t tile, int) {
     c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, importance, tile, static_cast<uint8_t*>(packed));
@@ -57,9 +61,8 @@ void pack_fp8(Context& c, const uint8_t* codes, const float* scales, int64_t row
   if (packed_bytes(DSO_FP8, rows, cols) < 0) fail(DSO_EINVAL, "a matrix of %lld x %lld", (long long)rows, (long long)cols);
   if (stride < cols) fail(DSO_EINVAL, "stride is %lld, cols are %lld", (long long)stride, (long long)cols);
   if (!codes || !scales || !packed) fail(DSO_EINVAL, "codes, scales or dst is NULL");
-  parallel(c, ceil_div(rows, band_rows(DSO_FP8)), [&](int64_t band, int) {
-    repack_fp8_band(codes, scales, rows, cols, stride, band, static_cast<uint8_t*>(packed));
-  });
+  parallel(c, ceil_div(rows, band_rows(DSO_FP8)),
+           [&](int64_t band, int) { repack_fp8_band(codes, scales, rows, cols, stride, band, static_cast<uint8_t*>(packed)); });
   check_intact(codes);
 }
 
@@ -78,12 +81,15 @@ void unpack(Context& c, const dso_weight& weight, int64_t row_begin, int64_t row
 }
 
 // Rows of task `block`.
-static void convert_block(const Kernels& k, int32_t kind, const float* x, int64_t T, int64_t width, uint8_t* rows, int64_t stride, int64_t block) {
-  for (int64_t t = block * kRows; t < std::min(T, (block + 1) * kRows); ++t) k.convert(kind, x + t * width, 0, width, width, rows + t * stride);
+static void convert_block(const Kernels& k, int32_t kind, const float* x, int64_t T, int64_t width, uint8_t* rows,
+                          int64_t stride, int64_t block) {
+  for (int64_t t = block * kRows; t < std::min(T, (block + 1) * kRows); ++t)
+    k.convert(kind, x + t * width, 0, width, width, rows + t * stride);
 }
 
 void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width, void* rows) {
-  if (kind != DSO_SLOT_BF16 && kind != DSO_SLOT_Q8 && kind != DSO_SLOT_Q16) fail(DSO_EINVAL, "slot_kind %d is no kind to convert to", kind);
+  if (kind != DSO_SLOT_BF16 && kind != DSO_SLOT_Q8 && kind != DSO_SLOT_Q16)
+    fail(DSO_EINVAL, "slot_kind %d is no kind to convert to", kind);
   const int64_t stride = row_bytes(kind, width);
   if (stride < 0) fail(DSO_EINVAL, "width is %lld", (long long)width);
   if (T < 0) fail(DSO_EINVAL, "T is %lld", (long long)T);
@@ -94,7 +100,8 @@ void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width,
   });
 }
 
-void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kind, const float* x, int64_t T, int64_t decode, float* y) {
+void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kind, const float* x, int64_t T, int64_t decode,
+            float* y) {
   const Matrix w = check_matrix(weight, "weight");
   check_activation(w.format, kind);
   if (T < 0) fail(DSO_EINVAL, "T is %lld", (long long)T);
@@ -107,7 +114,8 @@ void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kin
   Team& team = lease.team();
   const bool converted = kind != DSO_SLOT_F32;
   const int64_t x_stride = converted ? row_bytes(kind, w.cols) : 4 * int64_t(w.cols);
-  const int64_t scratch_at = round_up(converted ? T * x_stride : 0, 4096), scratch = round_up(int64_t(c.kernels.linear_scratch) + 1, 4096);
+  const int64_t scratch_at = round_up(converted ? T * x_stride : 0, 4096),
+                scratch = round_up(int64_t(c.kernels.linear_scratch) + 1, 4096);
   c.scratch.reserve(scratch_at + scratch * team.threads());
   uint8_t* rows = converted ? c.scratch.data() : reinterpret_cast<uint8_t*>(const_cast<float*>(x));  // only read in that case
 

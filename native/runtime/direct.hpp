@@ -5,10 +5,12 @@
 
 namespace dso {
 
-void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride, const float* importance, void* packed);
+void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride,
+          const float* importance, void* packed);
 void pack_fp8(Context& c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, void* packed);
 void unpack(Context& c, const dso_weight& w, int64_t row_begin, int64_t row_end, float* out);
 void convert(Context& c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows);
-void linear(Context& c, const dso_weight& w, const float* bias, int32_t activation, const float* x, int64_t T, int64_t decode_rows, float* y);
+void linear(Context& c, const dso_weight& w, const float* bias, int32_t activation, const float* x, int64_t T,
+            int64_t decode_rows, float* y);
 
 }  // namespace dso

@@ -1,8 +1,9 @@
-// Which rows meet which expert's matrices, and how that work is cut. Made once for the steps over one slot of routes, when these
-// are known; EXPERTS_GATE_UP writes its rows in the order of the groups, and EXPERTS_DOWN reads them so.
+// Which rows meet which expert's matrices, and how that work is cut. Made once for the steps over one slot of routes, when
+// these are known; EXPERTS_GATE_UP writes its rows in the order of the groups, and EXPERTS_DOWN reads them so.
 //
-// Grouped: the (token, choice) pairs sorted by expert, tokens ascending, so that an expert's weights meet all their rows at once.
-// Else each pair is a group by itself, in the order of the tokens: the plain form. Which it is never changes a row's bits.
+// Grouped: the (token, choice) pairs sorted by expert, tokens ascending, so that an expert's weights meet all their rows at
+// once. Else each pair is a group by itself, in the order of the tokens: the plain form. Which it is never changes a row's
+// bits.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -43,7 +44,8 @@ class ExpertGroups {
 };
 
 // body(begin, end, prefill) for the pairs [begin, end) of a group, of each kernel family by itself.
-template <class Body> void by_family(const Group& g, bool one_family, const Body& body) {
+template <class Body>
+void by_family(const Group& g, bool one_family, const Body& body) {
   const int64_t border = one_family && g.prefill < g.end ? g.begin : g.prefill;
   if (g.begin < border) body(g.begin, border, false);
   if (border < g.end) body(border, g.end, true);

@@ -30,7 +30,8 @@ void repack_tile(const uint8_t* codes, int64_t stride, int64_t rows, int64_t col
 
 }  // namespace
 
-void repack_fp8_band(const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, int64_t band, uint8_t* packed) {
+void repack_fp8_band(const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, int64_t band,
+                     uint8_t* packed) {
   const int64_t first = band * kBlock, end = std::min(rows, first + kBlock), across = ceil_div(cols, kTileCols);
   for (int64_t c0 = 0; c0 < cols; c0 += kBlock) {
     const int64_t c1 = std::min(cols, c0 + kBlock);

@@ -1,5 +1,5 @@
-// Blocks as ggml-common.h of llama.cpp has them: fp16 scale (Q4_1: and minimum), then codes. 4-bit: 16 bytes, columns 0..15 low,
-// 16..31 high; 8-bit: 32 signed bytes.
+// Blocks as ggml-common.h of llama.cpp has them: fp16 scale (Q4_1: and minimum), then codes. 4-bit: 16 bytes, columns 0..15
+// low, 16..31 high; 8-bit: 32 signed bytes.
 #include "ggml_blocks.hpp"
 
 #include <cstring>
@@ -53,7 +53,8 @@ int64_t ggml_block_bytes(int32_t format) {
   return format == DSO_INT4 ? 18 : format == DSO_Q4_1 ? 20 : format == DSO_INT8 ? 34 : -1;
 }
 
-void repack_tile_row(int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride, int64_t tile, uint8_t* packed) {
+void repack_tile_row(int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride, int64_t tile,
+                     uint8_t* packed) {
   const int64_t groups = cols / kTileCols, first = tile * kTileRows;
   source += first * stride;
   packed += tile * groups * tile_bytes(format);

@@ -7,6 +7,7 @@ namespace dso {
 int64_t ggml_block_bytes(int32_t format);  // of 32 columns of a row; -1: no ggml type holds this format's numbers
 
 // Tile row `tile` of a matrix whose rows are blocks, `stride` bytes apart.
-void repack_tile_row(int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride, int64_t tile, uint8_t* packed);
+void repack_tile_row(int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride, int64_t tile,
+                     uint8_t* packed);
 
 }  // namespace dso

@@ -31,7 +31,8 @@ void IndexSchedule::build(const Run& run) {
 }
 
 void IndexSchedule::add_all_seen(int64_t sequence, int64_t rows) {
-  for (int64_t r = 0; r < rows; r += kFillRows) tasks.push_back({sequence, r, std::min(r + kFillRows, rows), 0, 0, 0, -1, -1, 0});
+  for (int64_t r = 0; r < rows; r += kFillRows)
+    tasks.push_back({sequence, r, std::min(r + kFillRows, rows), 0, 0, 0, -1, -1, 0});
 }
 
 void IndexSchedule::add_scored(int64_t sequence, int64_t context, int64_t r0, int64_t r1, int64_t fair) {

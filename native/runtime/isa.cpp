@@ -77,7 +77,8 @@ const Kernels& choose_kernels(const char* name) {
       fail(DSO_EISA, "ISA \"%s\" cannot run here: this CPU or system lacks %s", name, feature_names(missing).c_str());
     if (!isa->kernels()) fail(DSO_EISA, "ISA \"%s\" is not in this build: the compiler lacked its flags", name);
     if (isa->needs & kAmxTile)
-      if (const std::string why = request_amx(); !why.empty()) fail(DSO_EISA, "ISA \"%s\" cannot run here: %s", name, why.c_str());
+      if (const std::string why = request_amx(); !why.empty())
+        fail(DSO_EISA, "ISA \"%s\" cannot run here: %s", name, why.c_str());
     return *isa->kernels();
   }
   for (auto isa = isas().rbegin(); isa != isas().rend(); ++isa)

@@ -9,13 +9,19 @@ constexpr int64_t kLargest = int64_t(1) << 31;  // rows, columns and widths are 
 
 int64_t tile_bytes(int32_t format) {
   switch (format) {
-    case DSO_F32: return 2048;
-    case DSO_BF16: return 1024;
+    case DSO_F32:
+      return 2048;
+    case DSO_BF16:
+      return 1024;
     case DSO_INT8:
-    case DSO_FP8: return 544;
-    case DSO_INT4: return 288;
-    case DSO_Q4_1: return 320;
-    default: return -1;
+    case DSO_FP8:
+      return 544;
+    case DSO_INT4:
+      return 288;
+    case DSO_Q4_1:
+      return 320;
+    default:
+      return -1;
   }
 }
 
@@ -33,11 +39,16 @@ int64_t row_bytes(int32_t slot_kind, int64_t width) {
   const int64_t padded = round_up(width, 32), groups = padded / 32;
   switch (slot_kind) {
     case DSO_SLOT_F32:
-    case DSO_SLOT_LOGITS: return round_up(4 * width, 64);
-    case DSO_SLOT_BF16: return 2 * padded;
-    case DSO_SLOT_Q8: return round_up(padded + 8 * groups, 64);
-    case DSO_SLOT_Q16: return round_up(2 * padded + 8 * groups, 64);
-    default: return -1;
+    case DSO_SLOT_LOGITS:
+      return round_up(4 * width, 64);
+    case DSO_SLOT_BF16:
+      return 2 * padded;
+    case DSO_SLOT_Q8:
+      return round_up(padded + 8 * groups, 64);
+    case DSO_SLOT_Q16:
+      return round_up(2 * padded + 8 * groups, 64);
+    default:
+      return -1;
   }
 }
 
@@ -45,37 +56,55 @@ bool is_f32(int32_t slot_kind) { return slot_kind == DSO_SLOT_F32 || slot_kind =
 
 const char* format_name(int32_t format) {
   switch (format) {
-    case DSO_F32: return "F32";
-    case DSO_BF16: return "BF16";
-    case DSO_INT8: return "INT8";
-    case DSO_INT4: return "INT4";
-    case DSO_Q4_1: return "Q4_1";
-    case DSO_FP8: return "FP8";
-    case DSO_VECTOR: return "VECTOR";
-    default: return "an unknown format";
+    case DSO_F32:
+      return "F32";
+    case DSO_BF16:
+      return "BF16";
+    case DSO_INT8:
+      return "INT8";
+    case DSO_INT4:
+      return "INT4";
+    case DSO_Q4_1:
+      return "Q4_1";
+    case DSO_FP8:
+      return "FP8";
+    case DSO_VECTOR:
+      return "VECTOR";
+    default:
+      return "an unknown format";
   }
 }
 
 const char* kind_name(int32_t slot_kind) {
   switch (slot_kind) {
-    case DSO_SLOT_F32: return "F32";
-    case DSO_SLOT_BF16: return "BF16";
-    case DSO_SLOT_Q8: return "Q8";
-    case DSO_SLOT_Q16: return "Q16";
-    case DSO_SLOT_LOGITS: return "LOGITS";
-    default: return "an unknown kind";
+    case DSO_SLOT_F32:
+      return "F32";
+    case DSO_SLOT_BF16:
+      return "BF16";
+    case DSO_SLOT_Q8:
+      return "Q8";
+    case DSO_SLOT_Q16:
+      return "Q16";
+    case DSO_SLOT_LOGITS:
+      return "LOGITS";
+    default:
+      return "an unknown kind";
   }
 }
 
 bool reads(int32_t format, int32_t slot_kind) {
   switch (format) {
-    case DSO_F32: return slot_kind == DSO_SLOT_F32;
+    case DSO_F32:
+      return slot_kind == DSO_SLOT_F32;
     case DSO_BF16:
-    case DSO_FP8: return slot_kind == DSO_SLOT_BF16;
+    case DSO_FP8:
+      return slot_kind == DSO_SLOT_BF16;
     case DSO_INT8:
     case DSO_INT4:
-    case DSO_Q4_1: return slot_kind == DSO_SLOT_Q8 || slot_kind == DSO_SLOT_Q16;
-    default: return false;
+    case DSO_Q4_1:
+      return slot_kind == DSO_SLOT_Q8 || slot_kind == DSO_SLOT_Q16;
+    default:
+      return false;
   }
 }
 
@@ -95,21 +124,20 @@ int64_t index_row_bytes(int32_t kv_type, int64_t index) { return (kv_type == DSO
 
 int64_t summary_bytes(int32_t kv_type, int64_t width) { return summary_blocks * 2 * width * (kv_type == DSO_KV_F32 ? 4 : 2); }
 
-Matrix check_matrix(const dso_weight& w, const std::string& what) {
-  return check_stack(w, 1, what).first;
-}
+Matrix check_matrix(const dso_weight& w, const std::string& what) { return check_stack(w, 1, what).first; }
 
 Stack check_stack(const dso_weight& w, int64_t count, const std::string& what) {
   if (tile_bytes(w.format) < 0) fail(DSO_EINVAL, "%s: format %d is no packed matrix format", what.c_str(), w.format);
   const int64_t expected = packed_bytes(w.format, w.rows, w.cols);
   if (expected < 0) fail(DSO_EINVAL, "%s: a matrix of %d x %d", what.c_str(), w.rows, w.cols);
   const int64_t given = w.count == 0 ? 1 : w.count;
-  if (given != count) fail(DSO_EINVAL, "%s: a stack of %lld matrices, not of %lld", what.c_str(), (long long)given, (long long)count);
+  if (given != count)
+    fail(DSO_EINVAL, "%s: a stack of %lld matrices, not of %lld", what.c_str(), (long long)given, (long long)count);
   if (!w.data) fail(DSO_EINVAL, "%s: data is NULL", what.c_str());
   int64_t all;
   if (__builtin_mul_overflow(expected, count, &all) || w.bytes != all)
-    fail(DSO_EINVAL, "%s: %s of %d x %d takes %lld bytes, times %lld; not %lld", what.c_str(), format_name(w.format), w.rows, w.cols,
-         (long long)expected, (long long)count, (long long)w.bytes);
+    fail(DSO_EINVAL, "%s: %s of %d x %d takes %lld bytes, times %lld; not %lld", what.c_str(), format_name(w.format), w.rows,
+         w.cols, (long long)expected, (long long)count, (long long)w.bytes);
   return {{w.format, w.rows, w.cols, static_cast<const uint8_t*>(w.data)}, count, expected};
 }
 
@@ -118,7 +146,8 @@ const float* check_vector(const dso_weight& w, int64_t cols, const std::string& 
   if (w.rows != 1 || w.cols != cols)
     fail(DSO_EINVAL, "%s: must be 1 x %lld, is %d x %d", what.c_str(), (long long)cols, w.rows, w.cols);
   if (!w.data) fail(DSO_EINVAL, "%s: data is NULL", what.c_str());
-  if (w.bytes != 4 * cols) fail(DSO_EINVAL, "%s: takes %lld bytes, not %lld", what.c_str(), (long long)(4 * cols), (long long)w.bytes);
+  if (w.bytes != 4 * cols)
+    fail(DSO_EINVAL, "%s: takes %lld bytes, not %lld", what.c_str(), (long long)(4 * cols), (long long)w.bytes);
   return static_cast<const float*>(w.data);
 }
 

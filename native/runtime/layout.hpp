@@ -19,8 +19,8 @@ constexpr int64_t kTileRows = 16, kTileCols = 32;
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-int64_t tile_bytes(int32_t format);                               // -1: not a packed format
-int64_t band_rows(int32_t format);                                // that pack_tile packs together
+int64_t tile_bytes(int32_t format);                                // -1: not a packed format
+int64_t band_rows(int32_t format);                                 // that pack_tile packs together
 int64_t packed_bytes(int32_t format, int64_t rows, int64_t cols);  // -1: not a packed format, or a bad shape
 int64_t row_bytes(int32_t slot_kind, int64_t width);               // -1: no such kind, or width < 1
 
@@ -31,8 +31,8 @@ const char* kind_name(int32_t slot_kind);
 // Whether the cache and attention take heads of this size.
 constexpr bool is_head_dim(int64_t n) { return n >= 2 && n <= max_head_dim && n % 2 == 0; }
 
-// A token's row in a latent cache: rank + rope numbers (INT8: the rank numbers in groups of latent_group, each group's fp32 scale behind
-// all of them, then the rope numbers in bf16); and its row of the indexer's key.
+// A token's row in a latent cache: rank + rope numbers (INT8: the rank numbers in groups of latent_group, each group's fp32
+// scale behind all of them, then the rope numbers in bf16); and its row of the indexer's key.
 int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope);
 int64_t index_row_bytes(int32_t kv_type, int64_t index);
 
@@ -52,7 +52,8 @@ inline int64_t tile_rows(const Matrix& w) { return ceil_div(w.rows, kTileRows); 
 inline int64_t tile_row_bytes(const Matrix& w) { return ceil_div(w.cols, kTileCols) * tile_bytes(w.format); }
 inline int64_t matrix_bytes(const Matrix& w) { return tile_rows(w) * tile_row_bytes(w); }
 inline Matrix tiles_of(const Matrix& w, int64_t begin, int64_t end) {  // rows of tiles [begin, end) as a matrix of their own
-  return {w.format, int32_t((end * kTileRows < w.rows ? end * kTileRows : w.rows) - begin * kTileRows), w.cols, w.data + begin * tile_row_bytes(w)};
+  return {w.format, int32_t((end * kTileRows < w.rows ? end * kTileRows : w.rows) - begin * kTileRows), w.cols,
+          w.data + begin * tile_row_bytes(w)};
 }
 
 }  // namespace dso

@@ -23,21 +23,24 @@ LinearGrid cut(const Matrix& w, int32_t kind, int64_t row_begin, int64_t rows, b
   if (rows < kFewRows) {
     const int64_t bytes = std::clamp(matrix_bytes / (kTasksAThread * threads), kLeastBytes, kMostBytes);
     g.block_rows = rows;
-    g.block_tiles = std::min(round_up(ceil_div(bytes, tile_row_bytes(w)), kTileStep), round_up(ceil_div(tiles, threads), tiles_step));
+    g.block_tiles =
+        std::min(round_up(ceil_div(bytes, tile_row_bytes(w)), kTileStep), round_up(ceil_div(tiles, threads), tiles_step));
   } else {
     const int64_t wanted = kTasksAThread * threads;
     int64_t most = max_rows(kind, w.cols);
     g.block_tiles = std::min(kBlockTiles, round_up(tiles, tiles_step));
     while (most > kLeastRows && ceil_div(rows, most) * ceil_div(tiles, g.block_tiles) < wanted) most /= 2;
     g.block_rows = even_blocks(rows, most, 4);
-    if (ceil_div(rows, g.block_rows) * ceil_div(tiles, g.block_tiles) < wanted) g.block_tiles = std::min<int64_t>(g.block_tiles, kTileStep);
+    if (ceil_div(rows, g.block_rows) * ceil_div(tiles, g.block_tiles) < wanted)
+      g.block_tiles = std::min<int64_t>(g.block_tiles, kTileStep);
   }
   g.row_blocks = ceil_div(rows, g.block_rows);
   g.tile_blocks = ceil_div(tiles, g.block_tiles);
   return g;
 }
 
-PhaseGrids cut_by_phase(const Matrix& w, int32_t kind, int64_t rows, int64_t decode, int threads, int64_t matrix_bytes, int64_t tiles_step) {
+PhaseGrids cut_by_phase(const Matrix& w, int32_t kind, int64_t rows, int64_t decode, int threads, int64_t matrix_bytes,
+                        int64_t tiles_step) {
   PhaseGrids out;
   if (one_family(w, kind)) decode = decode < rows ? 0 : rows;
   if (decode > 0) out.grid[out.count++] = cut(w, kind, 0, decode, false, threads, matrix_bytes, tiles_step);

@@ -6,8 +6,8 @@
 
 namespace dso {
 
-// Few rows: bound by memory, so a task is a stretch of weights long enough for the prefetchers: with 128 KB at most, a 1.5B int4
-// model decoded 8% slower than with 1 MB (46 against 50 tokens/s, three alternating runs on two Zen 5 cores).
+// Few rows: bound by memory, so a task is a stretch of weights long enough for the prefetchers: with 128 KB at most, a 1.5B
+// int4 model decoded 8% slower than with 1 MB (46 against 50 tokens/s, three alternating runs on two Zen 5 cores).
 constexpr int64_t kFewRows = 64;  // below it the fetching of weights must hide behind the products of one stretch
 constexpr int64_t kLeastBytes = 32 << 10, kMostBytes = 1024 << 10;
 // Many rows: bound by arithmetic, so a task is a block whose activations stay in L2 while the tiles pass by.
@@ -41,14 +41,17 @@ LinearGrid cut(const Matrix& w, int32_t kind, int64_t row_begin, int64_t rows, b
                int64_t tiles_step = 1);
 
 // Whether both phases are one kernel family: integer products are exact, and FP8's kernel is one for all rows.
-inline bool one_family(const Matrix& w, int32_t kind) { return kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16 || w.format == DSO_FP8; }
+inline bool one_family(const Matrix& w, int32_t kind) {
+  return kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16 || w.format == DSO_FP8;
+}
 
-// The leading `decode` rows and the others, in at most two grids; where both phases are one family, in one, which reads the weights
-// once.
+// The leading `decode` rows and the others, in at most two grids; where both phases are one family, in one, which reads the
+// weights once.
 struct PhaseGrids {
   LinearGrid grid[2];
   int count = 0;
 };
-PhaseGrids cut_by_phase(const Matrix& w, int32_t kind, int64_t rows, int64_t decode, int threads, int64_t matrix_bytes, int64_t tiles_step = 1);
+PhaseGrids cut_by_phase(const Matrix& w, int32_t kind, int64_t rows, int64_t decode, int threads, int64_t matrix_bytes,
+                        int64_t tiles_step = 1);
 
 }  // namespace dso

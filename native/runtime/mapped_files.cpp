@@ -193,8 +193,10 @@ void check_intact(const void* address) {
   Mapping* const m = find(address).mapping;
   if (!m) return;
   switch (look(*m)) {
-    case kLost: fail(DSO_EFILE, "was cut short or cannot be read while its weights are in use: %s", m->name.c_str());
-    case kWritten: fail(DSO_EFILE, "was written to while its weights are in use: %s", m->name.c_str());
+    case kLost:
+      fail(DSO_EFILE, "was cut short or cannot be read while its weights are in use: %s", m->name.c_str());
+    case kWritten:
+      fail(DSO_EFILE, "was written to while its weights are in use: %s", m->name.c_str());
   }
 }
 

@@ -1,10 +1,10 @@
 // Which tokens rows of latent attention see, and in which pieces absorbed attention takes them.
 //
-// A piece lies within an absolute chunk of 256 tokens. Rows that see a window and sinks have the chunks of the sinks first, then
-// those of the window; so a row sees consecutive tokens of each. Partial results of pieces are merged in two steps, in ascending
-// order: those of a group of 32 chunks to one, then the groups. Groups are cut at absolute chunks, the sinks' apart. A piece of which
-// a row sees nothing changes no bit of it, so its bits depend on the tokens it sees and not on the rows beside it; and where there
-// is but one group, both steps give what one would.
+// A piece lies within an absolute chunk of 256 tokens. Rows that see a window and sinks have the chunks of the sinks first,
+// then those of the window; so a row sees consecutive tokens of each. Partial results of pieces are merged in two steps, in
+// ascending order: those of a group of 32 chunks to one, then the groups. Groups are cut at absolute chunks, the sinks' apart.
+// A piece of which a row sees nothing changes no bit of it, so its bits depend on the tokens it sees and not on the rows beside
+// it; and where there is but one group, both steps give what one would.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -41,10 +41,12 @@ struct MlaPieces {
     const int64_t chunk = (group - sink_groups() + first_chunk() / kGroup) * kGroup;
     return std::min(sink_chunks() + std::max<int64_t>(0, chunk - first_chunk()), count());
   }
-  // What the rows see of an absolute chunk, from the beginnings of blocks on: of the sinks, and of the window; none has no tokens.
+  // What the rows see of an absolute chunk, from the beginnings of blocks on: of the sinks, and of the window; none has no
+  // tokens.
   std::array<MlaPiece, 2> blocks_of(int64_t chunk) const {
     const int64_t first = chunk * attn_chunk, last = first + attn_chunk;
-    const int64_t to = std::min(sinks, last), from = std::max(begin / DSO_BLOCK_TOKENS * DSO_BLOCK_TOKENS, first), until = std::min(end, last);
+    const int64_t to = std::min(sinks, last), from = std::max(begin / DSO_BLOCK_TOKENS * DSO_BLOCK_TOKENS, first),
+                  until = std::min(end, last);
     if (to > first && from <= to) return {{{first, std::max(to, until) - first, false}, {}}};  // one stretch
     return {{{first, std::max<int64_t>(0, to - first), true}, {from, std::max<int64_t>(0, until - from), false}}};
   }
@@ -68,7 +70,7 @@ struct MlaWindow {
 
   // Rows that are tokens [i0, i1).
   MlaPieces pieces(int64_t i0, int64_t i1) const { return {parted(i1 - 1) ? sinks : 0, begin(i0), i1}; }
-  int64_t pairs(int64_t i0, int64_t i1) const {  // of a row and a token it sees
+  int64_t pairs(int64_t i0, int64_t i1) const {                                  // of a row and a token it sees
     const int64_t whole = window > 0 ? std::clamp(window + sinks, i0, i1) : i1;  // rows before it see all
     return (i0 + 1 + whole) * (whole - i0) / 2 + (i1 - whole) * (window + sinks);
   }

@@ -2,12 +2,13 @@
 
 namespace dso {
 namespace {
-constexpr int64_t kAbsorbedRows = 8;        // rows that share a read of the cache
-constexpr int64_t kExpandedRows = 512;      // rows that share keys and values made for them
+constexpr int64_t kAbsorbedRows = 8;    // rows that share a read of the cache
+constexpr int64_t kExpandedRows = 512;  // rows that share keys and values made for them
 constexpr int64_t kLeastExpandedRows = 64;
-// Partial results, in floats (32 MiB): of a block of several rows in its task's scratch, and of all pieces that tasks share. What is
-// beyond it takes whole groups as tasks: of a row, ceil(tokens / 8192) groups in the shared memory and the 32 pieces of one in a
-// task's scratch. At 160K tokens, 128 heads and rank 512 that is 5.4 MB and at most 8.7 MB a thread; all pieces would be 169 MB.
+// Partial results, in floats (32 MiB): of a block of several rows in its task's scratch, and of all pieces that tasks share.
+// What is beyond it takes whole groups as tasks: of a row, ceil(tokens / 8192) groups in the shared memory and the 32 pieces of
+// one in a task's scratch. At 160K tokens, 128 heads and rank 512 that is 5.4 MB and at most 8.7 MB a thread; all pieces would
+// be 169 MB.
 constexpr int64_t kPartFloats = 1 << 23;
 
 // Multiply-adds a head, for rows that are tokens [i0, i1) of their sequence.
@@ -30,7 +31,8 @@ void MlaSchedule::find_spans(const Run& run) {
   spans_.clear();
   const dso_batch& b = *run.batch.source;
   for (int64_t s = 0; s < b.S; ++s) {
-    const int64_t rows = b.query_len[s], dense = shape.top_k > 0 ? std::clamp<int64_t>(shape.top_k - b.context_len[s], 0, rows) : rows;
+    const int64_t rows = b.query_len[s],
+                  dense = shape.top_k > 0 ? std::clamp<int64_t>(shape.top_k - b.context_len[s], 0, rows) : rows;
     if (dense > 0) spans_.push_back({s, 0, dense, false, false});
     if (dense < rows) spans_.push_back({s, dense, rows, true, false});
   }
@@ -60,7 +62,8 @@ int64_t MlaSchedule::rows_of_a_block(const Run& run, const RowSpan& span) const 
   if (span.sparse) return 1;
   if (span.expanded) return expanded_rows(run, span.rows());
   const MlaPieces last = pieces(run, span, span.r1 - 1, span.r1);
-  return std::clamp<int64_t>(kPartFloats / ((last.in_group() + last.groups()) * shape.heads * shape.part_floats()), 1, kAbsorbedRows);
+  return std::clamp<int64_t>(kPartFloats / ((last.in_group() + last.groups()) * shape.heads * shape.part_floats()), 1,
+                             kAbsorbedRows);
 }
 
 // Fewer where the heads alone are too few tasks: making keys and values again costs less than threads that wait.
@@ -70,8 +73,10 @@ int64_t MlaSchedule::expanded_rows(const Run& run, int64_t rows) const {
 
 void MlaSchedule::add_range(int64_t rows, bool decode, bool expanded) {
   const int64_t begin = ranges.empty() ? 0 : ranges.back().end;
-  if (!ranges.empty() && ranges.back().decode == decode && ranges.back().expanded == expanded) ranges.back().end += rows;
-  else ranges.push_back({begin, begin + rows, decode, expanded});
+  if (!ranges.empty() && ranges.back().decode == decode && ranges.back().expanded == expanded)
+    ranges.back().end += rows;
+  else
+    ranges.push_back({begin, begin + rows, decode, expanded});
 }
 
 void MlaSchedule::build(const Run& run) {
@@ -92,7 +97,8 @@ void MlaSchedule::build(const Run& run) {
   for (const RowSpan& span : spans_) {
     const int64_t step = rows_of_a_block(run, span);
     for (int64_t r = span.r0; r < span.r1; r += step)
-      (this->*(span.expanded ? &MlaSchedule::add_expanded : &MlaSchedule::add_absorbed))(run, span, r, std::min(r + step, span.r1), fair);
+      (this->*(span.expanded ? &MlaSchedule::add_expanded : &MlaSchedule::add_absorbed))(run, span, r,
+                                                                                         std::min(r + step, span.r1), fair);
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const MlaTask& x, const MlaTask& y) { return x.cost > y.cost; });
   built_ = run.batch.serial;
@@ -105,13 +111,15 @@ void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, 
   t.r0 = r0;
   t.r1 = r1;
   t.pieces = pieces(run, span, r0, r1);
-  const int64_t rows = r1 - r0, sets = ceil_div(shape.heads, mla_heads), floats = rows * shape.part_floats();  // of a head and piece
+  const int64_t rows = r1 - r0, sets = ceil_div(shape.heads, mla_heads),
+                floats = rows * shape.part_floats();  // of a head and piece
   const bool whole_groups = t.pieces.count() * floats * shape.heads > room_;
   const int64_t units = whole_groups ? t.pieces.groups() : t.pieces.count();  // that are not cut
 
   // First along the cache, where a task costs nothing more by it; then by heads, which makes each task read the cache again.
   const int64_t cost = shape.heads * rows * t.pieces.tokens() * (2 * shape.rank + shape.rope);
-  const int64_t stretch = ceil_div(units, std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, units)), stretches = ceil_div(units, stretch);
+  const int64_t stretch = ceil_div(units, std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, units)),
+                stretches = ceil_div(units, stretch);
   const int64_t parts = std::clamp<int64_t>(ceil_div(2 * cost / stretches, fair), 1, sets);
   t.parts = stretches == 1 ? MlaParts::kAlone : whole_groups ? MlaParts::kGroups : MlaParts::kPieces;
   t.cost = cost / (stretches * parts);
@@ -124,9 +132,10 @@ void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, 
       shared_floats += units * floats * heads;
       t.merge = countdowns.add(int32_t(stretches));
     }
-    private_floats = std::max(private_floats, t.parts == MlaParts::kPieces   ? several * shape.part_floats()
-                                              : t.parts == MlaParts::kGroups ? t.pieces.in_group() * floats * heads
-                                                                             : (t.pieces.in_group() + several) * floats * heads);
+    private_floats =
+        std::max(private_floats, t.parts == MlaParts::kPieces   ? several * shape.part_floats()
+                                 : t.parts == MlaParts::kGroups ? t.pieces.in_group() * floats * heads
+                                                                : (t.pieces.in_group() + several) * floats * heads);
     queries = std::max(queries, rows * ceil_div(heads, mla_heads));
     for (int64_t u = 0; u < units; u += stretch) {
       const int64_t end = std::min(units, u + stretch);
@@ -157,16 +166,20 @@ void MlaSchedule::add_expanded(const Run& run, const RowSpan& span, int64_t r0, 
 }
 
 std::shared_ptr<MlaSchedule> mla_schedule(StepReader& s) {
-  const MlaShape shape{s.positive("heads", s.step.heads), s.positive("nope", s.step.nope), s.positive("rope", s.step.rope),
-                       s.positive("rank", s.step.rank),   s.positive("v_dim", s.step.v_dim), s.step.top_k,
+  const MlaShape shape{s.positive("heads", s.step.heads),     s.positive("nope", s.step.nope),
+                       s.positive("rope", s.step.rope),       s.positive("rank", s.step.rank),
+                       s.positive("v_dim", s.step.v_dim),     s.step.top_k,
                        (s.step.flags & DSO_FLAG_EXPAND) != 0, {s.step.window, s.step.sinks}};
   if (shape.top_k < 0) s.refuse("top_k is %d", s.step.top_k);
   if (s.step.window < 0) s.refuse("window is %d", s.step.window);
-  if (s.step.sinks < 0 || (s.step.sinks > 0 && s.step.window == 0)) s.refuse("sinks is %d beside a window of %d", s.step.sinks, s.step.window);
-  if (shape.top_k > 0 && s.step.window > 0) s.refuse("top_k is %d beside a window of %d: what is seen is chosen one way", s.step.top_k, s.step.window);
+  if (s.step.sinks < 0 || (s.step.sinks > 0 && s.step.window == 0))
+    s.refuse("sinks is %d beside a window of %d", s.step.sinks, s.step.window);
+  if (shape.top_k > 0 && s.step.window > 0)
+    s.refuse("top_k is %d beside a window of %d: what is seen is chosen one way", s.step.top_k, s.step.window);
   if (shape.top_k > 0 && shape.expand) s.refuse("top_k is %d, but chosen tokens are never expanded", s.step.top_k);
   if (shape.expand && !shape.can_expand())
-    s.refuse("heads of %lld, with values of %lld, cannot be expanded: both must be even and at most %d", (long long)shape.head_dim(), (long long)shape.v_dim, int(max_head_dim));
+    s.refuse("heads of %lld, with values of %lld, cannot be expanded: both must be even and at most %d",
+             (long long)shape.head_dim(), (long long)shape.v_dim, int(max_head_dim));
   return shared_schedule(s.plan().mla_schedules, shape);
 }
 

@@ -1,12 +1,12 @@
 // How latent attention over a ragged batch is done and cut into tasks. Made once a step of the model, used by all layers that
 // are alike, and by the products before and behind the attention.
 //
-// Sequences in decode phase are absorbed; one in prefill takes the form of fewer multiply-adds, which depends on nothing but its
-// own lengths. An absorbed task is some heads of some rows of one sequence and some of the pieces they see (mla_pieces.hpp); an
-// expanded one is some heads of some rows, and walks the chunks by itself.
+// Sequences in decode phase are absorbed; one in prefill takes the form of fewer multiply-adds, which depends on nothing but
+// its own lengths. An absorbed task is some heads of some rows of one sequence and some of the pieces they see
+// (mla_pieces.hpp); an expanded one is some heads of some rows, and walks the chunks by itself.
 //
-// Sparse attention: a row that sees no more than top_k tokens attends to all of them, like any other. The rows behind are absorbed,
-// each by itself, over chunks of 256 of its chosen tokens; so a row's bits are the same on both sides of the border.
+// Sparse attention: a row that sees no more than top_k tokens attends to all of them, like any other. The rows behind are
+// absorbed, each by itself, over chunks of 256 of its chosen tokens; so a row's bits are the same on both sides of the border.
 #pragma once
 #include "countdown.hpp"
 #include "mla_pieces.hpp"
@@ -38,13 +38,13 @@ struct MlaTask {
   bool expanded, sparse;
   MlaParts parts;
   int64_t sequence;
-  int64_t h0, h1;      // absorbed: h0 is a multiple of mla_heads
-  int64_t r0, r1;      // rows, within the sequence
-  MlaPieces pieces;    // that the rows see (sparse: of the list of what its one row chose),
-  int64_t p0, p1;      // and those of this task
-  int64_t part;        // where the partial results begin in the shared memory, in floats
-  int32_t merge;       // countdown: tasks left before all are merged
-  int64_t cost;        // multiply-adds
+  int64_t h0, h1;    // absorbed: h0 is a multiple of mla_heads
+  int64_t r0, r1;    // rows, within the sequence
+  MlaPieces pieces;  // that the rows see (sparse: of the list of what its one row chose),
+  int64_t p0, p1;    // and those of this task
+  int64_t part;      // where the partial results begin in the shared memory, in floats
+  int32_t merge;     // countdown: tasks left before all are merged
+  int64_t cost;      // multiply-adds
 };
 
 struct RowSpan {  // rows of a sequence that attend alike

@@ -25,9 +25,9 @@ struct Run {  // one dso_plan_run
   const int threads;
   Batch batch;
   std::vector<Rows> slots;
-  uint8_t* scratch = nullptr;     // of thread 0; the others' follow
+  uint8_t* scratch = nullptr;  // of thread 0; the others' follow
   int64_t scratch_stride = 0;
-  uint8_t* shared = nullptr;      // of the step, all threads: attention's partial results
+  uint8_t* shared = nullptr;  // of the step, all threads: attention's partial results
 
   uint8_t* thread_scratch(int thread) const { return scratch + thread * scratch_stride; }
 };
@@ -48,8 +48,8 @@ class Op {
   virtual void prepare(const Run&) {}
   // Whether this run has nothing to do here, such as hidden states that nobody asked for.
   virtual bool idle(const Run& run) const { return tasks(run) == 0; }
-  // Called once all that it reads is there, by the one thread that opens its stage, before anyone asks for its tasks: work whose
-  // cut depends on data, such as which experts were chosen.
+  // Called once all that it reads is there, by the one thread that opens its stage, before anyone asks for its tasks: work
+  // whose cut depends on data, such as which experts were chosen.
   virtual void open(const Run&) {}
 };
 

@@ -11,13 +11,17 @@ namespace dso {
 std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
 
 // How many leading rows, of rows like these, belong to sequences in decode phase.
-inline int64_t decode_rows(const Run& run, const SlotRef& rows) { return rows.selected ? run.batch.decode_logits : run.batch.decode_rows; }
+inline int64_t decode_rows(const Run& run, const SlotRef& rows) {
+  return rows.selected ? run.batch.decode_logits : run.batch.decode_rows;
+}
 
 // Columns [begin, end) of a row of any kind, from fp32: where they are converted, whole groups of 32.
 inline void write_columns(const Run& run, const SlotRef& to, int64_t row, const float* from, int64_t begin, int64_t end) {
   const Rows& rows = run.slots[to.index];
-  if (is_f32(to.kind)) std::copy(from, from + (end - begin), rows.f32(row) + begin);
-  else run.kernels.convert(to.kind, from, begin, end, to.width, rows.row(row));
+  if (is_f32(to.kind))
+    std::copy(from, from + (end - begin), rows.f32(row) + begin);
+  else
+    run.kernels.convert(to.kind, from, begin, end, to.width, rows.row(row));
 }
 
 // ops_elementwise.cpp

@@ -9,8 +9,15 @@ namespace {
 
 class Attention final : public Op {
  public:
-  Attention(const SlotRef& q, const SlotRef& chosen, const SlotRef& out, std::shared_ptr<AttentionSchedule> schedule, int64_t layer, float scale)
-      : q_(q), chosen_(chosen), out_(out), schedule_(std::move(schedule)), shape_(schedule_->shape), layer_(layer), scale_(scale) {}
+  Attention(const SlotRef& q, const SlotRef& chosen, const SlotRef& out, std::shared_ptr<AttentionSchedule> schedule,
+            int64_t layer, float scale)
+      : q_(q),
+        chosen_(chosen),
+        out_(out),
+        schedule_(std::move(schedule)),
+        shape_(schedule_->shape),
+        layer_(layer),
+        scale_(scale) {}
 
   void shape(const Run&) override {}
   int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
@@ -22,9 +29,15 @@ class Attention final : public Op {
   void task(const Run& run, int64_t index, int thread) override {
     const AttentionTask& t = schedule_->tasks[index];
     switch (t.kind) {
-      case AttentionKind::kDecode: decode(run, t, thread); break;
-      case AttentionKind::kPrefill: prefill(run, t, thread); break;
-      case AttentionKind::kEager: eager(run, t, thread); break;
+      case AttentionKind::kDecode:
+        decode(run, t, thread);
+        break;
+      case AttentionKind::kPrefill:
+        prefill(run, t, thread);
+        break;
+      case AttentionKind::kEager:
+        eager(run, t, thread);
+        break;
     }
   }
 
@@ -41,7 +54,9 @@ class Attention final : public Op {
   Rows results(const Run& run) const {
     return shape_.converts ? Rows{run.shared, staging_stride(), run.batch.T} : run.slots[out_.index];
   }
-  const float* query(const Run& run, const AttentionTask& t, int64_t r) const { return head(run.slots[q_.index], run, t, r, t.h0); }
+  const float* query(const Run& run, const AttentionTask& t, int64_t r) const {
+    return head(run.slots[q_.index], run, t, r, t.h0);
+  }
   float* result(const Run& run, const AttentionTask& t, int64_t r, int64_t h) const { return head(results(run), run, t, r, h); }
   float* head(const Rows& rows, const Run& run, const AttentionTask& t, int64_t r, int64_t h) const {
     return rows.f32(run.batch.first_row[t.sequence] + r) + (t.kv_head * shape_.group() + h) * shape_.head_dim;
@@ -51,13 +66,16 @@ class Attention final : public Op {
     return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
   }
 
-  // What the task's rows see; with chosen blocks, what row r sees. Whatever a slot may hold, no number leads outside the sequence.
+  // What the task's rows see; with chosen blocks, what row r sees. Whatever a slot may hold, no number leads outside the
+  // sequence.
   VisibleTokens sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
     if (shape_.top_k == 0) return {shape_.window, shape_.sinks};
-    const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS, n = std::min(last + 1, shape_.top_k);
+    const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS,
+                  n = std::min(last + 1, shape_.top_k);
     const float* from = run.slots[chosen_.index].f32(run.batch.first_row[t.sequence] + r) + t.kv_head * shape_.top_k;
     int32_t* blocks = reinterpret_cast<int32_t*>(run.thread_scratch(thread) + chosen_at(run));
-    for (int64_t i = 0; i < n; ++i) blocks[i] = from[i] > 0 ? int32_t(std::min<int64_t>(int64_t(std::min(from[i], 2e9f)), last)) : 0;
+    for (int64_t i = 0; i < n; ++i)
+      blocks[i] = from[i] > 0 ? int32_t(std::min<int64_t>(int64_t(std::min(from[i], 2e9f)), last)) : 0;
     return {0, 0, blocks, n};
   }
 
@@ -75,22 +93,23 @@ class Attention final : public Op {
     float* parts = t.part < 0 ? private_floats(run, thread) : reinterpret_cast<float*>(run.shared + parts_at(run)) + t.part;
     const VisibleTokens seen = sight(run, t, t.r0, thread);
     for (int64_t c = t.c0; c < t.c1; ++c)
-      run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads, t.r0, t.r1,
-                                    context, seen, scale_, t.chunks.at(c), parts + c * chunk_floats, run.thread_scratch(thread));
+      run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads,
+                                    t.r0, t.r1, context, seen, scale_, t.chunks.at(c), parts + c * chunk_floats,
+                                    run.thread_scratch(thread));
     if (t.part >= 0 && !schedule_->last(t.merge)) return false;
     for (int64_t r = t.r0; r < t.r1; ++r)
       for (int64_t h = 0; h < heads; ++h)
-        run.kernels.attn_merge(parts + ((r - t.r0) * heads + h) * shape_.part_floats(), chunk_floats, t.chunks.count, shape_.head_dim,
-                               result(run, t, r, t.h0 + h));
+        run.kernels.attn_merge(parts + ((r - t.r0) * heads + h) * shape_.part_floats(), chunk_floats, t.chunks.count,
+                               shape_.head_dim, result(run, t, r, t.h0 + h));
     return true;
   }
 
   void prefill(const Run& run, const AttentionTask& t, int thread) {
     const int64_t rows = shape_.top_k > 0 ? 1 : t.r1 - t.r0;
     for (int64_t r = t.r0; r < t.r1; r += rows)
-      run.kernels.attn_prefill(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, t.h1 - t.h0, r, r + rows,
-                               run.batch.source->context_len[t.sequence], sight(run, t, r, thread), scale_, result(run, t, 0, t.h0),
-                               results(run).stride, run.thread_scratch(thread));
+      run.kernels.attn_prefill(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, t.h1 - t.h0,
+                               r, r + rows, run.batch.source->context_len[t.sequence], sight(run, t, r, thread), scale_,
+                               result(run, t, 0, t.h0), results(run).stride, run.thread_scratch(thread));
     finish(run, t);
   }
 
@@ -123,9 +142,12 @@ class Attention final : public Op {
 std::unique_ptr<Op> make_attention(StepReader& s) {
   const dso_step& step = s.step;
   const bool eager = step.flags & DSO_FLAG_EAGER;
-  if (step.window < 0 || step.sinks < 0 || step.top_k < 0) s.refuse("window is %d, sinks %d, top_k %d", step.window, step.sinks, step.top_k);
-  if (step.sinks > 0 && (step.window == 0 || eager)) s.refuse("sinks is %d with %s", step.sinks, eager ? "the EAGER flag" : "no window");
-  if (step.top_k > 0 && (step.window > 0 || eager)) s.refuse("top_k is %d with %s", step.top_k, eager ? "the EAGER flag" : "a window");
+  if (step.window < 0 || step.sinks < 0 || step.top_k < 0)
+    s.refuse("window is %d, sinks %d, top_k %d", step.window, step.sinks, step.top_k);
+  if (step.sinks > 0 && (step.window == 0 || eager))
+    s.refuse("sinks is %d with %s", step.sinks, eager ? "the EAGER flag" : "no window");
+  if (step.top_k > 0 && (step.window > 0 || eager))
+    s.refuse("top_k is %d with %s", step.top_k, eager ? "the EAGER flag" : "a window");
   s.takes(step.top_k > 0 ? 2 : 1, 1, 0, 0, DSO_FLAG_EAGER);
   s.attends(step.layer, step.kv_heads, step.head_dim, false);
   s.sees(step.window, step.sinks);
@@ -136,7 +158,8 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
   const SlotRef chosen = step.top_k > 0 ? s.token_rows(1, int64_t(step.kv_heads) * step.top_k) : SlotRef{};
   if (out.index == q.index || out.index == chosen.index) s.refuse("out[0], slot %d, is an input", out.index);
 
-  const AttentionShape shape{heads, step.kv_heads, step.head_dim, step.window, step.sinks, step.top_k, eager, !is_f32(out.kind)};
+  const AttentionShape shape{heads,      step.kv_heads, step.head_dim, step.window,
+                             step.sinks, step.top_k,    eager,         !is_f32(out.kind)};
   return std::make_unique<Attention>(q, chosen, out, shared_schedule(s.plan().schedules, shape), s.step.layer, s.step.scale);
 }
 

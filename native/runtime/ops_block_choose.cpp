@@ -1,5 +1,5 @@
-// The blocks that block-sparse attention reads, for each row and kv head: sinks, window, and the best estimates between. Of latents,
-// which are keys of one kv head, their tokens.
+// The blocks that block-sparse attention reads, for each row and kv head: sinks, window, and the best estimates between. Of
+// latents, which are keys of one kv head, their tokens.
 #include "block_schedule.hpp"
 #include "cache.hpp"
 #include "ops.hpp"
@@ -25,10 +25,12 @@ class BlockChoose final : public Op {
     uint8_t* scratch = run.thread_scratch(thread);
     const dso_cache& cache = *run.batch.source->cache;
     const Rows& q = run.slots[q_.index];
-    float* estimates = t.part < 0 ? reinterpret_cast<float*>(scratch + estimates_at(run)) : reinterpret_cast<float*>(run.shared) + t.part;
+    float* estimates =
+        t.part < 0 ? reinterpret_cast<float*>(scratch + estimates_at(run)) : reinterpret_cast<float*>(run.shared) + t.part;
     run.kernels.block_estimates(cache.layout, cache.view(layer_, run.batch.table(t.sequence)), t.kv_head,
-                                q.f32(run.batch.first_row[t.sequence]) + t.kv_head * shape_.group() * shape_.head_dim, q.stride, shape_.group(), t.r0, t.r1,
-                                schedule_->panels.data() + t.p0, t.p1 - t.p0, estimates + (t.p0 - t.first) * summary_blocks, t.width, scratch);
+                                q.f32(run.batch.first_row[t.sequence]) + t.kv_head * shape_.group() * shape_.head_dim, q.stride,
+                                shape_.group(), t.r0, t.r1, schedule_->panels.data() + t.p0, t.p1 - t.p0,
+                                estimates + (t.p0 - t.first) * summary_blocks, t.width, scratch);
     if (t.part >= 0 && !schedule_->countdowns.last(t.merge)) return;
     for (int64_t r = t.r0; r < t.r1; ++r, estimates += shape_.group() * t.width) choose(run, t, r, estimates, scratch);
   }
@@ -52,11 +54,13 @@ class BlockChoose final : public Op {
       }
   }
 
-  // The numbers of a row's blocks to those of their tokens up to the row itself, -1 behind the last; backwards, over the blocks.
+  // The numbers of a row's blocks to those of their tokens up to the row itself, -1 behind the last; backwards, over the
+  // blocks.
   void blocks_to_tokens(float* row, int64_t last) const {
     for (int64_t i = shape_.top_k - 1; i >= 0; --i) {
       const int64_t first = int64_t(row[i]) * DSO_BLOCK_TOKENS;
-      for (int64_t j = 0; j < DSO_BLOCK_TOKENS; ++j) row[i * DSO_BLOCK_TOKENS + j] = first < 0 || first + j > last ? -1.0f : float(first + j);
+      for (int64_t j = 0; j < DSO_BLOCK_TOKENS; ++j)
+        row[i * DSO_BLOCK_TOKENS + j] = first < 0 || first + j > last ? -1.0f : float(first + j);
     }
   }
 
@@ -64,11 +68,13 @@ class BlockChoose final : public Op {
   void choose(const Run& run, const BlockTask& t, int64_t r, const float* estimates, uint8_t* scratch) const {
     const int64_t seen = shape_.seen(token(run, t, r)), end = shape_.end(token(run, t, r)), first = shape_.first();
     const int64_t between = end - first, best = shape_.top_k - first - (seen - end);
-    float *ordered = reinterpret_cast<float*>(scratch + ordered_at(run)), *scores = reinterpret_cast<float*>(scratch + scores_at(run));
+    float *ordered = reinterpret_cast<float*>(scratch + ordered_at(run)),
+          *scores = reinterpret_cast<float*>(scratch + scores_at(run));
     for (int64_t h = 0; h < shape_.group(); ++h)
       for (int64_t i = t.b0; i < t.b1 && schedule_->runs[i].block < end; ++i) {
         const BlockRun& blocks = schedule_->runs[i];
-        std::copy_n(estimates + h * t.width + blocks.at, std::min(blocks.count, end - blocks.block), ordered + h * stride() + blocks.block - first);
+        std::copy_n(estimates + h * t.width + blocks.at, std::min(blocks.count, end - blocks.block),
+                    ordered + h * stride() + blocks.block - first);
       }
     run.kernels.block_scores(ordered, stride(), shape_.group(), between, scores);
     float* out = row(run, t, r, t.kv_head);
@@ -91,7 +97,8 @@ std::shared_ptr<BlockSchedule> block_schedule(StepReader& s, int64_t kv_heads, i
   s.sees(0, 0);
   s.uses_shared();
   s.plan().needs.summaries = true;
-  const BlockShape shape{s.positive("heads", step.heads), kv_heads, head_dim, s.positive("top_k", step.top_k), step.window, step.sinks};
+  const BlockShape shape{s.positive("heads", step.heads), kv_heads,    head_dim,
+                         s.positive("top_k", step.top_k), step.window, step.sinks};
   if (shape.heads % shape.kv_heads) s.refuse("heads %d is no multiple of kv_heads %d", step.heads, step.kv_heads);
   if (step.window < 0 || step.sinks < 0) s.refuse("window is %d, sinks %d", step.window, step.sinks);
   const int64_t sure = shape.first() + ceil_div(shape.window, DSO_BLOCK_TOKENS) + 1;
@@ -106,7 +113,8 @@ std::unique_ptr<Op> make_block_choose(StepReader& s) {
   s.takes(1, 1, 0, 0, 0);
   s.attends(step.layer, step.kv_heads, step.head_dim, false);
   auto schedule = block_schedule(s, step.kv_heads, step.head_dim);
-  const SlotRef q = s.token_rows(0, int64_t(step.heads) * step.head_dim), out = s.out(0, kF32Only, int64_t(step.kv_heads) * step.top_k, false);
+  const SlotRef q = s.token_rows(0, int64_t(step.heads) * step.head_dim),
+                out = s.out(0, kF32Only, int64_t(step.kv_heads) * step.top_k, false);
   if (out.index == q.index) s.refuse("out[0] is in[0]");
   return std::make_unique<BlockChoose>(q, out, std::move(schedule), step.layer, false);
 }
@@ -116,9 +124,11 @@ std::unique_ptr<Op> make_latent_choose(StepReader& s) {
   s.takes(1, 1, 0, 0, 0);
   s.attends_latent(step.layer, step.rank, step.rope, false);
   const int64_t width = int64_t(step.rank) + step.rope;
-  if (width > max_summary_width) s.refuse("latents of %lld numbers, and estimates are made of %lld at most", (long long)width, (long long)max_summary_width);
+  if (width > max_summary_width)
+    s.refuse("latents of %lld numbers, and estimates are made of %lld at most", (long long)width, (long long)max_summary_width);
   auto schedule = block_schedule(s, 1, width);
-  const SlotRef q = s.token_rows(0, step.heads * width), out = s.out(0, kF32Only, int64_t(step.top_k) * DSO_BLOCK_TOKENS, false);
+  const SlotRef q = s.token_rows(0, step.heads * width),
+                out = s.out(0, kF32Only, int64_t(step.top_k) * DSO_BLOCK_TOKENS, false);
   if (out.index == q.index) s.refuse("out[0] is in[0]");
   return std::make_unique<BlockChoose>(q, out, std::move(schedule), step.layer, true);
 }

@@ -7,7 +7,8 @@ namespace dso {
 namespace {
 
 // A row of any kind by way of fp32: make(numbers) writes them where they stay, or into scratch.
-template <class Make> void write_row(const Run& run, const SlotRef& to, int64_t row, int thread, const Make& make) {
+template <class Make>
+void write_row(const Run& run, const SlotRef& to, int64_t row, int thread, const Make& make) {
   if (is_f32(to.kind)) return make(run.slots[to.index].f32(row));
   float* numbers = reinterpret_cast<float*>(run.thread_scratch(thread));
   make(numbers);
@@ -50,12 +51,15 @@ class Embedding final : public RowsOf {
 // norm(x) into a row of any kind, by way of fp32. RMS, or, with a bias, layer norm.
 class Norm {
  public:
-  Norm(const float* weight, const float* bias, float eps, const SlotRef& out) : weight_(weight), bias_(bias), eps_(eps), out_(out) {}
+  Norm(const float* weight, const float* bias, float eps, const SlotRef& out)
+      : weight_(weight), bias_(bias), eps_(eps), out_(out) {}
   int64_t scratch_bytes() const { return row_scratch(out_); }
   void operator()(const Run& run, const float* x, int64_t r, int thread) const {
     write_row(run, out_, r, thread, [&](float* normed) {
-      if (bias_) run.kernels.layer_norm(x, weight_, bias_, out_.width, eps_, normed);
-      else run.kernels.rms_norm(x, weight_, out_.width, eps_, normed);
+      if (bias_)
+        run.kernels.layer_norm(x, weight_, bias_, out_.width, eps_, normed);
+      else
+        run.kernels.rms_norm(x, weight_, out_.width, eps_, normed);
     });
   }
 
@@ -235,7 +239,8 @@ std::unique_ptr<Op> make_add(StepReader& s) {
 std::unique_ptr<Op> make_add_rms_norm(StepReader& s) {
   s.takes(2, 2, 1, 0, 0);
   const SlotRef residual = s.in(0, kF32Only), delta = s.in(1, kF32Only, residual.width);
-  const SlotRef sum = s.out(0, kF32Only, residual.width, residual.selected), out = s.out(1, kAnyKind, residual.width, residual.selected);
+  const SlotRef sum = s.out(0, kF32Only, residual.width, residual.selected),
+                out = s.out(1, kAnyKind, residual.width, residual.selected);
   if (residual.selected != delta.selected) s.refuse("in[0] and in[1] hold different rows");
   return std::make_unique<AddRmsNorm>(residual, delta, sum, Norm(s.vector('w', 0, residual.width), nullptr, s.eps(), out));
 }
@@ -248,7 +253,8 @@ std::unique_ptr<Op> make_convert(StepReader& s) {
 
 std::unique_ptr<Op> make_swiglu(StepReader& s) {
   s.takes(2, 1, 0, 0, 0);
-  const SlotRef gate = s.in(0, kF32Only), up = s.in(1, kF32Only, gate.width), out = s.out(0, kAnyKind, gate.width, gate.selected);
+  const SlotRef gate = s.in(0, kF32Only), up = s.in(1, kF32Only, gate.width),
+                out = s.out(0, kAnyKind, gate.width, gate.selected);
   if (gate.selected != up.selected) s.refuse("in[0] and in[1] hold different rows");
   return std::make_unique<SwiGlu>(gate, up, out);
 }

@@ -25,8 +25,8 @@ struct Experts {  // one of the two steps: what it reads, and the stack it is mu
   }
 };
 
-// The rows of the groups' experts, cut into (expert, block of tiles, block of rows). Like GATE_UP, a task makes the same columns of
-// gate and up in its own buffers and writes silu(gate) * up of them as whole groups of 32 columns.
+// The rows of the groups' experts, cut into (expert, block of tiles, block of rows). Like GATE_UP, a task makes the same
+// columns of gate and up in its own buffers and writes silu(gate) * up of them as whole groups of 32 columns.
 class ExpertsGateUp final : public Op {
  public:
   ExpertsGateUp(Experts experts, const SlotRef& out) : x_(std::move(experts)), out_(out) {}
@@ -39,7 +39,8 @@ class ExpertsGateUp final : public Op {
     // The largest blocks that open() may cut: few rows and a long stretch, or many and few tiles.
     const bool many = pairs >= kFewRows;
     max_rows_ = many ? std::max(kFewRows, round_up(max_rows(x_.in.kind, x_.stack.first.cols), 4)) : pairs;
-    const int64_t few = std::min(pairs, kFewRows) * std::max(stretches(kVectorRows, kMostBytes).largest(), stretches(kFewRows, kMostBytes).largest());
+    const int64_t few = std::min(pairs, kFewRows) *
+                        std::max(stretches(kVectorRows, kMostBytes).largest(), stretches(kFewRows, kMostBytes).largest());
     block_floats_ = kTileRows * std::max(few, many ? max_rows_ * kMostTiles : 0);
   }
   void open(const Run& run) override {
@@ -68,7 +69,9 @@ class ExpertsGateUp final : public Op {
 
   void task(const Run& run, int64_t index, int thread) override {
     if (stretches_) index = in_stretches(index, tasks_, run.threads);
-    const Part& p = *(std::upper_bound(parts_.begin(), parts_.end(), index, [](int64_t i, const Part& part) { return i < part.first_task; }) - 1);
+    const Part& p = *(
+        std::upper_bound(parts_.begin(), parts_.end(), index, [](int64_t i, const Part& part) { return i < part.first_task; }) -
+        1);
     index -= p.first_task;
     const int64_t begin = p.begin + index % p.row_blocks * p.block_rows, n = std::min(p.block_rows, p.end - begin);
     const int64_t block = index / p.row_blocks, tile = p.tiles.first(block), tile_end = p.tiles.first(block + 1);
@@ -80,8 +83,8 @@ class ExpertsGateUp final : public Op {
     float* up = gate + block_floats_;
     const Rows x = rows_of(run, begin, n, scratch + gather_at(run));
     for (int64_t half = 0; half < 2; ++half)
-      run.kernels.linear(tiles_of(x_.stack.at(2 * p.expert + half), tile, tile_end), nullptr, x_.in.kind, x.data, x.stride, n, p.prefill, 0,
-                         tile_end - tile, half ? up : gate, 4 * stride, scratch);
+      run.kernels.linear(tiles_of(x_.stack.at(2 * p.expert + half), tile, tile_end), nullptr, x_.in.kind, x.data, x.stride, n,
+                         p.prefill, 0, tile_end - tile, half ? up : gate, 4 * stride, scratch);
     for (int64_t r = 0; r < n; ++r) {
       float* h = gate + r * stride;
       run.kernels.swiglu(h, up + r * stride, columns, h);
@@ -110,11 +113,20 @@ class ExpertsGateUp final : public Op {
   }
   Part cut_part(const Run& run, int64_t expert, int64_t begin, int64_t end, bool prefill) const {
     const int64_t rows = end - begin;
-    if (rows < kFewRows) return {expert, begin, end, prefill, rows, 1, stretches(rows, x_.stretch(run, int64_t(x_.groups->groups().size()))), 0};
-    const int64_t wanted = ceil_div(rows, max_rows(x_.in.kind, x_.stack.first.cols)), block_rows = round_up(ceil_div(rows, wanted), 4);
+    if (rows < kFewRows)
+      return {expert, begin, end, prefill, rows, 1, stretches(rows, x_.stretch(run, int64_t(x_.groups->groups().size()))), 0};
+    const int64_t wanted = ceil_div(rows, max_rows(x_.in.kind, x_.stack.first.cols)),
+                  block_rows = round_up(ceil_div(rows, wanted), 4);
     const int64_t fair = x_.groups->pairs() * x_.tiles() / (kTasksAThread * run.threads) / block_rows;  // tiles of a task
     const int64_t tiles = std::clamp(fair, kTileStep, kMostTiles);
-    return {expert, begin, end, prefill, block_rows, ceil_div(rows, block_rows), TileBlocks::of(x_.tiles(), kTileStep, ceil_div(x_.tiles(), tiles)), 0};
+    return {expert,
+            begin,
+            end,
+            prefill,
+            block_rows,
+            ceil_div(rows, block_rows),
+            TileBlocks::of(x_.tiles(), kTileStep, ceil_div(x_.tiles(), tiles)),
+            0};
   }
 
   int64_t gather_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
@@ -167,7 +179,9 @@ class ExpertsDown final : public Op {
   bool idle(const Run& run) const override { return h_.rows(run) == 0; }
   int64_t work(const Run&) const override { return kSerialWork; }
   int64_t tasks(const Run&) const override { return tiles_.blocks * token_blocks_; }
-  int64_t scratch_bytes(const Run& run) const override { return buffer_at(run) + 4 * block_rows_ * tiles_.largest() * kTileRows; }
+  int64_t scratch_bytes(const Run& run) const override {
+    return buffer_at(run) + 4 * block_rows_ * tiles_.largest() * kTileRows;
+  }
 
   void task(const Run& run, int64_t index, int thread) override {
     if (stretches_) index = in_stretches(index, tasks(run), run.threads);
@@ -184,7 +198,8 @@ class ExpertsDown final : public Op {
           stop = begin + (std::lower_bound(from, to, end) - from);
           begin += std::lower_bound(from, to, first) - from;
         }
-        for (; begin < stop; begin += block_rows_) add_products(run, w, begin, std::min(block_rows_, stop - begin), prefill, column, columns, thread);
+        for (; begin < stop; begin += block_rows_)
+          add_products(run, w, begin, std::min(block_rows_, stop - begin), prefill, column, columns, thread);
       });
     }
   }
@@ -192,14 +207,17 @@ class ExpertsDown final : public Op {
  private:
   int64_t buffer_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
 
-  void add_products(const Run& run, const Matrix& w, int64_t begin, int64_t n, bool prefill, int64_t column, int64_t columns, int thread) const {
+  void add_products(const Run& run, const Matrix& w, int64_t begin, int64_t n, bool prefill, int64_t column, int64_t columns,
+                    int thread) const {
     uint8_t* scratch = run.thread_scratch(thread);
     float* buffer = reinterpret_cast<float*>(scratch + buffer_at(run));
     const Rows &h = run.slots[h_.in.index], &y = run.slots[out_.index];
     const int64_t stride = round_up(columns, kTileRows);
-    run.kernels.linear(w, nullptr, h_.in.kind, h.row(begin), h.stride, n, prefill, 0, tile_rows(w), buffer, 4 * stride, scratch);
+    run.kernels.linear(w, nullptr, h_.in.kind, h.row(begin), h.stride, n, prefill, 0, tile_rows(w), buffer, 4 * stride,
+                       scratch);
     const int32_t* tokens = h_.groups->tokens(begin);
-    for (int64_t i = 0; i < n; ++i) run.kernels.add_scaled(buffer + i * stride, h_.groups->weight(begin + i), columns, y.f32(tokens[i]) + column);
+    for (int64_t i = 0; i < n; ++i)
+      run.kernels.add_scaled(buffer + i * stride, h_.groups->weight(begin + i), columns, y.f32(tokens[i]) + column);
   }
 
   const Experts h_;
@@ -232,8 +250,11 @@ std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
   Experts x = read_experts(s, 2, 1);
   const SlotRef out = s.out(0, kAnyKind, x.stack.first.rows, x.in.selected, s.chosen().top_k);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
-  if (const auto* known = find_groups(s, x)) x.groups = *known;
-  else x.groups = s.plan().groups.emplace_back(std::make_shared<ExpertGroups>(x.routes.index, s.chosen(), (s.step.flags & DSO_FLAG_GROUPED) != 0));
+  if (const auto* known = find_groups(s, x))
+    x.groups = *known;
+  else
+    x.groups = s.plan().groups.emplace_back(
+        std::make_shared<ExpertGroups>(x.routes.index, s.chosen(), (s.step.flags & DSO_FLAG_GROUPED) != 0));
   return std::make_unique<ExpertsGateUp>(std::move(x), out);
 }
 

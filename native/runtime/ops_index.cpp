@@ -8,7 +8,8 @@ namespace {
 
 class IndexChoose final : public Op {
  public:
-  IndexChoose(const SlotRef& q, const SlotRef& w, const SlotRef& out, std::shared_ptr<IndexSchedule> schedule, int64_t layer, float scale)
+  IndexChoose(const SlotRef& q, const SlotRef& w, const SlotRef& out, std::shared_ptr<IndexSchedule> schedule, int64_t layer,
+              float scale)
       : q_(q), w_(w), out_(out), schedule_(std::move(schedule)), shape_(schedule_->shape), layer_(layer), scale_(scale) {}
 
   void shape(const Run&) override {}
@@ -22,7 +23,8 @@ class IndexChoose final : public Op {
     const IndexTask& t = schedule_->tasks[index];
     if (t.t0 == t.t1) return all_seen(run, t);
     uint8_t* scratch = run.thread_scratch(thread);
-    float* scores = t.part < 0 ? reinterpret_cast<float*>(scratch + scores_at(run)) : reinterpret_cast<float*>(run.shared) + t.part;
+    float* scores =
+        t.part < 0 ? reinterpret_cast<float*>(scratch + scores_at(run)) : reinterpret_cast<float*>(run.shared) + t.part;
     score(run, t, scratch, scores);
     if (t.part >= 0 && !schedule_->last(t.merge)) return;
     for (int64_t r = t.r0; r < t.r1; ++r)
@@ -32,7 +34,9 @@ class IndexChoose final : public Op {
  private:
   int64_t query_bytes(const Run& run) const { return round_up(run.kernels.index_query_bytes(shape_.heads, shape_.index), 64); }
   int64_t scores_at(const Run& run) const { return IndexSchedule::kRows * query_bytes(run); }
-  static int64_t seen(const Run& run, const IndexTask& t, int64_t r) { return run.batch.source->context_len[t.sequence] + r + 1; }
+  static int64_t seen(const Run& run, const IndexTask& t, int64_t r) {
+    return run.batch.source->context_len[t.sequence] + r + 1;
+  }
   static float* row(const Run& run, const SlotRef& slot, const IndexTask& t, int64_t r) {
     return run.slots[slot.index].f32(run.batch.first_row[t.sequence] + r);
   }
@@ -54,8 +58,8 @@ class IndexChoose final : public Op {
       for (int64_t r = t.r0; r < t.r1; ++r) {
         const int64_t to = std::min({from + IndexSchedule::kTokens, t.t1, seen(run, t, r)});
         if (from < to)
-          run.kernels.index_scores(cache.layout, view, shape_.heads, queries + (r - t.r0) * query_bytes(run), row(run, w_, t, r), from, to,
-                                   scale_, scores + (r - t.r0) * t.stride + from);
+          run.kernels.index_scores(cache.layout, view, shape_.heads, queries + (r - t.r0) * query_bytes(run),
+                                   row(run, w_, t, r), from, to, scale_, scores + (r - t.r0) * t.stride + from);
       }
   }
 

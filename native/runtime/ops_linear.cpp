@@ -20,7 +20,8 @@ class Linear final : public Op {
     int64_t bytes = 0;
     for (const Product& p : products_) bytes += matrix_bytes(p.w);
     for (const Product& p : products_) {
-      const PhaseGrids grids = cut_by_phase(p.w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, bytes);
+      const PhaseGrids grids =
+          cut_by_phase(p.w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, bytes);
       for (int i = 0; i < grids.count; ++i) {
         parts_.push_back({tasks_, &p, grids.grid[i]});
         tasks_ += grids.grid[i].tasks();
@@ -60,11 +61,13 @@ class Linear final : public Op {
 // rows that the next product reads: whole groups of 32 columns, so conversion needs no other task's columns.
 class GateUp final : public Op {
  public:
-  GateUp(const SlotRef& in, const SlotRef& out, const Matrix& gate, const Matrix& up, const float* gate_bias, const float* up_bias)
+  GateUp(const SlotRef& in, const SlotRef& out, const Matrix& gate, const Matrix& up, const float* gate_bias,
+         const float* up_bias)
       : in_(in), out_(out), gate_(gate), up_(up), gate_bias_(gate_bias), up_bias_(up_bias) {}
 
   void shape(const Run& run) override {
-    grids_ = cut_by_phase(gate_, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, matrix_bytes(gate_), 2);
+    grids_ =
+        cut_by_phase(gate_, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, matrix_bytes(gate_), 2);
     block_floats_ = 0;
     for (int i = 0; i < grids_.count; ++i) {
       const LinearGrid& g = grids_.grid[i];  // block_tiles is even: groups of 32 columns stay whole
@@ -105,8 +108,8 @@ class GateUp final : public Op {
   void product(const Run& run, const Matrix& w, const float* bias, const LinearGrid& g, int64_t row, int64_t n, int64_t tile,
                int64_t tile_end, float* buffer, int64_t stride, int thread) const {
     const Rows& x = run.slots[in_.index];
-    run.kernels.linear(tiles_of(w, tile, tile_end), bias ? bias + tile * kTileRows : nullptr, in_.kind, x.row(row), x.stride, n, g.prefill, 0,
-                       tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
+    run.kernels.linear(tiles_of(w, tile, tile_end), bias ? bias + tile * kTileRows : nullptr, in_.kind, x.row(row), x.stride, n,
+                       g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
   }
 
   const SlotRef in_, out_;
@@ -128,7 +131,8 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
     const Matrix w = s.matrix(i);
     if (i == 0) in = s.activations(w);
     if (w.cols != in.width) s.refuse("w[%d] has %d columns, in[0] has width %lld", i, w.cols, (long long)in.width);
-    if (!reads(w.format, in.kind)) s.refuse("in[0] is %s, which the %s weights of w[%d] do not read", kind_name(in.kind), format_name(w.format), i);
+    if (!reads(w.format, in.kind))
+      s.refuse("in[0] is %s, which the %s weights of w[%d] do not read", kind_name(in.kind), format_name(w.format), i);
     const SlotRef out = s.out(i, kF32Only, w.rows, in.selected);
     if (out.index == in.index) s.refuse("out[%d] is in[0]", i);
     products.push_back({w, s.bias(i, w.rows), out});

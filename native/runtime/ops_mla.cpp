@@ -42,15 +42,18 @@ class HeadsOp : public Op {
 
   // Columns of fp32 rows as the weights read them: where they lie, or converted in scratch.
   Rows read(const Run& run, const Rows& from, const RowRange& rows, int64_t column, int32_t kind, uint8_t* scratch) const {
-    if (kind == DSO_SLOT_F32) return {reinterpret_cast<uint8_t*>(from.f32(rows.begin) + column), from.stride, rows.end - rows.begin};
+    if (kind == DSO_SLOT_F32)
+      return {reinterpret_cast<uint8_t*>(from.f32(rows.begin) + column), from.stride, rows.end - rows.begin};
     const Rows converted{scratch, row_bytes(kind, w_.first.cols), rows.end - rows.begin};
     for (int64_t i = 0; i < converted.count; ++i)
       run.kernels.convert(kind, from.f32(rows.begin + i) + column, 0, w_.first.cols, w_.first.cols, converted.row(i));
     return converted;
   }
-  void product(const Run& run, int64_t head, int32_t kind, const Rows& x, bool decode, float* y, int64_t y_stride, int thread) const {
+  void product(const Run& run, int64_t head, int32_t kind, const Rows& x, bool decode, float* y, int64_t y_stride,
+               int thread) const {
     const Matrix w = w_.at(head);
-    run.kernels.linear(w, nullptr, kind, x.data, x.stride, x.count, !decode, 0, tile_rows(w), y, y_stride, run.thread_scratch(thread));
+    run.kernels.linear(w, nullptr, kind, x.data, x.stride, x.count, !decode, 0, tile_rows(w), y, y_stride,
+                       run.thread_scratch(thread));
   }
   int64_t converted_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
 
@@ -69,7 +72,9 @@ class Absorb final : public HeadsOp {
  public:
   Absorb(std::shared_ptr<MlaSchedule> schedule, const Stack& w, const SlotRef& q, const SlotRef& out)
       : HeadsOp(std::move(schedule), w, 1, false), q_(q), out_(out), kind_(finest_kind(w.first.format)) {}
-  int64_t scratch_bytes(const Run& run) const override { return converted_at(run) + kRows * row_bytes(DSO_SLOT_BF16, shape_.nope); }
+  int64_t scratch_bytes(const Run& run) const override {
+    return converted_at(run) + kRows * row_bytes(DSO_SLOT_BF16, shape_.nope);
+  }
 
  private:
   void block(const Run& run, const RowRange& rows, int64_t h0, int64_t h1, int thread) override {
@@ -88,9 +93,14 @@ class Absorb final : public HeadsOp {
 
 class Value final : public HeadsOp {
  public:
-  Value(std::shared_ptr<MlaSchedule> schedule, const Stack& w, int32_t kind, const SlotRef& sums, const SlotRef& expanded, const SlotRef& out)
+  Value(std::shared_ptr<MlaSchedule> schedule, const Stack& w, int32_t kind, const SlotRef& sums, const SlotRef& expanded,
+        const SlotRef& out)
       // Whole groups of 32 columns, so that conversion needs no other task's.
-      : HeadsOp(std::move(schedule), w, is_f32(out.kind) ? 1 : 32 / std::gcd<int64_t>(32, w.first.rows), true), kind_(kind), sums_(sums), expanded_(expanded), out_(out) {}
+      : HeadsOp(std::move(schedule), w, is_f32(out.kind) ? 1 : 32 / std::gcd<int64_t>(32, w.first.rows), true),
+        kind_(kind),
+        sums_(sums),
+        expanded_(expanded),
+        out_(out) {}
   int64_t scratch_bytes(const Run& run) const override { return values_at(run) + kRows * 4 * out_.width; }
 
  private:
@@ -106,7 +116,8 @@ class Value final : public HeadsOp {
     } else {
       if (is_f32(out_.kind)) values = {reinterpret_cast<uint8_t*>(out.f32(rows.begin) + column), out.stride, n};
       for (int64_t h = h0; h < h1; ++h) {
-        const Rows x = read(run, run.slots[sums_.index], rows, h * shape_.rank, kind_, run.thread_scratch(thread) + converted_at(run));
+        const Rows x =
+            read(run, run.slots[sums_.index], rows, h * shape_.rank, kind_, run.thread_scratch(thread) + converted_at(run));
         product(run, h, kind_, x, rows.decode, values.f32(0) + (h - h0) * shape_.v_dim, values.stride, thread);
       }
       if (is_f32(out_.kind)) return;
@@ -131,8 +142,10 @@ std::unique_ptr<Op> make_mla_absorb(StepReader& s) {
   auto schedule = mla_schedule(s);
   const MlaShape& shape = schedule->shape;
   const Stack w = heads_stack(s, shape, shape.rank, shape.nope);
-  if (w.first.format != DSO_F32 && w.first.format != DSO_BF16) s.refuse("w[0] is %s, and must be F32 or BF16", format_name(w.first.format));
-  const SlotRef q = s.token_rows(0, shape.heads * shape.head_dim()), out = s.out(0, kF32Only, shape.heads * shape.width(), false);
+  if (w.first.format != DSO_F32 && w.first.format != DSO_BF16)
+    s.refuse("w[0] is %s, and must be F32 or BF16", format_name(w.first.format));
+  const SlotRef q = s.token_rows(0, shape.heads * shape.head_dim()),
+                out = s.out(0, kF32Only, shape.heads * shape.width(), false);
   if (out.index == q.index) s.refuse("out[0] is in[0]");
   return std::make_unique<Absorb>(std::move(schedule), w, q, out);
 }

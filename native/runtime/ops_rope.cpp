@@ -63,7 +63,8 @@ class KvWriter : public CacheWriter {
   int64_t work(const Run& run) const override { return run.batch.T * (key_.width + value_.width); }
 
  protected:
-  void write_rows(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, const float* key, int64_t key_stride) const {
+  void write_rows(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, const float* key,
+                  int64_t key_stride) const {
     const Rows& value = run.slots[value_.index];
     run.kernels.kv_write(layout, view, p.position, p.rows, key, key_stride, value.f32(p.row), value.stride, 0, kv_heads_);
     if (fills_summary(p, layout)) run.kernels.kv_summarise(layout, view, p.position / DSO_BLOCK_TOKENS);
@@ -110,7 +111,8 @@ Rotation rotation(StepReader& s, int table) {
   const SlotRef t = s.token_rows(table);
   if (s.step.offset < 0) s.refuse("offset is %d", s.step.offset);
   if (s.step.offset + t.width > head_dim || t.width % 2)
-    s.refuse("in[%d], the table, has width %lld for a head_dim of %lld from %d on", table, (long long)t.width, (long long)head_dim, s.step.offset);
+    s.refuse("in[%d], the table, has width %lld for a head_dim of %lld from %d on", table, (long long)t.width,
+             (long long)head_dim, s.step.offset);
   return {t, heads, head_dim, s.step.offset, (s.step.flags & DSO_FLAG_INTERLEAVED) != 0};
 }
 
@@ -148,7 +150,8 @@ std::unique_ptr<Op> make_rope_cache(StepReader& s) {
   s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, true);
   const Rotation rotate = rotation(s, 3);
   const int64_t kv_width = int64_t(s.step.kv_heads) * s.step.head_dim;
-  const SlotRef q = s.token_rows(0, rotate.heads * rotate.head_dim), key = s.token_rows(1, kv_width), value = s.token_rows(2, kv_width);
+  const SlotRef q = s.token_rows(0, rotate.heads * rotate.head_dim), key = s.token_rows(1, kv_width),
+                value = s.token_rows(2, kv_width);
   const SlotRef out = s.out(0, kF32Only, q.width, false);
   s.alias_only(out, q);
   return std::make_unique<RopeCache>(q, key, value, out, s.step.layer, s.step.kv_heads, rotate);

@@ -40,7 +40,8 @@ struct Routing {
 
 class Route final : public RowOp {
  public:
-  Route(const SlotRef& in, const SlotRef& out, const float* bias, const Routing& routing) : in_(in), out_(out), bias_(bias), routing_(routing) {}
+  Route(const SlotRef& in, const SlotRef& out, const float* bias, const Routing& routing)
+      : in_(in), out_(out), bias_(bias), routing_(routing) {}
   int64_t scratch_bytes(const Run&) const override { return groups_at() + int64_t(sizeof(Key)) * routing_.groups; }
 
  private:
@@ -57,7 +58,8 @@ class Route final : public RowOp {
     const int64_t experts = routing_.experts, top_k = routing_.top_k;
     (routing_.sigmoid ? run.kernels.sigmoid : run.kernels.softmax)(run.slots[in_.index].f32(r), experts, scores);
     for (int64_t e = 0; e < experts; ++e) keys[e] = key(bias_ ? scores[e] + bias_[e] : scores[e], e);
-    const int64_t candidates = routing_.groups > 1 ? keep_best_groups(keys, reinterpret_cast<Key*>(scratch + groups_at())) : experts;
+    const int64_t candidates =
+        routing_.groups > 1 ? keep_best_groups(keys, reinterpret_cast<Key*>(scratch + groups_at())) : experts;
     largest_first(keys, top_k, candidates);
     std::sort(keys, keys + top_k, [](Key a, Key b) { return index_of(a) < index_of(b); });
 
@@ -84,7 +86,8 @@ class Route final : public RowOp {
       groups[g] = key(routing_.top2 ? value_of(best) + value_of(second) : value_of(best), g);
     }
     largest_first(groups, kept, routing_.groups);
-    std::sort(groups, groups + kept, [](Key a, Key b) { return index_of(a) < index_of(b); });  // so that a group moves left only
+    std::sort(groups, groups + kept,
+              [](Key a, Key b) { return index_of(a) < index_of(b); });  // so that a group moves left only
     for (int64_t i = 0; i < kept; ++i) std::copy_n(keys + index_of(groups[i]) * n, n, keys + i * n);
     return kept * n;
   }
@@ -99,12 +102,20 @@ class Route final : public RowOp {
 std::unique_ptr<Op> make_route(StepReader& s) {
   s.takes(1, 1, 0, 1, DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALISE);
   const Chosen chosen = s.chosen();
-  const Routing r{chosen.experts, chosen.top_k, s.positive("groups", s.step.groups), s.positive("top_groups", s.step.top_groups),
-                  (s.step.flags & DSO_FLAG_SIGMOID) != 0, (s.step.flags & DSO_FLAG_TOP2) != 0, (s.step.flags & DSO_FLAG_NORMALISE) != 0, s.step.scale};
-  if (r.experts % r.groups) s.refuse("groups is %lld, which does not divide experts %lld", (long long)r.groups, (long long)r.experts);
+  const Routing r{chosen.experts,
+                  chosen.top_k,
+                  s.positive("groups", s.step.groups),
+                  s.positive("top_groups", s.step.top_groups),
+                  (s.step.flags & DSO_FLAG_SIGMOID) != 0,
+                  (s.step.flags & DSO_FLAG_TOP2) != 0,
+                  (s.step.flags & DSO_FLAG_NORMALISE) != 0,
+                  s.step.scale};
+  if (r.experts % r.groups)
+    s.refuse("groups is %lld, which does not divide experts %lld", (long long)r.groups, (long long)r.experts);
   if (r.top_groups > r.groups) s.refuse("top_groups is %lld of groups %lld", (long long)r.top_groups, (long long)r.groups);
   if (r.top_k > r.top_groups * r.group())
-    s.refuse("top_k is %lld, and top_groups %lld of %lld experts hold fewer", (long long)r.top_k, (long long)r.top_groups, (long long)r.group());
+    s.refuse("top_k is %lld, and top_groups %lld of %lld experts hold fewer", (long long)r.top_k, (long long)r.top_groups,
+             (long long)r.group());
   if (r.top2 && r.groups > 1 && r.group() < 2) s.refuse("groups of one expert have no best two");
   if (!std::isfinite(r.scale)) s.refuse("scale is %g", double(r.scale));
   const SlotRef in = s.in(0, kF32Only, r.experts), out = s.out(0, kF32Only, 2 * r.top_k, in.selected);

@@ -12,8 +12,8 @@
 
 struct dso_plan final : private dso::Job {
  public:
-  dso_plan(std::shared_ptr<dso::Context> context, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,
-           const dso_weight* weights, int32_t n_weights, int32_t vocab_size);
+  dso_plan(std::shared_ptr<dso::Context> context, const dso_step* steps, int32_t n_steps, const dso_slot* slots,
+           int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size);
 
   void run(const dso_batch& batch);
   void check_weights() const;  // an Error where a mapped file that holds some is not what it was
@@ -39,7 +39,7 @@ struct dso_plan final : private dso::Job {
   void place(int64_t T, int64_t R);
   int64_t next() override;
   void task(int64_t index, int thread) override;
-  void took(int32_t step);  // timing: it ended now
+  void took(int32_t step);                                            // timing: it ended now
   int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) const;  // with the gap behind it
   int64_t slots_bytes(int64_t T, int64_t R) const;
   void look(int32_t begin, int32_t end);  // at the red zones, after steps [begin, end)
@@ -63,8 +63,8 @@ struct dso_plan final : private dso::Job {
   } shape_;
 
   const bool checked_;
-  const int64_t gap_;  // bytes behind each buffer
-  dso::RedZones zones_;     // numbers: of slots, then the shared memory, then the threads' scratch
+  const int64_t gap_;    // bytes behind each buffer
+  dso::RedZones zones_;  // numbers: of slots, then the shared memory, then the threads' scratch
   dso::RedZones::Found found_;
   int32_t found_begin_ = 0, found_end_ = 0;  // the steps after which it was
 

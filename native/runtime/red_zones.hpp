@@ -1,5 +1,5 @@
-// Bytes beside a plan's buffers that nothing may write: filled with a pattern, and looked at after each stage of a checked context.
-// What AddressSanitizer does of the optimised build, at the price of a few cache lines a stage; for tests.
+// Bytes beside a plan's buffers that nothing may write: filled with a pattern, and looked at after each stage of a checked
+// context. What AddressSanitizer does of the optimised build, at the price of a few cache lines a stage; for tests.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -15,20 +15,26 @@ namespace {
 constexpr int32_t kMostExperts = 1 << 14;  // numbers of experts are exact in fp32
 
 const char* op_name(int32_t op) {
-  static constexpr const char* names[] = {"EMBEDDING", "RMS_NORM", "ADD", "ADD_RMS_NORM", "CONVERT", "LINEAR", "ROPE_TABLE", "ROPE",
-                                          "CACHE_WRITE", "ROPE_CACHE", "ATTENTION", "SWIGLU", "GATE_UP", "SELECT_ROWS", "HIDDEN_OUT", "ROUTE",
-                                          "EXPERTS_GATE_UP", "EXPERTS_DOWN", "LATENT", "LATENT_WRITE", "MLA_ABSORB", "MLA_ATTENTION", "MLA_VALUE",
-                                          "LAYER_NORM", "INDEX_WRITE", "INDEX_CHOOSE", "STATE_IN", "CONCAT", "BLOCK_CHOOSE", "LATENT_CHOOSE"};
+  static constexpr const char* names[] = {"EMBEDDING",    "RMS_NORM",        "ADD",          "ADD_RMS_NORM", "CONVERT",
+                                          "LINEAR",       "ROPE_TABLE",      "ROPE",         "CACHE_WRITE",  "ROPE_CACHE",
+                                          "ATTENTION",    "SWIGLU",          "GATE_UP",      "SELECT_ROWS",  "HIDDEN_OUT",
+                                          "ROUTE",        "EXPERTS_GATE_UP", "EXPERTS_DOWN", "LATENT",       "LATENT_WRITE",
+                                          "MLA_ABSORB",   "MLA_ATTENTION",   "MLA_VALUE",    "LAYER_NORM",   "INDEX_WRITE",
+                                          "INDEX_CHOOSE", "STATE_IN",        "CONCAT",       "BLOCK_CHOOSE", "LATENT_CHOOSE"};
   return op >= 1 && op <= int32_t(std::size(names)) ? names[op - 1] : "unknown op";
 }
 
 bool allowed(SlotKinds kinds, int32_t kind) {
   const bool integer = kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16;
   switch (kinds) {
-    case kF32Only: return is_f32(kind);
-    case kInteger: return integer;
-    case kConverted: return integer || kind == DSO_SLOT_BF16;
-    case kAnyKind: return kind != DSO_SLOT_LOGITS;
+    case kF32Only:
+      return is_f32(kind);
+    case kInteger:
+      return integer;
+    case kConverted:
+      return integer || kind == DSO_SLOT_BF16;
+    case kAnyKind:
+      return kind != DSO_SLOT_LOGITS;
   }
   return false;
 }
@@ -57,8 +63,10 @@ SlotRef StepReader::slot(const char* field, int i, int32_t index, SlotKinds kind
 
 SlotRef StepReader::in(int i, SlotKinds kinds, int64_t width, int64_t repeat) {
   const SlotRef s = slot("in", i, step.in[i], kinds);
-  if (width && s.width != width) refuse("in[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
-  if (s.repeat != repeat) refuse("in[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
+  if (width && s.width != width)
+    refuse("in[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+  if (s.repeat != repeat)
+    refuse("in[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
   if (!plan_.written[s.index]) refuse("in[%d] is slot %d, which no earlier step fills", i, s.index);
   reads.push_back(s.index);
   return s;
@@ -72,16 +80,20 @@ SlotRef StepReader::token_rows(int i, int64_t width) {
 
 SlotRef StepReader::activations(const Matrix& w, int64_t repeat) {
   const SlotRef s = in(0, kAnyKind, w.cols, repeat);
-  if (!dso::reads(w.format, s.kind)) refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(s.kind), s.index, format_name(w.format));
+  if (!dso::reads(w.format, s.kind))
+    refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(s.kind), s.index, format_name(w.format));
   return s;
 }
 
 SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat) {
   const SlotRef s = slot("out", i, step.out[i], kinds);
-  if (width && s.width != width) refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
-  if (s.repeat != repeat) refuse("out[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
+  if (width && s.width != width)
+    refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+  if (s.repeat != repeat)
+    refuse("out[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
   if (s.selected != selected) refuse("out[%d], slot %d, must hold %s rows", i, s.index, selected ? "the selected" : "all");
-  if (std::find(writes.begin(), writes.end(), s.index) != writes.end()) refuse("out[%d] is slot %d, as another out is", i, s.index);
+  if (std::find(writes.begin(), writes.end(), s.index) != writes.end())
+    refuse("out[%d] is slot %d, as another out is", i, s.index);
   writes.push_back(s.index);
   return s;
 }
@@ -92,7 +104,9 @@ const dso_weight& StepReader::weight(char field, int i) const {
   return plan_.weights[index];
 }
 
-Matrix StepReader::matrix(int i) const { return check_matrix(weight('w', i), name() + text(": w[%d] (weight %d)", i, step.w[i])); }
+Matrix StepReader::matrix(int i) const {
+  return check_matrix(weight('w', i), name() + text(": w[%d] (weight %d)", i, step.w[i]));
+}
 
 Stack StepReader::stack(int i, int64_t count) const {
   return check_stack(weight('w', i), count, name() + text(": w[%d] (weight %d)", i, step.w[i]));
@@ -117,7 +131,8 @@ float StepReader::eps() const {
 
 Chosen StepReader::chosen() const {
   if (step.experts < 1 || step.experts > kMostExperts) refuse("experts is %d, and must be 1 to %d", step.experts, kMostExperts);
-  if (step.top_k < 1 || step.top_k > step.experts) refuse("top_k is %d, and must be 1 to experts, %d", step.top_k, step.experts);
+  if (step.top_k < 1 || step.top_k > step.experts)
+    refuse("top_k is %d, and must be 1 to experts, %d", step.top_k, step.experts);
   return {step.experts, step.top_k};
 }
 
@@ -140,7 +155,8 @@ void StepReader::attends_latent(int32_t layer, int32_t rank, int32_t rope, bool 
   positive("rope", rope);
   if (needs.kv_heads > 0) refuse("latents, but an earlier step uses heads, and the cache is of one kind");
   if (needs.rank > 0 && (needs.rank != rank || needs.rope != rope))
-    refuse("rank %d and rope %d, but an earlier step uses %lld and %lld, and the cache has one shape", rank, rope, (long long)needs.rank, (long long)needs.rope);
+    refuse("rank %d and rope %d, but an earlier step uses %lld and %lld, and the cache has one shape", rank, rope,
+           (long long)needs.rank, (long long)needs.rope);
   needs.rank = rank;
   needs.rope = rope;
   uses_layer(layer, writes_cache);
@@ -150,7 +166,8 @@ void StepReader::attends_index(int32_t layer, int32_t index, bool writes_cache) 
   BatchNeeds& needs = plan_.needs;
   positive("index", index);
   if (needs.kv_heads > 0) refuse("an index, but an earlier step uses heads, and the cache is of one kind");
-  if (needs.index > 0 && needs.index != index) refuse("index %d, but an earlier step uses %lld, and the cache has one shape", index, (long long)needs.index);
+  if (needs.index > 0 && needs.index != index)
+    refuse("index %d, but an earlier step uses %lld, and the cache has one shape", index, (long long)needs.index);
   needs.index = index;
   uses_layer(layer, writes_cache);
 }

@@ -24,12 +24,12 @@ struct PlanSource {  // what dso_plan_create was given, and what the steps have 
   int32_t n_weights;
   int32_t vocab_size;
   BatchNeeds needs;
-  std::vector<bool> written;  // slots that an earlier step fills
+  std::vector<bool> written;                                  // slots that an earlier step fills
   std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike
   std::vector<std::shared_ptr<BlockSchedule>> block_schedules;
   std::vector<std::shared_ptr<IndexSchedule>> index_schedules;
   std::vector<std::shared_ptr<MlaSchedule>> mla_schedules;
-  std::vector<std::shared_ptr<ExpertGroups>> groups;          // shared by the steps over one slot of routes
+  std::vector<std::shared_ptr<ExpertGroups>> groups;  // shared by the steps over one slot of routes
 };
 
 struct SlotRef {
@@ -53,17 +53,17 @@ class StepReader {
   const dso_step& step;
 
   SlotRef in(int i, SlotKinds kinds, int64_t width = 0, int64_t repeat = 1);  // width 0: any
-  SlotRef token_rows(int i, int64_t width = 0);  // in(i) in fp32, of all tokens
-  SlotRef activations(const Matrix& w, int64_t repeat = 1);  // in(0), of a kind that products with w read
+  SlotRef token_rows(int i, int64_t width = 0);                               // in(i) in fp32, of all tokens
+  SlotRef activations(const Matrix& w, int64_t repeat = 1);                   // in(0), of a kind that products with w read
   SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);  // as for in
   Matrix matrix(int i) const;
   Stack stack(int i, int64_t count) const;
-  const float* vector(int field_w_or_b, int i, int64_t cols) const;        // 'w' or 'b'
-  const float* bias(int i, int64_t rows) const;                            // null where b[i] is -1
+  const float* vector(int field_w_or_b, int i, int64_t cols) const;  // 'w' or 'b'
+  const float* bias(int i, int64_t rows) const;                      // null where b[i] is -1
   bool has_weight(int i) const { return step.w[i] != -1; }
   int32_t positive(const char* field, int32_t value) const;
   float eps() const;
-  Chosen chosen() const;  // fields experts and top_k
+  Chosen chosen() const;                                                         // fields experts and top_k
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
   void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
   void attends_index(int32_t layer, int32_t index, bool writes);

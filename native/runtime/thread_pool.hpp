@@ -49,9 +49,9 @@ class Team {  // `threads` of them, the caller included
   int64_t tasks_ = 0;
   std::atomic<bool> finished_{true}, stop_{false};
 
-  alignas(64) std::atomic<int64_t> untaken_{0};     // tasks of the stage; below zero by those who came too late
+  alignas(64) std::atomic<int64_t> untaken_{0};  // tasks of the stage; below zero by those who came too late
   alignas(64) std::atomic<int64_t> unfinished_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};      // counts stages: what waiting threads watch
+  alignas(64) std::atomic<uint32_t> phase_{0};  // counts stages: what waiting threads watch
   std::atomic<int> sleepers_{0};
   std::vector<std::thread> workers_;
 };

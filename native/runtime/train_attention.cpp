@@ -25,11 +25,12 @@ using Task = TrainAttnTask;
 
 struct Work {
   Task task;
-  double pairs;        // of queries and keys: what it costs
+  double pairs;         // of queries and keys: what it costs
   int64_t q_sums = -1;  // where its sums for the gradient of q are, in floats; -1: the thread's own, and it alone has some
 };
 
-template <class Byte> Heads<Byte> from(const dso_train_heads& h, int64_t size, int64_t row, int64_t token, int64_t head) {
+template <class Byte>
+Heads<Byte> from(const dso_train_heads& h, int64_t size, int64_t row, int64_t token, int64_t head) {
   return {static_cast<uint8_t*>(h.data) + (h.row * row + h.token * token + h.head * head) * size, h.token, h.head};
 }
 
@@ -37,7 +38,8 @@ int64_t size_of(int32_t type) { return type == DSO_TYPE_BF16 ? 2 : 4; }
 
 // All of sequence `i` and one kv head.
 Task task_of(const dso_train_attention& a, int64_t i, int64_t kv_head) {
-  const int64_t row = a.begin[i] / a.row_tokens, token = a.begin[i] % a.row_tokens, group = a.heads / a.kv_heads, head = kv_head * group;
+  const int64_t row = a.begin[i] / a.row_tokens, token = a.begin[i] % a.row_tokens, group = a.heads / a.kv_heads,
+                head = kv_head * group;
   const int64_t size = size_of(a.type), all = a.rows * a.row_tokens;
   Task t{};
   t.type = a.type, t.tokens = a.end[i] - a.begin[i], t.qk_width = a.qk_width, t.v_width = a.v_width;
@@ -63,7 +65,8 @@ void longest_first(std::vector<Work>& work) {
   std::stable_sort(work.begin(), work.end(), [](const Work& a, const Work& b) { return a.pairs > b.pairs; });
 }
 
-template <class Call> void each_task(const dso_train_attention& a, Call call) {
+template <class Call>
+void each_task(const dso_train_attention& a, Call call) {
   for (int64_t i = 0; i < a.sequences; ++i)
     for (int64_t h = 0; h < a.kv_heads && a.end[i] > a.begin[i]; ++h) call(task_of(a, i, h));
 }
@@ -136,14 +139,14 @@ void forward(Context& c, const dso_train_attention& a) {
   ThreadPool::Lease lease(c.pool);
   Team& team = lease.team();
   c.scratch.reserve(scratch * team.threads());
-  Stages stages({{int64_t(work.size()), [&](int64_t i, int thread) {
-    kernels.forward(work[size_t(i)].task, c.scratch.data() + thread * scratch);
-  }}});
+  Stages stages({{int64_t(work.size()),
+                  [&](int64_t i, int thread) { kernels.forward(work[size_t(i)].task, c.scratch.data() + thread * scratch); }}});
   team.run(stages);
 }
 
 // Block `block` of a head's gradient of q, out of the sums of `pieces` of keys, in their order.
-void write_q_grad(const TrainAttention& kernels, const Work* pieces, size_t count, const float* const* sums, int64_t head, int64_t block) {
+void write_q_grad(const TrainAttention& kernels, const Work* pieces, size_t count, const float* const* sums, int64_t head,
+                  int64_t block) {
   const Task& whole = pieces->task;  // of the first piece: it begins where the sequence does
   const float* parts[kMostPieces];
   int64_t seen = 0;
@@ -155,7 +158,8 @@ void write_q_grad(const TrainAttention& kernels, const Work* pieces, size_t coun
   }
   const int64_t at = block * kBlock, offset = head * whole.q_grad.head + at * whole.q_grad.token;
   void* out = static_cast<uint8_t*>(whole.q_grad.data) + offset * size_of(whole.type);
-  kernels.query_grad(whole.type, parts, seen, std::min(kBlock, whole.tokens - at), whole.qk_width, whole.scale, out, whole.q_grad.token);
+  kernels.query_grad(whole.type, parts, seen, std::min(kBlock, whole.tokens - at), whole.qk_width, whole.scale, out,
+                     whole.q_grad.token);
 }
 
 void backward(Context& c, const dso_train_attention& a) {
@@ -167,7 +171,8 @@ void backward(Context& c, const dso_train_attention& a) {
     if (w.q_sums < 0) own = std::max(own, round_up(q_sums_of(w.task) * 4, 4096));
   }
   std::vector<int64_t> first = {0};  // blocks of queries before each of what was cut
-  for (const std::vector<Work>& pieces : all.cut) first.push_back(first.back() + pieces[0].task.group * ceil_div(pieces[0].task.tokens, kBlock));
+  for (const std::vector<Work>& pieces : all.cut)
+    first.push_back(first.back() + pieces[0].task.group * ceil_div(pieces[0].task.tokens, kBlock));
 
   ThreadPool::Lease lease(c.pool);
   Team& team = lease.team();
@@ -206,9 +211,12 @@ void check(const dso_train_heads& h, const char* name) {
 const dso_train_attention& checked(const dso_train_attention* given_one, bool backward) {
   const dso_train_attention& a = given(given_one, "attention");
   if (a.type != DSO_TYPE_F32 && a.type != DSO_TYPE_BF16) fail(DSO_EINVAL, "type %d is unknown", a.type);
-  if (a.kv_heads < 1 || a.heads < 1 || a.heads % a.kv_heads) fail(DSO_EINVAL, "%d heads share %d kv heads", a.heads, a.kv_heads);
-  if (!is_head_dim(a.qk_width)) fail(DSO_EINVAL, "qk_width is %d; it must be even and at most %lld", a.qk_width, (long long)max_head_dim);
-  if (!is_head_dim(a.v_width)) fail(DSO_EINVAL, "v_width is %d; it must be even and at most %lld", a.v_width, (long long)max_head_dim);
+  if (a.kv_heads < 1 || a.heads < 1 || a.heads % a.kv_heads)
+    fail(DSO_EINVAL, "%d heads share %d kv heads", a.heads, a.kv_heads);
+  if (!is_head_dim(a.qk_width))
+    fail(DSO_EINVAL, "qk_width is %d; it must be even and at most %lld", a.qk_width, (long long)max_head_dim);
+  if (!is_head_dim(a.v_width))
+    fail(DSO_EINVAL, "v_width is %d; it must be even and at most %lld", a.v_width, (long long)max_head_dim);
   if (a.window < 0) fail(DSO_EINVAL, "window is %lld", (long long)a.window);
   if (a.rows < 0 || a.row_tokens < 0 || a.rows > kMostTokens || a.row_tokens > kMostTokens)
     fail(DSO_EINVAL, "%lld rows of %lld tokens", (long long)a.rows, (long long)a.row_tokens);
@@ -217,10 +225,11 @@ const dso_train_attention& checked(const dso_train_attention* given_one, bool ba
   for (int64_t i = 0, before = 0; i < a.sequences; before = a.end[i++]) {
     const int64_t begin = a.begin[i], end = a.end[i];
     if (begin < before || end < begin || end > a.rows * a.row_tokens)
-      fail(DSO_EINVAL, "sequence %lld has tokens %lld to %lld, behind %lld of %lld", (long long)i, (long long)begin, (long long)end, (long long)before,
-           (long long)(a.rows * a.row_tokens));
+      fail(DSO_EINVAL, "sequence %lld has tokens %lld to %lld, behind %lld of %lld", (long long)i, (long long)begin,
+           (long long)end, (long long)before, (long long)(a.rows * a.row_tokens));
     if (end > begin && begin / a.row_tokens != (end - 1) / a.row_tokens)
-      fail(DSO_EINVAL, "sequence %lld, tokens %lld to %lld, crosses a row of %lld", (long long)i, (long long)begin, (long long)end, (long long)a.row_tokens);
+      fail(DSO_EINVAL, "sequence %lld, tokens %lld to %lld, crosses a row of %lld", (long long)i, (long long)begin,
+           (long long)end, (long long)a.row_tokens);
   }
   if (a.sequences == 0) return a;
   check(a.q, "q"), check(a.k, "k"), check(a.v, "v"), check(a.o, "o");

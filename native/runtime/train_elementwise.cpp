@@ -14,12 +14,13 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kTaskNumbers = 16384;  // of a task, about
+constexpr int64_t kTaskNumbers = 16384;                    // of a task, about
 constexpr int64_t kMostPieces = 64, kLeastPieceRows = 16;  // of rows whose weight gradients are summed apart
 constexpr int64_t kMostSide = int64_t(1) << 40;            // no product of sizes overflows
 
 void check_shape(int64_t rows, int64_t n) {
-  if (rows < 0 || n < 0 || rows > kMostSide || n > kMostSide) fail(DSO_EINVAL, "%lld rows of %lld", (long long)rows, (long long)n);
+  if (rows < 0 || n < 0 || rows > kMostSide || n > kMostSide)
+    fail(DSO_EINVAL, "%lld rows of %lld", (long long)rows, (long long)n);
 }
 
 void check_type(int32_t type, const char* name) {
@@ -59,19 +60,21 @@ void each_row(Context& c, int64_t rows, int64_t n, const Row& row) {
   });
 }
 
-void rms_norm_backward(Context& c, int64_t rows, int64_t n, int32_t type, const Rows& dy, const Rows& x, const void* weight, const float* rstd,
-                       const Rows& dx, float* dw) {
+void rms_norm_backward(Context& c, int64_t rows, int64_t n, int32_t type, const Rows& dy, const Rows& x, const void* weight,
+                       const float* rstd, const Rows& dx, float* dw) {
   const TrainElementwise& kernels = *c.kernels.train_elementwise;
   if (!dw || rows == 0) {
     if (dw) std::fill(dw, dw + n, 0.0f);
-    return each_row(c, rows, n, [&](int64_t r) { kernels.rms_norm_backward(type, dy[r], x[r], weight, rstd[r], n, dx[r], nullptr); });
+    return each_row(c, rows, n,
+                    [&](int64_t r) { kernels.rms_norm_backward(type, dy[r], x[r], weight, rstd[r], n, dx[r], nullptr); });
   }
   const int64_t block = std::max(kLeastPieceRows, ceil_div(rows, kMostPieces)), pieces = ceil_div(rows, block);
   ThreadPool::Lease lease(c.pool);
   const int64_t piece_floats = round_up(n, 16);  // no two threads write to one line
   c.scratch.reserve(pieces * piece_floats * 4);
   float* const sums = reinterpret_cast<float*>(c.scratch.data());
-  Stages stages({{pieces, [&](int64_t piece, int) {
+  Stages stages({{pieces,
+                  [&](int64_t piece, int) {
                     float* const mine = sums + piece * piece_floats;
                     std::fill(mine, mine + n, 0.0f);
                     for (int64_t r = piece * block; r < std::min(rows, (piece + 1) * block); ++r)
@@ -89,12 +92,15 @@ void check_rotation(const dso_train_rotation& r) {
   check_type(r.type, "rotation");
   for (int64_t size : {r.batch, r.tokens, r.heads, r.head_dim, r.half})
     if (size < 0 || size > kMostSide) fail(DSO_EINVAL, "rotation: a size is %lld", (long long)size);
-  if (2 * r.half > r.head_dim) fail(DSO_EINVAL, "rotation: half is %lld of head_dim %lld", (long long)r.half, (long long)r.head_dim);
+  if (2 * r.half > r.head_dim)
+    fail(DSO_EINVAL, "rotation: half is %lld of head_dim %lld", (long long)r.half, (long long)r.head_dim);
 }
 
 void rope(Context& c, const dso_train_rotation& r, const void* x, const void* cosine, const void* sine, void* result) {
   const int64_t size = r.type == DSO_TYPE_BF16 ? 2 : 4;
-  const auto at = [size](const void* p, int64_t elements) { return static_cast<uint8_t*>(const_cast<void*>(p)) + elements * size; };
+  const auto at = [size](const void* p, int64_t elements) {
+    return static_cast<uint8_t*>(const_cast<void*>(p)) + elements * size;
+  };
   each_row(c, r.batch * r.tokens, r.heads * r.head_dim, [&](int64_t row) {
     const int64_t b = row / r.tokens, t = row % r.tokens, angle = b * r.angle_batch + t * r.angle_token;
     c.kernels.train_elementwise->rope(r, at(x, b * r.x_batch + t * r.x_token), at(cosine, angle), at(sine, angle),
@@ -102,8 +108,8 @@ void rope(Context& c, const dso_train_rotation& r, const void* x, const void* co
   });
 }
 
-void cross_entropy(Context& c, int64_t rows, int64_t n, int32_t type, const Rows& logits, const int64_t* labels, int64_t ignored, float factor,
-                   int32_t gradient, double* losses) {
+void cross_entropy(Context& c, int64_t rows, int64_t n, int32_t type, const Rows& logits, const int64_t* labels,
+                   int64_t ignored, float factor, int32_t gradient, double* losses) {
   for (int64_t r = 0; r < rows; ++r)
     if (labels[r] != ignored && (labels[r] < 0 || labels[r] >= n))
       fail(DSO_EINVAL, "labels[%lld] is %lld, a row has %lld logits", (long long)r, (long long)labels[r], (long long)n);
@@ -119,20 +125,22 @@ void cross_entropy(Context& c, int64_t rows, int64_t n, int32_t type, const Rows
 }
 
 // Each task has rows of the result to itself, and finds those of x among (number, row) in order.
-void rows_summed(Context& c, int64_t rows, int64_t n, const dso_train_matrix& x, const int64_t* numbers, int64_t ignored, int64_t result_rows,
-                 const dso_train_matrix& result, bool adds) {
+void rows_summed(Context& c, int64_t rows, int64_t n, const dso_train_matrix& x, const int64_t* numbers, int64_t ignored,
+                 int64_t result_rows, const dso_train_matrix& result, bool adds) {
   std::vector<std::pair<int64_t, int64_t>> order;
   order.reserve(size_t(rows));
   for (int64_t r = 0; r < rows; ++r) {
     if (numbers[r] == ignored) continue;
     if (numbers[r] < 0 || numbers[r] >= result_rows)
-      fail(DSO_EINVAL, "numbers[%lld] is %lld, result has %lld rows", (long long)r, (long long)numbers[r], (long long)result_rows);
+      fail(DSO_EINVAL, "numbers[%lld] is %lld, result has %lld rows", (long long)r, (long long)numbers[r],
+           (long long)result_rows);
     order.emplace_back(numbers[r], r);
   }
   std::sort(order.begin(), order.end());
   std::vector<int64_t> which(order.size());
   for (size_t i = 0; i < order.size(); ++i) which[i] = order[i].second;
-  const int64_t size = result.type == DSO_TYPE_BF16 ? 2 : 4, block = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, n));
+  const int64_t size = result.type == DSO_TYPE_BF16 ? 2 : 4,
+                block = std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, n));
   parallel(c, ceil_div(result_rows, block), [&](int64_t task, int) {
     const int64_t end = std::min(result_rows, (task + 1) * block);
     size_t at = size_t(std::lower_bound(order.begin(), order.end(), std::make_pair(task * block, int64_t(0))) - order.begin());
@@ -141,7 +149,8 @@ void rows_summed(Context& c, int64_t rows, int64_t n, const dso_train_matrix& x,
       while (at < order.size() && order[at].first == v) ++at;
       uint8_t* const out = static_cast<uint8_t*>(result.data) + v * result.ld * size;
       if (at > first) {
-        c.kernels.train_elementwise->rows_summed(x.type, x.data, x.ld, which.data() + first, int64_t(at - first), n, adds, result.type, out);
+        c.kernels.train_elementwise->rows_summed(x.type, x.data, x.ld, which.data() + first, int64_t(at - first), n, adds,
+                                                 result.type, out);
       } else if (!adds) {
         std::memset(out, 0, size_t(n * size));
       }
@@ -163,21 +172,25 @@ int32_t dso_train_rms_norm(dso_context* c, int64_t rows, int64_t n, const dso_tr
     const int32_t type = given(x, "x").type;
     const Rows from(x, "x", rows, n, type), to(y, "y", rows, n, type);
     if (rows > 0 && n > 0) need(weight, "weight"), need(rstd, "rstd");
-    each_row(shared(c), rows, n, [&](int64_t r) { shared(c).kernels.train_elementwise->rms_norm(type, from[r], weight, n, eps, to[r], rstd + r); });
+    each_row(shared(c), rows, n,
+             [&](int64_t r) { shared(c).kernels.train_elementwise->rms_norm(type, from[r], weight, n, eps, to[r], rstd + r); });
   });
 }
 
-int32_t dso_train_rms_norm_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* dy, const dso_train_matrix* x, const void* weight,
-                                    const float* rstd, const dso_train_matrix* dx, float* dw) {
+int32_t dso_train_rms_norm_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* dy,
+                                    const dso_train_matrix* x, const void* weight, const float* rstd,
+                                    const dso_train_matrix* dx, float* dw) {
   return guarded([&] {
     check_shape(rows, n);
     const int32_t type = given(dy, "dy").type;
     if (rows > 0 && n > 0) need(weight, "weight"), need(rstd, "rstd");
-    rms_norm_backward(shared(c), rows, n, type, {dy, "dy", rows, n, type}, {x, "x", rows, n, type}, weight, rstd, {dx, "dx", rows, n, type}, dw);
+    rms_norm_backward(shared(c), rows, n, type, {dy, "dy", rows, n, type}, {x, "x", rows, n, type}, weight, rstd,
+                      {dx, "dx", rows, n, type}, dw);
   });
 }
 
-int32_t dso_train_swiglu(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* gate, const dso_train_matrix* up, const dso_train_matrix* h) {
+int32_t dso_train_swiglu(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* gate, const dso_train_matrix* up,
+                         const dso_train_matrix* h) {
   return guarded([&] {
     check_shape(rows, n);
     const int32_t type = given(gate, "gate").type;
@@ -186,8 +199,9 @@ int32_t dso_train_swiglu(dso_context* c, int64_t rows, int64_t n, const dso_trai
   });
 }
 
-int32_t dso_train_swiglu_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* gate, const dso_train_matrix* up,
-                                  const dso_train_matrix* dh, const dso_train_matrix* dgate, const dso_train_matrix* dup, const dso_train_matrix* h) {
+int32_t dso_train_swiglu_backward(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* gate,
+                                  const dso_train_matrix* up, const dso_train_matrix* dh, const dso_train_matrix* dgate,
+                                  const dso_train_matrix* dup, const dso_train_matrix* h) {
   return guarded([&] {
     check_shape(rows, n);
     const int32_t type = given(gate, "gate").type;
@@ -199,7 +213,8 @@ int32_t dso_train_swiglu_backward(dso_context* c, int64_t rows, int64_t n, const
   });
 }
 
-int32_t dso_train_rope(dso_context* c, const dso_train_rotation* rotation, const void* x, const void* cosine, const void* sine, void* result) {
+int32_t dso_train_rope(dso_context* c, const dso_train_rotation* rotation, const void* x, const void* cosine, const void* sine,
+                       void* result) {
   return guarded([&] {
     const dso_train_rotation& r = given(rotation, "rotation");
     check_rotation(r);
@@ -211,8 +226,8 @@ int32_t dso_train_rope(dso_context* c, const dso_train_rotation* rotation, const
   });
 }
 
-int32_t dso_train_rows_summed(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const int64_t* numbers, int64_t ignored,
-                              int64_t result_rows, const dso_train_matrix* result, int32_t adds) {
+int32_t dso_train_rows_summed(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* x, const int64_t* numbers,
+                              int64_t ignored, int64_t result_rows, const dso_train_matrix* result, int32_t adds) {
   return guarded([&] {
     check_shape(rows, n);
     check_shape(result_rows, n);
@@ -224,8 +239,8 @@ int32_t dso_train_rows_summed(dso_context* c, int64_t rows, int64_t n, const dso
   });
 }
 
-int32_t dso_train_cross_entropy(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* logits, const int64_t* labels, int64_t ignored,
-                                float factor, int32_t gradient, double* losses) {
+int32_t dso_train_cross_entropy(dso_context* c, int64_t rows, int64_t n, const dso_train_matrix* logits, const int64_t* labels,
+                                int64_t ignored, float factor, int32_t gradient, double* losses) {
   return guarded([&] {
     check_shape(rows, n);
     const int32_t type = given(logits, "logits").type;

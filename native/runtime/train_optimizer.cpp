@@ -38,8 +38,10 @@ void check_update(const dso_train_update& u, int64_t i) {
     if (!p) fail(DSO_EINVAL, "update %lld: %s is NULL", (long long)i, name);
   };
   if (u.count < 0) fail(DSO_EINVAL, "update %lld: count is %lld", (long long)i, (long long)u.count);
-  if (u.master < DSO_MASTER_NONE || u.master > DSO_MASTER_STOCHASTIC) fail(DSO_EINVAL, "update %lld: master is %d", (long long)i, u.master);
-  if (u.moments < DSO_MOMENTS_F32 || u.moments > DSO_MOMENTS_INT8) fail(DSO_EINVAL, "update %lld: moments is %d", (long long)i, u.moments);
+  if (u.master < DSO_MASTER_NONE || u.master > DSO_MASTER_STOCHASTIC)
+    fail(DSO_EINVAL, "update %lld: master is %d", (long long)i, u.master);
+  if (u.moments < DSO_MOMENTS_F32 || u.moments > DSO_MOMENTS_INT8)
+    fail(DSO_EINVAL, "update %lld: moments is %d", (long long)i, u.moments);
   check_type(u.gradient_type, "gradient_type");
   if (u.count == 0) return;
   need(u.parameter, "parameter");
@@ -67,13 +69,17 @@ void squares(Context& c, const dso_train_numbers* tensors, int64_t count, double
     if (tensors[i].count && !tensors[i].data) fail(DSO_EINVAL, "tensor %lld: data is NULL", (long long)i);
   }
   const Pieces pieces(tensors, count);
-  struct Part { double sum; int64_t not_finite; };
+  struct Part {
+    double sum;
+    int64_t not_finite;
+  };
   std::vector<Part> parts(size_t(pieces.tasks()));
   if (pieces.tasks())
     parallel(c, pieces.tasks(), [&](int64_t task, int) {
       const int64_t i = pieces.tensor_of(task), begin = (task - pieces.first(i)) * kPiece;
       Part& part = parts[size_t(task)];
-      c.kernels.train_elementwise->squares(tensors[i].type, tensors[i].data, begin, std::min(begin + kPiece, tensors[i].count), &part.sum, &part.not_finite);
+      c.kernels.train_elementwise->squares(tensors[i].type, tensors[i].data, begin, std::min(begin + kPiece, tensors[i].count),
+                                           &part.sum, &part.not_finite);
     });
   for (int64_t i = 0; i < count; ++i) {
     sums[i] = 0;
@@ -105,24 +111,28 @@ int32_t dso_train_adamw(dso_context* c, const dso_train_update* updates, int64_t
   });
 }
 
-int32_t dso_train_squares(dso_context* c, const dso_train_numbers* tensors, int64_t tensors_count, double* sums, int64_t* not_finite) {
+int32_t dso_train_squares(dso_context* c, const dso_train_numbers* tensors, int64_t tensors_count, double* sums,
+                          int64_t* not_finite) {
   return guarded([&] {
     if (tensors_count < 0) fail(DSO_EINVAL, "tensors_count is %lld", (long long)tensors_count);
-    if (tensors_count) squares(shared(c), &given(tensors, "tensors"), tensors_count, &given(sums, "sums"), &given(not_finite, "not_finite"));
+    if (tensors_count)
+      squares(shared(c), &given(tensors, "tensors"), tensors_count, &given(sums, "sums"), &given(not_finite, "not_finite"));
   });
 }
 
-int32_t dso_train_scale(dso_context* c, const dso_train_numbers* x, float scale, int32_t adds, const dso_train_numbers* result) {
+int32_t dso_train_scale(dso_context* c, const dso_train_numbers* x, float scale, int32_t adds,
+                        const dso_train_numbers* result) {
   return guarded([&] {
     check_numbers(given(x, "x"), "x");
     check_numbers(given(result, "result"), "result");
-    if (x->count != result->count) fail(DSO_EINVAL, "x has %lld numbers, result %lld", (long long)x->count, (long long)result->count);
+    if (x->count != result->count)
+      fail(DSO_EINVAL, "x has %lld numbers, result %lld", (long long)x->count, (long long)result->count);
     const Pieces pieces(x, 1);
     if (pieces.tasks() == 0) return;
     parallel(shared(c), pieces.tasks(), [&](int64_t task, int) {
       const int64_t begin = task * kPiece;
-      shared(c).kernels.train_elementwise->scale(x->type, x->data, scale, adds != 0, begin, std::min(begin + kPiece, x->count), result->type,
-                                                 const_cast<void*>(result->data));
+      shared(c).kernels.train_elementwise->scale(x->type, x->data, scale, adds != 0, begin, std::min(begin + kPiece, x->count),
+                                                 result->type, const_cast<void*>(result->data));
     });
   });
 }

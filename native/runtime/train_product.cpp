@@ -13,7 +13,8 @@ namespace dso {
 namespace {
 
 constexpr int64_t kMostRows = 384, kMostColumns = 768;  // of a block: its packed rows stay in L2
-constexpr int64_t kPackCost = 20;  // what a number costs to pack, in numbers multiplied (sampled on Zen 4; nothing but speed hangs on it)
+constexpr int64_t kPackCost =
+    20;  // what a number costs to pack, in numbers multiplied (sampled on Zen 4; nothing but speed hangs on it)
 constexpr int64_t kColumnsOfSums = 256;
 
 constexpr int64_t kMostSide = int64_t(1) << 40;  // no product of sizes below overflows
@@ -25,7 +26,8 @@ ProductGrid cut_product(int64_t M, int64_t N, int64_t jobs, int threads) {
   ProductGrid best{product_rows, product_columns};
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t rows = product_rows; rows <= std::min(kMostRows, round_up(M, product_rows)); rows += product_rows)
-    for (int64_t columns = product_columns; columns <= std::min(kMostColumns, round_up(N, product_columns)); columns += product_columns) {
+    for (int64_t columns = product_columns; columns <= std::min(kMostColumns, round_up(N, product_columns));
+         columns += product_columns) {
       const int64_t tasks = jobs * ceil_div(M, rows) * ceil_div(N, columns);
       const int64_t m = std::min(rows, M), n = std::min(columns, N);
       const int64_t cost = ceil_div(tasks, int64_t(threads)) * (m * n + kPackCost * (m + n));
@@ -44,31 +46,36 @@ void multiply(Context& c, const std::vector<ProductJob>& jobs, bool exact) {
 
   const TrainProduct& kernels = *c.kernels.train_product;
   int64_t scratch = 0;
-  for (const ProductJob& job : jobs) scratch = std::max(scratch, kernels.scratch(std::min(grid.rows, M), std::min(grid.columns, N), job.K));
+  for (const ProductJob& job : jobs)
+    scratch = std::max(scratch, kernels.scratch(std::min(grid.rows, M), std::min(grid.columns, N), job.K));
   scratch = round_up(scratch, 4096);
   ThreadPool::Lease lease(c.pool);
   Team& team = lease.team();
   c.scratch.reserve(scratch * team.threads());
   uint8_t* const memory = c.scratch.data();
   Stages stages({{first.back(), [&](int64_t index, int thread) {
-    const size_t at = size_t(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
-    const ProductJob& job = jobs[at];
-    const int64_t row_blocks = ceil_div(job.M, grid.rows), task = index - first[at];
-    // Row blocks first: the threads share what one of them fetched of the columns, which are weights most of the time.
-    const int64_t m = task % row_blocks * grid.rows, n = task / row_blocks * grid.columns;
-    kernels.block(job, exact, m, std::min(m + grid.rows, job.M), n, std::min(n + grid.columns, job.N), memory + thread * scratch);
-  }}});
+                    const size_t at = size_t(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
+                    const ProductJob& job = jobs[at];
+                    const int64_t row_blocks = ceil_div(job.M, grid.rows), task = index - first[at];
+                    // Row blocks first: the threads share what one of them fetched of the columns, which are weights most of
+                    // the time.
+                    const int64_t m = task % row_blocks * grid.rows, n = task / row_blocks * grid.columns;
+                    kernels.block(job, exact, m, std::min(m + grid.rows, job.M), n, std::min(n + grid.columns, job.N),
+                                  memory + thread * scratch);
+                  }}});
   team.run(stages);
 }
 
 namespace {
 
-const dso_train_matrix& checked(const dso_train_matrix* m, const char* name, int64_t rows, int64_t columns, int64_t groups = 1) {
+const dso_train_matrix& checked(const dso_train_matrix* m, const char* name, int64_t rows, int64_t columns,
+                                int64_t groups = 1) {
   given(m, name);
   if (m->type != DSO_TYPE_F32 && m->type != DSO_TYPE_BF16) fail(DSO_EINVAL, "%s.type %d is unknown", name, m->type);
   if (rows < 0 || columns < 0 || rows > kMostSide || columns > kMostSide)
     fail(DSO_EINVAL, "%s is %lld x %lld", name, (long long)rows, (long long)columns);
-  if (m->ld < columns && rows > 1) fail(DSO_EINVAL, "%s.ld is %lld, a row has %lld numbers", name, (long long)m->ld, (long long)columns);
+  if (m->ld < columns && rows > 1)
+    fail(DSO_EINVAL, "%s.ld is %lld, a row has %lld numbers", name, (long long)m->ld, (long long)columns);
   if (groups > 1 && m->next < 0) fail(DSO_EINVAL, "%s.next is %lld", name, (long long)m->next);
   if (rows > 0 && columns > 0 && groups > 0 && !m->data) fail(DSO_EINVAL, "%s.data is NULL", name);
   return *m;
@@ -85,20 +92,25 @@ void check_form(int32_t form, int32_t flags) {
   if (flags & ~(DSO_PRODUCT_ADD | DSO_PRODUCT_EXACT)) fail(DSO_EINVAL, "flags %d are unknown", flags);
 }
 
-ProductJob job_of(int32_t form, int32_t flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix* a, const dso_train_matrix* b,
-                  const dso_train_matrix* bias, const dso_train_matrix* result, int64_t groups = 1) {
+ProductJob job_of(int32_t form, int32_t flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix* a,
+                  const dso_train_matrix* b, const dso_train_matrix* bias, const dso_train_matrix* result, int64_t groups = 1) {
   const bool tn = form == DSO_PRODUCT_TN, nt = form == DSO_PRODUCT_NT;
   const dso_train_matrix& left = tn ? checked(a, "a", K, M) : checked(a, "a", M, K);
   const dso_train_matrix& right = nt ? checked(b, "b", N, K, tn ? 1 : groups) : checked(b, "b", K, N, tn ? 1 : groups);
   const dso_train_matrix& to = checked(result, "result", M, N, tn ? groups : 1);
   if (bias) checked(bias, "bias", 1, N);
-  return {M, N, K, operand(left, !tn), operand(right, nt),
+  return {M,
+          N,
+          K,
+          operand(left, !tn),
+          operand(right, nt),
           {static_cast<uint8_t*>(to.data), to.ld, to.type == DSO_TYPE_BF16, (flags & DSO_PRODUCT_ADD) != 0,
            bias ? static_cast<const uint8_t*>(bias->data) : nullptr, bias && bias->type == DSO_TYPE_BF16}};
 }
 
-std::vector<ProductJob> jobs_of_groups(int32_t form, int32_t flags, int32_t groups, const int64_t* offsets, int64_t M, int64_t N, int64_t K,
-                                       const dso_train_matrix* a, const dso_train_matrix* b, const dso_train_matrix* result) {
+std::vector<ProductJob> jobs_of_groups(int32_t form, int32_t flags, int32_t groups, const int64_t* offsets, int64_t M,
+                                       int64_t N, int64_t K, const dso_train_matrix* a, const dso_train_matrix* b,
+                                       const dso_train_matrix* result) {
   if (groups < 0) fail(DSO_EINVAL, "groups is %d", groups);
   given(offsets, "offsets");
   const bool tn = form == DSO_PRODUCT_TN;
@@ -124,8 +136,8 @@ void sum_columns(Context& c, int32_t flags, int64_t T, int64_t N, const dso_trai
   const dso_train_matrix &from = checked(x, "x", T, N), &to = checked(sums, "sums", 1, N);
   parallel(c, ceil_div(N, kColumnsOfSums), [&](int64_t block, int) {
     const int64_t begin = block * kColumnsOfSums, end = std::min(begin + kColumnsOfSums, N);
-    c.kernels.train_product->column_sums(operand(from, false), T, begin, end, static_cast<uint8_t*>(to.data), to.type == DSO_TYPE_BF16,
-                                         (flags & DSO_PRODUCT_ADD) != 0);
+    c.kernels.train_product->column_sums(operand(from, false), T, begin, end, static_cast<uint8_t*>(to.data),
+                                         to.type == DSO_TYPE_BF16, (flags & DSO_PRODUCT_ADD) != 0);
   });
 }
 
@@ -136,8 +148,9 @@ using namespace dso;
 
 extern "C" {
 
-int32_t dso_train_product(dso_context* c, int32_t form, int32_t flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix* a,
-                          const dso_train_matrix* b, const dso_train_matrix* bias, const dso_train_matrix* result) {
+int32_t dso_train_product(dso_context* c, int32_t form, int32_t flags, int64_t M, int64_t N, int64_t K,
+                          const dso_train_matrix* a, const dso_train_matrix* b, const dso_train_matrix* bias,
+                          const dso_train_matrix* result) {
   return guarded([&] {
     Context& context = shared(c);
     check_form(form, flags);
@@ -145,8 +158,9 @@ int32_t dso_train_product(dso_context* c, int32_t form, int32_t flags, int64_t M
   });
 }
 
-int32_t dso_train_grouped_product(dso_context* c, int32_t form, int32_t flags, int32_t groups, const int64_t* offsets, int64_t M, int64_t N,
-                                  int64_t K, const dso_train_matrix* a, const dso_train_matrix* b, const dso_train_matrix* result) {
+int32_t dso_train_grouped_product(dso_context* c, int32_t form, int32_t flags, int32_t groups, const int64_t* offsets,
+                                  int64_t M, int64_t N, int64_t K, const dso_train_matrix* a, const dso_train_matrix* b,
+                                  const dso_train_matrix* result) {
   return guarded([&] {
     Context& context = shared(c);
     check_form(form, flags);
@@ -154,7 +168,8 @@ int32_t dso_train_grouped_product(dso_context* c, int32_t form, int32_t flags, i
   });
 }
 
-int32_t dso_train_column_sums(dso_context* c, int32_t flags, int64_t T, int64_t N, const dso_train_matrix* x, const dso_train_matrix* sums) {
+int32_t dso_train_column_sums(dso_context* c, int32_t flags, int64_t T, int64_t N, const dso_train_matrix* x,
+                              const dso_train_matrix* sums) {
   return guarded([&] { sum_columns(shared(c), flags, T, N, x, sums); });
 }
 

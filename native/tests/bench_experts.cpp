@@ -26,10 +26,12 @@ int main(int argc, char** argv) {
   spec.up_kind = spec.down_kind = format == "int4" ? DSO_SLOT_Q8 : DSO_SLOT_Q16;
   MoeWeights weights(spec, [](int32_t f, int32_t rows, int32_t cols, uint8_t* packed) {  // any codes, finite scales
     const size_t bytes = ::packed_bytes(f, rows, cols), tile = ::tile_bytes(f);
-    for (size_t i = 0; i < bytes; ++i) packed[i] = i % tile < ::code_bytes(f) ? (uint8_t)(i * 2654435761u >> 13) : i % 2 ? 0x14 : (uint8_t)i;
+    for (size_t i = 0; i < bytes; ++i)
+      packed[i] = i % tile < ::code_bytes(f) ? (uint8_t)(i * 2654435761u >> 13) : i % 2 ? 0x14 : (uint8_t)i;
   });
   Moe moe(spec, weights, *variant->kernels, threads);
-  printf("%s, %d threads: %d of %d experts of %d x %d in %s\n", variant->name.c_str(), threads, spec.top_k, spec.experts, spec.inner, spec.hidden, format.c_str());
+  printf("%s, %d threads: %d of %d experts of %d x %d in %s\n", variant->name.c_str(), threads, spec.top_k, spec.experts,
+         spec.inner, spec.hidden, format.c_str());
 
   Random random(1);
   for (int T : tokens) {
@@ -54,8 +56,8 @@ int main(int argc, char** argv) {
       for (double s : seconds) spent += s;
     }
     const double macs = (double)T * spec.top_k * spec.hidden * spec.inner;
-    printf("  T %4d  gate_up %9.3f ms %6.1f GB/s %7.1f GMAC/s   down %9.3f ms %6.1f GB/s %7.1f GMAC/s\n", T, 1e3 * best[0], bytes[0] / best[0] / 1e9, 2 * macs / best[0] / 1e9,
-           1e3 * best[1], bytes[1] / best[1] / 1e9, macs / best[1] / 1e9);
+    printf("  T %4d  gate_up %9.3f ms %6.1f GB/s %7.1f GMAC/s   down %9.3f ms %6.1f GB/s %7.1f GMAC/s\n", T, 1e3 * best[0],
+           bytes[0] / best[0] / 1e9, 2 * macs / best[0] / 1e9, 1e3 * best[1], bytes[1] / best[1] / 1e9, macs / best[1] / 1e9);
     fflush(stdout);
   }
 }

@@ -12,7 +12,8 @@
 #include "check.hpp"
 
 namespace {
-template <class Body> double best_seconds(Body body) {
+template <class Body>
+double best_seconds(Body body) {
   double best = 1e9, spent = 0;
   for (int i = 0; i < 3 || (spent < 0.25 && i < 400); ++i) {
     auto start = std::chrono::steady_clock::now();
@@ -60,7 +61,11 @@ int main(int argc, char** argv) {
           for (size_t i = code_bytes(format); i < tile_bytes(format); i += 2) data[tile + i + 1] = 0x14;
         const Matrix w = {format, rows, cols, data.get()};
         const double read = best_seconds([&] { read_all(data.get(), bytes); });
-        printf("  %-5s %-4s %6.1f MB  read %5.1f GB/s |", format_name(format), kind == DSO_SLOT_Q8 ? "q8" : kind == DSO_SLOT_Q16 ? "q16" : "bf16", bytes / 1e6, bytes / read / 1e9);
+        printf("  %-5s %-4s %6.1f MB  read %5.1f GB/s |", format_name(format),
+               kind == DSO_SLOT_Q8    ? "q8"
+               : kind == DSO_SLOT_Q16 ? "q16"
+                                      : "bf16",
+               bytes / 1e6, bytes / read / 1e9);
         for (int T : tokens) {
           const size_t stride = row_bytes(kind, cols);
           Buffer x(T * stride);
@@ -71,7 +76,8 @@ int main(int argc, char** argv) {
           }
           const double s = best_seconds([&] {
             for (int tile = 0; tile < (rows + 15) / 16; tile += 48)  // as the runtime splits work
-              k.linear(w, nullptr, kind, x.get(), stride, T, T > 1, tile, std::min(tile + 48, (rows + 15) / 16), y.data(), 4 * (int64_t)rows, scratch.get());
+              k.linear(w, nullptr, kind, x.get(), stride, T, T > 1, tile, std::min(tile + 48, (rows + 15) / 16), y.data(),
+                       4 * (int64_t)rows, scratch.get());
           });
           printf(" T=%d %5.1f GB/s %5.1f GMAC/s |", T, bytes / s / 1e9, (double)rows * cols * T / s / 1e9);
           fflush(stdout);

@@ -71,10 +71,10 @@ void pool(int threads) {
   printf("run of one stage, asleep  %8.3f us\n", asleep * 1e6);
 }
 
-
 void decode(int threads, int32_t format, int32_t activation, const char* name, bool busy) {
   Spec spec;  // SmolLM2-135M
-  spec.hidden = 576, spec.heads = 9, spec.kv_heads = 3, spec.head_dim = spec.rot = 64, spec.inner = 1536, spec.vocab = 49152, spec.layers = 30;
+  spec.hidden = 576, spec.heads = 9, spec.kv_heads = 3, spec.head_dim = spec.rot = 64, spec.inner = 1536, spec.vocab = 49152,
+  spec.layers = 30;
   spec.format = format, spec.activation = activation, spec.kv_type = DSO_KV_BF16;
   Random random(1);
   Model model(spec, choose_kernels(nullptr), threads);
@@ -92,7 +92,8 @@ void decode(int threads, int32_t format, int32_t activation, const char* name, b
       fastest = std::min(fastest, t);
       all += t;
     }
-    printf("%-5s decode at %d tokens: best %.3f ms (%.1f GB/s), mean %.3f ms\n", name, s.done, fastest * 1e3, bytes / fastest / 1e9, all / n * 1e3);
+    printf("%-5s decode at %d tokens: best %.3f ms (%.1f GB/s), mean %.3f ms\n", name, s.done, fastest * 1e3,
+           bytes / fastest / 1e9, all / n * 1e3);
     return all / n;
   };
   printf("%-5s prefill of 512 (first run): %.0f tokens/s\n", name, 512 / prompt);

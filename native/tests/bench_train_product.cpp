@@ -12,9 +12,11 @@
 
 namespace {
 // The best of several: by the wall clock, with one thread by that thread's own time, which others on the core don't change.
-double best_seconds(dso_context* c, int form, int flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix& a, const dso_train_matrix& b,
-                      const dso_train_matrix& y) {
-  const auto product = [&] { check(dso_train_product(c, form, flags, M, N, K, &a, &b, nullptr, &y) == DSO_OK, "%s", dso_last_error()); };
+double best_seconds(dso_context* c, int form, int flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix& a,
+                    const dso_train_matrix& b, const dso_train_matrix& y) {
+  const auto product = [&] {
+    check(dso_train_product(c, form, flags, M, N, K, &a, &b, nullptr, &y) == DSO_OK, "%s", dso_last_error());
+  };
   if (dso_context_threads(c) == 1) return best(product);
   double least = 1e9, spent = 0;
   for (int i = 0; i < 3 || (spent < 0.3 && i < 50); ++i) {
@@ -35,7 +37,8 @@ int main(int argc, char** argv) {
   if (tokens.empty()) tokens = {1024, 2048};
   dso_context* c = nullptr;
   if (!check(dso_context_create(isa, threads, &c) == DSO_OK, "%s", dso_last_error())) return report("bench_train_product");
-  printf("%s, %d threads: GFLOP/s of y = x W^T, dx = dy W, dW = dy^T x (bf16); the same in fp32\n", dso_context_isa(c), dso_context_threads(c));
+  printf("%s, %d threads: GFLOP/s of y = x W^T, dx = dy W, dW = dy^T x (bf16); the same in fp32\n", dso_context_isa(c),
+         dso_context_threads(c));
   const int64_t shapes[][2] = {{576, 576}, {192, 576}, {1536, 576}, {576, 1536}, {49152, 576}};
   for (const int64_t T : tokens)
     for (const auto& [N, K] : shapes) {

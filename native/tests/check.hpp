@@ -50,7 +50,8 @@ struct Random {  // xorshift64*
     for (int i = 0; i < 12; ++i) s += uniform();
     return s - 6;
   }
-  template <class T> void shuffle(std::vector<T>& x) {
+  template <class T>
+  void shuffle(std::vector<T>& x) {
     for (size_t i = x.size(); i > 1; --i) std::swap(x[i - 1], x[(size_t)below((int)i)]);
   }
 };
@@ -66,14 +67,17 @@ inline const char* kv_name(int type) { return type == DSO_KV_F32 ? "f32" : type 
 // 64-aligned bytes between guards; the destructor checks that the guards are whole.
 class Buffer {
  public:
-  explicit Buffer(size_t bytes, uint8_t fill = 0xa5) : bytes_(bytes), memory_((uint8_t*)aligned_alloc(64, (bytes + 63) / 64 * 64 + 128)) {
+  explicit Buffer(size_t bytes, uint8_t fill = 0xa5)
+      : bytes_(bytes), memory_((uint8_t*)aligned_alloc(64, (bytes + 63) / 64 * 64 + 128)) {
     memset(memory_, guard, 64);
     memset(memory_ + 64, fill, bytes);
     memset(memory_ + 64 + bytes, guard, 64);
   }
   ~Buffer() {
     for (size_t i = 0; i < 64; ++i)
-      if (!check(memory_[i] == guard && memory_[64 + bytes_ + i] == guard, "guard byte %zu of a buffer of %zu was overwritten", i, bytes_)) break;
+      if (!check(memory_[i] == guard && memory_[64 + bytes_ + i] == guard, "guard byte %zu of a buffer of %zu was overwritten",
+                 i, bytes_))
+        break;
     free(memory_);
   }
   Buffer(const Buffer&) = delete;
@@ -93,9 +97,16 @@ struct Variant {
   const Kernels* kernels;
 };
 inline std::vector<Variant> variants() {  // those that were built and run here
-  const struct { const char* name; const Kernels* (*get)(); } all[] = {
-      {"avx2", kernels_avx2},     {"avx2-vnni", kernels_avx2_vnni}, {"avx512", kernels_avx512}, {"avx512-vnni", kernels_avx512_vnni},
-      {"avx512-bf16", kernels_avx512_bf16}, {"amx", kernels_amx}, {"amx-emulated", kernels_amx_emulated}};
+  const struct {
+    const char* name;
+    const Kernels* (*get)();
+  } all[] = {{"avx2", kernels_avx2},
+             {"avx2-vnni", kernels_avx2_vnni},
+             {"avx512", kernels_avx512},
+             {"avx512-vnni", kernels_avx512_vnni},
+             {"avx512-bf16", kernels_avx512_bf16},
+             {"amx", kernels_amx},
+             {"amx-emulated", kernels_amx_emulated}};
   std::vector<Variant> here;
   for (const auto& v : all)
     if (dso_isa_runs_here(v.name) == 1 && v.get()) here.push_back({v.name, v.get()});
@@ -117,20 +128,23 @@ inline uint32_t to_bits(float f) {
 inline float half_to_float(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
   const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                          : exponent    ? std::ldexp(1024.0f + (float)mantissa, exponent - 25)
-                                        : std::ldexp((float)mantissa, -24);
+                          : exponent     ? std::ldexp(1024.0f + (float)mantissa, exponent - 25)
+                                         : std::ldexp((float)mantissa, -24);
   return h >> 15 ? -magnitude : magnitude;
 }
 inline float e4m3_to_float(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
-  const float magnitude = exponent == 15 && mantissa == 7 ? NAN : exponent ? std::ldexp(8.0f + (float)mantissa, exponent - 10) : std::ldexp((float)mantissa, -9);
+  const float magnitude = exponent == 15 && mantissa == 7 ? NAN
+                          : exponent                      ? std::ldexp(8.0f + (float)mantissa, exponent - 10)
+                                                          : std::ldexp((float)mantissa, -9);
   return code >> 7 ? -magnitude : magnitude;
 }
 inline uint8_t to_e4m3(float x) {  // nearest even, |x| <= 448
   const float a = std::fabs(x);
   const int exponent = a < std::ldexp(1.0f, -6) ? -6 : std::ilogb(a);
-  const int units = (int)std::nearbyint(std::ldexp((double)a, 3 - exponent));    // of the last place; 16 carries over
-  return (uint8_t)((std::signbit(x) ? 0x80 : 0) | (units + ((exponent + 6) << 3)));  // the implicit bit makes a subnormal normal
+  const int units = (int)std::nearbyint(std::ldexp((double)a, 3 - exponent));  // of the last place; 16 carries over
+  return (uint8_t)((std::signbit(x) ? 0x80 : 0) |
+                   (units + ((exponent + 6) << 3)));  // the implicit bit makes a subnormal normal
 }
 // Equal bits, or both NaN: which NaN comes out of an operation on two is the processor's choice.
 inline bool same(float a, float b) { return to_bits(a) == to_bits(b) || (std::isnan(a) && std::isnan(b)); }
@@ -142,22 +156,41 @@ inline float rounded_bf16(float x) {  // nearest even
 // ---- layouts
 inline size_t tile_bytes(int format) {
   switch (format) {
-    case DSO_F32: return 2048;
-    case DSO_BF16: return 1024;
+    case DSO_F32:
+      return 2048;
+    case DSO_BF16:
+      return 1024;
     case DSO_INT8:
-    case DSO_FP8: return 544;
-    case DSO_INT4: return 288;
-    case DSO_Q4_1: return 320;
+    case DSO_FP8:
+      return 544;
+    case DSO_INT4:
+      return 288;
+    case DSO_Q4_1:
+      return 320;
   }
   abort();
 }
-inline size_t code_bytes(int format) { return format == DSO_INT8 || format == DSO_FP8 ? 512 : format == DSO_BF16 ? 1024 : 256; }  // before a tile's scales
-inline const char* format_name(int format) { return format == DSO_INT8 ? "int8" : format == DSO_INT4 ? "int4" : format == DSO_Q4_1 ? "q4_1" : format == DSO_BF16 ? "bf16" : format == DSO_FP8 ? "fp8" : "f32"; }
-inline size_t packed_bytes(int format, int64_t rows, int64_t cols) { return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * tile_bytes(format); }
+inline size_t code_bytes(int format) {
+  return format == DSO_INT8 || format == DSO_FP8 ? 512 : format == DSO_BF16 ? 1024 : 256;
+}  // before a tile's scales
+inline const char* format_name(int format) {
+  return format == DSO_INT8   ? "int8"
+         : format == DSO_INT4 ? "int4"
+         : format == DSO_Q4_1 ? "q4_1"
+         : format == DSO_BF16 ? "bf16"
+         : format == DSO_FP8  ? "fp8"
+                              : "f32";
+}
+inline size_t packed_bytes(int format, int64_t rows, int64_t cols) {
+  return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * tile_bytes(format);
+}
 inline int band_rows(int format) { return format == DSO_FP8 ? 128 : 16; }  // what pack_tile packs at a time
-inline size_t row_bytes(int kind, int64_t width) {  // of a slot
+inline size_t row_bytes(int kind, int64_t width) {                         // of a slot
   const size_t wp = (size_t)(width + 31) / 32 * 32;
-  const size_t bytes = kind == DSO_SLOT_BF16 ? 2 * wp : kind == DSO_SLOT_Q8 ? wp + wp / 4 : kind == DSO_SLOT_Q16 ? 2 * wp + wp / 4 : 4 * (size_t)width;
+  const size_t bytes = kind == DSO_SLOT_BF16  ? 2 * wp
+                       : kind == DSO_SLOT_Q8  ? wp + wp / 4
+                       : kind == DSO_SLOT_Q16 ? 2 * wp + wp / 4
+                                              : 4 * (size_t)width;
   return (bytes + 63) / 64 * 64;
 }
 // Where the code of W[row, col] lies: the byte, and the shift of its 4 bits (0 for INT8).

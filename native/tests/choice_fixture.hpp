@@ -5,10 +5,11 @@
 #include <cstdint>
 #include <vector>
 
-// Blocks [0, S) and [W, n) are chosen, and of those between none that another beats by more than rounding may do. A group's `heads`
-// queries of d numbers lie one after the other, as do the blocks' largest and smallest numbers; `rounding`: of an estimate, relative.
-inline bool best_are_chosen(const std::vector<char>& chosen, int64_t S, int64_t W, const float* q, int64_t heads, int64_t d, const float* largest,
-                            const float* smallest, double rounding) {
+// Blocks [0, S) and [W, n) are chosen, and of those between none that another beats by more than rounding may do. A group's
+// `heads` queries of d numbers lie one after the other, as do the blocks' largest and smallest numbers; `rounding`: of an
+// estimate, relative.
+inline bool best_are_chosen(const std::vector<char>& chosen, int64_t S, int64_t W, const float* q, int64_t heads, int64_t d,
+                            const float* largest, const float* smallest, double rounding) {
   const int64_t n = (int64_t)chosen.size();
   std::vector<double> score((size_t)n, -INFINITY), slack((size_t)n);
   for (int64_t h = 0; h < heads; ++h, q += d) {

@@ -17,12 +17,16 @@ class MoeWeights {
  public:
   using Fill = std::function<void(int32_t format, int32_t rows, int32_t cols, uint8_t* packed)>;  // one matrix
   MoeWeights(const MoeSpec& s, const Fill& fill, uint64_t seed = 1)
-      : gate_up(stack(s.up_format, s.inner, s.hidden, 2 * s.experts, fill)), down(stack(s.down_format, s.hidden, s.inner, s.experts, fill)),
-        router(::packed_bytes(DSO_F32, s.experts, s.hidden), 0), embed(::packed_bytes(DSO_F32, 1, s.hidden), 0), bias((size_t)s.experts) {
+      : gate_up(stack(s.up_format, s.inner, s.hidden, 2 * s.experts, fill)),
+        down(stack(s.down_format, s.hidden, s.inner, s.experts, fill)),
+        router(::packed_bytes(DSO_F32, s.experts, s.hidden), 0),
+        embed(::packed_bytes(DSO_F32, 1, s.hidden), 0),
+        bias((size_t)s.experts) {
     Random random(seed);
     for (int32_t e = 0; e < s.experts; ++e)
       for (int32_t c = 0; c < s.hidden; ++c)  // tiles of [32 columns][16 rows]
-        ((float*)router.get())[(e / 16 * ((s.hidden + 31) / 32) + c / 32) * 512 + c % 32 * 16 + e % 16] = random.normal() / std::sqrt((float)s.hidden);
+        ((float*)router.get())[(e / 16 * ((s.hidden + 31) / 32) + c / 32) * 512 + c % 32 * 16 + e % 16] =
+            random.normal() / std::sqrt((float)s.hidden);
     for (float& b : bias) b = 0.1f * random.normal();
   }
   std::vector<dso_weight> table(const MoeSpec& s) {
@@ -56,8 +60,10 @@ inline MoeWeights::Fill random_matrices(dso_context* c, uint64_t seed = 3) {
 
 class Moe {
  public:
-  Moe(const MoeSpec& spec, MoeWeights& weights, const Kernels& kernels, int threads) : spec(spec), context_(kernels, threads), weights_(weights.table(spec)) {
-    const int32_t x = slot(DSO_SLOT_F32, spec.hidden), scores = slot(DSO_SLOT_F32, spec.experts), routes = slot(DSO_SLOT_F32, 2 * spec.top_k);
+  Moe(const MoeSpec& spec, MoeWeights& weights, const Kernels& kernels, int threads)
+      : spec(spec), context_(kernels, threads), weights_(weights.table(spec)) {
+    const int32_t x = slot(DSO_SLOT_F32, spec.hidden), scores = slot(DSO_SLOT_F32, spec.experts),
+                  routes = slot(DSO_SLOT_F32, 2 * spec.top_k);
     const int32_t h = slot(spec.down_kind, spec.inner, spec.top_k), y = slot(DSO_SLOT_F32, spec.hidden);
     add(DSO_OP_EMBEDDING, {}, x, 0);
     add(DSO_OP_LINEAR, {x}, scores, 1);
@@ -66,10 +72,12 @@ class Moe {
     route.flags = spec.flags;
     int32_t read = x;
     if (spec.up_kind != DSO_SLOT_F32) add(DSO_OP_CONVERT, {x}, read = slot(spec.up_kind, spec.hidden), -1);
-    for (dso_step* s : {&add(DSO_OP_EXPERTS_GATE_UP, {read, routes}, h, 2), &add(DSO_OP_EXPERTS_DOWN, {h, routes}, y, 3)}) s->flags = spec.grouped ? DSO_FLAG_GROUPED : 0;
+    for (dso_step* s : {&add(DSO_OP_EXPERTS_GATE_UP, {read, routes}, h, 2), &add(DSO_OP_EXPERTS_DOWN, {h, routes}, y, 3)})
+      s->flags = spec.grouped ? DSO_FLAG_GROUPED : 0;
     add(DSO_OP_HIDDEN_OUT, {y}, -1, -1);
     add(DSO_OP_HIDDEN_OUT, {routes}, -1, -1).layer = routes_at();
-    const int32_t rc = dso_plan_create(context_.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(), weights_.data(), (int32_t)weights_.size(), 1, &plan_);
+    const int32_t rc = dso_plan_create(context_.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(),
+                                       weights_.data(), (int32_t)weights_.size(), 1, &plan_);
     if (rc) {
       fprintf(stderr, "plan: %s\n", dso_last_error());
       abort();

@@ -11,8 +11,11 @@ struct Cache {
   KvView view;
 
   Cache(const Kernels& k, int32_t type, int32_t kv_heads, int32_t head_dim, int64_t capacity, Random& random)
-      : kernels(k), layout{type, kv_heads, head_dim, k.kv_layer_bytes(type, kv_heads, head_dim)}, tokens(0),
-        memory((size_t)(blocks(capacity) * layout.layer_bytes), 0xff), table((size_t)blocks(capacity)) {
+      : kernels(k),
+        layout{type, kv_heads, head_dim, k.kv_layer_bytes(type, kv_heads, head_dim)},
+        tokens(0),
+        memory((size_t)(blocks(capacity) * layout.layer_bytes), 0xff),
+        table((size_t)blocks(capacity)) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = (int32_t)i;
     random.shuffle(table);
     view = {memory.get(), layout.layer_bytes, table.data()};

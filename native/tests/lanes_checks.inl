@@ -25,9 +25,12 @@ static void check_memory(const char* isa, Random& random) {
     const int used = n < 16 ? n : 16;
     for (int i = 0; i < 48; ++i) memory[i] = (float)(i + 1);
     const Floats part = out(load(memory + 8, n));
-    for (int i = 0; i < 16; ++i) check(part.at[i] == (i < used ? memory[8 + i] : 0.0f), "%s load of %d: lane %d is %g", isa, n, i, part.at[i]);
+    for (int i = 0; i < 16; ++i)
+      check(part.at[i] == (i < used ? memory[8 + i] : 0.0f), "%s load of %d: lane %d is %g", isa, n, i, part.at[i]);
     store(memory + 8, set(-1.0f), n);
-    for (int i = 0; i < 48; ++i) check(memory[i] == (i >= 8 && i < 8 + used ? -1.0f : (float)(i + 1)), "%s store of %d: element %d is %g", isa, n, i, memory[i]);
+    for (int i = 0; i < 48; ++i)
+      check(memory[i] == (i >= 8 && i < 8 + used ? -1.0f : (float)(i + 1)), "%s store of %d: element %d is %g", isa, n, i,
+            memory[i]);
   }
   for (int repeat = 0; repeat < 3000; ++repeat) {
     alignas(64) float x[16];
@@ -61,10 +64,12 @@ static void check_arithmetic(const char* isa, Random& random) {
       c[i] = repeat % 5 ? random.normal() * 1e-3f : special[random.below(8)];
     }
     const F x = load(a), y = load(b), z = load(c);
-    const Floats fused = out(fma(x, y, z)), negated = out(fnma(x, y, z)), top = out(max(x, y)), bottom = out(min(x, y)), rounded = out(round(x)), size = out(abs(x)), chosen = out(less(x, y, z, y));
+    const Floats fused = out(fma(x, y, z)), negated = out(fnma(x, y, z)), top = out(max(x, y)), bottom = out(min(x, y)),
+                 rounded = out(round(x)), size = out(abs(x)), chosen = out(less(x, y, z, y));
     for (int i = 0; i < 16; ++i) {
       check(same(fused.at[i], std::fmaf(a[i], b[i], c[i])), "%s fma(%g, %g, %g) is %g", isa, a[i], b[i], c[i], fused.at[i]);
-      check(same(negated.at[i], std::fmaf(-a[i], b[i], c[i])), "%s fnma(%g, %g, %g) is %g", isa, a[i], b[i], c[i], negated.at[i]);
+      check(same(negated.at[i], std::fmaf(-a[i], b[i], c[i])), "%s fnma(%g, %g, %g) is %g", isa, a[i], b[i], c[i],
+            negated.at[i]);
       check(same(top.at[i], a[i] > b[i] ? a[i] : b[i]), "%s max(%g, %g) is %g", isa, a[i], b[i], top.at[i]);
       check(same(bottom.at[i], a[i] < b[i] ? a[i] : b[i]), "%s min(%g, %g) is %g", isa, a[i], b[i], bottom.at[i]);
       check(same(rounded.at[i], std::nearbyint(a[i])), "%s round(%g) is %g", isa, a[i], rounded.at[i]);
@@ -92,7 +97,8 @@ static void check_arithmetic(const char* isa, Random& random) {
     alignas(64) float a[16];
     for (float& e : a) e = 0.5f + random.uniform();
     const Floats scaled = out(scale2(load(a), set((float)n)));
-    for (int i = 0; i < 16; ++i) check(same(scaled.at[i], std::ldexp(a[i], n)), "%s scale2(%g, %d) is %g", isa, a[i], n, scaled.at[i]);
+    for (int i = 0; i < 16; ++i)
+      check(same(scaled.at[i], std::ldexp(a[i], n)), "%s scale2(%g, %d) is %g", isa, a[i], n, scaled.at[i]);
   }
 }
 
@@ -110,7 +116,8 @@ static void check_integers(const char* isa, Random& random) {
     }
     const I x = load_bytes(v);
     check(isum(sar<8>(x)) == total, "%s isum", isa);
-    const Ints left = out_int(shl<8>(x)), right = out_int(sar<8>(x)), wide = out_int(load_i8(bytes)), unsign = out_int(load_u8(bytes)), near = out_int(to_int(load(f)));
+    const Ints left = out_int(shl<8>(x)), right = out_int(sar<8>(x)), wide = out_int(load_i8(bytes)),
+               unsign = out_int(load_u8(bytes)), near = out_int(to_int(load(f)));
     const Ints difference = out_int(isub(sar<1>(x), iset(77))), added = out_int(iadd(sar<1>(x), iset(-77)));
     const Floats floats = out(to_float(x));
     store_i8(stored, load_i8(bytes));
@@ -148,7 +155,8 @@ static void check_dots(const char* isa, Random& random) {
     for (int8_t& e : a) e = style < 2 ? -128 : style == 2 ? 127 : (int8_t)random.bits();
     const B codes = load_bytes(w), spread = broadcast4(a);
     const Ints any = out_int(dot_u8(iset(1000), codes, spread));
-    const Ints low = out_int(dot_u4(iset(1000), low_nibbles(codes), spread)), high = out_int(dot_u4(iset(-5), high_nibbles(codes), spread));
+    const Ints low = out_int(dot_u4(iset(1000), low_nibbles(codes), spread)),
+               high = out_int(dot_u4(iset(-5), high_nibbles(codes), spread));
     I pairs = izero();
     for (int i = 0; i < 8; ++i) pairs = pairs_u4(pairs, low_nibbles(codes), spread);
     const Ints group = out_int(add_pairs(pairs));
@@ -172,9 +180,11 @@ static void check_dots(const char* isa, Random& random) {
     }
     const Floats dot = out(dot_bf16(load(acc), load_bytes(bw), load_bytes(ba)));
     for (int i = 0; i < 16; ++i) {
-      const double p0 = (double)from_bf16(bw[2 * i]) * from_bf16(ba[2 * i]), p1 = (double)from_bf16(bw[2 * i + 1]) * from_bf16(ba[2 * i + 1]);
+      const double p0 = (double)from_bf16(bw[2 * i]) * from_bf16(ba[2 * i]),
+                   p1 = (double)from_bf16(bw[2 * i + 1]) * from_bf16(ba[2 * i + 1]);
       const double bound = 2e-7 * (std::fabs(acc[i]) + std::fabs(p0) + std::fabs(p1));
-      check(std::fabs(dot.at[i] - (acc[i] + p0 + p1)) <= bound, "%s dot_bf16: %.9g, not %.9g", isa, dot.at[i], acc[i] + p0 + p1);
+      check(std::fabs(dot.at[i] - (acc[i] + p0 + p1)) <= bound, "%s dot_bf16: %.9g, not %.9g", isa, dot.at[i],
+            acc[i] + p0 + p1);
     }
   }
 }
@@ -194,7 +204,8 @@ static void check_pairs(const char* isa, Random& random) {
     in_columns(first_b, second_b);
     const Floats columns[2] = {out(first), out(second)}, columns_b[2] = {out(first_b), out(second_b)};
     for (int i = 0; i < 32; ++i)
-      check(columns[i / 16].at[i % 16] == from_bf16(a[i]) && columns_b[i / 16].at[i % 16] == from_bf16(b[i]), "%s pair_columns, in_columns: column %d", isa, i);
+      check(columns[i / 16].at[i % 16] == from_bf16(a[i]) && columns_b[i / 16].at[i % 16] == from_bf16(b[i]),
+            "%s pair_columns, in_columns: column %d", isa, i);
 
     for (int i = 0; i < 16; ++i) {
       even[i] = repeat % 8 ? random.normal() : i % 3 ? 0.0f : NAN;
@@ -204,7 +215,9 @@ static void check_pairs(const char* isa, Random& random) {
     store_bytes(pairs, round_pair_bf16(load(even), load(odd)));
     round_bf16(rounded[0], load(even));
     round_bf16(rounded[1], load(odd));
-    for (int i = 0; i < 32; ++i) check(pairs[i] == rounded[i % 2][i / 2], "%s round_pair_bf16: number %d is %04x, not %04x", isa, i, pairs[i], rounded[i % 2][i / 2]);
+    for (int i = 0; i < 32; ++i)
+      check(pairs[i] == rounded[i % 2][i / 2], "%s round_pair_bf16: number %d is %04x, not %04x", isa, i, pairs[i],
+            rounded[i % 2][i / 2]);
   }
   alignas(64) uint32_t square[16][16], turned[16][16];
   for (auto& row : square)
@@ -229,19 +242,29 @@ static void check_math(const char* isa, std::vector<uint32_t>& bits) {
     const Floats e = out(exp(load(x))), e2 = out(exp2(load(minus))), s = out(silu(load(x)));
     for (int i = 0; i < 16; ++i) {
       const double want = std::exp((double)x[i]), want2 = std::exp2((double)minus[i]);
-      if (want > 1.2e-38 && want < 3.4e38) worst = std::fmax(worst, std::fabs(e.at[i] / want - 1));
-      else check(want < 1 ? std::fabs(e.at[i] - want) <= 1.2e-7 * want + 1.5e-45 : std::isinf(e.at[i]) || want < 3.41e38, "%s exp(%g) is %g", isa, x[i], e.at[i]);
-      if (want2 > 1.2e-38) worst2 = std::fmax(worst2, std::fabs(e2.at[i] / want2 - 1));
-      else check(std::fabs(e2.at[i] - want2) <= 2e-7 * want2 + 1.5e-45, "%s exp2(%g) is %g", isa, minus[i], e2.at[i]);
+      if (want > 1.2e-38 && want < 3.4e38)
+        worst = std::fmax(worst, std::fabs(e.at[i] / want - 1));
+      else
+        check(want < 1 ? std::fabs(e.at[i] - want) <= 1.2e-7 * want + 1.5e-45 : std::isinf(e.at[i]) || want < 3.41e38,
+              "%s exp(%g) is %g", isa, x[i], e.at[i]);
+      if (want2 > 1.2e-38)
+        worst2 = std::fmax(worst2, std::fabs(e2.at[i] / want2 - 1));
+      else
+        check(std::fabs(e2.at[i] - want2) <= 2e-7 * want2 + 1.5e-45, "%s exp2(%g) is %g", isa, minus[i], e2.at[i]);
       const double sigmoid = x[i] / (1 + std::exp(-(double)x[i]));
-      if (x[i] > -87) check(std::fabs(s.at[i] - sigmoid) <= 4e-7 * std::fabs(sigmoid), "%s silu(%g) is %g, not %g", isa, x[i], s.at[i], sigmoid);
-      else check(std::fabs(s.at[i]) <= 1e-35, "%s silu(%g) is %g", isa, x[i], s.at[i]);
+      if (x[i] > -87)
+        check(std::fabs(s.at[i] - sigmoid) <= 4e-7 * std::fabs(sigmoid), "%s silu(%g) is %g, not %g", isa, x[i], s.at[i],
+              sigmoid);
+      else
+        check(std::fabs(s.at[i]) <= 1e-35, "%s silu(%g) is %g", isa, x[i], s.at[i]);
       for (float y : {e.at[i], e2.at[i], s.at[i]}) bits.push_back(to_bits(y));
     }
   }
   check(worst < 1.2e-7, "%s exp: relative error %.3g", isa, worst);
   check(worst2 < 2e-7, "%s exp2: relative error %.3g", isa, worst2);
-  const struct { float x, exp, exp2; } ends[] = {{-INFINITY, 0, 0}, {-3e38f, 0, 0}, {0, 1, 1}, {-0.0f, 1, 1}, {NAN, NAN, NAN}};
+  const struct {
+    float x, exp, exp2;
+  } ends[] = {{-INFINITY, 0, 0}, {-3e38f, 0, 0}, {0, 1, 1}, {-0.0f, 1, 1}, {NAN, NAN, NAN}};
   for (const auto& end : ends) {
     check(same(out(exp(set(end.x))).at[5], end.exp), "%s exp(%g) is %g", isa, end.x, out(exp(set(end.x))).at[5]);
     check(same(out(exp2(set(end.x))).at[5], end.exp2), "%s exp2(%g) is %g", isa, end.x, out(exp2(set(end.x))).at[5]);

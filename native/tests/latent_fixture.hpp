@@ -18,7 +18,10 @@ struct LatentCache {
     return {type, 0, 0, dso::round_up(32 * (row + key), 64), rank, rope, index, row, key};
   }
   LatentCache(const Kernels& k, const KvLayout& l, int64_t capacity, Random& random)
-      : kernels(k), layout(l), memory((size_t)(Cache::blocks(capacity) * l.layer_bytes), 0xff), table((size_t)Cache::blocks(capacity)) {
+      : kernels(k),
+        layout(l),
+        memory((size_t)(Cache::blocks(capacity) * l.layer_bytes), 0xff),
+        table((size_t)Cache::blocks(capacity)) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = (int32_t)i;
     random.shuffle(table);
     view = {memory.get(), layout.layer_bytes, table.data()};

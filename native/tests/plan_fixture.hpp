@@ -17,11 +17,12 @@ struct Spec {
 
 class Model {
  public:
-  Model(const Spec& spec, const Kernels& kernels, int threads, uint64_t seed = 1) : spec(spec), kernels(kernels), context(kernels, threads) {
+  Model(const Spec& spec, const Kernels& kernels, int threads, uint64_t seed = 1)
+      : spec(spec), kernels(kernels), context(kernels, threads) {
     Random random(seed);
     build(random);
-    const int32_t rc = dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), weights.data(),
-                                       (int32_t)weights.size(), spec.vocab, &plan);
+    const int32_t rc = dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(),
+                                       weights.data(), (int32_t)weights.size(), spec.vocab, &plan);
     if (rc) {
       fprintf(stderr, "plan: %s\n", dso_last_error());
       abort();
@@ -98,8 +99,10 @@ class Model {
         const int32_t w = vector(p + name, H, 1, 0.1f, random);
         if (spec.fused) {
           const int32_t y = slot(act, H);
-          if (delta < 0) step(DSO_OP_RMS_NORM, {{x}, {y}, {w}, {}});
-          else step(DSO_OP_ADD_RMS_NORM, {{x, delta}, {x, y}, {w}, {}});
+          if (delta < 0)
+            step(DSO_OP_RMS_NORM, {{x}, {y}, {w}, {}});
+          else
+            step(DSO_OP_ADD_RMS_NORM, {{x, delta}, {x, y}, {w}, {}});
           return y;
         }
         if (delta >= 0) step(DSO_OP_ADD, {{x, delta}, {x}, {}, {}});
@@ -111,9 +114,11 @@ class Model {
       const int32_t n1 = norm("norm1");
       if (spec.fused || l > 0) step(DSO_OP_HIDDEN_OUT, {{x}, {}, {}, {}}).layer = l;
       const int32_t q = slot(DSO_SLOT_F32, Q), k = slot(DSO_SLOT_F32, KV), v = slot(DSO_SLOT_F32, KV);
-      const int32_t wq = matrix(p + "q", Q, H, spec.format, random), wk = matrix(p + "k", KV, H, spec.format, random), wv = matrix(p + "v", KV, H, spec.format, random);
+      const int32_t wq = matrix(p + "q", Q, H, spec.format, random), wk = matrix(p + "k", KV, H, spec.format, random),
+                    wv = matrix(p + "v", KV, H, spec.format, random);
       const int32_t bq = bias("bq", Q), bk = bias("bk", KV), bv = bias("bv", KV);
-      if (spec.fused) step(DSO_OP_LINEAR, {{n1}, {q, k, v}, {wq, wk, wv}, {bq, bk, bv}});
+      if (spec.fused)
+        step(DSO_OP_LINEAR, {{n1}, {q, k, v}, {wq, wk, wv}, {bq, bk, bv}});
       else {
         step(DSO_OP_LINEAR, {{n1}, {q}, {wq}, {bq}});
         step(DSO_OP_LINEAR, {{n1}, {k}, {wk}, {bk}});
@@ -121,7 +126,8 @@ class Model {
       }
       if (spec.qk_norm) {
         heads(step(DSO_OP_RMS_NORM, {{q}, {q}, {vector(p + "qn", spec.head_dim, 1, 0.1f, random)}, {}}), 0);
-        heads(step(DSO_OP_RMS_NORM, {{k}, {k}, {vector(p + "kn", spec.head_dim, 1, 0.1f, random)}, {}}), 0).heads = spec.kv_heads;
+        heads(step(DSO_OP_RMS_NORM, {{k}, {k}, {vector(p + "kn", spec.head_dim, 1, 0.1f, random)}, {}}), 0).heads =
+            spec.kv_heads;
       }
       if (spec.fused) {
         heads(step(DSO_OP_ROPE_CACHE, {{q, k, v, table}, {q}, {}, {}}), l).flags = spec.flags & DSO_FLAG_INTERLEAVED;
@@ -178,16 +184,18 @@ class Model {
 
 struct Sequence {
   std::vector<int32_t> tokens;
-  int32_t done = 0;                         // tokens in the cache
+  int32_t done = 0;  // tokens in the cache
   std::vector<int32_t> blocks;
-  std::vector<std::vector<float>> logits;   // of every token
+  std::vector<std::vector<float>> logits;  // of every token
 };
 
 // Feeds sequences to a model; blocks are handed out from a shuffled pool, and go back to it once no later token can see them.
 class Feeder {
  public:
   Feeder(Model& model, int64_t blocks, Random& random)
-      : model_(model), cache_(model.kernels, {model.spec.kv_type, model.spec.layers, model.spec.kv_heads, model.spec.head_dim, 0, 0, 0, 0}, blocks) {
+      : model_(model),
+        cache_(model.kernels, {model.spec.kv_type, model.spec.layers, model.spec.kv_heads, model.spec.head_dim, 0, 0, 0, 0},
+               blocks) {
     for (int32_t i = 0; i < blocks; ++i) free_.push_back(i);
     random.shuffle(free_);
   }
@@ -218,7 +226,8 @@ class Feeder {
         ids.push_back(p.sequence->tokens[(size_t)(p.sequence->done + i)]);
         positions.push_back(p.sequence->done + i);
       }
-      for (int32_t i = 0; i < max_blocks; ++i) table.push_back(i < (int32_t)p.sequence->blocks.size() ? p.sequence->blocks[(size_t)i] : -7);
+      for (int32_t i = 0; i < max_blocks; ++i)
+        table.push_back(i < (int32_t)p.sequence->blocks.size() ? p.sequence->blocks[(size_t)i] : -7);
     }
     std::vector<float> logits(ids.size() * (size_t)spec.vocab, NAN);
     if (hidden) hidden->assign(ids.size() * (size_t)(spec.hidden * spec.layers), NAN);
@@ -240,7 +249,8 @@ class Feeder {
     if (!check(rc == 0, "run: %s", dso_last_error())) return rc;
     size_t row = 0;
     for (const Part& p : parts) {
-      for (int32_t i = 0; i < p.rows; ++i, ++row) p.sequence->logits.emplace_back(logits.begin() + (long)row * spec.vocab, logits.begin() + (long)(row + 1) * spec.vocab);
+      for (int32_t i = 0; i < p.rows; ++i, ++row)
+        p.sequence->logits.emplace_back(logits.begin() + (long)row * spec.vocab, logits.begin() + (long)(row + 1) * spec.vocab);
       p.sequence->done += p.rows;
     }
     return 0;

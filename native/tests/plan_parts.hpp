@@ -16,18 +16,20 @@ struct OwnContext {
 };
 
 // w [count, rows, cols] as a stack, or (count 0) as the one matrix that it is; `keep` owns the tiles.
-inline dso_weight packed_weight(dso_context* c, int32_t format, const std::vector<float>& w, int32_t count, int32_t rows, int32_t cols,
-                                std::vector<std::unique_ptr<Buffer>>& keep) {
-  const size_t bytes = ::packed_bytes(format, rows, cols), numbers = (size_t)rows * (size_t)cols, matrices = (size_t)std::max(1, count);
+inline dso_weight packed_weight(dso_context* c, int32_t format, const std::vector<float>& w, int32_t count, int32_t rows,
+                                int32_t cols, std::vector<std::unique_ptr<Buffer>>& keep) {
+  const size_t bytes = ::packed_bytes(format, rows, cols), numbers = (size_t)rows * (size_t)cols,
+               matrices = (size_t)std::max(1, count);
   Buffer& tiles = *keep.emplace_back(std::make_unique<Buffer>(bytes * matrices));
   for (size_t i = 0; i < matrices; ++i)
-    check(dso_pack(c, format, DSO_SRC_F32, w.data() + i * numbers, rows, cols, cols, nullptr, tiles.get() + i * bytes) == 0, "pack: %s", dso_last_error());
+    check(dso_pack(c, format, DSO_SRC_F32, w.data() + i * numbers, rows, cols, cols, nullptr, tiles.get() + i * bytes) == 0,
+          "pack: %s", dso_last_error());
   return {format, rows, cols, count, tiles.get(), (int64_t)tiles.size()};
 }
 
 // Operands in their order; -1 where there is none.
-inline dso_step step_of(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out, const std::vector<int32_t>& w = {},
-                        const std::vector<int32_t>& b = {}) {
+inline dso_step step_of(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out,
+                        const std::vector<int32_t>& w = {}, const std::vector<int32_t>& b = {}) {
   dso_step s{};
   s.op = op;
   s.scale = 1;

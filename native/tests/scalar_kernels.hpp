@@ -15,8 +15,8 @@ inline float weight(const Matrix& w, int64_t r, int64_t c) {  // F32 tiles: [32 
 
 inline void convert(int32_t, const float*, int64_t, int64_t, int64_t, void*) { abort(); }
 
-inline void linear(const Matrix& w, const float* bias, int32_t, const uint8_t* x, int64_t x_stride, int64_t T, bool, int64_t tile_begin,
-                   int64_t tile_end, float* y, int64_t y_stride, uint8_t*) {
+inline void linear(const Matrix& w, const float* bias, int32_t, const uint8_t* x, int64_t x_stride, int64_t T, bool,
+                   int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t*) {
   for (int64_t t = 0; t < T; ++t)
     for (int64_t r = 16 * tile_begin; r < std::min<int64_t>(w.rows, 16 * tile_end); ++r) {
       float sum = 0;
@@ -31,12 +31,14 @@ inline void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
 inline void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride) {
   for (int64_t r = begin; r < end; ++r) embed_row(w, (int32_t)r, 1, (float*)((uint8_t*)out + (r - begin) * stride));
 }
-inline void pack_tile(int32_t, int32_t, const void* src, int64_t rows, int64_t cols, int64_t stride, const float*, int64_t tile, uint8_t* dst) {
+inline void pack_tile(int32_t, int32_t, const void* src, int64_t rows, int64_t cols, int64_t stride, const float*, int64_t tile,
+                      uint8_t* dst) {
   const int64_t groups = (cols + 31) / 32;
   for (int64_t k = 0; k < groups * 32; ++k)
     for (int64_t r = 0; r < 16; ++r) {
       const int64_t row = 16 * tile + r;
-      ((float*)dst)[(tile * groups * 32 + k) * 16 + r] = row < rows && k < cols ? ((const float*)((const uint8_t*)src + row * stride))[k] : 0;
+      ((float*)dst)[(tile * groups * 32 + k) * 16 + r] =
+          row < rows && k < cols ? ((const float*)((const uint8_t*)src + row * stride))[k] : 0;
     }
 }
 
@@ -70,7 +72,8 @@ inline void sigmoid(const float* x, int64_t n, float* out) {
 inline void add_scaled(const float* x, float scale, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = std::fma(x[i], scale, y[i]);
 }
-inline void rope(const float* x, const float* table, int64_t heads, int64_t d, int64_t offset, int64_t rot, bool interleaved, float* out) {
+inline void rope(const float* x, const float* table, int64_t heads, int64_t d, int64_t offset, int64_t rot, bool interleaved,
+                 float* out) {
   for (int64_t h = 0; h < heads; ++h, x += d, out += d) {
     for (int64_t i = 0; i < rot / 2; ++i) {
       const int64_t p = offset + (interleaved ? 2 * i : i), q = offset + (interleaved ? 2 * i + 1 : i + rot / 2);
@@ -88,8 +91,8 @@ inline float* kv(const KvLayout& l, const KvView& v, int64_t head, int64_t token
   float* block = (float*)(v.base + v.table[token / 32] * v.block_stride);
   return block + ((head * 2 + value) * 32 + token % 32) * l.head_dim;
 }
-inline void kv_write(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride, const float* val,
-                     int64_t v_stride, int64_t h0, int64_t h1) {
+inline void kv_write(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride,
+                     const float* val, int64_t v_stride, int64_t h0, int64_t h1) {
   for (int64_t t = 0; t < n; ++t)
     for (int64_t h = h0; h < h1; ++h) {
       std::copy_n((const float*)((const char*)k + t * k_stride) + h * l.head_dim, l.head_dim, kv(l, v, h, start + t, false));
@@ -105,8 +108,8 @@ inline void kv_read(const KvLayout& l, const KvView& v, int64_t tokens, float* k
 }
 
 // Softmax over tokens: m, the sum, and the weighted values, not yet divided.
-inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float* q, const std::vector<int64_t>& tokens, float scale, float* m,
-                   float* sum, float* o) {
+inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float* q, const std::vector<int64_t>& tokens,
+                   float scale, float* m, float* sum, float* o) {
   *m = -INFINITY;
   *sum = 0;
   std::fill_n(o, l.head_dim, 0.0f);
@@ -123,7 +126,8 @@ inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float
     for (int64_t i = 0; i < l.head_dim; ++i) o[i] += p * kv(l, v, head, tokens[j], true)[i];
   }
 }
-inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first, float scale, float* scores, float* o) {
+inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first, float scale,
+                       float* scores, float* o) {
   std::fill_n(scores, n, 0.0f);  // the caller promised room for them
   std::vector<int64_t> tokens;
   for (int64_t t = first; t < n; ++t) tokens.push_back(t);
@@ -136,7 +140,8 @@ inline std::vector<int64_t> seen(const VisibleTokens& sight, int64_t row, int64_
   std::vector<int64_t> tokens;
   if (!sight.chosen) {
     for (int64_t t = 0; t <= row; ++t)
-      if ((sight.window == 0 || row - t < sight.window || t < sight.sinks) && (chunk < 0 || t / attn_chunk == chunk)) tokens.push_back(t);
+      if ((sight.window == 0 || row - t < sight.window || t < sight.sinks) && (chunk < 0 || t / attn_chunk == chunk))
+        tokens.push_back(t);
     return tokens;
   }
   for (int64_t i = 0; i < sight.blocks; ++i)
@@ -144,20 +149,24 @@ inline std::vector<int64_t> seen(const VisibleTokens& sight, int64_t row, int64_
       if (chunk < 0 || i / (attn_chunk / 32) == chunk) tokens.push_back(t);
   return tokens;
 }
-inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
-                         int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride, uint8_t*) {
+inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group,
+                         int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o,
+                         int64_t o_stride, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h) {
       float m, sum, *out = (float*)((char*)o + r * o_stride) + h * l.head_dim;
-      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, -1), scale, &m, &sum, out);
+      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, -1), scale, &m,
+             &sum, out);
       for (int64_t i = 0; i < l.head_dim; ++i) out[i] /= sum;
     }
 }
-inline void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                              int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk, float* part, uint8_t*) {
+inline void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group,
+                              int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk,
+                              float* part, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h, part += l.head_dim + 16)
-      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, chunk), scale, part, part + 1, part + 16);
+      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, chunk), scale,
+             part, part + 1, part + 16);
 }
 inline void attn_merge(const float* part, int64_t stride, int64_t chunks, int64_t d, float* out) {
   float m = -INFINITY, sum = 0;
@@ -185,13 +194,19 @@ inline void index_write(const KvLayout& l, const KvView& v, int64_t start, int64
     for (int64_t i = 0; i < l.index; ++i) {
       const float x = ((const float*)((const char*)k + t * stride))[i];
       const uint32_t u = to_bits(x);
-      if (l.type == DSO_KV_F32) ((float*)index_row(l, v, start + t))[i] = x;
-      else ((uint16_t*)index_row(l, v, start + t))[i] = (uint16_t)(std::isnan(x) ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+      if (l.type == DSO_KV_F32)
+        ((float*)index_row(l, v, start + t))[i] = x;
+      else
+        ((uint16_t*)index_row(l, v, start + t))[i] =
+            (uint16_t)(std::isnan(x) ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
     }
 }
-inline void index_query(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed) { memcpy(packed, q, (size_t)(heads * l.index) * 4); }
+inline void index_query(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed) {
+  memcpy(packed, q, (size_t)(heads * l.index) * 4);
+}
 inline int64_t index_query_bytes(int64_t heads, int64_t index) { return heads * index * 4; }
-inline double index_score(const KvLayout& l, const KvView& v, int64_t heads, const float* q, const float* w, int64_t t, double scale) {
+inline double index_score(const KvLayout& l, const KvView& v, int64_t heads, const float* q, const float* w, int64_t t,
+                          double scale) {
   double score = 0;
   for (int64_t h = 0; h < heads; ++h) {
     double x = 0;
@@ -200,8 +215,8 @@ inline double index_score(const KvLayout& l, const KvView& v, int64_t heads, con
   }
   return score * scale;
 }
-inline void index_scores(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end,
-                         float scale, float* scores) {
+inline void index_scores(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin,
+                         int64_t end, float scale, float* scores) {
   for (int64_t t = begin; t < end; ++t) {
     const float s = (float)index_score(l, v, heads, (const float*)q, w, t, scale);
     scores[t - begin] = std::isnan(s) ? INFINITY : s;

@@ -13,7 +13,8 @@ using dso::emulated::Tiles;
 
 // ---- the tiles themselves
 
-template <class T> struct Block {  // a tile's memory, rows 64 bytes apart
+template <class T>
+struct Block {  // a tile's memory, rows 64 bytes apart
   T at[16][64 / sizeof(T)];
 };
 
@@ -27,7 +28,8 @@ void integers() {
         Block<uint8_t> b;
         Block<int32_t> before, c0, c2;
         for (int i = 0; i < 1024; ++i) {
-          a0.at[i / 64][i % 64] = (int8_t)(extreme == 1 ? -128 : random.below(256) - 128), a1.at[i / 64][i % 64] = (int8_t)(extreme == 2 ? 127 : random.below(256) - 128);
+          a0.at[i / 64][i % 64] = (int8_t)(extreme == 1 ? -128 : random.below(256) - 128),
+                            a1.at[i / 64][i % 64] = (int8_t)(extreme == 2 ? 127 : random.below(256) - 128);
           b.at[i / 64][i % 64] = (uint8_t)(extreme ? 255 : random.below(256));
         }
         for (int i = 0; i < 256; ++i) before.at[i / 16][i % 16] = (int32_t)random.bits() >> 8;
@@ -46,7 +48,9 @@ void integers() {
             }
             if (m >= rows0) want0 = 0x5a5a5a5a;  // not stored
             if (m >= rows1) want2 = 0x5a5a5a5a;
-            check(c0.at[m][n] == want0 && c2.at[m][n] == want2, "dot_s8_u8, k %d, rows %d: (%d, %d) is %d and %d, not %d and %d", k_bytes, rows0, m, n, c0.at[m][n], c2.at[m][n], want0, want2);
+            check(c0.at[m][n] == want0 && c2.at[m][n] == want2,
+                  "dot_s8_u8, k %d, rows %d: (%d, %d) is %d and %d, not %d and %d", k_bytes, rows0, m, n, c0.at[m][n],
+                  c2.at[m][n], want0, want2);
           }
       }
 }
@@ -89,7 +93,8 @@ void floats() {
   last[30] = last[31] = {small, -0.5f};
   check(std::signbit(dot(last, -0.0f)), "a flushed result loses its sign");
   check(dot({{small, 1}}, 0) == small, "the least normal number is flushed");
-  check(std::isnan(dot({{INFINITY, 0}}, 1)) && std::isnan(dot({{1, NAN}}, 1)) && dot({{INFINITY, 2}}, 1) == INFINITY, "infinity or NaN is lost");
+  check(std::isnan(dot({{INFINITY, 0}}, 1)) && std::isnan(dot({{1, NAN}}, 1)) && dot({{INFINITY, 2}}, 1) == INFINITY,
+        "infinity or NaN is lost");
 }
 
 // ---- products
@@ -104,16 +109,22 @@ std::vector<uint8_t> weights(int format, int rows, int cols, Random& random) {
   std::vector<float> w((size_t)(rows * cols));
   for (float& x : w) x = random.normal();
   std::vector<uint8_t> packed(packed_bytes(format, rows, cols));
-  for (int tile = 0; tile < (rows + 15) / 16; ++tile) kernels_avx512_bf16()->pack_tile(format, DSO_SRC_F32, w.data(), rows, cols, 4 * cols, nullptr, tile, packed.data());
+  for (int tile = 0; tile < (rows + 15) / 16; ++tile)
+    kernels_avx512_bf16()->pack_tile(format, DSO_SRC_F32, w.data(), rows, cols, 4 * cols, nullptr, tile, packed.data());
   return packed;
 }
 
-std::vector<uint8_t> product(const Kernels& k, const Run& r, const std::vector<uint8_t>& packed, const std::vector<float>& x, const std::vector<float>& bias) {
-  const size_t width = row_bytes(r.kind, r.cols), x_stride = width + 64 * (size_t)r.x_gap, y_stride = 4 * (size_t)(r.rows + r.y_gap);
-  Buffer rows((size_t)(r.T - 1) * x_stride + width), data(packed.size()), y((size_t)(r.T - 1) * y_stride + 4 * (size_t)r.rows), scratch(k.linear_scratch);
+std::vector<uint8_t> product(const Kernels& k, const Run& r, const std::vector<uint8_t>& packed, const std::vector<float>& x,
+                             const std::vector<float>& bias) {
+  const size_t width = row_bytes(r.kind, r.cols), x_stride = width + 64 * (size_t)r.x_gap,
+               y_stride = 4 * (size_t)(r.rows + r.y_gap);
+  Buffer rows((size_t)(r.T - 1) * x_stride + width), data(packed.size()), y((size_t)(r.T - 1) * y_stride + 4 * (size_t)r.rows),
+      scratch(k.linear_scratch);
   memcpy(data.get(), packed.data(), packed.size());
-  for (int t = 0; t < r.T; ++t) k.convert(r.kind, &x[(size_t)(t * r.cols)], 0, r.cols, r.cols, rows.get() + (size_t)t * x_stride);
-  k.linear({r.format, r.rows, r.cols, data.get()}, bias.data(), r.kind, rows.get(), (int64_t)x_stride, r.T, r.prefill, r.tile_begin, r.tile_end, (float*)y.get(), (int64_t)y_stride, scratch.get());
+  for (int t = 0; t < r.T; ++t)
+    k.convert(r.kind, &x[(size_t)(t * r.cols)], 0, r.cols, r.cols, rows.get() + (size_t)t * x_stride);
+  k.linear({r.format, r.rows, r.cols, data.get()}, bias.data(), r.kind, rows.get(), (int64_t)x_stride, r.T, r.prefill,
+           r.tile_begin, r.tile_end, (float*)y.get(), (int64_t)y_stride, scratch.get());
   return {y.get(), y.get() + y.size()};
 }
 
@@ -128,15 +139,16 @@ void equal(const Kernels& a, const Kernels& b, Run r, Random& random) {
   for (size_t i = 0; i < want.size(); i += 4) {
     float p, q;
     memcpy(&p, &got[i], 4), memcpy(&q, &want[i], 4);
-    if (!check(same(p, q), "%s %s kind %d [%d x %d] T %d tiles %d..%d prefill %d: float %zu is %.9g, %s has %.9g", a.isa, format_name(r.format), r.kind, r.rows, r.cols, r.T,
-               r.tile_begin, r.tile_end, r.prefill, i / 4, p, b.isa, q))
+    if (!check(same(p, q), "%s %s kind %d [%d x %d] T %d tiles %d..%d prefill %d: float %zu is %.9g, %s has %.9g", a.isa,
+               format_name(r.format), r.kind, r.rows, r.cols, r.T, r.tile_begin, r.tile_end, r.prefill, i / 4, p, b.isa, q))
       return;
   }
 }
 
 Run random_run(int format, int kind, Random& random) {
   const int dims[] = {1, 15, 16, 17, 31, 33, 53, 64, 100};
-  Run r = {format, kind, dims[random.below(9)], dims[random.below(9)], 1 + random.below(70), 0, 0, random.below(3), random.below(3), random.below(2) == 1};
+  Run r = {format, kind, dims[random.below(9)], dims[random.below(9)], 1 + random.below(70),
+           0,      0,    random.below(3),       random.below(3),       random.below(2) == 1};
   if (random.below(6) == 0) r.cols = 32 * 16 + random.below(200);  // more groups than a panel
   const int tiles = (r.rows + 15) / 16;
   r.tile_begin = random.below(tiles), r.tile_end = r.tile_begin + 1 + random.below(tiles - r.tile_begin);
@@ -169,7 +181,8 @@ void bf16_prefill(const Kernels& amx) {
     for (float& e : x) e = from_bits(to_bits(random.normal() * (random.below(8) ? 1 : 1e-38f)) & 0xffff0000);
     for (float& e : bias) e = random.normal();
     std::vector<uint8_t> packed(packed_bytes(DSO_BF16, r.rows, r.cols));
-    for (int tile = 0; tile < (r.rows + 15) / 16; ++tile) amx.pack_tile(DSO_BF16, DSO_SRC_F32, w.data(), r.rows, r.cols, 4 * r.cols, nullptr, tile, packed.data());
+    for (int tile = 0; tile < (r.rows + 15) / 16; ++tile)
+      amx.pack_tile(DSO_BF16, DSO_SRC_F32, w.data(), r.rows, r.cols, 4 * r.cols, nullptr, tile, packed.data());
     const std::vector<uint8_t> got = product(amx, r, packed, x, bias);
     bool right = true;
     for (int t = 0; right && t < r.T; ++t)
@@ -178,12 +191,15 @@ void bf16_prefill(const Kernels& amx) {
         for (int k0 = 0; k0 < r.cols; k0 += 32) {
           float chain[2] = {0, 0};
           for (int k = k0; k < std::min(k0 + 32, r.cols); ++k)
-            chain[k % 2] = flushed(std::fmaf(flushed(x[(size_t)(t * r.cols + k)]), flushed(w[(size_t)(n * r.cols + k)]), chain[k % 2]));
+            chain[k % 2] =
+                flushed(std::fmaf(flushed(x[(size_t)(t * r.cols + k)]), flushed(w[(size_t)(n * r.cols + k)]), chain[k % 2]));
           c = flushed(c + flushed(chain[0] + chain[1]));
         }
         float value;
         memcpy(&value, &got[(size_t)(t * r.rows + n) * 4], 4);
-        right = check(to_bits(value) == to_bits(c + bias[(size_t)n]), "%s bf16 prefill [%d x %d] T %d: token %d output %d is %.9g, not %.9g", amx.isa, r.rows, r.cols, r.T, t, n, value, c + bias[(size_t)n]);
+        right = check(to_bits(value) == to_bits(c + bias[(size_t)n]),
+                      "%s bf16 prefill [%d x %d] T %d: token %d output %d is %.9g, not %.9g", amx.isa, r.rows, r.cols, r.T, t,
+                      n, value, c + bias[(size_t)n]);
       }
   }
 }

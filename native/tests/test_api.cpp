@@ -9,7 +9,8 @@
 namespace {
 
 bool refuses(int32_t rc, int32_t code, const char* words, const char* what) {
-  return check(rc == code && strstr(dso_last_error(), words), "%s: code %d (expected %d), message \"%s\" (expected \"%s\")", what, rc, code, dso_last_error(), words);
+  return check(rc == code && strstr(dso_last_error(), words), "%s: code %d (expected %d), message \"%s\" (expected \"%s\")",
+               what, rc, code, dso_last_error(), words);
 }
 
 void contexts() {
@@ -31,7 +32,8 @@ void contexts() {
       dso_context_destroy(c);
     } else {
       refuses(dso_context_create(name, 2, &c), DSO_EISA, name, "an ISA that cannot run");
-      check(strstr(dso_last_error(), "lacks") || strstr(dso_last_error(), "not in this build"), "%s: does not say why: %s", name, dso_last_error());
+      check(strstr(dso_last_error(), "lacks") || strstr(dso_last_error(), "not in this build"), "%s: does not say why: %s",
+            name, dso_last_error());
     }
   }
   if (!check(best && dso_context_create(nullptr, 0, &c) == 0, "%s", dso_last_error())) return;
@@ -39,7 +41,8 @@ void contexts() {
   check(dso_context_threads(c) == dso_default_threads(), "default threads");
   dso_context_destroy(c);
   const std::string cpu = dso_cpu_description();
-  for (const char* key : {"\"vendor\"", "\"model\"", "\"features\"", "\"caches\"", "\"cores\""}) check(cpu.find(key) != std::string::npos, "%s lacks %s", cpu.c_str(), key);
+  for (const char* key : {"\"vendor\"", "\"model\"", "\"features\"", "\"caches\"", "\"cores\""})
+    check(cpu.find(key) != std::string::npos, "%s lacks %s", cpu.c_str(), key);
 }
 
 void bandwidth() {
@@ -72,11 +75,15 @@ void errors_are_per_thread() {
 void sizes() {
   check(dso_tile_bytes(DSO_INT4) == 288 && dso_tile_bytes(77) == -1 && dso_tile_bytes(DSO_VECTOR) == -1, "tile bytes");
   check(dso_packed_bytes(DSO_BF16, 17, 33) == 4 * 1024, "a started tile is a whole tile");
-  check(dso_packed_bytes(DSO_BF16, 0, 33) == -1 && dso_packed_bytes(DSO_BF16, -5, 33) == -1 && dso_packed_bytes(DSO_F32, INT64_MAX, INT64_MAX) == -1, "absurd shapes");
+  check(dso_packed_bytes(DSO_BF16, 0, 33) == -1 && dso_packed_bytes(DSO_BF16, -5, 33) == -1 &&
+            dso_packed_bytes(DSO_F32, INT64_MAX, INT64_MAX) == -1,
+        "absurd shapes");
   for (int width : {1, 31, 32, 33, 576, 1000})
     for (int kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16})
-      check(dso_row_bytes(kind, width) == (int64_t)::row_bytes(kind, width), "row_bytes(%d, %d) is %ld", kind, width, (long)dso_row_bytes(kind, width));
-  check(dso_row_bytes(9, 32) == -1 && dso_row_bytes(DSO_SLOT_Q8, 0) == -1 && dso_row_bytes(DSO_SLOT_Q8, -1) == -1, "absurd rows");
+      check(dso_row_bytes(kind, width) == (int64_t)::row_bytes(kind, width), "row_bytes(%d, %d) is %ld", kind, width,
+            (long)dso_row_bytes(kind, width));
+  check(dso_row_bytes(9, 32) == -1 && dso_row_bytes(DSO_SLOT_Q8, 0) == -1 && dso_row_bytes(DSO_SLOT_Q8, -1) == -1,
+        "absurd rows");
 }
 
 // ---- plans: one mistake at a time in a plan that is right
@@ -88,8 +95,9 @@ void plans() {
     std::vector<dso_weight> weights = m.weights;
     spoil(steps, slots, weights);
     dso_plan* plan = nullptr;
-    refuses(dso_plan_create(m.context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), weights.data(), (int32_t)weights.size(),
-                            m.spec.vocab, &plan), DSO_EINVAL, words, what);
+    refuses(dso_plan_create(m.context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(),
+                            weights.data(), (int32_t)weights.size(), m.spec.vocab, &plan),
+            DSO_EINVAL, words, what);
     check(plan == nullptr, "%s: left a plan", what);
     dso_plan_destroy(plan);
   };
@@ -101,7 +109,8 @@ void plans() {
   using S = std::vector<dso_step>&;
   using L = std::vector<dso_slot>&;
   using W = std::vector<dso_weight>&;
-  const size_t linear = step_of(DSO_OP_LINEAR), attention = step_of(DSO_OP_ATTENTION), gate = step_of(DSO_OP_GATE_UP), rope = step_of(DSO_OP_ROPE_CACHE);
+  const size_t linear = step_of(DSO_OP_LINEAR), attention = step_of(DSO_OP_ATTENTION), gate = step_of(DSO_OP_GATE_UP),
+               rope = step_of(DSO_OP_ROPE_CACHE);
   create("op 99 is unknown", "op", [&](S s, L, W) { s[0].op = 99; });
   create("step 0 (EMBEDDING): out[0] is slot 1000", "slot index", [&](S s, L, W) { s[0].out[0] = 1000; });
   create("in[1] is 0, and must be -1", "extra input", [&](S s, L, W) { s[0].in[1] = 0; });
@@ -111,16 +120,22 @@ void plans() {
   create("width is -1", "slot width", [&](S, L l, W) { l[0].width = -1; });
   create("must have width 80", "width against weight", [&](S, L l, W) { l[0].width = 81; });
   create("selected is 2", "selected", [&](S, L l, W) { l[0].selected = 2; });
-  create("LOGITS must be", "logits width", [&](S, L l, W) { l.back().kind = DSO_SLOT_LOGITS; l.back().width = 3; l.back().selected = 1; });
+  create("LOGITS must be", "logits width", [&](S, L l, W) {
+    l.back().kind = DSO_SLOT_LOGITS;
+    l.back().width = 3;
+    l.back().selected = 1;
+  });
   create("takes", "weight bytes", [&](S, L, W w) { w[0].bytes -= 1; });
   create("data is NULL", "weight data", [&](S, L, W w) { w[0].data = nullptr; });
   create("format 55", "format", [&](S, L, W w) { w[0].format = 55; });
   create("a matrix of -3 x 80", "negative rows", [&](S, L, W w) { w[0].rows = -3; });
   create("must be a VECTOR", "matrix for vector", [&](S s, L, W) { s[1].w[0] = 0; });
-  create("columns, in[0] has width", "columns of w[1]", [&](S s, L, W w) { w[(size_t)s[linear].w[1]] = w[(size_t)s[gate + 1].w[0]]; });
+  create("columns, in[0] has width", "columns of w[1]",
+         [&](S s, L, W w) { w[(size_t)s[linear].w[1]] = w[(size_t)s[gate + 1].w[0]]; });
   create("which no earlier step fills", "read before written", [&](S s, L, W) { std::swap(s[linear], s[gate]); });
   create("as another out is", "two outs, one slot", [&](S s, L, W) { s[linear].out[2] = s[linear].out[1]; });
-  create("which F32 weights do not read", "activation kind", [&](S s, L l, W) { l[(size_t)s[linear].in[0]].kind = DSO_SLOT_BF16; });
+  create("which F32 weights do not read", "activation kind",
+         [&](S s, L l, W) { l[(size_t)s[linear].in[0]].kind = DSO_SLOT_BF16; });
   create("heads 5 is no multiple of kv_heads 2", "group", [&](S s, L, W) { s[attention].heads = 5; });
   create("window is -1", "window", [&](S s, L, W) { s[attention].window = -1; });
   create("layer is -1", "layer", [&](S s, L, W) { s[attention].layer = -1; });
@@ -128,11 +143,14 @@ void plans() {
   create("the cache has one shape", "two cache shapes", [&](S s, L, W) { s[attention].kv_heads = 1; });
   create("sinks -1", "sinks", [&](S s, L, W) { s[attention].sinks = -1; });
   create("sinks is 4 with no window", "sinks alone", [&](S s, L, W) { s[attention].sinks = 4; });
-  create("sinks is 4 with the EAGER flag", "eager sinks", [&](S s, L, W) { s[attention].window = 9, s[attention].sinks = 4, s[attention].flags = DSO_FLAG_EAGER; });
-  create("top_k is 4 with the EAGER flag", "eager blocks", [&](S s, L, W) { s[attention].top_k = 4, s[attention].flags = DSO_FLAG_EAGER; });
+  create("sinks is 4 with the EAGER flag", "eager sinks",
+         [&](S s, L, W) { s[attention].window = 9, s[attention].sinks = 4, s[attention].flags = DSO_FLAG_EAGER; });
+  create("top_k is 4 with the EAGER flag", "eager blocks",
+         [&](S s, L, W) { s[attention].top_k = 4, s[attention].flags = DSO_FLAG_EAGER; });
   create("top_k is 4 with a window", "window of blocks", [&](S s, L, W) { s[attention].top_k = 4, s[attention].window = 9; });
   create("in[1] is slot -1", "no blocks", [&](S s, L, W) { s[attention].top_k = 4; });
-  create("in[1] must have width 8", "blocks of another width", [&](S s, L, W) { s[attention].top_k = 4, s[attention].in[1] = s[attention].in[0]; });
+  create("in[1] must have width 8", "blocks of another width",
+         [&](S s, L, W) { s[attention].top_k = 4, s[attention].in[1] = s[attention].in[0]; });
   create("slot 3, is an input", "attention in place", [&](S s, L, W) { s[attention].out[0] = s[attention].in[0]; });
   create("is both an input and an out", "rope over its key", [&](S s, L, W) {
     s[rope].heads = s[rope].kv_heads;  // all of one width
@@ -142,13 +160,16 @@ void plans() {
   create("they must be alike", "gate and up", [&](S s, L, W) { s[gate].w[1] = s[gate + 1].w[0]; });
   create("flags are 64", "flags", [&](S s, L, W) { s[attention].flags = 64; });
   create("eps is", "eps", [&](S s, L, W) { s[step_of(DSO_OP_ADD_RMS_NORM)].eps = NAN; });
-  create("must hold the selected rows", "select into all rows", [&](S s, L l, W) { l[(size_t)s[step_of(DSO_OP_SELECT_ROWS)].out[0]].selected = 0; });
+  create("must hold the selected rows", "select into all rows",
+         [&](S s, L l, W) { l[(size_t)s[step_of(DSO_OP_SELECT_ROWS)].out[0]].selected = 0; });
   dso_plan* plan = nullptr;
-  refuses(dso_plan_create(nullptr, m.steps.data(), 1, m.slots.data(), 1, nullptr, 0, 5, &plan), DSO_EINVAL, "context is NULL", "no context");
+  refuses(dso_plan_create(nullptr, m.steps.data(), 1, m.slots.data(), 1, nullptr, 0, 5, &plan), DSO_EINVAL, "context is NULL",
+          "no context");
   refuses(dso_plan_create(m.context.c, nullptr, 1, m.slots.data(), 1, nullptr, 0, 5, &plan), DSO_EINVAL, "steps", "no steps");
   refuses(dso_plan_run(nullptr, nullptr), DSO_EINVAL, "plan is NULL", "no plan");
   refuses(dso_plan_run(m.plan, nullptr), DSO_EINVAL, "batch is NULL", "no batch");
-  check(dso_plan_buffer_bytes(m.plan, 10, 2) > 0 && dso_plan_buffer_bytes(m.plan, 20, 2) > dso_plan_buffer_bytes(m.plan, 10, 2), "buffer bytes grow");
+  check(dso_plan_buffer_bytes(m.plan, 10, 2) > 0 && dso_plan_buffer_bytes(m.plan, 20, 2) > dso_plan_buffer_bytes(m.plan, 10, 2),
+        "buffer bytes grow");
   check(dso_plan_reserve(m.plan, 100, 10) == 0, "reserve: %s", dso_last_error());
   refuses(dso_plan_reserve(m.plan, -1, 0), DSO_EINVAL, "T is -1", "reserve");
 }
@@ -161,13 +182,31 @@ void batches() {
   dso_cache small(m.kernels, {spec.kv_type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 4);
   dso_cache other(m.kernels, {spec.kv_type, spec.layers, 1, spec.head_dim, 0, 0, 0, 0}, 4);
   struct Data {
-    std::vector<int32_t> ids{1, 2, 3}, positions{40, 0, 1}, query{1, 2}, context{40, 0}, phase{0, 1}, table{0, 1, 2, -1}, rows{0, 2};
+    std::vector<int32_t> ids{1, 2, 3}, positions{40, 0, 1}, query{1, 2}, context{40, 0}, phase{0, 1}, table{0, 1, 2, -1},
+        rows{0, 2};
   };
   std::vector<float> logits((size_t)(2 * spec.vocab));
   auto run = [&](auto&& spoil) {
     Data d;
     std::fill(logits.begin(), logits.end(), 123.0f);
-    dso_batch b{3, 2, 2, 2, d.ids.data(), d.positions.data(), d.query.data(), d.context.data(), d.phase.data(), d.table.data(), d.rows.data(), nullptr, nullptr, logits.data(), nullptr, nullptr, &cache, nullptr};
+    dso_batch b{3,
+                2,
+                2,
+                2,
+                d.ids.data(),
+                d.positions.data(),
+                d.query.data(),
+                d.context.data(),
+                d.phase.data(),
+                d.table.data(),
+                d.rows.data(),
+                nullptr,
+                nullptr,
+                logits.data(),
+                nullptr,
+                nullptr,
+                &cache,
+                nullptr};
     spoil(b, d);
     return dso_plan_run(m.plan, &b);
   };
@@ -274,17 +313,28 @@ void direct() {
     for (float& f : w) f = random.normal();
     for (float& f : x) f = random.normal();
     for (float& f : bias) f = random.normal();
-    const struct { int format, kind; double tolerance; } cases[] = {{DSO_F32, DSO_SLOT_F32, 1e-5}, {DSO_BF16, DSO_SLOT_BF16, 0.01}, {DSO_INT8, DSO_SLOT_Q16, 1e-3}, {DSO_INT4, DSO_SLOT_Q8, 0.02}, {DSO_Q4_1, DSO_SLOT_Q16, 1e-3}, {DSO_FP8, DSO_SLOT_BF16, 0.01}};
+    const struct {
+      int format, kind;
+      double tolerance;
+    } cases[] = {{DSO_F32, DSO_SLOT_F32, 1e-5}, {DSO_BF16, DSO_SLOT_BF16, 0.01}, {DSO_INT8, DSO_SLOT_Q16, 1e-3},
+                 {DSO_INT4, DSO_SLOT_Q8, 0.02}, {DSO_Q4_1, DSO_SLOT_Q16, 1e-3},  {DSO_FP8, DSO_SLOT_BF16, 0.01}};
     for (const auto& k : cases) {
       Buffer packed(::packed_bytes(k.format, rows, cols)), again(packed.size());
-      check(dso_pack(one.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed.get()) == 0 && dso_pack(many.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, again.get()) == 0, "pack");
-      check(memcmp(packed.get(), again.get(), packed.size()) == 0, "%s %s: packing depends on threads", isa, ::format_name(k.format));
+      check(dso_pack(one.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, packed.get()) == 0 &&
+                dso_pack(many.c, k.format, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, again.get()) == 0,
+            "pack");
+      check(memcmp(packed.get(), again.get(), packed.size()) == 0, "%s %s: packing depends on threads", isa,
+            ::format_name(k.format));
       const dso_weight weight{k.format, rows, cols, 0, packed.get(), (int64_t)packed.size()};
       std::vector<float> real((size_t)(rows * cols)), part((size_t)(20 * cols));
-      check(dso_unpack(many.c, &weight, 0, rows, real.data()) == 0 && dso_unpack(one.c, &weight, 30, 50, part.data()) == 0, "unpack: %s", dso_last_error());
-      check(std::equal(part.begin(), part.end(), real.begin() + 30 * cols), "%s %s: unpacking a part", isa, ::format_name(k.format));
+      check(dso_unpack(many.c, &weight, 0, rows, real.data()) == 0 && dso_unpack(one.c, &weight, 30, 50, part.data()) == 0,
+            "unpack: %s", dso_last_error());
+      check(std::equal(part.begin(), part.end(), real.begin() + 30 * cols), "%s %s: unpacking a part", isa,
+            ::format_name(k.format));
       std::vector<float> y((size_t)(T * rows)), y2(y.size());
-      check(dso_linear(one.c, &weight, bias.data(), k.kind, x.data(), T, 3, y.data()) == 0 && dso_linear(many.c, &weight, bias.data(), k.kind, x.data(), T, 3, y2.data()) == 0, "linear: %s", dso_last_error());
+      check(dso_linear(one.c, &weight, bias.data(), k.kind, x.data(), T, 3, y.data()) == 0 &&
+                dso_linear(many.c, &weight, bias.data(), k.kind, x.data(), T, 3, y2.data()) == 0,
+            "linear: %s", dso_last_error());
       check(y == y2, "%s %s: products depend on threads", isa, ::format_name(k.format));
       for (int t = 0; t < T; ++t)
         for (int r = 0; r < rows; ++r) {
@@ -294,27 +344,42 @@ void direct() {
             sum += term;
             size += std::fabs(term);
           }
-          if (!check(std::fabs(sum - y[(size_t)(t * rows + r)]) <= k.tolerance * size, "%s %s: y[%d, %d] is %g, not %g", isa, ::format_name(k.format), t, r, y[(size_t)(t * rows + r)], sum)) return;
+          if (!check(std::fabs(sum - y[(size_t)(t * rows + r)]) <= k.tolerance * size, "%s %s: y[%d, %d] is %g, not %g", isa,
+                     ::format_name(k.format), t, r, y[(size_t)(t * rows + r)], sum))
+            return;
         }
-      refuses(dso_linear(one.c, &weight, nullptr, k.kind == DSO_SLOT_F32 ? DSO_SLOT_Q8 : DSO_SLOT_F32, x.data(), T, 0, y.data()), DSO_EINVAL, "do not read", "wrong activation");
-      refuses(dso_linear(one.c, &weight, nullptr, k.kind, x.data(), T, T + 1, y.data()), DSO_EINVAL, "decode_rows", "too many decode rows");
+      refuses(
+          dso_linear(one.c, &weight, nullptr, k.kind == DSO_SLOT_F32 ? DSO_SLOT_Q8 : DSO_SLOT_F32, x.data(), T, 0, y.data()),
+          DSO_EINVAL, "do not read", "wrong activation");
+      refuses(dso_linear(one.c, &weight, nullptr, k.kind, x.data(), T, T + 1, y.data()), DSO_EINVAL, "decode_rows",
+              "too many decode rows");
       refuses(dso_unpack(one.c, &weight, 0, rows + 1, real.data()), DSO_EINVAL, "of 75", "rows past the end");
     }
     for (int kind : {DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16}) {
       Buffer a((size_t)(T * dso_row_bytes(kind, cols)), 0), b(a.size(), 0);
-      check(dso_convert(one.c, kind, x.data(), T, cols, a.get()) == 0 && dso_convert(many.c, kind, x.data(), T, cols, b.get()) == 0, "convert");
+      check(dso_convert(one.c, kind, x.data(), T, cols, a.get()) == 0 &&
+                dso_convert(many.c, kind, x.data(), T, cols, b.get()) == 0,
+            "convert");
       check(memcmp(a.get(), b.get(), a.size()) == 0, "%s: conversion depends on threads", isa);
     }
     refuses(dso_convert(one.c, DSO_SLOT_F32, x.data(), T, cols, w.data()), DSO_EINVAL, "slot_kind 0", "convert to F32");
-    refuses(dso_pack(one.c, DSO_VECTOR, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "format 100", "pack a vector");
-    refuses(dso_pack(one.c, DSO_INT8, 9, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "src_type 9", "source type");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_F32, w.data(), rows, cols, cols - 1, nullptr, x.data()), DSO_EINVAL, "stride", "stride");
+    refuses(dso_pack(one.c, DSO_VECTOR, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "format 100",
+            "pack a vector");
+    refuses(dso_pack(one.c, DSO_INT8, 9, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "src_type 9",
+            "source type");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_F32, w.data(), rows, cols, cols - 1, nullptr, x.data()), DSO_EINVAL, "stride",
+            "stride");
     const std::vector<float> negative(cols, -1.0f), infinite(cols, INFINITY);
-    refuses(dso_pack(one.c, DSO_INT4, DSO_SRC_F32, w.data(), rows, cols, cols, negative.data(), x.data()), DSO_EINVAL, "importance[0] is -1", "negative importance");
-    refuses(dso_pack(one.c, DSO_INT4, DSO_SRC_F32, w.data(), rows, cols, cols, infinite.data(), x.data()), DSO_EINVAL, "importance[0] is inf", "infinite importance");
-    refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL, "BF16", "ggml blocks as bf16");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "33 every 64", "columns of ggml blocks");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "32 every 33", "stride of ggml blocks");
+    refuses(dso_pack(one.c, DSO_INT4, DSO_SRC_F32, w.data(), rows, cols, cols, negative.data(), x.data()), DSO_EINVAL,
+            "importance[0] is -1", "negative importance");
+    refuses(dso_pack(one.c, DSO_INT4, DSO_SRC_F32, w.data(), rows, cols, cols, infinite.data(), x.data()), DSO_EINVAL,
+            "importance[0] is inf", "infinite importance");
+    refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL, "BF16",
+            "ggml blocks as bf16");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "33 every 64",
+            "columns of ggml blocks");
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "32 every 33",
+            "stride of ggml blocks");
   }
 }
 
@@ -349,8 +414,11 @@ void e4m3_blocks() {
       values[(size_t)(r * cols + c)] = e4m3_to_float(code) * scales[(size_t)(r / 128 * 2 + c / 128)];
     }
   Buffer packed(::packed_bytes(DSO_FP8, rows, cols)), again(packed.size()), rounded(packed.size());
-  check(dso_pack_fp8(one.c, codes.data(), scales.data(), rows, cols, cols + gap, packed.get()) == 0 && dso_pack_fp8(many.c, codes.data(), scales.data(), rows, cols, cols + gap, again.get()) == 0, "pack_fp8: %s", dso_last_error());
-  check(dso_pack(one.c, DSO_FP8, DSO_SRC_F32, values.data(), rows, cols, cols, nullptr, rounded.get()) == 0, "pack: %s", dso_last_error());
+  check(dso_pack_fp8(one.c, codes.data(), scales.data(), rows, cols, cols + gap, packed.get()) == 0 &&
+            dso_pack_fp8(many.c, codes.data(), scales.data(), rows, cols, cols + gap, again.get()) == 0,
+        "pack_fp8: %s", dso_last_error());
+  check(dso_pack(one.c, DSO_FP8, DSO_SRC_F32, values.data(), rows, cols, cols, nullptr, rounded.get()) == 0, "pack: %s",
+        dso_last_error());
   check(memcmp(packed.get(), again.get(), packed.size()) == 0, "pack_fp8 depends on threads");
   check(memcmp(packed.get(), rounded.get(), packed.size()) == 0, "pack_fp8 does not keep codes and scales");
   codes[(size_t)(200 * (cols + gap) + 140)] = 0xff;
@@ -359,7 +427,9 @@ void e4m3_blocks() {
   const dso_weight weight{DSO_FP8, rows, cols, 0, packed.get(), (int64_t)packed.size()};
   check(dso_unpack(one.c, &weight, 0, rows, back.data()) == 0, "unpack: %s", dso_last_error());
   for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < cols; ++c) check(std::isnan(back[(size_t)(r * cols + c)]) == (r / 128 == 1 && c / 128 == 1), "a NaN code: (%d, %d) is %g", r, c, back[(size_t)(r * cols + c)]);
+    for (int c = 0; c < cols; ++c)
+      check(std::isnan(back[(size_t)(r * cols + c)]) == (r / 128 == 1 && c / 128 == 1), "a NaN code: (%d, %d) is %g", r, c,
+            back[(size_t)(r * cols + c)]);
   refuses(dso_pack_fp8(one.c, codes.data(), scales.data(), rows, cols, cols - 1, packed.get()), DSO_EINVAL, "stride", "stride");
   refuses(dso_pack_fp8(one.c, codes.data(), nullptr, rows, cols, cols, packed.get()), DSO_EINVAL, "NULL", "no scales");
   refuses(dso_pack_fp8(one.c, codes.data(), scales.data(), 0, cols, cols, packed.get()), DSO_EINVAL, "0 x 170", "no rows");
@@ -372,18 +442,21 @@ void caches() {
   refuses(create({DSO_KV_F32, 1, 1, 16, 0, 0, 0, 0}, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
   for (int d : {0, 1, 15, 255, 258, 320, 65536})
     refuses(create({DSO_KV_BF16, 1, 1, d, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
-  refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0}, INT32_MAX, &k), DSO_ENOMEM, "", "a cache larger than any address space");
+  refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0}, INT32_MAX, &k), DSO_ENOMEM, "",
+          "a cache larger than any address space");
   check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "absurd block");
   for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
     for (const Variant& v : variants())
-      check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64), "%s: another cache layout", v.name.c_str());
+      check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64),
+            "%s: another cache layout", v.name.c_str());
     check(create({type, 2, 3, 64, 0, 0, 0, 0}, 1000, &k) == 0, "cache: %s", dso_last_error());
     check(block_bytes({type, 2, 3, 64, 0, 0, 0, 0}) == k->block_bytes(), "block bytes");
     // Written by one variant, read by another: the layout is one.
     const std::vector<Variant> all = variants();
     Random random(type);
     const int tokens = 45, width = 3 * 64;
-    std::vector<float> key((size_t)(tokens * width)), value(key.size()), read_k(key.size()), read_v(key.size()), first_k, first_v;
+    std::vector<float> key((size_t)(tokens * width)), value(key.size()), read_k(key.size()), read_v(key.size()), first_k,
+        first_v;
     for (float& f : key) f = random.normal();
     for (float& f : value) f = random.normal();
     const int32_t table[] = {7, 3}, moved[] = {7, 4};
@@ -393,11 +466,19 @@ void caches() {
       if (first_k.empty()) first_k = read_k, first_v = read_v;
       check(read_k == first_k && read_v == first_v, "%s: writes another cache", v.name.c_str());
       for (int t = 0; t < tokens; ++t)
-        for (int i = 0; i < width; ++i) check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) < 0.05, "%s: key[%d][%d]", v.name.c_str(), t, i);
+        for (int i = 0; i < width; ++i)
+          check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) < 0.05,
+                "%s: key[%d][%d]", v.name.c_str(), t, i);
     }
-    check(dso_cache_copy_block(k, 3, 4) == 0 && dso_cache_read(k, 1, moved, tokens, read_k.data(), read_v.data()) == 0 && read_k == first_k, "a copied block");
-    check(dso_cache_release(k, 8) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 && read_k == first_k, "release of later blocks");
-    check(dso_cache_release(k, 0) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 && read_k[0] == 0, "released memory reads as zero");
+    check(dso_cache_copy_block(k, 3, 4) == 0 && dso_cache_read(k, 1, moved, tokens, read_k.data(), read_v.data()) == 0 &&
+              read_k == first_k,
+          "a copied block");
+    check(dso_cache_release(k, 8) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 &&
+              read_k == first_k,
+          "release of later blocks");
+    check(dso_cache_release(k, 0) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 &&
+              read_k[0] == 0,
+          "released memory reads as zero");
     refuses(dso_cache_copy_block(k, 3, 1000), DSO_EINVAL, "to 1000", "copy past the end");
     refuses(dso_cache_release(k, -1), DSO_EINVAL, "-1", "release");
     refuses(dso_cache_read(k, 2, table, 5, read_k.data(), read_v.data()), DSO_EINVAL, "layer 2 of 2", "layer");

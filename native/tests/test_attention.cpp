@@ -10,7 +10,7 @@ static const char* family_name(Family f) { return f == Family::decode ? "decode"
 struct Case {
   int32_t type, kv_heads, group, head_dim;
   int64_t ctx, rows, window;
-  float scale, magnitude;  // of q
+  float scale, magnitude;        // of q
   int64_t sinks = 0, top_k = 0;  // top_k: each row and kv head sees at most so many blocks, drawn by the test
 };
 
@@ -24,10 +24,15 @@ struct Setup {
   std::vector<std::vector<int32_t>> chosen;  // blocks, by row and kv head
 
   Setup(const Variant& v, const Case& c, Random& random)
-      : variant(v), c(c), cache(*v.kernels, c.type, c.kv_heads, c.head_dim, c.ctx + c.rows + random.below(40) + 32, random),
-        q(normal((size_t)(c.rows * width()), c.magnitude, random)), scratch(v.kernels->attn_scratch, 0xff), first(c.ctx) {
+      : variant(v),
+        c(c),
+        cache(*v.kernels, c.type, c.kv_heads, c.head_dim, c.ctx + c.rows + random.below(40) + 32, random),
+        q(normal((size_t)(c.rows * width()), c.magnitude, random)),
+        scratch(v.kernels->attn_scratch, 0xff),
+        first(c.ctx) {
     const int64_t n = c.ctx + c.rows;
-    const std::vector<float> k = normal((size_t)(n * cache.width()), 1, random), val = normal((size_t)(n * cache.width()), 1, random);
+    const std::vector<float> k = normal((size_t)(n * cache.width()), 1, random),
+                             val = normal((size_t)(n * cache.width()), 1, random);
     for (int64_t t = 0; t < n;) {
       const int64_t piece = std::min<int64_t>(n - t, 1 + random.below(90));
       cache.write(t, piece, k.data() + t * cache.width(), val.data() + t * cache.width());
@@ -52,7 +57,9 @@ struct Setup {
     blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
     return blocks;
   }
-  const std::vector<int32_t>& blocks_of(int64_t row, int64_t kv_head) const { return chosen[(size_t)((c.ctx + row - first) * c.kv_heads + kv_head)]; }
+  const std::vector<int32_t>& blocks_of(int64_t row, int64_t kv_head) const {
+    return chosen[(size_t)((c.ctx + row - first) * c.kv_heads + kv_head)];
+  }
   VisibleTokens sight(int64_t row, int64_t kv_head) const {
     if (c.top_k == 0) return {c.window, c.sinks};
     const std::vector<int32_t>& blocks = blocks_of(row, kv_head);
@@ -95,20 +102,23 @@ struct Setup {
       const float* first_q = q.data() + h * c.group * d;
       float* o = out.data() + h * c.group * d;
       if (family == Family::prefill) {
-        k.attn_prefill(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, o, stride * 4, scratch.get());
+        k.attn_prefill(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, o, stride * 4,
+                       scratch.get());
       } else if (family == Family::decode) {
         const int64_t chunk_part = (r1 - r0) * c.group * row_part;
         Buffer part((size_t)(chunks * chunk_part) * 4, 0xff);
         float* p = (float*)part.get();
         for (int64_t i = 0; i < chunks; ++i)
-          k.attn_decode_chunk(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, i, p + i * chunk_part, scratch.get());
+          k.attn_decode_chunk(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, i,
+                              p + i * chunk_part, scratch.get());
         for (int64_t i = 0; i < (r1 - r0) * c.group; ++i)
           k.attn_merge(p + i * row_part, chunk_part, chunks, d, o + (r0 + i / c.group) * stride + i % c.group * d);
       } else {
         for (int64_t r = r0; r < r1; ++r)
           for (int64_t g = 0; g < c.group; ++g) {
             Buffer scores((size_t)end(r) * 4, 0xff);
-            k.attn_eager(cache.layout, view, h, first_q + r * width() + g * d, end(r), begin(r), c.scale, (float*)scores.get(), o + r * stride + g * d);
+            k.attn_eager(cache.layout, view, h, first_q + r * width() + g * d, end(r), begin(r), c.scale, (float*)scores.get(),
+                         o + r * stride + g * d);
           }
       }
     }
@@ -177,20 +187,27 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
       const float* got = out.data() + r * (s.width() + 3) + h * d;
       for (int64_t i = 0; i < d; ++i)
         if (!check(std::fabs(got[i] - value[(size_t)i] / total) <= bound,
-                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld row %ld/%ld head %ld [%ld]: %.7g, not %.7g (bound %.2g)", s.variant.name.c_str(),
-                   kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx, (long)c.window, (long)c.sinks, (long)c.top_k, (long)r, (long)c.rows, (long)h, (long)i, got[i],
+                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld row %ld/%ld head %ld [%ld]: "
+                   "%.7g, not %.7g (bound %.2g)",
+                   s.variant.name.c_str(), kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx,
+                   (long)c.window, (long)c.sinks, (long)c.top_k, (long)r, (long)c.rows, (long)h, (long)i, got[i],
                    value[(size_t)i] / total, bound))
           return;
     }
   for (int64_t r = 0; r < c.rows; ++r)
-    for (int i = 0; i < 3; ++i) check(out[(size_t)(r * (s.width() + 3) + s.width() + i)] == -77.0f, "%s %s wrote past row %ld", s.variant.name.c_str(), family_name(family), (long)r);
+    for (int i = 0; i < 3; ++i)
+      check(out[(size_t)(r * (s.width() + 3) + s.width() + i)] == -77.0f, "%s %s wrote past row %ld", s.variant.name.c_str(),
+            family_name(family), (long)r);
 }
 
-static void equal_bits(const Setup& s, Family f, const std::vector<float>& a, const std::vector<float>& b, int64_t rows, const char* what) {
+static void equal_bits(const Setup& s, Family f, const std::vector<float>& a, const std::vector<float>& b, int64_t rows,
+                       const char* what) {
   const size_t row = (size_t)s.width() + 3;
   for (int64_t r = 0; r < rows; ++r)
-    check(!memcmp(a.data() + (size_t)r * row, b.data() + (size_t)r * row, row * 4), "%s %s %s: d=%d group=%d ctx=%ld window=%ld sinks=%ld top_k=%ld rows=%ld: row %ld differs %s", s.variant.name.c_str(),
-          kv_name(s.c.type), family_name(f), s.c.head_dim, s.c.group, (long)s.c.ctx, (long)s.c.window, (long)s.c.sinks, (long)s.c.top_k, (long)s.c.rows, (long)r, what);
+    check(!memcmp(a.data() + (size_t)r * row, b.data() + (size_t)r * row, row * 4),
+          "%s %s %s: d=%d group=%d ctx=%ld window=%ld sinks=%ld top_k=%ld rows=%ld: row %ld differs %s", s.variant.name.c_str(),
+          kv_name(s.c.type), family_name(f), s.c.head_dim, s.c.group, (long)s.c.ctx, (long)s.c.window, (long)s.c.sinks,
+          (long)s.c.top_k, (long)s.c.rows, (long)r, what);
 }
 
 static void all_families(const Variant& v, const Case& c, Random& random) {
@@ -233,7 +250,8 @@ static void all_families(const Variant& v, const Case& c, Random& random) {
 
 // Heads and rows beyond what one pass holds are cut inside the kernel.
 static void many_heads(const Variant& v, Random& random) {
-  for (int32_t group : {65, 71, 130, 600}) all_families(v, {DSO_KV_BF16, 1, group, 8, 40, group > 200 ? 1 : 5, 0, 0.3f, 1.0f}, random);
+  for (int32_t group : {65, 71, 130, 600})
+    all_families(v, {DSO_KV_BF16, 1, group, 8, 40, group > 200 ? 1 : 5, 0, 0.3f, 1.0f}, random);
 }
 
 // A window, or chosen blocks, that cover all the cache give the bits of full attention.
@@ -260,9 +278,11 @@ static void empty_chunk(const Variant& v, Random& random) {
   Setup s(v, {DSO_KV_BF16, 1, 2, 64, 600, 1, 50, 0.125f, 1.0f}, random);
   Buffer part(2 * 80 * 4, 0xff);
   const float* p = (const float*)part.get();
-  v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, VisibleTokens{50, 0}, 0.125f, 0, (float*)part.get(), s.scratch.get());
+  v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, VisibleTokens{50, 0},
+                               0.125f, 0, (float*)part.get(), s.scratch.get());
   for (int h = 0; h < 2; ++h) {
-    check(p[h * 80] == -INFINITY && p[h * 80 + 1] == 0, "%s: m, l of an empty chunk are %g, %g", v.name.c_str(), p[h * 80], p[h * 80 + 1]);
+    check(p[h * 80] == -INFINITY && p[h * 80 + 1] == 0, "%s: m, l of an empty chunk are %g, %g", v.name.c_str(), p[h * 80],
+          p[h * 80 + 1]);
     for (int i = 0; i < 64; ++i) check(p[h * 80 + 16 + i] == 0, "%s: o of an empty chunk is not 0", v.name.c_str());
   }
 }
@@ -274,21 +294,44 @@ int main() {
       for (int i = 0; i < 16; ++i) {
         const int32_t dims[] = {2, 16, 30, 40, 64, 80, 96, 128, 256, 2 * (1 + random.below(128))};
         const int32_t d = dims[random.below(10)];
-        const int64_t ctx = random.below(3) ? random.below(700) : random.below(40), window = random.below(3) ? 0 : 1 + random.below(random.below(2) ? 40 : 500);
+        const int64_t ctx = random.below(3) ? random.below(700) : random.below(40),
+                      window = random.below(3) ? 0 : 1 + random.below(random.below(2) ? 40 : 500);
         const float magnitude = i % 8 == 6 ? 80 : i % 8 == 7 ? 1e4f : 1.0f;  // logits of about that size
-        all_families(v, {type, 1 + random.below(2), 1 + random.below(12), d, ctx, 1 + random.below(random.below(2) ? 70 : 6), window, 1.0f / std::sqrt((float)d), magnitude}, random);
+        all_families(v,
+                     {type, 1 + random.below(2), 1 + random.below(12), d, ctx, 1 + random.below(random.below(2) ? 70 : 6),
+                      window, 1.0f / std::sqrt((float)d), magnitude},
+                     random);
       }
     }
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (int64_t window : {1, 31, 32, 33, 300})
         for (int64_t sinks : {0, 1, 32, 33, 270}) {
           const int64_t ctx = random.below(3) ? 280 + random.below(700) : random.below(100);
-          const Case c = {type, 1 + random.below(2), 1 + random.below(8), 2 * (1 + random.below(40)), ctx, 1 + random.below(random.below(2) ? 70 : 4), window, 0.2f, 1.0f, sinks};
+          const Case c = {type,
+                          1 + random.below(2),
+                          1 + random.below(8),
+                          2 * (1 + random.below(40)),
+                          ctx,
+                          1 + random.below(random.below(2) ? 70 : 4),
+                          window,
+                          0.2f,
+                          1.0f,
+                          sinks};
           all_families(v, c, random);
         }
       for (int i = 0; i < 12; ++i) {
         const int64_t ctx = random.below(1500);
-        const Case c = {type, 1 + random.below(2), 1 + random.below(8), 2 * (1 + random.below(60)), ctx, 1 + random.below(10), 0, 0.2f, 1.0f, 0, 1 + random.below(30)};
+        const Case c = {type,
+                        1 + random.below(2),
+                        1 + random.below(8),
+                        2 * (1 + random.below(60)),
+                        ctx,
+                        1 + random.below(10),
+                        0,
+                        0.2f,
+                        1.0f,
+                        0,
+                        1 + random.below(30)};
         all_families(v, c, random);
         covers_all(v, c, random);
       }

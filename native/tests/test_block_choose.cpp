@@ -1,5 +1,6 @@
-// Block-sparse attention on every variant: summaries against the keys that the cache holds, choices against estimates in doubles,
-// attention against softmax over the chosen blocks; and a row's bits, which depend on nothing but the row and what it sees.
+// Block-sparse attention on every variant: summaries against the keys that the cache holds, choices against estimates in
+// doubles, attention against softmax over the chosen blocks; and a row's bits, which depend on nothing but the row and what it
+// sees.
 #include <algorithm>
 #include <memory>
 
@@ -31,7 +32,10 @@ constexpr int32_t kBlocks = 400;
 class Model {
  public:
   Model(const Spec& s, const Variant& v, int threads, bool sparse, Random& random)
-      : spec(s), isa(v.name), chosen_width_(sparse ? s.kv_heads * s.top_k : 0), context_(*v.kernels, threads),
+      : spec(s),
+        isa(v.name),
+        chosen_width_(sparse ? s.kv_heads * s.top_k : 0),
+        context_(*v.kernels, threads),
         cache(*v.kernels, {s.type, 1, s.kv_heads, s.head_dim, 0, 0, 0, 1}, kBlocks) {
     const int32_t widths[] = {s.q_width(), s.kv_width(), s.kv_width()};
     for (int i = 0, from = 0; i < 3; from += widths[i++]) {
@@ -39,8 +43,10 @@ class Model {
       for (int32_t r = 0; r < widths[i]; ++r) part[(size_t)r * s.row_width() + from + r] = 1;
       weights_.push_back(packed_weight(context_.c, DSO_F32, part, 0, widths[i], s.row_width(), packed_));
     }
-    weights_.push_back(packed_weight(context_.c, DSO_F32, std::vector<float>((size_t)s.row_width(), 0.0f), 0, 1, s.row_width(), packed_));
-    for (int32_t w : {s.row_width(), s.q_width(), s.kv_width(), s.kv_width(), s.q_width(), s.kv_heads * s.top_k}) slots_.push_back({DSO_SLOT_F32, w, 0, 0});
+    weights_.push_back(
+        packed_weight(context_.c, DSO_F32, std::vector<float>((size_t)s.row_width(), 0.0f), 0, 1, s.row_width(), packed_));
+    for (int32_t w : {s.row_width(), s.q_width(), s.kv_width(), s.kv_width(), s.q_width(), s.kv_heads * s.top_k})
+      slots_.push_back({DSO_SLOT_F32, w, 0, 0});
     step(DSO_OP_EMBEDDING, {}, {0}, {3});
     step(DSO_OP_LINEAR, {0}, {1, 2, 3}, {0, 1, 2});
     step(DSO_OP_CACHE_WRITE, {2, 3}, {});
@@ -55,7 +61,8 @@ class Model {
       step(DSO_OP_ATTENTION, {1}, {4});
     }
     step(DSO_OP_HIDDEN_OUT, {4}, {}).layer = (chosen_width_ + s.q_width() - 1) / s.q_width();
-    check(dso_plan_create(context_.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(), weights_.data(), (int32_t)weights_.size(), 1, &plan_) == 0,
+    check(dso_plan_create(context_.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(),
+                          weights_.data(), (int32_t)weights_.size(), 1, &plan_) == 0,
           "plan: %s", dso_last_error());
     for (int32_t i = 0; i < kBlocks; ++i) free_.push_back(kBlocks - 1 - i);
     const int runs = 1 + random.below(40);  // blocks of a sequence are neighbours, or strewn
@@ -75,14 +82,16 @@ class Model {
     for (const Part& p : parts) {
       Sequence& s = *p.sequence;
       for (; (int32_t)s.blocks.size() * 32 < s.done + p.rows; free_.pop_back()) s.blocks.push_back(free_.back());
-      x.insert(x.end(), s.rows.begin() + (long)s.done * spec.row_width(), s.rows.begin() + (long)(s.done + p.rows) * spec.row_width());
+      x.insert(x.end(), s.rows.begin() + (long)s.done * spec.row_width(),
+               s.rows.begin() + (long)(s.done + p.rows) * spec.row_width());
       query.push_back(p.rows);
       context.push_back(s.done);
       phase.push_back(p.phase);
       table.resize(query.size() * kBlocks, -7);
       std::copy(s.blocks.begin(), s.blocks.end(), table.end() - kBlocks);
     }
-    const size_t T = x.size() / (size_t)spec.row_width(), q = (size_t)spec.q_width(), c = (size_t)chosen_width_, at = (c + q - 1) / q * q * T;
+    const size_t T = x.size() / (size_t)spec.row_width(), q = (size_t)spec.q_width(), c = (size_t)chosen_width_,
+                 at = (c + q - 1) / q * q * T;
     std::vector<float> hidden(at + q * T, NAN);
     dso_batch b{};
     b.T = (int32_t)T;
@@ -110,7 +119,8 @@ class Model {
   const std::string isa;
 
  private:
-  dso_step& step(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out, const std::vector<int32_t>& w = {}) {
+  dso_step& step(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out,
+                 const std::vector<int32_t>& w = {}) {
     steps_.push_back(step_of(op, in, out, w));
     dso_step& s = steps_.back();
     s.heads = spec.heads();
@@ -143,7 +153,8 @@ struct Held {
     const int64_t d = m.spec.head_dim;
     keys.resize((size_t)(m.spec.kv_width() * tokens));
     values = keys;
-    check(dso_cache_read(&m.cache, 0, s.blocks.data(), (int32_t)tokens, keys.data(), values.data()) == 0, "%s", dso_last_error());
+    check(dso_cache_read(&m.cache, 0, s.blocks.data(), (int32_t)tokens, keys.data(), values.data()) == 0, "%s",
+          dso_last_error());
     for (int64_t h = 0; h < m.spec.kv_heads; ++h)
       for (int64_t b = 0; b < blocks; ++b)
         for (int64_t i = 0; i < d; ++i) {
@@ -161,7 +172,8 @@ struct Held {
 // Number i of a block's summary as the cache keeps it.
 float kept(const dso_cache& cache, int32_t block, int64_t kv_head, bool smallest, int64_t i, const int32_t* table) {
   const KvView v = cache.view(0, table);
-  const uint8_t* panel = v.summaries + block / 32 * v.summary_stride + kv_head * cache.layout.summary_bytes + (smallest ? cache.layout.summary_bytes / 2 : 0);
+  const uint8_t* panel = v.summaries + block / 32 * v.summary_stride + kv_head * cache.layout.summary_bytes +
+                         (smallest ? cache.layout.summary_bytes / 2 : 0);
   if (cache.layout.type == DSO_KV_F32) return ((const float*)panel)[i * 32 + block % 32];
   return from_bits((uint32_t)((const uint16_t*)panel)[i / 2 * 64 + block % 32 * 2 + i % 2] << 16);
 }
@@ -175,16 +187,19 @@ void summaries_hold(Model& m, const Sequence& s, const char* what) {
         for (bool smallest : {false, true}) {
           const float want = (smallest ? held.smallest : held.largest)[(size_t)((h * held.blocks + b) * d + i)];
           const float got = kept(m.cache, s.blocks[(size_t)b], h, smallest, i, s.blocks.data());
-          if (!check(got == want, "%s %s %s: d=%ld block %ld head %ld number %ld: %s is %g, not %g", m.isa.c_str(), kv_name(m.spec.type), what, (long)d, (long)b, (long)h,
-                     (long)i, smallest ? "smallest" : "largest", got, want))
+          if (!check(got == want, "%s %s %s: d=%ld block %ld head %ld number %ld: %s is %g, not %g", m.isa.c_str(),
+                     kv_name(m.spec.type), what, (long)d, (long)b, (long)h, (long)i, smallest ? "smallest" : "largest", got,
+                     want))
             return;
         }
 }
 
-// Whether the blocks chosen for a row and kv head are those of the definition, but for estimates that rounding cannot tell apart.
+// Whether the blocks chosen for a row and kv head are those of the definition, but for estimates that rounding cannot tell
+// apart.
 bool good_choice(const Model& m, const Held& held, const Sequence& s, int64_t token, int64_t kv_head) {
   const Spec& c = m.spec;
-  const int64_t n = token / 32 + 1, d = c.head_dim, S = (c.sinks + 31) / 32, W = std::max<int64_t>(0, token + 1 - c.window) / 32;
+  const int64_t n = token / 32 + 1, d = c.head_dim, S = (c.sinks + 31) / 32,
+                W = std::max<int64_t>(0, token + 1 - c.window) / 32;
   const float* got = s.chosen[(size_t)token].data() + kv_head * c.top_k;
   std::vector<char> chosen((size_t)n);
   for (int64_t i = 0; i < c.top_k; ++i) {
@@ -197,8 +212,8 @@ bool good_choice(const Model& m, const Held& held, const Sequence& s, int64_t to
   }
   if (n <= c.top_k) return true;
   const int64_t at = kv_head * held.blocks * d;
-  return best_are_chosen(chosen, S, W, s.rows.data() + token * c.row_width() + kv_head * c.group * d, c.group, d, held.largest.data() + at, held.smallest.data() + at,
-                         rounds_q(m) ? 0x1p-8 : 1e-6);
+  return best_are_chosen(chosen, S, W, s.rows.data() + token * c.row_width() + kv_head * c.group * d, c.group, d,
+                         held.largest.data() + at, held.smallest.data() + at, rounds_q(m) ? 0x1p-8 : 1e-6);
 }
 
 void against_doubles(Model& m, const Sequence& s) {
@@ -207,8 +222,9 @@ void against_doubles(Model& m, const Sequence& s) {
   const int64_t d = c.head_dim;
   for (int64_t t = 0; t < s.done; t += t > 100 && t + 20 < s.done ? 7 : 1)
     for (int64_t kv = 0; kv < c.kv_heads; ++kv) {
-      if (!check(good_choice(m, held, s, t, kv), "%s %s: d=%ld group=%d top_k=%d window=%d sinks=%d: choice of token %ld of %d, kv head %ld", m.isa.c_str(), kv_name(c.type), (long)d, c.group,
-                 c.top_k, c.window, c.sinks, (long)t, s.done, (long)kv))
+      if (!check(good_choice(m, held, s, t, kv),
+                 "%s %s: d=%ld group=%d top_k=%d window=%d sinks=%d: choice of token %ld of %d, kv head %ld", m.isa.c_str(),
+                 kv_name(c.type), (long)d, c.group, c.top_k, c.window, c.sinks, (long)t, s.done, (long)kv))
         return;
       for (int64_t g = 0; g < c.group; ++g) {
         const int64_t h = kv * c.group + g;
@@ -241,17 +257,21 @@ void against_doubles(Model& m, const Sequence& s) {
         const double bound = largest * (1e-6 + 4 * 6e-8 * 2 * size + (rounds_q(m) ? 0x1p-8 : 0));
         for (int64_t i = 0; i < d; ++i) {
           const float got = s.out[(size_t)t][(size_t)(h * d + i)];
-          if (!check(std::fabs(got - mixed[(size_t)i] / total) <= bound, "%s %s: d=%ld group=%d top_k=%d token %ld head %ld [%ld]: %g, not %g", m.isa.c_str(), kv_name(c.type), (long)d,
-                     c.group, c.top_k, (long)t, (long)h, (long)i, got, mixed[(size_t)i] / total))
+          if (!check(std::fabs(got - mixed[(size_t)i] / total) <= bound,
+                     "%s %s: d=%ld group=%d top_k=%d token %ld head %ld [%ld]: %g, not %g", m.isa.c_str(), kv_name(c.type),
+                     (long)d, c.group, c.top_k, (long)t, (long)h, (long)i, got, mixed[(size_t)i] / total))
             return;
         }
       }
     }
 }
 
-bool equal(const std::vector<float>& a, const std::vector<float>& b) { return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * 4) == 0; }
+bool equal(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * 4) == 0;
+}
 
-// Each alone on one thread, its prompt at once; then in random company and pieces on several; and without a choice, where all is chosen.
+// Each alone on one thread, its prompt at once; then in random company and pieces on several; and without a choice, where all
+// is chosen.
 void company(const Spec& spec, const Variant& v, int threads, Random& random) {
   struct Life {
     int32_t prompt, total;
@@ -259,7 +279,8 @@ void company(const Spec& spec, const Variant& v, int threads, Random& random) {
   };
   std::vector<Life> lives;
   for (int i = 0; i < 3; ++i) {
-    const int32_t prompt = i == 0 ? 32 * (spec.top_k + 3) + random.below(400) : 1 + random.below(300), total = prompt + 1 + random.below(40);
+    const int32_t prompt = i == 0 ? 32 * (spec.top_k + 3) + random.below(400) : 1 + random.below(300),
+                  total = prompt + 1 + random.below(40);
     std::vector<float> rows = normal((size_t)total * spec.row_width(), 1, random);
     lives.push_back({prompt, total, {}, {}, {}});
     for (Sequence* s : {&lives.back().alone, &lives.back().mixed, &lives.back().flash}) s->rows = rows;
@@ -278,8 +299,10 @@ void company(const Spec& spec, const Variant& v, int threads, Random& random) {
       if (l.mixed.done == l.total) continue;
       more = true;
       if (random.below(3) == 0) continue;
-      if (l.mixed.done < l.prompt) prefill.push_back({&l.mixed, 1 + random.below(random.below(2) ? left : std::min(left, 40)), DSO_PHASE_PREFILL});
-      else parts.push_back({&l.mixed, 1 + random.below(std::min(left, 4)), DSO_PHASE_DECODE});
+      if (l.mixed.done < l.prompt)
+        prefill.push_back({&l.mixed, 1 + random.below(random.below(2) ? left : std::min(left, 40)), DSO_PHASE_PREFILL});
+      else
+        parts.push_back({&l.mixed, 1 + random.below(std::min(left, 4)), DSO_PHASE_DECODE});
     }
     parts.insert(parts.end(), prefill.begin(), prefill.end());
     if (!parts.empty()) many.feed(parts);
@@ -288,10 +311,13 @@ void company(const Spec& spec, const Variant& v, int threads, Random& random) {
   for (const Life& l : lives) {
     summaries_hold(many, l.mixed, "in pieces");
     for (int32_t t = 0; t < l.total; ++t) {
-      if (!check(equal(l.alone.chosen[(size_t)t], l.mixed.chosen[(size_t)t]) && equal(l.alone.out[(size_t)t], l.mixed.out[(size_t)t]),
-                 "%s %s, %d threads: d=%d group=%d top_k=%d: token %d of %d differs in company", v.name.c_str(), kv_name(spec.type), threads, spec.head_dim, spec.group, spec.top_k, t, l.total))
+      if (!check(equal(l.alone.chosen[(size_t)t], l.mixed.chosen[(size_t)t]) &&
+                     equal(l.alone.out[(size_t)t], l.mixed.out[(size_t)t]),
+                 "%s %s, %d threads: d=%d group=%d top_k=%d: token %d of %d differs in company", v.name.c_str(),
+                 kv_name(spec.type), threads, spec.head_dim, spec.group, spec.top_k, t, l.total))
         return;
-      if (t < 32 * spec.top_k && !check(equal(l.alone.out[(size_t)t], l.flash.out[(size_t)t]), "%s %s: d=%d group=%d top_k=%d: token %d sees all, and differs from full attention",
+      if (t < 32 * spec.top_k && !check(equal(l.alone.out[(size_t)t], l.flash.out[(size_t)t]),
+                                        "%s %s: d=%d group=%d top_k=%d: token %d sees all, and differs from full attention",
                                         v.name.c_str(), kv_name(spec.type), spec.head_dim, spec.group, spec.top_k, t))
         return;
     }
@@ -321,7 +347,8 @@ void odd_numbers(const Variant& v, Random& random) {
   for (size_t t = (size_t)total - 4; t < (size_t)total; ++t)
     for (size_t i = 0; i < s.chosen[t].size(); ++i) {
       const float block = s.chosen[t][i];
-      check(block >= 0 && block <= 20 && (i % 6 == 0 || block > s.chosen[t][i - 1]), "%s: block %g among NaN and infinities", v.name.c_str(), block);
+      check(block >= 0 && block <= 20 && (i % 6 == 0 || block > s.chosen[t][i - 1]), "%s: block %g among NaN and infinities",
+            v.name.c_str(), block);
     }
 }
 
@@ -340,7 +367,9 @@ void caches(const Variant& v, int type, Random& random) {
   std::vector<uint8_t> bytes((size_t)dso_cache_saved_bytes(&m.cache));
   for (size_t i = 0; i < 3; ++i) {
     if (i == 1) {
-      check(dso_cache_save_block(&m.cache, s.blocks[i], bytes.data()) == 0 && dso_cache_load_block(&m.cache, others[i], bytes.data()) == 0, "%s", dso_last_error());
+      check(dso_cache_save_block(&m.cache, s.blocks[i], bytes.data()) == 0 &&
+                dso_cache_load_block(&m.cache, others[i], bytes.data()) == 0,
+            "%s", dso_last_error());
     } else {
       check(dso_cache_copy_block(&m.cache, s.blocks[i], others[i]) == 0, "%s", dso_last_error());
     }
@@ -356,8 +385,10 @@ void caches(const Variant& v, int type, Random& random) {
   summaries_hold(m, copy, "as turned");
   summaries_hold(m, s, "beside what turned");
 
-  const dso_cache_shape shape = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 1}, plain = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0};
-  check(dso_cache_block_bytes(&shape) - dso_cache_block_bytes(&plain) == 2 * spec.kv_width() * (type == DSO_KV_F32 ? 4 : 2) && dso_cache_block_bytes(&shape) == (int64_t)bytes.size(),
+  const dso_cache_shape shape = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 1},
+                        plain = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0};
+  check(dso_cache_block_bytes(&shape) - dso_cache_block_bytes(&plain) == 2 * spec.kv_width() * (type == DSO_KV_F32 ? 4 : 2) &&
+            dso_cache_block_bytes(&shape) == (int64_t)bytes.size(),
         "summaries take %ld bytes of a block", (long)(dso_cache_block_bytes(&shape) - dso_cache_block_bytes(&plain)));
 }
 
@@ -382,7 +413,8 @@ void refusals() {
   s.rows = normal(8 * (size_t)m.spec.row_width(), 1, random);
   dso_cache plain(*v.kernels, {DSO_KV_F32, 1, 1, 8, 0, 0, 0, 0}, 4);
   dso_cache_shape bad = {DSO_KV_F32, 1, 1, 8, 0, 0, 0, 2};
-  check(dso_cache_block_bytes(&bad) == -1 && strstr(dso_last_error(), "summaries is 2"), "summaries of 2: %s", dso_last_error());
+  check(dso_cache_block_bytes(&bad) == -1 && strstr(dso_last_error(), "summaries is 2"), "summaries of 2: %s",
+        dso_last_error());
   dso_slot slots[] = {{DSO_SLOT_F32, 16, 0, 0}, {DSO_SLOT_F32, 4, 0, 0}};
   std::vector<float> w(16);
   std::vector<std::unique_ptr<Buffer>> keep;
@@ -398,7 +430,8 @@ void refusals() {
     if (rc == 0) {
       const int32_t one = 1, none = 0;
       dso_batch b{};
-      b.T = b.S = 1, b.max_blocks = 1, b.query_len = &one, b.context_len = &none, b.phase = &none, b.block_table = &none, b.inputs_embeds = w.data(), b.cache = cache;
+      b.T = b.S = 1, b.max_blocks = 1, b.query_len = &one, b.context_len = &none, b.phase = &none, b.block_table = &none,
+      b.inputs_embeds = w.data(), b.cache = cache;
       rc = dso_plan_run(plan, &b);
       dso_plan_destroy(plan);
     }
@@ -418,10 +451,13 @@ int main() {
   for (const Variant& v : variants()) {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (int i = 0; i < 4; ++i) {
-        const int32_t window = i == 0 ? 0 : 1 + random.below(random.below(2) ? 40 : 200), sinks = random.below(3) ? random.below(40) : 0;
+        const int32_t window = i == 0 ? 0 : 1 + random.below(random.below(2) ? 40 : 200),
+                      sinks = random.below(3) ? random.below(40) : 0;
         const int32_t top_k = (sinks + 31) / 32 + (window + 31) / 32 + 2 + random.below(12);
         const bool wide = i == 1;  // products with ones and zeros take most of the time
-        company({type, 1 + random.below(2), 1 + random.below(wide ? 2 : 8), 2 * (1 + random.below(wide ? 128 : 24)), top_k, window, sinks}, v, 1 + random.below(4), random);
+        company({type, 1 + random.below(2), 1 + random.below(wide ? 2 : 8), 2 * (1 + random.below(wide ? 128 : 24)), top_k,
+                 window, sinks},
+                v, 1 + random.below(4), random);
       }
       caches(v, type, random);
     }

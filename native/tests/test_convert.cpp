@@ -60,8 +60,11 @@ void compare(const Variant& v, int kind, const std::vector<float>& x, int64_t sp
       const int64_t at = i - (i - scales) % 4;
       memcpy(&a, got.get() + at, 4);
       memcpy(&b, &want[at], 4);
-      if (!check(same(a, b), "%s %s kind %d width %ld: scale %ld is %g, not %g", v.name.c_str(), what, kind, (long)width, (long)(at - scales) / 4, a, b)) return;
-    } else if (!check(got[i] == want[i], "%s %s kind %d width %ld: byte %ld is %d, not %d", v.name.c_str(), what, kind, (long)width, (long)i, got[i], want[i])) {
+      if (!check(same(a, b), "%s %s kind %d width %ld: scale %ld is %g, not %g", v.name.c_str(), what, kind, (long)width,
+                 (long)(at - scales) / 4, a, b))
+        return;
+    } else if (!check(got[i] == want[i], "%s %s kind %d width %ld: byte %ld is %d, not %d", v.name.c_str(), what, kind,
+                      (long)width, (long)i, got[i], want[i])) {
       return;
     }
   }

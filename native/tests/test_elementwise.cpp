@@ -36,22 +36,28 @@ static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random
     const std::vector<float> first = run(*all[0].kernels, op, in, n, false);
     for (int64_t i = 0; i < n; ++i) {
       const double a = in.a[(size_t)i], b = in.b[(size_t)i];
-      const double wanted[] = {a / std::sqrt(square / (double)n + 1e-5) * b, a + b, a / (1 + std::exp(-a)) * b, 1 / (1 + std::exp(-a)), std::exp(a - top) / shares,
+      const double wanted[] = {a / std::sqrt(square / (double)n + 1e-5) * b,
+                               a + b,
+                               a / (1 + std::exp(-a)) * b,
+                               1 / (1 + std::exp(-a)),
+                               std::exp(a - top) / shares,
                                std::fma(b, 0.7f, a)};
       const double want = wanted[op], size = op == 5 ? std::fabs(a) + std::fabs(b) : std::fabs(want);
       const double error = op == 4 ? 2e-6 + 1e-7 * (top - a) : 1e-6;  // of a difference that is rounded, then taken to a power
-      if (!check(std::fabs(first[(size_t)i] - want) <= error * size + 1e-37, "%s %s n=%ld [%ld]: %.8g, not %.8g", all[0].name.c_str(), names[op], (long)n, (long)i,
-                 first[(size_t)i], want))
+      if (!check(std::fabs(first[(size_t)i] - want) <= error * size + 1e-37, "%s %s n=%ld [%ld]: %.8g, not %.8g",
+                 all[0].name.c_str(), names[op], (long)n, (long)i, first[(size_t)i], want))
         break;
     }
     for (const Variant& v : all)
       for (bool in_place : {false, true})
-        check(!memcmp(run(*v.kernels, op, in, n, in_place).data(), first.data(), (size_t)n * 4), "%s %s n=%ld%s: not the bits of %s", v.name.c_str(), names[op], (long)n,
-              in_place ? " in place" : "", all[0].name.c_str());
+        check(!memcmp(run(*v.kernels, op, in, n, in_place).data(), first.data(), (size_t)n * 4),
+              "%s %s n=%ld%s: not the bits of %s", v.name.c_str(), names[op], (long)n, in_place ? " in place" : "",
+              all[0].name.c_str());
   }
 }
 
-static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, bool in_place, Random& random) {
+static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved,
+                 bool in_place, Random& random) {
   const int64_t n = heads * head_dim, half = rot / 2;
   const std::vector<float> x = normal((size_t)n, 1, random);
   std::vector<float> angles((size_t)rot);
@@ -72,11 +78,13 @@ static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t offs
         const int64_t pair = interleaved ? j / 2 : j % half;
         const bool second = interleaved ? j % 2 : j >= half;
         const int64_t other = offset + (interleaved ? j ^ 1 : second ? j - half : j + half);
-        const volatile float a = want * angles[(size_t)pair], b = x[(size_t)(h * head_dim + other)] * angles[(size_t)(half + pair)];
+        const volatile float a = want * angles[(size_t)pair],
+                             b = x[(size_t)(h * head_dim + other)] * angles[(size_t)(half + pair)];
         want = second ? a + b : a - b;  // as Transformers rounds: two products, one sum
       }
-      if (!check(o[h * head_dim + i] == want, "%s rope heads=%ld d=%ld rot=%ld%s%s head %ld [%ld]: %.8g, not %.8g", v.name.c_str(), (long)heads, (long)head_dim, (long)rot,
-                 interleaved ? " interleaved" : "", in_place ? " in place" : "", (long)h, (long)i, o[h * head_dim + i], want))
+      if (!check(o[h * head_dim + i] == want, "%s rope heads=%ld d=%ld rot=%ld%s%s head %ld [%ld]: %.8g, not %.8g",
+                 v.name.c_str(), (long)heads, (long)head_dim, (long)rot, interleaved ? " interleaved" : "",
+                 in_place ? " in place" : "", (long)h, (long)i, o[h * head_dim + i], want))
         return;
     }
 }
@@ -87,23 +95,27 @@ static void extremes(const Variant& v) {
   const std::vector<float> y = run(*v.kernels, 2, {g, one}, (int64_t)g.size(), false);
   for (size_t i = 0; i < g.size(); ++i) {
     const double want = g[i] / (1 + std::exp(-(double)g[i]));
-    check(std::isnan(g[i]) ? std::isnan(y[i]) : y[i] == want || std::fabs(y[i] - want) <= 1e-6 * std::fabs(want) + 1e-37, "%s silu(%g) = %g", v.name.c_str(), g[i], y[i]);
+    check(std::isnan(g[i]) ? std::isnan(y[i]) : y[i] == want || std::fabs(y[i] - want) <= 1e-6 * std::fabs(want) + 1e-37,
+          "%s silu(%g) = %g", v.name.c_str(), g[i], y[i]);
   }
   const std::vector<float> s = run(*v.kernels, 3, {g, one}, (int64_t)g.size(), false);
   for (size_t i = 0; i < g.size(); ++i) {
     const double want = 1 / (1 + std::exp(-(double)g[i]));
-    check(std::isnan(g[i]) ? std::isnan(s[i]) : std::fabs(s[i] - want) <= 1e-6 * want + 1e-37, "%s sigmoid(%g) = %g", v.name.c_str(), g[i], s[i]);
+    check(std::isnan(g[i]) ? std::isnan(s[i]) : std::fabs(s[i] - want) <= 1e-6 * want + 1e-37, "%s sigmoid(%g) = %g",
+          v.name.c_str(), g[i], s[i]);
   }
   for (float bad : {(float)NAN, INFINITY})
     for (int at : {0, 5, 36}) {
       std::vector<float> x(37, 1.0f);
       x[(size_t)at] = bad;
-      for (float y : run(*v.kernels, 4, {x, x}, 37, false)) check(std::isnan(y), "%s softmax with %g at %d: %g", v.name.c_str(), bad, at, y);
+      for (float y : run(*v.kernels, 4, {x, x}, 37, false))
+        check(std::isnan(y), "%s softmax with %g at %d: %g", v.name.c_str(), bad, at, y);
     }
   std::vector<float> x(37, -INFINITY);
   x[20] = 3;
   const std::vector<float> certain = run(*v.kernels, 4, {x, x}, 37, false);
-  for (size_t i = 0; i < 37; ++i) check(certain[i] == (i == 20), "%s softmax of a certain choice: %g at %zu", v.name.c_str(), certain[i], i);
+  for (size_t i = 0; i < 37; ++i)
+    check(certain[i] == (i == 20), "%s softmax of a certain choice: %g at %zu", v.name.c_str(), certain[i], i);
   const std::vector<float> zeros(37, 0.0f), ones(37, 1.0f);
   for (float x : run(*v.kernels, 0, {zeros, ones}, 37, false)) check(x == 0, "%s rms_norm of zeros is %g", v.name.c_str(), x);
 }

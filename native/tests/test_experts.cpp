@@ -9,27 +9,35 @@
 namespace {
 
 // y of one row by its routes, each product by itself: what every plan must equal bit for bit.
-std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k, const float* x, const float* routes, bool prefill) {
-  const size_t up_bytes = ::packed_bytes(s.up_format, s.inner, s.hidden), down_bytes = ::packed_bytes(s.down_format, s.hidden, s.inner);
+std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k, const float* x, const float* routes,
+                         bool prefill) {
+  const size_t up_bytes = ::packed_bytes(s.up_format, s.inner, s.hidden),
+               down_bytes = ::packed_bytes(s.down_format, s.hidden, s.inner);
   Buffer scratch(k.linear_scratch), x_row(::row_bytes(s.up_kind, s.hidden)), h_row(::row_bytes(s.down_kind, s.inner));
   auto to_row = [&](int32_t kind, const float* from, int32_t width, Buffer& row) {
-    if (kind == DSO_SLOT_F32) memcpy(row.get(), from, (size_t)width * 4);
-    else k.convert(kind, from, 0, width, width, row.get());
+    if (kind == DSO_SLOT_F32)
+      memcpy(row.get(), from, (size_t)width * 4);
+    else
+      k.convert(kind, from, 0, width, width, row.get());
   };
   auto product = [&](int32_t format, int32_t rows, int32_t cols, const uint8_t* data, int32_t kind, Buffer& row) {
     std::vector<float> y((size_t)rows);
-    k.linear({format, rows, cols, data}, nullptr, kind, row.get(), (int64_t)row.size(), 1, prefill, 0, (rows + 15) / 16, y.data(), 4 * rows, scratch.get());
+    k.linear({format, rows, cols, data}, nullptr, kind, row.get(), (int64_t)row.size(), 1, prefill, 0, (rows + 15) / 16,
+             y.data(), 4 * rows, scratch.get());
     return y;
   };
   to_row(s.up_kind, x, s.hidden, x_row);
   std::vector<float> y((size_t)s.hidden, 0);
   for (int32_t j = 0; j < s.top_k; ++j) {
     const size_t e = (size_t)routes[j];
-    std::vector<float> gate = product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + 2 * e * up_bytes, s.up_kind, x_row);
-    const std::vector<float> up = product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + (2 * e + 1) * up_bytes, s.up_kind, x_row);
+    std::vector<float> gate =
+        product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + 2 * e * up_bytes, s.up_kind, x_row);
+    const std::vector<float> up =
+        product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + (2 * e + 1) * up_bytes, s.up_kind, x_row);
     k.swiglu(gate.data(), up.data(), s.inner, gate.data());
     to_row(s.down_kind, gate.data(), s.inner, h_row);
-    k.add_scaled(product(s.down_format, s.hidden, s.inner, weights.down->get() + e * down_bytes, s.down_kind, h_row).data(), routes[s.top_k + j], s.hidden, y.data());
+    k.add_scaled(product(s.down_format, s.hidden, s.inner, weights.down->get() + e * down_bytes, s.down_kind, h_row).data(),
+                 routes[s.top_k + j], s.hidden, y.data());
   }
   return y;
 }
@@ -45,16 +53,21 @@ struct Formats {
   int32_t up, up_kind, down, down_kind;
 };
 constexpr Formats kFormats[] = {
-    {"f32", DSO_F32, DSO_SLOT_F32, DSO_F32, DSO_SLOT_F32},       {"bf16", DSO_BF16, DSO_SLOT_BF16, DSO_BF16, DSO_SLOT_BF16},
-    {"int8", DSO_INT8, DSO_SLOT_Q16, DSO_INT8, DSO_SLOT_Q16},    {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_INT4, DSO_SLOT_Q8},
-    {"q4_1", DSO_Q4_1, DSO_SLOT_Q16, DSO_Q4_1, DSO_SLOT_Q16},    {"int4, down in int8", DSO_INT4, DSO_SLOT_Q8, DSO_INT8, DSO_SLOT_Q16},
-    {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_FP8, DSO_SLOT_BF16},     {"bf16, up in int4", DSO_INT4, DSO_SLOT_Q8, DSO_BF16, DSO_SLOT_BF16},
+    {"f32", DSO_F32, DSO_SLOT_F32, DSO_F32, DSO_SLOT_F32},
+    {"bf16", DSO_BF16, DSO_SLOT_BF16, DSO_BF16, DSO_SLOT_BF16},
+    {"int8", DSO_INT8, DSO_SLOT_Q16, DSO_INT8, DSO_SLOT_Q16},
+    {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_INT4, DSO_SLOT_Q8},
+    {"q4_1", DSO_Q4_1, DSO_SLOT_Q16, DSO_Q4_1, DSO_SLOT_Q16},
+    {"int4, down in int8", DSO_INT4, DSO_SLOT_Q8, DSO_INT8, DSO_SLOT_Q16},
+    {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_FP8, DSO_SLOT_BF16},
+    {"bf16, up in int4", DSO_INT4, DSO_SLOT_Q8, DSO_BF16, DSO_SLOT_BF16},
 };
 struct Shape {
   int32_t hidden, inner, experts, top_k;
 };
 
-void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const std::vector<int32_t>& tokens, std::vector<int> threads, int32_t flags) {
+void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const std::vector<int32_t>& tokens,
+                  std::vector<int> threads, int32_t flags) {
   MoeSpec spec{shape.hidden, shape.inner, shape.experts, shape.top_k, f.up, f.up_kind, f.down, f.down_kind};
   spec.flags = flags;
   OwnContext packing(k, 1);
@@ -78,8 +91,9 @@ void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const 
             if ((int32_t)known.size() <= t) known.resize((size_t)t + 1);
             std::vector<float>& want = known[(size_t)t];
             if (want.empty()) want = plain(spec, weights, k, x.data() + (size_t)t * (size_t)shape.hidden, routes, prefill);
-            if (!check(same_row(out.y.data() + (size_t)t * (size_t)shape.hidden, want.data(), shape.hidden), "%s %s [%d, %d] %d of %d, %s, %d threads, T %d, decode %d: row %d differs",
-                       k.isa, f.name, shape.hidden, shape.inner, shape.top_k, shape.experts, grouped ? "grouped" : "plain", n, T, decode, t))
+            if (!check(same_row(out.y.data() + (size_t)t * (size_t)shape.hidden, want.data(), shape.hidden),
+                       "%s %s [%d, %d] %d of %d, %s, %d threads, T %d, decode %d: row %d differs", k.isa, f.name, shape.hidden,
+                       shape.inner, shape.top_k, shape.experts, grouped ? "grouped" : "plain", n, T, decode, t))
               return;
             check(std::isnan(want[0]) == (t == 0), "%s %s: row %d: %g", k.isa, f.name, t, want[0]);
           }
@@ -111,11 +125,14 @@ void matches_textbook() {
           gate += value(weights.gate_up->get(), 40, 72, 2 * e, i, c) * x[(size_t)(t * 72 + c)];
           up += value(weights.gate_up->get(), 40, 72, 2 * e + 1, i, c) * x[(size_t)(t * 72 + c)];
         }
-        for (int32_t r = 0; r < 72; ++r) y[(size_t)r] += routes[3 + j] * value(weights.down->get(), 72, 40, e, r, i) * (gate / (1 + std::exp(-gate)) * up);
+        for (int32_t r = 0; r < 72; ++r)
+          y[(size_t)r] += routes[3 + j] * value(weights.down->get(), 72, 40, e, r, i) * (gate / (1 + std::exp(-gate)) * up);
       }
     }
     for (int32_t r = 0; r < 72; ++r)
-      if (!check(std::fabs(y[(size_t)r] - out.y[(size_t)(t * 72 + r)]) < 2e-5, "row %d [%d]: %g, not %g", t, r, out.y[(size_t)(t * 72 + r)], y[(size_t)r])) return;
+      if (!check(std::fabs(y[(size_t)r] - out.y[(size_t)(t * 72 + r)]) < 2e-5, "row %d [%d]: %g, not %g", t, r,
+                 out.y[(size_t)(t * 72 + r)], y[(size_t)r]))
+        return;
   }
 }
 
@@ -130,13 +147,15 @@ void groups(int64_t tokens, int64_t experts, int64_t top_k, bool grouped, int64_
   std::vector<int> times((size_t)tokens);
   int64_t at = 0, expert = -1;
   for (const Group& group : g.groups()) {
-    check(group.begin == at && group.begin < group.end && group.begin <= group.prefill && group.prefill <= group.end, "group %ld..%ld..%ld after %ld", (long)group.begin,
-          (long)group.prefill, (long)group.end, (long)at);
-    check(group.expert >= 0 && group.expert < experts && (!grouped || group.expert > expert), "expert %ld after %ld", (long)group.expert, (long)expert);
+    check(group.begin == at && group.begin < group.end && group.begin <= group.prefill && group.prefill <= group.end,
+          "group %ld..%ld..%ld after %ld", (long)group.begin, (long)group.prefill, (long)group.end, (long)at);
+    check(group.expert >= 0 && group.expert < experts && (!grouped || group.expert > expert), "expert %ld after %ld",
+          (long)group.expert, (long)expert);
     expert = group.expert;
     for (; at < group.end; ++at) {
       const int64_t t = *g.tokens(at);
-      if (!check(t >= 0 && t < tokens && (at < group.prefill) == (t < decode), "pair %ld is of token %ld", (long)at, (long)t)) return;
+      if (!check(t >= 0 && t < tokens && (at < group.prefill) == (t < decode), "pair %ld is of token %ld", (long)at, (long)t))
+        return;
       check(at == group.begin || t >= *g.tokens(at - 1), "tokens descend at pair %ld", (long)at);
       if (!grouped) check(t == at / top_k, "pair %ld is of token %ld", (long)at, (long)t);
       ++times[(size_t)t];
@@ -161,8 +180,9 @@ void blocks() {
         check(b.first(0) == 0 && b.first(b.blocks) == tiles, "%ld tiles in %ld blocks: ends", (long)tiles, (long)b.blocks);
         for (int64_t i = 0; i < b.blocks; ++i) {
           const int64_t n = b.first(i + 1) - b.first(i);
-          check(n > 0 && n <= b.largest() && b.first(i) % step == 0, "%ld tiles in %ld blocks of step %ld: block %ld has %ld, at most %ld", (long)tiles, (long)b.blocks,
-                (long)step, (long)i, (long)n, (long)b.largest());
+          check(n > 0 && n <= b.largest() && b.first(i) % step == 0,
+                "%ld tiles in %ld blocks of step %ld: block %ld has %ld, at most %ld", (long)tiles, (long)b.blocks, (long)step,
+                (long)i, (long)n, (long)b.largest());
         }
       }
 }
@@ -184,8 +204,9 @@ int main() {
       equals_plain(*v.kernels, f, {80, 56, 7, 3}, {1, 2, 5, 64, 91}, {1, 2, 5}, sigmoid);
       equals_plain(*v.kernels, f, {33, 17, 16, 6}, {1, 3, 70}, {2}, 0);
       equals_plain(*v.kernels, f, {145, 200, 1, 1}, {1, 63, 300}, {1, 3}, sigmoid);  // all rows to one expert, in blocks
-      equals_plain(*v.kernels, f, {420, 330, 2, 1}, {1, 7, 210}, {2, 9}, sigmoid);  // more tiles than a block takes
+      equals_plain(*v.kernels, f, {420, 330, 2, 1}, {1, 7, 210}, {2, 9}, sigmoid);   // more tiles than a block takes
     }
-  for (const Formats& f : {kFormats[1], kFormats[3]}) equals_plain(*variants().back().kernels, f, {1100, 70, 3, 2}, {1, 6, 300}, {64}, sigmoid);  // tokens cut, too
+  for (const Formats& f : {kFormats[1], kFormats[3]})
+    equals_plain(*variants().back().kernels, f, {1100, 70, 3, 2}, {1, 6, 300}, {64}, sigmoid);  // tokens cut, too
   return report("test_experts");
 }

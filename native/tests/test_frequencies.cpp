@@ -14,7 +14,8 @@ std::vector<float> frequencies_of(int64_t count, Random& random) {
 }
 
 struct Table {
-  Table(const Kernels& kernels, int threads, int32_t half, const float* inv_freq, int32_t tables) : context{std::make_shared<Context>(kernels, threads)} {
+  Table(const Kernels& kernels, int threads, int32_t half, const float* inv_freq, int32_t tables)
+      : context{std::make_shared<Context>(kernels, threads)} {
     const dso_slot slot{DSO_SLOT_F32, 2 * half, 0, 0};
     const dso_weight weight{DSO_VECTOR, 1, half, 0, inv_freq, 4 * half};
     std::vector<dso_slot> slots((size_t)tables, slot);
@@ -24,7 +25,8 @@ struct Table {
       steps.back().scale = 1.5f;
     }
     steps.push_back(step_of(DSO_OP_HIDDEN_OUT, {0}, {}));
-    check(dso_plan_create(&context, steps.data(), tables + 1, slots.data(), tables, &weight, 1, 8, &plan) == 0, "plan: %s", dso_last_error());
+    check(dso_plan_create(&context, steps.data(), tables + 1, slots.data(), tables, &weight, 1, 8, &plan) == 0, "plan: %s",
+          dso_last_error());
   }
   ~Table() { dso_plan_destroy(plan); }
   dso_context context;
@@ -49,13 +51,15 @@ void rows(const Kernels& kernels, int32_t half, int threads) {
     const std::vector<float> given = frequencies_of((int64_t)S * half, random);
     std::vector<float> found((size_t)T * 2 * (size_t)half, NAN);
     dso_batch b{};
-    b.T = T, b.S = S, b.positions = positions.data(), b.query_len = query.data(), b.context_len = context.data(), b.phase = phase.data();
+    b.T = T, b.S = S, b.positions = positions.data(), b.query_len = query.data(), b.context_len = context.data(),
+    b.phase = phase.data();
     b.hidden = found.data();
     b.inv_freq = round % 3 ? given.data() : nullptr;
     check(dso_plan_run(table.plan, &b) == 0, "run: %s", dso_last_error());
     for (int32_t t = 0; t < T; ++t)
       for (int32_t i = 0; i < half; ++i) {
-        const float angle = (float)positions[(size_t)t] * (b.inv_freq ? given[(size_t)(owner[(size_t)t] * half + i)] : own[(size_t)i]);
+        const float angle =
+            (float)positions[(size_t)t] * (b.inv_freq ? given[(size_t)(owner[(size_t)t] * half + i)] : own[(size_t)i]);
         const float* row = found.data() + (size_t)t * 2 * (size_t)half;
         const float cosine = (float)std::cos((double)angle) * 1.5f, sine = (float)std::sin((double)angle) * 1.5f;
         if (row[i] != cosine || row[half + i] != sine) {
@@ -76,7 +80,9 @@ void refused() {
   check(dso_plan_run(two.plan, &b) == 0, "two tables of the plan's own: %s", dso_last_error());
   std::fill(found.begin(), found.end(), 123.0f);
   b.inv_freq = own;
-  check(dso_plan_run(two.plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "inv_freq is given, and the plan has 2 ROPE_TABLEs"), "got: %s", dso_last_error());
+  check(
+      dso_plan_run(two.plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "inv_freq is given, and the plan has 2 ROPE_TABLEs"),
+      "got: %s", dso_last_error());
   check(found[0] == 123.0f, "wrote before it refused");
 }
 

@@ -1,5 +1,5 @@
-// The lightning indexer on every variant: keys come back as they were written, scores against doubles, the choice against a sort,
-// and, through plans, that a row's choice does not depend on its step, its company or the number of threads.
+// The lightning indexer on every variant: keys come back as they were written, scores against doubles, the choice against a
+// sort, and, through plans, that a row's choice does not depend on its step, its company or the number of threads.
 #include <algorithm>
 #include <memory>
 
@@ -17,7 +17,9 @@ struct Keys {
   KvView view;
 
   Keys(const Kernels& k, int32_t type, int32_t index, int64_t tokens, Random& random)
-      : shape{type, 1, 0, 0, 6, 2, index, 0}, layout(checked_layout(k, shape)), memory((size_t)((tokens + 31) / 32 * layout.layer_bytes), 0xff),
+      : shape{type, 1, 0, 0, 6, 2, index, 0},
+        layout(checked_layout(k, shape)),
+        memory((size_t)((tokens + 31) / 32 * layout.layer_bytes), 0xff),
         table((size_t)(tokens + 31) / 32) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = (int32_t)i;
     random.shuffle(table);
@@ -26,16 +28,18 @@ struct Keys {
 };
 
 static void layer_norm(const Variant& v, int64_t n, Random& random) {
-  std::vector<float> x = normal((size_t)n, 2, random), w = normal((size_t)n, 1, random), b = normal((size_t)n, 1, random), want((size_t)n);
+  std::vector<float> x = normal((size_t)n, 2, random), w = normal((size_t)n, 1, random), b = normal((size_t)n, 1, random),
+                     want((size_t)n);
   const float mean = random.below(2) ? 0.0f : 50.0f;
   for (float& e : x) e += mean;
   std::vector<float> out((size_t)n + 3, -77.0f);
   v.kernels->layer_norm(x.data(), w.data(), b.data(), n, 1e-6f, out.data());
   scalar::layer_norm(x.data(), w.data(), b.data(), n, 1e-6f, want.data());
   for (int64_t i = 0; i < n; ++i)
-    check(std::fabs(out[(size_t)i] - want[(size_t)i]) <= 1e-6f * (1 + mean) * (1 + std::fabs(want[(size_t)i])), "%s layer_norm of %ld: [%ld] is %g, not %g", v.name.c_str(), (long)n,
-          (long)i, out[(size_t)i], want[(size_t)i]);
-  for (int i = 0; i < 3; ++i) check(out[(size_t)(n + i)] == -77.0f, "%s layer_norm of %ld wrote past its row", v.name.c_str(), (long)n);
+    check(std::fabs(out[(size_t)i] - want[(size_t)i]) <= 1e-6f * (1 + mean) * (1 + std::fabs(want[(size_t)i])),
+          "%s layer_norm of %ld: [%ld] is %g, not %g", v.name.c_str(), (long)n, (long)i, out[(size_t)i], want[(size_t)i]);
+  for (int i = 0; i < 3; ++i)
+    check(out[(size_t)(n + i)] == -77.0f, "%s layer_norm of %ld wrote past its row", v.name.c_str(), (long)n);
 }
 
 static void write(const Variant& v, int type, int32_t index, Random& random) {
@@ -45,17 +49,22 @@ static void write(const Variant& v, int type, int32_t index, Random& random) {
   std::vector<int64_t> cuts = {0};
   while (cuts.back() < tokens) cuts.push_back(std::min<int64_t>(tokens, cuts.back() + 1 + random.below(40)));
   for (size_t i = cuts.size() - 1; i > 0; --i)  // the last piece first: rows are written without touching their neighbours
-    v.kernels->index_write(keys.layout, keys.view, cuts[i - 1], cuts[i] - cuts[i - 1], k.data() + cuts[i - 1] * index, index * 4);
+    v.kernels->index_write(keys.layout, keys.view, cuts[i - 1], cuts[i] - cuts[i - 1], k.data() + cuts[i - 1] * index,
+                           index * 4);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < index; ++i) {
       const float given = k[(size_t)(t * index + i)], got = scalar::index_number(keys.layout, keys.view, t, i);
-      if (!check(got == (type == DSO_KV_F32 ? given : rounded_bf16(given)), "%s %s index=%d token %ld [%ld]: %g came back as %g", v.name.c_str(), kv_name(type), index, (long)t, (long)i, given, got))
+      if (!check(got == (type == DSO_KV_F32 ? given : rounded_bf16(given)),
+                 "%s %s index=%d token %ld [%ld]: %g came back as %g", v.name.c_str(), kv_name(type), index, (long)t, (long)i,
+                 given, got))
         return;
     }
   const uint8_t* latents = keys.memory.get();
   for (size_t b = 0; b < keys.table.size(); ++b)
     for (int64_t i = 0; i < 32 * keys.layout.row_bytes; ++i)
-      if (!check(latents[(int64_t)b * keys.layout.layer_bytes + i] == 0xff, "%s: keys were written over latents", v.name.c_str())) return;
+      if (!check(latents[(int64_t)b * keys.layout.layer_bytes + i] == 0xff, "%s: keys were written over latents",
+                 v.name.c_str()))
+        return;
 }
 
 static void scores(const Variant& v, int type, int64_t heads, int32_t index, int64_t tokens, Random& random) {
@@ -76,13 +85,16 @@ static void scores(const Variant& v, int type, int64_t heads, int32_t index, int
   const double bound = 1e-6 * size * scale * (double)index;
   for (int64_t t = 0; t < tokens; ++t) {
     const double want = scalar::index_score(keys.layout, keys.view, heads, q.data(), w.data(), t, scale);
-    if (!check(std::fabs(got[t] - want) <= bound, "%s %s heads=%ld index=%d: token %ld has score %.8g, not %.8g", v.name.c_str(), kv_name(type), (long)heads, index, (long)t, got[t], want)) break;
+    if (!check(std::fabs(got[t] - want) <= bound, "%s %s heads=%ld index=%d: token %ld has score %.8g, not %.8g",
+               v.name.c_str(), kv_name(type), (long)heads, index, (long)t, got[t], want))
+      break;
   }
   const int64_t begin = random.below((int)tokens), end = begin + 1 + random.below((int)(tokens - begin));
   Buffer part((size_t)(end - begin) * 4, 0xff);
   v.kernels->index_scores(keys.layout, keys.view, heads, packed.get(), w.data(), begin, end, scale, (float*)part.get());
-  check(!memcmp(part.get(), got + begin, part.size()), "%s %s heads=%ld index=%d: scores of [%ld, %ld) differ from those of all", v.name.c_str(), kv_name(type), (long)heads, index, (long)begin,
-        (long)end);
+  check(!memcmp(part.get(), got + begin, part.size()),
+        "%s %s heads=%ld index=%d: scores of [%ld, %ld) differ from those of all", v.name.c_str(), kv_name(type), (long)heads,
+        index, (long)begin, (long)end);
 
   std::vector<float> bad(k.begin(), k.begin() + index);  // of a token nobody should look past
   bad[(size_t)random.below(index)] = NAN;
@@ -91,7 +103,9 @@ static void scores(const Variant& v, int type, int64_t heads, int32_t index, int
   const float* after = (const float*)poisoned.get();
   v.kernels->index_scores(keys.layout, keys.view, heads, packed.get(), w.data(), 0, tokens, scale, (float*)poisoned.get());
   for (int64_t t = 0; t < tokens; ++t)
-    if (!check(t == begin ? after[t] == INFINITY : after[t] == got[t], "%s: beside a NaN of token %ld token %ld has score %g", v.name.c_str(), (long)begin, (long)t, after[t])) break;
+    if (!check(t == begin ? after[t] == INFINITY : after[t] == got[t], "%s: beside a NaN of token %ld token %ld has score %g",
+               v.name.c_str(), (long)begin, (long)t, after[t]))
+      break;
 }
 
 static void select(const Variant& v, int64_t n, int64_t k, int kind, Random& random) {
@@ -99,7 +113,11 @@ static void select(const Variant& v, int64_t n, int64_t k, int kind, Random& ran
   Buffer memory((size_t)n * 4), out((size_t)k * 4, 0xff);
   float* x = (float*)memory.get();
   for (int64_t i = 0; i < n; ++i)
-    x[i] = kind == 0 ? random.normal() : kind == 1 ? (float)random.below(5) - 2 : kind == 2 ? special[random.below(8)] : kind == 3 ? -1.5f : std::fabs(random.normal()) * 1e-3f;
+    x[i] = kind == 0   ? random.normal()
+           : kind == 1 ? (float)random.below(5) - 2
+           : kind == 2 ? special[random.below(8)]
+           : kind == 3 ? -1.5f
+                       : std::fabs(random.normal()) * 1e-3f;
   std::vector<float> want((size_t)k);
   scalar::index_select(x, n, k, want.data());
   v.kernels->index_select(x, n, k, (float*)out.get());
@@ -116,7 +134,9 @@ struct Shape {
 class Chooser {
  public:
   Chooser(const Shape& shape, const Kernels& kernels, int threads, int64_t blocks)
-      : shape(shape), context_{std::make_shared<Context>(kernels, threads)}, cache_(kernels, {shape.type, 2, 0, 0, 6, 2, shape.index, 0}, blocks) {
+      : shape(shape),
+        context_{std::make_shared<Context>(kernels, threads)},
+        cache_(kernels, {shape.type, 2, 0, 0, 6, 2, shape.index, 0}, blocks) {
     Random random(3);
     const int32_t rows[] = {shape.heads * shape.index, shape.index, shape.heads};
     for (int i = 0; i < 3; ++i) {
@@ -127,8 +147,10 @@ class Chooser {
     weights.push_back({DSO_VECTOR, 1, shape.index, 0, gain.data(), 4 * (int64_t)shape.index});
     table_.assign((size_t)((shape.width + 31) / 32 * 32 * 16), 0);
     weights.push_back({DSO_F32, 1, shape.width, 0, table_.data(), 4 * (int64_t)table_.size()});
-    for (int32_t width : {shape.width, rows[0], rows[1], rows[2], shape.index, shape.top_k}) slots.push_back({DSO_SLOT_F32, width, 0, 0});
-    auto step = [&](int32_t op, std::vector<int32_t> in, std::vector<int32_t> out, std::vector<int32_t> w, std::vector<int32_t> b) -> dso_step& {
+    for (int32_t width : {shape.width, rows[0], rows[1], rows[2], shape.index, shape.top_k})
+      slots.push_back({DSO_SLOT_F32, width, 0, 0});
+    auto step = [&](int32_t op, std::vector<int32_t> in, std::vector<int32_t> out, std::vector<int32_t> w,
+                    std::vector<int32_t> b) -> dso_step& {
       dso_step s = step_of(op, in, out, w, b);
       s.eps = 1e-6f;
       s.layer = op == DSO_OP_INDEX_WRITE || op == DSO_OP_INDEX_CHOOSE;
@@ -153,7 +175,8 @@ class Chooser {
   Chooser(const Chooser&) = delete;
 
   int32_t create(dso_plan** plan) {
-    return dso_plan_create(&context_, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), weights.data(), (int32_t)weights.size(), 1, plan);
+    return dso_plan_create(&context_, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), weights.data(),
+                           (int32_t)weights.size(), 1, plan);
   }
 
   struct Sequence {
@@ -181,7 +204,8 @@ class Chooser {
       query.push_back(p.rows);
       context.push_back(p.sequence->done);
       phase.push_back(p.phase);
-      x.insert(x.end(), p.sequence->x.begin() + (long)p.sequence->done * shape.width, p.sequence->x.begin() + (long)(p.sequence->done + p.rows) * shape.width);
+      x.insert(x.end(), p.sequence->x.begin() + (long)p.sequence->done * shape.width,
+               p.sequence->x.begin() + (long)(p.sequence->done + p.rows) * shape.width);
       for (size_t i = 0; i < most; ++i) table.push_back(i < p.sequence->blocks.size() ? p.sequence->blocks[i] : -7);
     }
     dso_batch b{};
@@ -199,7 +223,8 @@ class Chooser {
     if (!check(dso_plan_run(plan_, &b) == 0, "run: %s", dso_last_error())) return;
     long row = 0;
     for (const Part& p : parts) {
-      p.sequence->chosen.insert(p.sequence->chosen.end(), out.begin() + row * shape.top_k, out.begin() + (row + p.rows) * shape.top_k);
+      p.sequence->chosen.insert(p.sequence->chosen.end(), out.begin() + row * shape.top_k,
+                                out.begin() + (row + p.rows) * shape.top_k);
       p.sequence->done += p.rows;
       row += p.rows;
     }
@@ -228,7 +253,8 @@ static void matches_doubles(const Chooser& c, const Chooser::Sequence& s, const 
   auto product = [&](int which, int64_t t, std::vector<double>& out, size_t at, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       double x = 0;
-      for (int64_t i = 0; i < h.width; ++i) x += (double)c.raw[which][(size_t)(r * h.width + i)] * s.x[(size_t)(t * h.width + i)];
+      for (int64_t i = 0; i < h.width; ++i)
+        x += (double)c.raw[which][(size_t)(r * h.width + i)] * s.x[(size_t)(t * h.width + i)];
       out[at + (size_t)r] = x;
     }
   };
@@ -238,7 +264,8 @@ static void matches_doubles(const Chooser& c, const Chooser::Sequence& s, const 
     double mean = 0, variance = 0;
     for (int64_t i = 0; i < h.index; ++i) mean += row[i] / h.index;
     for (int64_t i = 0; i < h.index; ++i) variance += (row[i] - mean) * (row[i] - mean) / h.index;
-    for (int64_t i = 0; i < h.index; ++i) row[i] = (row[i] - mean) / std::sqrt(variance + 1e-6) * c.gain[(size_t)i] + c.gain[(size_t)i];
+    for (int64_t i = 0; i < h.index; ++i)
+      row[i] = (row[i] - mean) / std::sqrt(variance + 1e-6) * c.gain[(size_t)i] + c.gain[(size_t)i];
   }
   const double rounding = h.type == DSO_KV_F32 ? 1e-5 : 2e-2;
   for (int64_t t = 0; t < n; t += 1 + n / 40) {
@@ -264,14 +291,16 @@ static void matches_doubles(const Chooser& c, const Chooser::Sequence& s, const 
       const float at = chosen[i];
       if (i >= count) {
         check(at == -1, "%s: row %ld of top_k %d has %g at %ld", name, (long)t, h.top_k, at, (long)i);
-      } else if (check(at == std::floor(at) && at >= 0 && at <= (float)t && (i == 0 || at > chosen[i - 1]), "%s: row %ld chose %g at %ld", name, (long)t, at, (long)i)) {
+      } else if (check(at == std::floor(at) && at >= 0 && at <= (float)t && (i == 0 || at > chosen[i - 1]),
+                       "%s: row %ld chose %g at %ld", name, (long)t, at, (long)i)) {
         in[(size_t)at] = true;
         least = std::min(least, score[(size_t)at]);
       }
     }
     for (int64_t j = 0; j <= t; ++j)
       if (!in[(size_t)j]) best = std::max(best, score[(size_t)j]);
-    check(best <= least + rounding * size, "%s %s heads=%d index=%d: row %ld left out a score of %g, and chose one of %g", name, kv_name(h.type), h.heads, h.index, (long)t, best, least);
+    check(best <= least + rounding * size, "%s %s heads=%d index=%d: row %ld left out a score of %g, and chose one of %g", name,
+          kv_name(h.type), h.heads, h.index, (long)t, best, least);
   }
 }
 
@@ -280,12 +309,14 @@ static void plans(const Shape& shape, const Kernels& kernels, int threads, int32
   const int64_t blocks = 3 * ((tokens + 31) / 32 + 3);
   Chooser alone(shape, kernels, 1, blocks), together(shape, kernels, threads, blocks);
   Chooser::Sequence a{normal((size_t)(tokens * shape.width), 1, random), 0, {}, {}}, b = a;
-  Chooser::Sequence other{normal((size_t)(tokens * shape.width), 1, random), 0, {}, {}}, third{normal((size_t)(tokens * shape.width), 1, random), 0, {}, {}};
+  Chooser::Sequence other{normal((size_t)(tokens * shape.width), 1, random), 0, {}, {}},
+      third{normal((size_t)(tokens * shape.width), 1, random), 0, {}, {}};
   alone.feed({{&a, tokens, DSO_PHASE_PREFILL}});
   matches_doubles(alone, a, kernels.isa);
   // The same sequence in steps of any size, in either phase, beside two others.
   while (b.done < tokens) {
-    const int32_t left = tokens - b.done, rows = std::min(left, random.below(3) ? 1 + random.below(6) : 1 + random.below(tokens));
+    const int32_t left = tokens - b.done,
+                  rows = std::min(left, random.below(3) ? 1 + random.below(6) : 1 + random.below(tokens));
     std::vector<Chooser::Part> parts = {{&b, rows, random.below(2)}};
     for (Chooser::Sequence* s : {&other, &third})
       if (s->done < tokens && random.below(3)) {
@@ -295,12 +326,16 @@ static void plans(const Shape& shape, const Kernels& kernels, int threads, int32
     std::stable_sort(parts.begin(), parts.end(), [](const auto& x, const auto& y) { return x.phase < y.phase; });
     together.feed(parts);
   }
-  check(a.chosen == b.chosen, "%s %s heads=%d index=%d top_k=%d, %d threads: the choice depends on steps and company", kernels.isa, kv_name(shape.type), shape.heads, shape.index,
-        shape.top_k, threads);
+  check(a.chosen == b.chosen, "%s %s heads=%d index=%d top_k=%d, %d threads: the choice depends on steps and company",
+        kernels.isa, kv_name(shape.type), shape.heads, shape.index, shape.top_k, threads);
 }
 
 static void refusals(const Kernels& kernels) {
-  const struct { int step; void (*spoil)(dso_step&); const char* words; } cases[] = {
+  const struct {
+    int step;
+    void (*spoil)(dso_step&);
+    const char* words;
+  } cases[] = {
       {2, [](dso_step& s) { s.b[0] = -1; }, "b[0] is weight -1"},
       {2, [](dso_step& s) { s.eps = -1; }, "eps is -1"},
       {3, [](dso_step& s) { s.index = 10; }, "in[0] must have width 10"},

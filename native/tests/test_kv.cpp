@@ -6,24 +6,28 @@ static void expected_row(int type, const float* x, int64_t d, float* out) {
   float top = 0;
   for (int64_t i = 0; i < d; ++i) top = std::fmax(top, std::fabs(x[i]));
   for (int64_t i = 0; i < d; ++i)
-    out[i] = type == DSO_KV_F32 ? x[i] : type == DSO_KV_BF16 ? rounded_bf16(x[i]) : (float)(int)std::nearbyint(x[i] * (127.0f / top)) * (top / 127.0f);
+    out[i] = type == DSO_KV_F32    ? x[i]
+             : type == DSO_KV_BF16 ? rounded_bf16(x[i])
+                                   : (float)(int)std::nearbyint(x[i] * (127.0f / top)) * (top / 127.0f);
 }
 
 static void round_trip(const Variant& v, int type, int32_t heads, int32_t d, int64_t tokens, Random& random) {
   Cache cache(*v.kernels, type, heads, d, tokens, random);
-  check(cache.layout.layer_bytes % 64 == 0, "%s: layer_bytes %ld is no multiple of 64", v.name.c_str(), (long)cache.layout.layer_bytes);
+  check(cache.layout.layer_bytes % 64 == 0, "%s: layer_bytes %ld is no multiple of 64", v.name.c_str(),
+        (long)cache.layout.layer_bytes);
   const int64_t width = cache.width();
   const std::vector<float> k = normal((size_t)(tokens * width), 2, random), val = normal((size_t)(tokens * width), 3, random);
   std::vector<int64_t> cuts = {0};  // appended in pieces, each head range apart
-  while (cuts.back() < tokens) cuts.push_back(std::min<int64_t>(tokens, cuts.back() + 1 + random.below(random.below(3) ? 5 : 70)));
+  while (cuts.back() < tokens)
+    cuts.push_back(std::min<int64_t>(tokens, cuts.back() + 1 + random.below(random.below(3) ? 5 : 70)));
   std::vector<size_t> order;
   for (size_t i = 0; i + 1 < cuts.size(); ++i) order.push_back(i);
   if (random.below(2)) random.shuffle(order);  // threads may write them in any order
   for (size_t i : order) {
     const int split = random.below(heads + 1);
     for (int part = 0; part < 2; ++part)
-      v.kernels->kv_write(cache.layout, cache.view, cuts[i], cuts[i + 1] - cuts[i], k.data() + cuts[i] * width, width * 4, val.data() + cuts[i] * width, width * 4,
-                          part ? split : 0, part ? heads : split);
+      v.kernels->kv_write(cache.layout, cache.view, cuts[i], cuts[i + 1] - cuts[i], k.data() + cuts[i] * width, width * 4,
+                          val.data() + cuts[i] * width, width * 4, part ? split : 0, part ? heads : split);
   }
   cache.tokens = tokens;
   std::vector<float> key, value, row((size_t)d);
@@ -34,8 +38,8 @@ static void round_trip(const Variant& v, int type, int32_t heads, int32_t d, int
         expected_row(type, (which ? val : k).data() + t * width + h * d, d, row.data());
         const float* got = (which ? value : key).data() + (h * tokens + t) * d;
         for (int64_t i = 0; i < d; ++i)
-          if (!check(same(got[i], row[(size_t)i]), "%s %s d=%d head %ld token %ld %s[%ld]: %g, not %g", v.name.c_str(), kv_name(type), d, (long)h, (long)t,
-                     which ? "v" : "k", (long)i, got[i], row[(size_t)i]))
+          if (!check(same(got[i], row[(size_t)i]), "%s %s d=%d head %ld token %ld %s[%ld]: %g, not %g", v.name.c_str(),
+                     kv_name(type), d, (long)h, (long)t, which ? "v" : "k", (long)i, got[i], row[(size_t)i]))
             return;
       }
 }
@@ -49,15 +53,17 @@ static void neighbours(const Variant& v, int type, int32_t d, Random& random) {
   cache.read(before_k, before_v);
   const int slot = random.below(32), n = 1 + random.below(32 - slot);
   const std::vector<float> other = normal((size_t)(n * cache.width()), 1, random);
-  v.kernels->kv_write(cache.layout, cache.view, slot, n, other.data(), cache.width() * 4, other.data(), cache.width() * 4, 1, 2);
+  v.kernels->kv_write(cache.layout, cache.view, slot, n, other.data(), cache.width() * 4, other.data(), cache.width() * 4, 1,
+                      2);
   cache.read(after_k, after_v);
   for (int h = 0; h < 2; ++h)
     for (int t = 0; t < 32; ++t) {
       const bool written = h == 1 && t >= slot && t < slot + n;
       const size_t at = (size_t)((h * 32 + t) * d) * 4, bytes = (size_t)d * 4;
-      const bool equal = !memcmp((char*)before_k.data() + at, (char*)after_k.data() + at, bytes) && !memcmp((char*)before_v.data() + at, (char*)after_v.data() + at, bytes);
-      check(equal != written, "%s %s d=%d: write of [%d, %d) to head 1: head %d token %d %s", v.name.c_str(), kv_name(type), d, slot, slot + n, h, t,
-            written ? "did not change" : "changed");
+      const bool equal = !memcmp((char*)before_k.data() + at, (char*)after_k.data() + at, bytes) &&
+                         !memcmp((char*)before_v.data() + at, (char*)after_v.data() + at, bytes);
+      check(equal != written, "%s %s d=%d: write of [%d, %d) to head 1: head %d token %d %s", v.name.c_str(), kv_name(type), d,
+            slot, slot + n, h, t, written ? "did not change" : "changed");
     }
 }
 
@@ -67,14 +73,18 @@ static void special_values(const Variant& v, Random& random) {
     for (float bad : {NAN, INFINITY, -INFINITY}) {
       Cache cache(*v.kernels, type, 1, d, 32, random);
       std::vector<float> k = normal((size_t)(3 * d), 1, random), key, value;
-      k[d + 7] = bad;                                     // token 1
+      k[d + 7] = bad;                                          // token 1
       for (int i = 0; i < d; ++i) k[(size_t)(2 * d + i)] = 0;  // token 2: no magnitude
       cache.write(0, 3, k.data(), k.data());
       cache.read(key, value);
-      check(std::isfinite(key[0]) && std::isfinite(value[d - 1]), "%s %s: a neighbour's %g spread", v.name.c_str(), kv_name(type), bad);
-      check(std::isnan(bad) || type == DSO_KV_INT8 ? std::isnan(key[d + 7]) && std::isnan(value[d + 7]) : key[d + 7] == bad && value[d + 7] == bad,
+      check(std::isfinite(key[0]) && std::isfinite(value[d - 1]), "%s %s: a neighbour's %g spread", v.name.c_str(),
+            kv_name(type), bad);
+      check(std::isnan(bad) || type == DSO_KV_INT8 ? std::isnan(key[d + 7]) && std::isnan(value[d + 7])
+                                                   : key[d + 7] == bad && value[d + 7] == bad,
             "%s %s: %g came back as %g", v.name.c_str(), kv_name(type), bad, key[d + 7]);
-      for (int i = 0; i < d; ++i) check(key[(size_t)(2 * d + i)] == 0, "%s %s: zero came back as %g", v.name.c_str(), kv_name(type), key[(size_t)(2 * d + i)]);
+      for (int i = 0; i < d; ++i)
+        check(key[(size_t)(2 * d + i)] == 0, "%s %s: zero came back as %g", v.name.c_str(), kv_name(type),
+              key[(size_t)(2 * d + i)]);
     }
 }
 

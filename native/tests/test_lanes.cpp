@@ -45,7 +45,10 @@
 #pragma GCC pop_options
 
 int main() {
-  const struct { const char* isa; void (*run)(const char*, std::vector<uint32_t>&); } all[] = {
+  const struct {
+    const char* isa;
+    void (*run)(const char*, std::vector<uint32_t>&);
+  } all[] = {
       {"avx2", lanes_avx2::check_lanes},
       {"avx2-vnni", lanes_avx2_vnni::check_lanes},
       {"avx512", lanes_avx512::check_lanes},

@@ -1,5 +1,5 @@
-// The choice of blocks of latents on every variant: summaries against the rows that the cache holds, choices against estimates in
-// doubles; and the same choice alone and in company, on any number of threads.
+// The choice of blocks of latents on every variant: summaries against the rows that the cache holds, choices against estimates
+// in doubles; and the same choice alone and in company, on any number of threads.
 #include <algorithm>
 #include <memory>
 
@@ -31,14 +31,18 @@ struct Sequence {
 class Model {
  public:
   Model(const Spec& s, const Variant& v, int threads, Random& random)
-      : spec(s), isa(v.name), context(*v.kernels, threads), cache(*v.kernels, {s.type, 2, 0, 0, s.rank, s.rope, 0, 1}, kBlocks) {
+      : spec(s),
+        isa(v.name),
+        context(*v.kernels, threads),
+        cache(*v.kernels, {s.type, 2, 0, 0, s.rank, s.rope, 0, 1}, kBlocks) {
     const int32_t widths[] = {s.q_width(), s.width()};
     for (int i = 0, from = 0; i < 2; from += widths[i++]) {
       std::vector<float> part((size_t)widths[i] * (size_t)s.row_width(), 0.0f);
       for (int32_t r = 0; r < widths[i]; ++r) part[(size_t)r * (size_t)s.row_width() + (size_t)(from + r)] = 1;
       weights_.push_back(packed_weight(context.c, DSO_F32, part, 0, widths[i], s.row_width(), packed_));
     }
-    weights_.push_back(packed_weight(context.c, DSO_F32, std::vector<float>((size_t)s.row_width(), 0.0f), 0, 1, s.row_width(), packed_));
+    weights_.push_back(
+        packed_weight(context.c, DSO_F32, std::vector<float>((size_t)s.row_width(), 0.0f), 0, 1, s.row_width(), packed_));
     for (int32_t w : {s.row_width(), s.q_width(), s.width(), s.chosen()}) slots_.push_back({DSO_SLOT_F32, w, 0, 0});
     step(DSO_OP_EMBEDDING, {}, {0}, {2});
     step(DSO_OP_LINEAR, {0}, {1, 2}, {0, 1});
@@ -49,7 +53,9 @@ class Model {
     choose.window = s.window;
     choose.sinks = s.sinks;
     step(DSO_OP_HIDDEN_OUT, {3}, {}, {});
-    check(dso_plan_create(context.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(), weights_.data(), (int32_t)weights_.size(), 1, &plan_) == 0, "plan: %s", dso_last_error());
+    check(dso_plan_create(context.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(),
+                          weights_.data(), (int32_t)weights_.size(), 1, &plan_) == 0,
+          "plan: %s", dso_last_error());
     for (int32_t i = 0; i < kBlocks; ++i) free_.push_back(kBlocks - 1 - i);
     if (random.below(2)) random.shuffle(free_);
   }
@@ -66,7 +72,8 @@ class Model {
     for (const Part& p : parts) {
       Sequence& s = *p.sequence;
       for (int32_t b = (s.done + 31) / 32; b * 32 < s.done + p.rows; ++b, free_.pop_back()) s.table[(size_t)b] = free_.back();
-      x.insert(x.end(), s.rows.begin() + (long)s.done * spec.row_width(), s.rows.begin() + (long)(s.done + p.rows) * spec.row_width());
+      x.insert(x.end(), s.rows.begin() + (long)s.done * spec.row_width(),
+               s.rows.begin() + (long)(s.done + p.rows) * spec.row_width());
       query.push_back(p.rows);
       past.push_back(s.done);
       phase.push_back(p.phase);
@@ -126,7 +133,8 @@ struct Extremes {
     for (size_t b = 0; b < latents.size() / w / 32; ++b)
       for (size_t i = 0; i < w; ++i) {
         float high = -INFINITY, low = INFINITY;
-        for (size_t t = 32 * b; t < 32 * b + 32; ++t) high = std::max(high, latents[t * w + i]), low = std::min(low, latents[t * w + i]);
+        for (size_t t = 32 * b; t < 32 * b + 32; ++t)
+          high = std::max(high, latents[t * w + i]), low = std::min(low, latents[t * w + i]);
         largest.push_back(s.type == DSO_KV_F32 ? high : rounded_bf16(high));
         smallest.push_back(s.type == DSO_KV_F32 ? low : rounded_bf16(low));
       }
@@ -142,10 +150,12 @@ void summaries_hold(Model& m, const Sequence& s, const char* what) {
       for (bool smallest : {false, true}) {
         const int64_t block = s.table[(size_t)b];
         const uint8_t* panel = v.summaries + block / 32 * v.summary_stride + (smallest ? m.cache.layout.summary_bytes / 2 : 0);
-        const float got = c.type == DSO_KV_F32 ? ((const float*)panel)[i * 32 + block % 32] : from_bits((uint32_t)((const uint16_t*)panel)[i / 2 * 64 + block % 32 * 2 + i % 2] << 16);
+        const float got = c.type == DSO_KV_F32
+                              ? ((const float*)panel)[i * 32 + block % 32]
+                              : from_bits((uint32_t)((const uint16_t*)panel)[i / 2 * 64 + block % 32 * 2 + i % 2] << 16);
         const float right = (smallest ? want.smallest : want.largest)[(size_t)(b * c.width() + i)];
-        if (!check(got == right, "%s %s %s: rank=%d rope=%d block %ld number %ld: %s is %g, not %g", m.isa.c_str(), kv_name(c.type), what, c.rank, c.rope, (long)b, (long)i, smallest ? "smallest" : "largest",
-                   got, right))
+        if (!check(got == right, "%s %s %s: rank=%d rope=%d block %ld number %ld: %s is %g, not %g", m.isa.c_str(),
+                   kv_name(c.type), what, c.rank, c.rope, (long)b, (long)i, smallest ? "smallest" : "largest", got, right))
           return;
       }
 }
@@ -161,21 +171,28 @@ bool good_choice(const Model& m, const Extremes& x, const Sequence& s, int64_t t
     if (i >= count) {
       if (got[(size_t)i] != -1) return false;
     } else {
-      if (!(got[(size_t)i] >= 0 && got[(size_t)i] <= (float)token) || (int64_t)got[(size_t)i] % 32 != i % 32 || (i > 0 && got[(size_t)i] <= got[(size_t)i - 1])) return false;
+      if (!(got[(size_t)i] >= 0 && got[(size_t)i] <= (float)token) || (int64_t)got[(size_t)i] % 32 != i % 32 ||
+          (i > 0 && got[(size_t)i] <= got[(size_t)i - 1]))
+        return false;
       chosen[(size_t)got[(size_t)i] / 32] = 1;
     }
   }
   if (std::count(chosen.begin(), chosen.end(), 1) != blocks) return false;
   if (n <= c.top_k) return true;
   const bool rounds_q = c.type != DSO_KV_F32 && (m.isa == "avx512-bf16" || m.isa.starts_with("amx"));
-  return best_are_chosen(chosen, S, W, s.rows.data() + token * c.row_width(), c.heads, c.width(), x.largest.data(), x.smallest.data(), rounds_q ? 0x1p-8 : 2e-6);
+  return best_are_chosen(chosen, S, W, s.rows.data() + token * c.row_width(), c.heads, c.width(), x.largest.data(),
+                         x.smallest.data(), rounds_q ? 0x1p-8 : 2e-6);
 }
 
-bool equal(const std::vector<float>& a, const std::vector<float>& b) { return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * 4); }
+bool equal(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * 4);
+}
 
 void company(const Variant& v, const Spec& spec, Random& random) {
-  const std::string name = v.name + " " + kv_name(spec.type) + " [" + std::to_string(spec.heads) + ", " + std::to_string(spec.rank) + "+" + std::to_string(spec.rope) + "] top_k " +
-                           std::to_string(spec.top_k) + " window " + std::to_string(spec.window) + "+" + std::to_string(spec.sinks);
+  const std::string name = v.name + " " + kv_name(spec.type) + " [" + std::to_string(spec.heads) + ", " +
+                           std::to_string(spec.rank) + "+" + std::to_string(spec.rope) + "] top_k " +
+                           std::to_string(spec.top_k) + " window " + std::to_string(spec.window) + "+" +
+                           std::to_string(spec.sinks);
   const int32_t totals[] = {32 * (spec.top_k + 6) + 1 + random.below(700), 1 + random.below(32 * spec.top_k)};
   Model one(spec, v, 1, random), many(spec, v, 2 + random.below(5), random);
   for (int32_t total : totals) {
@@ -185,16 +202,22 @@ void company(const Variant& v, const Spec& spec, Random& random) {
     other.rows = normal(40 * (size_t)spec.row_width(), 0.8f, random);
     one.feed({{&alone, total, DSO_PHASE_PREFILL}});
     while (mixed.done < total) {
-      const int32_t rows = std::min(total - mixed.done, random.below(4) == 0 ? 1 : 1 + random.below(mixed.done == 0 ? total : 60));
-      if (rows > 1 && other.done < 40) many.feed({{&other, 1, DSO_PHASE_DECODE}, {&mixed, rows, DSO_PHASE_PREFILL}});
-      else many.feed({{&mixed, rows, DSO_PHASE_DECODE}});
+      const int32_t rows =
+          std::min(total - mixed.done, random.below(4) == 0 ? 1 : 1 + random.below(mixed.done == 0 ? total : 60));
+      if (rows > 1 && other.done < 40)
+        many.feed({{&other, 1, DSO_PHASE_DECODE}, {&mixed, rows, DSO_PHASE_PREFILL}});
+      else
+        many.feed({{&mixed, rows, DSO_PHASE_DECODE}});
     }
     summaries_hold(one, alone, "at once");
     summaries_hold(many, mixed, "in pieces");
     const Extremes extremes(spec, one.held(alone));
     for (int32_t t = 0; t < total; ++t) {
-      if (!check(equal(alone.chosen[(size_t)t], mixed.chosen[(size_t)t]), "%s: choice of token %d of %d differs in company", name.c_str(), t, total)) break;
-      if (t % 5 == 0 && !check(good_choice(one, extremes, alone, t), "%s: choice of token %d of %d", name.c_str(), t, total)) break;
+      if (!check(equal(alone.chosen[(size_t)t], mixed.chosen[(size_t)t]), "%s: choice of token %d of %d differs in company",
+                 name.c_str(), t, total))
+        break;
+      if (t % 5 == 0 && !check(good_choice(one, extremes, alone, t), "%s: choice of token %d of %d", name.c_str(), t, total))
+        break;
     }
   }
 }
@@ -227,7 +250,8 @@ void refusals(const Variant& v) {
     const dso_weight w = packed_weight(context.c, DSO_F32, zero, 0, 1, q, keep);
     const dso_slot slots[] = {{DSO_SLOT_F32, q, 0, 0}, {DSO_SLOT_F32, 32 * std::max(1, top_k), 0, 0}};
     dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_LATENT_CHOOSE, {0}, {1}, {})};
-    steps[1].heads = 2, steps[1].rank = rank, steps[1].rope = 4, steps[1].top_k = top_k, steps[1].window = 64, steps[1].sinks = sinks;
+    steps[1].heads = 2, steps[1].rank = rank, steps[1].rope = 4, steps[1].top_k = top_k, steps[1].window = 64,
+    steps[1].sinks = sinks;
     dso_plan* plan = nullptr;
     const bool made = dso_plan_create(context.c, steps, 2, slots, 2, &w, 1, 1, &plan) == 0;
     check(!made && strstr(dso_last_error(), words), "expected \"%s\", got \"%s\"", words, made ? "a plan" : dso_last_error());

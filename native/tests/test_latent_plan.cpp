@@ -1,6 +1,6 @@
-// Latent attention through plans, over ragged batches of both phases and both forms, dense, sparse and with a window: against softmax in
-// doubles; a row's bits are the same alone and in company, with any threads; a NaN stays with the rows that see it; and blocks that no
-// row sees need no place.
+// Latent attention through plans, over ragged batches of both phases and both forms, dense, sparse and with a window: against
+// softmax in doubles; a row's bits are the same alone and in company, with any threads; a NaN stays with the rows that see it;
+// and blocks that no row sees need no place.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -24,11 +24,12 @@ struct Shape {
 constexpr int32_t kBlocks = 160;
 constexpr float kScale = 0.4f;
 
-struct Weights {  // shared by plans
+struct Weights {            // shared by plans
   std::vector<float> kv_b;  // [heads, nope + v_dim, rank]
   std::vector<std::unique_ptr<Buffer>> packed;
   std::vector<float> frequencies, norm;
-  std::vector<dso_weight> table;  // kv_b, keys, values, embedding, the indexer's weights and key, of the last product, frequencies, norm
+  std::vector<dso_weight>
+      table;  // kv_b, keys, values, embedding, the indexer's weights and key, of the last product, frequencies, norm
 
   Weights(const Shape& s, const Kernels& k, Random& random) {
     dso_context context{std::make_shared<Context>(k, 1)};
@@ -53,7 +54,11 @@ struct Weights {  // shared by plans
     }
     std::vector<float> one((size_t)s.out() * (size_t)s.out());
     for (int64_t i = 0; i < s.out(); ++i) one[(size_t)(i * s.out() + i)] = 1;
-    add(context, one, s.out_kind == DSO_SLOT_BF16 ? DSO_BF16 : s.out_kind == DSO_SLOT_F32 ? DSO_F32 : DSO_INT8, 1, s.out(), s.out());
+    add(context, one,
+        s.out_kind == DSO_SLOT_BF16  ? DSO_BF16
+        : s.out_kind == DSO_SLOT_F32 ? DSO_F32
+                                     : DSO_INT8,
+        1, s.out(), s.out());
     frequencies = normal(s.rope / 2, 1, random);
     norm = normal(s.rank, 1, random);
     table.push_back({DSO_VECTOR, 1, s.rope / 2, 0, frequencies.data(), 2 * s.rope});
@@ -79,11 +84,14 @@ using Slots = std::vector<dso_slot>;
 class Plan {
  public:
   // `spoil` makes a mistake of it, which `error` then tells.
-  Plan(const Shape& s, const Weights& w, const Kernels& kernels, int threads, const std::function<void(Steps&, Slots&)>& spoil = nullptr)
+  Plan(const Shape& s, const Weights& w, const Kernels& kernels, int threads,
+       const std::function<void(Steps&, Slots&)>& spoil = nullptr)
       : s_(s), context_{std::make_shared<Context>(kernels, threads)} {
     Slots slots;
     const int32_t last = s.out();
-    for (int32_t width : {s.query(), s.latent(), s.heads, std::max(1, s.index()), std::max(1, s.top_k), s.heads * s.latent(), s.heads * s.rank, last}) slots.push_back({DSO_SLOT_F32, width, 0, 0});
+    for (int32_t width : {s.query(), s.latent(), s.heads, std::max(1, s.index()), std::max(1, s.top_k), s.heads * s.latent(),
+                          s.heads * s.rank, last})
+      slots.push_back({DSO_SLOT_F32, width, 0, 0});
     slots.push_back({s.out_kind, last, 0, 0});
     slots.push_back({DSO_SLOT_F32, last, 0, 0});
     slots.push_back({DSO_SLOT_F32, s.rope, 0, 0});
@@ -109,7 +117,9 @@ class Plan {
       steps_.back().layer = chosen_at();
     }
     if (spoil) spoil(steps_, slots);
-    if (dso_plan_create(&context_, steps_.data(), (int32_t)steps_.size(), slots.data(), (int32_t)slots.size(), w.table.data(), (int32_t)w.table.size(), 1, &plan_)) error = dso_last_error();
+    if (dso_plan_create(&context_, steps_.data(), (int32_t)steps_.size(), slots.data(), (int32_t)slots.size(), w.table.data(),
+                        (int32_t)w.table.size(), 1, &plan_))
+      error = dso_last_error();
     check(spoil || error.empty(), "plan: %s", error.c_str());
   }
   ~Plan() { dso_plan_destroy(plan_); }
@@ -147,11 +157,14 @@ class Plan {
     std::vector<float> hidden(std::max(T * (size_t)s_.out(), before + T * (size_t)s_.top_k), 12345.0f);
     b.hidden = hidden.data();
     check(dso_plan_run(plan_, &b) == 0, "run: %s", dso_last_error());
-    return {{hidden.begin(), hidden.begin() + (int64_t)T * s_.out()}, {hidden.begin() + (int64_t)before, hidden.begin() + (int64_t)(before + T * (size_t)s_.top_k)}};
+    return {{hidden.begin(), hidden.begin() + (int64_t)T * s_.out()},
+            {hidden.begin() + (int64_t)before, hidden.begin() + (int64_t)(before + T * (size_t)s_.top_k)}};
   }
 
  private:
-  int32_t chosen_at() const { return s_.top_k > 0 ? (s_.out() + s_.top_k - 1) / s_.top_k : 0; }  // behind y, in rows of chosen tokens
+  int32_t chosen_at() const {
+    return s_.top_k > 0 ? (s_.out() + s_.top_k - 1) / s_.top_k : 0;
+  }  // behind y, in rows of chosen tokens
   void step(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out, const std::vector<int32_t>& w) {
     dso_step s = step_of(op, in, out, w);
     s.heads = s_.heads;
@@ -161,7 +174,8 @@ class Plan {
     s.v_dim = s_.v_dim;
     s.index = s_.index();
     s.top_k = s_.top_k;
-    if (op == DSO_OP_MLA_ABSORB || op == DSO_OP_MLA_ATTENTION || op == DSO_OP_MLA_VALUE) s.window = s_.window, s.sinks = s_.sinks;
+    if (op == DSO_OP_MLA_ABSORB || op == DSO_OP_MLA_ATTENTION || op == DSO_OP_MLA_VALUE)
+      s.window = s_.window, s.sinks = s_.sinks;
     s.eps = 1e-6f;
     s.scale = op == DSO_OP_EMBEDDING || op == DSO_OP_ROPE_TABLE ? 1.0f : kScale;
     steps_.push_back(s);
@@ -173,7 +187,8 @@ class Plan {
   dso_plan* plan_ = nullptr;
 };
 
-void against_doubles(const Shape& s, const Weights& w, const char* what, const float* q, const float* rows, const std::vector<int32_t>& tokens, const float* got) {
+void against_doubles(const Shape& s, const Weights& w, const char* what, const float* q, const float* rows,
+                     const std::vector<int32_t>& tokens, const float* got) {
   for (int64_t h = 0; h < s.heads; ++h) {
     const float *head = w.kv_b.data() + h * (s.nope + s.v_dim) * s.rank, *mine = q + h * (s.nope + s.rope);
     std::vector<double> absorbed((size_t)s.latent()), logit, mixed((size_t)s.rank);
@@ -198,9 +213,13 @@ void against_doubles(const Shape& s, const Weights& w, const char* what, const f
       largest = std::max(largest, std::fabs(want[(size_t)c]));
     }
     const bool exact = s.kv_type == DSO_KV_F32 && s.format == DSO_F32 && s.out_kind == DSO_SLOT_F32;
-    const double bound = (exact ? 1e-5 : s.format == DSO_INT8 ? 2e-1 : 4e-2) * std::max(0.5, largest);  // int8 moves logits most
+    const double bound = (exact                  ? 1e-5
+                          : s.format == DSO_INT8 ? 2e-1
+                                                 : 4e-2) *
+                         std::max(0.5, largest);  // int8 moves logits most
     for (int64_t c = 0; c < s.v_dim; ++c)
-      if (!check(std::fabs(got[h * s.v_dim + c] - want[(size_t)c]) <= bound, "%s: head %ld [%ld] of %zu tokens is %g, not %g", what, (long)h, (long)c, tokens.size(), got[h * s.v_dim + c], want[(size_t)c]))
+      if (!check(std::fabs(got[h * s.v_dim + c] - want[(size_t)c]) <= bound, "%s: head %ld [%ld] of %zu tokens is %g, not %g",
+                 what, (long)h, (long)c, tokens.size(), got[h * s.v_dim + c], want[(size_t)c]))
         return;
   }
 }
@@ -217,17 +236,26 @@ bool same_rows(const float* a, const float* b, int64_t n) {
   return true;
 }
 
-void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_t, int32_t>>& decode, const std::vector<std::pair<int32_t, int32_t>>& prefill, Random& random) {
+void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_t, int32_t>>& decode,
+            const std::vector<std::pair<int32_t, int32_t>>& prefill, Random& random) {
   const Weights w(s, *v.kernels, random);
   Plan plan(s, w, *v.kernels, 1 + random.below(5)), other(s, w, *v.kernels, 1 + random.below(3));
   dso_cache cache(*v.kernels, {s.kv_type, 1, 0, 0, s.rank, s.rope, s.index(), 0}, kBlocks);
   memset(cache.arena.data(), 0xff, (size_t)(kBlocks * cache.block_bytes()));  // what nobody wrote is NaN
-  const std::string name = v.name + " kv " + std::to_string(s.kv_type) + " kv_b " + std::to_string(s.format) + " [" + std::to_string(s.heads) + ", " + std::to_string(s.nope) + "+" + std::to_string(s.rope) +
-                           ", " + std::to_string(s.rank) + ", " + std::to_string(s.v_dim) + "] top_k " + std::to_string(s.top_k) + " out " + std::to_string(s.out_kind) + " window " + std::to_string(s.window) + "+" + std::to_string(s.sinks);
+  const std::string name = v.name + " kv " + std::to_string(s.kv_type) + " kv_b " + std::to_string(s.format) + " [" +
+                           std::to_string(s.heads) + ", " + std::to_string(s.nope) + "+" + std::to_string(s.rope) + ", " +
+                           std::to_string(s.rank) + ", " + std::to_string(s.v_dim) + "] top_k " + std::to_string(s.top_k) +
+                           " out " + std::to_string(s.out_kind) + " window " + std::to_string(s.window) + "+" +
+                           std::to_string(s.sinks);
   std::vector<Sequence> all;
   int32_t block = kBlocks - 1;  // downwards: the arena's last block is in use
   auto add = [&](int32_t context, int32_t rows, int32_t phase) {
-    Sequence q{context, rows, phase, normal((size_t)(context + rows) * s.query(), 0.2f, random), normal((size_t)(context + rows) * s.latent(), 0.7f, random), {}};
+    Sequence q{context,
+               rows,
+               phase,
+               normal((size_t)(context + rows) * s.query(), 0.2f, random),
+               normal((size_t)(context + rows) * s.latent(), 0.7f, random),
+               {}};
     for (int32_t i = 0; i < (context + rows + 31) / 32; ++i) q.table.push_back(block--);
     q.table.resize(kBlocks, 0);
     all.push_back(std::move(q));
@@ -236,7 +264,9 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
   for (auto [context, rows] : prefill) add(context, rows, DSO_PHASE_PREFILL);
   if (!check(block >= 0, "%s: too few blocks", name.c_str())) return;
   auto part = [&](const Sequence& q, int32_t from, int32_t rows, int32_t phase) {
-    return Part{from, rows, phase, q.q.data() + (int64_t)from * s.query(), q.latent.data() + (int64_t)from * s.latent(), q.table.data()};
+    return Part{
+        from,          rows, phase, q.q.data() + (int64_t)from * s.query(), q.latent.data() + (int64_t)from * s.latent(),
+        q.table.data()};
   };
   std::vector<Part> step;
   std::vector<std::vector<int32_t>> holes;  // tables without the blocks that no row of the step sees
@@ -246,7 +276,8 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     std::vector<int32_t>& table = holes.emplace_back(q.table);
     for (int32_t b = 0; b * 32 < q.context; ++b) {
       bool seen = false;
-      for (int32_t t = b * 32; t < b * 32 + 32; ++t) seen = seen || s.sees(q.context, t);  // by the first row, which looks back furthest
+      for (int32_t t = b * 32; t < b * 32 + 32; ++t)
+        seen = seen || s.sees(q.context, t);  // by the first row, which looks back furthest
       if (!seen && (b + 1) * 32 <= q.context) table[(size_t)b] = -1;
     }
   }
@@ -266,10 +297,13 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
           if (s.sees(sees - 1, t)) tokens.push_back(t);
       } else {
         for (int32_t j = 0; j < s.top_k; ++j) tokens.push_back((int32_t)together.chosen[(size_t)(row * s.top_k + j)]);
-        const bool fine = tokens.front() >= 0 && tokens.back() < sees && std::adjacent_find(tokens.begin(), tokens.end(), [](int a, int b) { return a >= b; }) == tokens.end();
+        const bool fine = tokens.front() >= 0 && tokens.back() < sees &&
+                          std::adjacent_find(tokens.begin(), tokens.end(), [](int a, int b) { return a >= b; }) == tokens.end();
         if (!check(fine, "%s: chosen tokens of row %d", name.c_str(), r)) return;
       }
-      if (r % 7 == 0 || r + 1 == q.rows) against_doubles(s, w, name.c_str(), q.q.data() + (int64_t)(q.context + r) * s.query(), rows.data(), tokens, together.y.data() + row * s.out());
+      if (r % 7 == 0 || r + 1 == q.rows)
+        against_doubles(s, w, name.c_str(), q.q.data() + (int64_t)(q.context + r) * s.query(), rows.data(), tokens,
+                        together.y.data() + row * s.out());
     }
   }
   // Each alone; those in decode phase row by row, too.
@@ -277,17 +311,20 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     const Sequence& q = all[i];
     const float* want = together.y.data() + first[i] * s.out();
     const Plan::Out alone = other.run(cache, {step[i]});
-    check(same_rows(alone.y.data(), want, (int64_t)q.rows * s.out()), "%s: sequence %zu of %d rows behind %d differs alone", name.c_str(), i, q.rows, q.context);
+    check(same_rows(alone.y.data(), want, (int64_t)q.rows * s.out()), "%s: sequence %zu of %d rows behind %d differs alone",
+          name.c_str(), i, q.rows, q.context);
     if (q.phase != DSO_PHASE_DECODE) continue;
     for (int32_t r = 0; r < q.rows; ++r) {
       const Plan::Out one = plan.run(cache, {part(q, q.context + r, 1, DSO_PHASE_DECODE)});
-      check(same_rows(one.y.data(), want + (int64_t)r * s.out(), s.out()), "%s: row %d of %d behind %d differs alone", name.c_str(), r, q.rows, q.context);
+      check(same_rows(one.y.data(), want + (int64_t)r * s.out(), s.out()), "%s: row %d of %d behind %d differs alone",
+            name.c_str(), r, q.rows, q.context);
     }
   }
   if (s.window >= 2000) {
     Shape whole = s;
     whole.window = whole.sinks = 0;
-    check(Plan(whole, w, *v.kernels, 2).run(cache, step).y == together.y, "%s: a window that covers all differs from none", name.c_str());
+    check(Plan(whole, w, *v.kernels, 2).run(cache, step).y == together.y, "%s: a window that covers all differs from none",
+          name.c_str());
   }
   // A NaN in a token, in one sequence of the company: rows before it, and all of the others, are as they were.
   for (size_t i = 0; i < all.size(); ++i) {
@@ -299,10 +336,12 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     const Plan::Out out = plan.run(cache, step);
     for (size_t j = 0; j < all.size(); ++j) {
       const int64_t clean = j == i ? bad : all[j].rows;
-      check(same_rows(out.y.data() + first[j] * s.out(), together.y.data() + first[j] * s.out(), clean * s.out()), "%s: %g in row %d of sequence %zu (%d rows behind %d) reached sequence %zu", name.c_str(), number, bad,
-            i, q.rows, q.context, j);
+      check(same_rows(out.y.data() + first[j] * s.out(), together.y.data() + first[j] * s.out(), clean * s.out()),
+            "%s: %g in row %d of sequence %zu (%d rows behind %d) reached sequence %zu", name.c_str(), number, bad, i, q.rows,
+            q.context, j);
     }
-    if (s.top_k == 0 && std::isnan(number)) check(std::isnan(out.y[(size_t)((first[i] + bad) * s.out())]), "%s: a NaN was lost", name.c_str());
+    if (s.top_k == 0 && std::isnan(number))
+      check(std::isnan(out.y[(size_t)((first[i] + bad) * s.out())]), "%s: a NaN was lost", name.c_str());
     number = was;
     plan.run(cache, step);
   }
@@ -314,7 +353,9 @@ void refusals(const Kernels& k) {
   const Shape s{2, 12, 4, 20, 10, 40, DSO_KV_F32, DSO_F32};  // as many sums of a row as chosen tokens
   Weights w(s, k, random);
   auto refused = [&](const char* words, int op, const std::function<void(dso_step&)>& change) {
-    Plan plan(s, w, k, 1, [&](Steps& steps, Slots&) { change(*std::find_if(steps.begin(), steps.end(), [&](const dso_step& x) { return x.op == op; })); });
+    Plan plan(s, w, k, 1, [&](Steps& steps, Slots&) {
+      change(*std::find_if(steps.begin(), steps.end(), [&](const dso_step& x) { return x.op == op; }));
+    });
     check(plan.error.find(words) != std::string::npos, "expected \"%s\", got \"%s\"", words, plan.error.c_str());
   };
   refused("step 3 (LATENT): eps is nan", DSO_OP_LATENT, [](dso_step& x) { x.eps = NAN; });
@@ -343,12 +384,16 @@ int main() {
     for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8})
       for (int32_t top_k : {0, 40}) {
         const int32_t format = type == DSO_KV_F32 ? DSO_F32 : type == DSO_KV_BF16 ? DSO_BF16 : DSO_INT8;
-        ragged(v, {5, 12, 4, 36, 10, top_k, type, format}, {{300, 1}, {0, 1}, {31, 5}}, {{0, 90}, {260, 70}, {0, 1}, {500, 3}}, random);
+        ragged(v, {5, 12, 4, 36, 10, top_k, type, format}, {{300, 1}, {0, 1}, {31, 5}}, {{0, 90}, {260, 70}, {0, 1}, {500, 3}},
+               random);
         ragged(v, {1, 2, 2, 2, 2, top_k, type, format}, {{40, 1}}, {{10, 70}, {255, 2}}, random);
-        ragged(v, {17, 6, 2, 20, 7, top_k, type, format}, {{513, 12}}, {{0, 100}}, random);  // values of odd size: never expanded
-        ragged(v, {3, 32, 16, 64, 32, top_k, type, format, type == DSO_KV_F32 ? DSO_SLOT_BF16 : DSO_SLOT_Q16}, {{70, 2}}, {{0, 280}, {5, 64}}, random);
+        ragged(v, {17, 6, 2, 20, 7, top_k, type, format}, {{513, 12}}, {{0, 100}},
+               random);  // values of odd size: never expanded
+        ragged(v, {3, 32, 16, 64, 32, top_k, type, format, type == DSO_KV_F32 ? DSO_SLOT_BF16 : DSO_SLOT_Q16}, {{70, 2}},
+               {{0, 280}, {5, 64}}, random);
         if (top_k > 0) continue;
-        ragged(v, {5, 12, 4, 36, 10, 0, type, format, DSO_SLOT_F32, 100, 5}, {{700, 1}, {0, 1}, {98, 12}, {400, 9}}, {{0, 190}, {260, 70}, {0, 1}, {900, 3}}, random);
+        ragged(v, {5, 12, 4, 36, 10, 0, type, format, DSO_SLOT_F32, 100, 5}, {{700, 1}, {0, 1}, {98, 12}, {400, 9}},
+               {{0, 190}, {260, 70}, {0, 1}, {900, 3}}, random);
         ragged(v, {1, 2, 2, 2, 2, 0, type, format, DSO_SLOT_F32, 1, 0}, {{40, 1}}, {{10, 70}, {255, 2}}, random);
         ragged(v, {17, 6, 2, 20, 7, 0, type, format, DSO_SLOT_F32, 300, 290}, {{613, 12}}, {{0, 700}}, random);
         ragged(v, {3, 32, 16, 64, 32, 0, type, format, DSO_SLOT_F32, 33, 64}, {{70, 2}}, {{0, 280}, {500, 64}}, random);

@@ -7,21 +7,25 @@ struct Case {
   int format, kind, rows, cols;
   std::vector<uint8_t> packed;
   std::vector<float> bias;
-  std::vector<std::vector<float>> x;      // [tokens][cols]
-  std::vector<std::vector<float>> want;   // [tokens][rows], the recipe
+  std::vector<std::vector<float>> x;     // [tokens][cols]
+  std::vector<std::vector<float>> want;  // [tokens][rows], the recipe
 
   int code(int r, int c) const {
     int shift;
     const uint8_t byte = packed[code_at(format, r, c, cols, &shift)];
     return format == DSO_INT8 ? byte - 128 : format == DSO_INT4 ? (byte >> shift & 15) - 8 : byte >> shift & 15;
   }
-  size_t scale_at(int r, int g) const { return (size_t)(r / 16 * ((cols + 31) / 32) + g) * tile_bytes(format) + code_bytes(format) + (size_t)(r % 16) * 2; }
+  size_t scale_at(int r, int g) const {
+    return (size_t)(r / 16 * ((cols + 31) / 32) + g) * tile_bytes(format) + code_bytes(format) + (size_t)(r % 16) * 2;
+  }
   float half(size_t at) const { return half_to_float((uint16_t)(packed[at] | packed[at + 1] << 8)); }
   float scale(int r, int g) const { return half(scale_at(r, g)); }
   float min(int r, int g) const { return format == DSO_Q4_1 ? half(scale_at(r, g) + 32) : 0.0f; }
 };
 
-uint16_t random_half(Random& random) { return (uint16_t)(random.below(2) << 15 | (8 + random.below(8)) << 10 | random.below(1024)); }
+uint16_t random_half(Random& random) {
+  return (uint16_t)(random.below(2) << 15 | (8 + random.below(8)) << 10 | random.below(1024));
+}
 
 Case make(int format, int kind, int rows, int cols, int tokens, Random& random) {
   Case c{format, kind, rows, cols, std::vector<uint8_t>(packed_bytes(format, rows, cols), 0), {}, {}, {}};
@@ -76,13 +80,16 @@ void reference(Case& c, const Kernels& k) {
           const double w = (double)c.scale(r, g) * c.code(r, i) + c.min(r, g);
           exact += w * x[(size_t)i];
           error += std::fabs(w) * (0.501 * a.scale(g) + 2e-6 * std::fabs(x[(size_t)i]));  // half a step each, and fp32 sums
-          if (c.format == DSO_Q4_1) error += 1e-6 * (std::fabs(c.min(r, g)) + std::fabs(c.scale(r, g)) * 15) * std::fabs(x[(size_t)i]);
+          if (c.format == DSO_Q4_1)
+            error += 1e-6 * (std::fabs(c.min(r, g)) + std::fabs(c.scale(r, g)) * 15) * std::fabs(x[(size_t)i]);
         }
         check(std::abs(dot) <= INT32_MAX, "a dot leaves int32");
         acc = std::fmaf((float)dot, c.scale(r, g) * a.scale(g), acc);
         if (c.format == DSO_Q4_1) acc = std::fmaf(c.min(r, g) * a.scale(g), (float)sum, acc);
       }
-      if (std::isfinite(exact)) check(std::fabs(acc - exact) <= error + 1e-30, "%s kind %d: the recipe gives %g for %g (bound %g)", format_name(c.format), c.kind, acc, exact, error);
+      if (std::isfinite(exact))
+        check(std::fabs(acc - exact) <= error + 1e-30, "%s kind %d: the recipe gives %g for %g (bound %g)",
+              format_name(c.format), c.kind, acc, exact, error);
       c.want.back().push_back(acc);
     }
   }
@@ -95,11 +102,13 @@ struct Run {
 
 void compare(const Variant& v, const Case& c, const Run& run, const char* what) {
   const int64_t x_stride = (int64_t)row_bytes(c.kind, c.cols) + 64 * run.x_gap, y_stride = 4 * (c.rows + run.y_gap);
-  Buffer x((size_t)(run.T * x_stride)), y((size_t)((run.T - 1) * y_stride) + 4 * (size_t)c.rows), scratch(v.kernels->linear_scratch), data(c.packed.size());
+  Buffer x((size_t)(run.T * x_stride)), y((size_t)((run.T - 1) * y_stride) + 4 * (size_t)c.rows),
+      scratch(v.kernels->linear_scratch), data(c.packed.size());
   memcpy(data.get(), c.packed.data(), c.packed.size());
   for (int t = 0; t < run.T; ++t) v.kernels->convert(c.kind, c.x[(size_t)t].data(), 0, c.cols, c.cols, x.get() + t * x_stride);
   const Matrix w = {c.format, c.rows, c.cols, data.get()};
-  v.kernels->linear(w, run.bias ? c.bias.data() : nullptr, c.kind, x.get(), x_stride, run.T, run.prefill, run.tile_begin, run.tile_end, (float*)y.get(), y_stride, scratch.get());
+  v.kernels->linear(w, run.bias ? c.bias.data() : nullptr, c.kind, x.get(), x_stride, run.T, run.prefill, run.tile_begin,
+                    run.tile_end, (float*)y.get(), y_stride, scratch.get());
   for (int t = 0; t < run.T; ++t)
     for (int r = 0; r < c.rows + run.y_gap; ++r) {
       const size_t at = (size_t)(t * y_stride + 4 * r);
@@ -107,9 +116,11 @@ void compare(const Variant& v, const Case& c, const Run& run, const char* what) 
       float got;
       memcpy(&got, y.get() + at, 4);
       const bool inside = r < c.rows && r >= 16 * run.tile_begin && r < 16 * run.tile_end;
-      const float want = !inside ? from_bits(0xa5a5a5a5) : run.bias ? c.want[(size_t)t][(size_t)r] + c.bias[(size_t)r] : c.want[(size_t)t][(size_t)r];
-      if (!check(same(got, want), "%s %s %s kind %d [%d x %d] T %d tiles %d..%d, token %d row %d: %g, not %g", v.name.c_str(), what, format_name(c.format), c.kind,
-                 c.rows, c.cols, run.T, run.tile_begin, run.tile_end, t, r, got, want))
+      const float want = !inside    ? from_bits(0xa5a5a5a5)
+                         : run.bias ? c.want[(size_t)t][(size_t)r] + c.bias[(size_t)r]
+                                    : c.want[(size_t)t][(size_t)r];
+      if (!check(same(got, want), "%s %s %s kind %d [%d x %d] T %d tiles %d..%d, token %d row %d: %g, not %g", v.name.c_str(),
+                 what, format_name(c.format), c.kind, c.rows, c.cols, run.T, run.tile_begin, run.tile_end, t, r, got, want))
         return;
     }
 }
@@ -169,7 +180,8 @@ void not_finite(const std::vector<Variant>& all, int format, int kind) {
       const int token = at % 12;
       c.x[(size_t)token][(size_t)at] = bad;
       reference(c, *all[0].kernels);
-      for (float y : c.want[(size_t)token]) check(std::isnan(y), "%s kind %d: %g at column %d was lost: %g", format_name(format), kind, bad, at, y);
+      for (float y : c.want[(size_t)token])
+        check(std::isnan(y), "%s kind %d: %g at column %d was lost: %g", format_name(format), kind, bad, at, y);
       for (const Variant& v : all) {
         compare(v, c, {12, 0, 3, 0, 0, true, false}, "bad activation");
         compare(v, c, {token % 8 + 1, 0, 3, 0, 0, true, false}, "bad activation");
@@ -182,7 +194,9 @@ void not_finite(const std::vector<Variant>& all, int format, int kind) {
       memcpy(&c.packed[c.scale_at(row, row % 3) + 32 * (size_t)field], &bad, 2);
       reference(c, *all[0].kernels);
       for (const auto& y : c.want)
-        for (int r = 0; r < 20; ++r) check(std::isfinite(y[(size_t)r]) == (r != row), "%s kind %d: scale %04x of row %d, row %d: %g", format_name(format), kind, bad, row, r, y[(size_t)r]);
+        for (int r = 0; r < 20; ++r)
+          check(std::isfinite(y[(size_t)r]) == (r != row), "%s kind %d: scale %04x of row %d, row %d: %g", format_name(format),
+                kind, bad, row, r, y[(size_t)r]);
       for (const Variant& v : all)
         for (int T : {2, 9}) compare(v, c, {T, 0, 2, 0, 0, true, false}, "bad weight");
     }

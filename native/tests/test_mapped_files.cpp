@@ -59,9 +59,12 @@ class File {
 
 bool changed(const void* address, const char* words) {
   const int32_t rc = dso_mapping_check(address);
-  return check(rc == DSO_EFILE && strstr(dso_last_error(), words), "code %d, message \"%s\" (expected \"%s\")", rc, dso_last_error(), words);
+  return check(rc == DSO_EFILE && strstr(dso_last_error(), words), "code %d, message \"%s\" (expected \"%s\")", rc,
+               dso_last_error(), words);
 }
-void intact(const File& f) { check(dso_mapping_check(f.data()) == DSO_OK && f.sum() == kBytes, "an intact file: %s", dso_last_error()); }
+void intact(const File& f) {
+  check(dso_mapping_check(f.data()) == DSO_OK && f.sum() == kBytes, "an intact file: %s", dso_last_error());
+}
 
 void cut_short() {
   File lost("lost"), other("other");
@@ -150,7 +153,8 @@ void calls() {
       file.cut(4096);
     else
       file.write_at(100, 9);
-    check(product() == DSO_EFILE && strstr(dso_last_error(), way), "dso_linear of a file that was %s: %s", way, dso_last_error());
+    check(product() == DSO_EFILE && strstr(dso_last_error(), way), "dso_linear of a file that was %s: %s", way,
+          dso_last_error());
     check(unpacked() == DSO_EFILE, "dso_unpack of a file that was %s", way);
     check(packed() == DSO_EFILE, "dso_pack of a file that was %s", way);
   }
@@ -218,31 +222,82 @@ void writes_and_raises(int signal, siginfo_t*, void*) {
 }
 
 void others_faults() {
-  check(child([] { signal(SIGBUS, SIG_DFL); fault_elsewhere(); }) == -SIGBUS, "a fault elsewhere no longer kills");
-  check(child([] { handle([](int, siginfo_t* i, void*) { _exit(i->si_code == BUS_ADRERR ? 42 : 43); }); fault_elsewhere(); }) == 42,
+  check(child([] {
+          signal(SIGBUS, SIG_DFL);
+          fault_elsewhere();
+        }) == -SIGBUS,
+        "a fault elsewhere no longer kills");
+  check(child([] {
+          handle([](int, siginfo_t* i, void*) { _exit(i->si_code == BUS_ADRERR ? 42 : 43); });
+          fault_elsewhere();
+        }) == 42,
         "who was there before is called");
-  check(child([] { signal(SIGBUS, [](int) { _exit(44); }); fault_elsewhere(); }) == 44, "who was there before, without siginfo");
-  check(child([] { signal(SIGBUS, SIG_IGN); fault_elsewhere(); }) == -SIGBUS, "a fault cannot be ignored");
-  check(child([] { signal(SIGBUS, SIG_IGN); File f("f"); raise(SIGBUS); intact(f); }) == 0, "a signal that was sent can be");
-  check(child([] { signal(SIGBUS, SIG_DFL); File f("f"); raise(SIGBUS); }) == -SIGBUS, "a signal that was sent kills");
+  check(child([] {
+          signal(SIGBUS, [](int) { _exit(44); });
+          fault_elsewhere();
+        }) == 44,
+        "who was there before, without siginfo");
+  check(child([] {
+          signal(SIGBUS, SIG_IGN);
+          fault_elsewhere();
+        }) == -SIGBUS,
+        "a fault cannot be ignored");
+  check(child([] {
+          signal(SIGBUS, SIG_IGN);
+          File f("f");
+          raise(SIGBUS);
+          intact(f);
+        }) == 0,
+        "a signal that was sent can be");
+  check(child([] {
+          signal(SIGBUS, SIG_DFL);
+          File f("f");
+          raise(SIGBUS);
+        }) == -SIGBUS,
+        "a signal that was sent kills");
 
-  const auto before = [] { found.sa_handler = SIG_DFL; handle(writes_and_raises); };
-  check(child([&] { before(); fault_elsewhere(); }) == -SIGBUS, "faulthandler, enabled before");
-  const auto after = [](File& f) { signal(SIGBUS, SIG_DFL); sigaction(SIGBUS, nullptr, &found); handle(writes_and_raises); keep_handler(); intact(f); };
-  check(child([&] { File f("f"); after(f); f.cut(0); f.sum(); changed(f.data(), ": f"); }) == 0, "faulthandler, enabled after");
+  const auto before = [] {
+    found.sa_handler = SIG_DFL;
+    handle(writes_and_raises);
+  };
   check(child([&] {
-    File f("f");
-    sigaction(SIGBUS, nullptr, &found);  // ours: it hands on to us, and we to it
+          before();
+          fault_elsewhere();
+        }) == -SIGBUS,
+        "faulthandler, enabled before");
+  const auto after = [](File& f) {
+    signal(SIGBUS, SIG_DFL);
+    sigaction(SIGBUS, nullptr, &found);
     handle(writes_and_raises);
     keep_handler();
-    fault_elsewhere();
-  }) == -SIGBUS, "faulthandler and we hand on to each other without end");
+    intact(f);
+  };
+  check(child([&] {
+          File f("f");
+          after(f);
+          f.cut(0);
+          f.sum();
+          changed(f.data(), ": f");
+        }) == 0,
+        "faulthandler, enabled after");
+  check(child([&] {
+          File f("f");
+          sigaction(SIGBUS, nullptr, &found);  // ours: it hands on to us, and we to it
+          handle(writes_and_raises);
+          keep_handler();
+          fault_elsewhere();
+        }) == -SIGBUS,
+        "faulthandler and we hand on to each other without end");
 }
 
 void forked() {
   File f("f");
   f.cut(0);
-  check(child([&] { f.sum(); changed(f.data(), ": f"); }) == 0, "a child reads a file that was cut short");
+  check(child([&] {
+          f.sum();
+          changed(f.data(), ": f");
+        }) == 0,
+        "a child reads a file that was cut short");
   changed(f.data(), ": f");
 }
 

@@ -1,5 +1,6 @@
 // Multi-head latent attention's kernels on every variant: latents to the cache and back, and absorbed attention against
-// softmax(scale q K^T) V in doubles over what the cache holds. A head's bits depend on nothing but its q and the tokens it sees.
+// softmax(scale q K^T) V in doubles over what the cache holds. A head's bits depend on nothing but its q and the tokens it
+// sees.
 #include "latent_fixture.hpp"
 
 static void writing(const Variant& v, const KvLayout& l, Random& random) {
@@ -13,17 +14,23 @@ static void writing(const Variant& v, const KvLayout& l, Random& random) {
     for (int64_t i = 0; i < width; ++i) {
       const float given = x[(size_t)(t * width + i)], found = got[(size_t)((start + t) * width + i)];
       float largest = 0;  // of its group
-      for (int64_t j = i / 128 * 128; j < std::min<int64_t>(l.rank, i / 128 * 128 + 128); ++j) largest = std::max(largest, std::fabs(x[(size_t)(t * width + j)]));
+      for (int64_t j = i / 128 * 128; j < std::min<int64_t>(l.rank, i / 128 * 128 + 128); ++j)
+        largest = std::max(largest, std::fabs(x[(size_t)(t * width + j)]));
       const bool coded = l.type == DSO_KV_INT8 && i < l.rank;
-      const bool right = coded ? std::fabs(found - given) <= largest / 127 * 0.5001f : same(found, l.type == DSO_KV_F32 ? given : rounded_bf16(given));
-      if (!check(right, "%s %s rank=%d rope=%d: token %ld [%ld] is %g, not %g", v.name.c_str(), kv_name(l.type), l.rank, l.rope, (long)(start + t), (long)i, found, given)) return;
+      const bool right = coded ? std::fabs(found - given) <= largest / 127 * 0.5001f
+                               : same(found, l.type == DSO_KV_F32 ? given : rounded_bf16(given));
+      if (!check(right, "%s %s rank=%d rope=%d: token %ld [%ld] is %g, not %g", v.name.c_str(), kv_name(l.type), l.rank, l.rope,
+                 (long)(start + t), (long)i, found, given))
+        return;
     }
   // Nothing but the rows was touched.
   for (int64_t b = 0; b < (int64_t)c.table.size(); ++b)
     for (int64_t i = 0; i < l.layer_bytes; ++i) {
       const int64_t token = b * 32 + i / l.row_bytes, at = c.table[(size_t)b] * l.layer_bytes + i;
       if (i < 32 * l.row_bytes && token >= start && token < start + n) continue;
-      if (!check(c.memory[(size_t)at] == before[(size_t)at], "%s %s: byte %ld of block %ld was overwritten", v.name.c_str(), kv_name(l.type), (long)i, (long)b)) return;
+      if (!check(c.memory[(size_t)at] == before[(size_t)at], "%s %s: byte %ld of block %ld was overwritten", v.name.c_str(),
+                 kv_name(l.type), (long)i, (long)b))
+        return;
     }
   // A NaN poisons its group, or its number.
   x.assign((size_t)width, 1.0f);
@@ -39,12 +46,15 @@ static void reading_index(const Variant& v, int type, Random& random) {
   std::vector<float> keys = normal(70 * 10, 1, random), latents((size_t)(70 * c.width())), got(70 * 10);
   for (int64_t t = 0; t < 70; ++t)
     for (int64_t i = 0; i < 10; ++i) {
-      uint8_t* row = c.memory.get() + c.table[(size_t)t / 32] * c.layout.layer_bytes + 32 * c.layout.row_bytes + t % 32 * c.layout.index_bytes;
+      uint8_t* row = c.memory.get() + c.table[(size_t)t / 32] * c.layout.layer_bytes + 32 * c.layout.row_bytes +
+                     t % 32 * c.layout.index_bytes;
       float& key = keys[(size_t)(t * 10 + i)];
       if (type != DSO_KV_F32) key = rounded_bf16(key);
       const uint32_t bits = to_bits(key);
-      if (type == DSO_KV_F32) memcpy(row + 4 * i, &bits, 4);
-      else memcpy(row + 2 * i, (const char*)&bits + 2, 2);
+      if (type == DSO_KV_F32)
+        memcpy(row + 4 * i, &bits, 4);
+      else
+        memcpy(row + 2 * i, (const char*)&bits + 2, 2);
     }
   v.kernels->latent_read(c.layout, c.view, 70, latents.data(), got.data());
   check(got == keys, "%s %s: index keys", v.name.c_str(), kv_name(type));
@@ -60,26 +70,36 @@ struct Setup {
   Buffer scratch, packed;
 
   Setup(const Variant& v, const KvLayout& l, int64_t tokens, int64_t heads, float magnitude, Random& random)
-      : variant(v), cache(*v.kernels, l, tokens + random.below(40), random), heads(heads), scale(0.13f), q(normal((size_t)(heads * (l.rank + l.rope)), magnitude, random)),
-        scratch((size_t)v.kernels->mla_scratch(l), 0xff), packed((size_t)v.kernels->mla_query_bytes(l), 0xff) {
+      : variant(v),
+        cache(*v.kernels, l, tokens + random.below(40), random),
+        heads(heads),
+        scale(0.13f),
+        q(normal((size_t)(heads * (l.rank + l.rope)), magnitude, random)),
+        scratch((size_t)v.kernels->mla_scratch(l), 0xff),
+        packed((size_t)v.kernels->mla_query_bytes(l), 0xff) {
     cache.write(0, normal((size_t)(tokens * cache.width()), 1, random));
   }
   const KvLayout& layout() const { return cache.layout; }
   int64_t part_floats() const { return layout().rank + 16; }
 
   // Heads [h0, h1) over the first `seen` of the tokens given, from `begin` on; out: [h1 - h0, rank].
-  std::vector<float> run(int64_t h0, int64_t h1, const std::vector<int32_t>* chosen, int64_t seen, int64_t given, int64_t begin = 0) {
+  std::vector<float> run(int64_t h0, int64_t h1, const std::vector<int32_t>* chosen, int64_t seen, int64_t given,
+                         int64_t begin = 0) {
     const Kernels& k = *variant.kernels;
     const int64_t chunks = (given + attn_chunk - 1) / attn_chunk, n = h1 - h0;
     k.mla_query(layout(), q.data() + h0 * cache.width(), n, scale, packed.get());
     Buffer part((size_t)(chunks * n * part_floats()) * 4, 0xff);
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t first = c * attn_chunk;
-      k.mla_tokens(layout(), cache.view, chosen ? chosen->data() + first : nullptr, first, std::min(attn_chunk, given - first), scratch.get());
-      k.mla_attend(layout(), packed.get(), n, std::max<int64_t>(0, begin - first), std::min(attn_chunk, seen - first), (float*)part.get() + c * n * part_floats(), scratch.get());
+      k.mla_tokens(layout(), cache.view, chosen ? chosen->data() + first : nullptr, first, std::min(attn_chunk, given - first),
+                   scratch.get());
+      k.mla_attend(layout(), packed.get(), n, std::max<int64_t>(0, begin - first), std::min(attn_chunk, seen - first),
+                   (float*)part.get() + c * n * part_floats(), scratch.get());
     }
     std::vector<float> out((size_t)(n * layout().rank));
-    for (int64_t h = 0; h < n; ++h) k.attn_merge((float*)part.get() + h * part_floats(), n * part_floats(), chunks, layout().rank, out.data() + h * layout().rank);
+    for (int64_t h = 0; h < n; ++h)
+      k.attn_merge((float*)part.get() + h * part_floats(), n * part_floats(), chunks, layout().rank,
+                   out.data() + h * layout().rank);
     return out;
   }
   std::vector<float> all(const std::vector<int32_t>* chosen, int64_t seen, int64_t given, int64_t begin = 0) {
@@ -130,8 +150,10 @@ static void against_reference(Setup& s, const std::vector<float>& out, const std
     const double bound = largest * (2e-6 + 4 * 6e-8 * 2 * size + (rounded ? 0x1p-8 : 0));
     for (int64_t i = 0; i < l.rank; ++i) {
       const float got = out[(size_t)(h * l.rank + i)];
-      if (!check(std::fabs(got - value[(size_t)i] / total) <= bound, "%s %s %s: rank=%d rope=%d heads=%ld tokens=%zu: head %ld [%ld]: %.7g, not %.7g (bound %.2g)", s.variant.name.c_str(),
-                 kv_name(l.type), what, l.rank, l.rope, (long)s.heads, tokens.size(), (long)h, (long)i, got, value[(size_t)i] / total, bound))
+      if (!check(std::fabs(got - value[(size_t)i] / total) <= bound,
+                 "%s %s %s: rank=%d rope=%d heads=%ld tokens=%zu: head %ld [%ld]: %.7g, not %.7g (bound %.2g)",
+                 s.variant.name.c_str(), kv_name(l.type), what, l.rank, l.rope, (long)s.heads, tokens.size(), (long)h, (long)i,
+                 got, value[(size_t)i] / total, bound))
         return;
     }
   }
@@ -148,7 +170,8 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
   check(s.all(&every, tokens, tokens) == out, "%s: chosen, all of them, differs from dense", name().c_str());
   const int64_t h = random.below((int)heads);  // alone, and thus in another lane
   const std::vector<float> alone = s.run(h, h + 1, nullptr, tokens, tokens);
-  check(!memcmp(alone.data(), out.data() + h * l.rank, (size_t)l.rank * 4), "%s: heads=%ld rank=%d tokens=%ld: head %ld differs alone", name().c_str(), (long)heads, l.rank, (long)tokens, (long)h);
+  check(!memcmp(alone.data(), out.data() + h * l.rank, (size_t)l.rank * 4),
+        "%s: heads=%ld rank=%d tokens=%ld: head %ld differs alone", name().c_str(), (long)heads, l.rank, (long)tokens, (long)h);
 
   std::vector<int32_t> some;  // as an indexer chooses
   for (int32_t t : every)
@@ -166,7 +189,8 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
   std::vector<float> poison((size_t)((tokens - seen) * s.cache.width()));
   for (float& x : poison) x = random.below(2) ? NAN : INFINITY;
   s.cache.write(seen, poison);
-  check(s.all(nullptr, seen, tokens) == prefix, "%s: rank=%d: %ld of %ld tokens: what lies behind shows", name().c_str(), l.rank, (long)seen, (long)tokens);
+  check(s.all(nullptr, seen, tokens) == prefix, "%s: rank=%d: %ld of %ld tokens: what lies behind shows", name().c_str(),
+        l.rank, (long)seen, (long)tokens);
   memset(s.scratch.get(), 0x7f, s.scratch.size());
   check(s.all(nullptr, seen, seen) == prefix, "%s: what scratch held shows", name().c_str());
 }
@@ -174,7 +198,8 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
 // Chunks folded by groups, then merged: of one group the bits of one merge, of several what doubles make of the parts.
 static void folding(const Variant& v, int64_t rank, int64_t chunks, int64_t group, Random& random) {
   const int64_t stride = rank + 16 + random.below(9), groups = (chunks + group - 1) / group;
-  std::vector<float> parts = normal((size_t)(chunks * stride), 1, random), folded((size_t)(groups * stride), NAN), once((size_t)rank), twice((size_t)rank);
+  std::vector<float> parts = normal((size_t)(chunks * stride), 1, random), folded((size_t)(groups * stride), NAN),
+                     once((size_t)rank), twice((size_t)rank);
   for (int64_t c = 0; c < chunks; ++c) {
     float* part = parts.data() + c * stride;
     part[0] *= 10;
@@ -185,9 +210,13 @@ static void folding(const Variant& v, int64_t rank, int64_t chunks, int64_t grou
     }
   }
   v.kernels->attn_merge(parts.data(), stride, chunks, rank, once.data());
-  for (int64_t g = 0; g < groups; ++g) v.kernels->attn_fold(parts.data() + g * group * stride, stride, std::min(group, chunks - g * group), rank, folded.data() + g * stride);
+  for (int64_t g = 0; g < groups; ++g)
+    v.kernels->attn_fold(parts.data() + g * group * stride, stride, std::min(group, chunks - g * group), rank,
+                         folded.data() + g * stride);
   v.kernels->attn_merge(folded.data(), stride, groups, rank, twice.data());
-  if (groups <= 2) check(once == twice, "%s: rank=%ld: %ld chunks, folded where one group of %ld saw anything, differ", v.name.c_str(), (long)rank, (long)chunks, (long)groups);
+  if (groups <= 2)
+    check(once == twice, "%s: rank=%ld: %ld chunks, folded where one group of %ld saw anything, differ", v.name.c_str(),
+          (long)rank, (long)chunks, (long)groups);
   double top = -INFINITY, total = 0;
   for (int64_t c = 0; c < chunks; ++c) top = std::max(top, (double)parts[(size_t)(c * stride)]);
   std::vector<double> want((size_t)rank);
@@ -198,8 +227,9 @@ static void folding(const Variant& v, int64_t rank, int64_t chunks, int64_t grou
     for (int64_t i = 0; i < rank; ++i) want[(size_t)i] += weight * part[16 + i];
   }
   for (int64_t i = 0; i < rank; ++i)
-    if (!check(std::fabs(twice[(size_t)i] - want[(size_t)i] / total) <= 1e-5, "%s: rank=%ld: %ld chunks in %ld groups [%ld]: %g, not %g", v.name.c_str(), (long)rank, (long)chunks, (long)groups, (long)i,
-               twice[(size_t)i], want[(size_t)i] / total))
+    if (!check(std::fabs(twice[(size_t)i] - want[(size_t)i] / total) <= 1e-5,
+               "%s: rank=%ld: %ld chunks in %ld groups [%ld]: %g, not %g", v.name.c_str(), (long)rank, (long)chunks,
+               (long)groups, (long)i, twice[(size_t)i], want[(size_t)i] / total))
       return;
 }
 
@@ -208,13 +238,16 @@ int main() {
   for (const Variant& v : variants()) {
     for (int i = 0; i < 30; ++i) folding(v, 2 * (1 + random.below(150)), 1 + random.below(40), 1 + random.below(20), random);
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
-      for (int i = 0; i < 12; ++i) writing(v, LatentCache::shape(type, 2 * (1 + random.below(200)), 2 * (1 + random.below(32)), 2 * random.below(20)), random);
+      for (int i = 0; i < 12; ++i)
+        writing(v, LatentCache::shape(type, 2 * (1 + random.below(200)), 2 * (1 + random.below(32)), 2 * random.below(20)),
+                random);
       reading_index(v, type, random);
       const int32_t ranks[] = {32, 2, 30, 34, 64, 96, 128, 130, 200, 256, 512}, heads[] = {1, 3, 16, 20};
       for (int i = 0; i < 22; ++i) {
         const int64_t tokens = i % 3 == 0 ? 1 + random.below(1100) : 1 + random.below(80);
         const float magnitude = i % 8 == 6 ? 30.0f : i % 8 == 7 ? 1e3f : 1.0f;
-        absorbed(v, LatentCache::shape(type, ranks[i % 11], 2 * (1 + random.below(32)), 2 * random.below(3)), tokens, heads[random.below(4)], magnitude, random);
+        absorbed(v, LatentCache::shape(type, ranks[i % 11], 2 * (1 + random.below(32)), 2 * random.below(3)), tokens,
+                 heads[random.below(4)], magnitude, random);
       }
       absorbed(v, LatentCache::shape(type, 512, 64, 128), 300, 128, 1.0f, random);
     }

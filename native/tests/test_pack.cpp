@@ -29,9 +29,9 @@ float rounded(float x) { return half_to_float(to_half(x)); }
 
 // ---- sources
 struct Source {
-  int type, rows, cols, gap;  // gap: elements between rows
-  std::vector<uint8_t> bytes; // ends with the last row
-  std::vector<float> values;  // [rows][cols], exact
+  int type, rows, cols, gap;           // gap: elements between rows
+  std::vector<uint8_t> bytes;          // ends with the last row
+  std::vector<float> values;           // [rows][cols], exact
   std::vector<float> importance = {};  // of the columns; empty: none is given
 
   int64_t size() const { return type == DSO_SRC_F32 ? 4 : 2; }
@@ -48,8 +48,10 @@ Source make(int type, int rows, int cols, int gap, const std::vector<float>& wan
       const float x = wanted[(size_t)r * (size_t)cols + (size_t)c];
       uint8_t* to = &s.bytes[(size_t)(r * s.stride() + c * s.size())];
       const uint16_t h = type == DSO_SRC_BF16 ? to_bfloat(x) : to_half(x);
-      if (type == DSO_SRC_F32) memcpy(to, &x, 4);
-      else memcpy(to, &h, 2);
+      if (type == DSO_SRC_F32)
+        memcpy(to, &x, 4);
+      else
+        memcpy(to, &h, 2);
       s.values.push_back(type == DSO_SRC_F32 ? x : type == DSO_SRC_BF16 ? from_bits((uint32_t)h << 16) : half_to_float(h));
     }
   return s;
@@ -67,8 +69,10 @@ struct Trial {
   const float *w, *importance;
   float scale, min, error = 0, codes[32];
 
-  Trial(int format, int n, const float* w, const float* importance, float scale, float min) : format(format), n(n), w(w), importance(importance), scale(scale), min(min) {
-    const float least = format == DSO_INT4 ? -8.0f : 0.0f, most = format == DSO_INT4 ? 7.0f : 15.0f, inverse = scale != 0 ? 1 / scale : 0;
+  Trial(int format, int n, const float* w, const float* importance, float scale, float min)
+      : format(format), n(n), w(w), importance(importance), scale(scale), min(min) {
+    const float least = format == DSO_INT4 ? -8.0f : 0.0f, most = format == DSO_INT4 ? 7.0f : 15.0f,
+                inverse = scale != 0 ? 1 / scale : 0;
     for (int i = 0; i < n; ++i) {
       const float y = w[i] - min;
       codes[i] = std::fmin(std::fmax(std::nearbyint(y * inverse), least), most);
@@ -85,7 +89,8 @@ struct Trial {
       sw += weight(i), sq += wq, sqq += wq * codes[i], sy += weight(i) * y, sqy += wq * y;
     }
     const float determinant = sw * sqq - sq * sq, step = std::fabs(scale);
-    const float s = format == DSO_INT4 ? sqy / sqq : (sw * sqy - sq * sy) / determinant, m = format == DSO_INT4 ? 0 : (sqq * sy - sq * sqy) / determinant;
+    const float s = format == DSO_INT4 ? sqy / sqq : (sw * sqy - sq * sy) / determinant,
+                m = format == DSO_INT4 ? 0 : (sqq * sy - sq * sqy) / determinant;
     const auto limited = [](float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; };  // NaN stays
     return {format, n, w, importance, rounded(scale + limited(s - scale, step / 16)), rounded(min + limited(m, step / 2))};
   }
@@ -112,7 +117,9 @@ Group group_of(int format, const float* w, int n, const float* importance) {
     return out.scale = to_half(scale), out;
   }
   Trial best(format, n, w, importance, scale, min);
-  const auto consider = [&](const Trial& other) { if (other.error < best.error) best = other; };
+  const auto consider = [&](const Trial& other) {
+    if (other.error < best.error) best = other;
+  };
   const auto end = [&](float e) { consider({format, n, w, importance, rounded(first / e), 0}); };
   if (format == DSO_INT4 && importance)
     for (const float sign : {-1.0f, 1.0f})
@@ -155,7 +162,8 @@ std::vector<uint8_t> fp8_reference(const Source& s) {
       const size_t at = code_at(DSO_FP8, r, c, s.cols, &shift);
       const float scale = scales.at(std::min(r, s.rows - 1), std::min(c, s.cols - 1));
       memcpy(&packed[at / 544 * 544 + 512], &scale, 4);
-      if (r < s.rows && c < s.cols && scale > 0) packed[at] = to_e4m3(std::fmax(std::fmin(s.at(r, c) / scale, 448.0f), -448.0f));
+      if (r < s.rows && c < s.cols && scale > 0)
+        packed[at] = to_e4m3(std::fmax(std::fmin(s.at(r, c) / scale, 448.0f), -448.0f));
     }
   return packed;
 }
@@ -224,17 +232,22 @@ double bound(int format, const float* w, int n, int i, bool importance) {
   for (int k = 0; k < n; ++k) low = std::fmin(low, w[k]), high = std::fmax(high, w[k]);
   const double most = std::fmax(std::fabs(low), std::fabs(high)), half = std::ldexp(1.0, -11), tiny = std::ldexp(1.0, -25);
   switch (format) {
-    case DSO_F32: return 0;
-    case DSO_BF16: return std::fabs(w[i]) / 256;
-    case DSO_INT8: return most / 254 + 128 * (most / 127 * half + tiny);
+    case DSO_F32:
+      return 0;
+    case DSO_BF16:
+      return std::fabs(w[i]) / 256;
+    case DSO_INT8:
+      return most / 254 + 128 * (most / 127 * half + tiny);
     case DSO_INT4: {
       const double step = most / (importance ? 6.5 : 8) * 17 / 16, shortest = most / (importance ? 9.5 : 8) * 15 / 16;
       const bool far = !importance && high != -low && (w[i] > 0) == (high > -low);  // on the side that has 8 steps
       return std::fmax(step / 2, std::fabs(w[i]) - (far ? 8 : 7) * shortest) + 9 * (step * half + tiny);
     }
     default: {
-      const double span = high - low, step = span / 15 * 17 / 16, trim = span * 3 / 32, from = low + trim + step / 2, to = high - trim - span / 15 * 23 / 16;
-      return std::fmax(step / 2, std::fmax(from - w[i], w[i] - to)) + 16 * (step * half + tiny) + 2 * (std::fmax(std::fabs(low), std::fabs(from)) * half + tiny) + 1e-6 * most;
+      const double span = high - low, step = span / 15 * 17 / 16, trim = span * 3 / 32, from = low + trim + step / 2,
+                   to = high - trim - span / 15 * 23 / 16;
+      return std::fmax(step / 2, std::fmax(from - w[i], w[i] - to)) + 16 * (step * half + tiny) +
+             2 * (std::fmax(std::fabs(low), std::fabs(from)) * half + tiny) + 1e-6 * most;
     }
   }
 }
@@ -246,17 +259,19 @@ void compare(const Variant& v, int format, const Source& s, const std::vector<ui
   Buffer source(s.bytes.size()), packed(want.size());
   memcpy(source.get(), s.bytes.data(), s.bytes.size());
   const int one = random.below(tiles);  // first a single tile row: the others stay untouched
-  auto pack = [&](int tile) { v.kernels->pack_tile(format, s.type, source.get(), s.rows, s.cols, s.stride(), s.weights(0), tile, packed.get()); };
+  auto pack = [&](int tile) {
+    v.kernels->pack_tile(format, s.type, source.get(), s.rows, s.cols, s.stride(), s.weights(0), tile, packed.get());
+  };
   pack(one);
   for (size_t i = 0; i < want.size(); ++i) {
     const uint8_t expected = i / tile_row == (size_t)one ? want[i] : 0xa5;
-    if (!check(packed[i] == expected, "%s %s from %s [%d x %d] tile row %d, byte %zu of %zu: %02x, not %02x", v.name.c_str(), format_name(format),
-               source_names[s.type], s.rows, s.cols, one, i % tile_bytes(format), i, packed[i], expected))
+    if (!check(packed[i] == expected, "%s %s from %s [%d x %d] tile row %d, byte %zu of %zu: %02x, not %02x", v.name.c_str(),
+               format_name(format), source_names[s.type], s.rows, s.cols, one, i % tile_bytes(format), i, packed[i], expected))
       return;
   }
   for (int tile = tiles - 1; tile >= 0; --tile) pack(tile);
-  if (!check(memcmp(packed.get(), want.data(), want.size()) == 0, "%s %s from %s [%d x %d]: bytes differ", v.name.c_str(), format_name(format),
-             source_names[s.type], s.rows, s.cols))
+  if (!check(memcmp(packed.get(), want.data(), want.size()) == 0, "%s %s from %s [%d x %d]: bytes differ", v.name.c_str(),
+             format_name(format), source_names[s.type], s.rows, s.cols))
     return;
 
   const Matrix w = {format, s.rows, s.cols, packed.get()};
@@ -277,8 +292,12 @@ void compare(const Variant& v, int format, const Source& s, const std::vector<ui
       }
       memcpy(&embedded, row.get() + 4 * c, 4);
       const float expected = decoded(format, want, r, c, s.cols);
-      if (!check(same(got, expected), "%s %s [%d x %d] (%d, %d): unpacked %g, not %g", v.name.c_str(), format_name(format), s.rows, s.cols, r, c, got, expected)) return;
-      if (!check(same(embedded, expected * 3.0f), "%s %s (%d, %d): embedded %g, not 3 x %g", v.name.c_str(), format_name(format), r, c, embedded, expected)) return;
+      if (!check(same(got, expected), "%s %s [%d x %d] (%d, %d): unpacked %g, not %g", v.name.c_str(), format_name(format),
+                 s.rows, s.cols, r, c, got, expected))
+        return;
+      if (!check(same(embedded, expected * 3.0f), "%s %s (%d, %d): embedded %g, not 3 x %g", v.name.c_str(),
+                 format_name(format), r, c, embedded, expected))
+        return;
     }
   }
 }
@@ -288,8 +307,13 @@ void bounded(int format, const Source& s, const std::vector<uint8_t>& packed) {
   for (int r = 0; r < s.rows; ++r)
     for (int c = 0; c < s.cols; ++c) {
       const int g = c / 32 * 32, n = std::min(32, s.cols - g);
-      const double error = std::fabs((double)decoded(format, packed, r, c, s.cols) - s.at(r, c)), limit = format == DSO_FP8 ? std::fmax(std::fabs(s.at(r, c)) / 16, scales.at(r, c) / 1024) * (1 + 1e-6) + 1e-43 : bound(format, &s.values[(size_t)(r * s.cols + g)], n, c - g, !s.importance.empty());
-      if (!check(error <= limit, "%s (%d, %d): %g comes back with error %g, over %g", format_name(format), r, c, s.at(r, c), error, limit)) return;
+      const double error = std::fabs((double)decoded(format, packed, r, c, s.cols) - s.at(r, c)),
+                   limit = format == DSO_FP8
+                               ? std::fmax(std::fabs(s.at(r, c)) / 16, scales.at(r, c) / 1024) * (1 + 1e-6) + 1e-43
+                               : bound(format, &s.values[(size_t)(r * s.cols + g)], n, c - g, !s.importance.empty());
+      if (!check(error <= limit, "%s (%d, %d): %g comes back with error %g, over %g", format_name(format), r, c, s.at(r, c),
+                 error, limit))
+        return;
     }
 }
 
@@ -302,14 +326,20 @@ void no_worse_than_ggml(int format, const Source& s, const std::vector<uint8_t>&
       const float* w = &s.values[(size_t)(r * s.cols + g)];
       const float low = *std::min_element(w, w + n), high = *std::max_element(w, w + n);
       const float largest = *std::max_element(w, w + n, [](float a, float b) { return std::fabs(a) < std::fabs(b); });
-      const float scale = rounded(format == DSO_INT4 ? largest / -8 : (high - low) / 15), min = format == DSO_INT4 ? 0 : rounded(low);
+      const float scale = rounded(format == DSO_INT4 ? largest / -8 : (high - low) / 15),
+                  min = format == DSO_INT4 ? 0 : rounded(low);
       double ours = 0, theirs = 0;
       for (int i = 0; i < n; ++i) {
         const double weight = s.importance.empty() ? std::fabs(w[i]) : s.importance[(size_t)(g + i)];
-        const double code = scale == 0 ? 0 : std::fmin(std::fmax(std::nearbyint((w[i] - min) / scale), format == DSO_INT4 ? -8 : 0), format == DSO_INT4 ? 7 : 15);
-        ours += weight * std::pow(decoded(format, packed, r, g + i, s.cols) - w[i], 2), theirs += weight * std::pow(code * scale + min - w[i], 2);
+        const double code = scale == 0 ? 0
+                                       : std::fmin(std::fmax(std::nearbyint((w[i] - min) / scale), format == DSO_INT4 ? -8 : 0),
+                                                   format == DSO_INT4 ? 7 : 15);
+        ours += weight * std::pow(decoded(format, packed, r, g + i, s.cols) - w[i], 2),
+            theirs += weight * std::pow(code * scale + min - w[i], 2);
       }
-      if (!check(ours <= theirs * (1 + 1e-4), "%s row %d group %d: weighted error %g, ggml's is %g", format_name(format), r, g / 32, ours, theirs)) return;
+      if (!check(ours <= theirs * (1 + 1e-4), "%s row %d group %d: weighted error %g, ggml's is %g", format_name(format), r,
+                 g / 32, ours, theirs))
+        return;
     }
 }
 
@@ -352,22 +382,52 @@ void corners(const std::vector<Variant>& all) {
         float* w = &wanted[(size_t)(r * cols + g)];
         const int n = std::min(32, cols - g), kind = random.below(14);
         for (int i = 0; i < n; ++i) w[i] = random.normal();
-        auto fill = [&](auto value) { for (int i = 0; i < n; ++i) w[i] = value(); };
+        auto fill = [&](auto value) {
+          for (int i = 0; i < n; ++i) w[i] = value();
+        };
         switch (kind) {
-          case 0: fill([] { return 0.0f; }); break;
-          case 1: fill([&] { return random.below(2) ? 0.0f : -0.0f; }); break;
-          case 2: fill([] { return -1.25f; }); break;                                       // no range
-          case 3: w[random.below(n)] = 5, w[random.below(n)] = -5; break;                   // equal magnitudes
-          case 4: fill([&] { return random.below(2) ? 2.0f : -2.0f; }); break;
-          case 5: fill([&] { return random.normal() * 1e-7f; }); break;                     // scales are fp16 subnormals
-          case 6: fill([&] { return random.normal() * 1e-8f; }); break;                     // or zero
-          case 7: fill([&] { return random.normal() * 1e-39f; }); break;                    // fp32 subnormals
-          case 8: w[random.below(n)] = 9e6f * random.normal(); break;                       // scales overflow fp16
-          case 9: fill([&] { return random.normal() * 3e4f; }); break;                      // near the end of fp16
-          case 10: w[random.below(n)] = NAN; break;
-          case 11: w[random.below(n)] = random.below(2) ? INFINITY : -INFINITY; break;
-          case 12: fill([&] { return (float)(random.below(31) - 15) * 0.5f; }); w[0] = -8; break;  // quotients at .5
-          default: break;
+          case 0:
+            fill([] { return 0.0f; });
+            break;
+          case 1:
+            fill([&] { return random.below(2) ? 0.0f : -0.0f; });
+            break;
+          case 2:
+            fill([] { return -1.25f; });
+            break;  // no range
+          case 3:
+            w[random.below(n)] = 5, w[random.below(n)] = -5;
+            break;  // equal magnitudes
+          case 4:
+            fill([&] { return random.below(2) ? 2.0f : -2.0f; });
+            break;
+          case 5:
+            fill([&] { return random.normal() * 1e-7f; });
+            break;  // scales are fp16 subnormals
+          case 6:
+            fill([&] { return random.normal() * 1e-8f; });
+            break;  // or zero
+          case 7:
+            fill([&] { return random.normal() * 1e-39f; });
+            break;  // fp32 subnormals
+          case 8:
+            w[random.below(n)] = 9e6f * random.normal();
+            break;  // scales overflow fp16
+          case 9:
+            fill([&] { return random.normal() * 3e4f; });
+            break;  // near the end of fp16
+          case 10:
+            w[random.below(n)] = NAN;
+            break;
+          case 11:
+            w[random.below(n)] = random.below(2) ? INFINITY : -INFINITY;
+            break;
+          case 12:
+            fill([&] { return (float)(random.below(31) - 15) * 0.5f; });
+            w[0] = -8;
+            break;  // quotients at .5
+          default:
+            break;
         }
       }
     for (int type : sources) {
@@ -405,7 +465,8 @@ void e4m3(const std::vector<Variant>& all) {
   for (int round = 0; round < 8; ++round) {
     const int rows = 100 + random.below(200), cols = 1 + random.below(400);
     std::vector<float> wanted;
-    for (int i = 0; i < rows * cols; ++i) wanted.push_back(random.below(8) ? std::ldexp(random.normal(), -random.below(20)) : 0);
+    for (int i = 0; i < rows * cols; ++i)
+      wanted.push_back(random.below(8) ? std::ldexp(random.normal(), -random.below(20)) : 0);
     if (round % 2) wanted[(size_t)random.below(rows * cols)] = random.below(2) ? NAN : -INFINITY;
     if (round == 4) std::fill_n(wanted.begin(), 128 * cols, 1e-44f);  // a scale of zero
     for (int type : sources) {
@@ -418,7 +479,8 @@ void e4m3(const std::vector<Variant>& all) {
   std::vector<float> halves;  // with 448 among them the scale is 1
   for (int code = 0; code < 0x7e; ++code) {
     const float middle = (e4m3_to_float((uint8_t)code) + e4m3_to_float((uint8_t)(code + 1))) / 2;
-    for (float x : {middle, std::nextafter(middle, 0.0f), std::nextafter(middle, 500.0f), e4m3_to_float((uint8_t)(code + 1))}) halves.push_back(x), halves.push_back(-x);
+    for (float x : {middle, std::nextafter(middle, 0.0f), std::nextafter(middle, 500.0f), e4m3_to_float((uint8_t)(code + 1))})
+      halves.push_back(x), halves.push_back(-x);
   }
   const Source s = make(DSO_SRC_F32, 8, (int)halves.size() / 8, 0, halves);
   for (const Variant& v : all) compare(v, DSO_FP8, s, reference(DSO_FP8, s), random);
@@ -426,8 +488,10 @@ void e4m3(const std::vector<Variant>& all) {
 }  // namespace
 
 int main() {
-  for (int code = 0; code < 0x7f; ++code) check(to_e4m3(e4m3_to_float((uint8_t)code)) == code, "the test's own E4M3 is wrong at %02x", code);
-  for (uint32_t h = 0; h < 0x7c00; ++h) check(to_half(half_to_float((uint16_t)h)) == h, "the test's own fp16 is wrong at %04x", h);
+  for (int code = 0; code < 0x7f; ++code)
+    check(to_e4m3(e4m3_to_float((uint8_t)code)) == code, "the test's own E4M3 is wrong at %02x", code);
+  for (uint32_t h = 0; h < 0x7c00; ++h)
+    check(to_half(half_to_float((uint16_t)h)) == h, "the test's own fp16 is wrong at %04x", h);
   const std::vector<Variant> all = variants();
   if (all.empty()) return report("test_pack");
   shapes(all);

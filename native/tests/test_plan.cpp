@@ -110,13 +110,14 @@ void matches_textbook(const Spec& spec, const Kernels& kernels, int threads, int
     }
     worst = std::max(worst, off / top);
   }
-  check(worst <= tolerance, "%s, %s, %d threads, %d tokens: off by %g of the largest logit", kernels.isa, what, threads, length, worst);
+  check(worst <= tolerance, "%s, %s, %d threads, %d tokens: off by %g of the largest logit", kernels.isa, what, threads, length,
+        worst);
 }
 
 bool equal(const Sequence& a, const Sequence& b, const char* isa, const char* what, int threads) {
   for (size_t t = 0; t < a.logits.size(); ++t)
-    if (!check(memcmp(a.logits[t].data(), b.logits[t].data(), a.logits[t].size() * 4) == 0, "%s, %s, %d threads: token %zu differs in company", isa, what,
-               threads, t))
+    if (!check(memcmp(a.logits[t].data(), b.logits[t].data(), a.logits[t].size() * 4) == 0,
+               "%s, %s, %d threads: token %zu differs in company", isa, what, threads, t))
       return false;
   return true;
 }
@@ -194,11 +195,16 @@ void hidden_and_embeddings(const Kernels& kernels) {
   std::vector<int32_t> ids = random_tokens(T, spec, random), positions(T);
   for (int i = 0; i < T; ++i) positions[(size_t)i] = i;
   const int32_t rows[] = {2, 8};
-  std::vector<float> by_ids(2 * (size_t)spec.vocab), by_embeddings(by_ids.size()), embeddings((size_t)(T * spec.hidden)), hidden((size_t)(spec.layers * T * spec.hidden));
-  for (int t = 0; t < T; ++t) std::copy_n(model.raw["embed"].begin() + (long)ids[(size_t)t] * spec.hidden, spec.hidden, embeddings.begin() + (long)t * spec.hidden);
-  dso_batch b{T, 1, 2, 1, ids.data(), positions.data(), query, context, phase, table, rows, nullptr, nullptr, by_ids.data(), hidden.data(), nullptr, &cache, nullptr};
+  std::vector<float> by_ids(2 * (size_t)spec.vocab), by_embeddings(by_ids.size()), embeddings((size_t)(T * spec.hidden)),
+      hidden((size_t)(spec.layers * T * spec.hidden));
+  for (int t = 0; t < T; ++t)
+    std::copy_n(model.raw["embed"].begin() + (long)ids[(size_t)t] * spec.hidden, spec.hidden,
+                embeddings.begin() + (long)t * spec.hidden);
+  dso_batch b{T,     1,    2,       1,       ids.data(),    positions.data(), query,   context, phase,
+              table, rows, nullptr, nullptr, by_ids.data(), hidden.data(),    nullptr, &cache,  nullptr};
   check(dso_plan_run(model.plan, &b) == 0, "run: %s", dso_last_error());
-  check(std::equal(embeddings.begin(), embeddings.end(), hidden.begin()), "%s: hidden state 0 is not the embedding", kernels.isa);
+  check(std::equal(embeddings.begin(), embeddings.end(), hidden.begin()), "%s: hidden state 0 is not the embedding",
+        kernels.isa);
   b.token_ids = nullptr;
   b.inputs_embeds = embeddings.data();
   b.logits = by_embeddings.data();
@@ -236,7 +242,8 @@ void chosen_blocks_stay_inside(const Kernels& kernels) {
   std::vector<std::unique_ptr<Buffer>> keep;
   const dso_weight weight = packed_weight(context.c, DSO_F32, {0, 0}, 0, 1, 2, keep);
   const dso_slot slots[] = {{DSO_SLOT_F32, 2, 0, 0}, {DSO_SLOT_F32, 2, 0, 0}};
-  dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_ATTENTION, {0, 0}, {1}), step_of(DSO_OP_HIDDEN_OUT, {1}, {})};
+  dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_ATTENTION, {0, 0}, {1}),
+                      step_of(DSO_OP_HIDDEN_OUT, {1}, {})};
   steps[1].heads = steps[1].kv_heads = 1, steps[1].head_dim = steps[1].top_k = 2;
   dso_plan* plan = nullptr;
   if (!check(dso_plan_create(context.c, steps, 3, slots, 2, &weight, 1, 1, &plan) == 0, "plan: %s", dso_last_error())) return;
@@ -247,7 +254,8 @@ void chosen_blocks_stay_inside(const Kernels& kernels) {
     const float q[] = {number, 5};
     float out[] = {NAN, NAN};
     dso_batch b{};
-    b.T = b.S = 1, b.max_blocks = (int32_t)table.size(), b.query_len = &one, b.context_len = &context_len, b.phase = &phase, b.block_table = table.data();
+    b.T = b.S = 1, b.max_blocks = (int32_t)table.size(), b.query_len = &one, b.context_len = &context_len, b.phase = &phase,
+    b.block_table = table.data();
     b.inputs_embeds = q, b.hidden = out, b.cache = &cache;
     check(dso_plan_run(plan, &b) == 0, "run: %s", dso_last_error());
     check(!std::isfinite(number) || (out[0] == 0 && out[1] == 0), "of values that are 0 came %g, %g", out[0], out[1]);
@@ -297,9 +305,14 @@ int main() {
     matches_textbook(eager, *v.kernels, 2, 60, 1e-4, "eager f32");
     matches_textbook(sliding, *v.kernels, 2, 600, 1e-4, "sliding f32");
     hidden_and_embeddings(*v.kernels);
-    const struct { const char* name; int32_t format, activation, kv; } kinds[] = {
-        {"f32", DSO_F32, DSO_SLOT_F32, DSO_KV_F32},     {"bf16", DSO_BF16, DSO_SLOT_BF16, DSO_KV_BF16}, {"int8", DSO_INT8, DSO_SLOT_Q16, DSO_KV_INT8},
-        {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_KV_BF16},   {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_KV_BF16}};
+    const struct {
+      const char* name;
+      int32_t format, activation, kv;
+    } kinds[] = {{"f32", DSO_F32, DSO_SLOT_F32, DSO_KV_F32},
+                 {"bf16", DSO_BF16, DSO_SLOT_BF16, DSO_KV_BF16},
+                 {"int8", DSO_INT8, DSO_SLOT_Q16, DSO_KV_INT8},
+                 {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_KV_BF16},
+                 {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_KV_BF16}};
     for (const auto& k : kinds) {
       for (Spec s : {Spec(), rich, sliding, mixed}) {
         s.format = k.format;

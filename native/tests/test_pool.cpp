@@ -31,10 +31,12 @@ __attribute__((noinline)) void operator delete(void* p, size_t) noexcept { free(
 
 namespace {
 
-// Stages of a few tasks, now and then none. As each opens, every task of the one before must have run, once, and none be running.
+// Stages of a few tasks, now and then none. As each opens, every task of the one before must have run, once, and none be
+// running.
 class Checked final : public Job {
  public:
-  Checked(int threads, int stages, void (*pause)(int64_t stage, int thread) = nullptr) : threads_(threads), stages_(stages), pause_(pause) {}
+  Checked(int threads, int stages, void (*pause)(int64_t stage, int thread) = nullptr)
+      : threads_(threads), stages_(stages), pause_(pause) {}
   int64_t next() override {
     if (running_ != 0) ++wrong_;
     for (int i = 0; i < tasks_; ++i)
@@ -47,8 +49,10 @@ class Checked final : public Job {
   }
   void task(int64_t index, int thread) override {
     ++running_;
-    if (index < 0 || index >= tasks_ || thread < 0 || thread >= threads_) ++wrong_;
-    else ++ran_[index];
+    if (index < 0 || index >= tasks_ || thread < 0 || thread >= threads_)
+      ++wrong_;
+    else
+      ++ran_[index];
     if (pause_) pause_(stage_, thread);
     --running_;
   }
@@ -256,7 +260,13 @@ void forks() {
 void destroys_in_child() {
   auto* pool = new ThreadPool(2);
   use(*pool);
-  check(exit_code_of_child([](ThreadPool& p) { delete &p; return 0; }, *pool) == 0, "a child destroys what it inherited");
+  check(exit_code_of_child(
+            [](ThreadPool& p) {
+              delete &p;
+              return 0;
+            },
+            *pool) == 0,
+        "a child destroys what it inherited");
   delete pool;
 }
 
@@ -290,7 +300,8 @@ void cgroups() {
   check(limit("2:cpuset:/x\n") == 0, "cpuset is not cpu");
   check(limit("garbage\n\n:\n") == 0, "a file that makes no sense");
   std::filesystem::remove_all(root);
-  check(default_threads() >= 1 && default_threads() <= (int)std::thread::hardware_concurrency(), "default_threads() is %d", default_threads());
+  check(default_threads() >= 1 && default_threads() <= (int)std::thread::hardware_concurrency(), "default_threads() is %d",
+        default_threads());
 }
 
 }  // namespace

@@ -17,10 +17,13 @@ int32_t run(const Kernels& kernels, bool checked, std::vector<float>& logits) {
   Model model(spec, kernels, 2);
   check(dso_context_set_checked(model.context.c, checked) == 0, "set_checked: %s", dso_last_error());
   dso_plan* plan = nullptr;
-  check(dso_plan_create(model.context.c, model.steps.data(), (int32_t)model.steps.size(), model.slots.data(), (int32_t)model.slots.size(), model.weights.data(),
-                        (int32_t)model.weights.size(), spec.vocab, &plan) == 0, "plan: %s", dso_last_error());
+  check(
+      dso_plan_create(model.context.c, model.steps.data(), (int32_t)model.steps.size(), model.slots.data(),
+                      (int32_t)model.slots.size(), model.weights.data(), (int32_t)model.weights.size(), spec.vocab, &plan) == 0,
+      "plan: %s", dso_last_error());
   dso_cache cache(kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 1);
-  const int32_t ids[] = {1, 2, 3}, positions[] = {0, 1, 2}, query = 3, context = 0, phase = DSO_PHASE_PREFILL, table = 0, rows[] = {0, 1, 2};
+  const int32_t ids[] = {1, 2, 3}, positions[] = {0, 1, 2}, query = 3, context = 0, phase = DSO_PHASE_PREFILL, table = 0,
+                rows[] = {0, 1, 2};
   logits.assign(3 * (size_t)spec.vocab, NAN);
   dso_batch b{};
   b.T = b.R = 3;
@@ -53,7 +56,8 @@ int main() {
     Kernels broken = *v.kernels;
     broken.add = add_too_much;
     check(run(broken, true, checked) == DSO_ECHECK, "%s: a write past a slot went unseen", v.name.c_str());
-    check(std::strstr(dso_last_error(), "(op 3) wrote byte 0 behind slot 0") != nullptr, "%s: %s", v.name.c_str(), dso_last_error());
+    check(std::strstr(dso_last_error(), "(op 3) wrote byte 0 behind slot 0") != nullptr, "%s: %s", v.name.c_str(),
+          dso_last_error());
 #endif
   }
   return report("red_zones");

@@ -38,7 +38,9 @@ double half_step(int type, const std::vector<double>& x, size_t i) {
   return type == DSO_KV_F32 ? 2e-7 * top : type == DSO_KV_BF16 ? std::fabs(x[i]) / 256 + 2e-7 * top : top / 254 * (1 + 1e-4);
 }
 
-dso_rotation rotation(const Keys& k, const std::vector<float>& f) { return {f.data(), k.rot, k.offset, k.interleaved ? DSO_FLAG_INTERLEAVED : 0, 0}; }
+dso_rotation rotation(const Keys& k, const std::vector<float>& f) {
+  return {f.data(), k.rot, k.offset, k.interleaved ? DSO_FLAG_INTERLEAVED : 0, 0};
+}
 
 std::vector<uint8_t> bytes_of(const dso_cache& k) { return {k.arena.data(), k.arena.data() + k.blocks * k.block_bytes()}; }
 
@@ -53,17 +55,28 @@ struct Case {
   dso_cache* cache = nullptr;
 
   Case(const Variant& v, int type, int heads, Keys key, int rank, Keys index, double theta, Random& random)
-      : type(type), heads(heads), key(key), index(index), rank(rank), f(frequencies(key.rot, theta)), g(frequencies(std::max(2, index.rot), 100.0)) {
-    const dso_cache_shape shape = rank ? dso_cache_shape{type, layers, 0, 0, rank, key.width, index.width, 0} : dso_cache_shape{type, layers, heads, key.width, 0, 0, 0, 0};
+      : type(type),
+        heads(heads),
+        key(key),
+        index(index),
+        rank(rank),
+        f(frequencies(key.rot, theta)),
+        g(frequencies(std::max(2, index.rot), 100.0)) {
+    const dso_cache_shape shape = rank ? dso_cache_shape{type, layers, 0, 0, rank, key.width, index.width, 0}
+                                       : dso_cache_shape{type, layers, heads, key.width, 0, 0, 0, 0};
     check(dso_cache_create(&shape, 6, &cache) == 0, "%s", dso_last_error());
     const int32_t all[] = {0, 1, 2, 3, 4, 5};
     for (int layer = 0; layer < layers; ++layer) {
       const int64_t width = rank ? rank + key.width : heads * key.width;
-      const std::vector<float> a = normal((size_t)(6 * 32 * width), 1, random), b = normal(a.size(), 1, random), c = normal((size_t)(6 * 32 * std::max(1, index.width)), 1, random);
+      const std::vector<float> a = normal((size_t)(6 * 32 * width), 1, random), b = normal(a.size(), 1, random),
+                               c = normal((size_t)(6 * 32 * std::max(1, index.width)), 1, random);
       const KvView view = cache->view(layer, all);
       for (int64_t t = 0; t < 6 * 32; t += 32) {
-        if (!rank) v.kernels->kv_write(cache->layout, view, t, 32, a.data() + t * width, width * 4, b.data() + t * width, width * 4, 0, heads);
-        else v.kernels->latent_write(cache->layout, view, t, 32, a.data() + t * width, width * 4);
+        if (!rank)
+          v.kernels->kv_write(cache->layout, view, t, 32, a.data() + t * width, width * 4, b.data() + t * width, width * 4, 0,
+                              heads);
+        else
+          v.kernels->latent_write(cache->layout, view, t, 32, a.data() + t * width, width * 4);
         if (index.width) v.kernels->index_write(cache->layout, view, t, 32, c.data() + t * index.width, index.width * 4);
       }
     }
@@ -88,7 +101,8 @@ struct Case {
     }
     std::vector<float> rows(n * (size_t)(rank + key.width));
     r.index.resize(n * (size_t)index.width);
-    check(dso_cache_read(cache, layer, table, tokens, rows.data(), index.width ? r.index.data() : nullptr) == 0, "%s", dso_last_error());
+    check(dso_cache_read(cache, layer, table, tokens, rows.data(), index.width ? r.index.data() : nullptr) == 0, "%s",
+          dso_last_error());
     for (size_t t = 0; t < n; ++t) {
       const auto row = rows.begin() + (long)t * (rank + key.width);
       r.latent.insert(r.latent.end(), row, row + rank);
@@ -98,7 +112,8 @@ struct Case {
   }
 };
 
-void compare(const char* name, int type, const Keys& k, const std::vector<float>& f, const std::vector<float>& before, const std::vector<float>& after, int delta) {
+void compare(const char* name, int type, const Keys& k, const std::vector<float>& f, const std::vector<float>& before,
+             const std::vector<float>& after, int delta) {
   const int rows = (int)before.size() / k.width;
   for (int r = 0; r < rows; ++r) {
     const int token = r % Case::tokens;  // heads are outermost
@@ -107,8 +122,8 @@ void compare(const char* name, int type, const Keys& k, const std::vector<float>
     const std::vector<double> expected = turned(std::vector<float>(row, row + k.width), k, f, at, at + (float)delta);
     for (int i = 0; i < k.width; ++i) {
       const double error = std::fabs(after[(size_t)(r * k.width + i)] - expected[(size_t)i]);
-      if (!check(error <= half_step(type, expected, (size_t)i), "%s %s rot %d of %d from %d%s: row %d number %d is off by %g", name, kv_name(type), k.rot, k.width, k.offset,
-                 k.interleaved ? ", interleaved" : "", r, i, error))
+      if (!check(error <= half_step(type, expected, (size_t)i), "%s %s rot %d of %d from %d%s: row %d number %d is off by %g",
+                 name, kv_name(type), k.rot, k.width, k.offset, k.interleaved ? ", interleaved" : "", r, i, error))
         return;
     }
   }
@@ -126,26 +141,34 @@ void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys in
   const std::vector<uint8_t> after = bytes_of(*c.cache);
   for (int layer = 0; layer < Case::layers; ++layer) {
     const Case::Rows rows = c.read(layer);
-    compare(v.name.c_str(), rank && type == DSO_KV_INT8 ? int(DSO_KV_BF16) : type, key, c.f, before[(size_t)layer].key, rows.key, delta);
-    if (index.width) compare(v.name.c_str(), type == DSO_KV_INT8 ? int(DSO_KV_BF16) : type, index, c.g, before[(size_t)layer].index, rows.index, delta);
-    check(rows.value == before[(size_t)layer].value && rows.latent == before[(size_t)layer].latent, "%s %s: values or latents changed", v.name.c_str(), kv_name(type));
+    compare(v.name.c_str(), rank && type == DSO_KV_INT8 ? int(DSO_KV_BF16) : type, key, c.f, before[(size_t)layer].key,
+            rows.key, delta);
+    if (index.width)
+      compare(v.name.c_str(), type == DSO_KV_INT8 ? int(DSO_KV_BF16) : type, index, c.g, before[(size_t)layer].index,
+              rows.index, delta);
+    check(rows.value == before[(size_t)layer].value && rows.latent == before[(size_t)layer].latent,
+          "%s %s: values or latents changed", v.name.c_str(), kv_name(type));
     if (index.width)  // numbers that don't turn keep their bits
       for (int t = 0; t < Case::tokens; ++t)
         for (int i = 0; i < index.width; ++i)
           if (i < index.offset || i >= index.offset + index.rot)
-            check(rows.index[(size_t)(t * index.width + i)] == before[(size_t)layer].index[(size_t)(t * index.width + i)], "%s: index number %d changed", v.name.c_str(), i);
+            check(rows.index[(size_t)(t * index.width + i)] == before[(size_t)layer].index[(size_t)(t * index.width + i)],
+                  "%s: index number %d changed", v.name.c_str(), i);
   }
   const int64_t bytes = c.cache->block_bytes();
-  for (int block : {0, 2, 5}) check(!memcmp(whole.data() + block * bytes, after.data() + block * bytes, (size_t)bytes), "%s: block %d changed, which is not the sequence's", v.name.c_str(), block);
+  for (int block : {0, 2, 5})
+    check(!memcmp(whole.data() + block * bytes, after.data() + block * bytes, (size_t)bytes),
+          "%s: block %d changed, which is not the sequence's", v.name.c_str(), block);
   // On three threads the same bytes.
   std::copy(whole.begin(), whole.end(), c.cache->arena.data());
   check(c.turn(many.c, Case::position, delta) == 0 && bytes_of(*c.cache) == after, "%s: depends on threads", v.name.c_str());
   // Nothing to do: nothing done.
-  check(c.turn(many.c, Case::position, 0) == 0 && bytes_of(*c.cache) == after, "%s: a turn by nothing changed bytes", v.name.c_str());
+  check(c.turn(many.c, Case::position, 0) == 0 && bytes_of(*c.cache) == after, "%s: a turn by nothing changed bytes",
+        v.name.c_str());
 }
 
-// Eight turns by a quarter of a window of 8,192: how far from keys made at the last position. Returned: largest and root mean square
-// error after each, of a key's root mean square.
+// Eight turns by a quarter of a window of 8,192: how far from keys made at the last position. Returned: largest and root mean
+// square error after each, of a key's root mean square.
 struct Drift {
   double most[8] = {}, mean[8] = {};
 };
@@ -163,7 +186,8 @@ Drift drift(const Variant& v, int type, Random& random) {
     for (size_t r = 0; r < before.size() / 64; ++r) {
       const auto row = before.begin() + (long)r * 64;
       const float at = (float)(start + (int)(r % Case::tokens));
-      const std::vector<double> expected = turned(std::vector<float>(row, row + 64), key, c.f, at, at - 2048.0f * (float)(turn + 1));
+      const std::vector<double> expected =
+          turned(std::vector<float>(row, row + 64), key, c.f, at, at - 2048.0f * (float)(turn + 1));
       for (size_t i = 0; i < 64; ++i) {
         const double error = after[r * 64 + i] - expected[i];
         d.most[turn] = std::max(d.most[turn], std::fabs(error));
@@ -179,14 +203,19 @@ Drift drift(const Variant& v, int type, Random& random) {
 // Rounding adds up as independent errors do, with the root of the count; angles add nothing.
 void drifts(const Variant& v, Random& random) {
   const Drift f32 = drift(v, DSO_KV_F32, random), bf16 = drift(v, DSO_KV_BF16, random), int8 = drift(v, DSO_KV_INT8, random);
-  printf("%s, relative error after 1, 2, 4, 8 turns: f32 %.1e %.1e %.1e %.1e, bf16 %.2g%% %.2g%% %.2g%% %.2g%%, int8 %.2g%% %.2g%% %.2g%% %.2g%%\n", v.name.c_str(), f32.mean[0], f32.mean[1],
-         f32.mean[3], f32.mean[7], 100 * bf16.mean[0], 100 * bf16.mean[1], 100 * bf16.mean[3], 100 * bf16.mean[7], 100 * int8.mean[0], 100 * int8.mean[1], 100 * int8.mean[3], 100 * int8.mean[7]);
+  printf(
+      "%s, relative error after 1, 2, 4, 8 turns: f32 %.1e %.1e %.1e %.1e, bf16 %.2g%% %.2g%% %.2g%% %.2g%%, int8 %.2g%% "
+      "%.2g%% %.2g%% %.2g%%\n",
+      v.name.c_str(), f32.mean[0], f32.mean[1], f32.mean[3], f32.mean[7], 100 * bf16.mean[0], 100 * bf16.mean[1],
+      100 * bf16.mean[3], 100 * bf16.mean[7], 100 * int8.mean[0], 100 * int8.mean[1], 100 * int8.mean[3], 100 * int8.mean[7]);
   for (int n = 1; n <= 8; ++n) {
     const double root = std::sqrt(n);
-    check(f32.mean[n - 1] < 6e-8 * root && f32.most[n - 1] < 1e-6 * root, "%s f32: %g, %g after %d turns", v.name.c_str(), f32.mean[n - 1], f32.most[n - 1], n);
+    check(f32.mean[n - 1] < 6e-8 * root && f32.most[n - 1] < 1e-6 * root, "%s f32: %g, %g after %d turns", v.name.c_str(),
+          f32.mean[n - 1], f32.most[n - 1], n);
     check(bf16.mean[n - 1] < 0.0018 * root, "%s bf16: %g after %d turns", v.name.c_str(), bf16.mean[n - 1], n);
     check(int8.mean[n - 1] < 0.0070 * root, "%s int8: %g after %d turns", v.name.c_str(), int8.mean[n - 1], n);
-    check(bf16.mean[n - 1] > 0.0010 * root && int8.mean[n - 1] > 0.0045 * root, "%s: no rounding after %d turns: nothing turned", v.name.c_str(), n);
+    check(bf16.mean[n - 1] > 0.0010 * root && int8.mean[n - 1] > 0.0045 * root,
+          "%s: no rounding after %d turns: nothing turned", v.name.c_str(), n);
   }
 }
 
@@ -204,12 +233,16 @@ void special_values(const Variant& v, int type, Random& random) {
   OwnContext c(*v.kernels, 1);
   const std::vector<float> f = frequencies(16, 100);
   const dso_rotation r{f.data(), 16, 0, 0, 0};
-  check(dso_cache_rotate(c.c, k, &r, nullptr, table, 32, 100, -9) == 0 && dso_cache_read(k, 0, table, 32, key.data(), value.data()) == 0, "%s", dso_last_error());
+  check(dso_cache_rotate(c.c, k, &r, nullptr, table, 32, 100, -9) == 0 &&
+            dso_cache_read(k, 0, table, 32, key.data(), value.data()) == 0,
+        "%s", dso_last_error());
   for (size_t t = 0; t < 32; ++t)
     for (size_t i = 0; i < 16; ++i) {
       const float got = key[t * 16 + i];
-      if (t == 1 || t == 2) check(type != DSO_KV_INT8 || std::isnan(got), "%s int8: %g of a token with NaN", v.name.c_str(), got);
-      else check(t == 3 ? got == 0 : std::isfinite(got), "%s %s: token %zu is %g", v.name.c_str(), kv_name(type), t, got);
+      if (t == 1 || t == 2)
+        check(type != DSO_KV_INT8 || std::isnan(got), "%s int8: %g of a token with NaN", v.name.c_str(), got);
+      else
+        check(t == 3 ? got == 0 : std::isfinite(got), "%s %s: token %zu is %g", v.name.c_str(), kv_name(type), t, got);
     }
   check(!std::isfinite(key[16 + 3]) && !std::isfinite(key[2 * 16 + 5]), "%s %s: a NaN was lost", v.name.c_str(), kv_name(type));
   dso_cache_destroy(k);
@@ -221,7 +254,8 @@ void summaries_follow(const Variant& v, int type, Random& random) {
   dso_cache cache(*v.kernels, {type, 1, 1, 16, 0, 0, 0, 1}, 2);
   const KvView view = cache.view(0, table);
   const std::vector<float> x = normal(64 * 16, 1, random), f = frequencies(16, 100);
-  for (int64_t start : {0, 32}) v.kernels->kv_write(cache.layout, view, start, 32, x.data() + start * 16, 64, x.data(), 64, 0, 1);
+  for (int64_t start : {0, 32})
+    v.kernels->kv_write(cache.layout, view, start, 32, x.data() + start * 16, 64, x.data(), 64, 0, 1);
   auto summarise = [&] {
     for (int64_t block : {0, 1}) v.kernels->kv_summarise(cache.layout, view, block);
     return std::vector<uint8_t>(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
@@ -231,20 +265,28 @@ void summaries_follow(const Variant& v, int type, Random& random) {
   const dso_rotation key = {f.data(), 16, 0, 0, 0};
   check(dso_cache_rotate(c.c, &cache, &key, nullptr, table, 40, 100, -64) == 0, "%s", dso_last_error());
   const std::vector<uint8_t> after(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
-  check(after != before && after == summarise(), "%s %s: summaries are not those of the keys that turned", v.name.c_str(), kv_name(type));
+  check(after != before && after == summarise(), "%s %s: summaries are not those of the keys that turned", v.name.c_str(),
+        kv_name(type));
 }
 
 void refusals(const Variant& v, Random& random) {
-  Case full(v, DSO_KV_BF16, 2, {16, 16, 0, false}, 0, {0, 0, 0, false}, 100, random), latent(v, DSO_KV_INT8, 0, {8, 8, 0, true}, 40, {12, 8, 0, false}, 100, random);
+  Case full(v, DSO_KV_BF16, 2, {16, 16, 0, false}, 0, {0, 0, 0, false}, 100, random),
+      latent(v, DSO_KV_INT8, 0, {8, 8, 0, true}, 40, {12, 8, 0, false}, 100, random);
   OwnContext c(*v.kernels, 1);
   const std::vector<uint8_t> a = bytes_of(*full.cache), b = bytes_of(*latent.cache);
-  auto refuses = [&](const char* words, Case& at, dso_rotation key, const dso_rotation* index, const int32_t* table, int tokens, int position, int delta) {
+  auto refuses = [&](const char* words, Case& at, dso_rotation key, const dso_rotation* index, const int32_t* table, int tokens,
+                     int position, int delta) {
     const int32_t rc = dso_cache_rotate(c.c, at.cache, &key, index, table, tokens, position, delta);
-    check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "code %d, \"%s\" (expected \"%s\")", rc, dso_last_error(), words);
+    check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "code %d, \"%s\" (expected \"%s\")", rc, dso_last_error(),
+          words);
   };
-  const dso_rotation good = rotation(full.key, full.f), turning = rotation(latent.key, latent.f), index = rotation(latent.index, latent.g);
-  auto with = [](dso_rotation r, int rot, int offset, int flags = 0) { return dso_rotation{r.inv_freq, rot, offset, flags, 0}; };
-  for (auto bad : {with(good, 15, 0), with(good, 0, 0), with(good, 16, 2), with(good, 8, -2), with(good, INT32_MAX - 1, 2)}) refuses("cannot turn in pairs", full, bad, nullptr, full.table, 75, 40, -1);
+  const dso_rotation good = rotation(full.key, full.f), turning = rotation(latent.key, latent.f),
+                     index = rotation(latent.index, latent.g);
+  auto with = [](dso_rotation r, int rot, int offset, int flags = 0) {
+    return dso_rotation{r.inv_freq, rot, offset, flags, 0};
+  };
+  for (auto bad : {with(good, 15, 0), with(good, 0, 0), with(good, 16, 2), with(good, 8, -2), with(good, INT32_MAX - 1, 2)})
+    refuses("cannot turn in pairs", full, bad, nullptr, full.table, 75, 40, -1);
   refuses("flags are 3", full, with(good, 16, 0, 3), nullptr, full.table, 75, 40, -1);
   refuses("inv_freq is NULL", full, {nullptr, 16, 0, 0, 0}, nullptr, full.table, 75, 40, -1);
   std::vector<float> wild = full.f;
@@ -261,7 +303,9 @@ void refusals(const Variant& v, Random& random) {
   refuses("-1 tokens", full, good, nullptr, full.table, -1, 40, -1);
   refuses("cannot move by -41", full, good, nullptr, full.table, 75, 40, -41);
   refuses("cannot move by 1", full, good, nullptr, full.table, 75, INT32_MAX - 75, 1);
-  check(dso_cache_rotate(c.c, full.cache, nullptr, nullptr, full.table, 75, 40, -1) == DSO_EINVAL && strstr(dso_last_error(), "key is NULL"), "%s", dso_last_error());
+  check(dso_cache_rotate(c.c, full.cache, nullptr, nullptr, full.table, 75, 40, -1) == DSO_EINVAL &&
+            strstr(dso_last_error(), "key is NULL"),
+        "%s", dso_last_error());
   check(dso_cache_rotate(c.c, full.cache, &good, nullptr, nullptr, 0, 40, -1) == 0, "no tokens: %s", dso_last_error());
   check(bytes_of(*full.cache) == a && bytes_of(*latent.cache) == b, "a refused turn changed bytes");
 }
@@ -273,7 +317,8 @@ int main() {
   for (const Variant& v : variants()) {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (bool interleaved : {false, true}) {
-        for (int d : {2, 18, 20, 64, 128, 256}) one_turn(v, type, 1 + random.below(3), {d, d, 0, interleaved}, 0, {0, 0, 0, false}, random);
+        for (int d : {2, 18, 20, 64, 128, 256})
+          one_turn(v, type, 1 + random.below(3), {d, d, 0, interleaved}, 0, {0, 0, 0, false}, random);
         one_turn(v, type, 2, {40, 22, 6, interleaved}, 0, {0, 0, 0, false}, random);  // a part of each head
         for (int rope : {2, 12, 64}) {
           one_turn(v, type, 0, {rope, rope, 0, interleaved}, 40, {0, 0, 0, false}, random);

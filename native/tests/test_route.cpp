@@ -1,5 +1,5 @@
-// Routes on every variant against a plain reading of Transformers' routers in double: which experts, their weights, ties, groups,
-// NaN and infinities; the same bits whatever the company; and every mistake in the steps of experts by name.
+// Routes on every variant against a plain reading of Transformers' routers in double: which experts, their weights, ties,
+// groups, NaN and infinities; the same bits whatever the company; and every mistake in the steps of experts by name.
 #include "scalar_kernels.hpp"
 // After check.hpp, whose sizes are another reading of the layout.
 #include "experts_fixture.hpp"
@@ -19,8 +19,10 @@ class Router {
   Router(const Spec& spec, const std::vector<float>& bias, const Kernels& kernels, int threads)
       : spec_(spec), context_(kernels, threads), bias_(bias), embed_(::packed_bytes(DSO_F32, 1, spec.experts), 0) {
     const dso_slot slots[] = {{DSO_SLOT_F32, spec.experts, 0, 0}, {DSO_SLOT_F32, 2 * spec.top_k, 0, 0}};
-    const dso_weight weights[] = {{DSO_F32, 1, spec.experts, 0, embed_.get(), (int64_t)embed_.size()}, {DSO_VECTOR, 1, spec.experts, 0, bias_.data(), 4 * (int64_t)bias_.size()}};
-    dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_ROUTE, {0}, {1}, {}, {spec.bias ? 1 : -1}), step_of(DSO_OP_HIDDEN_OUT, {1}, {})};
+    const dso_weight weights[] = {{DSO_F32, 1, spec.experts, 0, embed_.get(), (int64_t)embed_.size()},
+                                  {DSO_VECTOR, 1, spec.experts, 0, bias_.data(), 4 * (int64_t)bias_.size()}};
+    dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_ROUTE, {0}, {1}, {}, {spec.bias ? 1 : -1}),
+                        step_of(DSO_OP_HIDDEN_OUT, {1}, {})};
     steps[1].flags = spec.flags, steps[1].experts = spec.experts, steps[1].top_k = spec.top_k;
     steps[1].groups = spec.groups, steps[1].top_groups = spec.top_groups, steps[1].scale = kScale;
     check(dso_plan_create(context_.c, steps, 3, slots, 2, weights, 2, 1, &plan_) == 0, "plan: %s", dso_last_error());
@@ -82,7 +84,8 @@ Expected expect(const Spec& s, const float* x, const std::vector<float>& bias) {
   auto near = [&](const std::vector<double>& values, int kept) {  // the last kept and the first that is not
     std::vector<double> sorted = values;
     std::stable_sort(sorted.begin(), sorted.end(), before);
-    return kept < (int)sorted.size() && sorted[(size_t)kept - 1] != sorted[(size_t)kept] && std::fabs(sorted[(size_t)kept - 1] - sorted[(size_t)kept]) < 1e-6;
+    return kept < (int)sorted.size() && sorted[(size_t)kept - 1] != sorted[(size_t)kept] &&
+           std::fabs(sorted[(size_t)kept - 1] - sorted[(size_t)kept]) < 1e-6;
   };
   std::vector<double> candidates = e.choice;
   if (s.groups > 1) {
@@ -102,7 +105,8 @@ Expected expect(const Spec& s, const float* x, const std::vector<float>& bias) {
   return e;
 }
 
-void compare(const Spec& s, const Kernels& k, const std::vector<float>& x, const std::vector<float>& bias, int32_t T, int threads, bool exact_ties) {
+void compare(const Spec& s, const Kernels& k, const std::vector<float>& x, const std::vector<float>& bias, int32_t T,
+             int threads, bool exact_ties) {
   Router router(s, bias, k, threads);
   const std::vector<float> all = router(x.data(), T);
   int told = 0;
@@ -115,21 +119,32 @@ void compare(const Spec& s, const Kernels& k, const std::vector<float>& x, const
     double sum = 1e-20;
     for (int c : e.chosen) sum += e.scores[(size_t)c];
     for (int j = 0; j < s.top_k; ++j) {
-      if (!check(routes[j] == (float)e.chosen[(size_t)j], "%s, %d of %d, groups %d of %d, flags %d: row %d chooses %g as its %d-th, not %d", k.isa, s.top_k, s.experts, s.top_groups,
-                 s.groups, s.flags, t, routes[j], j, e.chosen[(size_t)j]))
+      if (!check(routes[j] == (float)e.chosen[(size_t)j],
+                 "%s, %d of %d, groups %d of %d, flags %d: row %d chooses %g as its %d-th, not %d", k.isa, s.top_k, s.experts,
+                 s.top_groups, s.groups, s.flags, t, routes[j], j, e.chosen[(size_t)j]))
         return;
-      const double want = e.scores[(size_t)e.chosen[(size_t)j]] / (s.flags & DSO_FLAG_NORMALISE ? sum : 1) * kScale, got = routes[s.top_k + j];
+      const double want = e.scores[(size_t)e.chosen[(size_t)j]] / (s.flags & DSO_FLAG_NORMALISE ? sum : 1) * kScale,
+                   got = routes[s.top_k + j];
       const bool both_nan = std::isnan(want) && std::isnan(got);
-      check(both_nan || std::fabs(got - want) <= 2e-6 * std::fabs(want) + 1e-37, "%s, flags %d: row %d, weight %d: %g, not %g", k.isa, s.flags, t, j, got, want);
+      check(both_nan || std::fabs(got - want) <= 2e-6 * std::fabs(want) + 1e-37, "%s, flags %d: row %d, weight %d: %g, not %g",
+            k.isa, s.flags, t, j, got, want);
     }
   }
   check(told > T / 2, "%d of %d rows were too close to tell", T - told, T);
 }
 
 const Spec kSpecs[] = {
-    {64, 6, 1, 1, kV2, false},        {160, 6, 8, 3, kV2, false},          {256, 8, 8, 4, kV3, true},        {16, 4, 4, 2, kV3, true},
-    {1, 1, 1, 1, kV2, false},         {3, 3, 1, 1, kV3, false},            {37, 5, 1, 1, DSO_FLAG_SIGMOID, true},
-    {35, 10, 7, 2, kV2, false},       {12, 4, 6, 2, kV3, true},            {12, 3, 12, 3, kV2, true},        {1000, 100, 10, 5, DSO_FLAG_NORMALISE, true},
+    {64, 6, 1, 1, kV2, false},
+    {160, 6, 8, 3, kV2, false},
+    {256, 8, 8, 4, kV3, true},
+    {16, 4, 4, 2, kV3, true},
+    {1, 1, 1, 1, kV2, false},
+    {3, 3, 1, 1, kV3, false},
+    {37, 5, 1, 1, DSO_FLAG_SIGMOID, true},
+    {35, 10, 7, 2, kV2, false},
+    {12, 4, 6, 2, kV3, true},
+    {12, 3, 12, 3, kV2, true},
+    {1000, 100, 10, 5, DSO_FLAG_NORMALISE, true},
 };
 
 void random_scores(const Kernels& k, int threads) {
@@ -168,17 +183,23 @@ void mistakes() {
   OwnContext context(*variants()[0].kernels, 1);
   MoeWeights weights(spec, random_matrices(context.c));
   Moe moe(spec, weights, *variants()[0].kernels, 1);
-  auto refused = [&](const char* words, const std::function<void(std::vector<dso_step>&, std::vector<dso_slot>&, std::vector<dso_weight>&)>& change) {
-    std::vector<dso_step> steps = moe.steps();
-    std::vector<dso_slot> slots = moe.slots();
-    std::vector<dso_weight> table = weights.table(spec);
-    change(steps, slots, table);
-    dso_plan* plan = nullptr;
-    const int32_t rc = dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), table.data(), (int32_t)table.size(), 1, &plan);
-    check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "code %d, message \"%s\", expected \"%s\"", rc, dso_last_error(), words);
-    if (!rc) dso_plan_destroy(plan);
+  auto refused =
+      [&](const char* words,
+          const std::function<void(std::vector<dso_step>&, std::vector<dso_slot>&, std::vector<dso_weight>&)>& change) {
+        std::vector<dso_step> steps = moe.steps();
+        std::vector<dso_slot> slots = moe.slots();
+        std::vector<dso_weight> table = weights.table(spec);
+        change(steps, slots, table);
+        dso_plan* plan = nullptr;
+        const int32_t rc = dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(),
+                                           table.data(), (int32_t)table.size(), 1, &plan);
+        check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "code %d, message \"%s\", expected \"%s\"", rc,
+              dso_last_error(), words);
+        if (!rc) dso_plan_destroy(plan);
+      };
+  auto at = [](std::vector<dso_step>& steps, int32_t op) -> dso_step& {
+    return *std::find_if(steps.begin(), steps.end(), [&](const dso_step& s) { return s.op == op; });
   };
-  auto at = [](std::vector<dso_step>& steps, int32_t op) -> dso_step& { return *std::find_if(steps.begin(), steps.end(), [&](const dso_step& s) { return s.op == op; }); };
   auto step = [&](const char* words, int32_t op, const std::function<void(dso_step&)>& change) {
     refused(words, [&](auto& steps, auto&, auto&) { change(at(steps, op)); });
   };
@@ -202,10 +223,13 @@ void mistakes() {
   step("a stack of 8 matrices, not of 7", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.experts = 7; });
   step("no earlier EXPERTS_GATE_UP", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.flags = 0; });
   step("which INT4 weights do not read", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.in[0] = 0; });
-  refused("1 rows a token, not 2", [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].repeat = 1; });
-  refused("must have width 40", [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].width = 41; });
+  refused("1 rows a token, not 2",
+          [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].repeat = 1; });
+  refused("must have width 40",
+          [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].width = 41; });
   refused("must be 1 x 8", [](auto&, auto&, auto& table) { table[4].cols = 7; });
-  refused("in[0] must have width 73", [](auto&, auto&, auto& table) { table[2].cols = 73; });  // as many tiles, so as many bytes
+  refused("in[0] must have width 73",
+          [](auto&, auto&, auto& table) { table[2].cols = 73; });  // as many tiles, so as many bytes
   refused("repeat is 5000", [&](auto&, auto& slots, auto&) { slots[1].repeat = 5000; });
 }
 

@@ -1,5 +1,5 @@
-// Sparse latent attention through plans, with tokens chosen by the test: against softmax over those tokens in doubles; what was not
-// chosen is never read; and where the chosen are all that another row sees, the bits are that row's.
+// Sparse latent attention through plans, with tokens chosen by the test: against softmax over those tokens in doubles; what was
+// not chosen is never read; and where the chosen are all that another row sees, the bits are that row's.
 #include <algorithm>
 #include <memory>
 #include <set>
@@ -21,7 +21,9 @@ struct Row {
 class Plan {
  public:
   Plan(const Kernels& kernels, int32_t type, int32_t top_k, int threads)
-      : top_k(top_k), width_(kQuery + kLatent + std::max(1, top_k)), context_{std::make_shared<Context>(kernels, threads)},
+      : top_k(top_k),
+        width_(kQuery + kLatent + std::max(1, top_k)),
+        context_{std::make_shared<Context>(kernels, threads)},
         cache(kernels, {type, 1, 0, 0, kRank, kRope, 0, 0}, 128) {
     Random random(9);
     const int32_t widths[] = {kQuery, kLatent, std::max(1, top_k)};
@@ -34,9 +36,11 @@ class Plan {
     values = normal(kHeads * kValue * kRank, 0.5f, random);
     stack(keys, kHeads, kRank, kNope);
     stack(values, kHeads, kValue, kRank);
-    stack(normal(kHeads * (kNope + kValue) * kRank, 0.5f, random), 1, kHeads * (kNope + kValue), kRank);  // of expanded rows: there are none
-    stack(std::vector<float>((size_t)width_, 0.0f), 1, 1, width_);                                   // the embedding
-    for (int32_t w : {width_, kQuery, kLatent, widths[2], kHeads * kLatent, kHeads * kRank, kOut, kOut}) slots_.push_back({DSO_SLOT_F32, w, 0, 0});
+    stack(normal(kHeads * (kNope + kValue) * kRank, 0.5f, random), 1, kHeads * (kNope + kValue),
+          kRank);                                                   // of expanded rows: there are none
+    stack(std::vector<float>((size_t)width_, 0.0f), 1, 1, width_);  // the embedding
+    for (int32_t w : {width_, kQuery, kLatent, widths[2], kHeads * kLatent, kHeads * kRank, kOut, kOut})
+      slots_.push_back({DSO_SLOT_F32, w, 0, 0});
     step(DSO_OP_EMBEDDING, {}, {0}, {6});
     step(DSO_OP_LINEAR, {0}, {1, 2, 3}, {0, 1, 2});
     step(DSO_OP_LATENT_WRITE, {2}, {}, {});
@@ -44,7 +48,8 @@ class Plan {
     step(DSO_OP_MLA_ATTENTION, top_k > 0 ? std::vector<int32_t>{1, 4, 3} : std::vector<int32_t>{1, 4}, {5, 6}, {5});
     step(DSO_OP_MLA_VALUE, {5, 6}, {7}, {4});
     step(DSO_OP_HIDDEN_OUT, {7}, {}, {});
-    check(dso_plan_create(&context_, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(), weights_.data(), (int32_t)weights_.size(), 1, &plan_) == 0,
+    check(dso_plan_create(&context_, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(),
+                          weights_.data(), (int32_t)weights_.size(), 1, &plan_) == 0,
           "plan: %s", dso_last_error());
     for (int32_t i = 0; i < 128; ++i) table.push_back((i * 37 + 11) % 128);
   }
@@ -76,7 +81,10 @@ class Plan {
     check(dso_plan_run(plan_, &b) == 0, "run: %s", dso_last_error());
     return out;
   }
-  uint8_t* latent_row(int64_t token) { return cache.view(0, table.data()).base + table[(size_t)token / 32] * cache.block_bytes() + token % 32 * cache.layout.row_bytes; }
+  uint8_t* latent_row(int64_t token) {
+    return cache.view(0, table.data()).base + table[(size_t)token / 32] * cache.block_bytes() +
+           token % 32 * cache.layout.row_bytes;
+  }
 
   const int32_t top_k;
   std::vector<float> keys, values;  // [heads, rank, nope], [heads, v_dim, rank]
@@ -125,7 +133,8 @@ void against_doubles(const Variant& v, Plan& p, const Row& row, const std::vecto
   for (int64_t h = 0; h < kHeads; ++h) {
     std::vector<double> q(kLatent), logit, mixed(kRank);
     for (int64_t i = 0; i < kRank; ++i)
-      for (int64_t j = 0; j < kNope; ++j) q[(size_t)i] += (double)p.keys[(size_t)((h * kRank + i) * kNope + j)] * row.q[(size_t)(h * (kNope + kRope) + j)];
+      for (int64_t j = 0; j < kNope; ++j)
+        q[(size_t)i] += (double)p.keys[(size_t)((h * kRank + i) * kNope + j)] * row.q[(size_t)(h * (kNope + kRope) + j)];
     for (int64_t i = 0; i < kRope; ++i) q[(size_t)(kRank + i)] = row.q[(size_t)(h * (kNope + kRope) + kNope + i)];
     double top = -INFINITY, total = 0, largest = 0;
     for (float t : row.chosen) {
@@ -141,12 +150,14 @@ void against_doubles(const Variant& v, Plan& p, const Row& row, const std::vecto
     }
     std::vector<double> want(kValue);
     for (int64_t i = 0; i < kValue; ++i) {
-      for (int64_t j = 0; j < kRank; ++j) want[(size_t)i] += p.values[(size_t)((h * kValue + i) * kRank + j)] * mixed[(size_t)j] / total;
+      for (int64_t j = 0; j < kRank; ++j)
+        want[(size_t)i] += p.values[(size_t)((h * kValue + i) * kRank + j)] * mixed[(size_t)j] / total;
       largest = std::max(largest, std::fabs(want[(size_t)i]));
     }
     const double bound = (type == DSO_KV_F32 ? 1e-5 : 3e-2) * std::max(0.1, largest);
     for (int64_t i = 0; i < kValue; ++i)
-      if (!check(std::fabs(got[h * kValue + i] - want[(size_t)i]) <= bound, "%s kv %d, top_k %d: head %ld [%ld] is %g, not %g", v.name.c_str(), type, p.top_k, (long)h, (long)i, got[h * kValue + i], want[(size_t)i]))
+      if (!check(std::fabs(got[h * kValue + i] - want[(size_t)i]) <= bound, "%s kv %d, top_k %d: head %ld [%ld] is %g, not %g",
+                 v.name.c_str(), type, p.top_k, (long)h, (long)i, got[h * kValue + i], want[(size_t)i]))
         return;
   }
 }
@@ -178,7 +189,9 @@ void sparse(const Variant& v, int32_t type, int32_t top_k, int threads, Random& 
     if (!read.count((float)t)) memset(p.latent_row(t), 0xff, (size_t)p.cache.layout.row_bytes);
   for (size_t i = 0; i < asked.size(); ++i) {
     const std::vector<float> alone = p.run(context + (int32_t)i, {asked[i]});
-    check(!memcmp(alone.data(), together.data() + i * kOut, kOut * 4), "%s kv %d, top_k %d: row %zu of %zu differs alone, or reads what it did not choose", v.name.c_str(), type, top_k, i, asked.size());
+    check(!memcmp(alone.data(), together.data() + i * kOut, kOut * 4),
+          "%s kv %d, top_k %d: row %zu of %zu differs alone, or reads what it did not choose", v.name.c_str(), type, top_k, i,
+          asked.size());
   }
   // No number leads outside the sequence.
   Row wild = random_row(random);
@@ -198,7 +211,8 @@ void equals_dense(const Variant& v, int32_t type, int32_t top_k, int threads, Ra
   behind.q = rows.back().q;
   for (int32_t t = 0; t < top_k; ++t) behind.chosen.push_back((float)t);
   const std::vector<float> got = p.run(top_k, {behind});
-  check(!memcmp(got.data(), seen.data() + (size_t)(top_k - 1) * kOut, kOut * 4), "%s kv %d: all of top_k %d tokens chosen differ from dense", v.name.c_str(), type, top_k);
+  check(!memcmp(got.data(), seen.data() + (size_t)(top_k - 1) * kOut, kOut * 4),
+        "%s kv %d: all of top_k %d tokens chosen differ from dense", v.name.c_str(), type, top_k);
 }
 
 }  // namespace

@@ -19,15 +19,23 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
   const int32_t V = 37;
   std::vector<std::unique_ptr<Buffer>> keep;
   const std::vector<float> embed = normal((size_t)(V * H), 1, random), head = normal((size_t)(V * 2 * H), 1, random);
-  const dso_weight weights[] = {packed_weight(&context, DSO_F32, embed, 0, V, H, keep), packed_weight(&context, c.format, head, 0, V, 2 * H, keep)};
-  const dso_slot slots[] = {{DSO_SLOT_F32, H, 0, 0}, {DSO_SLOT_F32, H, 0, 0}, {c.slot, 2 * H, 0, 0}, {DSO_SLOT_F32, V, 0, 0}, {DSO_SLOT_LOGITS, V, 1, 0}};
-  std::vector<dso_step> steps = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_STATE_IN, {}, {1}),   step_of(DSO_OP_HIDDEN_OUT, {0}, {}),
-                                 step_of(DSO_OP_HIDDEN_OUT, {1}, {}),     step_of(DSO_OP_CONCAT, {0, 1}, {2}), step_of(DSO_OP_LINEAR, {2}, {3}, {1}),
+  const dso_weight weights[] = {packed_weight(&context, DSO_F32, embed, 0, V, H, keep),
+                                packed_weight(&context, c.format, head, 0, V, 2 * H, keep)};
+  const dso_slot slots[] = {{DSO_SLOT_F32, H, 0, 0},
+                            {DSO_SLOT_F32, H, 0, 0},
+                            {c.slot, 2 * H, 0, 0},
+                            {DSO_SLOT_F32, V, 0, 0},
+                            {DSO_SLOT_LOGITS, V, 1, 0}};
+  std::vector<dso_step> steps = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_STATE_IN, {}, {1}),
+                                 step_of(DSO_OP_HIDDEN_OUT, {0}, {}),     step_of(DSO_OP_HIDDEN_OUT, {1}, {}),
+                                 step_of(DSO_OP_CONCAT, {0, 1}, {2}),     step_of(DSO_OP_LINEAR, {2}, {3}, {1}),
                                  step_of(DSO_OP_SELECT_ROWS, {3}, {4})};
   steps[3].layer = 1;
   steps[3].flags = DSO_FLAG_LAST;
   dso_plan* plan = nullptr;
-  if (!check(dso_plan_create(&context, steps.data(), (int32_t)steps.size(), slots, 5, weights, 2, V, &plan) == 0, "plan: %s", dso_last_error())) return;
+  if (!check(dso_plan_create(&context, steps.data(), (int32_t)steps.size(), slots, 5, weights, 2, V, &plan) == 0, "plan: %s",
+             dso_last_error()))
+    return;
 
   std::vector<int32_t> ids((size_t)T), rows((size_t)T);
   std::iota(rows.begin(), rows.end(), 0);
@@ -38,7 +46,8 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
     std::copy_n(embed.begin() + (long)ids[(size_t)t] * H, H, both.begin() + (long)t * 2 * H);
     std::copy_n(states.begin() + (long)t * H, H, both.begin() + (long)t * 2 * H + H);
   }
-  check(dso_linear(&context, &weights[1], nullptr, c.slot, both.data(), T, T, expected.data()) == 0, "linear: %s", dso_last_error());
+  check(dso_linear(&context, &weights[1], nullptr, c.slot, both.data(), T, T, expected.data()) == 0, "linear: %s",
+        dso_last_error());
 
   const int32_t query[] = {T}, context_len[] = {0}, phase[] = {DSO_PHASE_DECODE};
   dso_batch b{};
@@ -50,7 +59,8 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
   b.phase = phase;
   b.logit_rows = rows.data();
   b.logits = found.data();
-  check(dso_plan_run(plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "batch.states is NULL"), "no states: %s", dso_last_error());
+  check(dso_plan_run(plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "batch.states is NULL"), "no states: %s",
+        dso_last_error());
   b.states = states.data();
   // Hidden states: none, the last by itself, all, both.
   for (int asked = 0; asked < 4; ++asked) {
@@ -59,9 +69,11 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
     b.hidden = asked & 2 ? all.data() : nullptr;
     std::fill(found.begin(), found.end(), NAN);
     check(dso_plan_run(plan, &b) == 0, "run: %s", dso_last_error());
-    check(memcmp(found.data(), expected.data(), 4 * found.size()) == 0, "%s, %s, %d wide, %d rows: not the rows side by side", kernels.isa, c.name, H, T);
+    check(memcmp(found.data(), expected.data(), 4 * found.size()) == 0, "%s, %s, %d wide, %d rows: not the rows side by side",
+          kernels.isa, c.name, H, T);
     if (asked & 1) check(last == states, "%s: last_hidden is not the last state", kernels.isa);
-    if (asked & 2) check(std::equal(states.begin(), states.end(), all.begin() + T * H), "%s: hidden state 1 is another", kernels.isa);
+    if (asked & 2)
+      check(std::equal(states.begin(), states.end(), all.begin() + T * H), "%s: hidden state 1 is another", kernels.isa);
   }
   dso_plan_destroy(plan);
 }
@@ -72,7 +84,8 @@ void refused() {
   auto refuse = [&](const dso_step& second, const char* says) {
     const dso_step steps[] = {step_of(DSO_OP_STATE_IN, {}, {0}), second};
     dso_plan* plan = nullptr;
-    check(dso_plan_create(&context, steps, 2, slots, 3, nullptr, 0, 8, &plan) == DSO_EINVAL && strstr(dso_last_error(), says), "got: %s", dso_last_error());
+    check(dso_plan_create(&context, steps, 2, slots, 3, nullptr, 0, 8, &plan) == DSO_EINVAL && strstr(dso_last_error(), says),
+          "got: %s", dso_last_error());
   };
   refuse(step_of(DSO_OP_CONCAT, {0, 0}, {1}), "out[0] must have width 16");
   refuse(step_of(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step fills");
@@ -82,7 +95,10 @@ void refused() {
 }  // namespace
 
 int main() {
-  const Case cases[] = {{"f32", DSO_F32, DSO_SLOT_F32}, {"bf16", DSO_BF16, DSO_SLOT_BF16}, {"int8", DSO_INT8, DSO_SLOT_Q16}, {"int4", DSO_INT4, DSO_SLOT_Q8}};
+  const Case cases[] = {{"f32", DSO_F32, DSO_SLOT_F32},
+                        {"bf16", DSO_BF16, DSO_SLOT_BF16},
+                        {"int8", DSO_INT8, DSO_SLOT_Q16},
+                        {"int4", DSO_INT4, DSO_SLOT_Q8}};
   auto all = [](const Kernels& k, const Case& c) {
     for (int32_t H : {8, 33, 200})
       for (int32_t T : {1, 5, 70})

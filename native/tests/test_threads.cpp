@@ -27,15 +27,17 @@ std::vector<std::vector<float>> logits_of(Model& model, int number) {
 
 void make_and_drop(const Model& model) {
   dso_plan* plan = nullptr;
-  const int32_t rc = dso_plan_create(model.context.c, model.steps.data(), (int32_t)model.steps.size(), model.slots.data(), (int32_t)model.slots.size(),
-                                     model.weights.data(), (int32_t)model.weights.size(), model.spec.vocab, &plan);
+  const int32_t rc = dso_plan_create(model.context.c, model.steps.data(), (int32_t)model.steps.size(), model.slots.data(),
+                                     (int32_t)model.slots.size(), model.weights.data(), (int32_t)model.weights.size(),
+                                     model.spec.vocab, &plan);
   check(rc == 0 && dso_plan_reserve(plan, 7, 7) == 0, "plan: %s", dso_last_error());
   const dso_cache_shape shape{DSO_KV_BF16, 2, 2, 16, 0, 0, 0, 0};
   dso_cache* cache = nullptr;
   check(dso_cache_create(&shape, 4, &cache) == 0 && dso_cache_release(cache, 1) == 0, "cache: %s", dso_last_error());
   const dso_weight& head = model.weights.back();
   std::vector<float> x((size_t)head.cols, 1.0f), y((size_t)head.rows);
-  check(dso_linear(model.context.c, &head, nullptr, model.spec.activation, x.data(), 1, 1, y.data()) == 0, "linear: %s", dso_last_error());
+  check(dso_linear(model.context.c, &head, nullptr, model.spec.activation, x.data(), 1, 1, y.data()) == 0, "linear: %s",
+        dso_last_error());
   dso_plan* none = nullptr;
   check(dso_plan_create(model.context.c, nullptr, 0, nullptr, 0, nullptr, 0, 1, &none) == DSO_EINVAL, "a plan of nothing");
   check(std::strstr(dso_last_error(), "steps") != nullptr, "this thread's message: %s", dso_last_error());

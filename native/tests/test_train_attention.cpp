@@ -1,5 +1,5 @@
-// Attention of training on every variant against softmax in doubles with a bound for each number; the same bits whatever the threads
-// and the company of a sequence; nothing written beside the sequences; overflow, NaN, and what the border refuses.
+// Attention of training on every variant against softmax in doubles with a bound for each number; the same bits whatever the
+// threads and the company of a sequence; nothing written beside the sequences; overflow, NaN, and what the border refuses.
 #include "plan_parts.hpp"
 #include "train_attention_fixture.hpp"
 
@@ -25,7 +25,11 @@ struct Reference {
   double rounding;           // of a number that is stored
 
   Reference(const Inputs& in, const Sequences& of)
-      : o(count(in, in.o_grad)), q_grad(count(in, in.q)), k_grad(count(in, in.k)), v_grad(count(in, in.v)), rounding(in.shape.type == DSO_TYPE_BF16 ? 1.0 / 256 : 6e-8) {
+      : o(count(in, in.o_grad)),
+        q_grad(count(in, in.q)),
+        k_grad(count(in, in.k)),
+        v_grad(count(in, in.v)),
+        rounding(in.shape.type == DSO_TYPE_BF16 ? 1.0 / 256 : 6e-8) {
     for (size_t i = 0; i < of.begin.size(); ++i)
       for (int64_t t = of.begin[i]; t < of.end[i]; ++t)
         for (int64_t h = 0; h < in.shape.heads; ++h) row(in, of.begin[i], t, h);
@@ -39,7 +43,8 @@ struct Reference {
     double top = -1e300, total = 0;
     for (int64_t j = first; j <= t; ++j) {
       double x = 0, of = 0;
-      for (int64_t c = 0; c < s.qk_width; ++c) x += (double)in.q.at(t, h, c) * in.k.at(j, g, c), of += std::abs((double)in.q.at(t, h, c) * in.k.at(j, g, c));
+      for (int64_t c = 0; c < s.qk_width; ++c)
+        x += (double)in.q.at(t, h, c) * in.k.at(j, g, c), of += std::abs((double)in.q.at(t, h, c) * in.k.at(j, g, c));
       p.push_back(x * (double)s.scale());
       top = std::max(top, p.back()), largest_logit = std::max(largest_logit, of * (double)s.scale());
     }
@@ -62,14 +67,17 @@ struct Reference {
         dp += x, dp_size += std::abs(x);
         v_grad.add(at(in.v, j, g, c), weight * in.o_grad.at(t, h, c), weight * std::abs(in.o_grad.at(t, h, c)));
       }
-      const double ds = weight * (dp - delta) * (double)s.scale(), ds_size = weight * (dp_size + delta_size) * (double)s.scale();
+      const double ds = weight * (dp - delta) * (double)s.scale(),
+                   ds_size = weight * (dp_size + delta_size) * (double)s.scale();
       for (int64_t c = 0; c < s.qk_width; ++c) {
         q_grad.add(at(in.q, t, h, c), ds * in.k.at(j, g, c), ds_size * std::abs(in.k.at(j, g, c)));
         k_grad.add(at(in.k, j, g, c), ds * in.q.at(t, h, c), ds_size * std::abs(in.q.at(t, h, c)));
       }
     }
   }
-  static size_t at(const Tensor& like, int64_t t, int64_t h, int64_t c) { return (size_t)((t * like.heads + h) * like.width + c); }
+  static size_t at(const Tensor& like, int64_t t, int64_t h, int64_t c) {
+    return (size_t)((t * like.heads + h) * like.width + c);
+  }
 
   // Weights err by their logits' error and, in bf16, once more by rounding; their products' sums in fp32 by a few roundings.
   double bound() const { return rounding + 6e-8 * (8 + 2 * largest_logit); }
@@ -80,7 +88,8 @@ struct Reference {
         for (int64_t h = 0; h < got.heads; ++h)
           for (int64_t c = 0; c < got.width; ++c) {
             const size_t n = at(got, t, h, c);
-            const double error = std::abs((double)got.at(t, h, c) - e.value[n]), allowed = bound() * e.size[n] + rounding * std::abs(e.value[n]);
+            const double error = std::abs((double)got.at(t, h, c) - e.value[n]),
+                         allowed = bound() * e.size[n] + rounding * std::abs(e.value[n]);
             worst = std::max(worst, std::isfinite(error) ? error / (allowed + 1e-30) : 1e9);
           }
     check(worst <= 1, "%s: %s errs by %.2f of its bound", where.c_str(), what, worst);
@@ -93,8 +102,9 @@ struct Reference {
 
 static std::string name_of(const Variant& v, const Shape& s) {
   char text[200];
-  snprintf(text, sizeof text, "%s, %s, %d x %d tokens, %d/%d heads of %d/%d, window %lld", v.name.c_str(), s.type == DSO_TYPE_BF16 ? "bf16" : "fp32", s.rows,
-           s.row_tokens, s.heads, s.kv_heads, s.qk_width, s.v_width, (long long)s.window);
+  snprintf(text, sizeof text, "%s, %s, %d x %d tokens, %d/%d heads of %d/%d, window %lld", v.name.c_str(),
+           s.type == DSO_TYPE_BF16 ? "bf16" : "fp32", s.rows, s.row_tokens, s.heads, s.kv_heads, s.qk_width, s.v_width,
+           (long long)s.window);
   return text;
 }
 
@@ -102,7 +112,8 @@ static Sequences drawn(const Shape& s, Random& random) {  // with gaps, and some
   Sequences of;
   for (int64_t row = 0; row < s.rows; ++row)
     for (int64_t t = random.below(3) ? 0 : random.below(s.row_tokens); t < s.row_tokens;) {
-      const int64_t end = std::min<int64_t>(s.row_tokens, t + (random.below(3) ? random.below(40) : random.below(2 * s.row_tokens)));
+      const int64_t end =
+          std::min<int64_t>(s.row_tokens, t + (random.below(3) ? random.below(40) : random.below(2 * s.row_tokens)));
       of.add(row * s.row_tokens + t, row * s.row_tokens + end);
       t = end + (random.below(3) ? 0 : random.below(9)) + (end == t);
     }
@@ -135,7 +146,8 @@ static void long_sequences(const Variant& v) {
     const Sequences of = {{0, 40}, {40, 2181}};
     const Results one = run(v, 1, in, of);
     Reference(in, of).compare(one, of, name_of(v, s));
-    for (const int threads : {2, 3}) check(one.same(run(v, threads, in, of)), "%s: %d threads give other bits", name_of(v, s).c_str(), threads);
+    for (const int threads : {2, 3})
+      check(one.same(run(v, threads, in, of)), "%s: %d threads give other bits", name_of(v, s).c_str(), threads);
   }
 }
 
@@ -145,18 +157,21 @@ static void alone(const Variant& v) {
   for (const int type : {DSO_TYPE_F32, DSO_TYPE_BF16}) {
     const Shape s = {type, 2, 150, 4, 2, 64, 32};
     Inputs in(s, 1, random);
-    const Sequences all = {{0, 70, 160, 299}, {70, 140, 290, 300}}, some = {{70, 160}, {140, 290}}, others = {{0, 299}, {70, 300}};
+    const Sequences all = {{0, 70, 160, 299}, {70, 140, 290, 300}}, some = {{70, 160}, {140, 290}},
+                    others = {{0, 299}, {70, 300}};
     const Results together = run(v, 3, in, all, 1), untouched(s, 1);
     Results apart(s, 1);
     OwnContext context(*v.kernels, 1);
     for (const Sequences& of : {some, others}) {
       const dso_train_attention a = call_of(in, apart, of);
-      check(dso_train_attention_forward(context.c, &a) == 0 && dso_train_attention_backward(context.c, &a) == 0, "%s", dso_last_error());
+      check(dso_train_attention_forward(context.c, &a) == 0 && dso_train_attention_backward(context.c, &a) == 0, "%s",
+            dso_last_error());
       if (&of == &some) check(!apart.same(together), "all sequences are the same as some");
     }
     check(apart.same(together), "%s: sequences alone have other bits", name_of(v, s).c_str());
     for (int64_t t = 140; t < 160; ++t)
-      for (int64_t c = 0; c < 32; ++c) check(to_bits(together.o.at(t, 3, c)) == to_bits(untouched.o.at(t, 3, c)), "token %lld was written", (long long)t);
+      for (int64_t c = 0; c < 32; ++c)
+        check(to_bits(together.o.at(t, 3, c)) == to_bits(untouched.o.at(t, 3, c)), "token %lld was written", (long long)t);
   }
 }
 
@@ -173,7 +188,8 @@ static void overflow(const Variant& v) {
       if (magnitude < 1e3f) Reference(in, of).compare(r, of, name_of(v, s) + ", large logits");
       for (int64_t t = 0; t < 130; ++t)
         for (int64_t c = 0; c < 64; ++c)
-          check(std::isfinite(r.o.at(t, 1, c)) && std::abs(r.o.at(t, 1, c)) < 10 && std::isfinite(r.v_grad.at(t, 0, c)), "%s: a logit of %g overflows", v.name.c_str(), (double)magnitude);
+          check(std::isfinite(r.o.at(t, 1, c)) && std::abs(r.o.at(t, 1, c)) < 10 && std::isfinite(r.v_grad.at(t, 0, c)),
+                "%s: a logit of %g overflows", v.name.c_str(), (double)magnitude);
     }
 }
 
@@ -192,7 +208,10 @@ static void nan(const Variant& v) {
         check(std::isnan(r.o.at(t, 1, 5)), "%s: row %lld hides a NaN of token 130", v.name.c_str(), (long long)t);
         check(std::isnan(r.q_grad.at(t, 1, 7)), "%s: the gradient of row %lld hides a NaN", v.name.c_str(), (long long)t);
       }
-      for (int64_t t = 0; t < 100; ++t) check(to_bits(r.o.at(t, 0, 5)) == to_bits(clean.o.at(t, 0, 5)) && to_bits(r.k_grad.at(t, 0, 5)) == to_bits(clean.k_grad.at(t, 0, 5)), "another sequence sees a NaN");
+      for (int64_t t = 0; t < 100; ++t)
+        check(to_bits(r.o.at(t, 0, 5)) == to_bits(clean.o.at(t, 0, 5)) &&
+                  to_bits(r.k_grad.at(t, 0, 5)) == to_bits(clean.k_grad.at(t, 0, 5)),
+              "another sequence sees a NaN");
     }
 }
 

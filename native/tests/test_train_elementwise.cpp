@@ -1,5 +1,5 @@
-// Row-wise ops, the loss and the optimizer of training on every variant: near what doubles give over odd sizes, types and strides; the
-// same bits on every ISA and whatever the number of threads; nothing written outside, nothing read past a row.
+// Row-wise ops, the loss and the optimizer of training on every variant: near what doubles give over odd sizes, types and
+// strides; the same bits on every ISA and whatever the number of threads; nothing written outside, nothing read past a row.
 #include <algorithm>
 #include <functional>
 
@@ -10,7 +10,9 @@ namespace {
 
 struct Context {
   dso_context* c = nullptr;
-  Context(const std::string& isa, int threads) { check(dso_context_create(isa.c_str(), threads, &c) == DSO_OK, "%s", dso_last_error()); }
+  Context(const std::string& isa, int threads) {
+    check(dso_context_create(isa.c_str(), threads, &c) == DSO_OK, "%s", dso_last_error());
+  }
   ~Context() { dso_context_destroy(c); }
 };
 
@@ -22,7 +24,9 @@ struct Numbers {
 
   Numbers(int64_t rows, int64_t n, int type, int64_t gap = 0)
       : rows(rows), n(n), gap(gap), type(type), bytes((size_t)std::max<int64_t>(0, rows * (n + gap) - gap) * size(), 0xff) {}
-  Numbers(const Numbers& other) : Numbers(other.rows, other.n, other.type, other.gap) { memcpy(bytes.get(), const_cast<Numbers&>(other).bytes.get(), bytes.size()); }
+  Numbers(const Numbers& other) : Numbers(other.rows, other.n, other.type, other.gap) {
+    memcpy(bytes.get(), const_cast<Numbers&>(other).bytes.get(), bytes.size());
+  }
 
   size_t size() const { return type == DSO_TYPE_BF16 ? 2 : 4; }
   size_t at(int64_t r, int64_t c) const { return (size_t)(r * (n + gap) + c) * size(); }
@@ -57,8 +61,9 @@ void near(Numbers& found, const std::function<double(int64_t, int64_t)>& exact, 
     double top = 1e-3;
     for (int64_t c = 0; c < found.n; ++c) top = std::max(top, std::fabs(exact(r, c)));
     for (int64_t c = 0; c < found.n; ++c)
-      if (!check(std::fabs(found.get(r, c) - exact(r, c)) <= bound(found.type) * top, "%s of %lld x %lld, type %d, at %lld, %lld: %g, not %g", what,
-                 (long long)found.rows, (long long)found.n, found.type, (long long)r, (long long)c, found.get(r, c), exact(r, c)))
+      if (!check(std::fabs(found.get(r, c) - exact(r, c)) <= bound(found.type) * top,
+                 "%s of %lld x %lld, type %d, at %lld, %lld: %g, not %g", what, (long long)found.rows, (long long)found.n,
+                 found.type, (long long)r, (long long)c, found.get(r, c), exact(r, c)))
         return;
   }
   found.check_gaps(what);
@@ -66,7 +71,10 @@ void near(Numbers& found, const std::function<double(int64_t, int64_t)>& exact, 
 
 using Bytes = std::vector<uint8_t>;
 void append(Bytes& all, const Bytes& more) { all.insert(all.end(), more.begin(), more.end()); }
-template <class T> Bytes bytes_of(const std::vector<T>& x) { return {(const uint8_t*)x.data(), (const uint8_t*)(x.data() + x.size())}; }
+template <class T>
+Bytes bytes_of(const std::vector<T>& x) {
+  return {(const uint8_t*)x.data(), (const uint8_t*)(x.data() + x.size())};
+}
 void ok(int32_t code) { check(code == DSO_OK, "%s", dso_last_error()); }
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
@@ -81,17 +89,25 @@ Bytes norms(dso_context* c, int64_t rows, int64_t n, int type, int64_t gap, Rand
   std::vector<double> scale((size_t)rows), pull((size_t)rows);
   for (int64_t r = 0; r < rows; ++r) {
     double squares = 0, along = 0;
-    for (int64_t i = 0; i < n; ++i) squares += x.get(r, i) * x.get(r, i), along += dy.get(r, i) * weight.get(0, i) * x.get(r, i);
+    for (int64_t i = 0; i < n; ++i)
+      squares += x.get(r, i) * x.get(r, i), along += dy.get(r, i) * weight.get(0, i) * x.get(r, i);
     scale[(size_t)r] = 1 / std::sqrt(squares / (double)n + 1e-5);
     pull[(size_t)r] = along / (double)n * scale[(size_t)r] * scale[(size_t)r];
-    check(std::fabs(rstd[(size_t)r] / scale[(size_t)r] - 1) < 1e-6, "rstd is %g, not %g", (double)rstd[(size_t)r], scale[(size_t)r]);
+    check(std::fabs(rstd[(size_t)r] / scale[(size_t)r] - 1) < 1e-6, "rstd is %g, not %g", (double)rstd[(size_t)r],
+          scale[(size_t)r]);
   }
   near(y, [&](int64_t r, int64_t i) { return x.get(r, i) * scale[(size_t)r] * weight.get(0, i); }, "rms_norm");
   ok(dso_train_rms_norm_backward(c, rows, n, &mdy, &mx, weight.bytes.get(), rstd.data(), &mdx, dw.data()));
-  near(dx, [&](int64_t r, int64_t i) { return scale[(size_t)r] * (dy.get(r, i) * weight.get(0, i) - x.get(r, i) * pull[(size_t)r]); }, "dx");
+  near(
+      dx,
+      [&](int64_t r, int64_t i) {
+        return scale[(size_t)r] * (dy.get(r, i) * weight.get(0, i) - x.get(r, i) * pull[(size_t)r]);
+      },
+      "dx");
   for (int64_t i = 0; i < n; ++i) {
     double exact = 0, size = 1e-3;
-    for (int64_t r = 0; r < rows; ++r) exact += dy.get(r, i) * x.get(r, i) * scale[(size_t)r], size += std::fabs(dy.get(r, i) * x.get(r, i) * scale[(size_t)r]);
+    for (int64_t r = 0; r < rows; ++r)
+      exact += dy.get(r, i) * x.get(r, i) * scale[(size_t)r], size += std::fabs(dy.get(r, i) * x.get(r, i) * scale[(size_t)r]);
     check(std::fabs(dw[(size_t)i] - exact) < 1e-6 * size, "dw[%lld] is %g, not %g", (long long)i, (double)dw[(size_t)i], exact);
   }
   Numbers in_place(dy);
@@ -108,15 +124,19 @@ Bytes gates(dso_context* c, int64_t rows, int64_t n, int type, int64_t gap, Rand
   Numbers gate(rows, n, type, gap), up(rows, n, type), dh(rows, n, type, gap);
   for (Numbers* m : {&gate, &up, &dh}) m->fill(random, 3);
   Numbers h(rows, n, type, gap), dgate(rows, n, type), dup(rows, n, type, gap), again(rows, n, type, gap);
-  const auto mg = gate.matrix(), mu = up.matrix(), md = dh.matrix(), mh = h.matrix(), mdg = dgate.matrix(), mdu = dup.matrix(), ma = again.matrix();
+  const auto mg = gate.matrix(), mu = up.matrix(), md = dh.matrix(), mh = h.matrix(), mdg = dgate.matrix(), mdu = dup.matrix(),
+             ma = again.matrix();
   ok(dso_train_swiglu(c, rows, n, &mg, &mu, &mh));
   ok(dso_train_swiglu_backward(c, rows, n, &mg, &mu, &md, &mdg, &mdu, &ma));
   near(h, [&](int64_t r, int64_t i) { return gate.get(r, i) * sigmoid(gate.get(r, i)) * up.get(r, i); }, "swiglu");
   near(dup, [&](int64_t r, int64_t i) { return gate.get(r, i) * sigmoid(gate.get(r, i)) * dh.get(r, i); }, "dup");
-  near(dgate, [&](int64_t r, int64_t i) {
-    const double g = gate.get(r, i), s = sigmoid(g);
-    return dh.get(r, i) * up.get(r, i) * s * (1 + g * (1 - s));
-  }, "dgate");
+  near(
+      dgate,
+      [&](int64_t r, int64_t i) {
+        const double g = gate.get(r, i), s = sigmoid(g);
+        return dh.get(r, i) * up.get(r, i) * s * (1 + g * (1 - s));
+      },
+      "dgate");
   check(again.all() == h.all(), "h made again differs");
   Numbers g2(gate), u2(up), d2(dh);
   const auto m1 = g2.matrix(), m2 = u2.matrix(), m3 = d2.matrix();
@@ -129,29 +149,37 @@ Bytes gates(dso_context* c, int64_t rows, int64_t n, int type, int64_t gap, Rand
   return all;
 }
 
-Bytes rotations(dso_context* c, int64_t tokens, int64_t heads, int64_t head_dim, int64_t half, int type, int64_t gap, bool interleaved, Random random) {
+Bytes rotations(dso_context* c, int64_t tokens, int64_t heads, int64_t head_dim, int64_t half, int type, int64_t gap,
+                bool interleaved, Random random) {
   Numbers x(tokens, heads * head_dim, type, gap), cosine(tokens, 2 * half, type), sine(tokens, 2 * half, type);
   for (Numbers* m : {&x, &cosine, &sine}) m->fill(random);
   Numbers y(tokens, heads * head_dim, type), back(tokens, heads * head_dim, type, gap);
   const int64_t in = x.n + gap;
-  dso_train_rotation r = {1, tokens, heads, head_dim, half, 0, in, head_dim, 0, y.n, head_dim, 0, 2 * half, type, 1, interleaved, 0};
+  dso_train_rotation r = {1,   tokens,   heads, head_dim, half, 0, in,          head_dim, 0,
+                          y.n, head_dim, 0,     2 * half, type, 1, interleaved, 0};
   ok(dso_train_rope(c, &r, x.bytes.get(), cosine.bytes.get(), sine.bytes.get(), y.bytes.get()));
   const auto side = [&](int64_t i) { return std::pair<int64_t, bool>(i % half, i >= half); };
-  near(y, [&](int64_t t, int64_t at) {
-    const int64_t head = at / head_dim * head_dim, i = at % head_dim;
-    if (i >= 2 * half) return x.get(t, at);
-    const auto [pair, right] = side(i);
-    const double a = x.get(t, head + (interleaved ? 2 * pair : pair)), b = x.get(t, head + (interleaved ? 2 * pair + 1 : pair + half));
-    return right ? b * cosine.get(t, i) + a * sine.get(t, i) : a * cosine.get(t, i) - b * sine.get(t, i);
-  }, "rope");
+  near(
+      y,
+      [&](int64_t t, int64_t at) {
+        const int64_t head = at / head_dim * head_dim, i = at % head_dim;
+        if (i >= 2 * half) return x.get(t, at);
+        const auto [pair, right] = side(i);
+        const double a = x.get(t, head + (interleaved ? 2 * pair : pair)),
+                     b = x.get(t, head + (interleaved ? 2 * pair + 1 : pair + half));
+        return right ? b * cosine.get(t, i) + a * sine.get(t, i) : a * cosine.get(t, i) - b * sine.get(t, i);
+      },
+      "rope");
   // The backward is the transpose: <rope x, g> = <x, back g>.
   Numbers g(tokens, heads * head_dim, type);
   g.fill(random);
-  dso_train_rotation b = {1, tokens, heads, head_dim, half, 0, y.n, head_dim, 0, in, head_dim, 0, 2 * half, type, 1, interleaved, 1};
+  dso_train_rotation b = {1,  tokens,   heads, head_dim, half, 0, y.n,         head_dim, 0,
+                          in, head_dim, 0,     2 * half, type, 1, interleaved, 1};
   ok(dso_train_rope(c, &b, g.bytes.get(), cosine.bytes.get(), sine.bytes.get(), back.bytes.get()));
   double left = 0, right = 0, size = 1;
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < x.n; ++i) left += y.get(t, i) * g.get(t, i), right += x.get(t, i) * back.get(t, i), size += std::fabs(y.get(t, i) * g.get(t, i));
+    for (int64_t i = 0; i < x.n; ++i)
+      left += y.get(t, i) * g.get(t, i), right += x.get(t, i) * back.get(t, i), size += std::fabs(y.get(t, i) * g.get(t, i));
   check(std::fabs(left - right) < bound(type) * size, "rope's backward is not its transpose: %g and %g", left, right);
   back.check_gaps("rope's backward");
   if (!interleaved) {
@@ -190,7 +218,9 @@ Bytes losses(dso_context* c, int64_t rows, int64_t n, int type, int gradient, in
       const size_t size = gradient == DSO_TYPE_BF16 ? 2 : 4;
       memcpy((uint8_t*)&bits + 4 - size, logits.bytes.get() + logits.at(r, 0) + (size_t)i * size, size);
       const double expected = labels[(size_t)r] < 0 ? 0 : 0.25 * (std::exp(x.get(r, i)) / sum - (i == labels[(size_t)r]));
-      if (!check(std::fabs(from_bits(bits) - expected) <= (size == 2 ? 0x1p-8 : 1e-6) * std::fabs(expected) + 6e-8, "gradient %g, not %g", (double)from_bits(bits), expected)) break;
+      if (!check(std::fabs(from_bits(bits) - expected) <= (size == 2 ? 0x1p-8 : 1e-6) * std::fabs(expected) + 6e-8,
+                 "gradient %g, not %g", (double)from_bits(bits), expected))
+        break;
     }
   }
   logits.check_gaps("cross_entropy");
@@ -213,12 +243,14 @@ Bytes steps(dso_context* c, int64_t n, int master, int moments, int gradient_typ
   u.parameter = weights.bytes.get(), u.low = (int16_t*)low_bits.bytes.get(), u.gradient = gradient.bytes.get();
   u.m = m.get(), u.v = v.get(), u.m_scale = (float*)m_scale.get(), u.v_scale = (float*)v_scale.get();
   u.count = n, u.master = master, u.moments = moments, u.gradient_type = gradient_type;
-  u.gradient_scale = 0.5f, u.beta1 = 0.9f, u.rest1 = 0.1f, u.beta2 = 0.999f, u.rest2 = 0.001f, u.bias2 = 31.622776f, u.eps = 1e-8f, u.step = 0.01f, u.decay = 0.001f;
+  u.gradient_scale = 0.5f, u.beta1 = 0.9f, u.rest1 = 0.1f, u.beta2 = 0.999f, u.rest2 = 0.001f, u.bias2 = 31.622776f,
+  u.eps = 1e-8f, u.step = 0.01f, u.decay = 0.001f;
   for (uint32_t& key : u.key) key = random.bits();
   ok(dso_train_adamw(c, &u, 1));
   Numbers old(before);
   for (int64_t i = 0; i < n; ++i) {
-    const double g = 0.5 * gradient.get(0, i), w = old.get(0, i), exact = w - (0.001 * w + 0.01 * 0.1 * g / (31.622776 * std::sqrt(0.001 * g * g) + 1e-8));
+    const double g = 0.5 * gradient.get(0, i), w = old.get(0, i),
+                 exact = w - (0.001 * w + 0.01 * 0.1 * g / (31.622776 * std::sqrt(0.001 * g * g) + 1e-8));
     double found = weights.get(0, i);
     if (master == DSO_MASTER_SPLIT) {
       int16_t low;
@@ -226,7 +258,10 @@ Bytes steps(dso_context* c, int64_t n, int master, int moments, int gradient_typ
       found = from_bits(to_bits((float)found) + (uint32_t)(int32_t)low);
     }
     const double tolerance = master == DSO_MASTER_STOCHASTIC ? 0x1p-7 : 2e-7;
-    if (!check(std::fabs(found - exact) <= tolerance * (std::fabs(exact) + 0.01), "adamw (master %d, moments %d) of %lld at %lld: %g, not %g", master, moments, (long long)n, (long long)i, found, exact)) break;
+    if (!check(std::fabs(found - exact) <= tolerance * (std::fabs(exact) + 0.01),
+               "adamw (master %d, moments %d) of %lld at %lld: %g, not %g", master, moments, (long long)n, (long long)i, found,
+               exact))
+      break;
   }
   ok(dso_train_adamw(c, &u, 1));  // out of moments that were stored
   Bytes all = weights.all();
@@ -273,12 +308,15 @@ Bytes summed(dso_context* c, int64_t rows, int64_t n, int type, int result_type,
   for (int64_t& v : numbers) v = random.below(9) * 4;
   const auto mx = x.matrix(), mr = result.matrix();
   ok(dso_train_rows_summed(c, rows, n, &mx, numbers.data(), 8, most, &mr, adds));
-  near(result, [&](int64_t v, int64_t i) {
-    double total = adds ? old.get(v, i) : 0;
-    for (int64_t r = 0; v != 8 && r < rows; ++r)
-      if (numbers[(size_t)r] == v) total += x.get(r, i);
-    return total;
-  }, "rows summed");
+  near(
+      result,
+      [&](int64_t v, int64_t i) {
+        double total = adds ? old.get(v, i) : 0;
+        for (int64_t r = 0; v != 8 && r < rows; ++r)
+          if (numbers[(size_t)r] == v) total += x.get(r, i);
+        return total;
+      },
+      "rows summed");
   return result.all();
 }
 
@@ -286,15 +324,18 @@ Bytes everything(dso_context* c) {
   Bytes all;
   uint64_t seed = 0;
   for (int type : {DSO_TYPE_F32, DSO_TYPE_BF16})
-    for (const auto& [rows, n] : std::vector<std::pair<int64_t, int64_t>>{{0, 5}, {1, 1}, {2, 16}, {3, 31}, {5, 64}, {150, 33}, {1100, 48}, {7, 1000}})
+    for (const auto& [rows, n] :
+         std::vector<std::pair<int64_t, int64_t>>{{0, 5}, {1, 1}, {2, 16}, {3, 31}, {5, 64}, {150, 33}, {1100, 48}, {7, 1000}})
       for (int64_t gap : {0, 3}) {
         if (n > 1) append(all, norms(c, rows, n, type, gap, Random(++seed)));  // of a row of one number nothing is left of dx
         append(all, gates(c, rows, n, type, gap, Random(++seed)));
         for (int gradient : {-1, (int)DSO_TYPE_F32, (int)DSO_TYPE_BF16})
-          if (gradient != DSO_TYPE_F32 || type == DSO_TYPE_F32) append(all, losses(c, rows, n, type, gradient, gap, Random(++seed)));
+          if (gradient != DSO_TYPE_F32 || type == DSO_TYPE_F32)
+            append(all, losses(c, rows, n, type, gradient, gap, Random(++seed)));
       }
   for (const auto& [rows, n] : std::vector<std::pair<int64_t, int64_t>>{{0, 4}, {1, 1}, {100, 17}, {500, 64}})
-    for (int types = 0; types < 8; ++types) append(all, summed(c, rows, n, types & 1, types >> 1 & 1, types >> 2, Random(++seed)));
+    for (int types = 0; types < 8; ++types)
+      append(all, summed(c, rows, n, types & 1, types >> 1 & 1, types >> 2, Random(++seed)));
   append(all, losses(c, 3, 5001, DSO_TYPE_F32, DSO_TYPE_BF16, 1, Random(++seed)));
   for (int type : {DSO_TYPE_F32, DSO_TYPE_BF16})
     for (bool interleaved : {false, true})
@@ -302,8 +343,7 @@ Bytes everything(dso_context* c) {
         append(all, rotations(c, 9, 3, dim, half, type, interleaved ? 5 : 0, interleaved, Random(++seed)));
   for (int master : {DSO_MASTER_NONE, DSO_MASTER_SPLIT, DSO_MASTER_STOCHASTIC})
     for (int moments : {DSO_MOMENTS_F32, DSO_MOMENTS_BF16, DSO_MOMENTS_INT8})
-      for (int64_t n : {1, 17, 256, 300, 40000})
-        append(all, steps(c, n, master, moments, (int)(n % 2), Random(++seed)));
+      for (int64_t n : {1, 17, 256, 300, 40000}) append(all, steps(c, n, master, moments, (int)(n % 2), Random(++seed)));
   append(all, sums(c, Random(++seed)));
   return all;
 }
@@ -314,7 +354,8 @@ void refusals(dso_context* c) {
   std::vector<double> found(2);
   const std::vector<int64_t> labels = {1, 4};
   const auto refused = [](int32_t code, const char* word) {
-    check(code == DSO_EINVAL && std::string(dso_last_error()).find(word) != std::string::npos, "code %d: %s", code, dso_last_error());
+    check(code == DSO_EINVAL && std::string(dso_last_error()).find(word) != std::string::npos, "code %d: %s", code,
+          dso_last_error());
   };
   refused(dso_train_cross_entropy(c, 2, 4, &mx, labels.data(), -100, 1, -1, found.data()), "labels[1] is 4");
   refused(dso_train_swiglu(c, 2, 4, &mx, &my, &mx), "up is of another type");

@@ -10,7 +10,8 @@ inline double seconds() {  // of this thread: others may hold the core
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-template <class Work> double best(Work work) {
+template <class Work>
+double best(Work work) {
   double least = 1e9, spent = 0;
   do {
     const double start = seconds();

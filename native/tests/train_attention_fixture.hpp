@@ -1,4 +1,5 @@
-// Attention of training for its tests and its benchmark: rows of tokens with sequences in them, in any layout, and the results of a call.
+// Attention of training for its tests and its benchmark: rows of tokens with sequences in them, in any layout, and the results
+// of a call.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -43,8 +44,10 @@ class Tensor {
   void put(int64_t t, int64_t h, int64_t c, float x) {
     uint8_t* p = memory_->get() + (size_t)(place(t, h) + c) * size();
     const uint32_t bits = to_bits(type == DSO_TYPE_BF16 ? rounded_bf16(x) : x);
-    if (type == DSO_TYPE_BF16) p[0] = (uint8_t)(bits >> 16), p[1] = (uint8_t)(bits >> 24);
-    else memcpy(p, &x, 4);
+    if (type == DSO_TYPE_BF16)
+      p[0] = (uint8_t)(bits >> 16), p[1] = (uint8_t)(bits >> 24);
+    else
+      memcpy(p, &x, 4);
   }
   void fill(float scale, Random& random) {
     const int64_t tokens = (int64_t)(memory_->size() / size()) / row * row_tokens_;
@@ -67,8 +70,11 @@ struct Inputs {
   Tensor q, k, v, o_grad;
 
   Inputs(const Shape& s, int layout, Random& random)
-      : shape(s), q(s, s.heads, s.qk_width, layout & 1, layout & 2), k(s, s.kv_heads, s.qk_width, layout & 2, layout & 1),
-        v(s, s.kv_heads, s.v_width, layout & 1, 0), o_grad(s, s.heads, s.v_width, layout & 2, layout & 1) {
+      : shape(s),
+        q(s, s.heads, s.qk_width, layout & 1, layout & 2),
+        k(s, s.kv_heads, s.qk_width, layout & 2, layout & 1),
+        v(s, s.kv_heads, s.v_width, layout & 1, 0),
+        o_grad(s, s.heads, s.v_width, layout & 2, layout & 1) {
     q.fill(s.magnitude, random), k.fill(1, random), v.fill(1, random), o_grad.fill(1, random);
   }
 };
@@ -78,17 +84,25 @@ struct Results {
   std::vector<float> state;
 
   Results(const Shape& s, int layout)
-      : o(s, s.heads, s.v_width, layout & 2, layout & 1), q_grad(s, s.heads, s.qk_width, layout & 1, layout & 2),
-        k_grad(s, s.kv_heads, s.qk_width, layout & 2, 0), v_grad(s, s.kv_heads, s.v_width, layout & 1, 2), state((size_t)(2 * s.heads * s.tokens()), -7.0f) {}
-  bool same(const Results& r) const { return o.same(r.o) && q_grad.same(r.q_grad) && k_grad.same(r.k_grad) && v_grad.same(r.v_grad) && state == r.state; }
+      : o(s, s.heads, s.v_width, layout & 2, layout & 1),
+        q_grad(s, s.heads, s.qk_width, layout & 1, layout & 2),
+        k_grad(s, s.kv_heads, s.qk_width, layout & 2, 0),
+        v_grad(s, s.kv_heads, s.v_width, layout & 1, 2),
+        state((size_t)(2 * s.heads * s.tokens()), -7.0f) {}
+  bool same(const Results& r) const {
+    return o.same(r.o) && q_grad.same(r.q_grad) && k_grad.same(r.k_grad) && v_grad.same(r.v_grad) && state == r.state;
+  }
 };
 
 inline dso_train_attention call_of(Inputs& in, Results& out, const Sequences& of) {
   const Shape& s = in.shape;
   dso_train_attention a{};
-  a.type = s.type, a.heads = s.heads, a.kv_heads = s.kv_heads, a.qk_width = s.qk_width, a.v_width = s.v_width, a.scale = s.scale(), a.window = s.window;
-  a.rows = s.rows, a.row_tokens = s.row_tokens, a.sequences = (int64_t)of.begin.size(), a.begin = of.begin.data(), a.end = of.end.data();
-  a.q = in.q.view(), a.k = in.k.view(), a.v = in.v.view(), a.o = out.o.view(), a.state = out.state.data(), a.o_grad = in.o_grad.view();
+  a.type = s.type, a.heads = s.heads, a.kv_heads = s.kv_heads, a.qk_width = s.qk_width, a.v_width = s.v_width,
+  a.scale = s.scale(), a.window = s.window;
+  a.rows = s.rows, a.row_tokens = s.row_tokens, a.sequences = (int64_t)of.begin.size(), a.begin = of.begin.data(),
+  a.end = of.end.data();
+  a.q = in.q.view(), a.k = in.k.view(), a.v = in.v.view(), a.o = out.o.view(), a.state = out.state.data(),
+  a.o_grad = in.o_grad.view();
   a.q_grad = out.q_grad.view(), a.k_grad = out.k_grad.view(), a.v_grad = out.v_grad.view();
   return a;
 }

@@ -94,8 +94,10 @@ static int below(const char* path) {
 static int path_of(int directory, const char* path, char* out) {
   if (path[0] == '/') return snprintf(out, PATH_MAX, "%s", path) > 0;
   char link[64], base[PATH_MAX];
-  if (directory == AT_FDCWD) snprintf(link, sizeof link, "/proc/self/cwd");
-  else snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
+  if (directory == AT_FDCWD)
+    snprintf(link, sizeof link, "/proc/self/cwd");
+  else
+    snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
   ssize_t length = readlink(link, base, sizeof base - 1);
   if (length < 0) return 0;
   base[length] = 0;
@@ -123,51 +125,53 @@ static int fd_fails(const char* call, int fd, int effect) {
   return below(path) ? strike(call, path, effect) : 0;
 }
 
-#define REAL(result, name, ...)                              \
-  static result (*real)(__VA_ARGS__);                        \
-  if (!real) real = (result(*)(__VA_ARGS__))dlsym(RTLD_NEXT, #name)
+#define REAL(result, name, ...)       \
+  static result (*real)(__VA_ARGS__); \
+  if (!real) real = (result (*)(__VA_ARGS__))dlsym(RTLD_NEXT, #name)
 
 /* ---- files ---- */
 
 static int makes(int flags) { return flags & (O_CREAT | O_WRONLY | O_RDWR | O_TRUNC); }
 
-#define OPEN(name)                                                          \
-  int name(const char* path, int flags, ...) {                              \
-    REAL(int, name, const char*, int, ...);                                 \
-    va_list more;                                                           \
-    va_start(more, flags);                                                  \
-    int rights = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, int) : 0;     \
-    va_end(more);                                                           \
+#define OPEN(name)                                                            \
+  int name(const char* path, int flags, ...) {                                \
+    REAL(int, name, const char*, int, ...);                                   \
+    va_list more;                                                             \
+    va_start(more, flags);                                                    \
+    int rights = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, int) : 0;       \
+    va_end(more);                                                             \
     if (makes(flags) && name_fails("open", AT_FDCWD, path, TAKES)) return -1; \
-    return real(path, flags, rights);                                       \
+    return real(path, flags, rights);                                         \
   }
 OPEN(open)
 OPEN(open64)
 
-#define OPENAT(name)                                                           \
-  int name(int directory, const char* path, int flags, ...) {                  \
-    REAL(int, name, int, const char*, int, ...);                               \
-    va_list more;                                                              \
-    va_start(more, flags);                                                     \
-    int rights = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, int) : 0;        \
-    va_end(more);                                                              \
+#define OPENAT(name)                                                             \
+  int name(int directory, const char* path, int flags, ...) {                    \
+    REAL(int, name, int, const char*, int, ...);                                 \
+    va_list more;                                                                \
+    va_start(more, flags);                                                       \
+    int rights = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, int) : 0;          \
+    va_end(more);                                                                \
     if (makes(flags) && name_fails("openat", directory, path, TAKES)) return -1; \
-    return real(directory, path, flags, rights);                               \
+    return real(directory, path, flags, rights);                                 \
   }
 OPENAT(openat)
 OPENAT(openat64)
 
-#define FOPEN(name)                                                                              \
-  FILE* name(const char* path, const char* how) {                                                \
-    REAL(FILE*, name, const char*, const char*);                                                 \
-    if (strpbrk(how, "wa+") && name_fails("fopen", AT_FDCWD, path, TAKES)) return NULL;          \
-    return real(path, how);                                                                      \
+#define FOPEN(name)                                                                     \
+  FILE* name(const char* path, const char* how) {                                       \
+    REAL(FILE*, name, const char*, const char*);                                        \
+    if (strpbrk(how, "wa+") && name_fails("fopen", AT_FDCWD, path, TAKES)) return NULL; \
+    return real(path, how);                                                             \
   }
 FOPEN(fopen)
 FOPEN(fopen64)
 
 /* How much of a write still fits on the disk. */
-static size_t half(int hit_now, size_t size) { return hit_now == 1 && mode == FAIL_ON && error_number == ENOSPC ? size / 2 : 0; }
+static size_t half(int hit_now, size_t size) {
+  return hit_now == 1 && mode == FAIL_ON && error_number == ENOSPC ? size / 2 : 0;
+}
 
 ssize_t write(int fd, const void* data, size_t size) {
   REAL(ssize_t, write, int, const void*, size_t);
@@ -176,12 +180,12 @@ ssize_t write(int fd, const void* data, size_t size) {
   return half(fails, size) ? real(fd, data, half(fails, size)) : -1;
 }
 
-#define PWRITE(name, offset)                                                     \
-  ssize_t name(int fd, const void* data, size_t size, offset place) {            \
-    REAL(ssize_t, name, int, const void*, size_t, offset);                       \
-    int fails = fd_fails("pwrite", fd, TAKES);                                   \
-    if (!fails) return real(fd, data, size, place);                              \
-    return half(fails, size) ? real(fd, data, half(fails, size), place) : -1;    \
+#define PWRITE(name, offset)                                                  \
+  ssize_t name(int fd, const void* data, size_t size, offset place) {         \
+    REAL(ssize_t, name, int, const void*, size_t, offset);                    \
+    int fails = fd_fails("pwrite", fd, TAKES);                                \
+    if (!fails) return real(fd, data, size, place);                           \
+    return half(fails, size) ? real(fd, data, half(fails, size), place) : -1; \
   }
 PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
@@ -191,9 +195,9 @@ ssize_t writev(int fd, const struct iovec* parts, int number) {
   return fd_fails("writev", fd, TAKES) ? -1 : real(fd, parts, number);
 }
 
-#define SENDFILE(name, offset)                                         \
-  ssize_t name(int out, int in, offset* place, size_t size) {          \
-    REAL(ssize_t, name, int, int, offset*, size_t);                    \
+#define SENDFILE(name, offset)                                                 \
+  ssize_t name(int out, int in, offset* place, size_t size) {                  \
+    REAL(ssize_t, name, int, int, offset*, size_t);                            \
     return fd_fails("sendfile", out, TAKES) ? -1 : real(out, in, place, size); \
   }
 SENDFILE(sendfile, off_t)
@@ -204,18 +208,18 @@ ssize_t copy_file_range(int in, off64_t* from, int out, off64_t* to, size_t size
   return fd_fails("copy_file_range", out, TAKES) ? -1 : real(in, from, out, to, size, flags);
 }
 
-#define ON_FD(name)                                      \
-  int name(int fd) {                                     \
-    REAL(int, name, int);                                \
-    return fd_fails(#name, fd, TAKES) ? -1 : real(fd);   \
+#define ON_FD(name)                                    \
+  int name(int fd) {                                   \
+    REAL(int, name, int);                              \
+    return fd_fails(#name, fd, TAKES) ? -1 : real(fd); \
   }
 ON_FD(fsync)
 ON_FD(fdatasync)
 
-#define TRUNCATE(name, length_type)                                     \
-  int name(int fd, length_type length) {                                \
-    REAL(int, name, int, length_type);                                  \
-    return fd_fails("ftruncate", fd, TAKES) ? -1 : real(fd, length);    \
+#define TRUNCATE(name, length_type)                                  \
+  int name(int fd, length_type length) {                             \
+    REAL(int, name, int, length_type);                               \
+    return fd_fails("ftruncate", fd, TAKES) ? -1 : real(fd, length); \
   }
 TRUNCATE(ftruncate, off_t)
 TRUNCATE(ftruncate64, off64_t)
@@ -294,11 +298,11 @@ static int allocation_fails(const char* call, size_t size) {
   return fails;
 }
 
-#define MMAP(name, offset)                                                                       \
-  void* name(void* where, size_t size, int rights, int flags, int fd, offset place) {            \
-    REAL(void*, name, void*, size_t, int, int, int, offset);                                     \
+#define MMAP(name, offset)                                                                                       \
+  void* name(void* where, size_t size, int rights, int flags, int fd, offset place) {                            \
+    REAL(void*, name, void*, size_t, int, int, int, offset);                                                     \
     if (flags & MAP_ANONYMOUS ? allocation_fails("mmap", size) : fd_fails("mmap", fd, TAKES)) return MAP_FAILED; \
-    return real(where, size, rights, flags, fd, place);                                          \
+    return real(where, size, rights, flags, fd, place);                                                          \
   }
 MMAP(mmap, off_t)
 MMAP(mmap64, off64_t)

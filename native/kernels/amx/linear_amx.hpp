@@ -34,7 +34,8 @@ struct alignas(64) Scratch {
 
 // One token's groups [g0, g1) of one tile row: `high` and `low` are its rows of C, a group being `step` further.
 template <class W, int kind>
-static F epilogue(F acc, const int32_t* high, const int32_t* low, const uint8_t* panel, const float* scales, const int32_t* sums, int groups) {
+static F epilogue(F acc, const int32_t* high, const int32_t* low, const uint8_t* panel, const float* scales,
+                  const int32_t* sums, int groups) {
   constexpr int64_t step = 4 * 16 * 16;
   for (int g = 0; g < groups; g++, panel += W::bytes) {
     I dot = load_bytes(high + g * step);
@@ -49,8 +50,8 @@ static F epilogue(F acc, const int32_t* high, const int32_t* low, const uint8_t*
 
 // A block of tokens: Q8 up to 32, Q16 up to 16. Groups [g0, g1) are in the panel; sums wait in y between panels.
 template <class W, int kind>
-static void int_block(Tiles& tiles, Scratch& s, const Output& out, Rows<kind> x, int64_t t, int tokens, int64_t tile, bool two, int64_t g0,
-                      int64_t g1) {
+static void int_block(Tiles& tiles, Scratch& s, const Output& out, Rows<kind> x, int64_t t, int tokens, int64_t tile, bool two,
+                      int64_t g0, int64_t g1) {
   constexpr bool wide = kind == DSO_SLOT_Q16;
   const int first = tokens < 16 ? tokens : 16, second = wide ? first : tokens - first;
   const Rows<kind> rows = x.from(t);
@@ -82,15 +83,18 @@ static void int_block(Tiles& tiles, Scratch& s, const Output& out, Rows<kind> x,
         const int half = wide ? 0 : m / 16;
         acc = epilogue<W, kind>(acc, s.c[0][2 * half + n][m % 16], s.c[0][2 + n][m % 16], s.panel[n] + at, rows.scales(m) + g,
                                 rows.sums(m) + g, groups);
-        if (g + groups == last) finish(out, t + m, tile + n, acc);
-        else store(y, acc, outputs);
+        if (g + groups == last)
+          finish(out, t + m, tile + n, acc);
+        else
+          store(y, acc, outputs);
       }
     }
   }
 }
 
 template <int format, int kind>
-static void integers(const Matrix& w, const Output& out, Rows<kind> x, int64_t T, int64_t begin, int64_t end, uint8_t* scratch) {
+static void integers(const Matrix& w, const Output& out, Rows<kind> x, int64_t T, int64_t begin, int64_t end,
+                     uint8_t* scratch) {
   using P = Packed<format>;
   using W = Unpacked<format>;
   constexpr int block = kind == DSO_SLOT_Q16 ? 16 : 32;
@@ -102,7 +106,8 @@ static void integers(const Matrix& w, const Output& out, Rows<kind> x, int64_t T
     for (int64_t g0 = 0; g0 < all; g0 += panel_groups) {
       const int64_t g1 = all - g0 < panel_groups ? all : g0 + panel_groups;
       for (int n = 0; n <= (int)two; n++)
-        for (int64_t g = g0; g < g1; g++) W::unpack(w.data + (tile + n) * row_bytes + g * P::bytes, s.panel[n] + (g - g0) * W::bytes);
+        for (int64_t g = g0; g < g1; g++)
+          W::unpack(w.data + (tile + n) * row_bytes + g * P::bytes, s.panel[n] + (g - g0) * W::bytes);
       for (int64_t t = 0; t < T; t += block) {
         const int tokens = (int)(T - t < block ? T - t : block);
         const int first = tokens < 16 ? tokens : 16;
@@ -114,18 +119,22 @@ static void integers(const Matrix& w, const Output& out, Rows<kind> x, int64_t T
 }
 
 template <int kind>
-static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t T, int64_t begin, int64_t end, uint8_t* scratch) {
+static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t T, int64_t begin, int64_t end,
+                      uint8_t* scratch) {
   switch (w.format) {
-    case DSO_INT8: return integers<DSO_INT8, kind>(w, out, x, T, begin, end, scratch);
-    case DSO_INT4: return integers<DSO_INT4, kind>(w, out, x, T, begin, end, scratch);
-    case DSO_Q4_1: return integers<DSO_Q4_1, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_INT8:
+      return integers<DSO_INT8, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_INT4:
+      return integers<DSO_INT4, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_Q4_1:
+      return integers<DSO_Q4_1, kind>(w, out, x, T, begin, end, scratch);
   }
 }
 
 // ---- bf16
 
 static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t stride, int64_t T, int64_t begin, int64_t end,
-                        uint8_t* scratch) {
+                   uint8_t* scratch) {
   constexpr int64_t tile_bytes = 1024;
   auto& c = ((Scratch*)scratch)->c[0];
   Tiles tiles(64);
@@ -164,15 +173,18 @@ static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t
 
 }  // namespace tiled
 
-constexpr size_t linear_amx_scratch_bytes = linear_scratch_bytes > sizeof(tiled::Scratch) ? linear_scratch_bytes : sizeof(tiled::Scratch);
+constexpr size_t linear_amx_scratch_bytes = linear_scratch_bytes > sizeof(tiled::Scratch) ? linear_scratch_bytes
+                                                                                          : sizeof(tiled::Scratch);
 
-static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, bool prefill,
-                       int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
+static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T,
+                       bool prefill, int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
   const Output out = {bias, y, y_stride, w.rows};
   if (w.format == DSO_BF16 && prefill) return tiled::floats(w, out, x, x_stride, T, tile_begin, tile_end, scratch);
   if (T > tiled::vector_tokens) {
-    if (kind == DSO_SLOT_Q8) return tiled::by_format<DSO_SLOT_Q8>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
-    if (kind == DSO_SLOT_Q16) return tiled::by_format<DSO_SLOT_Q16>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
+    if (kind == DSO_SLOT_Q8)
+      return tiled::by_format<DSO_SLOT_Q8>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
+    if (kind == DSO_SLOT_Q16)
+      return tiled::by_format<DSO_SLOT_Q16>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
   }
   linear(w, bias, kind, x, x_stride, T, prefill, tile_begin, tile_end, y, y_stride, scratch);
 }

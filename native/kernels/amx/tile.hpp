@@ -32,24 +32,37 @@ class Tiles {
       uint8_t rows[16] = {};
     } config;
     static_assert(sizeof config == 64);
-    auto set = [&config](int tile, int rows, int bytes) { config.rows[tile] = (uint8_t)rows, config.row_bytes[tile] = (uint16_t)(rows ? bytes : 0); };
+    auto set = [&config](int tile, int rows, int bytes) {
+      config.rows[tile] = (uint8_t)rows, config.row_bytes[tile] = (uint16_t)(rows ? bytes : 0);
+    };
     set(0, rows0, 64), set(1, rows0, 64), set(4, rows0, k_bytes_);
     set(2, rows1, 64), set(3, rows1, 64), set(5, rows1, k_bytes_);
     set(6, k_bytes_ / 4, 64), set(7, k_bytes_ / 4, 64);
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
   }
 
-  template <int t> void zero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(t)); }
-  template <int t> void load(const void* p, int64_t stride) {
+  template <int t>
+  void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(t));
+  }
+  template <int t>
+  void load(const void* p, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(t) : "memory");
   }
-  template <int t> void store(void* p, int64_t stride) {
+  template <int t>
+  void store(void* p, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(t) : "memory");
   }
   // C += A B: int32 += s8 x u8, four to a lane.
-  template <int c, int a, int b> void dot_s8_u8() { __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b)); }
+  template <int c, int a, int b>
+  void dot_s8_u8() {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+  }
   // C += A B: fp32 += bf16 x bf16, two to a lane.
-  template <int c, int a, int b> void dot_bf16() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b)); }
+  template <int c, int a, int b>
+  void dot_bf16() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+  }
 
  private:
   // Linux gives tiles to a process that asks (asm/prctl.h: ARCH_REQ_XCOMP_PERM; XTILEDATA is feature 18). The runtime asks

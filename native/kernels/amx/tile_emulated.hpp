@@ -1,6 +1,6 @@
-// The class of tile.hpp in plain code, bit for bit what the instructions are documented to do (Intel SDM; felixcloutier.com/x86/
-// tdpbssd:tdpbsud:tdpbusd:tdpbuud and /x86/tdpbf16ps), so that everything built on tiles is tested on hosts without them.
-// A tile that is used before shape(), or at zero rows, traps as the processor would.
+// The class of tile.hpp in plain code, bit for bit what the instructions are documented to do (Intel SDM;
+// felixcloutier.com/x86/ tdpbssd:tdpbsud:tdpbusd:tdpbuud and /x86/tdpbf16ps), so that everything built on tiles is tested on
+// hosts without them. A tile that is used before shape(), or at zero rows, traps as the processor would.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -22,18 +22,24 @@ class Tiles {
     set(6, k_bytes_ / 4, 64), set(7, k_bytes_ / 4, 64);
   }
 
-  template <int t> void zero() { memset(used(t).bytes, 0, sizeof tiles_[t].bytes); }
-  template <int t> void load(const void* p, int64_t stride) {
+  template <int t>
+  void zero() {
+    memset(used(t).bytes, 0, sizeof tiles_[t].bytes);
+  }
+  template <int t>
+  void load(const void* p, int64_t stride) {
     Tile& tile = used(t);
     memset(tile.bytes, 0, sizeof tile.bytes);
     for (int r = 0; r < tile.rows; r++) memcpy(tile.bytes[r], (const uint8_t*)p + r * stride, (size_t)tile.row_bytes);
   }
-  template <int t> void store(void* p, int64_t stride) {
+  template <int t>
+  void store(void* p, int64_t stride) {
     const Tile& tile = used(t);
     for (int r = 0; r < tile.rows; r++) memcpy((uint8_t*)p + r * stride, tile.bytes[r], (size_t)tile.row_bytes);
   }
 
-  template <int c, int a, int b> void dot_s8_u8() {
+  template <int c, int a, int b>
+  void dot_s8_u8() {
     Tile& out = used(c);
     const Tile &left = used(a), &right = used(b);
     for (int m = 0; m < out.rows; m++) {
@@ -41,14 +47,16 @@ class Tiles {
       memcpy(sum, out.bytes[m], sizeof sum);
       for (int k = 0; k < left.row_bytes / 4; k++)
         for (int n = 0; n < 16; n++)
-          for (int i = 0; i < 4; i++) sum[n] += (uint32_t)((int8_t)left.bytes[m][4 * k + i] * (int32_t)right.bytes[k][4 * n + i]);
+          for (int i = 0; i < 4; i++)
+            sum[n] += (uint32_t)((int8_t)left.bytes[m][4 * k + i] * (int32_t)right.bytes[k][4 * n + i]);
       memcpy(out.bytes[m], sum, sizeof sum);
     }
   }
 
   // Even and odd columns are two chains of fused multiply-adds that start from zero in every instruction; their sum is added
   // to C. Denormals count as zero on the way in and out, whatever MXCSR says.
-  template <int c, int a, int b> void dot_bf16() {
+  template <int c, int a, int b>
+  void dot_bf16() {
     Tile& out = used(c);
     const Tile &left = used(a), &right = used(b);
     for (int m = 0; m < out.rows; m++) {

@@ -1,18 +1,20 @@
-// The engine of generic/train_product.hpp on tile registers: two tiles of rows by two of columns. A recipe of its own: products of 32
-// columns are added to C as TDPBF16PS does, ascending.
+// The engine of generic/train_product.hpp on tile registers: two tiles of rows by two of columns. A recipe of its own: products
+// of 32 columns are added to C as TDPBF16PS does, ascending.
 #pragma once
 #include "../generic/train_product.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
-template <Numbers kind> class TileUnits {
+template <Numbers kind>
+class TileUnits {
  public:
   static_assert(kind == Numbers::bf16);
   static constexpr bool lanes_first = true;
   static constexpr int rows = 32, panels = 2;
 
-  void multiply(const uint8_t* a, int64_t a_next, const uint8_t* b, int64_t b_next, int64_t steps, int64_t m, int64_t n, float* sums, bool begin) {
+  void multiply(const uint8_t* a, int64_t a_next, const uint8_t* b, int64_t b_next, int64_t steps, int64_t m, int64_t n,
+                float* sums, bool begin) {
     constexpr int64_t row = 64 * panels;  // bytes
     const int64_t first = m < 16 ? m : 16, second = m - first;
     const bool low = second > 0, wide = n > 1;

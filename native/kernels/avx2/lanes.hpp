@@ -10,11 +10,15 @@
 namespace dso::DSO_ISA_NAMESPACE {
 #define DSO_INLINE static inline __attribute__((always_inline))
 
-struct F { __m256 lo, hi; };   // 16 x f32
-struct I { __m256i lo, hi; };  // 16 x i32
-using B = I;                   // 64 bytes: 16 lanes of 4
+struct F {
+  __m256 lo, hi;
+};  // 16 x f32
+struct I {
+  __m256i lo, hi;
+};            // 16 x i32
+using B = I;  // 64 bytes: 16 lanes of 4
 constexpr int lanes = 16;
-constexpr int registers = 8;   // pairs
+constexpr int registers = 8;  // pairs
 
 DSO_INLINE I first(int64_t n) {  // all ones in the first n lanes
   const __m256i k = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), m = _mm256_set1_epi32(n >= 16 ? 16 : (int32_t)n);
@@ -42,19 +46,23 @@ DSO_INLINE F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.
 DSO_INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 DSO_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 DSO_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-DSO_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }     // a*b + c
-DSO_INLINE F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)}; }  // c - a*b
+DSO_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }  // a*b + c
+DSO_INLINE F fnma(F a, F b, F c) {
+  return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
+}                                                                                              // c - a*b
 DSO_INLINE F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }  // b where either is NaN
 DSO_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 DSO_INLINE F less(F a, F b, F x, F y) {  // a < b ? x : y
-  return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)), _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+  return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
 DSO_INLINE F abs(F a) {
   const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(a.lo, m), _mm256_and_ps(a.hi, m)};
 }
 DSO_INLINE F round(F a) {  // half to even
-  return {_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  return {_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+          _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 // a * 2^n, n integral, |n| <= 252: two factors, so that only the last multiplication can round, overflow or underflow.
 DSO_INLINE __m256 scale2_half(__m256 a, __m256 n) {
@@ -83,13 +91,19 @@ DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of 
           _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(_mm256_andnot_si256(l.hi, h.hi)))};
 }
 DSO_INLINE uint32_t at_least(F a, F b) {  // bit i: a >= b in lane i
-  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ)), hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ)),
+            hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
   return (uint32_t)(lo | hi << 8);
 }
-DSO_INLINE bool any_nan(F a) { return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) != 0; }
+DSO_INLINE bool any_nan(F a) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))) !=
+         0;
+}
 
 // ---- 16-bit floats in memory
-DSO_INLINE __m256 bf16_half(const uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16)); }
+DSO_INLINE __m256 bf16_half(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
 DSO_INLINE F load_bf16(const void* p) { return {bf16_half((const uint16_t*)p), bf16_half((const uint16_t*)p + 8)}; }
 DSO_INLINE F load_f16(const void* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
@@ -110,15 +124,23 @@ DSO_INLINE I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; 
 DSO_INLINE I iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 DSO_INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 DSO_INLINE I isub(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-template <int n> DSO_INLINE I shl(I a) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
-template <int n> DSO_INLINE I sar(I a) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
+template <int n>
+DSO_INLINE I shl(I a) {
+  return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)};
+}
+template <int n>
+DSO_INLINE I sar(I a) {
+  return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)};
+}
 DSO_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 DSO_INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }  // half to even
-DSO_INLINE I load_i8(const void* p) {  // 16 signed bytes
-  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+DSO_INLINE I load_i8(const void* p) {                                                      // 16 signed bytes
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 }
 DSO_INLINE I load_u8(const void* p) {  // 16 unsigned bytes
-  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 }
 DSO_INLINE void store_i8(void* p, I a) {  // values already fit
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
@@ -132,7 +154,9 @@ DSO_INLINE int32_t isum(I a) {
 }
 
 // ---- bytes and dot products. A lane's 4 bytes are 4 consecutive columns; products are exact on every ISA.
-DSO_INLINE B load_bytes(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+DSO_INLINE B load_bytes(const void* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
 DSO_INLINE void store_bytes(void* p, B x) {
   _mm256_storeu_si256((__m256i*)p, x.lo);
   _mm256_storeu_si256((__m256i*)p + 1, x.hi);
@@ -144,7 +168,9 @@ DSO_INLINE B broadcast4(const void* p) {
 }
 DSO_INLINE __m256i low_nibbles_half(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 DSO_INLINE B low_nibbles(B x) { return {low_nibbles_half(x.lo), low_nibbles_half(x.hi)}; }
-DSO_INLINE B high_nibbles(B x) { return {low_nibbles_half(_mm256_srli_epi16(x.lo, 4)), low_nibbles_half(_mm256_srli_epi16(x.hi, 4))}; }
+DSO_INLINE B high_nibbles(B x) {
+  return {low_nibbles_half(_mm256_srli_epi16(x.lo, 4)), low_nibbles_half(_mm256_srli_epi16(x.hi, 4))};
+}
 
 #ifdef __AVXVNNI__
 constexpr bool vnni = true;
@@ -157,7 +183,8 @@ constexpr bool vnni = false;
 DSO_INLINE __m256i dot_u4_half(__m256i acc, __m256i w, __m256i a) {  // pairs <= 2*15*128: maddubs cannot saturate
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
 }
-DSO_INLINE __m256i dot_u8_half(__m256i acc, __m256i w, __m256i a) {  // even and odd bytes as 16-bit integers: maddubs would saturate
+DSO_INLINE __m256i dot_u8_half(__m256i acc, __m256i w,
+                               __m256i a) {  // even and odd bytes as 16-bit integers: maddubs would saturate
   const __m256i we = _mm256_and_si256(w, _mm256_set1_epi16(255)), wo = _mm256_srli_epi16(w, 8);
   const __m256i ae = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), ao = _mm256_srai_epi16(a, 8);
   return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(we, ae), _mm256_madd_epi16(wo, ao)));
@@ -168,29 +195,37 @@ DSO_INLINE I dot_u8(I acc, B w, B a) { return {dot_u8_half(acc.lo, w.lo, a.lo), 
 
 // Cheaper sums of dot_u4 without VNNI: 32 16-bit sums, which hold a group of 32 columns (at most 8*2*15*128 = 30720).
 DSO_INLINE I pairs_u4(I acc, B w, B a) {
-  return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, a.lo)), _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, a.hi))};
+  return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, a.lo)),
+          _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, a.hi))};
 }
 DSO_INLINE I add_pairs(I acc) {
   return {_mm256_madd_epi16(acc.lo, _mm256_set1_epi16(1)), _mm256_madd_epi16(acc.hi, _mm256_set1_epi16(1))};
 }
 
 // A lane's two bf16 numbers as floats, and back (the upper 16 bits: for numbers that are bf16 already).
-DSO_INLINE F even_bf16(B x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(x.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.hi, 16))}; }
+DSO_INLINE F even_bf16(B x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.hi, 16))};
+}
 DSO_INLINE F odd_bf16(B x) {
   const __m256i high = _mm256_set1_epi32((int)0xffff0000);
   return {_mm256_castsi256_ps(_mm256_and_si256(x.lo, high)), _mm256_castsi256_ps(_mm256_and_si256(x.hi, high))};
 }
 DSO_INLINE __m256i pair_bf16_half(__m256 even, __m256 odd) {
-  return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(even), 16), _mm256_and_si256(_mm256_castps_si256(odd), _mm256_set1_epi32((int)0xffff0000)));
+  return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(even), 16),
+                         _mm256_and_si256(_mm256_castps_si256(odd), _mm256_set1_epi32((int)0xffff0000)));
 }
 DSO_INLINE B pair_bf16(F even, F odd) { return {pair_bf16_half(even.lo, odd.lo), pair_bf16_half(even.hi, odd.hi)}; }
 
 // 32 numbers in E4M3 (two bytes a lane) as bf16, each divided by 256: exact, and none of them subnormal. NaN codes don't occur.
 DSO_INLINE B expand_e4m3(const void* p) {
-  const __m256i high_of_subnormal = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, 0, 0, 0, 0, 0, 0, 0, 0));  // m 2^-17
-  const __m256i low_of_subnormal = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0, 0, 0, 0, 0, 0, 0, 0));
-  const __m256i code = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p), 0xd8);  // unpacked by halves, in order again
-  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi8(0x7f)), is_subnormal = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), magnitude);
+  const __m256i high_of_subnormal = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, 0, 0, 0, 0, 0, 0, 0, 0));  // m 2^-17
+  const __m256i low_of_subnormal =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i code =
+      _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p), 0xd8);  // unpacked by halves, in order again
+  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi8(0x7f)),
+                is_subnormal = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), magnitude);
   // Exponent and mantissa as the two bytes of a bf16; exponents 0..15 (bias 7) meet 112: as bf16's 112 + e they are e - 15.
   __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(code, 4), _mm256_set1_epi8(0x07)), _mm256_set1_epi8(0x38));
   __m256i low = _mm256_and_si256(_mm256_slli_epi16(code, 4), _mm256_set1_epi8((char)0xf0));
@@ -252,8 +287,12 @@ DSO_INLINE void transpose(B (&x)[16]) {  // 16 x 16 lanes
 
 constexpr bool has_dot_bf16 = false;  // dot_bf16 is no faster than two fmas
 DSO_INLINE void round_bf16(void* p, F x) { store_bf16(p, x); }
-DSO_INLINE __m256i round_pair_bf16_half(__m256 even, __m256 odd) { return _mm256_or_si256(bf16_bits(even), _mm256_slli_epi32(bf16_bits(odd), 16)); }
-DSO_INLINE B round_pair_bf16(F even, F odd) { return {round_pair_bf16_half(even.lo, odd.lo), round_pair_bf16_half(even.hi, odd.hi)}; }
+DSO_INLINE __m256i round_pair_bf16_half(__m256 even, __m256 odd) {
+  return _mm256_or_si256(bf16_bits(even), _mm256_slli_epi32(bf16_bits(odd), 16));
+}
+DSO_INLINE B round_pair_bf16(F even, F odd) {
+  return {round_pair_bf16_half(even.lo, odd.lo), round_pair_bf16_half(even.hi, odd.hi)};
+}
 
 // Two bf16 columns a lane: acc + w0*a0 + w1*a1, by two fmas. Its rounding belongs to the variant.
 DSO_INLINE __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i a) {

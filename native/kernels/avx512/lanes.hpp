@@ -37,10 +37,12 @@ DSO_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a*b +
 DSO_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
 DSO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }              // b where either is NaN
 DSO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
-DSO_INLINE F less(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }  // a < b ? x : y
+DSO_INLINE F less(F a, F b, F x, F y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}  // a < b ? x : y
 DSO_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 DSO_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // half to even
-DSO_INLINE F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }        // a * 2^n, n integral
+DSO_INLINE F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral
 // Fixed trees: the same order on every ISA. (i, i+8), (i, i+4), (i, i+2), (i, i+1).
 DSO_INLINE float sum(F a) {
   __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -63,11 +65,14 @@ DSO_INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE
 DSO_INLINE bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 
 // ---- 16-bit floats in memory
-DSO_INLINE F load_bf16(const void* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
+DSO_INLINE F load_bf16(const void* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
 DSO_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 DSO_INLINE __m512i bf16_bits(F x) {  // nearest even in the low halves, NaN kept quiet; denormals as they are
   __m512i u = _mm512_castps_si512(x);
-  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
+  __m512i r = _mm512_add_epi32(
+      u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
   r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
   return _mm512_srli_epi32(r, 16);
 }
@@ -78,19 +83,31 @@ DSO_INLINE I izero() { return _mm512_setzero_si512(); }
 DSO_INLINE I iset(int32_t x) { return _mm512_set1_epi32(x); }
 DSO_INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
 DSO_INLINE I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
-template <int n> DSO_INLINE I shl(I a) { return _mm512_slli_epi32(a, n); }
-template <int n> DSO_INLINE I sar(I a) { return _mm512_srai_epi32(a, n); }
+template <int n>
+DSO_INLINE I shl(I a) {
+  return _mm512_slli_epi32(a, n);
+}
+template <int n>
+DSO_INLINE I sar(I a) {
+  return _mm512_srai_epi32(a, n);
+}
 DSO_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-DSO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }  // half to even
+DSO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }                                                // half to even
 DSO_INLINE I load_i8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }  // 16 signed bytes
 DSO_INLINE I load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }  // 16 unsigned bytes
-DSO_INLINE void store_i8(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }  // truncates: values already fit
+DSO_INLINE void store_i8(void* p, I a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
+}  // truncates: values already fit
 DSO_INLINE int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
 
 // ---- bytes and dot products. A lane's 4 bytes are 4 consecutive columns; products are exact on every ISA.
 DSO_INLINE B load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 DSO_INLINE void store_bytes(void* p, B x) { _mm512_storeu_si512(p, x); }
-DSO_INLINE B broadcast4(const void* p) { int32_t v; memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
+DSO_INLINE B broadcast4(const void* p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
 DSO_INLINE B low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 DSO_INLINE B high_nibbles(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 
@@ -118,15 +135,18 @@ DSO_INLINE I add_pairs(I acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(
 DSO_INLINE F even_bf16(B x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 DSO_INLINE F odd_bf16(B x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000))); }
 DSO_INLINE B pair_bf16(F even, F odd) {
-  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32((int)0xffff0000)));
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                         _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32((int)0xffff0000)));
 }
 
 // 32 numbers in E4M3 (two bytes a lane) as bf16, each divided by 256: exact, and none of them subnormal. NaN codes don't occur.
 DSO_INLINE B expand_e4m3(const void* p) {
-  const __m512i subnormals = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));  // m 2^-17
+  const __m512i subnormals =
+      _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));  // m 2^-17
   const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
   // Exponent and mantissa move to their places; exponents 0..15 (bias 7) meet 112: as bf16's 112 + e they are e - 15.
-  __m512i x = _mm512_ternarylogic_epi32(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x07f0), _mm512_set1_epi16(0x3800), 0xea);  // a & b | c
+  __m512i x = _mm512_ternarylogic_epi32(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x07f0), _mm512_set1_epi16(0x3800),
+                                        0xea);  // a & b | c
   x = _mm512_mask_permutexvar_epi16(x, _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78)), code, subnormals);
   return _mm512_ternarylogic_epi32(x, code, _mm512_set1_epi16((short)0x8000), 0xd8);  // the sign: c ? b : a
 }
@@ -171,9 +191,12 @@ DSO_INLINE void transpose(B (&x)[16]) {  // 16 x 16 lanes
 // Two bf16 columns a lane: acc + w0*a0 + w1*a1. Its rounding belongs to the variant (a kernel family is fixed per variant).
 #ifdef __AVX512BF16__
 constexpr bool has_dot_bf16 = true;
-DSO_INLINE void round_bf16(void* p, F x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }  // as the dot reads: denormals are 0
+DSO_INLINE void round_bf16(void* p, F x) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+}  // as the dot reads: denormals are 0
 DSO_INLINE B round_pair_bf16(F even, F odd) {
-  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 DSO_INLINE F dot_bf16(F acc, B w, B a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }

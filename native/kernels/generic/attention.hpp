@@ -15,27 +15,36 @@ namespace dso::DSO_ISA_NAMESPACE {
 
 enum class Read { f32, bf16, i8, dot, i8_dot };  // how a panel is read: as fp32, or as BF16 by dot_bf16
 
-
-template <Read T> constexpr bool narrow = T == Read::dot || T == Read::i8_dot;  // q and weights are bf16
-template <Read T> constexpr int row_depth = T == Read::bf16 || narrow<T> ? 2 : 1;
-template <Read T> constexpr int64_t row_bytes = T == Read::i8 ? 32 : T == Read::i8_dot ? 64 : 128;  // of a panel's row, or pair of rows
-template <Read T> constexpr int64_t column_bytes = T == Read::i8 || T == Read::i8_dot ? 1 : 4;
+template <Read T>
+constexpr bool narrow = T == Read::dot || T == Read::i8_dot;  // q and weights are bf16
+template <Read T>
+constexpr int row_depth = T == Read::bf16 || narrow<T> ? 2 : 1;
+template <Read T>
+constexpr int64_t row_bytes = T == Read::i8       ? 32
+                              : T == Read::i8_dot ? 64
+                                                  : 128;  // of a panel's row, or pair of rows
+template <Read T>
+constexpr int64_t column_bytes = T == Read::i8 || T == Read::i8_dot ? 1 : 4;
 constexpr int tile_cols = registers >= 32 ? 2 : 1;  // registers of 16 columns in a tile
 constexpr int tile_rows = registers >= 32 ? 8 : 4;
 constexpr int64_t chunk_blocks = attn_chunk / block_tokens;
 constexpr int64_t row_stride = attn_chunk + 16;  // elements from a tile's row to the next, off the powers of two
-constexpr int64_t look_ahead_pieces = 6;  // 12 KB with BF16: measured best of 2 to 24
+constexpr int64_t look_ahead_pieces = 6;         // 12 KB with BF16: measured best of 2 to 24
 constexpr float log2e = 1.44269504f;
 
 DSO_INLINE float minus_infinity() { return -__builtin_inff(); }
 
 // How many panels a tile of R rows goes over at once: few rows alone are too few sums to keep the ports busy.
-template <int R> constexpr int panels_at_once = 4 * R <= tile_rows ? 4 : 2 * R <= tile_rows ? 2 : 1;
+template <int R>
+constexpr int panels_at_once = 4 * R <= tile_rows   ? 4
+                               : 2 * R <= tile_rows ? 2
+                                                    : 1;
 
 // acc[p][r] += a[r] * panel[p], over `rows` of the panels (pairs of rows for BF16). `a` has row_stride floats, or bf16 numbers
 // for dot, a row. Lines ahead[p] bytes further are fetched, row by row.
 template <Read T, int R, int P>
-DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t rows, const int64_t (&ahead)[P], F (&acc)[P][R][tile_cols]) {
+DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t rows, const int64_t (&ahead)[P],
+                        F (&acc)[P][R][tile_cols]) {
   for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
@@ -46,8 +55,10 @@ DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t
         B b[tile_cols];
 #pragma GCC unroll 2
         for (int n = 0; n < tile_cols; ++n) {
-          if constexpr (T == Read::dot) b[n] = load_bytes(at + 64 * n);
-          else b[n] = pair_bf16(to_float(load_i8(at + 16 * n)), to_float(load_i8(at + 32 + 16 * n)));  // exact
+          if constexpr (T == Read::dot)
+            b[n] = load_bytes(at + 64 * n);
+          else
+            b[n] = pair_bf16(to_float(load_i8(at + 16 * n)), to_float(load_i8(at + 32 + 16 * n)));  // exact
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -74,8 +85,10 @@ DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t
         F b[tile_cols];
 #pragma GCC unroll 2
         for (int n = 0; n < tile_cols; ++n) {
-          if constexpr (T == Read::i8) b[n] = to_float(load_i8(at + 16 * n));
-          else b[n] = load((const float*)at + 16 * n);
+          if constexpr (T == Read::i8)
+            b[n] = to_float(load_i8(at + 16 * n));
+          else
+            b[n] = load((const float*)at + 16 * n);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -95,10 +108,12 @@ DSO_INLINE void product(const void* a, const uint8_t* panel, int64_t rows, int64
 }
 
 // n things P at a time, the rest by fewer: `call` takes the first one, and their number as something whose `count` it is.
-template <int N> struct Count {
+template <int N>
+struct Count {
   static constexpr int count = N;
 };
-template <int P, class Call> DSO_INLINE void by_several(int64_t n, Call call, int64_t first = 0) {
+template <int P, class Call>
+DSO_INLINE void by_several(int64_t n, Call call, int64_t first = 0) {
   for (; first + P <= n; first += P) call(first, Count<P>{});
   if constexpr (P > 1) by_several<P / 2>(n, call, first);
 }
@@ -136,7 +151,8 @@ struct Block {  // one kv head of one block, ready to read
 constexpr int64_t block_room_bytes = block_tokens * max_head_dim * 4;  // what visible_block may need: V in fp32
 
 // Copies a V panel of the block whose first token is `token`, with zeros for what is not seen.
-template <Read T> static void copy_seen(const uint8_t* panel, int64_t token, const Span& seen, uint8_t* out) {
+template <Read T>
+static void copy_seen(const uint8_t* panel, int64_t token, const Span& seen, uint8_t* out) {
   for (int64_t row = 0; row < block_tokens / row_depth<T>; ++row) {
     const int64_t t = token + row * row_depth<T>;
     const uint32_t mask = (seen.has(t) ? 0xffffu : 0) | (seen.has(t + row_depth<T> - 1) ? 0xffff0000u : 0);
@@ -147,7 +163,8 @@ template <Read T> static void copy_seen(const uint8_t* panel, int64_t token, con
 // Block `block` of a kv head for reading by T, when tokens of `seen` matter. Values and scales that a weight of 0 could
 // turn into NaN are replaced by zeros in `room`, a copy: the cache itself is never changed by reading.
 template <Read T>
-static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_head, int64_t block, const Span& seen, uint8_t* room) {
+static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_head, int64_t block, const Span& seen,
+                           uint8_t* room) {
   const HeadLayout h = head_layout(l.type, l.head_dim);
   const uint8_t* head = kv_head_block(view, h, kv_head, block);
   const int64_t panels = round_up(l.head_dim, 32) / 32;
@@ -170,14 +187,17 @@ static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_hea
 }
 
 // Column k of a tile's rows, as product reads them.
-template <Read T> DSO_INLINE const void* tile_column(const void* a, int64_t k) { return (const char*)a + k * (narrow<T> ? 2 : 4); }
+template <Read T>
+DSO_INLINE const void* tile_column(const void* a, int64_t k) {
+  return (const char*)a + k * (narrow<T> ? 2 : 4);
+}
 
 // ---- a tile of rows against a chunk ------------------------------------------------------------------------------------
 
-struct Workspace {  // private to a thread; rows of row_stride elements
-  alignas(64) float s[8 * row_stride];       // logits, then weights where these are fp32
-  alignas(64) float q[8 * row_stride];       // fp32, or bf16 in the first half
-  alignas(64) uint16_t p[8 * row_stride];    // weights in bf16
+struct Workspace {                         // private to a thread; rows of row_stride elements
+  alignas(64) float s[8 * row_stride];     // logits, then weights where these are fp32
+  alignas(64) float q[8 * row_stride];     // fp32, or bf16 in the first half
+  alignas(64) uint16_t p[8 * row_stride];  // weights in bf16
   alignas(64) uint8_t room[chunk_blocks][block_room_bytes];
 };
 
@@ -186,14 +206,15 @@ struct State {  // of R consecutive rows
   float* o[8];
 };
 
-// Up to chunk_blocks blocks as a tile reads them. A piece is 32 rows of a panel: K block by block, then V panel by panel, block by
-// block. ahead[i] is how far from piece i the one lies that is to be fetched meanwhile.
+// Up to chunk_blocks blocks as a tile reads them. A piece is 32 rows of a panel: K block by block, then V panel by panel, block
+// by block. ahead[i] is how far from piece i the one lies that is to be fetched meanwhile.
 constexpr int64_t max_pieces = 2 * chunk_blocks * max_head_dim / 32;
 
 struct Stretch {
   const Block* blocks;
   int64_t count;
-  int64_t k_pieces, v_panels, panel_bytes;  // K's pieces of a block, the last of which may be short, are as long as a panel of V
+  int64_t k_pieces, v_panels,
+      panel_bytes;  // K's pieces of a block, the last of which may be short, are as long as a panel of V
   const int64_t* ahead;
 
   void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the K panel that follows, or null
@@ -210,7 +231,8 @@ struct Stretch {
 
 // Logits of a tile's rows for P blocks: q K^T, masked, and the largest so far, lane by lane.
 template <Read T, int R, int P>
-static void block_logits(const Block* blocks, int64_t head_dim, const Span* see, int64_t k_pieces, const int64_t* ahead, const float* q, float* s, F* top) {
+static void block_logits(const Block* blocks, int64_t head_dim, const Span* see, int64_t k_pieces, const int64_t* ahead,
+                         const float* q, float* s, F* top) {
   for (int64_t c = 0; c < block_tokens; c += 16 * tile_cols) {
     F acc[P][R][tile_cols];
     for (int p = 0; p < P; ++p)
@@ -245,7 +267,8 @@ static void block_logits(const Block* blocks, int64_t head_dim, const Span* see,
 }
 
 // Logits of one row to weights 2^(logit - m), into bf16 for dot, in place otherwise. Returns their fp32 sum.
-template <Read T> DSO_INLINE float weights(float* s, float m, const Block* blocks, int64_t count, uint16_t* p) {
+template <Read T>
+DSO_INLINE float weights(float* s, float m, const Block* blocks, int64_t count, uint16_t* p) {
   F total = zero();
   for (int64_t b = 0; b < count; ++b)
     for (int64_t t = 0; t < block_tokens; t += 16) {
@@ -253,8 +276,10 @@ template <Read T> DSO_INLINE float weights(float* s, float m, const Block* block
       F x = exp2(sub(load(s + at), set(m)));
       total = add(total, x);
       if (blocks[b].v_scale) x = mul(x, load(blocks[b].v_scale + t));
-      if constexpr (narrow<T>) round_bf16(p + at, x);
-      else store(s + at, x);
+      if constexpr (narrow<T>)
+        round_bf16(p + at, x);
+      else
+        store(s + at, x);
     }
   return sum(total);
 }
@@ -293,11 +318,13 @@ static void add_columns(const Stretch& x, int64_t first, int64_t v_dim, const vo
 }
 
 // Adds a stretch of the cache to the state of R rows whose q lies in w.q.
-template <Read T, int R> static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
+template <Read T, int R>
+static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
   F top[R];
   for (int r = 0; r < R; ++r) top[r] = set(minus_infinity());
   by_several<panels_at_once<R>>(x.count, [&](int64_t b, auto several) {
-    block_logits<T, R, several.count>(x.blocks + b, k_dim, see, x.k_pieces, x.ahead + b * x.k_pieces, w.q, w.s + b * block_tokens, top);
+    block_logits<T, R, several.count>(x.blocks + b, k_dim, see, x.k_pieces, x.ahead + b * x.k_pieces, w.q,
+                                      w.s + b * block_tokens, top);
   });
   float fade[16] = {};  // 2^(old m - new m), 0 where nothing was seen before
   float base[R];
@@ -321,19 +348,28 @@ template <Read T, int R> static void attend(const Stretch& x, int64_t k_dim, int
 }
 
 // A tile's number of rows as a constant.
-template <class Call> DSO_INLINE void with_rows(int rows, Call call) {
+template <class Call>
+DSO_INLINE void with_rows(int rows, Call call) {
   switch (rows) {
-    case 1: return call(Count<1>{});
-    case 2: return call(Count<2>{});
-    case 3: return call(Count<3>{});
-    case 4: return call(Count<4>{});
+    case 1:
+      return call(Count<1>{});
+    case 2:
+      return call(Count<2>{});
+    case 3:
+      return call(Count<3>{});
+    case 4:
+      return call(Count<4>{});
   }
   if constexpr (tile_rows == 8) {
     switch (rows) {
-      case 5: return call(Count<5>{});
-      case 6: return call(Count<6>{});
-      case 7: return call(Count<7>{});
-      case 8: return call(Count<8>{});
+      case 5:
+        return call(Count<5>{});
+      case 6:
+        return call(Count<6>{});
+      case 7:
+        return call(Count<7>{});
+      case 8:
+        return call(Count<8>{});
     }
   }
 }
@@ -344,12 +380,15 @@ static void attend_rows(int rows, const Stretch& x, int64_t k_dim, int64_t v_dim
 }
 
 // A row of q into the tile, in units of log 2.
-template <Read T> static void bring_query(const float* q, int64_t head_dim, float scale, int r, Workspace& w) {
+template <Read T>
+static void bring_query(const float* q, int64_t head_dim, float scale, int r, Workspace& w) {
   const F s = set(scale * log2e);
   for (int64_t i = 0; i < head_dim; i += 16) {
     const F x = mul(load(q + i, head_dim - i), s);
-    if constexpr (narrow<T>) round_bf16((uint16_t*)w.q + r * row_stride + i, x);
-    else store(w.q + r * row_stride + i, x);
+    if constexpr (narrow<T>)
+      round_bf16((uint16_t*)w.q + r * row_stride + i, x);
+    else
+      store(w.q + r * row_stride + i, x);
   }
 }
 
@@ -401,8 +440,8 @@ constexpr int64_t nothing_ahead[max_pieces] = {};
 // Blocks of the cache against query rows: heads of a row are consecutive rows of a tile. m[i], l[i] and o[i] belong to head
 // i % group of row r0 + i / group.
 template <Read T, class Output>
-static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, const Blocks& read, float* m,
-                          float* ell, Output output, Workspace& w) {
+static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, const Blocks& read,
+                          float* m, float* ell, Output output, Workspace& w) {
   const int64_t count = (rows.r1 - rows.r0) * rows.group, panels = round_up(l.head_dim, 32) / 32;
   const Span all = rows.all();
   Block blocks[chunk_blocks];  // what the rows see together
@@ -411,8 +450,10 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
   // What is read after these blocks: the next ones, or the next head's first, should the caller go on with it.
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   const uint8_t* next = nullptr;
-  if (read.next >= 0) next = kv_head_block(view, layout, kv_head, read.next);
-  else if (kv_head + 1 < l.kv_heads && !rows.sight.chosen) next = kv_head_block(view, layout, kv_head + 1, all.sinks > 0 ? 0 : all.begin / block_tokens);
+  if (read.next >= 0)
+    next = kv_head_block(view, layout, kv_head, read.next);
+  else if (kv_head + 1 < l.kv_heads && !rows.sight.chosen)
+    next = kv_head_block(view, layout, kv_head + 1, all.sinks > 0 ? 0 : all.begin / block_tokens);
 
   const int64_t tiles = (count + tile_rows - 1) / tile_rows;
   for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal size, or nearly
@@ -448,8 +489,11 @@ template <class Output>
 static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
                          float* ell, Output output, Workspace& w) {
   const Blocks read = blocks_of(rows, chunk);
-  if (l.type == DSO_KV_F32) attend_blocks<Read::f32>(l, view, kv_head, rows, read, m, ell, output, w);
-  else if (l.type == DSO_KV_BF16) attend_blocks<has_dot_bf16 ? Read::dot : Read::bf16>(l, view, kv_head, rows, read, m, ell, output, w);
-  else attend_blocks<has_dot_bf16 ? Read::i8_dot : Read::i8>(l, view, kv_head, rows, read, m, ell, output, w);
+  if (l.type == DSO_KV_F32)
+    attend_blocks<Read::f32>(l, view, kv_head, rows, read, m, ell, output, w);
+  else if (l.type == DSO_KV_BF16)
+    attend_blocks<has_dot_bf16 ? Read::dot : Read::bf16>(l, view, kv_head, rows, read, m, ell, output, w);
+  else
+    attend_blocks<has_dot_bf16 ? Read::i8_dot : Read::i8>(l, view, kv_head, rows, read, m, ell, output, w);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -11,15 +11,17 @@ static bool any_nan(const float* x, int64_t n) {
   return false;
 }
 
-static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                              int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk, float* part, uint8_t* scratch) {
+static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
+                              int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale,
+                              int64_t chunk, float* part, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   const int64_t d = l.head_dim, stride = d + 16, count = (r1 - r0) * group;
   constexpr int64_t most = 64;  // rows and heads whose m and l fit on the stack
   if (count > most && r1 - r0 > 1) {
     const int64_t half = r0 + (r1 - r0) / 2;
     attn_decode_chunk(l, v, kv_head, q, q_stride, group, r0, half, ctx, sight, scale, chunk, part, scratch);
-    attn_decode_chunk(l, v, kv_head, q, q_stride, group, half, r1, ctx, sight, scale, chunk, part + (half - r0) * group * stride, scratch);
+    attn_decode_chunk(l, v, kv_head, q, q_stride, group, half, r1, ctx, sight, scale, chunk,
+                      part + (half - r0) * group * stride, scratch);
     return;
   }
   for (int64_t h0 = 0; h0 < group; h0 += most) {
@@ -44,14 +46,17 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
     for (int64_t i = 0; i < count; ++i)
       if (any_nan(part + i * stride + 16, d)) {
         for (int64_t r = r0; r < r1; ++r)
-          attn_decode_chunk(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scale, chunk, part + (r - r0) * group * stride, scratch);
+          attn_decode_chunk(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scale, chunk,
+                            part + (r - r0) * group * stride, scratch);
         return;
       }
 }
 
 // Sums of o and l over chunks, each times 2^(m - top); chunks that saw nothing have m = -inf and weigh 0. Up to 64 columns at a
 // time: the weights are the same for all.
-template <int N> DSO_INLINE F merge_columns(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns, F (&o)[N]) {
+template <int N>
+DSO_INLINE F merge_columns(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns,
+                           F (&o)[N]) {
   F l = zero();
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) o[n] = zero();
@@ -67,7 +72,8 @@ template <int N> DSO_INLINE F merge_columns(const float* part, int64_t part_stri
 
 // Of the sums' columns [column, column + columns): divided by the sum of weights, or as they are, behind m and l of a part.
 template <int N, bool whole>
-DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns, float* out) {
+DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns,
+                       float* out) {
   F o[N];
   const F l = merge_columns<N>(part, part_stride, chunks, top, column, columns, o);
   if constexpr (!whole) {
@@ -79,7 +85,8 @@ DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, f
   for (int n = 0; n < N; ++n) store(out + (whole ? 0 : 16) + column + 16 * n, whole ? div(o[n], l) : o[n], columns - 16 * n);
 }
 
-template <bool whole> static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
+template <bool whole>
+static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
   float top = minus_infinity();
   for (int64_t c = 0; c < chunks; ++c)
     if (part[c * part_stride] > top) top = part[c * part_stride];

@@ -6,7 +6,8 @@
 namespace dso::DSO_ISA_NAMESPACE {
 
 template <Read T>
-static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale, float* scores, float* o) {
+static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
+                  float* scores, float* o) {
   alignas(64) uint8_t room[block_room_bytes];
   alignas(64) float weight[block_tokens];
   const int64_t d = l.head_dim, panel_bytes = head_layout(l.type, d).panel;
@@ -54,7 +55,8 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
         const int64_t c = column + 16 * i;
         acc[0][0][i] = c < d ? load(o + c, d - c) : zero();
       }
-      product<T, 1>(weight, block.v + column / 32 * panel_bytes + column % 32 * column_bytes<T>, block_tokens / row_depth<T>, 0, acc);
+      product<T, 1>(weight, block.v + column / 32 * panel_bytes + column % 32 * column_bytes<T>, block_tokens / row_depth<T>, 0,
+                    acc);
       for (int i = 0; i < tile_cols; ++i) {
         const int64_t c = column + 16 * i;
         if (c < d) store(o + c, acc[0][0][i], d - c);
@@ -63,9 +65,13 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
   }
 }
 
-static void attn_eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale, float* scores, float* o) {
-  if (l.type == DSO_KV_F32) eager<Read::f32>(l, v, kv_head, q, n, first, scale, scores, o);
-  else if (l.type == DSO_KV_BF16) eager<Read::bf16>(l, v, kv_head, q, n, first, scale, scores, o);
-  else eager<Read::i8>(l, v, kv_head, q, n, first, scale, scores, o);
+static void attn_eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first,
+                       float scale, float* scores, float* o) {
+  if (l.type == DSO_KV_F32)
+    eager<Read::f32>(l, v, kv_head, q, n, first, scale, scores, o);
+  else if (l.type == DSO_KV_BF16)
+    eager<Read::bf16>(l, v, kv_head, q, n, first, scale, scores, o);
+  else
+    eager<Read::i8>(l, v, kv_head, q, n, first, scale, scores, o);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

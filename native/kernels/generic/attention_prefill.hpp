@@ -15,8 +15,9 @@ struct PrefillScratch {
 
 constexpr size_t attn_scratch_bytes = (sizeof(PrefillScratch) + 63) / 64 * 64;
 
-static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
-                         int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride, uint8_t* scratch) {
+static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
+                         int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o,
+                         int64_t o_stride, uint8_t* scratch) {
   PrefillScratch& s = *(PrefillScratch*)scratch;
   const int64_t d = l.head_dim, count = (r1 - r0) * group;
   if (count > state_rows) {  // a large group: fewer rows, then fewer heads at once
@@ -26,7 +27,8 @@ static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, co
       attn_prefill(l, v, kv_head, q, q_stride, group, half, r1, ctx, sight, scale, o, o_stride, scratch);
     } else {
       attn_prefill(l, v, kv_head, q, q_stride, heads, r0, r1, ctx, sight, scale, o, o_stride, scratch);
-      attn_prefill(l, v, kv_head, q + heads * d, q_stride, group - heads, r0, r1, ctx, sight, scale, o + heads * d, o_stride, scratch);
+      attn_prefill(l, v, kv_head, q + heads * d, q_stride, group - heads, r0, r1, ctx, sight, scale, o + heads * d, o_stride,
+                   scratch);
     }
     return;
   }
@@ -47,6 +49,7 @@ static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, co
   }
   // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Alone, it does not.
   if (poisoned && r1 - r0 > 1)
-    for (int64_t r = r0; r < r1; ++r) attn_prefill(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scale, o, o_stride, scratch);
+    for (int64_t r = r0; r < r1; ++r)
+      attn_prefill(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scale, o, o_stride, scratch);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -5,12 +5,14 @@ namespace dso::DSO_ISA_NAMESPACE {
 
 // One group of 32 columns. A group with a NaN or an infinity gets scale NaN, so that every product with it is NaN. Where
 // steps / max|x| overflows (max|x| < 1e-34 at most) the group counts as zeros.
-template <int steps> struct Group {
+template <int steps>
+struct Group {
   I q0, q1;
   float scale;
 };
 
-template <int steps> DSO_INLINE Group<steps> quantise(F x0, F x1) {
+template <int steps>
+DSO_INLINE Group<steps> quantise(F x0, F x1) {
   const float top = largest(max(abs(x0), abs(x1)));
   const float inverse = (float)steps / top;
   if (any_nan(x0) || any_nan(x1) || top == __builtin_inff()) return {izero(), izero(), __builtin_nanf("")};
@@ -20,9 +22,13 @@ template <int steps> DSO_INLINE Group<steps> quantise(F x0, F x1) {
 
 // The pieces of a row of `width` (padded to 32) columns.
 DSO_INLINE int64_t padded(int64_t width) { return (width + 31) & ~(int64_t)31; }
-template <int kind> DSO_INLINE int64_t scales_at(int64_t padded_width) { return padded_width * (kind == DSO_SLOT_Q16 ? 2 : 1); }
+template <int kind>
+DSO_INLINE int64_t scales_at(int64_t padded_width) {
+  return padded_width * (kind == DSO_SLOT_Q16 ? 2 : 1);
+}
 
-template <int kind> DSO_INLINE void convert_groups(const float* x, int64_t begin, int64_t end, int64_t width, uint8_t* row) {
+template <int kind>
+DSO_INLINE void convert_groups(const float* x, int64_t begin, int64_t end, int64_t width, uint8_t* row) {
   const int64_t wp = padded(width);
   float* scales = (float*)(row + scales_at<kind>(wp));
   int32_t* sums = (int32_t*)(scales + wp / 32);
@@ -41,7 +47,7 @@ template <int kind> DSO_INLINE void convert_groups(const float* x, int64_t begin
       store_bf16(row + 2 * c, x0);
       store_bf16(row + 2 * c + 32, x1);
     } else {
-      const auto group = quantise < kind == DSO_SLOT_Q16 ? 32512 : 127 > (x0, x1);
+      const auto group = quantise<kind == DSO_SLOT_Q16 ? 32512 : 127>(x0, x1);
       if constexpr (kind == DSO_SLOT_Q16) {
         const I h0 = sar<8>(iadd(group.q0, iset(128))), h1 = sar<8>(iadd(group.q1, iset(128)));
         store_i8(row + c, h0);
@@ -61,9 +67,12 @@ template <int kind> DSO_INLINE void convert_groups(const float* x, int64_t begin
 static void convert(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row) {
   uint8_t* r = (uint8_t*)row;
   switch (kind) {
-    case DSO_SLOT_BF16: return convert_groups<DSO_SLOT_BF16>(x, begin, end, width, r);
-    case DSO_SLOT_Q8: return convert_groups<DSO_SLOT_Q8>(x, begin, end, width, r);
-    case DSO_SLOT_Q16: return convert_groups<DSO_SLOT_Q16>(x, begin, end, width, r);
+    case DSO_SLOT_BF16:
+      return convert_groups<DSO_SLOT_BF16>(x, begin, end, width, r);
+    case DSO_SLOT_Q8:
+      return convert_groups<DSO_SLOT_Q8>(x, begin, end, width, r);
+    case DSO_SLOT_Q16:
+      return convert_groups<DSO_SLOT_Q16>(x, begin, end, width, r);
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

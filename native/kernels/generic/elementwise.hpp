@@ -83,7 +83,8 @@ static void add_scaled(const float* x, float scale, int64_t n, float* y) {
 
 // Rotates numbers [offset, offset + rot) of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), passes the rest
 // through. Pairs are (i, i + rot/2), or (2i, 2i+1) when interleaved. out may be x.
-static void rope(const float* x_heads, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved, float* out_heads) {
+static void rope(const float* x_heads, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,
+                 bool interleaved, float* out_heads) {
   const int64_t half = rot / 2;
   const float *cosine = table, *sine = table + half;
   for (int64_t h = 0; h < heads; ++h, x_heads += head_dim, out_heads += head_dim) {

@@ -1,10 +1,10 @@
-// The lightning indexer (DeepSeek-V3.2, section 2.1): a token's score is the sum over heads h of w_h relu(q_h . k), and the tokens of
-// largest score are chosen.
+// The lightning indexer (DeepSeek-V3.2, section 2.1): a token's score is the sum over heads h of w_h relu(q_h . k), and the
+// tokens of largest score are chosen.
 //
-// A key row is `index` numbers, row-major. Lanes are heads: q of a row lies in tiles of 16 heads, number after number, and keys are
-// broadcast, so that no sum runs across lanes until the very end: relu and the weights are applied lane by lane, tiles ascending,
-// and one horizontal sum makes the score. Every product is one chain over the numbers ascending: a score's bits depend on q, w
-// and the key alone, not on the range of tokens that was asked for.
+// A key row is `index` numbers, row-major. Lanes are heads: q of a row lies in tiles of 16 heads, number after number, and keys
+// are broadcast, so that no sum runs across lanes until the very end: relu and the weights are applied lane by lane, tiles
+// ascending, and one horizontal sum makes the score. Every product is one chain over the numbers ascending: a score's bits
+// depend on q, w and the key alone, not on the range of tokens that was asked for.
 #pragma once
 #include "latent.hpp"
 
@@ -16,11 +16,15 @@ enum class Keys { f32, bf16, dot };  // bf16: widened to fp32; dot: read by dot_
 constexpr int max_tokens = 4;                       // of a block of accumulators
 constexpr int max_tiles = registers >= 32 ? 4 : 1;  // so that these, a tile row each and a broadcast fit the registers
 
-template <Keys K> DSO_INLINE int64_t tile_bytes(int64_t index) { return index * lanes * (K == Keys::dot ? 2 : 4); }
+template <Keys K>
+DSO_INLINE int64_t tile_bytes(int64_t index) {
+  return index * lanes * (K == Keys::dot ? 2 : 4);
+}
 
 // total[t] += relu(q . k_t) * w over the heads of N tiles.
 template <Keys K, int N>
-static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uint8_t* const* keys, int64_t index, F (&total)[max_tokens]) {
+static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uint8_t* const* keys, int64_t index,
+                      F (&total)[max_tokens]) {
   const int64_t tile = tile_bytes<K>(index);
   F acc[max_tokens][N];
 #pragma GCC unroll 4
@@ -77,8 +81,8 @@ static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uin
 }
 
 template <Keys K>
-static void scores_of(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end, float scale,
-                      float* scores) {
+static void scores_of(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin,
+                      int64_t end, float scale, float* scores) {
   const int64_t row = l.index_bytes, tile = tile_bytes<K>(l.index), tiles = (heads + lanes - 1) / lanes;
   for (int64_t t = begin; t < end;) {
     const int64_t block = t / block_tokens, last = (block + 1) * block_tokens < end ? (block + 1) * block_tokens : end;
@@ -119,18 +123,23 @@ DSO_INLINE float of_key(uint32_t key) {
 static int64_t count_from(const float* x, int64_t n, float least) {  // how many are not below it
   const F bound = set(least);
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i += lanes) count += __builtin_popcount(at_least(load(x + i, n - i), bound) & (n - i < lanes ? (1u << (n - i)) - 1 : 0xffffu));
+  for (int64_t i = 0; i < n; i += lanes)
+    count += __builtin_popcount(at_least(load(x + i, n - i), bound) & (n - i < lanes ? (1u << (n - i)) - 1 : 0xffffu));
   return count;
 }
 }  // namespace indexer
 
-static constexpr int64_t index_query_bytes(int64_t heads, int64_t index) { return (heads + lanes - 1) / lanes * lanes * index * 4; }
+static constexpr int64_t index_query_bytes(int64_t heads, int64_t index) {
+  return (heads + lanes - 1) / lanes * lanes * index * 4;
+}
 
 static void index_write(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k, int64_t k_stride) {
   for (int64_t t = start; t < start + n; ++t, k = (const float*)((const char*)k + k_stride)) {
     uint8_t* row = index_row(l, v, t);
-    if (l.type == DSO_KV_F32) memcpy(row, k, l.index * 4);
-    else write_bf16(k, l.index, row);
+    if (l.type == DSO_KV_F32)
+      memcpy(row, k, l.index * 4);
+    else
+      write_bf16(k, l.index, row);
   }
 }
 
@@ -154,14 +163,16 @@ static void index_query(const KvLayout& l, int64_t heads, const float* q, uint8_
   }
 }
 
-static void index_scores(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin, int64_t end,
-                         float scale, float* scores) {
-  if (l.type == DSO_KV_F32) indexer::scores_of<indexer::Keys::f32>(l, v, heads, q, w, begin, end, scale, scores);
-  else indexer::scores_of<has_dot_bf16 ? indexer::Keys::dot : indexer::Keys::bf16>(l, v, heads, q, w, begin, end, scale, scores);
+static void index_scores(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin,
+                         int64_t end, float scale, float* scores) {
+  if (l.type == DSO_KV_F32)
+    indexer::scores_of<indexer::Keys::f32>(l, v, heads, q, w, begin, end, scale, scores);
+  else
+    indexer::scores_of<has_dot_bf16 ? indexer::Keys::dot : indexer::Keys::bf16>(l, v, heads, q, w, begin, end, scale, scores);
 }
 
-// The k-th largest is found by halving the range of floats between the smallest and the largest, each time counting how many scores
-// are not below the middle: 32 passes at most, about 17 of 32,768 scores, for a count of exactly k ends it.
+// The k-th largest is found by halving the range of floats between the smallest and the largest, each time counting how many
+// scores are not below the middle: 32 passes at most, about 17 of 32,768 scores, for a count of exactly k ends it.
 static void index_select(const float* scores, int64_t n, int64_t k, float* chosen) {
   using namespace indexer;
   F low = set(scores[0]), high = low;
@@ -181,7 +192,8 @@ static void index_select(const float* scores, int64_t n, int64_t k, float* chose
       above = k;
       break;
     }
-    if (count > k) lo = middle;
+    if (count > k)
+      lo = middle;
     else {
       hi = middle;
       above = count;

@@ -4,7 +4,8 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-template <int format> struct Format {
+template <int format>
+struct Format {
   static constexpr bool nibbles = format != DSO_INT8;
   static constexpr bool has_min = format == DSO_Q4_1;
   static constexpr int32_t offset = format == DSO_INT8 ? 128 : format == DSO_INT4 ? 8 : 0;  // stored = w + offset
@@ -12,7 +13,8 @@ template <int format> struct Format {
 };
 
 // `quads` vectors a read, each 4 columns x 16 rows.
-template <int format> struct Packed : Format<format> {
+template <int format>
+struct Packed : Format<format> {
   using Base = Format<format>;
   static constexpr int64_t bytes = Base::code_bytes + (Base::has_min ? 64 : 32);
   static constexpr int quads = Base::nibbles ? 2 : 1;
@@ -29,7 +31,8 @@ template <int format> struct Packed : Format<format> {
   DSO_INLINE F min(const uint8_t* tile) { return load_f16(tile + Base::code_bytes + 32); }
 };
 
-template <int format> struct Unpacked : Format<format> {
+template <int format>
+struct Unpacked : Format<format> {
   using Base = Format<format>;
   static constexpr int64_t bytes = 512 + (Base::has_min ? 128 : 64);
   static constexpr int quads = 1;

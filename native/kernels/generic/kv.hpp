@@ -18,7 +18,7 @@ DSO_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * 
 struct HeadLayout {  // offsets in bytes
   int64_t panel;     // from a V panel to the next
   int64_t v, k_scale, v_scale;
-  int64_t bytes;     // of one kv head in a block
+  int64_t bytes;  // of one kv head in a block
 };
 
 DSO_INLINE HeadLayout head_layout(int32_t type, int64_t k_dim, int64_t v_dim) {
@@ -33,7 +33,9 @@ DSO_INLINE HeadLayout head_layout(int32_t type, int64_t k_dim, int64_t v_dim) {
 }
 DSO_INLINE HeadLayout head_layout(int32_t type, int64_t head_dim) { return head_layout(type, head_dim, head_dim); }
 
-static int64_t kv_layer_bytes(int32_t type, int64_t kv_heads, int64_t head_dim) { return kv_heads * head_layout(type, head_dim).bytes; }
+static int64_t kv_layer_bytes(int32_t type, int64_t kv_heads, int64_t head_dim) {
+  return kv_heads * head_layout(type, head_dim).bytes;
+}
 
 DSO_INLINE uint8_t* kv_head_block(const KvView& v, const HeadLayout& h, int64_t kv_head, int64_t block) {
   return v.base + v.table[block] * v.block_stride + kv_head * h.bytes;
@@ -93,7 +95,8 @@ static void write_bf16_value(const float* v, int64_t d, uint8_t* values, const H
 }
 
 // Two tokens that share their pairs, slot even: whole registers at a time.
-static void write_bf16_values(const float* v, const float* next, int64_t d, uint8_t* values, const HeadLayout& h, int64_t slot) {
+static void write_bf16_values(const float* v, const float* next, int64_t d, uint8_t* values, const HeadLayout& h,
+                              int64_t slot) {
   uint16_t even[max_head_dim + 16], odd[max_head_dim + 16];
   bf16_row(v, d, even);
   bf16_row(next, d, odd);
@@ -101,8 +104,8 @@ static void write_bf16_values(const float* v, const float* next, int64_t d, uint
     store_bytes(values + i / 32 * h.panel + slot / 2 * 128 + i % 32 * 4, pair_bf16(load_bf16(even + i), load_bf16(odd + i)));
 }
 
-static void kv_write(const KvLayout& l, const KvView& view, int64_t start, int64_t n, const float* k, int64_t k_stride, const float* val,
-                     int64_t v_stride, int64_t h0, int64_t h1) {
+static void kv_write(const KvLayout& l, const KvView& view, int64_t start, int64_t n, const float* k, int64_t k_stride,
+                     const float* val, int64_t v_stride, int64_t h0, int64_t h1) {
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   const int64_t d = l.head_dim;
   for (int64_t head = h0; head < h1; ++head) {
@@ -119,8 +122,10 @@ static void kv_write(const KvLayout& l, const KvView& view, int64_t start, int64
       } else {
         write_bf16_key(key, d, at, slot);
         if (slot % 2 == 1 && t > 0) continue;  // written with its even neighbour
-        if (slot % 2 == 0 && t + 1 < n) write_bf16_values(value, (const float*)((const char*)value + v_stride), d, at + layout.v, layout, slot);
-        else write_bf16_value(value, d, at + layout.v, layout, slot);
+        if (slot % 2 == 0 && t + 1 < n)
+          write_bf16_values(value, (const float*)((const char*)value + v_stride), d, at + layout.v, layout, slot);
+        else
+          write_bf16_value(value, d, at + layout.v, layout, slot);
       }
     }
   }

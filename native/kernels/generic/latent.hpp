@@ -14,7 +14,8 @@ DSO_INLINE uint8_t* latent_row(const KvLayout& l, const KvView& v, int64_t token
   return v.base + v.table[token / block_tokens] * v.block_stride + token % block_tokens * l.row_bytes;
 }
 DSO_INLINE uint8_t* index_row(const KvLayout& l, const KvView& v, int64_t token) {
-  return v.base + v.table[token / block_tokens] * v.block_stride + block_tokens * l.row_bytes + token % block_tokens * l.index_bytes;
+  return v.base + v.table[token / block_tokens] * v.block_stride + block_tokens * l.row_bytes +
+         token % block_tokens * l.index_bytes;
 }
 
 // n numbers to bf16, and nothing behind them: the next row may be in use.
@@ -86,8 +87,10 @@ static void latent_read(const KvLayout& l, const KvView& v, int64_t tokens, floa
   for (int64_t t = 0; t < tokens; ++t, latent += l.rank + l.rope) {
     latent_numbers(l, latent_row(l, v, t), latent, latent + l.rank);
     if (!index) continue;
-    if (l.type == DSO_KV_F32) memcpy(index, index_row(l, v, t), 4 * l.index);
-    else read_bf16(index_row(l, v, t), l.index, index);
+    if (l.type == DSO_KV_F32)
+      memcpy(index, index_row(l, v, t), 4 * l.index);
+    else
+      read_bf16(index_row(l, v, t), l.index, index);
     index += l.index;
   }
 }

@@ -21,7 +21,8 @@ namespace dso::DSO_ISA_NAMESPACE {
 namespace floating {
 
 // Tokens of a block: widening BF16 without its own instruction takes registers that six tokens would need.
-template <int format> constexpr int max_tokens = registers >= 32 || format == DSO_F32 ? 6 : 4;
+template <int format>
+constexpr int max_tokens = registers >= 32 || format == DSO_F32 ? 6 : 4;
 constexpr int step_bytes = 64;
 constexpr int ahead = 1536;                // bytes prefetched beyond a weight that is streamed
 constexpr int64_t panel_bytes = 24 << 10;  // of a 32 or 48 KB L1, leaving room for activations and outputs
@@ -96,14 +97,21 @@ static void block(const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_
 }
 
 template <int format, int N, bool stream>
-static void rows(int M, const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_stride, int64_t steps, const Output& out) {
+static void rows(int M, const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_stride, int64_t steps,
+                 const Output& out) {
   switch (M) {
-    case 1: return block<format, 1, N, stream>(w, w_next, x, x_stride, steps, out);
-    case 2: return block<format, 2, N, stream>(w, w_next, x, x_stride, steps, out);
-    case 3: return block<format, 3, N, stream>(w, w_next, x, x_stride, steps, out);
-    case 4: return block<format, 4, N, stream>(w, w_next, x, x_stride, steps, out);
-    case 5: return block<format, 5, N, stream>(w, w_next, x, x_stride, steps, out);
-    default: return block<format, 6, N, stream>(w, w_next, x, x_stride, steps, out);
+    case 1:
+      return block<format, 1, N, stream>(w, w_next, x, x_stride, steps, out);
+    case 2:
+      return block<format, 2, N, stream>(w, w_next, x, x_stride, steps, out);
+    case 3:
+      return block<format, 3, N, stream>(w, w_next, x, x_stride, steps, out);
+    case 4:
+      return block<format, 4, N, stream>(w, w_next, x, x_stride, steps, out);
+    case 5:
+      return block<format, 5, N, stream>(w, w_next, x, x_stride, steps, out);
+    default:
+      return block<format, 6, N, stream>(w, w_next, x, x_stride, steps, out);
   }
 }
 
@@ -119,14 +127,19 @@ struct Job {
   int64_t y_stride;
 
   Output output(int64_t tile, int64_t token) const {
-    return {(float*)((uint8_t*)y + token * y_stride) + tile * lanes, y_stride, outputs - tile * lanes,
-            bias ? bias + tile * lanes : nullptr, true, true};
+    return {(float*)((uint8_t*)y + token * y_stride) + tile * lanes,
+            y_stride,
+            outputs - tile * lanes,
+            bias ? bias + tile * lanes : nullptr,
+            true,
+            true};
   }
 };
 
 // ---- few rows: every weight is read once, whole rows at a time
 
-template <int format, int M> static void stream(const Job& j, int64_t tile, int64_t tile_end) {
+template <int format, int M>
+static void stream(const Job& j, int64_t tile, int64_t tile_end) {
   constexpr int N = tiles_for(M);
   for (; tile + N <= tile_end; tile += N)
     block<format, M, N, true>(j.w + tile * j.w_next, j.w_next, j.x, j.x_stride, j.steps, j.output(tile, 0));
@@ -137,7 +150,8 @@ template <int format, int M> static void stream(const Job& j, int64_t tile, int6
 // ---- many rows: panels
 
 // N tiles against all rows, the weights `panel_steps` steps at a time.
-template <int format, int N> static void panels(const Job& j, int64_t tile) {
+template <int format, int N>
+static void panels(const Job& j, int64_t tile) {
   const int64_t blocks = (j.T + max_tokens<format> - 1) / max_tokens<format>;
   for (int64_t s = 0; s < j.steps; s += panel_steps) {
     const int64_t steps = j.steps - s < panel_steps ? j.steps - s : panel_steps;
@@ -148,14 +162,17 @@ template <int format, int N> static void panels(const Job& j, int64_t tile) {
       out.begin = s == 0;
       out.end = s + steps == j.steps;
       const uint8_t* x = j.x + t * j.x_stride + 4 * s;
-      if (b == 0) rows<format, N, true>(M, w, j.w_next, x, j.x_stride, steps, out);  // later ones find the panel in L1
-      else rows<format, N, false>(M, w, j.w_next, x, j.x_stride, steps, out);
+      if (b == 0)
+        rows<format, N, true>(M, w, j.w_next, x, j.x_stride, steps, out);  // later ones find the panel in L1
+      else
+        rows<format, N, false>(M, w, j.w_next, x, j.x_stride, steps, out);
       t += M;
     }
   }
 }
 
-template <int format> static void run(const Job& j, int64_t tile, int64_t tile_end) {
+template <int format>
+static void run(const Job& j, int64_t tile, int64_t tile_end) {
   if (j.T > max_tokens<format>) {
     constexpr int N = tiles_for(max_tokens<format>);
     for (; tile + N <= tile_end; tile += N) panels<format, N>(j, tile);
@@ -163,12 +180,18 @@ template <int format> static void run(const Job& j, int64_t tile, int64_t tile_e
     return;
   }
   switch (j.T) {
-    case 1: return stream<format, 1>(j, tile, tile_end);
-    case 2: return stream<format, 2>(j, tile, tile_end);
-    case 3: return stream<format, 3>(j, tile, tile_end);
-    case 4: return stream<format, 4>(j, tile, tile_end);
-    case 5: return stream<format, 5>(j, tile, tile_end);
-    case 6: return stream<format, 6>(j, tile, tile_end);
+    case 1:
+      return stream<format, 1>(j, tile, tile_end);
+    case 2:
+      return stream<format, 2>(j, tile, tile_end);
+    case 3:
+      return stream<format, 3>(j, tile, tile_end);
+    case 4:
+      return stream<format, 4>(j, tile, tile_end);
+    case 5:
+      return stream<format, 5>(j, tile, tile_end);
+    case 6:
+      return stream<format, 6>(j, tile, tile_end);
   }
 }
 
@@ -177,14 +200,17 @@ template <int format> static void run(const Job& j, int64_t tile, int64_t tile_e
 constexpr size_t linear_float_scratch_bytes = 0;
 
 // F32 rows for F32 weights, BF16 rows for BF16 weights; both phases are one family.
-static void linear_float(const Matrix& w, const float* bias, [[maybe_unused]] int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T,
-                         [[maybe_unused]] bool prefill, int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride,
-                         [[maybe_unused]] uint8_t* scratch) {
+static void linear_float(const Matrix& w, const float* bias, [[maybe_unused]] int32_t kind, const uint8_t* x, int64_t x_stride,
+                         int64_t T, [[maybe_unused]] bool prefill, int64_t tile_begin, int64_t tile_end, float* y,
+                         int64_t y_stride, [[maybe_unused]] uint8_t* scratch) {
   const int64_t groups = (w.cols + 31) / 32, columns = w.format == DSO_F32 ? 1 : 2;  // of a step
-  const floating::Job job = {w.data, groups * 32 / columns * floating::step_bytes, (w.cols + columns - 1) / columns,
-                             w.rows, bias, x, x_stride, T, y, y_stride};
-  if (w.format == DSO_F32) floating::run<DSO_F32>(job, tile_begin, tile_end);
-  else floating::run<DSO_BF16>(job, tile_begin, tile_end);
+  const floating::Job job = {
+      w.data,  groups * 32 / columns * floating::step_bytes, (w.cols + columns - 1) / columns, w.rows, bias, x, x_stride, T, y,
+      y_stride};
+  if (w.format == DSO_F32)
+    floating::run<DSO_F32>(job, tile_begin, tile_end);
+  else
+    floating::run<DSO_BF16>(job, tile_begin, tile_end);
 }
 
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,11 +1,12 @@
 // y = x W^T + bias for FP8 weights (E4M3, a scale for each block of 128 x 128) with BF16 rows.
 //
-// One recipe per variant for any T, tile range and phase: codes become bf16 exactly; each output sums the pairs of 128 columns in
-// ONE chain of dot_bf16, ascending from zero; then acc = fma(sum, scale, acc), blocks ascending; bias added last. So a row has the
-// same bits whether codes are expanded as they stream by (few rows: memory bound), or once into a panel that all rows meet in L1.
+// One recipe per variant for any T, tile range and phase: codes become bf16 exactly; each output sums the pairs of 128 columns
+// in ONE chain of dot_bf16, ascending from zero; then acc = fma(sum, scale, acc), blocks ascending; bias added last. So a row
+// has the same bits whether codes are expanded as they stream by (few rows: memory bound), or once into a panel that all rows
+// meet in L1.
 //
-// expand_e4m3 gives value / 256: with that every code, subnormals of E4M3 too, is a normal bf16 that one OR makes (dot_bf16 takes
-// bf16's own subnormals for zero). The scale makes up for it.
+// expand_e4m3 gives value / 256: with that every code, subnormals of E4M3 too, is a normal bf16 that one OR makes (dot_bf16
+// takes bf16's own subnormals for zero). The scale makes up for it.
 #pragma once
 #include "linear_float.hpp"
 
@@ -16,33 +17,40 @@ using floating::read;
 using floating::tiles_for;
 
 constexpr int64_t tile_bytes = 544, scale_at = 512;
-constexpr int tile_steps = 16;     // a step: two columns
-constexpr int block_tiles = 4;     // of 32 columns, that share a scale
-constexpr int64_t ahead = 4096;    // bytes prefetched beyond what is streamed, of all tile rows together
+constexpr int tile_steps = 16;   // a step: two columns
+constexpr int block_tiles = 4;   // of 32 columns, that share a scale
+constexpr int64_t ahead = 4096;  // bytes prefetched beyond what is streamed, of all tile rows together
 constexpr int max_tokens = floating::max_tokens<DSO_BF16>;
 constexpr int panel_rows = tiles_for(max_tokens);
 
 struct Codes {  // tile rows as packed, from one block of columns on
   const uint8_t* at;
   int64_t next;  // bytes from a tile row to the next
-  template <int N> DSO_INLINE B step(const Codes& w, int n, int tile, int s) {
+  template <int N>
+  DSO_INLINE B step(const Codes& w, int n, int tile, int s) {
     return expand_e4m3(w.at + n * w.next + tile * tile_bytes + 32 * s);
   }
-  template <int N> DSO_INLINE void fetch(const Codes& w, int tile) {
+  template <int N>
+  DSO_INLINE void fetch(const Codes& w, int tile) {
     for (int n = 0; n < N; n++)
-      for (int64_t i = 0; i < tile_bytes; i += 64) _mm_prefetch((const char*)w.at + n * w.next + tile * tile_bytes + i + ahead / N, _MM_HINT_T0);
+      for (int64_t i = 0; i < tile_bytes; i += 64)
+        _mm_prefetch((const char*)w.at + n * w.next + tile * tile_bytes + i + ahead / N, _MM_HINT_T0);
   }
 };
 
 struct Panel {  // the same, expanded: [tile][step][N][64 bytes]
   const uint8_t* at;
-  template <int N> DSO_INLINE B step(const Panel& w, int n, int tile, int s) { return load_bytes(w.at + ((tile * tile_steps + s) * N + n) * 64); }
-  template <int N> DSO_INLINE void fetch(const Panel&, int) {}
+  template <int N>
+  DSO_INLINE B step(const Panel& w, int n, int tile, int s) {
+    return load_bytes(w.at + ((tile * tile_steps + s) * N + n) * 64);
+  }
+  template <int N>
+  DSO_INLINE void fetch(const Panel&, int) {}
 };
 
 // M tokens x N tile rows over one block of columns (`tiles` tiles), added to y.
 struct Output {
-  float* y;  // first token, first tile row
+  float* y;                 // first token, first tile row
   int64_t stride, columns;  // bytes; outputs that exist from there on, at least one
   const float* bias;        // at the first tile row; null where there is none, or further blocks of columns follow
   bool first;               // of the blocks of columns
@@ -86,12 +94,18 @@ static void block(const W& w, const float* scales, const uint8_t* x, int64_t x_s
 template <class W, int N>
 static void rows(int M, const W& w, const float* scales, const uint8_t* x, int64_t x_stride, int tiles, const Output& out) {
   switch (M) {
-    case 1: return block<W, 1, N>(w, scales, x, x_stride, tiles, out);
-    case 2: return block<W, 2, N>(w, scales, x, x_stride, tiles, out);
-    case 3: return block<W, 3, N>(w, scales, x, x_stride, tiles, out);
-    case 4: return block<W, 4, N>(w, scales, x, x_stride, tiles, out);
-    case 5: return block<W, 5, N>(w, scales, x, x_stride, tiles, out);
-    default: return block<W, 6, N>(w, scales, x, x_stride, tiles, out);
+    case 1:
+      return block<W, 1, N>(w, scales, x, x_stride, tiles, out);
+    case 2:
+      return block<W, 2, N>(w, scales, x, x_stride, tiles, out);
+    case 3:
+      return block<W, 3, N>(w, scales, x, x_stride, tiles, out);
+    case 4:
+      return block<W, 4, N>(w, scales, x, x_stride, tiles, out);
+    case 5:
+      return block<W, 5, N>(w, scales, x, x_stride, tiles, out);
+    default:
+      return block<W, 6, N>(w, scales, x, x_stride, tiles, out);
   }
 }
 
@@ -106,7 +120,8 @@ struct Job {
 };
 
 // N tile rows against all rows of x, one block of columns after the other.
-template <int N> static void tile_rows(const Job& j, int64_t tile) {
+template <int N>
+static void tile_rows(const Job& j, int64_t tile) {
   const int64_t all = (j.w.cols + 31) / 32, next = all * tile_bytes;
   const int64_t blocks = (j.T + max_tokens - 1) / max_tokens;
   for (int64_t g = 0; g < all; g += block_tiles) {
@@ -131,14 +146,17 @@ template <int N> static void tile_rows(const Job& j, int64_t tile) {
       const uint8_t* x = j.x + t * j.x_stride + 64 * g;
       const Output out = {(float*)((uint8_t*)j.y + t * j.y_stride) + tile * lanes, j.y_stride, j.w.rows - tile * lanes,
                           last && j.bias ? j.bias + tile * lanes : nullptr, g == 0};
-      if (blocks == 1) rows<Codes, N>(M, codes, scales, x, j.x_stride, tiles, out);
-      else rows<Panel, N>(M, Panel{j.scratch}, scales, x, j.x_stride, tiles, out);
+      if (blocks == 1)
+        rows<Codes, N>(M, codes, scales, x, j.x_stride, tiles, out);
+      else
+        rows<Panel, N>(M, Panel{j.scratch}, scales, x, j.x_stride, tiles, out);
       t += M;
     }
   }
 }
 
-template <int N> static void run(const Job& j, int64_t tile, int64_t tile_end) {
+template <int N>
+static void run(const Job& j, int64_t tile, int64_t tile_end) {
   for (; tile + N <= tile_end; tile += N) tile_rows<N>(j, tile);
   for (; tile < tile_end; tile++) tile_rows<1>(j, tile);
 }
@@ -148,14 +166,18 @@ template <int N> static void run(const Job& j, int64_t tile, int64_t tile_end) {
 constexpr size_t linear_fp8_scratch_bytes = (size_t)fp8::panel_rows * fp8::block_tiles * fp8::tile_steps * 64;
 
 // BF16 rows; both phases are one family.
-static void linear_fp8(const Matrix& w, const float* bias, const uint8_t* x, int64_t x_stride, int64_t T, int64_t tile_begin, int64_t tile_end,
-                       float* y, int64_t y_stride, uint8_t* scratch) {
+static void linear_fp8(const Matrix& w, const float* bias, const uint8_t* x, int64_t x_stride, int64_t T, int64_t tile_begin,
+                       int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
   const fp8::Job job = {w, bias, x, x_stride, T, y, y_stride, scratch};
   switch (T) {
-    case 0: return;
-    case 1: return fp8::run<fp8::tiles_for(1)>(job, tile_begin, tile_end);
-    case 2: return fp8::run<fp8::tiles_for(2)>(job, tile_begin, tile_end);
-    default: return fp8::run<fp8::panel_rows>(job, tile_begin, tile_end);
+    case 0:
+      return;
+    case 1:
+      return fp8::run<fp8::tiles_for(1)>(job, tile_begin, tile_end);
+    case 2:
+      return fp8::run<fp8::tiles_for(2)>(job, tile_begin, tile_end);
+    default:
+      return fp8::run<fp8::panel_rows>(job, tile_begin, tile_end);
   }
 }
 

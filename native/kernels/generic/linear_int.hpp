@@ -4,15 +4,16 @@
 // and y = acc + bias.
 //
 // A few tile rows meet all tokens, 4 at a time, while the tile rows that come next are fetched into L2.
-// Packed tiles are read as they are: unpacking uses ports that dots leave free. Measured on Zen 5, panels of unpacked weights in
-// L1, blocks of K and blocks of tokens by cache size all gained nothing at any token count from 8 to 512.
+// Packed tiles are read as they are: unpacking uses ports that dots leave free. Measured on Zen 5, panels of unpacked weights
+// in L1, blocks of K and blocks of tokens by cache size all gained nothing at any token count from 8 to 512.
 #pragma once
 #include "int_tiles.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 
 // ---- activations: rows of Q8 or Q16.
-template <int kind> struct Rows {
+template <int kind>
+struct Rows {
   const uint8_t* x;
   int64_t stride, width;  // bytes; columns padded to 32
   Rows from(int64_t t) const { return {x + t * stride, stride, width}; }
@@ -37,9 +38,12 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
       for (int m = 0; m < M; ++m) {
         const B a = broadcast4(x + m * stride + 4 * (W::quads * i + k));
         for (int n = 0; n < N; ++n) {
-          if constexpr (pairs) sum[m][n] = pairs_u4(sum[m][n], b[n][k], a);
-          else if constexpr (W::nibbles) sum[m][n] = dot_u4(sum[m][n], b[n][k], a);
-          else sum[m][n] = dot_u8(sum[m][n], b[n][k], a);
+          if constexpr (pairs)
+            sum[m][n] = pairs_u4(sum[m][n], b[n][k], a);
+          else if constexpr (W::nibbles)
+            sum[m][n] = dot_u4(sum[m][n], b[n][k], a);
+          else
+            sum[m][n] = dot_u8(sum[m][n], b[n][k], a);
         }
       }
   }
@@ -50,7 +54,8 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
 // What is asked for ahead of its use: the hardware's own prefetchers stop at every page.
 // Stream: the weights `distance` bytes on, for those that are met by one block of tokens.
 struct Stream {
-  template <class W> inline __attribute__((always_inline)) void step(const uint8_t* w) {
+  template <class W>
+  inline __attribute__((always_inline)) void step(const uint8_t* w) {
     constexpr int64_t distance = 8192;
     for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + distance + i);
   }
@@ -59,7 +64,8 @@ struct Stream {
 struct Ahead {
   const uint8_t *at, *end;
   int64_t portion;  // bytes a group, a multiple of 64
-  template <class W> inline __attribute__((always_inline)) void step(const uint8_t*) {
+  template <class W>
+  inline __attribute__((always_inline)) void step(const uint8_t*) {
     if (at >= end) return;
     for (int64_t i = 0; i < portion; i += 64) __builtin_prefetch(at + i, 0, 2);
     at += portion;
@@ -86,8 +92,7 @@ DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, 
       for (int m = 0; m < M; ++m) {
         const F a = set(x.scales(m)[g]);
         acc[m][n] = fma(to_float(dot[m][n]), mul(scale, a), acc[m][n]);
-        if constexpr (W::has_min)
-          acc[m][n] = fma(mul(W::min(w + n * row_bytes), a), set((float)x.sums(m)[g]), acc[m][n]);
+        if constexpr (W::has_min) acc[m][n] = fma(mul(W::min(w + n * row_bytes), a), set((float)x.sums(m)[g]), acc[m][n]);
       }
     }
   }
@@ -121,12 +126,17 @@ static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64
 constexpr int block_rows = 4;  // tokens
 
 template <int format, int kind, int N, class Fetch>
-static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile, Fetch& fetch) {
+static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile,
+                          Fetch& fetch) {
   switch (tokens) {
-    case 1: return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
-    case 2: return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
-    case 3: return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
-    default: return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
+    case 1:
+      return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
+    case 2:
+      return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
+    case 3:
+      return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
+    default:
+      return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
   }
 }
 
@@ -147,20 +157,24 @@ static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, 
     for (; tile < end; ++tile) up_to_a_block<format, kind, 1>(w, out, x, 0, T, tile, fetch);
     return;
   }
-  constexpr int N = registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; dots without VNNI need registers
+  constexpr int N =
+      registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; dots without VNNI need registers
   for (; tile + N <= end; tile += N) some_tiles<format, kind, N>(w, out, x, T, tile);
   for (; tile < end; ++tile) some_tiles<format, kind, 1>(w, out, x, T, tile);
 }
 
 template <int kind>
-static void linear_int(const Matrix& w, const float* bias, const uint8_t* x, int64_t x_stride, int64_t T, int64_t begin, int64_t end,
-                       float* y, int64_t y_stride) {
+static void linear_int(const Matrix& w, const float* bias, const uint8_t* x, int64_t x_stride, int64_t T, int64_t begin,
+                       int64_t end, float* y, int64_t y_stride) {
   const Output out = {bias, y, y_stride, w.rows};
   const Rows<kind> rows = {x, x_stride, padded(w.cols)};
   switch (w.format) {
-    case DSO_INT8: return linear_int<DSO_INT8, kind>(w, out, rows, T, begin, end);
-    case DSO_INT4: return linear_int<DSO_INT4, kind>(w, out, rows, T, begin, end);
-    case DSO_Q4_1: return linear_int<DSO_Q4_1, kind>(w, out, rows, T, begin, end);
+    case DSO_INT8:
+      return linear_int<DSO_INT8, kind>(w, out, rows, T, begin, end);
+    case DSO_INT4:
+      return linear_int<DSO_INT4, kind>(w, out, rows, T, begin, end);
+    case DSO_Q4_1:
+      return linear_int<DSO_Q4_1, kind>(w, out, rows, T, begin, end);
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

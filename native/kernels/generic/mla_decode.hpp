@@ -1,14 +1,16 @@
-// Multi-head latent attention, absorbed (DeepSeek-V2, section 2.1.2): all heads attend to the same rows of rank + rope numbers, as
-// they lie in the cache, and the weighted sums are of their first rank numbers. Up to 16 heads of one query row against a chunk
-// of up to 256 tokens.
+// Multi-head latent attention, absorbed (DeepSeek-V2, section 2.1.2): all heads attend to the same rows of rank + rope numbers,
+// as they lie in the cache, and the weighted sums are of their first rank numbers. Up to 16 heads of one query row against a
+// chunk of up to 256 tokens.
 //
 //   q K^T  lanes are heads, so softmax is vertical. q is packed [steps][16 heads], a step being 4 bytes of a row: one fp32
-//          number or two bf16 ones; a step of each token's row is broadcast against it. scale * log2(e) lies in q (attention.hpp).
-//   p V    lanes are columns of the rows, 32 at a time; with bf16, two tokens' rows are paired up in registers. Weights, rounded
+//          number or two bf16 ones; a step of each token's row is broadcast against it. scale * log2(e) lies in q
+//          (attention.hpp).
+//   p V    lanes are columns of the rows, 32 at a time; with bf16, two tokens' rows are paired up in registers. Weights,
+//   rounded
 //          to bf16 where the rows are, are broadcast: fp32 [tokens][16 heads], or bf16 [tokens / 2][16 heads][2].
 //
-// A row of q sees some consecutive tokens of the chunk and never multiplies with another: what lies around, NaN too, cannot reach it.
-// Sums over a row's numbers and over tokens run in a fixed order, head by head, so no bit depends on company.
+// A row of q sees some consecutive tokens of the chunk and never multiplies with another: what lies around, NaN too, cannot
+// reach it. Sums over a row's numbers and over tokens run in a fixed order, head by head, so no bit depends on company.
 #pragma once
 #include "attention.hpp"  // log2e, minus_infinity
 #include "latent.hpp"
@@ -27,7 +29,9 @@ struct Single {
 };
 struct Pair {
   static constexpr int64_t depth = 2;
-  DSO_INLINE F multiply(F acc, const uint8_t* across, const uint8_t* spread) { return dot_bf16(acc, load_bytes(across), broadcast4(spread)); }
+  DSO_INLINE F multiply(F acc, const uint8_t* across, const uint8_t* spread) {
+    return dot_bf16(acc, load_bytes(across), broadcast4(spread));
+  }
 };
 
 constexpr int tokens_wide = registers >= 32 ? 8 : 4;  // tokens whose logits are summed beside each other,
@@ -37,7 +41,7 @@ constexpr int64_t step_bytes = 64;                    // of 16 heads
 constexpr int64_t line_steps = 16;                    // steps of a row in a cache line
 
 struct Scratch {
-  alignas(64) float s[attn_chunk * mla_heads];        // logits, then weights where these are fp32
+  alignas(64) float s[attn_chunk * mla_heads];         // logits, then weights where these are fp32
   alignas(64) uint8_t p[attn_chunk / 2 * step_bytes];  // weights in bf16
   const uint8_t* rows[attn_chunk + 2 * tokens_wide];   // of the tokens, then of `nothing`
   uint8_t* nothing;                                    // a row of zeros
@@ -48,7 +52,8 @@ DSO_INLINE int64_t steps(const KvLayout& l) { return l.type == DSO_KV_F32 ? widt
 DSO_INLINE int64_t room_bytes(const KvLayout& l) { return round_up(4 * steps(l) + 64, 64); }  // of a row in scratch
 
 // Logits [M tokens][16 heads]. The M rows that follow are fetched meanwhile.
-template <class Step, int M> static void logits(const uint8_t* q, const uint8_t* const* rows, int64_t n_steps, float* s) {
+template <class Step, int M>
+static void logits(const uint8_t* q, const uint8_t* const* rows, int64_t n_steps, float* s) {
   const uint8_t* row[M];
   F acc[M][chains];
 #pragma GCC unroll 8
@@ -79,13 +84,15 @@ struct Softmax {
 };
 
 // Logits of n tokens to weights 2^(logit - m): in place, or to pairs of bf16.
-template <class Step> DSO_INLINE Softmax weigh(float* s, int64_t n, uint8_t* p) {
+template <class Step>
+DSO_INLINE Softmax weigh(float* s, int64_t n, uint8_t* p) {
   F m = set(minus_infinity());
   for (int64_t t = 0; t < n; ++t) m = max(m, load(s + t * mla_heads));
   const F base = less(m, set(-3.4028235e38f), zero(), m);  // -inf: 2^(-inf - 0) = 0, not 2^(-inf + inf)
   F even = zero(), odd = zero();
   for (int64_t t = 0; t < n; t += 2) {
-    const F x = exp2(sub(load(s + t * mla_heads), base)), y = t + 1 < n ? exp2(sub(load(s + (t + 1) * mla_heads), base)) : zero();
+    const F x = exp2(sub(load(s + t * mla_heads), base)),
+            y = t + 1 < n ? exp2(sub(load(s + (t + 1) * mla_heads), base)) : zero();
     even = add(even, x);
     odd = add(odd, y);
     if constexpr (Step::depth == 2) {
@@ -99,7 +106,8 @@ template <class Step> DSO_INLINE Softmax weigh(float* s, int64_t n, uint8_t* p) 
 }
 
 // 32 bf16 numbers, of which n exist.
-template <bool whole> DSO_INLINE B numbers(const uint8_t* p, int64_t n) {
+template <bool whole>
+DSO_INLINE B numbers(const uint8_t* p, int64_t n) {
   if constexpr (whole) return load_bytes(p);
   alignas(64) uint8_t room[64] = {};
   memcpy(room, p, 2 * n);
@@ -108,7 +116,8 @@ template <bool whole> DSO_INLINE B numbers(const uint8_t* p, int64_t n) {
 
 // Weighted sums of `n` columns (32 where whole) from `column` on, for H heads whose weights p points at.
 template <class Step, int H, bool whole>
-static void values(const uint8_t* p, const uint8_t* const* rows, const uint8_t* nothing, int64_t tokens, int64_t column, int64_t n, F (&acc)[H][2]) {
+static void values(const uint8_t* p, const uint8_t* const* rows, const uint8_t* nothing, int64_t tokens, int64_t column,
+                   int64_t n, F (&acc)[H][2]) {
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h) acc[h][0] = acc[h][1] = zero();
   if constexpr (Step::depth == 2) {
@@ -140,7 +149,8 @@ static void values(const uint8_t* p, const uint8_t* const* rows, const uint8_t* 
 }
 
 template <class Step>
-static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, const uint8_t* const* rows, int64_t seen, float* part, Scratch& w) {
+static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, const uint8_t* const* rows, int64_t seen, float* part,
+                   Scratch& w) {
   const int64_t stride = l.rank + 16;
   for (int64_t t = 0; t < seen; t += tokens_wide) logits<Step, tokens_wide>(q, rows + t, steps(l), w.s + t * mla_heads);
   const Softmax state = weigh<Step>(w.s, seen, w.p);
@@ -156,8 +166,10 @@ static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, const uin
     for (int64_t h0 = 0; h0 < heads; h0 += heads_wide) {
       const int64_t n = l.rank - column;
       F acc[heads_wide][2];
-      if (n >= 32) values<Step, heads_wide, true>(p + 4 * h0, rows, w.nothing, seen, column, 32, acc);
-      else values<Step, heads_wide, false>(p + 4 * h0, rows, w.nothing, seen, column, n, acc);
+      if (n >= 32)
+        values<Step, heads_wide, true>(p + 4 * h0, rows, w.nothing, seen, column, 32, acc);
+      else
+        values<Step, heads_wide, false>(p + 4 * h0, rows, w.nothing, seen, column, n, acc);
       float* out = part + h0 * stride + 16 + column;
       for (int64_t h = 0; h < heads_wide && h0 + h < heads; ++h, out += stride) {
         store(out, acc[h][0], n);
@@ -182,8 +194,10 @@ static void mla_query(const KvLayout& l, const float* q, int64_t heads, float sc
       for (int64_t i = 0; i < depth; ++i) {
         const int64_t column = s * depth + 16 * i, n = width - column;
         const F x = n > 0 ? mul(load(q + h * width + column, n), factor) : zero();
-        if (depth == 2) round_bf16(block[h] + 32 * i, x);
-        else store((float*)block[h], x);
+        if (depth == 2)
+          round_bf16(block[h] + 32 * i, x);
+        else
+          store((float*)block[h], x);
       }
     B x[16];
 #pragma GCC unroll 16
@@ -213,7 +227,8 @@ static void mla_tokens(const KvLayout& l, const KvView& v, const int32_t* chosen
   }
 }
 
-static void mla_attend(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part, uint8_t* scratch) {
+static void mla_attend(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
+                       uint8_t* scratch) {
   mla::Scratch& w = *(mla::Scratch*)scratch;
   if (begin >= end) {
     for (int64_t h = 0; h < heads; ++h, part += l.rank + 16) {

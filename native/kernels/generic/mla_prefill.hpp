@@ -1,8 +1,9 @@
-// Multi-head latent attention, expanded: keys and values of one head are made out of a chunk's latents, laid out as a cache block
-// holds them (kv.hpp), and attention's tiles go over them: for many rows of q that costs less than attending to the latents.
+// Multi-head latent attention, expanded: keys and values of one head are made out of a chunk's latents, laid out as a cache
+// block holds them (kv.hpp), and attention's tiles go over them: for many rows of q that costs less than attending to the
+// latents.
 //
-// A row's bits depend on its own q and the tokens it sees, as in attention.hpp. Values of other tokens may be NaN or infinite; a
-// block that holds such is taken row by row, with zeros for what the row does not see.
+// A row's bits depend on its own q and the tokens it sees, as in attention.hpp. Values of other tokens may be NaN or infinite;
+// a block that holds such is taken row by row, with zeros for what the row does not see.
 #pragma once
 #include "attention.hpp"
 #include "attention_prefill.hpp"
@@ -17,7 +18,9 @@ struct Panels {  // of a chunk; blocks as HeadLayout has them lie behind it
 };
 constexpr int64_t blocks_at = (sizeof(Panels) + 63) / 64 * 64;
 
-DSO_INLINE HeadLayout layout(const MlaHead& h) { return head_layout(h.single ? DSO_KV_F32 : DSO_KV_BF16, h.nope + h.rope, h.v_dim); }
+DSO_INLINE HeadLayout layout(const MlaHead& h) {
+  return head_layout(h.single ? DSO_KV_F32 : DSO_KV_BF16, h.nope + h.rope, h.v_dim);
+}
 
 static bool finite(const float* x, int64_t n) {
   F poison = zero();
@@ -26,7 +29,8 @@ static bool finite(const float* x, int64_t n) {
 }
 
 // Slots [slot, slot + n) of a block; slot is even, or n is 1.
-static void write_values(const MlaHead& h, const HeadLayout& l, const float* v, int64_t stride, int64_t slot, int64_t n, uint8_t* values) {
+static void write_values(const MlaHead& h, const HeadLayout& l, const float* v, int64_t stride, int64_t slot, int64_t n,
+                         uint8_t* values) {
   for (int64_t i = 0; i < n; ++i, v = (const float*)((const char*)v + stride)) {
     if (h.single) {
       write_f32_value(v, h.v_dim, values, l, slot + i);
@@ -50,9 +54,11 @@ struct Task {  // rows [r0, r1) of a sequence against a chunk
   Span row(int64_t r) const { return visible(ctx, sight, r); }
 };
 
-// Rows [begin, end) of one tile. Where they are one row alone, blocks that hold a NaN or infinity and that it sees in part are cleaned.
+// Rows [begin, end) of one tile. Where they are one row alone, blocks that hold a NaN or infinity and that it sees in part are
+// cleaned.
 template <Read T>
-static void attend_tile(const MlaHead& h, const uint8_t* panels, int64_t start, const Task& t, int64_t begin, int64_t end, Workspace& w) {
+static void attend_tile(const MlaHead& h, const uint8_t* panels, int64_t start, const Task& t, int64_t begin, int64_t end,
+                        Workspace& w) {
   const Panels& p = *(const Panels*)panels;
   const HeadLayout l = layout(h);
   const int64_t k_dim = h.nope + h.rope;
@@ -82,7 +88,8 @@ static void attend_tile(const MlaHead& h, const uint8_t* panels, int64_t start, 
   if (count > 0) attend_rows<T>((int)(end - begin), part, k_dim, h.v_dim, see, state, w);
 }
 
-template <Read T> static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t start, const Task& t, Workspace& w) {
+template <Read T>
+static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t start, const Task& t, Workspace& w) {
   const Panels& p = *(const Panels*)panels;
   const auto sees = [&](int64_t r) {
     const Span s = t.row(r);
@@ -104,12 +111,14 @@ template <Read T> static void attend_head(const MlaHead& h, const uint8_t* panel
     }
     if (poisoned)
       for (int64_t r = begin; r < end; ++r) attend_tile<T>(h, panels, start, t, r, r + 1, w);
-    else attend_tile<T>(h, panels, start, t, begin, end, w);
+    else
+      attend_tile<T>(h, panels, start, t, begin, end, w);
   }
 }
 }  // namespace expanded
 
-static void mla_rows(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows, int64_t stride) {
+static void mla_rows(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows,
+                     int64_t stride) {
   for (int64_t t = 0; t < n; ++t, rows += stride) {
     const uint8_t* row = latent_row(l, v, first + t);
     if (kind == DSO_SLOT_F32) {
@@ -121,9 +130,12 @@ static void mla_rows(const KvLayout& l, const KvView& v, int64_t first, int64_t 
   }
 }
 
-static int64_t mla_panel_bytes(const MlaHead& head) { return expanded::blocks_at + chunk_blocks * expanded::layout(head).bytes; }
+static int64_t mla_panel_bytes(const MlaHead& head) {
+  return expanded::blocks_at + chunk_blocks * expanded::layout(head).bytes;
+}
 
-static void mla_panels(const KvLayout& l, const KvView& v, const MlaHead& h, int64_t first, int64_t n, const float* kv, int64_t stride, uint8_t* panels) {
+static void mla_panels(const KvLayout& l, const KvView& v, const MlaHead& h, int64_t first, int64_t n, const float* kv,
+                       int64_t stride, uint8_t* panels) {
   expanded::Panels& p = *(expanded::Panels*)panels;
   const HeadLayout layout = expanded::layout(h);
   p.tokens = first % attn_chunk + n;
@@ -136,10 +148,14 @@ static void mla_panels(const KvLayout& l, const KvView& v, const MlaHead& h, int
       float key[max_head_dim];
       memcpy(key, row, 4 * h.nope);
       const uint8_t* turned = latent_row(l, v, first + t) + l.row_bytes - (l.type == DSO_KV_F32 ? 4 : 2) * l.rope;
-      if (l.type == DSO_KV_F32) memcpy(key + h.nope, turned, 4 * l.rope);
-      else read_bf16(turned, l.rope, key + h.nope);
-      if (h.single) write_f32_key(key, h.nope + h.rope, at, t);
-      else write_bf16_key(key, h.nope + h.rope, at, t);
+      if (l.type == DSO_KV_F32)
+        memcpy(key + h.nope, turned, 4 * l.rope);
+      else
+        read_bf16(turned, l.rope, key + h.nope);
+      if (h.single)
+        write_f32_key(key, h.nope + h.rope, at, t);
+      else
+        write_bf16_key(key, h.nope + h.rope, at, t);
       p.poisoned[block] = p.poisoned[block] || !expanded::finite(row + h.nope, h.v_dim);
     }
     expanded::write_values(h, layout, kv + h.nope, stride, 0, count, at + layout.v);
@@ -151,12 +167,15 @@ static void mla_panels(const KvLayout& l, const KvView& v, const MlaHead& h, int
   }
 }
 
-static void mla_expanded(const MlaHead& h, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0, int64_t r1, int64_t ctx,
-                         const VisibleTokens& sight, float scale, float* m, float* sum, float* o, int64_t o_stride, uint8_t* scratch) {
+static void mla_expanded(const MlaHead& h, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0,
+                         int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* m, float* sum, float* o,
+                         int64_t o_stride, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   const expanded::Task task = {q, q_stride, r0, r1, ctx, sight, scale, m, sum, o, o_stride};
   constexpr Read pairs = has_dot_bf16 ? Read::dot : Read::bf16;
-  if (h.single) expanded::attend_head<Read::f32>(h, panels, chunk * attn_chunk, task, w);
-  else expanded::attend_head<pairs>(h, panels, chunk * attn_chunk, task, w);
+  if (h.single)
+    expanded::attend_head<Read::f32>(h, panels, chunk * attn_chunk, task, w);
+  else
+    expanded::attend_head<pairs>(h, panels, chunk * attn_chunk, task, w);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,9 +1,9 @@
-// Packing and unpacking of weights, all formats of dso.h. The rule to the bit is in docs/contracts.md; src/deepseek_optimizer/quant/
-// is its definition in torch.
+// Packing and unpacking of weights, all formats of dso.h. The rule to the bit is in docs/contracts.md;
+// src/deepseek_optimizer/quant/ is its definition in torch.
 //
 // A tile's 16 rows are transposed, so that a lane is a row: extrema, scales and codes of 16 groups are computed side by side
-// without a horizontal step, and four code vectors joined are already the tile's layout. Transposition and the fp16 rounding use
-// 128- and 256-bit instructions that every variant has.
+// without a horizontal step, and four code vectors joined are already the tile's layout. Transposition and the fp16 rounding
+// use 128- and 256-bit instructions that every variant has.
 #pragma once
 #include <immintrin.h>
 
@@ -19,13 +19,19 @@ namespace packing {
 
 static constexpr int64_t tile_bytes(int32_t format) {
   switch (format) {
-    case DSO_F32: return 2048;
-    case DSO_BF16: return 1024;
+    case DSO_F32:
+      return 2048;
+    case DSO_BF16:
+      return 1024;
     case DSO_INT8:
-    case DSO_FP8: return 544;
-    case DSO_INT4: return 288;
-    case DSO_Q4_1: return 320;
-    default: return -1;
+    case DSO_FP8:
+      return 544;
+    case DSO_INT4:
+      return 288;
+    case DSO_Q4_1:
+      return 320;
+    default:
+      return -1;
   }
 }
 
@@ -42,15 +48,22 @@ static inline void read_row(int32_t src_type, const uint8_t* src, int64_t n, flo
   }
   for (int k = 0; k < C; k += lanes) {
     switch (src_type) {
-      case DSO_SRC_F32: store(out + k, load((const float*)(src + 4 * k))); break;
-      case DSO_SRC_BF16: store(out + k, load_bf16(src + 2 * k)); break;
-      default: store(out + k, load_f16(src + 2 * k)); break;
+      case DSO_SRC_F32:
+        store(out + k, load((const float*)(src + 4 * k)));
+        break;
+      case DSO_SRC_BF16:
+        store(out + k, load_bf16(src + 2 * k));
+        break;
+      default:
+        store(out + k, load_f16(src + 2 * k));
+        break;
     }
   }
 }
 
 // rows x cols of 32-bit items, in[rows][cols] -> out[cols][rows]; both multiples of 4. Moves bits, whatever they mean.
-template <int rows, int cols> static inline void transpose(const void* in, void* out) {
+template <int rows, int cols>
+static inline void transpose(const void* in, void* out) {
   const float* a = (const float*)in;
   float* b = (float*)out;
   for (int r = 0; r < rows; r += 4) {
@@ -83,8 +96,8 @@ static inline F largest_of(const float (*t)[R], F high, F low) {
   return load(e);
 }
 
-// The numbers of 16 groups, t[column][row] of which n columns are real; written as fp16, and returned as decoding reads them, but zero
-// instead of a scale that is NaN. Rows without a usable scale are blanked in t: their codes are the code of zero.
+// The numbers of 16 groups, t[column][row] of which n columns are real; written as fp16, and returned as decoding reads them,
+// but zero instead of a scale that is NaN. Rows without a usable scale are blanked in t: their codes are the code of zero.
 template <int format>
 static inline Numbers numbers_of(float (*t)[R], int n, const float* importance, uint16_t* scale16, uint16_t* min16) {
   alignas(64) float bad[R], settled[R];
@@ -127,7 +140,8 @@ static inline Numbers numbers_of(float (*t)[R], int n, const float* importance, 
 
 // ---- one tile
 
-template <int format> static inline void pack_codes(const float* staged, int n, const float* importance, uint8_t* dst) {
+template <int format>
+static inline void pack_codes(const float* staged, int n, const float* importance, uint8_t* dst) {
   using Q = Code<format>;
   alignas(64) float t[C][R];
   alignas(32) uint16_t scale16[R], min16[R];
@@ -137,12 +151,16 @@ template <int format> static inline void pack_codes(const float* staged, int n, 
   const F inverse = inverse_of(with.scale), divisor = less(zero(), abs(with.scale), with.scale, set(__builtin_inff()));
   auto code = [&](int k) {
     const F y = above_least<format>(load(t[k]), with.least);
-    if constexpr (format == DSO_INT8) return iadd(to_int(min(max(div(y, divisor), set(Q::least)), set(Q::most))), iset(Q::zero));
-    else return iadd(to_int(nearest<format>(y, inverse)), iset(Q::zero));
+    if constexpr (format == DSO_INT8)
+      return iadd(to_int(min(max(div(y, divisor), set(Q::least)), set(Q::most))), iset(Q::zero));
+    else
+      return iadd(to_int(nearest<format>(y, inverse)), iset(Q::zero));
   };
   auto byte = [&](int j, int b) {  // byte b of every lane of the j-th 64 bytes
-    if constexpr (Q::bits == 8) return code(4 * j + b);
-    else return iadd(code(8 * j + b), shl<4>(code(8 * j + 4 + b)));
+    if constexpr (Q::bits == 8)
+      return code(4 * j + b);
+    else
+      return iadd(code(8 * j + b), shl<4>(code(8 * j + 4 + b)));
   };
   for (int j = 0; j < C / 4 * Q::bits / 8; j++) {
     const I word = iadd(iadd(byte(j, 0), shl<8>(byte(j, 1))), iadd(shl<16>(byte(j, 2)), shl<24>(byte(j, 3))));
@@ -211,7 +229,8 @@ static void pack_band_fp8(int32_t src_type, const uint8_t* src, int64_t stride, 
         alignas(64) uint8_t codes[R][C];
         for (int64_t r = 0; scale > 0 && r < R && r0 + r < rows; r++) {
           read_row(src_type, src + (r0 + r) * stride + c * size, cols - c < C ? cols - c : C, x[r]);
-          for (int k = 0; k < C; k += lanes) store(x[r] + k, max(min(div(load(x[r] + k), divisor), largest_code), sub(zero(), largest_code)));
+          for (int k = 0; k < C; k += lanes)
+            store(x[r] + k, max(min(div(load(x[r] + k), divisor), largest_code), sub(zero(), largest_code)));
         }
         for (int r = 0; r < R; r++)
           for (int k = 0; k < C; k++) codes[r][k] = to_e4m3(x[r][k]);
@@ -227,7 +246,8 @@ static void pack_band_fp8(int32_t src_type, const uint8_t* src, int64_t stride, 
 // ---- one row back
 
 // Columns [0, 32) of row r of a tile.
-template <int format> static inline void unpack_group(const uint8_t* tile, int r, float* out) {
+template <int format>
+static inline void unpack_group(const uint8_t* tile, int r, float* out) {
   if constexpr (format == DSO_F32) {
     for (int k = 0; k < C; k++) memcpy(out + k, tile + (k * R + r) * 4, 4);
   } else if constexpr (format == DSO_BF16) {
@@ -272,7 +292,8 @@ template <int format> static inline void unpack_group(const uint8_t* tile, int r
   }
 }
 
-template <int format> static void unpack_row(const Matrix& w, int64_t row, float scale, float* out) {
+template <int format>
+static void unpack_row(const Matrix& w, int64_t row, float scale, float* out) {
   const int64_t groups = (w.cols + C - 1) / C;
   const uint8_t* tile = w.data + row / R * groups * tile_bytes(format);
   alignas(64) float group[C];
@@ -289,27 +310,35 @@ template <int format> static void unpack_row(const Matrix& w, int64_t row, float
 static void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
   using namespace packing;
   switch (w.format) {
-    case DSO_F32: return unpack_row<DSO_F32>(w, row, scale, out);
-    case DSO_BF16: return unpack_row<DSO_BF16>(w, row, scale, out);
-    case DSO_INT8: return unpack_row<DSO_INT8>(w, row, scale, out);
-    case DSO_INT4: return unpack_row<DSO_INT4>(w, row, scale, out);
-    case DSO_Q4_1: return unpack_row<DSO_Q4_1>(w, row, scale, out);
-    case DSO_FP8: return unpack_row<DSO_FP8>(w, row, scale, out);
+    case DSO_F32:
+      return unpack_row<DSO_F32>(w, row, scale, out);
+    case DSO_BF16:
+      return unpack_row<DSO_BF16>(w, row, scale, out);
+    case DSO_INT8:
+      return unpack_row<DSO_INT8>(w, row, scale, out);
+    case DSO_INT4:
+      return unpack_row<DSO_INT4>(w, row, scale, out);
+    case DSO_Q4_1:
+      return unpack_row<DSO_Q4_1>(w, row, scale, out);
+    case DSO_FP8:
+      return unpack_row<DSO_FP8>(w, row, scale, out);
   }
 }
 
 static void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride) {
-  for (int64_t row = begin; row < end; row++) embed_row(w, (int32_t)row, 1.0f, (float*)((uint8_t*)out + (row - begin) * stride));
+  for (int64_t row = begin; row < end; row++)
+    embed_row(w, (int32_t)row, 1.0f, (float*)((uint8_t*)out + (row - begin) * stride));
 }
 
 // One tile row: rows [16 tile, 16 tile + 16) of src, whose rows are `stride` bytes apart, to their place in dst. FP8: 128 rows.
-static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride, const float* importance,
-                      int64_t tile, uint8_t* dst) {
+static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride,
+                      const float* importance, int64_t tile, uint8_t* dst) {
   using namespace packing;
   const int64_t groups = (cols + C - 1) / C, size = src_type == DSO_SRC_F32 ? 4 : 2;
   if (format == DSO_FP8) {
     const int64_t first = tile * E4M3_BLOCK, n = rows - first < E4M3_BLOCK ? rows - first : E4M3_BLOCK;
-    return pack_band_fp8(src_type, (const uint8_t*)src + first * stride, stride, n, cols, dst + first / R * groups * tile_bytes(format));
+    return pack_band_fp8(src_type, (const uint8_t*)src + first * stride, stride, n, cols,
+                         dst + first / R * groups * tile_bytes(format));
   }
   const uint8_t* first_row = (const uint8_t*)src + tile * R * stride;
   const int64_t real_rows = rows - tile * R < R ? rows - tile * R : R;
@@ -321,11 +350,21 @@ static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t
     for (int64_t r = 0; r < real_rows; r++) read_row(src_type, first_row + r * stride + g * C * size, n, staged + r * C);
     const float* weights = importance ? importance + g * C : nullptr;
     switch (format) {
-      case DSO_F32: transpose<R, C>(staged, dst); break;
-      case DSO_BF16: pack_bf16(staged, dst); break;
-      case DSO_INT8: pack_codes<DSO_INT8>(staged, (int)n, nullptr, dst); break;
-      case DSO_INT4: pack_codes<DSO_INT4>(staged, (int)n, weights, dst); break;
-      case DSO_Q4_1: pack_codes<DSO_Q4_1>(staged, (int)n, weights, dst); break;
+      case DSO_F32:
+        transpose<R, C>(staged, dst);
+        break;
+      case DSO_BF16:
+        pack_bf16(staged, dst);
+        break;
+      case DSO_INT8:
+        pack_codes<DSO_INT8>(staged, (int)n, nullptr, dst);
+        break;
+      case DSO_INT4:
+        pack_codes<DSO_INT4>(staged, (int)n, weights, dst);
+        break;
+      case DSO_Q4_1:
+        pack_codes<DSO_Q4_1>(staged, (int)n, weights, dst);
+        break;
     }
   }
 }

@@ -1,5 +1,5 @@
-// The scale (and minimum) of a group of 32 weights: ggml's own first, then those that may have a smaller weighted error. The rule to
-// the bit is in docs/contracts.md, its definition in src/deepseek_optimizer/quant/search.py, int4.py and q4_1.py.
+// The scale (and minimum) of a group of 32 weights: ggml's own first, then those that may have a smaller weighted error. The
+// rule to the bit is in docs/contracts.md, its definition in src/deepseek_optimizer/quant/search.py, int4.py and q4_1.py.
 //
 // A lane is a row: 16 groups are searched side by side, and their sums run over the columns in order.
 #pragma once
@@ -15,13 +15,24 @@ constexpr int R = 16, C = 32;  // rows and columns of a tile
 static_assert(R == lanes);
 
 // Codes of a format: clamped to [least, most], stored as code + zero.
-template <int format> struct Code;
-template <> struct Code<DSO_INT8> { static constexpr int least = -127, most = 127, zero = 128, bits = 8; };
-template <> struct Code<DSO_INT4> { static constexpr int least = -8, most = 7, zero = 8, bits = 4; };
-template <> struct Code<DSO_Q4_1> { static constexpr int least = 0, most = 15, zero = 0, bits = 4; };
+template <int format>
+struct Code;
+template <>
+struct Code<DSO_INT8> {
+  static constexpr int least = -127, most = 127, zero = 128, bits = 8;
+};
+template <>
+struct Code<DSO_INT4> {
+  static constexpr int least = -8, most = 7, zero = 8, bits = 4;
+};
+template <>
+struct Code<DSO_Q4_1> {
+  static constexpr int least = 0, most = 15, zero = 0, bits = 4;
+};
 
 static inline void to_f16(const float* x, uint16_t* h) {  // 16 values, nearest even
-  for (int r = 0; r < R; r += 8) _mm_storeu_si128((__m128i*)(h + r), _mm256_cvtps_ph(_mm256_loadu_ps(x + r), _MM_FROUND_TO_NEAREST_INT));
+  for (int r = 0; r < R; r += 8)
+    _mm_storeu_si128((__m128i*)(h + r), _mm256_cvtps_ph(_mm256_loadu_ps(x + r), _MM_FROUND_TO_NEAREST_INT));
 }
 static inline F as_f16(F x) {  // rounded to fp16, as float
   alignas(64) float wide[R];
@@ -30,7 +41,8 @@ static inline F as_f16(F x) {  // rounded to fp16, as float
   return load_f16(half);
 }
 
-// 16 groups, x[column][row]. n: how many columns are real. importance: weights of the columns' errors; null: the elements' magnitude.
+// 16 groups, x[column][row]. n: how many columns are real. importance: weights of the columns' errors; null: the elements'
+// magnitude.
 struct Groups {
   const float (*x)[R];
   int n;
@@ -44,13 +56,20 @@ struct Numbers {  // of each group; exact in fp16
 };
 
 static inline F inverse_of(F scale) { return less(zero(), abs(scale), div(set(1), scale), zero()); }  // NaN: zero
-template <int format> static inline F nearest(F y, F inverse) {
+template <int format>
+static inline F nearest(F y, F inverse) {
   return min(max(round(mul(y, inverse)), set(Code<format>::least)), set(Code<format>::most));
 }
-template <int format> static inline F above_least(F x, F least) { return format == DSO_Q4_1 ? sub(x, least) : x; }
-static inline F within(F x, F limit) { return min(limit, max(sub(zero(), limit), x)); }  // NaN stays: max and min hand on the second
+template <int format>
+static inline F above_least(F x, F least) {
+  return format == DSO_Q4_1 ? sub(x, least) : x;
+}
+static inline F within(F x, F limit) {
+  return min(limit, max(sub(zero(), limit), x));
+}  // NaN stays: max and min hand on the second
 
-template <int format> static inline F weighted_error(const Groups& t, const Numbers& with) {
+template <int format>
+static inline F weighted_error(const Groups& t, const Numbers& with) {
   const F inverse = inverse_of(with.scale);
   F total = zero();
   for (int k = 0; k < t.n; k++) {
@@ -63,7 +82,8 @@ template <int format> static inline F weighted_error(const Groups& t, const Numb
 constexpr float refit = 1.0f / 16, shift = 0.5f;  // how far a fit moves a scale, in terms of itself, and a minimum, in steps
 
 // The numbers of least weighted error for the codes that `old` gives, not far from it.
-template <int format> static inline Numbers fitted(const Groups& t, const Numbers& old) {
+template <int format>
+static inline Numbers fitted(const Groups& t, const Numbers& old) {
   const F inverse = inverse_of(old.scale);
   F sum_w = zero(), sum_q = zero(), sum_qq = zero(), sum_y = zero(), sum_qy = zero();
   for (int k = 0; k < t.n; k++) {
@@ -82,7 +102,8 @@ template <int format> static inline Numbers fitted(const Groups& t, const Number
   return {as_f16(add(old.scale, within(sub(div(sum_qy, sum_qq), old.scale), mul(step, set(refit))))), zero()};
 }
 
-template <int format> struct Best {
+template <int format>
+struct Best {
   const Groups& groups;
   Numbers numbers;
   F error;
@@ -117,7 +138,8 @@ static inline Numbers search_q4_1(const Groups& t, const Numbers& first, F settl
   Best<DSO_Q4_1> best{t, first, less(settled, zero(), weighted_error<DSO_Q4_1>(t, first), zero())};
   const F span = sub(high, low);
   for (int trim = 1; trim < trims * trims; trim++) {
-    const F least = add(low, mul(span, set((float)(trim / trims) / 32))), most = sub(high, mul(span, set((float)(trim % trims) / 32)));
+    const F least = add(low, mul(span, set((float)(trim / trims) / 32))),
+            most = sub(high, mul(span, set((float)(trim % trims) / 32)));
     best.consider({as_f16(div(sub(most, least), set(15))), as_f16(least)});
   }
   best.consider(fitted<DSO_Q4_1>(t, best.numbers));

@@ -1,5 +1,5 @@
-// Cached keys moved to other positions, a block at a time and in place. RoPE turns compose: a key made at one position and turned by
-// the difference of two angles is the key of the other, up to what its storage rounds.
+// Cached keys moved to other positions, a block at a time and in place. RoPE turns compose: a key made at one position and
+// turned by the difference of two angles is the key of the other, up to what its storage rounds.
 #pragma once
 #include "elementwise.hpp"
 #include "latent.hpp"
@@ -44,7 +44,8 @@ static void rotate_int8_panel(uint8_t* panel, float* scales, int64_t d, const Ro
   float x[max_head_dim * block_tokens];
   for (int64_t t = 0; t < block_tokens; t += lanes) {
     const F scale = load(scales + t);
-    for (int64_t i = 0; i < d; ++i) store(x + i * block_tokens + t, mul(to_float(load_i8(panel + i * block_tokens + t)), scale));
+    for (int64_t i = 0; i < d; ++i)
+      store(x + i * block_tokens + t, mul(to_float(load_i8(panel + i * block_tokens + t)), scale));
   }
   rotate_panel(x, turn);
   for (int64_t t = 0; t < block_tokens; t += lanes) {
@@ -64,7 +65,8 @@ static void rotate_int8_panel(uint8_t* panel, float* scales, int64_t d, const Ro
       scales[t + j] = poison_of[j] != poison_of[j] ? __builtin_nanf("") : tiny ? 0.0f : m / 127.0f;
     }
     const F inverse = load(inverse_of);
-    for (int64_t i = 0; i < d; ++i) store_i8(panel + i * block_tokens + t, to_int(mul(load(x + i * block_tokens + t), inverse)));
+    for (int64_t i = 0; i < d; ++i)
+      store_i8(panel + i * block_tokens + t, to_int(mul(load(x + i * block_tokens + t), inverse)));
   }
 }
 
@@ -72,9 +74,12 @@ static void kv_rotate(const KvLayout& l, const KvView& v, int64_t block, const R
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   for (int64_t head = 0; head < l.kv_heads; ++head) {
     uint8_t* at = kv_head_block(v, layout, head, block);
-    if (l.type == DSO_KV_F32) rotate_panel((float*)at, turn);
-    else if (l.type == DSO_KV_BF16) rotate_bf16_panel(at, l.head_dim, turn);
-    else rotate_int8_panel(at, (float*)(at + layout.k_scale), l.head_dim, turn);
+    if (l.type == DSO_KV_F32)
+      rotate_panel((float*)at, turn);
+    else if (l.type == DSO_KV_BF16)
+      rotate_bf16_panel(at, l.head_dim, turn);
+    else
+      rotate_int8_panel(at, (float*)(at + layout.k_scale), l.head_dim, turn);
   }
 }
 
@@ -88,11 +93,13 @@ static void rotate_row(uint8_t* numbers, bool single, const Rotation& turn, int6
   write_bf16(room, turn.rot, at);
 }
 
-static void latent_rotate(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index, float* room) {
+static void latent_rotate(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
+                          float* room) {
   const bool single = l.type == DSO_KV_F32;
   for (int64_t slot = 0; slot < block_tokens; ++slot) {
     const int64_t token = block * block_tokens + slot;
-    rotate_row(latent_row(l, v, token) + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot, room);  // the row's last numbers
+    rotate_row(latent_row(l, v, token) + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot,
+               room);  // the row's last numbers
     if (index) rotate_row(index_row(l, v, token), single, *index, slot, room);
   }
 }

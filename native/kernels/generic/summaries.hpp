@@ -1,11 +1,11 @@
-// What a cache keeps of full blocks besides their tokens: the element-wise largest and smallest of the block's keys, and the estimates
-// that are made of them (Tang et al. 2024, Quest): no key of a block has a larger product with q than
+// What a cache keeps of full blocks besides their tokens: the element-wise largest and smallest of the block's keys, and the
+// estimates that are made of them (Tang et al. 2024, Quest): no key of a block has a larger product with q than
 //
 //   e = sum over d of max(q_d largest_d, q_d smallest_d) = max(q, 0) . largest + min(q, 0) . smallest
 //
-// The summaries of 32 blocks of the cache, of one layer and kv head, are a panel as K's are (kv.hpp), blocks in place of tokens and
-// largest's rows before smallest's: the estimates of 32 blocks are one product. Blocks are written one by one, each its own column. A
-// latent row is one key of all heads.
+// The summaries of 32 blocks of the cache, of one layer and kv head, are a panel as K's are (kv.hpp), blocks in place of tokens
+// and largest's rows before smallest's: the estimates of 32 blocks are one product. Blocks are written one by one, each its own
+// column. A latent row is one key of all heads.
 #pragma once
 #include "attention.hpp"
 #include "latent.hpp"
@@ -23,14 +23,17 @@ static void write_column(int32_t type, const float* x, int64_t n, uint8_t* rows,
     uint16_t rounded[16];
     store_bf16(rounded, load(x + i, n - i));
     for (int64_t j = i; j < n && j < i + 16; j += type == DSO_KV_F32 ? 1 : 2) {
-      if (type == DSO_KV_F32) ((float*)rows)[j * 32 + column] = x[j];
-      else memcpy(rows + j / 2 * 128 + column * 4, rounded + j - i, 4);
+      if (type == DSO_KV_F32)
+        ((float*)rows)[j * 32 + column] = x[j];
+      else
+        memcpy(rows + j / 2 * 128 + column * 4, rounded + j - i, 4);
     }
   }
 }
 
 // Numbers [i, i + n) of a full block's summary; i is even.
-static void write_summary(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t block, int64_t i, int64_t n, const float* largest, const float* smallest) {
+static void write_summary(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t block, int64_t i, int64_t n,
+                          const float* largest, const float* smallest) {
   uint8_t* rows = summary_panel(l, v, kv_head, v.table[block] / summary_blocks) + (l.type == DSO_KV_F32 ? i : i / 2) * 128;
   const int64_t column = v.table[block] % summary_blocks;
   write_column(l.type, largest, n, rows, column);
@@ -88,14 +91,18 @@ static void latent_summarise(const KvLayout& l, const KvView& v, int64_t block) 
   }
 }
 
-// Rows of q, split in what meets the largest and what meets the smallest numbers; and in slices, each a tile as `product` reads it.
+// Rows of q, split in what meets the largest and what meets the smallest numbers; and in slices, each a tile as `product` reads
+// it.
 constexpr int64_t slice_width = max_head_dim;
 constexpr int64_t slice_bytes = tile_rows * row_stride * 4;
 static_assert(2 * max_summary_width / slice_width * slice_bytes <= (int64_t)sizeof(Workspace::room));
 
-DSO_INLINE uint8_t* query_slice(Workspace& w, bool smallest, int64_t slice) { return (uint8_t*)w.room + (2 * slice + smallest) * slice_bytes; }
+DSO_INLINE uint8_t* query_slice(Workspace& w, bool smallest, int64_t slice) {
+  return (uint8_t*)w.room + (2 * slice + smallest) * slice_bytes;
+}
 
-template <Read T> static void split_query(const float* q, int64_t width, int r, Workspace& w) {
+template <Read T>
+static void split_query(const float* q, int64_t width, int r, Workspace& w) {
   for (int64_t i = 0; i < width; i += 16) {
     const F x = load(q + i, width - i);
     uint8_t *up = query_slice(w, false, i / slice_width), *down = query_slice(w, true, i / slice_width);
@@ -112,7 +119,8 @@ template <Read T> static void split_query(const float* q, int64_t width, int r, 
 
 // Estimates of P panels, of `left` that lie before the end, for the R rows in w.
 template <Read T, int R, int P>
-static void estimate(const KvLayout& l, const KvView& v, int64_t kv_head, const int32_t* panels, int64_t left, Workspace& w, float* estimates, int64_t stride) {
+static void estimate(const KvLayout& l, const KvView& v, int64_t kv_head, const int32_t* panels, int64_t left, Workspace& w,
+                     float* estimates, int64_t stride) {
   const int64_t width = summary_width(l);
   const uint8_t* panel[P];
   int64_t ahead[P];
@@ -129,7 +137,8 @@ static void estimate(const KvLayout& l, const KvView& v, int64_t kv_head, const 
       for (int64_t i = 0; i < width; i += slice_width) {
         const int64_t depth = width - i < slice_width ? width - i : slice_width;
         const uint8_t* rows[P];
-        for (int p = 0; p < P; ++p) rows[p] = panel[p] + smallest * (l.summary_bytes / 2) + i / row_depth<T> * row_bytes<T> + c * column_bytes<T>;
+        for (int p = 0; p < P; ++p)
+          rows[p] = panel[p] + smallest * (l.summary_bytes / 2) + i / row_depth<T> * row_bytes<T> + c * column_bytes<T>;
         product<T, R, P>(query_slice(w, smallest, i / slice_width), rows, depth / row_depth<T>, ahead, acc);
       }
     for (int p = 0; p < P; ++p)
@@ -139,8 +148,9 @@ static void estimate(const KvLayout& l, const KvView& v, int64_t kv_head, const 
 }
 
 template <Read T>
-static void estimates_of(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0, int64_t r1,
-                         const int32_t* panels, int64_t n, float* estimates, int64_t stride, Workspace& w) {
+static void estimates_of(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
+                         int64_t r0, int64_t r1, const int32_t* panels, int64_t n, float* estimates, int64_t stride,
+                         Workspace& w) {
   const int64_t count = (r1 - r0) * group, tiles = (count + tile_rows - 1) / tile_rows, width = summary_width(l);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i0 = count * tile / tiles, i1 = count * (tile + 1) / tiles;
@@ -148,25 +158,30 @@ static void estimates_of(const KvLayout& l, const KvView& v, int64_t kv_head, co
       split_query<T>((const float*)((const char*)q + (r0 + i / group) * q_stride) + i % group * width, width, (int)(i - i0), w);
     with_rows((int)(i1 - i0), [&](auto rows) {
       by_several<panels_at_once<rows.count>>(n, [&](int64_t p, auto several) {
-        estimate<T, rows.count, several.count>(l, v, kv_head, panels + p, n - p, w, estimates + i0 * stride + p * summary_blocks, stride);
+        estimate<T, rows.count, several.count>(l, v, kv_head, panels + p, n - p, w,
+                                               estimates + i0 * stride + p * summary_blocks, stride);
       });
     });
   }
 }
 
-static void block_estimates(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group, int64_t r0,
-                            int64_t r1, const int32_t* panels, int64_t n, float* estimates, int64_t stride, uint8_t* scratch) {
+static void block_estimates(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
+                            int64_t group, int64_t r0, int64_t r1, const int32_t* panels, int64_t n, float* estimates,
+                            int64_t stride, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   constexpr Read pairs = has_dot_bf16 ? Read::dot : Read::bf16;
-  if (l.type == DSO_KV_F32) estimates_of<Read::f32>(l, v, kv_head, q, q_stride, group, r0, r1, panels, n, estimates, stride, w);
-  else estimates_of<pairs>(l, v, kv_head, q, q_stride, group, r0, r1, panels, n, estimates, stride, w);
+  if (l.type == DSO_KV_F32)
+    estimates_of<Read::f32>(l, v, kv_head, q, q_stride, group, r0, r1, panels, n, estimates, stride, w);
+  else
+    estimates_of<pairs>(l, v, kv_head, q, q_stride, group, r0, r1, panels, n, estimates, stride, w);
 }
 
 static void block_scores(const float* estimates, int64_t stride, int64_t group, int64_t n, float* scores) {
   const F none = set(minus_infinity());
   for (int64_t h = 0; h < group; ++h, estimates += stride) {
     F top = none;
-    for (int64_t i = 0; i < n; i += 16) top = max(keep(load(estimates + i, n - i), 0, n - i, none), top);  // of a NaN: what there was
+    for (int64_t i = 0; i < n; i += 16)
+      top = max(keep(load(estimates + i, n - i), 0, n - i, none), top);  // of a NaN: what there was
     const F most = set(largest(top));
     for (int64_t i = 0; i < n; i += 16) {
       const F score = min(sub(load(estimates + i, n - i), most), set(-minus_infinity()));  // of a NaN: infinity

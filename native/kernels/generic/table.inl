@@ -1,6 +1,6 @@
-// Fills this variant's Kernels. Included once, at the end of a translation unit that has DSO_ISA_NAMESPACE (from CMakeLists.txt; the
-// accessor is dso::kernels_<namespace>), has defined DSO_ISA_NAME, and included its lanes. A variant with matrix units of its own
-// also defines DSO_LINEAR and DSO_LINEAR_SCRATCH, the entries that replace the generic ones.
+// Fills this variant's Kernels. Included once, at the end of a translation unit that has DSO_ISA_NAMESPACE (from
+// CMakeLists.txt; the accessor is dso::kernels_<namespace>), has defined DSO_ISA_NAME, and included its lanes. A variant with
+// matrix units of its own also defines DSO_LINEAR and DSO_LINEAR_SCRATCH, the entries that replace the generic ones.
 //
 // The headers here may use nothing from the standard library that emits code: an inline function compiled for this ISA
 // could be the copy that the linker keeps for all.

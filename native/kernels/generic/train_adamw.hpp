@@ -4,10 +4,13 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-struct Moments { F m, v; };
+struct Moments {
+  F m, v;
+};
 
 // ---- masters: the fp32 weights and how they are kept
-template <int master> DSO_INLINE F load_weights(const dso_train_update& u, int64_t i, int64_t n) {
+template <int master>
+DSO_INLINE F load_weights(const dso_train_update& u, int64_t i, int64_t n) {
   if constexpr (master == DSO_MASTER_NONE) {
     return load_some((const float*)u.parameter + i, n);
   } else if constexpr (master == DSO_MASTER_STOCHASTIC) {
@@ -21,7 +24,8 @@ template <int master> DSO_INLINE F load_weights(const dso_train_update& u, int64
   }
 }
 
-template <int master> DSO_INLINE void store_weights(const dso_train_update& u, int64_t i, int64_t n, F x, uint32_t key, uint32_t second) {
+template <int master>
+DSO_INLINE void store_weights(const dso_train_update& u, int64_t i, int64_t n, F x, uint32_t key, uint32_t second) {
   if constexpr (master == DSO_MASTER_NONE) {
     store_some((float*)u.parameter + i, x, n);
   } else if constexpr (master == DSO_MASTER_STOCHASTIC) {
@@ -38,7 +42,9 @@ template <int master> DSO_INLINE void store_weights(const dso_train_update& u, i
 
 // ---- moments in 8 bits by blocks of 256, after FlashOptim (arXiv 2602.23349): m by softsign, v by its root
 constexpr int64_t block = 256;
-struct Block { alignas(64) float m[block], root[block]; };
+struct Block {
+  alignas(64) float m[block], root[block];
+};
 
 DSO_INLINE I load_codes(const void* p, int64_t i, int64_t n, bool is_signed) {
   const uint8_t* codes = (const uint8_t*)p + i;
@@ -92,8 +98,10 @@ static void adamw_range(const dso_train_update& u, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < count; j += 16) {
       const int64_t i = first + j, n = count - j;
       Moments old;
-      if constexpr (moments == DSO_MOMENTS_F32) old = {load_some((const float*)u.m + i, n), load_some((const float*)u.v + i, n)};
-      if constexpr (moments == DSO_MOMENTS_BF16) old = {load_some((const uint16_t*)u.m + i, n), load_some((const uint16_t*)u.v + i, n)};
+      if constexpr (moments == DSO_MOMENTS_F32)
+        old = {load_some((const float*)u.m + i, n), load_some((const float*)u.v + i, n)};
+      if constexpr (moments == DSO_MOMENTS_BF16)
+        old = {load_some((const uint16_t*)u.m + i, n), load_some((const uint16_t*)u.v + i, n)};
       if constexpr (moments == DSO_MOMENTS_INT8) old = load_coded(u, i, n);
       const F g = mul(load_some((const T*)u.gradient + i, n), scale);
       const F m = add(mul(beta1, old.m), mul(rest1, g)), v = add(mul(beta2, old.v), mul(mul(rest2, g), g));
@@ -116,27 +124,38 @@ static void adamw_range(const dso_train_update& u, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, int master> static void adamw_moments(const dso_train_update& u, int64_t begin, int64_t end) {
+template <class T, int master>
+static void adamw_moments(const dso_train_update& u, int64_t begin, int64_t end) {
   switch (u.moments) {
-    case DSO_MOMENTS_F32: return adamw_range<T, master, DSO_MOMENTS_F32>(u, begin, end);
-    case DSO_MOMENTS_BF16: return adamw_range<T, master, DSO_MOMENTS_BF16>(u, begin, end);
-    case DSO_MOMENTS_INT8: return adamw_range<T, master, DSO_MOMENTS_INT8>(u, begin, end);
+    case DSO_MOMENTS_F32:
+      return adamw_range<T, master, DSO_MOMENTS_F32>(u, begin, end);
+    case DSO_MOMENTS_BF16:
+      return adamw_range<T, master, DSO_MOMENTS_BF16>(u, begin, end);
+    case DSO_MOMENTS_INT8:
+      return adamw_range<T, master, DSO_MOMENTS_INT8>(u, begin, end);
   }
 }
-template <class T> static void adamw_masters(const dso_train_update& u, int64_t begin, int64_t end) {
+template <class T>
+static void adamw_masters(const dso_train_update& u, int64_t begin, int64_t end) {
   switch (u.master) {
-    case DSO_MASTER_NONE: return adamw_moments<T, DSO_MASTER_NONE>(u, begin, end);
-    case DSO_MASTER_SPLIT: return adamw_moments<T, DSO_MASTER_SPLIT>(u, begin, end);
-    case DSO_MASTER_STOCHASTIC: return adamw_moments<T, DSO_MASTER_STOCHASTIC>(u, begin, end);
+    case DSO_MASTER_NONE:
+      return adamw_moments<T, DSO_MASTER_NONE>(u, begin, end);
+    case DSO_MASTER_SPLIT:
+      return adamw_moments<T, DSO_MASTER_SPLIT>(u, begin, end);
+    case DSO_MASTER_STOCHASTIC:
+      return adamw_moments<T, DSO_MASTER_STOCHASTIC>(u, begin, end);
   }
 }
 static void adamw(const dso_train_update& u, int64_t begin, int64_t end) {
-  if (u.gradient_type == DSO_TYPE_BF16) adamw_masters<uint16_t>(u, begin, end);
-  else adamw_masters<float>(u, begin, end);
+  if (u.gradient_type == DSO_TYPE_BF16)
+    adamw_masters<uint16_t>(u, begin, end);
+  else
+    adamw_masters<float>(u, begin, end);
 }
 
 // ---- the sum of squares, in double, in an order of its own, and how many numbers are not finite
-template <class T> static void squares_of(const T* x, int64_t n, double* squares, int64_t* not_finite) {
+template <class T>
+static void squares_of(const T* x, int64_t n, double* squares, int64_t* not_finite) {
   D sums[2] = {no_squares(), no_squares()};
   const F most = set(3.4028234664e38f);
   int64_t finite = 0;
@@ -161,8 +180,10 @@ template <class T> static void squares_of(const T* x, int64_t n, double* squares
   *not_finite = n - finite;
 }
 static void squares(int32_t type, const void* x, int64_t begin, int64_t end, double* sum, int64_t* not_finite) {
-  if (type == DSO_TYPE_BF16) squares_of((const uint16_t*)x + begin, end - begin, sum, not_finite);
-  else squares_of((const float*)x + begin, end - begin, sum, not_finite);
+  if (type == DSO_TYPE_BF16)
+    squares_of((const uint16_t*)x + begin, end - begin, sum, not_finite);
+  else
+    squares_of((const float*)x + begin, end - begin, sum, not_finite);
 }
 
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,5 +1,5 @@
-// Fills this variant's TrainAttention; included once, behind its lanes. As table.inl: nothing of the standard library that emits code.
-// A variant with tile registers includes its tiles too, and defines DSO_TILES.
+// Fills this variant's TrainAttention; included once, behind its lanes. As table.inl: nothing of the standard library that
+// emits code. A variant with tile registers includes its tiles too, and defines DSO_TILES.
 #include "train_attention_backward.hpp"
 #include "train_attention_forward.hpp"
 
@@ -13,12 +13,16 @@ int64_t backward_scratch(const TrainAttnTask& t) {
   return t.type == DSO_TYPE_BF16 ? BackwardRoom<NarrowProduct>(t, nullptr).bytes : BackwardRoom<WideProduct>(t, nullptr).bytes;
 }
 void forward(const TrainAttnTask& t, uint8_t* scratch) {
-  if (t.type == DSO_TYPE_BF16) attn_forward<uint16_t, NarrowProduct>(t, scratch);
-  else attn_forward<float, WideProduct>(t, scratch);
+  if (t.type == DSO_TYPE_BF16)
+    attn_forward<uint16_t, NarrowProduct>(t, scratch);
+  else
+    attn_forward<float, WideProduct>(t, scratch);
 }
 void backward(const TrainAttnTask& t, uint8_t* scratch) {
-  if (t.type == DSO_TYPE_BF16) attn_backward<uint16_t, NarrowProduct>(t, scratch);
-  else attn_backward<float, WideProduct>(t, scratch);
+  if (t.type == DSO_TYPE_BF16)
+    attn_backward<uint16_t, NarrowProduct>(t, scratch);
+  else
+    attn_backward<float, WideProduct>(t, scratch);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Attention of training, backward (FlashAttention-2; Dao 2023, algorithm 2), transposed as the forward is. For a block of keys and all
-// blocks of queries that see it, with weights made anew from the rows' largest logits and sums:
+// Attention of training, backward (FlashAttention-2; Dao 2023, algorithm 2), transposed as the forward is. For a block of keys
+// and all blocks of queries that see it, with weights made anew from the rows' largest logits and sums:
 //   P^T = 2^(K Q^T - m) / l,  dS^T = P^T * (V dO^T - delta),  delta = rowsum(dO * O),
 //   dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T.
 // A task sums over its query heads, and each sum has one order.
@@ -9,23 +9,25 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
-template <class Product> struct BackwardRoom {
+template <class Product>
+struct BackwardRoom {
   static constexpr bool pairs = Product::pairs;
   static constexpr int64_t per = word<pairs>;
 
   int64_t qk, vw;                       // padded widths
   Word *k, *k_turned, *v;               // of the keys
   Word *q, *q_columns, *g, *g_columns;  // of a head's queries and gradients of results, interleaved and columns
-  Word *rows;                           // of a block
+  Word* rows;                           // of a block
   float *m, *inverse, *delta;           // of the queries
   float *k_grad, *v_grad;
-  float *s, *p_grad;                    // of two blocks
-  Word *p, *ds, *ds_pairs;              // P^T and dS^T as left operands, dS^T as right operand
+  float *s, *p_grad;        // of two blocks
+  Word *p, *ds, *ds_pairs;  // P^T and dS^T as left operands, dS^T as right operand
   int64_t bytes;
 
   BackwardRoom(const TrainAttnTask& t, uint8_t* memory) : qk(padded(t.qk_width)), vw(padded(t.v_width)) {
     Room room{memory};
-    const int64_t keys = blocks_of(t.end - t.begin) * attn_block, queries = blocks_of(t.tokens - t.begin) * attn_block, tile = attn_block * attn_block;
+    const int64_t keys = blocks_of(t.end - t.begin) * attn_block, queries = blocks_of(t.tokens - t.begin) * attn_block,
+                  tile = attn_block * attn_block;
     k = room.take<Word>(keys * qk / per);
     k_turned = room.take<Word>(keys * qk / per);
     v = room.take<Word>(keys * vw / per);
@@ -52,7 +54,8 @@ template <class Product> struct BackwardRoom {
 
 // S^T and V dO^T of two blocks to P^T and dS^T. key, query: their first ones, counted from the task's.
 template <class Product>
-static void softmax_gradient(const BackwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query, const Mask* mask) {
+static void softmax_gradient(const BackwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query,
+                             const Mask* mask) {
   const F c = set(scale * log2e);
   for (int64_t n = part.begin; n < part.end; n += 16) {
     const F m = load(r.m + query + n), inverse = load(r.inverse + query + n), delta = load(r.delta + query + n);
@@ -78,7 +81,8 @@ static void softmax_gradient(const BackwardRoom<Product>& r, float scale, const 
   }
 }
 
-template <class Number, class Product> static void pack_keys(const TrainAttnTask& t, const BackwardRoom<Product>& r) {
+template <class Number, class Product>
+static void pack_keys(const TrainAttnTask& t, const BackwardRoom<Product>& r) {
   constexpr bool pairs = Product::pairs;
   for (int64_t j = 0; j < blocks_of(t.end - t.begin); ++j) {
     const int64_t at = t.begin + j * attn_block, count = least(attn_block, t.tokens - at);
@@ -112,12 +116,15 @@ static void pack_queries(const TrainAttnTask& t, const BackwardRoom<Product>& r,
 }
 
 // Rows of fp32 sums, times factor.
-template <class Number> static void write_rows(const float* from, int64_t stride, int64_t count, int64_t width, float factor, Number* to, int64_t to_stride) {
+template <class Number>
+static void write_rows(const float* from, int64_t stride, int64_t count, int64_t width, float factor, Number* to,
+                       int64_t to_stride) {
   for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride)
     for (int64_t c = 0; c < width; c += 16) write16(to + c, mul(load(from + c), set(factor)), width - c);
 }
 
-template <class Number, class Product> static void attn_backward(const TrainAttnTask& t, uint8_t* memory) {
+template <class Number, class Product>
+static void attn_backward(const TrainAttnTask& t, uint8_t* memory) {
   constexpr bool pairs = Product::pairs;
   constexpr int64_t per = word<pairs>;
   const BackwardRoom<Product> r(t, memory);
@@ -132,8 +139,10 @@ template <class Number, class Product> static void attn_backward(const TrainAttn
     for (int64_t i = 0; i < end; ++i) pack_queries<Number>(t, r, head, i);
     int64_t begun = 0;  // blocks of queries whose gradient has a first summand
     for (int64_t j = 0; j < key_blocks; ++j) {
-      const int64_t keys = padded(least(attn_block, t.tokens - t.begin - j * attn_block)), last = mask.last_query_block(j, query_blocks);
-      const Operand k = {r.k + j * r.qk_block(), r.qk / per}, k_turned = {r.k_turned + j * r.qk_block(), line}, v = {r.v + j * r.v_block(), r.vw / per};
+      const int64_t keys = padded(least(attn_block, t.tokens - t.begin - j * attn_block)),
+                    last = mask.last_query_block(j, query_blocks);
+      const Operand k = {r.k + j * r.qk_block(), r.qk / per}, k_turned = {r.k_turned + j * r.qk_block(), line},
+                    v = {r.v + j * r.v_block(), r.vw / per};
       float *k_grad = r.k_grad + j * attn_block * r.qk, *v_grad = r.v_grad + j * attn_block * r.vw;
       for (int64_t i = j; i <= last; ++i) {
         const int64_t queries = padded(least(attn_block, t.tokens - t.begin - i * attn_block)), step = mask.together(i, j);
@@ -141,7 +150,8 @@ template <class Number, class Product> static void attn_backward(const TrainAttn
         const Word *q_columns = r.q_columns + i * r.qk_block(), *g_columns = r.g_columns + i * r.v_block();
         float* q_sums = t.q_sums + (head * query_blocks + i) * train_attn_query_grad(t.qk_width);
         bool more = head > 0 || i > j;
-        for (int64_t n = (queries - 1) / step * step; n >= 0; n -= step, more = true) {  // the part that sees all keys comes first
+        for (int64_t n = (queries - 1) / step * step; n >= 0;
+             n -= step, more = true) {  // the part that sees all keys comes first
           const Part part = {n, least(n + step, queries), mask.reach(i, j, keys, n + step)};
           const int64_t width = part.end - n, depth = width / per, row = n / per;
           product(k, part.keys, {q_columns + n, attn_block}, width, qk_depth, {r.s + n, attn_block, false});
@@ -161,7 +171,8 @@ template <class Number, class Product> static void attn_backward(const TrainAttn
 }
 
 template <class Number>
-static void query_grad_rows(const float* const* parts, int64_t part_count, int64_t count, int64_t width, float scale, Number* out, int64_t out_token) {
+static void query_grad_rows(const float* const* parts, int64_t part_count, int64_t count, int64_t width, float scale,
+                            Number* out, int64_t out_token) {
   alignas(64) float sums[16 * attn_block], rows[attn_block * 16];
   for (int64_t c = 0; c < width; c += 16) {
     for (int64_t d = 0; d < 16; ++d)
@@ -175,9 +186,12 @@ static void query_grad_rows(const float* const* parts, int64_t part_count, int64
     write_rows(rows, 16, count, least(16, width - c), scale, out + c, out_token);
   }
 }
-static void query_grad(int32_t type, const float* const* parts, int64_t part_count, int64_t count, int64_t width, float scale, void* out, int64_t out_token) {
-  if (type == DSO_TYPE_BF16) query_grad_rows(parts, part_count, count, width, scale, (uint16_t*)out, out_token);
-  else query_grad_rows(parts, part_count, count, width, scale, (float*)out, out_token);
+static void query_grad(int32_t type, const float* const* parts, int64_t part_count, int64_t count, int64_t width, float scale,
+                       void* out, int64_t out_token) {
+  if (type == DSO_TYPE_BF16)
+    query_grad_rows(parts, part_count, count, width, scale, (uint16_t*)out, out_token);
+  else
+    query_grad_rows(parts, part_count, count, width, scale, (float*)out, out_token);
 }
 }  // namespace
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,5 +1,5 @@
-// Attention of training, forward: online softmax (FlashAttention-2; Dao 2023, algorithm 1), transposed. Keys are rows and queries are
-// lanes, so that largest logits, sums and factors are vectors over queries and nothing is reduced across lanes:
+// Attention of training, forward: online softmax (FlashAttention-2; Dao 2023, algorithm 1), transposed. Keys are rows and
+// queries are lanes, so that largest logits, sums and factors are vectors over queries and nothing is reduced across lanes:
 //   S^T = K Q^T,  P^T = 2^(S^T - m),  O^T = O^T * 2^(m_before - m) + V^T P^T.
 #pragma once
 #include "train_attention_pack.hpp"
@@ -7,13 +7,14 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
-template <class Product> struct ForwardRoom {
+template <class Product>
+struct ForwardRoom {
   static constexpr bool pairs = Product::pairs;
   static constexpr int64_t per = word<pairs>;
 
-  Word *k, *v;        // rows; turned, block by block
-  Word *rows, *q;     // of a block of queries: rows, columns
-  Word* p;            // weights, interleaved
+  Word *k, *v;         // rows; turned, block by block
+  Word *rows, *q;      // of a block of queries: rows, columns
+  Word* p;             // weights, interleaved
   float *s, *o, *out;  // logits, O^T, rows of the result
   float *m, *l, *factor;
   int64_t bytes;
@@ -88,7 +89,8 @@ bool softmax_block(const ForwardRoom<Product>& r, float scale, const Part& part,
   return same;
 }
 
-template <class Product> static void scale_columns(float* o, int64_t rows, const Part& part, const float* factor) {
+template <class Product>
+static void scale_columns(float* o, int64_t rows, const Part& part, const float* factor) {
   for (int64_t d = 0; d < rows; ++d, o += attn_block)
     for (int64_t n = part.begin; n < part.end; n += 16) store(o + n, mul(load(o + n), load(factor + n)));
 }
@@ -106,16 +108,19 @@ static void write_block(const TrainAttnTask& t, const ForwardRoom<Product>& r, i
   memcpy(t.sum + head * t.state_head + query, r.l, (size_t)count * 4);
 }
 
-template <class Number, class Product> static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
+template <class Number, class Product>
+static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
   constexpr bool pairs = Product::pairs;
   const ForwardRoom<Product> r(t, memory);
   Product product;
   const Mask mask = {t.window};
   const int64_t first = mask.first_key_block(t.begin / attn_block), blocks = blocks_of(t.end);
-  const int64_t line = padded(t.qk_width) / word<pairs>, depth = up(t.qk_width, Product::depth_step) / word<pairs>, out = up(t.v_width, Product::step);
+  const int64_t line = padded(t.qk_width) / word<pairs>, depth = up(t.qk_width, Product::depth_step) / word<pairs>,
+                out = up(t.v_width, Product::step);
   for (int64_t j = first; j < blocks; ++j) {
     const int64_t at = j * attn_block, count = least(attn_block, t.tokens - at);
-    pack_rows<Number, pairs>(t.k.template row<const Number>(0, at), t.k.token, count, t.qk_width, r.k + j * r.k_block(t.qk_width));
+    pack_rows<Number, pairs>(t.k.template row<const Number>(0, at), t.k.token, count, t.qk_width,
+                             r.k + j * r.k_block(t.qk_width));
     pack_rows<Number, pairs>(t.v.template row<const Number>(0, at), t.v.token, count, t.v_width, r.rows);
     pack_interleaved<pairs>(r.rows, count, t.v_width, r.q);
     pack_turned<pairs>(r.q, count, t.v_width, r.v + j * r.v_block(t.v_width));
@@ -132,7 +137,8 @@ template <class Number, class Product> static void attn_forward(const TrainAttnT
       const int64_t j0 = mask.first_key_block(i);
       for (int64_t j = j0; j <= i; ++j) {
         const int64_t key = j * attn_block, keys = padded(least(attn_block, t.tokens - key)), step = mask.together(i, j);
-        const Operand k = {r.k + j * r.k_block(t.qk_width), line}, v = {r.v + j * r.v_block(t.v_width), attn_block / word<pairs>};
+        const Operand k = {r.k + j * r.k_block(t.qk_width), line},
+                      v = {r.v + j * r.v_block(t.v_width), attn_block / word<pairs>};
         for (int64_t n = 0; n < queries; n += step) {
           const Part part = {n, least(n + step, queries), mask.reach(i, j, keys, n + step)};
           const int64_t width = part.end - n;

@@ -1,5 +1,5 @@
-// Tokens of a head in the forms in which the products of attention read them. All rows are padded with zeros to `padded` numbers,
-// blocks of tokens to 32 of them.
+// Tokens of a head in the forms in which the products of attention read them. All rows are padded with zeros to `padded`
+// numbers, blocks of tokens to 32 of them.
 //   rows        [token][width]              the left operand of products along the width
 //   columns     [width word][token]         the right operand of these
 //   interleaved [token word][width]         the right operand of products along the tokens
@@ -19,7 +19,8 @@ DSO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 DSO_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 DSO_INLINE int64_t blocks_of(int64_t tokens) { return (tokens + attn_block - 1) / attn_block; }
 
-template <bool pairs> constexpr int64_t word = pairs ? 2 : 1;  // numbers in it
+template <bool pairs>
+constexpr int64_t word = pairs ? 2 : 1;  // numbers in it
 
 DSO_INLINE F read16(const float* p) { return load(p); }
 DSO_INLINE F read16(const uint16_t* p) { return load_bf16(p); }
@@ -39,7 +40,8 @@ DSO_INLINE void write16(uint16_t* p, F x, int64_t n) {
 }
 
 // `count` tokens, at most a block.
-template <class Number, bool pairs> static void pack_rows(const Number* from, int64_t stride, int64_t count, int64_t width, Word* rows) {
+template <class Number, bool pairs>
+static void pack_rows(const Number* from, int64_t stride, int64_t count, int64_t width, Word* rows) {
   const int64_t wide = padded(width), line = wide / word<pairs>;
   for (int64_t t = 0; t < count; ++t, from += stride, rows += line) {
     if constexpr (pairs || sizeof(Number) == 4) {
@@ -66,13 +68,15 @@ static void turn_words(const Word* from, int64_t from_stride, int64_t rows, int6
 }
 
 // rows -> columns, whose rows are attn_block words.
-template <bool pairs> static void pack_columns(const Word* rows, int64_t count, int64_t width, Word* columns) {
+template <bool pairs>
+static void pack_columns(const Word* rows, int64_t count, int64_t width, Word* columns) {
   const int64_t line = padded(width) / word<pairs>;
   turn_words(rows, line, padded(count), line, columns, attn_block);
 }
 
 // rows -> interleaved, whose rows are padded(width) words. For fp32 they are the rows themselves.
-template <bool pairs> static void pack_interleaved(const Word* rows, int64_t count, int64_t width, Word* out) {
+template <bool pairs>
+static void pack_interleaved(const Word* rows, int64_t count, int64_t width, Word* out) {
   const int64_t wide = padded(width);
   if constexpr (!pairs) {
     memcpy(out, rows, (size_t)(padded(count) * wide) * 4);
@@ -84,7 +88,8 @@ template <bool pairs> static void pack_interleaved(const Word* rows, int64_t cou
 }
 
 // interleaved -> turned, whose rows are attn_block tokens.
-template <bool pairs> static void pack_turned(const Word* interleaved, int64_t count, int64_t width, Word* turned) {
+template <bool pairs>
+static void pack_turned(const Word* interleaved, int64_t count, int64_t width, Word* turned) {
   turn_words(interleaved, padded(width), padded(count) / word<pairs>, padded(width), turned, attn_block / word<pairs>);
 }
 
@@ -93,7 +98,8 @@ struct Room {
   uint8_t* memory;
   int64_t used = 0;
 
-  template <class T> T* take(int64_t n) {
+  template <class T>
+  T* take(int64_t n) {
     T* found = (T*)(memory + used);
     used += up(n * (int64_t)sizeof(T), 64);
     return found;
@@ -116,10 +122,16 @@ struct Mask {
     return keep(x, key - query, window > 0 ? key + window - query : 16, set(-__builtin_inff()));
   }
   // Keys of a block that queries [begin, end) of a block may see.
-  static int64_t reach(int64_t query_block, int64_t key_block, int64_t keys, int64_t end) { return query_block == key_block ? least(keys, end) : keys; }
+  static int64_t reach(int64_t query_block, int64_t key_block, int64_t keys, int64_t end) {
+    return query_block == key_block ? least(keys, end) : keys;
+  }
   // Queries that are taken together: half a block on the diagonal, where the first half sees none of the last 32 keys.
-  static int64_t together(int64_t query_block, int64_t key_block) { return query_block == key_block ? attn_block / 2 : attn_block; }
-  int64_t first_key_block(int64_t query_block) const { return window > 0 ? most(0, query_block * attn_block - window + 1) / attn_block : 0; }
+  static int64_t together(int64_t query_block, int64_t key_block) {
+    return query_block == key_block ? attn_block / 2 : attn_block;
+  }
+  int64_t first_key_block(int64_t query_block) const {
+    return window > 0 ? most(0, query_block * attn_block - window + 1) / attn_block : 0;
+  }
   int64_t last_query_block(int64_t key_block, int64_t blocks) const {
     return window > 0 ? least(blocks - 1, (key_block * attn_block + attn_block - 1 + window - 1) / attn_block) : blocks - 1;
   }

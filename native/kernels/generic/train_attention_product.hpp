@@ -1,7 +1,8 @@
 // The products of attention in training: c[rows][cols] (+)= a[rows][depth] b[depth][cols].
 //
-// Operands are words of 4 bytes: an fp32 number, or a pair of bf16 numbers that follow each other along the depth. Of `a` a word is
-// broadcast, of `b` 16 columns are read at once. Each output is one chain of additions along the depth, whatever the blocking.
+// Operands are words of 4 bytes: an fp32 number, or a pair of bf16 numbers that follow each other along the depth. Of `a` a
+// word is broadcast, of `b` 16 columns are read at once. Each output is one chain of additions along the depth, whatever the
+// blocking.
 #pragma once
 #include "../train_attention.hpp"
 #include "dso_train.h"
@@ -22,7 +23,8 @@ struct Result {
   bool add;  // to what is there
 };
 
-template <bool pairs, int R, int C> DSO_INLINE void product_tile(Operand a, Operand b, int64_t depth, Result c) {
+template <bool pairs, int R, int C>
+DSO_INLINE void product_tile(Operand a, Operand b, int64_t depth, Result c) {
   F acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -58,13 +60,15 @@ template <bool pairs, int R, int C> DSO_INLINE void product_tile(Operand a, Oper
     for (int n = 0; n < C; ++n) store(c.data + r * c.stride + 16 * n, acc[r][n]);
 }
 
-template <bool pairs, int C> static void product_columns(Operand a, int64_t rows, Operand b, int64_t depth, Result c) {
+template <bool pairs, int C>
+static void product_columns(Operand a, int64_t rows, Operand b, int64_t depth, Result c) {
   constexpr int R = registers >= 32 ? 8 : 4;
   for (int64_t r = 0; r < rows; r += R)
     product_tile<pairs, R, C>({a.words + r * a.stride, a.stride}, b, depth, {c.data + r * c.stride, c.stride, c.add});
 }
 
-template <bool of_pairs> struct VectorProduct {
+template <bool of_pairs>
+struct VectorProduct {
   static constexpr bool pairs = of_pairs;
   static constexpr int64_t step = 16;                   // rows and columns are multiples of it
   static constexpr int64_t depth_step = pairs ? 2 : 1;  // numbers of the depth, too
@@ -72,7 +76,8 @@ template <bool of_pairs> struct VectorProduct {
   void operator()(Operand a, int64_t rows, Operand b, int64_t cols, int64_t depth, Result c) {
     constexpr int C = registers >= 32 ? 2 : 1;
     int64_t n = 0;
-    for (; n + 16 * C <= cols; n += 16 * C) product_columns<pairs, C>(a, rows, {b.words + n, b.stride}, depth, {c.data + n, c.stride, c.add});
+    for (; n + 16 * C <= cols; n += 16 * C)
+      product_columns<pairs, C>(a, rows, {b.words + n, b.stride}, depth, {c.data + n, c.stride, c.add});
     if (n < cols) product_columns<pairs, 1>(a, rows, {b.words + n, b.stride}, depth, {c.data + n, c.stride, c.add});
   }
 };
@@ -87,11 +92,14 @@ struct TileProduct {
 
   void operator()(Operand a, int64_t rows, Operand b, int64_t cols, int64_t depth, Result c) {
     for (int64_t n = 0; n < cols; n += 32)
-      for (int64_t r = 0; r < rows; r += 32) block(a.words + r * a.stride, 4 * a.stride, b.words + n, 4 * b.stride, depth, c.data + r * c.stride + n, c.stride, c.add);
+      for (int64_t r = 0; r < rows; r += 32)
+        block(a.words + r * a.stride, 4 * a.stride, b.words + n, 4 * b.stride, depth, c.data + r * c.stride + n, c.stride,
+              c.add);
   }
 
  private:
-  void block(const Word* a, int64_t a_bytes, const Word* b, int64_t b_bytes, int64_t depth, float* c, int64_t stride, bool add) {
+  void block(const Word* a, int64_t a_bytes, const Word* b, int64_t b_bytes, int64_t depth, float* c, int64_t stride,
+             bool add) {
     float* const lower = c + 16 * stride;
     if (add) {
       tiles.load<0>(c, 4 * stride), tiles.load<1>(c + 16, 4 * stride);

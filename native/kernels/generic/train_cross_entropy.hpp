@@ -3,9 +3,10 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-// log(sum of e^x) - x[label]; NaN where a logit is NaN or plus infinity, or all are minus infinity. The sum is made of pieces in fp32,
-// and of these in double. With `keeps` an fp32 row is left holding e^(x - top).
-template <class T> static double loss_of(T* x, int64_t n, int64_t label, bool keeps, float& top, double& total) {
+// log(sum of e^x) - x[label]; NaN where a logit is NaN or plus infinity, or all are minus infinity. The sum is made of pieces
+// in fp32, and of these in double. With `keeps` an fp32 row is left holding e^(x - top).
+template <class T>
+static double loss_of(T* x, int64_t n, int64_t label, bool keeps, float& top, double& total) {
   F tops[4];
   for (F& t : tops) t = set(-3.4028234664e38f);  // not -inf, from which -inf could not be subtracted
   int64_t i = 0;
@@ -15,8 +16,10 @@ template <class T> static double loss_of(T* x, int64_t n, int64_t label, bool ke
   top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
 
   float target;
-  if constexpr (sizeof(T) == 2) target = from_bf16(x[label]);
-  else target = x[label];
+  if constexpr (sizeof(T) == 2)
+    target = from_bf16(x[label]);
+  else
+    target = x[label];
   const F shift = set(top);
   total = 0;
   constexpr int64_t piece = 2048;
@@ -38,11 +41,14 @@ template <class T> static double loss_of(T* x, int64_t n, int64_t label, bool ke
 }
 
 // (softmax(x) - [label]) factor, in type G from the row's start on: behind what is still to be read.
-template <class T, class G> static void gradient_of(T* x, int64_t n, int64_t label, float factor, float top, double total, G* out) {
+template <class T, class G>
+static void gradient_of(T* x, int64_t n, int64_t label, float factor, float top, double total, G* out) {
   const F scale = set((float)((double)factor / total)), shift = set(top);
   F e_label;
-  if constexpr (sizeof(T) == 4) e_label = set(x[label]);
-  else e_label = exp(sub(set(from_bf16(x[label])), shift));
+  if constexpr (sizeof(T) == 4)
+    e_label = set(x[label]);
+  else
+    e_label = exp(sub(set(from_bf16(x[label])), shift));
   for (int64_t i = 0; i < n; i += 16) {
     F e = load_some(x + i, n - i);
     if constexpr (sizeof(T) == 2) e = exp(sub(e, shift));

@@ -1,4 +1,5 @@
-// Fills this variant's TrainElementwise; included once, behind its lanes. As table.inl: nothing of the standard library that emits code.
+// Fills this variant's TrainElementwise; included once, behind its lanes. As table.inl: nothing of the standard library that
+// emits code.
 #include "../train_elementwise.hpp"
 #include "math.hpp"
 // After math.hpp: they use its names.

@@ -1,9 +1,13 @@
-// Numbers in memory, fp32 or bf16 (uint16_t here), as lanes and back: up to 16 at a time, and nothing beyond the last is touched.
+// Numbers in memory, fp32 or bf16 (uint16_t here), as lanes and back: up to 16 at a time, and nothing beyond the last is
+// touched.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-template <class T> DSO_INLINE int64_t fewer(int64_t n) { return n < 16 ? n * (int64_t)sizeof(T) : 16 * (int64_t)sizeof(T); }
+template <class T>
+DSO_INLINE int64_t fewer(int64_t n) {
+  return n < 16 ? n * (int64_t)sizeof(T) : 16 * (int64_t)sizeof(T);
+}
 
 DSO_INLINE F load_some(const float* p, int64_t n) { return n >= 16 ? load(p) : load(p, n); }
 DSO_INLINE F load_some(const uint16_t* p, int64_t n) {
@@ -19,7 +23,8 @@ DSO_INLINE void store_some(uint16_t* p, F x, int64_t n) {
   memcpy(p, few, (size_t)fewer<uint16_t>(n));
 }
 
-// The random 32 bits of an element: Hoang's and Wellons's "lowbias32" with a key at each end. train/ops/random_bits.py has it too.
+// The random 32 bits of an element: Hoang's and Wellons's "lowbias32" with a key at each end. train/ops/random_bits.py has it
+// too.
 DSO_INLINE I random_bits(int64_t element, uint32_t key, uint32_t second) {
   I x = iadd(iadd(count_up(), iset((int32_t)(uint32_t)element)), iset((int32_t)key));
   x = imul(ixor(x, shr<16>(x)), iset(0x7feb352d));
@@ -28,7 +33,8 @@ DSO_INLINE I random_bits(int64_t element, uint32_t key, uint32_t second) {
   return ixor(x, shr<16>(x));
 }
 
-// Rounded to bf16, up with the probability of what is cut off, by 16 random bits: the expected value is x. NaN and infinity stay.
+// Rounded to bf16, up with the probability of what is cut off, by 16 random bits: the expected value is x. NaN and infinity
+// stay.
 DSO_INLINE F round_by_chance(F x, I sixteen) {
   return where_nan(x, x, from_bits(iand(iadd(bits(x), sixteen), iset((int32_t)0xffff0000))));
 }

@@ -1,10 +1,11 @@
-// Panels: what the products of training read. 16 lanes (rows of the left matrix, columns of the right one) by so many steps; a step is
-// 4 bytes of each lane: two bf16 numbers of k ascending, or one fp32 number. A panel is blocks of 16 steps, 1 KB: step after step
-// ("steps first": vectors, and the right matrix of tile registers) or lane after lane (their left matrix). Lanes and k past the end
-// are zero.
+// Panels: what the products of training read. 16 lanes (rows of the left matrix, columns of the right one) by so many steps; a
+// step is 4 bytes of each lane: two bf16 numbers of k ascending, or one fp32 number. A panel is blocks of 16 steps, 1 KB: step
+// after step
+// ("steps first": vectors, and the right matrix of tile registers) or lane after lane (their left matrix). Lanes and k past the
+// end are zero.
 //
-// Where k is the dimension that lies together in memory a block comes lane by lane, otherwise step by step; a transposition of 16 x 16
-// makes the one of the other.
+// Where k is the dimension that lies together in memory a block comes lane by lane, otherwise step by step; a transposition of
+// 16 x 16 makes the one of the other.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -24,7 +25,8 @@ constexpr int64_t columns_of_step(Numbers kind) { return kind == Numbers::bf16 ?
 constexpr int64_t columns_of_block(Numbers kind) { return block_steps * columns_of_step(kind); }
 
 // n numbers, 16 at most count, the rest zero.
-template <bool bf16> DSO_INLINE F read_number(const uint8_t* p, int64_t n) {
+template <bool bf16>
+DSO_INLINE F read_number(const uint8_t* p, int64_t n) {
   if constexpr (bf16) {
     if (n >= 16) return load_bf16(p);
     alignas(32) uint16_t some[16] = {};
@@ -42,7 +44,8 @@ DSO_INLINE F through_bf16(F x) {
 }
 
 // A block's part of one lane: n numbers from p on.
-template <Numbers kind, bool bf16> DSO_INLINE B lane_of(const uint8_t* p, int64_t n) {
+template <Numbers kind, bool bf16>
+DSO_INLINE B lane_of(const uint8_t* p, int64_t n) {
   if constexpr (kind != Numbers::bf16) {
     const F x = read_number<bf16>(p, n);
     return bits(kind == Numbers::rounded && !bf16 ? through_bf16(x) : x);
@@ -60,7 +63,8 @@ template <Numbers kind, bool bf16> DSO_INLINE B lane_of(const uint8_t* p, int64_
 }
 
 // One step of n lanes, of which k numbers exist (at least one); `next`: bytes from a k to the next.
-template <Numbers kind, bool bf16> DSO_INLINE B step_of(const uint8_t* p, int64_t next, int64_t n, int64_t k) {
+template <Numbers kind, bool bf16>
+DSO_INLINE B step_of(const uint8_t* p, int64_t next, int64_t n, int64_t k) {
   if constexpr (kind != Numbers::bf16) {
     const F x = read_number<bf16>(p, n);
     return bits(kind == Numbers::rounded && !bf16 ? through_bf16(x) : x);
@@ -71,12 +75,13 @@ template <Numbers kind, bool bf16> DSO_INLINE B step_of(const uint8_t* p, int64_
   }
 }
 
-// The block of `lanes` lanes and `depth` numbers each that begins at p; `next`: bytes from a row of memory to the next. What a block
-// lacks is zero.
+// The block of `lanes` lanes and `depth` numbers each that begins at p; `next`: bytes from a row of memory to the next. What a
+// block lacks is zero.
 template <Numbers kind, bool bf16, bool along, bool lanes_first, bool whole>
 static void pack_block(const uint8_t* p, int64_t next, int64_t lanes, int64_t depth, uint8_t* to) {
   constexpr int64_t columns = along ? columns_of_block(kind) : columns_of_step(kind);
-  const int64_t n = whole || lanes > 16 ? 16 : lanes, k = whole || depth > columns_of_block(kind) ? columns_of_block(kind) : depth;
+  const int64_t n = whole || lanes > 16 ? 16 : lanes,
+                k = whole || depth > columns_of_block(kind) ? columns_of_block(kind) : depth;
   B x[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
@@ -94,7 +99,9 @@ static void pack_block(const uint8_t* p, int64_t next, int64_t lanes, int64_t de
   for (int i = 0; i < 16; i++) store_bytes(to + 64 * i, x[i]);
 }
 
-constexpr int64_t blocks_for(Numbers kind, int64_t depth) { return (depth + columns_of_block(kind) - 1) / columns_of_block(kind); }
+constexpr int64_t blocks_for(Numbers kind, int64_t depth) {
+  return (depth + columns_of_block(kind) - 1) / columns_of_block(kind);
+}
 
 template <Numbers kind, bool lanes_first, bool bf16, bool along>
 static void pack_in_order(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, uint8_t* to) {
@@ -106,20 +113,27 @@ static void pack_in_order(const ProductOperand& s, int64_t begin, int64_t end, i
       const int64_t panel = along ? i : j, block = along ? j : i, k = k0 + block * columns, lane = begin + 16 * panel;
       const uint8_t* const p = s.data + (along ? lane * next + k * size : k * next + lane * size);
       uint8_t* const at = to + (panel * blocks + block) * block_bytes;
-      if (end - lane >= 16 && k1 - k >= columns) pack_block<kind, bf16, along, lanes_first, true>(p, next, 16, columns, at);
-      else pack_block<kind, bf16, along, lanes_first, false>(p, next, end - lane, k1 - k, at);
+      if (end - lane >= 16 && k1 - k >= columns)
+        pack_block<kind, bf16, along, lanes_first, true>(p, next, 16, columns, at);
+      else
+        pack_block<kind, bf16, along, lanes_first, false>(p, next, end - lane, k1 - k, at);
     }
 }
 
 // Lanes [begin, end) by k in [k0, k1), panel after panel.
 template <Numbers kind, bool lanes_first>
 static void pack_panels(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, uint8_t* to) {
-  if (s.bf16) s.along ? pack_in_order<kind, lanes_first, true, true>(s, begin, end, k0, k1, to) : pack_in_order<kind, lanes_first, true, false>(s, begin, end, k0, k1, to);
-  else s.along ? pack_in_order<kind, lanes_first, false, true>(s, begin, end, k0, k1, to) : pack_in_order<kind, lanes_first, false, false>(s, begin, end, k0, k1, to);
+  if (s.bf16)
+    s.along ? pack_in_order<kind, lanes_first, true, true>(s, begin, end, k0, k1, to)
+            : pack_in_order<kind, lanes_first, true, false>(s, begin, end, k0, k1, to);
+  else
+    s.along ? pack_in_order<kind, lanes_first, false, true>(s, begin, end, k0, k1, to)
+            : pack_in_order<kind, lanes_first, false, false>(s, begin, end, k0, k1, to);
 }
 
 // Part number `part` of `parts` of what pack_panels is going to read comes into L2.
-static void fetch_lanes(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t part, int64_t parts) {
+static void fetch_lanes(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t part,
+                        int64_t parts) {
   const int64_t size = s.bf16 ? 2 : 4, rows = s.along ? end - begin : k1 - k0, bytes = (s.along ? k1 - k0 : end - begin) * size;
   const uint8_t* const p = s.data + (s.along ? begin * s.ld + k0 : k0 * s.ld + begin) * size;
   for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++)

@@ -1,9 +1,9 @@
 // C = A B (+ bias) (+ C) for operands in any of the orders of training: y = x W^T, dx = dy W, dW = dy^T x.
 //
-// After BLIS (Van Zee and van de Geijn, 2015): a block of A is packed, `depth_steps` steps at a time, and stays in L2; a strip of B of a
-// few panels is packed, and the block's panels pass by while it is in L1 and L2. Sums of a depth wait in fp32 scratch for the next, which
-// changes no bit: every number of C is one chain of fused multiply-adds, k ascending (bf16: pairs, as the lanes' dot_bf16 adds them). Bias and
-// what C holds are added last, and the sum is rounded once.
+// After BLIS (Van Zee and van de Geijn, 2015): a block of A is packed, `depth_steps` steps at a time, and stays in L2; a strip
+// of B of a few panels is packed, and the block's panels pass by while it is in L1 and L2. Sums of a depth wait in fp32 scratch
+// for the next, which changes no bit: every number of C is one chain of fused multiply-adds, k ascending (bf16: pairs, as the
+// lanes' dot_bf16 adds them). Bias and what C holds are added last, and the sum is rounded once.
 //
 // An Engine multiplies a few panels of A by a strip: vectors here, tile registers in amx/train_tiles.hpp.
 #pragma once
@@ -12,51 +12,67 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t depth_steps = 288;  // a strip of 3 panels: 54 KB, of which L2 brings what L1 lost faster than it is multiplied
+constexpr int64_t depth_steps =
+    288;  // a strip of 3 panels: 54 KB, of which L2 brings what L1 lost faster than it is multiplied
 
 // Sums of `rows` x 16 `panels` numbers, rows 16 * panels floats apart.
-template <Numbers kind> class Vectors {
+template <Numbers kind>
+class Vectors {
  public:
   static constexpr bool lanes_first = false;
   static constexpr int rows = 16, panels = 3;
 
   // a: a panel; b: a strip, its panels `b_next` bytes apart. begin: sums start from zero.
-  void multiply(const uint8_t* a, [[maybe_unused]] int64_t a_next, const uint8_t* b, int64_t b_next, int64_t steps, int64_t m, int64_t n, float* sums,
-                bool begin) {
+  void multiply(const uint8_t* a, [[maybe_unused]] int64_t a_next, const uint8_t* b, int64_t b_next, int64_t steps, int64_t m,
+                int64_t n, float* sums, bool begin) {
     constexpr int most = registers >= 32 ? 8 : 6, beside = registers >= 32 ? panels : 1;
     const int64_t pieces = (m + most - 1) / most;
     for (int64_t p = 0; p < n; p += beside)
       for (int64_t piece = 0, row = 0; piece < pieces; piece++) {
         const int64_t next = (piece + 1) * m / pieces;
-        some_rows((int)(next - row), (int)(n - p < beside ? n - p : beside), a + 4 * row, b + p * b_next, b_next, steps, sums + row * 16 * panels + 16 * p,
-                  begin);
+        some_rows((int)(next - row), (int)(n - p < beside ? n - p : beside), a + 4 * row, b + p * b_next, b_next, steps,
+                  sums + row * 16 * panels + 16 * p, begin);
         row = next;
       }
   }
 
  private:
-  static void some_rows(int m, int n, const uint8_t* a, const uint8_t* b, int64_t b_next, int64_t steps, float* sums, bool begin) {
+  static void some_rows(int m, int n, const uint8_t* a, const uint8_t* b, int64_t b_next, int64_t steps, float* sums,
+                        bool begin) {
     switch (n) {
-      case 1: return with_panels<1>(m, a, b, b_next, steps, sums, begin);
-      case 2: return with_panels<2>(m, a, b, b_next, steps, sums, begin);
-      default: return with_panels<3>(m, a, b, b_next, steps, sums, begin);
+      case 1:
+        return with_panels<1>(m, a, b, b_next, steps, sums, begin);
+      case 2:
+        return with_panels<2>(m, a, b, b_next, steps, sums, begin);
+      default:
+        return with_panels<3>(m, a, b, b_next, steps, sums, begin);
     }
   }
 
-  template <int N> static void with_panels(int m, const uint8_t* a, const uint8_t* b, int64_t b_next, int64_t steps, float* sums, bool begin) {
+  template <int N>
+  static void with_panels(int m, const uint8_t* a, const uint8_t* b, int64_t b_next, int64_t steps, float* sums, bool begin) {
     switch (m) {
-      case 1: return kernel<1, N>(a, b, b_next, steps, sums, begin);
-      case 2: return kernel<2, N>(a, b, b_next, steps, sums, begin);
-      case 3: return kernel<3, N>(a, b, b_next, steps, sums, begin);
-      case 4: return kernel<4, N>(a, b, b_next, steps, sums, begin);
-      case 5: return kernel<5, N>(a, b, b_next, steps, sums, begin);
-      case 6: return kernel<6, N>(a, b, b_next, steps, sums, begin);
-      case 7: return kernel<7, N>(a, b, b_next, steps, sums, begin);
-      default: return kernel<8, N>(a, b, b_next, steps, sums, begin);
+      case 1:
+        return kernel<1, N>(a, b, b_next, steps, sums, begin);
+      case 2:
+        return kernel<2, N>(a, b, b_next, steps, sums, begin);
+      case 3:
+        return kernel<3, N>(a, b, b_next, steps, sums, begin);
+      case 4:
+        return kernel<4, N>(a, b, b_next, steps, sums, begin);
+      case 5:
+        return kernel<5, N>(a, b, b_next, steps, sums, begin);
+      case 6:
+        return kernel<6, N>(a, b, b_next, steps, sums, begin);
+      case 7:
+        return kernel<7, N>(a, b, b_next, steps, sums, begin);
+      default:
+        return kernel<8, N>(a, b, b_next, steps, sums, begin);
     }
   }
 
-  template <int M, int N> static void kernel(const uint8_t* a, const uint8_t* b, int64_t b_next, int64_t steps, float* sums, bool begin) {
+  template <int M, int N>
+  static void kernel(const uint8_t* a, const uint8_t* b, int64_t b_next, int64_t steps, float* sums, bool begin) {
     F acc[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -92,7 +108,9 @@ template <Numbers kind> class Vectors {
 
 // ---- from sums to C
 
-DSO_INLINE F read_number(const uint8_t* p, bool bf16, int64_t n) { return bf16 ? read_number<true>(p, n) : read_number<false>(p, n); }
+DSO_INLINE F read_number(const uint8_t* p, bool bf16, int64_t n) {
+  return bf16 ? read_number<true>(p, n) : read_number<false>(p, n);
+}
 
 DSO_INLINE void write_number(uint8_t* p, bool bf16, F x, int64_t n) {
   if (!bf16) return store_some((float*)p, x, n);
@@ -103,7 +121,8 @@ DSO_INLINE void write_number(uint8_t* p, bool bf16, F x, int64_t n) {
 }
 
 // Rows [m, m + rows) and columns [n, n + columns); sums are `stride` floats a row.
-static void finish(const ProductResult& c, int64_t m, int64_t rows, int64_t n, int64_t columns, const float* sums, int64_t stride) {
+static void finish(const ProductResult& c, int64_t m, int64_t rows, int64_t n, int64_t columns, const float* sums,
+                   int64_t stride) {
   const int64_t size = c.bf16 ? 2 : 4, bias_size = c.bias_bf16 ? 2 : 4;
   for (int64_t i = 0; i < rows; i++) {
     for (int64_t j = 0; j < columns; j += 16) {
@@ -131,7 +150,8 @@ struct Shares {  // of a thread's scratch
   int64_t bytes() const { return left + right + sums; }
 };
 
-template <class Engine> constexpr int64_t cell_floats = Engine::rows * 16 * Engine::panels;
+template <class Engine>
+constexpr int64_t cell_floats = Engine::rows * 16 * Engine::panels;
 
 // How much of K is packed at a time: even pieces, whole blocks, at least one.
 constexpr int64_t depth_for(Numbers kind, int64_t K) {
@@ -139,10 +159,12 @@ constexpr int64_t depth_for(Numbers kind, int64_t K) {
   return blocks_for(kind, K > 0 ? (K + pieces - 1) / pieces : 1) * columns_of_block(kind);
 }
 
-template <Numbers kind, class Engine> static Shares shares(int64_t rows, int64_t columns, int64_t K) {
+template <Numbers kind, class Engine>
+static Shares shares(int64_t rows, int64_t columns, int64_t K) {
   const int64_t panels = (rows + Engine::rows - 1) / Engine::rows * (Engine::rows / 16);
   const int64_t bytes = depth_for(kind, K) / columns_of_step(kind) * 64;  // of a panel
-  const int64_t cells = K > depth_for(kind, K) ? (columns + 16 * Engine::panels - 1) / (16 * Engine::panels) * (panels * 16 / Engine::rows) : 1;
+  const int64_t cells =
+      K > depth_for(kind, K) ? (columns + 16 * Engine::panels - 1) / (16 * Engine::panels) * (panels * 16 / Engine::rows) : 1;
   return {panels * bytes, Engine::panels * bytes, cells * cell_floats<Engine> * 4};
 }
 
@@ -163,17 +185,18 @@ static void block_with(const ProductJob& job, int64_t m0, int64_t m1, int64_t n0
       pack_panels<kind, false>(job.b, n, n + columns, k, end, right);
       for (int64_t cell = 0; cell < cells; cell++) {
         const int64_t m = m0 + cell * Engine::rows, rows = m1 - m < Engine::rows ? m1 - m : Engine::rows;
-        // The first strip meets A cell by cell: the next one's numbers come from memory while this one's are multiplied, as do those of
-        // the next strip.
+        // The first strip meets A cell by cell: the next one's numbers come from memory while this one's are multiplied, as do
+        // those of the next strip.
         if (n == n0) {
           pack_panels<kind, Engine::lanes_first>(job.a, m, m + rows, k, end, left + cell * (Engine::rows / 16) * panel);
-          if (cell + 1 < cells) fetch_lanes(job.a, m + rows, m1 - m - rows < Engine::rows ? m1 : m + rows + Engine::rows, k, end, 0, 1);
+          if (cell + 1 < cells)
+            fetch_lanes(job.a, m + rows, m1 - m - rows < Engine::rows ? m1 : m + rows + Engine::rows, k, end, 0, 1);
         }
         if (n + strip < n1) fetch_lanes(job.b, n + strip, n1 - n - strip < strip ? n1 : n + 2 * strip, k, end, cell, cells);
         float* const to = parked ? sums + ((n - n0) / strip * cells + cell) * cell_floats<Engine> : sums;
         if (last) fetch(job.c, m, rows, n, columns);
-        engine.multiply(left + cell * (Engine::rows / 16) * panel, panel, right, panel, (end - k + columns_of_step(kind) - 1) / columns_of_step(kind), rows,
-                        (columns + 15) / 16, to, k == 0);
+        engine.multiply(left + cell * (Engine::rows / 16) * panel, panel, right, panel,
+                        (end - k + columns_of_step(kind) - 1) / columns_of_step(kind), rows, (columns + 15) / 16, to, k == 0);
         if (last) finish(job.c, m, rows, n, columns, to, strip);
       }
     }
@@ -183,11 +206,14 @@ static void block_with(const ProductJob& job, int64_t m0, int64_t m1, int64_t n0
 template <template <Numbers> class Engine>
 static void product_block(const ProductJob& job, bool exact, int64_t m0, int64_t m1, int64_t n0, int64_t n1, uint8_t* scratch) {
   if (exact) return block_with<Numbers::fp32, Vectors<Numbers::fp32>>(job, m0, m1, n0, n1, scratch);
-  if constexpr (has_dot_bf16) block_with<Numbers::bf16, Engine<Numbers::bf16>>(job, m0, m1, n0, n1, scratch);
-  else block_with<Numbers::rounded, Vectors<Numbers::rounded>>(job, m0, m1, n0, n1, scratch);
+  if constexpr (has_dot_bf16)
+    block_with<Numbers::bf16, Engine<Numbers::bf16>>(job, m0, m1, n0, n1, scratch);
+  else
+    block_with<Numbers::rounded, Vectors<Numbers::rounded>>(job, m0, m1, n0, n1, scratch);
 }
 
-template <template <Numbers> class Engine> static int64_t product_scratch(int64_t rows, int64_t columns, int64_t K) {
+template <template <Numbers> class Engine>
+static int64_t product_scratch(int64_t rows, int64_t columns, int64_t K) {
   const int64_t exact = shares<Numbers::fp32, Vectors<Numbers::fp32>>(rows, columns, K).bytes();
   const int64_t rounded = shares<Numbers::bf16, Engine<Numbers::bf16>>(rows, columns, K).bytes();
   return exact > rounded ? exact : rounded;
@@ -195,7 +221,8 @@ template <template <Numbers> class Engine> static int64_t product_scratch(int64_
 
 // ---- the gradient of a bias
 
-static void column_sums(const ProductOperand& x, int64_t T, int64_t n0, int64_t n1, uint8_t* sums, bool bf16, bool to_be_added) {
+static void column_sums(const ProductOperand& x, int64_t T, int64_t n0, int64_t n1, uint8_t* sums, bool bf16,
+                        bool to_be_added) {
   constexpr int beside = 4;
   const int64_t size = x.bf16 ? 2 : 4, to = bf16 ? 2 : 4;
   for (int64_t n = n0; n < n1; n += 16 * beside) {

@@ -1,11 +1,13 @@
-// Row-wise ops of training, forward and backward: RMS norm, SwiGLU, RoPE. Arithmetic in fp32, one rounding a number that is stored.
-// T is float, or uint16_t for bf16. Results may lie where operands do, element for element, unless a comment says otherwise.
+// Row-wise ops of training, forward and backward: RMS norm, SwiGLU, RoPE. Arithmetic in fp32, one rounding a number that is
+// stored. T is float, or uint16_t for bf16. Results may lie where operands do, element for element, unless a comment says
+// otherwise.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
 
 // ---- y = x rstd w, rstd = 1 / sqrt(mean(x^2) + eps)
-template <class T> static void rms_norm_row(const T* x, const T* weight, int64_t n, float eps, T* y, float* rstd) {
+template <class T>
+static void rms_norm_row(const T* x, const T* weight, int64_t n, float eps, T* y, float* rstd) {
   F s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 64 <= n; i += 64)
@@ -24,7 +26,8 @@ template <class T> static void rms_norm_row(const T* x, const T* weight, int64_t
 }
 
 // dx = rstd (g - x rstd^2 mean(g x)), g = dy w;  dw += dy x rstd, unless it is null
-template <class T> static void rms_norm_backward_row(const T* dy, const T* x, const T* weight, float rstd, int64_t n, T* dx, float* dw) {
+template <class T>
+static void rms_norm_backward_row(const T* dy, const T* x, const T* weight, float rstd, int64_t n, T* dx, float* dw) {
   F s[2] = {zero(), zero()};
   for (int64_t i = 0; i < n; i += 32)
     for (int j = 0; j < 2 && i + 16 * j < n; ++j) {
@@ -42,12 +45,14 @@ template <class T> static void rms_norm_backward_row(const T* dy, const T* x, co
 }
 
 // ---- h = silu(gate) up
-template <class T> static void swiglu_row(const T* gate, const T* up, int64_t n, T* h) {
+template <class T>
+static void swiglu_row(const T* gate, const T* up, int64_t n, T* h) {
   for (int64_t i = 0; i < n; i += 16) store_some(h + i, mul(silu(load_some(gate + i, n - i)), load_some(up + i, n - i)), n - i);
 }
 
 // dgate = dh up s (1 + gate (1 - s)), dup = dh gate s, s = sigmoid(gate); h = gate s up where it is asked for
-template <class T> static void swiglu_backward_row(const T* gate, const T* up, const T* dh, int64_t n, T* dgate, T* dup, T* h) {
+template <class T>
+static void swiglu_backward_row(const T* gate, const T* up, const T* dh, int64_t n, T* dgate, T* dup, T* h) {
   const F one = set(1.0f);
   for (int64_t i = 0; i < n; i += 16) {
     const int64_t k = n - i;
@@ -59,7 +64,8 @@ template <class T> static void swiglu_backward_row(const T* gate, const T* up, c
 }
 
 // ---- out = scale x (+ out)
-template <class X, class T> static void scale_range(const X* x, float scale, bool adds, int64_t n, T* out) {
+template <class X, class T>
+static void scale_range(const X* x, float scale, bool adds, int64_t n, T* out) {
   const F factor = set(scale);
   for (int64_t i = 0; i < n; i += 16) {
     const F v = mul(load_some(x + i, n - i), factor);
@@ -68,7 +74,8 @@ template <class X, class T> static void scale_range(const X* x, float scale, boo
 }
 
 // ---- out = the sum of `count` rows of x (+ out), in this order
-template <class X, class T> static void sum_of_rows(const X* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds, T* out) {
+template <class X, class T>
+static void sum_of_rows(const X* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds, T* out) {
   for (int64_t i = 0; i < n; i += 16) {
     F total = zero();
     for (int64_t k = 0; k < count; ++k) total = add(total, load_some(x + which[k] * ld + i, n - i));
@@ -80,16 +87,20 @@ template <class X, class T> static void sum_of_rows(const X* x, int64_t ld, cons
 //   forward   a' = a cos_i - b sin_i,  b' = b cos_(i + half) + a sin_(i + half)       x may be interleaved
 //   backward  a' = a cos_i + b sin_(i + half),  b' = b cos_(i + half) - a sin_i       out may be interleaved
 // Numbers from 2 half on are copied. With interleaving, out must not be x.
-template <class T> DSO_INLINE void load_pairs(const T* p, int64_t n, F& a, F& b) {
+template <class T>
+DSO_INLINE void load_pairs(const T* p, int64_t n, F& a, F& b) {
   float x[16] = {}, y[16] = {};
   for (int64_t i = 0; i < (n < 16 ? n : 16); ++i) {
-    if constexpr (sizeof(T) == 2) x[i] = from_bf16(p[2 * i]), y[i] = from_bf16(p[2 * i + 1]);
-    else x[i] = p[2 * i], y[i] = p[2 * i + 1];
+    if constexpr (sizeof(T) == 2)
+      x[i] = from_bf16(p[2 * i]), y[i] = from_bf16(p[2 * i + 1]);
+    else
+      x[i] = p[2 * i], y[i] = p[2 * i + 1];
   }
   a = load(x);
   b = load(y);
 }
-template <class T> DSO_INLINE void store_pairs(T* p, F a, F b, int64_t n) {
+template <class T>
+DSO_INLINE void store_pairs(T* p, F a, F b, int64_t n) {
   T x[16], y[16];
   store_some(x, a, 16);
   store_some(y, b, 16);
@@ -103,10 +114,13 @@ static void rope_token(const dso_train_rotation& r, const T* x, const T* cosine,
     for (int64_t i = 0; i < half; i += 16) {
       const int64_t n = half - i;
       const int64_t second = r.halves ? i + half : i;
-      const F c1 = load_some(cosine + i, n), c2 = load_some(cosine + second, n), s1 = load_some(sine + i, n), s2 = load_some(sine + second, n);
+      const F c1 = load_some(cosine + i, n), c2 = load_some(cosine + second, n), s1 = load_some(sine + i, n),
+              s2 = load_some(sine + second, n);
       F a, b;
-      if (r.interleaved && !r.backward) load_pairs(x + 2 * i, n, a, b);
-      else a = load_some(x + i, n), b = load_some(x + half + i, n);
+      if (r.interleaved && !r.backward)
+        load_pairs(x + 2 * i, n, a, b);
+      else
+        a = load_some(x + i, n), b = load_some(x + half + i, n);
       const F left = r.backward ? fma(b, s2, mul(a, c1)) : fnma(b, s1, mul(a, c1));
       const F right = r.backward ? fnma(a, s1, mul(b, c2)) : fma(a, s2, mul(b, c2));
       if (r.interleaved && r.backward) {
@@ -124,42 +138,65 @@ static void rope_token(const dso_train_rotation& r, const T* x, const T* cosine,
 static bool is_bf16(int32_t type) { return type == DSO_TYPE_BF16; }
 
 static void rms_norm_forward(int32_t type, const void* x, const void* weight, int64_t n, float eps, void* y, float* rstd) {
-  if (is_bf16(type)) rms_norm_row((const uint16_t*)x, (const uint16_t*)weight, n, eps, (uint16_t*)y, rstd);
-  else rms_norm_row((const float*)x, (const float*)weight, n, eps, (float*)y, rstd);
+  if (is_bf16(type))
+    rms_norm_row((const uint16_t*)x, (const uint16_t*)weight, n, eps, (uint16_t*)y, rstd);
+  else
+    rms_norm_row((const float*)x, (const float*)weight, n, eps, (float*)y, rstd);
 }
-static void rms_norm_backward(int32_t type, const void* dy, const void* x, const void* weight, float rstd, int64_t n, void* dx, float* dw) {
-  if (is_bf16(type)) rms_norm_backward_row((const uint16_t*)dy, (const uint16_t*)x, (const uint16_t*)weight, rstd, n, (uint16_t*)dx, dw);
-  else rms_norm_backward_row((const float*)dy, (const float*)x, (const float*)weight, rstd, n, (float*)dx, dw);
+static void rms_norm_backward(int32_t type, const void* dy, const void* x, const void* weight, float rstd, int64_t n, void* dx,
+                              float* dw) {
+  if (is_bf16(type))
+    rms_norm_backward_row((const uint16_t*)dy, (const uint16_t*)x, (const uint16_t*)weight, rstd, n, (uint16_t*)dx, dw);
+  else
+    rms_norm_backward_row((const float*)dy, (const float*)x, (const float*)weight, rstd, n, (float*)dx, dw);
 }
 static void swiglu_forward(int32_t type, const void* gate, const void* up, int64_t n, void* h) {
-  if (is_bf16(type)) swiglu_row((const uint16_t*)gate, (const uint16_t*)up, n, (uint16_t*)h);
-  else swiglu_row((const float*)gate, (const float*)up, n, (float*)h);
+  if (is_bf16(type))
+    swiglu_row((const uint16_t*)gate, (const uint16_t*)up, n, (uint16_t*)h);
+  else
+    swiglu_row((const float*)gate, (const float*)up, n, (float*)h);
 }
-static void swiglu_backward(int32_t type, const void* gate, const void* up, const void* dh, int64_t n, void* dgate, void* dup, void* h) {
-  if (is_bf16(type)) swiglu_backward_row((const uint16_t*)gate, (const uint16_t*)up, (const uint16_t*)dh, n, (uint16_t*)dgate, (uint16_t*)dup, (uint16_t*)h);
-  else swiglu_backward_row((const float*)gate, (const float*)up, (const float*)dh, n, (float*)dgate, (float*)dup, (float*)h);
+static void swiglu_backward(int32_t type, const void* gate, const void* up, const void* dh, int64_t n, void* dgate, void* dup,
+                            void* h) {
+  if (is_bf16(type))
+    swiglu_backward_row((const uint16_t*)gate, (const uint16_t*)up, (const uint16_t*)dh, n, (uint16_t*)dgate, (uint16_t*)dup,
+                        (uint16_t*)h);
+  else
+    swiglu_backward_row((const float*)gate, (const float*)up, (const float*)dh, n, (float*)dgate, (float*)dup, (float*)h);
 }
 static void rope_heads(const dso_train_rotation& r, const void* x, const void* cosine, const void* sine, void* out) {
-  if (is_bf16(r.type)) rope_token(r, (const uint16_t*)x, (const uint16_t*)cosine, (const uint16_t*)sine, (uint16_t*)out);
-  else rope_token(r, (const float*)x, (const float*)cosine, (const float*)sine, (float*)out);
+  if (is_bf16(r.type))
+    rope_token(r, (const uint16_t*)x, (const uint16_t*)cosine, (const uint16_t*)sine, (uint16_t*)out);
+  else
+    rope_token(r, (const float*)x, (const float*)cosine, (const float*)sine, (float*)out);
 }
-static void rows_summed(int32_t x_type, const void* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds, int32_t out_type, void* out) {
+static void rows_summed(int32_t x_type, const void* x, int64_t ld, const int64_t* which, int64_t count, int64_t n, bool adds,
+                        int32_t out_type, void* out) {
   if (is_bf16(x_type)) {
-    if (is_bf16(out_type)) sum_of_rows((const uint16_t*)x, ld, which, count, n, adds, (uint16_t*)out);
-    else sum_of_rows((const uint16_t*)x, ld, which, count, n, adds, (float*)out);
+    if (is_bf16(out_type))
+      sum_of_rows((const uint16_t*)x, ld, which, count, n, adds, (uint16_t*)out);
+    else
+      sum_of_rows((const uint16_t*)x, ld, which, count, n, adds, (float*)out);
   } else {
-    if (is_bf16(out_type)) sum_of_rows((const float*)x, ld, which, count, n, adds, (uint16_t*)out);
-    else sum_of_rows((const float*)x, ld, which, count, n, adds, (float*)out);
+    if (is_bf16(out_type))
+      sum_of_rows((const float*)x, ld, which, count, n, adds, (uint16_t*)out);
+    else
+      sum_of_rows((const float*)x, ld, which, count, n, adds, (float*)out);
   }
 }
-static void scale_numbers(int32_t x_type, const void* x, float scale, bool adds, int64_t begin, int64_t end, int32_t out_type, void* out) {
+static void scale_numbers(int32_t x_type, const void* x, float scale, bool adds, int64_t begin, int64_t end, int32_t out_type,
+                          void* out) {
   const int64_t n = end - begin;
   if (is_bf16(x_type)) {
-    if (is_bf16(out_type)) scale_range((const uint16_t*)x + begin, scale, adds, n, (uint16_t*)out + begin);
-    else scale_range((const uint16_t*)x + begin, scale, adds, n, (float*)out + begin);
+    if (is_bf16(out_type))
+      scale_range((const uint16_t*)x + begin, scale, adds, n, (uint16_t*)out + begin);
+    else
+      scale_range((const uint16_t*)x + begin, scale, adds, n, (float*)out + begin);
   } else {
-    if (is_bf16(out_type)) scale_range((const float*)x + begin, scale, adds, n, (uint16_t*)out + begin);
-    else scale_range((const float*)x + begin, scale, adds, n, (float*)out + begin);
+    if (is_bf16(out_type))
+      scale_range((const float*)x + begin, scale, adds, n, (uint16_t*)out + begin);
+    else
+      scale_range((const float*)x + begin, scale, adds, n, (float*)out + begin);
   }
 }
 
