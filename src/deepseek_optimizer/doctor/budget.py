@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..graph.attention_mode import BLOCK
+from ..graph.ir import BLOCK
 from ..system.memory import less_reserve
 from .case import Case
 

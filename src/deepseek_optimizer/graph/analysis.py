@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from ..errors import GraphError
-from .ir import Graph, Node, Value
-
-# What a step is run for, beside hidden states.
-EFFECTS = ("cache_write", "rope_cache", "latent_write", "index_write", "lm_head")
-
-Shapes = list[tuple[str, tuple[int, ...]]]
+from .ir import Graph, Value
+from .ops import spec_of
 
 
 def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
@@ -28,7 +24,7 @@ def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
     for i in range(len(graph.nodes) - 1, -1, -1):
         node = graph.nodes[i]
         asked = node.op == "hidden_out" and node.attrs["index"] in wanted
-        if asked or node.op in EFFECTS or needed.intersection(node.outputs):
+        if asked or spec_of(node).has_effect or needed.intersection(node.outputs):
             needed.update(node.inputs)
         else:
             only.add(i)
@@ -42,7 +38,7 @@ def weight_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for node in graph.nodes:
-        for name, shape in _SHAPES.get(node.op, _matrices)(node, graph):
+        for name, shape in spec_of(node).weight_shapes(node, graph):
             if shapes.setdefault(name, shape) != shape:
                 raise GraphError(f"{name!r} is used as {shapes[name]} and as {shape}")
     return shapes
@@ -55,51 +51,11 @@ def stack_shapes(graph: Graph) -> dict[str, tuple[int, int, int]]:
     """
     stacks = {}
     for node in graph.nodes:
-        for name, (count, rows, cols) in _experts(node, graph) if node.op in ("experts_gate_up", "experts_down") else ():
-            halves = 2 if node.op == "experts_gate_up" else 1
-            stacks[name] = (halves * count, rows // halves, cols)
+        spec = spec_of(node)
+        if spec.stacked:
+            ((name, (experts, rows, cols)),) = spec.weight_shapes(node, graph)
+            stacks[name] = (spec.stacked * experts, rows // spec.stacked, cols)
     return stacks
-
-
-def _vector(node: Node, _: Graph) -> Shapes:
-    return [(name, (node.inputs[0].width,)) for name in node.weights]
-
-
-def _experts(node: Node, _: Graph) -> Shapes:
-    experts, x, y = node.attrs["experts"], node.inputs[0].width, node.outputs[0].width
-    return [(node.weights[0], (experts, 2 * y if node.op == "experts_gate_up" else y, x))]
-
-
-def _router(node: Node, _: Graph) -> Shapes:
-    experts, bias = node.attrs["experts"], node.attrs["bias"]
-    return [(node.weights[0], (experts, node.inputs[0].width)), *([(bias, (experts,))] if bias is not None else [])]
-
-
-def _mla(node: Node, _: Graph) -> Shapes:
-    a = node.attrs
-    return [(node.weights[0], (a["heads"] * (a["nope"] + a["v_dim"]), a["rank"]))]
-
-
-def _matrices(node: Node, _: Graph) -> Shapes:
-    biases = node.attrs["biases"] if "biases" in node.attrs else (node.attrs.get("bias"),)
-    outputs = node.outputs * (len(node.weights) // max(1, len(node.outputs)))  # gate_up: two matrices, one output
-    matrices = [(name, (out.width, node.inputs[0].width)) for name, out in zip(node.weights, outputs, strict=True)]
-    return [*matrices, *((name, (out.width,)) for name, out in zip(biases, outputs, strict=False) if name is not None)]
-
-
-_SHAPES: Mapping[str, Callable[[Node, Graph], Shapes]] = {
-    "embedding": lambda n, g: [(n.weights[0], (g.vocab_size, g.hidden_size))],
-    "head_norm": lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
-    "rms_norm": _vector,
-    "add_rms_norm": _vector,
-    "layer_norm": _vector,
-    "latent": lambda n, g: [(n.weights[0], (n.attrs["rank"],))],
-    "mla_attention": _mla,
-    "latent_choose": _mla,
-    "router": _router,
-    "experts_gate_up": _experts,
-    "experts_down": _experts,
-}
 
 
 def dynamic_rope(graph: Graph) -> Any:

@@ -13,11 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import ConfigError
-from .analysis import EFFECTS
-from .ir import Graph, LatentSpec, Node, Value
-
-BLOCK = 32  # tokens, the cache's
-_KEPT = {*EFFECTS, "hidden_out"} - {"index_write"}
+from .ir import BLOCK, Graph, LatentSpec, Node, Value
+from .ops import spec_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,9 @@ def _without_indexer(nodes: list[Node]) -> list[Node]:
     kept: list[Node] = []
     read: set[Value] = set()
     for node in reversed(nodes):
-        if node.op in _KEPT or read.intersection(node.outputs):
+        spec = spec_of(node)
+        kept_always = spec.returns is not None or spec.writes not in (None, "index keys")
+        if kept_always or read.intersection(node.outputs):
             kept.append(_narrowed(node, read) if node.op == "linear" else node)
             read.update(node.inputs)
     return kept[::-1]

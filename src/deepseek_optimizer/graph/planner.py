@@ -10,15 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .ir import Graph, Node, Value
-
-# Ops that may write an output over an input that nobody reads later: (output, input) by index.
-IN_PLACE: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "add": ((0, 0), (0, 1)),
-    "add_rms_norm": ((0, 0),),
-    "rope": ((0, 0),),
-    "rope_cache": ((0, 0),),
-    "latent": ((0, 0),),
-}
+from .ops import spec_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def last_uses(graph: Graph) -> dict[Value, int]:
 def _overwritten(node: Node, out_index: int, dying: set[Value]) -> Value | None:
     """The dying input that this output may be written over."""
     out = node.outputs[out_index]
-    for candidate_out, in_index in IN_PLACE.get(node.op, ()):
+    for candidate_out, in_index in spec_of(node).in_place:
         source = node.inputs[in_index]
         same = (source.width, source.kind, source.selected, source.repeat) == (out.width, out.kind, out.selected, out.repeat)
         if candidate_out == out_index and source in dying and same:
