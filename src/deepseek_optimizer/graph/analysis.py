@@ -11,11 +11,11 @@ from .ops import spec_of
 
 
 def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
-    """Indices of nodes that matter only where hidden states are asked for: `hidden_out` and what feeds nothing else.
+    """Indices of nodes that a step needs only if hidden states are asked for: `hidden_out`, and nodes that feed nothing else.
 
     Args:
-        wanted: indices of hidden states that count as results; what they need is not among the nodes returned. Of a graph
-            without a head the last one always counts: it is what its steps are run for.
+        wanted: indices of hidden states that are results, so that the nodes they depend on are not returned. The last hidden
+            state of a graph without a head always is one.
     """
     if not graph.has_head:
         wanted = {*wanted, graph.hidden_states - 1}
@@ -32,9 +32,11 @@ def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
 
 
 def weight_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Every weight's name -> the shape the graph needs: what a checkpoint can be checked against before memory is taken.
+    """Name of every weight -> the shape that the graph needs, to check a checkpoint by before memory is allocated.
 
-    Shapes are those of Transformers' parameters; a stack of matrices has three axes there, see `stack_shapes`.
+    Shapes are those of Transformers' parameters, where a stack of matrices has three axes; see `stack_shapes`.
+
+    Raises: GraphError where nodes use a weight with different shapes.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for node in graph.nodes:
@@ -45,7 +47,7 @@ def weight_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
 
 
 def stack_shapes(graph: Graph) -> dict[str, tuple[int, int, int]]:
-    """Name of every weight that is a stack of matrices -> (count, rows, cols) of the `PackedStack` that backends take.
+    """Name of every weight that is a stack of matrices -> (count, rows, cols) of the `PackedStack` that backends expect.
 
     A gate_up parameter [E, 2 I, H] is a stack of 2 E matrices [I, H]; a down parameter [E, H, I] one of E.
     """
@@ -59,13 +61,13 @@ def stack_shapes(graph: Graph) -> dict[str, tuple[int, int, int]]:
 
 
 def dynamic_rope(graph: Graph) -> Any:
-    """The `models.rope.RopeSpec` whose frequencies each sequence has for itself; None where all have the same.
+    """The `models.rope.RopeSpec` whose frequencies depend on the sequence; None where all sequences share them.
 
-    Raises: GraphError where there are other tables beside it: a step brings one set of frequencies a sequence.
+    Raises: GraphError where the graph has other RoPE tables as well: a step brings one set of frequencies per sequence.
     """
     tables = [node.attrs["rope"] for node in graph.nodes if node.op == "rope_table"]
     if not any(rope.is_dynamic for rope in tables):
         return None
     if len(tables) > 1:
-        raise GraphError(f"a graph with dynamic RoPE has one table of it, and this one has {len(tables)}")
+        raise GraphError(f"a graph with dynamic RoPE must have one RoPE table, this one has {len(tables)}")
     return tables[0]
