@@ -40,6 +40,12 @@ class ChatSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     skip_special: bool = True
 
+    @property
+    def has_files(self) -> bool:
+        """Whether any part of a message is a file."""
+        contents = (message.get("content") for message in self.messages)
+        return any(part["type"] == "file" for content in contents if isinstance(content, list) for part in content)
+
 
 @dataclass(frozen=True)
 class ChatSetup:
