@@ -24,6 +24,7 @@ from ...graph import rules
 from ...graph.attention_mode import apply_mode, forgetting
 from ...graph.ir import Graph
 from ...graph.rotation import KeyRotation, key_rotation
+from ...models.families import FAMILIES
 from ...quant import Packer, reference_packer
 from ...system.memory import free_memory
 from ..memory.arena import Arena, LatentRow
@@ -406,8 +407,8 @@ def _latent_row(graph: Graph) -> LatentRow | None:
     node = next((node for node in graph.nodes if node.op == "latent"), None)
     if node is None:
         return None
-    # V2's own module turns pairs in place; those that came later bring them into halves first, which changes no product.
-    return LatentRow(node.attrs["rank"], node.attrs["interleaved"] and graph.family != "deepseek_v2")
+    halves = node.attrs["interleaved"] and not FAMILIES[graph.family].interleaved_latents
+    return LatentRow(node.attrs["rank"], halves)
 
 
 def _check_bound(model: Any, graph: Graph) -> None:
