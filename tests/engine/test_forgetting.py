@@ -11,8 +11,8 @@ from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
 from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core, next_token, places
+from support.scripted_proposer import ScriptedProposer
 
 WINDOW = Forgetting(window=100, sinks=4, spare=32)
 

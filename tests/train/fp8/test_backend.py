@@ -11,7 +11,7 @@ from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.train.fp8 import backend, choose, hardware
 from deepseek_optimizer.train.fp8.backend import Fp8
 from deepseek_optimizer.train.fp8.quantise import BLOCK, E4M3, E5M2, ROW, quantise
-from deepseek_optimizer.train.fp8.reference import block_product_reference
+from support.fp8_product import block_product_reference
 
 SHAPES = ((1, 1, 1), (5, 130, 64), (128, 128, 128), (33, 200, 513), (300, 64, 129))  # T, N, K
 CPU = torch.device("cpu")
