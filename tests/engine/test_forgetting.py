@@ -169,7 +169,7 @@ def test_an_embedding_of_a_long_text():
 def test_a_dialogue_without_end(drafts):
     """Positions slide within the model's context while attention sees its own window; what is pinned it does not see."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
-    core = make_core(blocks=40, context=512, window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
+    core = make_core(blocks=40, context=512, cache_window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
     prompt = text(3, 1_500)
     core.add(Request(prompt, endless(1_000), id="a", pinned=((0, 130),)))
     (running,) = core.scheduler.waiting

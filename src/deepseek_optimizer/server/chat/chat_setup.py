@@ -101,7 +101,7 @@ def _fitted(
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
         return lane.template.render(some, tools=tools or None, options=options, max_bytes=state.prompt_size.most)
 
-    whole, window = render(messages), state.engine.window
+    whole, window = render(messages), state.engine.cache_window
     if window is None or len(whole.ids) <= window * 3 // 4:
         return whole, 0
     fitted = fit(
