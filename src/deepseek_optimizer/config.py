@@ -317,7 +317,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
                 f"quantization_config.format_version {config_dict.get('format_version')!r}: this checkpoint was packed by an "
                 "earlier version, whose layout is not read any more; convert the original again"
             )
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types; `from_dict` reads them back to an equal config."""

@@ -15,7 +15,7 @@ from deepseek_optimizer.integration.generation import generate as generate_modul
 from deepseek_optimizer.integration.generation import speculation
 from support.scripted_proposer import ScriptedProposer
 
-from .conftest import make_pair
+from ..conftest import make_pair
 from .test_generate import Recorder
 
 EOS = 2

@@ -30,8 +30,8 @@ class PreparedChat:
         return self.setup.prompt.ids if self.setup else []
 
     @property
-    def pinned(self) -> tuple[int, ...]:
-        """Lengths of the prompt's beginnings that the prefix cache should keep: that of the system message."""
+    def pinned(self) -> tuple[tuple[int, int], ...]:
+        """(begin, end) of prompt tokens that a cache window keeps: those of the system message."""
         return (self.setup.prompt.system,) if self.setup and self.setup.prompt.system else ()
 
     @property
@@ -41,7 +41,7 @@ class PreparedChat:
 
     @property
     def dropped(self) -> int:
-        """Tokens of messages that were left out because the chat has outgrown the attention window."""
+        """Tokens of messages that were left out because the chat has outgrown the cache window."""
         return self.setup.dropped if self.setup else 0
 
     def check_fields(self, **wanted: object) -> None:
