@@ -107,7 +107,7 @@ def _span(case: Case) -> int | None:
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
     """Of a matrix [rows, cols] or a stack [count, rows, cols]."""
-    from ..checkpoint.packed import PackedEntry
+    from ..checkpoint.manifest import PackedEntry
 
     return math.prod(PackedEntry(format_name, shape).tiles)
 
