@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.chats import HERMES, THINKING, WEATHER
 from support.documents import pdf

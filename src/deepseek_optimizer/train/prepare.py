@@ -31,8 +31,8 @@ from .modules.layer import TrainedLayer
 from .modules.linear import TrainedLinear
 from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
+from .modules.mtp_loss import MtpObjective
 from .modules.norm import TrainedNorm
-from .mtp_loss import MtpObjective
 
 # Each with `fits(module)`, which knows a module by what it has; the first that fits is taken.
 FORWARDS: Final[tuple[Any, ...]] = (

@@ -28,7 +28,7 @@ from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
 from .fp8.backend import Fp8, of_arguments
 from .modules.mtp import add_trained_layers
-from .mtp_loss import MtpObjective
+from .modules.mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
 from .ops.memory import memory
 from .ops.native import built

@@ -7,9 +7,9 @@ import weakref
 from typing import Any
 
 from ..bind.instance import Instance
-from ..bind.parameter_count import ParameterCount
 from ..bind.runtime import Runtime
 from .adapters import ModuleWalk
+from .parameter_count import ParameterCount
 from .save import PackedSave
 
 

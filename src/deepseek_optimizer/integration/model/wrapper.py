@@ -24,7 +24,6 @@ from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
 from ..bind.graphs import planned_module, whole_graph
 from ..bind.instance_method import PLANNED, InstanceMethod, Replacement
-from ..bind.parameter_count import ParameterCount
 from ..bind.runtime import Runtime
 from ..bind.swap import matrices_of
 from ..compat import cache_name, chosen_hidden, output_class, take_cache
@@ -35,6 +34,7 @@ from ..generation.steps import Columns, documents_of, run_columns
 from ..load.quantizer import mark_quantized
 from .adapters import ModuleWalk, OutputEmbeddings
 from .outer_model import OuterModel
+from .parameter_count import ParameterCount
 from .resize import ResizeTokens
 from .save import PackedSave
 

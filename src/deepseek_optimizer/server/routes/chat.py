@@ -12,7 +12,7 @@ from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.grammars import chat_grammar, form_of
 from ..chat.intake import admitted_request
 from ..chat.replies import StreamReply, WholeReply
-from ..documents.chats import check_simple, documents_of, set_up_chat, submit_answers
+from ..document_chats.chats import check_simple, documents_of, set_up_chat, submit_answers
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest

@@ -13,7 +13,7 @@ from ..chat.grammars import Form, chat_grammar
 from ..chat.intake import admitted_request
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
-from ..documents.chats import check_simple, documents_of, set_up_chat, submit_answers
+from ..document_chats.chats import check_simple, documents_of, set_up_chat, submit_answers
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,

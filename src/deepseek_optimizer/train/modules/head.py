@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...integration.compat import causal_output
-from ..mtp_loss import MtpObjective
 from .head_loss import head_is_fused, head_loss
+from .mtp_loss import MtpObjective
 
 # Those whose logits are the head's product and nothing more (no cap, no scale), and whose loss is Transformers' causal one.
 FAMILIES: Final = (

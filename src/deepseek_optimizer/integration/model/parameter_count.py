@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .instance_method import Replacement
-from .modules import Packed, PackedEmbedding
+from ..bind.instance_method import Replacement
+from ..bind.modules import Packed, PackedEmbedding
 
 
 class ParameterCount(Replacement):
