@@ -47,7 +47,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     from .checkpoint import load_tokenizer as load
     from .checkpoint import open_checkpoint
-    from .integration.load.loader import resolve
+    from .integration.load.resolve import resolve
     from .models import check_config
 
     with open_checkpoint(resolve(path)) as checkpoint:

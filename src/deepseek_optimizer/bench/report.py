@@ -141,7 +141,7 @@ def _quality(request: Request, model: Any, tokenizer: Any, text: str | None) -> 
 
 def _peer_commands(request: Request) -> dict[str, Callable[[Work, int], list[str]]]:
     """Peer -> what starts its side for a work and a number of threads."""
-    from ..integration.load.loader import resolve
+    from ..integration.load.resolve import resolve
     from .peers import get_peer
     from .peers.environments import interpreter
 

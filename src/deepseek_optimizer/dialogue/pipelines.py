@@ -283,7 +283,7 @@ def _path(unloaded: Unloaded) -> str:
     Raises:
         ConfigError: `model_kwargs` has what a load does not take.
     """
-    from ..integration.load.loader import resolve
+    from ..integration.load.resolve import resolve
 
     kwargs = unloaded.kwargs
     device_map = kwargs.get("device_map")

@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from ..draft import Draft
 from ..sequence import Sequence
-from .base import Draft
 
 
 class ScriptedProposer:

@@ -151,7 +151,7 @@ class PackingQuantizer(HfQuantizer):
 
     def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
         from .adapt import calibration_tokens
-        from .loader import resolve
+        from .resolve import resolve
 
         with torch.device("cpu"), open_checkpoint(resolve(config.name_or_path)) as checkpoint:  # else meta tensors
             tokenizer = load_tokenizer(checkpoint)
@@ -175,6 +175,7 @@ class PackingQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self.mapped.give_back()
+        mark_quantized(model, self.quantization_config)
         bind(model, self.quantization_config)
         model.dso.mappings.update(mappings)
         if self.quantization_config.chooses_formats:

@@ -10,6 +10,7 @@ from ..bind.instance import Instance
 from ..bind.runtime import Runtime
 from .adapters import ModuleWalk
 from .parameter_count import ParameterCount
+from .refuse import RESIZE, Refuse
 from .save import PackedSave
 
 
@@ -26,8 +27,6 @@ class OuterModel(Instance):
         self.attach(model)
 
     def methods(self) -> dict[str, Any]:
-        from .wrapper import RESIZE, Refuse
-
         return {
             "dso": self.runtime,
             "save_pretrained": PackedSave(self),

@@ -22,8 +22,8 @@ from ...checkpoint.stacks import is_stack
 from ...errors import ConfigError
 from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
-from ...integration.load.loader import resolve
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
+from ...integration.load.resolve import resolve
 from ...models import mtp_layers
 from ..checkpoints.experts import read_stack
 
