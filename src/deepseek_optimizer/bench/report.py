@@ -60,7 +60,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     """
     import torch
 
-    from .. import load_model, load_tokenizer
+    from ..optimizer import load_model, load_tokenizer
     from .baseline import check, compare
     from .limits import Limits
     from .measure import hold_against, measure

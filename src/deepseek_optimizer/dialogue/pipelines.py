@@ -20,7 +20,7 @@ from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.pipelines.base import Pipeline
+from transformers import Pipeline
 
 from ..config import DeepSeekConfig
 from ..errors import BackendError, ConfigError, RequestError, shown
@@ -111,7 +111,7 @@ class ConversationalPipeline(Pipeline):
             path = _path(model)
             model = _loaded(path, model.kwargs, fields)
         else:
-            path = getattr(getattr(model, "config", None), "_name_or_path", "")
+            path = getattr(getattr(model, "config", None), "name_or_path", None) or ""
             model = _optimised(model, fields)
         tokenizer = _tokenizer(tokenizer, path)
         if where is not None and model.device != where:
@@ -120,7 +120,8 @@ class ConversationalPipeline(Pipeline):
         super().__init__(model=model, tokenizer=tokenizer, task=task, device=None if mapped else model.device, **generation)
         if not tokenizer.chat_template:
             raise ConfigError("this model has no chat template, so it can't hold a conversation; use text-generation")
-        default_sampling(model, **self._forward_params)  # what is wrong with them is said now
+        _, self._defaults, _ = self._sanitize_parameters(**generation)
+        default_sampling(model, **self._defaults)  # raises now where one is wrong
         self.engine = make_engine(model, tokenizer)
         self.stream_output: bool = own.get("stream_output", False)
         self.max_length: int | None = own.get("max_length")
@@ -165,8 +166,8 @@ class ConversationalPipeline(Pipeline):
         self._close()
         _, forward, _ = self._sanitize_parameters(**generation)
         if stream:
-            return self._stream(self.preprocess(text)["messages"], **{**self._forward_params, **forward})
-        return self.run_single(text, {}, {**self._forward_params, **forward}, {})
+            return self._stream(self.preprocess(text)["messages"], **{**self._defaults, **forward})
+        return self.run_single(text, {}, {**self._defaults, **forward}, {})
 
     def _sanitize_parameters(self, **generation: Any) -> Any:
         if (length := generation.pop("max_length", None)) is not None:
