@@ -27,7 +27,6 @@ from ...checkpoint.load import IGNORED
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
 from ...graph.least import exact_weights
-from ...models import check_config
 from ...quant import PackedWeight, Packer
 from ...system.memory import free_memory
 from ..bind.classes import check_causal
@@ -35,6 +34,7 @@ from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
 from ..bind.runtime import choose_backend, mapper_of, packer_of
 from ..bind.swap import expected_tensors, swap_on_meta
+from ..configs import check_config
 from ..model.wrapper import bind
 from .adapt import adapt, calibration_tokens
 from .importance import importance_for
