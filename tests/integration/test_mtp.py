@@ -21,7 +21,7 @@ from support.models import deepseek_v3, deepseek_v32, random_ids
 from support.mtp_files import save_with_mtp
 from support.tiny_v3 import documents, tiny_v3
 
-from .test_speculation import Always
+from .generation.test_speculation import Always
 
 CONFIGS = {
     "one": lambda: deepseek_v3(num_nextn_predict_layers=1),

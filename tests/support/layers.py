@@ -189,7 +189,7 @@ def table() -> str:
 
 
 def _may(layer: Layer) -> str:
-    if layer.may and layer.may[0].removeprefix("..") == NAMES[NAMES.index(layer.name) - 1]:
+    if layer.may and layer.may[0] == ".." + NAMES[NAMES.index(layer.name) - 1]:
         return "all below"
     parts = [f"`{e[2:]}` and all below it" if e.startswith("..") else f"`{e}`" for e in layer.may]
     return ", ".join(parts) or ("nothing" if layer.name == "errors" else "`errors`")

@@ -36,7 +36,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from support.models import CASES, assert_close_rows, native_cases, random_ids, random_model, randomise
 
-from .conftest import BACKENDS, Pair, check_indexed_hidden_states
+from ..conftest import BACKENDS, Pair, check_indexed_hidden_states
 
 NATIVE = "reference" if unavailable_reason() else "cpu"
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}

@@ -15,7 +15,7 @@ from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.generation import generate as generate_module
 from deepseek_optimizer.integration.generation import speculation
 
-from .conftest import make_pair
+from ..conftest import make_pair
 from .test_generate import Recorder
 
 EOS = 2
