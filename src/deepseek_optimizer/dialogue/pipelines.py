@@ -7,6 +7,8 @@
 
 `pipeline()` loads a model before it tells the pipeline's class what was asked for. So what it loads is `Unloaded`, a name with
 its arguments, and the class packs the weights as they stream in: they are in memory once.
+
+`import deepseek_optimizer` imports this module, so the engine is imported only when a pipeline is made.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Pipeline
+from transformers import AutoTokenizer, Pipeline
 
 from ..config import DeepSeekConfig
 from ..errors import BackendError, ConfigError, RequestError, shown
+from ..integration.bind.runtime import runtime_of
+from ..integration.load.loader import load
+from ..integration.load.resolve import resolve
+from ..optimizer import DynamicGraphOptimizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ..engine.request import Request
@@ -197,7 +203,6 @@ class ConversationalPipeline(Pipeline):
 
     def _stream(self, messages: list[dict[str, str]], **generation: Any) -> Iterator[dict[str, list[str]]]:
         from ..chat.local import default_sampling, dialogue_tokens, request_for, room_of
-        from ..integration.bind.runtime import runtime_of
 
         sampling, whole = default_sampling(self.model, **generation), room_of(self.engine, self.max_length)
         tokens, self.dropped = dialogue_tokens(self.tokenizer, messages, sampling, whole)
@@ -284,8 +289,6 @@ def _path(unloaded: Unloaded) -> str:
     Raises:
         ConfigError: `model_kwargs` has what a load does not take.
     """
-    from ..integration.load.resolve import resolve
-
     kwargs = unloaded.kwargs
     device_map = kwargs.get("device_map")
     if device_map not in (None, "auto", "cpu") and device_map != {"": "cpu"}:
@@ -299,8 +302,6 @@ def _path(unloaded: Unloaded) -> str:
 
 
 def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any]) -> Any:
-    from ..integration.load.loader import load
-
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
     if dtype not in (None, "auto") and "precision" not in fields:
         if dtype not in _PRECISIONS:
@@ -310,8 +311,6 @@ def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any]) -> Any
 
 
 def _optimised(model: Any, fields: dict[str, Any]) -> Any:
-    from ..optimizer import DynamicGraphOptimizer
-
     if "dso" not in getattr(model, "__dict__", {}):
         return DynamicGraphOptimizer(model, config=DeepSeekConfig(**fields)).optimize()
     if fields:
@@ -321,10 +320,6 @@ def _optimised(model: Any, fields: dict[str, Any]) -> Any:
 
 def _tokenizer(given: Any, path: str) -> Any:
     """What was given, or what lies at the path that was, or beside the weights."""
-    from transformers import AutoTokenizer
-
-    from ..optimizer import load_tokenizer
-
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
     source = os.fspath(given) if given is not None else path

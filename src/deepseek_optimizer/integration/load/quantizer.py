@@ -31,8 +31,12 @@ from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
 from ..bind.runtime import choose_backend, mapper_of, packer_of
 from ..bind.swap import expected_tensors, float_shape, swap_on_meta
+from ..model.wrapper import bind
+from .adapt import adapt, calibration_tokens
 from .mapped import MappedFiles
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
+from .pack_op import PackWeight, unmerged
+from .resolve import resolve
 
 _FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
 
@@ -106,15 +110,11 @@ class PackingQuantizer(HfQuantizer):
         return isinstance(module, Packed) and leaf in module.held()
 
     def get_quantize_ops(self) -> Any:
-        from .pack_op import PackWeight  # what it stands on takes a second to import
-
         return PackWeight(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Experts are handed to `PackWeight` one by one, as they are stored: merged first, as Transformers does it, a layer of
         them would be in memory three times."""
-        from .pack_op import unmerged
-
         if self.pre_quantized:
             return weight_conversions
         return [unmerged(conversion) for conversion in weight_conversions]
@@ -150,17 +150,11 @@ class PackingQuantizer(HfQuantizer):
                 add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
     def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
-        from .adapt import calibration_tokens
-        from .resolve import resolve
-
         with torch.device("cpu"), open_checkpoint(resolve(config.name_or_path)) as checkpoint:  # else meta tensors
             tokenizer = load_tokenizer(checkpoint)
             return calibration_tokens(self.quantization_config, tokenizer, config.max_position_embeddings)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ..model.wrapper import bind
-        from .adapt import adapt
-
         if self.refused:
             raise self.refused[0]
         mappings = self._leave_mappings(model)

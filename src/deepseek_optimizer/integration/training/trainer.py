@@ -53,12 +53,12 @@ class HookedTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self.checkpoints_directory(trial)
 
-    def save_checkpoint(self, model: Any, trial: Any) -> None:
+    def write_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint of the present step."""
         super()._save_checkpoint(model, trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.save_checkpoint(model, trial)
+        self.write_checkpoint(model, trial)
 
     def save_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the model's weights and its configs. `state_dict`: the weights; None: the model's."""
@@ -67,12 +67,12 @@ class HookedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.save_weights(output_dir, state_dict)
 
-    def save_optimizer(self, output_dir: str) -> None:
+    def save_optimizer_state(self, output_dir: str) -> None:
         """Writes the states of the optimizer and the scheduler."""
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self.save_optimizer(output_dir)
+        self.save_optimizer_state(output_dir)
 
     def save_random_states(self, output_dir: str) -> None:
         """Writes the states of the random number generators of this process."""
@@ -111,12 +111,12 @@ class HookedTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.warn_of_other_weights(load_result)
 
-    def load_optimizer(self, checkpoint: str | None) -> None:
+    def load_optimizer_state(self, checkpoint: str | None) -> None:
         """Reads the states of the optimizer and the scheduler; None: nothing."""
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self.load_optimizer(checkpoint)
+        self.load_optimizer_state(checkpoint)
 
     def load_random_states(self, checkpoint: str | None) -> None:
         """Reads the states of the random number generators of this process; None: nothing."""

@@ -116,14 +116,14 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
         """While a checkpoint is written, the directory without a name: all that Trainer writes goes there."""
         return super().checkpoints_directory(trial) if self._unnamed is None else str(self._unnamed)
 
-    def save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self.checkpoints_directory(trial))
         target = run / f"checkpoint-{self.state.global_step}"
         best = self.state.best_model_checkpoint
         with self._saving(target), self._directory(run / f".{target.name}.tmp") as unnamed:
             try:
                 self._unnamed = unnamed
-                super().save_checkpoint(model, trial)
+                super().write_checkpoint(model, trial)
                 self._barrier()
             finally:
                 self._unnamed, self.state.best_model_checkpoint = None, best
@@ -214,14 +214,14 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
 
     # ---- what Trainer pickles ----
 
-    def save_optimizer(self, output_dir: str) -> None:
+    def save_optimizer_state(self, output_dir: str) -> None:
         directory = Path(output_dir)
         state = gathered(self.optimizer.state_dict(), self.optimizer.param_groups)
         if self.args.should_save:
             write_state(directory / OPTIMIZER, state)
             write_state(directory / SCHEDULER, self.lr_scheduler.state_dict())
 
-    def load_optimizer(self, checkpoint: str | None) -> None:
+    def load_optimizer_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         directory = Path(checkpoint)
