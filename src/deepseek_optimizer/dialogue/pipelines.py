@@ -122,11 +122,11 @@ class ConversationalPipeline(Pipeline):
         tokenizer = _tokenizer(tokenizer, path)
         if where is not None and model.device != where:
             model.to(where)
+        self._defaults: Any = None
         mapped = getattr(model, "hf_device_map", None) is not None  # then a device is not to be named, not even this one
         super().__init__(model=model, tokenizer=tokenizer, task=task, device=None if mapped else model.device, **generation)
         if not tokenizer.chat_template:
             raise ConfigError("this model has no chat template, so it can't hold a conversation; use text-generation")
-        _, self._defaults, _ = self._sanitize_parameters(**generation)
         default_sampling(model, **self._defaults)  # raises now where one is wrong
         self.engine = make_engine(model, tokenizer)
         self.stream_output: bool = own.get("stream_output", False)
@@ -178,6 +178,8 @@ class ConversationalPipeline(Pipeline):
     def _sanitize_parameters(self, **generation: Any) -> Any:
         if (length := generation.pop("max_length", None)) is not None:
             generation.setdefault("max_new_tokens", length)
+        if self._defaults is None:  # the first call is Pipeline's own, at construction
+            self._defaults = generation
         return {}, generation, {}
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
