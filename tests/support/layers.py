@@ -46,28 +46,39 @@ LAYERS = (
     Layer("versions", "versions of this package and of what it runs on"),
     Layer(
         "system",
-        "what the machine has and allows: memory limits, control groups, threads, progress on a terminal. `sandbox/`: worker "
-        "processes with limits for untrusted input",
+        "limits of the machine (memory, control groups, threads) and progress output; `sandbox/`: worker processes "
+        "with limits, for untrusted input",
         levels=((REST,), ("sandbox",)),
     ),
-    Layer("cache", "the block manager: which block belongs to which sequence, and what is forgotten; prefix cache, "
-          "window policy; no torch"),  # fmt: skip
+    Layer(
+        "cache",
+        "block manager of the paged KV cache (which sequence owns which block, and what may be dropped), prefix "
+        "cache, sliding window; no torch",
+    ),
     Layer("quant", "weight formats: packing, unpacking, error bounds"),
-    Layer("graph", "ops, analysis and planning of graphs, modes of attention; `rules/`: fusion rules",
-          levels=((REST,), ("rules",))),
+    Layer(
+        "graph",
+        "ops, analysis and planning of graphs, modes of attention; `rules/`: fusion rules",
+        levels=((REST,), ("rules",)),
+    ),
     Layer("config", "`DeepSeekConfig`", may=("graph", "quant")),
-    Layer("models", "config -> graph, one file a family; knows no Transformers", may=("graph",)),
-    Layer("checkpoint", "reading and writing files: safetensors, GGUF, packed; checks before memory is taken", may=("quant",)),
+    Layer("models", "build a graph from a config, one file per family; they do not import Transformers", may=("graph",)),
+    Layer(
+        "checkpoint",
+        "reads and writes files: safetensors, GGUF, packed; checks them before memory is allocated",
+        may=("quant",),
+    ),
     Layer(
         "backends",
-        "`reference` (torch) and `cpu` (native): one graph, the same answers",
+        "run a graph: `reference` (torch) and `cpu` (native) give the same results",
         may=("cache", "graph", "quant"),
         levels=(("base",), ("reference", "cpu"), (REST,)),
     ),
     Layer(
         "engine",
-        "many requests at once: `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` (proposers, gate, "
-        "bandit); `core` is a step, `engine` and `async_engine` its faces. No torch except in `runner` and `sampling/sampler`",
+        "serves many requests at once: `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` "
+        "(proposers, gate, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
+        "imported only in `runner` and `sampling/sampler`",
         may=("backends", "cache", "system"),
         levels=(
             ("detokenizer", "draft", "options", "request", "sequence"),
@@ -79,14 +90,17 @@ LAYERS = (
             (REST,),
         ),
     ),
-    Layer("calibration", "what a sample text tells: which columns and matrices are sensitive, which formats meet a budget",
-          may=("backends", "graph", "quant")),  # fmt: skip
+    Layer(
+        "calibration",
+        "measures on a sample text which columns and matrices are sensitive, and which formats meet a quality budget",
+        may=("backends", "graph", "quant"),
+    ),
     Layer(
         "integration",
-        "everything that touches Transformers' internals. `attention/`: attention functions and masks registered with it; "
-        "`memory/`: cache memory; `bind/`: a model joined to a plan (graph, packed modules, runtime); `generation/`: "
-        "`generate` and its cache; `model/`: methods that an optimised model has in place of its class's; `load/`: from files "
-        "to a model and back; `training/`: Trainer and modules as training needs them",
+        "everything that uses Transformers' internals. `attention/`: attention functions and masks registered with "
+        "it; `memory/`: cache memory; `bind/`: a model bound to an execution plan (graph, packed modules, runtime); "
+        "`generation/`: `generate` and its cache; `model/`: methods that an optimised model gets in place of its "
+        "class's; `load/`: loading, packing and saving checkpoints; `training/`: Trainer and modules, for `train/`",
         may=("..calibration",),
         levels=(
             ("compat", "configs"),
@@ -98,18 +112,19 @@ LAYERS = (
         ),
     ),
     Layer("optimizer", "`load_model`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
-    Layer("serving", "`make_engine`, `make_async_engine`: a model and the engine put together", may=("..integration",)),
+    Layer("serving", "`make_engine`, `make_async_engine`: an engine for a model", may=("..integration",)),
     Layer(
         "chat",
-        "conversations, prompts, reasoning in texts; `tools/`: formats of tool calls",
+        "conversations, prompts, reasoning in outputs; `tools/`: one tool-call format per file",
         may=("..serving",),
         levels=(("deltas", "scan"), ("tools",), (REST,)),
     ),
     Layer("dialogue", "conversations as a Transformers pipeline", may=("..chat",)),
     Layer(
         "longdoc",
-        "documents longer than a prompt: `readers/` (file formats), chunks, retrieval, citations; `strategies/`: one way to "
-        "answer a file, each a generator that knows no engine (`work.py`); `long_document.py` drives them",
+        "documents longer than a prompt: `readers/` (file formats), chunks, retrieval, citations; `strategies/`: one "
+        "way of answering per file, each a generator that is independent of the engine (`work.py`); "
+        "`long_document.py` runs them",
         may=("..chat",),
         levels=(
             ("document", "headings", "borders", "words"),
@@ -121,8 +136,8 @@ LAYERS = (
     ),
     Layer(
         "train",
-        "training: `data/` (files to rows of tokens), `ops/` (torch ops with gradients), `fp8/`, `checkpoints/`, `modules/` "
-        "(forwards for Transformers' modules); `config.py` and `job.py`: one run of `dso train`",
+        "training: `data/` (files to rows of tokens), `ops/` (torch ops with gradients), `fp8/`, `checkpoints/`, "
+        "`modules/` (forwards for Transformers' modules); `config.py` and `job.py`: a run of `dso train`",
         may=("..chat",),
         levels=(
             ("kept", "shards"),
@@ -135,21 +150,21 @@ LAYERS = (
     ),
     Layer(
         "bench",
-        "measuring: `peers/` (other engines), `sides/` (the processes that are measured), `long/` (long documents), reports",
+        "benchmarks: `peers/` (other engines), `sides/` (the processes that are measured), `long/` (long documents), reports",
         may=("..chat",),
         levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "report")),
     ),
     Layer(
         "doctor",
-        "what makes a model fail or run badly: one check, one symptom a file",
+        "finds out why a model fails or runs slowly: one check or symptom per file",
         may=("..chat", "bench"),
         levels=(("case", "finding", "machine", "budget", "remedies"), ("checks", "symptoms"), (REST,)),
     ),
     Layer(
         "server",
-        "the HTTP server. `http/`: connections, bodies, keys; `tokens/`: tokenising; `documents/`: uploaded files; "
-        "`protocol/`: OpenAI's requests and answers, one protocol a file; `chat/`: from requests to the engine and back; "
-        "`document_chats/`: chats with documents; `routes/`: one route a file; `page/`: the chat page",
+        "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenising; `documents/`: uploaded files; "
+        "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "
+        "and back; `document_chats/`: chats with documents; `routes/`: one route per file; `page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
             ("keys",),
@@ -165,8 +180,8 @@ LAYERS = (
         ),
     ),
     Layer("__init__", "the public names", may=("..server",)),
-    Layer(CLI, "commands; a package of its own beside the library, so that `dso --help` is fast", may=("..__init__",)),
-)  # fmt: skip
+    Layer(CLI, "the commands; a package of its own, so that `dso --help` starts fast", may=("..__init__",)),
+)
 NAMES = tuple(layer.name for layer in LAYERS)
 
 
