@@ -1,4 +1,4 @@
-# make test | test-interop | test-conformance | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-conformance | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-lowest test-interop test-conformance demo format lint bench bench-train bench-commits soak quality wheel fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo format lint bench bench-train bench-commits soak quality wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -43,8 +43,17 @@ env: $(VENV)/.installed
 wheel: $(WHEELS)/.built
 	@ls $(WHEELS)/*.whl
 
+# worksteal: a worker gets tests that follow one another, so that what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: env
-	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) $(PYTEST_ARGS)
+	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) $(TESTS) $(PYTEST_ARGS)
+
+# Everything else that CI runs. What `make test` runs is not run again.
+test-all: test-native test-lowest test-interop test-conformance test-wide
+
+test-wide: env
+	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) -m wide $(TESTS) $(PYTEST_ARGS)
 
 # Transformers' own tests on optimised models beside plain ones; CONFORMANCE takes families and options (--all: the slow ones too).
 CONFORMANCE ?=
@@ -113,7 +122,7 @@ quality: env
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json
 	$(BIN)/python -m benchmarks.auto
 
-PYTHON_SOURCES := src tests benchmarks examples
+PYTHON_SOURCES := src tests benchmarks examples .ci
 NATIVE_SOURCES := $(shell find native tests/support \( -name '*.hpp' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c' \))
 
 format: env
@@ -127,6 +136,7 @@ lint: env
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/mypy -p benchmarks
+	$(BIN)/python .ci/check_commits.py
 	! test -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile Dockerfile.cuda
 
 include native/native.mk

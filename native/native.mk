@@ -19,10 +19,10 @@ native: $(filter $(BIN)/cmake,$(CMAKE))
 test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON
 	$(CMAKE) --build build/native-sanitized -j $(NATIVE_JOBS)
-	cd build/native-sanitized && ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest --output-on-failure --timeout 600
+	cd build/native-sanitized && ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest -j $(NATIVE_JOBS) --output-on-failure --timeout 600
 	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
 	$(CMAKE) --build build/native -j $(NATIVE_JOBS)
-	cd build/native && ctest --output-on-failure
+	cd build/native && ctest -j $(NATIVE_JOBS) --output-on-failure
 
 # The thread pool and plans that several threads share, under ThreadSanitizer.
 TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from support.rings import Costs, Rings, seed_of
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DSO_CHECK", "1")  # red zones around all that the native library writes into
@@ -15,6 +17,14 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-wide", action="store_true", help="measure all functions, and list the costly ones in wide.txt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs() if config.getoption("--write-wide") else Rings(seed_of(config.rootpath)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,5 @@
-// What a kernel set offers the runtime: one table of plain functions per ISA variant, filled by
-// kernels/<isa>/table.cpp from the algorithms in kernels/generic. The runtime knows threads, slots and steps; a kernel
+// What a kernel set offers the runtime: tables of plain functions per ISA variant, filled by kernels/<isa>/*.cpp from the
+// algorithms in kernels/generic. The runtime knows threads, slots and steps; a kernel
 // knows lanes and tiles. Every function works on a range given by the caller and touches nothing global, so that the
 // runtime alone decides how work is split. Rows are `stride` BYTES apart throughout.
 //
@@ -67,9 +67,72 @@ struct ElementwiseOp {  // out[i] = f(a[i]) or f(a[i], b[i])
   void (*row)(const float* a, const float* b, int64_t n, float* out);
 };
 
-struct Kernels {
-  const char* isa;
+struct LinearKernels {
+  // ---- linear: y[t, n] for tokens [0, T) and row tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are
+  // not written). x rows are of `kind`. `prefill` picks the family (they may be the same code). scratch: private to the
+  // caller's thread, linear_scratch() bytes, 64-aligned. y may be strided; bias may be null.
+  void (*linear)(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, bool prefill,
+                 int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch);
+  size_t linear_scratch;
+};
 
+struct AttentionKernels {
+  // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
+  // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
+  // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
+  // over the absolute chunk `chunk` of attn_chunk tokens; or over as many chosen blocks, from number chunk * attn_chunk / 32
+  // on, and then r1 is r0 + 1. Row r is token ctx + r. Blocks that no row sees are not touched. Writes for every (row, q head):
+  // m, l and o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows
+  // that see nothing of the chunk get m = -inf, l = 0, o = 0.
+  void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
+                            int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale,
+                            int64_t chunk, float* part, uint8_t* scratch);
+  // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
+  void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
+  // The same, to what a chunk would have been that saw all of it: a part, which a later merge takes. Of one part, that part.
+  void (*attn_fold)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
+  // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
+  // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
+  void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
+                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride,
+                       uint8_t* scratch);
+  // The plain form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch of ctx + r + 1 floats.
+  void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
+                     float* scores, float* o);  // sees tokens [first, n)
+  size_t attn_scratch;                          // bytes, private to the caller's thread
+
+  // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the
+  // caller's thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads
+  // them.
+  int64_t (*mla_scratch)(const KvLayout& l);
+  int64_t (*mla_query_bytes)(const KvLayout& l);  // of a packed query, a multiple of 64
+  void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
+  // Tokens chosen[0 .. n) of the sequence; where null, [first, first + n). All of them must have been written.
+  void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
+  // The query sees tokens [begin, end) of these (none where begin >= end) and knows nothing of the others. Writes for every
+  // head what attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
+  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
+                     uint8_t* scratch);
+
+  // Expanded attention, a chunk of attn_chunk tokens and a head at a time: its latents become rows that a product reads, the
+  // product keys and values, these panels, and rows of q go over them. Latents of tokens [first, first + n) as rows of a slot
+  // kind; room: rank floats.
+  void (*mla_rows)(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows,
+                   int64_t stride);
+  int64_t (*mla_panel_bytes)(const MlaHead& head);  // of a chunk
+  // Keys and values of tokens [first, first + n), in rows of `nope` and v_dim numbers, into the panels of their chunk. Tokens
+  // come in order, whole blocks but for the last.
+  void (*mla_panels)(const KvLayout& l, const KvView& v, const MlaHead& head, int64_t first, int64_t n, const float* kv,
+                     int64_t stride, uint8_t* panels);
+  // Rows [r0, r1) of a sequence against the chunk, of which panels are there for every block that a row sees. q, o, and the
+  // state (m, l of row r at [r - r0]) as attn_prefill has them: the caller sets m to -inf, l and o to 0 before a row's first
+  // chunk, and divides o by l behind its last. scratch: attn_scratch bytes.
+  void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0,
+                       int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* m, float* sum, float* o,
+                       int64_t o_stride, uint8_t* scratch);
+};
+
+struct RowKernels {  // the rest: rows of activations, weights and caches
   // ---- the element-wise ops of plans, one row each
   const ElementwiseOp* elementwise_ops;
   int64_t elementwise_count;
@@ -77,13 +140,6 @@ struct Kernels {
   // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) -> the same columns of a slot row
   // (BF16, Q8, Q16) of `width` columns; begin is a multiple of 32, the group that holds column width - 1 is zero-filled.
   void (*convert)(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row);
-
-  // ---- linear: y[t, n] for tokens [0, T) and row tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are
-  // not written). x rows are of `kind`. `prefill` picks the family (they may be the same code). scratch: private to the
-  // caller's thread, linear_scratch() bytes, 64-aligned. y may be strided; bias may be null.
-  void (*linear)(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, bool prefill,
-                 int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch);
-  size_t linear_scratch;
 
   void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
   void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);
@@ -113,30 +169,6 @@ struct Kernels {
 
   void (*kv_rotate)(const KvLayout& l, const KvView& v, int64_t block,
                     const Rotation& turn);  // table: [rot][32 tokens], cosines first
-
-  // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
-  // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
-  // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
-  // over the absolute chunk `chunk` of attn_chunk tokens; or over as many chosen blocks, from number chunk * attn_chunk / 32
-  // on, and then r1 is r0 + 1. Row r is token ctx + r. Blocks that no row sees are not touched. Writes for every (row, q head):
-  // m, l and o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows
-  // that see nothing of the chunk get m = -inf, l = 0, o = 0.
-  void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
-                            int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale,
-                            int64_t chunk, float* part, uint8_t* scratch);
-  // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
-  void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
-  // The same, to what a chunk would have been that saw all of it: a part, which a later merge takes. Of one part, that part.
-  void (*attn_fold)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
-  // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
-  // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
-  void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride,
-                       uint8_t* scratch);
-  // The plain form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch of ctx + r + 1 floats.
-  void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
-                     float* scores, float* o);  // sees tokens [first, n)
-  size_t attn_scratch;                          // bytes, private to the caller's thread
 
   // ---- the choice of blocks, by summaries
   void (*kv_summarise)(const KvLayout& l, const KvView& v, int64_t block);      // of a full block, all heads
@@ -170,38 +202,13 @@ struct Kernels {
   // larger rot.
   void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
                         float* room);
+};
 
-  // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the
-  // caller's thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads
-  // them.
-  int64_t (*mla_scratch)(const KvLayout& l);
-  int64_t (*mla_query_bytes)(const KvLayout& l);  // of a packed query, a multiple of 64
-  void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
-  // Tokens chosen[0 .. n) of the sequence; where null, [first, first + n). All of them must have been written.
-  void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
-  // The query sees tokens [begin, end) of these (none where begin >= end) and knows nothing of the others. Writes for every
-  // head what attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
-  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
-                     uint8_t* scratch);
+// A variant's kernels. Each part has translation units of its own; a variant may share parts with another
+// (runtime/variants.cpp).
+struct Kernels : LinearKernels, AttentionKernels, RowKernels {
+  const char* isa;
 
-  // Expanded attention, a chunk of attn_chunk tokens and a head at a time: its latents become rows that a product reads, the
-  // product keys and values, these panels, and rows of q go over them. Latents of tokens [first, first + n) as rows of a slot
-  // kind; room: rank floats.
-  void (*mla_rows)(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows,
-                   int64_t stride);
-  int64_t (*mla_panel_bytes)(const MlaHead& head);  // of a chunk
-  // Keys and values of tokens [first, first + n), in rows of `nope` and v_dim numbers, into the panels of their chunk. Tokens
-  // come in order, whole blocks but for the last.
-  void (*mla_panels)(const KvLayout& l, const KvView& v, const MlaHead& head, int64_t first, int64_t n, const float* kv,
-                     int64_t stride, uint8_t* panels);
-  // Rows [r0, r1) of a sequence against the chunk, of which panels are there for every block that a row sees. q, o, and the
-  // state (m, l of row r at [r - r0]) as attn_prefill has them: the caller sets m to -inf, l and o to 0 before a row's first
-  // chunk, and divides o by l behind its last. scratch: attn_scratch bytes.
-  void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0,
-                       int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* m, float* sum, float* o,
-                       int64_t o_stride, uint8_t* scratch);
-
-  // ---- training: translation units of their own, train_*.cpp of the ISA's folder
   const TrainProduct* train_product;
   const TrainElementwise* train_elementwise;
   const TrainAttention* train_attention;

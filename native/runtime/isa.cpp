@@ -7,29 +7,6 @@
 
 namespace dso {
 
-// Stand-ins for the variants that the compiler could not build (CMakeLists.txt defines these names).
-#ifdef DSO_WITHOUT_AVX2
-const Kernels* kernels_avx2() { return nullptr; }
-#endif
-#ifdef DSO_WITHOUT_AVX2_VNNI
-const Kernels* kernels_avx2_vnni() { return nullptr; }
-#endif
-#ifdef DSO_WITHOUT_AVX512
-const Kernels* kernels_avx512() { return nullptr; }
-#endif
-#ifdef DSO_WITHOUT_AVX512_VNNI
-const Kernels* kernels_avx512_vnni() { return nullptr; }
-#endif
-#ifdef DSO_WITHOUT_AVX512_BF16
-const Kernels* kernels_avx512_bf16() { return nullptr; }
-#endif
-#ifdef DSO_WITHOUT_AMX
-const Kernels* kernels_amx() { return nullptr; }
-#endif
-#ifdef DSO_WITHOUT_AMX_EMULATED
-const Kernels* kernels_amx_emulated() { return nullptr; }
-#endif
-
 namespace {
 
 constexpr uint32_t kNeedsAvx2 = kAvx2 | kFma | kF16c | kBmi2;

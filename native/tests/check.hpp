@@ -114,6 +114,18 @@ inline std::vector<Variant> variants() {  // those that were built and run here
   return here;
 }
 
+// Those of them whose attention and rows are code of their own: the others share these with one that is here
+// (runtime/variants.cpp), and only their products need a test.
+inline std::vector<Variant> vector_variants() {
+  std::vector<Variant> own;
+  for (const Variant& v : variants()) {
+    bool shared = false;
+    for (const Variant& other : own) shared = shared || other.kernels->attn_prefill == v.kernels->attn_prefill;
+    if (!shared) own.push_back(v);
+  }
+  return own;
+}
+
 // ---- scalar formats
 inline float from_bits(uint32_t u) {
   float f;

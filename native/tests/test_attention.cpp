@@ -289,7 +289,7 @@ static void empty_chunk(const Variant& v, Random& random) {
 
 int main() {
   Random random(2);
-  for (const Variant& v : variants()) {
+  for (const Variant& v : vector_variants()) {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (int i = 0; i < 16; ++i) {
         const int32_t dims[] = {2, 16, 30, 40, 64, 80, 96, 128, 256, 2 * (1 + random.below(128))};

@@ -72,7 +72,7 @@ void compare(const Variant& v, int kind, const std::vector<float>& x, int64_t sp
 }  // namespace
 
 int main() {
-  for (const Variant& v : variants())
+  for (const Variant& v : vector_variants())
     for (int kind : {DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16}) {
       Random random(7);
       for (int width : {1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 576, 1009}) {

@@ -144,7 +144,7 @@ static void extremes(const Variant& v) {
 
 int main() {
   Random random(3);
-  const std::vector<Variant> all = variants();
+  const std::vector<Variant> all = vector_variants();
   for (int64_t n = 1; n <= 130; ++n) {
     rows(all, n, 1, random);
     ops(all, n, random);

@@ -235,7 +235,7 @@ static void folding(const Variant& v, int64_t rank, int64_t chunks, int64_t grou
 
 int main() {
   Random random(5);
-  for (const Variant& v : variants()) {
+  for (const Variant& v : vector_variants()) {
     for (int i = 0; i < 30; ++i) folding(v, 2 * (1 + random.below(150)), 1 + random.below(40), 1 + random.below(20), random);
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (int i = 0; i < 12; ++i)

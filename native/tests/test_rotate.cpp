@@ -314,7 +314,7 @@ void refusals(const Variant& v, Random& random) {
 
 int main() {
   Random random(3);
-  for (const Variant& v : variants()) {
+  for (const Variant& v : vector_variants()) {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (bool interleaved : {false, true}) {
         for (int d : {2, 18, 20, 64, 128, 256})

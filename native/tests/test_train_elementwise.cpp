@@ -373,7 +373,7 @@ void refusals(dso_context* c) {
 
 int main() {
   Bytes first;
-  for (const Variant& v : variants())
+  for (const Variant& v : vector_variants())
     for (int threads : {1, 2, 3}) {
       if (threads != 1 && v.name != "avx2" && v.name != "avx512-bf16") continue;
       Context c(v.name, threads);

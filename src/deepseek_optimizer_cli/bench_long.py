@@ -43,12 +43,12 @@ def bench_long(
     from deepseek_optimizer.bench.long.run import LongRequest, run
     from deepseek_optimizer.bench.table import show_sections
     from deepseek_optimizer.bench.work import numbers
-    from deepseek_optimizer.system.progress import counted
+    from deepseek_optimizer.system.progress import show_progress
 
     given: dict[str, Any] = {"lengths": numbers(lengths)} if lengths is not None else {}
     given |= {name: _names(text) for name, text in (("modes", modes), ("tasks", tasks)) if text is not None}
     request = LongRequest(model=model, fields=fields, samples=samples, **given)
-    with counted("Tokens of long texts") as progress:
+    with show_progress("Reading long texts") as progress:
         report = run(request, progress)
     show_sections(Console(highlight=False), sections(report))
     if html:

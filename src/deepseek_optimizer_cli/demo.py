@@ -10,7 +10,10 @@ from . import options as o
 
 
 def demo(
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes started for each side.")] = 3,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=1, help="Processes started for each side. Default: 3, or fewer on a slow machine."),
+    ] = None,
     threads: o.Threads = None,
     as_json: o.AsJson = False,
 ) -> None:

@@ -61,7 +61,7 @@ def longdoc(
     from deepseek_optimizer.longdoc.read import read_documents
     from deepseek_optimizer.longdoc.strategies import check_name
     from deepseek_optimizer.longdoc.tasks import Extraction, Question
-    from deepseek_optimizer.system.progress import counted
+    from deepseek_optimizer.system.progress import show_progress
 
     from .interrupt import stop_on_interrupt
     from .model import load, print_json
@@ -69,7 +69,7 @@ def longdoc(
     check_name(strategy)
     schema = None if extract is None else _schema(extract)
     _ = Extraction(schema) if schema is not None else Question(ask) if ask is not None else None  # wrong ones end here
-    with counted("reading files") as progress:
+    with show_progress("Reading files") as progress:
         document = read_documents(files, progress=progress)
     for problem in document.problems:
         typer.echo(f"dso: {problem.file}: {problem.message}", err=True)

@@ -82,7 +82,7 @@ def train(
             "activation_memory": activation_memory, "optimizer_state": optimizer_state,
         }),
     }  # fmt: skip
-    from deepseek_optimizer.system.progress import counted
+    from deepseek_optimizer.system.progress import show_progress
     from deepseek_optimizer.train.config import make_config, read_config
 
     from .model import no_bars_in_pipes, print_json
@@ -91,7 +91,7 @@ def train(
     no_bars_in_pipes()
     from deepseek_optimizer.train.job import TrainingJob
 
-    with counted("Tokens") as progress:
+    with show_progress("Tokenizing") as progress:
         job = TrainingJob(config, resume=resume, progress=progress)
     if dry_run:
         print_json(job.plan.to_dict()) if as_json else typer.echo(str(job.plan))

@@ -84,15 +84,35 @@ def test_sides_take_turns_and_medians_are_shown(monkeypatch):
         return _run(next(speeds[arguments[0]]), agreed=60 if "--reference" in arguments else None)
 
     monkeypatch.setattr(demo, "_run_side", side)
-    sides = demo._measure({"a": ["a"], "b": ["b"]}, [], 3, None)
+    sides, rounds = demo._measure({"a": ["a"], "b": ["b"]}, [], 3)
+    assert rounds == 3
     assert order == ["a", "b"] * 3
     assert (sides["a"]["tokens_per_s"], sides["b"]["tokens_per_s"]) == (20.0, 90.0)
     assert (sides["b"]["agreed"], sides["b"]["of"], sides["b"]["same_answer"]) == (60, 64, True)
 
     text = io.StringIO()
-    result = {"model": "m.gguf", "cpu": "A CPU", "threads": 2, "sides": sides}
-    demo._print(Console(file=text, width=200), result, 3)
+    result = {"model": "m.gguf", "cpu": "A CPU", "threads": 2, "rounds": 3, "sides": sides}
+    demo._print(Console(file=text, width=200), result)
     assert "A CPU" in text.getvalue() and "90.0 (4.5x)" in text.getvalue() and "60 of 64" in text.getvalue()
+
+
+def test_a_slow_machine_gets_fewer_rounds_unless_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(demo, "_run_side", lambda _: _run(10.0))
+    monkeypatch.setattr(demo, "ENOUGH_S", 0)
+    assert demo._measure({"a": ["a"]}, [], None)[1] == 1  # a second one would take longer
+    assert demo._measure({"a": ["a"]}, [], 3)[1] == 3
+    monkeypatch.setattr(demo, "ENOUGH_S", 1000)
+    assert demo._measure({"a": ["a"]}, [], None)[1] == demo.ROUNDS
+
+
+def test_each_step_says_what_it_does(monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "fetch", lambda: Path("m.gguf"))
+    monkeypatch.setattr(demo, "dequantised", lambda gguf: Path("m-bf16"))
+    monkeypatch.setattr(demo, "_run_side", lambda _: _run(10.0))
+    result = demo.run(rounds=1, show=False)
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.err.splitlines()] == ["Downloading", "Writing", "Measuring"] and said.out == ""
+    assert result["rounds"] == 1 and set(result["sides"]) == {"Transformers bf16", "lossless Q4_1", "int4"}
 
 
 def test_a_side_that_fails_is_an_error_with_its_output():

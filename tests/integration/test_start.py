@@ -37,6 +37,7 @@ def test_a_bar_with_the_time_left_where_someone_can_see_it(tmp_path, monkeypatch
     model.save_pretrained(tmp_path)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("deepseek_optimizer.system.progress.FIRST_LINE_S", 1000)  # a slow machine is not asked
     load_model(tmp_path, precision="int8")
     text = stream.getvalue()
     assert (f"Loading {tmp_path.name[:5]}" in text) is shown

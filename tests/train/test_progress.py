@@ -1,8 +1,9 @@
-"""The bar of training: seen on a terminal, not in a pipe."""
+"""What is seen of training: a bar on a terminal, lines in a pipe where it takes long."""
 
 from __future__ import annotations
 
 import io
+import threading
 from types import SimpleNamespace
 
 from deepseek_optimizer.train.progress import ProgressBar
@@ -17,7 +18,7 @@ class Stream(io.StringIO):
         return self.terminal
 
 
-def run(monkeypatch, terminal):
+def run(monkeypatch, terminal, before_the_end=lambda: None):
     stream = Stream(terminal)
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
@@ -29,6 +30,7 @@ def run(monkeypatch, terminal):
         bar.on_log(None, state, None, logs={"loss": 2.5})
         bar.on_log(None, state, None, logs={"eval_loss": 1.25})
         bar.on_step_end(None, state, None)
+    before_the_end()
     bar.on_train_end(None, state, None)
     bar.close()
     return stream.getvalue()
@@ -40,5 +42,13 @@ def test_what_a_terminal_shows(monkeypatch):
         assert part in shown
 
 
-def test_a_pipe_gets_nothing(monkeypatch):
+def test_quick_training_says_nothing_in_a_pipe(monkeypatch):
     assert run(monkeypatch, False) == ""
+
+
+def test_a_pipe_gets_lines_of_long_training(monkeypatch):
+    monkeypatch.setattr("deepseek_optimizer.system.progress.FIRST_LINE_S", 0.0)
+    written = threading.Event()
+    monkeypatch.setattr(Stream, "write", lambda self, text: (written.set(), io.StringIO.write(self, text))[1])
+    text = run(monkeypatch, False, lambda: written.wait(30))
+    assert text.startswith("Training: ") and text.endswith(" in all\n")

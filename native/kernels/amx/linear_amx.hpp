@@ -7,7 +7,7 @@
 // BF16: the prefill family of this ISA. Tile products of 32 columns, ascending, each added to C as TDPBF16PS does; bias last.
 // Decode keeps the vector kernel. A family may not depend on the token count, so prefill takes tiles for a single token too.
 //
-// FP8 keeps the generic kernel.
+// Other formats, and few tokens of integer ones, go to the vector kernels of AVX-512 with BF16.
 #pragma once
 #include <cstdint>
 
@@ -16,7 +16,11 @@
 // After those: they use their names.
 #include "../generic/math.hpp"
 #include "../generic/convert.hpp"
-#include "../generic/linear.hpp"
+#include "../generic/linear_int.hpp"
+
+namespace dso::avx512_bf16 {
+extern const LinearKernels linear_kernels;
+}
 
 namespace dso::DSO_ISA_NAMESPACE {
 namespace tiled {
@@ -173,9 +177,6 @@ static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t
 
 }  // namespace tiled
 
-constexpr size_t linear_amx_scratch_bytes = linear_scratch_bytes > sizeof(tiled::Scratch) ? linear_scratch_bytes
-                                                                                          : sizeof(tiled::Scratch);
-
 static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T,
                        bool prefill, int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
   const Output out = {bias, y, y_stride, w.rows};
@@ -186,7 +187,7 @@ static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const u
     if (kind == DSO_SLOT_Q16)
       return tiled::by_format<DSO_SLOT_Q16>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
   }
-  linear(w, bias, kind, x, x_stride, T, prefill, tile_begin, tile_end, y, y_stride, scratch);
+  avx512_bf16::linear_kernels.linear(w, bias, kind, x, x_stride, T, prefill, tile_begin, tile_end, y, y_stride, scratch);
 }
 
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -15,7 +15,7 @@ struct F {
 };  // 16 x f32
 struct I {
   __m256i lo, hi;
-};            // 16 x i32
+};  // 16 x i32
 using B = I;  // 64 bytes: 16 lanes of 4
 constexpr int lanes = 16;
 constexpr int registers = 8;  // pairs
@@ -49,7 +49,7 @@ DSO_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.
 DSO_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }  // a*b + c
 DSO_INLINE F fnma(F a, F b, F c) {
   return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
-}                                                                                              // c - a*b
+}  // c - a*b
 DSO_INLINE F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }  // b where either is NaN
 DSO_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 DSO_INLINE F less(F a, F b, F x, F y) {  // a < b ? x : y

@@ -2,7 +2,7 @@
 
 Every side runs in a process of its own, sides in turns, and the median of the rounds is shown. Transformers gets the
 dequantised weights as a bf16 checkpoint, which is what it loads fastest; the lossless side reads the GGUF file; int4 packs the
-bf16 checkpoint as it loads.
+bf16 checkpoint as it loads. Each step says on stderr what it does.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..system.progress import Progress, show_progress
 from ..versions import versions
 from . import smollm2
 from .against import run_json
@@ -26,26 +29,32 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TOKENS = 64  # generated to time decoding and to compare
+ROUNDS = 3
+ENOUGH_S = 200  # of measuring: no further round begins that would take longer, unless the caller says how many there are
 
 
-def run(*, rounds: int = 3, threads: int | None = None, show: bool = True) -> dict[str, Any]:
+def run(*, rounds: int | None = None, threads: int | None = None, show: bool = True) -> dict[str, Any]:
     """Fetches, answers, measures.
 
     Args:
-        rounds: processes started for each side.
+        rounds: processes started for each side; None: three, or fewer on a slow machine.
         threads: for every side; None: what this process may use.
         show: print the answer and the table.
 
     Returns:
-        {"cpu", "threads", "model", "question", "sides": {name: medians}}; times in seconds, memory in bytes.
+        {"cpu", "threads", "model", "question", "versions", "rounds", "sides": {name: medians}}; times in seconds, memory in
+        bytes.
     """
     from rich.console import Console
 
     console = Console(highlight=False)
     threads = threads or usable_cpus()
-    gguf = smollm2.fetch()
-    bf16 = dequantised(gguf)
+    with _step("Downloading SmolLM2-135M-Instruct, 93 MB, where the cache lacks it"):
+        gguf = smollm2.fetch()
+    with _step("Writing its weights as a bf16 checkpoint, which Transformers loads fastest, where the cache lacks it"):
+        bf16 = dequantised(gguf)
     if show:
+        _say("Loading the optimised model, which answers a question")
         console.print(f"[bold]{QUESTION}[/]")
         _answer(gguf, threads)
     sides = {
@@ -53,18 +62,33 @@ def run(*, rounds: int = 3, threads: int | None = None, show: bool = True) -> di
         "lossless Q4_1": ["optimised", str(gguf)],
         "int4": ["optimised", str(bf16), "--precision", "int4"],
     }
+    _say(f"Measuring {', '.join(sides)}: in turns, a process each")
     common = ["--tokenizer", str(bf16), "--threads", str(threads), "--tokens", str(TOKENS)]
+    measured, done = _measure(sides, common, rounds)
     result = {
         "cpu": cpu_name(),
         "threads": threads,
         "model": gguf.name,
         "question": QUESTION,
         "versions": versions(),
-        "sides": _measure(sides, common, rounds, console if show else None),
+        "rounds": done,
+        "sides": measured,
     }
     if show:
-        _print(console, result, rounds)
+        _print(console, result)
     return result
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _step(what: str) -> Iterator[None]:
+    """Says what begins, and where it takes long that it goes on."""
+    _say(what)
+    with show_progress(what.partition(",")[0]):
+        yield
 
 
 def _answer(gguf: Path, threads: int) -> None:
@@ -79,22 +103,42 @@ def _answer(gguf: Path, threads: int) -> None:
     write_now("\n\n")
 
 
-def _measure(sides: dict[str, list[str]], common: list[str], rounds: int, console: Console | None) -> dict[str, dict[str, Any]]:
-    """Medians of every side, and how many of the first side's tokens each would choose."""
+def _measure(sides: dict[str, list[str]], common: list[str], rounds: int | None) -> tuple[dict[str, dict[str, Any]], int]:
+    """Medians of every side, and how many of the first side's tokens each would choose; and the number of rounds."""
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    with tempfile.TemporaryDirectory() as folder:
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, show_progress("Measuring") as progress:
         reference = Path(folder) / "reference.json"
-        for turn in range(rounds):
-            for name, arguments in sides.items():
-                if console is not None and console.is_terminal:
-                    console.print(f"round {turn + 1} of {rounds}: {name} ...", end="\r")
-                extra = ["--reference", str(reference)] if reference.exists() else []
-                samples[name].append(_run_side([*arguments, *common, *extra]))
-                if not reference.exists():
-                    reference.write_text(json.dumps(samples[name][0]["ids"]), encoding="utf-8")
-                    samples[name][0]["agreed"] = None
-    baseline = next(iter(samples.values()))[0]["answer"]
-    return {name: _median(runs, baseline) for name, runs in samples.items()}
+        for turn in range(rounds or ROUNDS):
+            if rounds is None and turn and _too_long(time.monotonic() - start, turn):
+                break
+            _round(sides, common, reference, samples, progress, (turn, rounds or ROUNDS))
+    baseline = next(iter(samples.values()))
+    return {name: _median(runs, baseline[0]["answer"]) for name, runs in samples.items()}, len(baseline)
+
+
+def _too_long(seconds: float, rounds: int) -> bool:
+    """Whether one round more would end beyond ENOUGH_S, after some that took these seconds together."""
+    return seconds * (rounds + 1) / rounds > ENOUGH_S
+
+
+def _round(
+    sides: dict[str, list[str]],
+    common: list[str],
+    reference: Path,
+    samples: dict[str, list[dict[str, Any]]],
+    progress: Progress,
+    turn: tuple[int, int],
+) -> None:
+    """Runs every side once. turn: the number of this round, and of all."""
+    number, rounds = turn
+    for i, (name, arguments) in enumerate(sides.items()):
+        progress(number * len(sides) + i, rounds * len(sides), f"round {number + 1} of {rounds}: {name}")
+        extra = ["--reference", str(reference)] if reference.exists() else []
+        samples[name].append(_run_side([*arguments, *common, *extra]))
+        if not reference.exists():
+            reference.write_text(json.dumps(samples[name][0]["ids"]), encoding="utf-8")
+            samples[name][0]["agreed"] = None
 
 
 def _run_side(arguments: list[str]) -> dict[str, Any]:
@@ -110,7 +154,7 @@ def _median(runs: list[dict[str, Any]], baseline: str) -> dict[str, Any]:
     return {**figures, "of": len(runs[-1]["ids"]), "answer": answer, "same_answer": answer == baseline}
 
 
-def _print(console: Console, result: dict[str, Any], rounds: int) -> None:
+def _print(console: Console, result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{result['model']} on {result['cpu']}, {result['threads']} threads", title_justify="left")
@@ -124,7 +168,8 @@ def _print(console: Console, result: dict[str, Any], rounds: int) -> None:
     table.add_row("same next token", *("-" if s["agreed"] is None else f"{s['agreed']:.0f} of {s['of']}" for s in sides))
     console.print(table)
     console.print(
-        f"Medians of {rounds} processes a side, in turns; in brackets: times as fast, and the share of memory. Memory: peak "
+        f"Medians of {result['rounds']} processes a side, in turns; in brackets: times as fast, and the share of memory. "
+        f"Memory: peak "
         f"above a process that only imported. First token: the question above, on a model just loaded. The last row and tokens "
         f"a second: {TOKENS} tokens of another answer, greedy."
     )

@@ -35,7 +35,11 @@ class Point:
 
 
 def search(
-    groups: Sequence[Sequence[Option]], budget: float, base: float, measure: Callable[[Choice], float]
+    groups: Sequence[Sequence[Option]],
+    budget: float,
+    base: float,
+    measure: Callable[[Choice], float],
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Point, list[Point]]:
     """The smallest measured choice within the budget, and the curve it lies on: the measured choices that no smaller one
     betters, from the smallest on.
@@ -44,6 +48,7 @@ def search(
         groups: the options of each group.
         base: KL that is there whatever the formats: of the cache's storage.
         measure: the KL of the model assembled from a choice.
+        progress: called after each measurement with how many are done, and how many there will be at most.
 
     Raises:
         KlBudgetError: even the best formats cost more than `budget`.
@@ -53,6 +58,8 @@ def search(
     def at(choice: Choice) -> Point:
         if choice not in measured:
             measured[choice] = Point(choice, total_bytes(choice), base + total_kl(choice), measure(choice))
+            if progress is not None:
+                progress(len(measured), _SPREAD + ROUNDS + 1)
         return measured[choice]
 
     along = path(groups)

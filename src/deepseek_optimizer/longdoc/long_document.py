@@ -16,7 +16,7 @@ from ..checkpoint.atomic import atomic_directory
 from ..engine.request import SamplingParams
 from ..errors import CacheFullError, CheckpointError, ConfigError
 from ..integration.generation.saved_prefix import fingerprint, load_prefix, save_prefix
-from ..system.progress import counted
+from ..system.progress import show_progress
 from .citations import Citation
 from .document import Document
 from .driver import Driver, TokenUsage
@@ -100,7 +100,7 @@ class LongDocument:
         self._base = own_bytes()
         self.strategy, self._options = strategy, {"max_length": max_length, "stride": stride, "strategy": strategy}
         self.document = _read(document)
-        with counted("splitting") as progress:
+        with show_progress("Splitting") as progress:
             chunks = split(self.document, tokenizer, max_length, stride, progress=progress)
         self._engines = Engines(model, tokenizer, memory, self._base, self.document.characters)
         limits = Limits(self._engines.room, self._engines.window, reply=max_tokens, top=top)
@@ -192,7 +192,7 @@ class LongDocument:
         with PeakSampler() as peak:
             notes = self._from_cache_dir()
             work = answer_by(task, self.material, strategy or self.strategy)
-            with counted("reading") as progress:
+            with show_progress("Reading") as progress:
                 result, tokens = self._driver.run(work, progress, stop)
             if result.strategy == "whole":
                 notes += self._to_cache_dir()
@@ -254,5 +254,5 @@ def _read(source: Source) -> Document:
         return source
     if isinstance(source, str) and "\n" in source:
         return Document.of_texts(source)
-    with counted("reading files") as progress:
+    with show_progress("Reading files") as progress:
         return read_documents(source, progress=progress)

@@ -1,23 +1,125 @@
-"""A bar for what takes a while and is counted in steps."""
+"""How far long work has come: a bar on a terminal, a plain line every ten seconds elsewhere, and nothing for quick work."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal, TextIO
+
+FIRST_LINE_S = 2.0  # work that is over sooner prints no line
+NEXT_LINE_S = 10.0
+
+
+class Progress:
+    """Where one piece of work is. Call it with the units done and in total; a total of 0 means that it is not known yet."""
+
+    def __init__(self, description: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.description = description
+        self.done, self.total, self.note = 0, 0, ""
+        self._clock, self._start = clock, clock()
+        self._first: tuple[float, int] | None = None  # the first call: its time, and the units done by then
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """
+        Args:
+            done, total: in any unit.
+            note: what else to show beside them, such as the current loss.
+        """
+        self.done, self.total, self.note = done, total, note or self.note
+        if self._first is None:
+            self._first = (self._clock(), done)
+
+    def say(self, line: str) -> None:
+        """Prints a line of its own, where someone watches a terminal."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the work began."""
+        return self._clock() - self._start
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate since the first call; None until there is one."""
+        if self._first is None or self.done <= self._first[1]:
+            return None
+        begun, units = self._first
+        return (self._clock() - begun) * max(self.total - self.done, 0) / (self.done - units)
+
+    def line(self) -> str:
+        """One line of text, such as "Loading model: 40%, 12 s left"."""
+        parts = [f"{100 * self.done // self.total}%"] if self.total else []
+        left = self.seconds_left
+        parts.append(f"{duration(self.seconds)} so far" if left is None else f"{duration(left)} left")
+        return f"{self.description}: {', '.join(parts)}" + (f" ({self.note})" if self.note else "")
+
+
+class _Bar(Progress):
+    """The same on a terminal."""
+
+    def __init__(self, description: str, bar: Any) -> None:
+        super().__init__(description)
+        self._bar, self._task = bar, bar.add_task(description, total=None, note="")
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        super().__call__(done, total, note)
+        self._bar.update(self._task, completed=done, total=total or None, note=self.note)
+
+    def say(self, line: str) -> None:
+        self._bar.console.print(line, highlight=False)
 
 
 @contextmanager
-def counted(description: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yields what is to be called with how many steps are done and how many there are: a bar with the time left, where someone
-    can see it; None elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def show_progress(description: str, unit: Literal["steps", "bytes"] = "steps") -> Iterator[Progress]:
+    """Shows on stderr how far the work inside the `with` has come. Yields what to call with it.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, total=total, completed=done)
+    Args:
+        description: what is being done, such as "Loading SmolLM2".
+        unit: what is counted; a bar writes bytes as MB or GB.
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        with _bar(unit) as bar:
+            yield _Bar(description, bar)
+        return
+    progress, stop = Progress(description), threading.Event()
+    writer = threading.Thread(target=_write_lines, args=(progress, stop, sys.stderr), name="progress", daemon=True)
+    writer.start()
+    try:
+        yield progress
+    finally:
+        stop.set()
+        writer.join()
+
+
+def _bar(unit: str) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    counts = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _write_lines(progress: Progress, stop: threading.Event, stream: TextIO | None) -> None:
+    """From a thread of its own, so that a step that takes minutes is no silence."""
+    wait, written = FIRST_LINE_S, False
+    try:
+        while not stop.wait(wait):
+            print(progress.line(), file=stream, flush=True)
+            wait, written = NEXT_LINE_S, True
+        if written:
+            print(f"{progress.description}: {duration(progress.seconds)} in all", file=stream, flush=True)
+    except (OSError, ValueError):  # nobody reads any more: the pipe or the file is closed
+        return
+
+
+def duration(seconds: float) -> str:
+    """Such as "8 s", "3 min 20 s" or "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -22,7 +22,7 @@ from ...graph.least import least_formats
 from ...quant import PackedMatrix, PackedStack, PackedWeight, get_format
 from ...quant.base import TILE_ROWS
 from ...quant.tiles import empty_stack, empty_tiles, panels
-from ...system.progress import counted
+from ...system.progress import show_progress
 from ..bind.graphs import plan_graph
 from ..bind.runtime import Runtime, kv_dtype, packer_of, runtime_of
 from ..bind.swap import matrices_of, packed_twin, sites, weights_of
@@ -64,13 +64,14 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     groups = format_groups(graph, matrices_of(model, graph))
     importance = {}
     if runtime.config.calibration is not None:
-        with counted("Calibrating") as progress:
+        with show_progress("Calibrating") as progress:
             importance = measure_importance(model, texts, progress)
     trial = _Trial(runtime, groups, spread(texts), importance)
-    with counted("Measuring what each group of matrices loses") as progress:
+    with show_progress("Measuring each group of matrices in each format") as progress:
         options = measure(trial.probe, groups, trial.held, trial.repack, progress)
     assert runtime.config.kl_budget is not None
-    chosen, curve = search(options, runtime.config.kl_budget, trial.base(), trial.measure)
+    with show_progress("Choosing formats within the KL budget") as progress:
+        chosen, curve = search(options, runtime.config.kl_budget, trial.base(), trial.measure, progress)
     matrices = trial.assembled(chosen.choice)
     _put_in_place(model, runtime, matrices)
     weights = sum(math.prod(m.shape) for m in matrices.values())

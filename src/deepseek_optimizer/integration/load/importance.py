@@ -15,7 +15,7 @@ from ...calibration.text import LENGTH, read_text, stretches
 from ...checkpoint import Checkpoint, PackedCheckpoint, load_tokenizer
 from ...config import DeepSeekConfig
 from ...quant import WEIGHED
-from ...system.progress import counted
+from ...system.progress import show_progress
 from ...system.threads import one_torch_thread
 from ..bind.packed_experts import PackedExperts
 from ..bind.runtime import runtime_of
@@ -43,7 +43,7 @@ def importance_for(
     length = min(LENGTH, checkpoint.config().get("max_position_embeddings", LENGTH))
     texts = stretches(load_tokenizer(checkpoint), read_text(settings.calibration), length, source=settings.calibration)
     original = load_original()  # shows a bar of its own
-    with counted("Calibrating") as progress:
+    with show_progress("Calibrating") as progress:
         return measure_importance(original, texts, progress), []
 
 

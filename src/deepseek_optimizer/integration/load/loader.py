@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotE
 from ...graph.least import exact_weights
 from ...quant import PackedWeight, Packer
 from ...system.memory import free_memory
+from ...system.progress import show_progress
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         importance, notes = importance_for(
             checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
         )
-        with reading_bar(checkpoint) as progress:
+        with show_reading(checkpoint) as progress:
             cast = dtype if settings.precision == "fp32" else None
             _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
         checkpoint.check_unchanged()
@@ -257,15 +257,7 @@ def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def reading_bar(checkpoint: Checkpoint, doing: str = "Loading") -> Iterator[Callable[[LoadProgress], None] | None]:
-    """A bar with the time left, where someone can see it."""
-    if not sys.stderr.isatty() or isinstance(checkpoint, PackedCheckpoint):  # packed ones are mapped: done at once
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{doing} {checkpoint.path.name}", total=None)
-        yield lambda p: bar.update(task, total=p.total_bytes, completed=p.done_bytes)
+def show_reading(checkpoint: Checkpoint, doing: str = "Loading") -> Iterator[Callable[[LoadProgress], None]]:
+    """Shows how much of a checkpoint's files has been read; yields the callback of `stream_weights`."""
+    with show_progress(f"{doing} {checkpoint.path.name}", unit="bytes") as progress:
+        yield lambda p: progress(p.done_bytes, p.total_bytes)

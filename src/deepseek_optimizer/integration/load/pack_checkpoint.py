@@ -30,7 +30,7 @@ from ..bind.swap import expected_tensors
 from ..model.save import save_configs
 from ..model.wrapper import describe
 from .importance import importance_for
-from .loader import load, name_source, reading_bar, resolve, sketch, weights_for
+from .loader import load, name_source, resolve, show_reading, sketch, weights_for
 from .quantizer import mark_quantized
 
 
@@ -117,7 +117,7 @@ def _write(
         checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
     )
     order = [name for shard in shards for name in shard.layout.order]
-    with reading_bar(checkpoint, "Converting") as progress:
+    with show_reading(checkpoint, "Converting") as progress:
         weights = weights_for(model, checkpoint, packer_of(backend), cast, progress, importance, order)
         for shard in shards:
             with directory.file(shard.name) as file:

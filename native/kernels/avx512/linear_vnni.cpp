@@ -1,0 +1,3 @@
+#define DSO_BASE avx512
+#include "lanes.hpp"
+#include "../generic/linear_vnni.inl"

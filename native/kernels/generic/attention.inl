@@ -1,0 +1,34 @@
+// Fills this variant's AttentionKernels; included once, behind its lanes. As linear.inl: nothing of the standard library that
+// emits code.
+#include "../kernels.hpp"
+#include "dso.h"
+#include "math.hpp"
+// After math.hpp: they use its names.
+#include "convert.hpp"
+
+#include "attention_decode.hpp"
+#include "attention_eager.hpp"
+#include "attention_prefill.hpp"
+#include "mla_decode.hpp"
+#include "mla_prefill.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+extern const AttentionKernels attention_kernels;  // without this, a const object would be of this unit alone
+const AttentionKernels attention_kernels = {
+    .attn_decode_chunk = attn_decode_chunk,
+    .attn_merge = attn_merge,
+    .attn_fold = attn_fold,
+    .attn_prefill = attn_prefill,
+    .attn_eager = attn_eager,
+    .attn_scratch = attn_scratch_bytes,
+    .mla_scratch = mla_scratch,
+    .mla_query_bytes = mla_query_bytes,
+    .mla_query = mla_query,
+    .mla_tokens = mla_tokens,
+    .mla_attend = mla_attend,
+    .mla_rows = mla_rows,
+    .mla_panel_bytes = mla_panel_bytes,
+    .mla_panels = mla_panels,
+    .mla_expanded = mla_expanded,
+};
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,51 @@
+// Fills this variant's RowKernels; included once, behind its lanes. As linear.inl: nothing of the standard library that emits
+// code.
+#include "../kernels.hpp"
+#include "dso.h"
+#include "math.hpp"
+// After math.hpp: they use its names.
+#include "convert.hpp"
+#include "elementwise.hpp"
+#include "elementwise_ops.hpp"
+#include "index.hpp"
+#include "kv.hpp"
+#include "latent.hpp"
+#include "pack.hpp"
+#include "rotate.hpp"
+#include "summaries.hpp"
+
+namespace dso::DSO_ISA_NAMESPACE {
+extern const RowKernels row_kernels;  // without this, a const object would be of this unit alone
+const RowKernels row_kernels = {
+    .elementwise_ops = elementwise_ops,
+    .elementwise_count = sizeof elementwise_ops / sizeof *elementwise_ops,
+    .convert = convert,
+    .embed_row = embed_row,
+    .unpack_rows = unpack_rows,
+    .pack_tile = pack_tile,
+    .rms_norm = rms_norm,
+    .layer_norm = layer_norm,
+    .add = add,
+    .swiglu = swiglu,
+    .softmax = softmax,
+    .sigmoid = sigmoid,
+    .add_scaled = add_scaled,
+    .rope = rope,
+    .kv_layer_bytes = kv_layer_bytes,
+    .kv_write = kv_write,
+    .kv_read = kv_read,
+    .kv_rotate = kv_rotate,
+    .kv_summarise = kv_summarise,
+    .latent_summarise = latent_summarise,
+    .block_estimates = block_estimates,
+    .block_scores = block_scores,
+    .index_write = index_write,
+    .index_query = index_query,
+    .index_query_bytes = index_query_bytes,
+    .index_scores = index_scores,
+    .index_select = index_select,
+    .latent_write = latent_write,
+    .latent_read = latent_read,
+    .latent_rotate = latent_rotate,
+};
+}  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,0 +1,171 @@
+"""Which tests run when: a pytest plugin that marks them `wide` or `slow`.
+
+* `make test` runs what is marked neither way;
+* `make test-all` runs `wide`: a sample that moves with the commit, whose seed the header of a run names;
+* `-m slow` runs the rest.
+
+Of a function with many cases, as a product of families, formats and ISAs has, FEW are marked neither way: always the same, with
+as many of the parameters' values as so many cases can have. Of the others, some in which every remaining value occurs are wide,
+and so is a share of what is left then.
+
+Functions that take long are in wide.txt, with the seconds of processor time that a case takes. Theirs are fewer: as many as
+take FAST_S together in `make test`, none where one case takes longer, and WIDE_S in `make test-all`, where a case that takes
+still longer comes by chance, every few commits.
+
+A function that is named on the command line is sampled all the same; -m "" runs all of it. `--write-wide` runs
+MEASURED cases of each, and brings wide.txt up to date for them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+FEW = 8
+SHARE = 0.1
+FAST_S = 1.5
+WIDE_S = 6.0
+MEASURED = 3
+LIST = Path(__file__).with_name("wide.txt")
+
+Case = dict[str, int]  # of each parameter the number of its value
+
+
+def covering(cases: Sequence[Case], chosen: Sequence[int] = (), most: int | None = None) -> list[int]:
+    """Places of few cases in which, with those already chosen, every value of every parameter occurs; `most` at most."""
+    missing = {value for case in cases for value in case.items()}
+    for i in chosen:
+        missing -= cases[i].items()
+    found: list[int] = []
+    while missing and len(found) != most:
+        gains = [len(missing & case.items()) for case in cases]
+        found.append(gains.index(max(gains)))
+        missing -= cases[found[-1]].items()
+    return found
+
+
+def rings(name: str, cases: Sequence[Case], cost: float, seed: str) -> list[str | None]:
+    """The mark of each case of a function.
+
+    Args:
+        name: the function's, so that functions are sampled independently.
+        cost: seconds of a case.
+    """
+    draw = random.Random(f"{seed} {name}")
+    few = FEW if cost == 0 else min(FEW, int(FAST_S / cost))
+    if len(cases) <= few:
+        return [None] * len(cases)
+    first = covering(cases, most=few)
+    first += [i for i in range(len(cases)) if i not in first][: few - len(first)]
+    second = covering(cases, first) or [i for i in (0,) if i not in first]
+    rest = sorted(set(range(len(cases))) - {*first, *second})
+    second += draw.sample(rest, round(SHARE * len(rest)))
+    if cost * len(second) > WIDE_S:
+        count = WIDE_S / cost
+        second = draw.sample(second, int(count) if count >= 1 else int(draw.random() < count))
+    return [None if i in first else "wide" if i in second else "slow" for i in range(len(cases))]
+
+
+def seed_of(root: os.PathLike[str]) -> str:
+    """DSO_SAMPLE_SEED, or the start of HEAD's hash; "none" in a tarball."""
+    if given := os.environ.get("DSO_SAMPLE_SEED"):
+        return given
+    try:
+        command = ["git", "-C", os.fspath(root), "rev-parse", "--short=12", "HEAD"]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    except OSError:
+        return "none"
+    return done.stdout.strip() or "none"
+
+
+def listed() -> dict[str, float]:
+    """Function -> seconds of a case, as wide.txt has them."""
+    lines = [line.split(maxsplit=1) for line in LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return {name: float(seconds) for seconds, name in lines}
+
+
+def function_of(item: pytest.Item) -> str:
+    """Its node's name without parameters."""
+    return item.nodeid.partition("[")[0]
+
+
+class Rings:
+    """The plugin."""
+
+    def __init__(self, seed: str) -> None:
+        self.seed, self.costs = seed, listed()
+
+    def pytest_report_header(self) -> str:
+        return f"sample: DSO_SAMPLE_SEED={self.seed}"
+
+    @pytest.hookimpl(tryfirst=True)  # before -m leaves out what is marked
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        functions: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if not item.get_closest_marker("slow"):
+                functions.setdefault(function_of(item), []).append(item)
+        self._check(config, {function_of(item) for item in items})
+        for name, cases in functions.items():
+            values = [item.callspec.indices if hasattr(item, "callspec") else {} for item in cases]
+            for item, mark in zip(cases, rings(name, values, self.costs.get(name, 0.0), self.seed), strict=True):
+                if mark:
+                    item.add_marker(mark)
+
+    def _check(self, config: pytest.Config, there: set[str]) -> None:
+        """Raises UsageError where the list names a function that a collected file does not have."""
+        if any("::" in argument for argument in config.args):
+            return
+        files = {name.partition("::")[0] for name in there}
+        if gone := [name for name in self.costs if name.partition("::")[0] in files and name not in there]:
+            raise pytest.UsageError(f"{LIST.name} names {gone[0]}, which is not there: rename or delete the line")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if terminalreporter.stats.get("failed"):
+            terminalreporter.write_line(f"the same sample again: DSO_SAMPLE_SEED={self.seed}")
+
+
+class Costs:
+    """Measures what functions take, of this process and of those that it waited for, and writes wide.txt."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, int] = {}
+        self.seconds: dict[str, list[float]] = {}
+
+    def pytest_sessionstart(self) -> None:
+        """What every session loads is no test's cost."""
+        import transformers.modeling_utils  # noqa: F401
+
+        import deepseek_optimizer.serving  # noqa: F401
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Of a function's cases, MEASURED stand for all."""
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        functions: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            functions.setdefault(function_of(item), []).append(item)
+        self.cases = {name: len(cases) for name, cases in functions.items()}
+        measured = {id(case) for cases in functions.values() for case in cases[:: -(-len(cases) // MEASURED)]}
+        items[:] = [item for item in items if id(item) in measured]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        before = sum(os.times()[:4])
+        try:
+            return (yield)
+        finally:
+            self.seconds.setdefault(function_of(item), []).append(sum(os.times()[:4]) - before)
+
+    def pytest_sessionfinish(self) -> None:
+        costs = {name: cost for name, cost in listed().items() if name not in self.seconds}
+        for name, each in self.seconds.items():
+            mean = sum(each) / len(each)
+            if mean * self.cases[name] > FAST_S:
+                costs[name] = mean
+        comment = [line for line in LIST.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        lines = [f"{costs[name]:7.3f} {name}" for name in sorted(costs)]
+        LIST.write_text("\n".join([*comment, *lines]) + "\n", encoding="utf-8")

@@ -1,0 +1,67 @@
+"""The check of commit messages in `make lint`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / ".ci/check_commits.py"
+
+
+@pytest.fixture(scope="module")
+def check():
+    if not SCRIPT.is_file():
+        pytest.skip("the source distribution leaves .ci out")
+    spec = importlib.util.spec_from_file_location("check_commits", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "message, wrong",
+    [
+        ("Say why\n\nBecause.", ()),
+        ("x" * 72 + "\n\nBecause.", ()),
+        ("x" * 73 + "\n\nBecause.", ("73 characters",)),
+        ("Say why\n", ("no body",)),
+        ("Say why\nBecause.", ("empty line",)),
+        ("x" * 80, ("80 characters", "no body")),
+    ],
+)
+def test_messages(check, message, wrong):
+    found = check.problems(message)
+    assert len(found) == len(wrong) and all(part in problem for part, problem in zip(wrong, found, strict=True)), found
+
+
+def test_only_new_commits_are_checked(check, tmp_path, capsys):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+
+    def git(*arguments):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def commit(message):
+        git("commit", "--allow-empty", "-m", message)
+
+    git("init")
+    commit("An old title " + "x" * 80)
+    assert check.main(tmp_path) == 0  # neither origin/main nor the recorded commit: a shallow clone, say
+    git("update-ref", "refs/remotes/origin/main", "HEAD")
+    commit("A good one\n\nBecause.")
+    assert check.main(tmp_path) == 0
+    commit("A new title " + "x" * 80)
+    assert check.main(tmp_path) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("A new title" in line for line in said)
+
+
+def test_a_tarball_without_git_has_no_commits(check, tmp_path, monkeypatch):
+    assert check.main(tmp_path) == 0
+    monkeypatch.setenv("PATH", "")
+    assert check.main(tmp_path) == 0

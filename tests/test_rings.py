@@ -1,0 +1,87 @@
+"""Which tests run when: the marks of tests/support/rings.py."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from support import rings as module
+from support.rings import FAST_S, FEW, WIDE_S, covering, listed, rings
+
+pytest_plugins = ["pytester"]
+
+PRODUCT = [{"family": a, "format": b, "isa": c} for a, b, c in product(range(6), range(5), range(4))]
+
+
+def marks(cases, cost=0.0, seed="s"):
+    return rings("a::test", cases, cost, seed)
+
+
+def values(cases):
+    return {value for case in cases for value in case.items()}
+
+
+def test_few_cases_all_run():
+    assert marks([{}]) == [None]
+    assert marks(PRODUCT[:FEW]) == [None] * FEW
+
+
+def test_a_product_is_sampled_and_every_value_occurs():
+    found = marks(PRODUCT)
+    fast = [case for case, mark in zip(PRODUCT, found, strict=True) if mark is None]
+    wide = [case for case, mark in zip(PRODUCT, found, strict=True) if mark == "wide"]
+    assert len(fast) == FEW and values(fast) == values(PRODUCT)
+    assert 0 < len(wide) < len(PRODUCT) / 4
+
+
+def test_values_for_which_few_cases_are_not_enough_come_in_the_next_ring():
+    many = [{"a": i, "b": j} for i in range(30) for j in range(3)]
+    found = marks(many)
+    assert found.count(None) == FEW
+    assert values(case for case, mark in zip(many, found, strict=True) if mark != "slow") == values(many)
+
+
+def test_the_first_ring_stays_and_the_next_moves_with_the_seed():
+    one, other = marks(PRODUCT, seed="1"), marks(PRODUCT, seed="2")
+    assert one == marks(PRODUCT, seed="1") and one != other
+    assert [mark is None for mark in one] == [mark is None for mark in other]
+
+
+def test_costly_cases_are_fewer():
+    cost = FAST_S / 2
+    found = marks(PRODUCT, cost)
+    assert found.count(None) == 2 and found.count("wide") <= WIDE_S / cost
+    assert marks([{}], FAST_S * 1.1) == ["wide"]
+
+
+def test_what_takes_longer_than_the_ring_has_comes_by_chance():
+    found = [marks([{}], 4 * WIDE_S, seed=str(seed))[0] for seed in range(400)]
+    assert set(found) == {"wide", "slow"} and 60 < found.count("wide") < 140
+
+
+def test_covering_is_small():
+    assert len(covering(PRODUCT)) == 6
+    assert covering(PRODUCT, chosen=range(len(PRODUCT))) == []
+
+
+def test_the_list_can_be_read():
+    assert all(cost > 0 and "::" in name for name, cost in listed().items())
+
+
+def test_a_session_of_each_ring(pytester, monkeypatch):
+    monkeypatch.setattr(module, "LIST", module.LIST)  # which the session below changes
+    listed = pytester.path / "wide.txt"
+    listed.write_text(f"{WIDE_S:.1f} test_x.py::test_long\n")
+    pytester.makeconftest(
+        f"from support import rings\nrings.LIST = rings.Path({str(listed)!r})\n"
+        "def pytest_configure(config):\n"
+        "    config.addinivalue_line('markers', 'wide')\n    config.addinivalue_line('markers', 'slow')\n"
+        "    config.pluginmanager.register(rings.Rings('seed'))\n"
+    )
+    pytester.makepyfile(
+        test_x="import pytest\n@pytest.mark.parametrize('i', range(40))\ndef test_many(i): pass\ndef test_long(): pass\n"
+    )
+    pytester.runpytest_inprocess("-m", "not slow and not wide").assert_outcomes(passed=8, deselected=33)
+    pytester.runpytest_inprocess("-m", "wide").assert_outcomes(passed=33, deselected=8)
+    pytester.runpytest_inprocess("-m", "").assert_outcomes(passed=41)
+    listed.write_text("9.0 test_x.py::test_gone\n")
+    pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_x.py::test_gone, which is not there*"])
