@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from deepseek_optimizer import CacheFullError, NotEnoughMemoryError, PagedCache, load_model, make_engine
+from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.backends.reference import backend as reference
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.engine.request import SamplingParams
-from deepseek_optimizer.integration.bind import runtime
 from deepseek_optimizer.integration.load import loader
 from deepseek_optimizer.integration.memory import cache_size, growth
 from deepseek_optimizer.integration.memory.arena import Arena
@@ -17,7 +18,7 @@ from deepseek_optimizer.system.memory import RESERVE_BYTES, Limit
 from support.memory import memory_of
 from support.models import random_ids
 
-from .conftest import make_pair
+from ..conftest import make_pair
 
 GB = 1_000_000_000
 CGROUP = Limit("cgroup", "the cgroup /slice/x", "memory", 4_096_000_000, 1_200_000_000)
@@ -139,7 +140,7 @@ def free(monkeypatch):
     """free(bytes, *limits): what every reader finds from now on."""
 
     def becomes(size, *limits):
-        for module in (cache_size, runtime, loader):
+        for module in (reference, cpu, loader):
             monkeypatch.setattr(module, "free_memory", lambda: memory_of(size, *limits))
 
     return becomes

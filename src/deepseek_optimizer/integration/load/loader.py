@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...backends.registry import choose_backend
 from ...checkpoint import (
     Checkpoint,
     GgufCheckpoint,
@@ -33,7 +34,6 @@ from ...system.memory import free_memory
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
-from ..bind.runtime import choose_backend, mapper_of, packer_of
 from ..bind.swap import expected_tensors, swap_on_meta
 from ..model.wrapper import bind
 from .adapt import adapt, calibration_tokens
@@ -74,7 +74,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
-        checkpoint.mapper = mapper_of(backend)
+        checkpoint.mapper = backend.map_file if backend.maps_files else None
         texts = None
         if settings.chooses_formats:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
@@ -85,7 +85,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         )
         with reading_bar(checkpoint) as progress:
             cast = dtype if settings.precision == "fp32" else None
-            _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
+            _fill(model, weights_for(model, checkpoint, backend.pack, cast, progress, importance))
         checkpoint.check_unchanged()
         name_source(model, checkpoint.path, dtype)
         notes += checkpoint.remarks()

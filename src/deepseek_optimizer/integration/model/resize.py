@@ -11,7 +11,6 @@ from ...errors import UnsupportedRequestError
 from ..bind.graphs import loaded_mtp_layers, whole_graph
 from ..bind.instance_method import Replacement
 from ..bind.modules import PackedEmbedding, PackedLinear
-from ..bind.runtime import packer_of
 from ..bind.swap import pack_in_place
 
 _EXACT = ("fp32", "bf16")  # formats that give back the floats they were packed from
@@ -47,7 +46,7 @@ class ResizeTokens(Replacement):
         try:
             self._original(model, **call)
         finally:  # after an error too: what it left as it was is packed as it was
-            pack_in_place(model, whole_graph(model), runtime.config, packer_of(runtime.backend))
+            pack_in_place(model, whole_graph(model), runtime.config, runtime.backend.pack)
             bind(model, runtime.config, bytes_before=runtime.bytes_before, notes=runtime.notes)
         return model.get_input_embeddings()
 
