@@ -279,6 +279,7 @@ class ReferencePlan:
         return (torch.cat((x, y), -1),)
 
     def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+        assert step.batch.states is not None  # `check_batch` has seen to it
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
     def _swiglu(self, step: _Step, node: Node, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
