@@ -18,6 +18,7 @@ from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.graph.attention_mode import AttentionMode
 from deepseek_optimizer.graph.rules import RULES
 from deepseek_optimizer.quant import get_format
+from deepseek_optimizer.system.backend_entries import AUTO, BUILT_IN, names
 
 QUANT_METHOD: Final = "deepseek_optimizer"
 FUSION_RULES: Final = tuple(RULES)
@@ -50,13 +51,11 @@ def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
 
 def _backend(name: str, value: Any) -> str:
     """ "auto" or a registered name. Other packages' entry points are only read for a name that is not built in."""
-    from deepseek_optimizer.backends import registry
-
-    known = (registry.AUTO, *registry.BUILT_IN)
+    known = (AUTO, *BUILT_IN)
     if isinstance(value, str) and value in known:
         return value
     try:
-        checked: str = _one_of(*dict.fromkeys((*known, *registry.names())))(name, value)
+        checked: str = _one_of(*dict.fromkeys((*known, *names())))(name, value)
     except ConfigError as error:
         raise ConfigError(f"{error}; a backend of another package can be named once that package is installed") from None
     return checked

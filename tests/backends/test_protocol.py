@@ -25,6 +25,7 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import FORMATS, PackedMatrix, reference_packer, unpack
+from deepseek_optimizer.system.backend_entries import BUILT_IN, names
 from support.models import assert_close_rows, llama, random_ids, random_model, weights_of
 from support.steps import runner
 
@@ -47,7 +48,7 @@ def settings(name: str) -> SimpleNamespace:
     return SimpleNamespace(backend=name, isa=None, threads=2)
 
 
-@pytest.fixture(params=registry.names())
+@pytest.fixture(params=names())
 def spec(request):
     found = registry.find(request.param)
     if not found.runs_on("cpu"):
@@ -266,7 +267,7 @@ def test_no_backend_is_asked_for_by_name():
 
 def names_a_backend(node: ast.Compare) -> bool:
     sides = [node.left, *node.comparators]
-    named = any(isinstance(side, ast.Constant) and side.value in registry.BUILT_IN for side in sides)
+    named = any(isinstance(side, ast.Constant) and side.value in BUILT_IN for side in sides)
     return named and any(isinstance(s, ast.Attribute) and s.attr in ("name", "backend") or _called_backend(s) for s in sides)
 
 

@@ -14,6 +14,7 @@ from deepseek_optimizer.backends.base import Backend
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.backends.reference.backend import ReferenceSizes
 from deepseek_optimizer.backends.registry import BackendSpec, choose_backend, choose_spec, find
+from deepseek_optimizer.system import backend_entries
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -36,13 +37,13 @@ def registered(monkeypatch):
     """registered(name=value, ...): these are the entry points of other packages."""
 
     def become(**values):
-        points = [EntryPoint(name, value, registry.GROUP) for name, value in values.items()]
-        monkeypatch.setattr(registry, "entry_points", lambda group: points if group == registry.GROUP else [])
-        registry._scan.cache_clear()
+        points = [EntryPoint(name, value, backend_entries.GROUP) for name, value in values.items()]
+        monkeypatch.setattr(backend_entries, "entry_points", lambda group: points if group == backend_entries.GROUP else [])
+        backend_entries._installed.cache_clear()
 
     yield become
     monkeypatch.undo()
-    registry._scan.cache_clear()
+    backend_entries._installed.cache_clear()
 
 
 def wanted(backend="auto", isa=None, threads=None):
@@ -51,8 +52,8 @@ def wanted(backend="auto", isa=None, threads=None):
 
 def test_built_in_without_metadata(registered):
     registered()
-    assert registry.names() == ("cpu", "reference")
-    for name in registry.names():
+    assert backend_entries.names() == ("cpu", "reference")
+    for name in backend_entries.names():
         assert find(name).name == name
 
 
@@ -62,7 +63,7 @@ def test_the_entry_points_are_those_that_are_built_in():
     from pathlib import Path
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"][registry.GROUP] == registry.BUILT_IN
+    assert project["entry-points"][backend_entries.GROUP] == backend_entries.BUILT_IN
 
 
 def test_a_package_outside_adds_a_backend(registered, tiny_model):
@@ -121,7 +122,7 @@ def test_a_broken_package_is_named_and_does_not_stop_the_others(registered, valu
     with pytest.raises(BackendError, match=f"the backend 'broken' {said}.*reinstall or uninstall its package"):
         find("broken")
     spec, note = choose_spec(wanted(), CPU)
-    assert spec.name in registry.BUILT_IN and note is not None and "the backend 'broken'" in note
+    assert spec.name in backend_entries.BUILT_IN and note is not None and "the backend 'broken'" in note
 
 
 def test_what_is_not_registered(registered):
@@ -133,7 +134,7 @@ def test_what_is_not_registered(registered):
 def test_one_name_for_two(registered):
     registered(cpu="their_package:SPEC")
     with pytest.raises(BackendError, match="two backends are called 'cpu': deepseek_optimizer.*their_package:SPEC"):
-        registry.names()
+        backend_entries.names()
     assert find("cpu").priority == 100
 
 

@@ -1,33 +1,25 @@
-"""Which backends there are, and which one runs a model.
+"""Which backend runs a model.
 
 A backend is registered as an entry point of the group "deepseek_optimizer.backends" whose value names a `BackendSpec`, so that
-a package outside this one can add a backend. The built-in ones are known here too: the package also runs from a source tree,
-whose metadata is missing or old.
+a package outside this one can add a backend: see `system/backend_entries.py`.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BackendError, DeepSeekOptimizerError
+from ..system.backend_entries import AUTO, entry_of, names, package_of
 from .base import Backend, Sizes
 
 if TYPE_CHECKING:
     import torch
 
-GROUP = "deepseek_optimizer.backends"
-AUTO = "auto"
 FALLBACK = 0  # priority of a backend that is only meant for where no other can run
-BUILT_IN = {
-    "cpu": "deepseek_optimizer.backends.cpu:SPEC",
-    "reference": "deepseek_optimizer.backends.reference:SPEC",
-}
 
 
 class BackendSettings(Protocol):
@@ -73,18 +65,13 @@ class BackendSpec:
         return self.device_types is None or device_type in self.device_types
 
 
-def names() -> tuple[str, ...]:
-    """The registered backends; nothing of them is imported."""
-    return tuple(sorted(_entries()))
-
-
 def find(name: str) -> BackendSpec:
     """The backend called `name`.
 
     Raises:
         BackendError: there is none, or its package does not load.
     """
-    entry = _built_in().get(name) or _entries().get(name)
+    entry = entry_of(name)
     if entry is None:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -166,37 +153,7 @@ def choose_backend(settings: BackendSettings, device: torch.device) -> tuple[Bac
     return backend, note or backend.note
 
 
-def _built_in() -> Mapping[str, EntryPoint]:
-    return {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
-
-
-def _entries() -> Mapping[str, EntryPoint]:
-    return _scan(tuple(sys.path))
-
-
-@functools.lru_cache(maxsize=1)
-def _scan(path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
-    """Entry points of the group by name; read again when `sys.path` has changed.
-
-    Raises:
-        BackendError: two packages register the same name.
-    """
-    found = dict(_built_in())
-    for entry in entry_points(group=GROUP):
-        known = found.setdefault(entry.name, entry)
-        if known.value != entry.value:
-            raise BackendError(
-                f"two backends are called {entry.name!r}: {known.value} and {entry.value}{_of(entry)}; uninstall one of the "
-                "packages"
-            )
-    return found
-
-
 def _broken(entry: EntryPoint, what: str) -> BackendError:
     return BackendError(
-        f'the backend {entry.name!r}{_of(entry)} {what}; reinstall or uninstall its package, or use backend="reference"'
+        f'the backend {entry.name!r}{package_of(entry)} {what}; reinstall or uninstall its package, or use backend="reference"'
     )
-
-
-def _of(entry: EntryPoint) -> str:
-    return "" if entry.dist is None else f" of the package {entry.dist.name} {entry.dist.version}"
