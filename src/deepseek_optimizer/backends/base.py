@@ -142,37 +142,38 @@ class KvStore(Protocol):
     def copy_block(self, source: int, target: int) -> None: ...
 
     def release(self, from_block: int) -> None:
-        """Gives memory of blocks >= from_block back to the system; their content is lost."""
+        """Returns the memory of blocks >= from_block to the system; their content is lost."""
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of `read_block`."""
+        """Length of what `read_block` returns, in bytes."""
 
     def read_block(self, block: int) -> bytes:
-        """All that steps read of a block, for a file. It means the same in every store of this kind, graph and dtype."""
+        """A block's content, to be saved in a file. Any store of the same backend, graph and dtype can read it back."""
 
     def write_block(self, block: int, data: bytes) -> None:
-        """Puts back what `read_block` gave.
-
-        Raises: ValueError for another number of bytes, with nothing changed.
-        """
-
-    def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
-        """Moves cached tokens by `delta` positions: their keys in all layers turn, and nothing else.
-
-        Angles are exact: however often a key was turned, it has the angle that RoPE's float32 product gives at its last
-        position. What the storage rounds adds up as independent errors do: after eight turns it is 0.5% of a key in bf16,
-        1.3% in int8.
-
-        Args:
-            rotation: the model's, `graph.rotation.key_rotation`.
-            block_table: int32 [blocks], no block twice, none that anybody else uses: blocks turn whole.
-            tokens: that lie in them; what is behind the last one holds anything afterwards.
-            position: RoPE position of the first of them now; the others count on from there.
+        """Restores what `read_block` returned.
 
         Raises:
-            UnsupportedRequestError: the frequencies depend on the length (dynamic RoPE), and the tokens lie where they do.
-            ValueError: a bad table or position. In any case nothing was changed.
+            ValueError: another number of bytes; nothing was changed.
+        """
+
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+        """Moves cached tokens by `delta` positions: rotates their keys in all layers, and changes nothing else.
+
+        Angles are exact: however often a key was rotated, it has the angle that RoPE's float32 product gives at its last
+        position. Rounding by the storage accumulates as independent errors do: after eight rotations it is 0.5% of a key in
+        bf16, 1.3% in int8.
+
+        Args:
+            rotation: the model's, from `graph.rotation.key_rotation`.
+            block_table: int32 [blocks], without repetition, not shared with another sequence: whole blocks are rotated.
+            tokens: number of tokens in these blocks; the places after the last one hold undefined values afterwards.
+            position: present RoPE position of the first token; those of the others follow it.
+
+        Raises:
+            UnsupportedRequestError: RoPE is dynamic, and its frequencies at these positions depend on the length.
+            ValueError: a bad table or position. Nothing was changed in either case.
         """
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -61,7 +61,7 @@ class CpuStore:
         place = address(np.frombuffer(data, _U8), "a block", _U8, (self.saved_bytes,))
         self.context.call("dso_cache_load_block", self.handle, block, place)
 
-    def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
         table, frequencies = _table(block_table, tokens), np.ascontiguousarray(rotation.inv_freq, dtype=np.float32)
         key, index = (None if pairs is None else _rotation(pairs, frequencies) for pairs in (rotation.key, rotation.index))
