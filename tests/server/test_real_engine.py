@@ -209,7 +209,7 @@ def test_the_engines_thread_dies(tiny_model):
 
 def test_a_dialogue_outgrows_its_window(tiny_model):
     """Old messages are left out, the system's and pinned ones stay, what was dropped is told, and most of a turn is cached."""
-    with start(tiny_model, window=CONTEXT) as live:
+    with start(tiny_model, cache_window=CONTEXT) as live:
         messages = [*MESSAGES[:1], {"role": "user", "content": "PIN this", "pinned": True}]
         dropped, cached = [], []
         for turn in range(50):

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 TYPE = "deepseek_realtime"
 _OWN = ("type", "max_length", "stream_output")
-_FIELDS = tuple(
-    f.name for f in fields_of(DeepSeekConfig) if f.name not in ("quant_method", "modules", "format_version", "curve")
-)
+_FIELDS = tuple(f.name for f in fields_of(DeepSeekConfig) if f.name != "quant_method")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _HUB = ("revision", "token", "local_files_only", "cache_dir")
 _IGNORED = ("trust_remote_code", "code_revision", "_from_pipeline")  # no code of a checkpoint is ever run

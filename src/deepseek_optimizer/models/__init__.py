@@ -1,7 +1,7 @@
 """Model families: one file a `model_type`, each with `build(fields) -> Graph`, found by name.
 
-A family reads a config only: no weights, no modules. To add one, write `models/<model_type>.py` and name it in `FAMILIES`. One
-with layers for multi-token prediction also has `build_mtp(fields, depth, layers) -> Graph`.
+A family's file reads a config only: no weights, no modules. To add one, write `models/<model_type>.py` and its entry in
+`families.py`. One with layers for multi-token prediction also has `build_mtp(fields, depth, layers) -> Graph`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import Graph
+from .families import FAMILIES, SUPPORTED, Family, traits
 from .fields import Fields
 
-FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 MAX_LABELS, MAX_MTP_LAYERS = 1 << 16, 64
 
@@ -94,7 +94,7 @@ def _model_type(config: Any) -> Any:
 
 def _fields(config: Any) -> Fields:
     """The config's fields; of a mapping with its class's defaults."""
-    if not isinstance(config, Mapping) or config.get("model_type") not in FAMILIES:
+    if not isinstance(config, Mapping) or config.get("model_type") not in SUPPORTED:
         return Fields(config)
     from transformers import CONFIG_MAPPING  # heavy, and needed for the defaults of fields left out
 
@@ -102,10 +102,8 @@ def _fields(config: Any) -> Fields:
 
 
 def _family(model_type: Any) -> ModuleType:
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"config.model_type {model_type!r} is not a family this version can optimise. Known: {', '.join(FAMILIES)}."
-        )
+    if model_type not in SUPPORTED:
+        raise UnsupportedModelError(f"config.model_type {model_type!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
     return import_module(f"{__name__}.{model_type}")
 
 
@@ -126,3 +124,18 @@ def _check_mtp(config: Any, count: int) -> None:
     promised = mtp_layers(config)
     if not 0 <= count <= promised:
         raise ConfigError(f"config.num_nextn_predict_layers: {count} MTP layers are asked for, the config promises {promised}")
+
+
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "MAX_LABELS",
+    "MAX_MTP_LAYERS",
+    "SUPPORTED",
+    "Family",
+    "build_graph",
+    "build_mtp_graph",
+    "check_config",
+    "mtp_layers",
+    "traits",
+]

@@ -49,7 +49,7 @@ class ServerState:
         # Its own copy: a tokenizer's settings change while it encodes, and the engine's thread decodes meanwhile.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
-        self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.window is None else None)
+        self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, most = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
         self.bodies = BodyReader(settings, max_per_client, most)
         self._tokenising = Tokenising(self.tokenizer, max_per_client, most)

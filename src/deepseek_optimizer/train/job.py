@@ -53,7 +53,7 @@ _LIKE_BEFORE = ("model", "data", "lora", "precision")  # what a run that goes on
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """What came of a run.
 
     Attributes:
@@ -219,7 +219,7 @@ class TrainingJob:
             model = load_whole(self.source, dtype)
         return model if self.config.lora is None else self._with_adapter(model)
 
-    def run(self, callbacks: Sequence[TrainerCallback] = ()) -> Summary:
+    def run(self, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
         """Trains, and saves what came of it.
 
         Args:
@@ -260,7 +260,7 @@ class TrainingJob:
         after = self._last_loss(trainer)
         base.config.use_cache = used_cache
         kind = self._save(trainer, model)
-        return Summary(
+        return RunSummary(
             output=str(self.output),
             kind=kind,
             loads=kind != "adapter",

@@ -19,7 +19,7 @@ from ..integration.bind.instance_method import Replacement
 from ..integration.bind.modules import Packed
 from ..integration.compat import keep_layers, recompute_layers, recomputes_layers
 from .attention import DSO_TRAIN, register_train_attention
-from .fp8.backend import Fp8
+from .fp8.backend import Fp8Products
 from .kept import Kept
 from .modules.attention import TrainedAttention
 from .modules.embedding import TrainedEmbedding
@@ -91,7 +91,7 @@ def prepare(
     activation_memory: ActivationMemory = "selective",
     fused_loss: bool = True,
     mtp: MtpObjective | None = None,
-    fp8: Fp8 | None = None,
+    fp8: Fp8Products | None = None,
 ) -> Prepared:
     """Gives a model's modules forwards of ours.
 

@@ -26,7 +26,7 @@ from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
-from .fp8.backend import Fp8, of_arguments
+from .fp8.backend import Fp8Products, of_arguments
 from .modules.mtp import add_trained_layers
 from .mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
@@ -73,7 +73,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         self._non_finite = NonFiniteSteps(args.on_nan, self._error)
         self._said: set[str] = set()
-        self._fp8: Fp8 | None = of_arguments(args)
+        self._fp8: Fp8Products | None = of_arguments(args)
         super().__init__(model, args, *rest, **options)
         self.mtp: MtpObjective | None = None
         self._mtp_notes: list[str] = []

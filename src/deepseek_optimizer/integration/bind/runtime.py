@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 from ...backends.base import BLOCK_TOKENS, Backend, CompileOptions, Plan, check_supported
 from ...backends.registry import choose_backend
 from ...cache.forgetting import Forgetting
+from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...engine.speculative.gate import SpeculationReport
 from ...errors import BackendError, ConfigError, UnsupportedModelError
@@ -23,6 +24,7 @@ from ...graph import rules
 from ...graph.attention_mode import apply_mode, forgetting
 from ...graph.ir import Graph
 from ...graph.rotation import KeyRotation, key_rotation
+from ...models.families import FAMILIES
 from ..memory.arena import Arena, LatentRow
 from ..memory.cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
 from ..memory.growth import CheckedGrowth
@@ -60,7 +62,9 @@ class Runtime(Instance):
 
     Attributes:
         model: that instance: the whole model, or of one without a head of the family's its decoder.
-        config, graph, rules: what was asked for, and what the rules made of it.
+        config: the settings it was optimised with.
+        manifest: format and shape of each packed weight as it is now, and how the formats were chosen.
+        graph, rules: the graph, and what the fusion rules changed in it.
         in_mode: layers whose attention the config's mode has changed.
         backend: runs the plan.
         notes: warnings given so far, for the report.
@@ -69,10 +73,16 @@ class Runtime(Instance):
     """
 
     def __init__(
-        self, model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None
+        self,
+        model: Any,
+        config: DeepSeekConfig,
+        manifest: Manifest,
+        *,
+        bytes_before: int | None = None,
+        notes: list[str] | None = None,
     ) -> None:
         self._model = weakref.ref(model)
-        self.config, self.bytes_before = config, bytes_before
+        self.config, self.manifest, self.bytes_before = config, manifest, bytes_before
         graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
         self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
         self.notes: list[str] = []
@@ -366,8 +376,8 @@ def _latent_row(graph: Graph) -> LatentRow | None:
     node = next((node for node in graph.nodes if node.op == "latent"), None)
     if node is None:
         return None
-    # V2's own module turns pairs in place; those that came later bring them into halves first, which changes no product.
-    return LatentRow(node.attrs["rank"], node.attrs["interleaved"] and graph.family != "deepseek_v2")
+    halves = node.attrs["interleaved"] and not FAMILIES[graph.family].interleaved_latents
+    return LatentRow(node.attrs["rank"], halves)
 
 
 def _check_bound(model: Any, graph: Graph) -> None:

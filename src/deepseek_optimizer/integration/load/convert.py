@@ -20,13 +20,15 @@ from ..model.wrapper import bind
 
 def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
-    before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(planned_module(model))
+    earlier = model.__dict__.get("dso")
+    before = earlier.bytes_before if earlier is not None else parameter_bytes(planned_module(model))
+    curve = earlier.manifest.curve if earlier is not None else ()
     check_attention_name(model.config, config)
     _own_config(model)
     extend_model(model, config)
     backend, _ = choose_backend(config, model.device)
     pack_in_place(model, whole_graph(model), config, backend.pack)
-    bind(model.eval(), config, bytes_before=before)
+    bind(model.eval(), config, curve=curve, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):
         _warm(model.dso, rows)
 

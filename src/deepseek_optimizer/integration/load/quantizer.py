@@ -19,14 +19,23 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from ...backends.registry import choose_backend, runs_on
-from ...checkpoint import Checkpoint, Fp8Checkpoint, check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
-from ...checkpoint.directory import INDEX, SINGLE
+from ...checkpoint import (
+    Checkpoint,
+    Fp8Checkpoint,
+    Manifest,
+    check_tensors,
+    check_tokenizer_beside,
+    load_tokenizer,
+    open_checkpoint,
+)
+from ...checkpoint.directory import CONFIG, INDEX, SINGLE
+from ...checkpoint.manifest import KEY
 from ...config import QUANT_METHOD, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.least import exact_weights
 from ...quant import PackedStack, PackedWeight
 from ..attention.registration import check_attention_name
-from ..bind.classes import check_class, described_for, stored_as
+from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
@@ -43,17 +52,21 @@ class PackingQuantizer(HfQuantizer):
     quantization_config: DeepSeekConfig
 
     def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
-        # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.refused: list[CheckpointError] = []  # what was found wrong with parameters as they came
+        self.manifest: Manifest | None = None  # of a packed checkpoint
         if self.pre_quantized:
             return
-        self.quantization_config.modules = None
-        if self.quantization_config.calibration is not None and not self.quantization_config.chooses_formats:
+        if self.quantization_config.calibration is not None and not self.chooses_formats:
             raise ConfigError(
                 "calibration reads the checkpoint twice, which from_pretrained does not: use load_model(path, config), or load "
                 "what `dso convert --calibration FILE` writes"
             )
+
+    @property
+    def chooses_formats(self) -> bool:
+        """Whether formats are still to be chosen, for a `kl_budget`."""
+        return self.quantization_config.kl_budget is not None and not self.pre_quantized
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
@@ -121,22 +134,24 @@ class PackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.dtype
-        if self.quantization_config.chooses_formats and not has_head(model):
+        if self.chooses_formats and not has_head(model):
             raise ConfigError(
                 f"kl_budget measures logits, and {type(model).__name__} has none: choose formats with load_model or "
                 "`dso convert`, and open the packed directory with this class"
             )
         self._add_mtp_layers(model, checkpoint_files, dtype)
         if self.pre_quantized:
-            described_for(self.quantization_config, model)
+            manifest = Manifest.read(vars(model.config), Path(model.config.name_or_path) / CONFIG)
+            self.quantization_config, self.manifest = renamed_for(model, self.quantization_config, manifest)
         graph = whole_graph(model)
-        swap_on_meta(model, graph, self.quantization_config, dtype)
+        packed = self.manifest.formats() if self.manifest is not None else None
+        swap_on_meta(model, graph, self.quantization_config, dtype, packed=packed)
         _expect_fp32(model, exact_weights(graph))
         _check_files(checkpoint_files, model)
         self.files, self.mapped = checkpoint_files, MappedFiles(checkpoint_files or ())
         if not self.pre_quantized:
             _expect_floats(model, dtype)
-        if self.quantization_config.chooses_formats:
+        if self.chooses_formats:
             self.texts = self._calibration_tokens(model.config)
         return model
 
@@ -175,9 +190,9 @@ class PackingQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self.mapped.give_back()
-        bind(model, self.quantization_config)
+        bind(model, self.quantization_config, curve=self.manifest.curve if self.manifest is not None else ())
         model.dso.mappings.update(mappings)
-        if self.quantization_config.chooses_formats:
+        if self.chooses_formats:
             adapt(model, self.texts)
         return model
 
@@ -272,9 +287,10 @@ def _is_standard(files: Any) -> bool:
     return bool(names) and (names == {"model.safetensors"} or all(name.startswith("model-") for name in names))
 
 
-def mark_quantized(model: Any, config: DeepSeekConfig) -> None:
-    """What Transformers looks at on a model loaded through a quantizer, for one that was not."""
+def mark_quantized(model: Any, config: DeepSeekConfig, manifest: Manifest) -> None:
+    """Sets what Transformers looks at on a model loaded through a quantizer, and what it saves in config.json."""
     model.config.quantization_config = config
+    setattr(model.config, KEY, manifest.to_dict())
     model.hf_quantizer = PackingQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD

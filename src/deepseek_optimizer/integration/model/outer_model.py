@@ -6,6 +6,7 @@ import copy
 import weakref
 from typing import Any
 
+from ...checkpoint import Manifest
 from ..bind.instance import Instance
 from ..bind.parameter_count import ParameterCount
 from ..bind.runtime import Runtime
@@ -36,6 +37,11 @@ class OuterModel(Instance):
             "report": self.runtime.report,
             "named_modules": ModuleWalk(self),
         }
+
+    @property
+    def manifest(self) -> Manifest:
+        """As `Runtime.manifest`."""
+        return self.runtime.manifest
 
     def changed(self) -> str | None:
         """As `Runtime.changed`, of the decoder."""

@@ -259,8 +259,6 @@ def make_report(runtime: Any) -> Report:
         formats.setdefault(matrix.format, []).append(matrix)
     block_bytes, size = backend.block_bytes(graph, runtime.kv_dtype), runtime.cache_size
     applied = tuple(RuleRow(r.rule, r.count, r.places) for r in runtime.rules)
-    told_apart = ("modules", "format_version", "curve")
-    config = {name: value for name, value in runtime.config.to_dict().items() if name not in told_apart}
     return Report(
         family=graph.family,
         backend=backend.name,
@@ -273,7 +271,7 @@ def make_report(runtime: Any) -> Report:
             FormatRow(name, sum(map(_matrices, found)), sum(math.prod(m.shape) for m in found), sum(m.nbytes for m in found))
             for name, found in formats.items()
         ),
-        curve=runtime.config.curve or (),
+        curve=tuple(dict(point) for point in runtime.manifest.curve),
         kernels=tuple(runtime.plan.describe()),
         bytes_before=runtime.bytes_before,
         bytes_after=parameter_bytes(runtime.model),
@@ -286,6 +284,6 @@ def make_report(runtime: Any) -> Report:
         latent=isinstance(graph.cache, LatentSpec),
         experts=_experts(whole, matrices),
         mtp_layers=loaded_mtp_layers(runtime.model),
-        config=config,
+        config=runtime.config.to_dict(),
         warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),
     )

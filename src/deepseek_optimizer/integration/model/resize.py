@@ -46,8 +46,9 @@ class ResizeTokens(Replacement):
         try:
             self._original(model, **call)
         finally:  # after an error too: what it left as it was is packed as it was
-            pack_in_place(model, whole_graph(model), runtime.config, runtime.backend.pack)
-            bind(model, runtime.config, bytes_before=runtime.bytes_before, notes=runtime.notes)
+            manifest = runtime.manifest
+            pack_in_place(model, whole_graph(model), runtime.config, runtime.backend.pack, manifest.formats())
+            bind(model, runtime.config, curve=manifest.curve, bytes_before=runtime.bytes_before, notes=runtime.notes)
         return model.get_input_embeddings()
 
     def _check(self, model: Any) -> None:

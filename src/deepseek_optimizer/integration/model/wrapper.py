@@ -10,7 +10,7 @@ their logits and hidden states are zero. And no gradient flows: where one is nee
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...backends.base import DECODE, PREFILL
-from ...checkpoint import packed_section
+from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
@@ -239,17 +239,28 @@ def _trainable(model: torch.nn.Module) -> bool:
 RESIZE = "resize the embeddings of the float model, then optimise it"
 
 
-def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None) -> Any:
+def bind(
+    model: Any,
+    config: DeepSeekConfig,
+    *,
+    curve: Sequence[Mapping[str, Any]] = (),
+    bytes_before: int | None = None,
+    notes: list[str] | None = None,
+) -> Any:
     """Compiles the plan of a model whose modules are packed, and puts it in charge of this instance, or of its decoder where
     the model has another head than the family's, which stays a float module of its class and may be trained.
+
+    Args:
+        config: the settings; the model gets a copy.
+        curve: of `Manifest`, where the formats were chosen by measuring.
 
     Returns: the same model, with `dso` and methods of ours set on it.
     """
     config = copy.deepcopy(config)
     planned = planned_module(model)
     notes = [*(notes or ()), *special_token_notes(model)]
-    runtime = Runtime(planned, config, bytes_before=bytes_before, notes=notes)
-    _describe(model, runtime)
+    runtime = Runtime(planned, config, _manifest(model, curve), bytes_before=bytes_before, notes=notes)
+    mark_quantized(model, config, runtime.manifest)
     for parameter in planned.parameters():
         parameter.requires_grad_(False)
     if "dso" not in planned.__dict__:
@@ -264,19 +275,17 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     return model
 
 
-def rebind(model: Any) -> None:
-    """After packed modules were replaced by others: the config says what they are, and the plan is compiled from them."""
+def rebind(model: Any, curve: Sequence[Mapping[str, Any]]) -> None:
+    """Compiles the plan again after packed modules were replaced by others. `curve`: see `bind`."""
     runtime: Runtime = model.dso
     runtime.replaced()
-    _describe(model, runtime)
+    runtime.manifest = _manifest(model, curve)
+    mark_quantized(model, runtime.config, runtime.manifest)
     _ = runtime.plan
 
 
-def _describe(model: Any, runtime: Runtime) -> None:
-    """Writes into the config, which the model carries, how each matrix is packed."""
-    section = packed_section(matrices_of(model, whole_graph(model)))
-    runtime.config.modules, runtime.config.format_version = section["modules"], section["format_version"]
-    mark_quantized(model, runtime.config)
+def _manifest(model: Any, curve: Sequence[Mapping[str, Any]]) -> Manifest:
+    return Manifest.of(matrices_of(model, whole_graph(model)), curve)
 
 
 def instance_methods(runtime: Runtime) -> dict[str, Any]:

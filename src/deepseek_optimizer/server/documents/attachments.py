@@ -47,11 +47,6 @@ class Attached:
     cut: bool
 
 
-def has_files(messages: Sequence[Message]) -> bool:
-    """Whether any part of a message is a file."""
-    return any(part["type"] == "file" for message in messages for part in _parts(message))
-
-
 async def attached(state: ServerState, messages: Sequence[Message], owner: str, places: ExitStack, caller: Caller) -> Attached:
     """
     Args:

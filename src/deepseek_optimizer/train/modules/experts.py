@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..fp8.backend import Fp8
+from ..fp8.backend import Fp8Products
 from ..fp8.linear import fp8_grouped_linear
 from ..kept import Kept
 from ..ops.grouped import grouped_linear
@@ -94,7 +94,7 @@ def grouped_experts(
     index: torch.Tensor,
     weights: torch.Tensor,
     kept: Kept | None = None,
-    fp8: Fp8 | None = None,
+    fp8: Fp8Products | None = None,
 ) -> torch.Tensor:
     """
     Args:
@@ -146,6 +146,6 @@ class TrainedExperts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H] of hidden_states' dtype."""
-        fp8: Fp8 | None = getattr(self, "fp8", None) if self.training else None
+        fp8: Fp8Products | None = getattr(self, "fp8", None) if self.training else None
         where = (top_k_index, top_k_weights, getattr(self, "kept", None), fp8)
         return grouped_experts(hidden_states, self.gate_up_proj, self.down_proj, *where)
