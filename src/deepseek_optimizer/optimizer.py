@@ -47,8 +47,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     from .checkpoint import load_tokenizer as load
     from .checkpoint import open_checkpoint
-    from .integration.load.loader import resolve
-    from .models import check_config
+    from .integration.configs import check_config
+    from .integration.load.resolve import resolve
 
     with open_checkpoint(resolve(path)) as checkpoint:
         check_config(checkpoint.config())

@@ -63,7 +63,7 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
 
 
 def _name(model: Any) -> str:
-    path = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    path = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return os.path.basename(os.path.normpath(path))
 
 

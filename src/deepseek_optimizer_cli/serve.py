@@ -100,7 +100,7 @@ def serve(
 
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.errors import ConfigError
-    from deepseek_optimizer.server.http.keys import read_keys
+    from deepseek_optimizer.server.keys import read_keys
     from deepseek_optimizer.server.settings import ServerSettings
 
     if tool_format is not None and tool_format not in FORMATS:

@@ -28,9 +28,9 @@ from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentErro
 from deepseek_optimizer.longdoc.read import read_upload
 from deepseek_optimizer.longdoc.readers import docx, html, pdf, text
 from deepseek_optimizer.server.documents.file_store import FileStore
+from deepseek_optimizer.server.documents.upload import read_upload_form
 from deepseek_optimizer.server.http.json_body import BodyReader
 from deepseek_optimizer.server.http.problems import ApiError
-from deepseek_optimizer.server.http.upload import read_upload_form
 from deepseek_optimizer.server.protocol.base import parse
 from deepseek_optimizer.server.protocol.chat import ChatRequest
 from deepseek_optimizer.server.protocol.completions import CompletionRequest

@@ -13,7 +13,8 @@ from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.validate import check_graph
-from deepseek_optimizer.models import SUPPORTED, build_graph, check_config
+from deepseek_optimizer.integration.configs import check_config
+from deepseek_optimizer.models import SUPPORTED, build_graph
 from support.models import CASES, llama, qwen2, qwen3, random_model, rope
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.chats import HERMES, THINKING, WEATHER
 from support.documents import pdf
@@ -431,7 +431,7 @@ def test_many_at_once_leave_nothing_behind(live):
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
 def test_a_chat_without_files_does_nothing_for_documents(live, monkeypatch, path):
-    from deepseek_optimizer.server.documents import chats
+    from deepseek_optimizer.server.document_chats import chats
 
     def entered(*args, **kwargs):
         raise AssertionError("a chat without files reached the code for documents")

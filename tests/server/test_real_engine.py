@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.live_server import LiveServer, assert_error, wait_for

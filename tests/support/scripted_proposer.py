@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from deepseek_optimizer.engine.draft import Draft
 from deepseek_optimizer.engine.sequence import Sequence
-from deepseek_optimizer.engine.speculative.base import Draft
 
 
 class ScriptedProposer:

@@ -13,6 +13,7 @@ from ..backends.base import BLOCK_TOKENS
 from ..engine.engine import Engine
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError, ConfigError, RequestError
+from ..integration.bind.runtime import runtime_of
 from .conversation import Answer, Messages, StopSignal, prompt_tokens, rate
 from .fit import fit
 from .sampling import left_out, sampling_params
@@ -22,8 +23,6 @@ _ids = itertools.count(1)
 
 def default_sampling(model: Any, **given: Any) -> SamplingParams:
     """`sampling_params` by the generation config of an optimised model, which says once what of it an engine leaves out."""
-    from ..integration.bind.runtime import runtime_of
-
     config = model.generation_config
     if names := left_out(config):
         runtime_of(model).warn_once(f"the generation config sets {', '.join(names)}, which only model.generate heeds")

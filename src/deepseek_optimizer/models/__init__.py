@@ -32,7 +32,7 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
         UnsupportedModelError: the family, or a feature the config asks for, is not known here.
         ConfigError: a field is wrong; the message names it.
     """
-    fields = _fields(config)
+    fields = Fields(config)
     graph = _build(fields, _model_type(config))
     _check_dtype(fields, "dtype")
     _check_mtp(config, mtp_layers)
@@ -46,7 +46,7 @@ def mtp_layers(config: Any) -> int:
         config: a Transformers config object, or the content of a config.json.
     """
     family = _family(_model_type(config))
-    fields = _fields(config)
+    fields = Fields(config)
     if not hasattr(family, "build_mtp") or fields.get("num_nextn_predict_layers") is None:
         return 0
     return fields.integer("num_nextn_predict_layers", MAX_MTP_LAYERS, low=0)
@@ -68,18 +68,18 @@ def build_mtp_graph(config: Any, depth: int, layers: int | None = None) -> Graph
     _check_mtp(config, count)
     if not 0 <= depth < count:
         raise ConfigError(f"config.num_nextn_predict_layers: there is no MTP layer {depth} of {count}")
-    graph: Graph = _family(_model_type(config)).build_mtp(_fields(config), depth, count)
+    graph: Graph = _family(_model_type(config)).build_mtp(Fields(config), depth, count)
     return graph
 
 
 def check_config(raw: Mapping[str, Any]) -> None:
-    """Checks the content of a `config.json` before Transformers makes an object, or memory is taken, from it.
+    """Checks the content of a `config.json`, with its defaults in.
 
     Raises: as `build_graph`.
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"config: expected an object with fields, got {type(raw).__name__}")
-    fields = _fields(raw)
+    fields = Fields(raw)
     _build(fields, raw.get("model_type"))
     mtp_layers(raw)
     for name in ("dtype", "torch_dtype"):
@@ -90,15 +90,6 @@ def check_config(raw: Mapping[str, Any]) -> None:
 
 def _model_type(config: Any) -> Any:
     return config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-
-
-def _fields(config: Any) -> Fields:
-    """The config's fields; of a mapping with its class's defaults."""
-    if not isinstance(config, Mapping) or config.get("model_type") not in SUPPORTED:
-        return Fields(config)
-    from transformers import CONFIG_MAPPING  # heavy, and needed for the defaults of fields left out
-
-    return Fields(config, CONFIG_MAPPING[config["model_type"]])
 
 
 def _family(model_type: Any) -> ModuleType:

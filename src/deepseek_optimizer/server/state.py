@@ -15,9 +15,6 @@ from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
-from .chat.prompt_size import PromptSize
-from .chat.token_text import TokenTexts
-from .chat.tokenising import Lane, Tokenising
 from .documents.file_store import FileStore
 from .documents.preparation import Preparation
 from .documents.reader import DocumentReader
@@ -28,6 +25,9 @@ from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .protocol.sampling import answers_asked
 from .settings import ServerSettings
+from .tokens.prompt_size import PromptSize
+from .tokens.token_text import TokenTexts
+from .tokens.tokenising import Lane, Tokenising
 
 T = TypeVar("T")
 

@@ -26,9 +26,10 @@ from ..backends.cpu.environment import forced_threads
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
-from ..integration.load.loader import resolve, sketch
+from ..integration.configs import check_config
+from ..integration.load.loader import sketch
 from ..integration.load.mtp_layers import stored_mtp_layers
-from ..models import check_config
+from ..integration.load.resolve import resolve
 from ..system.memory import free_memory
 from . import lora
 from .arguments import DeepSeekTrainingArguments

@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessor, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from deepseek_optimizer import PagedCache
-from deepseek_optimizer.engine.speculative.base import Draft
+from deepseek_optimizer.engine.draft import Draft
 from deepseek_optimizer.errors import UnsupportedRequestError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name

@@ -6,7 +6,7 @@ import copy
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ def forgetting_of(graph: Graph) -> Forgetting | None:
 class Runtime(Instance):
     """Binds a plan to one model instance, whose forward the plan replaces. Attached as `model.dso`.
 
+    Args:
+        methods: the attributes that the model gets in place of its class's, by name.
+        make_report: describes what was optimised.
+
     Attributes:
         model: that instance: the whole model, or of one without a head of the family's its decoder.
         config: the settings it was optimised with.
@@ -78,10 +82,13 @@ class Runtime(Instance):
         config: DeepSeekConfig,
         manifest: Manifest,
         *,
+        methods: Callable[[Runtime], dict[str, Any]],
+        make_report: Callable[[Runtime], Any],
         bytes_before: int | None = None,
         notes: list[str] | None = None,
     ) -> None:
         self._model = weakref.ref(model)
+        self._methods, self._make_report = methods, make_report
         self.config, self.manifest, self.bytes_before = config, manifest, bytes_before
         graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
         self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
@@ -106,9 +113,7 @@ class Runtime(Instance):
         _check_bound(model, whole_graph(model))
 
     def methods(self) -> dict[str, Any]:
-        from ..model.wrapper import instance_methods
-
-        return {"dso": self, **instance_methods(self)}
+        return {"dso": self, **self._methods(self)}
 
     @property
     def backend(self) -> Backend:
@@ -298,10 +303,8 @@ class Runtime(Instance):
         return None
 
     def report(self) -> Any:
-        """What was optimised and how: `report.Report`."""
-        from ..model.report import make_report
-
-        return make_report(self)
+        """What was optimised and how: a `model.report.Report`."""
+        return self._make_report(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         model = memo.get(id(self._model()))

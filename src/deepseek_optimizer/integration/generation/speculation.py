@@ -15,10 +15,11 @@ import torch
 from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ...engine.draft import Draft
 from ...engine.runner import Runner
 from ...engine.sampling.sampler import Sampler
 from ...engine.sequence import Sequence
-from ...engine.speculative.base import Draft, Proposer
+from ...engine.speculative.base import Proposer
 from ...engine.speculative.decoder import SpeculativeDecoder
 from ...engine.speculative.gate import Gate
 from ...engine.speculative.mtp import MtpProposer

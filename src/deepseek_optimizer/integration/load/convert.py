@@ -15,7 +15,9 @@ from ..bind.context_extension import extend_model
 from ..bind.graphs import planned_module, whole_graph
 from ..bind.runtime import Runtime
 from ..bind.swap import pack_in_place
+from ..model.parameter_count import parameter_bytes
 from ..model.wrapper import bind
+from .quantizer import mark_quantized
 
 
 def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
@@ -28,6 +30,7 @@ def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     extend_model(model, config)
     backend, _ = choose_backend(config, model.device)
     pack_in_place(model, whole_graph(model), config, backend.pack)
+    mark_quantized(model, config)
     bind(model.eval(), config, curve=curve, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):
         _warm(model.dso, rows)
@@ -40,11 +43,6 @@ def _own_config(model: Any) -> None:
     for module in model.modules():
         if module.__dict__.get("config") is shared:
             module.config = own
-
-
-def parameter_bytes(model: Any) -> int:
-    """Bytes of the parameters, shared ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _warm(runtime: Runtime, rows: int) -> None:

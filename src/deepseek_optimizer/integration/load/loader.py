@@ -29,45 +29,21 @@ from ...checkpoint.load import IGNORED
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
 from ...graph.least import exact_weights
-from ...models import check_config
 from ...quant import PackedWeight, Packer
 from ...system.memory import free_memory
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors, swap_on_meta
+from ..configs import check_config
 from ..model.wrapper import bind
 from .adapt import adapt, calibration_tokens
 from .importance import importance_for
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
+from .quantizer import mark_quantized
+from .resolve import resolve
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def resolve(path: str | os.PathLike[str], **hub: Any) -> Path:
-    """A local file or directory as it is; a hub name is fetched (safetensors, never pickles), or found in the hub's cache.
-
-    Args:
-        hub: what the hub's client takes beside the name: revision, token, local_files_only, cache_dir.
-
-    Raises:
-        CheckpointError: there is no such file, and the hub has no such model or cannot be reached.
-    """
-    text = os.fspath(path)
-    if os.path.exists(text):
-        return Path(text)
-    if text.endswith((".gguf", ".safetensors")) or not _HUB_NAME.fullmatch(text) or text.startswith("."):
-        raise CheckpointError("does not exist", file=text)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=_HUB_FILES, **hub))
-    except Exception as error:  # the hub's client raises a dozen kinds
-        raise CheckpointError(
-            f"is neither a local path nor a model the hub can give ({type(error).__name__}: {error})", file=text
-        ) from error
 
 
 def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
@@ -93,6 +69,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
+    mark_quantized(model, settings)
     bind(model.eval(), settings, curve=manifest.curve if manifest is not None else (), bytes_before=total, notes=notes)
     model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:

@@ -28,6 +28,7 @@ from ...versions import versions
 from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors
 from ..model.save import save_configs
+from ..model.wrapper import describe
 from .importance import importance_for
 from .loader import load, name_source, reading_bar, resolve, sketch, weights_for
 from .quantizer import mark_quantized
@@ -80,7 +81,8 @@ def pack_checkpoint(
                 tell(note)
             write_index(directory.folder, shards)
             manifest = Manifest.of(planned, packed.curve if packed is not None else ())
-            mark_quantized(model, settings, manifest)
+            mark_quantized(model, settings)
+            describe(model, settings, manifest)
             name_source(model, checkpoint.path, dtype)
             save_configs(model, dtype, directory.folder, manifest)
             if tokenizer is not None:

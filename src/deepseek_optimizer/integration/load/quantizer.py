@@ -29,7 +29,6 @@ from ...checkpoint import (
     open_checkpoint,
 )
 from ...checkpoint.directory import CONFIG, INDEX, SINGLE
-from ...checkpoint.manifest import KEY
 from ...config import QUANT_METHOD, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.least import exact_weights
@@ -40,8 +39,12 @@ from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
 from ..bind.swap import expected_tensors, float_shape, swap_on_meta
+from ..model.wrapper import bind
+from .adapt import adapt, calibration_tokens
 from .mapped import MappedFiles
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
+from .pack_op import PackWeight, unmerged
+from .resolve import resolve
 
 _FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
 
@@ -119,15 +122,11 @@ class PackingQuantizer(HfQuantizer):
         return isinstance(module, Packed) and leaf in module.held()
 
     def get_quantize_ops(self) -> Any:
-        from .pack_op import PackWeight  # what it stands on takes a second to import
-
         return PackWeight(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Experts are handed to `PackWeight` one by one, as they are stored: merged first, as Transformers does it, a layer of
         them would be in memory three times."""
-        from .pack_op import unmerged
-
         if self.pre_quantized:
             return weight_conversions
         return [unmerged(conversion) for conversion in weight_conversions]
@@ -165,17 +164,11 @@ class PackingQuantizer(HfQuantizer):
                 add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
     def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
-        from .adapt import calibration_tokens
-        from .loader import resolve
-
         with torch.device("cpu"), open_checkpoint(resolve(config.name_or_path)) as checkpoint:  # else meta tensors
             tokenizer = load_tokenizer(checkpoint)
             return calibration_tokens(self.quantization_config, tokenizer, config.max_position_embeddings)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ..model.wrapper import bind
-        from .adapt import adapt
-
         if self.refused:
             raise self.refused[0]
         mappings = self._leave_mappings(model)
@@ -190,6 +183,7 @@ class PackingQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self.mapped.give_back()
+        mark_quantized(model, self.quantization_config)
         bind(model, self.quantization_config, curve=self.manifest.curve if self.manifest is not None else ())
         model.dso.mappings.update(mappings)
         if self.chooses_formats:
@@ -287,10 +281,9 @@ def _is_standard(files: Any) -> bool:
     return bool(names) and (names == {"model.safetensors"} or all(name.startswith("model-") for name in names))
 
 
-def mark_quantized(model: Any, config: DeepSeekConfig, manifest: Manifest) -> None:
-    """Sets what Transformers looks at on a model loaded through a quantizer, and what it saves in config.json."""
+def mark_quantized(model: Any, config: DeepSeekConfig) -> None:
+    """Sets on a model the attributes that Transformers sets when it loads one through a quantizer."""
     model.config.quantization_config = config
-    setattr(model.config, KEY, manifest.to_dict())
     model.hf_quantizer = PackingQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD

@@ -8,9 +8,10 @@ from typing import Any
 
 from ...checkpoint import Manifest
 from ..bind.instance import Instance
-from ..bind.parameter_count import ParameterCount
 from ..bind.runtime import Runtime
 from .adapters import ModuleWalk
+from .parameter_count import ParameterCount
+from .refuse import RESIZE, Refuse
 from .save import PackedSave
 
 
@@ -27,8 +28,6 @@ class OuterModel(Instance):
         self.attach(model)
 
     def methods(self) -> dict[str, Any]:
-        from .wrapper import RESIZE, Refuse
-
         return {
             "dso": self.runtime,
             "save_pretrained": PackedSave(self),

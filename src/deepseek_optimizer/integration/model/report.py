@@ -12,9 +12,12 @@ from ...backends.base import BLOCK_TOKENS
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, LatentSpec
 from ...graph.least import least_formats
+from ...graph.rules import RULES
 from ...quant import PackedStack, PackedWeight
 from ...system.memory import mb
 from ..bind.graphs import loaded_mtp_layers, whole_graph
+from ..bind.swap import matrices_of
+from .parameter_count import parameter_bytes
 
 
 @dataclass(frozen=True)
@@ -248,10 +251,6 @@ def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]
 
 def make_report(runtime: Any) -> Report:
     """The report of an optimised model's runtime."""
-    from ...graph.rules import RULES
-    from ..bind.swap import matrices_of
-    from ..load.convert import parameter_bytes
-
     backend, graph, whole = runtime.backend, runtime.graph, whole_graph(runtime.model)
     matrices = matrices_of(runtime.model, whole)
     formats: dict[str, list[PackedWeight]] = {}

@@ -14,8 +14,8 @@ from ...chat.template import Prompt
 from ...chat.tools import FORMATS, ToolFormat, detect
 from ..http.problems import ApiError
 from ..state import ServerState
+from ..tokens.tokenising import Lane
 from .prompts import tokens_of
-from .tokenising import Lane
 
 Tool = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from ..chat.grammars import form_of
 from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
-from ..documents.chats import prepare_chat_with_files
+from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest

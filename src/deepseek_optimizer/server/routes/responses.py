@@ -14,7 +14,7 @@ from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
-from ..documents.chats import prepare_chat_with_files
+from ..document_chats.chats import prepare_chat_with_files
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...integration.compat import CACHE_NAMES
+from ...integration.training.modules import attention_function, attention_name
 from ...models.families import traits
 from ..ops.linear import linears
 from ..ops.rope import rope
@@ -46,7 +46,7 @@ class TrainedAttention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, H] -> ([B, S, H], attention weights or None)."""
-        implementation = self.config._attn_implementation
+        implementation = attention_name(self.config)
         if implementation == "eager" or any(kwargs.get(name) is not None for name in CACHE_NAMES):
             where = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             result: Any = super().forward(hidden_states=hidden_states, **where, **kwargs)
@@ -54,7 +54,7 @@ class TrainedAttention(nn.Module):
         cos, sin = position_embeddings
         q, k, v = self._projected(hidden_states)
         query, key, value = rope(self._heads(q, "q_norm"), cos, sin), rope(self._heads(k, "k_norm"), cos, sin), self._heads(v)
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        attend = attention_function(implementation)
         dropout = self.attention_dropout if self.training else 0.0
         window = {"sliding_window": self._window} if self._window is not None else {}
         out, weights = attend(

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
+from ...integration.training.modules import is_expert_parallel, uses_silu
 from ..fp8.backend import Fp8Products
 from ..fp8.linear import fp8_grouped_linear
 from ..kept import Kept
@@ -138,10 +138,10 @@ class TrainedExperts(nn.Module):
         found = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
         return (
             found == {"gate_up_proj": 3, "down_proj": 3}
-            and isinstance(getattr(module, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
+            and uses_silu(module)
             and not getattr(module, "is_transposed", False)
             and getattr(module, "is_concatenated", True)
-            and not getattr(module, "_is_expert_parallel", False)
+            and not is_expert_parallel(module)
         )
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from torch import nn
 
 from ...integration.compat import causal_output
 from ...models.families import traits
-from ..mtp_loss import MtpObjective
 from .head_loss import head_is_fused, head_loss
+from .mtp_loss import MtpObjective
 
 
 class TrainedCausalLM(nn.Module):
