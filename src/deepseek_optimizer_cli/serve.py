@@ -148,6 +148,7 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     from deepseek_optimizer.server.run import listener
     from deepseek_optimizer.server.run import serve as run
     from deepseek_optimizer.serving import make_async_engine
+    from deepseek_optimizer.system.memory import free_memory
 
     from .model import load
 
@@ -156,7 +157,7 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to tell of every index
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
-        check_granted(fields["kv_cache_memory"])
+        check_granted(fields["kv_cache_memory"], free_memory())
     loaded, tokenizer = load(model, fields)
     settings = replace(settings, sampling=_authors_sampling(loaded))
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
+from ..backends.base import CompileOptions, Sizes
+from ..errors import BackendError
 from ..graph.ir import BLOCK
 from ..system.memory import less_reserve
 from .case import Case
@@ -84,11 +85,17 @@ def budget(case: Case) -> Budget:
     whole = whole_graph(case.sketch)
     least, exact = least_formats(whole), exact_weights(whole)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
-    kv = kv_dtype(case.settings, formats)
+    kv, sizes, high = kv_dtype(case.settings, formats), _sizes(case), case.settings.batch_size_range[1]
     return Budget(
         weights=sum(formats.values()) + plain,
-        cache_per_token=_block_bytes(case, kv) // BLOCK,
-        buffers=_buffers(case, dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices}),
+        cache_per_token=sizes.block_bytes(case.graph, kv) // BLOCK,
+        buffers=sizes.buffer_bytes(
+            case.graph,
+            dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices},
+            CompileOptions(case.settings.activation),
+            max(case.settings.prefill_chunk, high),
+            high,
+        ),
         free=case.machine.memory.free,
         granted=case.settings.kv_cache_memory,
         span=_span(case),
@@ -112,35 +119,13 @@ def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
     return math.prod(PackedEntry(format_name, shape).tiles)
 
 
-def _block_bytes(case: Case, kv: str) -> int:
-    """Of the backend that would serve, asked without making it: its settings may be what is wrong."""
-    from ..backends.cpu import native, unavailable_reason
-    from ..backends.reference import ReferenceBackend
+def _sizes(case: Case) -> Sizes:
+    """Of the backend that would serve, without creating it: its settings may be what is wrong."""
+    import torch
 
-    if case.settings.backend == "reference" or unavailable_reason() is not None:
-        return ReferenceBackend().block_bytes(case.graph, kv)
-    return native.block_bytes(case.graph.cache, kv)
+    from ..backends.registry import choose_spec, find
 
-
-def _buffers(case: Case, format_of: dict[str, str]) -> int:
-    """What the native plan reserves for its largest step. The reference backend makes and drops the same rows in fp32."""
-    from ..backends.cpu import native, unavailable_reason
-    from ..backends.cpu.compile import ACTIVATIONS, INTEGER_FORMATS
-    from ..backends.cpu.lower import lower
-    from ..graph.planner import assign_slots
-    from ..quant import get_format
-
-    def kind_of(name: str) -> str:
-        forced = ACTIVATIONS.get(case.settings.activation) if format_of[name] in INTEGER_FORMATS else None
-        return forced or get_format(format_of[name]).activation
-
-    def row_bytes(kind: str, width: int) -> int:
-        if unavailable_reason() is not None:
-            return 4 * width
-        return int(native.library().dso_row_bytes(native.SLOT_KINDS[kind], width))
-
-    lowered: Any = lower(case.graph, kind_of, lambda name: format_of[name])
-    high = case.settings.batch_size_range[1]
-    tokens = max(case.settings.prefill_chunk, high)
-    slots = assign_slots(lowered).slots
-    return sum(s.repeat * row_bytes(s.kind, s.width) * (high if s.selected else tokens) for s in slots)
+    try:
+        return choose_spec(case.settings, torch.device("cpu"))[0].sizes()
+    except BackendError:  # another check says why
+        return find("reference").sizes()

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +101,9 @@ def measure_jitter(model: Any, high: int | None = None) -> Jitter:
     """Runs streams and prompts of numbers that mean nothing: no text is needed."""
     from ...integration.bind.runtime import runtime_of
     from ...serving import STALL, make_engine
-    from ...system.threads import one_torch_thread
 
     runtime = runtime_of(model)
-    running = one_torch_thread if runtime.backend.name == "cpu" else nullcontext
+    running = runtime.backend.thread_context
     low, most = runtime.config.batch_size_range
     high = high or most
 

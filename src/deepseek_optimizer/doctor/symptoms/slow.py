@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ...backends.registry import is_fallback
 from ..budget import budget
 from ..case import Case
 from ..finding import Finding, Severity
@@ -129,7 +130,7 @@ def judge(decode: Decode, bandwidth: float) -> Iterator[Finding]:
     )
     for note in decode.notes:
         yield Finding(NAME, "warning", note, facts=facts)
-    if decode.backend != "cpu":
+    if is_fallback(decode.backend):
         yield Finding(
             NAME, "warning", f"the {decode.backend} backend runs: {figures}", "it is plain torch: an oracle and a fallback",
             "leave backend out; where there is no native build, the check 'native build' says why", facts,
