@@ -1,4 +1,4 @@
-# make test | test-interop | test-conformance | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-interop | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-lowest test-interop test-conformance demo format lint bench bench-train bench-commits soak quality wheel fuzz clean
+.PHONY: help env test test-lowest test-interop test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -53,6 +53,23 @@ test-conformance: env
 
 demo: env
 	$(BIN)/dso demo
+
+# The documentation as a site in build/site; a broken link or a page outside the navigation is an error. It needs neither the
+# package nor the native library. `make docs-reference` writes the pages that are generated from the code, which a test compares.
+DOCS := .venv-docs
+DOCS_PACKAGES = $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)",$$/"\1"/p' pyproject.toml)
+
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet $(DOCS_PACKAGES)
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+docs-reference: env
+	$(BIN)/python -m docs.generate
 
 # What touches Transformers, on the lowest release that pyproject.toml admits; `make test` has the newest.
 LOWEST := .venv-lowest
@@ -113,7 +130,7 @@ quality: env
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json
 	$(BIN)/python -m benchmarks.auto
 
-PYTHON_SOURCES := src tests benchmarks examples
+PYTHON_SOURCES := src tests benchmarks examples docs
 NATIVE_SOURCES := $(shell find native tests/support \( -name '*.hpp' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c' \))
 
 format: env
@@ -145,4 +162,4 @@ fuzz: env
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest tests/server/test_schema_fuzz.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(INTEROP) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache
