@@ -86,21 +86,25 @@ def summary_table(spine: results.Entries, standing: results.Entries, language: s
     header = _SUMMARY_WORDS[language]
     yield _cells(*header)
     yield "|---" * len(header) + "|"
-    for name in ("spine-smol", "spine-r1q15"):
+    for name, model in (("spine-smol", "SmolLM2"), ("spine-r1q15", "r1q15")):
         for row in spine[name]["rows"] if name in spine else ():
             if row["name"] == "int4" and row["figure"] in _SUMMARY_SPINE:
                 kind = KINDS[row["figure"]]
-                model = "SmolLM2" if name == "spine-smol" else "r1q15"
-                times = {key: 1 / row[key] for key in ("better", "lowest", "highest")} if kind.unit == "bytes" else row
-                low, high = sorted((times["lowest"], times["highest"]))
-                ratio = f"**{times['better']:.2f}x** ({low:.2f} - {high:.2f})"
-                yield _cells(f"{model}, 512 in: {kind.label}", "Transformers bf16", number(row["baseline"], kind.unit), number(row["side"], kind.unit), ratio)
+                speeds = [number(row[side], kind.unit) for side in ("baseline", "side")]
+                yield _cells(f"{model}, 512 in: {kind.label}", "Transformers bf16", *speeds, _bold(_fraction(row, kind.unit)))
     rows = {row.name: row for row in (*STANDING, *DEEPSEEK)}
     for name in _SUMMARY:
         entry = standing.get(name)
         for judged in entry["bars"] if entry else ():
             theirs, ours = judged["against"], list(entry["sides"])[-1]
             yield _cells(rows[name].title, theirs, _speed(entry, theirs), _speed(entry, ours), _bold(_times(judged)))
+
+
+def _fraction(row: dict[str, Any], unit: str) -> str:
+    """Ours over theirs: of bytes, how much is left; else how many times as fast."""
+    if unit != "bytes":
+        return _times(row)
+    return f"{1 / row['better']:.2f}x ({1 / row['highest']:.2f} - {1 / row['lowest']:.2f})"
 
 
 def _bold(times: str) -> str:
