@@ -109,13 +109,14 @@ class Session:
             assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
             return
         words, target = (words[:-2], words[-1]) if ">" in words else (words, None)
+        words, source = (words[:-2], words[-1]) if "<" in words else (words, None)
         if words[1] == "serve":
             self.address = self.serve(words[1:])
             return
         if "training" in block.marks:
             words += STEPS
-        given = block.marks.get("stdin")
-        result = self.invoke(words[1:], None if given is None else f"{given}\n")
+        typed = f"{block.marks['stdin']}\n" if "stdin" in block.marks else None
+        result = self.invoke(words[1:], Path(source).read_text(encoding="utf-8") if source else typed)
         assert result.exit_code in _codes(words), f"{command}: exit code {result.exit_code}\n{result.output[-2000:]}"
         if target is not None:
             Path(target).write_text(result.stdout, encoding="utf-8")
