@@ -65,8 +65,8 @@ $(DOCS)/.installed: pyproject.toml
 	touch $@
 
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "build/site/index.html; with search: python3 -m http.server -d build/site"
 
 docs-reference: env
 	$(BIN)/python -m docs.generate
