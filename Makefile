@@ -138,7 +138,7 @@ format: env
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
-lint: env
+lint: env docs
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
