@@ -114,7 +114,7 @@ def _bold(times: str) -> str:
 
 def standing_table(entries: results.Entries, rows: Sequence[Row] = STANDING) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | against | theirs | ours | times | at least | read a token, share of the machine's bandwidth | |"
+    yield "| work | other engine | its speed | ours | ratio (range) | target | bytes per token, share of bandwidth | verdict |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         for place, bar in enumerate(row.bars):
@@ -151,7 +151,7 @@ def _read(share: dict[str, float]) -> str:
 
 def training_table(entries: results.Entries) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | side | a step | peak memory of the process | evaluation loss after |"
+    yield "| work | side | time per step | peak memory of the process | evaluation loss after |"
     yield "|---|---|---|---|---|"
     for name in training.rows():
         for label, values in entries[name]["sides"].items() if name in entries else ():
@@ -188,7 +188,7 @@ def spine_table(entries: results.Entries) -> Iterator[str]:
 
 def speculation_table(entries: results.Entries) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| drafts | plain | with them | times | at least | tokens a round | |"
+    yield "| drafts | without | with | ratio (range) | target | tokens per round | verdict |"
     yield "|---|---|---|---|---|---|---|"
     for row in SPECULATION:
         for side in entries[row.name]["rows"] if row.name in entries else []:
@@ -201,9 +201,9 @@ def speculation_table(entries: results.Entries) -> Iterator[str]:
 def serving_table(entries: results.Entries, windows: results.Entries) -> Iterator[str]:
     """What serving claims, and below it the windows that conversations live in."""
     yield from _machines(entries.values())
-    yield "SmolLM2-135M, int4 where nothing else is said. Clients are a process that shares the server's cores."
+    yield "SmolLM2-135M, int4 unless said otherwise. Clients are a process that shares the server's cores."
     yield ""
-    yield "| what | beside | it | | asked | |"
+    yield "| what | compared with | measured | ratio (range) | target | verdict |"
     yield "|---|---|---|---|---|---|"
     for row in SERVING:
         if row.name in entries:
@@ -220,14 +220,15 @@ def _window_cells(window: dict[str, Any]) -> list[str]:
     figures = [f"{window[name]:.2f}" for name in ("fresh_perplexity", "perplexity")]
     more = f"{window['perplexity_ratio']:.3f}x; {window['max_blocks']} of {window['window_blocks']} blocks"
     if "code_nats_pinned" in window:
-        more += f"; a pinned string {window['code_nats_pinned']:.1f} nats a token, dropped {window['code_nats_dropped']:.1f}"
+        more += f"; a pinned string {window['code_nats_pinned']:.1f} nats per token, dropped {window['code_nats_dropped']:.1f}"
     return [title, *figures, more, "at most 1.05x, memory constant, pins attended", window["verdict"]]
 
 
 def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Where and when, once for all rows that agree."""
     seen = dict.fromkeys(
-        f"{e['cpu']}, {e['threads']} threads, {e['date']}: medians of {e['rounds']} rounds, sides in turns." for e in entries
+        f"{e['cpu']}, {e['threads']} threads, {e['date']}: medians of {e['rounds']} rounds, engines taking turns."
+        for e in entries
     )
     if seen:
         yield from seen
