@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 
@@ -14,14 +15,20 @@ This page is generated from the code by `python -m docs.generate`. A model is co
 
 
 def page() -> str:
-    if importlib.util.find_spec("deepseek_optimizer.graph.ops") is not None:
-        from deepseek_optimizer.graph import ops  # type: ignore[attr-defined,unused-ignore]
-
-        if hasattr(ops, "markdown"):
-            return f"{INTRODUCTION.rstrip()}\n\n{ops.markdown().strip()}"
+    if _table_exists():
+        table = importlib.import_module("deepseek_optimizer.graph.ops.markdown").markdown().removeprefix("# Ops")
+        return f"{INTRODUCTION.rstrip()}\n\n{table.strip()}"
     from deepseek_optimizer.graph import ir
 
     return f"{INTRODUCTION.rstrip()}\n\n{_joined(inspect.cleandoc(ir.__doc__ or ''))}"
+
+
+def _table_exists() -> bool:
+    """Whether the table of operations, graph/ops, is there to be rendered; else the docstring of graph/ir.py is shown."""
+    try:
+        return importlib.util.find_spec("deepseek_optimizer.graph.ops.markdown") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _joined(text: str) -> str:

@@ -113,6 +113,16 @@ def test_options_in_running_text_exist():
                 assert flag in every | others, f"{page.name}: {flag}"
 
 
+def test_engine_options_in_running_text_exist():
+    from dataclasses import fields
+
+    from deepseek_optimizer.engine.options import EngineOptions
+
+    known = {field.name for field in fields(EngineOptions)} | {"drafts", "draft_model", "arena"}
+    named = {name for page in DOCS for name in re.findall(r"`make_engine\([^`]*?(\w+)=", page.read_text(encoding="utf-8"))}
+    assert named and named <= known, named - known
+
+
 def test_pages_keep_to_the_glossary():
     """None of the phrases that docs/glossary.md replaces, in what is written by hand."""
     replaced = (
