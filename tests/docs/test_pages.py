@@ -41,7 +41,7 @@ def test_links_resolve(page):
             assert anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*READMES, *DOCS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_paths_exist_and_stay_inside(page):
     text = page.read_text(encoding="utf-8")
     assert not (found := _OUTSIDE.search(text)), found[0]
