@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-conformance | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo format lint bench bench-train bench-commits soak quality wheel fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -62,6 +62,23 @@ test-conformance: env
 
 demo: env
 	$(BIN)/dso demo
+
+# The documentation as a site in build/site; a broken link or a page outside the navigation is an error. It needs neither the
+# package nor the native library. `make docs-reference` writes the pages that are generated from the code, which a test compares.
+DOCS := .venv-docs
+DOCS_PACKAGES = $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)",$$/"\1"/p' pyproject.toml)
+
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet $(DOCS_PACKAGES)
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "build/site/index.html; with search: python3 -m http.server -d build/site"
+
+docs-reference: env
+	$(BIN)/python -m docs.generate
 
 # What touches Transformers, on the lowest release that pyproject.toml admits; `make test` has the newest.
 LOWEST := .venv-lowest
@@ -122,7 +139,7 @@ quality: env
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json
 	$(BIN)/python -m benchmarks.auto
 
-PYTHON_SOURCES := src tests benchmarks examples .ci
+PYTHON_SOURCES := src tests benchmarks examples docs .ci
 NATIVE_SOURCES := $(shell find native tests/support \( -name '*.hpp' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c' \))
 
 format: env
@@ -130,7 +147,7 @@ format: env
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
-lint: env
+lint: env docs
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
@@ -155,4 +172,4 @@ fuzz: env
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest tests/server/test_schema_fuzz.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(INTEROP) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -70,7 +70,7 @@ LAYERS = (
     ),
     Layer(
         "backends",
-        "run a graph: `reference` (torch) and `cpu` (native) give the same results; `registry.py` also finds those of other packages",
+        "run a graph: `reference` (torch) and `cpu` (native) agree; `registry.py` also finds those of other packages",
         may=("cache", "graph", "quant", "system"),
         levels=(("sampling",), ("base",), ("registry",), ("reference", "cpu"), (REST,)),
     ),
