@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from ...backends.base import BLOCK_TOKENS
+from ...bench.background import cpu_times, used_by_others
 from ...engine.core import EngineCore
 from ...engine.request import Request, SamplingParams
 from ...errors import BackendError
 from ..case import Case
 from ..finding import Finding
 from .base import Symptom
-from .slow import BUSY, other_work, processor_times
+from .slow import BUSY
 
 NAME = "latency-jitter"
 STREAMS, TOKENS, SHORT = 4, 48, 16  # streams, tokens of each, tokens of their prompts
@@ -112,7 +112,7 @@ def measure_jitter(model: Any, high: int | None = None) -> Jitter:
         bounds = (min(low, high), high)
         return make_engine(model, drafts=False, prefix_cache=False, batch_size_range=bounds, **options).core
 
-    before, started = processor_times(), time.perf_counter()
+    before = cpu_times()
     first = core()
     streams = min(STREAMS, high)
     room = min(first.facts.context, first.blocks * BLOCK_TOKENS)
@@ -137,7 +137,7 @@ def measure_jitter(model: Any, high: int | None = None) -> Jitter:
         chosen=crowd.scheduler.batch.choose(),
         preemptions=sum(one.metrics.preemptions for one in (first, pieces, whole, crowd)),
         cache_tokens=first.blocks * BLOCK_TOKENS,
-        others=other_work(before, processor_times(), time.perf_counter() - started),
+        others=used_by_others(before, cpu_times()),
     )
 
 

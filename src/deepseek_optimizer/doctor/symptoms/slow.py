@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from ...bench.background import cpu_times, used_by_others
 from ..budget import budget
 from ..case import Case
 from ..finding import Finding, Severity
@@ -20,7 +19,6 @@ GOOD_SHARE = 0.5  # of the read limit: what decoding should reach at least
 SMALL = 32 << 20  # bytes a token, below which reading them is not what takes the time
 CLEARLY = 0.9  # of the time: what fewer threads must take to be called faster
 BUSY = 0.3  # processors' worth of other work on ours that shows in the figures
-Times: TypeAlias = "tuple[float, float] | None"
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,9 @@ def measure_decode(model: Any) -> Decode:
     seconds, others = float("inf"), None
     for _ in range(ROUNDS):
         first = _timed(model, ids, 1)
-        before = processor_times()
+        before = cpu_times()
         whole = _timed(model, ids, TOKENS + 1)
-        after = processor_times()
-        others = other_work(before, after, whole)
+        others = used_by_others(before, cpu_times())
         seconds = min(seconds, max(whole - first, 1e-9) / TOKENS)
     formats = tuple(row.format for row in report.formats)
     traffic = traffic_of(model)
@@ -88,30 +85,6 @@ def _timed(model: Any, ids: Any, tokens: int) -> float:
     started = time.perf_counter()
     model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
     return time.perf_counter() - started
-
-
-def other_work(before: Times, after: Times, seconds: float) -> float | None:
-    """Processors' worth of time that other processes took between two `processor_times`."""
-    if before is None or after is None:
-        return None
-    return max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / seconds
-
-
-def processor_times() -> Times:
-    """Seconds that the processors this process may run on were busy, and those that it used itself."""
-    try:
-        usable = {f"cpu{i}" for i in os.sched_getaffinity(0)}
-        tick = os.sysconf("SC_CLK_TCK")
-        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()]
-    except (OSError, AttributeError):
-        return None
-    busy = 0
-    for words in lines:
-        if words and words[0] in usable:
-            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, words[1:9])
-            busy += user + nice + system + irq + softirq + steal
-    own = os.times()
-    return busy / tick, own.user + own.system
 
 
 def judge(decode: Decode, bandwidth: float) -> Iterator[Finding]:
