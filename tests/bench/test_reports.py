@@ -126,9 +126,9 @@ def test_the_summary_comes_first_and_says_what_a_reader_needs(full):
     full["peers"] = {"llama-cpp-python": "0.3.36"}
     first = _shown(full).split("64 in, 8 out, batch 1")[0]
     for expected in (
-        "100.0 tokens/s generated for one request", "first token of a 64-token prompt after 50.00 ms (medians of 3 runs)",
+        "100 tokens/s generated for one request", "first token of a 64-token prompt after 50.0 ms (medians of 3 runs)",
         "llama.cpp: this model generates 2.50x as fast (2.25 to 3.00)", "75.0% of 128 tokens", "perplexity +50.00% (± 6.25)",
-        "50.00 tokens/s per core", "100 MB of memory at peak, of which weights 76 MB", "0.125 J per generated token",
+        "50.0 tokens/s per core", "100 MB of memory at peak, 76 MB of it for the weights", "0.125 J per generated token",
         "0.566 per million", "A CPU, 2 of 2 cores used, 24.0 GiB", "2026-11-27 15:04 UTC, took 1 min 35 s",
         "0.0 cores before and 0.1 during", "llama-cpp-python 0.3.36",
     ):  # fmt: skip
@@ -137,7 +137,7 @@ def test_the_summary_comes_first_and_says_what_a_reader_needs(full):
 
 def test_the_summary_names_what_was_not_measured(report):
     first = _shown(report()).split("64 in, 8 out, batch 1")[0]
-    assert "nothing else; --against" in first and "not measured; --quality" in first and "J per" not in first
+    assert "Nothing else; --against" in first and "Not measured; --quality" in first and "J per" not in first
 
 
 def test_a_busy_machine_is_a_warning(report):

@@ -59,7 +59,10 @@ def bars(title: str, rows: Sequence[Bar], unit: str, mark: float | None = None) 
         axes.errorbar([row.value for row in rows], places, xerr=spread, fmt="none", ecolor=_INK, elinewidth=1, capsize=3)
         largest = max([mark or 0.0, *(max(row.value, row.high) for row in rows)]) or 1.0
         for place, row in zip(places, rows, strict=True):
-            axes.text(max(row.value, row.high) + 0.015 * largest, place, row.text, va="center", color=_INK)
+            right = max(row.value, row.high)
+            if mark is not None and right < mark < right + 0.12 * largest:
+                right = mark  # the text would lie across the reference line
+            axes.text(right + 0.015 * largest, place, row.text, va="center", color=_INK)
         if mark is not None:
             axes.axvline(mark, color=_INK, linewidth=1, linestyle="--")
         axes.set_xlim(0, 1.15 * largest)

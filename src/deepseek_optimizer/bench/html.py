@@ -34,6 +34,11 @@ th:first-child, td:first-child, .facts td { text-align: left; }
 .summary h2 { margin: .3rem 0; }
 .summary table { width: 100%; }
 .summary tr:last-child td { border-bottom: 0; }
+@media (max-width: 40rem) {
+  .summary td { display: block; border-bottom: 0; padding-right: 0; }
+  .summary td:first-child { padding-bottom: 0; font-size: .85rem; }
+  .summary td + td { padding-top: 0; border-bottom: 1px solid var(--line); }
+}
 .warning { background: var(--warn); border-left: .3rem solid var(--warn-line); border-radius: .3rem; padding: .7rem 1rem; }
 .note { color: var(--muted); font-size: .9rem; max-width: 48rem; }
 figure { margin: 2rem 0; }
@@ -96,7 +101,7 @@ def plots(report: dict[str, Any]) -> Iterator[Chart]:
         rows = [Bar(label, f["p50"], min(f["samples"]), max(f["samples"]), number(f["p50"])) for label, f in works]
         if rows:
             runs = max(figure["n"] for _, figure in works)
-            yield bars(f"{KINDS[name].label.capitalize()}: median and range of {runs} runs", rows, KINDS[name].unit)
+            yield bars(f"{KINDS[name].label.capitalize()} speed: median and range of {runs} runs", rows, KINDS[name].unit)
     gaps = {name_of(e["work"]): sorted(e["figures"]["itl_ms"]["samples"]) for e in report["works"] if "itl_ms" in e["figures"]}
     if gaps:
         title = "Time between tokens, from the shortest to the longest"

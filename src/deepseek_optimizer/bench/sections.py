@@ -72,9 +72,8 @@ def _work(entry: dict[str, Any]) -> Section:
         values = [number(value) for value in (figure["p50"], min(figure["samples"]), max(figure["samples"]))]
         values += ["-" if figure[p] is None else number(figure[p]) for p in percentiles]
         rows.append((f"{KINDS[name].label}, {figure['unit']}", *values, str(figure["n"])))
-    return Section(
-        name_of(entry["work"]), ("", "median", "lowest", "highest", *percentiles, "n"), tuple(rows), " ".join(_meaning(entry))
-    )
+    header = ("", "median", "lowest", "highest", *percentiles, "n")
+    return Section(name_of(entry["work"]), header, tuple(rows), " ".join(_meaning(entry)))
 
 
 def _meaning(entry: dict[str, Any]) -> Iterator[str]:

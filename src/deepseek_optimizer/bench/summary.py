@@ -8,7 +8,7 @@ from typing import Any
 
 from .sections import Section, number
 
-_COMPARED = {"decode_tok_s": "generates", "ttft_ms": "reaches the first token", "prefill_tok_s": "reads prompts"}
+_COMPARED = {"decode_tok_s": "generates", "ttft_ms": "reaches the first token"}
 
 
 def summary_section(report: dict[str, Any]) -> Section:
@@ -21,6 +21,11 @@ def warning(load: dict[str, Any]) -> str:
     if not load["busy"]:
         return ""
     return f"The machine was busy, so the timings are unreliable: {'; '.join(load['busy'])}. Measure again on an idle machine."
+
+
+def rounded(value: float) -> str:
+    """Three significant digits, or all those of the integer part."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def machine_text(report: dict[str, Any]) -> str:
@@ -41,7 +46,7 @@ def load_text(load: dict[str, Any]) -> str:
     texts = []
     if load["others_before"] is not None and load["others_during"] is not None:
         before, during = load["others_before"], load["others_during"]
-        texts.append(f"other processes used {before:.1f} cores before and {during:.1f} during the measurement")
+        texts.append(f"Other processes used {before:.1f} cores before and {during:.1f} during the measurement")
     if load["load_average"] is not None:
         texts.append(f"load average of the minute before: {load['load_average']:.1f}")
     return "; ".join(texts) or "unknown on this system"
@@ -57,10 +62,10 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Speed", _speed(main)
     largest = max(report["works"], key=lambda entry: entry["work"]["batch"])
     if largest["work"]["batch"] > main["work"]["batch"] and "decode_tok_s" in largest["figures"]:
-        speed = number(largest["figures"]["decode_tok_s"]["p50"])
+        speed = rounded(largest["figures"]["decode_tok_s"]["p50"])
         yield "Throughput", f"{speed} tokens/s for {largest['work']['batch']} concurrent requests together"
     comparisons = list(_comparisons(report, main["work"]))
-    for text in comparisons or ["nothing else; --against measures other engines beside this one"]:
+    for text in comparisons or ["Nothing else; --against measures other engines, too"]:
         yield "Compared with", text
     yield "Quality", _quality(report.get("quality"))
     yield "Cost", "; ".join(_cost(report, main))
@@ -73,11 +78,11 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _speed(entry: dict[str, Any]) -> str:
     work, figures = entry["work"], entry["figures"]
     requests = "one request" if work["batch"] == 1 else f"{work['batch']} concurrent requests"
-    first = f"first token of a {work['prompt']:,}-token prompt after {number(figures['ttft_ms']['p50'], 'ms')}"
+    first = f"first token of a {work['prompt']:,}-token prompt after {rounded(figures['ttft_ms']['p50'])} ms"
     if "decode_tok_s" not in figures:
         return f"{first}, for {requests}"
     speed = figures["decode_tok_s"]
-    return f"{number(speed['p50'])} tokens/s generated for {requests}; {first} (medians of {speed['n']} runs)"
+    return f"{rounded(speed['p50'])} tokens/s generated for {requests}; {first} (medians of {speed['n']} runs)"
 
 
 def _comparisons(report: dict[str, Any], work: dict[str, Any]) -> Iterator[str]:
@@ -97,11 +102,11 @@ def _comparisons(report: dict[str, Any], work: dict[str, Any]) -> Iterator[str]:
 
 def _quality(quality: dict[str, Any] | None) -> str:
     if quality is None:
-        return "not measured; --quality compares with the unoptimised model"
+        return "Not measured; --quality compares with the unoptimised model"
     change = 100 * (quality["perplexity_ratio"] - 1)
     error = 100 * quality["perplexity_ratio_error"]
     return (
-        f"same most likely next token as the unoptimised model in {quality['same_top_percent']:.1f}% of "
+        f"Same most likely next token as the unoptimised model in {quality['same_top_percent']:.1f}% of "
         f"{quality['tokens']:,} tokens; perplexity {change:+.2f}% (± {error:.2f})"
     )
 
@@ -109,9 +114,9 @@ def _quality(quality: dict[str, Any] | None) -> str:
 def _cost(report: dict[str, Any], entry: dict[str, Any]) -> Iterator[str]:
     if "decode_tok_s" in entry["figures"]:
         cores = min(report["threads"], report["load"]["cores"])
-        yield f"{number(entry['figures']['decode_tok_s']['p50'] / cores)} tokens/s per core"
+        yield f"{rounded(entry['figures']['decode_tok_s']['p50'] / cores)} tokens/s per core"
     if report["memory_bytes"] is not None:
-        yield f"{number(report['memory_bytes'], 'bytes')} of memory at peak, of which weights {_weights(report)}"
+        yield f"{number(report['memory_bytes'], 'bytes')} of memory at peak, {_weights(report)} of it for the weights"
     if entry["joules_per_token"] is not None:
         yield f"{entry['joules_per_token']:.3f} J per generated token (measured by RAPL)"
     if entry["cost_per_million"] is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from ..charts import Chart, panels
 from ..html import page_of
 from ..sections import Section, number
-from ..summary import date_text, load_text, machine_text, versions_text, warning
+from ..summary import date_text, load_text, machine_text, rounded, versions_text, warning
 
 # Figure of a row -> (its label in the chart, the divisor to its unit there).
 _PLOTTED = {
@@ -68,8 +68,8 @@ def _summary(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _sentence(row: dict[str, Any]) -> str:
     memory = "" if row["memory_bytes"] is None else f", {number(row['memory_bytes'], 'bytes')} of memory besides the model"
     return (
-        f"{_percent(row['mean'])} of the answers correct, first token after {number(row['ttft_s'], 's')}, "
-        f"then {number(row['decode_tok_s'])} tokens/s{memory}"
+        f"{_percent(row['mean'])} of the answers correct, first token after {rounded(row['ttft_s'])} s, "
+        f"then {rounded(row['decode_tok_s'])} tokens/s{memory}"
     )
 
 
