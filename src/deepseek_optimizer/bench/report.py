@@ -66,7 +66,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     from .background import BackgroundLoad
     from .baseline import check, compare
     from .limits import Limits
-    from .measure import hold_against, measure
+    from .measure import add_limits, measure
     from .peers import versions_of
     from .process import PeakMemory, cpu_name, machine_memory_bytes, usable_cpus
 
@@ -108,7 +108,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     )
     report["memory_bytes"] = memory.bytes()
     note("measuring the machine's bandwidth and peak throughput")
-    hold_against(Limits(threads), model, report["works"])
+    add_limits(Limits(threads), model, report["works"])
     if request.quality:
         note("comparing quality with the unoptimised model")
         report["quality"] = _quality(request, model, tokenizer, text)

@@ -1,4 +1,4 @@
-"""The tasks: what each hides, and what it asks."""
+"""The tasks: the facts hidden in the text, and the question."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from itertools import islice
 
 from .material import Filler, made_up, names, numbers, variables
 
-COMMON, FREQUENT = 10, 3  # words asked for
-RARE = 3  # times that another word of the list stands there
-HOPS = 5  # variables of a chain
+COMMON, FREQUENT = 10, 3  # number of words asked for
+RARE = 3  # occurrences of the other words of the list
+HOPS = 5  # number of variables in a chain
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample whose length is still open.
+    """A sample whose length is not fixed yet.
 
     Attributes:
         instruction, question: before and after the text.
-        body: number of words -> the text; twice the same for the same number.
+        body: number of words -> the text; deterministic.
         answers, depth: as in `Sample`.
     """
 
@@ -35,28 +35,28 @@ class Draft:
 
 
 Facts = Sequence[tuple[float, str]]  # depth from 0 to 1, sentence
-Task = Callable[[random.Random, float, int], Draft]  # draws, depth, about how many words there will be
+Task = Callable[[random.Random, float, int], Draft]  # random generator, depth, approximate number of words
 
 _CODES = "Codes of places are hidden in the following text. Keep them in mind; you will be asked for them."
 
 
 def single(rng: random.Random, depth: float, words: int) -> Draft:
-    """One fact in prose."""
+    """A single fact in prose."""
     return _codes(rng, [depth], 1, others=0)
 
 
 def multikey(rng: random.Random, depth: float, words: int) -> Draft:
-    """One fact among others of its kind."""
+    """One fact among similar ones."""
     return _codes(rng, [depth], 1, others=_distractors(words))
 
 
 def multivalue(rng: random.Random, depth: float, words: int) -> Draft:
-    """Four facts of one name."""
+    """Four facts about one name."""
     return _codes(rng, [depth, rng.random(), rng.random(), rng.random()], 1, others=0)
 
 
 def multiquery(rng: random.Random, depth: float, words: int) -> Draft:
-    """Four facts, all asked for, among others of their kind."""
+    """Four facts, all of them asked for, among similar ones."""
     return _codes(rng, [depth, rng.random(), rng.random(), rng.random()], 4, others=_distractors(words))
 
 
@@ -105,7 +105,7 @@ def variable_tracking(rng: random.Random, depth: float, words: int) -> Draft:
 
 
 def question_answering(rng: random.Random, depth: float, words: int) -> Draft:
-    """What is said of one person, among other people who share a name with them."""
+    """Facts about one person, among other people with a similar name."""
     drawn, kinds = names(rng), ("was born in", "went to school in", "has a house in")
     first, last = next(drawn), next(drawn)
     kind = rng.randrange(len(kinds))
