@@ -20,7 +20,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # nobody reads our output any more, so there is nowhere to report it
+        except BrokenPipeError:  # the reader of the output has gone, so the error cannot be reported
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
         except KeyboardInterrupt:

@@ -92,7 +92,7 @@ def test_what_cannot_be_compared_is_refused(report, name, value):
 def test_no_work_in_common(report):
     other = report()
     other["works"][0]["work"] = {**WORK, "prompt": 65}
-    with pytest.raises(ConfigError, match="no work in common"):
+    with pytest.raises(ConfigError, match="no run with the same --prompt"):
         baseline.compare(report(), other)
 
 

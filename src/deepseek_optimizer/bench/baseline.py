@@ -39,13 +39,13 @@ def check(report: dict[str, Any], baseline: dict[str, Any], works: list[dict[str
     """Checks whether two reports can be compared, before anything is measured.
 
     Raises:
-        ConfigError: another model, machine or configuration, or no work in common.
+        ConfigError: the model, the machine or the configuration differ, or no lengths and batch size are the same.
     """
     for name in SAME:
         if report.get(name) != baseline.get(name):
-            raise ConfigError(f"the baseline is of another {name}: {baseline.get(name)!r}, and this is {report.get(name)!r}")
+            raise ConfigError(f"the baseline has another {name}: {baseline.get(name)!r}, this run has {report.get(name)!r}")
     if not any(entry["work"] in works for entry in baseline["works"]):
-        raise ConfigError("the baseline has no work in common with this report")
+        raise ConfigError("the baseline has no run with the same --prompt, --new, --depth and --batch")
 
 
 def compare(report: dict[str, Any], baseline: dict[str, Any], tolerance: float = 0.05) -> list[dict[str, Any]]:

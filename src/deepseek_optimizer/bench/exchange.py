@@ -65,7 +65,7 @@ class Reply:
         return self.whole and self.body.rstrip().endswith(_DONE)
 
     @property
-    def pieces(self) -> list[tuple[float, str]]:
+    def chunks(self) -> list[tuple[float, str]]:
         """(arrival time, text) of each event of the first choice that has text."""
         return [(when, text) for when, event in self.events for choice in event.get("choices", ()) if (text := _text(choice))]
 
@@ -73,7 +73,7 @@ class Reply:
     def text(self) -> str:
         """The text of the first choice, streamed or not."""
         if self.streamed:
-            return "".join(text for _, text in self.pieces)
+            return "".join(text for _, text in self.chunks)
         return _text(self.json()["choices"][0])
 
     @property
@@ -100,7 +100,7 @@ class Exchange(asyncio.Protocol):
 
     def __init__(self, request: bytes) -> None:
         self._request = request
-        self._pieces: list[tuple[float, bytes]] = []
+        self._chunks: list[tuple[float, bytes]] = []
         self._over = asyncio.get_running_loop().create_future()
         self._begun = asyncio.Event()
         self.sent = 0.0
@@ -111,7 +111,7 @@ class Exchange(asyncio.Protocol):
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        self._pieces.append((time.perf_counter(), data))
+        self._chunks.append((time.perf_counter(), data))
         self._begun.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -122,7 +122,7 @@ class Exchange(asyncio.Protocol):
     @property
     def received(self) -> int:
         """Number of parts received so far."""
-        return len(self._pieces)
+        return len(self._chunks)
 
     @property
     def over(self) -> bool:
@@ -140,7 +140,7 @@ class Exchange(asyncio.Protocol):
     async def reply(self) -> Reply:
         """Waits until the server closes the connection, and returns the response."""
         await self._over
-        return reply_of(self._pieces, self.sent)
+        return reply_of(self._chunks, self.sent)
 
 
 async def send(port: int, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> Exchange:
@@ -175,17 +175,17 @@ def request_bytes(path: str, body: Mapping[str, Any] | None = None, *, key: str 
     return "\r\n".join(lines).encode() + _BLANK + content
 
 
-def reply_of(pieces: list[tuple[float, bytes]], sent: float = 0.0) -> Reply:
+def reply_of(chunks: list[tuple[float, bytes]], sent: float = 0.0) -> Reply:
     """The response from all (time, bytes) of a connection."""
-    data = b"".join(piece for _, piece in pieces)
+    data = b"".join(chunk for _, chunk in chunks)
     head, blank, rest = data.partition(_BLANK)
     if not blank:
         return Reply(sent=sent)
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     arrivals, total = [], 0
-    for when, piece in pieces:
-        total += len(piece)
+    for when, chunk in chunks:
+        total += len(chunk)
         arrivals.append((total - len(head) - len(_BLANK), when))
     if headers.get("transfer-encoding") == "chunked":
         body, marks, whole = _unchunked(rest, arrivals)

@@ -75,8 +75,7 @@ class Traffic(Reads):
 
 
 def _pairs(tokens: int, max_keys: int) -> float:
-    """Number of pairs of query and key in a text where each token attends to itself and earlier ones, at most `max_keys` (0:
-    all)."""
+    """Number of query-key pairs if each token attends to itself and earlier ones, at most `max_keys` (0: all)."""
     full = min(tokens, max_keys) if max_keys else tokens
     return full * (full + 1) / 2 + (tokens - full) * full
 

@@ -93,7 +93,7 @@ def answer(
     """
     request, started = request_for(engine, tokens, sampling), time.perf_counter()
     ids: list[int] = []
-    pieces: list[str] = []
+    texts: list[str] = []
     times: list[float] = []
     finish, cached = "stop", 0
     with (stop or Stop()).calling(lambda: engine.core.cancel(request.id)):
@@ -104,12 +104,12 @@ def answer(
             if finish == "error":
                 raise BackendError(output.error or "the engine stopped without an error message")
             if output.text:
-                pieces.append(output.text)
+                texts.append(output.text)
                 write(output.text)
             if stop is not None and stop.asked:  # the stop came before the request could be cancelled
                 engine.core.cancel(request.id)
     return Answer(
-        text="".join(pieces),
+        text="".join(texts),
         ids=ids,
         finish_reason="interrupted" if finish == "cancelled" else finish,
         prompt_tokens=len(tokens),

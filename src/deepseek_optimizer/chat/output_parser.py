@@ -64,10 +64,10 @@ class Without:
         self._scanner = MarkerScanner(strings)
 
     def feed(self, text: str) -> list[Delta]:
-        return [ContentDelta(piece) for dropped, piece in self._scanner.feed(text) if not dropped]
+        return [ContentDelta(part) for dropped, part in self._scanner.feed(text) if not dropped]
 
     def finish(self) -> list[Delta]:
-        return [ContentDelta(piece) for dropped, piece in self._scanner.finish() if not dropped]
+        return [ContentDelta(part) for dropped, part in self._scanner.finish() if not dropped]
 
 
 class Chain:

@@ -57,40 +57,40 @@ class ReasoningParser:
         out: list[Delta] = []
         if self._begin:
             out.append(ContentDelta(self._begin))
-        for closed, piece in self._close.finish():
-            out += [] if closed else self._reasoning(piece)
+        for closed, part in self._close.finish():
+            out += [] if closed else self._reasoning(part)
         return out
 
     def _split(self, text: str) -> list[Delta]:
         out: list[Delta] = []
-        for is_marker, piece in self._close.feed(text):
+        for is_marker, part in self._close.feed(text):
             if self._state != "reasoning":
-                out += self._content(piece)
+                out += self._content(part)
             elif is_marker:
                 self._state, self._fresh = "answer", True
                 self._newlines.clear()
             else:
-                out += self._reasoning(piece)
+                out += self._reasoning(part)
         if self._state == "answer":  # the text that the scanner still holds is content
-            for _, piece in self._close.finish():
-                out += self._content(piece)
+            for _, part in self._close.finish():
+                out += self._content(part)
         return out
 
-    def _reasoning(self, piece: str) -> list[Delta]:
+    def _reasoning(self, part: str) -> list[Delta]:
         if self._fresh:
-            piece = piece.lstrip("\n")
-        body = piece.rstrip("\n")
+            part = part.lstrip("\n")
+        body = part.rstrip("\n")
         if not body:
-            if piece:
-                self._newlines.append(piece)
+            if part:
+                self._newlines.append(part)
             return []
         text = "".join(self._newlines) + body
-        self._newlines = [piece[len(body) :]] if len(piece) > len(body) else []
+        self._newlines = [part[len(body) :]] if len(part) > len(body) else []
         self._fresh = False
         return [ReasoningDelta(text)]
 
-    def _content(self, piece: str) -> list[Delta]:
+    def _content(self, part: str) -> list[Delta]:
         if self._state == "answer" and self._fresh:
-            piece = piece.lstrip("\n")
-        self._fresh = self._fresh and not piece
-        return [ContentDelta(piece)] if piece else []
+            part = part.lstrip("\n")
+        self._fresh = self._fresh and not part
+        return [ContentDelta(part)] if part else []

@@ -117,7 +117,7 @@ class _Reply:
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
         self._thinking = False
         self._times: list[float] = []
         self._usage: dict[str, Any] = {}
@@ -138,7 +138,7 @@ class _Reply:
             self._show(reasoning if self._thinking else _REASONING[0] + reasoning)
             self._thinking = True
         if text := _text(delta.get("content")):
-            self._pieces.append(text)  # before it is displayed, since a stop may be requested there
+            self._texts.append(text)  # before it is displayed, since a stop may be requested there
             self._show(_REASONING[1] + text if self._thinking else text)
             self._thinking = False
         self.finish = _text(choices[0].get("finish_reason")) or self.finish
@@ -150,7 +150,7 @@ class _Reply:
     def answer(self) -> Answer:
         tokens, details = _count(self._usage.get("completion_tokens")), self._usage.get("prompt_tokens_details")
         return Answer(
-            text="".join(self._pieces),
+            text="".join(self._texts),
             ids=[],
             finish_reason=self.finish or "stop",
             prompt_tokens=_count(self._usage.get("prompt_tokens")),

@@ -166,13 +166,13 @@ class _Choice:
     def by_words(self) -> None:
         """Adds the passages with the largest weight of new words, up to the limit."""
         about = self._about_question()
-        most = 0.0
+        best_worth = 0.0
         while len(self.chosen) < self._limit:
             known = frozenset[str]().union(*(passage.matched for passage in self.chosen))
             best = max(self._free(), key=lambda passage: self._worth(passage, known), default=None)
             worth = self._worth(best, known) if best is not None else 0.0
-            most = max(most, worth)
-            if best is None or worth <= 0 or (self.chosen and worth < _MIN_SHARE * most):
+            best_worth = max(best_worth, worth)
+            if best is None or worth <= 0 or (self.chosen and worth < _MIN_SHARE * best_worth):
                 break
             self._take(best)
         room = self._limit > 1 or not self.chosen

@@ -110,7 +110,6 @@ class Engines:
         if memory - rest < minimum:
             raise ConfigError(
                 f"memory: {memory / 1e9:.3g} GB is too little: this document needs at least {(rest + minimum) / 1e9:.3g} GB "
-                f"besides "
-                "the weights; raise the limit, or use less text"
+                "besides the weights; raise the limit, or use less text"
             )
         return memory - rest

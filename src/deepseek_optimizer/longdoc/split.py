@@ -159,7 +159,7 @@ class _Splitter:
         if end - start == 1:
             raise ConfigError(
                 f"max_length: a chunk cannot hold even one character: {self._text[start]!r} of {self._name} takes {tokens} "
-                f"tokens"
+                "tokens; use a larger max_length"
             )
         return start + min(max(int(0.98 * (end - start) * self._limit / tokens), 1), end - start - 1)
 
@@ -174,7 +174,6 @@ def _check(tokenizer: Any, max_length: int, stride: int) -> int:
         raise ConfigError(f"max_length: must be at least {max_length - limit + MIN_LENGTH}, got {max_length}")
     if not 0 <= stride <= limit // 2:
         raise ConfigError(
-            f"stride: must be from 0 to {limit // 2}, half of a chunk, got {stride}; with more, each part would be read "
-            f"three times"
+            f"stride: must be from 0 to {limit // 2}, half of a chunk, got {stride}; with more, text would be read three times"
         )
     return limit

@@ -65,7 +65,7 @@ def _distractors(words: int) -> int:
 
 
 def _codes(rng: random.Random, depths: Sequence[float], asked: int, others: int) -> Draft:
-    """Codes at `depths` of `asked` places, which take turns; then as many others."""
+    """Codes at `depths`, alternating between `asked` places; and codes of `others` more places."""
     places, codes = names(rng), numbers(rng)
     wanted = list(islice(places, asked))
     answers = tuple(islice(codes, len(depths)))
@@ -88,7 +88,7 @@ def _code(article: str, place: str, code: str) -> str:
 
 
 def variable_tracking(rng: random.Random, depth: float, words: int) -> Draft:
-    """A chain of variables, each given the one before it; and other chains that must be told apart."""
+    """A chain of variables, each assigned the previous one, among similar chains."""
     drawn, values = variables(rng), numbers(rng)
     facts: list[tuple[float, str]] = []
     chains = []
@@ -129,7 +129,7 @@ def question_answering(rng: random.Random, depth: float, words: int) -> Draft:
 
 
 def common_words(rng: random.Random, depth: float, words: int) -> Draft:
-    """`COMMON` words that stand in a list many times, among others that stand there `RARE` times at most."""
+    """`COMMON` words that occur often in a list, among others that occur at most `RARE` times."""
     drawn = made_up(rng, syllables=3)
     answers = tuple(islice(drawn, COMMON))
     times = max(2 * RARE, min(30, words // (4 * COMMON)))
@@ -147,7 +147,7 @@ def common_words(rng: random.Random, depth: float, words: int) -> Draft:
 
 
 def frequent_words(rng: random.Random, depth: float, words: int) -> Draft:
-    """The `FREQUENT` most frequent of words whose frequencies follow Zipf's law: that of rank r stands there as r^-2."""
+    """The `FREQUENT` most frequent words, with frequencies that follow Zipf's law: r^-2 for rank r."""
     ranked = list(islice(made_up(rng), 400))
     share = sum(rank**-2 for rank in range(1, len(ranked) + 1))
     order = rng.random()
@@ -168,7 +168,7 @@ def _shuffled(words: list[str], order: float) -> str:
 def _in_prose(
     rng: random.Random, instruction: str, facts: Facts, question: str, answers: tuple[str, ...], depth: float
 ) -> Draft:
-    """Facts as sentences of their own between those of prose."""
+    """Inserts facts as separate sentences between those of the prose."""
     filler, ordered = Filler(rng), sorted(facts, key=lambda fact: fact[0])
 
     def body(count: int) -> str:
@@ -184,7 +184,7 @@ def _in_prose(
 
 
 def _placed(facts: Facts, ends: Sequence[int], count: int) -> list[tuple[int, str]]:
-    """Each fact at the end of a sentence, the last one that is not behind its depth."""
+    """Positions of the facts: each after the last sentence that ends before its depth."""
     placed, i = [], 0
     for depth, sentence in facts:
         while i + 1 < len(ends) and ends[i + 1] <= depth * count:

@@ -180,33 +180,33 @@ class MarkedCallParser:
         self._call: list[str] | None = None  # text of the current call so far, without its markers
 
     def feed(self, text: str) -> list[Delta]:
-        return [delta for is_marker, piece in self._scanner.feed(text) for delta in self._take(is_marker, piece)]
+        return [delta for is_marker, part in self._scanner.feed(text) for delta in self._take(is_marker, part)]
 
     def finish(self) -> list[Delta]:
-        out = [delta for is_marker, piece in self._scanner.finish() for delta in self._take(is_marker, piece)]
+        out = [delta for is_marker, part in self._scanner.finish() for delta in self._take(is_marker, part)]
         if self._call is not None and self._end_optional:
             out += self._close("")
         elif self._call is not None:
             out += self._writer.text(self._begin + "".join(self._call))
         return out + self._writer.finish()
 
-    def _take(self, is_marker: bool, piece: str) -> list[Delta]:
+    def _take(self, is_marker: bool, part: str) -> list[Delta]:
         if self._call is not None:
-            if not is_marker or piece not in (self._begin, self._end):
-                self._call.append(piece)
+            if not is_marker or part not in (self._begin, self._end):
+                self._call.append(part)
                 return []
-            if piece == self._end:
-                return self._close(piece)
+            if part == self._end:
+                return self._close(part)
             broken, self._call = self._begin + "".join(self._call), []  # another call starts inside this one
             return self._writer.text(broken)
-        if is_marker and piece == self._begin:
+        if is_marker and part == self._begin:
             self._call = []
             return []
-        if is_marker and piece in self._section:
-            if not (self._writer.beside_call and piece in self._closes):
-                self._writer.layout(piece)
+        if is_marker and part in self._section:
+            if not (self._writer.beside_call and part in self._closes):
+                self._writer.layout(part)
             return []
-        return self._writer.text(piece)
+        return self._writer.text(part)
 
     def _close(self, end: str) -> list[Delta]:
         body, self._call = "".join(self._call or ()), None

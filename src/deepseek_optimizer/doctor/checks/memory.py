@@ -14,9 +14,8 @@ NAME = "memory"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Compares the memory needed with the memory free. A context that was requested must fit: an error otherwise; the model's
-    own
-    need not: a warning."""
+    """Compares the memory needed with the memory free. A requested context that does not fit is an error; the model's
+    own context that does not fit is a warning."""
     needs = budget(case)
     context = case.context or case.graph.max_positions
     tokens = needs.held(context) * case.batch

@@ -30,8 +30,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Cuda:
-    """What is installed. build: CUDA version that torch was built for; driver: version of the kernel module; None if there is
-    none.
+    """What is installed. build: CUDA version that torch was built for. driver: version of the kernel module; None without one.
     kernels: architectures that torch has machine code ("sm_90") or PTX ("compute_90") for."""
 
     torch: str

@@ -1,9 +1,8 @@
 """Latency jitter: the time between tokens with nothing else to do, while long prompts are processed, and in large batches.
 
 A few streams decode in an engine; then again while prompts arrive, once processed in chunks as in `dso serve` and once whole;
-and
-finally as many concurrent streams as the batch allows. A token is late because of a prompt in the same step, a batch that is
-too large, a cache so small that streams are preempted, or other processes.
+and finally as many concurrent streams as the batch allows. A token is late because of a prompt in the same step, a batch that
+is too large, a cache so small that streams are preempted, or other processes.
 """
 
 from __future__ import annotations
@@ -287,9 +286,8 @@ def _prompts(jitter: Jitter) -> Iterator[Finding]:
     elif jitter.whole.p99 > limit:
         yield Finding(
             NAME, "note",
-            f"processed whole, prompts of {jitter.prompt_tokens} tokens stall the streams: {jitter.whole}; processed in "
-            f"chunks, as in "
-            f"`dso serve`, they do not: {jitter.chunked}",
+            f"processed whole, prompts of {jitter.prompt_tokens} tokens stall the streams: {jitter.whole}; processed in chunks, "
+            f"as in `dso serve`, they do not: {jitter.chunked}",
             f"an engine without `stall` uses whole steps for prompts, here {jitter.step_tokens} tokens",
             f"for interactive use, pass stall={jitter.stall:g} to make_engine, or use a smaller prefill_chunk",
             jitter.facts(),
