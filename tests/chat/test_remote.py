@@ -86,13 +86,13 @@ def test_keys(server):
     ("reply", "message"),
     [
         (Reply(status=400, error=error_body("too \x1b[31m long")), r"rejects the request \(400\): too \[31m long$"),
-        (Reply(status=404, error=error_body("no model 'x'")), "no such model or path: no model 'x'; look at --model"),
+        (Reply(status=404, error=error_body("no model 'x'")), "know this model or path: no model 'x'; check --model"),
         (Reply(status=429, error=error_body("full"), headers={"Retry-After": "7"}), "busy: full; try again in 7 s"),
         (Reply(status=429, error="{}", headers={"Retry-After": "soon"}), "busy; try again later"),
         (Reply(status=503, error={"detail": "draining"}), "busy: draining; try again later"),
         (Reply(status=500, error="<html>oops"), r"failed \(500\)$"),
         (Reply(status=307, headers={"Location": "http://elsewhere/"}), "redirects to another address"),
-        (Reply(["a"], error=error_body("out of memory")), "broke off: out of memory"),
+        (Reply(["a"], error=error_body("out of memory")), "stopped the answer: out of memory"),
         (Reply(["a", DROP]), "closed the connection before the end"),
     ],
 )

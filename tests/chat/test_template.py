@@ -375,7 +375,7 @@ def test_what_stands_around_a_long_text(made, name):
 
 def test_around_needs_a_template_that_shows_a_message_once(hostile):
     for source in ("{{ messages[0].content }}{{ messages[0].content }}", "Hello", "{{ messages[0].content[:10] }}"):
-        with pytest.raises(RequestError, match="as it is, once"):
+        with pytest.raises(RequestError, match="unchanged and once"):
             hostile(source).around("", "x")
 
 

@@ -82,8 +82,8 @@ def test_a_cache_directory_serves_the_next_run(dso, model, file, tmp_path):
         ([], "exactly one of --ask QUESTION"),
         (["--ask", "x", "--summarize"], "exactly one of --ask QUESTION"),
         (["--ask", "  "], "question: is empty"),
-        (["--ask", "x", "--strategy", "guess"], "there is no 'guess'"),
-        (["--summarize", "--strategy", "retrieve"], "a summary is of the whole document"),
+        (["--ask", "x", "--strategy", "guess"], "unknown 'guess'"),
+        (["--summarize", "--strategy", "retrieve"], "--strategy retrieve needs a question"),
         (["--summarize", "--memory-gb", "0"], "--memory-gb must be above 0"),
         (["--summarize", "--memory-gb", "0.001"], "memory: 0.001 GB"),
         (["--summarize", "--max-length", "3"], "max_length"),
@@ -100,7 +100,8 @@ def test_mistakes_are_one_line(dso, model, file, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not valid JSON"), ("[]", "must contain a JSON schema"), ('{"type": "array"}', "schema: must be")]
+    ("content", "message"),
+    [("{", "not valid JSON"), ("[]", "must contain a JSON schema"), ('{"type": "array"}', "schema: must be")],
 )
 def test_bad_schemas_are_one_line(dso, model, file, tmp_path, content, message):
     (tmp_path / "schema.json").write_text(content)

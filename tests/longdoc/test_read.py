@@ -128,8 +128,8 @@ def test_limits_of_one_file_and_of_all(tmp_path: Path) -> None:
     document = read_documents(tmp_path, limit_bytes=1000, limit_total=1000)
     assert [file.text[0] for file in document.files] == ["a", "d"]
     assert [(os.path.basename(file), message) for file, message in document.problems] == [
-        ("b.txt", "has 2,000 bytes, and only 400 are left for all files together"),
-        ("c.txt", "has 600 bytes, and only 400 are left for all files together"),
+        ("b.txt", "has 2,000 bytes, and only 400 are left of the limit for all files"),
+        ("c.txt", "has 600 bytes, and only 400 are left of the limit for all files"),
     ]
     (problem,) = read_documents(tmp_path, limit_bytes=1000).problems
     assert problem.message == "has 2,000 bytes, and the limit is 1,000 per file"

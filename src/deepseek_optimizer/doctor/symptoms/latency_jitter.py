@@ -286,8 +286,8 @@ def _prompts(jitter: Jitter) -> Iterator[Finding]:
     elif jitter.whole.p99 > limit:
         yield Finding(
             NAME, "note",
-            f"processed whole, prompts of {jitter.prompt_tokens} tokens stall the streams: {jitter.whole}; processed in chunks, "
-            f"as in `dso serve`, they do not: {jitter.chunked}",
+            f"processed whole, prompts of {jitter.prompt_tokens} tokens stall the streams: {jitter.whole}; processed in "
+            f"chunks, as in `dso serve`, they do not: {jitter.chunked}",
             f"an engine without `stall` uses whole steps for prompts, here {jitter.step_tokens} tokens",
             f"for interactive use, pass stall={jitter.stall:g} to make_engine, or use a smaller prefill_chunk",
             jitter.facts(),
