@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -82,7 +83,7 @@ def options(
 
 
 # Name -> function, and its line in `dso --help`.
-_COMMANDS = {
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "run": (run.run, "Answer one prompt and exit."),
     "chat": (chat.chat, "Chat with a model in the terminal."),
     "longdoc": (longdoc.longdoc, "Question, summarize or extract data from long documents."),

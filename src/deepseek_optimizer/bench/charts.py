@@ -131,9 +131,10 @@ def _figure(title: str, height: float) -> Iterator[Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    colours = {f"{name}.color": _INK for name in ("text", "xtick", "ytick")}
-    style = {
-        **colours,
+    style: dict[Any, Any] = {
+        "text.color": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
         "axes.edgecolor": _INK,
         "axes.labelcolor": _INK,
         "axes.spines.right": False,
