@@ -89,7 +89,7 @@ def served(tiny_model):
 
 def test_the_banner(served):
     banner, _ = served
-    for word in ("model     r1-int4 (llama)", "backend", "threads", "context   256 tokens", "no API key is asked for"):
+    for word in ("model     r1-int4 (llama)", "backend", "threads", "context   256 tokens", "no API key required"):
         assert word in banner
     size = r"grows to at most [\d,]+ MB \(32 sequences of 256 tokens; half of the [\d,]+ MB that .+ would be [\d,]+ MB\)"
     assert re.search(f"cache     fp32, {size}", banner), banner
