@@ -9,13 +9,20 @@ from fastapi import FastAPI, Path, Response
 from ..chat.replies import json_response
 from ..openapi import errors
 from ..protocol.models import ModelCard, ModelList
+from ..protocol.sampling import Sampling
 from ..state import ServerState
+
+_SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def add(app: FastAPI, state: ServerState) -> None:
+    defaults = Sampling().params(state.settings.sampling, max_tokens=None, logprobs=None)
+    sampling = {name: getattr(defaults, name) for name in _SHOWN}
+
     def card() -> dict[str, Any]:
         return {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "deepseek-optimizer",
-                "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes}  # fmt: skip
+                "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes,
+                "default_sampling": sampling}  # fmt: skip
 
     @app.get("/v1/models", response_model=ModelList, responses=errors(401, 403), tags=["models"])
     async def models() -> Response:
