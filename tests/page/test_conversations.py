@@ -22,14 +22,14 @@ def test_search_finds_titles_and_messages(chat: Any, server: FakeChatServer) -> 
     assert chat.titles() == ["Write a function", "Where to go?"]
     chat.page.keyboard.press("Control+k")
     chat.page.keyboard.type("SEVEN hills")
-    chat.page.wait_for_function("document.querySelectorAll('.conversation').length === 1")
+    chat.page.wait_for_function("() => document.querySelectorAll('.conversation').length === 1")
     assert chat.titles() == ["Where to go?"]
     assert chat.page.inner_text("mark") == "seven hills"
     chat.page.keyboard.press("ArrowDown")
     chat.page.keyboard.press("Enter")
     chat.wait_text("Lisbon")
     chat.page.fill("#search", "function")
-    chat.page.wait_for_function("document.querySelector('.conversation').title === 'Write a function'")
+    chat.page.wait_for_function("() => document.querySelector('.conversation').title === 'Write a function'")
     chat.page.fill("#search", "nowhere")
     chat.wait_text("Nothing found", "#conversations")
     chat.page.press("#search", "Escape")
@@ -80,7 +80,7 @@ def test_what_is_exported_can_be_imported_with_all_its_versions(
     there.page.click("button[aria-label='Previous version']")
     assert there.answer() == "first"
     there.page.set_input_files("#import-input", exported)  # again: nothing is replaced
-    there.page.wait_for_function("document.querySelectorAll('.conversation').length === 4")
+    there.page.wait_for_function("() => document.querySelectorAll('.conversation').length === 4")
 
 
 def test_a_file_of_the_first_version_is_imported(chat: Any, tmp_path: Path) -> None:

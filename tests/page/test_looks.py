@@ -43,7 +43,37 @@ UNNAMED = """() => [...document.querySelectorAll('button, select, input, textare
   .filter((node) => !node.getAttribute('aria-label') && !node.getAttribute('aria-labelledby') && !node.labels?.length
     && !node.textContent.trim())
   .map((node) => node.outerHTML)"""
-EVERYTHING = "# Title\n\nText `code` [link](https://e.org)\n\n> quote\n\n```py\nx\n```\n\n| a | b |\n|---|---|\n| c | d |"
+CODE = """# a comment
+@decorate
+class Name(Base):
+    def method(self, number: int = 1) -> str:
+        return f"text {number}" if number else None
+"""
+MARKUP = '<p class="a">text &amp; more</p>\n<!-- remark -->'
+EVERYTHING = f"""# Title
+
+Text `code` [link](https://e.org) $x^2$ $\\nosuch$ note[^1]
+
+> quote
+
+```py
+{CODE}```
+
+```html
+{MARKUP}
+```
+
+```diff
++ added
+- removed
+```
+
+| a | b |
+|---|---|
+| c | d |
+
+[^1]: Note.
+"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -57,6 +87,9 @@ def test_the_system_picks_the_colours_and_all_text_can_be_read(
     chat.ask("Hi")
     chat.page.click(".thinking summary")
     chat.ask("more", answers=2)
+    chat.page.fill("#search", "title")
+    chat.page.wait_for_selector("mark")
+    assert chat.page.locator("[class^=hl-]").count() > 10 and chat.page.locator("math").count() == 1
     assert chat.page.evaluate(FAINT) == []
     for button in ["#settings", "#key", "#shortcuts"]:
         chat.page.click(button)

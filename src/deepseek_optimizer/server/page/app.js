@@ -24,6 +24,12 @@ import * as transfer from './transfer.js';
 const SAVE_MS = 400; // between saves of an answer on its way
 const LONGEST_ANNOUNCED = 500;
 
+/** A line over the message box; `quiet`: nothing is wrong. */
+function notice(text, quiet = false) {
+  byId('notice').textContent = text;
+  byId('notice').classList.toggle('quiet', quiet);
+}
+
 export class App {
   /** `makeStream(root)`: see markdown_stream.js. */
   constructor(store, makeStream) {
@@ -140,7 +146,7 @@ export class App {
     const { current } = this;
     if (this.busyElsewhere(current)) {
       announce(t('busyElsewhere'));
-      byId('notice').textContent = t('busyElsewhere');
+      notice(t('busyElsewhere'));
       return false;
     }
     if (this.answers.has(current.id)) return false;
@@ -189,7 +195,7 @@ export class App {
     const message = conversations.addAnswer(conversation);
     const answer = new Answer(message, body, preferences.apiKey(), () => this.progressed(conversation));
     this.answers.set(conversation.id, answer);
-    byId('notice').textContent = '';
+    notice('');
     this.save(conversation);
     this.showSidebar();
     this.showThread('sync');
@@ -263,7 +269,7 @@ export class App {
   openFromAddress() {
     const kept = this.conversations.get(location.hash.slice(1));
     this.current = kept ?? conversations.newConversation(this.defaults());
-    byId('notice').textContent = '';
+    notice('');
     this.composer.open(kept ? kept.id : null);
     this.showSidebar();
     this.showThread('show');
@@ -305,7 +311,7 @@ export class App {
       this.save(conversation);
     }
     if (imported?.length) this.open(imported[0].id);
-    byId('notice').textContent = said;
+    notice(said, imported !== null);
     announce(said);
   }
 
@@ -350,7 +356,7 @@ export class App {
       await this.store.put(conversation);
     } catch {
       this.store.lasting = false; // the disk is full, say
-      byId('notice').textContent = t('notKept');
+      notice(t('notKept'));
     }
   }
 

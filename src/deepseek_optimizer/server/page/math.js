@@ -13,7 +13,7 @@ const ATTRIBUTES = new Set(
   notation`.split(/\s+/),
 );
 const COLOUR = /^(#[0-9a-f]{3,8}|[a-z]+)$/i;
-const SPACING = /^[\d\s.]+em$/;
+const LENGTH = /^[\d.]+em$/;
 
 /** A function (tex, display) -> a <math> element, or null where KaTeX does not understand the TeX. */
 export const mathSetter = (katex) => (tex, display) => {
@@ -29,7 +29,6 @@ export const mathSetter = (katex) => (tex, display) => {
 
 function nodesOf(node) {
   if (node.text !== undefined) return [document.createTextNode(node.text)];
-  if (node.character) return [document.createTextNode(node.character)];
   if (node.type === undefined && typeof node.width === 'number') return [element('mspace', { width: `${node.width}em` }, [])];
   const children = node.children ?? [];
   if (!ELEMENTS.has(node.type)) return node.type === 'annotation' ? [] : children.flatMap(nodesOf);
@@ -49,21 +48,24 @@ function element(name, attributes, children) {
 }
 
 /** What MathML in browsers has no attributes for: alphabets are characters of their own, the rest is style. */
-function style(node, { mathvariant, columnalign, columnspacing, rowspacing }) {
-  if (ALPHABETS[mathvariant]) {
-    node.textContent = [...node.textContent].map((ch) => inAlphabet(ch, ALPHABETS[mathvariant])).join('');
-    if (node.localName === 'mi') node.setAttribute('mathvariant', 'normal');
+function style(node, attributes) {
+  const alphabet = ALPHABETS[attributes.mathvariant];
+  if (alphabet) {
+    node.textContent = [...node.textContent].map((ch) => inAlphabet(ch, alphabet)).join('');
+    node.setAttribute('mathvariant', 'normal');
   }
-  if (node.localName !== 'mtable') return;
-  const columns = columnalign?.split(' ') ?? [];
-  const gaps = SPACING.test(columnspacing ?? '') || /em/.test(columnspacing ?? '') ? columnspacing.split(' ') : [];
-  const rows = rowspacing?.split(' ') ?? [];
-  for (const [y, row] of [...node.children].entries()) {
-    for (const [x, cell] of [...row.children].entries()) {
-      if (['left', 'right', 'center'].includes(columns[x])) cell.style.setProperty('text-align', columns[x]);
-      if (x > 0 && /^[\d.]+em$/.test(gaps[x - 1] ?? '')) cell.style.setProperty('padding-inline-start', gaps[x - 1]);
-      if (x > 0 || x < row.children.length - 1) cell.style.setProperty('padding-inline-end', '0');
-      if (y > 0 && /^[\d.]+em$/.test(rows[y - 1] ?? '')) cell.style.setProperty('padding-top', rows[y - 1]);
+  if (node.localName === 'mtable') styleTable(node, attributes);
+}
+
+function styleTable(table, { columnalign = '', columnspacing = '', rowspacing = '' }) {
+  const [aligned, columnGaps, rowGaps] = [columnalign, columnspacing, rowspacing].map((list) => list.split(' '));
+  for (const [y, row] of [...table.children].entries()) {
+    const cells = [...row.children];
+    for (const [x, cell] of cells.entries()) {
+      if (['left', 'right', 'center'].includes(aligned[x])) cell.style.setProperty('text-align', aligned[x]);
+      if (x > 0 && LENGTH.test(columnGaps[x - 1])) cell.style.setProperty('padding-inline-start', columnGaps[x - 1]);
+      if (cells.length > 1) cell.style.setProperty('padding-inline-end', '0');
+      if (y > 0 && LENGTH.test(rowGaps[y - 1])) cell.style.setProperty('padding-top', rowGaps[y - 1]);
     }
   }
 }
