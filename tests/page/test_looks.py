@@ -281,3 +281,25 @@ def test_enter_that_ends_a_composition_does_not_send(chat: Any, server: FakeChat
     assert chat.page.input_value("#message") == "你"
     assert chat.page.evaluate(press, {"isComposing": False, "keyCode": 13}) is True
     chat.wait_text("You said: 你")
+
+
+def test_nothing_moves_for_a_reader_who_asked_for_that(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+    moving = "getComputedStyle(document.querySelector('.waiting span')).animationName"
+    for wish, expected in [("no-preference", "breathe"), ("reduce", "none")]:
+        chat = open_chat(reduced_motion=wish)
+        server.replies.append(Reply([Event()]))
+        chat.send("Hi")
+        chat.page.wait_for_selector(".waiting", state="visible")
+        assert chat.page.evaluate(moving) == expected
+        chat.page.keyboard.press("Escape")
+        chat.wait_done()
+
+
+def test_a_footnote_is_reached_by_keyboard(chat: Any, server: FakeChatServer) -> None:
+    server.replies.append(Reply(["one[^a]\n\n" + "text\n\n" * 60 + "[^a]: The note."]))
+    chat.ask("Hi")
+    chat.page.focus(".footnote-ref")
+    chat.page.keyboard.press("Enter")
+    assert chat.page.evaluate("document.activeElement.innerText").split() == ["1.", "The", "note."]
+    assert chat.page.locator(".footnote").is_visible()
+    assert "#" in chat.page.url and chat.titles() == ["Hi"]  # the address still names the conversation

@@ -42,9 +42,15 @@ function element(name, attributes, children) {
     else if (key === 'mathcolor' && COLOUR.test(value)) node.style.setProperty('color', value);
     else if (key === 'mathbackground' && COLOUR.test(value)) node.style.setProperty('background', value);
   }
-  node.append(...children);
+  node.append(...children.map(spaced));
   style(node, attributes);
   return node;
+}
+
+/** "log p": between a function and what it is applied to KaTeX has an invisible operator, and TeX a thin space. */
+function spaced(child, index, children) {
+  const applies = child.localName === 'mo' && child.textContent === '\u2061' && children[index + 1]?.localName !== 'mo';
+  return applies ? element('mspace', { width: '0.1667em' }, []) : child;
 }
 
 /** What MathML in browsers has no attributes for: alphabets are characters of their own, the rest is style. */

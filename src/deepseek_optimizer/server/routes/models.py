@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Response
 
+from ...engine.request import SamplingParams
 from ..chat.replies import json_response
 from ..openapi import errors
 from ..protocol.models import ModelCard, ModelList
-from ..protocol.sampling import Sampling
 from ..state import ServerState
 
 _SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def add(app: FastAPI, state: ServerState) -> None:
-    defaults = Sampling().params(state.settings.sampling, max_tokens=None, logprobs=None)
+    defaults = replace(SamplingParams(), **{name: value for name, value in state.settings.sampling.items() if name in _SHOWN})
     sampling = {name: getattr(defaults, name) for name in _SHOWN}
 
     def card() -> dict[str, Any]:
