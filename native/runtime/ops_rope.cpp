@@ -33,7 +33,7 @@ class RopeTable final : public RowOp {
   const float scale_;
 };
 
-struct Rotation {
+struct HeadRotation {
   SlotRef table;
   int64_t heads, head_dim, offset;
   bool interleaved;
@@ -44,7 +44,7 @@ struct Rotation {
 
 class Rope final : public RowOp {
  public:
-  Rope(const SlotRef& in, const SlotRef& out, const Rotation& rotate) : in_(in), out_(out), rotate_(rotate) {}
+  Rope(const SlotRef& in, const SlotRef& out, const HeadRotation& rotate) : in_(in), out_(out), rotate_(rotate) {}
 
  private:
   int64_t rows(const Run& run) const override { return run.batch.T; }
@@ -53,7 +53,7 @@ class Rope final : public RowOp {
     rotate_(run, r, run.slots[in_.index].f32(r), rotate_.heads, run.slots[out_.index].f32(r));
   }
   const SlotRef in_, out_;
-  const Rotation rotate_;
+  const HeadRotation rotate_;
 };
 
 class KvWriter : public CacheWriter {
@@ -87,7 +87,7 @@ class CacheWrite final : public KvWriter {
 class RopeCache final : public KvWriter {
  public:
   RopeCache(const SlotRef& q, const SlotRef& key, const SlotRef& value, const SlotRef& out, int64_t layer, int64_t kv_heads,
-            const Rotation& rotate)
+            const HeadRotation& rotate)
       : KvWriter(key, value, layer, kv_heads), q_(q), out_(out), rotate_(rotate) {}
   int64_t work(const Run& run) const override { return KvWriter::work(run) + run.batch.T * q_.width; }
   int64_t scratch_bytes(const Run&) const override { return DSO_BLOCK_TOKENS * key_.width * 4; }
@@ -103,10 +103,10 @@ class RopeCache final : public KvWriter {
     write_rows(run, p, layout, view, rotated, 4 * key_.width);
   }
   const SlotRef q_, out_;
-  const Rotation rotate_;
+  const HeadRotation rotate_;
 };
 
-Rotation rotation(StepReader& s, int table) {
+HeadRotation rotation(StepReader& s, int table) {
   const int64_t heads = s.positive("heads", s.step.heads), head_dim = s.positive("head_dim", s.step.head_dim);
   const SlotRef t = s.token_rows(table);
   if (s.step.offset < 0) s.refuse("offset is %d", s.step.offset);
@@ -131,7 +131,7 @@ std::unique_ptr<Op> make_rope_table(StepReader& s) {
 
 std::unique_ptr<Op> make_rope(StepReader& s) {
   s.takes(2, 1, 0, 0, DSO_FLAG_INTERLEAVED);
-  const Rotation rotate = rotation(s, 1);
+  const HeadRotation rotate = rotation(s, 1);
   const SlotRef in = s.token_rows(0, rotate.heads * rotate.head_dim), out = s.out(0, kF32Only, in.width, false);
   s.alias_only(out, in);
   return std::make_unique<Rope>(in, out, rotate);
@@ -148,7 +148,7 @@ std::unique_ptr<Op> make_cache_write(StepReader& s) {
 std::unique_ptr<Op> make_rope_cache(StepReader& s) {
   s.takes(4, 1, 0, 0, DSO_FLAG_INTERLEAVED);
   s.attends(s.step.layer, s.step.kv_heads, s.step.head_dim, true);
-  const Rotation rotate = rotation(s, 3);
+  const HeadRotation rotate = rotation(s, 3);
   const int64_t kv_width = int64_t(s.step.kv_heads) * s.step.head_dim;
   const SlotRef q = s.token_rows(0, rotate.heads * rotate.head_dim), key = s.token_rows(1, kv_width),
                 value = s.token_rows(2, kv_width);

@@ -13,6 +13,7 @@
 #include "attention_prefill.hpp"
 #include "convert.hpp"
 #include "elementwise.hpp"
+#include "elementwise_ops.hpp"
 #include "index.hpp"
 #include "kv.hpp"
 #include "latent.hpp"
@@ -41,6 +42,8 @@ const Kernels* DSO_JOIN(kernels_, DSO_ISA_NAMESPACE)() {
   namespace isa = DSO_ISA_NAMESPACE;
   static constexpr Kernels table = {
       .isa = DSO_ISA_NAME,
+      .elementwise_ops = isa::elementwise_ops,
+      .elementwise_count = sizeof isa::elementwise_ops / sizeof *isa::elementwise_ops,
       .convert = isa::convert,
       .linear = isa::DSO_LINEAR,
       .linear_scratch = isa::DSO_LINEAR_SCRATCH,

@@ -68,10 +68,10 @@ def run(*, rounds: int = 3, threads: int | None = None, show: bool = True) -> di
 
 
 def _answer(gguf: Path, threads: int) -> None:
-    from .. import load_model, load_tokenizer
     from ..chat.conversation import prompt_ids
     from ..chat.generate import answer
     from ..chat.stream import write_now
+    from ..optimizer import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(gguf)
     ids = prompt_ids(tokenizer, [{"role": "user", "content": QUESTION}])
