@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -14,9 +14,9 @@ WORKERS ?= 2
 
 # What the wheel is made of. A change in any of these builds and installs it anew.
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
-  $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
+  $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel page-assets fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -29,6 +29,7 @@ $(VENV)/.created:
 # DSO_REQUIRE_NATIVE: a native part that does not compile is an error here, not a fallback.
 $(WHEELS)/.built: $(VENV)/.created $(SOURCES)
 	rm -rf $(WHEELS) && mkdir -p $(WHEELS)
+	-$(BIN)/python build_tools/page_assets.py
 	DSO_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) .
 	touch $@
 
@@ -37,6 +38,10 @@ $(VENV)/.installed: $(WHEELS)/.built
 	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@
+
+# The chat page's libraries, for a server that runs on the source tree; `make wheel` fetches them too.
+page-assets: $(VENV)/.created
+	$(BIN)/python build_tools/page_assets.py
 
 env: $(VENV)/.installed
 
@@ -139,7 +144,7 @@ quality: env
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json
 	$(BIN)/python -m benchmarks.auto
 
-PYTHON_SOURCES := src tests benchmarks examples docs .ci
+PYTHON_SOURCES := src tests benchmarks examples docs build_tools .ci
 NATIVE_SOURCES := $(shell find native tests/support \( -name '*.hpp' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c' \))
 
 format: env
