@@ -64,9 +64,7 @@ class WindowPolicy:
                 f"{self.sinks}, share {self.share:g}, recent {self.recent:g}"
             )
         if self.room() < 1:
-            raise ConfigError(
-                f"window: {self.sinks} sinks and the recent tokens fill all {self.window}; use fewer sinks"
-            )
+            raise ConfigError(f"window: {self.sinks} sinks and the recent tokens fill all {self.window}; use fewer sinks")
 
     @property
     def recent_tokens(self) -> int:
@@ -117,9 +115,7 @@ class WindowPolicy:
         if len(going) < needed:
             if pinned:
                 self.check(pinned, coming)
-            raise ValueError(
-                f"cannot add {coming} tokens at once: a window of {self.window} has room for {self.room(pinned)}"
-            )
+            raise ValueError(f"cannot add {coming} tokens at once: a window of {self.window} has room for {self.room(pinned)}")
         runs: list[Drop] = []
         for block in going:
             if runs and block == runs[-1].first_block + runs[-1].count:
@@ -129,7 +125,7 @@ class WindowPolicy:
         return runs[::-1]
 
     def _pinned_blocks(self, pinned: Iterable[tuple[int, int]]) -> set[int]:
-        """Blocks that hold a pinned token, sinks excluded. Drops shift spans by whole blocks, so their number does not change."""
+        """Blocks that hold a pinned token, sinks excluded. Drops shift spans by whole blocks, so the number stays."""
         sinks = -(-self.sinks // BLOCK_TOKENS)
         blocks = {block for begin, end in pinned for block in range(begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS))}
         return {block for block in blocks if block >= sinks}

@@ -1,9 +1,9 @@
-"""Packed checkpoints: written once, mapped afterwards.
+"""Packed checkpoints, which are written once and then mapped.
 
 A directory with config.json and model.safetensors. A packed matrix lies under the parameter's own name as uint8
 [ceil(rows/16), ceil(cols/32), tile_bytes], the tiles of `native/include/dso.h`, and a stack of experts' matrices as
-[count, ceil(rows/16), ceil(cols/32), tile_bytes]; everything else is an ordinary float tensor. config.json says what the tiles
-are:
+[count, ceil(rows/16), ceil(cols/32), tile_bytes]; everything else is an ordinary float tensor. config.json describes
+the tiles:
 
     "quantization_config": {
         "quant_method": "deepseek_optimizer", "format_version": 1,
@@ -15,7 +15,7 @@ are:
     }
 
 A module's matrix is its `.weight`; a stack is named by its parameter, and its shape is count, rows, cols. Files with stacks
-have format_version 2, others 1, so that older readers refuse what they don't know and nothing else. The file is a valid
+have format_version 2, others 1, so that older readers refuse only files that they cannot read. The file is a valid
 safetensors file; tensors begin at multiples of 64 bytes where their sizes allow it, matrices first.
 """
 
@@ -46,7 +46,7 @@ VERSION, VERSION_WITH_STACKS = 1, 2
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """What config.json says about one matrix [rows, cols], or one stack [count, rows, cols]."""
+    """The entry in config.json for one matrix [rows, cols], or one stack [count, rows, cols]."""
 
     format: str
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class PackedEntry:
         return (*count, *tile_counts(rows, cols), get_format(self.format).tile_bytes)
 
     def promise(self) -> PackedWeight:
-        """The weight without its numbers, on the meta device."""
+        """The weight without data, on the meta device."""
         tiles = torch.empty(self.tiles, dtype=torch.uint8, device="meta")
         if len(self.shape) == 3:
             return PackedStack(self.format, self.shape[0], self.shape[1], self.shape[2], tiles)
@@ -72,7 +72,7 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 
 def packed_entries(config: Mapping[str, Any], file: Path) -> dict[str, PackedEntry]:
-    """The matrices a packed checkpoint's config names, by parameter name; CheckpointError if the schema is not kept."""
+    """The matrices a packed checkpoint's config names, by parameter name; CheckpointError if the schema is violated."""
 
     def wrong(what: str, module: str | None = None) -> CheckpointError:
         return CheckpointError(what, file=file, tensor=module)
@@ -81,8 +81,8 @@ def packed_entries(config: Mapping[str, Any], file: Path) -> dict[str, PackedEnt
     version = quantization.get("format_version")
     if version not in (VERSION, VERSION_WITH_STACKS):
         raise wrong(
-            f"quantization_config.format_version is {version!r}; {VERSION} and {VERSION_WITH_STACKS} are read: "
-            "update deepseek-optimizer, or convert the original again"
+            f"quantization_config.format_version is {version!r}; {VERSION} and {VERSION_WITH_STACKS} are supported: "
+            "update deepseek-optimizer, or convert the original model again"
         )
     dimensions = (2,) if version == VERSION else (2, 3)
     modules = quantization["modules"]
@@ -116,8 +116,7 @@ def packed_section(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
 
 
 class PackedCheckpoint(SafetensorsCheckpoint):
-    """A checkpoint this package wrote: matrices come mapped where there is a `mapper`, read-only as far as the file is
-    concerned."""
+    """A checkpoint written by this package. Matrices are mapped if there is a `mapper`; the file is never written to."""
 
     kind: ClassVar[str] = "packed"
 
@@ -134,7 +133,7 @@ class PackedCheckpoint(SafetensorsCheckpoint):
                 )
         for name, info in tensors.items():
             if info.dtype == "U8" and name not in self._entries:
-                raise CheckpointError("is packed, but config.json does not say how", file=info.file, tensor=name)
+                raise CheckpointError("is packed, but config.json does not describe it", file=info.file, tensor=name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         entry = self._entries.get(name)
@@ -163,14 +162,14 @@ class PackedCheckpoint(SafetensorsCheckpoint):
         return self.read(name).flatten(0, -2)[begin:end] if name in self._entries else super().read_rows(name, begin, end)
 
     def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
-        """The matrix as it lies there; it can't be had in another format than it was packed in."""
+        """The matrix as stored; CheckpointError for another format than the stored one."""
         if name not in self._entries:
             return super().packed(name, format, packer)
         rows, cols = self.matrix_shape(name)
         return PackedMatrix(format, rows, cols, self._tiles(name, format))
 
     def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
-        """The stack as it lies there, as `packed` has matrices."""
+        """The stack as stored, see `packed`."""
         if name not in self._entries:
             return super().packed_stack(name, format, shape, packer)
         return PackedStack(format, *shape, self._tiles(name, format))
@@ -201,14 +200,14 @@ def save_packed(
     extra_files: Iterable[Path] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes a packed checkpoint: all of it under the final name, or nothing (see `atomic_directory`).
+    """Writes a packed checkpoint atomically (see `atomic_directory`).
 
     Args:
         target: the directory to make.
         config: the model's config.json, as a dict; its quantization_config is replaced.
         tensors: matrices and plain float tensors by parameter name; tied ones once.
-        quantization: fields of DeepSeekConfig to keep beside the description of the matrices.
-        extra_files: files to copy along (tokenizer, generation config).
+        quantization: fields of DeepSeekConfig to store with the description of the matrices.
+        extra_files: further files to copy (tokenizer, generation config).
         overwrite: replace an existing target.
     """
     section = dict(quantization or {}) | packed_section({n: t for n, t in tensors.items() if isinstance(t, PackedWeight)})
@@ -222,7 +221,7 @@ def save_packed(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """One safetensors file, streamed: no copy of a tensor is made, and the packed ones begin at multiples of 64 bytes."""
+    """Writes one safetensors file without copying tensors; packed ones start at multiples of 64 bytes."""
     layout = layout_of(tensors)
     with open(path, "wb") as file:
         file.write(layout.header)
