@@ -60,8 +60,8 @@ class CacheWindow:
             raise ConfigError(f"cache_window must be at least {SMALLEST} tokens, got {self.tokens}")
         if self.sinks < 0 or not 0 < self.share <= 0.5 or not 0 <= self.recent <= 0.5:
             raise ConfigError(
-                f"cache_window: sinks must not be negative, share must be above 0 and at most 0.5, recent from 0 to 0.5; got sinks "
-                f"{self.sinks}, share {self.share:g}, recent {self.recent:g}"
+                f"cache_window: sinks must not be negative, share must be above 0 and at most 0.5, recent from 0 to 0.5; got "
+                f"sinks {self.sinks}, share {self.share:g}, recent {self.recent:g}"
             )
         if self.room() < 1:
             raise ConfigError(f"cache_window: {self.sinks} sinks and the recent tokens fill all {self.tokens}; use fewer sinks")
