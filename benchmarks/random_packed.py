@@ -15,7 +15,7 @@ import torch
 from deepseek_optimizer.checkpoint.layout import Stored, bytes_of, layout_of
 from deepseek_optimizer.checkpoint.manifest import KEY, QUANT_METHOD, Manifest, PackedEntry
 from deepseek_optimizer.graph.analysis import stack_shapes, weight_shapes
-from deepseek_optimizer.graph.least import exact_weights, least_formats
+from deepseek_optimizer.graph.min_formats import exact_weights, min_formats
 from deepseek_optimizer.models import build_graph
 
 DEVIATION = 0.02
@@ -49,7 +49,7 @@ def write(config: Any, target: Path, architecture: str) -> None:
 def _planned(config: Any) -> dict[str, Stored]:
     """What the file holds, on the meta device."""
     graph = build_graph(config)
-    stacks, least, exact = stack_shapes(graph), least_formats(graph), exact_weights(graph)
+    stacks, least, exact = stack_shapes(graph), min_formats(graph), exact_weights(graph)
     planned: dict[str, Stored] = {}
     for name, shape in weight_shapes(graph).items():
         if len(shape) == 1 or name in exact:

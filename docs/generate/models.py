@@ -1,8 +1,8 @@
 """Tables of supported models with the memory that they need, computed from their configurations.
 
 Weights: every matrix in the format named, at its packed size with scales and padding; matrices that no precision makes smaller
-than int8 (`graph/least.py`) at least in int8; routers and norms as they are stored. Cache: one sequence of `CONTEXT` tokens,
-keys and values (or latents) in bf16, whole blocks. Not counted: Python and PyTorch themselves, the plan's buffers, MTP layers.
+than int8 (`graph/min_formats.py`) at least in int8; routers and norms as they are stored. Cache: one sequence of `CONTEXT`
+tokens, keys and values (or latents) in bf16, whole blocks. Not counted: Python and PyTorch themselves, the plan's buffers, MTP layers.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def need(model: Model) -> Need:
     from deepseek_optimizer.checkpoint.packed import PackedEntry
     from deepseek_optimizer.config import larger
     from deepseek_optimizer.graph.analysis import stack_shapes
-    from deepseek_optimizer.graph.least import least_formats
+    from deepseek_optimizer.graph.min_formats import min_formats
     from deepseek_optimizer.integration.bind.swap import sites
     from deepseek_optimizer.models import build_graph
 
@@ -99,7 +99,7 @@ def need(model: Model) -> Need:
     graph = build_graph(config)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    stacks, least = stack_shapes(graph), least_formats(graph)
+    stacks, least = stack_shapes(graph), min_formats(graph)
     shapes = {
         weight: stacks.get(weight) or tuple(getattr(site.module, leaf).shape)
         for site in sites(made, graph)

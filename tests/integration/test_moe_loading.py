@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.graph import rules
-from deepseek_optimizer.graph.least import exact_weights, least_formats
+from deepseek_optimizer.graph.min_formats import exact_weights, min_formats
 from deepseek_optimizer.integration.bind.packed_experts import PackedExperts
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import FORMATS, get_format, unpack
@@ -218,7 +218,7 @@ class TestFormats:
 
     @pytest.mark.parametrize("entry", ["model.layers.1.mlp.gate", "*.mlp.gate"])
     def test_an_entry_for_a_router(self, v3, entry):
-        with pytest.raises(ConfigError, match="stays as exact as it is stored"):
+        with pytest.raises(ConfigError, match="always stays in its stored precision"):
             load_model(v3, formats={entry: "int4"}, backend="reference")
 
     def test_a_packed_checkpoint_may_be_asked_for_what_it_was_packed_as(self, v3, tmp_path):
@@ -254,15 +254,15 @@ class TestFormats:
 
 def test_what_is_kept_larger_and_exact():
     graph = build_graph(CASES["deepseek_v32-indexer"]())
-    least = least_formats(graph)
+    least = min_formats(graph)
     large = ("kv_b_proj", "indexer.wq_b", "indexer.wk")
     assert least == {f"model.layers.{i}.self_attn.{name}.weight": "int8" for i in range(3) for name in large}
-    assert least_formats(rules.apply(graph, None)[0]) == least
+    assert min_formats(rules.apply(graph, None)[0]) == least
     assert exact_weights(rules.apply(graph, None)[0]) == exact_weights(graph)
     routers = {f"model.layers.{i}.mlp.gate.{leaf}" for i in (1, 2) for leaf in ("weight", "e_score_correction_bias")}
     assert exact_weights(graph) == routers | {f"model.layers.{i}.self_attn.indexer.weights_proj.weight" for i in range(3)}
     dense = build_graph(CASES["llama-gqa"]())
-    assert (least_formats(dense), exact_weights(dense)) == ({}, frozenset())
+    assert (min_formats(dense), exact_weights(dense)) == ({}, frozenset())
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -279,7 +279,7 @@ class Backend(Sizes, Protocol):
         """Binds `graph` to `weights`.
 
         Args:
-            weights: by name: matrices and stacks packed, vectors as 1-D tensors, `graph.least.exact_weights` as either.
+            weights: by name: matrices and stacks packed, vectors as 1-D tensors, `graph.min_formats.exact_weights` as either.
 
         Raises:
             BackendError: a weight is missing or does not fit, or the graph has what this backend does not run.

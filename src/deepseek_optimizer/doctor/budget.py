@@ -71,7 +71,7 @@ class Budget:
 
 def budget(case: Case) -> Budget:
     """The budget of the case's model."""
-    from ..graph.least import exact_weights, least_formats
+    from ..graph.min_formats import exact_weights, min_formats
     from ..integration.bind.graphs import whole_graph
     from ..integration.bind.runtime import kv_dtype
     from ..integration.bind.swap import expected_tensors
@@ -83,7 +83,7 @@ def budget(case: Case) -> Budget:
         format_name = str(wanted[name])
         formats[format_name] = formats.get(format_name, 0) + _packed_bytes(format_name, shape)
     whole = whole_graph(case.sketch)
-    least, exact = least_formats(whole), exact_weights(whole)
+    least, exact = min_formats(whole), exact_weights(whole)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
     kv, sizes, high = kv_dtype(case.settings, formats), _sizes(case), case.settings.batch_size_range[1]
     return Budget(

@@ -1,1 +1,1 @@
-"""Every hook into Transformers, and the only place that touches its internals: a new release costs this folder."""
+"""All code that depends on Transformers' internals; a new release of Transformers affects only this folder."""

@@ -1,7 +1,7 @@
-"""What differs between the Transformers releases this package runs on (5.20 to 5.x), under one name each.
+"""Differences between the supported Transformers releases (5.20 to 5.x), each behind one function.
 
-5.24 renamed the cache argument of `forward` and of the outputs from `past_key_values` to `cache`, and gradient checkpointing to
-activation checkpointing.
+Release 5.24 renamed the cache, an argument of `forward` and a field of outputs, from `past_key_values` to `cache`, and gradient
+checkpointing to activation checkpointing.
 """
 
 from __future__ import annotations
@@ -21,63 +21,63 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 @functools.lru_cache(maxsize=1)
 def cache_name() -> str:
-    """The cache's name in the installed release: an argument of `forward`, a field of its outputs."""
+    """The name of the cache in the installed release, as an argument of `forward` and a field of its outputs."""
     return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
-    """Removes the cache from keyword arguments, whichever name the caller used, and returns it."""
-    found = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
-    return next((cache for cache in found if cache is not None), None)
+    """Removes the cache from keyword arguments, under either name, and returns it; None if there is none."""
+    caches = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def causal_output(*, cache: Any, **fields: Any) -> CausalLMOutputWithPast:
-    """A `CausalLMOutputWithPast` with the cache under the name of the release."""
+    """A `CausalLMOutputWithPast` with the cache under the installed release's name."""
     return CausalLMOutputWithPast(**{cache_name(): cache}, **fields)
 
 
 def output_class(model: Any) -> Any:
-    """The class of what a model's forward returns: with experts it is another than without."""
+    """The output class of a model's forward, which differs for mixtures of experts."""
     model_class: Any = type(model)
     return _output_class(model_class)
 
 
 @functools.lru_cache(maxsize=64)
 def _output_class(model_class: Any) -> Any:
-    found = inspect.signature(model_class.forward).return_annotation
-    if isinstance(found, str):
-        found = getattr(sys.modules[model_class.__module__], found, None)
-    if isinstance(found, type) and issubclass(found, ModelOutput):
-        return found
+    annotation = inspect.signature(model_class.forward).return_annotation
+    if isinstance(annotation, str):
+        annotation = getattr(sys.modules[model_class.__module__], annotation, None)
+    if isinstance(annotation, type) and issubclass(annotation, ModelOutput):
+        return annotation
     return CausalLMOutputWithPast if issubclass(model_class, GenerationMixin) else BaseModelOutputWithPast
 
 
-def chosen_hidden(asked: Any, count: int) -> Collection[int]:
-    """Which of `count` hidden states `output_hidden_states` asks for: all; since 5.24 also those at an index or several."""
+def chosen_hidden(requested: Any, count: int) -> Collection[int]:
+    """The indices of the hidden states, of `count`, that `output_hidden_states` requests: all; since 5.24 also a selection."""
     try:
         from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
     except ImportError:
         return range(count)
-    selected = selected_hidden_states(asked)
+    selected = selected_hidden_states(requested)
     if selected is None:
         return range(count)
-    nobody: Any = None  # the model is looked at for their number only
-    return resolve_hidden_states_indices(nobody, selected, num_hidden_states=count)
+    no_model: Any = None  # used only to look up the number of hidden states
+    return resolve_hidden_states_indices(no_model, selected, num_hidden_states=count)
 
 
 def recomputes_layers(model: Any) -> bool:
-    """Whether a model's layers keep their inputs alone for the backward."""
+    """Whether activation checkpointing is on: layers store only their inputs and are recomputed in the backward."""
     return bool(getattr(model, f"is_{_checkpointing(model)}", False))
 
 
 def recompute_layers(model: Any) -> None:
-    """Has a model's layers keep their inputs alone."""
+    """Turns activation checkpointing on."""
     name = _checkpointing(model)
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
 def keep_layers(model: Any) -> None:
-    """Undoes `recompute_layers`."""
+    """Turns activation checkpointing off."""
     getattr(model, f"{_checkpointing(model)}_disable")()
 
 

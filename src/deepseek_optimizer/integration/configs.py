@@ -1,4 +1,4 @@
-"""Contents of config.json files, completed by the defaults of Transformers' config classes."""
+"""Contents of config.json files, completed with the defaults of Transformers' config classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..models import check_config as check_fields
 
 
 class _WithDefaults(Mapping[str, Any]):
-    """A config.json's fields; those left out have the class's defaults."""
+    """The fields of a config.json; missing fields have the config class's defaults."""
 
     def __init__(self, fields: Mapping[str, Any], defaults: type) -> None:
         self._fields, self._defaults = fields, defaults
@@ -19,7 +19,7 @@ class _WithDefaults(Mapping[str, Any]):
         if name in self._fields:
             return self._fields[name]
         default = getattr(self._defaults, name, property())
-        if isinstance(default, property):  # rope_scaling, for one: it has no value without an object
+        if isinstance(default, property):  # such as rope_scaling: it has no value without an instance
             raise KeyError(name)
         return default
 
@@ -31,19 +31,19 @@ class _WithDefaults(Mapping[str, Any]):
 
 
 def with_defaults(raw: Any) -> Any:
-    """The content of a config.json with its class's defaults for fields left out; as it is where the family is not known."""
+    """The content of a config.json with the config class's defaults for missing fields; unchanged for unsupported families."""
     if not isinstance(raw, Mapping) or raw.get("model_type") not in SUPPORTED:
         return raw
-    from transformers import CONFIG_MAPPING  # takes long to import
+    from transformers import CONFIG_MAPPING  # slow to import
 
     return _WithDefaults(raw, CONFIG_MAPPING[raw["model_type"]])
 
 
 def check_config(raw: Any) -> None:
-    """Checks the content of a config.json before Transformers makes an object, or memory is taken, from it.
+    """Checks the content of a config.json before Transformers creates an object from it or memory is allocated.
 
     Raises:
-        UnsupportedModelError: the family, or a feature the config asks for, is not known here.
-        ConfigError: a field is wrong; the message names it.
+        UnsupportedModelError: the family, or a feature that the config requires, is not supported.
+        ConfigError: a field is not valid; the message names it.
     """
     check_fields(with_defaults(raw))

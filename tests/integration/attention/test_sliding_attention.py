@@ -193,14 +193,14 @@ def test_masks_by_pieces_against_pairs(seed):
     step = draw.choice((1, 7, queries))
     for start in range(0, queries, step):
         end = min(start + step, queries)
-        piece = mask.piece(start, end)
-        seen = piece.seen.expand(3, -1, -1, -1)[:, 0]
-        apart = 0 if piece.sinks is None else piece.sinks.shape[1]
-        assert seen.shape[2] == apart + piece.high - piece.low
-        found[:, 0, start:end, piece.low : piece.high] = seen[:, :, apart:]
+        keys = mask.key_range(start, end)
+        seen = keys.visible.expand(3, -1, -1, -1)[:, 0]
+        apart = 0 if keys.sinks is None else keys.sinks.shape[1]
+        assert seen.shape[2] == apart + keys.high - keys.low
+        found[:, 0, start:end, keys.low : keys.high] = seen[:, :, apart:]
         for row in range(3):
             for s in range(apart):
-                column = int(piece.sinks.expand(3, -1)[row, s])
+                column = int(keys.sinks.expand(3, -1)[row, s])
                 assert not (found[row, 0, start:end, column] & seen[row, :, s]).any()  # no key counts twice
                 found[row, 0, start:end, column] |= seen[row, :, s]
     assert torch.equal(found, expected)

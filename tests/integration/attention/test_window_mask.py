@@ -77,10 +77,10 @@ def test_rows_alike_share_a_tensor_and_slices_are_rows():
 
 @pytest.mark.parametrize(("chunks", "window", "sinks", "words"), [
     (3, 0, 4, "window must be an integer"), (3, True, 4, "window"), (3, 2.0, 4, "window"), (3, 2, -1, "sinks must be"),
-    (3, 2, None, "sinks"), ("a text", 2, 4, "got str"), ([["a"]], 2, 4, "no row of numbers"), ([[[1]]], 2, 4, "no row"),
-    (torch.zeros(1, 2, 3), 2, 4, "one or two dimensions"), ({"tokens": [1]}, 2, 4, "neither input_ids nor length"),
+    (3, 2, None, "sinks"), ("a text", 2, 4, "got str"), ([["a"]], 2, 4, "not a row of integers"), ([[[1]]], 2, 4, "not a row"),
+    (torch.zeros(1, 2, 3), 2, 4, "one or two dimensions"), ({"tokens": [1]}, 2, 4, "must have input_ids or length"),
     ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, 2, 4, "attention_mask"), (-1, 2, 4, "chunks must be an integer"),
-    ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, 2, 4, "other rows"), (True, 2, 4, "chunks"),
+    ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, 2, 4, "must have the shape of input_ids"), (True, 2, 4, "chunks"),
 ])  # fmt: skip
 def test_bad_arguments(chunks, window, sinks, words):
     with pytest.raises(ConfigError, match=words):

@@ -10,7 +10,7 @@ import torch
 from ...errors import BackendError
 from ...graph.analysis import dynamic_rope
 from ...graph.ir import Graph, LatentSpec, Node, Value
-from ...graph.least import exact_weights
+from ...graph.min_formats import exact_weights
 from ...graph.ops import OpSpec, spec_of
 from ...graph.planner import assign_slots
 from ...quant import get_format, pack

@@ -1,1 +1,1 @@
-"""Attention and masks that are registered with Transformers for models that run its own modules."""
+"""Attention functions and masks for plain Transformers models."""

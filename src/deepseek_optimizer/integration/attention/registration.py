@@ -14,15 +14,19 @@ DSO_SLIDING = "dso_sliding"
 
 
 def register_attention() -> None:
-    """Registers the attention function and its mask; may be called more than once."""
+    """Registers the attention function and its mask with Transformers; repeated calls are harmless."""
     AttentionInterface.register(DSO_SLIDING, sliding_attention)
     AttentionMaskInterface.register(DSO_SLIDING, sliding_mask)
 
 
 def check_attention_name(model_config: Any, config: DeepSeekConfig) -> None:
-    """Raises ConfigError where a plan would see what the model's attention was asked to hide."""
+    """Checks that a model to optimise does not ask for `dso_sliding` while its plan would use full attention.
+
+    Raises:
+        ConfigError: it does; the message names the setting to use.
+    """
     if getattr(model_config, "_attn_implementation", None) == DSO_SLIDING and config.attention.kind != "sliding":
         raise ConfigError(
-            f'attn_implementation="{DSO_SLIDING}" is for plain Transformers models: an optimised one has '
+            f'attn_implementation="{DSO_SLIDING}" is for plain Transformers models; for an optimised model use '
             'DeepSeekConfig(attention_optimization="sliding", attention_window=..., attention_sinks=...)'
         )

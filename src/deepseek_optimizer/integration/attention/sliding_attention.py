@@ -1,18 +1,19 @@
-"""`attn_implementation="dso_sliding"`: attention to a window and sinks for plain Transformers models.
+"""`attn_implementation="dso_sliding"`: sliding-window attention with sinks for plain Transformers models.
 
     import deepseek_optimizer
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="dso_sliding")
-    model.config.dso_window, model.config.dso_sinks = 1024, 4  # 4096 and 4 where the config has none
+    model.config.dso_window, model.config.dso_sinks = 1024, 4  # defaults: 4096 and 4
 
-A token sees itself, the tokens before it that are less than `dso_window` away, and the first `dso_sinks` of its row behind the
-padding, all within what the model's own mask lets it see: a layer whose model gave it a window does not see past that one
-(StreamingLLM, section 3; Xiao et al. 2023). Positions stay those of the text, and Transformers' cache stays whole.
+A token attends to itself, to the preceding tokens less than `dso_window` away, and to the first `dso_sinks` tokens of its row
+after the padding, always within the model's own mask: a layer with a window of its own attends no further than that window
+(StreamingLLM, section 3; Xiao et al. 2023). Tokens keep their positions in the text, and Transformers' cache drops nothing.
 
-No mask of all pairs is made: what the mask interface returns says by positions which keys are seen, and the attention asks it a
-piece of the queries at a time, with the keys that these can see. Memory and time grow with the length, not its square. Three
-kinds of mask are made in full all the same: of several texts packed into one row, where a model or a caller adds a pattern of
-its own, and where a model needs a tensor (DeepSeek V3.2's indexer; as in `attention_optimization="sliding"`, its choice is not
-asked here). A mask of four dimensions that a caller made is taken as it is, and attention that is not causal is Transformers'.
+The mask over all pairs of tokens is not materialised: the mask interface returns a `WindowedMask`, which computes visibility
+from positions, and attention evaluates it for one chunk of queries at a time, over the keys that these can attend to. Memory
+and time grow with the length, not its square. A full mask is built in three cases: several texts are packed into one row; a
+model or caller adds a pattern of its own; a model needs a tensor (DeepSeek V3.2's indexer, whose selection is not applied here,
+as with `attention_optimization="sliding"`). A four-dimensional mask from the caller is used unchanged, and non-causal attention
+is left to Transformers.
 """
 
 from __future__ import annotations
@@ -35,27 +36,29 @@ from .transformers_sdpa import (
 )
 from .window_mask import MAX_SINKS, MAX_WINDOW, whole
 
-_SCORE_BYTES = 64 << 20  # of one piece: what a kernel that does not work in tiles would take
+_SCORE_BYTES = 64 << 20  # limit on the scores of one chunk, for kernels that do not work in tiles
 _REFUSED = ("softcap", "position_bias", "s_aux")  # change the softmax itself
 
-Seen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The keys that some queries need: columns of `sinks` int64 [B or 1, S] (None: none apart), and those from `low` to `high`.
+class KeyRange:
+    """The keys that a chunk of queries can attend to, and which query attends to which of them.
 
     Attributes:
-        seen: bool [B or 1, 1, queries, S + high - low].
+        low, high: columns [low, high) of the keys.
+        sinks: columns of the sinks outside that range, int64 [B or 1, S]; None: there are none.
+        visible: bool [B or 1, 1, queries, S + high - low].
     """
 
     low: int
     high: int
     sinks: torch.Tensor | None
-    seen: torch.Tensor
+    visible: torch.Tensor
 
     def take(self, states: torch.Tensor) -> torch.Tensor:
-        """Of keys or values [B, heads, columns, D] those that are needed, [B, heads, S + high - low, D]."""
+        """Selects these columns of keys or values [B, heads, columns, D] -> [B, heads, S + high - low, D]."""
         near = states[:, :, self.low : self.high]
         if self.sinks is None:
             return near
@@ -66,17 +69,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class WindowedMask:
-    """Who sees whom, by positions. Stands where Transformers' models hand an attention mask on.
+    """Which query attends to which key, computed from positions. Transformers' models pass it on in place of a mask tensor.
 
     Attributes:
-        rule: the model's own mask function, (batch, head, query, key) -> bool, of positions in the row, padding counted.
-        queries, keys: how many there are.
-        query_offset, key_offset: position of the first query, and of the first key that the cache still has.
-        real: bool [B, positions], what is no padding; None: all.
-        first: int64 [B or 1], position of a row's first token.
+        rule: the model's own mask function, (batch, head, query, key) -> bool, of positions in the row including padding.
+        queries, keys: their numbers.
+        query_offset, key_offset: position of the first query, and of the first key in the cache.
+        window: maximum number of tokens a query attends to before the sinks are added, itself included.
+        sinks: number of first tokens of a text that stay visible.
+        first: int64 [B or 1], position of each row's first token.
+        real: bool [B, positions], False for padding; None: no padding.
     """
 
-    rule: Seen
+    rule: MaskFunction
     queries: int
     keys: int
     query_offset: int
@@ -85,49 +90,49 @@ class WindowedMask:
     sinks: int
     first: torch.Tensor
     real: torch.Tensor | None = None
-    _only: list[Piece] = field(default_factory=list, repr=False, compare=False)
+    _cached: list[KeyRange] = field(default_factory=list, repr=False, compare=False)
 
-    def piece(self, start: int, end: int) -> Piece:
-        """For the queries from `start` to `end`. Where these are all of them, all layers share it."""
-        if self._only:
-            return self._only[0]
-        made = self._piece(start, end)
+    def key_range(self, start: int, end: int) -> KeyRange:
+        """The keys visible to queries [start, end). If these are all queries, the result is cached for all layers."""
+        if self._cached:
+            return self._cached[0]
+        keys = self._key_range(start, end)
         if (start, end) == (0, self.queries):
-            self._only.append(made)
-        return made
+            self._cached.append(keys)
+        return keys
 
-    def _piece(self, start: int, end: int) -> Piece:
+    def _key_range(self, start: int, end: int) -> KeyRange:
         device = self.first.device
         query = torch.arange(start, end, device=device, dtype=torch.int64)[:, None] + self.query_offset
         low = min(max(0, self.query_offset + start - self.window + 1 - self.key_offset), self.keys)
         high = max(low, min(self.keys, self.query_offset + end - self.key_offset))
-        seen = self.sees(query, torch.arange(low, high, device=device, dtype=torch.int64) + self.key_offset)
+        visible = self.visible(query, torch.arange(low, high, device=device, dtype=torch.int64) + self.key_offset)
         if not self.sinks or low == 0:
-            return Piece(low, high, None, seen)
+            return KeyRange(low, high, None, visible)
         key = self.first[:, None] + torch.arange(self.sinks, device=device, dtype=torch.int64)
-        apart = (key >= self.key_offset) & (key < self.key_offset + low)  # the others are near, or the cache has dropped them
+        outside = (key >= self.key_offset) & (key < self.key_offset + low)  # the others are in range, or dropped by the cache
         column = (key - self.key_offset).clamp(0, low - 1)
-        sunk = self.sees(query, (column + self.key_offset)[:, None, None]) & apart[:, None, None]
-        rows = max(len(seen), len(sunk))
-        return Piece(low, high, column, torch.cat([s.expand(rows, *s.shape[1:]) for s in (sunk, seen)], -1))
+        sinks = self.visible(query, (column + self.key_offset)[:, None, None]) & outside[:, None, None]
+        rows = max(len(visible), len(sinks))
+        return KeyRange(low, high, column, torch.cat([s.expand(rows, *s.shape[1:]) for s in (sinks, visible)], -1))
 
-    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """bool [B or 1, 1, queries, keys] for positions that broadcast to that."""
+    def visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether queries attend to keys, bool [B or 1, 1, queries, keys], for positions that broadcast to that shape."""
         batch = torch.arange(len(self.first), device=self.first.device, dtype=torch.int64)[:, None, None, None]
-        seen = self.rule(batch, torch.zeros_like(batch), query, key)
-        seen = seen & self.near(query, key, self.first[:, None, None, None])
-        return seen if self.real is None else seen & self.real[batch, key]
+        visible = self.rule(batch, torch.zeros_like(batch), query, key)
+        visible = visible & self.in_window(query, key, self.first[:, None, None, None])
+        return visible if self.real is None else visible & self.real[batch, key]
 
-    def near(self, query: torch.Tensor, key: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """Whether a key is in the window or a sink of a text that begins at position `first`."""
+    def in_window(self, query: torch.Tensor, key: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Whether a key is in the query's window, or a sink of a text that begins at position `first`."""
         return (query - key < self.window) | (key - first < self.sinks)
 
     def on(self, device: torch.device) -> WindowedMask:
-        """For a layer on another device than the embedding's. The rule's own tensors, where it has any, stay."""
+        """This mask for a layer on another device than the embedding. Tensors that the rule itself holds are not moved."""
         if self.first.device == device:
             return self
         real = None if self.real is None else self.real.to(device)
-        return replace(self, first=self.first.to(device), real=real, _only=[])
+        return replace(self, first=self.first.to(device), real=real, _cached=[])
 
 
 def sliding_mask(
@@ -136,7 +141,7 @@ def sliding_mask(
     kv_length: int,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Seen | None = None,
+    mask_function: MaskFunction | None = None,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -145,7 +150,10 @@ def sliding_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> WindowedMask | torch.Tensor | None:
-    """For Transformers' `AttentionMaskInterface`: see `transformers.masking_utils.sdpa_mask`, whose arguments these are."""
+    """The mask for Transformers' `AttentionMaskInterface`, with the arguments of `transformers.masking_utils.sdpa_mask`.
+
+    Returns: a `WindowedMask`; a bool tensor where the caller needs a tensor; for non-causal attention what `sdpa_mask` returns.
+    """
     rule: Any = mask_function or causal_mask_function
     given: dict[str, Any] = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset,
@@ -163,10 +171,10 @@ def sliding_mask(
         return mask
     full: Any = sdpa_mask(**given, allow_is_causal_skip=False)
     query = torch.arange(q_length, device=device, dtype=torch.int64)[:, None] + q_offset
-    # A text begins where its queries' sight does: in a row of several texts not at the first token. With a window of the
-    # model's own sight begins later, and a row has one text.
+    # Each text begins at the first key visible to its queries, since a row may hold several texts. If the model has a window of
+    # its own, the first visible key is later than that, but then a row holds one text.
     first = full.int().argmax(-1)[..., None] if local_size is None and kv_offset == 0 else first[:, None, None, None]
-    return full & mask.near(query, torch.arange(kv_length, device=device, dtype=torch.int64) + kv_offset, first)
+    return full & mask.in_window(query, torch.arange(kv_length, device=device, dtype=torch.int64) + kv_offset, first)
 
 
 def sliding_attention(
@@ -180,15 +188,23 @@ def sliding_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """For Transformers' `AttentionInterface`: queries [B, heads, Q, D], keys and values [B, kv_heads, K, D or another width] ->
-    [B, Q, heads, width of the values], and no attention weights.
+    """The attention function for Transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention layer.
+        query: [B, heads, Q, D].
+        key, value: [B, kv_heads, K, D]; values may have another width.
+        attention_mask: from `sliding_mask`; None in a causal layer: computed from the lengths; a tensor is used unchanged.
+        dropout, scaling, is_causal: as in `sdpa_attention_forward`.
+
+    Returns: [B, Q, heads, width of the values], and None for the attention weights.
 
     Raises:
-        UnsupportedRequestError: the model has its own arithmetic inside the softmax.
+        UnsupportedRequestError: the model changes the softmax (soft capping, a position bias, learned sinks).
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
-            raise UnsupportedRequestError(f'{type(module).__name__}: "dso_sliding" has no {name}; use "eager"')
+            raise UnsupportedRequestError(f'{type(module).__name__}: "dso_sliding" does not support {name}; use "eager"')
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is None and causal:
         attention_mask = _by_length(module, query, key, kwargs.get("sliding_window"))
@@ -196,34 +212,34 @@ def sliding_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    return _in_pieces(query, key, value, attention_mask.on(query.device), dropout, scaling), None
+    return _in_chunks(query, key, value, attention_mask.on(query.device), dropout, scaling), None
 
 
-def _in_pieces(
+def _in_chunks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: WindowedMask, dropout: float, scaling: float | None
 ) -> torch.Tensor:
     batch, heads, count, width = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
-    most = min(key.shape[2], mask.sinks + mask.window)
-    step = max(16, _SCORE_BYTES // (4 * batch * heads * (most + 512)))
+    max_keys = min(key.shape[2], mask.sinks + mask.window)
+    step = max(16, _SCORE_BYTES // (4 * batch * heads * (max_keys + 512)))
     step = min(count, step, 512)
-    pieces = []
+    chunks = []
     for start in range(0, count, step):
         end = min(start + step, count)
-        piece = mask.piece(start, end)
+        keys = mask.key_range(start, end)
         # Heads that share keys are rows of one product, so that keys and values need not be repeated.
         rows = query[:, :, start:end].reshape(batch, kv_heads, groups * (end - start), width)
-        made = F.scaled_dot_product_attention(
-            rows, piece.take(key), piece.take(value), attn_mask=piece.seen.repeat(1, 1, groups, 1), dropout_p=dropout,
+        out = F.scaled_dot_product_attention(
+            rows, keys.take(key), keys.take(value), attn_mask=keys.visible.repeat(1, 1, groups, 1), dropout_p=dropout,
             scale=scaling,
         )  # fmt: skip
-        pieces.append(made.view(batch, heads, end - start, -1).transpose(1, 2))
-    return torch.cat(pieces, 1)
+        chunks.append(out.view(batch, heads, end - start, -1).transpose(1, 2))
+    return torch.cat(chunks, 1)
 
 
 def _by_length(module: Any, query: torch.Tensor, key: torch.Tensor, own_window: int | None) -> WindowedMask:
-    """Where a model asks for no mask: no padding, and the last query is the last key's."""
+    """The mask for a model that requested none: there is no padding, and the last query belongs to the last key."""
     rule: Any = causal_mask_function if own_window is None else sliding_window_causal_mask_function(own_window)
     first = torch.zeros(1, dtype=torch.int64, device=query.device)
     queries, keys = query.shape[2], key.shape[2]
@@ -231,7 +247,7 @@ def _by_length(module: Any, query: torch.Tensor, key: torch.Tensor, own_window: 
 
 
 def _window_of(config: Any) -> tuple[int, int]:
-    """Window and sinks of a model's config. Raises ConfigError."""
+    """The window and the number of sinks in a model's config; ConfigError if one is not valid."""
     window, sinks = getattr(config, "dso_window", None), getattr(config, "dso_sinks", None)
     return (
         whole("dso_window", WINDOWS["sliding"] if window is None else window, 1, MAX_WINDOW),

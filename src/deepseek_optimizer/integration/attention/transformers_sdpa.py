@@ -1,4 +1,4 @@
-"""Transformers' own attention by `scaled_dot_product_attention`, and its masks: what our attention functions fall back to."""
+"""Transformers' attention with `scaled_dot_product_attention` and its masks: the fallback of `dso_sliding`."""
 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (

@@ -1,8 +1,8 @@
-"""`sliding_window_mask`: masks of a window with sinks, for whoever runs attention with a mask of his own.
+"""`sliding_window_mask`: masks of a window with sinks, for attention functions that take a mask tensor.
 
-mask[i, j] is True where query i sees key j: j <= i and (i - j < window or j < sinks). The first tokens are always seen because
-every model leans on them (Xiao et al. 2023, StreamingLLM, section 3). A mask takes the square of its row's length, in bytes;
-attention that needs none is `attention_optimization="sliding"`, and in plain Transformers `attn_implementation="dso_sliding"`.
+mask[i, j] is True where query i attends to key j: j <= i and (i - j < window or j < sinks). The first tokens stay visible
+because models put much of their attention on them (Xiao et al. 2023, StreamingLLM, section 3). A mask of n tokens takes n * n
+bytes; `attention_optimization="sliding"`, and `attn_implementation="dso_sliding"` in plain Transformers, need no mask.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _GIVEN = "a tokenizer's output, rows of token ids, one row, or the number of tok
 
 
 def sliding_window_mask(chunks: Any, window: int, sinks: int = 4) -> WindowMasks:
-    """The mask of each row, made when it is asked for.
+    """The sliding-window mask of each row, built when it is accessed.
 
     Args:
-        chunks: what a tokenizer returns (rows of any lengths, as lists or tensors; where it has an attention mask, padding is
-            not seen, sees nothing, and the first tokens are those behind it), a list of rows, one row, or a number of tokens.
-            Of a row only its length counts: `[range(n) for n in lengths]` is rows enough, and so is {"length": lengths}.
-        window: tokens that a query sees at most, itself included.
-        sinks: first tokens of a row that every later one sees besides.
+        chunks: a tokenizer's output (rows of any lengths, as lists or tensors), a list of rows, one row, or a number of tokens.
+            If there is an attention mask, padding attends to nothing and is never attended to, and a row begins after it.
+            Only the length of a row matters: `[range(n) for n in lengths]` and {"length": lengths} are enough.
+        window: maximum number of tokens that a query attends to, itself included.
+        sinks: number of first tokens of a row that all later ones attend to as well.
 
     Returns:
-        bool tensors [n, n], one a row. Rows alike that follow each other share one: don't change it.
+        bool tensors [n, n], one per row. Consecutive rows of the same shape share a tensor: do not modify it.
 
     Raises:
-        ConfigError: a bad argument.
-        NotEnoughMemoryError: a mask does not fit in what is free. Nothing was taken.
+        ConfigError: an argument is not valid.
+        NotEnoughMemoryError: a mask does not fit in free memory; nothing was allocated.
     """
     rows = _rows(chunks)
     masks = WindowMasks(rows, whole("window", window, 1, MAX_WINDOW), whole("sinks", sinks, 0, MAX_SINKS))
@@ -46,7 +46,7 @@ def sliding_window_mask(chunks: Any, window: int, sinks: int = 4) -> WindowMasks
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
-    """The integer that was given. Raises ConfigError where it is none, or out of bounds."""
+    """`value` as an int; ConfigError if it is not an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}")
     return int(value)
@@ -54,24 +54,25 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """`real`: which of the `tokens` are no padding, bool [tokens]; None: all."""
+    """A row of tokens. `real`: bool [tokens], False for padding; None: no padding."""
 
     tokens: int
     real: torch.Tensor | None = None
 
     @property
     def bytes(self) -> int:
-        """That making its mask takes: one a pair of tokens, and those of the real tokens again where there is padding."""
+        """Memory needed to build the mask: one byte per pair of tokens, and with padding those of the real tokens again."""
         return self.tokens**2 + (0 if self.real is None else int(self.real.sum()) ** 2)
 
     def like(self, other: Row) -> bool:
+        """Whether both rows have the same mask."""
         if self.tokens != other.tokens or (self.real is None) != (other.real is None):
             return False
         return self.real is None or other.real is None or torch.equal(self.real, other.real)
 
 
 class WindowMasks(Sequence[torch.Tensor]):
-    """Masks of rows, made when they are asked for; the latest is kept."""
+    """The masks of several rows, each built when it is accessed; only the latest stays in memory."""
 
     def __init__(self, rows: list[Row], window: int, sinks: int) -> None:
         self.rows, self.window, self.sinks = rows, window, sinks
@@ -89,7 +90,7 @@ class WindowMasks(Sequence[torch.Tensor]):
             return WindowMasks(self.rows[index], self.window, self.sinks)
         row = self.rows[index]
         if self._latest is None or not row.like(self._latest[0]):
-            self._latest = None  # room for the next
+            self._latest = None  # frees its memory for the next
             _check_memory(row)
             self._latest = (row, self._made(row))
         return self._latest[1]
@@ -109,7 +110,7 @@ class WindowMasks(Sequence[torch.Tensor]):
         return mask
 
     def _band(self, n: int) -> torch.Tensor:
-        """bool [n, n], made in place: a difference of positions would take eight times as much."""
+        """bool [n, n], built in place: a matrix of position differences would take eight times the memory."""
         mask = torch.ones(n, n, dtype=torch.bool, device="cpu").tril_().triu_(1 - self.window)
         mask[:, : self.sinks] = torch.ones(n, min(n, self.sinks), dtype=torch.bool, device="cpu").tril_()
         return mask
@@ -123,8 +124,8 @@ def _check_memory(row: Row) -> None:
     if row.bytes > memory.free * (1 - RESERVE_SHARE):
         raise NotEnoughMemoryError(
             f"the mask of a row of {row.tokens} tokens", row.bytes, memory.free,
-            'no mask is needed with load_model(path, attention_optimization="sliding"), or with '
-            'from_pretrained(path, attn_implementation="dso_sliding"); else cut the text into shorter rows (truncation=True)',
+            'use load_model(path, attention_optimization="sliding") or from_pretrained(path, '
+            'attn_implementation="dso_sliding"), which need no mask, or shorter rows (truncation=True)',
             memory,
         )  # fmt: skip
 
@@ -134,21 +135,24 @@ def _rows(chunks: Any) -> list[Row]:
         return [Row(len(row)) for row in _split("chunks", chunks)]
     if "input_ids" not in chunks:
         if "length" not in chunks:
-            raise ConfigError(f"chunks has neither input_ids nor length, but {', '.join(map(str, chunks)) or 'nothing'}")
+            raise ConfigError(
+                f"chunks must have input_ids or length, but has {', '.join(map(str, chunks)) or 'no fields'}; pass the "
+                "tokenizer's output"
+            )
         lengths = chunks["length"]
         lengths = lengths.tolist() if hasattr(lengths, "tolist") else lengths
         return [Row(whole("length", n, 0, 1 << 40)) for n in (lengths if isinstance(lengths, (list, tuple)) else [lengths])]
     rows = _split("input_ids", chunks["input_ids"])
     if chunks.get("attention_mask") is None:
         return [Row(len(row)) for row in rows]
-    kept = [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in _split("attention_mask", chunks["attention_mask"])]
-    if [len(row) for row in rows] != [len(row) for row in kept]:
-        raise ConfigError("attention_mask has other rows than input_ids, or rows of other lengths")
-    return [Row(len(real), None if real.all() else real) for real in kept]
+    masks = [torch.as_tensor(row, dtype=torch.bool, device="cpu") for row in _split("attention_mask", chunks["attention_mask"])]
+    if [len(row) for row in rows] != [len(row) for row in masks]:
+        raise ConfigError("attention_mask must have the shape of input_ids; pass both from the same call of the tokenizer")
+    return [Row(len(real), None if real.all() else real) for real in masks]
 
 
 def _split(name: str, value: Any) -> list[Any]:
-    """The rows of what may be one."""
+    """The rows of a batch, a single row or a number of tokens."""
     if isinstance(value, (int, np.integer)):
         return [range(whole(name, value, 0, 1 << 40))]
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -165,5 +169,5 @@ def _split(name: str, value: Any) -> list[Any]:
         inner = row[0] if isinstance(row, (list, tuple)) and len(row) else 0
         flat = isinstance(row, (list, tuple, range)) and isinstance(inner, (int, np.integer))
         if not flat and not (isinstance(row, (torch.Tensor, np.ndarray)) and row.ndim == 1):
-            raise ConfigError(f"{name} must be {_GIVEN}; one of its rows is {type(row).__name__}, or is no row of numbers")
+            raise ConfigError(f"{name} must be {_GIVEN}; got a row of type {type(row).__name__} that is not a row of integers")
     return list(value)

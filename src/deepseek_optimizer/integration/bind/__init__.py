@@ -1,1 +1,1 @@
-"""A Transformers model joined to an execution plan: modules that hold packed weights, the graph, the runtime."""
+"""Binds a Transformers model to an execution plan: packed modules, graphs, the runtime."""

@@ -1,7 +1,7 @@
-"""Checkpoints saved from one class and opened as another: the names of their weights, and the error where that cannot work.
+"""Checkpoints saved from one model class and loaded into another: weight names, and the errors if that is impossible.
 
-Transformers loads a family's decoder from any of its classes into any other, and removes or adds the decoder's path in the
-names. The manifest of a packed checkpoint has to follow, and so do our own checks of the files.
+Transformers loads the decoder of any class of a family into any other class, and removes or adds the decoder's path in the
+weight names. The manifest of a packed checkpoint and the checks of this package have to do the same.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", 
 
 
 def auto_class(class_name: str) -> str | None:
-    """The Auto class that opens what was saved from a Transformers class; None for one that none is known for."""
+    """The Auto class that loads checkpoints of a Transformers class; None if there is none."""
     if class_name.endswith("Model"):
         return "AutoModel"
     return next((f"AutoModel{head}" for head in _HEADS if class_name.endswith(head)), None)
 
 
 def stored_as(names: Collection[str], model: Any) -> Callable[[str], str]:
-    """What one of the model's own names is called in a checkpoint that has these names."""
+    """A function from the model's weight names to those of a checkpoint that contains `names`."""
     path, prefix = decoder_path(model), str(model.base_model_prefix)
     table = "embed_tokens.weight"
     if path and f"{path}.{table}" not in names and table in names:
@@ -38,7 +38,10 @@ def stored_as(names: Collection[str], model: Any) -> Callable[[str], str]:
 
 
 def renamed_for(model: Any, config: DeepSeekConfig, manifest: Manifest) -> tuple[DeepSeekConfig, Manifest]:
-    """A packed checkpoint's settings and manifest with the names that the model has for its matrices."""
+    """The settings and manifest of a packed checkpoint, with its matrices renamed as in the model.
+
+    Entries of `formats` for a head that this class does not have are dropped.
+    """
     own = {weight.removesuffix(".weight") for weight in whole_graph(model).weights()}
     path, prefix = decoder_path(model), str(model.base_model_prefix)
 
@@ -50,21 +53,20 @@ def renamed_for(model: Any, config: DeepSeekConfig, manifest: Manifest) -> tuple
         candidates = (entry, entry.removeprefix(f"{prefix}."), f"{path}.{entry}")
         return next((e for e in candidates if not DeepSeekConfig(formats={e: "fp32"}).unmatched(own)), None)
 
-    # entries for a head that this class does not have are left out
     formats = {new: f for entry, f in (config.formats or {}).items() if (new := fitting(entry)) is not None}
     return replace(config, formats=formats or None), manifest.renamed(named)
 
 
 def check_class(checkpoint: Checkpoint, model: Any) -> None:
-    """Whether a checkpoint that was saved from another class has what `from_pretrained` of this one needs.
+    """Checks that a checkpoint saved from another class contains what `from_pretrained` of this class needs.
 
     Raises:
-        CheckpointError: it has not; the message names that class and what opens it.
+        CheckpointError: it does not; the message names that class and the Auto class that loads it.
     """
     missing = _missing(checkpoint, model, stored_as(checkpoint.tensors, model))
     if missing is not None and (saved := _saved_from(checkpoint, model)) is not None:
         raise CheckpointError(
-            f"was saved from {saved} and lacks {missing}, which {type(model).__name__} needs; open it with "
+            f"was saved from {saved} and lacks {missing}, which {type(model).__name__} needs; load it with "
             f"{auto_class(saved)}.from_pretrained",
             file=checkpoint.path,
             tensor=missing,
@@ -72,9 +74,10 @@ def check_class(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def check_causal(checkpoint: Checkpoint, model: Any) -> None:
-    """The same for `load_model`, which renames nothing and leaves nothing over.
+    """Performs the check of `check_class` for `load_model`, which neither renames weights nor ignores extra ones.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: the checkpoint was saved from a class that `load_model` cannot load.
     """
     saved = _saved_from(checkpoint, model)
     if saved is None:
@@ -82,21 +85,21 @@ def check_causal(checkpoint: Checkpoint, model: Any) -> None:
     foreign = any(name.partition(".")[0] not in ("model", "lm_head") for name in checkpoint.tensors)
     if foreign or _missing(checkpoint, model, lambda name: name) is not None:
         raise CheckpointError(
-            f"was saved from {saved}, and load_model makes {type(model).__name__}; open it with "
+            f"was saved from {saved}, but load_model returns a {type(model).__name__}; load it with "
             f"{auto_class(saved)}.from_pretrained(path, quantization_config=DeepSeekConfig(...))",
             file=checkpoint.path,
         )
 
 
 def _saved_from(checkpoint: Checkpoint, model: Any) -> str | None:
-    """The class that a checkpoint was saved from, if it differs from the model's and an Auto class opens it."""
+    """The class that a checkpoint was saved from, if it differs from the model's and an Auto class loads it."""
     saved = checkpoint.config().get("architectures")
     name = saved[0] if isinstance(saved, list) and saved else None
     return name if isinstance(name, str) and name != type(model).__name__ and auto_class(name) is not None else None
 
 
 def _missing(checkpoint: Checkpoint, model: Any, here: Callable[[str], str]) -> str | None:
-    """The first tensor of the decoder, or of the family's head, that is not there under the name `here` gives it."""
+    """The first tensor of the decoder, or of the family's head, that the checkpoint lacks. `here`: see `stored_as`."""
     planned = set(whole_graph(model).weights())
     _, shapes = expected_tensors(model)
     needed = (t for name, shape in shapes.items() if name in planned for t in checkpoint.stored(here(name), tuple(shape)))

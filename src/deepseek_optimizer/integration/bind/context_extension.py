@@ -1,8 +1,9 @@
-"""Room for more tokens than a model was trained for, by its RoPE: YaRN (Peng et al. 2023) or dynamic NTK scaling.
+"""Extends the context beyond the trained length by RoPE scaling: YaRN (Peng et al. 2023) or dynamic NTK scaling.
 
-A Transformers config says it all: `rope_parameters`, and with YaRN `max_position_embeddings` too. (The dynamic kind's formula
-takes the trained length from there, so it stays; the room is `factor` times as much.) So the config is changed before a model
-is made from it, graph and Transformers' own modules follow, and what is saved opens in the same way.
+The Transformers config describes it completely: `rope_parameters`, and for YaRN also `max_position_embeddings`. (The formula of
+dynamic scaling reads the trained length from `max_position_embeddings`, which therefore stays; the context is `factor` times as
+long.) The config is changed before a model is created from it; the graph and Transformers' modules follow it, and a saved model
+loads with the same extension.
 """
 
 from __future__ import annotations
@@ -18,30 +19,30 @@ from .graphs import plan_graph
 
 
 def extend_context(config: Any, settings: DeepSeekConfig) -> None:
-    """Changes a Transformers config as `settings.context_extension` asks; once more changes nothing.
+    """Applies `settings.context_extension` to a Transformers config, in place; a second call changes nothing.
 
     Raises:
-        ConfigError: there is no length, or none above the trained one; or the config scales its RoPE already.
+        ConfigError: `context_length` is missing or not above the trained length, or the config already scales its RoPE.
     """
     if settings.context_extension is None:
         return
     kind, length = settings.context_extension, settings.context_length
     given = dict(config.rope_parameters)
     if length is None:
-        raise ConfigError(f"context_extension={kind!r} needs context_length, the tokens to make room for")
+        raise ConfigError(f"context_extension={kind!r} needs context_length, the new maximum in tokens")
     if given.get("rope_type", "default") != "default":
         original = given.get("original_max_position_embeddings") if kind == "yarn" else config.max_position_embeddings
         if original and given == _extended(config, _unscaled(given), kind, length, original):
             return
         raise ConfigError(
-            f"context_extension={kind!r}: the model's config scales its RoPE already (rope_type {given['rope_type']!r}, "
-            f"max_position_embeddings {config.max_position_embeddings}), and can be scaled only once; leave it out"
+            f"context_extension={kind!r}: the model's config already scales its RoPE (rope_type {given['rope_type']!r}, "
+            f"max_position_embeddings {config.max_position_embeddings}), which is possible only once; leave it out"
         )
     trained = config.max_position_embeddings
     if length <= trained:
         raise ConfigError(
-            f"context_length={length}: the model was trained for {trained} tokens, which it has room for anyway; ask for more, "
-            f"or leave context_extension={kind!r} out"
+            f"context_length={length} does not exceed the {trained} tokens the model was trained for; set a larger length, or "
+            f"leave context_extension={kind!r} out"
         )
     config.rope_parameters = _extended(config, given, kind, length, trained)
     if kind == "yarn":
@@ -49,7 +50,10 @@ def extend_context(config: Any, settings: DeepSeekConfig) -> None:
 
 
 def extended(config: Any, settings: DeepSeekConfig) -> Any:
-    """A changed copy of a config, or itself where nothing is asked; it raises as `extend_context` and `plan_graph` do."""
+    """A copy of a Transformers config with the extension applied; without an extension, `config` itself.
+
+    Raises: the errors of `extend_context` and `plan_graph`.
+    """
     if settings.context_extension is None:
         return config
     twin = copy.deepcopy(config)
@@ -59,9 +63,10 @@ def extended(config: Any, settings: DeepSeekConfig) -> Any:
 
 
 def extend_model(model: Any, settings: DeepSeekConfig) -> None:
-    """The same for a model that is there already: what it made of its config is made anew.
+    """Applies the extension to an existing model: its config, its rotary embeddings and its attention scale.
 
-    Raises: as `extend_context`, with nothing changed.
+    Raises:
+        ConfigError: see `extend_context`; the model is unchanged.
     """
     before = dict(model.config.rope_parameters)
     extend_context(model.config, settings)
@@ -78,7 +83,7 @@ def extend_model(model: Any, settings: DeepSeekConfig) -> None:
 
 
 def room_of(config: Any) -> int | None:
-    """Tokens that a text of a Transformers model may have, by its config; None where that does not say."""
+    """Context length of a Transformers model in tokens, from its config; None if that does not contain it."""
     trained: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     dynamic = trained is not None and rope.get("rope_type") == "dynamic"
@@ -86,13 +91,13 @@ def room_of(config: Any) -> int | None:
 
 
 def extension_note(settings: DeepSeekConfig, config: Any) -> str | None:
-    """What whoever loads such a model should know; None where nothing was extended."""
+    """The warning for a model with an extended context; None without an extension."""
     if settings.context_extension is None:
         return None
     trained = config.rope_parameters.get("original_max_position_embeddings", config.max_position_embeddings)
     return (
-        f"context_extension={settings.context_extension!r}: positions beyond what it was trained for ({trained}): quality is "
-        "not assured; measure with dso bench --long"
+        f"context_extension={settings.context_extension!r}: quality beyond the {trained} tokens the model was trained for is "
+        "not assured; measure it with dso bench --long"
     )
 
 
@@ -101,12 +106,12 @@ def _extended(config: Any, parameters: dict[str, Any], kind: str, length: int, t
     if kind == "yarn":
         parameters["original_max_position_embeddings"] = trained
         if getattr(config, "kv_lora_rank", None) is not None:
-            # Latent attention turns but a part of a head: so the scores are scaled instead of cos and sin, as DeepSeek's own
-            # configs have it.
+            # Latent attention rotates only part of a head, so the scores are scaled instead of cos and sin, as in DeepSeek's
+            # own configs.
             parameters |= {"mscale": 1.0, "mscale_all_dim": 1.0}
     return parameters
 
 
 def _unscaled(parameters: dict[str, Any]) -> dict[str, Any]:
-    made = ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")
-    return {name: value for name, value in parameters.items() if name not in made}
+    added = ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")
+    return {name: value for name, value in parameters.items() if name not in added}

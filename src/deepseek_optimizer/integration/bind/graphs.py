@@ -1,7 +1,8 @@
-"""The graphs of a model: its own, and those of the MTP layers that hang on it.
+"""The graphs of a model: the main one, and those of its MTP layers.
 
-A family names weights as its `ForCausalLM` class does: the decoder under `model`, a head beside it. Other classes have the
-decoder elsewhere (an `AutoModel` is the decoder) and no language model head; `model_graph` renames and cuts a graph to fit.
+Graphs name weights as the family's `ForCausalLM` class does: the decoder under `model`, the head outside it. In other classes
+the decoder has another path (an `AutoModel` is the decoder) and there is no language model head; `model_graph` renames the
+weights and removes the head accordingly.
 """
 
 from __future__ import annotations
@@ -17,22 +18,30 @@ from ...graph.attention_mode import FLASH, AttentionMode, apply_mode
 from ...graph.ir import Graph
 from ...models import build_graph, build_mtp_graph
 
-# What an MTP layer has of its own only where a checkpoint stores it otherwise than the model's.
+# Weights that an MTP layer shares with the model, unless the checkpoint stores other values for it.
 SHARED = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
 def plan_graph(
     config: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0, mode: AttentionMode = FLASH
 ) -> tuple[Graph, list[rules.RuleReport]]:
-    """The graph of a Transformers config with the named rules applied, and then a mode of attention; its cache has room for so
-    many MTP layers."""
-    with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
+    """The graph of a Transformers config, with fusion rules and then an attention mode applied.
+
+    Args:
+        config: the Transformers config.
+        rule_names: the rules to apply; None: all.
+        mtp_layers: number of MTP layers that the cache has room for.
+        mode: the attention mode.
+
+    Returns: the graph, and what each rule changed.
+    """
+    with torch.device("cpu"):  # from_pretrained calls this inside a context that makes every tensor a meta tensor
         graph, reports = rules.apply(build_graph(config, mtp_layers), rule_names)
     return apply_mode(graph, mode)[0], reports
 
 
 def with_eps_of(model: Any, graph: Graph) -> Graph:
-    """A graph whose norms add what the model's own do, which may have been set on a module and not in the config."""
+    """The graph with the epsilons of the model's norm modules, which may differ from the config's."""
 
     def eps(weight: str, by_config: float) -> float:
         norm = model.get_submodule(weight.rpartition(".")[0])
@@ -45,7 +54,7 @@ def with_eps_of(model: Any, graph: Graph) -> Graph:
 
 
 def decoder_path(model: Any) -> str:
-    """Path of a Transformers model's decoder, the module that makes hidden states of tokens; "" if that is the model itself."""
+    """Path of a Transformers model's decoder, which computes hidden states from tokens; "" if that is the model itself."""
     base = getattr(model, "base_model", model)
     return "" if base is model else str(model.base_model_prefix)
 
@@ -62,7 +71,10 @@ def planned_module(model: Any) -> Any:
 
 
 def model_graph(model: Any, rule_names: tuple[str, ...] | None, mtp_layers: int = 0) -> tuple[Graph, list[rules.RuleReport]]:
-    """The graph of a model with the named rules applied, with its own names of weights, and no head where it has none."""
+    """The graph of a model with the named rules applied, its own weight names, and a head only if the model has one.
+
+    Args and returns as in `plan_graph`.
+    """
     path = decoder_path(model)
 
     def named(weight: str) -> str:
@@ -75,13 +87,13 @@ def model_graph(model: Any, rule_names: tuple[str, ...] | None, mtp_layers: int 
 
 
 def loaded_mtp_layers(model: Any) -> int:
-    """How many MTP layers hang on a model, behind its own."""
+    """The number of MTP layers that a model has after its decoder layers."""
     layers = getattr(getattr(model, "model", None), "layers", ())
     return max(0, len(layers) - int(getattr(model.config, "num_hidden_layers", len(layers))))
 
 
 def mtp_graphs(model: Any) -> list[Graph]:
-    """Unfused, by depth; weights that a layer shares with the model are named as the model's."""
+    """The graphs of the MTP layers by depth, without fusion; shared weights have the model's names."""
     graphs = []
     count = loaded_mtp_layers(model)
     for depth in range(count):
@@ -98,7 +110,7 @@ def mtp_graphs(model: Any) -> list[Graph]:
 
 
 def whole_graph(model: Any) -> Graph:
-    """All nodes of all graphs in one: for facts about weights, not to be run."""
+    """The nodes of all graphs in one, to look up facts about weights; it cannot be run."""
     graph, _ = model_graph(model, (), loaded_mtp_layers(model))
     return replace(graph, nodes=[node for g in (graph, *mtp_graphs(model)) for node in g.nodes])
 

@@ -1,4 +1,4 @@
-"""Methods of ours on ONE model: how they find it, and how it outlives the caller's own reference to it."""
+"""Replacing methods of a single model instance: reference to the model and its lifetime."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class Instance:
-    """A model that has methods set on it.
+    """Sets methods on one model, and gives them access to it.
 
-    The model owns this object, and the way back is a weak reference, so that dropping the model frees everything at once. In
-    `load_model(path).generate(...)` the model is dropped before the call begins: what it consists of is kept here, and `model`
-    puts it together again.
+    The model owns this object, which refers to it weakly, so that deleting the model frees everything at once. In
+    `load_model(path).generate(...)` the model is deleted before the call begins: this object keeps its attributes, from which
+    `model` rebuilds it.
     """
 
     _model: weakref.ref[Any]
@@ -19,12 +19,12 @@ class Instance:
     _parts: dict[str, Any]
 
     def methods(self) -> dict[str, Any]:
-        """What the model gets in place of its class's own attributes, and beside them."""
+        """The attributes to set on the model, by name; they replace or extend those of its class."""
         raise NotImplementedError
 
     @property
     def model(self) -> Any:
-        """The model. Hold on to it as long as it is needed."""
+        """The model. Keep a reference while it is in use: this object has only a weak one."""
         model = self._model()
         if model is None:
             model = object.__new__(self._class)
@@ -33,7 +33,7 @@ class Instance:
         return model
 
     def attach(self, model: Any) -> None:
-        """Sets the methods on this model."""
+        """Sets the methods on `model`."""
         self._model, self._class = weakref.ref(model), type(model)
         own = self.methods()
         self._parts = {name: value for name, value in model.__dict__.items() if name not in own}

@@ -1,4 +1,4 @@
-"""A method set on ONE model, in place of its class's: what all of them share."""
+"""Base classes of methods that are set on a single model instance."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .runtime import Runtime
 
 Method = TypeVar("Method", bound="InstanceMethod")
 
-PLANNED = "an optimised model runs a plan that is compiled already; leave torch.compile out, or fullgraph=True off"
+PLANNED = "an optimised model already runs a compiled plan; do not use torch.compile, or use it without fullgraph=True"
 
 
 class InstanceMethod:
-    """Called without `self`; finds its model through the runtime, and follows the model when that is copied or pickled.
+    """A callable without `self`: it reaches its model through the runtime, and is copied with the model.
 
     Args:
-        runtime: the model's, or what has `model`, `changed` and `copied` as a runtime has them.
+        runtime: the model's runtime, or an object with the same `model`, `changed` and `copied`.
     """
 
     runtime: Any
@@ -35,7 +35,7 @@ class InstanceMethod:
 
 
 class Replacement(InstanceMethod):
-    """One that stands for a method of the class: same signature, which `generate` and the Trainer look at."""
+    """An instance method with the signature of the class's method that it replaces; `generate` and the Trainer inspect it."""
 
     runtime: Runtime
     replaces: ClassVar[str]

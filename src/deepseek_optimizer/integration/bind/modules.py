@@ -1,11 +1,11 @@
-"""`PackedLinear` and `PackedEmbedding`: they stand where Transformers' modules stood and own the packed weights.
-`packed_experts.py` has the third.
+"""`PackedLinear` and `PackedEmbedding`: replace Transformers' modules and own the packed weights. Experts are in
+`packed_experts.py`.
 
-Weights live here once; a plan binds the same storage. Each module also has a forward of its own, correct and differentiable
-in its input, for what the plan does not serve: training of adapters, inner hooks, attention weights.
+Weights exist once: a plan binds the modules' storage. Each module also has its own forward, differentiable in its input, for
+calls that the plan does not serve: training adapters, inner hooks, attention weights.
 
-`weight` is a uint8 parameter of tiles (see `quant/base.py`), so `state_dict`, `save_pretrained` and tying work as ever. Both
-are subclasses of torch's modules, so that PEFT, which looks for `nn.Linear`, wraps them.
+`weight` is a uint8 parameter of tiles (see `quant/base.py`), so `state_dict`, `save_pretrained` and weight tying work as usual.
+The classes derive from torch's modules, so that PEFT, which looks for `nn.Linear`, wraps them.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ Gradient = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
 
 
 def unchecked(tensor: torch.Tensor) -> None:
-    """`Packed.check_tensor` where weights are in memory."""
+    """The default of `Packed.check_tensor`, for weights in ordinary memory: checks nothing."""
 
 
 class Packed(nn.Module):
-    """What the packed modules have in common.
+    """Base class of the packed modules.
 
     Attributes:
-        dtype: floating point type of the model around, which a cast is measured against.
-        check_tensor: raises CheckpointChangedError where a tensor lies in a mapped file that is not what it was; set by the
-            runtime. Native products ask by themselves; what torch reads of the weights is asked for here.
+        dtype: floating point type of the surrounding model; casts to another one are refused.
+        check_tensor: raises CheckpointChangedError if a tensor lies in a mapped file that was modified; set by the runtime.
+            Native products check by themselves; reads of the weights by torch are checked here.
     """
 
     dtype: torch.dtype
     check_tensor: Callable[[torch.Tensor], None] = staticmethod(unchecked)
 
     def held(self) -> dict[str, PackedWeight]:
-        """The packed weights, by the parameter's name in this module."""
+        """The packed weights by parameter name in this module."""
         raise NotImplementedError
 
     def intact(self, read: Any) -> Any:
-        """What was `read` of the weights, once they are found to be what was loaded."""
+        """Returns `read`, a value computed from the weights, after checking that the weights' files are unmodified."""
         for weight in self.held().values():
             self.check_tensor(weight.data)
         return read
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Refuses a cast: tiles have no other dtype, and to cast only what is left (norms, biases) would be half a cast."""
+        """Refuses casts: tiles have no other dtype, and casting only the other parameters (norms, biases) would be partial."""
         wanted = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if wanted != self.dtype:
             formats = ", ".join(dict.fromkeys(weight.format for weight in self.held().values()))
             raise UnsupportedRequestError(
-                f"this model's weights are packed as {formats}, so it cannot be cast from {self.dtype} to {wanted}; "
-                f"load the original again with dtype={wanted}, or with another precision"
+                f"the model's weights are packed as {formats} and cannot be cast from {self.dtype} to {wanted}; "
+                f"load the original checkpoint with dtype={wanted}, or with another precision"
             )
         return super()._apply(fn, recurse)
 
 
 def empty_tiles(rows: int, cols: int, format_name: str, device: Any, count: tuple[int, ...] = ()) -> nn.Parameter:
-    """Uninitialised tiles of a matrix, or of a stack of `count`, as a parameter without gradient."""
+    """Uninitialised tiles of a matrix, or of a stack of `count` matrices, as a uint8 parameter without gradient."""
     shape = (*count, *tile_counts(rows, cols), get_format(format_name).tile_bytes)
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
 
@@ -74,7 +74,7 @@ def empty_tiles(rows: int, cols: int, format_name: str, device: Any, count: tupl
 class PackedProduct(torch.autograd.Function):
     """y = product(x, W); dL/dx = gradient(dL/dy, W) = dL/dy @ W. W itself has no gradient.
 
-    Rounding of the activations, where the format has any, is passed straight through.
+    If the format rounds activations, the gradient ignores it (straight-through estimator).
     """
 
     @staticmethod
@@ -93,13 +93,13 @@ class PackedLinear(Packed, nn.Linear):
     Args:
         in_features, out_features: K and N.
         format: name of the weight format.
-        bias: whether there is one (float, [N]).
-        dtype: floating point type of the model around; of the bias, and what a cast is measured against.
-        device: where the empty weight is made.
+        bias: whether to add a bias (float [N]).
+        dtype: floating point type of the surrounding model and of the bias.
+        device: where the uninitialised weight is allocated.
 
     Attributes:
         weight: uint8 [ceil(N/16), ceil(K/32), tile_bytes], without gradient.
-        product, gradient: how x W^T and the gradient in x are computed; the runtime sets the backend's.
+        product, gradient: functions that compute x W^T and the gradient in x; the runtime sets the backend's.
     """
 
     weight: nn.Parameter
@@ -107,15 +107,15 @@ class PackedLinear(Packed, nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, format: str, *, bias: bool = False, dtype: torch.dtype, device: Any = None
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a float weight
+        nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
         self.in_features, self.out_features, self.format, self.dtype = in_features, out_features, format, dtype
         self.weight = empty_tiles(out_features, in_features, format, device)
-        # Frozen like the weights: an optimised model is for inference, and adapters bring parameters of their own.
-        made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        self.register_parameter("bias", made)
+        # Frozen like the weights: an optimised model is for inference, and adapters have their own parameters.
+        value = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", value)
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
-        self._is_hf_initialized = True  # weights are loaded, never drawn
+        self._is_hf_initialized = True  # weights are loaded, never initialised at random
 
     @property
     def packed(self) -> PackedMatrix:
@@ -137,10 +137,10 @@ class PackedLinear(Packed, nn.Linear):
 
 
 class PackedEmbedding(Packed, nn.Embedding):
-    """Row look-up in a packed table [num_embeddings, embedding_dim]; arguments as `PackedLinear`'s.
+    """Look-up of rows in a packed table [num_embeddings, embedding_dim]; further arguments as in `PackedLinear`.
 
     Attributes:
-        weight: uint8 tiles, which a tied output head may share.
+        weight: uint8 tiles, shared with a tied output head.
     """
 
     weight: nn.Parameter
@@ -173,7 +173,7 @@ class PackedEmbedding(Packed, nn.Embedding):
         return self.intact(take_rows(self.packed, input, self.dtype))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The table as float."""
+        """The table as float [num_embeddings, embedding_dim]."""
         return self.intact(unpack(self.packed, dtype))
 
     def extra_repr(self) -> str:

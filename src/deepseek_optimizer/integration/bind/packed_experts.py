@@ -1,6 +1,6 @@
-"""`PackedExperts`: stands where Transformers' `DeepseekV2Experts`, `V3Experts` and `V32Experts` stood, and owns packed stacks.
+"""`PackedExperts`: replaces Transformers' `DeepseekV2Experts`, `V3Experts` and `V32Experts`, and owns the packed stacks.
 
-The router beside it stays Transformers' own: its weight is small, decides what is computed, and is kept in fp32.
+The router remains Transformers' module: its weight is small, decides which experts are computed, and stays in fp32.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles
 class PackedExperts(Packed):
     """y_t = sum over the chosen experts e of weight_te * down_e (act(gate_e x_t) * (up_e x_t)).
 
-    Only the experts that some token chose are multiplied with, each once for all its tokens.
-    Adapters go beside it, on attention: PEFT wants experts of floats, and refuses these (`all-linear` would reach them too).
+    Only chosen experts are computed, each once for all its tokens.
+    PEFT adapts float experts only and refuses these, also with `all-linear`; put adapters on attention.
 
     Args:
         num_experts, hidden_dim, intermediate_dim: E, H and I, named as in Transformers' modules.
         gate_up_format, down_format: names of the weight formats.
         act_fn: the activation module.
-        dtype, device: as `PackedLinear` has them.
+        dtype, device: as in `PackedLinear`.
 
     Attributes:
         gate_up_proj: uint8 [2 E, ...tiles of I x H], gate and up of each expert in turn, without gradient.
         down_proj: uint8 [E, ...tiles of H x I].
-        product, gradient: as `PackedLinear` has them.
-        listener: called with each h = act(gate x) * (up x), float [tokens, I], that down is multiplied with; for calibration.
+        product, gradient: as in `PackedLinear`.
+        listener: called with each input of down, h = act(gate x) * (up x), float [tokens, I]; for calibration.
     """
 
     gate_up_proj: nn.Parameter
@@ -59,7 +59,7 @@ class PackedExperts(Packed):
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
         self.listener: Callable[[torch.Tensor], None] | None = None
-        self._is_hf_initialized = True  # weights are loaded, never drawn
+        self._is_hf_initialized = True  # weights are loaded, never initialised at random
 
     @property
     def gate_up(self) -> PackedStack:
@@ -75,13 +75,19 @@ class PackedExperts(Packed):
         return {"gate_up_proj": self.gate_up, "down_proj": self.down}
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, H], top_k_index int [T, K], top_k_weights [T, K] -> [T, H] of hidden_states' dtype.
+        """Computes the weighted sum of the chosen experts.
 
-        An index of `num_experts` chooses nobody (expert parallelism marks so what another process has).
+        Args:
+            hidden_states: [T, H].
+            top_k_index: int [T, K], the chosen experts; `num_experts` stands for none (expert parallelism marks experts of
+                another process so).
+            top_k_weights: [T, K].
+
+        Returns: [T, H] in the dtype of hidden_states.
         """
         gate_up, down, how = self.gate_up, self.down, (self.product, self.gradient)
         out = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert in top_k_index.unique().tolist():  # ascending, as a token's sum runs in every backend
+        for expert in top_k_index.unique().tolist():  # ascending: the order of summation in every backend
             if expert == self.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
@@ -96,7 +102,7 @@ class PackedExperts(Packed):
         return out.to(hidden_states.dtype)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as Transformers' module has them."""
+        """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as in Transformers' module."""
         gate_up, down = self.gate_up, self.down
         rows = [unpack(gate_up.matrix(i), dtype) for i in range(gate_up.count)]
         return self.intact(

@@ -1,4 +1,4 @@
-"""What an optimised model carries: its config, graph, plan, backend and cache memory, and which calls the plan can serve."""
+"""The runtime of an optimised model: config, graph, plan, backend and cache memory, and whether the plan can serve a call."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _NO_PICKLE = "an optimised model cannot be pickled; save it with save_pretrained
 
 
 class OptimizerWarning(UserWarning):
-    """Something works, but slower than it could; said once a model."""
+    """Something works, but more slowly than it could. Issued once per model."""
 
 
 def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
-    """Storage of the cache of a model whose matrices have these formats."""
+    """Storage format of the KV cache for a model whose matrices have these formats: the config's, or the default."""
     if config.kv_cache != "auto":
         return config.kv_cache
     if set(formats) == {"fp32"}:
@@ -52,28 +52,30 @@ def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
 
 
 def forgetting_of(graph: Graph) -> Forgetting | None:
-    """What the cache of a model with this graph may forget; None: nothing."""
-    seen = forgetting(graph)
-    return None if seen is None else Forgetting(*seen)
+    """Which tokens the cache of a model with this graph may drop; None: none."""
+    visible = forgetting(graph)
+    return None if visible is None else Forgetting(*visible)
 
 
 class Runtime(Instance):
-    """Binds a plan to one model instance, whose forward the plan replaces. Attached as `model.dso`.
+    """Binds a plan to one model instance, whose forward the plan replaces. Available as `model.dso`.
 
     Args:
-        methods: the attributes that the model gets in place of its class's, by name.
-        make_report: describes what was optimised.
+        methods: the attributes to set on the model in place of its class's, by name.
+        make_report: creates the report about what was optimised.
+        bytes_before: size of the model before it was packed, for the report.
+        notes: warnings from loading.
 
     Attributes:
-        model: that instance: the whole model, or of one without a head of the family's its decoder.
-        config: the settings it was optimised with.
-        manifest: format and shape of each packed weight as it is now, and how the formats were chosen.
+        model: that instance: the whole model, or, without the family's language model head, its decoder.
+        config: the settings the model was optimised with.
+        manifest: current format and shape of each packed weight, and how the formats were chosen.
         graph, rules: the graph, and what the fusion rules changed in it.
-        in_mode: layers whose attention the config's mode has changed.
+        in_mode: number of layers whose attention was changed by the config's attention mode.
         backend: runs the plan.
-        notes: warnings given so far, for the report.
-        mappings: `MappedFile`s that weights lie in, as long as some do.
-        speculation: what drafts did for the last request that had any: `engine.speculative.gate.SpeculationReport`.
+        notes: warnings issued so far, for the report.
+        mappings: the `MappedFile`s that contain weights, while in use.
+        speculation: `engine.speculative.gate.SpeculationReport` of the last request that used drafts.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Runtime(Instance):
         self.mappings: weakref.WeakSet[Any] = weakref.WeakSet()
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.warn_once(note)
-        self._making = threading.RLock()  # what is made when it is first asked for is made once, whoever asks meanwhile
+        self._making = threading.RLock()  # lazily created attributes are created once, also with several threads
         self._plan: Plan | None = None
         self._mtp_plans: list[Plan] | None = None
         self._arena: Arena | None = None
@@ -127,7 +129,7 @@ class Runtime(Instance):
 
     @property
     def plan(self) -> Plan:
-        """The compiled plan; compiled again after the weights' storage changed."""
+        """The compiled plan; recompiled after the storage of the weights has changed."""
         with self._making:
             if self._plan is None:
                 formats = sorted({m.format for m in matrices_of(self.model, self.graph).values()})
@@ -140,7 +142,7 @@ class Runtime(Instance):
 
     @property
     def mtp_plans(self) -> list[Plan]:
-        """The plans of the MTP layers that were loaded, by depth; compiled when they are first asked for."""
+        """The plans of the loaded MTP layers by depth, compiled on first access."""
         with self._making:
             if self._mtp_plans is None:
                 mode, options = self.config.attention, self.compile_options
@@ -150,12 +152,12 @@ class Runtime(Instance):
 
     @property
     def compile_options(self) -> CompileOptions:
-        """What `Backend.compile` takes from the config."""
+        """The options of `Backend.compile` from the config."""
         return CompileOptions(activation=self.config.activation)
 
     @property
     def _attention_mode(self) -> str:
-        """As `Capabilities.attention_modes` has it."""
+        """The name of the attention mode in `Capabilities.attention_modes`."""
         config = self.config
         return "eager" if config.attention_optimization == "eager" else config.attention.kind
 
@@ -167,34 +169,34 @@ class Runtime(Instance):
             return self._arena
 
     def new_arena(self, memory: int | None) -> Arena:
-        """Cache memory for this model, beside its own.
+        """Creates a further arena of cache memory for this model, separate from `arena`.
 
         Args:
-            memory: bytes that it may grow to; None: what is free, less a reserve.
+            memory: maximum size in bytes; None: the free memory, less a reserve.
 
         Raises:
-            NotEnoughMemoryError: a limit of address space leaves fewer.
+            NotEnoughMemoryError: a limit on address space leaves less.
         """
         return self._arena_of(what_is_free(self.backend.free_memory()) if memory is None else granted(memory))
 
     def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
-        """The cache that so many sequences of so many tokens take at most, while steps of `step_tokens` are run."""
+        """The maximum cache memory of `sequences` sequences of `tokens` tokens each, processed in steps of `step_tokens`."""
         blocks, forgets = -(-tokens // BLOCK_TOKENS), forgetting_of(self.graph)
         if forgets is not None:
             blocks = min(blocks, forgets.blocks(step_tokens))
-        # each one more, to go on into, or for the copy of one that is shared
+        # one more block each, to continue into, or for the copy of a shared block
         return FullBatch(sequences, tokens, sequences * (blocks + 1) * self._block_bytes)
 
     def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
-        """The model's own cache memory, for an engine. Where it is made here and the config doesn't say how large: what a full
-        batch needs, at most half of what is free.
+        """The model's `arena`, for an engine. If it does not exist yet and the config sets no size, it may grow to what a full
+        batch needs, but at most to half of the free memory.
 
         Args:
-            batch: of `full_batch`.
+            batch: from `full_batch`.
             beside: bytes that another model's cache needs, out of the same half.
 
         Raises:
-            NotEnoughMemoryError: the config asks for more than is free.
+            NotEnoughMemoryError: the config requests more than is free.
         """
         with self._making:
             if self._arena is None:
@@ -217,7 +219,7 @@ class Runtime(Instance):
 
     @property
     def cache_size(self) -> CacheSize:
-        """What the cache may grow to: of the model's own, or of the one that it would get now."""
+        """The maximum size of the model's arena, or, if there is none yet, of the one it would get now."""
         with self._making:
             if self._arena is not None:
                 return self._arena.size
@@ -226,21 +228,21 @@ class Runtime(Instance):
 
     @property
     def kv_dtype(self) -> str:
-        """Storage of the cache."""
+        """Storage format of the KV cache."""
         return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
 
     def check_weights(self) -> None:
-        """Raises CheckpointChangedError where a file that weights are mapped from is not what it was at loading."""
+        """Raises CheckpointChangedError if a file that weights are mapped from was modified after loading."""
         for module in self.model.modules():
             if isinstance(module, Packed):
                 module.intact(None)
 
     def replaced_files(self) -> list[str]:
-        """Paths of mapped files that lead to another file by now, or to none: the model goes on with what it loaded."""
+        """Paths of mapped files that were replaced or deleted since loading; the model continues to use the loaded files."""
         return sorted(str(path) for mapping in self.mappings if (path := mapping.replaced()) is not None)
 
     def _set_products(self, backend: Backend) -> None:
-        """Packed modules compute with the backend's products, and ask it whether their weights are intact."""
+        """Has packed modules compute with the backend's products, and check their weights with it."""
         intact = NoCopyCallable(backend.check_tensor)
         product, gradient = NoCopyCallable(backend.linear), NoCopyCallable(backend.linear_gradient)
         for module in self.model.modules():
@@ -250,22 +252,22 @@ class Runtime(Instance):
                 module.product, module.gradient = product, gradient
 
     def rebind(self) -> None:
-        """Drops the compiled plans; the next call compiles them from the modules' present storage."""
+        """Discards the compiled plans; the next call compiles them from the modules' current storage."""
         self._plan = self._mtp_plans = None
 
     def replaced(self) -> None:
-        """After packed modules were replaced by others: what was seen of the old ones is forgotten, and caches begin anew."""
+        """Call after packed modules were replaced by others: discards the plans, the caches and facts about the module tree."""
         self._tree = self._arena = None
         if self._backend is not None:
             self._set_products(self._backend)
         self.rebind()
 
     def move(self) -> None:
-        """After the model moved to another device: another backend, and caches begin anew."""
+        """Call after the model moved to another device: discards backend, plans and caches."""
         self._plan = self._mtp_plans = self._backend = self._arena = None
 
     def warn_once(self, note: str) -> None:
-        """Warns once."""
+        """Issues `note` as an OptimizerWarning, once per model, and adds it to `notes`."""
         if note not in self._warned:
             self._warned.add(note)
             self.notes.append(note)
@@ -274,7 +276,7 @@ class Runtime(Instance):
     # ---- whether the model is still what the plan was compiled from
 
     def _watched(self) -> list[tuple[dict[str, Any], str, nn.Module]] | str:
-        """(children of a module, name, child) for the whole tree; or what differs from the tree the plan was made for."""
+        """(children of a module, name, child) for the whole module tree, or its difference to the one the plan was built for."""
         if self._tree is None:
             modules = dict(self.model.named_modules())
             tree = []
@@ -287,7 +289,7 @@ class Runtime(Instance):
         return self._tree
 
     def changed(self) -> str | None:
-        """What in the module tree keeps the plan from serving: an adapter, a hook; None if nothing does."""
+        """Why the plan cannot serve this module tree (an adapter, a hook); None if it can."""
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "global module hooks are registered"
         tree = self._watched()
@@ -299,17 +301,17 @@ class Runtime(Instance):
             if child._forward_pre_hooks or any(map(_acts, child._forward_hooks.values())):
                 return f"module {name!r} has forward hooks"
             if "forward" in child.__dict__:
-                return f"module {name!r} has a forward of its own"
+                return f"the forward of module {name!r} was replaced"
         return None
 
     def report(self) -> Any:
-        """What was optimised and how: a `model.report.Report`."""
+        """A `model.report.Report` about what was optimised and how."""
         return self._make_report(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         model = memo.get(id(self._model()))
         if model is None:
-            raise BackendError("a plan is copied with its model only; use copy.deepcopy(model)")
+            raise BackendError("a plan can be copied only with its model; use copy.deepcopy(model)")
         twin = object.__new__(Runtime)
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
@@ -320,20 +322,20 @@ class Runtime(Instance):
         twin.mappings = weakref.WeakSet()  # its weights are in memory
         twin.config = copy.deepcopy(self.config, memo)
         twin.notes, twin._warned = list(self.notes), set(self._warned)
-        twin._tree = None  # its modules are not all made yet
+        twin._tree = None  # not all of its modules exist yet
         return twin
 
     def copied(self, memo: dict[int, Any]) -> Runtime:
-        """The runtime of the copy that is being made of the model."""
-        found: Runtime = memo.get(id(self)) or self.__deepcopy__(memo)
-        return found
+        """The runtime of the copy of the model that `copy.deepcopy` is creating."""
+        twin: Runtime = memo.get(id(self)) or self.__deepcopy__(memo)
+        return twin
 
     def __reduce__(self) -> Any:
         raise BackendError(_NO_PICKLE)
 
 
 class NoCopyCallable:
-    """A callable that copies of a model share instead of copying: what is behind it (a thread pool) cannot be."""
+    """A callable that copies of a model share, because what it uses (a thread pool) cannot be copied."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -351,9 +353,9 @@ class NoCopyCallable:
 def runtime_of(model: Any) -> Runtime:
     """The runtime of an optimised model, also through a PEFT wrapper."""
     for candidate in (model, getattr(getattr(model, "base_model", None), "model", None)):
-        found = getattr(candidate, "__dict__", {}).get("dso")
-        if isinstance(found, Runtime):
-            return found
+        runtime = getattr(candidate, "__dict__", {}).get("dso")
+        if isinstance(runtime, Runtime):
+            return runtime
     raise ConfigError(
         f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
         "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
@@ -361,8 +363,8 @@ def runtime_of(model: Any) -> Runtime:
 
 
 def _acts(hook: Any) -> bool:
-    """Whether a forward hook may do something in a call that the plan could serve. Two kinds stay on a model and do not: those
-    that record attention weights for the calls that ask, and those of a trainer that make embeddings need gradients."""
+    """Whether a forward hook may have an effect in a call that the plan could serve. Two kinds of permanent hooks have none:
+    those that record attention weights on request, and a trainer's hooks that make embeddings require gradients."""
     if getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads"):
         return torch.is_grad_enabled()
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
@@ -372,7 +374,7 @@ def _rotation(graph: Graph) -> KeyRotation | None:
     try:
         return key_rotation(graph)
     except UnsupportedModelError:
-        return None  # whoever wants to move keys asks again, and hears why not
+        return None  # code that has to move keys calls key_rotation itself and gets the error
 
 
 def _latent_row(graph: Graph) -> LatentRow | None:
@@ -384,7 +386,7 @@ def _latent_row(graph: Graph) -> LatentRow | None:
 
 
 def _check_bound(model: Any, graph: Graph) -> None:
-    """Every packed matrix must be one that the graph reads: a head that should be tied but is not would be left out."""
+    """Checks that the graph uses every packed matrix: it would ignore a head that should be tied but is not."""
     bound = {m.data.data_ptr() for m in matrices_of(model, graph).values()}
     for name, module in model.named_modules():
         if isinstance(module, Packed) and any(w.data.data_ptr() not in bound for w in module.held().values()):

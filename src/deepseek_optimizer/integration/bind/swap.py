@@ -1,4 +1,4 @@
-"""Putting packed modules where Transformers' own stand, and reading a model's weights as a plan wants them."""
+"""Replaces Transformers' modules by packed ones, and collects a model's weights for a plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...config import DeepSeekConfig
 from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...graph.analysis import stack_shapes
 from ...graph.ir import Graph
-from ...graph.least import exact_weights, least_formats
+from ...graph.min_formats import exact_weights, min_formats
 from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.tiles import empty_stack
 from .modules import Packed, PackedEmbedding, PackedLinear
@@ -26,7 +26,7 @@ _STACKS = ("gate_up_proj", "down_proj")  # parameters of Transformers' modules o
 
 @dataclass(frozen=True)
 class Site:
-    """A module that holds matrices of the graph. `weights`: its parameters' names in it -> in the model, after tying."""
+    """A module that holds matrices of the graph. `weights`: parameter name in the module -> name in the model, after tying."""
 
     name: str
     parent: nn.Module
@@ -36,48 +36,54 @@ class Site:
 
 
 def sites(model: nn.Module, graph: Graph) -> list[Site]:
-    """Every linear, embedding and experts module with weights of `graph` that may be packed; a tied one is named with its
-    source's weight."""
+    """Every linear, embedding and experts module with weights of `graph` that may be packed. A tied weight has the name of the
+    one it is tied to.
+
+    Raises:
+        UnsupportedModelError: such a module has a type that cannot be packed.
+    """
     wanted = set(graph.weights()) - exact_weights(graph)
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    found = []
+    result = []
     for name, module in model.named_modules():
-        kept = {leaf: tied.get(f"{name}.{leaf}", f"{name}.{leaf}") for leaf in ("weight", *_STACKS)}
+        names = {leaf: tied.get(f"{name}.{leaf}", f"{name}.{leaf}") for leaf in ("weight", *_STACKS)}
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            weights = {"weight": kept["weight"]} if kept["weight"] in wanted else {}
-            known = type(module) in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
+            weights = {"weight": names["weight"]} if names["weight"] in wanted else {}
+            supported = type(module) in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
         else:
-            weights = {leaf: kept[leaf] for leaf in _STACKS if kept[leaf] in wanted}
-            known = isinstance(module, PackedExperts) or _STACKS == tuple(module._parameters)
+            weights = {leaf: names[leaf] for leaf in _STACKS if names[leaf] in wanted}
+            supported = isinstance(module, PackedExperts) or _STACKS == tuple(module._parameters)
         if weights:
-            if not known:
+            if not supported:
                 raise UnsupportedModelError(
                     f"{name} is a {type(module).__name__}, which cannot be packed; load the model without other quantisers "
                     "or adapters"
                 )
             parent, _, child = name.rpartition(".")
-            found.append(Site(name, model.get_submodule(parent), child, module, weights))
-    return found
+            result.append(Site(name, model.get_submodule(parent), child, module, weights))
+    return result
 
 
 def _named_sites(model: nn.Module, graph: Graph, config: DeepSeekConfig) -> list[Site]:
-    """The sites, once every entry of `config.formats` is found to name one of their matrices."""
-    found = sites(model, graph)
-    names = dict.fromkeys(weight.removesuffix(".weight") for site in found for weight in site.weights.values())
+    """The sites, after checking that every entry of `config.formats` names one of their matrices."""
+    result = sites(model, graph)
+    names = dict.fromkeys(weight.removesuffix(".weight") for site in result for weight in site.weights.values())
     for entry in config.unmatched(names):
         if entry not in config.unmatched([weight.removesuffix(".weight") for weight in exact_weights(graph)]):
-            raise ConfigError(f"formats names {entry!r}, which stays as exact as it is stored; leave it out")
+            raise ConfigError(f"formats names {entry!r}, which always stays in its stored precision; leave it out")
         near = difflib.get_close_matches(entry, names, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"formats names {entry!r}, which is no matrix of this model{hint}")
-    return found
+        raise ConfigError(f"formats names {entry!r}, which is not a matrix of this model{hint}")
+    return result
 
 
 def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtype) -> Packed:
-    """An empty packed module for a float or packed one, on the meta device. Biases are its own.
+    """An empty packed module on the meta device that can replace `module`; it shares the bias.
 
     Args:
-        formats: by the parameter's name in the module.
+        module: a linear, embedding or experts module, float or packed.
+        formats: weight format by parameter name in the module.
+        dtype: floating point type of the surrounding model.
     """
     for name in formats.values():
         get_format(name)
@@ -106,7 +112,7 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
     )
 
 
-NATURAL = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}  # what keeps a float matrix as it is
+NATURAL = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}  # lossless formats
 
 
 def swap_on_meta(
@@ -117,20 +123,23 @@ def swap_on_meta(
     natural: Callable[[str, tuple[int, ...]], str] | None = None,
     packed: Mapping[str, str] | None = None,
 ) -> None:
-    """Puts empty packed modules in place before weights are loaded, tied ones sharing one parameter.
+    """Replaces modules by empty packed ones before weights are loaded; tied weights share a parameter.
 
     Args:
-        natural: a weight's name and shape -> the format that keeps it as it is stored; None: that of `dtype`.
-        packed: format by module name of what a packed checkpoint holds; it comes before the config's.
+        natural: returns the lossless format of a stored weight, given its name and shape; None: that of `dtype`.
+        packed: formats in a packed checkpoint, by module name; they override the config's.
+
+    Raises:
+        ConfigError: `config.formats` names something that is not a packable matrix of the model.
     """
-    stacks, least = stack_shapes(graph), least_formats(graph)
+    stacks, minimum = stack_shapes(graph), min_formats(graph)
     first: dict[str, nn.Parameter] = {}
     for site in _named_sites(model, graph, config):
         formats = {}
         for leaf, weight in site.weights.items():
             shape = stacks.get(weight) or tuple(getattr(site.module, leaf).shape)
             own = NATURAL[dtype] if natural is None else natural(weight, shape)
-            formats[leaf] = _format_of(weight, config, own, least, packed)
+            formats[leaf] = _format_of(weight, config, own, minimum, packed)
         twin = packed_twin(site.module, formats, dtype)
         for leaf, weight in site.weights.items():
             setattr(twin, leaf, first.setdefault(weight, getattr(twin, leaf)))
@@ -140,25 +149,28 @@ def swap_on_meta(
 def pack_in_place(
     model: Any, graph: Graph, config: DeepSeekConfig, packer: Packer, packed: Mapping[str, str] | None = None
 ) -> None:
-    """Converts a loaded float model module by module; each original's memory is free before the next is packed.
+    """Packs a loaded float model module by module; the memory of each original is freed before the next is packed.
 
     Args:
-        packed: format by module name of modules that were packed before; it comes before the config's.
+        packed: formats of modules that were packed before, by module name; they override the config's.
+
+    Raises:
+        ConfigError: as in `swap_on_meta`.
     """
-    least = least_formats(graph)
+    minimum = min_formats(graph)
     done: dict[str, nn.Parameter] = {}
     for site in _named_sites(model, graph, config):
         if isinstance(site.module, Packed):
             continue
         module = site.module
         dtype: Any = next(iter(module._parameters.values())).dtype  # type: ignore[union-attr]  # they have weights
-        formats = {leaf: _format_of(w, config, NATURAL[dtype], least, packed) for leaf, w in site.weights.items()}
+        formats = {leaf: _format_of(w, config, NATURAL[dtype], minimum, packed) for leaf, w in site.weights.items()}
         twin = packed_twin(module, formats, dtype)
         for leaf, weight in site.weights.items():
             if weight not in done:
                 tiles = _packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer)
                 done[weight] = nn.Parameter(tiles, requires_grad=False)
-                del module._parameters[leaf]  # whoever still holds the module must not hold its weights
+                del module._parameters[leaf]  # frees the weights even if something still refers to the module
             setattr(twin, leaf, done[weight])
         twin.training = module.training
         setattr(site.parent, site.child, twin)
@@ -167,14 +179,14 @@ def pack_in_place(
 
 
 def _format_of(
-    weight: str, config: DeepSeekConfig, natural: str, least: Mapping[str, str], packed: Mapping[str, str] | None
+    weight: str, config: DeepSeekConfig, natural: str, minimum: Mapping[str, str], packed: Mapping[str, str] | None
 ) -> str:
-    known = (packed or {}).get(weight.removesuffix(".weight"))
-    return config.format_of(weight, natural, least.get(weight)) if known is None else known
+    given = (packed or {}).get(weight.removesuffix(".weight"))
+    return config.format_of(weight, natural, minimum.get(weight)) if given is None else given
 
 
 def _packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer) -> torch.Tensor:
-    """The tiles of a float matrix, or of a merged float parameter of experts, matrix by matrix."""
+    """The tiles of a float matrix, or of a merged float parameter of experts, packed matrix by matrix."""
     if isinstance(like, PackedMatrix):
         return packer(weight, like.format)
     out = empty_stack(*like.shape, get_format(like.format).tile_bytes)
@@ -184,13 +196,15 @@ def _packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer) -> t
 
 
 def float_shape(leaf: str, weight: PackedWeight) -> tuple[int, ...]:
-    """The shape of the float parameter `leaf` that stood where this matrix or stack stands."""
+    """The shape of the float parameter `leaf` that this packed matrix or stack replaces."""
     return merged_shape(leaf, weight.shape) if isinstance(weight, PackedStack) else weight.shape
 
 
 def expected_tensors(model: Any) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]]]:
-    """What a checkpoint must hold for a swapped model, tied parameters once: formats (None for plain tensors), and shapes (of a
-    stack: count, rows, cols)."""
+    """The tensors that a checkpoint must contain for a model with packed modules, tied ones once.
+
+    Returns: format by name (None for plain tensors), and shape by name (of a stack: count, rows, cols).
+    """
     tied = model.all_tied_weights_keys or {}
     formats: dict[str, str | None] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -206,29 +220,33 @@ def expected_tensors(model: Any) -> tuple[dict[str, str | None], dict[str, tuple
 
 
 def stored_tensors(model: Any) -> dict[str, PackedWeight | torch.Tensor]:
-    """What a checkpoint of this model holds, by name: packed weights as they are, everything else plain, tied ones once."""
-    found: dict[str, PackedWeight | torch.Tensor] = {}
+    """The tensors of a checkpoint of this model by name: packed weights, and plain tensors for the rest; tied ones once."""
+    result: dict[str, PackedWeight | torch.Tensor] = {}
     for name in expected_tensors(model)[0]:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         held = module.held() if isinstance(module, Packed) else {}
-        found[name] = held[leaf] if leaf in held else getattr(module, leaf).data
-    return found
+        result[name] = held[leaf] if leaf in held else getattr(module, leaf).data
+    return result
 
 
 def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
-    """What a backend compiles with: matrices packed, vectors as they are. The storage is the modules' own."""
-    found: dict[str, PackedWeight | torch.Tensor] = {}
+    """The graph's weights by name, for a backend to compile with: packed matrices and plain vectors, in the modules' storage.
+
+    Raises:
+        BackendError: a weight is not loaded yet.
+    """
+    result: dict[str, PackedWeight | torch.Tensor] = {}
     for name in graph.weights():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         held = module.held() if isinstance(module, Packed) else {}
-        found[name] = weight = held[leaf] if leaf in held else getattr(module, leaf).data
+        result[name] = weight = held[leaf] if leaf in held else getattr(module, leaf).data
         if (weight.data if isinstance(weight, PackedWeight) else weight).device.type == "meta":
-            raise BackendError(f"{name} has no data yet: bind the plan after loading the weights")
-    return found
+            raise BackendError(f"{name} has no data yet; bind the plan after loading the weights")
+    return result
 
 
 def matrices_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight]:
-    """The packed matrices and stacks by parameter name, tied ones once."""
+    """The graph's packed matrices and stacks by parameter name, tied ones once."""
     return {name: w for name, w in weights_of(model, graph).items() if isinstance(w, PackedWeight)}

@@ -1,1 +1,1 @@
-"""generate() on an execution plan: steps, cache, checks, drafts, saved prefixes."""
+"""`generate` on an execution plan: steps, cache, checks, speculative decoding, saved prefixes."""

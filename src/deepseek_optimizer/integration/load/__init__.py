@@ -1,1 +1,1 @@
-"""From files to an optimised model, and back: load_model, from_pretrained, packing, calibration."""
+"""Loads and packs optimised models: `load_model`, `from_pretrained`, calibration."""

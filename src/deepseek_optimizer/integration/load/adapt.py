@@ -19,7 +19,7 @@ from ...calibration.search import Point, search
 from ...calibration.sensitivity import Probe, measure
 from ...calibration.text import read_text, sample_text, stretches
 from ...config import DeepSeekConfig, larger
-from ...graph.least import least_formats
+from ...graph.min_formats import min_formats
 from ...quant import PackedMatrix, PackedStack, PackedWeight, get_format
 from ...quant.base import TILE_ROWS
 from ...quant.tiles import empty_stack, empty_tiles, panels
@@ -94,7 +94,7 @@ class _Trial:
         graph, _ = plan_graph(model.config, ())
         self.weights = weights_of(model, graph)
         self.stored = {name: w for name, w in self.weights.items() if isinstance(w, PackedWeight)}
-        self.least = least_formats(graph)
+        self.least = min_formats(graph)
         self.packed: dict[str, PackedWeight] = {}
         as_it_is = kv_dtype(DeepSeekConfig(), [m.format for m in self.stored.values()])
         self.probe = Probe(backend, graph, self.weights, texts, as_it_is, runtime.compile_options)

@@ -27,7 +27,7 @@ from ...checkpoint import (
 from ...checkpoint.load import IGNORED
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
-from ...graph.least import exact_weights
+from ...graph.min_formats import exact_weights
 from ...quant import PackedWeight, Packer
 from ...system.memory import free_memory
 from ...system.progress import show_progress

@@ -23,7 +23,7 @@ from ...checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, w
 from ...checkpoint.unfinished import Unfinished
 from ...config import DeepSeekConfig
 from ...errors import ConfigError
-from ...graph.least import exact_weights
+from ...graph.min_formats import exact_weights
 from ...versions import versions
 from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors

@@ -31,7 +31,7 @@ from ...checkpoint import (
 from ...checkpoint.directory import CONFIG, INDEX, SINGLE
 from ...config import QUANT_METHOD, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
-from ...graph.least import exact_weights
+from ...graph.min_formats import exact_weights
 from ...quant import PackedStack, PackedWeight
 from ..attention.registration import check_attention_name
 from ..bind.classes import check_class, renamed_for, stored_as

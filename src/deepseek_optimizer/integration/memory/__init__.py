@@ -1,1 +1,1 @@
-"""Memory for the cache: how much it may take, and how it grows."""
+"""Memory of the KV cache: its maximum size and its growth."""

@@ -1,1 +1,1 @@
-"""What an optimised model does in place of its class's methods: forward, save, resize, adapters, report."""
+"""Methods of an optimised model that replace those of its class: forward, save, resize, adapters, report."""

@@ -11,7 +11,7 @@ from typing import Any
 from ...backends.base import BLOCK_TOKENS
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, LatentSpec
-from ...graph.least import least_formats
+from ...graph.min_formats import min_formats
 from ...graph.rules import RULES
 from ...quant import PackedStack, PackedWeight
 from ...system.memory import mb
@@ -238,7 +238,7 @@ def _experts(graph: Graph, matrices: Mapping[str, PackedWeight]) -> ExpertsRow |
 def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]) -> list[str]:
     """A line for each kind of matrix that `precision` did not make as small as others."""
     found: dict[tuple[str, str], int] = {}
-    for name in least_formats(graph):
+    for name in min_formats(graph):
         path, format = name.removesuffix(".weight"), matrices[name].format
         if config.precision not in ("auto", format) and config.named_format(path) is None:
             key = path.rpartition(".")[2], format

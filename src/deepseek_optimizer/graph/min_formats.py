@@ -6,7 +6,7 @@ from ..errors import GraphError
 from .ir import Graph, Value
 
 
-def least_formats(graph: Graph) -> dict[str, str]:
+def min_formats(graph: Graph) -> dict[str, str]:
     """Name of a weight -> the smallest format that it is packed in, unless the user names the weight.
 
     `kv_b` of latent attention: in the absorbed form its key half is multiplied transposed, across the groups along which a
