@@ -2,7 +2,8 @@
 
 Weights: every matrix in the format named, at its packed size with scales and padding; matrices that no precision makes smaller
 than int8 (`graph/min_formats.py`) at least in int8; routers and norms as they are stored. Cache: one sequence of `CONTEXT`
-tokens, keys and values (or latents) in bf16, whole blocks. Not counted: Python and PyTorch themselves, the plan's buffers, MTP layers.
+tokens, keys and values (or latents) in bf16, whole blocks. Not counted: Python and PyTorch themselves, the plan's buffers,
+MTP layers.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_an_interrupted_convert_is_gone_on_with(dso, tiny_model, tmp_path, monke
         patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fails)
         result = dso("convert", tiny_model, tmp_path / "packed")
         assert result.exit_code == (130 if error is KeyboardInterrupt else 2)
-        assert "the same command goes on" in result.stderr and not (tmp_path / "packed").exists()
+        assert "run the same command again to resume" in result.stderr and not (tmp_path / "packed").exists()
     result = dso("convert", tiny_model, tmp_path / "packed")
     assert result.exit_code == 0 and "1 of 1 files are finished" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]

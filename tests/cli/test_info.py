@@ -42,4 +42,4 @@ def test_a_mode_of_attention(dso, tiny_model):
 def test_an_extended_context(dso, tiny_model):
     result = dso("info", tiny_model, "--context-extension", "yarn", "--context-length", "512", "--json")
     assert result.exit_code == 0, result.output
-    assert any("trained for (256)" in note for note in json.loads(result.stdout)["model"]["warnings"])
+    assert any("beyond the 256 tokens" in note for note in json.loads(result.stdout)["model"]["warnings"])

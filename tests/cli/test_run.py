@@ -36,7 +36,7 @@ def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_room_for_more_than_it_was_trained_for(dso, tiny_model, kind):
-    prompt = "x" * 300  # the model was trained for 256 tokens
+    prompt = "x" * 300  # the model was the 256 tokens the model was trained for
     result = dso("run", tiny_model, prompt, "-n", "8", "--json", "--context-extension", kind, "--context-length", "512")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["prompt_tokens"] == 303
@@ -71,7 +71,7 @@ def test_modes_of_attention(dso, tiny_model, options, mode, monkeypatch):
         (["Hi", "--context-extension", "ntk", "--context-length", "512"], "context_extension must be one of"),
         (["Hi", "--context-extension", "yarn"], "needs context_length"),
         (["Hi", "--context-length", "512"], "needs context_extension"),
-        (["Hi", "--context-extension", "yarn", "--context-length", "256"], "trained for 256 tokens"),
+        (["Hi", "--context-extension", "yarn", "--context-length", "256"], "the 256 tokens the model was trained for"),
         (["Hi", "--temperature", "nan"], "temperature"),
         (["Hi", "--top-p", "1.5"], "top_p"),
     ],

@@ -164,7 +164,7 @@ def test_a_checkpoint_without_them(tmp_path):
 
     random_model(deepseek_v3()).save_pretrained(tmp_path / "none")
     model = by_load_model(tmp_path / "none")
-    with pytest.raises(UnsupportedRequestError, match="checkpoint holds no MTP layers"):
+    with pytest.raises(UnsupportedRequestError, match="checkpoint contains no MTP layers"):
         model.generate(torch.tensor([[1, 2]]), use_mtp=True, max_new_tokens=3)
 
 

@@ -80,7 +80,7 @@ def test_rows_alike_share_a_tensor_and_slices_are_rows():
     (3, 2, None, "sinks"), ("a text", 2, 4, "got str"), ([["a"]], 2, 4, "not a row of integers"), ([[[1]]], 2, 4, "not a row"),
     (torch.zeros(1, 2, 3), 2, 4, "one or two dimensions"), ({"tokens": [1]}, 2, 4, "must have input_ids or length"),
     ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, 2, 4, "attention_mask"), (-1, 2, 4, "chunks must be an integer"),
-    ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, 2, 4, "must have the shape of input_ids"), (True, 2, 4, "chunks"),
+    ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, 2, 4, "have the shape of input_ids"), (True, 2, 4, "chunks"),
 ])  # fmt: skip
 def test_bad_arguments(chunks, window, sinks, words):
     with pytest.raises(ConfigError, match=words):

@@ -195,7 +195,7 @@ def test_it_is_said_once() -> None:
             model.generate(torch.tensor([[5] * 80]), max_new_tokens=3)
     told = [str(w.message) for w in seen if issubclass(w.category, OptimizerWarning)]
     assert [
-        t for t in told if "beyond what it was trained for (64): quality is not assured; measure with dso bench --long" in t
+        t for t in told if "beyond the 64 tokens the model was trained for is not assured; measure it with dso bench" in t
     ] == told
     assert len(told) == 1 and told[0] in model.dso.notes
 
@@ -274,7 +274,7 @@ def test_a_cache_keeps_the_frequencies_it_was_begun_with(dynamic: Any) -> None:
     text, cache = random_ids(dynamic.config, 30), PagedCache(dynamic)
     first = dynamic.generate(torch.tensor([text]), max_new_tokens=10, do_sample=False, **{cache_name(): cache})
     assert cache.state.reach.tolist() == [40]
-    with pytest.warns(OptimizerWarning, match="begun for 40 tokens.*may come to hold 140"):
+    with pytest.warns(OptimizerWarning, match="frequencies for 40 tokens, but may grow to 140"):
         dynamic.generate(first, max_new_tokens=100, do_sample=False, **{cache_name(): cache})
     assert cache.state.reach.tolist() == [40]
     assert copy.deepcopy(cache).state.reach.tolist() == [40]
@@ -286,7 +286,7 @@ def test_a_cache_keeps_the_frequencies_it_was_begun_with(dynamic: Any) -> None:
 def test_transformers_own_loop_says_where_it_leaves_the_context(dynamic: Any) -> None:
     hook = dynamic.model.layers[0].register_forward_hook(lambda *_: None)
     try:
-        with pytest.warns(OptimizerWarning, match=f"goes on beyond the model's context of {ROOM}"):
+        with pytest.warns(OptimizerWarning, match=f"continues beyond the model's context of {ROOM}"):
             dynamic.generate(torch.tensor([[5] * (ROOM - 1)]), max_new_tokens=4, do_sample=False)
     finally:
         hook.remove()

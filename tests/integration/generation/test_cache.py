@@ -199,7 +199,7 @@ def test_a_full_cache_is_an_error_and_recovers():
 @torch.no_grad()
 def test_wrong_batch_is_refused(filled):
     pair, paged, _ = filled
-    with pytest.raises(ValueError, match="holds 2 sequences, but 3 rows"):
+    with pytest.raises(ValueError, match="has 2 sequences, but the call has 3 rows"):
         pair.fast(pair.ids(1, 1, 1), cache=paged)
 
 

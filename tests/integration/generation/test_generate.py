@@ -319,7 +319,7 @@ def test_the_context_ends_generation():
         out = pair.fast.generate(pair.ids(10), max_new_tokens=50, do_sample=False, eos_token_id=None)
     assert torch.equal(out, pair.plain.generate(pair.ids(10), max_new_tokens=11, do_sample=False, eos_token_id=None))
     assert pair.fast.generate(pair.ids(10), max_new_tokens=50, num_beams=2, do_sample=False, eos_token_id=None).shape[1] <= 21
-    with pytest.raises(ValueError, match="21 tokens, the model's context holds 20; shorten"):
+    with pytest.raises(ValueError, match="21 tokens, more than the model's context of 20; shorten"):
         pair.fast.generate(pair.ids(21), max_new_tokens=1)
 
 
@@ -367,7 +367,7 @@ def test_bad_options(pair, options, name):
         (torch.empty(0, 3, dtype=torch.long), "empty"),
         (torch.tensor([[5, 211]]), "outside the vocabulary of 211"),
         (torch.tensor([[-3]]), "outside the vocabulary"),
-        (torch.zeros(1, 5000, dtype=torch.long), "context holds 4096"),
+        (torch.zeros(1, 5000, dtype=torch.long), "context of 4096"),
         (torch.tensor([1, 2]), "batch, tokens"),
         ([[1, 2]], "batch, tokens"),
         (torch.tensor([[1.0, 2.0]]), "integer token ids, got torch.float32"),

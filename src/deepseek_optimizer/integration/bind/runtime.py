@@ -276,7 +276,7 @@ class Runtime(Instance):
     # ---- whether the model is still what the plan was compiled from
 
     def _watched(self) -> list[tuple[dict[str, Any], str, nn.Module]] | str:
-        """(children of a module, name, child) for the whole module tree, or its difference to the one the plan was built for."""
+        """(children of a module, name, child) for the whole module tree, or how it differs from the plan's tree."""
         if self._tree is None:
             modules = dict(self.model.named_modules())
             tree = []

@@ -1,7 +1,7 @@
 """`PagedCache`: the paged KV cache as a Transformers `Cache`.
 
-Transformers counts columns: every row of a batch has as many, padding included. The paged cache holds real tokens only, each
-sequence in blocks of its own. `columns` and `kept` are the bridge between the two.
+Transformers counts columns: every row of a batch has the same number, padding included. The paged cache holds real tokens only,
+each sequence in its own blocks. `columns` and `kept` translate between the two.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class PagedState:
     """The sequences of one cache.
 
     Attributes:
-        sequences: blocks of each row of the batch.
-        columns: tokens of a row as Transformers counts them, padding included.
-        kept: bool [rows, columns], which columns are real tokens; None where all are.
-        recording: Transformers will roll back: calls of several tokens verify guesses (assisted decoding).
+        sequences: the blocks of each row of the batch.
+        columns: tokens per row as Transformers counts them, padding included.
+        kept: bool [rows, columns], True for real tokens, False for padding; None: no padding.
+        recording: whether Transformers may roll back: calls with several tokens verify drafts (assisted decoding).
         steps: forward calls since `recording` was set; the first of them is still a prefill.
-        length: columns that a row may come to have, by which its `reach` is set at its first token; None: nobody knows.
-        reach: int32 [rows], for how many tokens each row's frequencies are made, where RoPE is dynamic; 0: in each call for
-            those that it has then.
-        follower: given the last hidden states of every token that a forward call adds: (row, float32 [n, H], in order).
+        length: maximum number of columns of a row, which determines `reach` at its first token; None: unknown.
+        reach: int32 [rows], with dynamic RoPE the number of tokens that each row's frequencies are computed for; 0: recomputed
+            in each call for the current number of tokens.
+        follower: called with the last hidden states of all tokens that a forward call adds: (row, float32 [n, H], in order).
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -52,14 +52,14 @@ class PagedState:
         weakref.finalize(self, arena.reclaim, self.sequences).atexit = False
 
     def start(self, rows: int) -> None:
-        """Makes `rows` empty sequences."""
+        """Adds `rows` empty sequences."""
         with self.arena.locked() as manager:
             self.sequences += [SequenceBlocks(manager) for _ in range(rows)]
         self._tables = np.zeros((rows, 4), np.int32)
         self.reach = np.zeros(rows, np.int32)
 
     def replace(self, sequences: list[SequenceBlocks], kept: Bool | None) -> None:
-        """Puts other sequences in place of these; whoever is not among them must have been freed."""
+        """Replaces the sequences; those that are dropped must have been freed before."""
         self.sequences[:] = sequences  # in place: the finalizer holds this list
         self.kept = kept
         self._tables = np.zeros((len(sequences), 4), np.int32)
@@ -67,21 +67,25 @@ class PagedState:
             self._write_table(row)
 
     def append(self, row: int, count: int) -> None:
-        """Room for `count` more tokens of one sequence. Call with the arena locked.
+        """Allocates space for `count` more tokens of one sequence. The caller must hold the arena's lock.
 
-        Raises: CacheFullError, with nothing changed.
+        Raises:
+            CacheFullError: there are too few free blocks; nothing was changed.
         """
         sequence = self.sequences[row]
         if count == 1 and sequence.tokens % BLOCK_TOKENS and sequence.manager.users(sequence.blocks[-1]) == 1:
-            sequence.tokens += 1  # the common step: room in a block of its own
+            sequence.tokens += 1  # the common case: there is space in an unshared block
             return
         self.arena.copy_blocks(sequence.append(count))
         self._write_table(row)
 
     def append_one(self, rows: list[int]) -> bool:
-        """Room for one more token in each of `rows`; whether tables changed.
+        """Allocates space for one more token in each of `rows`.
 
-        Raises: CacheFullError, with nothing changed.
+        Returns: whether block tables changed.
+
+        Raises:
+            CacheFullError: there are too few free blocks; nothing was changed.
         """
         sequences = [self.sequences[row] for row in rows]
         if all(s.tokens % BLOCK_TOKENS and s.manager.users(s.blocks[-1]) == 1 for s in sequences):
@@ -102,11 +106,11 @@ class PagedState:
 
     @property
     def verifies(self) -> bool:
-        """Whether the next call verifies guesses, some of which will be taken back."""
+        """Whether the next call verifies drafts, some of which may be removed afterwards."""
         return self.recording and self.steps > 0
 
     def add_columns(self, count: int, kept: Bool | None) -> None:
-        """Counts `count` new columns; `kept` bool [rows, count] says which hold a token, None that all do."""
+        """Adds `count` columns; `kept`: bool [rows, count], which hold a real token; None: all."""
         if self.kept is not None or kept is not None:
             old = np.ones((len(self.sequences), self.columns), np.bool_) if self.kept is None else self.kept
             new = np.ones((len(self.sequences), count), np.bool_) if kept is None else kept
@@ -114,22 +118,22 @@ class PagedState:
         self.columns += count
 
     def written(self, count: int) -> None:
-        """The one row got `count` more tokens by way of its blocks."""
+        """Records that `count` tokens were added to the blocks of the only row."""
         self._write_table(0)
         self.add_columns(count, None)
 
     def only(self, rows: list[int]) -> Bool:
-        """bool [all rows, 1]: one new column that these rows have."""
+        """`kept` of one new column in which only these rows have a token, bool [all rows, 1]."""
         column = np.zeros((len(self.sequences), 1), np.bool_)
         column[rows] = True
         return column
 
     def forget(self) -> None:
-        """Lets go of the blocks that no later token sees."""
+        """Frees the blocks that are visible to no later token."""
         if any(sequence.forgettable for sequence in self.sequences):
             with self.arena.locked():
-                gone = [row for row, sequence in enumerate(self.sequences) if sequence.forget()]
-            for row in gone:
+                changed = [row for row, sequence in enumerate(self.sequences) if sequence.forget()]
+            for row in changed:
                 self._write_table(row)
 
     def _write_table(self, row: int) -> None:
@@ -141,13 +145,14 @@ class PagedState:
         self._tables[row, : len(blocks)] = blocks
 
     def tables(self, rows: list[int] | None = None) -> Int32:
-        """int32 [rows, max_blocks]; what lies past a sequence's own blocks has no meaning."""
+        """Block tables, int32 [rows, max_blocks]; entries after a sequence's last block are undefined."""
         return self._tables if rows is None else self._tables[rows]
 
     def crop_rows(self, tokens: list[int]) -> None:
-        """Keeps the first `tokens[i]` real tokens of each row.
+        """Removes all but the first `tokens[i]` real tokens of row i.
 
-        Raises: ForgottenError, with nothing changed.
+        Raises:
+            ForgottenError: tokens that would be needed again were dropped from the cache; nothing was changed.
         """
         with self.arena.locked():
             for sequence, count in zip(self.sequences, tokens, strict=True):
@@ -156,49 +161,56 @@ class PagedState:
                 sequence.crop(count)
 
     def restore(self, tokens: list[int]) -> None:
-        """The same after a step that failed; empties the cache where what it was is gone."""
+        """Like `crop_rows`, after a failed step; clears the cache if its earlier state cannot be restored."""
         try:
             self.crop_rows(tokens)
         except ForgottenError:
             self.clear()
 
     def crop_columns(self, keep: int) -> None:
-        """Keeps the first `keep` columns of every row.
+        """Removes all but the first `keep` columns of every row.
 
-        Raises: ForgottenError, with nothing changed.
+        Raises:
+            ForgottenError: as in `crop_rows`.
         """
         kept = None if self.kept is None else self.kept[:, :keep]
         self.crop_rows([keep] * len(self.sequences) if kept is None else [int(row.sum()) for row in kept])
         self.columns, self.kept = keep, kept
 
     def select(self, rows: list[int]) -> None:
-        """Row i becomes a copy of old row rows[i], with blocks shared until one of them writes."""
+        """Replaces row i by a copy of the previous row rows[i]; copies share blocks until one of them writes."""
         with self.arena.locked():
-            made = [self.sequences[row].fork() for row in rows]
+            copies = [self.sequences[row].fork() for row in rows]
             for sequence in self.sequences:
                 sequence.free()
-        self.replace(made, None if self.kept is None else self.kept[rows])
+        self.replace(copies, None if self.kept is None else self.kept[rows])
         self.reach = self.reach[rows]
 
     def fork(self) -> PagedState:
+        """A copy that shares the blocks until one of the two writes."""
         twin = PagedState(self.arena)
         with self.arena.locked():
-            made = [sequence.fork() for sequence in self.sequences]
-        twin.replace(made, None if self.kept is None else self.kept.copy())
+            copies = [sequence.fork() for sequence in self.sequences]
+        twin.replace(copies, None if self.kept is None else self.kept.copy())
         twin.columns, twin.recording, twin.steps = self.columns, self.recording, self.steps
         twin.length, twin.reach = self.length, self.reach.copy()
         return twin
 
     def clear(self) -> None:
+        """Removes all sequences and frees their blocks."""
         self.arena.reclaim(list(self.sequences))
         self.replace([], None)
         self.columns, self.length, self.reach = 0, None, np.zeros(0, np.int32)
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer of a `PagedCache`, for those who look at layers. `keys` and `values` are read out of the blocks: float32 copies
-    [rows, kv_heads, columns, head_dim], zero in padding and where tokens were forgotten. Of a latent cache they are what
-    Transformers caches there: latents [rows, 1, columns, rank], and turned keys [rows, 1, columns, rope]."""
+    """One layer of a `PagedCache`, with the interface of Transformers' cache layers.
+
+    Attributes:
+        keys, values: float32 copies of the blocks' contents [rows, kv_heads, columns, head_dim], zero for padding and dropped
+            tokens. With latent attention, as in Transformers: latents [rows, 1, columns, rank], and rotated keys
+            [rows, 1, columns, rope].
+    """
 
     is_compileable = False
     is_croppable = True
@@ -220,9 +232,9 @@ class PagedLayer(CacheLayerMixin):
     def _read(self, which: int) -> torch.Tensor:
         state, rows = self.state, []
         for i, sequence in enumerate(state.sequences):
-            found = self._of_sequence(sequence)[which]
-            row = found.new_zeros(found.shape[0], state.columns, found.shape[2])
-            row[:, slice(None) if state.kept is None else torch.from_numpy(state.kept[i])] = found
+            states = self._of_sequence(sequence)[which]
+            row = states.new_zeros(states.shape[0], state.columns, states.shape[2])
+            row[:, slice(None) if state.kept is None else torch.from_numpy(state.kept[i])] = states
             rows.append(row)
         return torch.stack(rows) if rows else torch.empty(0, dtype=torch.float32, device="cpu")
 
@@ -237,15 +249,15 @@ class PagedLayer(CacheLayerMixin):
         if arena.latent is None:
             assert second is not None
             return first, second
-        latent, turned = first[None, :, : arena.latent.rank], first[None, :, arena.latent.rank :]
-        return latent, torch.cat((turned[..., 0::2], turned[..., 1::2]), -1) if arena.latent.paired else turned
+        latent, rotated = first[None, :, : arena.latent.rank], first[None, :, arena.latent.rank :]
+        return latent, torch.cat((rotated[..., 0::2], rotated[..., 1::2]), -1) if arena.latent.paired else rotated
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: blocks are taken as tokens come."""
+        """Does nothing: blocks are allocated when tokens are added."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedRequestError(
-            "a PagedCache is written by the plan only, and this call needs Transformers' own forward; begin again without a "
+            "only the plan can write to a PagedCache, but this call needs Transformers' own forward; start again without a "
             "cache, or pass a transformers.DynamicCache() from the first call on"
         )
 
@@ -260,16 +272,16 @@ class PagedLayer(CacheLayerMixin):
 
 
 def _opened(rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Rows [..., tokens, width] with `count` of zeros put in at token `start`."""
-    before, behind = rows.tensor_split((start,), -2)
-    return torch.cat((before, rows.new_zeros(*rows.shape[:-2], count, rows.shape[-1]), behind), -2)
+    """`rows` [..., tokens, width] with `count` rows of zeros inserted at token `start`."""
+    before, after = rows.tensor_split((start,), -2)
+    return torch.cat((before, rows.new_zeros(*rows.shape[:-2], count, rows.shape[-1]), after), -2)
 
 
 class PagedCache(Cache):
-    """A model's paged KV cache; `generate` makes one for each call, and `model(..., cache=...)` takes one.
+    """A paged KV cache of a model; `generate` creates one for each call, and `model(..., cache=...)` accepts one.
 
-    Its blocks go back to the model's arena when it is garbage collected, or at `reset()`. `copy.deepcopy` shares the blocks
-    until one of the two writes.
+    Its blocks return to the model's arena when it is garbage collected, or at `reset()`. A copy from `copy.deepcopy` shares the
+    blocks until one of the two writes.
 
     Args:
         model: an optimised model.
@@ -298,7 +310,7 @@ class PagedCache(Cache):
         return True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -n columns of every row; a positive n is the number of columns to keep, as it used to be."""
+        """Removes the last -n columns of every row; a positive n is the number of columns to keep (the older convention)."""
         state, n = self.state, int(tokens_to_remove)
         keep = max(state.columns + n, 0) if n <= 0 else min(n, state.columns)
         if keep < state.columns:

@@ -1,10 +1,10 @@
-"""An optimised model's `generate`.
+"""The `generate` method of an optimised model.
 
-A plain request (greedy or sampling, any logits processors and stopping criteria, a streamer) goes through Transformers' own
-preparation and then a loop of ours, which drives the plan without building model inputs, masks and outputs at every token; with
-`use_mtp`, `prompt_lookup_num_tokens` or a `proposer`, the loop of `speculation.py`. Everything else (beams, assistants, ...)
-runs Transformers' loops over the plan's forward. Given equal logits both choose the same tokens, and, without drafts, draw the
-same random numbers.
+A plain request (greedy or sampling, any logits processors and stopping criteria, a streamer) is prepared by Transformers and
+run by the loop here, which drives the plan without building model inputs, masks and outputs for every token; with `use_mtp`,
+`prompt_lookup_num_tokens` or a `proposer`, by the loop in `speculation.py`. Everything else (beam search, assistant models,
+...) runs Transformers' loops over the plan's forward. Given equal logits, both choose the same tokens, and without drafts they
+draw the same random numbers.
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ from ..compat import CACHE_NAMES, cache_name
 from .cache import PagedCache, PagedState
 from .checks import check_generation, check_prompt, unserved_mask
 from .loop import ContextLimit, RowStops, next_positions, prefill
-from .speculation import speculative_sample, wanted_drafts
+from .speculation import requested_drafts, speculative_sample
 from .steps import DecodeSteps
 
 _SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
-_HANDS_OFF = ("assistant_model", "synced_gpus", "custom_generate")
+_TRANSFORMERS_ONLY = ("assistant_model", "synced_gpus", "custom_generate")
 
 
 class PlanGenerate(Replacement):
-    """`model.generate`. Takes what the class's own takes, and `proposer`: an `engine.speculative.base.Proposer`."""
+    """`model.generate`: the arguments of the class's `generate`, and `proposer`, an `engine.speculative.base.Proposer`.
+
+    Raises:
+        ValueError: the prompt or a generation option is not valid.
+        UnsupportedRequestError: the plan would have to serve the request, but cannot.
+    """
 
     replaces = "generate"
 
@@ -57,18 +62,18 @@ class PlanGenerate(Replacement):
         if (mask_reason := unserved_mask(call.get("attention_mask"))) is not None:
             if isinstance(cache, PagedCache):
                 raise UnsupportedRequestError(
-                    f"the plan cannot continue this prompt ({mask_reason}), and only it can use a PagedCache; pad on the left, "
-                    "or pass a transformers.DynamicCache()"
+                    f"the plan cannot continue this prompt ({mask_reason}), and a PagedCache can be used only by the plan; pad "
+                    "on the left, or pass a transformers.DynamicCache()"
                 )
-            self.runtime.warn_once(f"{mask_reason}: Transformers' own loop and forward serve such prompts, slower")
+            self.runtime.warn_once(f"{mask_reason}: such prompts run on Transformers' own loop and forward, which is slower")
             reason = mask_reason
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
-            self._may_go_beyond(longest)
-            return self._handed_on(call, config, proposer)  # the forward says why it is slower
-        most, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
-        drafts = wanted_drafts(self.runtime, config, most, schedule, proposer)
+            self._warn_beyond_context(longest)
+            return self._by_transformers(call, config, proposer)  # the forward warns about the reason
+        max_drafts, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
+        drafts = requested_drafts(self.runtime, config, max_drafts, schedule, proposer)
         if not config.use_cache or not (cache is None or isinstance(cache, PagedCache)):
-            return self._handed_on(call, config, proposer)
+            return self._by_transformers(call, config, proposer)
         if cache is None:
             for name in CACHE_NAMES:
                 call.pop(name, None)
@@ -88,10 +93,10 @@ class PlanGenerate(Replacement):
             return self._original(model, **_without(call, model, "use_mtp", "prompt_lookup_num_tokens"), custom_generate=loop)
         criteria = StoppingCriteriaList(call.get("stopping_criteria") or ())
         call["stopping_criteria"] = StoppingCriteriaList([*criteria, ContextLimit(self.runtime.graph.max_positions)])
-        return self._handed_on(call, config, proposer)
+        return self._by_transformers(call, config, proposer)
 
-    def _handed_on(self, call: dict[str, Any], config: Any, proposer: Any) -> Any:
-        """Transformers' own `generate`. Its MTP layers would be read from the checkpoint anew, so it gets none."""
+    def _by_transformers(self, call: dict[str, Any], config: Any, proposer: Any) -> Any:
+        """Runs Transformers' own `generate`, without MTP: it would load the MTP layers from the checkpoint again."""
         model = self.runtime.model
         if config.use_mtp or proposer is not None:
             call = _without(call, model, "use_mtp")
@@ -99,35 +104,37 @@ class PlanGenerate(Replacement):
         return self._original(model, **call)
 
     def _longest(self, call: dict[str, Any], config: Any, inputs: Any) -> int:
-        """Columns that a row may come to have, as Transformers will settle it."""
+        """Maximum number of columns of a row, computed as Transformers does."""
         columns = 1 if inputs is None else int(inputs.shape[1])
         if config.max_new_tokens is not None:
             return columns + int(config.max_new_tokens)
         if (given := _given(call, self.runtime.model, "max_length")) is not None:
             return int(given)
         if self.runtime.graph.max_positions > self.runtime.model.config.max_position_embeddings:
-            call["max_new_tokens"] = config.max_length  # the default would end at the trained length, and there is more room
+            call["max_new_tokens"] = (
+                config.max_length
+            )  # Transformers' default ends at the trained length; the context is longer
         return columns + int(config.max_length)
 
     def _expect(self, state: PagedState, longest: int | None) -> None:
-        """Tells a cache how long its rows may become. Those that it holds keep the frequencies that they have."""
+        """Sets the maximum length of a cache's rows. Existing rows keep their RoPE frequencies; warns if these do not fit."""
         state.length = longest
-        rope, begun = dynamic_rope(self.runtime.graph), int(state.reach.max(initial=0))
-        if rope is not None and longest is not None and begun and longest > max(begun, rope.context):
+        rope, reach = dynamic_rope(self.runtime.graph), int(state.reach.max(initial=0))
+        if rope is not None and longest is not None and reach and longest > max(reach, rope.context):
             self.runtime.warn_once(
-                f"the cache was begun for {begun} tokens, whose frequencies it keeps, and may come to hold {longest}: quality "
-                "suffers; begin it with as large a max_length"
+                f"the cache uses RoPE frequencies for {reach} tokens, but may grow to {longest} tokens, which lowers quality; "
+                "set max_length to the final length from the first call on"
             )
 
-    def _may_go_beyond(self, longest: int) -> None:
+    def _warn_beyond_context(self, longest: int) -> None:
         context = self.runtime.graph.max_positions
         if longest > context:
             self.runtime.warn_once(
-                f"Transformers' own loop goes on beyond the model's context of {context} tokens, where quality is not assured"
+                f"Transformers' own loop continues beyond the model's context of {context} tokens, where quality is not assured"
             )
 
     def _settled(self, call: dict[str, Any]) -> tuple[Any, Any]:
-        """The generation config with all defaults in, and the prompt."""
+        """The generation config with all defaults filled in, and the prompt."""
         arguments = {n: v for n, v in call.items() if n not in self._order}
         config, rest = self.runtime.model._prepare_generation_config(call.get("generation_config"), **arguments)
         inputs = call.get("inputs")
@@ -138,7 +145,7 @@ class PlanGenerate(Replacement):
     def _is_plain(self, call: dict[str, Any], config: Any) -> bool:
         return (
             self.runtime.config.fast_path
-            and not any(call.get(name) for name in _HANDS_OFF)
+            and not any(call.get(name) for name in _TRANSFORMERS_ONLY)
             and config.get_generation_mode(None) in _SERVED
             and config.assistant_early_exit is None
             and not config.output_hidden_states
@@ -149,17 +156,17 @@ class PlanGenerate(Replacement):
 
 
 def _given(call: dict[str, Any], model: Any, name: str) -> Any:
-    """A generation option as the caller or the model's generation config has it, without Transformers' default; or None."""
-    found = (call.get(name), getattr(call.get("generation_config"), name, None), getattr(model.generation_config, name, None))
-    return next((value for value in found if value is not None), None)
+    """A generation option set by the caller or in the model's generation config; None if neither sets it."""
+    values = (call.get(name), getattr(call.get("generation_config"), name, None), getattr(model.generation_config, name, None))
+    return next((value for value in values if value is not None), None)
 
 
 def _without(call: dict[str, Any], model: Any, *names: str) -> dict[str, Any]:
-    """The call with these generation options off, wherever they were set."""
+    """The call with these generation options turned off, wherever they were set."""
     call, config = dict(call), copy.deepcopy(call.get("generation_config"))
     for name in names:
         off = False if name == "use_mtp" else None
-        if config is None or getattr(model.generation_config, name):  # which fills in what is None
+        if config is None or getattr(model.generation_config, name):  # which would replace None
             call[name] = off
         else:
             call.pop(name, None)
@@ -170,12 +177,12 @@ def _without(call: dict[str, Any], model: Any, *names: str) -> dict[str, Any]:
 
 
 def _keep_stop_strings(call: dict[str, Any], config: Any) -> None:
-    """`generate` drops the tokenizer where a custom loop is given, so the criterion that needs it is made here."""
+    """Creates the stop string criterion: with a custom loop, `generate` drops the tokenizer that it needs."""
     tokenizer = call.pop("tokenizer", None)
     if config.stop_strings is None:
         return
     if tokenizer is None:
-        raise ValueError("stop_strings need the model's tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
+        raise ValueError("stop_strings requires the tokenizer; call generate(..., stop_strings=..., tokenizer=tokenizer)")
     stop = StopStringCriteria(stop_strings=config.stop_strings, tokenizer=tokenizer)
     call["stopping_criteria"] = StoppingCriteriaList([*(call.get("stopping_criteria") or ()), stop])
     call["stop_strings"] = None
@@ -195,7 +202,7 @@ def _sample(
 ) -> Any:
     """Transformers' `_sample` with the plan in place of `model(...)`.
 
-    Rows that ended are left out of the steps that follow, unless someone can see what they would have computed.
+    Rows that have ended are left out of later steps, unless the caller can observe what they would have computed.
     """
     config, stop = generation_config, RowStops(stopping_criteria)
     pad = config._pad_token_tensor
@@ -207,8 +214,8 @@ def _sample(
     logits, cache = prefill(model, input_ids, config, model_kwargs)
     logits = logits.to(input_ids.device)
     rows = input_ids.shape[0]
-    unseen = not as_dict and not logits_processor and not stop.others  # nobody can keep a step's logits
-    steps = DecodeSteps(runtime, cache.state, next_positions(model_kwargs, cache.get_seq_length(), rows), overwrite=unseen)
+    overwrite = not as_dict and not logits_processor and not stop.others  # no caller can keep a step's logits
+    steps = DecodeSteps(runtime, cache.state, next_positions(model_kwargs, cache.get_seq_length(), rows), overwrite=overwrite)
     alive = [True] * rows
     while True:
         if raw_logits is not None:
@@ -235,12 +242,12 @@ def _sample(
             break
         if drop_ended and sum(alive) < len(steps.rows):
             steps.keep([i for i, row in enumerate(steps.rows) if alive[row]])
-        made = steps.run([tokens[row] for row in steps.rows])
+        new_logits = steps.run([tokens[row] for row in steps.rows])
         if len(steps.rows) == rows:
-            logits = made.to(input_ids.device)
-        else:  # ended rows keep their old logits: drawn from, so that the others' random numbers stay the same, and padded over
+            logits = new_logits.to(input_ids.device)
+        else:  # ended rows keep their logits: sampling from them leaves the random numbers of other rows unchanged
             logits = logits.clone()
-            logits[steps.rows] = made.to(input_ids.device)
+            logits[steps.rows] = new_logits.to(input_ids.device)
     if streamer is not None:
         streamer.end()
     if not as_dict:

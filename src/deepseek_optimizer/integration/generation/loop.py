@@ -1,4 +1,4 @@
-"""What our generation loops share: the prompt's step, where rows end, where positions begin."""
+"""Shared parts of the generation loops: prefill, stopping criteria, first positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..compat import cache_name
 
 
 class ContextLimit(StoppingCriteria):
-    """Stops where the model's context ends, instead of failing there."""
+    """Stops at the end of the model's context, where the next step would fail."""
 
     def __init__(self, max_positions: int) -> None:
         self.max_positions = max_positions
@@ -29,7 +29,14 @@ class ContextLimit(StoppingCriteria):
 
 
 class RowStops:
-    """Which rows end at a token. The usual criteria cost no tensor work; others are called as Transformers calls them."""
+    """Decides which rows end at a token. The usual criteria need no tensor operations; others are called as in Transformers.
+
+    Attributes:
+        eos: ids of end-of-sequence tokens.
+        max_length: maximum number of tokens of a row, prompt included; None: no limit.
+        has_eos: whether a criterion has end-of-sequence tokens.
+        others: all other criteria.
+    """
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         self.eos: set[int] = set()
@@ -45,7 +52,7 @@ class RowStops:
                 self.others.append(criterion)
 
     def ends(self, length: int, token: int) -> bool:
-        """Whether a row of so many tokens ends at its last one, by the usual criteria."""
+        """Whether a row of `length` tokens ends at its last token by the usual criteria."""
         return token in self.eos or (self.max_length is not None and length >= self.max_length)
 
     def __call__(self, input_ids: torch.Tensor, tokens: list[int], scores: Any) -> list[bool]:
@@ -56,7 +63,10 @@ class RowStops:
 
 
 def prefill(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Logits of the last column, float32 [B, V], and the filled cache; copies of a prompt are computed once."""
+    """Processes the prompt; the copies of `num_return_sequences` are computed once.
+
+    Returns: logits of the last column, float32 [B, V], and the filled cache.
+    """
     cache = model_kwargs[cache_name()]
     copies = config.num_return_sequences
     if copies == 1 or cache.get_seq_length():
@@ -73,10 +83,11 @@ def prefill(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict
 
 
 def next_positions(model_kwargs: dict[str, Any], columns: int, rows: int) -> Any:
-    """Positions of the first generated tokens, int32 [B]: one past the prompt's last, as Transformers counts on.
+    """Positions of the first generated tokens, int32 [B]: one after the prompt's last, as in Transformers.
 
     Args:
-        columns: of the prompt, what the cache holds of it included.
+        columns: columns of the prompt, including those in the cache.
+        rows: B.
     """
     positions = model_kwargs.get("position_ids")
     if positions is None:

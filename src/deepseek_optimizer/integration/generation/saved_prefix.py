@@ -1,4 +1,4 @@
-"""What a model has read of a text, out of its prefix cache into a file, and from a file back into it."""
+"""Saves the blocks of a text in the prefix cache to a file, and loads them from there."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ from ..bind.runtime import Runtime
 from ..bind.swap import weights_of
 from ..memory.arena import Arena
 
-_SAMPLE = 4096  # bytes of each weight, at its beginning and at its end, that tell models of one shape apart
+_SAMPLE = 4096  # bytes hashed at the beginning and end of each weight, to distinguish models of the same shape
 
 
 def save_prefix(
     path: str | os.PathLike[str], runtime: Runtime, arena: Arena, prefix: PrefixCache, tokens: list[int], salt: str = ""
 ) -> int:
-    """Writes the blocks that the prefix cache has of a text's beginning. Nothing is written where it has none.
+    """Writes the prefix cache's blocks of a text to a file; writes no file if it has none.
 
     Args:
-        tokens: of the text.
-        salt: of the requests that read it.
+        path: the file to write.
+        runtime: the model's runtime.
+        arena: the memory of the blocks.
+        prefix: the prefix cache.
+        tokens: token ids of the text.
+        salt: cache salt of the requests that processed it.
 
-    Returns: tokens that were saved.
+    Returns: the number of tokens saved.
     """
     wanted = keys(tokens, salt, len(tokens) // BLOCK_TOKENS)
     with arena.locked():
@@ -66,21 +70,23 @@ def load_prefix(
     tokens: list[int] | None = None,
     salt: str = "",
 ) -> int:
-    """Reads a file's blocks into the prefix cache: all of them, or none.
+    """Loads the blocks of a file into the prefix cache: all of them, or none.
 
     Args:
-        tokens: of the text that the file should be of; None: any.
+        path: a file from `save_prefix`.
+        runtime, arena, prefix, salt: as in `save_prefix`.
+        tokens: token ids of the text that the file must belong to; None: any text.
 
-    Returns: tokens that were loaded.
+    Returns: the number of tokens loaded.
 
     Raises:
-        CheckpointError: the file is damaged, or of another model, other settings or another text.
+        CheckpointError: the file is damaged, or belongs to another model, other settings or another text.
         CacheFullError: the cache has too few blocks.
     """
     saved = open_blocks(path)
     saved.check(fingerprint(runtime), BLOCK_TOKENS, arena.store.saved_bytes)
     if tokens is not None and saved.tokens != tokens[: len(saved.tokens)]:
-        raise CheckpointError("its cache is of another text; delete it and read this one", file=path)
+        raise CheckpointError("contains the cache of another text; delete it and process this text again", file=path)
     numbers = saved.numbers
     count = len(numbers)
     with arena.locked() as manager:
@@ -92,18 +98,18 @@ def load_prefix(
     try:
         for block, data in zip(blocks, saved.blocks(), strict=True):
             arena.write_block(block, data)
-        known = keys(saved.tokens, salt, len(saved.tokens) // BLOCK_TOKENS)
+        block_keys = keys(saved.tokens, salt, len(saved.tokens) // BLOCK_TOKENS)
         with arena.locked():
             for number, block in zip(numbers, blocks, strict=True):
-                prefix.put(known[number], block)
+                prefix.put(block_keys[number], block)
     finally:
         _release(arena, blocks)
     return len(saved.tokens)
 
 
 def fingerprint(runtime: Runtime) -> dict[str, str]:
-    """What the bytes of a cache depend on, by name: the model's graph (with its RoPE and attention), its weights and their
-    formats, the cache's storage, and who computes."""
+    """Hashes or names of everything that the contents of a cache depend on: the graph (with RoPE and attention), the weights
+    and their formats, the cache's format, and the backend."""
     weights = weights_of(runtime.model, runtime.graph)
     formats = {name: w.format if isinstance(w, PackedWeight) else str(w.dtype) for name, w in weights.items()}
     return {
@@ -134,7 +140,7 @@ def _hash(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON that is the same for the same attributes, in every process."""
+    """A JSON value of a graph attribute, equal for equal attributes in every process."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [type(value).__name__, {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}]
     if isinstance(value, (np.ndarray, torch.Tensor)):
@@ -143,7 +149,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, partial):  # how dynamic RoPE makes its frequencies
+    if isinstance(value, partial):  # the frequencies of dynamic RoPE
         return [value.func.__qualname__, _plain(value.args), _plain(value.keywords)]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))

@@ -1,7 +1,8 @@
-"""Generation with drafts: `use_mtp=True`, `prompt_lookup_num_tokens=N`, or a proposer of the caller's own.
+"""Generation with speculative decoding: `use_mtp=True`, `prompt_lookup_num_tokens=N`, or the caller's `proposer`.
 
-The loop of `generate.py` with rounds of several tokens: rows of a batch get as many as they accept, and end when they end. The
-request's processors and criteria, and a streamer, see every token once, in order and with the prefix it has in plain decoding.
+The loop of `generate.py` in rounds of several tokens: each row of a batch advances by the tokens it accepts, and ends on its
+own. The request's logits processors, stopping criteria and streamer get every token once, in order and with the same prefix as
+in plain decoding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..compat import cache_name
 from .cache import PagedCache
 from .loop import ContextLimit, RowStops, next_positions, prefill
 
-# What treats each row by itself and keeps nothing from call to call.
+# Processors that treat each row separately and have no state between calls.
 _BY_ROW = tuple(
     getattr(logits_process, name)
     for name in (
@@ -43,43 +44,44 @@ _BY_ROW = tuple(
         "SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor",
     )
 )  # fmt: skip
-MAX = 3  # drafts a round, where the request names no number
+DEFAULT_DRAFTS = 3  # per round, if the request sets no number
 _CRITERIA_BY_ROW = (stopping_criteria.MaxTimeCriteria, stopping_criteria.StopStringCriteria, ContextLimit)
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """How a request wants drafts.
+    """The speculative decoding that a request asks for.
 
     Attributes:
-        most: drafts a round, at most.
-        proposer: makes the proposer, given a sampler for its drafts.
-        fixed: always as many, whether or not they pay.
+        maximum: maximum number of drafts per round.
+        proposer: creates the proposer, given a sampler for its drafts.
+        fixed: always use the maximum, whether or not it saves time.
     """
 
-    most: int
+    maximum: int
     proposer: Callable[[Sampler], Proposer]
     fixed: bool = False
 
 
-def wanted_drafts(
+def requested_drafts(
     runtime: Runtime, config: Any, given: int | None, schedule: str | None, proposer: Proposer | None
 ) -> Drafts | None:
-    """What a request asks for; None: no drafts.
+    """The speculative decoding that a request asks for; None: none.
 
     Args:
-        config: the settled generation config.
-        given, schedule: `num_assistant_tokens` and `num_assistant_tokens_schedule` of the caller's; "constant" leaves the gate
-            out. None: not given.
-        proposer: of the caller's own.
+        runtime: the model's runtime.
+        config: the complete generation config.
+        given, schedule: the caller's `num_assistant_tokens` and `num_assistant_tokens_schedule`, or None; the schedule
+            "constant" disables the gate.
+        proposer: the caller's proposer, or None.
 
     Raises:
-        UnsupportedRequestError: use_mtp, and there are no MTP layers.
+        UnsupportedRequestError: use_mtp=True, but there are no MTP layers.
     """
     fixed = schedule == "constant"
     if proposer is not None:
-        return Drafts(given or MAX, lambda _: proposer, fixed)
-    if config.prompt_lookup_num_tokens is not None:  # goes before use_mtp, as in Transformers
+        return Drafts(given or DEFAULT_DRAFTS, lambda _: proposer, fixed)
+    if config.prompt_lookup_num_tokens is not None:  # overrides use_mtp, as in Transformers
         longest = config.max_matching_ngram_size or 3
         return Drafts(config.prompt_lookup_num_tokens, lambda _: PromptLookupProposer(longest), fixed)
     if not config.use_mtp:
@@ -87,40 +89,40 @@ def wanted_drafts(
     plans = runtime.mtp_plans
     if not plans:
         raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
-    most = given or max(MAX, len(plans))
-    return Drafts(most, lambda drafter: MtpProposer([Runner(plan, runtime.arena) for plan in plans], drafter.draft), fixed)
+    maximum = given or max(DEFAULT_DRAFTS, len(plans))
+    return Drafts(maximum, lambda drafter: MtpProposer([Runner(plan, runtime.arena) for plan in plans], drafter.draft), fixed)
 
 
 def _why_no_mtp(runtime: Runtime) -> str:
     if not mtp_layers(runtime.model.config):
-        return "this model has no MTP layers; leave it out, or take drafts from the text: prompt_lookup_num_tokens=3"
+        return "this model has no MTP layers; leave it out, or use prompt_lookup_num_tokens=3"
     if runtime.config.mtp == "off":
-        return 'the MTP layers were not loaded: DeepSeekConfig(mtp="off"); load the model again with mtp="auto"'
+        return 'the MTP layers were not loaded because of DeepSeekConfig(mtp="off"); load the model with mtp="auto"'
     return (
-        "the checkpoint holds no MTP layers (model.layers.N.* behind the last), or the model was converted in memory, where "
-        "Transformers has left them out; load one that has them with load_model, or quantization_config=DeepSeekConfig(...)"
+        "the checkpoint contains no MTP layers (model.layers.N.* after the last), or the model was converted in memory after "
+        "Transformers dropped them; load a checkpoint that has them with load_model or quantization_config=DeepSeekConfig(...)"
     )
 
 
 def why_not(
     input_ids: torch.Tensor, processors: Any, stop: RowStops, config: Any, owned: bool, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why a request cannot have drafts; None if it can."""
+    """Why a request cannot use speculative decoding; None if it can."""
     if kwargs.get("inputs_embeds") is not None:
-        return "the prompt was given as embeddings"
+        return "the prompt consists of embeddings"
     if input_ids.shape[0] == 1:
         return None
     if not owned or config.return_dict_in_generate:
-        return "a cache or scores of several rows were asked for, which then have unequal lengths"
-    for found, known in ((processors, _BY_ROW), (stop.others, _CRITERIA_BY_ROW)):
-        other = next((type(f).__name__ for f in found if type(f) not in known), None)
+        return "a cache or scores of several rows were requested, whose lengths would differ"
+    for used, supported in ((processors, _BY_ROW), (stop.others, _CRITERIA_BY_ROW)):
+        other = next((type(f).__name__ for f in used if type(f) not in supported), None)
         if other is not None:
             return f"{other} may need all rows of the batch at once"
     return None
 
 
 def _of_row(processor: Any, row: int) -> Any:
-    """A processor of `_BY_ROW` for one row: since 5.24 the repetition penalty knows the prompt of each."""
+    """A processor of `_BY_ROW` for one row: since 5.24 the repetition penalty stores the prompt length of each row."""
     lengths = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(lengths, torch.Tensor) or lengths.ndim == 0:
         return processor
@@ -130,10 +132,11 @@ def _of_row(processor: Any, row: int) -> Any:
 
 
 class _Text:
-    """The ids of every row, prompt and padding included, as the request's processors and criteria see them.
+    """The ids of every row, prompt and padding included, for the request's processors and criteria.
 
     Attributes:
-        ids: int64 [B, room for more than was written].
+        ids: int64 [B, capacity].
+        prompt: columns of the prompt.
         lengths: columns of each row.
     """
 
@@ -142,24 +145,24 @@ class _Text:
         self.lengths = [self.prompt] * input_ids.shape[0]
 
     def append(self, row: int, token: int) -> None:
-        self._room(self.lengths[row] + 1)
+        self._reserve(self.lengths[row] + 1)
         self.ids[row, self.lengths[row]] = token
         self.lengths[row] += 1
 
     def prefix(self, row: int, drafted: list[int]) -> torch.Tensor:
-        """int64 [1, n]: the row, and tokens behind it that are not its own yet."""
+        """The row followed by drafts that are not accepted yet, int64 [1, n]."""
         length = self.lengths[row]
-        self._room(length + len(drafted))
+        self._reserve(length + len(drafted))
         if drafted:
             self.ids[row, length : length + len(drafted)] = torch.tensor(drafted, device=self.ids.device, dtype=torch.int64)
         return self.ids[row : row + 1, : length + len(drafted)]
 
-    def _room(self, columns: int) -> None:
+    def _reserve(self, columns: int) -> None:
         if columns > self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, max(columns, 64 + 2 * self.ids.shape[1]) - self.ids.shape[1]))
 
     def padded(self, pad: int) -> torch.Tensor:
-        """int64 [B, the longest]; rows that are shorter end in `pad`."""
+        """All rows, int64 [B, maximum length]; shorter rows are filled with `pad`."""
         result = self.ids[:, : max(self.lengths)].clone()
         for row, length in enumerate(self.lengths):
             result[row, length:] = pad
@@ -167,7 +170,7 @@ class _Text:
 
 
 class _Stream:
-    """Hands tokens to a streamer column by column, as soon as every row has its own."""
+    """Passes tokens to a streamer column by column, as soon as every row has a token there."""
 
     def __init__(self, streamer: Any, text: _Text, pad: int) -> None:
         self._streamer, self._text, self._pad, self._column = streamer, text, pad, text.prompt
@@ -188,7 +191,7 @@ class _Stream:
 
 
 class _Request:
-    """One call of `generate`: rows, their sequences, and what the caller asked for."""
+    """One call of `generate`: the rows, their state, and the outputs that the caller requested."""
 
     def __init__(self, runtime: Runtime, input_ids: torch.Tensor, processors: Any, stop: RowStops, config: Any) -> None:
         self.runtime, self.config, self.stop = runtime, config, stop
@@ -203,31 +206,31 @@ class _Request:
         self.alive = [True] * input_ids.shape[0]
 
     def process(self, index: int, drafted: list[int], logits: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.processors[index](self.text.prefix(index, drafted), logits.to(self.text.ids.device))
-        return found
+        scores: torch.Tensor = self.processors[index](self.text.prefix(index, drafted), logits.to(self.text.ids.device))
+        return scores
 
     @property
     def keeps_logits(self) -> bool:
         return self.scores is not None or self.logits is not None
 
     def _ends(self, row: int) -> bool:
-        """Whether a criterion of the caller's ends the row."""
+        """Whether one of the caller's criteria ends the row."""
         if not self.stop.others:
             return False
         scores = None if self.scores is None else tuple(self.scores)
         return bool(self.stop.others(self.text.prefix(row, []), scores)[0])
 
     def take(self, row: int, tokens: list[int], used: list[Any], stream: _Stream) -> int:
-        """Appends tokens up to where the row ends.
+        """Appends tokens to a row until it ends.
 
-        Returns: how many were taken.
+        Returns: the number of tokens appended.
         """
         for count, token in enumerate(tokens):
             if used:
                 raw, processed = used[count]
-                for kept, value in ((self.logits, raw), (self.scores, processed)):
-                    if kept is not None:
-                        kept.append(value)
+                for output, value in ((self.logits, raw), (self.scores, processed)):
+                    if output is not None:
+                        output.append(value)
             self.text.append(row, token)
             ended = self._ends(row)
             if ended or self.stop.ends(self.text.lengths[row], token):
@@ -252,7 +255,7 @@ def speculative_sample(
     owned: bool,
     **model_kwargs: Any,
 ) -> Any:
-    """A generation loop with drafts; `plain` is the one without, which serves what this one cannot."""
+    """The generation loop with speculative decoding. `plain` is the loop without, for requests that this one cannot serve."""
     stop, config = RowStops(stopping_criteria), generation_config
     if reason := why_not(input_ids, logits_processor, stop, config, owned, model_kwargs):
         runtime.warn_once(f"a request ran without drafts: {reason}")
@@ -264,11 +267,13 @@ def speculative_sample(
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     stream = _Stream(streamer, request.text, pad)
     sampler = Sampler(sampled=bool(config.do_sample), process=request.process if logits_processor else None)
-    plainly = all(type(p) in _BY_ROW for p in logits_processor)  # others may count their calls: drafts do without them
-    drafter = Sampler(sampled=sampler.sampled, process=request.process if logits_processor and plainly else None)
+    stateless = all(type(p) in _BY_ROW for p in logits_processor)  # others may count their calls and are not used for drafts
+    drafter = Sampler(sampled=sampler.sampled, process=request.process if logits_processor and stateless else None)
     proposer = drafts.proposer(drafter)
     sequences, logits, cache = _begin(model, request, proposer, model_kwargs)
-    decoder = SpeculativeDecoder(Runner(runtime.plan, runtime.arena), proposer, sampler, Gate(drafts.most, fixed=drafts.fixed))
+    decoder = SpeculativeDecoder(
+        Runner(runtime.plan, runtime.arena), proposer, sampler, Gate(drafts.maximum, fixed=drafts.fixed)
+    )
     limit = runtime.graph.max_positions - max(s.first_position + len(s.tokens) for s in sequences) + 1
     if stop.max_length is not None:
         limit = min(limit, stop.max_length - request.text.prompt)
@@ -287,7 +292,7 @@ def speculative_sample(
     ids = request.text.padded(pad)
     if not config.return_dict_in_generate:
         return ids
-    scores, raw = (None if kept is None else tuple(kept) for kept in (request.scores, request.logits))
+    scores, raw = (None if output is None else tuple(output) for output in (request.scores, request.logits))
     fields: dict[str, Any] = {"sequences": ids, "scores": scores, "logits": raw, cache_name(): cache}
     return GenerateDecoderOnlyOutput(**fields)
 
@@ -295,28 +300,28 @@ def speculative_sample(
 def _begin(
     model: Any, request: _Request, proposer: Proposer, model_kwargs: dict[str, Any]
 ) -> tuple[list[Sequence], torch.Tensor, PagedCache]:
-    """Runs the prompt.
+    """Processes the prompt.
 
-    Returns: a sequence a row, the logits of their next tokens [B, V], and the cache.
+    Returns: one sequence per row, the logits of their next tokens [B, V], and the cache.
     """
     ids, mask = request.text.ids, model_kwargs.get("attention_mask")
     cache: PagedCache = model_kwargs[cache_name()]
     positions = next_positions(model_kwargs, ids.shape[1], ids.shape[0])
-    copies = 1 if cache.get_seq_length() else request.config.num_return_sequences  # the prompt's step runs each of them once
+    copies = 1 if cache.get_seq_length() else request.config.num_return_sequences  # prefill computes copies once
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    prompts = [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
+    prompts = [row[mask].tolist() for row, mask in zip(ids, real, strict=True)]
     firsts = [int(p) - len(tokens) for p, tokens in zip(positions, prompts, strict=True)]
     state = cache.state
     of_prompt: dict[int, Sequence] = {}
 
-    def seen(row: int, states: torch.Tensor) -> None:
+    def follow(row: int, states: torch.Tensor) -> None:
         index = row * copies
         if row not in of_prompt:
             reach = int(state.reach[row]) or None
             of_prompt[row] = Sequence(index, prompts[index], state.sequences[row], firsts[index], reach)
         proposer.follow(of_prompt[row], states)
 
-    state.follower = seen if proposer.wants_states else None
+    state.follower = follow if proposer.wants_states else None
     try:
         logits, cache = prefill(model, ids, request.config, model_kwargs)
     finally:
@@ -344,7 +349,7 @@ def _rounds(
     while True:
         active = [s for s in sequences if request.alive[s.index]]
         room = [limit - (text.lengths[s.index] - text.prompt) for s in active]
-        if full := [s for s, r in zip(active, room, strict=True) if r <= 0]:  # `stop` has ended those of max_length
+        if full := [s for s, r in zip(active, room, strict=True) if r <= 0]:  # `stop` has already ended rows at max_length
             request.runtime.warn_once(f"generation stopped at the model's context of {context} tokens")
             for sequence in full:
                 request.alive[sequence.index] = False
@@ -358,7 +363,7 @@ def _rounds(
 
 
 def _settle(cache: PagedCache, decoder: SpeculativeDecoder, sequences: list[Sequence], text: _Text) -> None:
-    """Leaves a cache of one row as plain decoding does: all but the last token. Of several, nobody sees it."""
+    """Leaves the cache of a single row as plain decoding does, without the last token. With several rows it is not returned."""
     if len(sequences) != 1:
         return
     sequence, state = sequences[0], cache.state

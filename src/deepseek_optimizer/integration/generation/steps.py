@@ -1,4 +1,4 @@
-"""Driving a plan from Transformers' shapes: [batch, columns] with padding in, ragged steps without padding out."""
+"""Runs a plan on Transformers' batches: converts [batch, columns] with padding into ragged steps without padding."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass
 class Columns:
-    """New tokens of every row of a batch.
+    """The new tokens of all rows of a batch.
 
     Attributes:
-        ids: int32 [B, q], or None with `embeds`.
+        ids: int32 [B, q]; None with `embeds`.
         embeds: float [B, q, H], or None.
         positions: int32 [B, q], for RoPE.
-        kept: bool [B, q], the real tokens; None where all are.
-        wanted: int64 [n], ascending columns whose logits are asked for.
+        kept: bool [B, q], True for real tokens, False for padding; None: no padding.
+        wanted: int64 [n], ascending, the columns whose logits are requested.
         phase: DECODE or PREFILL.
-        hidden: whether hidden states are asked for.
-        last_hidden: whether the last of them is wanted where the others are not.
-        documents: int64 [B, q], ascending along each row: which document of its row a token belongs to, where rows pack several
-            (`documents_of`). Each document is a sequence of its own. None: each row is one sequence.
+        hidden: whether hidden states of all layers are requested.
+        last_hidden: whether those of the last layer alone are requested.
+        documents: int64 [B, q], ascending along each row, the document of its row that a token belongs to, if rows pack several
+            (see `documents_of`). Each document is a separate sequence. None: each row is one sequence.
     """
 
     ids: Int32 | None
@@ -44,7 +44,7 @@ class Columns:
     documents: Int64 | None = None
 
     def sequences(self) -> list[tuple[int, Int64]]:
-        """Of each sequence, in order: its row, and the columns of its real tokens."""
+        """The row of each sequence and the columns of its real tokens, in order."""
         rows, q = self.positions.shape
         every = np.arange(q)
         if self.documents is None:
@@ -57,14 +57,14 @@ class Columns:
 
 
 def documents_of(positions: Int32) -> Int64 | None:
-    """Which document each token of packed rows belongs to. A new one begins where a position is not its predecessor's plus one:
-    Transformers' rule (`masking_utils.find_packed_sequence_indices`).
+    """The document that each token of packed rows belongs to. A document begins where a position is not its predecessor's plus
+    one, as in Transformers (`masking_utils.find_packed_sequence_indices`).
 
     Args:
         positions: int32 [B, q].
 
     Returns:
-        int64 [B, q], ascending from 0 along each row; None where every row is one document.
+        int64 [B, q], ascending from 0 along each row; None if every row is one document.
     """
     breaks = np.diff(positions, axis=1) != 1
     if not breaks.any():
@@ -73,8 +73,14 @@ def documents_of(positions: Int32) -> Int64 | None:
 
 
 @dataclass
-class _Piece:
-    """Real tokens of one sequence: its number, its row, their columns, and how many tokens of it came before in this call."""
+class _Chunk:
+    """Real tokens of one sequence in a step.
+
+    Attributes:
+        sequence, row: indices of the sequence and its row.
+        columns: the tokens' columns.
+        before: number of the sequence's tokens in earlier steps of this call.
+    """
 
     sequence: int
     row: int
@@ -83,13 +89,13 @@ class _Piece:
 
 
 def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs all new tokens, in steps of at most `config.prefill_chunk`, and adds them to the cache.
+    """Runs all new tokens in steps of at most `config.prefill_chunk` tokens, and adds them to the cache.
+
+    After an error the cache is as before, or empty if tokens of that state were already dropped.
 
     Returns:
-        logits float32 [B, n, V] in the order of `wanted`, zero for padding; hidden float32 [layers + 1, B, q, H], of the last
-        alone [1, B, q, H], or None.
-
-    An error leaves the cache as it was; or empty, where the call had already made it forget some of that.
+        logits, float32 [B, n, V] in the order of `wanted`, zero for padding; hidden states, float32 [layers + 1, B, q, H],
+        those of the last layer alone [1, B, q, H], or None.
     """
     rows, q = new.positions.shape
     model, plan = runtime.graph, runtime.plan
@@ -100,30 +106,30 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     if new.hidden or new.last_hidden:
         count = model.hidden_states if new.hidden else 1
         hidden = torch.zeros(count, rows, q, model.hidden_size, dtype=torch.float32, device="cpu")
-    place = np.full(q, -1, np.int64)  # column -> its place in the logits
+    place = np.full(q, -1, np.int64)  # column -> index in the logits
     place[new.wanted] = np.arange(len(new.wanted))
     state.forget()
     try:
-        for pieces in _chunks(new.sequences(), runtime.config.prefill_chunk):
-            batch, targets = _batch(state, new, pieces, before, place, reach)
-            made = state.arena.run(plan, batch)
+        for chunks in _steps(new.sequences(), runtime.config.prefill_chunk):
+            batch, targets = _batch(state, new, chunks, before, place, reach)
+            output = state.arena.run(plan, batch)
             if state.follower is not None:
-                assert made.last_hidden is not None
+                assert output.last_hidden is not None
                 ends = np.cumsum(batch.query_len)
-                for piece, end in zip(pieces, ends, strict=True):
-                    state.follower(piece.row, made.last_hidden[end - len(piece.columns) : end])
-            if len(targets) == rows * len(new.wanted):  # one step gave everything, in order
-                logits = made.logits.view(rows, len(new.wanted), model.vocab_size)
+                for chunk, end in zip(chunks, ends, strict=True):
+                    state.follower(chunk.row, output.last_hidden[end - len(chunk.columns) : end])
+            if len(targets) == rows * len(new.wanted):  # one step computed everything, in order
+                logits = output.logits.view(rows, len(new.wanted), model.vocab_size)
             elif len(targets):
                 if logits is None:
-                    logits = made.logits.new_zeros(rows, len(new.wanted), model.vocab_size)
-                logits.view(-1, model.vocab_size)[torch.from_numpy(targets)] = made.logits
+                    logits = output.logits.new_zeros(rows, len(new.wanted), model.vocab_size)
+                logits.view(-1, model.vocab_size)[torch.from_numpy(targets)] = output.logits
             if hidden is not None:
-                flat = np.concatenate([p.row * q + p.columns for p in pieces])
-                hidden = hidden.to(made.logits.device)
-                made_hidden = made.hidden if new.hidden else made.last_hidden
-                assert made_hidden is not None
-                hidden.view(len(hidden), rows * q, -1)[:, torch.from_numpy(flat)] = made_hidden
+                flat = np.concatenate([c.row * q + c.columns for c in chunks])
+                hidden = hidden.to(output.logits.device)
+                states = output.hidden if new.hidden else output.last_hidden
+                assert states is not None
+                hidden.view(len(hidden), rows * q, -1)[:, torch.from_numpy(flat)] = states
             if not state.verifies:
                 state.forget()
     except BaseException:
@@ -135,53 +141,54 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     return logits, hidden
 
 
-def _chunks(sequences: list[tuple[int, Int64]], limit: int) -> Iterator[list[_Piece]]:
-    """Cuts the batch into steps of at most `limit` tokens, sequence after sequence."""
-    pieces: list[_Piece] = []
+def _steps(sequences: list[tuple[int, Int64]], limit: int) -> Iterator[list[_Chunk]]:
+    """Splits the batch into steps of at most `limit` tokens, sequence by sequence."""
+    chunks: list[_Chunk] = []
     room = limit
     for sequence, (row, columns) in enumerate(sequences):
         begin = 0
         while begin < len(columns):
             take = min(room, len(columns) - begin)
-            pieces.append(_Piece(sequence, row, columns[begin : begin + take], begin))
+            chunks.append(_Chunk(sequence, row, columns[begin : begin + take], begin))
             begin, room = begin + take, room - take
             if room == 0:
-                yield pieces
-                pieces, room = [], limit
-    if pieces:
-        yield pieces
+                yield chunks
+                chunks, room = [], limit
+    if chunks:
+        yield chunks
 
 
 def _reach(state: PagedState, new: Columns, context: int) -> Int32:
-    """int32 [B]: for how many tokens each row's frequencies are made; for good where a row begins and its length is known."""
+    """The number of tokens that each row's RoPE frequencies are computed for, int32 [B]; fixed at a row's first token if its
+    length is known."""
     rows, q = new.positions.shape
     kept = np.ones((rows, q), np.bool_) if new.kept is None else new.kept
     highest = np.where(kept, new.positions, 0).max(1) + 1
     if new.documents is not None:
-        return highest  # packed rows have no cache: nothing goes on from here
+        return highest  # packed rows have no cache and are not continued
     first, begins = kept.argmax(1), kept.any(1) & np.array([s.tokens == 0 for s in state.sequences])
     if begins.any():
-        begun = 0
+        reach = 0
         if state.length is not None:
             start = new.positions[np.arange(rows), first] - state.columns - first  # position of column 0
-            begun = np.clip(start + state.length, 1, context)
-        state.reach = np.where(begins, begun, state.reach).astype(np.int32)
+            reach = np.clip(start + state.length, 1, context)
+        state.reach = np.where(begins, reach, state.reach).astype(np.int32)
     return np.where(state.reach > 0, state.reach, highest).astype(np.int32)
 
 
 def _batch(
-    state: PagedState, new: Columns, pieces: list[_Piece], before: list[int], place: Int64, reach: Int32
+    state: PagedState, new: Columns, chunks: list[_Chunk], before: list[int], place: Int64, reach: Int32
 ) -> tuple[StepBatch, Int64]:
-    """One step, and where each of its logit rows goes in [B * n]. Takes the blocks."""
-    rows, sequences = [p.row for p in pieces], [p.sequence for p in pieces]
-    counts = np.array([len(p.columns) for p in pieces], np.int32)
+    """The batch of one step, with its blocks allocated, and the index in [B * n] of each of its rows of logits."""
+    rows, sequences = [c.row for c in chunks], [c.sequence for c in chunks]
+    counts = np.array([len(c.columns) for c in chunks], np.int32)
     with state.arena.locked():
-        for piece in pieces:
-            state.append(piece.sequence, len(piece.columns))
+        for chunk in chunks:
+            state.append(chunk.sequence, len(chunk.columns))
     row_of = np.repeat(np.array(rows), counts)
-    column_of = np.concatenate([p.columns for p in pieces])
-    goes_to = place[column_of]
-    wanted = np.flatnonzero(goes_to >= 0)
+    column_of = np.concatenate([c.columns for c in chunks])
+    target = place[column_of]
+    wanted = np.flatnonzero(target >= 0)
     n = int((place >= 0).sum())
     embeds = None
     if new.embeds is not None:
@@ -190,8 +197,8 @@ def _batch(
         token_ids=np.zeros(len(row_of), np.int32) if new.ids is None else new.ids[row_of, column_of],
         positions=new.positions[row_of, column_of],
         query_len=counts,
-        context_len=np.array([before[p.sequence] + p.before for p in pieces], np.int32),
-        phase=np.full(len(pieces), new.phase, np.int32),
+        context_len=np.array([before[c.sequence] + c.before for c in chunks], np.int32),
+        phase=np.full(len(chunks), new.phase, np.int32),
         block_table=state.tables(sequences),
         logit_rows=wanted.astype(np.int32),
         inputs_embeds=embeds,
@@ -199,15 +206,17 @@ def _batch(
         last_hidden=state.follower is not None or new.last_hidden,
         reach=reach[rows],
     )
-    return batch, row_of[wanted] * n + goes_to[wanted]
+    return batch, row_of[wanted] * n + target[wanted]
 
 
 class DecodeSteps:
-    """One token a row at a time, with every array made once: what the generation loop drives.
+    """Decode steps of one token per row, with arrays that are allocated once; used by the generation loop.
 
     Args:
-        positions: int32 [B], of the next token of each row.
-        overwrite: a step may write its logits over those of the step before.
+        runtime: the model's runtime.
+        state: the cache.
+        positions: int32 [B], position of each row's next token.
+        overwrite: whether a step may overwrite the logits of the previous step.
     """
 
     def __init__(self, runtime: Runtime, state: PagedState, positions: Int32, *, overwrite: bool = False) -> None:
@@ -227,11 +236,11 @@ class DecodeSteps:
 
     @property
     def next_position(self) -> int:
-        """The highest position the next step uses."""
+        """The highest position in the next step."""
         return int(np.max(self.batch.positions)) + 1
 
     def keep(self, alive: list[int]) -> None:
-        """Leaves out rows that are finished; `alive` are places among the present rows."""
+        """Drops rows that have ended; `alive`: indices of the others among the current rows."""
         b = self.batch
         self.rows = [self.rows[i] for i in alive]
         self.batch = StepBatch(
@@ -241,7 +250,7 @@ class DecodeSteps:
         )  # fmt: skip
 
     def run(self, tokens: list[int]) -> torch.Tensor:
-        """tokens: one a row -> logits float32 [rows, V]."""
+        """Runs a step with one token per row; returns the logits of the next tokens, float32 [rows, V]."""
         state, b = self.state, self.batch
         if state.append_one(self.rows):
             b.block_table = state.tables() if len(self.rows) == len(state.sequences) else state.tables(self.rows)
