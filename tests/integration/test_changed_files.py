@@ -83,7 +83,7 @@ def test_nothing_is_saved_of_lost_weights_and_copies_in_memory_live_on(found):
         ("load_model, overwritten", "was modified while it was being read"),
         ("load_model packed, cut", "cut short"),
         ("from_pretrained, cut", "cut short"),
-        ("from_pretrained, overwritten", "was changed while it was read"),
+        ("from_pretrained, overwritten", "was modified while it was read"),
     ],
 )
 def test_a_file_that_changes_while_it_is_loaded(found, case, words):

@@ -329,7 +329,7 @@ def test_paths_and_names(tmp_path):
     for name in (tmp_path / "none", "./none", "none.gguf", "a/b/c"):
         with pytest.raises(CheckpointError, match="does not exist"):
             load_model(name)
-    with pytest.raises(CheckpointError, match="neither a local path nor a model the hub can give"):
+    with pytest.raises(CheckpointError, match="neither a local path nor a model that the hub provides"):
         load_model("nobody-here/no-such-model")
 
 

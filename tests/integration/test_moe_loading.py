@@ -248,7 +248,7 @@ class TestFormats:
         by_load_model(v3, precision="int4", formats={"*.experts.*": "int8"}).save_pretrained(tmp_path / "m")
         by_load_model(tmp_path / "m", formats={"*.experts.*": "int8"})
         for other in ({"*.experts.*": "int4"}, {"*.nobody.*": "int8"}):
-            with pytest.raises(CheckpointError, match="packed already, in other formats"):
+            with pytest.raises(CheckpointError, match="already packed in other formats"):
                 by_load_model(tmp_path / "m", formats=other)
 
 
@@ -280,7 +280,7 @@ def test_report_of_experts_and_latents(tmp_path):
     assert (report.experts.layers, report.experts.experts, report.experts.chosen) == (2, 12, 4)
     assert report.experts.bytes == sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n)
     assert report.kv_token_bytes == 3 * 2 * (40 + 12) and report.latent
-    assert "bf16 latents, 312 bytes a token" in str(report) and "2 layers of 12, 4 a token" in str(report)
+    assert "bf16 latents, 312 bytes per token" in str(report) and "2 layers of 12, 4 per token" in str(report)
     stacks = next(row for row in report.formats if row.format == "int4")
     assert stacks.matrices == 1 + 1 + 3 * 4 + 3 + 2 * (3 * 12 + 3)  # ends, attention but kv_b, dense MLP, experts and shared
     assert report.to_dict()["experts"]["experts"] == 12

@@ -115,9 +115,9 @@ def test_what_was_chosen_is_saved_and_loaded(adapted, tmp_path):
         assert loaded.report().curve == model.report().curve
         assert loaded.dso.config.kl_budget == 0.03
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-    with pytest.raises(CheckpointError, match="packed already.*convert the original"):
+    with pytest.raises(CheckpointError, match="already packed.*convert the original"):
         load_model(tmp_path / "packed", kl_budget=0.01)
-    with pytest.raises(CheckpointError, match="packed already"):
+    with pytest.raises(CheckpointError, match="already packed"):
         load_model(tmp_path / "packed", formats={SENSITIVE: "int4"})
     load_model(tmp_path / "packed", kl_budget=0.03, formats=formats_of(model))
 

@@ -1,6 +1,6 @@
-"""`kl_budget`: formats chosen by what they cost, on a model that was packed without loss, and put in place.
+"""`kl_budget`: chooses formats by their measured KL divergence on a losslessly packed model, and repacks the model in them.
 
-Beside the model as it is, the matrices of the choice that is being measured are in memory; they become the model's own.
+Besides the model, the matrices of the choice being measured are in memory; the chosen ones become the model's own.
 """
 
 from __future__ import annotations
@@ -30,35 +30,43 @@ from ..bind.swap import matrices_of, packed_twin, sites, weights_of
 from ..model.wrapper import rebind
 from .importance import measure_importance
 
-LENGTH, COUNT = 128, 4  # KL is measured on stretches of so many tokens, from all over the text, in one step
-WEIGHED_BY = 64  # stretches of a user's text that say which columns matter; KL is measured on some of these
+LENGTH, COUNT = 128, 4  # KL is measured in one step over COUNT stretches of LENGTH tokens, spread over the text
+MAX_STRETCHES = 64  # of a user's text, to compute column importance; KL is measured on COUNT of them
 
 
 def calibration_tokens(config: DeepSeekConfig, tokenizer: Any, context: int = LENGTH) -> list[torch.Tensor]:
-    """The stretches to calibrate on, int64 [1, LENGTH] each, or of the model's context where that is shorter.
+    """The stretches of text to calibrate on.
+
+    Args:
+        config: names the calibration text; the built-in sample if it names none.
+        tokenizer: the model's tokenizer.
+        context: the model's context length; stretches are not longer.
+
+    Returns: token ids, int64 [1, min(LENGTH, context)] each.
 
     Raises:
         ConfigError: the text cannot be read, or is too short.
     """
     if config.calibration is None:
         return stretches(tokenizer, sample_text(), min(LENGTH, context), COUNT)
-    return stretches(tokenizer, read_text(config.calibration), min(LENGTH, context), WEIGHED_BY, config.calibration)
+    return stretches(tokenizer, read_text(config.calibration), min(LENGTH, context), MAX_STRETCHES, config.calibration)
 
 
 def spread(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """COUNT of the stretches, evenly spread: those that KL is measured on."""
+    """COUNT evenly spread stretches, on which KL is measured."""
     return [texts[i * len(texts) // COUNT] for i in range(COUNT)] if len(texts) > COUNT else list(texts)
 
 
 def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
-    """Gives each group of matrices the format that `config.kl_budget` leaves it.
+    """Repacks each group of matrices in the format chosen for it within `config.kl_budget`.
 
     Args:
-        model: bound, packed without loss.
-        texts: the calibration text, int64 [1, n] each. A text of the user's also weighs the rounding, as it does elsewhere.
+        model: an optimised model, packed losslessly.
+        texts: the calibration text, token ids, int64 [1, n] each. If it comes from the user, rounding minimises errors weighted
+            by the importance of columns measured on it.
 
     Raises:
-        KlBudgetError: even the best formats cost more than the budget; the model is as it was.
+        KlBudgetError: even the most precise formats exceed the budget; the model is unchanged.
     """
     runtime = runtime_of(model)
     graph, _ = plan_graph(model.config, None)
@@ -80,7 +88,7 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
 
 
 class _Trial:
-    """The model as it is, and the matrices of the choice that was last measured."""
+    """The model, and the matrices of the choice that was measured last."""
 
     def __init__(
         self,
@@ -94,20 +102,21 @@ class _Trial:
         graph, _ = plan_graph(model.config, ())
         self.weights = weights_of(model, graph)
         self.stored = {name: w for name, w in self.weights.items() if isinstance(w, PackedWeight)}
-        self.least = min_formats(graph)
+        self.minimum = min_formats(graph)
         self.packed: dict[str, PackedWeight] = {}
-        as_it_is = kv_dtype(DeepSeekConfig(), [m.format for m in self.stored.values()])
-        self.probe = Probe(backend, graph, self.weights, texts, as_it_is, runtime.compile_options)
+        lossless = kv_dtype(DeepSeekConfig(), [m.format for m in self.stored.values()])
+        self.probe = Probe(backend, graph, self.weights, texts, lossless, runtime.compile_options)
 
     def held(self, name: str, format: str | None) -> str:
-        """The format of a matrix whose group has `format`: what the user named, or its own where the other is no smaller."""
+        """The format of a matrix whose group has `format`: the user's if named, its current one if `format` is not smaller."""
         own, fixed = self.stored[name].format, self.config.named_format(name.removesuffix(".weight"))
         if fixed is not None or format is None:
             return fixed or own
-        format = larger(format, self.least.get(name, format))
+        format = larger(format, self.minimum.get(name, format))
         return format if get_format(format).bits < get_format(own).bits else own
 
     def repack(self, name: str, format: str) -> PackedWeight:
+        """The matrix or stack `name` in another format."""
         weight, importance = self.stored[name], self.importance.get(name)
         if weight.format == format:
             return weight
@@ -121,35 +130,36 @@ class _Trial:
         return PackedStack(format, *weight.shape, stack)
 
     def base(self) -> float:
-        """The KL of the cache's storage: what the user asked for, or bf16 as soon as one matrix is no longer fp32."""
+        """KL divergence caused by the KV cache's format: the user's, or bf16 once any matrix is no longer fp32."""
         kind = kv_dtype(self.config, ["int8"])
         return 0.0 if kind == self.probe.kv_dtype else self.probe.kl({}, kv_dtype=kind)
 
     def assembled(self, choice: Choice) -> dict[str, PackedWeight]:
-        """All matrices in the formats of a choice; those that the last one had too are not packed again."""
+        """All matrices in the formats of a choice; those that the previous choice had in common are reused."""
         wanted = {
             name: format
             for group, option in zip(self.groups, choice, strict=True)
             for name, format in zip(group.matrices, option.formats, strict=True)
         }
-        self.packed = {name: m for name, m in self.packed.items() if m.format == wanted[name]}  # frees before it packs
+        self.packed = {name: m for name, m in self.packed.items() if m.format == wanted[name]}  # frees memory before packing
         self.packed = {name: self.packed.get(name) or self.repack(name, format) for name, format in wanted.items()}
         return self.packed
 
     def measure(self, choice: Choice) -> float:
+        """KL divergence of a choice from the lossless model, in nats per token."""
         matrices = self.assembled(choice)
         return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config, [m.format for m in matrices.values()]))
 
 
 def _repack(matrix: PackedMatrix, format: str, backend: Backend, importance: torch.Tensor | None, tiles: torch.Tensor) -> None:
-    """Fills `tiles` with the matrix in another format, by panels of rows: it never stands in memory as floats."""
+    """Packs a matrix in another format into `tiles`, panel by panel, so that it is never in memory as floats as a whole."""
     for begin, end in panels(matrix.rows, matrix.cols):
         backend.pack(backend.unpack(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)], importance)
 
 
 def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedWeight]) -> None:
-    """Replaces the packed modules whose format changes, tied ones with one parameter again."""
-    made: dict[str, nn.Parameter] = {}
+    """Replaces the packed modules whose format changes; tied weights share a parameter again."""
+    parameters: dict[str, nn.Parameter] = {}
     for site in sites(model, plan_graph(model.config, ())[0]):
         module: Any = site.module
         formats = {leaf: matrices[weight].format for leaf, weight in site.weights.items()}
@@ -157,7 +167,7 @@ def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedWei
             continue
         twin = packed_twin(module, formats, module.dtype)
         for leaf, weight in site.weights.items():
-            setattr(twin, leaf, made.setdefault(weight, nn.Parameter(matrices[weight].data, requires_grad=False)))
+            setattr(twin, leaf, parameters.setdefault(weight, nn.Parameter(matrices[weight].data, requires_grad=False)))
         twin.training = module.training
         setattr(site.parent, site.child, twin)
 

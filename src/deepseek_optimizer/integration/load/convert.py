@@ -1,4 +1,4 @@
-"""Optimising a model that is already loaded."""
+"""Optimises a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from .quantizer import mark_quantized
 
 
 def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
-    """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
+    """Packs a model's weights, binds a plan, and warms it up with the smallest and largest batch of `config.batch_size_range`.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        UnsupportedModelError: the model has a feature that is not supported.
+    """
     earlier = model.__dict__.get("dso")
     before = earlier.bytes_before if earlier is not None else parameter_bytes(planned_module(model))
     curve = earlier.manifest.curve if earlier is not None else ()
@@ -37,7 +42,7 @@ def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
 
 
 def _own_config(model: Any) -> None:
-    """Gives a model a config that no other model shares: what optimising writes into it is true of this model only."""
+    """Gives the model its own copy of the config, because optimisation writes into it."""
     shared = model.config
     own = copy.deepcopy(shared)
     for module in model.modules():
@@ -46,7 +51,7 @@ def _own_config(model: Any) -> None:
 
 
 def _warm(runtime: Runtime, rows: int) -> None:
-    """One step of `rows` sequences over a cache of its own, whose result nobody looks at."""
+    """Runs one step of `rows` sequences over a temporary cache and discards the result."""
     store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, rows)
     runtime.plan.run(
         StepBatch(

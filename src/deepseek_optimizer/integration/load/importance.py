@@ -1,4 +1,4 @@
-"""Calibration of a load: the model as it is, run over the calibration text, says which columns of its matrices matter."""
+"""Calibration at load time: runs the lossless model over a text to measure which columns of its matrices matter."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ from ..bind.packed_experts import PackedExperts
 from ..bind.runtime import runtime_of
 from ..bind.swap import sites
 
-UNUSED = "the calibration text was not used: no matrix is rounded to " + " or ".join(sorted(WEIGHED))
+UNUSED = "the calibration text was not used, because no matrix is rounded to " + " or ".join(sorted(WEIGHED))
 
 
 def importance_for(
     checkpoint: Checkpoint, settings: DeepSeekConfig, formats: Mapping[str, str | None], load_original: Callable[[], Any]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Column importance by weight name, as `quant.Packer` has it, where `settings` ask for it and a format reads it; and notes.
+    """Column importance by weight name (see `quant.Packer`), if `settings` request calibration and a format uses it.
 
     Args:
-        formats: weight name -> the format it will be packed in, None for what is not packed.
-        load_original: loads the model without loss; it is dropped again before this returns.
+        checkpoint: the checkpoint to load.
+        settings: the settings of the load.
+        formats: the format of each weight; None for plain tensors.
+        load_original: loads the model losslessly; it is freed before this function returns.
+
+    Returns: importance by weight name, empty if unused; and notes for the user.
 
     Raises:
         ConfigError: the calibration text cannot be read, or is too short.
@@ -42,7 +46,7 @@ def importance_for(
         return {}, [UNUSED]
     length = min(LENGTH, checkpoint.config().get("max_position_embeddings", LENGTH))
     texts = stretches(load_tokenizer(checkpoint), read_text(settings.calibration), length, source=settings.calibration)
-    original = load_original()  # shows a bar of its own
+    original = load_original()  # shows its own progress bar
     with show_progress("Calibrating") as progress:
         return measure_importance(original, texts, progress), []
 
@@ -50,22 +54,24 @@ def importance_for(
 def measure_importance(
     model: Any, texts: Sequence[torch.Tensor], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Float32 [K], of mean 1, for each matrix that products read, and for each stack of experts, whose matrices share it; an
-    embedding that no head shares has none.
+    """Importance of each column of the model's matrices: the mean square of its input, scaled to mean 1.
 
     Args:
-        model: optimised, packed without loss.
+        model: an optimised model, packed losslessly.
         texts: token ids, int64 [1, n] each.
-        progress: called after each text with how many are done, and how many there are.
+        progress: called after each text with the number done and the total.
+
+    Returns: float32 [K] by weight name, for each matrix of a product and each stack of experts, whose matrices share it; none
+        for an embedding without a tied head.
     """
-    found = sites(model, runtime_of(model).graph)
+    packable = sites(model, runtime_of(model).graph)
     head, columns = model.get_output_embeddings(), ColumnSquares()
-    read_by_head = [site.weights["weight"] for site in found if site.module is head and isinstance(head, nn.Linear)]
+    read_by_head = [site.weights["weight"] for site in packable if site.module is head and isinstance(head, nn.Linear)]
     readers: dict[str, nn.Module] = {
-        site.weights["weight"]: site.module for site in found if isinstance(site.module, nn.Linear)
+        site.weights["weight"]: site.module for site in packable if isinstance(site.module, nn.Linear)
     }
-    experts = [site for site in found if isinstance(site.module, PackedExperts)]
-    readers |= {site.weights["gate_up_proj"]: site.module for site in experts}  # of all: every token goes to as many
+    experts = [site for site in packable if isinstance(site.module, PackedExperts)]
+    readers |= {site.weights["gate_up_proj"]: site.module for site in experts}  # shared by all experts of a layer
     with one_torch_thread(), torch.inference_mode(), ExitStack() as watching:
         watching.enter_context(columns.watching({name: m for name, m in readers.items() if name not in read_by_head}))
         for site in experts:
@@ -73,7 +79,7 @@ def measure_importance(
         for done, ids in enumerate(texts, 1):
             hidden = model.base_model(ids, use_cache=False)[0]
             for name in read_by_head:
-                columns.add(name, hidden)  # what the head reads: its logits are not needed
+                columns.add(name, hidden)  # the head's input: its logits are not needed
             if progress is not None:
                 progress(done, len(texts))
     return columns.importance()
@@ -81,8 +87,8 @@ def measure_importance(
 
 @contextmanager
 def _listening(experts: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """What `experts` make of their gates and ups goes to `listener`. A layer's experts share the weights of down's columns: a
-    single one sees too few tokens of a short text."""
+    """Passes the inputs of the experts' down projections to `listener`. All experts of a layer share the importance of these
+    columns, because a single expert gets too few tokens of a short text."""
     experts.listener = listener
     try:
         yield

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into an optimised model: built on the meta device, filled tensor by tensor, nothing drawn at random."""
+"""Loads a checkpoint into an optimised model, which is created on the meta device and filled tensor by tensor."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
-    """See `load_model`."""
+    """Implements `load_model`, which documents the arguments; `fields` override `config`."""
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
@@ -78,22 +78,29 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
 
 
 def _check_memory(model: Any, checkpoint: Checkpoint) -> None:
-    """Raises NotEnoughMemoryError where the weights of a sketched model cannot fit; those of a packed checkpoint are mapped."""
+    """Raises NotEnoughMemoryError if the weights do not fit in memory; those of a packed checkpoint are mapped instead."""
     if isinstance(checkpoint, PackedCheckpoint):
         return
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     needed, memory = sum(tensors[name].nbytes for name in expected_tensors(model)[0]), free_memory()
     if needed > memory.free:
-        remedy = "take a smaller precision, or free memory; `dso doctor MODEL` tells what fits"
+        remedy = "choose a smaller precision, or free memory; `dso doctor MODEL` shows what fits"
         raise NotEnoughMemoryError("the model's weights", needed, memory.free, remedy, memory)
 
 
 def sketch(
     checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]
 ) -> tuple[Any, DeepSeekConfig, torch.dtype]:
-    """The model that a load would make, checked but empty: its packed modules are on the meta device. Only headers are read.
+    """Checks a checkpoint and creates its model without weights, on the meta device. Only file headers are read.
 
-    Returns: the model, its settings, and the dtype of what is not packed.
+    Args:
+        checkpoint: the checkpoint.
+        config, fields: as in `load_model`.
+
+    Returns: the model with empty packed modules, its settings, and the dtype of plain tensors.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedModelError: as in `load_model`.
     """
     raw = checkpoint.config()
     check_config(raw)
@@ -110,48 +117,48 @@ def sketch(
 
 
 def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]) -> DeepSeekConfig:
-    """The config of this load: what the checkpoint was packed with, then `config`, then `fields`."""
+    """The settings of a load: those that the checkpoint was packed with, overridden by `config`, then by `fields`."""
     if config is not None and not isinstance(config, DeepSeekConfig):
         raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
     for name, value in fields.items():
-        DeepSeekConfig.check(name, value)  # each by itself before they are compared with what is stored
+        DeepSeekConfig.check(name, value)  # each on its own, before comparing them with the stored ones
     if not isinstance(checkpoint, PackedCheckpoint):
         if section is not None and not isinstance(checkpoint, GgufCheckpoint):
             method = section.get("quant_method") if isinstance(section, dict) else section
             raise CheckpointError(
-                f"is quantised by {method!r}, which cannot be taken over; use the original", file=checkpoint.path
+                f"is quantised by {method!r}, which is not supported; use the original checkpoint", file=checkpoint.path
             )
         return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields})
     stored, manifest = DeepSeekConfig.from_dict(section).to_dict(), checkpoint.manifest
     given = {**(config.to_dict() if config else {}), **fields}
     packed = {name: stored[name] for name in ("kl_budget", "formats")}
     extension = ("context_extension", "context_length")
-    if all(given.get(name) is None for name in extension):  # its config.json is extended already, if it is
+    if all(given.get(name) is None for name in extension):  # an extension is already in its config.json
         packed |= {name: stored[name] for name in extension}
     wanted = given.get("precision", "auto")
     formats = set(manifest.formats().values())
     if wanted not in ("auto", stored["precision"]) and formats != {wanted}:
         raise CheckpointError(
-            f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead",
+            f"is packed as {', '.join(sorted(formats))}, not {wanted}; convert the original checkpoint instead",
             file=checkpoint.path,
         )
     if given.get("kl_budget") not in (None, stored["kl_budget"]) or _other_formats(given.get("formats"), manifest):
         raise CheckpointError(
-            "is packed already, in other formats: convert the original checkpoint with this kl_budget or formats instead",
+            "is already packed in other formats; convert the original checkpoint with this kl_budget or formats instead",
             file=checkpoint.path,
         )
     if given.get("calibration") not in (None, stored["calibration"]):
         raise CheckpointError(
-            "is packed already: a calibration text weighs how the original is rounded; convert the original with it",
+            "is already packed, and calibration applies only when packing; convert the original checkpoint with this text",
             file=checkpoint.path,
         )
     if wanted != "auto":
-        packed["kl_budget"] = None  # it is in one format, whatever chose it
+        packed["kl_budget"] = None  # all matrices have one format
     return DeepSeekConfig(**{**stored, **given, **packed})
 
 
 def _other_formats(given: dict[str, str] | None, manifest: Manifest) -> bool:
-    """Whether `formats` asks for others than the packed modules have, or for modules that are not there."""
+    """Whether `formats` names other formats than the packed modules have, or modules that do not exist."""
     wanted, formats = DeepSeekConfig(formats=given), manifest.formats()
     if wanted.unmatched(formats):
         return True
@@ -159,27 +166,27 @@ def _other_formats(given: dict[str, str] | None, manifest: Manifest) -> bool:
 
 
 def _empty_model(raw: dict[str, Any], settings: DeepSeekConfig, path: Path) -> Any:
-    """The model on the meta device, with the buffers that it computes from the config real."""
+    """The model on the meta device, except for the buffers that it computes from its config."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         hf_config = extended(CONFIG_MAPPING[raw["model_type"]].from_dict(raw), settings)
-        made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
         with torch.device("meta"):
-            model = made(hf_config)
+            model = model_class(hf_config)
     except DeepSeekOptimizerError:
         raise
-    except Exception as error:  # fields that only Transformers reads: it raises whatever a wrong one leads it to
+    except Exception as error:  # a wrong field that only Transformers reads may cause any error there
         raise ConfigError(f"{path}: Transformers cannot use this config: {' '.join(str(error).split())}") from error
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and any(child._buffers[b].is_meta for b in child._non_persistent_buffers_set):
-                parent._modules[name] = type(child)(config=model.config)  # rotary embeddings: buffers follow from the config
+                parent._modules[name] = type(child)(config=model.config)  # rotary embeddings: buffers computed from the config
     return model
 
 
 def _float_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of what is not packed: that of the norms as stored."""
+    """The dtype of plain tensors: that of the stored norms."""
     norms = (i for i in checkpoint.tensors.values() if len(i.shape) == 1 and i.name.endswith("layernorm.weight"))
     stored = next((_FLOATS[i.dtype] for i in norms if i.dtype in _FLOATS), None)
     return stored or torch.bfloat16
@@ -207,8 +214,18 @@ def weights_for(
     importance: Mapping[str, torch.Tensor] | None = None,
     order: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
-    """What a sketched model wants, as `stream_weights` has it; what is kept exact (`exact_weights`) as float32. `cast`: the
-    dtype of other plain tensors; None: as they are stored."""
+    """Yields the weights of a model from `sketch`, as `stream_weights` does; those in `exact_weights` as float32.
+
+    Args:
+        model: from `sketch`.
+        checkpoint: the checkpoint.
+        packer: packs a panel of rows.
+        cast: the dtype of other plain tensors; None: as stored.
+        progress, importance, order: as in `stream_weights`.
+
+    Raises:
+        CheckpointError: as in `stream_weights`; or a tied weight is stored with different values.
+    """
     exact = exact_weights(whole_graph(model))
     wanted, shapes = expected_tensors(model)
     for pair in dict(model.all_tied_weights_keys or {}).items():
@@ -217,16 +234,17 @@ def weights_for(
     ignored = not_wanted(checkpoint, model)
     streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, importance, order)
     for name, value in streamed:
-        kept = torch.float32 if name in exact else cast
-        yield name, value if isinstance(value, PackedWeight) or kept is None else value.to(kept)
-        del value  # the caller has it; nothing here may keep it alive
+        dtype = torch.float32 if name in exact else cast
+        yield name, value if isinstance(value, PackedWeight) or dtype is None else value.to(dtype)
+        del value  # only the caller may keep it alive
 
 
 def not_wanted(checkpoint: Checkpoint, model: Any) -> list[str]:
-    """Patterns of names that a checkpoint may have and a load leaves: what the model computes itself or has under another name,
-    and what of MTP layers is not wanted.
+    """Name patterns of tensors in a checkpoint that a load may ignore: those that the model computes itself, tied weights, and
+    tensors of MTP layers that are not loaded.
 
-    Raises: CheckpointError, as `stored_mtp_layers`.
+    Raises:
+        CheckpointError: as in `stored_mtp_layers`.
     """
     tied = list(model.all_tied_weights_keys or ())
     layers = stored_mtp_layers(checkpoint, model.config)
@@ -234,7 +252,7 @@ def not_wanted(checkpoint: Checkpoint, model: Any) -> list[str]:
 
 
 def _check_same(checkpoint: Checkpoint, target: str, source: str) -> None:
-    """`target`, which the config ties to `source` and the checkpoint stores as well: it must be the same."""
+    """Raises CheckpointError if `target`, which the config ties to `source`, is stored with other values."""
     if not same_tensor(checkpoint, target, source):
         raise CheckpointError(
             f"differs from {source}, though config.tie_word_embeddings is true; set it to false",
@@ -244,7 +262,11 @@ def _check_same(checkpoint: Checkpoint, target: str, source: str) -> None:
 
 
 def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
-    """Writes into a model's configs what it was loaded from; takes the checkpoint's generation config over."""
+    """Records in a model's config the path and dtype it was loaded with, and loads the checkpoint's generation config.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read.
+    """
     model.config.dtype = dtype
     model.config._name_or_path = str(path)
     from transformers import GenerationConfig
@@ -258,6 +280,6 @@ def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
 
 @contextmanager
 def show_reading(checkpoint: Checkpoint, doing: str = "Loading") -> Iterator[Callable[[LoadProgress], None]]:
-    """Shows how much of a checkpoint's files has been read; yields the callback of `stream_weights`."""
+    """Shows the progress of reading a checkpoint's files; yields the callback for `stream_weights`."""
     with show_progress(f"{doing} {checkpoint.path.name}", unit="bytes") as progress:
         yield lambda p: progress(p.done_bytes, p.total_bytes)

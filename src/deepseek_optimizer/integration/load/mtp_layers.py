@@ -1,4 +1,4 @@
-"""Layers for multi-token prediction in a checkpoint: `model.layers.{num_hidden_layers + depth}.*`, all or nothing."""
+"""Multi-token prediction layers in checkpoints: `model.layers.{num_hidden_layers + depth}.*`, complete or absent."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..bind.graphs import SHARED
 
 
 def stored_mtp_layers(checkpoint: Checkpoint, config: Any) -> list[list[str]]:
-    """The names of the tensors of each MTP layer that the checkpoint has, by depth; checked, but nothing is read.
+    """The tensor names of each MTP layer in a checkpoint, by depth. Names and shapes are checked; no tensor is read.
 
-    A checkpoint that Transformers wrote has none, whatever its config promises; one with a layer has those before it too.
+    Checkpoints written by Transformers contain none, even if their config announces some. A layer requires those before it.
 
     Args:
+        checkpoint: the checkpoint.
         config: a Transformers config object, or the content of a config.json.
 
     Raises:
-        CheckpointError: a layer is half there, or a tensor has another shape than the config makes it. It names the tensor.
+        CheckpointError: a layer is incomplete, or a tensor's shape does not match the config; the message names the tensor.
     """
     layers: int = (config if isinstance(config, dict) else config.to_dict())["num_hidden_layers"]
     prefixes = [f"model.layers.{layers + depth}." for depth in range(mtp_layers(config))]
@@ -33,36 +34,37 @@ def stored_mtp_layers(checkpoint: Checkpoint, config: Any) -> list[list[str]]:
 
 
 def _layer(checkpoint: Checkpoint, config: Any, depth: int, prefix: str) -> list[str]:
-    with torch.device("cpu"):  # from_pretrained asks inside a context that makes every tensor a meta tensor
+    with torch.device("cpu"):  # from_pretrained calls this inside a context that makes every tensor a meta tensor
         graph = build_mtp_graph(config, depth)
     shapes = weight_shapes(graph) | stack_shapes(graph)
-    found = []
+    tensors = []
     for name, shape in shapes.items():
         for tensor, expected in checkpoint.stored(name, shape).items():
             if tensor not in checkpoint.tensors:
                 if tensor.removeprefix(prefix) in SHARED or not tensor.startswith(prefix):
                     continue
                 raise CheckpointError(
-                    f"lacks {tensor}, though it has others of MTP layer {depth}; fetch it again, or set "
-                    "num_nextn_predict_layers to 0 and leave that layer's tensors out",
+                    f"lacks {tensor}, but contains others of MTP layer {depth}; download it again, or set "
+                    "num_nextn_predict_layers to 0 and remove that layer's tensors",
                     file=checkpoint.path,
                     tensor=tensor,
                 )
             if checkpoint.shape(tensor) != expected:
                 raise CheckpointError(
-                    f"has shape {checkpoint.shape(tensor)}, but the config makes it {expected}",
+                    f"has shape {checkpoint.shape(tensor)}, but the config requires {expected}",
                     file=checkpoint.info(tensor).file,
                     tensor=tensor,
                 )
-            found.append(tensor)
-    return found
+            tensors.append(tensor)
+    return tensors
 
 
 def own_tensors(checkpoint: Checkpoint, config: Any) -> list[frozenset[str]]:
-    """Of each MTP layer that the checkpoint has, those of `SHARED` that it must have for itself: a published checkpoint repeats
-    the model's embedding and head there, which then are in memory once.
+    """For each MTP layer in the checkpoint, the weights of `SHARED` that differ from the model's, so that the layer needs its
+    own. Published checkpoints repeat the model's embedding and head in the layer; these are loaded once.
 
-    Raises: as `stored_mtp_layers`.
+    Raises:
+        CheckpointError: as in `stored_mtp_layers`.
     """
     layers = stored_mtp_layers(checkpoint, config)
     count: int = config.num_hidden_layers
@@ -90,12 +92,13 @@ def same_tensor(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | None = None) -> None:
-    """Hangs empty MTP layers on a model that is on the meta device, behind its own layers and under the names that checkpoints
-    have. Transformers' forward runs `num_hidden_layers` layers and leaves them alone.
+    """Appends empty MTP layers to a model on the meta device, after its decoder layers, with the names used in checkpoints.
+    Transformers' forward runs only the first `num_hidden_layers` layers and ignores them.
 
     Args:
-        own: of each layer, as `own_tensors` finds it.
-        dtype: of their parameters; None: the default one.
+        model: the model, on the meta device.
+        own: one set for each layer, from `own_tensors`.
+        dtype: dtype of the parameters; None: torch's default.
     """
     config, layers = model.config, model.model.layers
     first = type(layers[0])
@@ -106,20 +109,20 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
     if getattr(sparse, "mlp_layer_types", None) is not None:
         sparse.mlp_layer_types = ["sparse"] * (count + len(own))
     with torch.device("meta"):
-        for depth, kept in enumerate(own):
+        for depth, leaves in enumerate(own):
             layer: Any = first(sparse, count + depth)
             hidden = config.hidden_size
             layer.enorm, layer.hnorm = (norm(hidden, eps=config.rms_norm_eps) for _ in range(2))
             layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
             layer.shared_head = nn.Module()
             layer.shared_head.norm = norm(hidden, eps=config.rms_norm_eps)
-            if "embed_tokens.weight" in kept:
+            if "embed_tokens.weight" in leaves:
                 layer.embed_tokens = nn.Embedding(config.vocab_size, hidden)
-            if "shared_head.head.weight" in kept:
+            if "shared_head.head.weight" in leaves:
                 layer.shared_head.head = nn.Linear(hidden, config.vocab_size, bias=False)
             layers.append(layer if dtype is None else layer.to(dtype))
 
 
 def ignored_keys(config: Any) -> set[str]:
-    """Patterns of what checkpoints hold of MTP layers: nothing of it is unexpected, whether or not it was wanted."""
+    """Name patterns of MTP tensors in checkpoints: Transformers must not report them as unexpected, loaded or not."""
     return {rf"(^|\.)layers\.{config.num_hidden_layers + depth}\." for depth in range(mtp_layers(config))}

@@ -1,4 +1,4 @@
-"""A packed copy of a checkpoint, made from file to file: no model is ever in memory, only the tensor that is being packed."""
+"""Writes a packed copy of a checkpoint, file to file: only the tensor being packed is in memory, never the whole model."""
 
 from __future__ import annotations
 
@@ -44,35 +44,36 @@ def pack_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Writes what `load_model(path, **fields).save_pretrained(out)` would, over several files where it is large.
+    """Writes the checkpoint that `load_model(path, **fields).save_pretrained(out)` would write, split into shards if large.
 
-    Memory: the largest tensor (a layer's experts are one or two) as packed, and a panel of rows. A calibration text needs the
-    original in memory besides, once. `out` appears at once, when all is there. A run that was killed is gone on with by the
-    next one for the same source and settings: files that are whole are kept (see `Unfinished`).
+    Memory: the largest packed tensor (the experts of a layer are one or two tensors) and a panel of rows. Calibration needs the
+    original model in memory once. `out` appears in one step when it is complete. After an interruption, the next run with the
+    same source and settings resumes: complete files are reused (see `Unfinished`).
 
     Args:
-        path, fields: as `load_model` takes them, but for `kl_budget`.
-        tokenizer: saved along, if there is one.
-        overwrite: replace `out` where it exists.
-        shard_bytes: about how large a file becomes; a layer is not split.
-        tell: takes lines for the user: what was found of an earlier run, what was rounded twice.
+        path, fields: as in `load_model`, without `kl_budget`.
+        out: the directory to write.
+        tokenizer: saved with the model, if given.
+        overwrite: replace `out` if it exists.
+        shard_bytes: approximate size of a file; layers are not split.
+        tell: called with lines for the user, such as what an earlier run left and which weights were rounded twice.
 
     Raises:
-        CheckpointError, ConfigError: as `load_model` does; or `out` exists.
-        OSError: the disk is too small, said before the first byte is written.
+        CheckpointError, ConfigError: as in `load_model`; or `out` exists.
+        OSError: the disk has too little free space; raised before anything is written.
     """
     out = Path(out)
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, None, dict(fields))
         packed = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         if settings.kl_budget is not None and packed is None:
-            raise ConfigError("kl_budget measures the whole model; load it with load_model and use save_pretrained")
+            raise ConfigError("kl_budget needs the whole model in memory; use load_model(...) and save_pretrained instead")
         cast = dtype if settings.precision == "fp32" else None
         planned = _planned(model, checkpoint, cast)
         shards = plan_shards(planned, shard_bytes)
         identity = _identity(checkpoint, settings, shards)
         directory = Unfinished(out, identity, [shard.name for shard in shards], overwrite)
-        with directory, _telling_what_stays(directory, tell), naming(out):
+        with directory, _telling_of_resumption(directory, tell), naming(out):
             if directory.news:
                 tell(directory.news)
             todo = [shard for shard in shards if shard.name not in directory.finished]
@@ -91,12 +92,12 @@ def pack_checkpoint(
 
 
 @contextmanager
-def _telling_what_stays(directory: Unfinished, tell: Callable[[str], None]) -> Iterator[None]:
+def _telling_of_resumption(directory: Unfinished, tell: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyboardInterrupt):
         if directory.finished:
-            tell(f"interrupted; the same command goes on where it was ({directory.path})")
+            tell(f"interrupted; run the same command again to resume ({directory.path})")
         raise
 
 
@@ -108,7 +109,7 @@ def _write(
     shards: Sequence[Shard],
     directory: Unfinished,
 ) -> list[str]:
-    """Writes these shards; notes for the user."""
+    """Writes the given shards; returns notes for the user."""
     if not shards:
         return []
     backend, note = choose_backend(settings, torch.device("cpu"))
@@ -128,7 +129,7 @@ def _write(
 
 
 def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> dict[str, Stored]:
-    """What will be written, on the meta device, in the model's order."""
+    """The tensors to write, on the meta device, in the model's order."""
     (formats, shapes), exact = expected_tensors(model), exact_weights(whole_graph(model))
     planned: dict[str, Stored] = {}
     for name, format in formats.items():
@@ -141,7 +142,7 @@ def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> di
 
 
 def _identity(checkpoint: Checkpoint, settings: DeepSeekConfig, shards: Sequence[Shard]) -> dict[str, Any]:
-    """What a packed copy depends on: two runs that agree in this write the same bytes."""
+    """Everything that the packed copy depends on: runs with equal identities write the same bytes."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
     facts = [(file, os.stat(file)) for file in files]
     layout = hashlib.sha256(b"".join(shard.layout.header for shard in shards))
@@ -157,9 +158,9 @@ def _identity(checkpoint: Checkpoint, settings: DeepSeekConfig, shards: Sequence
 
 
 def _check_space(out: Path, needed: int) -> None:
-    """OSError if the disk has less room than the files still to be written take."""
+    """OSError if the disk has less free space than the remaining files need."""
     free = shutil.disk_usage(Path(os.path.abspath(out)).parent).free
     if needed > free:
         raise OSError(
-            errno.ENOSPC, f"{needed / 1e9:,.1f} GB are still to be written, but {free / 1e9:,.1f} GB are free", str(out)
+            errno.ENOSPC, f"{needed / 1e9:,.1f} GB remain to be written, but only {free / 1e9:,.1f} GB are free", str(out)
         )

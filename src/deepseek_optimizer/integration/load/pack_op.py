@@ -1,4 +1,4 @@
-"""The loading operations that pack: Transformers calls them with float weights as they stream in."""
+"""Transformers' loading operations that pack weights: called with float weights as they are read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ...quant.tiles import empty_stack
 class PackWeight(ConversionOps):
     """Packs one parameter: a matrix, or the experts of a layer.
 
-    What is wrong with it is kept in `quantizer.refused` and said after loading: Transformers hides errors that are raised here.
+    Errors are collected in `quantizer.refused` and raised after loading, because Transformers hides errors raised here.
 
     Args:
-        quantizer: the `PackingQuantizer`, which knows the packer and the files that are read.
+        quantizer: the `PackingQuantizer`, which has the packer and the files being read.
     """
 
     def __init__(self, quantizer: Any) -> None:
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(  # type: ignore[override]  # of a converter's patterns, only those of experts concern us
+    def convert(  # type: ignore[override]  # only the patterns of converters for experts matter here
         self,
         input_dict: dict[str, Any],
         source_patterns: Any = (),
@@ -39,7 +39,7 @@ class PackWeight(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         assert full_layer_name is not None
         if self.quantizer.refused:
-            return {}  # nothing comes of this model
+            return {}  # loading will fail
         path, _, leaf = full_layer_name.rpartition(".")
         weight = model.get_submodule(path).held()[leaf]
         try:
@@ -61,44 +61,48 @@ class PackWeight(ConversionOps):
         tiles = empty_stack(*weight.shape, get_format(weight.format).tile_bytes)
         for i in range(weight.count):
             self._pack(matrices[i], weight.shape[1:], weight.format, tiles[i])
-            matrices[i] = None  # its memory is given back before the next is packed
+            matrices[i] = None  # its memory is freed before the next is packed
         return tiles
 
     def _pack(self, weight: torch.Tensor, shape: tuple[int, ...], format: str, out: torch.Tensor | None = None) -> torch.Tensor:
         if tuple(weight.shape) != tuple(shape):
-            raise CheckpointError(f"has shape {tuple(weight.shape)}, the config makes it {tuple(shape)}")
+            raise CheckpointError(f"has shape {tuple(weight.shape)}, but the config requires {tuple(shape)}")
         if not all_finite(weight):
-            raise CheckpointError("holds NaN or infinite weights; fetch the file again")
+            raise CheckpointError("contains NaN or infinite weights; download the file again")
         tiles: torch.Tensor = self.quantizer.packer(weight, format, out)
-        self.quantizer.mapped.was_read(weight.nbytes)  # else the whole float file would stay in memory until loading ends
+        self.quantizer.mapped.was_read(weight.nbytes)  # otherwise the whole float file would stay in memory until loading ends
         return tiles
 
 
-def experts_in_turn(found: dict[str, Any], patterns: Any, shape: StackShape) -> list[Any]:
-    """The float matrices of a stack in its order, taken out of `found`.
+def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape) -> list[Any]:
+    """The float matrices of a stack in order; they are removed from `tensors`.
 
     Args:
-        found: a list of the experts' matrices for each of a converter's `patterns` (gate, up), or one merged parameter.
+        tensors: for each of a converter's patterns (gate, up) the list of the experts' matrices, or one merged parameter.
+        patterns: the converter's patterns.
+        shape: count, rows and cols of the stack.
 
     Raises:
-        CheckpointError: there are not as many as the config makes it.
+        CheckpointError: the number or shape of the matrices does not match the config.
     """
-    lists = [found.pop(pattern) for pattern in patterns if pattern in found] or [found.pop(key) for key in list(found)]
+    lists = [tensors.pop(pattern) for pattern in patterns if pattern in tensors] or [tensors.pop(key) for key in list(tensors)]
     merged = lists[0][0] if isinstance(lists[0], list) else lists[0]
     if merged.dim() == 3:
         if merged.numel() != math.prod(shape) or merged.shape[-1] != shape[-1]:
-            raise CheckpointError(f"has shape {tuple(merged.shape)}, the config makes it {shape[0]} matrices of {shape[1:]}")
+            raise CheckpointError(
+                f"has shape {tuple(merged.shape)}, but the config requires {shape[0]} matrices of {shape[1:]}"
+            )
         return list(merged.reshape(shape))
-    if any(len(tensors) * len(lists) != shape[0] for tensors in lists):
-        raise CheckpointError(f"has {sum(map(len, lists))} matrices of experts, the config makes it {shape[0]}")
-    in_turn = [tensors[expert] for expert in range(len(lists[0])) for tensors in lists]
-    for tensors in lists:
-        tensors.clear()  # the only references are the result's
+    if any(len(matrices) * len(lists) != shape[0] for matrices in lists):
+        raise CheckpointError(f"has {sum(map(len, lists))} matrices of experts, but the config requires {shape[0]}")
+    in_turn = [matrices[expert] for expert in range(len(lists[0])) for matrices in lists]
+    for matrices in lists:
+        matrices.clear()  # only the result refers to them now
     return in_turn
 
 
 class AsStored(ConversionOps):
-    """Hands tensors on as they were collected: a list for each pattern of the converter."""
+    """Passes tensors through as they were collected: a list for each pattern of the converter."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return input_dict
@@ -109,7 +113,8 @@ class AsStored(ConversionOps):
 
 
 def unmerged(conversion: Any) -> Any:
-    """A converter that merges modules of experts into one parameter, without the merging; any other conversion as it is."""
+    """Removes the merging from a converter that merges modules of experts into one parameter; other conversions are returned
+    unchanged."""
     if isinstance(conversion, WeightConverter) and any(isinstance(op, MergeModulelist) for op in conversion.operations):
         conversion.operations = [AsStored()]
     return conversion

@@ -1,7 +1,7 @@
-"""The plug-in behind `from_pretrained(..., quantization_config=DeepSeekConfig(...))`.
+"""The Transformers quantizer behind `from_pretrained(..., quantization_config=DeepSeekConfig(...))`.
 
-Linear and embedding modules are swapped on the meta device, weights are packed one by one as Transformers streams them, and the
-plan takes over once all are there. A packed checkpoint goes the same way without packing.
+Linear, embedding and experts modules are replaced on the meta device, weights are packed one by one as Transformers reads them,
+and after loading a plan is bound to the model. A packed checkpoint is loaded in the same way, without packing.
 """
 
 from __future__ import annotations
@@ -46,29 +46,37 @@ from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_la
 from .pack_op import PackWeight, unmerged
 from .resolve import resolve
 
-_FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
+_FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config) with the same config"
 
 
 class PackingQuantizer(HfQuantizer):
-    """See the module's docstring. Registered under "deepseek_optimizer" by `register`."""
+    """Packs a model while Transformers loads it. Registered under "deepseek_optimizer" by `register`.
+
+    Args:
+        quantization_config: the settings.
+        kwargs: as in `HfQuantizer`.
+
+    Raises:
+        ConfigError: a calibration text is set, which needs the checkpoint twice.
+    """
 
     quantization_config: DeepSeekConfig
 
     def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        self.refused: list[CheckpointError] = []  # what was found wrong with parameters as they came
+        self.refused: list[CheckpointError] = []  # errors in parameters, raised after loading
         self.manifest: Manifest | None = None  # of a packed checkpoint
         if self.pre_quantized:
             return
         if self.quantization_config.calibration is not None and not self.chooses_formats:
             raise ConfigError(
-                "calibration reads the checkpoint twice, which from_pretrained does not: use load_model(path, config), or load "
-                "what `dso convert --calibration FILE` writes"
+                "calibration has to read the checkpoint twice, which from_pretrained cannot; use load_model(path, config), or "
+                "load a directory written by `dso convert --calibration FILE`"
             )
 
     @property
     def chooses_formats(self) -> bool:
-        """Whether formats are still to be chosen, for a `kl_budget`."""
+        """Whether formats have to be chosen for a `kl_budget`."""
         return self.quantization_config.kl_budget is not None and not self.pre_quantized
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -81,8 +89,8 @@ class PackingQuantizer(HfQuantizer):
         return torch.float32 if self.quantization_config.precision == "fp32" else dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The first hook that sees the config. What is wrong with it is said before a model is made from it, and what is wrong
-        with a directory's files before Transformers opens any: a pickle, an index that leads out of it."""
+        """Checks the config before a model is created from it, and a directory's files before Transformers opens any (a pickle,
+        an index that refers outside the directory). This is the first hook that gets the config."""
         check_attention_name(config, self.quantization_config)
         plan_graph(config, (), mode=self.quantization_config.attention)
         config = extended(config, self.quantization_config)
@@ -96,7 +104,7 @@ class PackingQuantizer(HfQuantizer):
         return config
 
     def update_device_map(self, device_map: Any) -> Any:
-        """One device: a plan does not span several."""
+        """Chooses a single device: a plan cannot span several."""
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
             gpu = torch.cuda.is_available() and runs_on(self.quantization_config.backend, "cuda")
             return {"": "cuda:0" if gpu else "cpu"}
@@ -104,18 +112,16 @@ class PackingQuantizer(HfQuantizer):
             raise ConfigError(f"device_map must name one device for an optimised model, got {device_map}")
         named = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
         if not torch.cuda.is_available() and any(name.isdigit() or name.startswith("cuda") for name in named):
-            raise ConfigError(
-                f'device_map {device_map} names a CUDA device, and none can be reached here; use device_map="cpu"'
-            )
+            raise ConfigError(f'device_map {device_map} names a CUDA device, but none is available; use device_map="cpu"')
         return device_map
 
     def get_new_dtype(self, *args: Any, **kwargs: Any) -> Any:
-        """Of what is packed already. Transformers has mapped the files by then, and not read them."""
+        """Called for weights that are already packed, after Transformers has mapped the files and before it reads them."""
         self.mapped.watch()
         return super().get_new_dtype(*args, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """As `get_new_dtype`, of what is to be packed."""
+        """Called for weights that are to be packed, at the same time as `get_new_dtype`."""
         self.mapped.watch()
         path, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(path)
@@ -125,8 +131,8 @@ class PackingQuantizer(HfQuantizer):
         return PackWeight(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Experts are handed to `PackWeight` one by one, as they are stored: merged first, as Transformers does it, a layer of
-        them would be in memory three times."""
+        """Passes experts to `PackWeight` one by one, as stored. If merged first, as Transformers does, the experts of a layer
+        would be in memory three times."""
         if self.pre_quantized:
             return weight_conversions
         return [unmerged(conversion) for conversion in weight_conversions]
@@ -135,8 +141,8 @@ class PackingQuantizer(HfQuantizer):
         dtype = kwargs.get("dtype") or model.dtype
         if self.chooses_formats and not has_head(model):
             raise ConfigError(
-                f"kl_budget measures logits, and {type(model).__name__} has none: choose formats with load_model or "
-                "`dso convert`, and open the packed directory with this class"
+                f"kl_budget measures logits, but {type(model).__name__} has none; choose formats with load_model or "
+                "`dso convert`, and load the packed directory with this class"
             )
         self._add_mtp_layers(model, checkpoint_files, dtype)
         if self.pre_quantized:
@@ -155,7 +161,7 @@ class PackingQuantizer(HfQuantizer):
         return model
 
     def _add_mtp_layers(self, model: Any, files: Any, dtype: torch.dtype) -> None:
-        """Those of a checkpoint that our own reader can look into."""
+        """Adds the MTP layers of a checkpoint, if this package's reader supports its files."""
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored_keys(
             model.config
         )
@@ -164,7 +170,10 @@ class PackingQuantizer(HfQuantizer):
                 add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
     def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
-        with torch.device("cpu"), open_checkpoint(resolve(config.name_or_path)) as checkpoint:  # else meta tensors
+        with (
+            torch.device("cpu"),
+            open_checkpoint(resolve(config.name_or_path)) as checkpoint,
+        ):  # otherwise tensors would be on the meta device
             tokenizer = load_tokenizer(checkpoint)
             return calibration_tokens(self.quantization_config, tokenizer, config.max_position_embeddings)
 
@@ -175,14 +184,16 @@ class PackingQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             for leaf in module.held() if isinstance(module, Packed) else ():
                 if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
-                    raise CheckpointError("is missing", file=model.config.name_or_path, tensor=f"{name}.{leaf}")
+                    raise CheckpointError(
+                        "is missing from the checkpoint", file=model.config.name_or_path, tensor=f"{name}.{leaf}"
+                    )
         held = (*model.named_parameters(), *model.named_buffers())
         for name in (name for name, value in held if value.is_floating_point() and not value.isfinite().all()):
             raise CheckpointError(
-                "holds NaN or infinite weights; fetch the file again", file=model.config.name_or_path, tensor=name
+                "contains NaN or infinite weights; download the file again", file=model.config.name_or_path, tensor=name
             )
         if not self.pre_quantized:
-            self.mapped.give_back()
+            self.mapped.release_pages()
         mark_quantized(model, self.quantization_config)
         bind(model, self.quantization_config, curve=self.manifest.curve if self.manifest is not None else ())
         model.dso.mappings.update(mappings)
@@ -191,16 +202,17 @@ class PackingQuantizer(HfQuantizer):
         return model
 
     def _leave_mappings(self, model: Any) -> list[Any]:
-        """Tensors that lie where Transformers mapped the files are read into memory, and packed ones mapped anew by our own
-        reader, which watches over them as long as they are in use.
+        """Copies tensors out of Transformers' mappings of the files into memory; packed ones are mapped again by this package's
+        reader, which detects changes of the files while they are in use.
 
         Returns: the new mappings.
 
-        Raises: CheckpointChangedError, a file was changed meanwhile.
+        Raises:
+            CheckpointChangedError: a file was modified meanwhile.
         """
         self.mapped.watch()
         packed = [pair for pair in model.named_modules() if isinstance(pair[1], Packed)]
-        made: list[Any] = []
+        mappings: list[Any] = []
         with ExitStack() as opened, torch.no_grad():
             if self.pre_quantized and _is_standard(self.files):
                 checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
@@ -211,20 +223,20 @@ class PackingQuantizer(HfQuantizer):
                     for leaf, weight in module.held().items():
                         if self.mapped.holds(weight.data):
                             module._parameters[leaf].data = _read_again(checkpoint, stored(f"{path}.{leaf}"), weight).data
-                made = checkpoint.mappings()
+                mappings = checkpoint.mappings()
             for tensor in (*model.parameters(), *model.buffers()):
                 if self.mapped.holds(tensor):
                     tensor.data = tensor.data.clone()
             self.mapped.check()
         self.mapped.unwatch()
-        return made
+        return mappings
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are; the packed weights themselves are frozen."""
+        """True for adapters; the packed weights themselves are frozen."""
         return True
 
 
@@ -235,16 +247,16 @@ def _read_again(checkpoint: Checkpoint, name: str, weight: PackedWeight) -> Pack
 
 
 def _expect_floats(model: Any, dtype: torch.dtype) -> None:
-    """Float placeholders for the weights to come: before 5.24, Transformers casts what it reads to the placeholder's dtype."""
-    made: dict[int, nn.Parameter] = {}
+    """Sets float placeholders for the weights: Transformers before 5.24 casts weights to the placeholder's dtype."""
+    placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for leaf, weight in module.held().items() if isinstance(module, Packed) else ():
             empty = nn.Parameter(torch.empty(float_shape(leaf, weight), dtype=dtype, device="meta"), requires_grad=False)
-            setattr(module, leaf, made.setdefault(id(module._parameters[leaf]), empty))
+            setattr(module, leaf, placeholders.setdefault(id(module._parameters[leaf]), empty))
 
 
 def _expect_fp32(model: Any, names: Iterable[str]) -> None:
-    """Before 5.24, Transformers made routers of the model's dtype, and would round what is stored in fp32."""
+    """Makes these parameters float32: Transformers before 5.24 creates routers in the model's dtype, which would round them."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -253,11 +265,11 @@ def _expect_fp32(model: Any, names: Iterable[str]) -> None:
 
 
 def _check_files(files: Any, model: Any) -> None:
-    """Headers, indexes, names and shapes checked by our own reader before Transformers takes memory for them."""
+    """Checks headers, indexes, names and shapes with this package's reader before Transformers allocates memory."""
     names = {Path(file).name for file in files or ()}
     if pickled := sorted(name for name in names if not name.endswith(".safetensors")):
         raise CheckpointError(
-            "is pickled, which can run code when opened, so it is not; convert it to safetensors where you trust its source",
+            "is a pickle, which can run code when it is opened; convert it to safetensors if you trust its source",
             file=pickled[0],
         )
     if not _is_standard(files):
@@ -266,23 +278,23 @@ def _check_files(files: Any, model: Any) -> None:
         check_tokenizer_beside(checkpoint)
         check_class(checkpoint, model)
         formats, shapes = expected_tensors(model)
-        # A head of another kind may be new: Transformers makes it, and says so.
+        # Heads of other kinds may be missing: Transformers initialises them with a warning.
         checked = list(formats) if has_head(model) else whole_graph(model).weights()
         here = stored_as(checkpoint.tensors, model)
         formats, shapes = {here(n): formats[n] for n in checked}, {here(n): shapes[n] for n in checked}
-        if any(name in checkpoint.tensors for name in formats):  # else other names, which Transformers may know to convert
-            check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # it reports what is left over
+        if any(name in checkpoint.tensors for name in formats):  # otherwise Transformers may be able to convert the names
+            check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # Transformers reports extra tensors
             stored_mtp_layers(checkpoint, model.config)
 
 
 def _is_standard(files: Any) -> bool:
-    """Whether these are files of a checkpoint under the names that our own reader looks for."""
+    """Whether these are checkpoint files with the names that this package's reader expects."""
     names = {Path(file).name for file in files or ()}
     return bool(names) and (names == {"model.safetensors"} or all(name.startswith("model-") for name in names))
 
 
 def mark_quantized(model: Any, config: DeepSeekConfig) -> None:
-    """Sets on a model the attributes that Transformers sets when it loads one through a quantizer."""
+    """Sets the attributes that Transformers sets on a model that it loads with a quantizer."""
     model.config.quantization_config = config
     model.hf_quantizer = PackingQuantizer(config, pre_quantized=True)
     model.is_quantized = True
@@ -291,7 +303,7 @@ def mark_quantized(model: Any, config: DeepSeekConfig) -> None:
 
 
 def register() -> None:
-    """Makes the names known to Transformers; more than once does no harm."""
+    """Registers `DeepSeekConfig` and `PackingQuantizer` with Transformers; repeated calls are harmless."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(DeepSeekConfig)
         register_quantizer(QUANT_METHOD)(PackingQuantizer)

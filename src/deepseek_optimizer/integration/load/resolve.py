@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local path, or a model of the hub, which is fetched."""
+"""Locates a checkpoint: a local path, or a model on the Hugging Face Hub, which is downloaded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", 
 
 
 def resolve(path: str | os.PathLike[str], **hub: Any) -> Path:
-    """A local file or directory as it is; a hub name is fetched (safetensors, never pickles), or found in the hub's cache.
+    """The local path of a checkpoint; a model on the hub is downloaded (safetensors, never pickles) unless it is cached.
 
     Args:
-        hub: what the hub's client takes beside the name: revision, token, local_files_only, cache_dir.
+        path: a local file or directory, or the name of a model on the hub.
+        hub: further arguments of `huggingface_hub.snapshot_download`: revision, token, local_files_only, cache_dir.
 
     Raises:
-        CheckpointError: there is no such file, and the hub has no such model or cannot be reached.
+        CheckpointError: the file does not exist; or the hub has no such model or cannot be reached.
     """
     text = os.fspath(path)
     if os.path.exists(text):
@@ -31,7 +32,7 @@ def resolve(path: str | os.PathLike[str], **hub: Any) -> Path:
 
     try:
         return Path(snapshot_download(text, allow_patterns=_HUB_FILES, **hub))
-    except Exception as error:  # the hub's client raises a dozen kinds
+    except Exception as error:  # the hub's client raises many types
         raise CheckpointError(
-            f"is neither a local path nor a model the hub can give ({type(error).__name__}: {error})", file=text
+            f"is neither a local path nor a model that the hub provides ({type(error).__name__}: {error})", file=text
         ) from error
