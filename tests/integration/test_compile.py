@@ -41,7 +41,7 @@ def test_compiled_in_place_and_generate(fresh_pair):
     ids, options = fresh_pair.ids(9), {"max_new_tokens": 5, "do_sample": False}
     expected = fresh_pair.fast.generate(ids, **options)
     assert torch.equal(torch.compile(fresh_pair.fast, backend="eager").generate(ids, **options), expected)
-    with pytest.warns(OptimizerWarning, match="torch.compile changes nothing"):
+    with pytest.warns(OptimizerWarning, match="torch.compile has no effect"):
         fresh_pair.fast.compile(backend="eager")
     assert torch.equal(fresh_pair.fast.generate(ids, **options), expected)
     assert_close_rows(fresh_pair.fast(ids).logits, fresh_pair.plain(ids).logits)
@@ -79,5 +79,5 @@ def test_transformers_own_forward_under_autocast(fresh_pair):
 def test_data_parallel(pair):
     ids = pair.ids(9, 9)
     assert torch.equal(torch.nn.DataParallel(pair.fast)(ids).logits, pair.fast(ids).logits)  # without GPUs it only hands on
-    with pytest.raises(UnsupportedRequestError, match="a process for each device"):
+    with pytest.raises(UnsupportedRequestError, match="one process per device"):
         pair.fast._replicate_for_data_parallel()

@@ -380,7 +380,10 @@ def test_a_paged_cache_cannot_be_used_by_transformers_forward(fresh_pair):
         ({"input_ids": torch.tensor([[1]]), "position_ids": torch.tensor([[-1]])}, "position -1 is outside"),
         ({"input_ids": torch.zeros(1, 4097, dtype=torch.long)}, "context of 4096"),
         ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
-        ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, torch.nan]])}, "attention_mask holds NaN"),
+        (
+            {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, torch.nan]])},
+            "attention_mask contains NaN",
+        ),
         ({"input_ids": torch.tensor([[1, 2]]), "logits_to_keep": torch.tensor([2])}, "outside the 2"),
     ],
 )

@@ -142,7 +142,7 @@ def test_what_cannot_be_merged_is_refused_and_changes_nothing(fresh_pair):
         fresh_pair.fast, peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
     before = copy.deepcopy(fresh_pair.fast.state_dict())
-    with pytest.raises(UnsupportedRequestError, match="cannot be merged into packed weights: merge it into the float model"):
+    with pytest.raises(UnsupportedRequestError, match="cannot be merged into packed weights; merge it into the float model"):
         model.merge_and_unload()
     assert all(torch.equal(value, before[name]) for name, value in fresh_pair.fast.state_dict().items())
 

@@ -99,7 +99,7 @@ def test_it_grows_in_steps_and_stops_before_the_reserve():
     grown = CheckedGrowth(1 << 20, 1000, lambda: memory_of(RESERVE_BYTES + (100 << 20)))
     assert grown.grow(1, 0) == step and grown.grow(step + 1, step) == 2 * step
     assert grown.grow(100, 0) == 100 and grown.shortage is None
-    assert grown.grow(101, 0) == 0 and grown.shortage.startswith("memory for more is short: this machine has 373 MB")
+    assert grown.grow(101, 0) == 0 and grown.shortage.startswith("there is no memory for more: this machine has 373 MB")
     assert CheckedGrowth(1 << 20, 70, lambda: memory_of(GB)).grow(65, 64) == 70
     assert CheckedGrowth(1 << 20, 70, lambda: memory_of(0)).grow(1, 0) == 0
 
@@ -114,7 +114,7 @@ def test_others_take_the_memory_and_give_it_back():
     arena = arena_in(machine, clock)
     first = hold(arena, 64)
     machine["free"] = RESERVE_BYTES
-    with pytest.raises(CacheFullError, match="memory for more is short") as error:
+    with pytest.raises(CacheFullError, match="there is no memory for more") as error:
         hold(arena, 1)
     assert "free memory" in str(error.value) and "raise kv_cache_memory" not in str(error.value)
     machine["free"] = GB
@@ -214,7 +214,7 @@ def test_two_engines_share_what_is_there(folder, monkeypatch):
     wanted = first.generate([short], greedy)[0].token_ids
     assert second.generate([short], greedy)[0].token_ids == wanted
     [answer] = second.generate([long], greedy)  # 5 blocks, where 4 are left
-    assert answer.finish == "error" and answer.error.startswith("memory for more is short: this machine has 268 MB")
+    assert answer.finish == "error" and answer.error.startswith("there is no memory for more: this machine has 268 MB")
     assert [engine.generate([short], greedy)[0].token_ids for engine in engines] == [wanted] * 2
     blocks = 7
     second.core.memory.manager.lift_limit()  # as a second later

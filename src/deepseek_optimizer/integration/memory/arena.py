@@ -1,4 +1,4 @@
-"""One model's KV memory: the backend's block store, and the block manager that says whose each block is."""
+"""The KV memory of a model: the backend's block store, and the block manager that allocates its blocks to sequences."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ from .growth import CheckedGrowth
 
 @dataclass(frozen=True)
 class LatentRow:
-    """A token's row as the store reads it: a latent of `rank` numbers, then a turned key. `paired`: the key's pairs lie side by
-    side, where Transformers' own module has all first numbers before all second ones."""
+    """Layout of a token's row in a latent cache: `rank` elements of the latent, then a rotated key.
+
+    Attributes:
+        rank: elements of the latent.
+        paired: whether the two elements of each rotated pair are adjacent; Transformers' module stores all first elements
+            before all second ones.
+    """
 
     rank: int
     paired: bool
 
 
 class Arena:
-    """Shared by all caches of a model. Every use of the manager goes through `locked`.
+    """The KV memory that all caches of a model share. The block manager is used only through `locked`.
 
-    Blocks of a cache that was garbage collected come back through `reclaim`, which may run at any moment, in any thread, even
-    in the midst of an allocation: so it only queues them, and whoever holds the lock, or takes it next, frees them.
+    Blocks of garbage-collected caches return through `reclaim`, which may run at any time in any thread, even during an
+    allocation. It therefore only queues them; they are freed by the current or next holder of the lock.
 
     Args:
-        layers: the model's own; the store may have more.
-        latent: the shape of a latent cache's rows; None where it holds keys and values.
-        rotation: how the model's keys were turned, for `drop_blocks`; None: it cannot be done.
-        forgetting: what its sequences may forget; None: nothing.
-        size: what it may grow to, and why that; None: the store's size.
-        growth: finds out whether there is memory for more; None: by this system's limits.
+        store: the backend's block store.
+        layers: number of the model's decoder layers; the store may have more.
+        latent: layout of the rows of a latent cache; None: the cache holds keys and values.
+        rotation: how the model rotates keys, for `drop_blocks`; None: unknown, `drop_blocks` is not supported.
+        forgetting: which tokens the sequences may drop; None: none.
+        size: the maximum size and its reason; None: the store's size.
+        growth: decides whether there is memory for more blocks; None: by this system's limits.
     """
 
     def __init__(
@@ -53,20 +59,20 @@ class Arena:
         growth: CheckedGrowth | None = None,
     ) -> None:
         self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
-        self.size = size or CacheSize(store.num_blocks * store.block_bytes, "all that was made for it")
+        self.size = size or CacheSize(store.num_blocks * store.block_bytes, "the size of the block store")
         self._growth = growth or CheckedGrowth(store.block_bytes, store.num_blocks)
         self.manager = BlockManager(store.num_blocks, forgetting, self._growth)
         self._lock = threading.Lock()
-        self._store_lock = threading.Lock()  # taken after _lock where both are
+        self._store_lock = threading.Lock()  # acquired after _lock if both are needed
         self._release_due = False
         self._garbage: deque[list[SequenceBlocks]] = deque()
 
     @contextmanager
     def locked(self) -> Iterator[BlockManager]:
-        """The manager, with all garbage freed; memory goes back to the system when the last user is gone."""
+        """Yields the manager with the lock held and all garbage freed. Memory returns to the system when no block is in use."""
         with self._lock:
             self._sweep()
-            if self.manager.limited and self._growth.look_again():
+            if self.manager.limited and self._growth.is_stale():
                 self.manager.lift_limit()
             yield self.manager
             self._sweep()
@@ -74,7 +80,7 @@ class Arena:
             self._try_sweep()
 
     def reclaim(self, sequences: list[SequenceBlocks]) -> None:
-        """Takes the blocks of `sequences` back, now or as soon as the manager is free."""
+        """Frees the blocks of `sequences`, now or as soon as the lock is free."""
         self._garbage.append(sequences)
         self._try_sweep()
 
@@ -90,7 +96,7 @@ class Arena:
             self._release_due = True
             for sequence in self._garbage.popleft():
                 sequence.free()
-        # The store may be busy, in this very thread if the collector ran in a step: whoever is at it comes back for this.
+        # The store may be in use, in this very thread if the garbage collector ran during a step: that user releases it then.
         if self._release_due and self._store_lock.acquire(blocking=False):
             try:
                 self._release_due = False
@@ -101,15 +107,15 @@ class Arena:
                 self._store_lock.release()
 
     def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
-        """One step over the store, one at a time: a store may move its memory as it grows."""
+        """Runs one step. Steps are serialised, because a store may move its memory when it grows."""
         with self._store_lock:
-            made = plan.run(batch, self.store)
+            output = plan.run(batch, self.store)
         if self._release_due:
             self._try_sweep()
-        return made
+        return output
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Bytes for blocks that were split off a shared one."""
+        """Copies the contents of shared blocks to new ones: pairs (source, target)."""
         if copies:
             with self._store_lock:
                 for source, target in copies:
@@ -126,21 +132,23 @@ class Arena:
             self.store.write_block(block, data)
 
     def drop_blocks(self, sequence: SequenceBlocks, first_block: int, count: int, first_position: int = 0) -> None:
-        """Lets go of `count` full blocks of a sequence from `first_block` on. The tokens behind them move up, and so do their
-        positions: their keys turn back by 32 * count. Keys and values stay what the whole text made of them otherwise.
+        """Drops `count` full blocks of a sequence from `first_block` on. The tokens after them move up: their keys are rotated
+        back by 32 * count positions. Otherwise keys and values stay as computed with the whole text.
 
         Args:
-            first_position: RoPE position of the sequence's first token; the others count on from there.
+            sequence: the sequence.
+            first_block, count: the blocks to drop.
+            first_position: RoPE position of the sequence's first token; the following tokens have consecutive positions.
 
-        Raises: with nothing changed,
-            CacheFullError: blocks behind the gap are shared, and there are too few for copies of them.
-            ForgottenError: tokens would come into a window from which they are gone.
-            UnsupportedRequestError: keys of this model cannot be moved.
+        Raises (nothing was changed):
+            CacheFullError: blocks after the gap are shared, and there are too few free blocks for copies of them.
+            ForgottenError: tokens that were already dropped would enter a layer's window.
+            UnsupportedRequestError: keys of this model cannot be moved to other positions.
         """
         rotation = self.rotation
         if rotation is None:
             raise UnsupportedRequestError(
-                "this model's cached keys cannot be moved to other positions: run it without a window"
+                "the cached keys of this model cannot be moved to other positions; use it without cache_window"
             )
         end = first_block + count
         tokens, position = sequence.tokens - end * BLOCK_TOKENS, first_position + end * BLOCK_TOKENS
@@ -151,9 +159,9 @@ class Arena:
                 for source, target in copies:
                     self.store.copy_block(source, target)
                 held = [block for block in blocks if block != HOLE]
-                gone = (len(blocks) - len(held)) * BLOCK_TOKENS  # holes come first
+                dropped = (len(blocks) - len(held)) * BLOCK_TOKENS  # holes come first
                 table = np.array(held, np.int32)
-                self.store.rotate(rotation, table, tokens - gone, position + gone, -count * BLOCK_TOKENS)
+                self.store.rotate(rotation, table, tokens - dropped, position + dropped, -count * BLOCK_TOKENS)
 
         with self.locked():
             sequence.drop(first_block, count, move)

@@ -1,4 +1,4 @@
-"""How far a model's cache may grow, and why that far."""
+"""The maximum size of a model's KV cache, and the reason for it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from ...backends.base import BLOCK_TOKENS
 from ...errors import NotEnoughMemoryError
 from ...system.memory import FreeMemory, less_reserve, mb
 
-_MAX_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # places in a cache are 32-bit numbers
+_MAX_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # token slots in a cache are 32-bit integers
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Attributes:
-    bytes: that the cache may grow to; memory is taken as it is used.
-    why: where the number comes from, in words.
+    """The maximum size of a KV cache.
+
+    Attributes:
+        bytes: the maximum; memory is allocated as it is used.
+        why: the reason, in words.
     """
 
     bytes: int
@@ -25,26 +27,28 @@ class CacheSize:
         return f"grows to at most {mb(self.bytes)} ({self.why})"
 
     def blocks(self, block_bytes: int) -> int:
-        """How many blocks that is. At least one."""
+        """The number of blocks of `block_bytes` that fit, at least one."""
         return max(1, min(self.bytes // block_bytes, _MAX_BLOCKS))
 
 
 def granted(memory: int) -> CacheSize:
-    """What the settings say."""
+    """The size set by `kv_cache_memory`, in bytes."""
     return CacheSize(memory, "kv_cache_memory")
 
 
 def what_is_free(free: FreeMemory) -> CacheSize:
-    """All that is free, less a reserve."""
+    """All free memory, less a reserve."""
     return CacheSize(max(0, less_reserve(free.free)), f"the {_free(free)}, less a reserve")
 
 
 @dataclass(frozen=True)
 class FullBatch:
-    """Attributes:
-    sequences: that run at once, at most.
-    tokens: that each may have.
-    bytes: of cache that they take.
+    """The largest batch that an engine may run.
+
+    Attributes:
+        sequences: maximum number of sequences at a time.
+        tokens: maximum number of tokens of each.
+        bytes: cache memory that they need.
     """
 
     sequences: int
@@ -56,11 +60,12 @@ class FullBatch:
 
 
 def for_batch(batch: FullBatch, free: FreeMemory, beside: int = 0) -> CacheSize:
-    """What a server needs at most, within half of what is free.
+    """The size that a full batch needs, limited to half of the free memory.
 
     Args:
-        free: memory as it is now.
-        beside: bytes that another model's cache needs, out of the same half: each gets its share.
+        batch: the full batch.
+        free: the memory that is free now.
+        beside: bytes that another model's cache needs; the two share the half in proportion.
     """
     half = free.free // 2 * batch.bytes // (batch.bytes + beside)
     shared = ", shared with another model's" if beside else ""
@@ -75,19 +80,18 @@ def _free(free: FreeMemory) -> str:
 
 
 def check_granted(memory: int, free: FreeMemory) -> None:
-    """Raises NotEnoughMemoryError where a server's cache could never have what its settings say."""
+    """Raises NotEnoughMemoryError if less memory is free than the settings request for the cache."""
     if memory > free.free:
         raise _too_large(memory, free.free, free)
 
 
 def check_reserved(size: CacheSize, free: FreeMemory) -> None:
-    """Raises NotEnoughMemoryError where there is no address space for a cache: all of it is reserved at once, and used as it
-    grows."""
+    """Raises NotEnoughMemoryError if there is too little address space for a cache, which is reserved as a whole at once."""
     bound = free.to_reserve
     if bound is not None and size.bytes > bound.free:
         raise _too_large(size.bytes, bound.free, bound)
 
 
 def _too_large(memory: int, free: int, limit: object) -> NotEnoughMemoryError:
-    remedy = "ask for less with kv_cache_memory (--kv-cache-memory), leave it out for what fits, or free memory"
+    remedy = "set a smaller kv_cache_memory (--kv-cache-memory), leave it out to use what fits, or free memory"
     return NotEnoughMemoryError("the KV cache", memory, free, remedy, limit)

@@ -1,4 +1,4 @@
-"""Whether a cache may grow: memory that was free when it was made may be others' by now."""
+"""Decides whether a KV cache may grow: memory that was free when it was created may be in use by now."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 from ...system.memory import FreeMemory, free_memory, less_reserve
 
-STEP = 64 << 20  # bytes that a cache grows by at once: limits are read that often, and each reading takes a millisecond
-_AGAIN = 1.0  # seconds until somebody looks again, after there was too little
+STEP = 64 << 20  # bytes that a cache grows by at a time; limits are read once per step, which takes about 1 ms
+_STALE_SECONDS = 1.0  # after a shortage, limits are read again after this time
 
 
 class CheckedGrowth:
-    """Meets `cache.Growth`. A cache grows in steps, and stops where less than a reserve would stay free: it is full then, which
-    sequences wait for or are told of, where the kernel would end the whole process.
+    """Implements `cache.Growth`. A cache grows in steps, as long as a reserve of memory stays free. Otherwise it is full:
+    sequences wait or fail with an error, instead of the kernel killing the process.
 
     Args:
-        block_bytes, num_blocks: of the store.
-        read: the limits as they are now.
-        clock: seconds.
+        block_bytes, num_blocks: size and number of the store's blocks.
+        read: returns the memory that is free now.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class CheckedGrowth:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._block_bytes, self._num_blocks, self._read, self._clock = block_bytes, num_blocks, read, clock
-        self._looked = clock()
+        self._read_at = clock()
         self.shortage: str | None = None
 
     def grow(self, wanted: int, backed: int) -> int:
@@ -37,10 +37,10 @@ class CheckedGrowth:
         limit = self._read().to_use
         room = max(0, less_reserve(limit.free)) // self._block_bytes
         step = -(-STEP // self._block_bytes)
-        self._looked = self._clock()
-        self.shortage = None if backed + room >= wanted else f"memory for more is short: {limit}"
+        self._read_at = self._clock()
+        self.shortage = None if backed + room >= wanted else f"there is no memory for more: {limit}"
         return backed if self.shortage else min(self._num_blocks, max(wanted, backed + min(room, step)))
 
-    def look_again(self) -> bool:
-        """Whether it is long ago that somebody looked."""
-        return self._clock() - self._looked >= _AGAIN
+    def is_stale(self) -> bool:
+        """Whether the limits were last read so long ago that they should be read again."""
+        return self._clock() - self._read_at >= _STALE_SECONDS

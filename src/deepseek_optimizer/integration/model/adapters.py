@@ -1,7 +1,7 @@
-"""PEFT's adapters on packed modules: merging them into the weights, and a float head for trainers that multiply with it.
+"""PEFT adapters on packed modules: merging them into the weights, and a float head for trainers that multiply by its weight.
 
-PEFT merges by adding to `weight` in place, which packed tiles do not allow, and base layers cannot bring a method of their own.
-But each of its operations first walks over the model's modules. On an optimised model that walk gives every adapter on a packed
+PEFT merges by adding to `weight` in place, which packed tiles do not allow, and offers base layers no hook for it. But each of
+its operations first iterates over the model's modules. On an optimised model this iteration sets on every adapter of a packed
 base a `merge` and an `unmerge` that dequantise, add and pack again. They are set on the adapter's layer, not on PEFT's classes.
 """
 
@@ -22,27 +22,27 @@ from ..bind.instance_method import InstanceMethod
 from ..bind.modules import Packed, PackedEmbedding, PackedLinear
 from ..bind.runtime import Runtime
 
-_EXACT = ("fp32", "bf16")  # formats that round a sum no more than a float weight of their kind does
+_EXACT = ("fp32", "bf16")  # formats that round a sum no more than float weights do
 
 
 class ModuleWalk(InstanceMethod):
-    """`model.named_modules`, by which `modules` and `parameters` go too, of the model and of a module around it.
+    """`model.named_modules`, which `modules` and `parameters` use too, of the model or of a model around it.
 
-    One module with a float parameter comes before the others: libraries ask the first parameter for a model's dtype
-    (sentence-transformers does), and tiles are uint8.
+    A module with a float parameter comes first: some libraries (sentence-transformers) take the model's dtype from the first
+    parameter, and tiles are uint8.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         model = self.runtime.model
-        if "peft_config" in model.__dict__:  # PEFT leaves it there as long as adapters are
+        if "peft_config" in model.__dict__:  # set by PEFT as long as there are adapters
             for _, module in nn.Module.named_modules(model):
                 if isinstance(module._modules.get("base_layer"), Packed) and hasattr(type(module), "merge"):
                     _set_methods(module, model.__dict__["dso"])
-        found = list(nn.Module.named_modules(model, *args, **kwargs))
-        first = next((i for i, (_, module) in enumerate(found) if _is_float(module)), 0)
+        modules = list(nn.Module.named_modules(model, *args, **kwargs))
+        first = next((i for i, (_, module) in enumerate(modules) if _is_float(module)), 0)
         if first > 1:
-            found.insert(1, found.pop(first))
-        return iter(found)
+            modules.insert(1, modules.pop(first))
+        return iter(modules)
 
 
 def _is_float(module: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def _is_float(module: nn.Module) -> bool:
 
 def _set_methods(layer: Any, runtime: Runtime) -> None:
     merge = layer.__dict__.get("merge")
-    if not (isinstance(merge, _Merge) and merge.layer() is layer):  # of a copied model's layer it is the original's
+    if not (isinstance(merge, _Merge) and merge.layer() is layer):  # in a copied model it belongs to the original's layer
         layer.__dict__.update(merge=_Merge(layer, runtime), unmerge=_Unmerge(layer, runtime))
 
 
@@ -66,33 +66,38 @@ class _LayerMethod:
 
     @torch.no_grad()
     def change(self, adapter: str, sign: int, *, check: bool = False) -> None:
-        """W + sign * (the adapter's B A), packed in the format that W has."""
+        """Replaces W by W + sign * B A of the adapter, in the same format.
+
+        Raises:
+            UnsupportedRequestError: the adapter is of another kind.
+            ValueError: with `check`, the sum is not finite; the weights are unchanged.
+        """
         layer, runtime = self.layer(), self.runtime()
         assert layer is not None and runtime is not None  # a layer's method is called on a layer, of a model
         base = layer.base_layer
         if not isinstance(base, (PackedLinear, PackedEmbedding)) or not hasattr(layer, "get_delta_weight"):
             raise UnsupportedRequestError(
-                f"a {type(layer).__module__}.{type(layer).__name__} cannot be merged into packed weights: merge it into the "
+                f"a {type(layer).__module__}.{type(layer).__name__} cannot be merged into packed weights; merge it into the "
                 "float model and convert that"
             )
         if adapter in getattr(layer, "lora_variant", ()) or getattr(layer, "lora_bias", {}).get(adapter):
             raise UnsupportedRequestError(
-                f"adapter {adapter!r} is more than W + B A (DoRA, a bias): merge it into the float model and convert that"
+                f"adapter {adapter!r} is not plain LoRA (it has DoRA or a bias); merge it into the float model and convert that"
             )
         merged = base.dequantized().add_(layer.get_delta_weight(adapter).float(), alpha=sign)
         if check and not merged.isfinite().all():
-            raise ValueError(f"the merged weights are not finite; adapter {adapter!r} seems to be broken")
+            raise ValueError(f"the merged weights are not finite; adapter {adapter!r} is probably damaged")
         base.weight.data.copy_(runtime.backend.pack(merged, base.format))
         runtime.rebind()
         if base.format not in _EXACT:
             runtime.warn_once(
-                f"an adapter was merged into weights packed as {base.format} ({get_format(base.format).bits:g} bits a weight), "
-                "which rounds their sum anew; for less of an error merge it into the float model and convert that"
+                f"an adapter was merged into weights packed as {base.format} ({get_format(base.format).bits:g} bits per "
+                "weight), which rounds the sum again; for a smaller error, merge it into the float model and convert that"
             )
 
 
 class _Merge(_LayerMethod):
-    """As PEFT's `LoraLayer.merge`. `safe_merge`: weights that would not be finite are an error, and change nothing."""
+    """PEFT's `LoraLayer.merge`. With `safe_merge`, a sum that is not finite is an error and changes nothing."""
 
     def __call__(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -105,7 +110,7 @@ class _Merge(_LayerMethod):
 
 
 class _Unmerge(_LayerMethod):
-    """As PEFT's `LoraLayer.unmerge`."""
+    """PEFT's `LoraLayer.unmerge`."""
 
     def __call__(self) -> None:
         layer: Any = self.layer()
@@ -117,9 +122,9 @@ class _Unmerge(_LayerMethod):
 
 
 class OutputEmbeddings(InstanceMethod):
-    """`model.get_output_embeddings`: the head; or, where another forward than ours trains adapters, a float copy of it.
+    """`model.get_output_embeddings`: the head, or a float copy of it if a trainer has replaced the model's forward.
 
-    TRL's trainers set a forward of their own on the model, which multiplies with `lm_head.weight` and never calls the module.
+    TRL's trainers set their own forward on the model, which multiplies by `lm_head.weight` and never calls the module.
     """
 
     def __call__(self) -> Any:
@@ -132,9 +137,9 @@ class OutputEmbeddings(InstanceMethod):
 
 
 def _float_head(head: PackedLinear) -> nn.Linear:
-    """A frozen torch module with the head's weights; its memory lives as long as it does."""
+    """A frozen torch module with a float copy of the head's weights."""
     with torch.device("meta"):
-        made = nn.Linear(head.in_features, head.out_features, bias=False)
-    made.weight = nn.Parameter(head.dequantized(head.dtype), requires_grad=False)
-    made.bias = copy.copy(head.bias)
-    return made
+        linear = nn.Linear(head.in_features, head.out_features, bias=False)
+    linear.weight = nn.Parameter(head.dequantized(head.dtype), requires_grad=False)
+    linear.bias = copy.copy(head.bias)
+    return linear

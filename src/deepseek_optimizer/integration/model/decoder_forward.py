@@ -1,7 +1,7 @@
-"""The forward of an optimised model without a head: hidden states by the plan, logits by nobody.
+"""The forward of an optimised model without a language model head: the plan computes hidden states only.
 
-It is set on a decoder, which is all of an `AutoModel` and the inner part of a classifier; the classifier's own code runs on its
-output, unchanged.
+It is set on the decoder, which is the whole of an `AutoModel` and the inner part of a classifier; the classifier's own code
+runs on its output, unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .forward import PlanForward
 
 
 class DecoderForward(PlanForward):
-    """`model.forward` of a decoder. `last_hidden_state` has the model's dtype, and is zero in padding."""
+    """`model.forward` of a decoder. `last_hidden_state` has the model's dtype, and is zero for padding."""
 
     def _wanted(self, call: dict[str, Any], q: int) -> Any:
         return np.zeros(0, np.int64)

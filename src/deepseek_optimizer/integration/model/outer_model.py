@@ -1,4 +1,4 @@
-"""A model around an optimised decoder: a classifier, say, whose own code runs on the hidden states that the plan makes."""
+"""A model around an optimised decoder, such as a classifier, whose own code runs on the plan's hidden states."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .save import PackedSave
 
 
 class OuterModel(Instance):
-    """Sets on the outer model what concerns all of it. Its forward stays its class's, and calls the decoder's.
+    """Sets on the outer model the methods that concern the whole model. Its forward stays that of its class.
 
     Args:
-        model: a Transformers model without a head of the family's.
-        runtime: of its decoder.
+        model: a Transformers model without the family's language model head.
+        runtime: the runtime of its decoder.
     """
 
     def __init__(self, model: Any, runtime: Runtime) -> None:
@@ -39,25 +39,25 @@ class OuterModel(Instance):
 
     @property
     def manifest(self) -> Manifest:
-        """As `Runtime.manifest`."""
+        """The decoder's `Runtime.manifest`."""
         return self.runtime.manifest
 
     def changed(self) -> str | None:
-        """As `Runtime.changed`, of the decoder."""
+        """The decoder's `Runtime.changed`."""
         return self.runtime.changed()
 
     def check_weights(self) -> None:
-        """As `Runtime.check_weights`, of the decoder."""
+        """The decoder's `Runtime.check_weights`."""
         self.runtime.check_weights()
 
     def copied(self, memo: dict[int, Any]) -> OuterModel:
-        """The same for the copy that is being made of the model."""
-        if (found := memo.get(id(self))) is None:
-            found = memo[id(self)] = object.__new__(OuterModel)
-            found.runtime = self.runtime.copied(memo)
-            found._model, found._class = weakref.ref(memo[id(self._model())]), self._class
-            found._parts = copy.deepcopy(self._parts, memo)
-        return found
+        """The outer model of the copy that `copy.deepcopy` is creating."""
+        if (twin := memo.get(id(self))) is None:
+            twin = memo[id(self)] = object.__new__(OuterModel)
+            twin.runtime = self.runtime.copied(memo)
+            twin._model, twin._class = weakref.ref(memo[id(self._model())]), self._class
+            twin._parts = copy.deepcopy(self._parts, memo)
+        return twin
 
     def __reduce__(self) -> Any:
         return self.runtime.__reduce__()

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and their bytes."""
+"""The number of a model's parameters, and their size in bytes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ..bind.modules import Packed, PackedEmbedding
 
 
 class ParameterCount(Replacement):
-    """`model.num_parameters`: a packed matrix counts as many as the float one has, not the bytes of its tiles."""
+    """`model.num_parameters`: counts the elements of packed matrices, not the bytes of their tiles."""
 
     replaces = "num_parameters"
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         model = self.runtime.model
         count: int = self._original(model, only_trainable, exclude_embeddings)
-        if only_trainable:  # packed weights are not
+        if only_trainable:  # packed weights are not trainable
             return count
         packed = [module for module in model.modules() if isinstance(module, Packed)]
         counted = {id(m.weight) for m in packed if exclude_embeddings and isinstance(m, PackedEmbedding)}
         for module in packed:
             for leaf, weight in module.held().items():
-                if id(module._parameters[leaf]) not in counted:  # a tied one counts once
+                if id(module._parameters[leaf]) not in counted:  # tied weights count once
                     counted.add(id(module._parameters[leaf]))
                     count += math.prod(weight.shape) - weight.data.numel()
         return count
 
 
 def parameter_bytes(model: Any) -> int:
-    """Bytes of the parameters, shared ones once."""
+    """Size of the parameters in bytes; shared ones count once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())

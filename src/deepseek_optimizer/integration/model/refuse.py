@@ -1,4 +1,4 @@
-"""Methods that an optimised model cannot offer."""
+"""Methods that an optimised model does not support."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from ...errors import UnsupportedRequestError
 
-RESIZE = "resize the embeddings of the float model, then optimise it"
+RESIZE = "resize the embeddings of the float model and then optimise it"
 
 
 class Refuse:
-    """A method that a packed model cannot offer."""
+    """Replaces a method that a packed model does not support: it raises UnsupportedRequestError with `remedy`."""
 
     def __init__(self, remedy: str) -> None:
         self.remedy = remedy

@@ -1,4 +1,4 @@
-"""What optimising made of a model, for people (a table) and for programs (a dict)."""
+"""The report about an optimised model, as a table for people and as a dict for programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .parameter_count import parameter_bytes
 
 @dataclass(frozen=True)
 class RuleRow:
-    """One fusion rule: how often it fired and where."""
+    """One fusion rule: how often it was applied, and to which nodes."""
 
     rule: str
     count: int
@@ -41,7 +41,13 @@ class FormatRow:
 
 @dataclass(frozen=True)
 class ExpertsRow:
-    """The layers with experts. `chosen`: of `experts`, by a token; `bytes`: of all of them."""
+    """The layers with experts.
+
+    Attributes:
+        layers: number of such layers.
+        experts, chosen: experts per layer, and how many of them each token uses.
+        bytes: size of all experts.
+    """
 
     layers: int
     experts: int
@@ -51,8 +57,15 @@ class ExpertsRow:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """What a token sees. `layers`: how many are in this mode; `own`: those that keep the window or the choice that their model
-    was trained with; `forgets`: whether the cache lets go of what no later token sees."""
+    """The attention mode.
+
+    Attributes:
+        mode: its name.
+        window, sinks, budget: its settings in tokens; 0 where it has none.
+        layers: number of layers in this mode.
+        own: number of layers that keep the window or the selection they were trained with.
+        forgets: whether the cache drops tokens that are visible to no later token.
+    """
 
     mode: str
     window: int
@@ -65,22 +78,24 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Attributes:
-    family, backend, detail: the model's family; the backend, and its ISA and threads or device.
-    isa, threads: of the native backend, None elsewhere.
-    rules: what each fusion rule did; rules_left_out: those that were not asked for.
-    formats: weight formats.
-    kernels: one row a step of the plan, as the backend describes it.
-    bytes_before, bytes_after: of the weights, as given (file or float parameters) and as they are now.
-    curve: where formats were chosen for a `kl_budget`: sizes and qualities that were measured, the smallest first.
-    attention: the mode of attention.
-    kv_cache, kv_block_bytes, kv_token_bytes: storage of the cache, bytes of a block of 32 tokens, and of one token.
-    kv_limit, kv_limit_why: bytes that the cache may grow to, and where that number comes from.
-    latent: whether it holds latents (MLA) instead of keys and values.
-    experts: None where there are none.
-    mtp_layers: for multi-token prediction, beside the model's own; weights and cache count them.
-    config: the settings.
-    warnings: what works, but slower than it could, or is not exactly what was stored.
+    """What was optimised in a model, and how.
+
+    Attributes:
+        family, backend, detail: the model's family; the backend; its ISA and threads, or its device.
+        isa, threads: of the native backend; None for others.
+        rules: what each fusion rule changed; rules_left_out: rules that the settings leave out.
+        formats: the weight formats.
+        curve: if formats were chosen for a `kl_budget`: the sizes and KL divergences that were measured, by ascending size.
+        kernels: one row per operation of the plan, as described by the backend.
+        attention: the attention mode.
+        bytes_before, bytes_after: size of the weights as given (in the files, or as float parameters), and now.
+        kv_cache, kv_block_bytes, kv_token_bytes: format of the KV cache; bytes of a block of 32 tokens, and of one token.
+        kv_limit, kv_limit_why: maximum size of the cache in bytes, and its reason.
+        latent: whether the cache holds latents (MLA) instead of keys and values.
+        experts: the experts; None: the model has none.
+        mtp_layers: number of layers for multi-token prediction; included in the sizes of weights and cache.
+        config: the settings.
+        warnings: what works, but more slowly than it could, or is not exactly as stored.
     """
 
     family: str
@@ -108,9 +123,9 @@ class Report:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON types."""
-        made: dict[str, Any] = _plain(asdict(self))
-        return made
+        """The report as a dict of JSON types."""
+        result: dict[str, Any] = _plain(asdict(self))
+        return result
 
     def __rich__(self) -> Any:
         """A table for rich's `print`."""
@@ -128,19 +143,19 @@ class Report:
         if self.config["calibration"] is not None:
             table.add_row("calibration text", self.config["calibration"])
         if (e := self.experts) is not None:
-            table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} a token, {e.bytes / 1e6:,.1f} MB")
+            table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} per token, {e.bytes / 1e6:,.1f} MB")
         if self.mtp_layers:
             table.add_row("MTP layers", f"{self.mtp_layers}, for drafts: generate(use_mtp=True)")
         table.add_row("attention", _attention_text(self.attention))
         kind = f"{self.kv_cache} latents" if self.latent else self.kv_cache
         if self.config["sparse_attention"] and self.config["kv_cache"] == "auto" and self.kv_cache == "int8":
             kind += " (sparse_attention)"
-        table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes a token ({self.kv_token_bytes / 1024:,.1f} KiB)")
+        table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes per token ({self.kv_token_bytes / 1024:,.1f} KiB)")
         table.add_row("", f"grows to at most {mb(self.kv_limit)} ({self.kv_limit_why})")
         for rule in self.rules:
-            table.add_row(f"rule {rule.rule}", f"fired {rule.count} times{_sample(rule.places)}")
+            table.add_row(f"rule {rule.rule}", f"applied {rule.count} times{_sample(rule.places)}")
         if self.rules_left_out:
-            table.add_row("left out", ", ".join(self.rules_left_out))
+            table.add_row("rules left out", ", ".join(self.rules_left_out))
         for (op, kernel), count in Counter((str(k.get("op")), _kernel(k)) for k in self.kernels).items():
             table.add_row(f"{count} x {op}", kernel)
         for warning in self.warnings:
@@ -165,17 +180,17 @@ class Report:
 def _attention_text(row: AttentionRow) -> str:
     parts = {
         "sliding": f"the latest {row.window:,} tokens and the first {row.sinks}",
-        "sparse": f"{row.budget:,} tokens at most: blocks of the first {row.sinks}, the latest {row.window:,}, and those that "
-        "a query ranks highest",
+        "sparse": f"at most {row.budget:,} tokens: blocks of the first {row.sinks}, the latest {row.window:,}, and those "
+        "ranked highest for a query",
     }
-    found = []
+    texts = []
     if row.layers:
-        found.append(f"{parts.get(row.mode, 'all tokens before')}, in {_layers(row.layers)}")
+        texts.append(f"{parts.get(row.mode, 'all preceding tokens')}, in {_layers(row.layers)}")
     if row.own:
-        found.append(f"as trained in {_layers(row.own)}")
+        texts.append(f"as trained in {_layers(row.own)}")
     if row.forgets:
-        found.append("the cache forgets the rest")
-    return f"{row.mode}: {'; '.join(found)}"
+        texts.append("the cache drops the rest")
+    return f"{row.mode}: {'; '.join(texts)}"
 
 
 def _layers(count: int) -> str:
@@ -204,7 +219,7 @@ def _point(point: dict[str, Any]) -> str:
 
 
 def _kernel(row: dict[str, Any]) -> str:
-    """What distinguishes a step, without its own names and sizes."""
+    """The properties of an operation's kernel, without names and sizes."""
     own = ("op", "output", "weights", "bytes", "prefill_bytes")
     parts = (f"{name} {value}" for name, value in row.items() if name not in own and value)
     return ", ".join(parts)
@@ -236,16 +251,16 @@ def _experts(graph: Graph, matrices: Mapping[str, PackedWeight]) -> ExpertsRow |
 
 
 def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]) -> list[str]:
-    """A line for each kind of matrix that `precision` did not make as small as others."""
-    found: dict[tuple[str, str], int] = {}
+    """One line for each kind of matrix that stays larger than `precision`."""
+    counts: dict[tuple[str, str], int] = {}
     for name in min_formats(graph):
         path, format = name.removesuffix(".weight"), matrices[name].format
         if config.precision not in ("auto", format) and config.named_format(path) is None:
             key = path.rpartition(".")[2], format
-            found[key] = found.get(key, 0) + 1
+            counts[key] = counts.get(key, 0) + 1
     return [
-        f"{count} x {kind} kept in {format}: {config.precision} would cost more there than elsewhere; `formats` can have it"
-        for (kind, format), count in found.items()
+        f"{count} x {kind} kept in {format}, because {config.precision} loses more quality there; override it with `formats`"
+        for (kind, format), count in counts.items()
     ]
 
 
@@ -267,8 +282,8 @@ def make_report(runtime: Any) -> Report:
         rules=applied,
         rules_left_out=tuple(name for name in RULES if name not in {row.rule for row in applied}),
         formats=tuple(
-            FormatRow(name, sum(map(_matrices, found)), sum(math.prod(m.shape) for m in found), sum(m.nbytes for m in found))
-            for name, found in formats.items()
+            FormatRow(name, sum(map(_matrices, packed)), sum(math.prod(m.shape) for m in packed), sum(m.nbytes for m in packed))
+            for name, packed in formats.items()
         ),
         curve=tuple(dict(point) for point in runtime.manifest.curve),
         kernels=tuple(runtime.plan.describe()),

@@ -15,18 +15,19 @@ from ..bind.modules import PackedEmbedding, PackedLinear
 from ..bind.swap import pack_in_place
 from .refuse import RESIZE
 
-_EXACT = ("fp32", "bf16")  # formats that give back the floats they were packed from
+_EXACT = ("fp32", "bf16")  # lossless formats
 
 
 class ResizeTokens(Replacement):
-    """`model.resize_token_embeddings`: Transformers' own on float copies of the embedding and the head, which are packed again
-    afterwards in the formats they had. Caches made before are of no use after.
+    """`model.resize_token_embeddings`: applies Transformers' method to float copies of the embedding and the head, and packs
+    these again in their formats. Earlier caches become invalid.
 
     Args:
-        bind: puts a plan in charge of the resized model (`wrapper.bind`).
+        runtime: the model's runtime.
+        bind: binds a plan to the resized model (`wrapper.bind`).
 
     Raises:
-        UnsupportedRequestError: unpacked and packed again, the weights would not be the same, or a module was wrapped.
+        UnsupportedRequestError: packing the weights again would round them, the model has MTP layers, or a module was wrapped.
     """
 
     replaces = "resize_token_embeddings"
@@ -51,7 +52,7 @@ class ResizeTokens(Replacement):
             model.set_output_embeddings(linear)
         try:
             self._original(model, **call)
-        finally:  # after an error too: what it left as it was is packed as it was
+        finally:  # after an error, unchanged modules are packed as before
             manifest = runtime.manifest
             pack_in_place(model, whole_graph(model), runtime.config, runtime.backend.pack, manifest.formats())
             self._bind(model, runtime.config, curve=manifest.curve, bytes_before=runtime.bytes_before, notes=runtime.notes)
@@ -59,10 +60,10 @@ class ResizeTokens(Replacement):
 
     def _check(self, model: Any) -> None:
         if reason := self.runtime.changed():
-            raise UnsupportedRequestError(f"the embeddings cannot be resized: {reason}; resize them before that")
+            raise UnsupportedRequestError(f"the embeddings cannot be resized: {reason}; resize them first")
         if loaded_mtp_layers(model):
             raise UnsupportedRequestError(
-                'the embeddings cannot be resized: layers for multi-token prediction share the vocabulary; load with mtp="off"'
+                'the embeddings cannot be resized: they are shared with MTP layers; load the model with mtp="off"'
             )
         for module in _ends(model):
             if module is not None and module.format not in _EXACT:
@@ -72,7 +73,7 @@ class ResizeTokens(Replacement):
 
 
 def _ends(model: Any) -> tuple[PackedEmbedding, PackedLinear | None]:
-    """The packed embedding and, where there is one, the packed head."""
+    """The packed embedding and, if there is one, the packed head."""
     return model.get_input_embeddings(), type(model).get_output_embeddings(model)
 
 

@@ -1,4 +1,4 @@
-"""`save_pretrained` of an optimised model: a packed checkpoint, each file whole or not there."""
+"""`save_pretrained` of an optimised model: writes a packed checkpoint atomically."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..bind.swap import stored_tensors
 
 
 class PackedSave(InstanceMethod):
-    """`model.save_pretrained`, on the instance.
+    """`model.save_pretrained`.
 
-    The directory changes at once when all is written; other files in it (a tokenizer, perhaps) stay. See `merged_directory` for
-    where that cannot be had. Adapters, uploads and state dicts given by the caller go to Transformers' own.
+    The directory changes in one step when everything is written; its other files (such as a tokenizer) stay. For the exceptions
+    see `merged_directory`. With adapters, uploads or a state dict from the caller, Transformers' own method runs.
     """
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -46,26 +46,28 @@ class PackedSave(InstanceMethod):
 
     @contextmanager
     def _intact(self) -> Iterator[None]:
-        """Around what reads the weights: CheckpointChangedError where a file that they are mapped from is not what it was."""
+        """For code that reads the weights: raises CheckpointChangedError if a file that they are mapped from was modified."""
         self.runtime.check_weights()
         try:
             yield
-        except OSError:  # the system reads a page that is gone: EFAULT
+        except OSError:  # EFAULT: a system call read beyond the end of a truncated file
             self.runtime.check_weights()
             raise
         self.runtime.check_weights()
 
 
 def save_configs(model: Any, dtype: torch.dtype, folder: Path, manifest: Manifest) -> None:
-    """config.json, and generation_config.json where the model generates.
+    """Writes config.json, and generation_config.json for models that generate.
 
     Args:
-        dtype: that of what is not packed.
-        manifest: of what is saved.
+        model: the model.
+        dtype: dtype of plain tensors.
+        folder: the directory to write to.
+        manifest: the manifest of the saved tensors.
     """
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
-    config = copy.copy(model.config)  # a decoder and the model around it share theirs, and name their weights differently
+    config = copy.copy(model.config)  # a decoder and the model around it share a config, but name weights differently
     setattr(config, KEY, manifest.to_dict())
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:

@@ -1,6 +1,6 @@
-"""Puts an execution plan in charge of a Transformers model: the methods that the model INSTANCE gets in place of its class's.
+"""Binds an execution plan to a Transformers model: sets methods on the model instance in place of its class's.
 
-Classes and Transformers itself stay as they are.
+Classes and Transformers itself are unchanged.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ def bind(
     bytes_before: int | None = None,
     notes: list[str] | None = None,
 ) -> Any:
-    """Compiles the plan of a model whose modules are packed, and puts it in charge of this instance, or of its decoder where
-    the model has another head than the family's, which stays a float module of its class and may be trained.
+    """Compiles a plan for a model with packed modules and binds it to this instance. If the model has another head than the
+    family's language model head, the plan is bound to its decoder; the head stays a float module and can be trained.
 
     Args:
+        model: the model.
         config: the settings; the model gets a copy.
-        curve: of `Manifest`, where the formats were chosen by measuring.
+        curve: `Manifest.curve`, if the formats were chosen by measurement.
+        bytes_before: size of the model before it was packed, for the report.
+        notes: warnings from loading.
 
-    Returns: the same model, with `dso` and methods of ours set on it.
+    Returns: the same model, with the attribute `dso` and the methods of `instance_methods`.
     """
     config = copy.deepcopy(config)
     planned = planned_module(model)
@@ -70,13 +73,13 @@ def bind(
         OuterModel(model, runtime)
     parts: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for part in parts:
-        part._weight_conversions = []  # packed experts are saved as they are: Transformers would split them into float ones
-    _ = runtime.plan  # compiled now, so that what is wrong is said at load
+        part._weight_conversions = []  # packed experts are saved unchanged; Transformers would split them
+    _ = runtime.plan  # compiled now, so that errors are raised at load time
     return model
 
 
 def rebind(model: Any, curve: Sequence[Mapping[str, Any]]) -> None:
-    """Compiles the plan again after packed modules were replaced by others. `curve`: see `bind`."""
+    """Recompiles the plan after packed modules were replaced by others. `curve`: see `bind`."""
     runtime: Runtime = model.dso
     runtime.replaced()
     runtime.manifest = _manifest(model, curve)
@@ -89,7 +92,7 @@ def _manifest(model: Any, curve: Sequence[Mapping[str, Any]]) -> Manifest:
 
 
 def describe(model: Any, config: DeepSeekConfig, manifest: Manifest) -> None:
-    """Writes the settings and how each matrix is packed into the model's config; the model's quantizer gets a copy."""
+    """Stores the settings and the manifest in the model's config; the model's quantizer gets a copy of the settings."""
     model.config.quantization_config = config
     setattr(model.config, KEY, manifest.to_dict())
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
@@ -97,7 +100,7 @@ def describe(model: Any, config: DeepSeekConfig, manifest: Manifest) -> None:
 
 
 def instance_methods(runtime: Runtime) -> dict[str, Any]:
-    """What an optimised model has in place of its class's own, and beside it."""
+    """The methods to set on an optimised model, by name; they replace or extend those of its class."""
     served: dict[str, Any] = {"forward": DecoderForward(runtime)}
     if runtime.graph.has_head:
         served = {
@@ -114,19 +117,19 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
         "report": runtime.report,
         "_apply": _Apply(runtime),
         "compile": _Compile(runtime),
-        "_replicate_for_data_parallel": Refuse("start a process for each device, each with a model of its own"),
+        "_replicate_for_data_parallel": Refuse("start one process per device, each with its own model"),
     }
 
 
 def _rebind(module: Any, keys: Any) -> None:
-    """After `load_state_dict`: a plan holds copies of norms, and `assign=True` brings other storage."""
-    found = module.__dict__.get("dso")
-    if found is not None:
-        found.rebind()
+    """Called after `load_state_dict`: a plan holds copies of norms, and `assign=True` replaces the storage."""
+    runtime = module.__dict__.get("dso")
+    if runtime is not None:
+        runtime.rebind()
 
 
 class _Apply(InstanceMethod):
-    """`model._apply`, which `.to()` goes through: a move to another device binds anew."""
+    """`model._apply`, which `.to()` calls: discards the plan, and after a move to another device the backend and caches too."""
 
     def __call__(self, fn: Any, recurse: bool = True) -> Any:
         model = self.runtime.model
@@ -140,7 +143,7 @@ class _Apply(InstanceMethod):
 
 
 class _Compile(InstanceMethod):
-    """`model.compile`: changes nothing, and says so. `torch.compile(model)` cannot be told from a plain call."""
+    """`model.compile`: does nothing, with a warning. (`torch.compile(model)` cannot be distinguished from a plain call.)"""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.runtime.warn_once("torch.compile changes nothing here: the plan of an optimised model is compiled already")
+        self.runtime.warn_once("torch.compile has no effect: the plan of an optimised model is already compiled")

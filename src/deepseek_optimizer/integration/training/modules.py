@@ -1,4 +1,4 @@
-"""Facts about Transformers' modules and configs that training goes by."""
+"""Facts about Transformers' modules and configs that training depends on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def attention_name(config: Any) -> str | None:
-    """Name of the attention function that a config chooses; None: the model's default."""
+    """Name of the attention function in a config; None: the model's default."""
     name: str | None = config._attn_implementation
     return name
 
 
 def set_attention_name(config: Any, name: str | None) -> None:
-    """Chooses another attention function for all modules that read this config."""
+    """Sets the attention function of all modules that use this config."""
     config._attn_implementation = name
 
 
 def attention_function(name: str | None) -> Callable[..., Any]:
-    """The attention function that is registered with Transformers under a name."""
+    """The attention function registered with Transformers under `name`."""
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
     return function
 
@@ -35,10 +35,10 @@ def uses_silu(module: nn.Module) -> bool:
 
 
 def is_expert_parallel(module: nn.Module) -> bool:
-    """Whether a module of experts holds some of the experts only, the others being in other processes."""
+    """Whether a module of experts holds only some of the experts, with the others in other processes."""
     return bool(getattr(module, "_is_expert_parallel", False))
 
 
 def is_tied(model: Any, name: str) -> bool:
-    """Whether a parameter is tied to another one, which is the one that a checkpoint stores."""
+    """Whether a parameter is tied to another one and therefore not stored in checkpoints."""
     return name in (getattr(model, "_tied_weights_keys", None) or ())

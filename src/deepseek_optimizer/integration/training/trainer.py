@@ -1,8 +1,7 @@
 """Transformers' Trainer with public names for the private methods that this package's trainer replaces.
 
-Trainer has no public extension points for how checkpoints are written and read, nor for how gradients are clipped. This is the
-one class that knows the private ones. Where a release of Transformers no longer calls one of them, Trainer's own behaviour
-applies.
+Trainer has no public extension points for writing and reading checkpoints, nor for clipping gradients. Only this class
+overrides the private methods. If a release of Transformers no longer calls one of them, Trainer's own behaviour applies.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def optimizer_names() -> tuple[str, ...]:
 
 
 class HookedTrainer(Trainer):
-    """Each public method here stands for the private one below it: Trainer calls that, and `super()` reaches Trainer's own."""
+    """A Trainer with public methods to override. Trainer calls the private method below each, which calls the public one."""
 
     def run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trains for one epoch."""
@@ -31,14 +30,14 @@ class HookedTrainer(Trainer):
     # ---- gradients ----
 
     def clip_gradients(self, model: Any) -> Any:
-        """Clips gradients to `max_grad_norm`. Returns their norm."""
+        """Clips gradients to `max_grad_norm`; returns their norm."""
         return super()._clip_grad_norm(model)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return self.clip_gradients(model)
 
     def gradient_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm that is logged. `grad_norm`: that of `clip_gradients`; None: nothing was clipped."""
+        """The gradient norm to log. `grad_norm`: the result of `clip_gradients`; None: gradients are not clipped."""
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -47,21 +46,21 @@ class HookedTrainer(Trainer):
     # ---- writing checkpoints ----
 
     def checkpoints_directory(self, trial: Any) -> str:
-        """The directory that checkpoints are written into."""
+        """The directory that checkpoints are written to."""
         return super()._get_output_dir(trial)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.checkpoints_directory(trial)
 
     def write_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes a checkpoint of the present step."""
+        """Writes a checkpoint of the current step."""
         super()._save_checkpoint(model, trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.write_checkpoint(model, trial)
 
     def save_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Writes the model's weights and its configs. `state_dict`: the weights; None: the model's."""
+        """Writes the model's weights and configs. `state_dict`: the weights; None: the model's."""
         super()._save(output_dir, state_dict)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -91,35 +90,35 @@ class HookedTrainer(Trainer):
     # ---- reading checkpoints ----
 
     def load_weights(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Reads a checkpoint's weights into `model`; None: into the trainer's."""
+        """Loads a checkpoint's weights into `model`; None: into the trainer's model."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(resume_from_checkpoint, model)
 
     def load_best_weights(self) -> None:
-        """Reads the weights of the best checkpoint."""
+        """Loads the weights of the best checkpoint."""
         super()._load_best_model()
 
     def _load_best_model(self) -> None:
         self.load_best_weights()
 
     def warn_of_other_weights(self, load_result: Any) -> None:
-        """Warns of weights that a checkpoint lacked or had beyond the model's."""
+        """Warns of missing and unexpected weights in a checkpoint."""
         super()._issue_warnings_after_load(load_result)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.warn_of_other_weights(load_result)
 
     def load_optimizer_state(self, checkpoint: str | None) -> None:
-        """Reads the states of the optimizer and the scheduler; None: nothing."""
+        """Loads the states of the optimizer and the scheduler; None: does nothing."""
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_state(checkpoint)
 
     def load_random_states(self, checkpoint: str | None) -> None:
-        """Reads the states of the random number generators of this process; None: nothing."""
+        """Loads the states of the random number generators of this process; None: does nothing."""
         super()._load_rng_state(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
