@@ -149,11 +149,11 @@ def test_bad_flag(family: str, field: str, value: Any) -> None:
 
 V2_V3 = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
 CONTRADICTIONS = [
-    (V2_V3, {"num_experts_per_tok": 13}, "num_experts_per_tok: 13 of n_routed_experts 12"),
+    (V2_V3, {"num_experts_per_tok": 13}, "num_experts_per_tok: cannot choose 13 of n_routed_experts 12"),
     (V2_V3, {"n_group": 5}, "n_group: 5 does not divide n_routed_experts 12"),
-    (V2_V3, {"topk_group": 4}, "topk_group: 4 of n_group 3"),
-    (V2_V3, {"num_experts_per_tok": 9}, "num_experts_per_tok: 9 cannot be chosen among topk_group 2"),
-    (("deepseek_v3", "deepseek_v32"), {"n_group": 12}, "n_group: 12 leaves one expert"),
+    (V2_V3, {"topk_group": 4}, "topk_group: cannot choose 4 of n_group 3"),
+    (V2_V3, {"num_experts_per_tok": 9}, "num_experts_per_tok: cannot choose 9 from topk_group 2"),
+    (("deepseek_v3", "deepseek_v32"), {"n_group": 12}, "n_group: 12 groups have one expert"),
     (V2_V3, {"n_shared_experts": 16000, "moe_intermediate_size": 16000}, "n_shared_experts"),
     (V2_V3, {"n_routed_experts": 12000, "moe_intermediate_size": 1 << 20, "n_shared_experts": 1}, "n_routed_experts"),
     (tuple(RAW), {"qk_rope_head_dim": 7}, "qk_rope_head_dim: RoPE needs an even number"),
@@ -166,7 +166,7 @@ CONTRADICTIONS = [
     (tuple(RAW), rope("default", partial_rotary_factor=0.5) | rope("yarn", factor=2.0, partial_rotary_factor=0.5), "partial"),
     (("deepseek_v2",), {"hidden_size": 76}, "num_attention_heads: 6 does not divide"),
     (("deepseek_v32",), {"q_lora_rank": None}, "q_lora_rank"),
-    (("deepseek_v32",), {"index_head_dim": 10}, "index_head_dim: 10 numbers"),
+    (("deepseek_v32",), {"index_head_dim": 10}, "index_head_dim: 10 is less than qk_rope_head_dim"),
     (("deepseek_v32",), {"index_n_heads": 16384, "index_head_dim": 128}, "index_head_dim"),
     (("deepseek_v32",), {"max_position_embeddings": (1 << 24) + 1}, "max_position_embeddings"),
     (("deepseek_v32",), {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types"),

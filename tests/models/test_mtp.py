@@ -118,12 +118,12 @@ def test_families_without_layers() -> None:
     assert mtp_layers(llama()) == mtp_layers(youtu()) == mtp_layers(CASES["deepseek_v2-greedy"]()) == 0
     raw = json.loads(deepseek_v3(num_nextn_predict_layers=2).to_json_string(use_diff=False))
     assert mtp_layers(raw) == 2
-    with pytest.raises(ConfigError, match="num_nextn_predict_layers: 1 MTP layers are asked for, the config promises 0"):
+    with pytest.raises(ConfigError, match="num_nextn_predict_layers: 1 MTP layers requested, but the config has 0"):
         build_graph(youtu(), mtp_layers=1)
     for count in (-1, 3):
-        with pytest.raises(ConfigError, match=f"{count} MTP layers are asked for, the config promises 2"):
+        with pytest.raises(ConfigError, match=f"{count} MTP layers requested, but the config has 2"):
             build_graph(raw, mtp_layers=count)
-    with pytest.raises(ConfigError, match="no MTP layer 0 of 0"):
+    with pytest.raises(ConfigError, match="no MTP layer 0 among 0"):
         build_mtp_graph(llama(), 0)
     for depth in (-1, 2):
         with pytest.raises(ConfigError, match="no MTP layer"):

@@ -1,7 +1,7 @@
-"""Model families: one file a `model_type`, each with `build(fields) -> Graph`, found by name.
+"""Model families: one file per `model_type`, named after it, with a function `build(fields) -> Graph`.
 
-A family's file reads a config only: no weights, no modules. To add one, write `models/<model_type>.py` and its entry in
-`families.py`. One with layers for multi-token prediction also has `build_mtp(fields, depth, layers) -> Graph`.
+A family's file reads only the config, neither weights nor modules. To add a family, write `models/<model_type>.py` and its
+entry in `families.py`. Families with layers for multi-token prediction also have `build_mtp(fields, depth, layers) -> Graph`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
 
     Args:
         config: a Transformers config object (`model.config`).
-        mtp_layers: how many MTP layers are loaded beside the model; the cache has room for them too.
+        mtp_layers: number of loaded MTP layers, which the cache has room for too.
 
     Raises:
-        UnsupportedModelError: the family, or a feature the config asks for, is not known here.
-        ConfigError: a field is wrong; the message names it.
+        UnsupportedModelError: the family, or a feature that the config requires, is not supported.
+        ConfigError: a field is not valid; the message names it.
     """
     fields = Fields(config)
     graph = _build(fields, _model_type(config))
@@ -40,7 +40,7 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
 
 
 def mtp_layers(config: Any) -> int:
-    """How many layers for multi-token prediction the config promises beside the model's own; 0 in families without.
+    """The number of layers for multi-token prediction that the config announces; 0 in families without them.
 
     Args:
         config: a Transformers config object, or the content of a config.json.
@@ -53,29 +53,32 @@ def mtp_layers(config: Any) -> int:
 
 
 def build_mtp_graph(config: Any, depth: int, layers: int | None = None) -> Graph:
-    """The unfused graph of one MTP layer. A step of it needs `states`: hidden states, and as tokens those that follow them.
+    """The unfused graph of one MTP layer. A step takes hidden states (`states`) and the tokens that follow each of them.
 
-    Weights are named as checkpoints have them: `model.layers.{num_hidden_layers + depth}.*`.
+    Weights are named as in checkpoints: `model.layers.{num_hidden_layers + depth}.*`.
 
     Args:
-        depth: which layer, from 0.
-        layers: how many are loaded, None for all: the graph of the model must be built for as many, since they share a cache.
+        config: a Transformers config object.
+        depth: index of the layer, from 0.
+        layers: number of loaded MTP layers; None: all. The model's graph must be built for the same number, since they share a
+            cache.
 
     Raises:
-        ConfigError: the config promises no such layer.
+        ConfigError: the config announces no such layer.
     """
     count = mtp_layers(config) if layers is None else layers
     _check_mtp(config, count)
     if not 0 <= depth < count:
-        raise ConfigError(f"config.num_nextn_predict_layers: there is no MTP layer {depth} of {count}")
+        raise ConfigError(f"config.num_nextn_predict_layers: there is no MTP layer {depth} among {count}")
     graph: Graph = _family(_model_type(config)).build_mtp(Fields(config), depth, count)
     return graph
 
 
 def check_config(raw: Mapping[str, Any]) -> None:
-    """Checks the content of a `config.json`, with its defaults in.
+    """Checks the content of a `config.json` that is completed with defaults.
 
-    Raises: as `build_graph`.
+    Raises:
+        UnsupportedModelError, ConfigError: as in `build_graph`.
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"config: expected an object with fields, got {type(raw).__name__}")
@@ -84,7 +87,7 @@ def check_config(raw: Mapping[str, Any]) -> None:
     mtp_layers(raw)
     for name in ("dtype", "torch_dtype"):
         _check_dtype(fields, name)
-    if "num_labels" in raw:  # nothing here uses it, but Transformers makes a table of that length
+    if "num_labels" in raw:  # not used here, but Transformers creates a table of that length
         fields.integer("num_labels", MAX_LABELS)
 
 
@@ -104,17 +107,17 @@ def _build(fields: Fields, model_type: Any) -> Graph:
 
 
 def _check_dtype(fields: Fields, name: str) -> None:
-    """Transformers takes any number for a dtype, and any attribute of torch by its name."""
+    """Raises ConfigError unless the field is a dtype: Transformers would accept any number or name of an attribute of torch."""
     value = fields.get(name)
-    written = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value  # a config object has torch's own
-    if value is not None and (not isinstance(written, str) or written not in DTYPES):
+    text = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value  # config objects have a torch.dtype
+    if value is not None and (not isinstance(text, str) or text not in DTYPES):
         raise ConfigError(f"config.{name}: expected one of {', '.join(DTYPES)}, got {shown(value)}")
 
 
 def _check_mtp(config: Any, count: int) -> None:
-    promised = mtp_layers(config)
-    if not 0 <= count <= promised:
-        raise ConfigError(f"config.num_nextn_predict_layers: {count} MTP layers are asked for, the config promises {promised}")
+    available = mtp_layers(config)
+    if not 0 <= count <= available:
+        raise ConfigError(f"config.num_nextn_predict_layers: {count} MTP layers requested, but the config has {available}")
 
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""The pieces decoders are made of, as graph nodes: embedding, layers, attention, gated MLP, head.
+"""Building blocks of decoders as graph nodes: embedding, layers, attention, gated MLP, head.
 
-Every piece appends its nodes to a list and returns the value it made. Weights are named by their module path in Transformers.
+Every function appends its nodes to a list and returns their output. Weights are named by their module path in Transformers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, Value
 from .decoder import Decoder, Trunk
 
-# (nodes, what is read, RoPE's table, layer) -> what is made.
+# (nodes, input, RoPE's table, layer) -> output
 Attend = Callable[[list[Node], Value, Value, int], Value]
-# (nodes, what is read, layer) -> what is made.
+# (nodes, input, layer) -> output
 FeedForward = Callable[[list[Node], Value, int], Value]
 
 
 def decoder_graph(d: Decoder) -> Graph:
-    """The unfused graph of a model whose attention has keys and values per head."""
+    """The unfused graph of a decoder whose attention has keys and values per head."""
 
     def attend(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
         return _attention(nodes, d, x, table, layer)
@@ -30,7 +30,13 @@ def decoder_graph(d: Decoder) -> Graph:
 
 
 def trunk_graph(d: Trunk, cache: CacheSpec | LatentSpec, attend: Attend, feed_forward: FeedForward) -> Graph:
-    """The unfused graph of a model of pre-norm decoder layers."""
+    """The unfused graph of a model of pre-norm decoder layers.
+
+    Args:
+        d: the model's sizes.
+        cache: the contents of the KV cache.
+        attend, feed_forward: append the nodes of a layer's attention and feed-forward network.
+    """
     nodes: list[Node] = []
     x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=1.0)
     table = emit(nodes, "rope_table", (), "rope", d.rope.rot, rope=d.rope)
@@ -47,7 +53,7 @@ def trunk_graph(d: Trunk, cache: CacheSpec | LatentSpec, attend: Attend, feed_fo
 def decoder_layer(
     nodes: list[Node], d: Trunk, x: Value, table: Value, layer: int, attend: Attend, feed_forward: FeedForward
 ) -> Value:
-    """x + attention(norm(x)), then that + MLP(norm(that))."""
+    """y = x + attention(norm(x)); the output is y + MLP(norm(y))."""
     name, path = f"l{layer}", f"model.layers.{layer}"
     normed = norm(nodes, x, f"{name}.attn_in", f"{path}.input_layernorm", d.eps)
     x = add(nodes, x, attend(nodes, normed, table, layer), f"{name}.attn_out")
@@ -58,7 +64,7 @@ def decoder_layer(
 def emit(
     nodes: list[Node], op: str, inputs: tuple[Value, ...], name: str, width: int, weight: str = "", /, **attrs: Any
 ) -> Value:
-    """Appends a node with one output and at most one weight."""
+    """Appends a node with one output and at most one weight, and returns the output."""
     out = Value(name, width)
     nodes.append(Node(op, inputs, (out,), (weight,) if weight else (), attrs))
     return out
@@ -77,7 +83,7 @@ def add(nodes: list[Node], x: Value, delta: Value, name: str) -> Value:
 
 
 def mlp(nodes: list[Node], d: Trunk, x: Value, name: str, path: str, width: int) -> Value:
-    """W_down (silu(W_gate x) * (W_up x)), `width` numbers in between."""
+    """W_down (silu(W_gate x) * (W_up x)); `width`: size of the intermediate result."""
     gate = linear(nodes, x, f"{name}.gate", width, f"{path}.gate_proj", d.mlp_bias)
     up = linear(nodes, x, f"{name}.up", width, f"{path}.up_proj", d.mlp_bias)
     hidden = emit(nodes, "swiglu", (gate, up), f"{name}.h", width)
@@ -88,17 +94,17 @@ def _attention(nodes: list[Node], d: Decoder, x: Value, table: Value, layer: int
     """Projections, q/k norm, RoPE, cache write, causal attention, output projection."""
     name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
     heads = {"q": d.heads, "k": d.kv_heads, "v": d.kv_heads}
-    made = {p: linear(nodes, x, f"{name}.{p}", n * d.head_dim, f"{path}.{p}_proj", d.qkv_bias) for p, n in heads.items()}
+    qkv = {p: linear(nodes, x, f"{name}.{p}", n * d.head_dim, f"{path}.{p}_proj", d.qkv_bias) for p, n in heads.items()}
     for p in "qk":
         shape = {"heads": heads[p], "head_dim": d.head_dim}
         if d.qk_norm:
             weight = f"{path}.{p}_norm.weight"
-            made[p] = emit(nodes, "head_norm", (made[p],), f"{name}.{p}_norm", made[p].width, weight, eps=d.eps, **shape)
-        made[p] = emit(nodes, "rope", (made[p], table), f"{name}.{p}_rope", made[p].width, interleaved=False, **shape)
+            qkv[p] = emit(nodes, "head_norm", (qkv[p],), f"{name}.{p}_norm", qkv[p].width, weight, eps=d.eps, **shape)
+        qkv[p] = emit(nodes, "rope", (qkv[p], table), f"{name}.{p}_rope", qkv[p].width, interleaved=False, **shape)
     cache = {"layer": layer, "kv_heads": d.kv_heads, "head_dim": d.head_dim}
-    nodes.append(Node("cache_write", (made["k"], made["v"]), attrs=cache))
+    nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
     attended = emit(
-        nodes, "attention", (made["q"],), f"{name}.attn", made["q"].width, heads=d.heads, scale=d.head_dim**-0.5,
+        nodes, "attention", (qkv["q"],), f"{name}.attn", qkv["q"].width, heads=d.heads, scale=d.head_dim**-0.5,
         window=d.windows[layer], softmax="eager", **cache,
     )  # fmt: skip
     return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.o_proj", d.o_bias)

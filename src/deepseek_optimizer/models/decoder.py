@@ -1,4 +1,4 @@
-"""What a decoder-only model's config says, checked: the numbers that the blocks are built from."""
+"""The sizes of a decoder-only model, read from its config and checked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from ..errors import ConfigError, UnsupportedModelError
 from .fields import Fields
 from .rope import RopeSpec, read_rope
 
-# Beyond what any model has, and low enough that no product of two overflows or takes memory while it is looked at.
+# Larger than in any model, and small enough that checking a config can neither overflow nor allocate much memory.
 MAX_LAYERS, MAX_HEADS, MAX_WIDTH, MAX_VOCAB, MAX_POSITIONS = 4096, 16384, 1 << 20, 1 << 24, (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """Sizes that every decoder has. tied: the head is the embedding. mlp_bias: whether dense MLPs have biases."""
+    """Sizes that every decoder has.
+
+    Attributes:
+        family: the `model_type`.
+        layers, hidden, intermediate, vocab: number of layers; hidden size; width of dense MLPs; vocabulary size.
+        max_positions: context length in tokens.
+        eps: epsilon of the norms.
+        tied: whether the head shares the embedding's weight.
+        rope: rotary position embedding.
+        mlp_bias: whether dense MLPs have biases.
+    """
 
     family: str
     layers: int
@@ -32,10 +42,14 @@ class Trunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder(Trunk):
-    """A model whose attention has keys and values per head.
+    """A decoder whose attention has keys and values per head.
 
-    windows: per layer, how many tokens attention sees, 0 for all. qkv_bias, o_bias: which projections have one. qk_norm:
-    whether q and k are normed per head."""
+    Attributes:
+        heads, kv_heads, head_dim: query heads, key and value heads, and elements per head.
+        windows: the attention window of each layer in tokens, 0: no window.
+        qkv_bias, o_bias: whether these projections have biases.
+        qk_norm: whether q and k are normalised per head.
+    """
 
     heads: int
     kv_heads: int
@@ -46,19 +60,28 @@ class Decoder(Trunk):
     qk_norm: bool = False
 
 
-def read_trunk(fields: Fields, family: str, turning: int, name: str = "head_dim", *, mlp_bias: bool = False) -> Trunk:
+def read_trunk(fields: Fields, family: str, rotated: int, name: str = "head_dim", *, mlp_bias: bool = False) -> Trunk:
     """Reads and checks the fields that all families share.
 
     Args:
-        turning: how many numbers of a head RoPE turns; `name` is the field that says so.
+        fields: the config.
+        family: the `model_type`.
+        rotated: number of elements of a head that RoPE rotates.
+        name: the config field that contains this number.
+        mlp_bias: whether dense MLPs have biases.
+
+    Raises:
+        UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
     """
     fields.require("hidden_act", "silu")
     vocab, pad = fields.integer("vocab_size", MAX_VOCAB), fields.get("pad_token_id")
     if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocab <= pad < vocab):
-        raise ConfigError(f"config.pad_token_id: expected a token below vocab_size {vocab}, got {pad!r}")
-    rope = read_rope(fields, turning, fields.integer("max_position_embeddings", MAX_POSITIONS), name)
+        raise ConfigError(f"config.pad_token_id: expected a token id below vocab_size {vocab}, got {pad!r}")
+    rope = read_rope(fields, rotated, fields.integer("max_position_embeddings", MAX_POSITIONS), name)
     if rope.room > MAX_POSITIONS:
-        raise ConfigError(f"config.rope_parameters['factor']: makes room for {rope.room} tokens, {MAX_POSITIONS} at most")
+        raise ConfigError(
+            f"config.rope_parameters['factor']: gives a context of {rope.room} tokens, more than the maximum of {MAX_POSITIONS}"
+        )
     return Trunk(
         family=family, layers=fields.integer("num_hidden_layers", MAX_LAYERS), hidden=fields.integer("hidden_size", MAX_WIDTH),
         intermediate=fields.integer("intermediate_size", MAX_WIDTH), vocab=vocab, max_positions=rope.room,
@@ -68,7 +91,7 @@ def read_trunk(fields: Fields, family: str, turning: int, name: str = "head_dim"
 
 
 def parts_of(trunk: Trunk) -> dict[str, Any]:
-    """The trunk's fields by name, to build what has more of them."""
+    """The trunk's fields by name, to construct a subclass."""
     return {field.name: getattr(trunk, field.name) for field in fields_of(Trunk)}
 
 
@@ -82,10 +105,16 @@ def read_decoder(
     qk_norm: bool = False,
     sliding: bool = False,
 ) -> Decoder:
-    """Reads and checks the fields of a model whose attention has keys and values per head.
+    """Reads and checks the fields of a decoder whose attention has keys and values per head.
 
     Args:
-        sliding: whether the family's attention knows sliding windows.
+        fields: the config.
+        family: the `model_type`.
+        qkv_bias, o_bias, mlp_bias, qk_norm: as in `Decoder` and `Trunk`.
+        sliding: whether the family's attention supports sliding windows.
+
+    Raises:
+        UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
     """
     hidden = fields.integer("hidden_size", MAX_WIDTH)
     heads = fields.integer("num_attention_heads", MAX_HEADS)
@@ -96,7 +125,7 @@ def read_decoder(
         raise ConfigError(f"config.num_attention_heads: {heads} does not divide hidden_size {hidden}, and there is no head_dim")
     head_dim = fields.integer("head_dim", MAX_WIDTH, default=hidden // heads)
     if heads * head_dim > MAX_WIDTH:
-        raise ConfigError(f"config.head_dim: {heads} heads of {head_dim} are wider than {MAX_WIDTH}")
+        raise ConfigError(f"config.head_dim: {heads} heads of {head_dim} elements exceed the maximum width of {MAX_WIDTH}")
     trunk = read_trunk(fields, family, head_dim, mlp_bias=mlp_bias)
     return Decoder(
         **parts_of(trunk), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
@@ -106,7 +135,7 @@ def read_decoder(
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """Per layer the window, from `layer_types`, or from `max_window_layers` where a config.json has no such list."""
+    """The window of each layer, from `layer_types`, or from `max_window_layers` if the config has no such list."""
     used = fields.flag("use_sliding_window") and fields.get("sliding_window") is not None
     kinds = fields.get("layer_types")
     if kinds is None:
@@ -119,11 +148,11 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(
-                f"config.layer_types: {kind!r} is not supported. Known: 'full_attention', 'sliding_attention'."
+                f"config.layer_types: {kind!r} is not supported. Supported: 'full_attention', 'sliding_attention'."
             )
     if "sliding_attention" not in kinds:
         return (0,) * layers
     if not used:
-        raise ConfigError("config.layer_types: has sliding_attention, but use_sliding_window and sliding_window give no window")
+        raise ConfigError("config.layer_types: has sliding_attention, but use_sliding_window and sliding_window set no window")
     window = fields.integer("sliding_window", MAX_POSITIONS)
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)

@@ -12,7 +12,7 @@ from .mla import attention, read_latent_decoder
 
 def build(fields: Fields) -> Graph:
     d = read_latent_decoder(fields, "deepseek_v2", interleaved=True, mlp_bias=fields.flag("mlp_bias"))
-    if d.hidden % d.heads:  # nothing here needs it, but Transformers' config class does
+    if d.hidden % d.heads:  # not needed here, but Transformers' config class requires it
         raise ConfigError(f"config.num_attention_heads: {d.heads} does not divide hidden_size {d.hidden}")
     sparse = first_dense(fields, d.layers)
     routing = read_softmax_routing(fields, d.hidden) if any(sparse) else None

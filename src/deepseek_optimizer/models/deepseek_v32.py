@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2: V3 with a lightning indexer that picks the tokens that attention sees."""
+"""DeepSeek-V3.2: V3 with a lightning indexer that selects the visible tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_mtp(fields: Fields, depth: int, layers: int) -> Graph:
 
 
 def _read(fields: Fields, mtp_layers: int) -> tuple[LatentDecoder, FeedForward]:
-    fields.only("rope_interleave", None, True)  # Transformers has no other form of this family
+    fields.only("rope_interleave", None, True)  # the only form of this family in Transformers
     fields.only("mlp_bias", None, False)
     d = read_latent_decoder(fields, "deepseek_v32", interleaved=True, sparse=True)
     layers = listed_layers(fields, d.layers)

@@ -1,7 +1,7 @@
-"""A mixture of experts as graph nodes, and what a config says of it.
+"""Mixtures of experts: reads them from a config and builds their graph nodes.
 
 y = sum over the chosen experts of weight * expert(x), plus the shared experts, which are one gated MLP. Source: DeepSeekMoE
-(2024); DeepSeek-V3 (2024), section 2.1.2, for scores with a correction bias that picks experts but does not weigh them.
+(2024); DeepSeek-V3 (2024), section 2.1.2, for the correction bias, which affects the choice of experts but not their weights.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from .blocks import FeedForward, add, emit, linear, mlp
 from .decoder import MAX_LAYERS, MAX_WIDTH, Trunk
 from .fields import Fields
 
-MAX_EXPERTS, MAX_EXPERT_WEIGHTS = 1 << 14, 1 << 40  # of one layer's stack
+MAX_EXPERTS, MAX_EXPERT_WEIGHTS = 1 << 14, 1 << 40  # per layer
 
 
 @dataclass(frozen=True)
 class Routing:
-    """top_k of `experts` experts of `width` numbers in between are chosen, in the best `top_groups` of `groups` groups; see op
-    `router` for the rest. shared: width of the shared experts together. bias: whether scores are corrected for the choice."""
+    """How a layer chooses experts; see op `router` for the formulas.
+
+    Attributes:
+        experts, top_k: number of experts, and how many are chosen per token.
+        groups, top_groups: number of groups of experts, and how many best groups the experts are chosen from.
+        scoring, group_score, normalise, scale: as in op `router`.
+        bias: whether a correction bias is added to the scores for the choice.
+        width: intermediate size of an expert.
+        shared: intermediate size of all shared experts together.
+    """
 
     experts: int
     top_k: int
@@ -37,7 +45,7 @@ class Routing:
 
 
 def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
-    """DeepSeek-V2's: softmax over all experts; greedy, or the best of the groups whose best expert is best."""
+    """DeepSeek-V2's routing: softmax over all experts; greedy, or limited to the groups with the highest maximum score."""
     fields.only("scoring_func", None, "softmax")
     fields.only("norm_topk_prob", None, False)  # Transformers' router would ignore it
     fields.only("topk_method", "greedy", "group_limited_greedy")
@@ -46,7 +54,7 @@ def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
 
 
 def read_sigmoid_routing(fields: Fields, hidden: int) -> Routing:
-    """DeepSeek-V3's: sigmoid scores, corrected by a bias for the choice; groups count by their best two experts."""
+    """DeepSeek-V3's routing: sigmoid scores with a correction bias; a group's score is the sum of its two highest."""
     fields.only("scoring_func", None, "sigmoid")
     fields.only("topk_method", None, "noaux_tc")
     normalise = fields.flag("norm_topk_prob")
@@ -57,24 +65,24 @@ def _routing(fields: Fields, hidden: int, *, grouped: bool, group_score: str, **
     experts = fields.integer("n_routed_experts", MAX_EXPERTS)
     top_k = fields.integer("num_experts_per_tok", MAX_EXPERTS)
     if top_k > experts:
-        raise ConfigError(f"config.num_experts_per_tok: {top_k} of n_routed_experts {experts} cannot be chosen")
+        raise ConfigError(f"config.num_experts_per_tok: cannot choose {top_k} of n_routed_experts {experts}")
     groups = fields.integer("n_group", MAX_EXPERTS) if grouped else 1
     if experts % groups:
         raise ConfigError(f"config.n_group: {groups} does not divide n_routed_experts {experts}")
     if group_score == "top2" and experts // groups < 2:
-        raise ConfigError(f"config.n_group: {groups} leaves one expert a group, and a group's score is the sum of its best two")
+        raise ConfigError(f"config.n_group: {groups} groups have one expert each, but a group's score needs two")
     top_groups = fields.integer("topk_group", MAX_EXPERTS) if grouped else 1
     if top_groups > groups:
-        raise ConfigError(f"config.topk_group: {top_groups} of n_group {groups} cannot be chosen")
+        raise ConfigError(f"config.topk_group: cannot choose {top_groups} of n_group {groups}")
     if top_k > top_groups * (experts // groups):
         raise ConfigError(
-            f"config.num_experts_per_tok: {top_k} cannot be chosen among topk_group {top_groups} groups of {experts // groups}"
+            f"config.num_experts_per_tok: cannot choose {top_k} from topk_group {top_groups} groups of {experts // groups}"
         )
     width, shared = fields.integer("moe_intermediate_size", MAX_WIDTH), fields.integer("n_shared_experts", MAX_EXPERTS)
     if width * shared > MAX_WIDTH:
-        raise ConfigError(f"config.n_shared_experts: {shared} experts of {width} are wider than {MAX_WIDTH}")
+        raise ConfigError(f"config.n_shared_experts: {shared} experts of width {width} exceed the maximum width of {MAX_WIDTH}")
     if 2 * experts * width * hidden > MAX_EXPERT_WEIGHTS:
-        raise ConfigError(f"config.n_routed_experts: {experts} experts of {width} x {hidden} are more than a layer can have")
+        raise ConfigError(f"config.n_routed_experts: {experts} experts of {width} x {hidden} exceed the maximum per layer")
     scale = fields.positive("routed_scaling_factor")
     return Routing(
         experts=experts, top_k=top_k, groups=groups, top_groups=top_groups, group_score=group_score, scale=scale, width=width,
@@ -83,14 +91,14 @@ def _routing(fields: Fields, hidden: int, *, grouped: bool, group_score: str, **
 
 
 def first_dense(fields: Fields, layers: int) -> tuple[bool, ...]:
-    """Per layer whether it has experts: all but the first `first_k_dense_replace`."""
+    """Whether each layer has experts: all except the first `first_k_dense_replace`."""
     dense = fields.integer("first_k_dense_replace", MAX_LAYERS, low=0)
     fields.only("moe_layer_freq", None, 1)
     return tuple(layer >= dense for layer in range(layers))
 
 
 def listed_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
-    """Per layer whether it has experts, as `mlp_layer_types` says; without one as `first_dense`."""
+    """Whether each layer has experts, from `mlp_layer_types`; without that field as in `first_dense`."""
     kinds = fields.get("mlp_layer_types")
     if kinds is None:
         return first_dense(fields, layers)
@@ -100,7 +108,7 @@ def listed_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
 
 
 def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) -> FeedForward:
-    """A dense MLP, or experts where `sparse` says so, and in every layer behind the last (MTP layers)."""
+    """Builds a layer's feed-forward network: experts if `sparse` is true for it or it is an MTP layer, else a dense MLP."""
 
     def forward(nodes: list[Node], x: Value, layer: int) -> Value:
         name, path = f"l{layer}.mlp", f"model.layers.{layer}.mlp"
@@ -112,7 +120,7 @@ def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) ->
 
 
 def _experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, name: str, path: str) -> Value:
-    """Routed and shared experts in this order, so that a backend can run the steps of both side by side."""
+    """Routed and shared experts, interleaved in such an order that a backend can run both side by side."""
     routes = emit(
         nodes, "router", (x,), f"{name}.routes", 2 * r.top_k, f"{path}.gate.weight",
         bias=f"{path}.gate.e_score_correction_bias" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,

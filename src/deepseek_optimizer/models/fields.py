@@ -1,4 +1,4 @@
-"""Reading a model's config with suspicion: every field has a type and a range, and an error names the field."""
+"""Reads fields of a model's config with checks of type and range; errors name the field."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 class Fields:
-    """A config's fields, checked as they are read.
+    """The fields of a config, checked when they are read.
 
     Args:
-        config: a Transformers config object, or the mapping that a config.json holds (`integration.configs.with_defaults`
-            adds the defaults of fields left out).
+        config: a Transformers config object, or the content of a config.json as a mapping (`integration.configs.with_defaults`
+            adds the defaults of missing fields).
     """
 
     def __init__(self, config: Any) -> None:
         self._config = config
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field as it stands, unchecked; `default` where there is none."""
+        """The unchecked value of a field; `default` if it is missing."""
         if not isinstance(self._config, Mapping):
             return getattr(self._config, name, default)
         return self._config.get(name, default)
 
     def integer(self, name: str, high: int, *, low: int = 1, default: int | None = None) -> int:
-        """An integer from `low` to `high`; `default` (if there is one) stands for None."""
+        """An integer from `low` to `high`; `default`, if given, replaces None. ConfigError for anything else."""
         value = self.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -37,39 +37,41 @@ class Fields:
         return value
 
     def positive(self, name: str) -> float:
-        """A finite number above 0."""
+        """A finite number above 0; ConfigError for anything else."""
         return positive(name, self.get(name))
 
     def epsilon(self, name: str) -> float:
-        """What a norm adds to a mean of squares: a number from 0 on that float32 holds, as Transformers takes it."""
+        """The epsilon of a norm, a number from 0 to float32's maximum, as in Transformers; ConfigError for anything else."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST_FLOAT32:
             raise ConfigError(f"config.{name}: expected a number from 0 to {_LARGEST_FLOAT32:.4g}, got {shown(value)}")
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """True or False; False where there is none."""
+        """True or False; False if the field is missing. ConfigError for anything else."""
         value = self.get(name, False)
         if not isinstance(value, bool):
             raise ConfigError(f"config.{name}: expected true or false, got {shown(value)}")
         return value
 
     def require(self, name: str, only: Any) -> None:
-        """Refuses every value but the one that is built here."""
+        """Raises UnsupportedModelError unless the field equals `only`."""
         value = self.get(name)
         if value != only:
             raise UnsupportedModelError(f"config.{name} {shown(value)} is not supported. Supported: {only!r}.")
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Refuses every value but these; True is not 1 here."""
+        """Raises UnsupportedModelError unless the field equals one of `allowed`, with the same type (True is not 1)."""
         value = self.get(name)
         if not any(type(value) is type(a) and value == a for a in allowed):
-            known = ", ".join(repr(a) for a in allowed if a is not None)
-            raise UnsupportedModelError(f"config.{name} {shown(value)} is not supported in this family. Supported: {known}.")
+            supported = ", ".join(repr(a) for a in allowed if a is not None)
+            raise UnsupportedModelError(
+                f"config.{name} {shown(value)} is not supported in this family. Supported: {supported}."
+            )
 
 
 def positive(name: str, value: Any) -> float:
-    """`value` if it is a finite number above 0, for the field (or entry of a field) called `name`."""
+    """`value` as a float; ConfigError if it is not a finite number above 0. `name`: the field, or entry of a field."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"config.{name}: expected a finite number above 0, got {shown(value)}")
     return float(value)

@@ -1,7 +1,8 @@
-"""Multi-head latent attention as graph nodes, and what a config says of it.
+"""Multi-head latent attention: reads it from a config and builds its graph nodes.
 
-Keys and values of all heads come of one latent a token, which is all that the cache keeps, beside one turned key that the heads
-share. Source: DeepSeek-V2 (2024), section 2.1; the indexer that picks what a token sees: DeepSeek-V3.2 (2025), section 2.1.
+Keys and values of all heads are computed from one latent per token. The cache holds only this latent and one rotated key, which
+the heads share. Source: DeepSeek-V2 (2024), section 2.1; the indexer, which selects the visible tokens: DeepSeek-V3.2 (2025),
+section 2.1.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from .blocks import Attend, emit, linear, norm
 from .decoder import MAX_HEADS, MAX_WIDTH, Trunk, parts_of, read_trunk
 from .fields import Fields
 
-INNER_EPS = 1e-6  # of the norms inside attention: Transformers builds them without the config's rms_norm_eps
-MAX_SPARSE_POSITIONS = 1 << 24  # numbers of tokens travel as float32, which is exact up to here
+INNER_EPS = 1e-6  # epsilon of the norms inside attention: Transformers does not use the config's rms_norm_eps there
+MAX_SPARSE_POSITIONS = 1 << 24  # token indices are passed as float32, which is exact up to here
 
 
 @dataclass(frozen=True)
 class Indexer:
-    """The lightning indexer: `heads` queries and one key of `width` numbers a token; a token sees `top_k` tokens."""
+    """The lightning indexer: each token has `heads` queries and one key of `width` elements, and attends to `top_k` tokens."""
 
     heads: int
     width: int
@@ -32,9 +33,15 @@ class Indexer:
 class LatentDecoder(Trunk):
     """A model with latent attention.
 
-    nope, v_dim: a head's numbers that do not turn, and of its value; `rope.rot` more turn. rank: of the latent. q_rank: of the
-    queries' own latent, None where there is none. interleaved: how pairs lie. scale: of the scores. bias: whether the
-    projections to latents and the output have one.
+    Attributes:
+        heads: number of heads.
+        nope, v_dim: elements of a query or key head without rotation (`rope.rot` more are rotated), and of a value head.
+        rank: elements of the latent.
+        q_rank: elements of the queries' latent; None: queries have none.
+        interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + rot/2).
+        scale: factor of the scores.
+        bias: whether the projections to latents and the output projection have biases.
+        indexer: the lightning indexer; None: the model has none.
     """
 
     heads: int
@@ -58,44 +65,52 @@ def read_latent_decoder(
     """Reads and checks the fields of a model with latent attention.
 
     Args:
+        fields: the config.
+        family: the `model_type`.
+        interleaved, mlp_bias: as in `LatentDecoder` and `Trunk`.
         sparse: whether the family has a lightning indexer.
+
+    Raises:
+        UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
     """
     heads = fields.integer("num_attention_heads", MAX_HEADS)
     if fields.integer("num_key_value_heads", MAX_HEADS, default=heads) != heads:
         raise ConfigError(
-            f"config.num_key_value_heads: latent attention needs as many as num_attention_heads ({heads}), "
+            f"config.num_key_value_heads: latent attention needs the same number as num_attention_heads ({heads}), "
             f"got {fields.get('num_key_value_heads')!r}"
         )
-    nope, turning, v_dim, rank = (
+    nope, rotated, v_dim, rank = (
         fields.integer(name, MAX_WIDTH) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
     )
-    q, kv = heads * (nope + turning), heads * (nope + v_dim)
-    for name, width in (("qk_nope_head_dim", q), ("v_head_dim", kv), ("kv_lora_rank", rank + turning)):
+    q, kv = heads * (nope + rotated), heads * (nope + v_dim)
+    for name, width in (("qk_nope_head_dim", q), ("v_head_dim", kv), ("kv_lora_rank", rank + rotated)):
         if width > MAX_WIDTH:
-            raise ConfigError(f"config.{name}: {fields.get(name)} makes rows of {width} numbers, {MAX_WIDTH} at most")
+            raise ConfigError(
+                f"config.{name}: {fields.get(name)} gives rows of {width} elements, more than the maximum of {MAX_WIDTH}"
+            )
     q_rank = None if fields.get("q_lora_rank") is None and not sparse else fields.integer("q_lora_rank", MAX_WIDTH)
-    trunk = read_trunk(fields, family, turning, "qk_rope_head_dim", mlp_bias=mlp_bias)
+    trunk = read_trunk(fields, family, rotated, "qk_rope_head_dim", mlp_bias=mlp_bias)
     if sparse and trunk.max_positions > MAX_SPARSE_POSITIONS:
-        most = f"{MAX_SPARSE_POSITIONS} at most with an indexer"
-        raise ConfigError(f"config.max_position_embeddings: {most}, got {trunk.max_positions}")
+        limit = f"expected at most {MAX_SPARSE_POSITIONS} with an indexer"
+        raise ConfigError(f"config.max_position_embeddings: {limit}, got {trunk.max_positions}")
     return LatentDecoder(
         **parts_of(trunk), heads=heads, nope=nope, v_dim=v_dim, rank=rank, q_rank=q_rank, interleaved=interleaved,
-        scale=(nope + turning) ** -0.5 * trunk.rope.attention_scale, bias=fields.flag("attention_bias"),
-        indexer=_indexer(fields, turning) if sparse else None,
+        scale=(nope + rotated) ** -0.5 * trunk.rope.attention_scale, bias=fields.flag("attention_bias"),
+        indexer=_indexer(fields, rotated) if sparse else None,
     )  # fmt: skip
 
 
-def _indexer(fields: Fields, turning: int) -> Indexer:
+def _indexer(fields: Fields, rotated: int) -> Indexer:
     heads, width = fields.integer("index_n_heads", MAX_HEADS), fields.integer("index_head_dim", MAX_WIDTH)
-    if width < turning:
-        raise ConfigError(f"config.index_head_dim: {width} numbers, of which qk_rope_head_dim ({turning}) would turn")
+    if width < rotated:
+        raise ConfigError(f"config.index_head_dim: {width} is less than qk_rope_head_dim ({rotated})")
     if heads * width > MAX_WIDTH:
-        raise ConfigError(f"config.index_head_dim: {heads} heads of {width} are wider than {MAX_WIDTH}")
+        raise ConfigError(f"config.index_head_dim: {heads} heads of {width} elements exceed the maximum width of {MAX_WIDTH}")
     return Indexer(heads, width, fields.integer("index_topk", MAX_WIDTH))
 
 
 def attention(d: LatentDecoder) -> Attend:
-    """Projections through latents, RoPE of a part of each head, cache write, attention over latents, output projection."""
+    """Projections through latents, RoPE of part of each head, cache write, attention over latents, output projection."""
 
     def attend(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
         name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
@@ -115,9 +130,9 @@ def attention(d: LatentDecoder) -> Attend:
             rank=d.rank, interleaved=d.interleaved,
         )  # fmt: skip
         nodes.append(Node("latent_write", (latent,), attrs={"layer": layer}))
-        seen = (_choose(nodes, d.indexer, x, q_from, table, layer),) if d.indexer else ()
+        chosen = (_choose(nodes, d.indexer, x, q_from, table, layer),) if d.indexer else ()
         attended = emit(
-            nodes, "mla_attention", (q, *seen), f"{name}.attn", d.heads * d.v_dim, f"{path}.kv_b_proj.weight", layer=layer,
+            nodes, "mla_attention", (q, *chosen), f"{name}.attn", d.heads * d.v_dim, f"{path}.kv_b_proj.weight", layer=layer,
             heads=d.heads, nope=d.nope, rope=d.rope.rot, rank=d.rank, v_dim=d.v_dim, scale=d.scale, form="expanded",
         )  # fmt: skip
         return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.o_proj", d.bias)
@@ -126,14 +141,14 @@ def attention(d: LatentDecoder) -> Attend:
 
 
 def _choose(nodes: list[Node], indexer: Indexer, x: Value, q_latent: Value, table: Value, layer: int) -> Value:
-    """Which tokens each token sees. Unlike attention's, its pairs lie in halves, and the numbers that turn come first."""
+    """The visible tokens of each token. Unlike in attention, pairs are (i, i + rot/2), and the rotated elements come first."""
     name, path = f"l{layer}.index", f"model.layers.{layer}.self_attn.indexer"
-    turn: dict[str, Any] = {"head_dim": indexer.width, "offset": 0, "interleaved": False}
+    rotation: dict[str, Any] = {"head_dim": indexer.width, "offset": 0, "interleaved": False}
     q = linear(nodes, q_latent, f"{name}_q", indexer.heads * indexer.width, f"{path}.wq_b")
-    q = emit(nodes, "rope", (q, table), f"{name}_q_rope", q.width, heads=indexer.heads, **turn)
+    q = emit(nodes, "rope", (q, table), f"{name}_q_rope", q.width, heads=indexer.heads, **rotation)
     k, normed = linear(nodes, x, f"{name}_k", indexer.width, f"{path}.wk"), Value(f"{name}_k_norm", indexer.width)
     nodes.append(Node("layer_norm", (k,), (normed,), (f"{path}.k_norm.weight", f"{path}.k_norm.bias"), {"eps": INNER_EPS}))
-    k = emit(nodes, "rope", (normed, table), f"{name}_k_rope", k.width, heads=1, **turn)
+    k = emit(nodes, "rope", (normed, table), f"{name}_k_rope", k.width, heads=1, **rotation)
     nodes.append(Node("index_write", (k,), attrs={"layer": layer}))
     weights = linear(nodes, x, f"{name}_w", indexer.heads, f"{path}.weights_proj")
     return emit(

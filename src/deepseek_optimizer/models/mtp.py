@@ -1,7 +1,7 @@
-"""A layer that predicts one token further (multi-token prediction), as a graph of its own.
+"""The graph of a layer for multi-token prediction, which predicts one token further ahead.
 
-Its rows are the model's last hidden state of a token (or that of the MTP layer before) together with the embedding of the token
-after it. Source: DeepSeek-V3 (2024), section 2.2; Transformers' MtpLayer.
+Its input for each token is the last hidden state of the model (or of the previous MTP layer) and the embedding of the next
+token. Source: DeepSeek-V3 (2024), section 2.2; Transformers' MtpLayer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from .decoder import Trunk
 
 
 def mtp_graph(d: Trunk, cache: LatentSpec, attend: Attend, feed_forward: FeedForward, depth: int, layers: int) -> Graph:
-    """The unfused graph of MTP layer `depth` of `layers`, which follow the model's own in the cache.
+    """The unfused graph of MTP layer `depth` of `layers`. In the cache, MTP layers follow the model's decoder layers.
 
-    Its one hidden state is its normed result: the state that the next MTP layer takes in.
+    Its only hidden state is its normalised output, which is the input of the next MTP layer.
     """
     layer = d.layers + depth
     name, path = f"l{layer}", f"model.layers.{layer}"

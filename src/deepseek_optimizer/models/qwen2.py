@@ -1,4 +1,4 @@
-"""Qwen2: DeepSeek-R1-Distill-Qwen. Biases on q, k and v always; sliding windows in some layers."""
+"""Qwen2: DeepSeek-R1-Distill-Qwen. q, k and v always have biases; some layers may have sliding windows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Rotary position embedding: frequencies of one model, as Transformers computes them.
+"""Rotary position embedding: the frequencies of a model, computed as in Transformers.
 
-Row t of head x turns by angles a_i = position_t * inv_freq_i: (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a + x_i sin a),
-where j = i + rot/2 (halves) or i + 1 (interleaved); cos and sin are multiplied by `scaling` (yarn). Only the first `rot`
-numbers of a head turn. Source: Su et al. 2021; for the scaled kinds see `rope_scaling.py`.
+Row t of head x is rotated by the angles a_i = position_t * inv_freq_i: (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a +
+x_i sin a), where j = i + rot/2 (halves) or i + 1 (interleaved); cos and sin are multiplied by `scaling` (yarn). Only the first
+`rot` elements of a head are rotated. Source: Su et al. 2021; for the scaled kinds see `rope_scaling.py`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,26 @@ from .fields import Fields, positive
 
 Frequencies = npt.NDArray[np.float32]
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
-# Entries that must be there (beside rope_theta), each a number above 0.
+# Required entries (besides rope_theta), each a number above 0.
 _REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class RopeSpec:
-    """kind: one of KINDS. rot: numbers of a head that turn. inv_freq: float32 [rot/2]. scaling: multiplies cos and sin.
-    grow: for "dynamic", length of a sequence longer than `context` tokens -> inv_freq. context: the config's
-    max_position_embeddings. room: tokens that a sequence may have: as many, and for "dynamic" `factor` times as many, since its
-    formula takes the trained length from there. attention_scale: what latent attention's scores are multiplied by for it
-    (Transformers' yarn_apply_mscale)."""
+    """The rotary position embedding of a model.
+
+    Attributes:
+        kind: one of KINDS.
+        rot: number of rotated elements of a head.
+        inv_freq: float32 [rot/2].
+        scaling: factor of cos and sin.
+        grow: for "dynamic", computes inv_freq for a sequence of more than `context` tokens, given its length; else None.
+        context: the config's max_position_embeddings.
+        room: maximum length of a sequence: `context`, or for "dynamic" `factor` times as much, because its formula takes the
+            trained length from max_position_embeddings.
+        attention_scale: factor of latent attention's scores (Transformers' yarn_apply_mscale).
+    """
 
     kind: str
     rot: int
@@ -49,14 +57,21 @@ class RopeSpec:
         return self.grow is not None
 
     def inv_freq_at(self, length: int) -> Frequencies:
-        """float32 [rot/2] for a sequence of `length` tokens (its highest position + 1)."""
+        """inv_freq for a sequence of `length` tokens (its highest position + 1), float32 [rot/2]."""
         return self.inv_freq if self.grow is None or length <= self.context else self.grow(length)
 
 
 def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "head_dim") -> RopeSpec:
-    """The RoPE of a model of whose heads `head_dim` numbers turn, as field `name` says.
+    """Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`, from a config, which is not changed.
 
-    Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`; never changes the config.
+    Args:
+        fields: the config.
+        head_dim: number of rotated elements of a head.
+        max_positions: the config's max_position_embeddings.
+        name: the config field that contains `head_dim`.
+
+    Raises:
+        UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
     """
     if head_dim % 2:
         raise ConfigError(f"config.{name}: RoPE needs an even number, got {head_dim}")
@@ -65,31 +80,31 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "he
     try:
         inv_freq, scaling = _compute(parameters, head_dim, max_positions, None)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.rope_parameters: {parameters!r} cannot be computed with: {error}") from error
+        raise ConfigError(f"config.rope_parameters: frequencies cannot be computed from {parameters!r}: {error}") from error
     if 2 * len(inv_freq) != head_dim:
         raise UnsupportedModelError(
-            f"config.rope_parameters['partial_rotary_factor']: {2 * len(inv_freq)} of {head_dim} numbers of a head would turn; "
-            f"in this family all of {name} do"
+            f"config.rope_parameters['partial_rotary_factor']: {2 * len(inv_freq)} of {head_dim} elements of a head would be "
+            f"rotated; this family rotates all of {name}"
         )
     if not (np.isfinite(inv_freq).all() and np.isfinite(scaling)):
-        raise ConfigError(f"config.rope_parameters: {parameters!r} give frequencies that are not finite")
+        raise ConfigError(f"config.rope_parameters: {parameters!r} gives frequencies that are not finite")
     grow = partial(_inv_freq, parameters, head_dim, max_positions) if kind == "dynamic" else None
     room = max_positions if grow is None else round(max_positions * max(1.0, parameters["factor"]))
     return RopeSpec(kind, head_dim, inv_freq, scaling, grow, max_positions, room, _attention_scale(parameters))
 
 
 def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
-    """A checked copy of the parameters in the newest spelling."""
+    """A checked copy of the parameters under their current names."""
     given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(given, dict):
         raise ConfigError(f"config.rope_parameters: expected an object, got {given!r}")
     if any(isinstance(v, dict) for v in given.values()):
-        raise UnsupportedModelError("config.rope_parameters differ from layer to layer, which is not supported")
+        raise UnsupportedModelError("config.rope_parameters: different parameters per layer are not supported")
     parameters = dict(given)
     kind = parameters["rope_type"] = parameters.pop("rope_type", parameters.pop("type", "default"))
     if kind not in KINDS:
         raise UnsupportedModelError(
-            f"config.rope_parameters['rope_type'] {kind!r} is not supported. Known: {', '.join(KINDS)}."
+            f"config.rope_parameters['rope_type'] {kind!r} is not supported. Supported: {', '.join(KINDS)}."
         )
     if parameters.get("rope_theta") is None:
         theta = fields.get("rope_theta")
@@ -100,7 +115,7 @@ def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
     for name in ("rope_theta", "original_max_position_embeddings", *_REQUIRED.get(kind, ())):
         if name in parameters or name in _REQUIRED.get(kind, ()):
             positive(f"rope_parameters[{name!r}]", parameters.get(name))
-    for name in ("mscale", "mscale_all_dim"):  # DeepSeek's own code has 0 for none
+    for name in ("mscale", "mscale_all_dim"):  # in DeepSeek's own code, 0 stands for none
         if parameters.get(name) == 0 and not isinstance(parameters[name], bool):
             del parameters[name]
     for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor"):
@@ -110,7 +125,7 @@ def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
 
 
 def _attention_scale(parameters: dict[str, Any]) -> float:
-    """The square of yarn's factor for all numbers of a head: it counts in queries and keys. Source: DeepSeek-V2's own code."""
+    """The square of yarn's factor for all elements of a head, which applies to queries and keys. Source: DeepSeek-V2's code."""
     factor, all_dim = parameters.get("factor"), parameters.get("mscale_all_dim")
     if parameters["rope_type"] == "default" or not factor or not all_dim or factor <= 1:
         return 1.0
@@ -118,7 +133,7 @@ def _attention_scale(parameters: dict[str, Any]) -> float:
 
 
 def _compute(parameters: dict[str, Any], head_dim: int, max_positions: int, length: Any) -> tuple[Frequencies, float]:
-    from .rope_scaling import frequencies  # torch: not before it is needed
+    from .rope_scaling import frequencies  # imports torch, which is slow
 
     inv_freq, scaling = frequencies(parameters, head_dim, max_positions, length)
     return inv_freq.float().numpy(), float(scaling)
@@ -127,6 +142,6 @@ def _compute(parameters: dict[str, Any], head_dim: int, max_positions: int, leng
 def _inv_freq(parameters: dict[str, Any], head_dim: int, max_positions: int, length: int) -> Frequencies:
     import torch
 
-    # A tensor, as Transformers' forward passes. Theirs is of integers, and its products have torch's default dtype.
+    # A tensor, as in Transformers' forward, which passes integers whose products have torch's default dtype.
     reach = torch.tensor(length, dtype=torch.float32, device="cpu")
     return _compute(parameters, head_dim, max_positions, reach)[0]

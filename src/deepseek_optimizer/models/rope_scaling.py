@@ -1,11 +1,11 @@
 """Frequencies of rotary position embedding, for each kind of scaling.
 
-To the bit what Transformers' `modeling_rope_utils` computes (`tests/models/test_rope.py` compares them), whose formulas are:
+Bitwise equal to the results of Transformers' `modeling_rope_utils` (compared in `tests/models/test_rope.py`). Formulas:
 
 - linear: inv_freq / factor (kaiokendev 2023).
 - dynamic: a larger base for sequences longer than the trained length, "NTK-aware" (bloc97 and emozilla 2023).
 - yarn: interpolation of low frequencies and extrapolation of high ones (Peng et al. 2023, section 3.2).
-- llama3: the same idea by wavelengths, with a smooth part between (Llama 3.1's reference code).
+- llama3: like yarn, but by wavelength, with a smooth transition (Llama 3.1's reference code).
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import torch
 def frequencies(
     parameters: dict[str, Any], head_dim: int, max_positions: int, length: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, float]:
-    """float32 [rot/2] on the CPU, and what cos and sin are multiplied by.
+    """Computes the inverse frequencies.
 
     Args:
-        parameters: `rope_parameters` of a config: `rope_type`, `rope_theta`, and what the kind needs.
-        head_dim: numbers of a head, of which `partial_rotary_factor` are rotated.
+        parameters: `rope_parameters` of a config: `rope_type`, `rope_theta`, and the parameters of the kind.
+        head_dim: elements of a head, of which the share `partial_rotary_factor` is rotated.
         max_positions: `max_position_embeddings` of the config.
-        length: tokens of the sequence, a float32 scalar, which "dynamic" goes by; None: at most `max_positions`.
+        length: number of tokens of the sequence, a float32 scalar, used by "dynamic"; None: at most `max_positions`.
+
+    Returns: inverse frequencies, float32 [rot/2] on the CPU, and the factor of cos and sin.
 
     Raises:
-        ArithmeticError, LookupError, RuntimeError, TypeError, ValueError: the parameters cannot be computed with.
+        ArithmeticError, LookupError, RuntimeError, TypeError, ValueError: the parameters are not valid.
     """
     kind, base = parameters["rope_type"], parameters["rope_theta"]
     with torch.device("cpu"):
@@ -43,7 +45,7 @@ def frequencies(
             return _yarn(parameters, base, rot, max_positions)
         if kind == "llama3":
             return _llama3(parameters, _inverse(base, rot)), 1.0
-    raise ValueError(f"rope_type {kind!r} is not known")
+    raise ValueError(f"rope_type {kind!r} is not supported")
 
 
 def _inverse(base: Any, rot: int) -> torch.Tensor:
@@ -68,7 +70,7 @@ def _yarn(parameters: dict[str, Any], base: Any, rot: int, max_positions: int) -
         scaling = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1)
 
     def dimension(rotations: Any) -> float:
-        """The dimension that turns so many times within the trained length."""
+        """The dimension that makes this number of rotations within the trained length."""
         return float((rot * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(base)))
 
     low: Any = dimension(parameters.get("beta_fast") or 32)
@@ -79,10 +81,10 @@ def _yarn(parameters: dict[str, Any], base: Any, rot: int, max_positions: int) -
     if low == high:
         high += 0.001
     ramp = torch.clamp((torch.arange(rot // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
-    kept = 1 - ramp.to(dtype=torch.float)
+    share = 1 - ramp.to(dtype=torch.float)  # of extrapolation
     positions = base ** (torch.arange(0, rot, 2).to(dtype=torch.float) / rot)
     extrapolated, interpolated = 1.0 / positions, 1.0 / (factor * positions)
-    return interpolated * (1 - kept) + extrapolated * kept, float(scaling)
+    return interpolated * (1 - share) + extrapolated * share, float(scaling)
 
 
 def _mscale(factor: Any, mscale: Any) -> float:
