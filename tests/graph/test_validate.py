@@ -47,8 +47,8 @@ def outputs(op: str, *made: Value) -> Callable[[Graph], list[Node]]:
 
 DAMAGES = {
     "unknown op": (lambda g: [*g.nodes, Node("softmax")], "no such op"),
-    "value never made": (without("embedding"), "no node before it makes"),
-    "order": (lambda g: g.nodes[::-1], "no node before it makes"),
+    "value never made": (without("embedding"), "no earlier node computes"),
+    "order": (lambda g: g.nodes[::-1], "no earlier node computes"),
     "made twice": (twice("embedding"), "a second time"),
     "cache never written": (without("cache_write"), "before it is written"),
     "cache written twice": (twice("cache_write"), "a second time"),

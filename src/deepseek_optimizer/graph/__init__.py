@@ -1,1 +1,1 @@
-"""The graph of a model: values and nodes, rules that rewrite it, a checker, a planner of buffers, a text form."""
+"""The graph of a model: values and nodes, fusion rules, validation, planning of buffers, and a text form."""

@@ -11,9 +11,10 @@ from .ops import spec_of
 
 
 def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
-    """Indices of nodes that a step needs only if hidden states are asked for: `hidden_out`, and nodes that feed nothing else.
+    """Indices of nodes that a step needs only if hidden states are requested: `hidden_out`, and nodes that feed nothing else.
 
     Args:
+        graph: the graph.
         wanted: indices of hidden states that are results, so that the nodes they depend on are not returned. The last hidden
             state of a graph without a head always is one.
     """
@@ -23,8 +24,8 @@ def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
     only: set[int] = set()
     for i in range(len(graph.nodes) - 1, -1, -1):
         node = graph.nodes[i]
-        asked = node.op == "hidden_out" and node.attrs["index"] in wanted
-        if asked or spec_of(node).has_effect or needed.intersection(node.outputs):
+        requested = node.op == "hidden_out" and node.attrs["index"] in wanted
+        if requested or spec_of(node).has_effect or needed.intersection(node.outputs):
             needed.update(node.inputs)
         else:
             only.add(i)
@@ -32,11 +33,12 @@ def hidden_only(graph: Graph, wanted: Collection[int] = ()) -> frozenset[int]:
 
 
 def weight_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Name of every weight -> the shape that the graph needs, to check a checkpoint by before memory is allocated.
+    """The shape of every weight by name, used to check checkpoints before memory is allocated.
 
     Shapes are those of Transformers' parameters, where a stack of matrices has three axes; see `stack_shapes`.
 
-    Raises: GraphError where nodes use a weight with different shapes.
+    Raises:
+        GraphError: nodes use a weight with different shapes.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for node in graph.nodes:
@@ -47,7 +49,7 @@ def weight_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
 
 
 def stack_shapes(graph: Graph) -> dict[str, tuple[int, int, int]]:
-    """Name of every weight that is a stack of matrices -> (count, rows, cols) of the `PackedStack` that backends expect.
+    """(count, rows, cols) of the `PackedStack` that backends expect, for every weight that is a stack of matrices, by name.
 
     A gate_up parameter [E, 2 I, H] is a stack of 2 E matrices [I, H]; a down parameter [E, H, I] one of E.
     """
@@ -61,13 +63,14 @@ def stack_shapes(graph: Graph) -> dict[str, tuple[int, int, int]]:
 
 
 def dynamic_rope(graph: Graph) -> Any:
-    """The `models.rope.RopeSpec` whose frequencies depend on the sequence; None where all sequences share them.
+    """The `models.rope.RopeSpec` whose frequencies depend on the sequence; None if all sequences share them.
 
-    Raises: GraphError where the graph has other RoPE tables as well: a step brings one set of frequencies per sequence.
+    Raises:
+        GraphError: the graph has further RoPE tables; a step has one set of frequencies per sequence.
     """
     tables = [node.attrs["rope"] for node in graph.nodes if node.op == "rope_table"]
     if not any(rope.is_dynamic for rope in tables):
         return None
     if len(tables) > 1:
-        raise GraphError(f"a graph with dynamic RoPE must have one RoPE table, this one has {len(tables)}")
+        raise GraphError(f"a graph with dynamic RoPE must have one RoPE table, but this one has {len(tables)}")
     return tables[0]

@@ -1,10 +1,10 @@
-"""Attention modes: which of the tokens before it a token sees. Not a fusion rule, since hiding tokens changes results.
+"""Attention modes: which preceding tokens a token attends to. Unlike fusion rules, they change results.
 
 "flash": all of them. "sliding": a window of the last tokens, and the first few ("sinks"), which every model relies on (Xiao et
-al. 2023, StreamingLLM). "sparse": whole blocks, namely those of the sinks, those of a window, and those with the highest
-estimated scores (Tang et al. 2024, Quest). The cost per token of the last two does not grow with the text, except for the
-estimate, one number per block and head. A layer that has a window by its model's config keeps it if it is the smaller one. A
-model with a lightning indexer uses that in mode "sparse", as it was trained to.
+al. 2023, StreamingLLM). "sparse": whole blocks: those of the sinks, those of a window, and those with the highest estimated
+scores (Tang et al. 2024, Quest). The cost per token of the last two does not grow with the text, except for the estimate of one
+score per block and head. A layer with a window in its model's config keeps it if it is smaller. A model with a lightning
+indexer uses the indexer in mode "sparse", as it was trained to.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from .ops import spec_of
 
 @dataclass(frozen=True)
 class AttentionMode:
-    """
+    """An attention mode and its settings.
+
     Attributes:
+        kind: the mode.
         window: number of last tokens that are always visible.
         sinks: number of first tokens that are always visible; in sparse attention the whole blocks that hold them.
         budget: maximum number of visible tokens in sparse attention, in whole blocks, including window and sinks.
@@ -33,11 +35,11 @@ class AttentionMode:
 
     def __post_init__(self) -> None:
         """Raises ConfigError if the budget leaves no block to choose."""
-        least = (-(-self.sinks // BLOCK) + -(-self.window // BLOCK) + 2) * BLOCK
-        if self.kind == "sparse" and self.budget < least:
+        minimum = (-(-self.sinks // BLOCK) + -(-self.window // BLOCK) + 2) * BLOCK
+        if self.kind == "sparse" and self.budget < minimum:
             raise ConfigError(
-                f"attention_budget: {self.budget} tokens leave nothing to choose beside a window of {self.window} and "
-                f"{self.sinks} sinks; {least} is the least, or take a smaller attention_window"
+                f"attention_budget: {self.budget} tokens leave nothing to choose besides a window of {self.window} and "
+                f"{self.sinks} sinks; set at least {minimum}, or a smaller attention_window"
             )
 
     @property
@@ -50,19 +52,21 @@ FLASH = AttentionMode()
 
 
 def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
-    """The graph with its attention in this mode, and the layers that changed. Fusion rules must have been applied before.
+    """Rewrites the graph's attention to a mode. Fusion rules must have been applied before.
 
-    An indexer that is no longer used is removed, and its part of the cache with it.
+    An indexer that is no longer used is removed, together with its part of the cache.
+
+    Returns: the graph, and the layers that changed.
     """
     if mode.kind == "flash":
         return graph, []
     nodes: list[Node] = []
     places = []
     for node in graph.nodes:
-        made = _changed(node, mode)
-        if made != [node]:
+        replacement = _changed(node, mode)
+        if replacement != [node]:
             places.append(f"layer {node.attrs['layer']}")
-        nodes += made
+        nodes += replacement
     if mode.kind == "sparse":
         chooses = any(n.op in ("block_choose", "latent_choose") for n in nodes)
         return replace(graph, nodes=nodes, cache=replace(graph.cache, summaries=chooses)), places
@@ -73,11 +77,11 @@ def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
 
 
 def forgetting(graph: Graph) -> tuple[int, int] | None:
-    """(window, sinks) such that no layer sees the tokens between a sequence's first `sinks` and last `window` tokens any more;
-    None if some layer may see every token."""
-    found = [_span(n) for n in graph.nodes if n.op in ("attention", "mla_attention")]
-    spans = [span for span in found if span is not None]
-    if not spans or len(spans) < len(found):
+    """(window, sinks) such that the tokens between a sequence's first `sinks` and last `window` tokens are no longer visible in
+    any layer; None if a layer may attend to every token."""
+    layers = [_span(n) for n in graph.nodes if n.op in ("attention", "mla_attention")]
+    spans = [span for span in layers if span is not None]
+    if not spans or len(spans) < len(layers):
         return None
     return max(window for window, _ in spans), max(sinks for _, sinks in spans)
 
@@ -116,7 +120,7 @@ def _block_sparse(node: Node, mode: AttentionMode) -> list[Node]:
 
 
 def _latent_windowed(node: Node, mode: AttentionMode) -> list[Node]:
-    """Replaces the choice of a trained indexer, too."""
+    """Also replaces the choice of a trained indexer."""
     return [node.with_(inputs=node.inputs[:1], attrs={**node.attrs, "window": mode.window, "sinks": mode.sinks})]
 
 
@@ -137,16 +141,16 @@ def _choice(mode: AttentionMode) -> dict[str, int]:
 
 
 def _without_indexer(nodes: list[Node]) -> list[Node]:
-    """Without the nodes that compute an indexer's keys and choices, which are no longer read."""
-    kept: list[Node] = []
+    """The nodes without those that compute an indexer's keys and choices, which are no longer read."""
+    needed: list[Node] = []
     read: set[Value] = set()
     for node in reversed(nodes):
         spec = spec_of(node)
-        kept_always = spec.returns is not None or spec.writes not in (None, "index keys")
-        if kept_always or read.intersection(node.outputs):
-            kept.append(_narrowed(node, read) if node.op == "linear" else node)
+        has_result = spec.returns is not None or spec.writes not in (None, "index keys")
+        if has_result or read.intersection(node.outputs):
+            needed.append(_narrowed(node, read) if node.op == "linear" else node)
             read.update(node.inputs)
-    return kept[::-1]
+    return needed[::-1]
 
 
 def _narrowed(node: Node, read: set[Value]) -> Node:

@@ -1,10 +1,10 @@
-"""The graph: values, nodes, and what the rest of the library must know about a model.
+"""The graph: values, nodes, and the sizes of a model that the rest of the library needs.
 
 A graph describes one step of a decoder over T token rows, without padding, of which R rows are selected for logits. It names
 weights by their module path in the Transformers model (`model.layers.0.self_attn.q_proj.weight`) and never holds them. The ops
 are described by `graph/ops`, one `OpSpec` each; `python -m deepseek_optimizer.graph.ops` prints them.
 
-Model families build graphs over all T rows, and the backend returns the logits that were asked for; rule `last_logits` selects
+Model families build graphs over all T rows, and the backend returns the logits that were requested; rule `last_logits` selects
 those rows before the final norm, so that the head runs on R rows only. The result is the output of `lm_head`. Without that op
 (`without_head`) there are no logits, `logit_rows` is empty, and the result is the last `hidden_out`.
 
@@ -26,7 +26,7 @@ class Value:
 
     Attributes:
         width: elements per row.
-        selected: rows are the selected rows (those that logits are wanted of) instead of the tokens.
+        selected: whether the rows are the selected rows, whose logits are requested, instead of all tokens.
         kind: how a backend stores them. Families and rules use "f32" only, a backend's lowering also "bf16", "q8" and "q16".
         repeat: rows per token.
     """
@@ -59,9 +59,10 @@ class Node:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What the cache holds of each token: per layer, a key and a value of `kv_heads` x `head_dim` elements.
+    """The contents of the cache per token: in each layer, a key and a value of `kv_heads` x `head_dim` elements.
 
-    `summaries`: it also holds the element-wise maximum and minimum of the keys of each full block, for `block_choose`."""
+    `summaries`: whether it also holds the element-wise maximum and minimum of the keys of each full block, for
+    `block_choose`."""
 
     layers: int
     kv_heads: int
@@ -70,13 +71,13 @@ class CacheSpec:
 
     @property
     def elements_per_token(self) -> int:
-        """In all layers."""
+        """Number of elements in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What the cache holds of each token under multi-head latent attention: per layer, a latent of `rank` elements and a
+    """The contents of the cache per token with multi-head latent attention: in each layer, a latent of `rank` elements and a
     rotated key of `rope` elements that all heads share; with a lightning indexer also its key of `index` elements (0: no
     indexer).
 
@@ -91,7 +92,7 @@ class LatentSpec:
 
     @property
     def elements_per_token(self) -> int:
-        """In all layers."""
+        """Number of elements in all layers."""
         return self.layers * (self.rank + self.rope + self.index)
 
 

@@ -1,7 +1,7 @@
 """Memory planner: values that are never alive together share a slot.
 
 A slot is one buffer of rows. It holds values of one width, kind and row set only, so that a row's stride is its width. Freed
-slots are reused last in, first out, since their rows are the most likely to be in the CPU's caches still.
+slots are reused last in, first out, since their rows are the most likely to be still in the CPU's caches.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """The slots of a graph, and which of them (by index) each value lies in."""
+    """The slots of a graph, and the index of each value's slot."""
 
     slot_of: Mapping[Value, int]
     slots: tuple[Slot, ...]
 
 
 def assign_slots(graph: Graph) -> SlotPlan:
-    """Assigns a slot to each value. The logits share theirs with no other value, since it is the caller's buffer."""
+    """Assigns a slot to each value. The slot of the logits is not shared, since it is the caller's buffer."""
     last_use = last_uses(graph)
     slots: list[Slot] = []
     slot_of: dict[Value, int] = {}

@@ -1,4 +1,4 @@
-"""Text form of a graph, one node a line, for people and for tests."""
+"""Text form of a graph, one node per line, for people and for tests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from .ir import Graph, Node, Value
 
 
 def to_text(graph: Graph) -> str:
-    """For example `l0.q[T,576] = linear(l0.attn_in) model.layers.0.self_attn.q_proj.weight biases=(None,)`."""
+    """The graph as text, one line per node.
+
+    For example `l0.q[T,576] = linear(l0.attn_in) model.layers.0.self_attn.q_proj.weight biases=(None,)`.
+    """
     head = f"graph {graph.family}: {len(graph.nodes)} nodes, {graph.cache.layers} layers, vocabulary {graph.vocab_size}"
     return "\n".join([head, *(f"{i:4d}  {node_text(node)}" for i, node in enumerate(graph.nodes))])
 
 
 def node_text(node: Node) -> str:
-    """One node."""
-    made = ", ".join(_value_text(v) for v in node.outputs)
+    """One node as text."""
+    outputs = ", ".join(_value_text(v) for v in node.outputs)
     call = f"{node.op}({', '.join(v.name for v in node.inputs)})"
     attrs = (f"{name}={_attr_text(value)}" for name, value in sorted(node.attrs.items()))
-    return " ".join([f"{made} = {call}" if made else call, *node.weights, *attrs])
+    return " ".join([f"{outputs} = {call}" if outputs else call, *node.weights, *attrs])
 
 
 def _value_text(value: Value) -> str:

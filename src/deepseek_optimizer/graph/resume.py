@@ -8,9 +8,9 @@ from .ir import Graph, Node, Value
 
 
 def resumed(graph: Graph, index: int) -> Graph:
-    """The graph from hidden state `index` on, which steps pass as `inputs_embeds`.
+    """The graph from hidden state `index` on, which is passed as `inputs_embeds`.
 
-    Hidden states are numbered from there on; the cache keeps all its layers.
+    Hidden states are renumbered from there on; the cache keeps all its layers.
 
     Args:
         graph: unfused; rules may be applied to the result.
@@ -27,9 +27,9 @@ def resumed(graph: Graph, index: int) -> Graph:
 
 def _needed(nodes: list[Node], wanted: set[Value]) -> list[Node]:
     """Those of `nodes` that the wanted values depend on (such as RoPE's table)."""
-    kept = []
+    needed = []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):
-            kept.append(node)
+            needed.append(node)
             wanted = wanted.union(node.inputs)
-    return kept[::-1]
+    return needed[::-1]

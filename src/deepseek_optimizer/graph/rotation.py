@@ -1,4 +1,4 @@
-"""How RoPE rotated a model's cached keys, read from its graph. Needed to move cached keys to other positions."""
+"""The rotation of a model's cached keys by RoPE, read from its graph. It is needed to move cached keys to other positions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class KeyRotation:
-    """The rotation that all layers of a model share. A scaling factor of RoPE (yarn) is part of the cached keys already.
+    """The rotation that all layers of a model share. A scaling factor of RoPE (yarn) is already part of the cached keys.
 
     Attributes:
         inv_freq: float32 [rot/2].
-        key: of a head's key, or of the rotated key beside a latent.
-        index: of the lightning indexer's key; None without an indexer.
-        context: positions below this one have these frequencies in any sequence; None: all positions have.
+        key: rotated elements of a head's key, or of the rotated key stored with a latent.
+        index: rotated elements of the lightning indexer's key; None without an indexer.
+        context: positions below this one have these frequencies in any sequence; None: all positions.
     """
 
     inv_freq: npt.NDArray[np.float32]
@@ -42,42 +42,43 @@ class KeyRotation:
         """Raises UnsupportedRequestError if keys at positions below `end` may have been rotated by other frequencies."""
         if self.context is not None and end > self.context:
             raise UnsupportedRequestError(
-                f"keys cannot be moved: this model's RoPE is dynamic, its frequencies change with lengths above {self.context} "
-                f"tokens, and there are {end}. Choose a window of at most {self.context} tokens"
+                f"keys cannot be moved: with this model's dynamic RoPE, frequencies change above {self.context} tokens, and "
+                f"there are {end}; set a window of at most {self.context} tokens"
             )
 
 
 def key_rotation(graph: Graph) -> KeyRotation:
-    """The one rotation that RoPE applied to all cached keys of a graph.
+    """The rotation that RoPE applies to all cached keys of a graph.
 
-    Raises: UnsupportedModelError if there is none: a layer has no RoPE, or layers differ.
+    Raises:
+        UnsupportedModelError: a layer has no RoPE, or layers have different ones.
     """
-    makers = {value: node for node in graph.nodes for value in node.outputs}
-    found = {kind: set(_rotations(graph, makers, kind)) for kind in ("key", "index")}
-    if len(found["key"]) != 1 or len(found["index"]) > 1:
+    producers = {value: node for node in graph.nodes for value in node.outputs}
+    rotations = {kind: set(_rotations(graph, producers, kind)) for kind in ("key", "index")}
+    if len(rotations["key"]) != 1 or len(rotations["index"]) > 1:
         raise UnsupportedModelError(
-            "a cache window needs the same RoPE in all layers, and this model's layers differ; use it without a window"
+            "cache_window requires the same RoPE in all layers, but this model's layers differ; use the model without it"
         )
-    (table, key), index = found["key"].pop(), next(iter(found["index"]), None)
+    (table, key), index = rotations["key"].pop(), next(iter(rotations["index"]), None)
     if index is not None and index[0] != table:
         raise UnsupportedModelError(
-            "a cache window needs the indexer to use the model's RoPE, and it does not; use it without a window"
+            "cache_window requires the indexer to use the model's RoPE, but it does not; use the model without it"
         )
-    rope = makers[table].attrs["rope"]
+    rope = producers[table].attrs["rope"]
     context = rope.context if rope.is_dynamic else None
     return KeyRotation(rope.inv_freq, key, None if index is None else index[1], context)
 
 
-def _rotations(graph: Graph, makers: dict[Value, Node], kind: str) -> Iterator[tuple[Value, Pairs]]:
-    """For each node that writes keys to the cache: the table that rotated them, and the rotated elements."""
+def _rotations(graph: Graph, producers: dict[Value, Node], kind: str) -> Iterator[tuple[Value, Pairs]]:
+    """Yields for each node that writes keys to the cache the table that rotated them, and the rotated elements."""
     for node in graph.nodes:
         if kind == "key" and node.op == "rope_cache":
             yield node.inputs[3], Pairs(node.inputs[3].width, 0, node.attrs["interleaved"])
         elif kind == "key" and node.op == "latent_write":
-            made = makers[node.inputs[0]]
-            yield made.inputs[1], Pairs(made.inputs[1].width, 0, made.attrs["interleaved"])
+            latent = producers[node.inputs[0]]
+            yield latent.inputs[1], Pairs(latent.inputs[1].width, 0, latent.attrs["interleaved"])
         elif node.op == ("cache_write" if kind == "key" else "index_write"):
-            made = makers[node.inputs[0]]
-            if made.op != "rope":
+            rope = producers[node.inputs[0]]
+            if rope.op != "rope":
                 raise UnsupportedModelError(f"layer {node.attrs['layer']}: its cached keys have no RoPE")
-            yield made.inputs[1], Pairs(made.inputs[1].width, made.attrs.get("offset", 0), made.attrs["interleaved"])
+            yield rope.inputs[1], Pairs(rope.inputs[1].width, rope.attrs.get("offset", 0), rope.attrs["interleaved"])

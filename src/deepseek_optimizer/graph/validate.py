@@ -1,7 +1,7 @@
-"""Checks that a graph is well formed: known ops with the operands and attributes that their specs ask for, values computed
+"""Checks that a graph is well formed: existing ops with the operands and attributes that their specs require, values computed
 before they are read, the cache written before it is read.
 
-Tests of families and rules use it, and the reference backend before it compiles.
+Used by the tests of families and rules, and by the reference backend before it compiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .printing import node_text
 
 def check_graph(graph: Graph) -> None:
     """Raises GraphError, with the node's text, for the first defect."""
-    made: dict[str, Value] = {}
+    computed: dict[str, Value] = {}
     written: set[tuple[str, int]] = set()
     for node in graph.nodes:
         spec = _known(node)
@@ -27,13 +27,13 @@ def check_graph(graph: Graph) -> None:
             raise _error(node, f"widths {[v.width for v in (*node.inputs, *node.outputs)]} do not fit")
         _check_rows(node, spec)
         for value in node.inputs:
-            if made.get(value.name) != value:
-                raise _error(node, f"reads {value.name!r}, which no node before it makes in this form")
+            if computed.get(value.name) != value:
+                raise _error(node, f"reads {value.name!r}, which no earlier node computes in this form")
         _check_order(node, spec, written)
         for value in node.outputs:
-            if value.name in made:
-                raise _error(node, f"makes {value.name!r} a second time")
-            made[value.name] = value
+            if value.name in computed:
+                raise _error(node, f"computes {value.name!r} a second time")
+            computed[value.name] = value
     _check_results(graph)
 
 
@@ -51,17 +51,17 @@ def _check_operands(node: Node, spec: OpSpec) -> None:
         ("outputs", len(node.outputs), spec.outputs),
         ("weights", len(node.weights), spec.weights),
     ):
-        least, text = _count(operands)
-        if given < least or (given > len(operands) and not any(o.many for o in operands)):
+        minimum, text = _count(operands)
+        if given < minimum or (given > len(operands) and not any(o.many for o in operands)):
             raise _error(node, f"has {given} {what}, needs {text}")
 
 
 def _count(operands: Sequence[Operand]) -> tuple[int, str]:
-    """The least number of operands, and how a message writes the numbers allowed."""
-    least = sum(not o.optional for o in operands)
+    """The minimum number of operands, and the allowed numbers as text."""
+    minimum = sum(not o.optional for o in operands)
     if any(o.many for o in operands):
-        return least, f"{least} or more"
-    return least, " or ".join(map(str, range(least, len(operands) + 1)))
+        return minimum, f"{minimum} or more"
+    return minimum, " or ".join(map(str, range(minimum, len(operands) + 1)))
 
 
 def _check_attributes(node: Node, spec: OpSpec) -> None:
@@ -87,11 +87,12 @@ def _check_rows(node: Node, spec: OpSpec) -> None:
         raise _error(node, "mixes token rows and selected rows")
     for values, repeated in ((node.inputs, spec.repeated_inputs), (node.outputs, spec.repeated_outputs)):
         if any(v.repeat != 1 for i, v in enumerate(values) if i not in repeated):
-            raise _error(node, "takes or makes several rows per token")
+            raise _error(node, "has values with several rows per token")
 
 
 def _check_order(node: Node, spec: OpSpec, written: set[tuple[str, int]]) -> None:
-    """A layer's part of the cache is written once, and before it is read. Adds to `written` what the node writes."""
+    """Checks that a layer's part of the cache is written once, before it is read. Adds the parts that the node writes to
+    `written`."""
     if spec.reads is not None and (spec.reads, node.attrs["layer"]) not in written:
         raise _error(node, f"reads the {spec.reads} of a layer before it is written")
     if spec.writes is not None:
@@ -104,7 +105,7 @@ def _check_order(node: Node, spec: OpSpec, written: set[tuple[str, int]]) -> Non
 def _check_results(graph: Graph) -> None:
     heads = [n for n in graph.nodes if n.op == "lm_head"]
     if len(heads) > 1:
-        raise GraphError(f"a graph has at most one lm_head, this one has {len(heads)}")
+        raise GraphError(f"a graph must have at most one lm_head, but this one has {len(heads)}")
     indices = sorted(n.attrs["index"] for n in graph.nodes if n.op == "hidden_out")
     if indices != list(range(graph.hidden_states)):
         raise GraphError(f"hidden_out needs indices 0 to {graph.hidden_states - 1}, each once; has {indices}")

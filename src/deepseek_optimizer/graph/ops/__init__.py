@@ -21,7 +21,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for spec in _ALL})
 
 
 def spec_of(node: Node) -> OpSpec:
-    """The spec of a node's op. Raises GraphError for an op that the table does not have."""
+    """The spec of a node's op; GraphError if the table does not have the op."""
     spec = OPS.get(node.op)
     if spec is None:
         raise GraphError(f"no such op: {node.op!r}; known: {', '.join(OPS)}")

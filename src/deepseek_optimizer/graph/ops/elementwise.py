@@ -1,4 +1,4 @@
-"""Ops that treat each row alone: norms, sums, activations, copies."""
+"""Ops that treat each row separately: norms, sums, activations, copies."""
 
 from __future__ import annotations
 

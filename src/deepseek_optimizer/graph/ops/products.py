@@ -1,4 +1,4 @@
-"""Where a step begins and ends, and products with weight matrices."""
+"""The inputs and results of a step, and products with weight matrices."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class Operand:
     """An input, an output or a weight.
 
     Attributes:
-        name: as the op's formula writes it.
+        name: its name in the op's formula.
         shape: for readers; T: token rows, R: selected rows.
         optional: the node may leave it out. Only the last inputs may be optional.
         many: stands for one or more operands of this form, and is then the only one of its list.
@@ -92,7 +92,7 @@ class OpSpec:
         name: `Node.op`.
         doc: the formula and its source, in Markdown.
         origin: what creates such nodes. "model": model families; "rule": fusion rules (`graph/rules`) and attention modes;
-            "lowering": a backend while it compiles. Graphs that are given to a backend have no ops of the last kind.
+            "lowering": a backend while it compiles. Graphs passed to a backend have no ops of the last kind.
         inputs, outputs, weights: the operands, in order.
         attrs: the attributes.
         fits: whether the widths of a node's values and its attributes fit each other and the graph. Called once the numbers of
@@ -135,6 +135,6 @@ class OpSpec:
 
     @property
     def has_effect(self) -> bool:
-        """Whether a step needs such nodes even though no other node reads their outputs. Hidden states do not count: they are
-        computed only when asked for."""
+        """Whether a step needs such nodes even if no other node reads their outputs. Hidden states do not count: they are
+        computed only on request."""
         return self.writes is not None or self.returns == "logits"

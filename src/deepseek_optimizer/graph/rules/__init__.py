@@ -1,7 +1,7 @@
-"""Fusion rules: named rewrites of a graph, one a file, applied in a fixed order.
+"""Fusion rules: named rewrites of a graph, one per file, applied in a fixed order.
 
-A rule is a function `rewrite(graph) -> (graph, places)`; `places` names where it fired, for the report. Every rule keeps the
-graph well formed and its results the same within rounding. To add one, write its file and name it in `RULES`, in order.
+A rule is a function `rewrite(graph) -> (graph, places)`; `places` names where it was applied, for the report. After every rule
+the graph is well formed and computes the same within rounding. To add a rule, write its file and add it to `RULES`, in order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import attention_softmax, experts, gate_up, last_logits, layer_norm, mla_
 
 Rewrite = Callable[[Graph], tuple[Graph, list[str]]]
 
-# `last_logits` comes before `layer_norm`: the final norm then has its own rows and stays apart from the last residual add.
+# `last_logits` comes before `layer_norm`, so that the final norm has its own rows and is not merged with the last residual add.
 RULES: Mapping[str, Rewrite] = MappingProxyType(
     {
         "qkv": qkv.rewrite,
@@ -34,7 +34,7 @@ RULES: Mapping[str, Rewrite] = MappingProxyType(
 
 @dataclass(frozen=True)
 class RuleReport:
-    """What one rule did: how often it fired, and the values (or layers) where."""
+    """How often a rule was applied, and to which values or layers."""
 
     rule: str
     count: int
@@ -42,12 +42,16 @@ class RuleReport:
 
 
 def apply(graph: Graph, names: Sequence[str] | None = None) -> tuple[Graph, list[RuleReport]]:
-    """The graph rewritten by the named rules (None: all), in the fixed order whatever order they are named in.
+    """Applies fusion rules, always in the order of `RULES`. The given graph is not changed.
 
-    The graph given is not changed.
+    Args:
+        graph: the graph.
+        names: the rules to apply; None: all.
+
+    Returns: the rewritten graph, and a report for each rule.
 
     Raises:
-        GraphError: a rule of this name does not exist; the message says which is nearest.
+        GraphError: there is no rule of this name; the message suggests the most similar one.
     """
     wanted = tuple(RULES) if names is None else tuple(check_name(name) for name in names)
     reports = []
@@ -59,8 +63,8 @@ def apply(graph: Graph, names: Sequence[str] | None = None) -> tuple[Graph, list
 
 
 def check_name(name: str) -> str:
-    """`name` if it is a rule's."""
+    """Returns `name` if there is a rule of this name; otherwise raises GraphError."""
     if name in RULES:
         return name
     near = difflib.get_close_matches(str(name), RULES, n=1, cutoff=0.0)
-    raise GraphError(f"unknown fusion rule {name!r}; did you mean {near[0]!r}? Known: {', '.join(RULES)}.")
+    raise GraphError(f"unknown fusion rule {name!r}; did you mean {near[0]!r}? Rules: {', '.join(RULES)}.")

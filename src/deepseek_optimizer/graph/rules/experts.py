@@ -1,4 +1,4 @@
-"""Tokens grouped by expert: a step reads the weights of a chosen expert once, however many tokens chose it."""
+"""Groups tokens by expert, so that a step reads the weights of a chosen expert only once."""
 
 from __future__ import annotations
 

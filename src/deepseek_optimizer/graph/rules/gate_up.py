@@ -1,4 +1,4 @@
-"""SwiGLU inside the projection: gate and up are computed side by side and never stored."""
+"""Merges SwiGLU into the projections: gate and up are computed side by side and never stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     for at, swiglu in enumerate(graph.nodes):
         if swiglu.op != "swiglu":
             continue
-        indices = [links.maker(v) for v in swiglu.inputs]
+        indices = [links.producer(v) for v in swiglu.inputs]
         gate, up = (graph.nodes[i] for i in indices)
         if any(n.op != "linear" or len(n.weights) != 1 or n.inputs != gate.inputs for n in (gate, up)):
             continue

@@ -1,6 +1,6 @@
-"""The head only for rows that need it: they are selected before the final norm.
+"""Computes the head only for rows whose logits are requested: they are selected before the final norm.
 
-The norm of all rows stays for `hidden_out`, whose last state is normed; a step that asks for none leaves it out.
+The norm of all rows remains for `hidden_out`, whose last state is normalised; steps that request none skip it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     if head is None:
         return graph, []
     logits, normed = head.outputs[0], head.inputs[0]
-    norm = graph.nodes[links.maker(normed)]
+    norm = graph.nodes[links.producer(normed)]
     if logits.selected or links.readers(logits) or norm.op != "rms_norm":
         return graph, []
     rows = replace(norm.inputs[0], name=f"{norm.inputs[0].name}.rows", selected=True)
@@ -29,5 +29,5 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
         head.with_(inputs=(normed_rows,), outputs=(replace(logits, selected=True),)),
     ]
     unread = links.readers(normed) == [at]
-    kept = rebuilt(graph, {at: None, **({links.maker(normed): None} if unread else {})})
-    return replace(kept, nodes=[*kept.nodes, *tail]), [logits.name]
+    rest = rebuilt(graph, {at: None, **({links.producer(normed): None} if unread else {})})
+    return replace(rest, nodes=[*rest.nodes, *tail]), [logits.name]

@@ -1,6 +1,6 @@
-"""Residual add and the norm that follows it in one pass, within a layer and across layers.
+"""Merges a residual add and the norm that follows it into one pass, within a layer and across layers.
 
-A backend that quantises rows does so in the same pass: the norm's result is written as its reader wants it.
+A backend that quantises rows does so in the same pass: the norm's result is written in the format that its reader needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .edit import Links, rebuilt
 def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     """add(x, delta) -> z; rms_norm(z) -> y  =>  add_rms_norm(x, delta) -> z, y.
 
-    A norm that only hidden states need stays apart: steps that do not ask for them leave it out.
+    A norm that only hidden states need is not merged, so that steps that do not request them can skip it.
     """
     links, changes, places = Links(graph), dict[int, Node | None](), []
     unwanted = hidden_only(graph)

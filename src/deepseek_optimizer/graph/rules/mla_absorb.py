@@ -1,7 +1,7 @@
-"""Latent attention without expanding the cache: kv_b goes into the queries and into the result.
+"""Latent attention without expanding the cache: kv_b is applied to the queries and to the result.
 
-q_h (K_h c) = (q_h K_h) c and sum_t p_t (V_h c_t) = V_h (sum_t p_t c_t), K_h and V_h being kv_b's key and value rows of head h.
-So a decode step reads a token's latent once for all heads. Source: DeepSeek-V2 (2024), section 2.1.2.
+q_h (K_h c) = (q_h K_h) c and sum_t p_t (V_h c_t) = V_h (sum_t p_t c_t), where K_h and V_h are kv_b's key and value rows of head
+h. A decode step thus reads a token's latent once for all heads. Source: DeepSeek-V2 (2024), section 2.1.2.
 """
 
 from __future__ import annotations

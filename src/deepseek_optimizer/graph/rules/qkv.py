@@ -1,6 +1,8 @@
-"""One projection where an attention has several over one input: it is read (and quantised) once, and one step shares out all
-their rows. These are q, k and v; or, of latent attention, what makes the query and the latent, and the indexer's key, which
-read the layer's input, and the queries of attention and indexer, which read one latent.
+"""Merges an attention's projections of one input into one operation: the input is read (and quantised) once, and the rows of
+all matrices are divided among the threads together.
+
+These are q, k and v. With latent attention, they are the projections of the layer's input for the query, the latent and the
+indexer's key, and those of the query latent for the queries of attention and indexer.
 """
 
 from __future__ import annotations
@@ -27,21 +29,21 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
 
 
 def _projections(graph: Graph, links: Links) -> Iterator[tuple[int, list[int]]]:
-    """Layer, and indices of projections that are to be one."""
+    """Yields the layer and the indices of projections to merge."""
     writes = {(n.op, n.attrs["layer"]): n.inputs for n in graph.nodes if n.op.endswith("_write")}
     chosen = {n.attrs["layer"]: n for n in graph.nodes if n.op == "index_choose"}
     for node in graph.nodes:
         layer = node.attrs.get("layer", -1)
-        if node.op == "attention" and ("cache_write", layer) in writes:  # not where rope_cache came first
+        if node.op == "attention" and ("cache_write", layer) in writes:  # not if rope_cache was applied before
             sources = [links.source(v, ("rope", "head_norm")) for v in (node.inputs[0], *writes["cache_write", layer])]
-            found = _over_one_input(graph, sources)
-            if len(found) == 1 and len(found[0]) == 3:
-                yield layer, found[0]
+            groups = _over_one_input(graph, sources)
+            if len(groups) == 1 and len(groups[0]) == 3:
+                yield layer, groups[0]
         elif node.op == "mla_attention":
             q = links.source(node.inputs[0], ("rope",))
             latent = links.source(writes["latent_write", layer][0], ("latent",))
             index = [chosen[layer].inputs[0], writes["index_write", layer][0]] if layer in chosen else []
-            down = links.source(graph.nodes[q].inputs[0], ("rms_norm",))  # where q goes through a latent of its own
+            down = links.source(graph.nodes[q].inputs[0], ("rms_norm",))  # if queries have a latent of their own
             more = [links.source(v, ("rope", "layer_norm")) for v in index]
             for group in _over_one_input(graph, [q, down, latent, *more]):
                 if len(group) > 1:
@@ -49,7 +51,7 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[int, list[int]]]:
 
 
 def _over_one_input(graph: Graph, indices: list[int]) -> list[list[int]]:
-    """Those of the nodes that are linear and not merged yet, by the input that they read."""
+    """The indices of linear nodes that are not merged yet, grouped by their input."""
     groups: dict[Value, list[int]] = {}
     for i in dict.fromkeys(indices):
         node = graph.nodes[i]

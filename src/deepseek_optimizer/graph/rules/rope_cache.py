@@ -1,4 +1,4 @@
-"""RoPE of q and k and the cache write in one pass: rotated keys go straight to their block."""
+"""Merges RoPE of q and k with the cache write: rotated keys are written directly to their block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     for at, write in enumerate(graph.nodes):
         if write.op != "cache_write" or write.attrs["layer"] not in attentions:
             continue
-        q_rope, k_rope = links.maker(attentions[write.attrs["layer"]].inputs[0]), links.maker(write.inputs[0])
+        q_rope, k_rope = links.producer(attentions[write.attrs["layer"]].inputs[0]), links.producer(write.inputs[0])
         q, k = graph.nodes[q_rope], graph.nodes[k_rope]
         if q.op != "rope" or k.op != "rope" or q.inputs[1] != k.inputs[1] or q.attrs["interleaved"] != k.attrs["interleaved"]:
             continue
