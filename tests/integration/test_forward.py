@@ -445,7 +445,7 @@ def test_state_dict_round_trip(fresh_pair):
 def test_casts_are_refused_and_moves_are_not(fresh_pair):
     model = fresh_pair.fast
     for cast in (lambda: model.to(torch.float16), lambda: model.to(dtype=torch.bfloat16), lambda: model.double()):
-        with pytest.raises(UnsupportedRequestError, match="packed as fp32.*load the original again"):
+        with pytest.raises(UnsupportedRequestError, match="packed as fp32.*load the original checkpoint"):
             cast()
     for cast in (model.half, model.float):
         with pytest.raises(ValueError, match="quantized"):

@@ -155,7 +155,7 @@ def test_a_packed_checkpoint_keeps_its_settings_unless_told(saved, tmp_path):
     load_model(folder, config(precision="int8", kv_cache="int8")).save_pretrained(tmp_path / "p")
     assert load_model(tmp_path / "p").dso.config.kv_cache == "int8"
     assert load_model(tmp_path / "p", kv_cache="fp32").dso.config.kv_cache == "fp32"
-    with pytest.raises(CheckpointError, match="is packed as int8, not int4: convert the original"):
+    with pytest.raises(CheckpointError, match="is packed as int8, not int4; convert the original"):
         load_model(tmp_path / "p", precision="int4")
     with pytest.raises(ConfigError, match="precision must be one of 'auto', 'int4'.*got 'int5'; did you mean 'int"):
         load_model(tmp_path / "p", precision="int5")

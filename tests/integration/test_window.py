@@ -105,7 +105,7 @@ def test_a_store_that_fails(model: Any, fails: str, monkeypatch: pytest.MonkeyPa
 def test_keys_that_cannot_move(model: Any) -> None:
     arena, sequence = arena_of(model, rotation=None)
     before = state(arena, sequence)
-    with pytest.raises(UnsupportedRequestError, match="without a window"):
+    with pytest.raises(UnsupportedRequestError, match="without cache_window"):
         arena.drop_blocks(sequence, 1, 1)
     arena.rotation = KeyRotation(np.ones(6, np.float32), Pairs(12, 0, False), context=149)
     with pytest.raises(UnsupportedRequestError, match="at most 149"):
