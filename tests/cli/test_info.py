@@ -36,7 +36,7 @@ def test_a_mode_of_attention(dso, tiny_model):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["model"]["attention"]["window"] == 100
     text = dso("info", tiny_model, "--attention", "sliding", "--attention-window", "100").stdout
-    assert "the latest 100 tokens" in text and "forgets" in text
+    assert "the latest 100 tokens" in text and "the cache drops the rest" in text
 
 
 def test_an_extended_context(dso, tiny_model):

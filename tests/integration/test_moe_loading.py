@@ -213,7 +213,7 @@ class TestFormats:
 
     @pytest.mark.parametrize("entry", ["model.layers.*.mlp.expert.*", "model.layers.1.mlp.experts", "model.layers.9.*"])
     def test_an_entry_that_matches_nothing(self, v3, entry):
-        with pytest.raises(ConfigError, match=r"no matrix of this model; did you mean 'model\.layers"):
+        with pytest.raises(ConfigError, match=r"not a matrix of this model; did you mean 'model\.layers"):
             by_load_model(v3, formats={entry: "int8"})
 
     @pytest.mark.parametrize("entry", ["model.layers.1.mlp.gate", "*.mlp.gate"])

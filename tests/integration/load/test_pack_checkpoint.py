@@ -190,7 +190,7 @@ def test_another_source_or_other_settings_begin_afresh(
 def test_a_disk_that_is_too_small_is_said_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(module, "write_shard", None)
-    with pytest.raises(OSError, match=r"remain to be written, but 0\.0 GB are free.*out"):
+    with pytest.raises(OSError, match=r"remain to be written, but only 0\.0 GB are free.*out"):
         pack_checkpoint(source, tmp_path / "out", {})
     assert not list(tmp_path.iterdir())
 
