@@ -66,9 +66,9 @@ def _prompt(a: argparse.Namespace, model: Any, i: int, generator: Any) -> Any:
 def _turn(model: Any, ids: Any, a: argparse.Namespace, found: dict[str, Any], seed: int) -> None:
     """Plain decoding, then each way of drafting, on one prompt."""
     import torch
+    from tests.support.scripted_proposer import ScriptedProposer
 
     from deepseek_optimizer.bench.runs import timed
-    from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
 
     options = {"max_new_tokens": a.new, "do_sample": False, "num_beams": 1}
     run, plain = timed(model, ids, **options)

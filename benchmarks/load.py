@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import Exchange, Reply, ask, send
+from deepseek_optimizer.bench.exchange import Exchange, HttpReply, ask, send
 from deepseek_optimizer.bench.statistics import percentile
 
 from .prompts import PAUSE, chats, random_prompts
@@ -64,7 +64,7 @@ async def throughput(a: argparse.Namespace) -> Figures:
     return {"output_tok_s": statistics.median(speeds[1:])}
 
 
-def _generated(reply: Reply, expected: int) -> int:
+def _generated(reply: HttpReply, expected: int) -> int:
     """Tokens that it brought."""
     tokens = (reply.usage or {}).get("completion_tokens") if reply.done else None
     if tokens != expected:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import Reply, ask, send
+from deepseek_optimizer.bench.exchange import HttpReply, ask, send
 from deepseek_optimizer.bench.served import Served
 
 from .command import conclude
@@ -63,7 +63,7 @@ class Asked:
     kind: str
     path: str
     body: dict[str, Any]
-    check: Callable[[Reply], str]
+    check: Callable[[HttpReply], str]
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Soak:
         self.done[asked.kind] += 1
         self.tokens += (reply.usage or {}).get("completion_tokens", 0)
 
-    def _wrong(self, asked: Asked, reply: Reply) -> str:
+    def _wrong(self, asked: Asked, reply: HttpReply) -> str:
         if reply.status != 200:
             return f"refused: {reply.body[:300]!r}"
         if not (reply.done if asked.body.get("stream") else reply.whole):
@@ -160,7 +160,7 @@ class Soak:
         prompt = random.Random(number).choices(range(10, self.vocabulary), k=10 + self.longest[0] // 20 * number)
         body = {"prompt": prompt, "max_tokens": min(64, self.longest[1]), "temperature": 0, "stream": rng.random() < 0.5}
 
-        def same(reply: Reply) -> str:
+        def same(reply: HttpReply) -> str:
             text = self.known.setdefault(str(number), reply.text)
             return "" if reply.text == text else f"answered {reply.text!r} and before {text!r}"
 
@@ -176,25 +176,25 @@ def _options(rng: random.Random) -> dict[str, Any]:
     return found
 
 
-def _count(tokens: int) -> Callable[[Reply], str]:
-    def check(reply: Reply) -> str:
+def _count(tokens: int) -> Callable[[HttpReply], str]:
+    def check(reply: HttpReply) -> str:
         found = (reply.usage or {}).get("completion_tokens")
         return "" if found == tokens else f"{tokens} tokens were asked for, and {found} came"
 
     return check
 
 
-def _ended(reply: Reply) -> bool:
+def _ended(reply: HttpReply) -> bool:
     """Whether the text came to its own end, and not to that of its tokens."""
     events = [event for _, event in reply.events] or [reply.json()]
     return any(choice.get("finish_reason") == "stop" for event in events for choice in event["choices"])
 
 
-def _matches(reply: Reply) -> str:
+def _matches(reply: HttpReply) -> str:
     return "" if not _ended(reply) or re.fullmatch(PATTERN, reply.text) else f"{reply.text!r} is not of the pattern"
 
 
-def _fits(reply: Reply) -> str:
+def _fits(reply: HttpReply) -> str:
     if not _ended(reply):
         return ""
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepseek_optimizer.checkpoint.layout import Stored, bytes_of, layout_of
-from deepseek_optimizer.checkpoint.packed import PackedEntry, packed_section
+from deepseek_optimizer.checkpoint.manifest import KEY, QUANT_METHOD, Manifest, PackedEntry
 from deepseek_optimizer.graph.analysis import stack_shapes, weight_shapes
 from deepseek_optimizer.graph.least import exact_weights, least_formats
 from deepseek_optimizer.models import build_graph
@@ -31,8 +31,11 @@ def write(config: Any, target: Path, architecture: str) -> None:
         architecture: its class.
     """
     planned = _planned(config)
-    section = {"precision": "int4"} | packed_section({n: w for n, w in planned.items() if not isinstance(w, torch.Tensor)})
-    described = {**config.to_dict(), "architectures": [architecture], "dtype": "bfloat16", "quantization_config": section}
+    packed = {
+        "quantization_config": {"quant_method": QUANT_METHOD, "precision": "int4"},
+        KEY: Manifest.of(planned).to_dict(),
+    }
+    described = {**config.to_dict(), "architectures": [architecture], "dtype": "bfloat16", **packed}
     layout, generator = layout_of(planned), torch.Generator().manual_seed(0)
     target.mkdir()
     (target / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")

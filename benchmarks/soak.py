@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import Reply, ask, send
+from deepseek_optimizer.bench.exchange import HttpReply, ask, send
 from deepseek_optimizer.bench.served import Served, resident
 
 from . import hostile
@@ -148,7 +148,7 @@ class Honest:
                 self.times.append(time.perf_counter() - began)
 
 
-def _wrong(reply: Reply, question: Question) -> str:
+def _wrong(reply: HttpReply, question: Question) -> str:
     if reply.status != 200:
         return f"got {reply.status}: {reply.body[:300]!r}"
     whole = reply.done if question.body.get("stream") else reply.whole

@@ -28,7 +28,7 @@ from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.base import BLOCK_TOKENS, PREFILL, StepBatch
 from deepseek_optimizer.bench.process import cpu_name
 from deepseek_optimizer.cache import SequenceBlocks
-from deepseek_optimizer.cache.window import WindowPolicy
+from deepseek_optimizer.cache.cache_window import CacheWindow
 from deepseek_optimizer.calibration.text import sample_text
 from deepseek_optimizer.graph.rotation import key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
@@ -72,7 +72,7 @@ READINGS = (
 class Reader:
     """One sequence over a plan; with a policy its window is kept."""
 
-    def __init__(self, plan: Any, arena: Arena, policy: WindowPolicy | None, pinned: Any = ()) -> None:
+    def __init__(self, plan: Any, arena: Arena, policy: CacheWindow | None, pinned: Any = ()) -> None:
         self.plan, self.arena, self.policy, self.pinned = plan, arena, policy, tuple(pinned)
         self.tokens: list[int] = []
         self.blocks = SequenceBlocks(arena.manager)
@@ -121,7 +121,7 @@ class Bench:
 
     def __init__(self, reading: Reading, tiny_v3: Path, quick: bool) -> None:
         self.window, self.chunk = reading.window, min(CHUNK, reading.window // 4)
-        self.policy = WindowPolicy(window=self.window)
+        self.policy = CacheWindow(tokens=self.window)
         path = tiny_v3 if reading.model == "tiny-v3" else models.model("smol", "bf16")
         model = load_model(path, precision="bf16", kv_cache=reading.kv_cache)
         runtime, tokenizer = model.dso, AutoTokenizer.from_pretrained(path)

@@ -37,9 +37,6 @@ GOOD = {
     "calibration": [None, "notes.txt"],
     "kl_budget": [None, 0.02, 1],
     "formats": [None, {}, {"lm_head": "int8", "model.layers.0.mlp.up_proj": "q4_1"}],
-    "curve": [None, [{"bits": 4.5, "measured_kl": 0.3}]],
-    "modules": [None, {"lm_head": {"format": "int4", "shape": [16, 32]}}],
-    "format_version": [None, 1],
     "quant_method": ["deepseek_optimizer"],
 }
 BAD = {
@@ -67,9 +64,6 @@ BAD = {
     "calibration": ["", " ", "a\0b", 4, b"notes.txt", True],
     "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
     "formats": [["int8"], {"lm_head": "int3"}, {"lm_head": None}, {1: "int8"}],
-    "curve": ["0.3", {"bits": 4.5}, [4.5]],
-    "modules": [[], {"a": "int4"}, {"a": {}}],
-    "format_version": [0, "1"],
     "quant_method": ["bitsandbytes", None],
 }
 
@@ -142,7 +136,7 @@ def test_nearest_value_is_named():
 def test_json_round_trip():
     config = DeepSeekConfig(
         precision="int4", fusion_rules=["qkv", "gate_up"], threads=3, batch_size_range=(2, 8), kv_cache_memory=1 << 30,
-        modules={"lm_head": {"format": "int8", "shape": [32, 64]}}, format_version=1,
+        formats={"lm_head": "int8"},
     )  # fmt: skip
     assert DeepSeekConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert DeepSeekConfig.from_dict(json.loads(config.to_json_string())) == config
@@ -150,9 +144,9 @@ def test_json_round_trip():
 
 
 def test_to_dict_shares_nothing():
-    config = DeepSeekConfig(modules={"a": {"format": "int4", "shape": [1, 1]}})
-    config.to_dict()["modules"]["a"]["format"] = "int8"
-    assert config.modules["a"]["format"] == "int4"
+    config = DeepSeekConfig(formats={"a": "int4"})
+    config.to_dict()["formats"]["a"] = "int8"
+    assert config.formats == {"a": "int4"}
 
 
 def test_transformers_may_keep_private_names():
@@ -177,17 +171,13 @@ def test_rules_in_force():
 
 
 def test_format_of():
-    config = DeepSeekConfig(precision="int4", modules={"head": {"format": "int8", "shape": [1, 1]}})
-    assert config.format_of("head.weight", "bf16") == "int8"
-    assert config.format_of("other.weight", "bf16") == "int4"
+    assert DeepSeekConfig(precision="int4").format_of("other.weight", "bf16") == "int4"
     assert DeepSeekConfig().format_of("other.weight", "bf16") == "bf16"
 
 
-def test_formats_go_before_precision_but_not_before_what_is_packed():
+def test_formats_go_before_precision():
     config = DeepSeekConfig(precision="int4", formats={"head": "int8", "embed": "q4_1"})
     assert [config.format_of(f"{n}.weight", "bf16") for n in ("head", "embed", "other")] == ["int8", "q4_1", "int4"]
-    config.modules = {"head": {"format": "fp32", "shape": [1, 1]}}
-    assert config.format_of("head.weight", "bf16") == "fp32"
 
 
 def test_a_budget_needs_every_matrix_as_it_is_at_first():

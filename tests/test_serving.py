@@ -217,7 +217,7 @@ def test_a_window_stays_within_the_trained_length(tmp_path):
     """There frequencies are the plain ones, whatever was dropped."""
     random_model(llama(max_position_embeddings=128, **rope("dynamic", factor=8.0))).save_pretrained(tmp_path / "m")
     model = load_model(tmp_path / "m", precision="fp32", backend="reference")
-    engine = make_engine(model, window=400)
+    engine = make_engine(model, cache_window=400)
     assert engine.core.sliding.window == 128
     sampling = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     answer = engine.generate([random_ids(model.config, 150)], sampling)[0]
@@ -281,14 +281,14 @@ def test_a_dialogue_without_end_in_a_window(folders, case):
     ids = random_ids(CASES[case](), 900)
     sampling = SamplingParams(temperature=0, max_tokens=4_000, ignore_eos=True)
     request = Request(ids, sampling, pinned=((200, 260),))
-    engine = make_engine(model, window=256, prefix_cache=False)
+    engine = make_engine(model, cache_window=256, prefix_cache=False)
     most, output, manager = 0, None, engine.core.memory.manager
     for output in engine.stream(request):  # noqa: B007  the last one is looked at
         most = max(most, manager.num_blocks - manager.free_blocks)
     assert most <= 8 and output.finish == "length" and output.completion_tokens == 4_000
     assert output.dropped_tokens >= 900 + 4_000 - 256
     with pytest.raises(ConfigError, match="window"):
-        make_engine(model, window=256, batch_invariant=True)
+        make_engine(model, cache_window=256, batch_invariant=True)
 
 
 def test_options_that_cannot_be(folders):

@@ -59,6 +59,14 @@ struct MlaHead {              // of expanded latent attention
   bool single;                // all in fp32; otherwise keys, values (and where the ISA has it, q and weights) are bf16
 };
 
+struct ElementwiseOp {  // out[i] = f(a[i]) or f(a[i], b[i])
+  int32_t op;           // DSO_OP_*
+  const char* name;     // for messages
+  int32_t inputs;       // 1 or 2
+  // One row of n elements. b is null for ops of one input; out may be a or b.
+  void (*row)(const float* a, const float* b, int64_t n, float* out);
+};
+
 struct LinearKernels {
   // ---- linear: y[t, n] for tokens [0, T) and row tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are
   // not written). x rows are of `kind`. `prefill` picks the family (they may be the same code). scratch: private to the
@@ -125,6 +133,10 @@ struct AttentionKernels {
 };
 
 struct RowKernels {  // the rest: rows of activations, weights and caches
+  // ---- the element-wise ops of plans, one row each
+  const ElementwiseOp* elementwise_ops;
+  int64_t elementwise_count;
+
   // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) -> the same columns of a slot row
   // (BF16, Q8, Q16) of `width` columns; begin is a multiple of 32, the group that holds column width - 1 is zero-filled.
   void (*convert)(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row);
@@ -136,7 +148,7 @@ struct RowKernels {  // the rest: rows of activations, weights and caches
   void (*pack_tile)(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride,
                     const float* importance, int64_t tile, uint8_t* dst);
 
-  // ---- element-wise, one row each
+  // ---- parts of other ops, one row each
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*add)(const float* a, const float* b, int64_t n, float* out);

@@ -8,7 +8,9 @@
 
 namespace dso {
 
+// op_table.cpp
 std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
+const char* op_name(const Kernels& kernels, int32_t op);
 
 // How many leading rows, of rows like these, belong to sequences in decode phase.
 inline int64_t decode_rows(const Run& run, const SlotRef& rows) {
@@ -25,13 +27,12 @@ inline void write_columns(const Run& run, const SlotRef& to, int64_t row, const 
 }
 
 // ops_elementwise.cpp
+std::unique_ptr<Op> make_elementwise(StepReader& step, const ElementwiseOp& kernel);
 std::unique_ptr<Op> make_embedding(StepReader& step);
 std::unique_ptr<Op> make_rms_norm(StepReader& step);
 std::unique_ptr<Op> make_layer_norm(StepReader& step);
-std::unique_ptr<Op> make_add(StepReader& step);
 std::unique_ptr<Op> make_add_rms_norm(StepReader& step);
 std::unique_ptr<Op> make_convert(StepReader& step);
-std::unique_ptr<Op> make_swiglu(StepReader& step);
 std::unique_ptr<Op> make_select_rows(StepReader& step);
 std::unique_ptr<Op> make_hidden_out(StepReader& step);
 std::unique_ptr<Op> make_state_in(StepReader& step);

@@ -1,4 +1,4 @@
-// Steps that treat each row alone: embedding, norms, sums, conversions, SwiGLU, copies of rows, rows side by side.
+// Steps that treat each row alone: embedding, element-wise ops, norms, conversions, copies of rows, rows side by side.
 #include <cstring>
 
 #include "ops.hpp"
@@ -95,15 +95,19 @@ class HeadNorm final : public RowsOf {
   const float eps_;
 };
 
-class Add final : public RowsOf {
+class Elementwise final : public RowsOf {  // b is a where the kernel has one input
  public:
-  Add(const SlotRef& a, const SlotRef& b, const SlotRef& out) : RowsOf(out), a_(a), b_(b) {}
+  Elementwise(const ElementwiseOp& kernel, const SlotRef& a, const SlotRef& b, const SlotRef& out)
+      : RowsOf(a), kernel_(kernel), b_(b), out_(out) {}
+  int64_t scratch_bytes(const Run&) const override { return row_scratch(out_); }
 
  private:
-  void row(const Run& run, int64_t r, int) override {
-    run.kernels.add(at(run, a_, r), at(run, b_, r), like_.width, f32(run, like_, r));
+  void row(const Run& run, int64_t r, int thread) override {
+    const float *a = at(run, like_, r), *b = kernel_.inputs > 1 ? at(run, b_, r) : nullptr;
+    write_row(run, out_, r, thread, [&](float* y) { kernel_.row(a, b, like_.width, y); });
   }
-  const SlotRef a_, b_;
+  const ElementwiseOp& kernel_;
+  const SlotRef b_, out_;
 };
 
 class AddRmsNorm final : public RowsOf {
@@ -131,18 +135,6 @@ class Convert final : public RowsOf {
     run.kernels.convert(out_.kind, at(run, like_, r), 0, like_.width, like_.width, raw(run, out_, r));
   }
   const SlotRef out_;
-};
-
-class SwiGlu final : public RowsOf {
- public:
-  SwiGlu(const SlotRef& gate, const SlotRef& up, const SlotRef& out) : RowsOf(gate), up_(up), out_(out) {}
-  int64_t scratch_bytes(const Run&) const override { return row_scratch(out_); }
-
- private:
-  void row(const Run& run, int64_t r, int thread) override {
-    write_row(run, out_, r, thread, [&](float* h) { run.kernels.swiglu(at(run, like_, r), at(run, up_, r), like_.width, h); });
-  }
-  const SlotRef up_, out_;
 };
 
 class SelectRows final : public RowsOf {
@@ -229,11 +221,12 @@ std::unique_ptr<Op> make_layer_norm(StepReader& s) {
   return std::make_unique<RowNorm>(in, Norm(s.vector('w', 0, in.width), s.vector('b', 0, in.width), s.eps(), out));
 }
 
-std::unique_ptr<Op> make_add(StepReader& s) {
-  s.takes(2, 1, 0, 0, 0);
-  const SlotRef a = s.in(0, kF32Only), b = s.in(1, kF32Only, a.width), out = s.out(0, kF32Only, a.width, a.selected);
+std::unique_ptr<Op> make_elementwise(StepReader& s, const ElementwiseOp& kernel) {
+  s.takes(kernel.inputs, 1, 0, 0, 0);
+  const SlotRef a = s.in(0, kF32Only), b = kernel.inputs > 1 ? s.in(1, kF32Only, a.width) : a;
   if (a.selected != b.selected) s.refuse("in[0] and in[1] hold different rows");
-  return std::make_unique<Add>(a, b, out);
+  const SlotRef out = s.out(0, kAnyKind, a.width, a.selected);
+  return std::make_unique<Elementwise>(kernel, a, b, out);
 }
 
 std::unique_ptr<Op> make_add_rms_norm(StepReader& s) {
@@ -249,14 +242,6 @@ std::unique_ptr<Op> make_convert(StepReader& s) {
   s.takes(1, 1, 0, 0, 0);
   const SlotRef in = s.in(0, kF32Only), out = s.out(0, kConverted, in.width, in.selected);
   return std::make_unique<Convert>(in, out);
-}
-
-std::unique_ptr<Op> make_swiglu(StepReader& s) {
-  s.takes(2, 1, 0, 0, 0);
-  const SlotRef gate = s.in(0, kF32Only), up = s.in(1, kF32Only, gate.width),
-                out = s.out(0, kAnyKind, gate.width, gate.selected);
-  if (gate.selected != up.selected) s.refuse("in[0] and in[1] hold different rows");
-  return std::make_unique<SwiGlu>(gate, up, out);
 }
 
 std::unique_ptr<Op> make_select_rows(StepReader& s) {

@@ -31,73 +31,6 @@ void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
 
 }  // namespace
 
-std::unique_ptr<Op> dso::make_op(StepReader& s) {
-  switch (s.step.op) {
-    case DSO_OP_EMBEDDING:
-      return make_embedding(s);
-    case DSO_OP_RMS_NORM:
-      return make_rms_norm(s);
-    case DSO_OP_ADD:
-      return make_add(s);
-    case DSO_OP_ADD_RMS_NORM:
-      return make_add_rms_norm(s);
-    case DSO_OP_CONVERT:
-      return make_convert(s);
-    case DSO_OP_LINEAR:
-      return make_linear(s);
-    case DSO_OP_ROPE_TABLE:
-      return make_rope_table(s);
-    case DSO_OP_ROPE:
-      return make_rope(s);
-    case DSO_OP_CACHE_WRITE:
-      return make_cache_write(s);
-    case DSO_OP_ROPE_CACHE:
-      return make_rope_cache(s);
-    case DSO_OP_ATTENTION:
-      return make_attention(s);
-    case DSO_OP_SWIGLU:
-      return make_swiglu(s);
-    case DSO_OP_GATE_UP:
-      return make_gate_up(s);
-    case DSO_OP_LATENT:
-      return make_latent(s);
-    case DSO_OP_LATENT_WRITE:
-      return make_latent_write(s);
-    case DSO_OP_MLA_ABSORB:
-      return make_mla_absorb(s);
-    case DSO_OP_MLA_ATTENTION:
-      return make_mla_attention(s);
-    case DSO_OP_MLA_VALUE:
-      return make_mla_value(s);
-    case DSO_OP_SELECT_ROWS:
-      return make_select_rows(s);
-    case DSO_OP_HIDDEN_OUT:
-      return make_hidden_out(s);
-    case DSO_OP_STATE_IN:
-      return make_state_in(s);
-    case DSO_OP_CONCAT:
-      return make_concat(s);
-    case DSO_OP_LAYER_NORM:
-      return make_layer_norm(s);
-    case DSO_OP_INDEX_WRITE:
-      return make_index_write(s);
-    case DSO_OP_INDEX_CHOOSE:
-      return make_index_choose(s);
-    case DSO_OP_BLOCK_CHOOSE:
-      return make_block_choose(s);
-    case DSO_OP_LATENT_CHOOSE:
-      return make_latent_choose(s);
-    case DSO_OP_ROUTE:
-      return make_route(s);
-    case DSO_OP_EXPERTS_GATE_UP:
-      return make_experts_gate_up(s);
-    case DSO_OP_EXPERTS_DOWN:
-      return make_experts_down(s);
-    default:
-      s.refuse("op %d is unknown", s.step.op);
-  }
-}
-
 dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int32_t n_steps, const dso_slot* slots,
                    int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size)
     : context_(std::move(context)),
@@ -115,7 +48,8 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
     if (mapping && std::find(mapped_.begin(), mapped_.end(), mapping) == mapped_.end()) mapped_.push_back(mapping);
   }
 
-  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, {}, std::vector<bool>(n_slots), {}, {}, {}, {}, {}};
+  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, context_->kernels, {}, std::vector<bool>(n_slots),
+                    {},    {},      {},      {},        {}};
   for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
   for (int32_t i = 0; i < n_steps; ++i) {
     StepReader reader(source, steps[i], i);

@@ -3,26 +3,16 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <iterator>
 #include <limits>
 
 #include "error.hpp"
 #include "layout.hpp"
+#include "ops.hpp"
 
 namespace dso {
 namespace {
 
 constexpr int32_t kMostExperts = 1 << 14;  // numbers of experts are exact in fp32
-
-const char* op_name(int32_t op) {
-  static constexpr const char* names[] = {"EMBEDDING",    "RMS_NORM",        "ADD",          "ADD_RMS_NORM", "CONVERT",
-                                          "LINEAR",       "ROPE_TABLE",      "ROPE",         "CACHE_WRITE",  "ROPE_CACHE",
-                                          "ATTENTION",    "SWIGLU",          "GATE_UP",      "SELECT_ROWS",  "HIDDEN_OUT",
-                                          "ROUTE",        "EXPERTS_GATE_UP", "EXPERTS_DOWN", "LATENT",       "LATENT_WRITE",
-                                          "MLA_ABSORB",   "MLA_ATTENTION",   "MLA_VALUE",    "LAYER_NORM",   "INDEX_WRITE",
-                                          "INDEX_CHOOSE", "STATE_IN",        "CONCAT",       "BLOCK_CHOOSE", "LATENT_CHOOSE"};
-  return op >= 1 && op <= int32_t(std::size(names)) ? names[op - 1] : "unknown op";
-}
 
 bool allowed(SlotKinds kinds, int32_t kind) {
   const bool integer = kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16;
@@ -43,7 +33,7 @@ bool allowed(SlotKinds kinds, int32_t kind) {
 
 StepReader::StepReader(PlanSource& plan, const dso_step& step, int32_t index) : step(step), plan_(plan), index_(index) {}
 
-std::string StepReader::name() const { return text("step %d (%s)", index_, op_name(step.op)); }
+std::string StepReader::name() const { return text("step %d (%s)", index_, op_name(plan_.kernels, step.op)); }
 
 void StepReader::refuse(const char* format, ...) const {
   char message[512];

@@ -23,6 +23,7 @@ struct PlanSource {  // what dso_plan_create was given, and what the steps have 
   const dso_weight* weights;
   int32_t n_weights;
   int32_t vocab_size;
+  const Kernels& kernels;
   BatchNeeds needs;
   std::vector<bool> written;                                  // slots that an earlier step fills
   std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike

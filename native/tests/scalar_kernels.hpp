@@ -230,9 +230,13 @@ inline void index_select(const float* scores, int64_t n, int64_t k, float* chose
   for (int64_t i = 0; i < k; ++i) chosen[i] = (float)order[(size_t)i];
 }
 
+inline constexpr ElementwiseOp elementwise_ops[] = {{DSO_OP_ADD, "ADD", 2, add}, {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu}};
+
 inline const Kernels table = [] {
   Kernels k{};
   k.isa = "scalar";
+  k.elementwise_ops = elementwise_ops;
+  k.elementwise_count = std::size(elementwise_ops);
   k.convert = convert;
   k.linear = linear;
   k.embed_row = embed_row;

@@ -56,6 +56,28 @@ static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random
   }
 }
 
+// Every element-wise op of plans, whatever it computes: the same bits on every variant, for any width and in place.
+static void ops(const std::vector<Variant>& all, int64_t n, Random& random) {
+  const std::vector<float> x = normal((size_t)n, 3, random), y = normal((size_t)n, 1, random);
+  const Kernels& first = *all[0].kernels;
+  for (int64_t i = 0; i < first.elementwise_count; ++i) {
+    std::vector<float> expected;
+    for (const Variant& v : all)
+      for (int into : {0, 1, 2}) {  // a buffer of its own, a, b
+        const ElementwiseOp& op = v.kernels->elementwise_ops[i];
+        if (into == 2 && op.inputs < 2) continue;
+        Buffer a((size_t)n * 4), b((size_t)n * 4), out((size_t)n * 4);
+        fill(a, x);
+        fill(b, y);
+        float* o = floats(into == 0 ? out : into == 1 ? a : b);
+        op.row(floats(a), op.inputs < 2 ? nullptr : floats(b), n, o);
+        if (expected.empty()) expected.assign(o, o + n);
+        check(!memcmp(o, expected.data(), (size_t)n * 4), "%s %s n=%ld into %d: not the bits of %s", v.name.c_str(), op.name,
+              (long)n, into, all[0].name.c_str());
+      }
+  }
+}
+
 static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot, bool interleaved,
                  bool in_place, Random& random) {
   const int64_t n = heads * head_dim, half = rot / 2;
@@ -123,7 +145,10 @@ static void extremes(const Variant& v) {
 int main() {
   Random random(3);
   const std::vector<Variant> all = vector_variants();
-  for (int64_t n = 1; n <= 130; ++n) rows(all, n, 1, random);
+  for (int64_t n = 1; n <= 130; ++n) {
+    rows(all, n, 1, random);
+    ops(all, n, random);
+  }
   for (int64_t n : {576, 1536, 4095}) rows(all, n, 20, random);
   for (const Variant& v : all) {
     for (int i = 0; i < 60; ++i) {

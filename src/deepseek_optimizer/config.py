@@ -35,7 +35,7 @@ ContextExtension = Literal["yarn", "dynamic"]
 # Tokens of the window where the config does not say: sparse attention chooses the rest.
 WINDOWS: Final = {"sliding": 4096, "sparse": 512}
 
-_LONG: Final = ("formats", "curve", "modules")  # left out where a config is shown
+_LONG: Final = ("formats",)  # left out where a config is shown
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
@@ -113,24 +113,13 @@ def _formats(name: str, value: Any) -> dict[str, str]:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _points(name: str, value: Any) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(point, Mapping) for point in value):
-        raise ConfigError(f"{name} must be a list of measured points, as a packed checkpoint has it, got {value!r}")
-    return tuple(dict(point) for point in value)
-
-
-def _modules(name: str, value: Any) -> dict[str, dict[str, Any]]:
-    entries = value.values() if isinstance(value, Mapping) else (None,)
-    if not all(isinstance(entry, Mapping) and isinstance(entry.get("format"), str) for entry in entries):
-        raise ConfigError(f"{name} must map names of modules to their format and shape, as a packed checkpoint has them")
-    return {module: dict(entry) for module, entry in value.items()}
-
-
 @dataclass(repr=False)
 class DeepSeekConfig(QuantizationConfigMixin):
     """What to optimise and how; also Transformers' `quantization_config`.
 
-    Every field is checked when it is set, at construction and later. Unknown names are refused.
+    Every field is checked when it is set, at construction and later. Unknown names are refused. It holds the user's settings
+    only, and nothing here changes a config that it is given; what is known about a packed model is in its
+    `checkpoint.manifest.Manifest` (`model.dso.manifest`).
 
     Attributes:
         precision: format of the weight matrices: "int4" (4.5 bits a weight), "q4_1" (5 bits, with a minimum), "int8",
@@ -175,11 +164,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
             one: on a text that every Python ships). int8 throughout costs some thousandths, int4 some tenths. None: no loss.
         formats: format of single matrices by module name, such as {"lm_head": "int8"}, or of all that a pattern with * fits,
             such as {"model.layers.*.mlp.experts.*": "int8"}; goes before `precision`. A name goes before patterns, of those the
-            first that fits. After a load with `kl_budget` these are the formats that were chosen; matrices named beforehand
-            keep theirs.
-        curve: size and quality of the choices that were measured, as found in a packed checkpoint; not for users.
-        modules: format and shape of every packed matrix by module name, as found in a packed checkpoint; not for users.
-        format_version: version of that description; not for users.
+            first that fits. With `kl_budget` the matrices named here keep these formats, and the others' are chosen.
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum cannot take new members
@@ -207,9 +192,6 @@ class DeepSeekConfig(QuantizationConfigMixin):
     calibration: str | None = None
     kl_budget: float | None = None
     formats: dict[str, str] | None = None
-    curve: tuple[dict[str, Any], ...] | None = None
-    modules: dict[str, dict[str, Any]] | None = None
-    format_version: int | None = None
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "quant_method": _one_of(QUANT_METHOD),
@@ -237,9 +219,6 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "calibration": _optional(_path),
         "kl_budget": _optional(_above_zero),
         "formats": _optional(_formats),
-        "curve": _optional(_points),
-        "modules": _optional(_modules),
-        "format_version": _optional(_integer(1, 1 << 16)),
     }
 
     def __new__(cls, *args: Any, **given: Any) -> DeepSeekConfig:
@@ -301,24 +280,17 @@ class DeepSeekConfig(QuantizationConfigMixin):
         window = WINDOWS[asked] if self.attention_window is None else self.attention_window
         return AttentionMode(asked, window, self.attention_sinks, self.attention_budget)  # type: ignore[arg-type]
 
-    @property
-    def chooses_formats(self) -> bool:
-        """Whether formats are still to be chosen; those of a packed model are."""
-        return self.kl_budget is not None and self.modules is None
-
     def format_of(self, weight: str, natural: str, least: str | None = None) -> str:
-        """Name of the format that one weight matrix is loaded in.
+        """Name of the format that one weight matrix of an original model is packed in. With a `kl_budget` that is the natural
+        one at first: the others are chosen by measuring the model in it.
 
         Args:
             natural: the one that keeps it as it is.
             least: the smallest that `precision` may make it; one named in `formats` may be smaller.
         """
-        module = weight.removesuffix(".weight")
-        if self.modules and module in self.modules:
-            return str(self.modules[module]["format"])
-        if self.chooses_formats:  # on the model as it is
+        if self.kl_budget is not None:
             return natural
-        if (named := self.named_format(module)) is not None:
+        if (named := self.named_format(weight.removesuffix(".weight"))) is not None:
             return named
         if self.precision == "auto":
             return natural
@@ -332,6 +304,20 @@ class DeepSeekConfig(QuantizationConfigMixin):
     def unmatched(self, modules: Collection[str]) -> list[str]:
         """The entries of `formats` that none of these modules has or fits."""
         return [e for e in self.formats or () if e not in modules and not any(_fits(e, module) for module in modules)]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A config of the dict that `to_dict` made, as Transformers reads it from config.json.
+
+        Raises:
+            ConfigError: a field is unknown or wrong, or the dict is that of a checkpoint packed by an earlier version.
+        """
+        if "modules" in config_dict:
+            raise ConfigError(
+                f"quantization_config.format_version {config_dict.get('format_version')!r}: this checkpoint was packed by an "
+                "earlier version, whose layout is not read any more; convert the original again"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types; `from_dict` reads them back to an equal config."""

@@ -47,8 +47,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     from .checkpoint import load_tokenizer as load
     from .checkpoint import open_checkpoint
-    from .integration.load.loader import resolve
-    from .models import check_config
+    from .integration.configs import check_config
+    from .integration.load.resolve import resolve
 
     with open_checkpoint(resolve(path)) as checkpoint:
         check_config(checkpoint.config())
@@ -93,7 +93,9 @@ class DynamicGraphOptimizer:
         self.config = DeepSeekConfig(**{**fields, **{name: value for name, value in given.items() if value is not None}})
         if getattr(model, "hf_quantizer", None) is not None and "dso" not in model.__dict__:
             raise ConfigError("the model is quantised by another method; load the original")
-        if self.config.chooses_formats:
+        earlier = getattr(model, "__dict__", {}).get("dso")
+        chosen_for = earlier.config.kl_budget if earlier is not None else None
+        if self.config.kl_budget not in (None, chosen_for):
             raise ConfigError("kl_budget needs the model's tokenizer and calibration text; use load_model or `dso convert`")
         if self.config.calibration is not None:
             raise ConfigError("calibration needs the model's files and tokenizer; use load_model or `dso convert`")

@@ -63,7 +63,7 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
 
 
 def _name(model: Any) -> str:
-    path = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    path = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return os.path.basename(os.path.normpath(path))
 
 
@@ -87,9 +87,9 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     native = runtime.backend.name == "cpu"
     if options.batch_invariant and not native:
         raise ConfigError("batch_invariant=True: the reference backend's products depend on the batch; use the native one")
-    if options.window is not None:
+    if options.cache_window is not None:
         if options.batch_invariant:
-            raise ConfigError("batch_invariant=True and a window: when one slides depends on how prompts are cut; choose one")
+            raise ConfigError("batch_invariant=True and cache_window: when the window slides depends on the batch; choose one")
         key_rotation(runtime.graph)  # an error where keys cannot be moved
     batch = _full_batch(runtime, options)
     other = _with_head(draft_model) if drafts and draft_model is not None else None
@@ -115,7 +115,7 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
 def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:
     """The cache that all sequences of an engine take at most."""
     context = runtime.graph.max_positions
-    tokens = context if options.window is None else min(context, options.window)
+    tokens = context if options.cache_window is None else min(context, options.cache_window)
     return runtime.full_batch(options.batch_size_range[1], tokens, options.step_tokens)
 
 

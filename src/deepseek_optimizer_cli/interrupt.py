@@ -9,16 +9,16 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deepseek_optimizer.chat.conversation import Stop
+    from deepseek_optimizer.chat.conversation import StopSignal
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Stop]:
+def stop_on_interrupt() -> Iterator[StopSignal]:
     """Inside, a first Ctrl-C only asks what was yielded to stop, so that the step in flight ends whole; a second one is the
     usual KeyboardInterrupt, for a step that does not end."""
-    from deepseek_optimizer.chat.conversation import Stop
+    from deepseek_optimizer.chat.conversation import StopSignal
 
-    stop = Stop()
+    stop = StopSignal()
 
     def note(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, previous)

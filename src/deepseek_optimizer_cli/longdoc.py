@@ -13,7 +13,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from deepseek_optimizer.longdoc.citations import Citation
-    from deepseek_optimizer.longdoc.long_document import Answer, LongDocument
+    from deepseek_optimizer.longdoc.long_document import DocumentAnswer, LongDocument
 
 _SHOWN = 240  # characters of a passage
 
@@ -90,7 +90,7 @@ def longdoc(
         _print(answer)
 
 
-def _answer(document: LongDocument, question: str | None, schema: dict[str, Any] | None, stop: Any) -> Answer:
+def _answer(document: LongDocument, question: str | None, schema: dict[str, Any] | None, stop: Any) -> DocumentAnswer:
     if question is not None:
         return document.ask(question, stop=stop)
     if schema is not None:
@@ -108,7 +108,7 @@ def _schema(path: Path) -> dict[str, Any]:
     return schema
 
 
-def _summary(answer: Answer) -> dict[str, Any]:
+def _summary(answer: DocumentAnswer) -> dict[str, Any]:
     return {
         "answer": answer.answer,
         "citations": [asdict(citation) for citation in answer.citations],
@@ -119,7 +119,7 @@ def _summary(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _print(answer: Answer) -> None:
+def _print(answer: DocumentAnswer) -> None:
     text = answer.answer if isinstance(answer.answer, str) else json.dumps(answer.answer, ensure_ascii=False, indent=2)
     typer.echo(text)
     if answer.citations:

@@ -65,9 +65,9 @@ def serve(
     drafts: Annotated[
         bool, typer.Option("--drafts/--no-drafts", help="Speculative decoding; texts are the same with and without.")
     ] = True,
-    window: Annotated[
+    cache_window: Annotated[
         int | None,
-        typer.Option("--window", min=1, help="Tokens that a dialogue may hold: longer ones forget their midst and go on."),
+        typer.Option("--cache-window", min=1, help="Tokens of a chat to keep; longer chats drop their middle and continue."),
     ] = None,
     tool_format: Annotated[
         str | None, typer.Option("--tool-format", help="How the model writes tool calls. Default: by its chat template.")
@@ -100,7 +100,7 @@ def serve(
 
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.errors import ConfigError
-    from deepseek_optimizer.server.http.keys import read_keys
+    from deepseek_optimizer.server.keys import read_keys
     from deepseek_optimizer.server.settings import ServerSettings
 
     if tool_format is not None and tool_format not in FORMATS:
@@ -130,7 +130,12 @@ def serve(
         kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
     )
     fields["batch_size_range"] = (1, max_running)
-    options: dict[str, Any] = {"max_waiting": max_waiting, "prefix_cache": prefix_cache, "drafts": drafts, "window": window}
+    options: dict[str, Any] = {
+        "max_waiting": max_waiting,
+        "prefix_cache": prefix_cache,
+        "drafts": drafts,
+        "cache_window": cache_window,
+    }
     _serve(model, name, fields, settings, options)
 
 
@@ -180,7 +185,7 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
-        f"context   {engine.context:,} tokens" + (f", in a window of {engine.window:,}" if engine.window else ""),
+        f"context   {engine.context:,} tokens" + (f", cache window {engine.cache_window:,}" if engine.cache_window else ""),
         f"cache     {facts.kv_cache}, {engine.core.memory.size}",
         f"address   http://{shown}:{port}/ (API under /v1), {keys}",
     ]

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_optimizer.backends.reference import ops
+from deepseek_optimizer.backends.reference import ops, plan
+from deepseek_optimizer.graph.ops import OPS
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_op_of_a_graph_is_there() -> None:
+    assert set(plan._OPS) == {name for name, spec in OPS.items() if spec.origin != "lowering"}
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -14,7 +14,7 @@ from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import native
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.cache import SequenceBlocks
-from deepseek_optimizer.cache.window import WindowPolicy
+from deepseek_optimizer.cache.cache_window import CacheWindow
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.rotation import key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
@@ -29,7 +29,7 @@ MODELS = [
     "llama-gqa", "llama-yarn", "llama-llama3", "llama-dynamic", "qwen2-windows", "qwen3-gqa", "deepseek_v2-greedy",
     "deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v3-halves", "deepseek_v32-indexer", "youtu-direct",
 ]  # fmt: skip
-POLICY = WindowPolicy(window=192, sinks=1, share=0.25)
+POLICY = CacheWindow(window=192, sinks=1, share=0.25)
 READ, CHUNK, PINNED = 640, 45, ((70, 75),)
 
 

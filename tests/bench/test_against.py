@@ -106,7 +106,7 @@ def test_what_a_peer_cannot_read_names_the_remedy(models, tmp_path):
         _command("openvino", models["vllm"])
     packed = tmp_path / "packed"
     packed.mkdir()
-    (packed / "config.json").write_text('{"quantization_config": {"quant_method": "deepseek_optimizer", "modules": {}}}')
+    (packed / "config.json").write_text('{"quantization_config": {"quant_method": "deepseek_optimizer"}}')
     for name in ("transformers", "vllm"):
         with pytest.raises(ConfigError, match=f"{name} cannot read; .*--reference"):
             _command(name, packed)

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import mixed_soak as soak  # noqa: E402
 
-from deepseek_optimizer.bench.exchange import Reply  # noqa: E402
+from deepseek_optimizer.bench.exchange import HttpReply  # noqa: E402
 from deepseek_optimizer.bench.served import parsed  # noqa: E402
 from support.live_server import LiveServer  # noqa: E402
 
@@ -97,9 +97,9 @@ def test_requests_are_of_all_kinds():
     assert set(kinds) == KINDS - {"left"} and min(kinds.values()) > 50
 
 
-def answer(text: str, finish: str = "stop", status: int = 200, whole: bool = True, tokens: int = 3) -> Reply:
+def answer(text: str, finish: str = "stop", status: int = 200, whole: bool = True, tokens: int = 3) -> HttpReply:
     body = {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": {"completion_tokens": tokens}}
-    return Reply(status, {"content-type": "application/json"}, json.dumps(body).encode(), whole=whole)
+    return HttpReply(status, {"content-type": "application/json"}, json.dumps(body).encode(), whole=whole)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))
 from benchmarks import attacks, hostile, soak  # noqa: E402
 
 from deepseek_optimizer.bench.served import parsed  # noqa: E402
-from deepseek_optimizer.server.http.keys import ApiKeys  # noqa: E402
+from deepseek_optimizer.server.keys import ApiKeys  # noqa: E402
 from deepseek_optimizer.server.settings import ServerSettings  # noqa: E402
 from support.live_server import LiveServer  # noqa: E402
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deepseek_optimizer.chat.conversation import Answer, Conversation, Stop, prompt_ids, prompt_tokens
+from deepseek_optimizer.chat.conversation import Answer, Conversation, StopSignal, prompt_ids, prompt_tokens
 
 
 class Scripted:
@@ -63,14 +63,14 @@ def test_a_failed_answer_leaves_no_trace(error):
 
 
 def test_an_interrupted_answer_is_kept():
-    talk, stop = Conversation(Scripted("ei")), Stop()
+    talk, stop = Conversation(Scripted("ei")), StopSignal()
     stop.ask()
     assert talk.say("One", quiet, stop).finish_reason == "interrupted"
     assert talk.turns[-1] == {"role": "assistant", "content": "ei"}
 
 
 def test_asking_to_stop_calls_whoever_answers():
-    stop, called = Stop(), []
+    stop, called = StopSignal(), []
     with stop.calling(lambda: called.append("first")):
         assert not stop.asked
         stop.ask()

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from deepseek_optimizer import make_engine
-from deepseek_optimizer.chat.conversation import Conversation, Stop, prompt_tokens
+from deepseek_optimizer.chat.conversation import Conversation, StopSignal, prompt_tokens
 from deepseek_optimizer.chat.local import EngineSpeaker, answer, default_sampling, dialogue_tokens, room_of
 from deepseek_optimizer.chat.sampling import sampling_params
 from deepseek_optimizer.errors import BackendError, ConfigError, RequestError
@@ -44,7 +44,7 @@ def test_an_answer_keeps_to_the_context(engine):
 
 
 def test_stopping_ends_it_within_a_step(engine):
-    stop, pieces = Stop(), []
+    stop, pieces = StopSignal(), []
 
     def write(text: str) -> None:
         pieces.append(text)
@@ -58,7 +58,7 @@ def test_stopping_ends_it_within_a_step(engine):
 
 def test_stopping_while_the_prompt_is_read(endless):
     """Ctrl-C comes in the midst of a step, and a long prompt has many before there is any text."""
-    engine, stop = make_engine(*endless, step_tokens=16), Stop()
+    engine, stop = make_engine(*endless, step_tokens=16), StopSignal()
     steps, run = [], engine.core.runner.step
 
     def step(*arguments, **others):
@@ -73,7 +73,7 @@ def test_stopping_while_the_prompt_is_read(endless):
 
 
 def test_stopped_before_it_began(engine):
-    stop = Stop()
+    stop = StopSignal()
     stop.ask()
     reply = answer(engine, [1, 2, 3], quiet, sampling_params(max_tokens=50), stop)
     assert reply.finish_reason == "interrupted" and reply.new_tokens == 1

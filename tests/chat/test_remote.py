@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from deepseek_optimizer.chat.conversation import Conversation, Stop
+from deepseek_optimizer.chat.conversation import Conversation, StopSignal
 from deepseek_optimizer.chat.remote import RemoteError, RemoteSpeaker, _events
 from deepseek_optimizer.errors import ConfigError
 from support.fake_chat_server import DROP, FakeChatServer, Reply, Thought, error_body
@@ -22,7 +22,7 @@ def server():
 
 
 def ask(speaker, text="Hi", write=lambda _: None, stop=None):
-    return speaker.answer([{"role": "user", "content": text}], write, stop or Stop())
+    return speaker.answer([{"role": "user", "content": text}], write, stop or StopSignal())
 
 
 def test_an_answer_streams(server):
@@ -131,7 +131,7 @@ def test_events_however_they_are_cut():
 
 
 def test_stopping_closes_the_stream(server):
-    never, stop = threading.Event(), Stop()
+    never, stop = threading.Event(), StopSignal()
     server.replies = [Reply(["A", never, "B"])]
     reply = ask(RemoteSpeaker(server.url), write=lambda _: stop.ask(), stop=stop)
     assert (reply.text, reply.finish_reason, reply.new_tokens) == ("A", "interrupted", None)
@@ -140,7 +140,7 @@ def test_stopping_closes_the_stream(server):
 
 def test_a_signal_while_the_server_is_silent(server):
     """As Ctrl-C arrives: in the midst of waiting for bytes."""
-    never, stop = threading.Event(), Stop()
+    never, stop = threading.Event(), StopSignal()
     server.replies = [Reply([never])]
     previous = signal.signal(signal.SIGUSR1, lambda *_: stop.ask())
     try:

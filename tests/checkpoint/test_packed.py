@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from deepseek_optimizer.checkpoint import open_checkpoint, packed_section, save_packed, stream_weights
-from deepseek_optimizer.errors import CheckpointError
+from deepseek_optimizer.checkpoint import open_checkpoint, stream_weights
+from deepseek_optimizer.checkpoint.manifest import Manifest
+from deepseek_optimizer.config import DeepSeekConfig
+from deepseek_optimizer.errors import CheckpointError, ConfigError
 from deepseek_optimizer.quant import FORMATS, PackedMatrix, pack
 from support.checkpoint_files import safetensors_bytes, safetensors_header, with_header
+from support.packed_files import packed_fields, save_packed
 
-CONFIG = {"model_type": "llama", "hidden_size": 48, "auto_map": {"AutoModel": "x.Y"}}
+CONFIG = {"model_type": "llama", "hidden_size": 48}
 
 
 def weights() -> dict[str, PackedMatrix | torch.Tensor]:
@@ -34,13 +38,11 @@ def data(value: PackedMatrix | torch.Tensor) -> torch.Tensor:
 
 def test_round_trip(tmp_path: Path) -> None:
     saved = weights()
-    (tmp_path / "tokenizer.json").write_text("{}")
-    save_packed(tmp_path / "p", CONFIG, saved, quantization={"precision": "int4"}, extra_files=[tmp_path / "tokenizer.json"])
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    save_packed(tmp_path / "p", CONFIG, saved, precision="int4")
     checkpoint = open_checkpoint(tmp_path / "p")
     assert checkpoint.kind == "packed"
     config = checkpoint.config()
-    assert config["quantization_config"]["precision"] == "int4" and "auto_map" not in config
+    assert config["quantization_config"]["precision"] == "int4"
     wanted = {name: value.format if isinstance(value, PackedMatrix) else None for name, value in saved.items()}
     shapes = {n: (v.rows, v.cols) if isinstance(v, PackedMatrix) else tuple(v.shape) for n, v in saved.items()}
     loaded = dict(stream_weights(checkpoint, wanted, shapes))
@@ -50,7 +52,7 @@ def test_round_trip(tmp_path: Path) -> None:
         if isinstance(value, PackedMatrix):
             assert checkpoint.lossless_format(name) == checkpoint.natural_format(name) == value.format
             assert torch.equal(checkpoint.read_rows(name, 3, 20), checkpoint.read(name)[3:20])
-    save_packed(tmp_path / "again", config, loaded, quantization={"precision": "int4"})
+    save_packed(tmp_path / "again", config, loaded, precision="int4")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "p" / "model.safetensors").read_bytes()
 
 
@@ -71,9 +73,9 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "p").packed("m.int8.weight", "int4")
 
 
-def write(directory: Path, section: Any, tensors: dict[str, torch.Tensor]) -> Path:
+def write(directory: Path, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": section}))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
     (directory / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     return directory
 
@@ -84,18 +86,21 @@ MATRIX = pack(torch.ones(33, 48), "int8")
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"format_version": 3}, "format_version is 3"),
-        ({"format_version": None}, "format_version is None"),
+        ({"version": 4}, "another layout .*version 4.*version 3.*convert the original"),
+        ({"version": True}, "another layout .*version True"),
+        ({"version": None}, "another layout .*version None"),
+        ({"curve": {}}, "curve must be a list"),
+        ({"curve": [1]}, "curve must be a list"),
         ({"modules": []}, "modules must be"),
         ({"modules": {"a": {"format": "int8"}}}, "format and shape"),
         ({"modules": {"a": {"format": "int8", "shape": [33, 48], "x": 1}}}, "format and shape"),
         ({"modules": {"a": "int8"}}, "format and shape"),
         ({"modules": {"a": {"format": "int9", "shape": [33, 48]}}}, "unknown weight format 'int9'"),
         ({"modules": {"a": {"format": ["int8"], "shape": [33, 48]}}}, "unknown weight format"),
-        ({"modules": {"a": {"format": "int8", "shape": [33]}}}, "two whole numbers"),
-        ({"modules": {"a": {"format": "int8", "shape": [33, -48]}}}, "two whole numbers"),
-        ({"modules": {"a": {"format": "int8", "shape": [33, True]}}}, "two whole numbers"),
-        ({"modules": {"a": {"format": "int8", "shape": [33, 2**40]}}}, "two whole numbers"),
+        ({"modules": {"a": {"format": "int8", "shape": [33]}}}, "two or three whole numbers"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, -48]}}}, "two or three whole numbers"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, True]}}}, "two or three whole numbers"),
+        ({"modules": {"a": {"format": "int8", "shape": [33, 2**40]}}}, "two or three whole numbers"),
         ({"modules": {"a": {"format": "int4", "shape": [33, 48]}}}, r"int4 \[33, 48\] is U8 \(3, 2, 288\)"),
         ({"modules": {"a": {"format": "int8", "shape": [49, 48]}}}, r"is U8 \(4, 2, 544\)"),
         ({"modules": {"a": {"format": "int8", "shape": [33, 65]}}}, r"is U8 \(3, 3, 544\)"),
@@ -104,19 +109,40 @@ MATRIX = pack(torch.ones(33, 48), "int8")
     ],
 )
 def test_lies(tmp_path: Path, change: dict, why: str) -> None:
-    section = packed_section({"a.weight": MATRIX}) | change
+    fields = packed_fields({"a.weight": MATRIX})
+    fields["packed_manifest"] |= change
     with pytest.raises(CheckpointError, match=why):
-        open_checkpoint(write(tmp_path / "p", section, {"a.weight": MATRIX.data}))
+        open_checkpoint(write(tmp_path / "p", fields, {"a.weight": MATRIX.data}))
+
+
+@pytest.mark.parametrize("manifest", [None, [], "int8"])
+def test_a_packed_checkpoint_without_a_manifest(tmp_path: Path, manifest: Any) -> None:
+    fields = packed_fields({"a.weight": MATRIX}) | {"packed_manifest": manifest}
+    with pytest.raises(CheckpointError, match="config.json: packed_manifest is missing or not an object; convert the original"):
+        open_checkpoint(write(tmp_path / "p", fields, {"a.weight": MATRIX.data}))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_layouts_are_named(tmp_path: Path, version: int) -> None:
+    modules = {"a": {"format": "int8", "shape": [33, 48]}}
+    section = {"quant_method": "deepseek_optimizer", "format_version": version, "modules": modules}
+    directory = write(tmp_path / "p", {"quantization_config": section}, {"a.weight": MATRIX.data})
+    with pytest.raises(
+        CheckpointError, match=f"config.json: .*format_version {version}.*convert the original checkpoint again"
+    ):
+        open_checkpoint(directory)
+    with pytest.raises(ConfigError, match=f"format_version {version}.*convert the original again"):
+        DeepSeekConfig.from_dict(section)
 
 
 def test_tiles_of_another_type(tmp_path: Path) -> None:
-    section = packed_section({"a.weight": MATRIX})
+    section = packed_fields({"a.weight": MATRIX})
     with pytest.raises(CheckpointError, match="is F32"):
         open_checkpoint(write(tmp_path / "p", section, {"a.weight": MATRIX.data.float()}))
 
 
 def test_truncated(tmp_path: Path) -> None:
-    directory = write(tmp_path / "p", packed_section({"a.weight": MATRIX}), {})
+    directory = write(tmp_path / "p", packed_fields({"a.weight": MATRIX}), {})
     header, body = safetensors_header({"a.weight": MATRIX.data})
     (directory / "model.safetensors").write_bytes(with_header(header, body[:-1]))
     with pytest.raises(CheckpointError, match="truncated") as caught:
@@ -124,10 +150,17 @@ def test_truncated(tmp_path: Path) -> None:
     assert caught.value.tensor == "a.weight"
 
 
-def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    for tensors in ({"a": MATRIX}, {"a.weight": torch.ones(3, dtype=torch.int32)}):
-        with pytest.raises(ValueError):
-            save_packed(tmp_path / "p", CONFIG, tensors)  # type: ignore[arg-type]
-    with pytest.raises(ValueError):
-        save_packed(tmp_path / "p", {"rms_norm_eps": float("nan")}, {})
-    assert list(tmp_path.iterdir()) == []
+def test_names_that_no_manifest_can_have() -> None:
+    with pytest.raises(ValueError, match="must be a module's .weight"):
+        Manifest.of({"a": MATRIX})
+
+
+def test_a_manifest_does_not_change() -> None:
+    manifest = Manifest.of({"a.weight": MATRIX, "norm.weight": torch.ones(3)}, [{"bits": 8.5, "chosen": True}])
+    assert manifest.formats() == {"a": "int8"}
+    with pytest.raises(TypeError):
+        manifest.modules["b"] = manifest.modules["a"]  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        manifest.curve = ()  # type: ignore[misc]
+    assert copy.deepcopy(manifest) == manifest == Manifest.read({"packed_manifest": manifest.to_dict()}, Path("config.json"))
+    assert manifest.renamed(lambda name: f"model.{name}").formats() == {"model.a": "int8"}

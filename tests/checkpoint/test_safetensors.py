@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deepseek_optimizer.checkpoint import open_checkpoint, save_packed
+from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.checkpoint.files import DataFile
 from deepseek_optimizer.checkpoint.safetensors import open_safetensors
 from deepseek_optimizer.errors import CheckpointError
 from deepseek_optimizer.quant import pack
 from support.checkpoint_files import safetensors_bytes, safetensors_header, with_header
+from support.packed_files import save_packed
 
 GOOD = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_optimizer.checkpoint import open_checkpoint, packed_section
+from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.checkpoint.layout import Stored, bytes_of, layout_of
 from deepseek_optimizer.checkpoint.packed import write_safetensors
 from deepseek_optimizer.checkpoint.shards import plan_shards, write_index, write_shard
 from deepseek_optimizer.quant import PackedMatrix, pack
+from support.packed_files import packed_fields
 
 
 def model(layers: int = 4) -> dict[str, Stored]:
@@ -72,8 +73,7 @@ def test_written_and_mapped_again(tmp_path: Path, size: int) -> None:
             write_shard(file, shard, weights)
     write_index(tmp_path, shards)
     assert (tmp_path / "model.safetensors.index.json").exists() == (len(shards) > 1)
-    section = packed_section({n: t for n, t in tensors.items() if isinstance(t, PackedMatrix)})
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": section}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **packed_fields(tensors)}))
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.kind == "packed" and set(checkpoint.tensors) == set(tensors)
         for name, value in tensors.items():

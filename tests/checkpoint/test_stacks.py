@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_optimizer.checkpoint import Checkpoint, open_checkpoint, save_packed, stream_weights
+from deepseek_optimizer.checkpoint import Checkpoint, open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint import base as checkpoint_base
 from deepseek_optimizer.checkpoint.stacks import parts, surplus_expert
 from deepseek_optimizer.errors import CheckpointError
 from deepseek_optimizer.quant import PackedMatrix, PackedStack, get_format
 from support.checkpoint_files import safetensors_bytes
+from support.packed_files import save_packed
 
 EXPERTS, INTERMEDIATE, HIDDEN = 5, 40, 72  # neither a multiple of 16 rows nor of 32 columns
 BASE = "model.layers.1.mlp.experts"
@@ -131,8 +132,7 @@ def test_packed_stacks_are_saved_and_mapped(tmp_path: Path) -> None:
     loaded = dict(stream_weights(checkpoint_of(tmp_path / "float", one_by_one()), WANTED, SHAPES))
     matrix = PackedMatrix("int8", 33, 48, get_format("int8").pack(torch.randn(33, 48)))
     save_packed(tmp_path / "packed", {}, {**loaded, "a.weight": matrix})
-    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert section["format_version"] == 2
+    section = json.loads((tmp_path / "packed" / "config.json").read_text())["packed_manifest"]
     assert section["modules"][GATE_UP] == {"format": "int4", "shape": [2 * EXPERTS, INTERMEDIATE, HIDDEN]}
     with open_checkpoint(tmp_path / "packed") as checkpoint:
         assert checkpoint.shape(GATE_UP) == SHAPES[GATE_UP] and checkpoint.own_format(GATE_UP, SHAPES[GATE_UP]) == "int4"
@@ -159,7 +159,6 @@ def test_a_packed_stack_of_another_size_than_the_config_makes_it(tmp_path: Path)
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"format_version": 1}, "shape must be two whole numbers"),
         ({"shape": [EXPERTS, HIDDEN]}, "does not say how|missing"),
         ({"shape": [EXPERTS + 1, HIDDEN, INTERMEDIATE]}, r"is U8 \(6, 5, 2, "),
         ({"shape": [EXPERTS, 1, HIDDEN, INTERMEDIATE]}, "two or three"),
@@ -173,16 +172,10 @@ def test_lies_about_stacks(tmp_path: Path, change: dict[str, Any], why: str) -> 
     save_packed(tmp_path / "m", {}, {DOWN: stack})
     path = tmp_path / "m" / "config.json"
     config = json.loads(path.read_text())
-    section = config["quantization_config"]
-    (section if "format_version" in change else section["modules"][DOWN]).update(change)
+    config["packed_manifest"]["modules"][DOWN].update(change)
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=why):
         open_checkpoint(tmp_path / "m")
-
-
-def test_files_without_stacks_stay_at_version_1(tmp_path: Path) -> None:
-    save_packed(tmp_path / "m", {}, {"a.weight": PackedMatrix("fp32", 16, 32, get_format("fp32").pack(torch.randn(16, 32)))})
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["format_version"] == 1
 
 
 def test_parts_and_surplus() -> None:

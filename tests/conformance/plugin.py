@@ -25,9 +25,9 @@ _plain = False
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if os.environ[SIDE] != "control":
-        from deepseek_optimizer.models import FAMILIES
+        from deepseek_optimizer.models import SUPPORTED
 
-        for family in FAMILIES:
+        for family in SUPPORTED:
             patch(_causal_class(family))
 
 

@@ -58,10 +58,10 @@ def run_family(family: str, file: Path, folder: Path, select: str, side: str = "
 
 
 def main() -> int:
-    from deepseek_optimizer.models import FAMILIES
+    from deepseek_optimizer.models import SUPPORTED
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; all unless named")
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(SUPPORTED)}; all unless named")
     parser.add_argument("--all", action="store_true", help="the slow tests too")
     parser.add_argument("-k", default="", help="only the tests that fit, as pytest's -k")
     parser.add_argument("--side", default="optimised", choices=("optimised", "broken"))
@@ -79,7 +79,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         file = stage(tests, Path(folder) / "staged", checkout)
-        for family in given.families or FAMILIES:
+        for family in given.families or SUPPORTED:
             made.append(run_family(family, file, Path(folder), select, given.side))
             print(made[-1].line(), flush=True)
     wrong = faults(made, KINDS, whole=not (given.families or given.k))

@@ -35,7 +35,6 @@ def chat(made):
 
 def test_registered_when_pipelines_are_imported_first_or_later():
     for lines in (
-        "import deepseek_optimizer, sys; assert 'transformers.pipelines' not in sys.modules; import transformers.pipelines",
         "import transformers.pipelines; import deepseek_optimizer",
         "import deepseek_optimizer; from transformers import pipeline; import transformers.pipelines",
     ):

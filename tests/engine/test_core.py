@@ -7,12 +7,12 @@ import pytest
 
 from deepseek_optimizer import CheckpointChangedError, RequestError
 from deepseek_optimizer.cache.prefix_cache import keys
+from deepseek_optimizer.engine.draft import Draft
 from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.request import Request, SamplingParams
-from deepseek_optimizer.engine.speculative.base import Draft
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
 from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core
+from support.scripted_proposer import ScriptedProposer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 

@@ -11,8 +11,8 @@ from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
 from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core, next_token, places
+from support.scripted_proposer import ScriptedProposer
 
 WINDOW = Forgetting(window=100, sinks=4, spare=32)
 
@@ -169,7 +169,7 @@ def test_an_embedding_of_a_long_text():
 def test_a_dialogue_without_end(drafts):
     """Positions slide within the model's context while attention sees its own window; what is pinned it does not see."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
-    core = make_core(blocks=40, context=512, window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
+    core = make_core(blocks=40, context=512, cache_window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
     prompt = text(3, 1_500)
     core.add(Request(prompt, endless(1_000), id="a", pinned=((0, 130),)))
     (running,) = core.scheduler.waiting

@@ -38,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deepseek_optimizer.checkpoint import open_checkpoint, packed_section  # noqa: E402
+from deepseek_optimizer.checkpoint import open_checkpoint  # noqa: E402
 from deepseek_optimizer.errors import CheckpointError, ConfigError  # noqa: E402
 from deepseek_optimizer.quant import pack  # noqa: E402
 from support.checkpoint_files import (  # noqa: E402
@@ -50,6 +50,7 @@ from support.checkpoint_files import (  # noqa: E402
     model_values,
     safetensors_bytes,
 )
+from support.packed_files import packed_fields  # noqa: E402
 
 ADDRESS_SPACE = 256 << 20  # above what the process has when the inputs begin; no input is larger than 64 KB
 PYTHON_MEMORY = 256 << 10  # beside the file's own size: what opening the smallest good file takes, and some
@@ -73,7 +74,7 @@ def seeds() -> list[Case]:
     single = safetensors_bytes(plain)
     packed = {f"{n}.weight": pack(torch.randn(20, 40), n) for n in ("int4", "int8", "q4_1")}
     tiles = safetensors_bytes({name: matrix.data for name, matrix in packed.items()})
-    packed_config = json.dumps({"model_type": "llama", "quantization_config": packed_section(packed)}).encode()
+    packed_config = json.dumps({"model_type": "llama", **packed_fields(packed)}).encode()
     shards = {"one.safetensors": {"a": torch.ones(3)}, "two.safetensors": {"b": torch.ones(2, 2)}}
     index = json.dumps({"weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors}}).encode()
     files = {"config.json": config, "model.safetensors.index.json": index} | {

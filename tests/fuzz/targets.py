@@ -28,9 +28,9 @@ from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentErro
 from deepseek_optimizer.longdoc.read import read_upload
 from deepseek_optimizer.longdoc.readers import docx, html, pdf, text
 from deepseek_optimizer.server.documents.file_store import FileStore
+from deepseek_optimizer.server.documents.upload import read_upload_form
 from deepseek_optimizer.server.http.json_body import BodyReader
 from deepseek_optimizer.server.http.problems import ApiError
-from deepseek_optimizer.server.http.upload import read_upload_form
 from deepseek_optimizer.server.protocol.base import parse
 from deepseek_optimizer.server.protocol.chat import ChatRequest
 from deepseek_optimizer.server.protocol.completions import CompletionRequest
@@ -180,6 +180,7 @@ def _state(data: bytes) -> None:
 
 
 _HEADER = ("F32", "BF16", "U8", "I64", "dtype", "shape", "data_offsets", "__metadata__", "format", "int4", "int8", "q4_1")
+_MANIFEST = ("packed_manifest", "modules", "quant_method", "version")
 _JSON = ("null", "true", "false", "[]", "{}", "1e999", "-1", "9223372036854775808", "\\ud800", "\\u0000")
 _SCHEMA = (
     "type", "properties", "required", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "#/$defs/a", "#",
@@ -193,7 +194,7 @@ _REQUEST = (
 )  # fmt: skip
 
 TARGETS = {
-    "packed": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, "modules", "quant_method", "format_version")),
+    "packed": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_MANIFEST)),
     "gguf": Target(_gguf, (CheckpointError, ConfigError), ("general.architecture", "llama", "tokenizer.ggml.tokens", "GGUF")),
     "tokenizer": Target(_tokenizer, (CheckpointError, ConfigError), (*_JSON, "model", "vocab", "merges", "BPE", "Unigram")),
     "blocks": Target(_blocks, (CheckpointError,), (*_JSON, "held", "tokens", "block_bytes", "made_with")),

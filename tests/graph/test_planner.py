@@ -34,7 +34,7 @@ def random_graph(seed: int) -> Graph:
     """Random nodes over random live values: any order of lifetimes, dead values, values read twice."""
     rng = random.Random(seed)
     values = [Value(f"in{i}", rng.choice((8, 16)), kind=rng.choice(("f32", "q8"))) for i in range(3)]
-    nodes = [Node("source", (), (v,)) for v in values]
+    nodes = [Node("state_in", (), (v,)) for v in values]
     for i in range(rng.randrange(5, 60)):
         op = rng.choice(("add", "add_rms_norm", "rope", "rope_cache", "linear", "select_rows", "hidden_out"))
         x = rng.choice(values[-rng.randrange(1, 8) :])

@@ -61,8 +61,12 @@ DAMAGES = {
     "head norm": (attr("head_norm", heads=3), "do not fit"),
     "biases": (attr("linear", biases=()), "do not fit"),
     "embedding width": (outputs("embedding", Value("embed", 8)), "do not fit"),
-    "too many outputs": (outputs("rms_norm", Value("a", 72), Value("b", 72)), "outputs"),
-    "no outputs": (outputs("linear"), "needs some"),
+    "too many outputs": (outputs("rms_norm", Value("a", 72), Value("b", 72)), "has 2 outputs, needs 1"),
+    "no outputs": (outputs("linear"), "has 0 outputs, needs 1 or more"),
+    "type of an attribute": (attr("rms_norm", eps="1e-6"), "eps is '1e-6', needs float"),
+    "truth for a number": (attr("rope", heads=True), "heads is True, needs int"),
+    "unknown attribute": (attr("attention", windw=3), "has no attribute windw; known: layer, heads,"),
+    "op of a backend": (lambda g: [*g.nodes, Node("convert")], "no such op"),
     "rows": (outputs("rms_norm", Value("a", 72, selected=True)), "mixes"),
 }
 
@@ -78,7 +82,7 @@ LATENT_DAMAGES = {
     "rank of the latent": (attr("latent", rank=39), "do not fit"),
     "heads": (attr("mla_attention", heads=2), "do not fit"),
     "width of a value": (attr("mla_attention", v_dim=17), "do not fit"),
-    "form": (attr("mla_attention", form="folded"), "do not fit"),
+    "form": (attr("mla_attention", form="folded"), 'form is \'folded\', needs "expanded" or "absorbed"'),
     "offset": (attr("rope", offset=21), "do not fit"),
     "index heads": (attr("index_choose", heads=7), "do not fit"),
     "index width": (attr("index_choose", index=12, heads=40), "do not fit"),
@@ -87,15 +91,15 @@ LATENT_DAMAGES = {
     "groups chosen": (attr("router", top_groups=4), "do not fit"),
     "experts in the groups": (attr("router", groups=12, top_groups=2), "do not fit"),
     "experts chosen": (attr("router", top_k=3), "do not fit"),
-    "scoring": (attr("router", scoring="linear"), "do not fit"),
-    "score of a group": (attr("router", group_score="mean"), "do not fit"),
+    "scoring": (attr("router", scoring="linear"), "scoring is 'linear'"),
+    "score of a group": (attr("router", group_score="mean"), "group_score is 'mean'"),
     "experts a token": (attr("experts_gate_up", top_k=3), "do not fit"),
     "more chosen than there are": (attr("experts_down", experts=3), "do not fit"),
     "rows a token": (outputs("experts_gate_up", Value("l1.mlp.experts", 44)), "do not fit"),
-    "rows a token elsewhere": (outputs("swiglu", Value("h", 136, repeat=2)), "several rows a token"),
+    "rows a token elsewhere": (outputs("swiglu", Value("h", 136, repeat=2)), "several rows per token"),
     "norm of another width": (outputs("layer_norm", Value("k", 20)), "do not fit"),
     "selected rows": (outputs("router", Value("routes", 8, selected=True)), "mixes"),
-    "inputs": (lambda g: [*g.nodes, Node("mla_attention")], r"0 inputs, needs \(1, 2\)"),
+    "inputs": (lambda g: [*g.nodes, Node("mla_attention")], "has 0 inputs, needs 1 or 2"),
 }
 
 

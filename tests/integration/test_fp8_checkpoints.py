@@ -86,9 +86,9 @@ def test_convert(folder, tmp_path, precision):
         again = load_model(tmp_path / path)
         for (name, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True):
             assert torch.equal(a, b), (path, name)
-        section = json.loads((tmp_path / path / "config.json").read_text())["quantization_config"]
-        assert section["quant_method"] == "deepseek_optimizer"
-        formats = {entry["format"] for entry in section["modules"].values()}
+        saved = json.loads((tmp_path / path / "config.json").read_text())
+        assert saved["quantization_config"]["quant_method"] == "deepseek_optimizer"
+        formats = {entry["format"] for entry in saved["packed_manifest"]["modules"].values()}
         assert formats == ({"fp8", "fp32"} if precision == "auto" else {precision})
         with open_checkpoint(tmp_path / path) as checkpoint:
             assert checkpoint.kind == "packed" and not [name for name in checkpoint.tensors if "scale" in name]

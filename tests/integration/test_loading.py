@@ -135,8 +135,8 @@ def test_the_users_config_is_not_changed(saved):
     before = copy.deepcopy(mine)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=mine)
     model = load_model(folder, mine)
-    assert mine == before
-    assert model.config.quantization_config.modules
+    assert mine == before == model.dso.config
+    assert model.dso.manifest.modules and model.config.packed_manifest == model.dso.manifest.to_dict()
 
 
 def test_fields_go_over_the_config(saved):

@@ -88,7 +88,7 @@ def test_formats_to_a_budget(original, way, tmp_path):
     else:
         config = DeepSeekConfig(kl_budget=0.02, backend="reference", formats={"*.experts.down_proj": "int8"})
         model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
-    formats = {name: entry["format"] for name, entry in model.dso.config.modules.items()}
+    formats = model.dso.manifest.formats()
     assert {formats[f"model.layers.{i}.mlp.experts.down_proj"] for i in (1, 2)} == {"int8"}, "what was named beforehand"
     assert not {formats[f"model.layers.{i}.self_attn.kv_b_proj"] for i in range(3)} & {"int4", "q4_1"}
     assert len(set(formats.values())) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -135,8 +134,6 @@ def test_routers_stay_exact(tmp_path, load, stored):
 def test_packed_checkpoints_come_back(tmp_path, case):
     model = by_load_model(saved(tmp_path / "float", case), precision="int4")
     model.save_pretrained(tmp_path / "packed")
-    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert section["format_version"] == (2 if case in WITH_EXPERTS else 1)
     mapped = by_load_model(tmp_path / "packed")
     assert_same_weights(mapped, model)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model)
@@ -196,8 +193,8 @@ def v3(tmp_path_factory) -> Path:
 
 class TestFormats:
     def formats(self, v3, **fields):
-        modules = by_load_model(v3, **fields).dso.config.modules
-        return {name.removeprefix("model.layers."): entry["format"] for name, entry in modules.items()}
+        formats = by_load_model(v3, **fields).dso.manifest.formats()
+        return {name.removeprefix("model.layers."): format for name, format in formats.items()}
 
     def test_a_name_goes_before_patterns_and_the_first_pattern_wins(self, v3):
         found = self.formats(
@@ -274,7 +271,7 @@ def test_any_format(tmp_path, format):
     ids = torch.tensor([random_ids(model.config, 7)])
     with torch.no_grad():
         assert model(ids).logits.isfinite().all()
-    assert {e["format"] for e in model.dso.config.modules.values()} == {format}
+    assert set(model.dso.manifest.formats().values()) == {format}
 
 
 def test_report_of_experts_and_latents(tmp_path):

@@ -21,7 +21,7 @@ from support.models import deepseek_v3, deepseek_v32, random_ids
 from support.mtp_files import save_with_mtp
 from support.tiny_v3 import documents, tiny_v3
 
-from .test_speculation import Always
+from .generation.test_speculation import Always
 
 CONFIGS = {
     "one": lambda: deepseek_v3(num_nextn_predict_layers=1),
@@ -132,7 +132,7 @@ def test_packed_checkpoints_come_back(folder, tmp_path, precision):
     model = by_load_model(folder, precision=precision)
     model.save_pretrained(tmp_path / "packed")
     layer = f"model.layers.{model.config.num_hidden_layers}"
-    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    section = json.loads((tmp_path / "packed" / "config.json").read_text())["packed_manifest"]
     assert f"{layer}.eh_proj" in section["modules"]
     for load in (by_load_model, by_from_pretrained):
         again = load(tmp_path / "packed")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_optimizer.chat.conversation import Stop
+from deepseek_optimizer.chat.conversation import StopSignal
 from deepseek_optimizer.engine.engine import Engine
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.errors import BackendError, RequestError
-from deepseek_optimizer.longdoc.driver import Driver, Tokens
+from deepseek_optimizer.longdoc.driver import Driver, TokenUsage
 from deepseek_optimizer.longdoc.work import Ask, Batch, Result
 from support.mock_model import blocks_in_use, expected, make_core
 
@@ -41,7 +41,7 @@ def test_replies_are_the_models_and_tokens_are_counted():
     assert result.answer == "done"
     assert [reply.text for reply in seen[0]] == [text_of(expected(p, 9)) for p in PROMPTS]
     assert seen[1][0].cached == 32 and seen[1][0].read == 42
-    assert tokens == Tokens(
+    assert tokens == TokenUsage(
         read=sum(map(len, PROMPTS)) + 42, cached=32, generated=sum(r.generated for replies in seen for r in replies)
     )
     assert all(reply.complete == (expected(p, 9)[-1] == 60) for p, reply in zip(PROMPTS, seen[0], strict=True))
@@ -61,7 +61,7 @@ def test_progress_grows_to_what_there_was():
 
 def test_stopping_ends_between_steps_and_leaves_nothing():
     made, engine = driver(step_tokens=16)
-    stop, closed = Stop(), []
+    stop, closed = StopSignal(), []
 
     def work():
         try:

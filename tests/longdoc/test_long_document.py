@@ -9,7 +9,7 @@ import json
 import pytest
 
 from deepseek_optimizer import LongDocument
-from deepseek_optimizer.chat.conversation import Stop
+from deepseek_optimizer.chat.conversation import StopSignal
 from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentError, RequestError
 from deepseek_optimizer.longdoc import long_document
 from deepseek_optimizer.longdoc.document import Document
@@ -188,7 +188,7 @@ def test_everything_goes_when_the_document_goes(loaded):
 
 def test_asked_to_stop_it_stops_and_goes_on_with_the_next(loaded):
     with opened(loaded, LONG) as made:
-        stop = Stop()
+        stop = StopSignal()
         stop.ask()
         with pytest.raises(KeyboardInterrupt):
             made.summarize(stop=stop)

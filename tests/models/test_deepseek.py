@@ -13,7 +13,8 @@ from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph.analysis import stack_shapes
 from deepseek_optimizer.graph.ir import LatentSpec
 from deepseek_optimizer.graph.validate import check_graph
-from deepseek_optimizer.models import build_graph, check_config
+from deepseek_optimizer.integration.configs import check_config, with_defaults
+from deepseek_optimizer.models import build_graph
 from support.models import deepseek_v2, deepseek_v3, deepseek_v32, rope, youtu
 
 V2_LITE = {
@@ -60,7 +61,7 @@ def test_published_configs(name: str) -> None:
 
     raw = json.loads(json.dumps(PUBLISHED[name]))
     check_config(raw)
-    graphs = [build_graph(raw), build_graph(CONFIG_MAPPING[raw["model_type"]].from_dict(raw))]
+    graphs = [build_graph(with_defaults(raw)), build_graph(CONFIG_MAPPING[raw["model_type"]].from_dict(raw))]
     for graph in graphs:
         check_graph(graph)
         assert graph.cache == LatentSpec(raw["num_hidden_layers"], 512, 64, 128 if name == "V3.2" else 0)
@@ -77,15 +78,15 @@ def test_published_configs(name: str) -> None:
 
 def test_cache_bytes_of_v2_lite() -> None:
     """(512 + 64) numbers of two bytes in each of 27 layers."""
-    graph = build_graph(V2_LITE)
+    graph = build_graph(with_defaults(V2_LITE))
     assert ReferenceBackend().block_bytes(graph, "bf16") == 32 * 31_104
     assert ReferenceBackend().block_bytes(graph, "fp32") == 32 * 2 * 31_104
     assert ReferenceBackend().block_bytes(graph, "int8") == 32 * 27 * (512 + 4 * 4 + 2 * 64)
-    assert ReferenceBackend().block_bytes(build_graph(V32), "bf16") == 32 * 61 * 2 * (512 + 64 + 128)
+    assert ReferenceBackend().block_bytes(build_graph(with_defaults(V32)), "bf16") == 32 * 61 * 2 * (512 + 64 + 128)
 
 
 def test_stacks_of_v2_lite() -> None:
-    stacks = stack_shapes(build_graph(V2_LITE))
+    stacks = stack_shapes(build_graph(with_defaults(V2_LITE)))
     assert len(stacks) == 2 * 26
     assert stacks["model.layers.1.mlp.experts.gate_up_proj"] == (128, 1408, 2048)
     assert stacks["model.layers.26.mlp.experts.down_proj"] == (64, 2048, 1408)
@@ -197,10 +198,14 @@ def test_what_is_not_built_is_refused_by_name(family: str, fields: dict[str, Any
 def test_mscale_of_zero_is_none() -> None:
     """As DeepSeek's own code has it."""
     none = {"mscale": 0, "mscale_all_dim": 0}
-    plain, zero = (build_graph({**RAW["deepseek_v3"], **rope("yarn", factor=4.0, **more)}) for more in ({}, none))
+    plain, zero = (
+        build_graph(with_defaults({**RAW["deepseek_v3"], **rope("yarn", factor=4.0, **more)})) for more in ({}, none)
+    )
     assert [n.attrs.get("scale") for n in plain.nodes] == [n.attrs.get("scale") for n in zero.nodes]
 
 
 def test_experts_do_not_matter_where_there_are_none() -> None:
-    graph = build_graph({**RAW["deepseek_v2"], "first_k_dense_replace": 3, "n_group": 5, "num_experts_per_tok": None})
+    graph = build_graph(
+        with_defaults({**RAW["deepseek_v2"], "first_k_dense_replace": 3, "n_group": 5, "num_experts_per_tok": None})
+    )
     assert not any(n.op == "router" for n in graph.nodes)

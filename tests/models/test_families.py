@@ -13,7 +13,8 @@ from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.validate import check_graph
-from deepseek_optimizer.models import FAMILIES, build_graph, check_config
+from deepseek_optimizer.integration.configs import check_config
+from deepseek_optimizer.models import SUPPORTED, build_graph
 from support.models import CASES, llama, qwen2, qwen3, random_model, rope
 
 
@@ -73,7 +74,7 @@ def test_windows(config: Any, windows: list[int]) -> None:
 def test_unknown_family_names_the_known_ones(model_type: Any) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         check_config({"model_type": model_type})
-    assert all(family in str(error.value) for family in FAMILIES)
+    assert all(family in str(error.value) for family in SUPPORTED)
 
 
 @pytest.mark.parametrize("raw", [None, [], "llama", 3])

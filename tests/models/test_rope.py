@@ -8,12 +8,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deepseek_optimizer import ConfigError, DeepSeekConfig
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.integration.bind.context_extension import extend_context
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.models.rope import RopeSpec
+from deepseek_optimizer.models.rope_scaling import frequencies
 from support.models import CASES, llama, random_ids, random_model, rope, transformers_logits, weights_of
 from support.models import assert_close_rows as close
 from support.steps import runner
@@ -91,3 +94,27 @@ def test_dynamic_beyond_the_original_context() -> None:
     run = runner(ReferenceBackend(), build_graph(model.config), weights_of(model))
     close(run.logits(ids), transformers_logits(model, ids))
     close(run.logits(ids[:60]), transformers_logits(model, ids[:60]))  # and back within it
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_scaled_frequencies_are_transformers_own_for_any_parameters(kind: str) -> None:
+    draw = np.random.default_rng(5)
+    for _ in range(50):
+        head_dim, positions = 4 * int(draw.integers(2, 35)), int(draw.integers(16, 1 << 17))
+        parameters = {
+            "rope_type": kind, "rope_theta": float(draw.choice([500.0, 1e4, 5e5, 1e6])), "factor": float(draw.uniform(1, 40)),
+            "original_max_position_embeddings": int(draw.integers(8, 1 << 15)), "low_freq_factor": float(draw.uniform(0.5, 2)),
+            "high_freq_factor": float(draw.uniform(2.5, 8)), "partial_rotary_factor": float(draw.choice([0.5, 1.0])),
+        }  # fmt: skip
+        if kind == "yarn":
+            optional = {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.25, "mscale": 0.7,
+                        "mscale_all_dim": 1.1}  # fmt: skip
+            parameters |= {name: value for name, value in optional.items() if draw.random() < 0.5}
+        carrier = LlamaConfig(
+            hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=positions,
+            rope_parameters=dict(parameters),
+        )  # fmt: skip
+        length = torch.tensor(float(draw.integers(1, 4 * positions))) if kind == "dynamic" else None
+        theirs, scaling = ROPE_INIT_FUNCTIONS[kind](carrier, torch.device("cpu"), seq_len=length)
+        ours, factor = frequencies(parameters, head_dim, positions, length)
+        assert torch.equal(ours, theirs) and factor == scaling

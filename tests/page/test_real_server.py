@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer

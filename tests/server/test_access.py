@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.live_server import assert_error
 

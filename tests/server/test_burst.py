@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_optimizer.bench.exchange import Exchange, Reply, ask, reply_of, request_bytes, send
+from deepseek_optimizer.bench.exchange import Exchange, HttpReply, ask, reply_of, request_bytes, send
 from deepseek_optimizer.bench.served import Served
 from deepseek_optimizer.server.run import raise_file_limit
 from support.live_server import wait_for
@@ -69,7 +69,7 @@ def offline(tiny_model):
 class Told:
     """What the clients of a burst saw."""
 
-    replies: list[list[Reply]] = field(default_factory=list)  # of each request, those that were no refusal
+    replies: list[list[HttpReply]] = field(default_factory=list)  # of each request, those that were no refusal
     refused: int = 0
 
 
@@ -207,7 +207,7 @@ def test_sigterm_under_load_drains(own_server, offline):
     """Who is in it, running or queued, gets a whole answer; who comes is told that the server stops."""
     asked = long_bodies()
 
-    async def main() -> tuple[list[Reply], Reply | None]:
+    async def main() -> tuple[list[HttpReply], HttpReply | None]:
         opened = await streams(own_server, asked)
         own_server.process.send_signal(signal.SIGTERM)
         while not stopping(own_server):

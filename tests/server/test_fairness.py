@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from deepseek_optimizer.server.chat.prompt_size import PromptSize, bytes_of_token
-from deepseek_optimizer.server.chat.tokenising import SHORT
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
+from deepseek_optimizer.server.tokens.prompt_size import PromptSize, bytes_of_token
+from deepseek_optimizer.server.tokens.tokenising import SHORT
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer, assert_error, wait_for
 

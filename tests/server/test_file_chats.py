@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.chats import HERMES, THINKING, WEATHER
 from support.documents import pdf
@@ -427,3 +427,17 @@ def test_many_at_once_leave_nothing_behind(live):
         assert {status for found in threads.map(one, range(36)) for status in found} == {200}
     wait_for(lambda: live.engine.admitted == 0)
     assert state.files.held == 0 and len(state.files) == 0 and len(state.documents._kept) == 0
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_a_chat_without_files_does_nothing_for_documents(live, monkeypatch, path):
+    from deepseek_optimizer.server.document_chats import chats
+
+    def entered(*args, **kwargs):
+        raise AssertionError("a chat without files reached the code for documents")
+
+    for name in ("attached", "CitedAnswers", "DocumentAnswers"):
+        monkeypatch.setattr(chats, name, entered)
+    messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
+    body = {"messages": messages} if path == "chat/completions" else {"input": QUESTION}
+    assert live.client.post(f"/v1/{path}", json=body).status_code == 200

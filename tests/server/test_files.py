@@ -11,8 +11,8 @@ import pytest
 
 from deepseek_optimizer.longdoc.document import TextFile
 from deepseek_optimizer.server.documents.file_store import FileStore
-from deepseek_optimizer.server.http.keys import ApiKeys
 from deepseek_optimizer.server.http.problems import ApiError
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.documents import pdf
 from support.live_server import assert_error

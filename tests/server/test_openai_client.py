@@ -11,7 +11,7 @@ import openai
 import pydantic
 import pytest
 
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.chats import HERMES, WEATHER
 from support.fake_engine import FakeEngine

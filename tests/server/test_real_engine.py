@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.server.http.keys import ApiKeys
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.live_server import LiveServer, assert_error, wait_for
@@ -209,7 +209,7 @@ def test_the_engines_thread_dies(tiny_model):
 
 def test_a_dialogue_outgrows_its_window(tiny_model):
     """Old messages are left out, the system's and pinned ones stay, what was dropped is told, and most of a turn is cached."""
-    with start(tiny_model, window=CONTEXT) as live:
+    with start(tiny_model, cache_window=CONTEXT) as live:
         messages = [*MESSAGES[:1], {"role": "user", "content": "PIN this", "pinned": True}]
         dropped, cached = [], []
         for turn in range(50):

@@ -49,7 +49,7 @@ class FakeEngine:
         self.tokenizer, self.script, self.capacity, self.context = tokenizer, script, capacity, context
         self.model_name, self.step_seconds, self.vocab_size = model_name, step_seconds, len(tokenizer)
         self.eos = frozenset({tokenizer.eos_token_id})
-        self.window: int | None = None
+        self.cache_window: int | None = None
         self.room = context
         self.registry = CollectorRegistry()
         self.alive = False

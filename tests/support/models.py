@@ -24,10 +24,12 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
+from deepseek_optimizer.models import SUPPORTED
+
 TOLERANCE = 1e-4  # of the row's largest logit, in fp32
 
 # Families that the native backend runs; its tests take their cases from CASES by these prefixes.
-NATIVE_FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
+NATIVE_FAMILIES = SUPPORTED
 
 
 def llama(**fields: Any) -> LlamaConfig:

@@ -27,9 +27,9 @@ def test_half_a_checkpoint_would_be_seen(tmp_path: Path, monkeypatch: pytest.Mon
     from deepseek_optimizer.train.checkpoints import saving
 
     def in_place(self, model, trial) -> None:
-        super(saving.AtomicCheckpoints, self)._save_checkpoint(model, trial)
+        super(saving.AtomicCheckpoints, self).write_checkpoint(model, trial)
         self._finish(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
 
-    monkeypatch.setattr(saving.AtomicCheckpoints, "_save_checkpoint", in_place)
+    monkeypatch.setattr(saving.AtomicCheckpoints, "write_checkpoint", in_place)
     _, failures = train_soak.soak(tmp_path, rounds=20, seed=1)
     assert failures

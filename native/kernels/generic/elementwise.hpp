@@ -3,6 +3,20 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
+// out[i] = f(a[i]), and f(a[i], b[i]), for functions of lanes. out may be an input.
+template <class Function>
+DSO_INLINE void each(const float* a, int64_t n, float* out, const Function& f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, f(load(a + i)));
+  if (i < n) store(out + i, f(load(a + i, n - i)), n - i);
+}
+template <class Function>
+DSO_INLINE void each(const float* a, const float* b, int64_t n, float* out, const Function& f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, f(load(a + i), load(b + i)));
+  if (i < n) store(out + i, f(load(a + i, n - i), load(b + i, n - i)), n - i);
+}
+
 // x / sqrt(mean(x^2) + eps) * weight. The sum runs over four rows of lanes, added in a fixed tree: the same bits on every ISA.
 static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
   F s[4] = {zero(), zero(), zero(), zero()};
@@ -41,16 +55,12 @@ static void layer_norm(const float* x, const float* weight, const float* bias, i
 }
 
 static void add(const float* a, const float* b, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store(out + i, add(load(a + i), load(b + i)));
-  if (i < n) store(out + i, add(load(a + i, n - i), load(b + i, n - i)), n - i);
+  each(a, b, n, out, [](F x, F y) { return add(x, y); });
 }
 
 // silu(gate) * up
 static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store(out + i, mul(silu(load(gate + i)), load(up + i)));
-  if (i < n) store(out + i, mul(silu(load(gate + i, n - i)), load(up + i, n - i)), n - i);
+  each(gate, up, n, out, [](F x, F y) { return mul(silu(x), y); });
 }
 
 // e^(x - max x) over their sum, which runs over one row of lanes. A NaN or a positive infinity makes all NaN, as in torch.
@@ -70,7 +80,7 @@ static void softmax(const float* x, int64_t n, float* out) {
 }
 
 static void sigmoid(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += 16) store_some(out + i, sigmoid(load(x + i, n - i)), n - i);
+  each(x, n, out, [](F v) { return sigmoid(v); });
 }
 
 // y = fma(x, scale, y)

@@ -6,6 +6,7 @@
 // After math.hpp: they use its names.
 #include "convert.hpp"
 #include "elementwise.hpp"
+#include "elementwise_ops.hpp"
 #include "index.hpp"
 #include "kv.hpp"
 #include "latent.hpp"
@@ -16,6 +17,8 @@
 namespace dso::DSO_ISA_NAMESPACE {
 extern const RowKernels row_kernels;  // without this, a const object would be of this unit alone
 const RowKernels row_kernels = {
+    .elementwise_ops = elementwise_ops,
+    .elementwise_count = sizeof elementwise_ops / sizeof *elementwise_ops,
     .convert = convert,
     .embed_row = embed_row,
     .unpack_rows = unpack_rows,

@@ -1,4 +1,4 @@
-// Fills this variant's TrainAttention; included once, behind its lanes. As table.inl: nothing of the standard library that
+// Fills this variant's TrainAttention; included once, behind its lanes. As linear.inl: nothing of the standard library that
 // emits code. A variant with tile registers includes its tiles too, and defines DSO_TILES.
 #include "train_attention_backward.hpp"
 #include "train_attention_forward.hpp"

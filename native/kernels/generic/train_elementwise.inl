@@ -1,4 +1,4 @@
-// Fills this variant's TrainElementwise; included once, behind its lanes. As table.inl: nothing of the standard library that
+// Fills this variant's TrainElementwise; included once, behind its lanes. As linear.inl: nothing of the standard library that
 // emits code.
 #include "../train_elementwise.hpp"
 #include "math.hpp"

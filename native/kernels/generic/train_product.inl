@@ -1,5 +1,5 @@
 // Fills this variant's TrainProduct; included once, behind its lanes. A variant with matrix units of its own defines
-// DSO_TRAIN_ENGINE. As table.inl: nothing of the standard library that emits code.
+// DSO_TRAIN_ENGINE. As linear.inl: nothing of the standard library that emits code.
 #include "train_product.hpp"
 
 #ifndef DSO_TRAIN_ENGINE

@@ -92,10 +92,10 @@ def _step(what: str) -> Iterator[None]:
 
 
 def _answer(gguf: Path, threads: int) -> None:
-    from .. import load_model, load_tokenizer
     from ..chat.conversation import prompt_ids
     from ..chat.generate import answer
     from ..chat.stream import write_now
+    from ..optimizer import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(gguf)
     ids = prompt_ids(tokenizer, [{"role": "user", "content": QUESTION}])

@@ -19,7 +19,7 @@ _BLANK = b"\r\n\r\n"
 
 
 @dataclass(frozen=True)
-class Reply:
+class HttpReply:
     """What came back.
 
     Attributes:
@@ -137,7 +137,7 @@ class Exchange(asyncio.Protocol):
         """Cuts the connection, as a client that has gone."""
         self._transport.abort()
 
-    async def reply(self) -> Reply:
+    async def reply(self) -> HttpReply:
         """When the server has closed the connection."""
         await self._over
         return reply_of(self._pieces, self.sent)
@@ -153,7 +153,7 @@ async def send(port: int, path: str, body: Mapping[str, Any] | None = None, *, k
     return exchange
 
 
-async def ask(port: int, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> Reply:
+async def ask(port: int, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> HttpReply:
     """`send`, and the whole answer.
 
     Raises: OSError, nobody listens.
@@ -173,12 +173,12 @@ def request_bytes(path: str, body: Mapping[str, Any] | None = None, *, key: str 
     return "\r\n".join(lines).encode() + _BLANK + content
 
 
-def reply_of(pieces: list[tuple[float, bytes]], sent: float = 0.0) -> Reply:
+def reply_of(pieces: list[tuple[float, bytes]], sent: float = 0.0) -> HttpReply:
     """Of a connection's (time, bytes) from its beginning to its end."""
     data = b"".join(piece for _, piece in pieces)
     head, blank, rest = data.partition(_BLANK)
     if not blank:
-        return Reply(sent=sent)
+        return HttpReply(sent=sent)
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     arrivals, total = [], 0
@@ -190,7 +190,7 @@ def reply_of(pieces: list[tuple[float, bytes]], sent: float = 0.0) -> Reply:
     else:
         body, marks = rest, tuple((min(max(at, 0), len(rest)), when) for at, when in arrivals)
         whole = len(rest) == int(headers.get("content-length", -1))
-    return Reply(int(first.split(" ", 2)[1]), headers, body, sent, marks, whole)
+    return HttpReply(int(first.split(" ", 2)[1]), headers, body, sent, marks, whole)
 
 
 def _unchunked(data: bytes, arrivals: list[tuple[int, float]]) -> tuple[bytes, tuple[tuple[int, float], ...], bool]:

@@ -19,7 +19,7 @@ def load_plain(path: str | Path, dtype: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     from ..config import QUANT_METHOD
-    from ..integration.load.loader import resolve
+    from ..integration.load.resolve import resolve
 
     path = resolve(path)
     if path.suffix != ".gguf":

@@ -60,7 +60,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     """
     import torch
 
-    from .. import load_model, load_tokenizer
+    from ..optimizer import load_model, load_tokenizer
     from .baseline import check, compare
     from .limits import Limits
     from .measure import hold_against, measure
@@ -141,7 +141,7 @@ def _quality(request: Request, model: Any, tokenizer: Any, text: str | None) -> 
 
 def _peer_commands(request: Request) -> dict[str, Callable[[Work, int], list[str]]]:
     """Peer -> what starts its side for a work and a number of threads."""
-    from ..integration.load.loader import resolve
+    from ..integration.load.resolve import resolve
     from .peers import get_peer
     from .peers.environments import interpreter
 

@@ -103,7 +103,7 @@ def traffic_of(model: Any) -> Traffic:
         size = model.dtype.itemsize
         held = {name: size * math.prod(shape) for name, shape in shapes.items()}
         steps = [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]
-        kv_bytes, chosen_bytes, top_k = graph.cache.numbers * size, 0.0, 0  # Transformers masks what was not chosen
+        kv_bytes, chosen_bytes, top_k = graph.cache.elements_per_token * size, 0.0, 0  # Transformers masks what was not chosen
     return Traffic(
         weight_bytes=sum(row["bytes"] for row in steps if "experts" not in row),
         kv_bytes=kv_bytes - chosen_bytes,

@@ -51,7 +51,7 @@ def rate(tokens: int | None, first: float, last: float) -> float:
     return (tokens - 1) / (last - first) if tokens and tokens > 1 and last > first else 0.0
 
 
-class Stop:
+class StopSignal:
     """Asks an answer to end, from a signal handler or from whatever takes its text."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Stop:
 class Speaker(Protocol):
     """Whoever answers."""
 
-    def answer(self, messages: Messages, write: Callable[[str], None], stop: Stop) -> Answer:
+    def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:
         """The answer to a chat, written as it comes. Asked to stop, it ends as "interrupted" with what there is."""
 
 
@@ -120,11 +120,11 @@ class Conversation:
     def messages(self) -> Messages:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
-    def say(self, text: str, write: Callable[[str], None], stop: Stop | None = None) -> Answer:
+    def say(self, text: str, write: Callable[[str], None], stop: StopSignal | None = None) -> Answer:
         """The answer to `text`. Both become history, also where the answer was interrupted; an error leaves none."""
         self.turns.append({"role": "user", "content": text})
         try:
-            reply = self.speaker.answer(self.messages, write, stop or Stop())
+            reply = self.speaker.answer(self.messages, write, stop or StopSignal())
         except BaseException:
             self.turns.pop()
             raise

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..integration.bind.context_extension import room_of
 from .conversation import Answer, rate
 from .stream import TextStream
 
@@ -22,8 +23,6 @@ def answer(
     Raises:
         ValueError: the prompt alone fills the model's context, or `generate` refuses an argument.
     """
-    from ..integration.bind.context_extension import room_of
-
     length = ids.shape[-1]
     room = (room_of(model.config) or length + max_new_tokens) - length
     if room < 1:

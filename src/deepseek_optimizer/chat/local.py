@@ -13,7 +13,8 @@ from ..backends.base import BLOCK_TOKENS
 from ..engine.engine import Engine
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError, ConfigError, RequestError
-from .conversation import Answer, Messages, Stop, prompt_tokens, rate
+from ..integration.bind.runtime import runtime_of
+from .conversation import Answer, Messages, StopSignal, prompt_tokens, rate
 from .fit import fit
 from .sampling import left_out, sampling_params
 
@@ -22,8 +23,6 @@ _ids = itertools.count(1)
 
 def default_sampling(model: Any, **given: Any) -> SamplingParams:
     """`sampling_params` by the generation config of an optimised model, which says once what of it an engine leaves out."""
-    from ..integration.bind.runtime import runtime_of
-
     config = model.generation_config
     if names := left_out(config):
         runtime_of(model).warn_once(f"the generation config sets {', '.join(names)}, which only model.generate heeds")
@@ -78,7 +77,7 @@ def dialogue_tokens(tokenizer: Any, messages: Messages, sampling: SamplingParams
 
 
 def answer(
-    engine: Engine, tokens: list[int], write: Callable[[str], None], sampling: SamplingParams, stop: Stop | None = None
+    engine: Engine, tokens: list[int], write: Callable[[str], None], sampling: SamplingParams, stop: StopSignal | None = None
 ) -> Answer:
     """The answer to a prompt, its text written as it comes.
 
@@ -95,7 +94,7 @@ def answer(
     pieces: list[str] = []
     times: list[float] = []
     finish, cached = "stop", 0
-    with (stop or Stop()).calling(lambda: engine.core.cancel(request.id)):
+    with (stop or StopSignal()).calling(lambda: engine.core.cancel(request.id)):
         for output in engine.stream(request):
             ids += output.token_ids
             times += [time.perf_counter()] * len(output.token_ids)
@@ -133,6 +132,6 @@ class EngineSpeaker:
             raise ConfigError("this model has no chat template, so it can't hold a conversation; `dso run` continues a text")
         self.engine, self.sampling = engine, sampling
 
-    def answer(self, messages: Messages, write: Callable[[str], None], stop: Stop) -> Answer:
+    def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:
         tokens, dropped = dialogue_tokens(self.engine.tokenizer, messages, self.sampling, room_of(self.engine))
         return replace(answer(self.engine, tokens, write, self.sampling, stop), dropped_messages=dropped)

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, DeepSeekOptimizerError
-from .conversation import Answer, Messages, Stop, rate
+from .conversation import Answer, Messages, StopSignal, rate
 
 _CONNECT, _READ = 10.0, 600.0  # seconds; a long prompt may take its time before the first word
 _MAX_EVENT = 1 << 24  # bytes of one event: more is no answer
@@ -46,7 +46,7 @@ class RemoteSpeaker:
         self._options = options
         self.model = model or self._only_model()
 
-    def answer(self, messages: Messages, write: Callable[[str], None], stop: Stop) -> Answer:
+    def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:
         """See `Speaker`. Raises RemoteError."""
         body = {
             "model": self.model,

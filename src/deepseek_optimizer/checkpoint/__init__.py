@@ -16,7 +16,8 @@ from .directory import SafetensorsCheckpoint, open_files, read_config
 from .fp8 import Fp8Checkpoint, is_fp8
 from .gguf import GgufCheckpoint
 from .load import LoadProgress, check_tensors, stream_weights
-from .packed import PackedCheckpoint, is_packed, packed_section, save_packed
+from .manifest import Manifest
+from .packed import PackedCheckpoint, is_packed
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
 
@@ -53,6 +54,7 @@ __all__ = [
     "Fp8Checkpoint",
     "GgufCheckpoint",
     "LoadProgress",
+    "Manifest",
     "PackedCheckpoint",
     "SafetensorsCheckpoint",
     "TensorInfo",
@@ -63,7 +65,5 @@ __all__ = [
     "check_tokenizer_size",
     "load_tokenizer",
     "open_checkpoint",
-    "packed_section",
-    "save_packed",
     "stream_weights",
 ]

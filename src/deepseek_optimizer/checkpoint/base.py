@@ -16,7 +16,7 @@ from ..quant import PackedMatrix, PackedStack, Packer, get_format, reference_pac
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import empty_stack, empty_tiles, panels
 from .files import Mapper
-from .stacks import Part, StackShape, is_stack, merged_shape, parts
+from .stacks import StackPart, StackShape, is_stack, merged_shape, parts
 
 PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
 
@@ -99,7 +99,7 @@ class Checkpoint(ABC):
             return {name: merged_shape(name, stack)}
         return dict.fromkeys((part.tensor for part in self.parts(name, stack)), shape[1:])
 
-    def parts(self, name: str, shape: StackShape) -> list[Part]:
+    def parts(self, name: str, shape: StackShape) -> list[StackPart]:
         """Where the matrices of a stack are, in order."""
         return parts(name, shape, self.tensors)
 

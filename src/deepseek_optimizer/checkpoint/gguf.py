@@ -23,7 +23,7 @@ from .gguf_deepseek2 import prediction_tensors, split_kv_b
 from .gguf_header import GgufArray, GgufHeader, GgufTensor, read_array, read_header
 from .gguf_metadata import Metadata
 from .gguf_tokenizer import build_tokenizer, builds
-from .stacks import Part, StackShape
+from .stacks import StackPart, StackShape
 
 _FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # without loss
 _FOUR_BITS = {"Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"}
@@ -78,9 +78,9 @@ class GgufCheckpoint(Checkpoint):
             return dict.fromkeys(roles, (shape[0] // 2, *shape[1:]))
         return super().stored(name, shape)
 
-    def parts(self, name: str, shape: StackShape) -> list[Part]:
+    def parts(self, name: str, shape: StackShape) -> list[StackPart]:
         if roles := self._gate_and_up(name):
-            return [Part(roles[i % 2], i // 2 * shape[1]) for i in range(shape[0])]
+            return [StackPart(roles[i % 2], i // 2 * shape[1]) for i in range(shape[0])]
         return super().parts(name, shape)
 
     def _gate_and_up(self, name: str) -> tuple[str, str] | None:

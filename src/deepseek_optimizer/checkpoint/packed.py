@@ -1,118 +1,35 @@
 """Packed checkpoints: written once, mapped afterwards.
 
-A directory with config.json and model.safetensors. A packed matrix lies under the parameter's own name as uint8
+A directory with config.json and safetensors files. A packed matrix lies under the parameter's own name as uint8
 [ceil(rows/16), ceil(cols/32), tile_bytes], the tiles of `native/include/dso.h`, and a stack of experts' matrices as
-[count, ceil(rows/16), ceil(cols/32), tile_bytes]; everything else is an ordinary float tensor. config.json says what the tiles
-are:
-
-    "quantization_config": {
-        "quant_method": "deepseek_optimizer", "format_version": 1,
-        "modules": {
-            "model.layers.0.mlp.up_proj": {"format": "int4", "shape": [1536, 576]},
-            "model.layers.1.mlp.experts.down_proj": {"format": "int4", "shape": [64, 2048, 1408]}, ...
-        },
-        ... fields of DeepSeekConfig
-    }
-
-A module's matrix is its `.weight`; a stack is named by its parameter, and its shape is count, rows, cols. Files with stacks
-have format_version 2, others 1, so that older readers refuse what they don't know and nothing else. The file is a valid
-safetensors file; tensors begin at multiples of 64 bytes where their sizes allow it, matrices first.
+[count, ceil(rows/16), ceil(cols/32), tile_bytes]; everything else is an ordinary float tensor. config.json has the settings in
+`quantization_config` (the fields of DeepSeekConfig, by which Transformers knows the method), and says what the tiles are in
+`packed_manifest` (see `manifest.py`). The files are valid safetensors files; tensors begin at multiples of 64 bytes where their
+sizes allow it, matrices first.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
-from ..quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format, reference_packer, unpack
-from ..quant.tiles import tile_counts
-from .atomic import atomic_directory
+from ..errors import CheckpointError
+from ..quant import PackedMatrix, PackedStack, Packer, reference_packer, unpack
 from .base import TensorInfo
-from .directory import CONFIG, SINGLE, SafetensorsCheckpoint
+from .directory import CONFIG, SafetensorsCheckpoint
 from .files import DataFile
 from .layout import Stored, bytes_of, layout_of
+from .manifest import QUANT_METHOD, Manifest
 from .stacks import StackShape
-
-QUANT_METHOD = "deepseek_optimizer"
-VERSION, VERSION_WITH_STACKS = 1, 2
-
-
-@dataclass(frozen=True)
-class PackedEntry:
-    """What config.json says about one matrix [rows, cols], or one stack [count, rows, cols]."""
-
-    format: str
-    shape: tuple[int, ...]
-
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """Shape of the uint8 tensor."""
-        *count, rows, cols = self.shape
-        return (*count, *tile_counts(rows, cols), get_format(self.format).tile_bytes)
-
-    def promise(self) -> PackedWeight:
-        """The weight without its numbers, on the meta device."""
-        tiles = torch.empty(self.tiles, dtype=torch.uint8, device="meta")
-        if len(self.shape) == 3:
-            return PackedStack(self.format, self.shape[0], self.shape[1], self.shape[2], tiles)
-        return PackedMatrix(self.format, self.shape[0], self.shape[1], tiles)
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a packed checkpoint."""
     quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD and "modules" in quantization
-
-
-def packed_entries(config: Mapping[str, Any], file: Path) -> dict[str, PackedEntry]:
-    """The matrices a packed checkpoint's config names, by parameter name; CheckpointError if the schema is not kept."""
-
-    def wrong(what: str, module: str | None = None) -> CheckpointError:
-        return CheckpointError(what, file=file, tensor=module)
-
-    quantization = config["quantization_config"]
-    version = quantization.get("format_version")
-    if version not in (VERSION, VERSION_WITH_STACKS):
-        raise wrong(
-            f"quantization_config.format_version is {version!r}; {VERSION} and {VERSION_WITH_STACKS} are read: "
-            "update deepseek-optimizer, or convert the original again"
-        )
-    dimensions = (2,) if version == VERSION else (2, 3)
-    modules = quantization["modules"]
-    if not isinstance(modules, dict):
-        raise wrong("quantization_config.modules must be an object")
-    entries = {}
-    for module, entry in modules.items():
-        if not isinstance(entry, dict) or entry.keys() != {"format", "shape"}:
-            raise wrong("quantization_config.modules must give format and shape, and nothing else", module)
-        try:
-            get_format(entry["format"])
-        except ConfigError as error:
-            raise wrong(str(error), module) from error
-        shape = entry["shape"]
-        whole = isinstance(shape, list) and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
-        if not whole or len(shape) not in dimensions:
-            many = " or ".join({2: "two", 3: "three"}[n] for n in dimensions)
-            raise wrong(f"shape must be {many} whole numbers > 0, not {shape!r}", module)
-        entries[module if len(shape) == 3 else f"{module}.weight"] = PackedEntry(entry["format"], tuple(shape))
-    return entries
-
-
-def packed_section(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
-    """The part of quantization_config that describes these matrices and stacks, by parameter name."""
-    stacks = [name for name, weight in weights.items() if isinstance(weight, PackedStack)]
-    if outside := [name for name in weights if name.endswith(".weight") == (name in stacks)]:
-        raise ValueError(f"a packed matrix must be some module's .weight, and a stack must not: {outside[0]!r}")
-    modules = {name.removesuffix(".weight"): {"format": w.format, "shape": list(w.shape)} for name, w in weights.items()}
-    version = VERSION_WITH_STACKS if stacks else VERSION
-    return {"quant_method": QUANT_METHOD, "format_version": version, "modules": modules}
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 class PackedCheckpoint(SafetensorsCheckpoint):
@@ -123,7 +40,8 @@ class PackedCheckpoint(SafetensorsCheckpoint):
 
     def __init__(self, directory: Path, config: dict[str, Any], files: dict[Path, DataFile], tensors: Mapping[str, TensorInfo]):
         super().__init__(directory, config, files, tensors)
-        self._entries = packed_entries(config, directory / CONFIG)
+        self.manifest = Manifest.read(config, directory / CONFIG)
+        self._entries = self.manifest.weights()
         for name, entry in self._entries.items():
             info = self.info(name)
             if info.dtype != "U8" or info.shape != entry.tiles:
@@ -190,35 +108,6 @@ class PackedCheckpoint(SafetensorsCheckpoint):
         if self.mapper is None:
             return file.read_tensor(info.offset, info.nbytes).view(entry.tiles)
         return file.map_tensor(info.offset, info.nbytes, self.mapper).view(entry.tiles)
-
-
-def save_packed(
-    target: str | Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, PackedWeight | torch.Tensor],
-    *,
-    quantization: Mapping[str, Any] | None = None,
-    extra_files: Iterable[Path] = (),
-    overwrite: bool = False,
-) -> None:
-    """Writes a packed checkpoint: all of it under the final name, or nothing (see `atomic_directory`).
-
-    Args:
-        target: the directory to make.
-        config: the model's config.json, as a dict; its quantization_config is replaced.
-        tensors: matrices and plain float tensors by parameter name; tied ones once.
-        quantization: fields of DeepSeekConfig to keep beside the description of the matrices.
-        extra_files: files to copy along (tokenizer, generation config).
-        overwrite: replace an existing target.
-    """
-    section = dict(quantization or {}) | packed_section({n: t for n, t in tensors.items() if isinstance(t, PackedWeight)})
-    whole = {k: v for k, v in config.items() if k != "auto_map"} | {"quantization_config": section}
-    with atomic_directory(target, overwrite) as directory:
-        text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
-        (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_safetensors(directory / SINGLE, tensors)
-        for path in extra_files:
-            shutil.copyfile(path, directory / path.name)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:

@@ -23,7 +23,7 @@ StackShape = tuple[int, int, int]  # count, rows, cols
 
 
 @dataclass(frozen=True)
-class Part:
+class StackPart:
     """Where one matrix of a stack is stored: from row `row` of a tensor on, whose dimensions but the last all count as rows."""
 
     tensor: str
@@ -40,16 +40,16 @@ def matrices_per_expert(name: str) -> int:
     return len(_ROLES[name.rpartition(".")[2]])
 
 
-def parts(name: str, shape: StackShape, stored: Collection[str]) -> list[Part]:
+def parts(name: str, shape: StackShape, stored: Collection[str]) -> list[StackPart]:
     """The stack's matrices, in order, in a checkpoint that has the tensors `stored`."""
     count, rows, _ = shape
     if name in stored:
-        return [Part(name, i * rows) for i in range(count)]
+        return [StackPart(name, i * rows) for i in range(count)]
     found = _STACK.fullmatch(name)
     if found is None:
         raise ValueError(f"{name!r} is no stack of experts")
     experts, roles = found[1], _ROLES[found[2]]
-    return [Part(f"{experts}.{i // len(roles)}.{roles[i % len(roles)]}.weight") for i in range(count)]
+    return [StackPart(f"{experts}.{i // len(roles)}.{roles[i % len(roles)]}.weight") for i in range(count)]
 
 
 def merged_shape(name: str, shape: StackShape) -> StackShape:

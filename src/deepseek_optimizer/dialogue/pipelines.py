@@ -7,6 +7,8 @@
 
 `pipeline()` loads a model before it tells the pipeline's class what was asked for. So what it loads is `Unloaded`, a name with
 its arguments, and the class packs the weights as they stream in: they are in memory once.
+
+`import deepseek_optimizer` imports this module, so the engine is imported only when a pipeline is made.
 """
 
 from __future__ import annotations
@@ -20,19 +22,21 @@ from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.pipelines.base import Pipeline
+from transformers import AutoTokenizer, Pipeline
 
 from ..config import DeepSeekConfig
 from ..errors import BackendError, ConfigError, RequestError, shown
+from ..integration.bind.runtime import runtime_of
+from ..integration.load.loader import load
+from ..integration.load.resolve import resolve
+from ..optimizer import DynamicGraphOptimizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ..engine.request import Request
 
 TYPE = "deepseek_realtime"
 _OWN = ("type", "max_length", "stream_output")
-_FIELDS = tuple(
-    f.name for f in fields_of(DeepSeekConfig) if f.name not in ("quant_method", "modules", "format_version", "curve")
-)
+_FIELDS = tuple(f.name for f in fields_of(DeepSeekConfig) if f.name != "quant_method")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _HUB = ("revision", "token", "local_files_only", "cache_dir")
 _IGNORED = ("trust_remote_code", "code_revision", "_from_pipeline")  # no code of a checkpoint is ever run
@@ -111,16 +115,17 @@ class ConversationalPipeline(Pipeline):
             path = _path(model)
             model = _loaded(path, model.kwargs, fields)
         else:
-            path = getattr(getattr(model, "config", None), "_name_or_path", "")
+            path = getattr(getattr(model, "config", None), "name_or_path", None) or ""
             model = _optimised(model, fields)
         tokenizer = _tokenizer(tokenizer, path)
         if where is not None and model.device != where:
             model.to(where)
+        self._defaults: Any = None
         mapped = getattr(model, "hf_device_map", None) is not None  # then a device is not to be named, not even this one
         super().__init__(model=model, tokenizer=tokenizer, task=task, device=None if mapped else model.device, **generation)
         if not tokenizer.chat_template:
             raise ConfigError("this model has no chat template, so it can't hold a conversation; use text-generation")
-        default_sampling(model, **self._forward_params)  # what is wrong with them is said now
+        default_sampling(model, **self._defaults)  # raises now where one is wrong
         self.engine = make_engine(model, tokenizer)
         self.stream_output: bool = own.get("stream_output", False)
         self.max_length: int | None = own.get("max_length")
@@ -165,12 +170,14 @@ class ConversationalPipeline(Pipeline):
         self._close()
         _, forward, _ = self._sanitize_parameters(**generation)
         if stream:
-            return self._stream(self.preprocess(text)["messages"], **{**self._forward_params, **forward})
-        return self.run_single(text, {}, {**self._forward_params, **forward}, {})
+            return self._stream(self.preprocess(text)["messages"], **{**self._defaults, **forward})
+        return self.run_single(text, {}, {**self._defaults, **forward}, {})
 
     def _sanitize_parameters(self, **generation: Any) -> Any:
         if (length := generation.pop("max_length", None)) is not None:
             generation.setdefault("max_new_tokens", length)
+        if self._defaults is None:  # the first call is Pipeline's own, at construction
+            self._defaults = generation
         return {}, generation, {}
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
@@ -196,7 +203,6 @@ class ConversationalPipeline(Pipeline):
 
     def _stream(self, messages: list[dict[str, str]], **generation: Any) -> Iterator[dict[str, list[str]]]:
         from ..chat.local import default_sampling, dialogue_tokens, request_for, room_of
-        from ..integration.bind.runtime import runtime_of
 
         sampling, whole = default_sampling(self.model, **generation), room_of(self.engine, self.max_length)
         tokens, self.dropped = dialogue_tokens(self.tokenizer, messages, sampling, whole)
@@ -283,8 +289,6 @@ def _path(unloaded: Unloaded) -> str:
     Raises:
         ConfigError: `model_kwargs` has what a load does not take.
     """
-    from ..integration.load.loader import resolve
-
     kwargs = unloaded.kwargs
     device_map = kwargs.get("device_map")
     if device_map not in (None, "auto", "cpu") and device_map != {"": "cpu"}:
@@ -298,8 +302,6 @@ def _path(unloaded: Unloaded) -> str:
 
 
 def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any]) -> Any:
-    from ..integration.load.loader import load
-
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
     if dtype not in (None, "auto") and "precision" not in fields:
         if dtype not in _PRECISIONS:
@@ -309,8 +311,6 @@ def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any]) -> Any
 
 
 def _optimised(model: Any, fields: dict[str, Any]) -> Any:
-    from ..optimizer import DynamicGraphOptimizer
-
     if "dso" not in getattr(model, "__dict__", {}):
         return DynamicGraphOptimizer(model, config=DeepSeekConfig(**fields)).optimize()
     if fields:
@@ -320,10 +320,6 @@ def _optimised(model: Any, fields: dict[str, Any]) -> Any:
 
 def _tokenizer(given: Any, path: str) -> Any:
     """What was given, or what lies at the path that was, or beside the weights."""
-    from transformers import AutoTokenizer
-
-    from ..optimizer import load_tokenizer
-
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
     source = os.fspath(given) if given is not None else path

@@ -1,22 +1,15 @@
-"""Registers the task "conversational" with Transformers' pipelines, at the latest when these are imported, which takes half a
-second and more."""
+"""Registers the task "conversational" with Transformers' pipelines."""
 
 from __future__ import annotations
 
-from typing import Any
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from ..integration.when_imported import when_imported
+from .pipelines import ConversationalPipeline, Unloaded
 
 TASK = "conversational"
 
 
-def _register(pipelines: Any) -> None:
-    from .pipelines import ConversationalPipeline, Unloaded
-
-    if TASK not in pipelines.PIPELINE_REGISTRY.supported_tasks:
-        pipelines.PIPELINE_REGISTRY.register_pipeline(TASK, ConversationalPipeline, pt_model=Unloaded, type="text")
-
-
 def register_task() -> None:
-    """More than once does no harm."""
-    when_imported("transformers.pipelines", "PIPELINE_REGISTRY", _register)
+    """May be called more than once."""
+    if TASK not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(TASK, ConversationalPipeline, pt_model=Unloaded, type="text")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..graph.attention_mode import BLOCK
+from ..graph.ir import BLOCK
 from ..system.memory import less_reserve
 from .case import Case
 
@@ -107,7 +107,7 @@ def _span(case: Case) -> int | None:
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
     """Of a matrix [rows, cols] or a stack [count, rows, cols]."""
-    from ..checkpoint.packed import PackedEntry
+    from ..checkpoint.manifest import PackedEntry
 
     return math.prod(PackedEntry(format_name, shape).tiles)
 

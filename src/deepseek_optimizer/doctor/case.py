@@ -41,7 +41,7 @@ class Case:
     def checkpoint(self) -> Any:
         """The opened checkpoint. Raises CheckpointError where it is damaged."""
         from ..checkpoint import open_checkpoint
-        from ..integration.load.loader import resolve
+        from ..integration.load.resolve import resolve
 
         if self.model is None:
             raise ConfigError("this needs a model: name a directory, a .gguf file or a hub name")

@@ -172,8 +172,8 @@ class AsyncEngine:
         return self._admitted.total()
 
     @property
-    def window(self) -> int | None:
-        """Tokens that a sequence may hold before it lets go of its midst; None: they end with the context."""
+    def cache_window(self) -> int | None:
+        """Tokens of a sequence that the cache keeps, see `EngineOptions`; None: sequences end with the context."""
         return None if self.core.sliding is None else self.core.sliding.window
 
     @property

@@ -90,8 +90,8 @@ class EngineCore:
             self.prefix = PrefixCache(manager) if options.prefix_cache else None
         low, high = options.batch_size_range
         self.sliding: Sliding | None = None
-        if options.window is not None:
-            window = window_of(options.window, facts.plain or facts.context, self.blocks)
+        if options.cache_window is not None:
+            window = window_of(options.cache_window, facts.plain or facts.context, self.blocks)
             sinks = options.sinks if self.forgetting is None else self.forgetting.sinks  # no others are seen
             self.sliding = Sliding(memory, self.prefix, window, sinks, self._moved)
         self.scheduler = Scheduler(

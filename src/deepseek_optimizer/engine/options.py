@@ -18,9 +18,10 @@ class EngineOptions:
         prefix_cache: prompts that begin alike (with the same salt) share blocks, also with what was answered before.
         batch_invariant: a request's tokens and log probabilities are the same to the bit, whatever runs beside it and whatever
             is recomputed.
-        window: tokens that a sequence may hold: longer ones let go of their midst and go on for ever; None: they end with the
-            model's context. `sinks` at the beginning always stay, and what a request pins; but where attention itself sees
-            only a window (attention_optimization="sliding"), its own sinks and nothing else.
+        cache_window: tokens of a sequence that the cache keeps: a longer one drops blocks from its middle and can continue
+            without end; None: a sequence ends with the model's context. The first `sinks` tokens always stay, and what a
+            request pins; with attention_optimization="sliding" only that attention's own sinks. Not to be confused with
+            `DeepSeekConfig.attention_window`, which says what each token attends to.
         max_waiting: requests of one client that an `AsyncEngine` takes beside those that can run; of all clients four times
             as many.
     """
@@ -31,6 +32,6 @@ class EngineOptions:
     target_itl: float | None = None
     prefix_cache: bool = True
     batch_invariant: bool = False
-    window: int | None = None
+    cache_window: int | None = None
     sinks: int = 4
     max_waiting: int = 256

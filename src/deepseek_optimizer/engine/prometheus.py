@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from .core import EngineCore
 from .metrics import Histogram
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
-
-    from .async_engine import AsyncEngine
 
 # name, attribute of EngineMetrics, what it is
 _COUNTERS = (
@@ -34,10 +33,21 @@ _HISTOGRAMS = (
 )
 
 
-class EngineCollector(Collector):
-    """Reads the engine when it is asked; what a step changes meanwhile may be counted or not."""
+class MeasuredEngine(Protocol):
+    """What the collector reads of an `AsyncEngine`."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    core: EngineCore
+    model_name: str
+
+    @property
+    def admitted(self) -> int:
+        """Requests that hold a place in the queue."""
+
+
+class EngineCollector(Collector):
+    """Reads the engine at each scrape; a step that runs at that moment may or may not be counted."""
+
+    def __init__(self, engine: MeasuredEngine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:

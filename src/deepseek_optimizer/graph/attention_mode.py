@@ -1,10 +1,10 @@
-"""Modes of attention: which of the tokens before it a token sees. Not a fusion rule: results change where something is hidden.
+"""Attention modes: which of the tokens before it a token sees. Not a fusion rule, since hiding tokens changes results.
 
-"flash" sees all. "sliding": a window of the latest tokens, and sinks, the first few, which every model leans on (Xiao et al.
-2023, StreamingLLM). "sparse": whole blocks, those of the sinks, those of a window, and those that the query itself estimates
-highest (Tang et al. 2024, Quest). Both cost the same a token however long the text is, but for the estimate, a number a block
-and head. A layer whose model gave it a window keeps it, where it is the smaller one. A model with a lightning indexer is sparse
-as it was trained to be.
+"flash": all of them. "sliding": a window of the last tokens, and the first few ("sinks"), which every model relies on (Xiao et
+al. 2023, StreamingLLM). "sparse": whole blocks, namely those of the sinks, those of a window, and those with the highest
+estimated scores (Tang et al. 2024, Quest). The cost per token of the last two does not grow with the text, except for the
+estimate, one number per block and head. A layer that has a window by its model's config keeps it if it is the smaller one. A
+model with a lightning indexer uses that in mode "sparse", as it was trained to.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import ConfigError
-from .analysis import EFFECTS
-from .ir import Graph, LatentSpec, Node, Value
-
-BLOCK = 32  # tokens, the cache's
-_KEPT = {*EFFECTS, "hidden_out"} - {"index_write"}
+from .ir import BLOCK, Graph, LatentSpec, Node, Value
+from .ops import spec_of
 
 
 @dataclass(frozen=True)
 class AttentionMode:
     """
     Attributes:
-        window: latest tokens that are always seen.
-        sinks: first tokens that are always seen; sparse attention sees the whole blocks that hold them.
-        budget: tokens that a query sees at most in sparse attention, in whole blocks, window and sinks among them.
+        window: number of last tokens that are always visible.
+        sinks: number of first tokens that are always visible; in sparse attention the whole blocks that hold them.
+        budget: maximum number of visible tokens in sparse attention, in whole blocks, including window and sinks.
     """
 
     kind: Literal["flash", "sliding", "sparse"] = "flash"
@@ -35,7 +32,7 @@ class AttentionMode:
     budget: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where the budget leaves nothing to choose."""
+        """Raises ConfigError if the budget leaves no block to choose."""
         least = (-(-self.sinks // BLOCK) + -(-self.window // BLOCK) + 2) * BLOCK
         if self.kind == "sparse" and self.budget < least:
             raise ConfigError(
@@ -45,7 +42,7 @@ class AttentionMode:
 
     @property
     def blocks(self) -> int:
-        """Blocks that a query sees at most in sparse attention."""
+        """Maximum number of visible blocks in sparse attention."""
         return self.budget // BLOCK
 
 
@@ -53,9 +50,9 @@ FLASH = AttentionMode()
 
 
 def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
-    """The graph with its attention in this mode, and the layers that changed. For graphs whose rules have been applied.
+    """The graph with its attention in this mode, and the layers that changed. Fusion rules must have been applied before.
 
-    An indexer that nobody asks any more goes, and so does its part of the cache.
+    An indexer that is no longer used is removed, and its part of the cache with it.
     """
     if mode.kind == "flash":
         return graph, []
@@ -76,8 +73,8 @@ def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
 
 
 def forgetting(graph: Graph) -> tuple[int, int] | None:
-    """(window, sinks): what a sequence holds between its first `sinks` tokens and the last `window` is seen by no later token,
-    in no layer. None where some layer may see it all."""
+    """(window, sinks) such that no layer sees the tokens between a sequence's first `sinks` and last `window` tokens any more;
+    None if some layer may see every token."""
     found = [_span(n) for n in graph.nodes if n.op in ("attention", "mla_attention")]
     spans = [span for span in found if span is not None]
     if not spans or len(spans) < len(found):
@@ -86,7 +83,7 @@ def forgetting(graph: Graph) -> tuple[int, int] | None:
 
 
 def _span(node: Node) -> tuple[int, int] | None:
-    """The window of one attention and its sinks."""
+    """Window and sinks of one attention node; None without a window."""
     window = node.attrs.get("window", 0)
     return (window, node.attrs.get("sinks", 0)) if window else None
 
@@ -119,7 +116,7 @@ def _block_sparse(node: Node, mode: AttentionMode) -> list[Node]:
 
 
 def _latent_windowed(node: Node, mode: AttentionMode) -> list[Node]:
-    """Also where a trained indexer chose what is seen."""
+    """Replaces the choice of a trained indexer, too."""
     return [node.with_(inputs=node.inputs[:1], attrs={**node.attrs, "window": mode.window, "sinks": mode.sinks})]
 
 
@@ -140,18 +137,20 @@ def _choice(mode: AttentionMode) -> dict[str, int]:
 
 
 def _without_indexer(nodes: list[Node]) -> list[Node]:
-    """Without what made an indexer's keys and choices, which nobody reads any more."""
+    """Without the nodes that compute an indexer's keys and choices, which are no longer read."""
     kept: list[Node] = []
     read: set[Value] = set()
     for node in reversed(nodes):
-        if node.op in _KEPT or read.intersection(node.outputs):
+        spec = spec_of(node)
+        kept_always = spec.returns is not None or spec.writes not in (None, "index keys")
+        if kept_always or read.intersection(node.outputs):
             kept.append(_narrowed(node, read) if node.op == "linear" else node)
             read.update(node.inputs)
     return kept[::-1]
 
 
 def _narrowed(node: Node, read: set[Value]) -> Node:
-    """A product without the matrices whose results nobody reads."""
+    """A product without the matrices whose results are not read."""
     used = [i for i, value in enumerate(node.outputs) if value in read]
     outputs, weights, biases = (tuple(values[i] for i in used) for values in (node.outputs, node.weights, node.attrs["biases"]))
     return node.with_(outputs=outputs, weights=weights, attrs={**node.attrs, "biases": biases})

@@ -1,4 +1,4 @@
-"""Which weights are not made small: what a general precision may give single matrices at least, and what stays in fp32."""
+"""Weights that need more precision than the others: the smallest format that each allows, and those that stay in fp32."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from .ir import Graph, Value
 
 
 def least_formats(graph: Graph) -> dict[str, str]:
-    """Name of a weight -> the format that it is not made smaller than, unless the user names it.
+    """Name of a weight -> the smallest format that it is packed in, unless the user names the weight.
 
-    `kv_b` of latent attention: once absorbed, its key half is multiplied the other way round, across the columns that a group
-    of a 4-bit format shares a scale along. The indexer's queries and keys: a token that is not chosen is not a small error.
+    `kv_b` of latent attention: in the absorbed form its key half is multiplied transposed, across the groups along which a
+    4-bit format shares scales. The indexer's queries and keys: missing a token that should be chosen is a large error.
     """
     names: dict[str, str] = {}
     for node in graph.nodes:
@@ -22,7 +22,7 @@ def least_formats(graph: Graph) -> dict[str, str]:
 
 
 def _made_by(graph: Graph, value: Value) -> str:
-    """The matrix whose product this is, before it was normed and turned."""
+    """The matrix whose product this is, before normalisation and RoPE."""
     node = graph.producer(value)
     while node is not None and node.op in ("rope", "layer_norm"):
         value = node.inputs[0]
@@ -33,8 +33,8 @@ def _made_by(graph: Graph, value: Value) -> str:
 
 
 def exact_weights(graph: Graph) -> frozenset[str]:
-    """Names of weights that are never packed and kept in fp32, as Transformers keeps them: routers and their biases, and the
-    weights of the indexer's heads. They are small, and decide which experts and which tokens are looked at at all."""
+    """Names of weights that are never packed but stored in fp32, as in Transformers: routers and their biases, and the weights
+    of the indexer's heads. They are small, and decide which experts and tokens are used at all."""
     names: set[str | None] = set()
     for node in graph.nodes:
         if node.op == "router":

@@ -1,7 +1,7 @@
 """Memory planner: values that are never alive together share a slot.
 
 A slot is one buffer of rows. It holds values of one width, kind and row set only, so that a row's stride is its width. Freed
-slots are reused last in, first out: the rows most likely still in the CPU's caches.
+slots are reused last in, first out, since their rows are the most likely to be in the CPU's caches still.
 """
 
 from __future__ import annotations
@@ -10,20 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .ir import Graph, Node, Value
-
-# Ops that may write an output over an input that nobody reads later: (output, input) by index.
-IN_PLACE: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "add": ((0, 0), (0, 1)),
-    "add_rms_norm": ((0, 0),),
-    "rope": ((0, 0),),
-    "rope_cache": ((0, 0),),
-    "latent": ((0, 0),),
-}
+from .ops import spec_of
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A buffer: `width` elements a row, rows held as `kind`, `repeat` of them for each token or selected row."""
+    """A buffer of rows: `width` elements per row, stored as `kind`, `repeat` rows per token or selected row."""
 
     width: int
     kind: str
@@ -33,14 +25,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """slot_of: value -> index in `slots`."""
+    """The slots of a graph, and which of them (by index) each value lies in."""
 
     slot_of: Mapping[Value, int]
     slots: tuple[Slot, ...]
 
 
 def assign_slots(graph: Graph) -> SlotPlan:
-    """Gives each value a slot. The logits have one to themselves: it is the caller's buffer."""
+    """Assigns a slot to each value. The logits share theirs with no other value, since it is the caller's buffer."""
     last_use = last_uses(graph)
     slots: list[Slot] = []
     slot_of: dict[Value, int] = {}
@@ -72,14 +64,14 @@ def assign_slots(graph: Graph) -> SlotPlan:
 
 
 def last_uses(graph: Graph) -> dict[Value, int]:
-    """Value -> index of the last node that reads it; values nobody reads are not there."""
+    """Value -> index of the last node that reads it, for values that are read."""
     return {value: i for i, node in enumerate(graph.nodes) for value in node.inputs}
 
 
 def _overwritten(node: Node, out_index: int, dying: set[Value]) -> Value | None:
-    """The dying input that this output may be written over."""
+    """The input that this output may overwrite: one of `dying`, which this node is the last to read."""
     out = node.outputs[out_index]
-    for candidate_out, in_index in IN_PLACE.get(node.op, ()):
+    for candidate_out, in_index in spec_of(node).in_place:
         source = node.inputs[in_index]
         same = (source.width, source.kind, source.selected, source.repeat) == (out.width, out.kind, out.selected, out.repeat)
         if candidate_out == out_index and source in dying and same:

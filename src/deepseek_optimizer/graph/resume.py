@@ -1,4 +1,4 @@
-"""The rest of a graph: from one of its hidden states on, for who changes a late layer only and has the states before it."""
+"""The rest of a graph from one of its hidden states on, to recompute late layers from stored states of earlier ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from .ir import Graph, Node, Value
 
 
 def resumed(graph: Graph, index: int) -> Graph:
-    """The graph from hidden state `index` on: `inputs_embeds` of a step are that state, in place of the embedding's rows.
+    """The graph from hidden state `index` on, which steps pass as `inputs_embeds`.
 
-    Hidden states are counted from there; the cache keeps the layers it has.
+    Hidden states are numbered from there on; the cache keeps all its layers.
 
     Args:
         graph: unfused; rules may be applied to the result.
-        index: as `hidden_out` counts them. The last one is normed, and only the head comes after it.
+        index: as in `hidden_out`. The last one is normalised already, and only the head follows.
     """
     at = next(i for i, n in enumerate(graph.nodes) if n.op == "hidden_out" and n.attrs["index"] == index)
     state = graph.nodes[at].inputs[0]
@@ -26,7 +26,7 @@ def resumed(graph: Graph, index: int) -> Graph:
 
 
 def _needed(nodes: list[Node], wanted: set[Value]) -> list[Node]:
-    """Those of `nodes` that make the wanted values, or what these are made of (RoPE's table)."""
+    """Those of `nodes` that the wanted values depend on (such as RoPE's table)."""
     kept = []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):

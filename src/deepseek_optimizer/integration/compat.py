@@ -65,11 +65,6 @@ def chosen_hidden(asked: Any, count: int) -> Collection[int]:
     return resolve_hidden_states_indices(nobody, selected, num_hidden_states=count)
 
 
-def sample_arguments() -> set[str]:
-    """Names that `generate` keeps from a custom loop: those of Transformers' own `_sample`."""
-    return set(inspect.signature(GenerationMixin._sample).parameters)
-
-
 def recomputes_layers(model: Any) -> bool:
     """Whether a model's layers keep their inputs alone for the backward."""
     return bool(getattr(model, f"is_{_checkpointing(model)}", False))

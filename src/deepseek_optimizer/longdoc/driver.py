@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..chat.conversation import Stop
+from ..chat.conversation import StopSignal
 from ..engine.engine import Completion, Engine
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError
@@ -18,15 +18,15 @@ Progress = Callable[[int, int], None]  # (tokens of prompts that were read, how 
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenUsage:
     """read: of prompts. cached: those of them that were known from before. generated: of replies."""
 
     read: int = 0
     cached: int = 0
     generated: int = 0
 
-    def plus(self, replies: list[Reply]) -> Tokens:
-        return Tokens(
+    def plus(self, replies: list[Reply]) -> TokenUsage:
+        return TokenUsage(
             self.read + sum(reply.read for reply in replies),
             self.cached + sum(reply.cached for reply in replies),
             self.generated + sum(reply.generated for reply in replies),
@@ -47,7 +47,7 @@ class Driver:
         self._engine, self._grammar, self._sampling = engine, grammar, sampling
         self._ids = itertools.count(1)
 
-    def run(self, work: Work, progress: Progress | None = None, stop: Stop | None = None) -> tuple[Result, Tokens]:
+    def run(self, work: Work, progress: Progress | None = None, stop: StopSignal | None = None) -> tuple[Result, TokenUsage]:
         """The result, and what it took.
 
         Args:
@@ -57,18 +57,18 @@ class Driver:
             RequestError: the strategy cannot do it, or a prompt does not fit.
             BackendError: the model could not go on.
         """
-        tokens = Tokens()
+        tokens = TokenUsage()
         try:
             step = advance(work)
             while isinstance(step, Batch):
-                replies = self._replies(step, tokens.read, progress, stop or Stop())
+                replies = self._replies(step, tokens.read, progress, stop or StopSignal())
                 tokens = tokens.plus(replies)
                 step = advance(work, replies)
             return step, tokens
         finally:
             work.close()
 
-    def _replies(self, batch: Batch, before: int, progress: Progress | None, stop: Stop) -> list[Reply]:
+    def _replies(self, batch: Batch, before: int, progress: Progress | None, stop: StopSignal) -> list[Reply]:
         windows = {ask.window for ask in batch.asks}
         if len(windows) != 1:
             raise ValueError("a batch is read through a window as a whole, or not at all, and has something in it")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
+from ..cache.cache_window import SMALLEST
 from ..cache.prefix_cache import PrefixCache
-from ..cache.window import SMALLEST
 from ..engine.engine import Engine
 from ..engine.grammar.compiler import GrammarCompiler
 from ..errors import ConfigError, UnsupportedModelError
@@ -67,7 +67,7 @@ class Engines:
         if (other := self._engines.get(not window)) is not None:
             self._forget(other)
         if window not in self._engines:
-            options = {"window": self.window} if window else {}
+            options = {"cache_window": self.window} if window else {}
             self._engines[window] = make_engine(self._model, self._tokenizer, arena=self.arena, **options)
         return self._engines[window]
 

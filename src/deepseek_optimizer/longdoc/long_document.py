@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..chat.conversation import Stop
+from ..chat.conversation import StopSignal
 from ..checkpoint.atomic import atomic_directory
 from ..engine.request import SamplingParams
 from ..errors import CacheFullError, CheckpointError, ConfigError
@@ -19,7 +19,7 @@ from ..integration.generation.saved_prefix import fingerprint, load_prefix, save
 from ..system.progress import show_progress
 from .citations import Citation
 from .document import Document
-from .driver import Driver, Tokens
+from .driver import Driver, TokenUsage
 from .engines import Engines
 from .material import Limits, Material
 from .own_memory import PeakSampler, own_bytes
@@ -35,7 +35,7 @@ Source = Document | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
-class Answer:
+class DocumentAnswer:
     """
     Attributes:
         answer: text, or for an extraction a JSON value.
@@ -53,7 +53,7 @@ class Answer:
     citations: list[Citation]
     strategy: str
     reason: str
-    tokens: Tokens
+    tokens: TokenUsage
     seconds: float
     peak_memory_gb: float | None
     notes: list[str] = field(default_factory=list)
@@ -114,7 +114,7 @@ class LongDocument:
         """Of all files, in order."""
         return list(self.material.chunks)
 
-    def ask(self, question: str, *, strategy: str | None = None, stop: Stop | None = None) -> Answer:
+    def ask(self, question: str, *, strategy: str | None = None, stop: StopSignal | None = None) -> DocumentAnswer:
         """The answer to a question, from the document.
 
         Args:
@@ -127,11 +127,13 @@ class LongDocument:
         """
         return self._answer(Question(question), strategy, stop)
 
-    def summarize(self, *, strategy: str | None = None, stop: Stop | None = None) -> Answer:
+    def summarize(self, *, strategy: str | None = None, stop: StopSignal | None = None) -> DocumentAnswer:
         """A summary of the whole document; arguments and errors as of `ask`."""
         return self._answer(Summary(), strategy, stop)
 
-    def extract(self, schema: Mapping[str, Any], *, strategy: str | None = None, stop: Stop | None = None) -> Answer:
+    def extract(
+        self, schema: Mapping[str, Any], *, strategy: str | None = None, stop: StopSignal | None = None
+    ) -> DocumentAnswer:
         """Data of the document by a JSON schema of an object. Where the answer is not valid under it, `notes` say why.
 
         Arguments and errors as of `ask`.
@@ -185,7 +187,7 @@ class LongDocument:
 
     # ---- inside
 
-    def _answer(self, task: Task, strategy: str | None, stop: Stop | None) -> Answer:
+    def _answer(self, task: Task, strategy: str | None, stop: StopSignal | None) -> DocumentAnswer:
         started = time.perf_counter()
         with PeakSampler() as peak:
             notes = self._from_cache_dir()
@@ -197,7 +199,7 @@ class LongDocument:
         above = None if peak.bytes is None or self._base is None else max(0, peak.bytes - self._base) / 1e9
         seconds = time.perf_counter() - started
         notes += result.notes
-        return Answer(result.answer, result.citations, result.strategy, result.reason, tokens, seconds, above, notes)
+        return DocumentAnswer(result.answer, result.citations, result.strategy, result.reason, tokens, seconds, above, notes)
 
     @property
     def _may_be_whole(self) -> bool:

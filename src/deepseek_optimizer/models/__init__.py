@@ -1,7 +1,7 @@
 """Model families: one file a `model_type`, each with `build(fields) -> Graph`, found by name.
 
-A family reads a config only: no weights, no modules. To add one, write `models/<model_type>.py` and name it in `FAMILIES`. One
-with layers for multi-token prediction also has `build_mtp(fields, depth, layers) -> Graph`.
+A family's file reads a config only: no weights, no modules. To add one, write `models/<model_type>.py` and its entry in
+`families.py`. One with layers for multi-token prediction also has `build_mtp(fields, depth, layers) -> Graph`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import Graph
+from .families import FAMILIES, SUPPORTED, Family, traits
 from .fields import Fields
 
-FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 MAX_LABELS, MAX_MTP_LAYERS = 1 << 16, 64
 
@@ -32,7 +32,7 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
         UnsupportedModelError: the family, or a feature the config asks for, is not known here.
         ConfigError: a field is wrong; the message names it.
     """
-    fields = _fields(config)
+    fields = Fields(config)
     graph = _build(fields, _model_type(config))
     _check_dtype(fields, "dtype")
     _check_mtp(config, mtp_layers)
@@ -46,7 +46,7 @@ def mtp_layers(config: Any) -> int:
         config: a Transformers config object, or the content of a config.json.
     """
     family = _family(_model_type(config))
-    fields = _fields(config)
+    fields = Fields(config)
     if not hasattr(family, "build_mtp") or fields.get("num_nextn_predict_layers") is None:
         return 0
     return fields.integer("num_nextn_predict_layers", MAX_MTP_LAYERS, low=0)
@@ -68,18 +68,18 @@ def build_mtp_graph(config: Any, depth: int, layers: int | None = None) -> Graph
     _check_mtp(config, count)
     if not 0 <= depth < count:
         raise ConfigError(f"config.num_nextn_predict_layers: there is no MTP layer {depth} of {count}")
-    graph: Graph = _family(_model_type(config)).build_mtp(_fields(config), depth, count)
+    graph: Graph = _family(_model_type(config)).build_mtp(Fields(config), depth, count)
     return graph
 
 
 def check_config(raw: Mapping[str, Any]) -> None:
-    """Checks the content of a `config.json` before Transformers makes an object, or memory is taken, from it.
+    """Checks the content of a `config.json`, with its defaults in.
 
     Raises: as `build_graph`.
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"config: expected an object with fields, got {type(raw).__name__}")
-    fields = _fields(raw)
+    fields = Fields(raw)
     _build(fields, raw.get("model_type"))
     mtp_layers(raw)
     for name in ("dtype", "torch_dtype"):
@@ -92,20 +92,9 @@ def _model_type(config: Any) -> Any:
     return config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
 
 
-def _fields(config: Any) -> Fields:
-    """The config's fields; of a mapping with its class's defaults."""
-    if not isinstance(config, Mapping) or config.get("model_type") not in FAMILIES:
-        return Fields(config)
-    from transformers import CONFIG_MAPPING  # heavy, and needed for the defaults of fields left out
-
-    return Fields(config, CONFIG_MAPPING[config["model_type"]])
-
-
 def _family(model_type: Any) -> ModuleType:
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"config.model_type {model_type!r} is not a family this version can optimise. Known: {', '.join(FAMILIES)}."
-        )
+    if model_type not in SUPPORTED:
+        raise UnsupportedModelError(f"config.model_type {model_type!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
     return import_module(f"{__name__}.{model_type}")
 
 
@@ -126,3 +115,18 @@ def _check_mtp(config: Any, count: int) -> None:
     promised = mtp_layers(config)
     if not 0 <= count <= promised:
         raise ConfigError(f"config.num_nextn_predict_layers: {count} MTP layers are asked for, the config promises {promised}")
+
+
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "MAX_LABELS",
+    "MAX_MTP_LAYERS",
+    "SUPPORTED",
+    "Family",
+    "build_graph",
+    "build_mtp_graph",
+    "check_config",
+    "mtp_layers",
+    "traits",
+]

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 
-_MISSING = object()
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
@@ -16,22 +15,18 @@ class Fields:
     """A config's fields, checked as they are read.
 
     Args:
-        config: a Transformers config object, or the mapping that a config.json holds.
-        defaults: the Transformers config class, whose class attributes stand for fields left out of a mapping.
+        config: a Transformers config object, or the mapping that a config.json holds (`integration.configs.with_defaults`
+            adds the defaults of fields left out).
     """
 
-    def __init__(self, config: Any, defaults: type | None = None) -> None:
-        self._config, self._defaults = config, defaults
+    def __init__(self, config: Any) -> None:
+        self._config = config
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field as it stands, unchecked; `default` where there is none."""
         if not isinstance(self._config, Mapping):
             return getattr(self._config, name, default)
-        found = self._config.get(name, _MISSING)
-        if found is _MISSING:
-            found = getattr(self._defaults, name, default)
-            return default if isinstance(found, property) else found  # a property (rope_scaling) has no value without an object
-        return found
+        return self._config.get(name, default)
 
     def integer(self, name: str, high: int, *, low: int = 1, default: int | None = None) -> int:
         """An integer from `low` to `high`; `default` (if there is one) stands for None."""

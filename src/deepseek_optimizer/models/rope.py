@@ -1,8 +1,8 @@
-"""Rotary position embedding: frequencies of one model, computed by Transformers' own functions.
+"""Rotary position embedding: frequencies of one model, as Transformers computes them.
 
 Row t of head x turns by angles a_i = position_t * inv_freq_i: (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a + x_i sin a),
 where j = i + rot/2 (halves) or i + 1 (interleaved); cos and sin are multiplied by `scaling` (yarn). Only the first `rot`
-numbers of a head turn. Source: Su et al. 2021, and transformers.modeling_rope_utils for the scaled kinds.
+numbers of a head turn. Source: Su et al. 2021; for the scaled kinds see `rope_scaling.py`.
 """
 
 from __future__ import annotations
@@ -118,20 +118,9 @@ def _attention_scale(parameters: dict[str, Any]) -> float:
 
 
 def _compute(parameters: dict[str, Any], head_dim: int, max_positions: int, length: Any) -> tuple[Frequencies, float]:
-    import torch
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from .rope_scaling import frequencies  # torch: not before it is needed
 
-    if parameters["rope_type"] == "default":  # not in Transformers' table: each model there has its own copy of this line
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-        return (1.0 / (parameters["rope_theta"] ** exponents)).numpy(), 1.0
-    # A config that holds nothing but what these functions read: they write to the one they are given.
-    carrier = LlamaConfig(
-        hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, max_position_embeddings=max_positions,
-        rope_parameters=dict(parameters),
-    )  # fmt: skip
-    with torch.device("cpu"):  # they make some of their tensors on torch's default device
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](carrier, torch.device("cpu"), seq_len=length)
+    inv_freq, scaling = frequencies(parameters, head_dim, max_positions, length)
     return inv_freq.float().numpy(), float(scaling)
 
 

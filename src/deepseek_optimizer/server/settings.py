@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError
-from .http.keys import ApiKeys
+from .keys import ApiKeys
 
 
 @dataclass(frozen=True)

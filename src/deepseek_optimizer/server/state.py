@@ -15,9 +15,6 @@ from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
-from .chat.prompt_size import PromptSize
-from .chat.token_text import TokenTexts
-from .chat.tokenising import Lane, Tokenising
 from .documents.file_store import FileStore
 from .documents.preparation import Preparation
 from .documents.reader import DocumentReader
@@ -28,6 +25,9 @@ from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .protocol.sampling import answers_asked
 from .settings import ServerSettings
+from .tokens.prompt_size import PromptSize
+from .tokens.token_text import TokenTexts
+from .tokens.tokenising import Lane, Tokenising
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class ServerState:
         # Its own copy: a tokenizer's settings change while it encodes, and the engine's thread decodes meanwhile.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
-        self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.window is None else None)
+        self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, most = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
         self.bodies = BodyReader(settings, max_per_client, most)
         self._tokenising = Tokenising(self.tokenizer, max_per_client, most)

@@ -16,7 +16,7 @@ _MOUNTS_V2 = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")  # where they lie by c
 
 
 @dataclass(frozen=True)
-class Group:
+class ControlGroup:
     """Attributes:
     name: its path, such as `/system.slice/x.service`.
     folder: of its files, below the root.
@@ -39,7 +39,7 @@ class _Mount:
     folder: str
 
 
-def groups(root: Path, controller: str) -> Iterator[Group]:
+def groups(root: Path, controller: str) -> Iterator[ControlGroup]:
     """This process's group for a controller and all above it that can be seen, from the innermost on.
 
     Where the process's path does not lie below the root of a mount, that root is the nearest group to be seen: `/../x` of a
@@ -56,7 +56,7 @@ def groups(root: Path, controller: str) -> Iterator[Group]:
             own = own if inside else base
             for depth in range(len(own), len(base) - 1, -1):
                 folder = "/".join([mount.folder.rstrip("/"), *own[len(base) : depth]])
-                yield Group("/" + "/".join(own[:depth]), folder, not controllers)
+                yield ControlGroup("/" + "/".join(own[:depth]), folder, not controllers)
 
 
 def _mounts(root: Path, controller: str | None) -> list[_Mount]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .cgroup import Group, groups
+from .cgroup import ControlGroup, groups
 from .files import ROOT, read_sizes, read_text
 
 RESERVE_BYTES = 256 << 20
@@ -131,7 +131,7 @@ def cgroup_limits(root: Path, own: dict[str, int]) -> Iterator[Limit]:
         yield Limit("cgroup", f"the cgroup {group.name}", "memory", total, max(0, total - held))
 
 
-def _limit(root: Path, group: Group) -> int | None:
+def _limit(root: Path, group: ControlGroup) -> int | None:
     if group.v2:
         found = [_number(root, f"{group.folder}/{name}") for name in ("memory.max", "memory.high")]
     else:  # in memory.stat is the smallest limit of all groups above, also of those that cannot be seen from here

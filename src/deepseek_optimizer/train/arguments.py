@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from transformers import TrainingArguments as PlainArguments
-from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError
+from ..integration.training.trainer import optimizer_names
 
 ADAMW_DEEPSEEK: Final = "adamw_deepseek"
 
@@ -109,7 +109,7 @@ class DeepSeekTrainingArguments(PlainArguments):
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _one_of("optim", str(getattr(self.optim, "value", self.optim)), (ADAMW_DEEPSEEK, *(o.value for o in OptimizerNames)))
+        _one_of("optim", str(getattr(self.optim, "value", self.optim)), (ADAMW_DEEPSEEK, *optimizer_names()))
         for name in _NUMBERS:
             _number(name, getattr(self, name))
         if self.mtp_loss_weight is not None:

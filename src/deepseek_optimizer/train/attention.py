@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import UnsupportedRequestError
+from ..integration.attention.transformers_sdpa import causal_mask_function, sdpa_attention_forward, sdpa_mask
 from .ops.attention import packed_attention
 
 DSO_TRAIN: Final = "dso_train"
@@ -48,9 +50,6 @@ class Texts:
 
 def register_train_attention() -> None:
     """Makes `dso_train` known to Transformers, the attention and its mask; more than once does no harm."""
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
-
     AttentionInterface.register(DSO_TRAIN, train_attention)
     AttentionMaskInterface.register(DSO_TRAIN, train_mask)
 
@@ -77,8 +76,6 @@ def train_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = attention_mask is None and causal and query.shape[2] == key.shape[2]
     if not plain and not isinstance(attention_mask, Texts):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         return sdpa_attention_forward(
             module,
             query,
@@ -121,8 +118,6 @@ def train_mask(
     Raises:
         UnsupportedRequestError: padding between the tokens of a text, or tokens that see some behind them.
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
     rule: Any = mask_function or causal_mask_function
     on_cache = q_length != kv_length or not isinstance(q_offset, int) or q_offset != 0 or kv_offset != 0
     if on_cache or use_vmap or "allow_is_bidirectional_skip" in kwargs:  # use_vmap: a caller adds a pattern of its own

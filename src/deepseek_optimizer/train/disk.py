@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import SaveStrategy
-
 from ..errors import ConfigError
 from .report import MemoryPlan
 
@@ -93,9 +91,9 @@ def _existing(path: Path) -> Path:
 
 def _saves(args: Any, steps: int) -> int:
     """How many checkpoints a run writes, at most."""
-    if args.save_strategy == SaveStrategy.NO:
+    if args.save_strategy == "no":
         return 0
-    if args.save_strategy == SaveStrategy.EPOCH:
+    if args.save_strategy == "epoch":
         return math.ceil(args.num_train_epochs)
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     return math.ceil(steps / max(1, every))

@@ -26,9 +26,10 @@ from ..backends.cpu.environment import forced_threads
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
-from ..integration.load.loader import resolve, sketch
+from ..integration.configs import check_config
+from ..integration.load.loader import sketch
 from ..integration.load.mtp_layers import stored_mtp_layers
-from ..models import check_config
+from ..integration.load.resolve import resolve
 from ..system.memory import free_memory
 from . import lora
 from .arguments import DeepSeekTrainingArguments
@@ -53,7 +54,7 @@ _LIKE_BEFORE = ("model", "data", "lora", "precision")  # what a run that goes on
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """What came of a run.
 
     Attributes:
@@ -219,7 +220,7 @@ class TrainingJob:
             model = load_whole(self.source, dtype)
         return model if self.config.lora is None else self._with_adapter(model)
 
-    def run(self, callbacks: Sequence[TrainerCallback] = ()) -> Summary:
+    def run(self, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
         """Trains, and saves what came of it.
 
         Args:
@@ -260,7 +261,7 @@ class TrainingJob:
         after = self._last_loss(trainer)
         base.config.use_cache = used_cache
         kind = self._save(trainer, model)
-        return Summary(
+        return RunSummary(
             output=str(self.output),
             kind=kind,
             loads=kind != "adapter",

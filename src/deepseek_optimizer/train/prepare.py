@@ -18,8 +18,9 @@ from torch import nn
 from ..integration.bind.instance_method import Replacement
 from ..integration.bind.modules import Packed
 from ..integration.compat import keep_layers, recompute_layers, recomputes_layers
+from ..integration.training.modules import attention_name, set_attention_name
 from .attention import DSO_TRAIN, register_train_attention
-from .fp8.backend import Fp8
+from .fp8.backend import Fp8Products
 from .kept import Kept
 from .modules.attention import TrainedAttention
 from .modules.embedding import TrainedEmbedding
@@ -31,8 +32,8 @@ from .modules.layer import TrainedLayer
 from .modules.linear import TrainedLinear
 from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
+from .modules.mtp_loss import MtpObjective
 from .modules.norm import TrainedNorm
-from .mtp_loss import MtpObjective
 
 # Each with `fits(module)`, which knows a module by what it has; the first that fits is taken.
 FORWARDS: Final[tuple[Any, ...]] = (
@@ -65,7 +66,7 @@ class Prepared:
     fused_loss: bool = False
     _classes: list[tuple[nn.Module, type, type]] = field(default_factory=list)
     _forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
-    _attentions: list[tuple[Any, str]] = field(default_factory=list)
+    _attentions: list[tuple[Any, str | None]] = field(default_factory=list)
     _checkpointed: bool = False
 
     def undo(self) -> None:
@@ -79,7 +80,7 @@ class Prepared:
         for module, forward in self._forwards:
             module.__dict__["forward"] = forward
         for config, name in self._attentions:
-            config._attn_implementation = name
+            set_attention_name(config, name)
         if self._checkpointed:
             keep_layers(self.model)
         self._classes, self._forwards, self._attentions, self._checkpointed = [], [], [], False
@@ -91,7 +92,7 @@ def prepare(
     activation_memory: ActivationMemory = "selective",
     fused_loss: bool = True,
     mtp: MtpObjective | None = None,
-    fp8: Fp8 | None = None,
+    fp8: Fp8Products | None = None,
 ) -> Prepared:
     """Gives a model's modules forwards of ours.
 
@@ -172,13 +173,13 @@ def _attend(model: nn.Module, done: Prepared) -> None:
     attentions = [m for m in model.modules() if isinstance(m, _ATTENTIONS)]
     configs: list[Any] = list({id(m.config): m.config for m in attentions}.values())
     reason = _why_not_ours(attentions)
-    done.attention = ", ".join(sorted({c._attn_implementation or "eager" for c in configs})) or "as the model has it"
+    done.attention = ", ".join(sorted({attention_name(c) or "eager" for c in configs})) or "as the model has it"
     if reason is not None:
         done.notes.append(f"attention is {done.attention}: {reason}")
         return
     for config in configs:
-        done._attentions.append((config, config._attn_implementation))
-        config._attn_implementation = DSO_TRAIN
+        done._attentions.append((config, attention_name(config)))
+        set_attention_name(config, DSO_TRAIN)
     done.attention = DSO_TRAIN
 
 

@@ -26,9 +26,9 @@ from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
-from .fp8.backend import Fp8, of_arguments
+from .fp8.backend import Fp8Products, of_arguments
 from .modules.mtp import add_trained_layers
-from .mtp_loss import MtpObjective
+from .modules.mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
 from .ops.memory import memory
 from .ops.native import built
@@ -73,7 +73,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         self._non_finite = NonFiniteSteps(args.on_nan, self._error)
         self._said: set[str] = set()
-        self._fp8: Fp8 | None = of_arguments(args)
+        self._fp8: Fp8Products | None = of_arguments(args)
         super().__init__(model, args, *rest, **options)
         self.mtp: MtpObjective | None = None
         self._mtp_notes: list[str] = []
@@ -248,19 +248,19 @@ class DeepSeekTrainer(AtomicCheckpoints):
             return "label_smoothing_factor is made of logits, so they stand in memory as a whole"
         return None
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def clip_gradients(self, model: Any) -> Any:
         """The optimizer clips in its own pass; the norm is a tensor that `_stepped` fills in before Trainer logs it."""
         if self._own is None:
-            return super()._clip_grad_norm(model)
+            return super().clip_gradients(model)
         self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         return self._grad_norm
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def gradient_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self._own is None:
-            grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            grad_norm = super().gradient_norm(model, grad_norm=grad_norm)
             self._non_finite.see_norm(grad_norm)
         elif grad_norm is None:  # max_grad_norm is 0
-            grad_norm = self._clip_grad_norm(model)
+            grad_norm = self.clip_gradients(model)
         if self._non_finite.bad:
             self._drop_gradients(model)
         return grad_norm
@@ -315,12 +315,12 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     # ---- saving ----
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As Trainer's, in `save_dtype`. Checkpoints, which come here too, stay in the dtype of training."""
         if self.args.save_dtype is None or state_dict is not None or self._unnamed is not None:
-            return super()._save(output_dir, state_dict)
+            return super().save_weights(output_dir, state_dict)
         dtype = DTYPES[self.args.save_dtype]
-        super()._save(output_dir, weights_in(self.accelerator.unwrap_model(self.model), dtype, self._own))
+        super().save_weights(output_dir, weights_in(self.accelerator.unwrap_model(self.model), dtype, self._own))
         if self.args.should_save and not hasattr(self.model, "peft_config"):  # the config names the model's own dtype
             config = copy.deepcopy(self.model.config)
             config.dtype = dtype

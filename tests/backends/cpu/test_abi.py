@@ -10,6 +10,7 @@ import pytest
 
 from deepseek_optimizer.backends.base import BLOCK_TOKENS, DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import native, native_train
+from deepseek_optimizer.graph.ops import OPS
 
 INCLUDE = Path(__file__).parents[3] / "native" / "include"
 TEXT, TRAIN_TEXT = (re.sub(r"/\*.*?\*/", "", (INCLUDE / name).read_text(), flags=re.S) for name in ("dso.h", "dso_train.h"))
@@ -68,20 +69,27 @@ def test_constants():
     assert native.ABI_VERSION == int(re.search(r"#define DSO_ABI_VERSION (\d+)", TEXT)[1])
     assert native.BLOCK_TOKENS == BLOCK_TOKENS == int(re.search(r"#define DSO_BLOCK_TOKENS (\d+)", TEXT)[1])
     assert (DECODE, PREFILL) == (CONSTANTS["DSO_PHASE_DECODE"], CONSTANTS["DSO_PHASE_PREFILL"])
-    names = {"fp32": "F32", "head_norm": "RMS_NORM"}
+    names = {"fp32": "F32", "head_norm": "RMS_NORM", "lm_head": "LINEAR"}
+    codes = {name: spec.code for name, spec in OPS.items() if spec.code is not None}
     for prefix, values in (
         ("DSO_", native.FORMATS),
         ("DSO_SLOT_", native.SLOT_KINDS),
         ("DSO_KV_", native.KV_TYPES),
-        ("DSO_OP_", native.OPS),
+        ("DSO_OP_", codes),
         ("DSO_TYPE_", {"f32": native_train.TYPES["float32"], "bf16": native_train.TYPES["bfloat16"]}),
         ("DSO_PRODUCT_", {**native_train.PRODUCT_FORMS, "add": native_train.ADD, "exact": native_train.EXACT}),
     ):
         for name, value in values.items():
             assert CONSTANTS[prefix + names.get(name, name.upper())] == value, name
-    assert {v for n, v in CONSTANTS.items() if n.startswith("DSO_OP_")} == set(native.OPS.values())
+    assert {v for n, v in CONSTANTS.items() if n.startswith("DSO_OP_")} == set(codes.values())
     assert {f"DSO_FLAG_{n.upper()}": v for n, v in native.FLAGS.items()} == {
         n: v for n, v in CONSTANTS.items() if n.startswith("DSO_FLAG_")
     }
     assert native.VECTOR == CONSTANTS["DSO_VECTOR"]
     assert (native._EINVAL, native._ENOMEM) == (CONSTANTS["DSO_EINVAL"], CONSTANTS["DSO_ENOMEM"])
+
+
+def test_attributes_of_ops():
+    attrs = [attr for spec in OPS.values() for attr in spec.attrs]
+    assert {attr.step_field for attr in attrs} - {""} <= {name for name, *_ in native.Step._fields_}
+    assert {attr.flag for attr in attrs} - {""} | {"last"} == set(native.FLAGS)

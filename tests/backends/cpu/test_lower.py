@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.ops import OPS
 from deepseek_optimizer.models import build_graph
 from support.models import CASES
 
@@ -58,3 +59,19 @@ def test_every_value_is_made_before_it_is_read():
             for node in lowered(formats, KINDS, names).nodes:
                 assert set(node.inputs) <= seen
                 seen |= set(node.outputs)
+
+
+def test_nodes_that_lowering_makes_fit_their_specs():
+    """Unless the model made them: the absorbed form of latent attention has operands of its own."""
+    seen = set()
+    for case in CASES:
+        for names in (None, []):
+            graph = lowered(lambda w: "int4", KINDS, names, case)
+            for node in graph.nodes:
+                spec = OPS[node.op]
+                if spec.origin == "lowering":
+                    seen.add(node.op)
+                    assert len(node.inputs) == len(spec.inputs) and len(node.outputs) == len(spec.outputs)
+                    assert len(node.weights) == len(spec.weights) and spec.fits(node, graph)
+                    assert all(attr.type.accepts(attr.of(node)) for attr in spec.attrs)
+    assert seen == {name for name, spec in OPS.items() if spec.origin == "lowering"}

@@ -20,7 +20,7 @@ def endless(most):
 def test_a_dialogue_runs_on_in_its_window(options, drafts):
     """Each token follows from what the window holds at that moment; sinks and pinned tokens are in it to the end."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
-    core = make_core(blocks=40, context=512, window=320, sinks=4, proposers=proposers, **options)
+    core = make_core(blocks=40, context=512, cache_window=320, sinks=4, proposers=proposers, **options)
     rng = random.Random(3)
     prompt = [rng.randrange(VOCAB) for _ in range(1_500)]  # five times the window
     core.add(Request(prompt, endless(1_000), id="a", pinned=((100, 130),)))
@@ -48,7 +48,7 @@ def test_a_dialogue_runs_on_in_its_window(options, drafts):
 
 def test_a_moved_block_is_nobody_elses():
     """What was dropped from under a block is part of what it holds: it must not be found by its tokens alone."""
-    core = make_core(blocks=60, context=512, window=256)
+    core = make_core(blocks=60, context=512, cache_window=256)
     rng = random.Random(0)
     prompt = [rng.randrange(VOCAB) for _ in range(600)]
     for name in ("a", "b"):
@@ -63,7 +63,7 @@ def test_a_moved_block_is_nobody_elses():
 
 
 def test_windows_shrink_before_anybody_loses_all():
-    core = make_core(blocks=100, context=4_000, window=3_000, prefix_cache=False, batch_size_range=(2, 2))
+    core = make_core(blocks=100, context=4_000, cache_window=3_000, prefix_cache=False, batch_size_range=(2, 2))
     core.add(Request([1] * 2_900, endless(300), id="long"))
     core.add(Request([2] * 900, endless(100), id="other"))
     most = {}
@@ -78,7 +78,7 @@ def test_windows_shrink_before_anybody_loses_all():
 def test_windows_shrink_while_they_are_read(seed):
     """Others take blocks at random: windows shrink in the midst of steps; whoever has none left says so, or goes on."""
     rng = random.Random(seed)
-    core = make_core(blocks=170, context=4_000, window=rng.choice([2_000, 3_000]), batch_size_range=(3, 3),
+    core = make_core(blocks=170, context=4_000, cache_window=rng.choice([2_000, 3_000]), batch_size_range=(3, 3),
                      prefix_cache=seed % 2 == 0, step_tokens=rng.choice([64, 512]))  # fmt: skip
     wanted = [Request([n] * rng.randrange(500, 2_500), endless(rng.randrange(50, 300)), id=str(n)) for n in range(4)]
     wanted.append(Request([9] * 1_500, id="embed", embed=True))
@@ -101,7 +101,7 @@ def test_windows_shrink_while_they_are_read(seed):
 
 
 def test_a_window_that_is_all_pinned_does_not_shrink():
-    core = make_core(blocks=100, context=4_000, window=3_000, prefix_cache=False, batch_size_range=(2, 2))
+    core = make_core(blocks=100, context=4_000, cache_window=3_000, prefix_cache=False, batch_size_range=(2, 2))
     core.add(Request([1] * 2_000, endless(300), id="long", pinned=((0, 2_000),)))
     core.add(Request([2] * 1_000, endless(300), id="other"))
     most = {}
@@ -116,7 +116,7 @@ def test_a_window_that_is_all_pinned_does_not_shrink():
 def test_windows_in_company(seed):
     """Little memory, prompts of all lengths, prefixes in common: nothing leaks, all get what they asked for."""
     rng = random.Random(seed)
-    core = make_core(blocks=rng.randrange(30, 60), context=1_000, window=rng.choice([256, 500]), batch_size_range=(1, 6),
+    core = make_core(blocks=rng.randrange(30, 60), context=1_000, cache_window=rng.choice([256, 500]), batch_size_range=(1, 6),
                      step_tokens=rng.choice([32, 256]))  # fmt: skip
     shared = [rng.randrange(VOCAB) for _ in range(300)]
     wanted = [
@@ -135,7 +135,7 @@ def test_windows_in_company(seed):
 
 
 def test_what_leaves_no_room_is_refused():
-    core = make_core(blocks=40, context=512, window=256)
+    core = make_core(blocks=40, context=512, cache_window=256)
     with pytest.raises(RequestError, match="pinned"):
         core.check(Request([1] * 400, endless(5), pinned=((0, 250),)))
     with pytest.raises(RequestError, match="behind the prompt"):

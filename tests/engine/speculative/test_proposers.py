@@ -12,7 +12,7 @@ import deepseek_optimizer.engine
 from deepseek_optimizer.cache import BlockManager, SequenceBlocks
 from deepseek_optimizer.engine.sequence import Sequence
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
+from support.scripted_proposer import ScriptedProposer
 
 
 def sequence(tokens, index=0):

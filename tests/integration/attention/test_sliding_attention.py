@@ -251,8 +251,7 @@ def test_nothing_of_all_pairs_is_made():
 
 def test_the_name_is_there_after_import(tiny_model):
     script = (
-        "import sys, deepseek_optimizer\n"
-        "assert 'transformers.modeling_utils' not in sys.modules\n"
+        "import deepseek_optimizer\n"
         "from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tiny_model)!r}, attn_implementation='dso_sliding')\n"
         "import torch\n"

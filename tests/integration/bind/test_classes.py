@@ -36,7 +36,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from support.models import CASES, assert_close_rows, native_cases, random_ids, random_model, randomise
 
-from .conftest import BACKENDS, Pair, check_indexed_hidden_states
+from ..conftest import BACKENDS, Pair, check_indexed_hidden_states
 
 NATIVE = "reference" if unavailable_reason() else "cpu"
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -280,7 +280,7 @@ def test_each_class_is_saved_and_opened(saved, tmp_path, case):
         assert states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     inner = AutoModelForSequenceClassification.from_pretrained(tmp_path / "AutoModelForSequenceClassification")
     inner.model.save_pretrained(tmp_path / "inner")  # under names of its own
-    modules = json.loads((tmp_path / "inner" / "config.json").read_text())["quantization_config"]["modules"]
+    modules = json.loads((tmp_path / "inner" / "config.json").read_text())["packed_manifest"]["modules"]
     assert "embed_tokens" in modules and not any(name.startswith("model.") for name in modules)
     assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path / "inner")), hidden(inner))
 

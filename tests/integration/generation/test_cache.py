@@ -15,7 +15,7 @@ from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.memory.arena import Arena
 
-from .conftest import make_pair
+from ..conftest import make_pair
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.generation import generate as generate_module
 
-from .conftest import make_pair
+from ..conftest import make_pair
 
 EOS = 2
 

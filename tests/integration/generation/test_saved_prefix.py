@@ -12,7 +12,7 @@ from deepseek_optimizer.errors import CacheFullError, CheckpointError
 from deepseek_optimizer.integration.generation.saved_prefix import fingerprint, load_prefix, save_prefix
 from support.models import CASES, llama, random_ids, random_model, rope
 
-from .conftest import BACKENDS
+from ..conftest import BACKENDS
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=5)
 

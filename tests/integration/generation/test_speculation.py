@@ -7,15 +7,15 @@ import torch
 from transformers import LogitsProcessor, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from deepseek_optimizer import PagedCache
-from deepseek_optimizer.engine.speculative.base import Draft
-from deepseek_optimizer.engine.speculative.scripted import ScriptedProposer
+from deepseek_optimizer.engine.draft import Draft
 from deepseek_optimizer.errors import UnsupportedRequestError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.generation import generate as generate_module
 from deepseek_optimizer.integration.generation import speculation
+from support.scripted_proposer import ScriptedProposer
 
-from .conftest import make_pair
+from ..conftest import make_pair
 from .test_generate import Recorder
 
 EOS = 2

@@ -53,7 +53,7 @@ def kl_between(model, reference, tokens) -> float:
 
 
 def formats_of(model) -> dict[str, str]:
-    return {name: entry["format"] for name, entry in model.dso.config.modules.items()}
+    return model.dso.manifest.formats()
 
 
 def test_the_budget_holds_as_measured_from_outside(adapted, original):
@@ -103,8 +103,9 @@ def test_what_was_chosen_is_saved_and_loaded(adapted, tmp_path):
     model, backend = adapted
     ids = torch.arange(30)[None]
     model.save_pretrained(tmp_path / "packed")
-    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert section["kl_budget"] == 0.03 and section["formats"] == formats_of(model)
+    saved = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert saved["quantization_config"]["kl_budget"] == 0.03 and saved["quantization_config"]["formats"] is None
+    assert {name: entry["format"] for name, entry in saved["packed_manifest"]["modules"].items()} == formats_of(model)
     for loaded in (
         load_model(tmp_path / "packed", backend=backend),
         load_model(tmp_path / "packed", DeepSeekConfig(backend=backend)),
@@ -126,7 +127,7 @@ def test_from_pretrained_chooses_the_same(adapted, original):
     config = DeepSeekConfig(kl_budget=0.03, backend=backend)
     other = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
     assert formats_of(other) == formats_of(model)
-    assert other.config.quantization_config.formats == formats_of(model)
+    assert other.dso.config == config, "what was chosen is in the manifest, not among the settings"
     assert torch.equal(other(torch.arange(30)[None]).logits, model(torch.arange(30)[None]).logits)
     assert other.get_input_embeddings().weight is other.get_output_embeddings().weight
     assert config == DeepSeekConfig(kl_budget=0.03, backend=backend), "the user's own is left as it is"

@@ -83,7 +83,7 @@ def test_a_packed_source_and_its_place(tmp_path: Path, source: Path) -> None:
 
 PROGRAM = """
 import os, signal, sys
-from deepseek_optimizer.integration import pack_checkpoint as module
+from deepseek_optimizer.integration.load import pack_checkpoint as module
 left = int(sys.argv[3])
 write = module.write_shard
 def dying(file, shard, weights):

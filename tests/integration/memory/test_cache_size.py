@@ -17,7 +17,7 @@ from deepseek_optimizer.system.memory import RESERVE_BYTES, Limit
 from support.memory import memory_of
 from support.models import random_ids
 
-from .conftest import make_pair
+from ..conftest import make_pair
 
 GB = 1_000_000_000
 CGROUP = Limit("cgroup", "the cgroup /slice/x", "memory", 4_096_000_000, 1_200_000_000)

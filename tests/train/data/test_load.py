@@ -281,7 +281,7 @@ def test_tokens_are_made_once_and_anew_when_anything_changes(load, byte_tokenize
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepseek_optimizer.train.data.encode.Encoder.encode", fails)
+        patch.setattr("deepseek_optimizer.train.data.encode.ExampleEncoder.encode", fails)
         again, report_again = load(records)
         assert report_again == report and (again[0]["labels"] == first[0]["labels"]).all()
         changed = [

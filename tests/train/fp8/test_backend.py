@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.train.fp8 import backend, choose, hardware
-from deepseek_optimizer.train.fp8.backend import Fp8
+from deepseek_optimizer.train.fp8.backend import Fp8Products
 from deepseek_optimizer.train.fp8.quantise import BLOCK, E4M3, E5M2, ROW, quantise
-from deepseek_optimizer.train.fp8.reference import block_product_reference
+from support.fp8_product import block_product_reference
 
 SHAPES = ((1, 1, 1), (5, 130, 64), (128, 128, 128), (33, 200, 513), (300, 64, 129))  # T, N, K
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def definition(a: torch.Tensor, b: torch.Tensor, a_dtype=E4M3, b_dtype=E4M3, b_t
 def test_emulation_is_the_reports_arithmetic(shape, gradients) -> None:
     x, w, dy = operands(*shape)
     T, N, K = shape
-    how = Fp8(gradients)
+    how = Fp8Products(gradients)
     close(how.forward(x, w, None), *definition(x, w, b_tile=BLOCK), depth=K)
     close(how.input_gradient(dy, w), *definition(dy, w.t(), gradients, b_tile=BLOCK), depth=N)
     close(how.weight_gradient(dy, x), *definition(dy.t(), x.t(), gradients), depth=T)
@@ -63,7 +63,7 @@ def test_reference_takes_scales_of_any_kind() -> None:
 def test_error_against_exact_products(gradients) -> None:
     """Each operand is off by at most half a unit: relative 2^-4 (E4M3) or 2^-3 (E5M2), so a sum by less than both together."""
     x, w, dy = operands(64, 96, 300, torch.bfloat16)
-    how = Fp8(gradients)
+    how = Fp8Products(gradients)
     small, grad = 2.0**-4, 2.0**-4 if gradients == E4M3 else 2.0**-3
     for found, a, b, first in (
         (how.forward(x, w, None), x, w.t(), small),
@@ -88,7 +88,7 @@ def test_every_operand_is_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     real = backend.product
     monkeypatch.setattr(backend, "product", product)
     x, w, dy = operands(40, 50, 60, torch.bfloat16)
-    how = Fp8()
+    how = Fp8Products()
     how.forward(x, w, None), how.input_gradient(dy, w), how.weight_gradient(dy, x)
     assert len(seen) == 6
     for operand in seen:  # of bf16's seven bits behind the leading one, four are zero
@@ -156,7 +156,7 @@ def test_hardware_gets_the_layout_that_torch_asks_for(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
     x, w, dy = operands(*shape, torch.bfloat16)
-    emulated, on_hardware = Fp8(gradients), Fp8(gradients, on_hardware=True)
+    emulated, on_hardware = Fp8Products(gradients), Fp8Products(gradients, on_hardware=True)
     for product in ("forward", "input_gradient", "weight_gradient"):
         arguments = {"forward": (x, w, None), "input_gradient": (dy, w), "weight_gradient": (dy, x)}[product]
         expected, found = (getattr(how, product)(*arguments) for how in (emulated, on_hardware))

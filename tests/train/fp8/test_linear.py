@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_optimizer.train.fp8.backend import Fp8
+from deepseek_optimizer.train.fp8.backend import Fp8Products
 from deepseek_optimizer.train.fp8.linear import fp8_grouped_linear, fp8_linear
 from deepseek_optimizer.train.fp8.quantise import E5M2
 
-HOW = Fp8(E5M2)
+HOW = Fp8Products(E5M2)
 
 
 def made(*shape: int, seed: int = 0) -> torch.Tensor:

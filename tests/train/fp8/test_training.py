@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.train.arguments import DeepSeekTrainingArguments
-from deepseek_optimizer.train.fp8 import Fp8, backend
+from deepseek_optimizer.train.fp8 import Fp8Products, backend
 from deepseek_optimizer.train.modules.fp8_linear import TrainedFp8Linear
 from deepseek_optimizer.train.prepare import prepare
 from deepseek_optimizer.train.trainer import DeepSeekTrainer
@@ -34,7 +34,7 @@ def experts() -> torch.nn.Module:
 @pytest.mark.parametrize("make", [tiny_llama, experts])
 def test_layers_of_blocks_are_in_fp8_and_the_head_is_not(make) -> None:
     model = make()
-    prepared = prepare(model, fp8=Fp8())
+    prepared = prepare(model, fp8=Fp8Products())
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     in_fp8 = {name for name, module in linear.items() if isinstance(module, TrainedFp8Linear)}
     assert linear.keys() - in_fp8 == {"lm_head"} and len(in_fp8) > 6
@@ -45,7 +45,7 @@ def test_layers_of_blocks_are_in_fp8_and_the_head_is_not(make) -> None:
 def test_adapters_stay_in_bf16() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    prepare(model, fp8=Fp8())
+    prepare(model, fp8=Fp8Products())
     in_fp8 = {name for name, module in model.named_modules() if isinstance(module, TrainedFp8Linear)}
     assert any("q_proj.base_layer" in name for name in in_fp8) and not any("lora_" in name for name in in_fp8)
 

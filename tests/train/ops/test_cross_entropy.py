@@ -2,13 +2,30 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.train.ops import cross_entropy, native
-from deepseek_optimizer.train.ops.cross_entropy import cross_entropy_, linear_cross_entropy, linear_cross_entropy_reference
+from deepseek_optimizer.train.ops.cross_entropy import cross_entropy_, linear_cross_entropy
 from support.op_checks import BOUNDS
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    num_items: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `linear_cross_entropy` computes, in plain torch, with whole logits."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden.to(wide), weight.to(wide)).reshape(-1, weight.shape[0])
+    total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
+    items = float(num_items) if num_items is not None else float((labels != ignore_index).sum())
+    return total / items if items else total * 0
 
 
 def operands(tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:

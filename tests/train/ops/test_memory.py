@@ -12,14 +12,14 @@ import torch
 
 from deepseek_optimizer.errors import NotEnoughMemoryError
 from deepseek_optimizer.train.ops import native
-from deepseek_optimizer.train.ops.memory import Memory
+from deepseek_optimizer.train.ops.memory import TensorMemory
 
 MB = 1 << 20
 
 
 def test_no_tensor_lies_in_another():
     """Each keeps what was written into it while others come and go, also where only a view of it is left."""
-    memory, chance, alive = Memory(), random.Random(0), []
+    memory, chance, alive = TensorMemory(), random.Random(0), []
     for turn in range(1500):
         if alive and chance.random() < 0.5:
             tensor, value = alive.pop(chance.randrange(len(alive)))
@@ -34,7 +34,7 @@ def test_no_tensor_lies_in_another():
 
 
 def test_holes_become_one_and_are_taken_again():
-    memory = Memory()
+    memory = TensorMemory()
     tensors = [memory.empty((MB,), torch.uint8) for _ in range(256)]
     assert memory.used() == memory.held() == 256 * MB
     places = [t.data_ptr() for t in tensors]
@@ -54,14 +54,14 @@ def test_holes_become_one_and_are_taken_again():
 
 
 def test_small_and_empty_tensors_are_torchs_own():
-    memory = Memory()
+    memory = TensorMemory()
     for shape in ((), (0,), (3, 0), (1000,)):
         assert memory.empty(shape, torch.float32).shape == torch.Size(shape)
     assert memory.held() == 0
 
 
 def test_tensors_end_in_other_threads_and_in_cycles():
-    memory = Memory()
+    memory = TensorMemory()
 
     def work() -> None:
         for _ in range(200):
@@ -87,7 +87,7 @@ def test_what_is_only_traced_takes_no_memory():
 
 
 def test_a_forked_process_writes_to_its_own_copy():
-    tensor = Memory().empty((MB,), torch.uint8).zero_()
+    tensor = TensorMemory().empty((MB,), torch.uint8).zero_()
     child = os.fork()
     if child == 0:
         tensor.numpy()[:] = 1
@@ -97,7 +97,7 @@ def test_a_forked_process_writes_to_its_own_copy():
 
 
 def test_what_the_system_has_not_is_said():
-    memory = Memory()
+    memory = TensorMemory()
     with pytest.raises(NotEnoughMemoryError, match="shorter sequences"):
         memory.empty((1 << 55,), torch.uint8)
     assert memory.held() == 0

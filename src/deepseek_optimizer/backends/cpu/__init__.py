@@ -19,7 +19,7 @@ from .plan import CpuPlan, CpuStore
 
 __all__ = ["CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
 
-FAMILIES = ("avx2", "avx512")  # ISA names that stand for several variants
+ISA_GROUPS = ("avx2", "avx512")  # ISA names that stand for several variants
 
 unavailable_reason = native.unavailable_reason
 
@@ -119,12 +119,12 @@ class CpuBackend:
 
 def exact(name: str) -> str:
     """The `isa` argument that means exactly this one of `native.isa_names()`."""
-    return f"{name}-base" if name in FAMILIES else name
+    return f"{name}-base" if name in ISA_GROUPS else name
 
 
 def _variant(isa: str | None) -> str | None:
     """The native name of what was asked for. The library refuses what cannot run."""
-    if isa not in FAMILIES:
+    if isa not in ISA_GROUPS:
         return isa.removesuffix("-base") if isa else None
     members = [n for n in native.isa_names() if n.split("-")[0] == isa]
     return next((n for n in reversed(members) if native.isa_runs_here(n)), isa)

@@ -11,23 +11,19 @@ from ...errors import BackendError
 from ...graph.analysis import dynamic_rope
 from ...graph.ir import Graph, LatentSpec, Node, Value
 from ...graph.least import exact_weights
+from ...graph.ops import OpSpec, spec_of
 from ...graph.planner import assign_slots
 from ...quant import get_format, pack
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .buffers import address
 from .lower import lower
 from .mla_weights import absorbed_stacks, absorbs
-from .native import FLAGS, OPS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
+from .native import FLAGS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
 from .packer import stack_struct, weight_struct
 from .plan import CpuPlan
 
 INTEGER_FORMATS = ("int8", "int4", "q4_1")
 ACTIVATIONS = {"int8": "q8", "int16": "q16"}
-_FLAG_ATTRS: Mapping[str, tuple[str, Any]] = {  # flag -> the attribute that sets it, and its value then
-    "eager": ("softmax", "eager"), "interleaved": ("interleaved", True), "grouped": ("grouped", True),
-    "sigmoid": ("scoring", "sigmoid"), "top2": ("group_score", "top2"), "normalise": ("normalise", True),
-    "expand": ("form", "expanded"),
-}  # fmt: skip
 
 
 class _Compiler:
@@ -98,45 +94,44 @@ class _Compiler:
         return self.index[name]
 
     def step(self, node: Node) -> Step:
-        a, op = node.attrs, "linear" if node.op == "lm_head" else node.op
-        if op not in OPS:
+        a, spec = node.attrs, spec_of(node)
+        if spec.code is None:
             raise BackendError(f"the cpu backend has no op {node.op!r}")
         s = Step()
-        s.op = OPS[op]
-        slots_in = [self.slot_of[v] for v in node.inputs]
-        slots_out = [self.slot_of[v] for v in node.outputs]
-        if op == "mla_attention" and a["form"] == "expanded":  # what the absorbed form would read and write
-            slots_in, slots_out = [slots_in[0], -1, *slots_in[1:]], [-1, *slots_out]
-        biases = a.get("biases") or ((a["bias"],) if a.get("bias") else ())
-        s.inputs[:] = slots_in + [-1] * (4 - len(slots_in))
-        s.outputs[:] = slots_out + [-1] * (3 - len(slots_out))
-        ws = [self.weight(n) for n in node.weights]
-        bs = [self.weight(n) for n in biases]
-        if op == "rope_table":
-            ws = [self.frequencies(a["rope"])]
-        elif op == "layer_norm":
-            ws, bs = ws[:1], ws[1:]
-        s.w[:] = ws + [-1] * (3 - len(ws))
-        s.b[:] = bs + [-1] * (3 - len(bs))
-        s.layer = a["index"] if op == "hidden_out" else a.get("layer", 0)
-        if op.startswith("index_"):
-            s.index = a.get("index", node.inputs[0].width)
+        s.op = spec.code
+        self._operands(s, node)
+        s.scale = 1.0
         if isinstance(cache := self.graph.cache, LatentSpec):
             s.rank, s.rope = cache.rank, cache.rope
-        s.nope, s.v_dim = a.get("nope", 0), a.get("v_dim", 0)
-        s.heads, s.kv_heads = a.get("heads", 0), a.get("kv_heads", 0)
-        s.offset = a.get("offset", 0)
-        s.head_dim, s.window, s.sinks = a.get("head_dim", 0), a.get("window") or 0, a.get("sinks", 0)
-        s.experts, s.top_k = a.get("experts", 0), a.get("top_k", a.get("blocks", 0))
-        if op == "attention" and len(node.inputs) > 1:
+        for attr in spec.attrs:
+            if attr.step_field:
+                setattr(s, attr.step_field, attr.of(node))
+        if node.op == "rope_table":
+            s.scale = a["rope"].scaling
+        elif node.op == "index_write":
+            s.index = node.inputs[0].width
+        elif node.op == "attention" and len(node.inputs) > 1:
             s.top_k = node.inputs[1].width // a["kv_heads"]
-        s.groups, s.top_groups = a.get("groups", 0), a.get("top_groups", 0)
-        s.eps = a.get("eps", 0.0)
-        s.scale = a["rope"].scaling if op == "rope_table" else a.get("scale", 1.0)
-        s.flags = sum(FLAGS[flag] for flag in _flags(a))
-        if op == "hidden_out" and s.layer == self.graph.hidden_states - 1:
+        s.flags = sum(FLAGS[flag] for flag in _flags(spec, node))
+        if node.op == "hidden_out" and a["index"] == self.graph.hidden_states - 1:
             s.flags |= FLAGS["last"]
         return s
+
+    def _operands(self, s: Step, node: Node) -> None:
+        """Slots of inputs and outputs, indices of weights and biases; -1 where there is none."""
+        a = node.attrs
+        inputs = [self.slot_of[v] for v in node.inputs]
+        outputs = [self.slot_of[v] for v in node.outputs]
+        if node.op == "mla_attention" and a["form"] == "expanded":  # without the operands of the absorbed form
+            inputs, outputs = [inputs[0], -1, *inputs[1:]], [-1, *outputs]
+        weights = [self.weight(name) for name in node.weights]
+        biases = [self.weight(name) for name in a.get("biases") or ((a["bias"],) if a.get("bias") else ())]
+        if node.op == "rope_table":
+            weights = [self.frequencies(a["rope"])]
+        elif node.op == "layer_norm":
+            weights, biases = weights[:1], weights[1:]
+        for field, values in (s.inputs, inputs), (s.outputs, outputs), (s.w, weights), (s.b, biases):
+            field[:] = values + [-1] * (len(field) - len(values))
 
     def row(self, node: Node) -> dict[str, Any]:
         """What the report says of a step."""
@@ -165,9 +160,9 @@ class _Compiler:
         return row
 
 
-def _flags(attrs: Mapping[str, Any]) -> list[str]:
-    """Names of the flags that a node's attributes set."""
-    return [flag for flag, (name, value) in _FLAG_ATTRS.items() if attrs.get(name) == value]
+def _flags(spec: OpSpec, node: Node) -> list[str]:
+    """Names of the flags that the node's attributes set."""
+    return [attr.flag for attr in spec.attrs if attr.flag and attr.of(node) == attr.flag_value]
 
 
 def _exact_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, PackedMatrix]:

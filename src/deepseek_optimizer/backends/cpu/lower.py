@@ -12,14 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from ...graph.ir import Graph, Node, Value
+from ...graph.ops import spec_of
 from .mla_weights import absorbs, key_stack, value_stack
-
-# The op's output (by index) that the native step can write in any kind.
-WRITES_ANY = {
-    "rms_norm": 0, "layer_norm": 0, "add_rms_norm": 1, "attention": 0, "swiglu": 0, "gate_up": 0, "concat": 0, "mla_value": 0,
-    "experts_gate_up": 0,
-}  # fmt: skip
-PRODUCTS = ("linear", "lm_head", "gate_up", "experts_gate_up", "experts_down")
 
 
 def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> Graph:
@@ -133,21 +127,21 @@ def _wanted_kinds(nodes: list[Node], kind_of: Callable[[str], str]) -> Mapping[V
     wanted: dict[Value, dict[str, None]] = {}
     for node in nodes:
         for i, value in enumerate(node.inputs):
-            product_input = node.op in PRODUCTS and i == 0
+            product_input = spec_of(node).product and i == 0
             wanted.setdefault(value, {})[kind_of(node.weights[0]) if product_input else "f32"] = None
     return {value: list(kinds) for value, kinds in wanted.items()}
 
 
 def _maker_writes(nodes: list[Node], value: Value) -> bool:
     maker = next((n for n in nodes if value in n.outputs), None)
-    if maker is None or maker.op not in WRITES_ANY:
+    if maker is None:
         return False
-    index = WRITES_ANY[maker.op]
-    return index < len(maker.outputs) and maker.outputs[index] == value
+    index = spec_of(maker).any_kind
+    return index is not None and maker.outputs[index] == value
 
 
 def _rewire(node: Node, kind_of: Callable[[str], str], in_place: Mapping[Value, str]) -> Node:
     inputs = node.inputs
-    if node.op in PRODUCTS:
+    if spec_of(node).product:
         inputs = (_as(inputs[0], kind_of(node.weights[0])), *inputs[1:])
     return node.with_(inputs=inputs, outputs=tuple(_as(v, in_place.get(v, "f32")) for v in node.outputs))

@@ -25,13 +25,6 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4, "fp8": 5}
 VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
-OPS = {
-    "embedding": 1, "rms_norm": 2, "head_norm": 2, "add": 3, "add_rms_norm": 4, "convert": 5, "linear": 6, "rope_table": 7,
-    "rope": 8, "cache_write": 9, "rope_cache": 10, "attention": 11, "swiglu": 12, "gate_up": 13, "select_rows": 14,
-    "hidden_out": 15, "route": 16, "experts_gate_up": 17, "experts_down": 18, "latent": 19, "latent_write": 20,
-    "mla_absorb": 21, "mla_attention": 22, "mla_value": 23, "layer_norm": 24, "index_write": 25, "index_choose": 26,
-    "state_in": 27, "concat": 28, "block_choose": 29, "latent_choose": 30,
-}  # fmt: skip
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128}
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 

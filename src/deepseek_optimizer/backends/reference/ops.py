@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 
@@ -113,6 +115,16 @@ def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) 
     return scores.masked_fill(~by_head[:, :, None], -torch.inf)
 
 
+def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + y."""
+    return x + y
+
+
+def concat(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The elements of x, then those of y, row by row."""
+    return torch.cat((x, y), -1)
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     return F.silu(gate) * up
@@ -121,3 +133,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:
     """int64 [..., count]: where the largest numbers of the last axis are, largest first; of equals the first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+# Ops with one output that depends on the inputs and attributes alone: called with the inputs, and the attributes by keyword.
+FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "add": add,
+    "concat": concat,
+    "swiglu": swiglu,
+}

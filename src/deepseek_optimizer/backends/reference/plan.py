@@ -271,20 +271,11 @@ class ReferencePlan:
         weight, bias = (self._weights[name] for name in node.weights)
         return (ops.layer_norm(x, weight, bias, node.attrs["eps"]),)
 
-    def _concat(self, step: _Step, node: Node, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (torch.cat((x, y), -1),)
-
     def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
-    def _swiglu(self, step: _Step, node: Node, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (ops.swiglu(gate, up),)
-
     def _gate_up(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.swiglu(*self._linear(step, node, x)),)
-
-    def _add(self, step: _Step, node: Node, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (x + y,)
 
     def _add_rms_norm(self, step: _Step, node: Node, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
         total = x + delta
@@ -302,7 +293,13 @@ class ReferencePlan:
         return (self._product(x, node.weights[0], node.attrs["bias"]),)
 
 
+def _of_inputs(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A function of `ops.FUNCTIONS` in the form of the methods above."""
+    return lambda plan, step, node, *inputs: (function(*inputs, **node.attrs),)
+
+
 _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    **{name: _of_inputs(function) for name, function in ops.FUNCTIONS.items()},
     "embedding": ReferencePlan._embedding,
     "rms_norm": ReferencePlan._rms_norm,
     "head_norm": ReferencePlan._head_norm,
@@ -323,11 +320,8 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "experts_gate_up": ReferencePlan._experts_gate_up,
     "experts_down": ReferencePlan._experts_down,
     "layer_norm": ReferencePlan._layer_norm,
-    "concat": ReferencePlan._concat,
     "state_in": ReferencePlan._state_in,
-    "swiglu": ReferencePlan._swiglu,
     "gate_up": ReferencePlan._gate_up,
-    "add": ReferencePlan._add,
     "add_rms_norm": ReferencePlan._add_rms_norm,
     "select_rows": ReferencePlan._select_rows,
     "hidden_out": ReferencePlan._hidden_out,

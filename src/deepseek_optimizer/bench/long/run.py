@@ -14,7 +14,7 @@ from typing import Any
 
 from ...config import DeepSeekConfig
 from ...errors import ConfigError
-from ...integration.load.loader import resolve
+from ...integration.load.resolve import resolve
 from ...versions import versions
 from ..figures import samples
 from ..process import cpu_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...graph.attention_mode import BLOCK
+from ...graph.ir import BLOCK
 from ..budget import Budget, budget
 from ..case import Case
 from ..finding import Finding

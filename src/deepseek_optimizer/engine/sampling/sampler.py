@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..speculative.base import Draft
-from ..speculative.verify import accept_greedy, accept_sampled
+from ..draft import Draft
+from .verify import accept_greedy, accept_sampled
 
 # (sequence's index, tokens drafted behind its own, logits [1, V]) -> processed logits [1, V]
 Process = Callable[[int, list[int], torch.Tensor], torch.Tensor]

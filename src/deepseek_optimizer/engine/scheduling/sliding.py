@@ -1,8 +1,9 @@
 """Dialogues without end in bounded memory: sequences whose cache slides. No torch.
 
 A window grows with its dialogue, so that nothing goes that need not, up to what was asked for, within the model's trained
-context and the cache. Before more tokens come than fit, blocks of its midst go and those behind move up (`cache.window` says
-which, the memory turns their keys). Where others need blocks, the largest window shrinks, before anybody loses all of its own.
+context and the cache. Before more tokens come than fit, blocks from its middle go and those behind move up
+(`cache.cache_window` says which, the memory rotates their keys). Where other sequences need blocks, the largest window shrinks
+before any sequence loses all of its own.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ...cache.block_manager import BLOCK_TOKENS
+from ...cache.cache_window import CacheWindow, Drop
 from ...cache.prefix_cache import PrefixCache
-from ...cache.window import Drop, WindowPolicy
 from ...errors import CacheFullError, ConfigError, RequestError
 from ..running import Running
 from .memory import Memory
@@ -31,11 +32,11 @@ class Sliding:
         self, memory: Memory, prefix: PrefixCache | None, window: int, sinks: int, moved: Callable[[Running, int], None]
     ) -> None:
         self._memory, self._prefix, self._moved = memory, prefix, moved
-        self.sinks, self.policy = sinks, WindowPolicy(window, sinks)
+        self.sinks, self.policy = sinks, CacheWindow(window, sinks)
 
     @property
     def window(self) -> int:
-        return self.policy.window
+        return self.policy.tokens
 
     def check(self, pinned: Iterable[tuple[int, int]], prompt: int) -> None:
         """Raises RequestError for spans that leave no room in a window, or lie outside the prompt."""
@@ -58,14 +59,14 @@ class Sliding:
             if r.sequence.cached <= FLOOR:
                 return False
             try:
-                smaller = WindowPolicy(r.sequence.cached, self.sinks)
+                smaller = CacheWindow(r.sequence.cached, self.sinks)
             except ConfigError:  # it is little more than its sinks
                 continue
             if smaller.room(r.pinned) > 0 and self._drop(r, smaller, 1):
                 return True
         return False
 
-    def _drop(self, running: Running, policy: WindowPolicy, coming: int) -> bool:
+    def _drop(self, running: Running, policy: CacheWindow, coming: int) -> bool:
         for drop in policy.drops(running.sequence.cached, running.pinned, coming):
             self._release(running, drop.first_block)
             try:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CacheFullError
+from ..draft import Draft
 from ..sequence import Part, Sequence, rows_of
-from .base import Draft, Proposer
+from .base import Proposer
 from .gate import Gate
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 from ...backends.base import DECODE, PREFILL
 from ...cache import SequenceBlocks
 from ...errors import CacheFullError
+from ..draft import Draft
 from ..sequence import Part, Sequence
-from .base import Draft
 
 if TYPE_CHECKING:
     from ..runner import Runner

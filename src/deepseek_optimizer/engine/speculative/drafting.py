@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from ..draft import Draft
 from ..running import Running
 from ..scheduling.step_times import StepTimes
 from .bandit import DraftBandit
-from .base import Draft, Proposer
+from .base import Proposer
 
 _FADING = 0.9
 _PRIORS = {"prompt_lookup": 0.4}

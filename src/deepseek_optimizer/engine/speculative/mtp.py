@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...cache.block_manager import BLOCK_TOKENS
+from ..draft import Draft
 from ..sequence import Part, Sequence, rows_of
-from .base import Draft
 
 if TYPE_CHECKING:
     from ..runner import Runner

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..draft import Draft
 from ..sequence import Sequence
-from .base import Draft
 
 
 @dataclass

@@ -1,33 +1,22 @@
-"""Registers `attn_implementation="dso_sliding"` with Transformers, at the latest when its models are imported, which takes
-seconds."""
+"""Registers `attn_implementation="dso_sliding"` with Transformers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from transformers import AttentionInterface, AttentionMaskInterface
+
 from ...config import DeepSeekConfig
 from ...errors import ConfigError
-from ..when_imported import when_imported
+from .sliding_attention import sliding_attention, sliding_mask
 
 DSO_SLIDING = "dso_sliding"
 
 
-def _register_attention(modeling_utils: Any) -> None:
-    from .sliding_attention import sliding_attention
-
-    modeling_utils.AttentionInterface.register(DSO_SLIDING, sliding_attention)
-
-
-def _register_mask(masking_utils: Any) -> None:
-    from .sliding_attention import sliding_mask
-
-    masking_utils.AttentionMaskInterface.register(DSO_SLIDING, sliding_mask)
-
-
 def register_attention() -> None:
-    """The attention and its mask, each where it belongs; more than once does no harm."""
-    when_imported("transformers.modeling_utils", "AttentionInterface", _register_attention)
-    when_imported("transformers.masking_utils", "AttentionMaskInterface", _register_mask)
+    """Registers the attention function and its mask; may be called more than once."""
+    AttentionInterface.register(DSO_SLIDING, sliding_attention)
+    AttentionMaskInterface.register(DSO_SLIDING, sliding_mask)
 
 
 def check_attention_name(model_config: Any, config: DeepSeekConfig) -> None:

@@ -26,6 +26,13 @@ import torch.nn.functional as F
 
 from ...config import WINDOWS, DeepSeekConfig
 from ...errors import UnsupportedRequestError
+from .transformers_sdpa import (
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_attention_forward,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 from .window_mask import MAX_SINKS, MAX_WINDOW, whole
 
 _SCORE_BYTES = 64 << 20  # of one piece: what a kernel that does not work in tiles would take
@@ -139,8 +146,6 @@ def sliding_mask(
     **kwargs: Any,
 ) -> WindowedMask | torch.Tensor | None:
     """For Transformers' `AttentionMaskInterface`: see `transformers.masking_utils.sdpa_mask`, whose arguments these are."""
-    from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
-
     rule: Any = mask_function or causal_mask_function
     given: dict[str, Any] = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset,
@@ -181,8 +186,6 @@ def sliding_attention(
     Raises:
         UnsupportedRequestError: the model has its own arithmetic inside the softmax.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise UnsupportedRequestError(f'{type(module).__name__}: "dso_sliding" has no {name}; use "eager"')
@@ -221,8 +224,6 @@ def _in_pieces(
 
 def _by_length(module: Any, query: torch.Tensor, key: torch.Tensor, own_window: int | None) -> WindowedMask:
     """Where a model asks for no mask: no padding, and the last query is the last key's."""
-    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
-
     rule: Any = causal_mask_function if own_window is None else sliding_window_causal_mask_function(own_window)
     first = torch.zeros(1, dtype=torch.int64, device=query.device)
     queries, keys = query.shape[2], key.shape[2]

@@ -1,15 +1,16 @@
 """Checkpoints saved from one class and opened as another: the names of their weights, and the error where that cannot work.
 
 Transformers loads a family's decoder from any of its classes into any other, and removes or adds the decoder's path in the
-names. The description of a packed checkpoint's matrices has to follow, and so do our own checks of the files.
+names. The manifest of a packed checkpoint has to follow, and so do our own checks of the files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
-from ...checkpoint import Checkpoint
+from ...checkpoint import Checkpoint, Manifest
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError
 from .graphs import decoder_path, whole_graph
@@ -36,8 +37,8 @@ def stored_as(names: Collection[str], model: Any) -> Callable[[str], str]:
     return lambda name: name
 
 
-def described_for(config: DeepSeekConfig, model: Any) -> None:
-    """Gives the description of a packed checkpoint the names that the model has for its matrices."""
+def renamed_for(model: Any, config: DeepSeekConfig, manifest: Manifest) -> tuple[DeepSeekConfig, Manifest]:
+    """A packed checkpoint's settings and manifest with the names that the model has for its matrices."""
     own = {weight.removesuffix(".weight") for weight in whole_graph(model).weights()}
     path, prefix = decoder_path(model), str(model.base_model_prefix)
 
@@ -49,9 +50,9 @@ def described_for(config: DeepSeekConfig, model: Any) -> None:
         candidates = (entry, entry.removeprefix(f"{prefix}."), f"{path}.{entry}")
         return next((e for e in candidates if not DeepSeekConfig(formats={e: "fp32"}).unmatched(own)), None)
 
-    config.modules = {named(name): entry for name, entry in (config.modules or {}).items()}
-    if config.formats:  # entries for a head that this class does not have go
-        config.formats = {new: f for entry, f in config.formats.items() if (new := fitting(entry)) is not None} or None
+    # entries for a head that this class does not have are left out
+    formats = {new: f for entry, f in (config.formats or {}).items() if (new := fitting(entry)) is not None}
+    return replace(config, formats=formats or None), manifest.renamed(named)
 
 
 def check_class(checkpoint: Checkpoint, model: Any) -> None:

@@ -6,7 +6,7 @@ import copy
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from ...backends.base import BLOCK_TOKENS, Backend, Plan
 from ...cache.forgetting import Forgetting
+from ...checkpoint import Manifest
 from ...checkpoint.files import Mapper
 from ...config import DeepSeekConfig
 from ...engine.speculative.gate import SpeculationReport
@@ -23,6 +24,7 @@ from ...graph import rules
 from ...graph.attention_mode import apply_mode, forgetting
 from ...graph.ir import Graph
 from ...graph.rotation import KeyRotation, key_rotation
+from ...models.families import FAMILIES
 from ...quant import Packer, reference_packer
 from ...system.memory import free_memory
 from ..memory.arena import Arena, LatentRow
@@ -95,9 +97,15 @@ def forgetting_of(graph: Graph) -> Forgetting | None:
 class Runtime(Instance):
     """Binds a plan to one model instance, whose forward the plan replaces. Attached as `model.dso`.
 
+    Args:
+        methods: the attributes that the model gets in place of its class's, by name.
+        make_report: describes what was optimised.
+
     Attributes:
         model: that instance: the whole model, or of one without a head of the family's its decoder.
-        config, graph, rules: what was asked for, and what the rules made of it.
+        config: the settings it was optimised with.
+        manifest: format and shape of each packed weight as it is now, and how the formats were chosen.
+        graph, rules: the graph, and what the fusion rules changed in it.
         in_mode: layers whose attention the config's mode has changed.
         backend: runs the plan.
         notes: warnings given so far, for the report.
@@ -106,10 +114,19 @@ class Runtime(Instance):
     """
 
     def __init__(
-        self, model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None
+        self,
+        model: Any,
+        config: DeepSeekConfig,
+        manifest: Manifest,
+        *,
+        methods: Callable[[Runtime], dict[str, Any]],
+        make_report: Callable[[Runtime], Any],
+        bytes_before: int | None = None,
+        notes: list[str] | None = None,
     ) -> None:
         self._model = weakref.ref(model)
-        self.config, self.bytes_before = config, bytes_before
+        self._methods, self._make_report = methods, make_report
+        self.config, self.manifest, self.bytes_before = config, manifest, bytes_before
         graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
         self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
         self.notes: list[str] = []
@@ -133,9 +150,7 @@ class Runtime(Instance):
         _check_bound(model, whole_graph(model))
 
     def methods(self) -> dict[str, Any]:
-        from ..model.wrapper import instance_methods
-
-        return {"dso": self, **instance_methods(self)}
+        return {"dso": self, **self._methods(self)}
 
     @property
     def backend(self) -> Backend:
@@ -319,10 +334,8 @@ class Runtime(Instance):
         return None
 
     def report(self) -> Any:
-        """What was optimised and how: `report.Report`."""
-        from ..model.report import make_report
-
-        return make_report(self)
+        """What was optimised and how: a `model.report.Report`."""
+        return self._make_report(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         model = memo.get(id(self._model()))
@@ -397,8 +410,8 @@ def _latent_row(graph: Graph) -> LatentRow | None:
     node = next((node for node in graph.nodes if node.op == "latent"), None)
     if node is None:
         return None
-    # V2's own module turns pairs in place; those that came later bring them into halves first, which changes no product.
-    return LatentRow(node.attrs["rank"], node.attrs["interleaved"] and graph.family != "deepseek_v2")
+    halves = node.attrs["interleaved"] and not FAMILIES[graph.family].interleaved_latents
+    return LatentRow(node.attrs["rank"], halves)
 
 
 def _check_bound(model: Any, graph: Graph) -> None:

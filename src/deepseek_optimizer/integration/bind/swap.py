@@ -115,11 +115,13 @@ def swap_on_meta(
     config: DeepSeekConfig,
     dtype: torch.dtype,
     natural: Callable[[str, tuple[int, ...]], str] | None = None,
+    packed: Mapping[str, str] | None = None,
 ) -> None:
     """Puts empty packed modules in place before weights are loaded, tied ones sharing one parameter.
 
     Args:
         natural: a weight's name and shape -> the format that keeps it as it is stored; None: that of `dtype`.
+        packed: format by module name of what a packed checkpoint holds; it comes before the config's.
     """
     stacks, least = stack_shapes(graph), least_formats(graph)
     first: dict[str, nn.Parameter] = {}
@@ -128,15 +130,21 @@ def swap_on_meta(
         for leaf, weight in site.weights.items():
             shape = stacks.get(weight) or tuple(getattr(site.module, leaf).shape)
             own = NATURAL[dtype] if natural is None else natural(weight, shape)
-            formats[leaf] = config.format_of(weight, own, least.get(weight))
+            formats[leaf] = _format_of(weight, config, own, least, packed)
         twin = packed_twin(site.module, formats, dtype)
         for leaf, weight in site.weights.items():
             setattr(twin, leaf, first.setdefault(weight, getattr(twin, leaf)))
         setattr(site.parent, site.child, twin)
 
 
-def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Packer) -> None:
-    """Converts a loaded float model module by module; each original's memory is free before the next is packed."""
+def pack_in_place(
+    model: Any, graph: Graph, config: DeepSeekConfig, packer: Packer, packed: Mapping[str, str] | None = None
+) -> None:
+    """Converts a loaded float model module by module; each original's memory is free before the next is packed.
+
+    Args:
+        packed: format by module name of modules that were packed before; it comes before the config's.
+    """
     least = least_formats(graph)
     done: dict[str, nn.Parameter] = {}
     for site in _named_sites(model, graph, config):
@@ -144,7 +152,7 @@ def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Pack
             continue
         module = site.module
         dtype: Any = next(iter(module._parameters.values())).dtype  # type: ignore[union-attr]  # they have weights
-        formats = {leaf: config.format_of(w, NATURAL[dtype], least.get(w)) for leaf, w in site.weights.items()}
+        formats = {leaf: _format_of(w, config, NATURAL[dtype], least, packed) for leaf, w in site.weights.items()}
         twin = packed_twin(module, formats, dtype)
         for leaf, weight in site.weights.items():
             if weight not in done:
@@ -156,6 +164,13 @@ def pack_in_place(model: Any, graph: Graph, config: DeepSeekConfig, packer: Pack
         setattr(site.parent, site.child, twin)
         module._parameters.clear()
         del module, site
+
+
+def _format_of(
+    weight: str, config: DeepSeekConfig, natural: str, least: Mapping[str, str], packed: Mapping[str, str] | None
+) -> str:
+    known = (packed or {}).get(weight.removesuffix(".weight"))
+    return config.format_of(weight, natural, least.get(weight)) if known is None else known
 
 
 def _packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer) -> torch.Tensor:

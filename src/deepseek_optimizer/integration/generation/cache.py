@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ...backends.base import BLOCK_TOKENS, Int32
 from ...cache import HOLE, SequenceBlocks
 from ...errors import ForgottenError, UnsupportedRequestError
+from ..bind.runtime import runtime_of
 from ..memory.arena import Arena
 
 Bool = npt.NDArray[np.bool_]
@@ -274,8 +275,6 @@ class PagedCache(Cache):
     """
 
     def __init__(self, model: Any) -> None:
-        from ..bind.runtime import runtime_of
-
         self._adopt(PagedState(runtime_of(model).arena))
 
     def _adopt(self, state: PagedState) -> None:

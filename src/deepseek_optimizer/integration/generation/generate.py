@@ -28,7 +28,7 @@ from ..bind.runtime import Runtime
 from ..compat import CACHE_NAMES, cache_name
 from .cache import PagedCache, PagedState
 from .checks import check_generation, check_prompt, unserved_mask
-from .loop import ContextLimit, Stop, next_positions, prefill
+from .loop import ContextLimit, RowStops, next_positions, prefill
 from .speculation import speculative_sample, wanted_drafts
 from .steps import DecodeSteps
 
@@ -200,7 +200,7 @@ def _sample(
 
     Rows that ended are left out of the steps that follow, unless someone can see what they would have computed.
     """
-    config, stop = generation_config, Stop(stopping_criteria)
+    config, stop = generation_config, RowStops(stopping_criteria)
     pad = config._pad_token_tensor
     as_dict = bool(config.return_dict_in_generate)
     scores: tuple[torch.Tensor, ...] | None = () if as_dict and config.output_scores else None

@@ -28,7 +28,7 @@ class ContextLimit(StoppingCriteria):
         )
 
 
-class Stop:
+class RowStops:
     """Which rows end at a token. The usual criteria cost no tensor work; others are called as Transformers calls them."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:

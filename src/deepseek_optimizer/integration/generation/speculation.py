@@ -15,10 +15,11 @@ import torch
 from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ...engine.draft import Draft
 from ...engine.runner import Runner
 from ...engine.sampling.sampler import Sampler
 from ...engine.sequence import Sequence
-from ...engine.speculative.base import Draft, Proposer
+from ...engine.speculative.base import Proposer
 from ...engine.speculative.decoder import SpeculativeDecoder
 from ...engine.speculative.gate import Gate
 from ...engine.speculative.mtp import MtpProposer
@@ -28,7 +29,7 @@ from ...models import mtp_layers
 from ..bind.runtime import Runtime
 from ..compat import cache_name
 from .cache import PagedCache
-from .loop import ContextLimit, Stop, next_positions, prefill
+from .loop import ContextLimit, RowStops, next_positions, prefill
 
 # What treats each row by itself and keeps nothing from call to call.
 _BY_ROW = tuple(
@@ -102,7 +103,7 @@ def _why_no_mtp(runtime: Runtime) -> str:
 
 
 def why_not(
-    input_ids: torch.Tensor, processors: Any, stop: Stop, config: Any, owned: bool, kwargs: dict[str, Any]
+    input_ids: torch.Tensor, processors: Any, stop: RowStops, config: Any, owned: bool, kwargs: dict[str, Any]
 ) -> str | None:
     """Why a request cannot have drafts; None if it can."""
     if kwargs.get("inputs_embeds") is not None:
@@ -189,7 +190,7 @@ class _Stream:
 class _Request:
     """One call of `generate`: rows, their sequences, and what the caller asked for."""
 
-    def __init__(self, runtime: Runtime, input_ids: torch.Tensor, processors: Any, stop: Stop, config: Any) -> None:
+    def __init__(self, runtime: Runtime, input_ids: torch.Tensor, processors: Any, stop: RowStops, config: Any) -> None:
         self.runtime, self.config, self.stop = runtime, config, stop
         rows = range(input_ids.shape[0])
         self.processors = (
@@ -252,7 +253,7 @@ def speculative_sample(
     **model_kwargs: Any,
 ) -> Any:
     """A generation loop with drafts; `plain` is the one without, which serves what this one cannot."""
-    stop, config = Stop(stopping_criteria), generation_config
+    stop, config = RowStops(stopping_criteria), generation_config
     if reason := why_not(input_ids, logits_processor, stop, config, owned, model_kwargs):
         runtime.warn_once(f"a request ran without drafts: {reason}")
         return plain(

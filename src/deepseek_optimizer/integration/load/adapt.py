@@ -74,10 +74,8 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
         chosen, curve = search(options, runtime.config.kl_budget, trial.base(), trial.measure, progress)
     matrices = trial.assembled(chosen.choice)
     _put_in_place(model, runtime, matrices)
-    runtime.config.formats = {name.removesuffix(".weight"): matrix.format for name, matrix in matrices.items()}
     weights = sum(math.prod(m.shape) for m in matrices.values())
-    runtime.config.curve = tuple(_described(point, weights, point is chosen) for point in curve)
-    rebind(model)
+    rebind(model, [_described(point, weights, point is chosen) for point in curve])
 
 
 class _Trial:

@@ -14,18 +14,23 @@ from ..bind.context_extension import extend_model
 from ..bind.graphs import planned_module, whole_graph
 from ..bind.runtime import Runtime, choose_backend, packer_of
 from ..bind.swap import pack_in_place
+from ..model.parameter_count import parameter_bytes
 from ..model.wrapper import bind
+from .quantizer import mark_quantized
 
 
 def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     """Packs, binds, and warms the plan for the smallest and the largest batch of `config.batch_size_range`."""
-    before = model.dso.bytes_before if "dso" in model.__dict__ else parameter_bytes(planned_module(model))
+    earlier = model.__dict__.get("dso")
+    before = earlier.bytes_before if earlier is not None else parameter_bytes(planned_module(model))
+    curve = earlier.manifest.curve if earlier is not None else ()
     check_attention_name(model.config, config)
     _own_config(model)
     extend_model(model, config)
     backend, _ = choose_backend(config, model.device)
     pack_in_place(model, whole_graph(model), config, packer_of(backend))
-    bind(model.eval(), config, bytes_before=before)
+    mark_quantized(model, config)
+    bind(model.eval(), config, curve=curve, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):
         _warm(model.dso, rows)
 
@@ -37,11 +42,6 @@ def _own_config(model: Any) -> None:
     for module in model.modules():
         if module.__dict__.get("config") is shared:
             module.config = own
-
-
-def parameter_bytes(model: Any) -> int:
-    """Bytes of the parameters, shared ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _warm(runtime: Runtime, rows: int) -> None:

@@ -36,7 +36,7 @@ def importance_for(
     Raises:
         ConfigError: the calibration text cannot be read, or is too short.
     """
-    if settings.calibration is None or settings.chooses_formats or isinstance(checkpoint, PackedCheckpoint):
+    if settings.calibration is None or settings.kl_budget is not None or isinstance(checkpoint, PackedCheckpoint):
         return {}, []
     if not any(format in WEIGHED and checkpoint.lossless_format(name) != format for name, format in formats.items()):
         return {}, [UNUSED]

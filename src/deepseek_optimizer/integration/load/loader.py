@@ -16,6 +16,7 @@ from ...checkpoint import (
     Checkpoint,
     GgufCheckpoint,
     LoadProgress,
+    Manifest,
     PackedCheckpoint,
     check_tokenizer_beside,
     load_tokenizer,
@@ -26,7 +27,6 @@ from ...checkpoint.load import IGNORED
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
 from ...graph.least import exact_weights
-from ...models import check_config
 from ...quant import PackedWeight, Packer
 from ...system.memory import free_memory
 from ...system.progress import show_progress
@@ -35,38 +35,15 @@ from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
 from ..bind.runtime import choose_backend, mapper_of, packer_of
 from ..bind.swap import expected_tensors, swap_on_meta
+from ..configs import check_config
 from ..model.wrapper import bind
 from .adapt import adapt, calibration_tokens
 from .importance import importance_for
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
+from .quantizer import mark_quantized
+from .resolve import resolve
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def resolve(path: str | os.PathLike[str], **hub: Any) -> Path:
-    """A local file or directory as it is; a hub name is fetched (safetensors, never pickles), or found in the hub's cache.
-
-    Args:
-        hub: what the hub's client takes beside the name: revision, token, local_files_only, cache_dir.
-
-    Raises:
-        CheckpointError: there is no such file, and the hub has no such model or cannot be reached.
-    """
-    text = os.fspath(path)
-    if os.path.exists(text):
-        return Path(text)
-    if text.endswith((".gguf", ".safetensors")) or not _HUB_NAME.fullmatch(text) or text.startswith("."):
-        raise CheckpointError("does not exist", file=text)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=_HUB_FILES, **hub))
-    except Exception as error:  # the hub's client raises a dozen kinds
-        raise CheckpointError(
-            f"is neither a local path nor a model the hub can give ({type(error).__name__}: {error})", file=text
-        ) from error
 
 
 def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
@@ -75,8 +52,9 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
         checkpoint.mapper = mapper_of(backend)
+        manifest = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         texts = None
-        if settings.chooses_formats:
+        if settings.kl_budget is not None and manifest is None:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
         _check_memory(model, checkpoint)
         same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
@@ -91,7 +69,8 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
-    bind(model.eval(), settings, bytes_before=total, notes=notes)
+    mark_quantized(model, settings)
+    bind(model.eval(), settings, curve=manifest.curve if manifest is not None else (), bytes_before=total, notes=notes)
     model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:
         adapt(model, texts)
@@ -124,7 +103,8 @@ def sketch(
     dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
     if settings.mtp == "auto":
         add_mtp_layers(model, own_tensors(checkpoint, model.config))
-    swap_on_meta(model, whole_graph(model), settings, dtype, checkpoint.own_format)
+    packed = checkpoint.manifest.formats() if isinstance(checkpoint, PackedCheckpoint) else None
+    swap_on_meta(model, whole_graph(model), settings, dtype, checkpoint.own_format, packed)
     check_causal(checkpoint, model)
     return model, settings, dtype
 
@@ -141,21 +121,21 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
             raise CheckpointError(
                 f"is quantised by {method!r}, which cannot be taken over; use the original", file=checkpoint.path
             )
-        return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields, "modules": None, "format_version": None})
-    stored = DeepSeekConfig(**section).to_dict()
+        return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields})
+    stored, manifest = DeepSeekConfig.from_dict(section).to_dict(), checkpoint.manifest
     given = {**(config.to_dict() if config else {}), **fields}
-    packed = {name: stored[name] for name in ("modules", "format_version", "kl_budget", "formats", "curve")}
+    packed = {name: stored[name] for name in ("kl_budget", "formats")}
     extension = ("context_extension", "context_length")
     if all(given.get(name) is None for name in extension):  # its config.json is extended already, if it is
         packed |= {name: stored[name] for name in extension}
     wanted = given.get("precision", "auto")
-    formats = {entry["format"] for entry in stored["modules"].values()}
+    formats = set(manifest.formats().values())
     if wanted not in ("auto", stored["precision"]) and formats != {wanted}:
         raise CheckpointError(
             f"is packed as {', '.join(sorted(formats))}, not {wanted}: convert the original checkpoint instead",
             file=checkpoint.path,
         )
-    if given.get("kl_budget") not in (None, stored["kl_budget"]) or _other_formats(given.get("formats"), stored["modules"]):
+    if given.get("kl_budget") not in (None, stored["kl_budget"]) or _other_formats(given.get("formats"), manifest):
         raise CheckpointError(
             "is packed already, in other formats: convert the original checkpoint with this kl_budget or formats instead",
             file=checkpoint.path,
@@ -170,11 +150,12 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
     return DeepSeekConfig(**{**stored, **given, **packed})
 
 
-def _other_formats(given: dict[str, str] | None, modules: dict[str, Any]) -> bool:
-    """Whether `formats` asks for what the packed `modules` are not in, or for what is not there."""
-    wanted = DeepSeekConfig(formats=given)
-    named = {module: wanted.named_format(module) for module in modules}
-    return bool(wanted.unmatched(modules)) or any(f not in (None, modules[module]["format"]) for module, f in named.items())
+def _other_formats(given: dict[str, str] | None, manifest: Manifest) -> bool:
+    """Whether `formats` asks for others than the packed modules have, or for modules that are not there."""
+    wanted, formats = DeepSeekConfig(formats=given), manifest.formats()
+    if wanted.unmatched(formats):
+        return True
+    return any(wanted.named_format(module) not in (None, format) for module, format in formats.items())
 
 
 def _empty_model(raw: dict[str, Any], settings: DeepSeekConfig, path: Path) -> Any:

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 from ...calibration.text import read_text
-from ...checkpoint import Checkpoint, open_checkpoint, packed_section
+from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint, open_checkpoint
 from ...checkpoint.atomic import naming
 from ...checkpoint.layout import Stored
-from ...checkpoint.packed import PackedEntry
+from ...checkpoint.manifest import PackedEntry
 from ...checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
 from ...checkpoint.unfinished import Unfinished
 from ...config import DeepSeekConfig
 from ...errors import ConfigError
 from ...graph.least import exact_weights
-from ...quant import PackedWeight
 from ...versions import versions
 from ..bind.graphs import whole_graph
 from ..bind.runtime import choose_backend, packer_of
 from ..bind.swap import expected_tensors
 from ..model.save import save_configs
+from ..model.wrapper import describe
 from .importance import importance_for
 from .loader import load, name_source, resolve, show_reading, sketch, weights_for
 from .quantizer import mark_quantized
@@ -64,7 +64,8 @@ def pack_checkpoint(
     out = Path(out)
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, None, dict(fields))
-        if settings.chooses_formats:
+        packed = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
+        if settings.kl_budget is not None and packed is None:
             raise ConfigError("kl_budget measures the whole model; load it with load_model and use save_pretrained")
         cast = dtype if settings.precision == "fp32" else None
         planned = _planned(model, checkpoint, cast)
@@ -79,11 +80,11 @@ def pack_checkpoint(
             for note in _write(model, checkpoint, settings, cast, todo, directory):
                 tell(note)
             write_index(directory.folder, shards)
-            section = packed_section({name: value for name, value in planned.items() if isinstance(value, PackedWeight)})
-            settings.modules, settings.format_version = section["modules"], section["format_version"]
+            manifest = Manifest.of(planned, packed.curve if packed is not None else ())
             mark_quantized(model, settings)
+            describe(model, settings, manifest)
             name_source(model, checkpoint.path, dtype)
-            save_configs(model, dtype, directory.folder)
+            save_configs(model, dtype, directory.folder, manifest)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory.folder)
             directory.publish()

@@ -18,21 +18,33 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ...checkpoint import Checkpoint, Fp8Checkpoint, check_tensors, check_tokenizer_beside, load_tokenizer, open_checkpoint
-from ...checkpoint.directory import INDEX, SINGLE
+from ...checkpoint import (
+    Checkpoint,
+    Fp8Checkpoint,
+    Manifest,
+    check_tensors,
+    check_tokenizer_beside,
+    load_tokenizer,
+    open_checkpoint,
+)
+from ...checkpoint.directory import CONFIG, INDEX, SINGLE
 from ...config import QUANT_METHOD, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.least import exact_weights
 from ...quant import PackedStack, PackedWeight
 from ..attention.registration import check_attention_name
-from ..bind.classes import check_class, described_for, stored_as
+from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
 from ..bind.runtime import choose_backend, mapper_of, packer_of
 from ..bind.swap import expected_tensors, float_shape, swap_on_meta
+from ..model.wrapper import bind
+from .adapt import adapt, calibration_tokens
 from .mapped import MappedFiles
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
+from .pack_op import PackWeight, unmerged
+from .resolve import resolve
 
 _FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config), which takes the same config"
 
@@ -43,17 +55,21 @@ class PackingQuantizer(HfQuantizer):
     quantization_config: DeepSeekConfig
 
     def __init__(self, quantization_config: DeepSeekConfig, **kwargs: Any) -> None:
-        # A copy: what is learnt about this model (its modules' formats) is not the user's to carry to the next.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.refused: list[CheckpointError] = []  # what was found wrong with parameters as they came
+        self.manifest: Manifest | None = None  # of a packed checkpoint
         if self.pre_quantized:
             return
-        self.quantization_config.modules = None
-        if self.quantization_config.calibration is not None and not self.quantization_config.chooses_formats:
+        if self.quantization_config.calibration is not None and not self.chooses_formats:
             raise ConfigError(
                 "calibration reads the checkpoint twice, which from_pretrained does not: use load_model(path, config), or load "
                 "what `dso convert --calibration FILE` writes"
             )
+
+    @property
+    def chooses_formats(self) -> bool:
+        """Whether formats are still to be chosen, for a `kl_budget`."""
+        return self.quantization_config.kl_budget is not None and not self.pre_quantized
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
@@ -106,37 +122,35 @@ class PackingQuantizer(HfQuantizer):
         return isinstance(module, Packed) and leaf in module.held()
 
     def get_quantize_ops(self) -> Any:
-        from .pack_op import PackWeight  # what it stands on takes a second to import
-
         return PackWeight(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Experts are handed to `PackWeight` one by one, as they are stored: merged first, as Transformers does it, a layer of
         them would be in memory three times."""
-        from .pack_op import unmerged
-
         if self.pre_quantized:
             return weight_conversions
         return [unmerged(conversion) for conversion in weight_conversions]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.dtype
-        if self.quantization_config.chooses_formats and not has_head(model):
+        if self.chooses_formats and not has_head(model):
             raise ConfigError(
                 f"kl_budget measures logits, and {type(model).__name__} has none: choose formats with load_model or "
                 "`dso convert`, and open the packed directory with this class"
             )
         self._add_mtp_layers(model, checkpoint_files, dtype)
         if self.pre_quantized:
-            described_for(self.quantization_config, model)
+            manifest = Manifest.read(vars(model.config), Path(model.config.name_or_path) / CONFIG)
+            self.quantization_config, self.manifest = renamed_for(model, self.quantization_config, manifest)
         graph = whole_graph(model)
-        swap_on_meta(model, graph, self.quantization_config, dtype)
+        packed = self.manifest.formats() if self.manifest is not None else None
+        swap_on_meta(model, graph, self.quantization_config, dtype, packed=packed)
         _expect_fp32(model, exact_weights(graph))
         _check_files(checkpoint_files, model)
         self.files, self.mapped = checkpoint_files, MappedFiles(checkpoint_files or ())
         if not self.pre_quantized:
             _expect_floats(model, dtype)
-        if self.quantization_config.chooses_formats:
+        if self.chooses_formats:
             self.texts = self._calibration_tokens(model.config)
         return model
 
@@ -150,17 +164,11 @@ class PackingQuantizer(HfQuantizer):
                 add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
     def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
-        from .adapt import calibration_tokens
-        from .loader import resolve
-
         with torch.device("cpu"), open_checkpoint(resolve(config.name_or_path)) as checkpoint:  # else meta tensors
             tokenizer = load_tokenizer(checkpoint)
             return calibration_tokens(self.quantization_config, tokenizer, config.max_position_embeddings)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ..model.wrapper import bind
-        from .adapt import adapt
-
         if self.refused:
             raise self.refused[0]
         mappings = self._leave_mappings(model)
@@ -175,9 +183,10 @@ class PackingQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             self.mapped.give_back()
-        bind(model, self.quantization_config)
+        mark_quantized(model, self.quantization_config)
+        bind(model, self.quantization_config, curve=self.manifest.curve if self.manifest is not None else ())
         model.dso.mappings.update(mappings)
-        if self.quantization_config.chooses_formats:
+        if self.chooses_formats:
             adapt(model, self.texts)
         return model
 
@@ -272,7 +281,7 @@ def _is_standard(files: Any) -> bool:
 
 
 def mark_quantized(model: Any, config: DeepSeekConfig) -> None:
-    """What Transformers looks at on a model loaded through a quantizer, for one that was not."""
+    """Sets on a model the attributes that Transformers sets when it loads one through a quantizer."""
     model.config.quantization_config = config
     model.hf_quantizer = PackingQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -13,7 +13,7 @@ import torch
 
 from ..compat import cache_name, output_class
 from ..generation.steps import Columns
-from .wrapper import PlanForward
+from .forward import PlanForward
 
 
 class DecoderForward(PlanForward):

@@ -6,10 +6,12 @@ import copy
 import weakref
 from typing import Any
 
+from ...checkpoint import Manifest
 from ..bind.instance import Instance
-from ..bind.parameter_count import ParameterCount
 from ..bind.runtime import Runtime
 from .adapters import ModuleWalk
+from .parameter_count import ParameterCount
+from .refuse import RESIZE, Refuse
 from .save import PackedSave
 
 
@@ -26,8 +28,6 @@ class OuterModel(Instance):
         self.attach(model)
 
     def methods(self) -> dict[str, Any]:
-        from .wrapper import RESIZE, Refuse
-
         return {
             "dso": self.runtime,
             "save_pretrained": PackedSave(self),
@@ -36,6 +36,11 @@ class OuterModel(Instance):
             "report": self.runtime.report,
             "named_modules": ModuleWalk(self),
         }
+
+    @property
+    def manifest(self) -> Manifest:
+        """As `Runtime.manifest`."""
+        return self.runtime.manifest
 
     def changed(self) -> str | None:
         """As `Runtime.changed`, of the decoder."""

@@ -12,9 +12,12 @@ from ...backends.base import BLOCK_TOKENS
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, LatentSpec
 from ...graph.least import least_formats
+from ...graph.rules import RULES
 from ...quant import PackedStack, PackedWeight
 from ...system.memory import mb
 from ..bind.graphs import loaded_mtp_layers, whole_graph
+from ..bind.swap import matrices_of
+from .parameter_count import parameter_bytes
 
 
 @dataclass(frozen=True)
@@ -248,10 +251,6 @@ def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]
 
 def make_report(runtime: Any) -> Report:
     """The report of an optimised model's runtime."""
-    from ...graph.rules import RULES
-    from ..bind.swap import matrices_of
-    from ..load.convert import parameter_bytes
-
     backend, graph, whole = runtime.backend, runtime.graph, whole_graph(runtime.model)
     matrices = matrices_of(runtime.model, whole)
     formats: dict[str, list[PackedWeight]] = {}
@@ -259,8 +258,6 @@ def make_report(runtime: Any) -> Report:
         formats.setdefault(matrix.format, []).append(matrix)
     block_bytes, size = backend.block_bytes(graph, runtime.kv_dtype), runtime.cache_size
     applied = tuple(RuleRow(r.rule, r.count, r.places) for r in runtime.rules)
-    told_apart = ("modules", "format_version", "curve")
-    config = {name: value for name, value in runtime.config.to_dict().items() if name not in told_apart}
     return Report(
         family=graph.family,
         backend=backend.name,
@@ -273,7 +270,7 @@ def make_report(runtime: Any) -> Report:
             FormatRow(name, sum(map(_matrices, found)), sum(math.prod(m.shape) for m in found), sum(m.nbytes for m in found))
             for name, found in formats.items()
         ),
-        curve=runtime.config.curve or (),
+        curve=tuple(dict(point) for point in runtime.manifest.curve),
         kernels=tuple(runtime.plan.describe()),
         bytes_before=runtime.bytes_before,
         bytes_after=parameter_bytes(runtime.model),
@@ -286,6 +283,6 @@ def make_report(runtime: Any) -> Report:
         latent=isinstance(graph.cache, LatentSpec),
         experts=_experts(whole, matrices),
         mtp_layers=loaded_mtp_layers(runtime.model),
-        config=config,
+        config=runtime.config.to_dict(),
         warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),
     )

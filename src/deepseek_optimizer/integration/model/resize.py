@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from ..bind.instance_method import Replacement
 from ..bind.modules import PackedEmbedding, PackedLinear
 from ..bind.runtime import packer_of
 from ..bind.swap import pack_in_place
+from .refuse import RESIZE
 
 _EXACT = ("fp32", "bf16")  # formats that give back the floats they were packed from
-_REMEDY = "resize the embeddings of the float model, then optimise it"
 
 
 class ResizeTokens(Replacement):
     """`model.resize_token_embeddings`: Transformers' own on float copies of the embedding and the head, which are packed again
     afterwards in the formats they had. Caches made before are of no use after.
+
+    Args:
+        bind: puts a plan in charge of the resized model (`wrapper.bind`).
 
     Raises:
         UnsupportedRequestError: unpacked and packed again, the weights would not be the same, or a module was wrapped.
@@ -28,9 +32,11 @@ class ResizeTokens(Replacement):
 
     replaces = "resize_token_embeddings"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from .wrapper import bind
+    def __init__(self, runtime: Any, bind: Callable[..., Any]) -> None:
+        super().__init__(runtime)
+        self._bind = bind
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runtime = self.runtime
         model, call = runtime.model, self.named(args, kwargs)
         if call.get("new_num_tokens") is None and call.get("pad_to_multiple_of") is None:
@@ -47,8 +53,9 @@ class ResizeTokens(Replacement):
         try:
             self._original(model, **call)
         finally:  # after an error too: what it left as it was is packed as it was
-            pack_in_place(model, whole_graph(model), runtime.config, packer_of(runtime.backend))
-            bind(model, runtime.config, bytes_before=runtime.bytes_before, notes=runtime.notes)
+            manifest = runtime.manifest
+            pack_in_place(model, whole_graph(model), runtime.config, packer_of(runtime.backend), manifest.formats())
+            self._bind(model, runtime.config, curve=manifest.curve, bytes_before=runtime.bytes_before, notes=runtime.notes)
         return model.get_input_embeddings()
 
     def _check(self, model: Any) -> None:
@@ -61,7 +68,7 @@ class ResizeTokens(Replacement):
         for module in _ends(model):
             if module is not None and module.format not in _EXACT:
                 raise UnsupportedRequestError(
-                    f"the embeddings cannot be resized: packed as {module.format}, they would be rounded again; {_REMEDY}"
+                    f"the embeddings cannot be resized: packed as {module.format}, they would be rounded again; {RESIZE}"
                 )
 
 

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from ...checkpoint.atomic import merged_directory
-from ...checkpoint.packed import packed_section, write_safetensors
+from ...checkpoint.manifest import KEY, Manifest
+from ...checkpoint.packed import write_safetensors
 from ...checkpoint.shards import is_weights
-from ...config import DeepSeekConfig
-from ...quant import PackedWeight
 from ..bind.instance_method import InstanceMethod
 from ..bind.swap import stored_tensors
 
@@ -40,10 +39,8 @@ class PackedSave(InstanceMethod):
     def _write(self, folder: Path) -> None:
         model = self.runtime.model
         tensors = stored_tensors(model)
-        settings = copy.deepcopy(model.config.quantization_config)
-        section = packed_section({name: value for name, value in tensors.items() if isinstance(value, PackedWeight)})
-        settings.modules, settings.format_version = section["modules"], section["format_version"]
-        save_configs(model, model.dtype, folder, settings)
+        manifest = Manifest.of(tensors, self.runtime.manifest.curve)
+        save_configs(model, model.dtype, folder, manifest)
         with self._intact():
             write_safetensors(folder / "model.safetensors", tensors)
 
@@ -59,19 +56,17 @@ class PackedSave(InstanceMethod):
         self.runtime.check_weights()
 
 
-def save_configs(model: Any, dtype: torch.dtype, folder: Path, settings: DeepSeekConfig | None = None) -> None:
+def save_configs(model: Any, dtype: torch.dtype, folder: Path, manifest: Manifest) -> None:
     """config.json, and generation_config.json where the model generates.
 
     Args:
         dtype: that of what is not packed.
-        settings: of what is saved; None: the model's own.
+        manifest: of what is saved.
     """
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
-    config = model.config
-    if settings is not None:
-        config = copy.copy(config)
-        config.quantization_config = settings
+    config = copy.copy(model.config)  # a decoder and the model around it share theirs, and name their weights differently
+    setattr(config, KEY, manifest.to_dict())
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)

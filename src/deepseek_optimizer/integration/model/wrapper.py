@@ -1,255 +1,66 @@
-"""An optimised model's forward: the plan where it can serve a call, Transformers' own forward over packed modules where not.
+"""Puts an execution plan in charge of a Transformers model: the methods that the model INSTANCE gets in place of its class's.
 
-Both are set on the model INSTANCE; classes and Transformers itself stay as they are.
-
-What the plan serves returns what Transformers would, but for three things. Logits are float32 whatever the model's dtype: they
-are the plan's sums as they are, and rounding them to bf16 would only make near ties equal. Rows of padding are not computed:
-their logits and hidden states are zero. And no gradient flows: where one is needed, Transformers' forward runs.
+Classes and Transformers itself stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ...backends.base import DECODE, PREFILL
-from ...checkpoint import packed_section
+from ...checkpoint.manifest import KEY, Manifest
 from ...config import DeepSeekConfig
-from ...errors import UnsupportedRequestError
-from ...graph.analysis import dynamic_rope
 from ..bind.graphs import planned_module, whole_graph
-from ..bind.instance_method import PLANNED, InstanceMethod, Replacement
-from ..bind.parameter_count import ParameterCount
+from ..bind.instance_method import InstanceMethod
 from ..bind.runtime import Runtime
 from ..bind.swap import matrices_of
-from ..compat import cache_name, chosen_hidden, output_class, take_cache
-from ..generation.cache import Bool, PagedCache, PagedState
 from ..generation.generate import PlanGenerate
 from ..generation.special_tokens import special_token_notes
-from ..generation.steps import Columns, documents_of, run_columns
-from ..load.quantizer import mark_quantized
 from .adapters import ModuleWalk, OutputEmbeddings
+from .decoder_forward import DecoderForward
+from .forward import PlanForward
 from .outer_model import OuterModel
+from .parameter_count import ParameterCount
+from .refuse import RESIZE, Refuse
+from .report import make_report
 from .resize import ResizeTokens
 from .save import PackedSave
 
-_LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
-_SERVED = {
-    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "use_cache", "logits_to_keep",
-    "output_hidden_states", "output_attentions", "return_dict", *_LOSS_ARGUMENTS,
-}  # fmt: skip
-_NO_CACHE = "begin again without a cache, or pass a transformers.DynamicCache() from the first call on"
 
-
-class PlanForward(Replacement):
-    """`model.forward`."""
-
-    replaces = "forward"
-
-    @torch.compiler.disable(reason=PLANNED)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.named(args, kwargs)
-        cache = take_cache(call)
-        reason = self.why_not(call, cache)
-        if reason is None:
-            return self._planned(call, cache)
-        if isinstance(cache, PagedCache):
-            raise UnsupportedRequestError(
-                f"the plan cannot serve this call ({reason}), and only it can use a PagedCache; {_NO_CACHE}"
-            )
-        mode = self.runtime.config.attention.kind
-        seen = f"; there every token sees all before it, whatever {mode} attention hides" if self.runtime.in_mode else ""
-        seen += "; there dynamic RoPE follows each call's length" if dynamic_rope(self.runtime.graph) else ""
-        self.runtime.warn_once(f"{reason}: Transformers' own forward over the packed modules serves such calls, slower{seen}")
-        return self._original(self.runtime.model, **call, **({} if cache is None else {cache_name(): cache}))
-
-    def why_not(self, call: dict[str, Any], cache: Any) -> str | None:
-        """Why the plan cannot serve this call; None if it can."""
-        model, config = self.runtime.model, self.runtime.model.config
-        for name, value in call.items():
-            if name not in _SERVED and value is not None and value is not False:
-                return f"argument {name!r} is given"
-        if call.get("output_attentions") or (call.get("output_attentions") is None and config.output_attentions):
-            return "output_attentions is asked for"
-        if getattr(config, "output_router_logits", False) and call.get("output_router_logits") is None:
-            return "config.output_router_logits is true"
-        if call.get("is_causal", getattr(config, "is_causal", None)) is False:
-            return "is_causal is False, so tokens see those after them"
-        if reason := self.runtime.changed():
-            return reason
-        mask, embeds = call.get("attention_mask"), call.get("inputs_embeds")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-            return "attention_mask is not a 2-D tensor"
-        if cache is not None and not (isinstance(cache, PagedCache) and cache.state.arena is self.runtime.arena):
-            return f"the cache is a {type(cache).__name__} that this model's plan did not make"
-        positions = call.get("position_ids")
-        if positions is not None and (positions.ndim != 2 or positions.is_floating_point()):
-            return "position_ids is not a 2-D tensor of integers"
-        if model.training and getattr(config, "attention_dropout", 0.0):
-            return "the model is in training mode and has dropout"
-        if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or _trainable(model)):
-            return "gradients are needed"
-        return None
-
-    def _planned(self, call: dict[str, Any], cache: PagedCache | None) -> Any:
-        runtime, config = self.runtime, self.runtime.model.config
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        if (ids is None) == (embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        source: Any = embeds if ids is None else ids
-        if not isinstance(source, torch.Tensor):
-            raise ValueError(f"the prompt must be a tensor of ids [batch, tokens], got {type(source).__name__}")
-        if source.ndim != (2 if embeds is None else 3) or 0 in source.shape:
-            raise ValueError(
-                f"an empty or misshapen prompt {tuple(source.shape)}: give ids [batch, tokens], one token at least"
-            )
-        if embeds is None and (source.is_floating_point() or source.dtype == torch.bool):
-            raise ValueError(f"token ids must be integers, got {source.dtype}")
-        use_cache = call.get("use_cache")
-        keep_cache = cache is not None or (config.use_cache if use_cache is None else use_cache)
-        if keep_cache and cache is None:
-            cache = PagedCache(runtime.model)
-        state = cache.state if cache is not None else PagedState(runtime.arena)
-        asked = call.get("output_hidden_states")
-        asked = config.output_hidden_states if asked is None else asked
-        new = self._columns(state, ids, embeds, call, bool(asked))
-        if cache is None and call.get("attention_mask") is None:  # the condition under which Transformers looks for documents
-            new.documents = documents_of(new.positions)
-        if not state.sequences:
-            state.start(source.shape[0] if new.documents is None else len(new.sequences()))
-        elif len(state.sequences) != source.shape[0]:
-            raise ValueError(f"the cache holds {len(state.sequences)} sequences, but {source.shape[0]} rows were given")
-        logits, hidden = run_columns(runtime, state, new)
-        state.steps += 1
-        if hidden is not None:
-            hidden = hidden.to(source.device, runtime.model.dtype)
-        states = None
-        if hidden is not None and new.hidden:
-            states = _tuple_of(hidden, chosen_hidden(asked, runtime.graph.hidden_states))
-        output = self._output(call, new, logits.to(source.device), hidden, states, cache if keep_cache else None)
-        return_dict = call.get("return_dict")
-        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-    def _output(self, call: dict[str, Any], new: Columns, logits: torch.Tensor, hidden: Any, states: Any, cache: Any) -> Any:
-        """What Transformers returns. `hidden`: as the plan made them; `states`: the tuple that the caller sees."""
-        if isinstance(keep := call.get("logits_to_keep", 0), torch.Tensor):
-            logits = logits[:, torch.from_numpy(np.searchsorted(new.wanted, _columns_of(keep, new.positions.shape[1])))]
-        fields = {"loss": self._loss(logits, call), "logits": logits, "hidden_states": states, cache_name(): cache}
-        return output_class(self.runtime.model)(**fields)
-
-    def _wanted(self, call: dict[str, Any], q: int) -> Any:
-        """The columns whose logits are computed, ascending."""
-        keep = call.get("logits_to_keep", 0)
-        if isinstance(keep, torch.Tensor):
-            return np.unique(_columns_of(keep, q))
-        return np.arange(q)[slice(-keep, None)]  # Transformers' own slice: a negative number leaves out the first columns
-
-    def _columns(self, state: PagedState, ids: Any, embeds: Any, call: dict[str, Any], hidden: bool) -> Columns:
-        """The call in numpy, checked."""
-        graph = self.runtime.graph
-        rows, q = (embeds if ids is None else ids).shape[:2]
-        ids32 = None
-        if ids is not None:
-            ids32 = ids.detach().cpu().numpy()
-            low, high = int(ids32.min()), int(ids32.max())
-            if low < 0 or high >= graph.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {graph.vocab_size}; "
-                    "use the tokenizer that belongs to this model"
-                )
-            ids32 = ids32.astype(np.int32)
-        given = call.get("position_ids")
-        if given is None:
-            positions = np.broadcast_to(np.arange(state.columns, state.columns + q, dtype=np.int32), (rows, q))
-        else:
-            positions = np.broadcast_to(given[:, -q:].cpu().numpy().astype(np.int32), (rows, q))
-        low, high = int(positions.min()), int(positions.max())
-        if low < 0 or high >= graph.max_positions:
-            raise ValueError(
-                f"position {low if low < 0 else high} is outside the model's context of {graph.max_positions} tokens; "
-                "shorten the prompt, ask for fewer new tokens, or make room with context_extension"
-            )
-        wanted, kept = self._wanted(call, q), _kept(state, call.get("attention_mask"), rows, q)
-        return Columns(ids32, embeds, positions, kept, wanted, self._phase(state, q), hidden)
-
-    def _phase(self, state: PagedState, q: int) -> int:
-        """Single tokens and the verification of guesses are decode, every other call is prefill."""
-        return DECODE if q == 1 or state.verifies or self.runtime.config.batch_invariant else PREFILL
-
-    def _loss(self, logits: torch.Tensor, call: dict[str, Any]) -> torch.Tensor | None:
-        if call.get("labels") is None:
-            return None
-        model = self.runtime.model
-        extra = {name: call[name] for name in _LOSS_ARGUMENTS if call.get(name) is not None}
-        loss: torch.Tensor = model.loss_function(
-            logits=logits, labels=call["labels"], vocab_size=model.config.vocab_size, **extra
-        )
-        return loss
-
-
-def _kept(state: PagedState, mask: torch.Tensor | None, rows: int, q: int) -> Bool | None:
-    """bool [rows, q]: which new columns hold a token. None where all do.
-
-    The mask covers the cached columns too; those cannot be masked or unmasked after the fact.
-    """
-    if mask is None:
-        return None
-    if mask.shape != (rows, state.columns + q):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} cached tokens it must be "
-            f"{(rows, state.columns + q)}"
-        )
-    if mask.is_floating_point() and mask.isnan().any():
-        raise ValueError("attention_mask holds NaN; 1 stands for a token and 0 for padding")
-    kept = mask.cpu().numpy() != 0
-    past = kept[:, : state.columns]
-    if not (past.all() if state.kept is None else (past == state.kept).all()):
-        raise UnsupportedRequestError(f"attention_mask differs from the one that cached tokens were computed with; {_NO_CACHE}")
-    new = kept[:, state.columns :]
-    return None if new.all() else new
-
-
-def _columns_of(index: torch.Tensor, q: int) -> Any:
-    """`logits_to_keep` as a tensor: columns, from the end where negative."""
-    if index.ndim != 1:
-        raise ValueError(f"logits_to_keep must be a number or a 1-D tensor, got {index.ndim} dimensions")
-    columns = index.cpu().numpy()
-    if columns.dtype == np.bool_:
-        columns = np.flatnonzero(columns)
-    columns = np.where(columns < 0, columns + q, columns)
-    if columns.size and not (0 <= columns.min() and columns.max() < q):
-        raise ValueError(f"logits_to_keep names columns outside the {q} given")
-    return columns
-
-
-def _tuple_of(hidden: torch.Tensor, chosen: Collection[int]) -> tuple[torch.Tensor | None, ...]:
-    """`hidden_states` of an output: those not chosen are None in it, as Transformers has it."""
-    return tuple(h if i in chosen else None for i, h in enumerate(hidden))
-
-
-def _trainable(model: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in model.parameters())
-
-
-RESIZE = "resize the embeddings of the float model, then optimise it"
-
-
-def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None, notes: list[str] | None = None) -> Any:
+def bind(
+    model: Any,
+    config: DeepSeekConfig,
+    *,
+    curve: Sequence[Mapping[str, Any]] = (),
+    bytes_before: int | None = None,
+    notes: list[str] | None = None,
+) -> Any:
     """Compiles the plan of a model whose modules are packed, and puts it in charge of this instance, or of its decoder where
     the model has another head than the family's, which stays a float module of its class and may be trained.
+
+    Args:
+        config: the settings; the model gets a copy.
+        curve: of `Manifest`, where the formats were chosen by measuring.
 
     Returns: the same model, with `dso` and methods of ours set on it.
     """
     config = copy.deepcopy(config)
     planned = planned_module(model)
     notes = [*(notes or ()), *special_token_notes(model)]
-    runtime = Runtime(planned, config, bytes_before=bytes_before, notes=notes)
-    _describe(model, runtime)
+    runtime = Runtime(
+        planned,
+        config,
+        _manifest(model, curve),
+        methods=instance_methods,
+        make_report=make_report,
+        bytes_before=bytes_before,
+        notes=notes,
+    )
+    describe(model, config, runtime.manifest)
     for parameter in planned.parameters():
         parameter.requires_grad_(False)
     if "dso" not in planned.__dict__:
@@ -264,25 +75,29 @@ def bind(model: Any, config: DeepSeekConfig, *, bytes_before: int | None = None,
     return model
 
 
-def rebind(model: Any) -> None:
-    """After packed modules were replaced by others: the config says what they are, and the plan is compiled from them."""
+def rebind(model: Any, curve: Sequence[Mapping[str, Any]]) -> None:
+    """Compiles the plan again after packed modules were replaced by others. `curve`: see `bind`."""
     runtime: Runtime = model.dso
     runtime.replaced()
-    _describe(model, runtime)
+    runtime.manifest = _manifest(model, curve)
+    describe(model, runtime.config, runtime.manifest)
     _ = runtime.plan
 
 
-def _describe(model: Any, runtime: Runtime) -> None:
-    """Writes into the config, which the model carries, how each matrix is packed."""
-    section = packed_section(matrices_of(model, whole_graph(model)))
-    runtime.config.modules, runtime.config.format_version = section["modules"], section["format_version"]
-    mark_quantized(model, runtime.config)
+def _manifest(model: Any, curve: Sequence[Mapping[str, Any]]) -> Manifest:
+    return Manifest.of(matrices_of(model, whole_graph(model)), curve)
+
+
+def describe(model: Any, config: DeepSeekConfig, manifest: Manifest) -> None:
+    """Writes the settings and how each matrix is packed into the model's config; the model's quantizer gets a copy."""
+    model.config.quantization_config = config
+    setattr(model.config, KEY, manifest.to_dict())
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.quantization_config = copy.deepcopy(config)
 
 
 def instance_methods(runtime: Runtime) -> dict[str, Any]:
     """What an optimised model has in place of its class's own, and beside it."""
-    from .decoder_forward import DecoderForward
-
     served: dict[str, Any] = {"forward": DecoderForward(runtime)}
     if runtime.graph.has_head:
         served = {
@@ -294,7 +109,7 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
         **served,
         "named_modules": ModuleWalk(runtime),
         "save_pretrained": PackedSave(runtime),
-        "resize_token_embeddings": ResizeTokens(runtime) if runtime.graph.has_head else Refuse(RESIZE),
+        "resize_token_embeddings": ResizeTokens(runtime, bind) if runtime.graph.has_head else Refuse(RESIZE),
         "num_parameters": ParameterCount(runtime),
         "report": runtime.report,
         "_apply": _Apply(runtime),
@@ -329,13 +144,3 @@ class _Compile(InstanceMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.runtime.warn_once("torch.compile changes nothing here: the plan of an optimised model is compiled already")
-
-
-class Refuse:
-    """A method that a packed model cannot offer."""
-
-    def __init__(self, remedy: str) -> None:
-        self.remedy = remedy
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedRequestError(f"a packed model cannot do this; {self.remedy}")

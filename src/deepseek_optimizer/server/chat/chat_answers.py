@@ -9,7 +9,7 @@ import orjson
 from ...chat.deltas import ContentDelta, Delta, OutputParser, ReasoningDelta, ToolCallDelta, collect
 from ...engine.request import Output, TokenLogprob
 from ..http.problems import ApiError
-from .token_text import TokenTexts, chat_logprobs
+from ..tokens.token_text import TokenTexts, chat_logprobs
 from .usage import Tally
 
 DONE = b"data: [DONE]\n\n"

@@ -14,8 +14,8 @@ from ...chat.template import Prompt
 from ...chat.tools import FORMATS, ToolFormat, detect
 from ..http.problems import ApiError
 from ..state import ServerState
+from ..tokens.tokenising import Lane
 from .prompts import tokens_of
-from .tokenising import Lane
 
 Tool = Mapping[str, Any]
 
@@ -39,6 +39,12 @@ class ChatSpec:
     effort: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip_special: bool = True
+
+    @property
+    def has_files(self) -> bool:
+        """Whether any part of a message is a file."""
+        contents = (message.get("content") for message in self.messages)
+        return any(part["type"] == "file" for content in contents if isinstance(content, list) for part in content)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def _fitted(
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
         return lane.template.render(some, tools=tools or None, options=options, max_bytes=state.prompt_size.most)
 
-    whole, window = render(messages), state.engine.window
+    whole, window = render(messages), state.engine.cache_window
     if window is None or len(whole.ids) <= window * 3 // 4:
         return whole, 0
     fitted = fit(

@@ -8,8 +8,8 @@ import orjson
 
 from ...engine.request import Output, TokenLogprob
 from ..http.problems import ApiError
+from ..tokens.token_text import TokenTexts, completion_logprobs
 from .chat_answers import DONE
-from .token_text import TokenTexts, completion_logprobs
 from .usage import Tally
 
 

@@ -48,7 +48,7 @@ class Encoder(Protocol):
         """Events that end the stream where an answer failed."""
 
 
-class _Reply(Response):
+class _AnyReply(Response):
     """
     Args:
         state: the server's.
@@ -109,7 +109,7 @@ class _Reply(Response):
         return ApiError(500, "the model could not go on with this answer", code="generation_failed")
 
 
-class WholeReply(_Reply):
+class WholeReply(_AnyReply):
     """One JSON body.
 
     Args:
@@ -142,7 +142,7 @@ class WholeReply(_Reply):
         await send({"type": "http.response.body", "body": content})
 
 
-class StreamReply(_Reply):
+class StreamReply(_AnyReply):
     """Server-sent events. The status is sent with the first output: what fails before it has a status of its own."""
 
     def __init__(self, state: ServerState, places: ExitStack, answers: list[Any], encoder: Encoder) -> None:

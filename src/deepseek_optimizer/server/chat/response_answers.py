@@ -12,8 +12,8 @@ import orjson
 from ...chat.deltas import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from ...engine.request import Output, TokenLogprob
 from ..http.problems import ApiError
+from ..tokens.token_text import TokenTexts, chat_logprobs
 from .chat_answers import ChatAnswer
-from .token_text import TokenTexts, chat_logprobs
 from .usage import Tally
 
 Event = dict[str, Any]

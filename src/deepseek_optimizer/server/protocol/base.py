@@ -25,7 +25,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
 
 
-class Answer(BaseModel):
+class ResponseModel(BaseModel):
     """An answer, or part of one."""
 
     model_config = ConfigDict(protected_namespaces=())
@@ -89,28 +89,28 @@ def _path(loc: tuple[int | str, ...], body: Any, kind: str) -> list[str]:
     return path
 
 
-class ErrorDetail(Answer):
+class ErrorDetail(ResponseModel):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorBody(Answer):
+class ErrorBody(ResponseModel):
     """Every error has this shape."""
 
     error: ErrorDetail
 
 
-class CachedTokens(Answer):
+class CachedTokens(ResponseModel):
     cached_tokens: int
 
 
-class ReasoningTokens(Answer):
+class ReasoningTokens(ResponseModel):
     reasoning_tokens: int
 
 
-class Usage(Answer):
+class Usage(ResponseModel):
     """Tokens: of all answers together; where there is a window, `dropped_tokens` are those that it
     has let go of or never held, and `context_tokens` those that it held at the end."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...engine.request import MAX_LOGPROBS
-from .base import Answer, Body, Ignored, ModelName, Usage
+from .base import Body, Ignored, ModelName, ResponseModel, Usage
 from .formats import Guided
 from .messages import Messages, ToolChoice, Tools
 from .sampling import Sampling, _Tokens
@@ -40,7 +40,7 @@ class ChatRequest(Sampling, Guided):
     modalities: list[Literal["text"]] | None = None
 
 
-class TopLogprob(Answer):
+class TopLogprob(ResponseModel):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -50,22 +50,22 @@ class TokenLogprobs(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChoiceLogprobs(Answer):
+class ChoiceLogprobs(ResponseModel):
     content: list[TokenLogprobs] | None
 
 
-class AnswerFunction(Answer):
+class AnswerFunction(ResponseModel):
     name: str
     arguments: str
 
 
-class AnswerToolCall(Answer):
+class AnswerToolCall(ResponseModel):
     id: str
     type: Literal["function"]
     function: AnswerFunction
 
 
-class FileCitation(Answer):
+class FileCitation(ResponseModel):
     """A passage of a file that supports the answer: characters `start` to `end` of its text, as /v1/files/{id}/content has it.
     `index`: of the file among those of the request; `file_id` is null of one that came with the request."""
 
@@ -80,7 +80,7 @@ class FileCitation(Answer):
     text: str
 
 
-class DocumentFacts(Answer):
+class DocumentFacts(ResponseModel):
     """How files were answered from: `whole`, or what of longdoc's strategies."""
 
     strategy: Literal["whole", "map_reduce", "retrieve"]
@@ -89,7 +89,7 @@ class DocumentFacts(Answer):
     context_tokens: int = Field(description="Of the last prompt and its reply; usage counts those of all prompts.")
 
 
-class ChatMessage(Answer):
+class ChatMessage(ResponseModel):
     role: Literal["assistant"]
     content: str | None
     annotations: list[FileCitation] | None = None
@@ -98,7 +98,7 @@ class ChatMessage(Answer):
     tool_calls: list[AnswerToolCall] | None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseModel):
     index: int
     message: ChatMessage
     logprobs: ChoiceLogprobs | None
@@ -106,7 +106,7 @@ class ChatChoice(Answer):
     stop_reason: str | int | None = Field(None, description="The string or token of the request's own that ended the text.")
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(ResponseModel):
     """A stream's chunks (`chat.completion.chunk`) are alike, with `delta` for `message`."""
 
     id: str

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...engine.request import MAX_LOGPROBS
-from .base import TOKEN_ID, Answer, ModelName, Usage
+from .base import TOKEN_ID, ModelName, ResponseModel, Usage
 from .chat import StreamOptions
 from .formats import Guided
 from .sampling import Sampling
@@ -36,14 +36,14 @@ class CompletionRequest(Sampling, Guided):
     add_special_tokens: bool | None = Field(None, description="Whether the tokenizer adds its own, such as a begin token.")
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(ResponseModel):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(ResponseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -51,7 +51,7 @@ class CompletionChoice(Answer):
     stop_reason: str | int | None = None
 
 
-class Completion(Answer):
+class Completion(ResponseModel):
     id: str
     object: Literal["text_completion"]
     created: int

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .base import Answer, Harmless, ModelName
+from .base import Harmless, ModelName, ResponseModel
 from .completions import Prompt
 
 
@@ -20,18 +20,18 @@ class EmbeddingRequest(Harmless):
     priority: Annotated[int, Field(ge=0, le=1000)] | None = None
 
 
-class Embedding(Answer):
+class Embedding(ResponseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class EmbeddingUsage(Answer):
+class EmbeddingUsage(ResponseModel):
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingList(Answer):
+class EmbeddingList(ResponseModel):
     object: Literal["list"]
     data: list[Embedding]
     model: str

@@ -10,14 +10,14 @@ from pydantic import Field
 from ...errors import excerpt
 from ..documents.file_store import StoredFile
 from ..http.problems import ApiError
-from .base import Answer
+from .base import ResponseModel
 
 PURPOSES = ("user_data", "assistants")
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 LEAST_SECONDS, MAX_SECONDS = 3600, 2_592_000  # OpenAI's
 
 
-class FileObject(Answer):
+class FileObject(ResponseModel):
     """A file that is kept. `expires_at`: it is gone then, or when the server ends."""
 
     id: str
@@ -33,7 +33,7 @@ class FileObject(Answer):
     warnings: list[str] = Field(description="What could not be read of it.")
 
 
-class FileList(Answer):
+class FileList(ResponseModel):
     """The newest first, unless `order` says otherwise."""
 
     object: Literal["list"]
@@ -43,7 +43,7 @@ class FileList(Answer):
     has_more: bool
 
 
-class DeletedFile(Answer):
+class DeletedFile(ResponseModel):
     id: str
     object: Literal["file"]
     deleted: Literal[True]

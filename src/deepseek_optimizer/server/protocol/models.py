@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .base import TOKEN_ID, Answer, Body, ModelName
+from .base import TOKEN_ID, Body, ModelName, ResponseModel
 from .chat import _Scalar
 from .messages import Messages, Tools
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseModel):
     id: str
     object: Literal["model"]
     created: int
@@ -20,7 +20,7 @@ class ModelCard(Answer):
     max_file_bytes: int = Field(description="Of a document sent to /v1/files.")
 
 
-class ModelList(Answer):
+class ModelList(ResponseModel):
     object: Literal["list"]
     data: list[ModelCard]
 
@@ -37,7 +37,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool | None = None
 
 
-class Tokens(Answer):
+class Tokens(ResponseModel):
     count: int
     max_model_len: int
     tokens: list[int]
@@ -49,11 +49,11 @@ class DetokenizeRequest(Body):
     tokens: Annotated[list[TOKEN_ID], Field(max_length=1_000_000, fail_fast=True)]
 
 
-class Text(Answer):
+class Text(ResponseModel):
     prompt: str
 
 
-class Status(Answer):
+class Status(ResponseModel):
     status: str
 
 

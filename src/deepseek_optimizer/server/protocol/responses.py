@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ...engine.request import MAX_LOGPROBS
-from .base import Answer, Body, Harmless, Ignored, ModelName
+from .base import Body, Harmless, Ignored, ModelName, ResponseModel
 from .chat import Effort, _Scalar
 from .messages import _Name, only_text
 from .sampling import _Tokens
@@ -211,16 +211,16 @@ class ResponsesRequest(Harmless):
         return value
 
 
-class InputTokensDetails(Answer):
+class InputTokensDetails(ResponseModel):
     cached_tokens: int
     cache_write_tokens: int
 
 
-class OutputTokensDetails(Answer):
+class OutputTokensDetails(ResponseModel):
     reasoning_tokens: int
 
 
-class ResponseUsage(Answer):
+class ResponseUsage(ResponseModel):
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
@@ -228,11 +228,11 @@ class ResponseUsage(Answer):
     total_tokens: int
 
 
-class IncompleteDetails(Answer):
+class IncompleteDetails(ResponseModel):
     reason: Literal["max_output_tokens"]
 
 
-class ResponseObject(Answer):
+class ResponseObject(ResponseModel):
     """`output` holds reasoning, messages and function calls, as OpenAI has them."""
 
     id: str

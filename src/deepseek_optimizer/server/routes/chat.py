@@ -9,10 +9,11 @@ from fastapi import FastAPI, Request, Response
 
 from ..chat.chat_answers import ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import chat_grammar, form_of
+from ..chat.grammars import form_of
 from ..chat.intake import admitted_request
+from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
-from ..documents.chats import check_simple, documents_of, set_up_chat, submit_answers
+from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
@@ -36,34 +37,32 @@ def add(app: FastAPI, state: ServerState) -> None:
             n = asked.n or 1
             chat = asked_of(asked)
             form = form_of(asked)
-            most = asked.max_completion_tokens or asked.max_tokens
-            documents = await documents_of(state, request.state.salt, chat, places, caller)
-            setup = await set_up_chat(state, chat, documents, most, caller)
-            if setup is None:
-                check_simple(
-                    n=n > 1, tools=asked.tools and chat.choice != "none", logprobs=asked.logprobs, response_format=form
-                )
-                grammar = None
+            max_tokens = asked.max_completion_tokens or asked.max_tokens
+            if chat.has_files:
+                prepared = await prepare_chat_with_files(state, chat, max_tokens, request.state.salt, places, caller)
             else:
-                grammar = await chat_grammar(state, chat, setup, form, asked.parallel_tool_calls is not False, caller)
+                prepared = await prepare_chat(state, chat, caller)
+            prepared.check_fields(
+                n=n > 1, tools=asked.tools and chat.choice != "none", logprobs=asked.logprobs, response_format=form
+            )
+            one_call = asked.parallel_tool_calls is False
+            grammar = await prepared.grammar(form, not one_call, caller)
             top = (asked.top_logprobs or 0) if asked.logprobs else None
             params = asked.params(
                 state.settings.sampling,
-                max_tokens=most,
+                max_tokens=max_tokens,
                 logprobs=top,
                 grammar=grammar,
-                keep_special=setup is not None and setup.keep_special,
+                keep_special=prepared.keep_special,
             )
             name = f"chatcmpl-{uuid.uuid4().hex}"
             head = {"id": name, "created": int(time.time()), "model": state.model_name}
-            pinned = (setup.prompt.system,) if setup and setup.prompt.system else ()
             requests = requests_for(
-                [setup.prompt.ids if setup else []], params, n, id=name, salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=asked.priority, pinned=pinned,
+                [prepared.ids], params, n, id=name, salt=request.state.salt, client=caller.key,
+                deadline=caller.deadline, priority=asked.priority, pinned=prepared.pinned,
             )  # fmt: skip
-            one_call = asked.parallel_tool_calls is False
-            answers, parsed = submit_answers(state, documents, setup, requests, one_call)
-            texts, dropped = state.texts if asked.logprobs else None, setup.dropped if setup else 0
+            answers, parsed = prepared.submit(requests, one_call)
+            texts, dropped = state.texts if asked.logprobs else None, prepared.dropped
             if asked.stream:
                 usage = bool(asked.stream_options and asked.stream_options.include_usage)
                 return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, dropped))

@@ -12,12 +12,12 @@ from ..chat.grammars import compiled, form_of
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
-from ..chat.tokenising import Lane
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
+from ..tokens.tokenising import Lane
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 

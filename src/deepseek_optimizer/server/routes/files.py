@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Path, Query, Request, Response
 
 from ..chat.replies import json_response
+from ..documents.upload import check_origin, digest_of, read_upload_form
 from ..http.caller import Caller, unless_gone
 from ..http.problems import ApiError
-from ..http.upload import check_origin, digest_of, read_upload_form
 from ..openapi import errors
 from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, shown
 from ..state import ServerState

@@ -9,11 +9,12 @@ from fastapi import FastAPI, Request, Response
 from ...engine.request import Request as EngineRequest
 from ...engine.request import SamplingParams
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import Form, chat_grammar
+from ..chat.grammars import Form
 from ..chat.intake import admitted_request
+from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
-from ..documents.chats import check_simple, documents_of, set_up_chat, submit_answers
+from ..document_chats.chats import prepare_chat_with_files
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,
@@ -44,14 +45,15 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
         async with admitted_request(state, request, ResponsesRequest, one=True) as (asked, places, caller):
             chat = asked_of(asked)
-            documents = await documents_of(state, request.state.salt, chat, places, caller)
-            setup = await set_up_chat(state, chat, documents, asked.max_output_tokens, caller)
-            parallel, form, grammar = asked.parallel_tool_calls is not False, form_of(asked), None
-            wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
-            if setup is None:
-                check_simple(tools=asked.tools and chat.choice != "none", text=form, include=wants_logprobs)
+            max_tokens, form = asked.max_output_tokens, form_of(asked)
+            if chat.has_files:
+                prepared = await prepare_chat_with_files(state, chat, max_tokens, request.state.salt, places, caller)
             else:
-                grammar = await chat_grammar(state, chat, setup, form, parallel, caller)
+                prepared = await prepare_chat(state, chat, caller)
+            wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
+            prepared.check_fields(tools=asked.tools and chat.choice != "none", text=form, include=wants_logprobs)
+            one_call = asked.parallel_tool_calls is False
+            grammar = await prepared.grammar(form, not one_call, caller)
             values: dict[str, Any] = {**state.settings.sampling}
             for name in ("temperature", "top_p", "min_p", "seed"):
                 if (value := getattr(asked, name)) is not None:
@@ -60,19 +62,18 @@ def add(app: FastAPI, state: ServerState) -> None:
                 values["top_k"] = max(asked.top_k, 0)
             params = SamplingParams(
                 **values,
-                max_tokens=asked.max_output_tokens,
+                max_tokens=max_tokens,
                 logprobs=(asked.top_logprobs or 0) if wants_logprobs else None,
                 grammar=grammar,
-                skip_special_tokens=not (setup and setup.keep_special),
+                skip_special_tokens=not prepared.keep_special,
             )
             head = new_response(state.model_name, _echo(asked, params))
             sequence = EngineRequest(
-                setup.prompt.ids if setup else [], params, id=head["id"], salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline,
-                priority=asked.priority or 0, pinned=(setup.prompt.system,) if setup and setup.prompt.system else (),
+                prepared.ids, params, id=head["id"], salt=request.state.salt, client=caller.key,
+                deadline=caller.deadline, priority=asked.priority or 0, pinned=prepared.pinned,
             )  # fmt: skip
-            answers, [answer] = submit_answers(state, documents, setup, [sequence], not parallel)
-            texts, dropped = state.texts if wants_logprobs else None, setup.dropped if setup else 0
+            answers, [answer] = prepared.submit([sequence], one_call)
+            texts, dropped = state.texts if wants_logprobs else None, prepared.dropped
             if asked.stream:
                 return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts, dropped))
             collector = ResponseCollector(head, answer, texts, dropped)

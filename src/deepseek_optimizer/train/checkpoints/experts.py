@@ -50,18 +50,18 @@ class MergedExperts:
     model: Any
     state: Any
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+    def load_weights(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super().load_weights(resume_from_checkpoint, model)  # type: ignore[misc]
         load_experts(self.model if model is None else model, Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()  # type: ignore[misc]
+    def load_best_weights(self) -> None:
+        super().load_best_weights()  # type: ignore[misc]
         load_experts(self.model, Path(self.state.best_model_checkpoint))
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
+    def warn_of_other_weights(self, load_result: Any) -> None:
         """Says nothing of what `load_experts` is about to read."""
         merged = merged_experts(self.model)
         stacks = tuple(f"{name.rpartition('.')[0]}." for name in merged)
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in merged]
         load_result.unexpected_keys[:] = [name for name in load_result.unexpected_keys if not name.startswith(stacks or "\0")]
-        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+        super().warn_of_other_weights(load_result)  # type: ignore[misc]

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
 
 from ...checkpoint.atomic import merged_directory, naming, publish
 from ...checkpoint.shards import is_weights
 from ...errors import CheckpointError, ConfigError, SaveError
+from ...integration.training.modules import is_tied
+from ...integration.training.trainer import HookedTrainer
 from .directory import checkpoints, locked, newest_whole, remove_unfinished, rotate, step_of, verified
 from .experts import MergedExperts
 from .manifest import write_manifest
@@ -35,7 +35,7 @@ OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.safetensors", "scheduler.safetensor
 _PICKLED_ARGUMENTS = "training_args.bin"
 
 
-class AtomicCheckpoints(MergedExperts, Trainer):
+class AtomicCheckpoints(MergedExperts, HookedTrainer):
     """What `DeepSeekTrainer` does about checkpoints.
 
     `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole, and says which damaged ones it passed
@@ -54,7 +54,7 @@ class AtomicCheckpoints(MergedExperts, Trainer):
     _unnamed: Path | None = None  # the directory that a checkpoint is being written into
     _push_later = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         with self._run_directory():
             return super().train(self._whole_checkpoint(resume_from_checkpoint), *args, **kwargs)
 
@@ -102,28 +102,28 @@ class AtomicCheckpoints(MergedExperts, Trainer):
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer looks whether it is done after a step only: a run that was killed after its last one would make one more."""
         if self.state.global_step >= self.state.max_steps:
-            self._load_rng_state(kwargs.get("resume_from_checkpoint"))
+            self.load_random_states(kwargs.get("resume_from_checkpoint"))
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)
+            super().run_epoch(*args, **kwargs)
 
     # ---- writing ----
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def checkpoints_directory(self, trial: Any) -> str:
         """While a checkpoint is written, the directory without a name: all that Trainer writes goes there."""
-        return super()._get_output_dir(trial) if self._unnamed is None else str(self._unnamed)
+        return super().checkpoints_directory(trial) if self._unnamed is None else str(self._unnamed)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial))
+    def write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run = Path(self.checkpoints_directory(trial))
         target = run / f"checkpoint-{self.state.global_step}"
         best = self.state.best_model_checkpoint
         with self._saving(target), self._directory(run / f".{target.name}.tmp") as unnamed:
             try:
                 self._unnamed = unnamed
-                super()._save_checkpoint(model, trial)
+                super().write_checkpoint(model, trial)
                 self._barrier()
             finally:
                 self._unnamed, self.state.best_model_checkpoint = None, best
@@ -136,7 +136,7 @@ class AtomicCheckpoints(MergedExperts, Trainer):
             rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self._push_later:
             self._push_later = False
-            self._push_from_checkpoint(str(target))
+            self.push_checkpoint(str(target))
 
     def _finish(self, directory: Path) -> None:
         """The last that a checkpoint gets: the state with the path of the best one, arguments without pickle, the list."""
@@ -150,11 +150,11 @@ class AtomicCheckpoints(MergedExperts, Trainer):
         if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unnamed is not None:
             self._push_later = True  # not before it has its name
         else:
-            super()._push_from_checkpoint(checkpoint_folder)
+            super().push_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, but all files change at once: a model that lay there is never half overwritten. See `merged_directory`."""
@@ -173,7 +173,7 @@ class AtomicCheckpoints(MergedExperts, Trainer):
             return super().save_model(directory, _internal_call=True)
         state = {name: whole(tensor) for name, tensor in self.accelerator.get_state_dict(self.model).items()}
         if self.args.should_save:
-            self._save(directory, state)
+            self.save_weights(directory, state)
 
     @contextlib.contextmanager
     def _directory(self, path: Path) -> Iterator[Path]:
@@ -214,14 +214,14 @@ class AtomicCheckpoints(MergedExperts, Trainer):
 
     # ---- what Trainer pickles ----
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def save_optimizer_state(self, output_dir: str) -> None:
         directory = Path(output_dir)
         state = gathered(self.optimizer.state_dict(), self.optimizer.param_groups)
         if self.args.should_save:
             write_state(directory / OPTIMIZER, state)
             write_state(directory / SCHEDULER, self.lr_scheduler.state_dict())
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def load_optimizer_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         directory = Path(checkpoint)
@@ -234,11 +234,11 @@ class AtomicCheckpoints(MergedExperts, Trainer):
         self.optimizer.load_state_dict(scattered(read_state(directory / OPTIMIZER), self.optimizer))
         self.lr_scheduler.load_state_dict(read_state(directory / SCHEDULER))
 
-    def _save_rng_state(self, output_dir: str) -> None:
+    def save_random_states(self, output_dir: str) -> None:
         os.makedirs(output_dir, exist_ok=True)  # a process may be here before process 0 made it
         write_state(self._rng_file(output_dir), random_states())
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def load_random_states(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         file = self._rng_file(checkpoint)
@@ -253,21 +253,21 @@ class AtomicCheckpoints(MergedExperts, Trainer):
     def _rng_file(self, directory: str) -> Path:
         return Path(directory, f"rng_state_{self.args.process_index}.safetensors")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def load_weights(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         # PEFT makes the weights of an adapter that it loads float32, whatever they were; bf16 goes there and back exactly.
         loaded = self.model if model is None else model
         if self.is_fsdp_enabled:
             return self._load_shards(Path(resume_from_checkpoint), loaded)
         dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super().load_weights(resume_from_checkpoint, model)
         for name, parameter in loaded.named_parameters():
             if parameter.dtype != dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(dtypes[name])
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
+    def warn_of_other_weights(self, load_result: Any) -> None:
         """As Trainer's; a tied weight is not missing, for it is another one of the checkpoint."""
-        missing = [name for name in load_result.missing_keys if not _is_tied(self.model, name)]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+        missing = [name for name in load_result.missing_keys if not is_tied(self.model, name)]
+        super().warn_of_other_weights(load_result._replace(missing_keys=missing))
 
     @staticmethod
     def _load_shards(directory: Path, model: torch.nn.Module) -> None:
@@ -282,16 +282,12 @@ class AtomicCheckpoints(MergedExperts, Trainer):
             if file.name.startswith("model"):
                 state |= load_file(file)
         found = set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
-        absent = [name for name in found.missing_keys if not _is_tied(model, name)]
+        absent = [name for name in found.missing_keys if not is_tied(model, name)]
         if absent or found.unexpected_keys:
             raise CheckpointError(
                 f"is not of this model: {len(absent)} of its tensors are missing, {len(found.unexpected_keys)} are unknown",
                 file=directory, tensor=next(iter([*absent, *found.unexpected_keys])),
             )  # fmt: skip
-
-
-def _is_tied(model: Any, name: str) -> bool:
-    return name in (getattr(model, "_tied_weights_keys", None) or ())
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

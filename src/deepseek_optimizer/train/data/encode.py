@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from ...chat.reasoning import CLOSE, OPEN, opened_by
 from ...chat.template import ChatTemplate
 from ...errors import ConfigError, DataError, MissingPackageError, RequestError
-from .examples import Chat, Completion, Example, Text
+from .examples import Chat, Example, PlainText, PromptAndAnswer
 from .places import Place
 
 _BLOCK = 1 << 20  # characters that are tokenised at once
 
 
-class Tokens(NamedTuple):
+class EncodedTokens(NamedTuple):
     """A sequence: ids, and for each whether the model is trained to say it. cut: it may be cut anywhere."""
 
     ids: list[int]
@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
     cut: bool
 
 
-class Encoder:
+class ExampleEncoder:
     """
     Args:
         tokenizer: of Transformers; with its chat template chats are rendered.
@@ -43,19 +43,19 @@ class Encoder:
         if self._template is not None:
             self._template.close()
 
-    def encode(self, example: Example, place: Place) -> Iterator[Tokens]:
+    def encode(self, example: Example, place: Place) -> Iterator[EncodedTokens]:
         """
         Raises:
             DataError: the template refuses it, or there is nothing in it to train on.
             ConfigError: the template does not tell where the assistant speaks.
         """
-        if isinstance(example, Text):
+        if isinstance(example, PlainText):
             ids = self._text(example.text)
-            yield Tokens(ids, [True] * len(ids), example.cut)
-        elif isinstance(example, Completion) and self._template is None:
+            yield EncodedTokens(ids, [True] * len(ids), example.cut)
+        elif isinstance(example, PromptAndAnswer) and self._template is None:
             yield self._completion(example)
         else:
-            yield from self._chat(example.chat() if isinstance(example, Completion) else example, place)
+            yield from self._chat(example.chat() if isinstance(example, PromptAndAnswer) else example, place)
 
     def _text(self, text: str) -> list[int]:
         """With what the tokenizer begins and ends texts with, and the end of text behind it."""
@@ -64,18 +64,18 @@ class Encoder:
             ids += self._tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
         return ids if ids and ids[-1] == self._tokenizer.eos_token_id else ids + self._end()
 
-    def _completion(self, example: Completion) -> Tokens:
+    def _completion(self, example: PromptAndAnswer) -> EncodedTokens:
         prompt = self._tokenizer(example.plain, verbose=False)["input_ids"]
         if prompt and prompt[-1] == self._tokenizer.eos_token_id:  # some tokenizers end every text
             prompt = prompt[:-1]
         answer = self._tokenizer(example.completion, add_special_tokens=False, verbose=False)["input_ids"] + self._end()
         trained = [not self._assistant_only] * len(prompt) + [True] * len(answer)
-        return Tokens(prompt + answer, trained, cut=False)
+        return EncodedTokens(prompt + answer, trained, cut=False)
 
     def _end(self) -> list[int]:
         return [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
 
-    def _chat(self, chat: Chat, place: Place) -> Iterator[Tokens]:
+    def _chat(self, chat: Chat, place: Place) -> Iterator[EncodedTokens]:
         if self._template is None:
             raise ConfigError(
                 f"{place} is a chat, but the tokenizer has no chat template to make it a text; take a model whose tokenizer "
@@ -93,7 +93,7 @@ class Encoder:
         except RequestError as error:
             raise place.error(str(error).removeprefix("messages: ")) from None
 
-    def _whole(self, chat: Chat, place: Place) -> Tokens:
+    def _whole(self, chat: Chat, place: Place) -> EncodedTokens:
         assert self._template is not None
         if self._assistant_only and chat.messages[0]["role"] == "assistant" and not self._template.marks_answers():
             raise place.error(
@@ -109,15 +109,15 @@ class Encoder:
         if made.hidden:
             raise self._hidden(chat, made.hidden[0], place)
         if not self._assistant_only:
-            return Tokens(made.ids, [True] * len(made.ids), cut=False)
+            return EncodedTokens(made.ids, [True] * len(made.ids), cut=False)
         trained = [False] * len(made.ids)
         for begin, end in made.answers or ():
             trained[begin:end] = [True] * (end - begin)
         if not any(trained):
             raise place.error("has no message of the assistant, so there is nothing to train on")
-        return Tokens(made.ids, trained, cut=False)
+        return EncodedTokens(made.ids, trained, cut=False)
 
-    def _one_answer(self, chat: Chat, place: Place) -> Tokens:
+    def _one_answer(self, chat: Chat, place: Place) -> EncodedTokens:
         """A chat that ends with the answer to train on."""
         assert self._template is not None
         last = len(chat.messages) - 1
@@ -128,10 +128,10 @@ class Encoder:
         made = self._template.dialogue(chat.messages, tools=chat.tools)
         if made.answers and last not in made.hidden:
             begin, end = made.answers[-1]
-            return Tokens(made.ids[:end], [False] * begin + [True] * (end - begin), cut=False)
+            return EncodedTokens(made.ids[:end], [False] * begin + [True] * (end - begin), cut=False)
         return self._as_written(chat, last, place)
 
-    def _as_written(self, chat: Chat, last: int, place: Place) -> Tokens:
+    def _as_written(self, chat: Chat, last: int, place: Place) -> EncodedTokens:
         """The prompt, and an answer with thoughts as a model writes it, where the template leaves thoughts out."""
         assert self._template is not None
         message = chat.messages[last]
@@ -147,7 +147,7 @@ class Encoder:
             *self._template.said(answer),
             *self._end(),
         ]
-        return Tokens(prompt.ids + ids, [False] * len(prompt.ids) + [True] * len(ids), cut=False)
+        return EncodedTokens(prompt.ids + ids, [False] * len(prompt.ids) + [True] * len(ids), cut=False)
 
     def _layout(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -183,10 +183,10 @@ def _blocks(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def pieces(tokens: Tokens, length: int) -> Iterator[Tokens]:
+def pieces(tokens: EncodedTokens, length: int) -> Iterator[EncodedTokens]:
     """A sequence in pieces of so many tokens at most."""
     for begin in itertools.count(0, length):
         if begin >= len(tokens.ids):
             return
         part = slice(begin, begin + length)
-        yield Tokens(tokens.ids[part], tokens.trained[part], tokens.cut)
+        yield EncodedTokens(tokens.ids[part], tokens.trained[part], tokens.cut)

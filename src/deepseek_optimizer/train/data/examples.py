@@ -41,7 +41,7 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Completion:
+class PromptAndAnswer:
     """A question and its answer, without roles. plain: both to follow each other where there is no chat template."""
 
     prompt: str
@@ -57,14 +57,14 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     """cut: it may be cut wherever a sequence is full, as files are, which are of any length."""
 
     text: str
     cut: bool
 
 
-Example = Chat | Completion | Text
+Example = Chat | PromptAndAnswer | PlainText
 
 
 def to_example(record: Record) -> Example:
@@ -74,7 +74,7 @@ def to_example(record: Record) -> Example:
     """
     place, value = record
     if isinstance(value, str):
-        return Text(value, cut=True)
+        return PlainText(value, cut=True)
     if "messages" in value:
         return _chat(value["messages"], value.get("tools"), place, "messages")
     if "conversations" in value:
@@ -85,7 +85,7 @@ def to_example(record: Record) -> Example:
     if "instruction" in value and "output" in value:
         return _instruction(value, place)
     if "text" in value:
-        return Text(_string(value, "text", place), cut=False)
+        return PlainText(_string(value, "text", place), cut=False)
     has = ", ".join(map(str, value)) or "nothing"
     raise place.error(f"has none of the forms that are known ({_FORMS}); it has {has[:200]}")
 
@@ -149,15 +149,15 @@ def _prompt_and_completion(value: Mapping[str, Any], place: Place) -> Example:
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat([*prompt, *completion], value.get("tools"), place, "prompt+completion")
     said = _string(value, "prompt", place), _string(value, "completion", place)
-    return Completion(*said, system=_optional(value, "system", place), plain=said[0])
+    return PromptAndAnswer(*said, system=_optional(value, "system", place), plain=said[0])
 
 
-def _instruction(value: Mapping[str, Any], place: Place) -> Completion:
+def _instruction(value: Mapping[str, Any], place: Place) -> PromptAndAnswer:
     parts = [_string(value, "instruction", place), _optional(value, "input", place)]
     question = "\n\n".join(part for part in parts if part)
     system = _optional(value, "system", place)
     plain = f"{system}\n\n{question}\n\n" if system else f"{question}\n\n"
-    return Completion(question, _string(value, "output", place), system, plain)
+    return PromptAndAnswer(question, _string(value, "output", place), system, plain)
 
 
 def _string(value: Mapping[str, Any], name: str, place: Place) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ...checkpoint.atomic import atomic_directory
 from ...errors import CheckpointError, ConfigError, DataError
-from .encode import Encoder, Tokens, pieces
+from .encode import EncodedTokens, ExampleEncoder, pieces
 from .examples import to_example
 from .places import BadLines, Place
 from .records import Record, files_of, read_records
@@ -223,7 +223,7 @@ class _Making:
             bad.raise_if_any(_REMEDY)
 
     def _write(self, writer: TokenWriter) -> None:
-        encoder = Encoder(self.tokenizer, self.options.assistant_only, self.options.per_answer)
+        encoder = ExampleEncoder(self.tokenizer, self.options.assistant_only, self.options.per_answer)
         try:
             for number, file in enumerate(self.files):
                 for record in read_records(file, self._note_bad):
@@ -247,7 +247,7 @@ class _Making:
             )
         writer.finish(asdict(DataReport(**self.counts, **self.made, bad=self.bad.count, bad_shown=tuple(self.bad.first))))
 
-    def _sequences(self, encoder: Encoder, record: Record) -> Iterator[Tokens]:
+    def _sequences(self, encoder: ExampleEncoder, record: Record) -> Iterator[EncodedTokens]:
         for tokens in encoder.encode(to_example(record), record.place):
             yield from self._fitted(tokens, record.place)
 
@@ -255,7 +255,7 @@ class _Making:
         self.counts["records"] += 1
         self.bad.add(error)
 
-    def _add(self, writer: TokenWriter, tokens: Tokens, place: Place, file: int) -> None:
+    def _add(self, writer: TokenWriter, tokens: EncodedTokens, place: Place, file: int) -> None:
         trained = sum(tokens.trained[1:])
         if not trained:
             self.counts["without_answer"] += 1
@@ -266,7 +266,7 @@ class _Making:
         self.made["trained_tokens"] += trained
         self.made["longest"] = max(self.made["longest"], len(tokens.ids))
 
-    def _fitted(self, tokens: Tokens, place: Place) -> list[Tokens]:
+    def _fitted(self, tokens: EncodedTokens, place: Place) -> list[EncodedTokens]:
         """A sequence as one, or as several, of at most so many tokens."""
         if tokens.cut:
             return list(pieces(tokens, self.piece))

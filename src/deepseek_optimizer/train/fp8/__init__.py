@@ -10,6 +10,6 @@ emulation is an ordinary bf16 product of values on the FP8 grid, with the same t
 format such a scale costs no precision, only up to one of the exponents at the lower end.
 """
 
-from .backend import Fp8, choose
+from .backend import Fp8Products, choose
 
-__all__ = ["Fp8", "choose"]
+__all__ = ["Fp8Products", "choose"]

@@ -16,7 +16,7 @@ Fp8Backend = Literal["auto", "hardware", "emulate"]
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8Products:
     """How products are done.
 
     Attributes:
@@ -55,7 +55,7 @@ class Fp8:
         return out.add_(found) if add else out.copy_(found)
 
 
-def choose(backend: Fp8Backend, device: torch.device, e4m3: bool = True) -> Fp8:
+def choose(backend: Fp8Backend, device: torch.device, e4m3: bool = True) -> Fp8Products:
     """The way for a device.
 
     Args:
@@ -72,11 +72,11 @@ def choose(backend: Fp8Backend, device: torch.device, e4m3: bool = True) -> Fp8:
             f'fp8_backend="hardware" is not possible here: {reason}. fp8_backend="emulate" has the same numerics'
         )
     if backend != "emulate" and reason is None:
-        return Fp8(gradients, True, "FP8 products run on tensor cores")
+        return Fp8Products(gradients, True, "FP8 products run on tensor cores")
     asked = "as asked" if backend == "emulate" else reason
-    return Fp8(gradients, False, f"FP8 is emulated: its numerics only, slower than bf16 ({asked})")
+    return Fp8Products(gradients, False, f"FP8 is emulated: its numerics only, slower than bf16 ({asked})")
 
 
-def of_arguments(args: Any) -> Fp8 | None:
+def of_arguments(args: Any) -> Fp8Products | None:
     """What `DeepSeekTrainingArguments` ask for; None without `fp8_enabled`. Raises BackendError."""
     return choose(args.fp8_backend, args.device, args.fp8_e4m3) if args.fp8_enabled else None

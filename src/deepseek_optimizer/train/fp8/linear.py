@@ -9,10 +9,10 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.grouped import check_grouped
 from ..ops.linear import bias_gradient, check_columns, gradient_place, rows_of
-from .backend import Fp8
+from .backend import Fp8Products
 
 
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: Fp8) -> torch.Tensor:
+def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: Fp8Products) -> torch.Tensor:
     """x [..., K], weight [N, K], bias [N], bf16 (or fp32) -> [..., N] of x's dtype. What the backward needs is kept as it is,
     and quantised there along the other dimension, from the original rather than from rounded tiles.
 
@@ -23,7 +23,7 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return found
 
 
-def fp8_grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, how: Fp8) -> torch.Tensor:
+def fp8_grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, how: Fp8Products) -> torch.Tensor:
     """x [T, K], weight [E, N, K], offsets int64 [E + 1] -> [T, N], as `ops.grouped.grouped_linear`. No tile spans two
     groups."""
     check_grouped("fp8_grouped_linear", x, weight, offsets)
@@ -33,7 +33,7 @@ def fp8_grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: Fp8) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: Fp8Products) -> torch.Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.weight, ctx.bias, ctx.shape, ctx.how = gradient_place(weight), gradient_place(bias), x.shape, how
@@ -52,7 +52,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 class _Fp8GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, how: Fp8) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, how: Fp8Products) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.how, ctx.parts = gradient_place(weight), how, _parts(offsets)
         return torch.cat([how.forward(x[a:b], w, None) for (a, b), w in zip(ctx.parts, weight, strict=True)])
@@ -66,7 +66,7 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         return dx, _grouped_weight_gradient(ctx.weight, weight, dy, x, parts, how) if needs_weight else None, None, None
 
 
-def _weight_gradient(weight: torch.Tensor | None, dy: torch.Tensor, x: torch.Tensor, how: Fp8) -> torch.Tensor | None:
+def _weight_gradient(weight: torch.Tensor | None, dy: torch.Tensor, x: torch.Tensor, how: Fp8Products) -> torch.Tensor | None:
     total = getattr(weight, "main_grad", None)
     if total is None:
         return how.weight_gradient(dy, x)
@@ -75,7 +75,12 @@ def _weight_gradient(weight: torch.Tensor | None, dy: torch.Tensor, x: torch.Ten
 
 
 def _grouped_weight_gradient(
-    leaf: torch.Tensor | None, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, parts: list[tuple[int, int]], how: Fp8
+    leaf: torch.Tensor | None,
+    weight: torch.Tensor,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    parts: list[tuple[int, int]],
+    how: Fp8Products,
 ) -> torch.Tensor | None:
     total = getattr(leaf, "main_grad", None)
     out = torch.zeros_like(weight) if total is None else total

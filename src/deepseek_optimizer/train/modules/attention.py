@@ -1,4 +1,4 @@
-"""Attention of Llama, Mistral, Qwen2 and Qwen3, in training.
+"""Grouped-query attention of Llama's form (Mistral, Qwen2, Qwen3), in training.
 
 The projections are called as the modules they are, so that adapters and packed weights may stand in their places; attention
 itself is whatever the config names (`dso_train` once a model is prepared).
@@ -6,19 +6,18 @@ itself is whatever the config names (`dso_train` once a model is prepared).
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...integration.compat import CACHE_NAMES
+from ...integration.training.modules import attention_function, attention_name
+from ...models.families import traits
 from ..ops.linear import linears
 from ..ops.rope import rope
 from .linear import is_plain
 
-# Those whose rope turns the halves of a head against each other; nothing in a module tells that.
-FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _NORMS = {"q_norm", "k_norm"}
 
@@ -40,14 +39,14 @@ class TrainedAttention(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         has = {name for name, _ in module.named_children()}
-        known = getattr(getattr(module, "config", None), "model_type", None) in FAMILIES
+        known = traits(getattr(module, "config", None)).rotates_halves
         return known and has in (_PROJECTIONS, _PROJECTIONS | _NORMS) and hasattr(module, "scaling")
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, H] -> ([B, S, H], attention weights or None)."""
-        implementation = self.config._attn_implementation
+        implementation = attention_name(self.config)
         if implementation == "eager" or any(kwargs.get(name) is not None for name in CACHE_NAMES):
             where = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             result: Any = super().forward(hidden_states=hidden_states, **where, **kwargs)
@@ -55,7 +54,7 @@ class TrainedAttention(nn.Module):
         cos, sin = position_embeddings
         q, k, v = self._projected(hidden_states)
         query, key, value = rope(self._heads(q, "q_norm"), cos, sin), rope(self._heads(k, "k_norm"), cos, sin), self._heads(v)
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        attend = attention_function(implementation)
         dropout = self.attention_dropout if self.training else 0.0
         window = {"sliding_window": self._window} if self._window is not None else {}
         out, weights = attend(
@@ -79,8 +78,8 @@ class TrainedAttention(nn.Module):
 
     @property
     def _window(self) -> int | None:
-        """Qwen's layers have one each, or none; Mistral's share the config's."""
+        """Tokens that a token sees; None: all before it."""
         if hasattr(self, "sliding_window"):
             own: int | None = self.sliding_window
             return own
-        return getattr(self.config, "sliding_window", None) if self.config.model_type == "mistral" else None
+        return getattr(self.config, "sliding_window", None) if traits(self.config).window_from_config else None

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
-from ..fp8.backend import Fp8
+from ...integration.training.modules import is_expert_parallel, uses_silu
+from ..fp8.backend import Fp8Products
 from ..fp8.linear import fp8_grouped_linear
 from ..kept import Kept
 from ..ops.grouped import grouped_linear
@@ -94,7 +94,7 @@ def grouped_experts(
     index: torch.Tensor,
     weights: torch.Tensor,
     kept: Kept | None = None,
-    fp8: Fp8 | None = None,
+    fp8: Fp8Products | None = None,
 ) -> torch.Tensor:
     """
     Args:
@@ -138,14 +138,14 @@ class TrainedExperts(nn.Module):
         found = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
         return (
             found == {"gate_up_proj": 3, "down_proj": 3}
-            and isinstance(getattr(module, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
+            and uses_silu(module)
             and not getattr(module, "is_transposed", False)
             and getattr(module, "is_concatenated", True)
-            and not getattr(module, "_is_expert_parallel", False)
+            and not is_expert_parallel(module)
         )
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H] of hidden_states' dtype."""
-        fp8: Fp8 | None = getattr(self, "fp8", None) if self.training else None
+        fp8: Fp8Products | None = getattr(self, "fp8", None) if self.training else None
         where = (top_k_index, top_k_weights, getattr(self, "kept", None), fp8)
         return grouped_experts(hidden_states, self.gate_up_proj, self.down_proj, *where)

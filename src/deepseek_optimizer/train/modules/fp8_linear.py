@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..fp8.backend import Fp8
+from ..fp8.backend import Fp8Products
 from ..fp8.linear import fp8_linear
 from ..ops.linear import linear
 from .linear import TrainedLinear
@@ -21,7 +21,7 @@ class TrainedFp8Linear(nn.Module):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    fp8: Fp8
+    fp8: Fp8Products
 
     @staticmethod
     def fits(module: nn.Module) -> bool:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...integration.compat import causal_output
-from ..mtp_loss import MtpObjective
+from ...models.families import traits
 from .head_loss import head_is_fused, head_loss
-
-# Those whose logits are the head's product and nothing more (no cap, no scale), and whose loss is Transformers' causal one.
-FAMILIES: Final = (
-    "llama", "mistral", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu", "qwen2_moe", "qwen3_moe",
-)  # fmt: skip
+from .mtp_loss import MtpObjective
 
 
 class TrainedCausalLM(nn.Module):
@@ -33,7 +29,7 @@ class TrainedCausalLM(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         children = {name for name, _ in module.named_children()}
-        known = getattr(getattr(module, "config", None), "model_type", None) in FAMILIES
+        known = traits(getattr(module, "config", None)).plain_head
         return known and {"model", "lm_head"} <= children and getattr(module, "loss_type", None) == "ForCausalLM"
 
     def forward(self, *args: Any, labels: Any = None, skip_logits: bool | None = None, **kwargs: Any) -> Any:

@@ -7,12 +7,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from ...models.families import traits
 from ..ops.add import add
 from .linear import is_untouched
 from .norm import TrainedNorm
 
-# Those whose layers add both results as they are; others scale them, and nothing in a module tells that.
-FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3")
 _CHILDREN: Final = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
@@ -27,8 +26,7 @@ class TrainedLayer(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         config = getattr(getattr(module, "self_attn", None), "config", None)
-        known = getattr(config, "model_type", None) in FAMILIES
-        return known and {name for name, _ in module.named_children()} == _CHILDREN
+        return traits(config).plain_residuals and {name for name, _ in module.named_children()} == _CHILDREN
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]."""

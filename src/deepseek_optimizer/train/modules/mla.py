@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...integration.compat import CACHE_NAMES
+from ...integration.training.modules import attention_function, attention_name
 from ..ops.rope import rope
 
 _CHILDREN = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
@@ -52,14 +52,14 @@ class TrainedLatentAttention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
         """hidden_states [B, S, H] -> ([B, S, H], None). position_embeddings: (cos, sin), or V2's complex numbers."""
-        implementation = self.config._attn_implementation
+        implementation = attention_name(self.config)
         if implementation == "eager" or any(kwargs.get(name) is not None for name in CACHE_NAMES):
             where = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return super().forward(hidden_states=hidden_states, **where, **kwargs)
         cos, sin, interleaved = self._turns(position_embeddings)
         query, key, value = self._expanded(hidden_states, cos, sin, interleaved)
         dropout = self.attention_dropout if self.training else 0.0
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        attend = attention_function(implementation)
         out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.flatten(2)), weights
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
+from ...integration.training.modules import uses_silu
 from ..kept import Kept
 from ..ops.mlp import mlp
 from ..ops.swiglu import swiglu
@@ -29,8 +29,11 @@ class TrainedMlp(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         children = {name for name, _ in module.named_children()} - {"act_fn"}
-        silu = isinstance(getattr(module, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
-        return silu and children == {"gate_proj", "up_proj", "down_proj"} and not list(module.parameters(recurse=False))
+        return (
+            uses_silu(module)
+            and children == {"gate_proj", "up_proj", "down_proj"}
+            and not list(module.parameters(recurse=False))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]."""

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_causal_mask
 
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.stacks import is_stack
 from ...errors import ConfigError
+from ...integration.attention.transformers_sdpa import create_causal_mask
 from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
-from ...integration.load.loader import resolve
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
+from ...integration.load.resolve import resolve
 from ...models import mtp_layers
 from ..checkpoints.experts import read_stack
 
@@ -55,7 +55,7 @@ def add_trained_layers(model: Any) -> list[str]:
             f"mtp_loss_weight is set, but config.num_nextn_predict_layers of this {config.model_type} model promises no layers "
             "for multi-token prediction; leave mtp_loss_weight=None, or set the field before the model is made"
         )
-    source = str(getattr(config, "_name_or_path", "") or "")
+    source = str(getattr(config, "name_or_path", "") or "")
     if not source or not _is_checkpoint(source):
         return _hang(model, [frozenset()] * count, None)
     with open_checkpoint(resolve(source)) as checkpoint:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ...backends.cpu.buffers import address
@@ -62,22 +61,6 @@ def linear_cross_entropy(
     needed = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
     loss: torch.Tensor = _LinearCrossEntropy.apply(rows, weight, flat, 1 / items if items else 0.0, chunk, needed)
     return loss
-
-
-def linear_cross_entropy_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    ignore_index: int = -100,
-    num_items: float | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The same in plain torch, with whole logits."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden.to(wide), weight.to(wide)).reshape(-1, weight.shape[0])
-    total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
-    items = float(num_items) if num_items is not None else float((labels != ignore_index).sum())
-    return total / items if items else total * 0
 
 
 def _check_labels(labels: torch.Tensor, rows: int) -> None:

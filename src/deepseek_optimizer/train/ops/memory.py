@@ -64,7 +64,7 @@ class _Segment:
             self.ends.insert(at, end)
 
 
-class Memory:
+class TensorMemory:
     """Makes uninitialised tensors. Each keeps its block until its storage is gone, whoever holds it, in whatever thread."""
 
     def __init__(self) -> None:
@@ -140,6 +140,6 @@ def _new_segment(size: int) -> _Segment:
 
 
 @functools.cache
-def memory() -> Memory:
+def memory() -> TensorMemory:
     """The process's."""
-    return Memory()
+    return TensorMemory()

@@ -1,4 +1,4 @@
-"""The window of a dialogue that outgrows its cache: which blocks go. No torch, no bytes.
+"""The cache window of a dialogue that outgrows its cache: which blocks go. No torch, no bytes.
 
 A window keeps its sinks (the first tokens, which every model leans on: Xiao et al. 2023, StreamingLLM), pinned spans, and the
 most recent tokens. What is dropped are whole blocks from the midst, the oldest first, a good share of the window at once: the
@@ -39,40 +39,42 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class WindowPolicy:
+class CacheWindow:
     """
     Attributes:
-        window: tokens that the cache of a sequence may hold, SMALLEST or more.
+        tokens: that the cache of a sequence may hold, SMALLEST or more.
         sinks: tokens at the beginning that always stay; rounded up to blocks.
         share: of the window that goes at once, so far as there is so much, above 0 and at most 0.5.
         recent: share of the window, of the newest tokens, that never goes, 0 to 0.5.
     """
 
-    window: int
+    tokens: int
     sinks: int = 4
     share: float = 0.25
     recent: float = 0.25
 
     def __post_init__(self) -> None:
         """Raises ConfigError."""
-        if self.window < SMALLEST:
-            raise ConfigError(f"window: {self.window} tokens, and {SMALLEST} is the smallest that there is")
+        if self.tokens < SMALLEST:
+            raise ConfigError(f"cache_window: {self.tokens} tokens, and {SMALLEST} is the smallest that there is")
         if self.sinks < 0 or not 0 < self.share <= 0.5 or not 0 <= self.recent <= 0.5:
             raise ConfigError(
-                f"window: sinks must not be negative, share above 0 and at most 0.5, recent from 0 to 0.5; they are "
+                f"cache_window: sinks must not be negative, share above 0 and at most 0.5, recent from 0 to 0.5; they are "
                 f"{self.sinks}, {self.share:g} and {self.recent:g}"
             )
         if self.room() < 1:
-            raise ConfigError(f"window: {self.sinks} sinks and the recent tokens fill all of {self.window}. Take fewer sinks")
+            raise ConfigError(
+                f"cache_window: {self.sinks} sinks and the recent tokens fill all {self.tokens}; take fewer sinks"
+            )
 
     @property
     def recent_tokens(self) -> int:
-        return int(self.window * self.recent)
+        return int(self.tokens * self.recent)
 
     def room(self, pinned: Iterable[tuple[int, int]] = ()) -> int:
         """Tokens that may always come at once beside these pinned spans, whatever the window holds. Drops don't change it."""
         kept = -(-self.sinks // BLOCK_TOKENS) + len(self._pinned_blocks(pinned))
-        return self.window - self.recent_tokens - kept * BLOCK_TOKENS - 2 * (BLOCK_TOKENS - 1)  # two blocks may be cut
+        return self.tokens - self.recent_tokens - kept * BLOCK_TOKENS - 2 * (BLOCK_TOKENS - 1)  # two blocks may be cut
 
     def check(self, pinned: Iterable[tuple[int, int]], coming: int = 1) -> None:
         """To be asked before a request begins. Raises RequestError where pinned spans leave no room for steps of `coming`
@@ -83,7 +85,7 @@ class WindowPolicy:
         if self.room(pinned) < coming:
             raise RequestError(
                 "pinned",
-                f"{len(self._pinned_blocks(pinned)) * BLOCK_TOKENS} of the window's {self.window} tokens, in blocks of "
+                f"{len(self._pinned_blocks(pinned)) * BLOCK_TOKENS} of the window's {self.tokens} tokens, in blocks of "
                 f"{BLOCK_TOKENS}, leave no room for {coming} more beside the recent ones. Pin less, or take a larger window",
             )
 
@@ -98,17 +100,17 @@ class WindowPolicy:
 
         Raises: RequestError where sinks and pinned spans leave no room; `check` says so in advance.
         """
-        over = tokens + coming - self.window
+        over = tokens + coming - self.tokens
         if over <= 0:
             return []
         pinned, needed = tuple(pinned), -(-over // BLOCK_TOKENS)
-        wanted = max(needed, int(self.share * self.window) // BLOCK_TOKENS)
+        wanted = max(needed, int(self.share * self.tokens) // BLOCK_TOKENS)
         kept, last = self._pinned_blocks(pinned), max(0, tokens - self.recent_tokens) // BLOCK_TOKENS
         going = [b for b in range(-(-self.sinks // BLOCK_TOKENS), last) if b not in kept][:wanted]
         if len(going) < needed:
             if pinned:
                 self.check(pinned, coming)
-            raise ValueError(f"{coming} tokens at once, and a window of {self.window} has room for {self.room(pinned)}")
+            raise ValueError(f"{coming} tokens at once, and a window of {self.tokens} has room for {self.room(pinned)}")
         runs: list[Drop] = []
         for block in going:
             if runs and block == runs[-1].first_block + runs[-1].count:

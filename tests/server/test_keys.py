@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from deepseek_optimizer.errors import ConfigError
-from deepseek_optimizer.server.http.keys import ApiKeys, KeyFileWarning, read_keys
+from deepseek_optimizer.server.keys import ApiKeys, KeyFileWarning, read_keys
 
 
 def key_file(tmp_path, text, mode=0o600):

@@ -9,27 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_optimizer.cache import window
-from deepseek_optimizer.cache.window import Drop, WindowPolicy
+from deepseek_optimizer.cache import cache_window
+from deepseek_optimizer.cache.cache_window import CacheWindow, Drop
 from deepseek_optimizer.errors import ConfigError, RequestError
 
 
 def test_nothing_goes_while_all_fits() -> None:
-    policy = WindowPolicy(window=1024)
+    policy = CacheWindow(tokens=1024)
     assert policy.drops(0, coming=700) == policy.drops(1023) == policy.drops(1000, ((0, 1000),), coming=24) == []
 
 
 def test_a_share_goes_at_once_the_oldest_behind_the_sinks() -> None:
-    policy = WindowPolicy(window=1024, sinks=4, share=0.25)
+    policy = CacheWindow(tokens=1024, sinks=4, share=0.25)
     assert policy.drops(1024) == [Drop(1, 8)]
     assert policy.drops(1000, coming=25) == [Drop(1, 8)]
     assert policy.drops(1024, coming=300) == [Drop(1, 10)]  # more where more is needed
-    assert WindowPolicy(window=1024, sinks=33).drops(1024) == [Drop(2, 8)]
-    assert WindowPolicy(window=1024, sinks=0).drops(1024) == [Drop(0, 8)]
+    assert CacheWindow(tokens=1024, sinks=33).drops(1024) == [Drop(2, 8)]
+    assert CacheWindow(tokens=1024, sinks=0).drops(1024) == [Drop(0, 8)]
 
 
 def test_pinned_blocks_stay_and_the_last_run_goes_first() -> None:
-    policy = WindowPolicy(window=1024)
+    policy = CacheWindow(tokens=1024)
     pinned = ((40, 41), (95, 97), (500, 520))
     assert policy.drops(1024, pinned) == [Drop(4, 8)]  # blocks 1, 2 and 3 are pinned
     assert policy.drops(1024, ((70, 80),)) == [Drop(3, 7), Drop(1, 1)]
@@ -37,7 +37,7 @@ def test_pinned_blocks_stay_and_the_last_run_goes_first() -> None:
 
 
 def test_the_recent_part_stays() -> None:
-    policy = WindowPolicy(window=1024, recent=0.5)
+    policy = CacheWindow(tokens=1024, recent=0.5)
     assert policy.drops(1024, ((32, 480),), coming=32) == [Drop(15, 1)]  # half of a share is all there is
     with pytest.raises(RequestError, match="Pin less"):
         policy.drops(1024, ((32, 480),), coming=33)
@@ -54,14 +54,14 @@ def test_a_dialogue_for_ever(seed: int) -> None:
     """Random windows, spans and steps, each token known by name: the window is never passed, sinks, pinned and recent tokens
     are always there, and what `check` admits never fails."""
     rng = random.Random(seed)
-    policy = WindowPolicy(
-        window=rng.randrange(300, 2000),
+    policy = CacheWindow(
+        tokens=rng.randrange(300, 2000),
         sinks=rng.choice((0, 1, 4, 40)),
         share=rng.choice((0.05, 0.25, 0.5)),
         recent=rng.choice((0, 0.1, 0.4)),
     )
     pinned: tuple[tuple[int, int], ...] = ()
-    prompt = rng.randrange(1, 3 * policy.window)
+    prompt = rng.randrange(1, 3 * policy.tokens)
     for _ in range(rng.randrange(4)):
         begin = rng.randrange(prompt)
         more = (*pinned, (begin, begin + rng.randrange(1, 60)))
@@ -74,7 +74,7 @@ def test_a_dialogue_for_ever(seed: int) -> None:
     names = [t for begin, end in pinned for t in range(begin, end)]
     cached: list[int] = []
     read, drops = 0, 0
-    while read < 12 * policy.window:
+    while read < 12 * policy.tokens:
         coming = rng.choice((1, 1, room, rng.randint(1, room)))
         recent = cached[len(cached) - policy.recent_tokens :] if policy.recent_tokens else []
         runs = policy.drops(len(cached), pinned, coming)
@@ -87,7 +87,7 @@ def test_a_dialogue_for_ever(seed: int) -> None:
         assert not recent or cached[-len(recent) :] == recent
         cached += range(read, read + coming)
         read += coming
-        assert len(cached) <= policy.window and policy.room(pinned) == room
+        assert len(cached) <= policy.tokens and policy.room(pinned) == room
         assert cached[: policy.sinks] == list(range(min(policy.sinks, read)))
         assert [t for b, e in pinned for t in cached[b:e]] == [t for t in names if t < read]
     assert drops
@@ -96,7 +96,7 @@ def test_a_dialogue_for_ever(seed: int) -> None:
 def test_drops_are_rare() -> None:
     """A token that comes last is moved a few times before it is the oldest, whatever the window."""
     for size in (256, 1024, 8192):
-        policy, cached, moves = WindowPolicy(window=size), 0, 0
+        policy, cached, moves = CacheWindow(tokens=size), 0, 0
         for _ in range(5 * size):
             moves += len(policy.drops(cached))
             cached += 1 - sum(run.tokens for run in policy.drops(cached))
@@ -104,27 +104,27 @@ def test_drops_are_rare() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"window": 127}, {"window": 1024, "sinks": -1}, {"window": 1024, "share": 0}, {"window": 1024, "share": 0.6},
-               {"window": 1024, "recent": 0.6}, {"window": 1024, "recent": -0.1}, {"window": 1024, "sinks": 705}]
+    "fields", [{"tokens": 127}, {"tokens": 1024, "sinks": -1}, {"tokens": 1024, "share": 0}, {"tokens": 1024, "share": 0.6},
+               {"tokens": 1024, "recent": 0.6}, {"tokens": 1024, "recent": -0.1}, {"tokens": 1024, "sinks": 705}]
 )  # fmt: skip
 def test_bad_policies(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="window"):
-        WindowPolicy(**fields)  # type: ignore[arg-type]
+        CacheWindow(**fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("span", [(-1, 4), (5, 5), (9, 3)])
 def test_bad_spans(span: tuple[int, int]) -> None:
     with pytest.raises(RequestError, match="pinned: a span"):
-        WindowPolicy(window=1024).check((span,))
+        CacheWindow(tokens=1024).check((span,))
 
 
 def test_more_at_once_than_any_window_has_room_for_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="2000 tokens at once"):
-        WindowPolicy(window=1024).drops(900, coming=2000)
+        CacheWindow(tokens=1024).drops(900, coming=2000)
 
 
 def test_torch_is_not_imported() -> None:
-    source = Path(inspect.getfile(window)).read_text()
+    source = Path(inspect.getfile(cache_window)).read_text()
     imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
                 if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
     assert imported <= {"__future__", "collections.abc", "dataclasses", "errors", "block_manager"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .quantise import TILE
+from deepseek_optimizer.train.fp8.quantise import TILE
 
 
 def block_product_reference(

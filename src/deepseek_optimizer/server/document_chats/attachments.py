@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...longdoc.document import Document, TextFile
+from ..documents.file_store import Room, memory_of
+from ..documents.upload import digest_of, label, too_large
 from ..http.caller import Caller
 from ..http.problems import ApiError
-from ..http.upload import digest_of, label, too_large
 from ..state import ServerState
-from .file_store import Room, memory_of
 
 MAX_FILES = 64  # of a chat
 MAX_BEFORE = 2_000  # characters of earlier messages that go with a question about a document that does not fit
@@ -45,11 +45,6 @@ class Attached:
     question: str
     before: str
     cut: bool
-
-
-def has_files(messages: Sequence[Message]) -> bool:
-    """Whether any part of a message is a file."""
-    return any(part["type"] == "file" for message in messages for part in _parts(message))
 
 
 async def attached(state: ServerState, messages: Sequence[Message], owner: str, places: ExitStack, caller: Caller) -> Attached:

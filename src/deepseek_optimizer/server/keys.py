@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ...errors import ConfigError
+from ..errors import ConfigError
 
 ENVIRONMENT = "DSO_API_KEYS"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .modules.head_loss import head_loss
-from .modules.mtp import head_of, mtp_states
+from .head_loss import head_loss
+from .mtp import head_of, mtp_states
 
 IGNORED = -100
 

@@ -1,11 +1,12 @@
-"""`num_parameters` of an optimised model."""
+"""How many parameters a model has, and their bytes."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from .instance_method import Replacement
-from .modules import Packed, PackedEmbedding
+from ..bind.instance_method import Replacement
+from ..bind.modules import Packed, PackedEmbedding
 
 
 class ParameterCount(Replacement):
@@ -26,3 +27,8 @@ class ParameterCount(Replacement):
                     counted.add(id(module._parameters[leaf]))
                     count += math.prod(weight.shape) - weight.data.numel()
         return count
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of the parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
-from deepseek_optimizer.train.mtp_loss import labels_ahead, mtp_loss
+from deepseek_optimizer.train.modules.mtp_loss import labels_ahead, mtp_loss
 from deepseek_optimizer.train.prepare import prepare
 from support.models import deepseek_v3, random_ids, random_model, randomise
 

@@ -1,4 +1,4 @@
-"""Drafts out of a known continuation, right with a given probability: for tests, and to measure what drafts are worth."""
+"""Drafts out of a known continuation, right with a given probability: for tests, and for `benchmarks/drafts.py`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from ..sequence import Sequence
-from .base import Draft
+from deepseek_optimizer.engine.draft import Draft
+from deepseek_optimizer.engine.sequence import Sequence
 
 
 class ScriptedProposer:
-    """Free drafts that agree with a script, each with probability `agree` whatever its place; otherwise the token beside it.
+    """Drafts that agree with a script, each with probability `agree` independent of the others; else the next token id.
 
     Args:
         scripts: a sequence's index -> all its tokens, prompt included, as plain decoding gives them.
@@ -38,10 +38,10 @@ class ScriptedProposer:
         return found
 
     def follow(self, sequence: Sequence, states: Any) -> None:
-        """Needs nothing."""
+        """Reads no hidden states."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
-        """Has nothing."""
+        """Keeps nothing of a sequence."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Has nothing."""
+        """Keeps nothing of a sequence."""

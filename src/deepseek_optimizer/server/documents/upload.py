@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from ..documents.file_store import Room
+from ..http.problems import ApiError
 from ..settings import ServerSettings
-from .problems import ApiError
+from .file_store import Room
 
 MAX_NAME = 255  # characters
 _MAX_PARTS, _MAX_FIELD, _MAX_HEAD = 8, 256, 8192  # parts of a form; bytes of a field, and of a part's headers

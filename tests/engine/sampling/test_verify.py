@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deepseek_optimizer.engine.speculative.verify import accept_greedy, accept_sampled
+from deepseek_optimizer.engine.sampling.verify import accept_greedy, accept_sampled
 
 V, ROUNDS = 6, 20_000
 

@@ -1,0 +1,73 @@
+// The ops of plans that are not element-wise: number, name for messages, maker. Element-wise ops are in the table of each ISA's
+// kernels (kernels/generic/elementwise_ops.hpp).
+#include <algorithm>
+#include <iterator>
+
+#include "ops.hpp"
+
+namespace dso {
+namespace {
+
+struct Entry {
+  int32_t op;
+  const char* name;
+  std::unique_ptr<Op> (*make)(StepReader& step);
+};
+
+constexpr Entry kOps[] = {
+    {DSO_OP_EMBEDDING, "EMBEDDING", make_embedding},
+    {DSO_OP_RMS_NORM, "RMS_NORM", make_rms_norm},
+    {DSO_OP_ADD_RMS_NORM, "ADD_RMS_NORM", make_add_rms_norm},
+    {DSO_OP_CONVERT, "CONVERT", make_convert},
+    {DSO_OP_LINEAR, "LINEAR", make_linear},
+    {DSO_OP_ROPE_TABLE, "ROPE_TABLE", make_rope_table},
+    {DSO_OP_ROPE, "ROPE", make_rope},
+    {DSO_OP_CACHE_WRITE, "CACHE_WRITE", make_cache_write},
+    {DSO_OP_ROPE_CACHE, "ROPE_CACHE", make_rope_cache},
+    {DSO_OP_ATTENTION, "ATTENTION", make_attention},
+    {DSO_OP_GATE_UP, "GATE_UP", make_gate_up},
+    {DSO_OP_LATENT, "LATENT", make_latent},
+    {DSO_OP_LATENT_WRITE, "LATENT_WRITE", make_latent_write},
+    {DSO_OP_MLA_ABSORB, "MLA_ABSORB", make_mla_absorb},
+    {DSO_OP_MLA_ATTENTION, "MLA_ATTENTION", make_mla_attention},
+    {DSO_OP_MLA_VALUE, "MLA_VALUE", make_mla_value},
+    {DSO_OP_SELECT_ROWS, "SELECT_ROWS", make_select_rows},
+    {DSO_OP_HIDDEN_OUT, "HIDDEN_OUT", make_hidden_out},
+    {DSO_OP_STATE_IN, "STATE_IN", make_state_in},
+    {DSO_OP_CONCAT, "CONCAT", make_concat},
+    {DSO_OP_LAYER_NORM, "LAYER_NORM", make_layer_norm},
+    {DSO_OP_INDEX_WRITE, "INDEX_WRITE", make_index_write},
+    {DSO_OP_INDEX_CHOOSE, "INDEX_CHOOSE", make_index_choose},
+    {DSO_OP_BLOCK_CHOOSE, "BLOCK_CHOOSE", make_block_choose},
+    {DSO_OP_LATENT_CHOOSE, "LATENT_CHOOSE", make_latent_choose},
+    {DSO_OP_ROUTE, "ROUTE", make_route},
+    {DSO_OP_EXPERTS_GATE_UP, "EXPERTS_GATE_UP", make_experts_gate_up},
+    {DSO_OP_EXPERTS_DOWN, "EXPERTS_DOWN", make_experts_down},
+};
+
+template <class Row>
+const Row* find(const Row* begin, const Row* end, int32_t op) {
+  const Row* row = std::find_if(begin, end, [op](const Row& r) { return r.op == op; });
+  return row == end ? nullptr : row;
+}
+const Entry* find_op(int32_t op) { return find(std::begin(kOps), std::end(kOps), op); }
+const ElementwiseOp* find_elementwise(const Kernels& k, int32_t op) {
+  return find(k.elementwise_ops, k.elementwise_ops + k.elementwise_count, op);
+}
+
+}  // namespace
+
+const char* op_name(const Kernels& kernels, int32_t op) {
+  if (const Entry* entry = find_op(op)) return entry->name;
+  const ElementwiseOp* elementwise = find_elementwise(kernels, op);
+  return elementwise ? elementwise->name : "unknown op";
+}
+
+std::unique_ptr<Op> make_op(StepReader& s) {
+  if (const Entry* entry = find_op(s.step.op)) return entry->make(s);
+  if (const ElementwiseOp* elementwise = find_elementwise(s.plan().kernels, s.step.op))
+    return make_elementwise(s, *elementwise);
+  s.refuse("op %d is unknown", s.step.op);
+}
+
+}  // namespace dso

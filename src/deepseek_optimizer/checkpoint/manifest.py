@@ -1,0 +1,152 @@
+"""The manifest of a packed checkpoint: what config.json says about its packed weights, apart from anybody's settings.
+
+    "packed_manifest": {
+        "version": 3,
+        "modules": {
+            "model.layers.0.mlp.up_proj": {"format": "int4", "shape": [1536, 576]},
+            "model.layers.1.mlp.experts.down_proj": {"format": "int4", "shape": [64, 2048, 1408]}, ...
+        },
+        "curve": [{"bits": 4.9, "bytes": 96123456, "measured_kl": 0.018, "chosen": true, ...}, ...]
+    }
+
+A module's matrix is its `.weight`; a stack of experts' matrices is named by its parameter, and its shape is count, rows, cols.
+`curve` has the choices of formats that were measured for a `kl_budget`, smallest first; it is empty where none was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+
+from ..errors import CheckpointError, ConfigError
+from ..quant import PackedMatrix, PackedStack, PackedWeight, get_format
+from ..quant.tiles import tile_counts
+
+KEY: Final = "packed_manifest"  # in config.json
+VERSION: Final = 3  # 1 and 2 kept the modules among the settings, in quantization_config
+QUANT_METHOD: Final = "deepseek_optimizer"
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """One packed matrix [rows, cols], or stack of matrices [count, rows, cols]."""
+
+    format: str
+    shape: tuple[int, ...]
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Shape of the uint8 tensor."""
+        *count, rows, cols = self.shape
+        return (*count, *tile_counts(rows, cols), get_format(self.format).tile_bytes)
+
+    def promise(self) -> PackedWeight:
+        """The weight without its data, on the meta device."""
+        tiles = torch.empty(self.tiles, dtype=torch.uint8, device="meta")
+        if len(self.shape) == 3:
+            return PackedStack(self.format, self.shape[0], self.shape[1], self.shape[2], tiles)
+        return PackedMatrix(self.format, self.shape[0], self.shape[1], tiles)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about the packed weights of one model or checkpoint. Immutable.
+
+    Attributes:
+        modules: format and shape by module name; of a stack of experts, by parameter name.
+        curve: sizes and qualities measured to choose the formats; empty where the user named them.
+    """
+
+    modules: Mapping[str, PackedEntry] = field(default_factory=dict)
+    curve: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
+        object.__setattr__(self, "curve", tuple(self.curve))
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Any], curve: Sequence[Mapping[str, Any]] = ()) -> Manifest:
+        """The manifest of these weights.
+
+        Args:
+            weights: by parameter name; those that are not packed are left out.
+            curve: see the attribute.
+
+        Raises:
+            ValueError: a packed matrix that is not a module's `.weight`, or a stack that is.
+        """
+        packed = {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+        for name, weight in packed.items():
+            if name.endswith(".weight") == isinstance(weight, PackedStack):
+                raise ValueError(f"a packed matrix must be a module's .weight, and a stack must not: {name!r}")
+        modules = {name.removesuffix(".weight"): PackedEntry(w.format, tuple(w.shape)) for name, w in packed.items()}
+        return cls(modules, tuple(curve))
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], file: Path) -> Manifest:
+        """The manifest in the content of a packed checkpoint's config.json.
+
+        Args:
+            file: that file, for errors.
+
+        Raises:
+            CheckpointError: there is no manifest, it has another version, or an entry is malformed.
+        """
+        section, settings = config.get(KEY), config.get("quantization_config")
+        if section is None and isinstance(settings, Mapping) and "modules" in settings:
+            raise CheckpointError(
+                _other_version(f"quantization_config.format_version {settings.get('format_version')!r}"), file=file
+            )
+        if not isinstance(section, Mapping):
+            raise CheckpointError(f"{KEY} is missing or not an object; convert the original checkpoint again", file=file)
+        if type(version := section.get("version")) is not int or version != VERSION:
+            raise CheckpointError(_other_version(f"{KEY}.version {version!r}"), file=file)
+        modules, curve = section.get("modules"), section.get("curve", [])
+        if not isinstance(modules, Mapping):
+            raise CheckpointError(f"{KEY}.modules must be an object", file=file)
+        if not isinstance(curve, list) or not all(isinstance(point, Mapping) for point in curve):
+            raise CheckpointError(f"{KEY}.curve must be a list of objects", file=file)
+        return cls({name: _read_entry(name, entry, file) for name, entry in modules.items()}, tuple(curve))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Manifest:
+        return self  # immutable
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types, as config.json has them under `KEY`."""
+        modules = {name: {"format": entry.format, "shape": list(entry.shape)} for name, entry in self.modules.items()}
+        return {"version": VERSION, "modules": modules, "curve": [dict(point) for point in self.curve]}
+
+    def weights(self) -> dict[str, PackedEntry]:
+        """The entries by parameter name."""
+        return {name if len(entry.shape) == 3 else f"{name}.weight": entry for name, entry in self.modules.items()}
+
+    def formats(self) -> dict[str, str]:
+        """Format by module name."""
+        return {name: entry.format for name, entry in self.modules.items()}
+
+    def renamed(self, rename: Callable[[str], str]) -> Manifest:
+        """A copy whose modules have the names that `rename` returns for theirs."""
+        return Manifest({rename(name): entry for name, entry in self.modules.items()}, self.curve)
+
+
+def _other_version(found: str) -> str:
+    return f"is packed in another layout ({found}; {KEY}.version {VERSION} is read): convert the original checkpoint again"
+
+
+def _read_entry(module: str, entry: Any, file: Path) -> PackedEntry:
+    if not isinstance(entry, dict) or entry.keys() != {"format", "shape"}:
+        raise CheckpointError(f"{KEY}.modules must give format and shape, and nothing else", file=file, tensor=module)
+    try:
+        get_format(entry["format"])
+    except ConfigError as error:
+        raise CheckpointError(str(error), file=file, tensor=module) from error
+    shape = entry["shape"]
+    whole = isinstance(shape, list) and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
+    if not whole or len(shape) not in (2, 3):
+        raise CheckpointError(f"shape must be two or three whole numbers > 0, not {shape!r}", file=file, tensor=module)
+    return PackedEntry(entry["format"], tuple(shape))

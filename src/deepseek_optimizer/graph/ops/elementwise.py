@@ -1,0 +1,168 @@
+"""Ops that treat each row alone: norms, sums, activations, copies."""
+
+from __future__ import annotations
+
+from ..ir import Graph, Node
+from .spec import BOOL, FLOAT, INT, ROPE, Attr, Operand, OpSpec, Shapes, step_attr
+from .widths import heads_width, same_widths
+
+_X, _Y = Operand("x", "[T, N]"), Operand("y", "[T, N]")
+_EPS = step_attr("eps", FLOAT, "added to the mean square or variance")
+
+
+def _vectors(node: Node, _: Graph) -> Shapes:
+    return [(name, (node.inputs[0].width,)) for name in node.weights]
+
+
+def _rope_fits(node: Node, _: Graph) -> bool:
+    x, table, y = node.inputs[0].width, node.inputs[1].width, node.outputs[0].width
+    return bool(x == y == heads_width(node, "heads") and table + node.attrs.get("offset", 0) <= node.attrs["head_dim"])
+
+
+SPECS = (
+    OpSpec(
+        name="rms_norm",
+        inputs=(_X,),
+        outputs=(_Y,),
+        weights=(Operand("w", "[N]"),),
+        attrs=(_EPS,),
+        fits=same_widths,
+        weight_shapes=_vectors,
+        any_kind=0,
+        code=2,
+        doc="y = x / sqrt(mean(x^2) + eps) * w, over each row. Source: Zhang and Sennrich 2019.",
+    ),
+    OpSpec(
+        name="head_norm",
+        inputs=(Operand("x", "[T, heads * head_dim]"),),
+        outputs=(Operand("y", "[T, heads * head_dim]"),),
+        weights=(Operand("w", "[head_dim]"),),
+        attrs=(_EPS, step_attr("heads", INT), step_attr("head_dim", INT)),
+        fits=lambda n, g: same_widths(n, g) and n.inputs[0].width == heads_width(n, "heads"),
+        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
+        code=2,
+        doc="`rms_norm` of each head by itself, all heads with the same weight (the query and key norm of Qwen3).",
+    ),
+    OpSpec(
+        name="layer_norm",
+        inputs=(_X,),
+        outputs=(_Y,),
+        weights=(Operand("w", "[N]"), Operand("b", "[N]")),
+        attrs=(_EPS,),
+        fits=same_widths,
+        weight_shapes=_vectors,
+        any_kind=0,
+        code=24,
+        doc="""
+            y = (x - mean(x)) / sqrt(var(x) + eps) * w + b, over each row; var is the biased variance. Source: Ba et al. 2016.
+        """,
+    ),
+    OpSpec(
+        name="add",
+        inputs=(_X, Operand("y", "[T, N]")),
+        outputs=(Operand("z", "[T, N]"),),
+        fits=same_widths,
+        in_place=((0, 0), (0, 1)),
+        code=3,
+        doc="z = x + y.",
+    ),
+    OpSpec(
+        name="add_rms_norm",
+        origin="rule",
+        inputs=(_X, Operand("delta", "[T, N]")),
+        outputs=(Operand("z", "[T, N]"), _Y),
+        weights=(Operand("w", "[N]"),),
+        attrs=(_EPS,),
+        fits=same_widths,
+        weight_shapes=_vectors,
+        in_place=((0, 0),),
+        any_kind=1,
+        code=4,
+        doc="z = x + delta; y = `rms_norm`(z). Made by rule `layer_norm`.",
+    ),
+    OpSpec(
+        name="swiglu",
+        inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
+        outputs=(Operand("h", "[T, N]"),),
+        fits=same_widths,
+        any_kind=0,
+        code=12,
+        doc="h = silu(gate) * up, where silu(x) = x / (1 + e^-x). Source: Shazeer 2020.",
+    ),
+    OpSpec(
+        name="concat",
+        inputs=(Operand("x", "[T, N]"), Operand("y", "[T, M]")),
+        outputs=(Operand("z", "[T, N + M]"),),
+        fits=lambda n, g: sum(v.width for v in n.inputs) == n.outputs[0].width,
+        any_kind=0,
+        code=28,
+        doc="""
+            z = the elements of x, then those of y, row by row. MTP layers join an embedding and a hidden state this way
+            (DeepSeek-V3, section 2.2).
+        """,
+    ),
+    OpSpec(
+        name="rope_table",
+        outputs=(Operand("table", "[T, rot]"),),
+        attrs=(Attr("rope", ROPE, "frequencies and scaling"),),
+        fits=lambda n, g: n.outputs[0].width == n.attrs["rope"].rot,
+        rows="tokens",
+        code=7,
+        doc="""
+            For the position p of each row, with cosines and sines rounded from double:
+
+                a_i   = p * inv_freq_i in fp32, for i in [0, rot / 2)
+                table = rope.scaling * [cos a_0, cos a_1, ..., sin a_0, sin a_1, ...]
+
+            With dynamic RoPE each sequence has its own frequencies. Source: Su et al. 2021; Transformers' `modeling_rope_utils`
+            for the scaled kinds.
+        """,
+    ),
+    OpSpec(
+        name="rope",
+        inputs=(Operand("x", "[T, heads * head_dim]"), Operand("table", "[T, rot]")),
+        outputs=(Operand("y", "[T, heads * head_dim]"),),
+        attrs=(
+            step_attr("heads", INT),
+            step_attr("head_dim", INT),
+            Attr("interleaved", BOOL, "pairs are (2i, 2i + 1); otherwise (i, i + rot/2)", flag="interleaved"),
+            step_attr("offset", INT, "first rotated element of a head", 0),
+        ),
+        fits=_rope_fits,
+        in_place=((0, 0),),
+        code=8,
+        doc="""
+            Rotates elements [offset, offset + rot) of each head, pair by pair, by the angles a of `table`. The other elements
+            are copied.
+
+                (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a + x_i sin a)
+
+            Source: Su et al. 2021.
+        """,
+    ),
+    OpSpec(
+        name="select_rows",
+        origin="rule",
+        inputs=(_X,),
+        outputs=(Operand("y", "[R, N]"),),
+        fits=same_widths,
+        rows="select",
+        code=14,
+        doc="""
+            y = the rows of x that the step wants logits for (`StepBatch.logit_rows`). Rule `last_logits` puts it before the
+            final norm; without that rule a backend's lowering puts it behind `lm_head`.
+        """,
+    ),
+    OpSpec(
+        name="convert",
+        origin="lowering",
+        inputs=(_X,),
+        outputs=(_Y,),
+        fits=same_widths,
+        code=5,
+        doc="""
+            y = x in another kind of rows: bf16 (rounded to nearest even), or quantised in groups of 32 elements to 8 bits (q8)
+            or 16 bits (q16), with a scale and a sum for each group. The formats are described in `native/include/dso.h`.
+        """,
+    ),
+)

@@ -1,0 +1,118 @@
+"""Mixture of experts: routing, and the products of the chosen experts.
+
+`routes` [T, 2 * top_k] holds a token's chosen experts, ascending, as floats, then their weights. In values with top_k rows per
+token, row t * top_k + j belongs to token t and its j-th chosen expert.
+"""
+
+from __future__ import annotations
+
+from ..ir import Graph, Node
+from .spec import BOOL, FLOAT, INT, NAME, Attr, Operand, OpSpec, Shapes, one_of, step_attr
+
+_EXPERTS, _TOP_K = step_attr("experts", INT), step_attr("top_k", INT, "experts per token")
+_ROUTES = Operand("routes", "[T, 2 * top_k]")
+_ROUTING = (
+    Attr("bias", NAME, "b [E]"),
+    _EXPERTS,
+    _TOP_K,
+    step_attr("groups", INT),
+    step_attr("top_groups", INT, "groups per token"),
+    Attr("scoring", one_of("softmax", "sigmoid"), "", flag="sigmoid", flag_value="sigmoid"),
+    Attr("group_score", one_of("max", "top2"), "", flag="top2", flag_value="top2"),
+    Attr("normalise", BOOL, "weights sum to `scale`", flag="normalise"),
+    step_attr("scale", FLOAT),
+)
+_PRODUCT = (
+    _EXPERTS,
+    _TOP_K,
+    Attr("grouped", BOOL, "compute by expert instead of by token, so that an expert's weights are read once", flag="grouped"),
+)
+_PHASES = "With `grouped` (rule `experts`) the rows of one expert are multiplied together. The numbers are the same."
+
+
+def _router_fits(node: Node, _: Graph) -> bool:
+    a = node.attrs
+    grouped = 1 <= a["top_groups"] <= a["groups"] and a["experts"] % a["groups"] == 0
+    enough = grouped and a["top_k"] <= a["top_groups"] * (a["experts"] // a["groups"])
+    return bool(enough and node.outputs[0].width == 2 * a["top_k"])
+
+
+def _router_shapes(node: Node, _: Graph) -> Shapes:
+    experts, bias = node.attrs["experts"], node.attrs["bias"]
+    return [(node.weights[0], (experts, node.inputs[0].width)), *([(bias, (experts,))] if bias is not None else [])]
+
+
+def _products_fit(node: Node, many: int) -> bool:
+    """`many`: rows per token of the value with several."""
+    top_k = int(node.attrs["top_k"])
+    return bool(node.inputs[1].width == 2 * top_k and many == top_k <= node.attrs["experts"])
+
+
+SPECS = (
+    OpSpec(
+        name="router",
+        inputs=(Operand("x", "[T, H]"),),
+        outputs=(_ROUTES,),
+        weights=(Operand("W", "[E, H], fp32"),),
+        attrs=_ROUTING,
+        fits=_router_fits,
+        weight_shapes=_router_shapes,
+        rows="tokens",
+        doc="""
+            Scores are s = softmax(x W^T) or s = sigmoid(x W^T). Experts are chosen by s + b: first the `top_groups` groups with
+            the highest group score, which is the largest s + b of the group ("max") or the sum of its two largest ("top2"),
+            then the `top_k` best experts of these groups. Of equal scores the lower number wins. The weight of a chosen expert
+            is scale * s; with `normalise`, s is first divided by the sum of s over the chosen experts. Lowering turns the op
+            into `linear` and `route`.
+
+            Source: DeepSeekMoE (Dai et al. 2024); DeepSeek-V3, section 2.1.2.
+        """,
+    ),
+    OpSpec(
+        name="experts_gate_up",
+        inputs=(Operand("x", "[T, H]"), _ROUTES),
+        outputs=(Operand("h", "[T * top_k, I]"),),
+        weights=(Operand("gate_up", "[E, 2 I, H]: the rows of gate, then of up"),),
+        attrs=_PRODUCT,
+        fits=lambda n, g: _products_fit(n, n.outputs[0].repeat),
+        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["experts"], 2 * n.outputs[0].width, n.inputs[0].width))],
+        stacked=2,
+        rows="tokens",
+        repeated_outputs=(0,),
+        product=True,
+        any_kind=0,
+        code=17,
+        kernels=_PHASES,
+        doc="""
+            h = `swiglu`(gate_e x_t, up_e x_t) for each token t and its chosen experts e. Packed, the weight is a stack of 2 E
+            matrices [I, H]: gate and up of each expert in turn.
+        """,
+    ),
+    OpSpec(
+        name="experts_down",
+        inputs=(Operand("h", "[T * top_k, I]"), _ROUTES),
+        outputs=(Operand("y", "[T, H]"),),
+        weights=(Operand("down", "[E, H, I]"),),
+        attrs=_PRODUCT,
+        fits=lambda n, g: _products_fit(n, n.inputs[0].repeat),
+        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["experts"], n.outputs[0].width, n.inputs[0].width))],
+        stacked=1,
+        rows="tokens",
+        repeated_inputs=(0,),
+        product=True,
+        code=18,
+        kernels=_PHASES,
+        doc="y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h).",
+    ),
+    OpSpec(
+        name="route",
+        origin="lowering",
+        inputs=(Operand("scores", "[T, E]: x W^T"),),
+        outputs=(_ROUTES,),
+        attrs=_ROUTING,
+        fits=lambda n, g: (n.inputs[0].width, n.outputs[0].width) == (n.attrs["experts"], 2 * n.attrs["top_k"]),
+        rows="tokens",
+        code=16,
+        doc="The choice of `router`, from the product on.",
+    ),
+)

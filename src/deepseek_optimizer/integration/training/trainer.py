@@ -1,0 +1,126 @@
+"""Transformers' Trainer with public names for the private methods that this package's trainer replaces.
+
+Trainer has no public extension points for how checkpoints are written and read, nor for how gradients are clipped. This is the
+one class that knows the private ones. Where a release of Transformers no longer calls one of them, Trainer's own behaviour
+applies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """Values of `TrainingArguments.optim`."""
+    return tuple(name.value for name in OptimizerNames)
+
+
+class HookedTrainer(Trainer):
+    """Each public method here stands for the private one below it: Trainer calls that, and `super()` reaches Trainer's own."""
+
+    def run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trains for one epoch."""
+        super()._run_epoch(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.run_epoch(*args, **kwargs)
+
+    # ---- gradients ----
+
+    def clip_gradients(self, model: Any) -> Any:
+        """Clips gradients to `max_grad_norm`. Returns their norm."""
+        return super()._clip_grad_norm(model)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.clip_gradients(model)
+
+    def gradient_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm that is logged. `grad_norm`: that of `clip_gradients`; None: nothing was clipped."""
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return self.gradient_norm(model, grad_norm)
+
+    # ---- writing checkpoints ----
+
+    def checkpoints_directory(self, trial: Any) -> str:
+        """The directory that checkpoints are written into."""
+        return super()._get_output_dir(trial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.checkpoints_directory(trial)
+
+    def write_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint of the present step."""
+        super()._save_checkpoint(model, trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.write_checkpoint(model, trial)
+
+    def save_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Writes the model's weights and its configs. `state_dict`: the weights; None: the model's."""
+        super()._save(output_dir, state_dict)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.save_weights(output_dir, state_dict)
+
+    def save_optimizer_state(self, output_dir: str) -> None:
+        """Writes the states of the optimizer and the scheduler."""
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.save_optimizer_state(output_dir)
+
+    def save_random_states(self, output_dir: str) -> None:
+        """Writes the states of the random number generators of this process."""
+        super()._save_rng_state(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self.save_random_states(output_dir)
+
+    def push_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads a checkpoint to the hub."""
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.push_checkpoint(checkpoint_folder)
+
+    # ---- reading checkpoints ----
+
+    def load_weights(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Reads a checkpoint's weights into `model`; None: into the trainer's."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_weights(resume_from_checkpoint, model)
+
+    def load_best_weights(self) -> None:
+        """Reads the weights of the best checkpoint."""
+        super()._load_best_model()
+
+    def _load_best_model(self) -> None:
+        self.load_best_weights()
+
+    def warn_of_other_weights(self, load_result: Any) -> None:
+        """Warns of weights that a checkpoint lacked or had beyond the model's."""
+        super()._issue_warnings_after_load(load_result)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self.warn_of_other_weights(load_result)
+
+    def load_optimizer_state(self, checkpoint: str | None) -> None:
+        """Reads the states of the optimizer and the scheduler; None: nothing."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.load_optimizer_state(checkpoint)
+
+    def load_random_states(self, checkpoint: str | None) -> None:
+        """Reads the states of the random number generators of this process; None: nothing."""
+        super()._load_rng_state(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self.load_random_states(checkpoint)

@@ -1,0 +1,56 @@
+"""The families of models (`config.model_type`): what serving and training need to know of each besides its graph.
+
+To add one, write its entry here and `models/<model_type>.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Traits that cannot be read off a model's config or modules. The defaults are Llama's.
+
+    Attributes:
+        served: `models/<model_type>.py` builds its graph; otherwise it can only be trained with a `DeepSeekTrainer`.
+        rotates_halves: RoPE rotates the first half of a head against the second (`train.modules.attention`).
+        plain_residuals: decoder layers add what attention and MLP return, unscaled (`train.modules.layer`).
+        plain_head: logits are the head's product, neither capped nor scaled, and the loss is Transformers' causal one
+            (`train.modules.head`).
+        window_from_config: all layers have `config.sliding_window`, and the attention modules don't have one of their own.
+        interleaved_latents: Transformers' cache holds the rotated part of latent keys as interleaved pairs, as the plan's
+            does; other families with latent attention move the pairs into halves first.
+    """
+
+    served: bool = True
+    rotates_halves: bool = True
+    plain_residuals: bool = True
+    plain_head: bool = True
+    window_from_config: bool = False
+    interleaved_latents: bool = False
+
+
+FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
+    "llama": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "deepseek_v2": Family(rotates_halves=False, interleaved_latents=True),
+    "deepseek_v3": Family(rotates_halves=False),
+    "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
+    "youtu": Family(rotates_halves=False, plain_residuals=False),
+    "mistral": Family(served=False, window_from_config=True),
+    "qwen2_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
+    "qwen3_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
+})  # fmt: skip
+SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served)
+
+_UNKNOWN: Final = Family(served=False, rotates_halves=False, plain_residuals=False, plain_head=False)
+
+
+def traits(config: Any) -> Family:
+    """The traits of a Transformers config's family; of an unknown one none, so that Transformers' own code is used for it."""
+    return FAMILIES.get(getattr(config, "model_type", None) or "", _UNKNOWN)

@@ -1,0 +1,1 @@
+"""Chats with documents attached: which documents a chat has, and answers from them."""

@@ -1,0 +1,1 @@
+"""Prompts and texts as tokens: tokenising in worker processes, lengths of prompts, the text of single tokens."""

@@ -1,0 +1,65 @@
+"""The table of ops: consistent in itself, true of the graphs that are made, and complete as documentation."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from deepseek_optimizer.errors import GraphError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.ir import Node
+from deepseek_optimizer.graph.ops import OPS, OpSpec, spec_of
+from deepseek_optimizer.graph.ops.markdown import markdown
+from deepseek_optimizer.graph.ops.spec import NAME, NAMES
+from deepseek_optimizer.models import build_graph
+from support.models import CASES
+
+
+@pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
+def test_specs_are_consistent(spec: OpSpec) -> None:
+    for operands in (spec.inputs, spec.outputs, spec.weights):
+        assert not any(o.many for o in operands) or len(operands) == 1
+        optional = [o.optional for o in operands]
+        assert optional == sorted(optional)  # the last ones
+    names = [attr.name for attr in spec.attrs]
+    assert len(set(names)) == len(names)
+    assert all(out < len(spec.outputs) and source < len(spec.inputs) for out, source in spec.in_place)
+    assert all(i < len(spec.inputs) for i in spec.repeated_inputs) and all(i < len(spec.outputs) for i in spec.repeated_outputs)
+    assert spec.any_kind is None or spec.any_kind < len(spec.outputs)
+    assert not spec.stacked or len(spec.weights) == 1
+    if spec.reads or spec.writes:
+        assert "layer" in names and spec.rows == "tokens"
+
+
+def test_names_of_parameters_are_in_bias_and_biases_alone() -> None:
+    """`Graph.weights` and `Graph.renamed` look there."""
+    for spec in OPS.values():
+        assert {a.name for a in spec.attrs if a.type in (NAME, NAMES)} <= {"bias", "biases"}
+
+
+def test_origins() -> None:
+    of_models = {node.op for case in CASES for node in build_graph(CASES[case]()).nodes}
+    after_rules = {node.op for case in CASES for node in rules.apply(build_graph(CASES[case]()))[0].nodes}
+    assert of_models <= {name for name, spec in OPS.items() if spec.origin == "model"}
+    assert after_rules - of_models <= {name for name, spec in OPS.items() if spec.origin == "rule"}
+
+
+def test_an_unknown_op_is_named() -> None:
+    with pytest.raises(GraphError, match="no such op: 'softmax'; known: embedding,"):
+        spec_of(Node("softmax"))
+
+
+def test_markdown() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "deepseek_optimizer.graph.ops"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert printed == markdown()
+    headings = [line.removeprefix("### ") for line in printed.splitlines() if line.startswith("### ")]
+    assert sorted(headings) == sorted(OPS)
+    for name, spec in OPS.items():
+        section = printed.split(f"### {name}\n")[1].split("\n#")[0]
+        assert inspect.cleandoc(spec.doc) in section
+        assert all(f"`{attr.name}` ({attr.type.text}" in section for attr in spec.attrs)

@@ -1,0 +1,225 @@
+"""The layers of the package, and what may import what: the one place that says so.
+
+`tests/test_layers.py` holds the sources against it, and CONTRIBUTING.md's table of folders is made from it:
+
+    PYTHONPATH=tests python -m support.layers        # writes the table into CONTRIBUTING.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "src"
+PACKAGE = "deepseek_optimizer"
+CLI = f"{PACKAGE}_cli"
+REST = "*"  # the files of a folder that none of its levels names
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A folder of the package, or a file directly in it.
+
+    Attributes:
+        name: of the folder, or of the file without ".py"; `CLI` for the package beside it.
+        holds: what is in it, as CONTRIBUTING.md says it.
+        may: what it may import besides `errors`: names of layers below; "..name" stands for that layer and all below it.
+        levels: inside the folder, from the bottom up: its subfolders, and files directly in it. A level imports the levels
+            before it; subfolders of one level do not import each other.
+    """
+
+    name: str
+    holds: str
+    may: tuple[str, ...] = ()
+    levels: tuple[tuple[str, ...], ...] = ((REST,),)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.name == CLI or (SOURCES / PACKAGE / self.name).is_dir()
+
+
+# From the bottom up.
+LAYERS = (
+    Layer("errors", "typed errors: fact, place, remedy"),
+    Layer("address_space", "a check of the address space limit, before torch is loaded"),
+    Layer("versions", "versions of this package and of what it runs on"),
+    Layer(
+        "system",
+        "limits of the machine (memory, control groups, threads) and progress output; `sandbox/`: worker processes "
+        "with limits, for untrusted input",
+        levels=((REST,), ("sandbox",)),
+    ),
+    Layer(
+        "cache",
+        "block manager of the paged KV cache (which sequence owns which block, and what may be dropped), prefix "
+        "cache, sliding window; no torch",
+    ),
+    Layer("quant", "weight formats: packing, unpacking, error bounds"),
+    Layer(
+        "graph",
+        "analysis and planning of graphs, modes of attention; `ops/`: one table of all ops; `rules/`: fusion rules",
+        levels=(("ir",), ("ops",), (REST,), ("rules",)),
+    ),
+    Layer("config", "`DeepSeekConfig`", may=("graph", "quant")),
+    Layer("models", "build a graph from a config, one file per family; they do not import Transformers", may=("graph",)),
+    Layer(
+        "checkpoint",
+        "reads and writes files: safetensors, GGUF, packed; checks them before memory is allocated",
+        may=("quant",),
+    ),
+    Layer(
+        "backends",
+        "run a graph: `reference` (torch) and `cpu` (native) give the same results",
+        may=("cache", "graph", "quant"),
+        levels=(("base",), ("reference", "cpu"), (REST,)),
+    ),
+    Layer(
+        "engine",
+        "serves many requests at once: `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` "
+        "(proposers, gate, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
+        "imported only in `runner` and `sampling/sampler`",
+        may=("backends", "cache", "system"),
+        levels=(
+            ("detokenizer", "draft", "options", "request", "sequence"),
+            ("grammar", "sampling"),
+            ("running",),
+            ("scheduling",),
+            ("runner",),
+            ("speculative",),
+            (REST,),
+        ),
+    ),
+    Layer(
+        "calibration",
+        "measures on a sample text which columns and matrices are sensitive, and which formats meet a quality budget",
+        may=("backends", "graph", "quant"),
+    ),
+    Layer(
+        "integration",
+        "everything that uses Transformers' internals. `attention/`: attention functions and masks registered with "
+        "it; `memory/`: cache memory; `bind/`: a model bound to an execution plan (graph, packed modules, runtime); "
+        "`generation/`: `generate` and its cache; `model/`: methods that an optimised model gets in place of its "
+        "class's; `load/`: loading, packing and saving checkpoints; `training/`: Trainer and modules, for `train/`",
+        may=("..calibration",),
+        levels=(
+            ("compat", "configs"),
+            ("attention", "memory"),
+            ("bind",),
+            ("generation",),
+            ("model",),
+            ("load", "training"),
+        ),
+    ),
+    Layer("optimizer", "`load_model`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
+    Layer("serving", "`make_engine`, `make_async_engine`: an engine for a model", may=("..integration",)),
+    Layer(
+        "chat",
+        "conversations, prompts, reasoning in outputs; `tools/`: one tool-call format per file",
+        may=("..serving",),
+        levels=(("deltas", "scan"), ("tools",), (REST,)),
+    ),
+    Layer("dialogue", "conversations as a Transformers pipeline", may=("..chat",)),
+    Layer(
+        "longdoc",
+        "documents longer than a prompt: `readers/` (file formats), chunks, retrieval, citations; `strategies/`: one "
+        "way of answering per file, each a generator that is independent of the engine (`work.py`); "
+        "`long_document.py` runs them",
+        may=("..chat",),
+        levels=(
+            ("document", "headings", "borders", "words"),
+            ("readers",),
+            (REST,),
+            ("strategies",),
+            ("driver", "long_document"),
+        ),
+    ),
+    Layer(
+        "train",
+        "training: `data/` (files to rows of tokens), `ops/` (torch ops with gradients), `fp8/`, `checkpoints/`, "
+        "`modules/` (forwards for Transformers' modules); `config.py` and `job.py`: a run of `dso train`",
+        may=("..chat",),
+        levels=(
+            ("kept", "shards"),
+            ("data", "ops"),
+            ("attention", "fp8", "optimizer"),
+            ("checkpoints",),
+            ("modules",),
+            (REST,),
+        ),
+    ),
+    Layer(
+        "bench",
+        "benchmarks: `peers/` (other engines), `sides/` (the processes that are measured), `long/` (long documents), reports",
+        may=("..chat",),
+        levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "report")),
+    ),
+    Layer(
+        "doctor",
+        "finds out why a model fails or runs slowly: one check or symptom per file",
+        may=("..chat", "bench"),
+        levels=(("case", "finding", "machine", "budget", "remedies"), ("checks", "symptoms"), (REST,)),
+    ),
+    Layer(
+        "server",
+        "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenising; `documents/`: uploaded files; "
+        "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "
+        "and back; `document_chats/`: chats with documents; `routes/`: one route per file; `page/`: the chat page",
+        may=("..chat", "longdoc"),
+        levels=(
+            ("keys",),
+            ("settings",),
+            ("http",),
+            ("documents", "tokens"),
+            ("protocol",),
+            ("openapi", "state"),
+            ("chat",),
+            ("document_chats",),
+            ("routes",),
+            (REST,),
+        ),
+    ),
+    Layer("__init__", "the public names", may=("..server",)),
+    Layer(CLI, "the commands; a package of its own, so that `dso --help` starts fast", may=("..__init__",)),
+)
+NAMES = tuple(layer.name for layer in LAYERS)
+
+
+def allowed(layer: Layer) -> set[str]:
+    """The layers that a layer may import."""
+    found = {"errors"} - {layer.name}
+    for entry in layer.may:
+        name = entry.removeprefix("..")
+        found |= set(NAMES[: NAMES.index(name) + 1]) if entry.startswith("..") else {name}
+    return found
+
+
+def table() -> str:
+    """CONTRIBUTING.md's table, the highest layer first."""
+    rows = ["| folder or file | holds | may import |", "|---|---|---|"]
+    for layer in reversed(LAYERS):
+        name = f"`{layer.name}/`" if layer.is_folder else f"`{layer.name}.py`"
+        rows.append(f"| {name} | {layer.holds} | {_may(layer)} |")
+    return "\n".join(rows)
+
+
+def _may(layer: Layer) -> str:
+    if layer.may and layer.may[0] == ".." + NAMES[NAMES.index(layer.name) - 1]:
+        return "all below"
+    parts = [f"`{e[2:]}` and all below it" if e.startswith("..") else f"`{e}`" for e in layer.may]
+    return ", ".join(parts) or ("nothing" if layer.name == "errors" else "`errors`")
+
+
+BEGIN, END = "<!-- layers: made by tests/support/layers.py -->", "<!-- /layers -->"
+
+
+def written(text: str) -> str:
+    """CONTRIBUTING.md's text with the table in its place."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    page = ROOT / "CONTRIBUTING.md"
+    page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
