@@ -6,8 +6,12 @@ ARG PYTHON=3.12.12
 
 FROM python:${PYTHON}-bookworm AS wheel
 WORKDIR /source
+# npm fetches the chat page's libraries, whose checksums are pinned; it stays in this stage.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends npm && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml CMakeLists.txt README.md LICENSE ./
 COPY native native
+COPY build_tools build_tools
 COPY src src
 # A native part that does not compile is an error here, not a fallback.
 RUN DSO_REQUIRE_NATIVE=1 pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-conformance | demo | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
 # Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -14,9 +14,9 @@ WORKERS ?= 2
 
 # What the wheel is made of. A change in any of these builds and installs it anew.
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
-  $(shell find native src -type f -not -name '*.pyc' -not -path '*/_native/*')
+  $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo format lint bench bench-train bench-commits soak quality wheel fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel page-assets fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -29,6 +29,7 @@ $(VENV)/.created:
 # DSO_REQUIRE_NATIVE: a native part that does not compile is an error here, not a fallback.
 $(WHEELS)/.built: $(VENV)/.created $(SOURCES)
 	rm -rf $(WHEELS) && mkdir -p $(WHEELS)
+	-$(BIN)/python build_tools/page_assets.py
 	DSO_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) .
 	touch $@
 
@@ -37,6 +38,10 @@ $(VENV)/.installed: $(WHEELS)/.built
 	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@
+
+# The chat page's libraries, for a server that runs on the source tree; `make wheel` fetches them too.
+page-assets: $(VENV)/.created
+	$(BIN)/python build_tools/page_assets.py
 
 env: $(VENV)/.installed
 
@@ -62,6 +67,23 @@ test-conformance: env
 
 demo: env
 	$(BIN)/dso demo
+
+# The documentation as a site in build/site; a broken link or a page outside the navigation is an error. It needs neither the
+# package nor the native library. `make docs-reference` writes the pages that are generated from the code, which a test compares.
+DOCS := .venv-docs
+DOCS_PACKAGES = $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)",$$/"\1"/p' pyproject.toml)
+
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet $(DOCS_PACKAGES)
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "build/site/index.html; with search: python3 -m http.server -d build/site"
+
+docs-reference: env
+	$(BIN)/python -m docs.generate
 
 # What touches Transformers, on the lowest release that pyproject.toml admits; `make test` has the newest.
 LOWEST := .venv-lowest
@@ -122,7 +144,7 @@ quality: env
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json
 	$(BIN)/python -m benchmarks.auto
 
-PYTHON_SOURCES := src tests benchmarks examples .ci
+PYTHON_SOURCES := src tests benchmarks examples docs build_tools .ci
 NATIVE_SOURCES := $(shell find native tests/support \( -name '*.hpp' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.c' \))
 
 format: env
@@ -130,7 +152,7 @@ format: env
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
-lint: env
+lint: env docs
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
@@ -155,4 +177,4 @@ fuzz: env
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest tests/server/test_schema_fuzz.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(INTEROP) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache

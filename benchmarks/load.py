@@ -80,9 +80,9 @@ async def first(a: argparse.Namespace) -> Figures:
         await asyncio.sleep(PAUSE)
         began = time.perf_counter()
         reply = await ask(a.port, CHATS, {"messages": messages, "max_tokens": 4, "temperature": 0, "stream": True})
-        if not reply.done or not reply.pieces:
+        if not reply.done or not reply.chunks:
             raise SystemExit(f"a chat got no answer, status {reply.status}: {reply.body[-300:]!r}")
-        times.append(1e3 * (reply.pieces[0][0] - began))
+        times.append(1e3 * (reply.chunks[0][0] - began))
     return {"ttft_ms": statistics.median(times[2:]), "ttft_p90_ms": percentile(times[2:], 90)}
 
 
@@ -125,7 +125,7 @@ async def _left(stream: Exchange) -> list[float]:
     if stream.over:
         raise SystemExit(f"a stream of {LONGEST} tokens ended while it was watched")
     stream.leave()
-    return [when for when, _ in (await stream.reply()).pieces]
+    return [when for when, _ in (await stream.reply()).chunks]
 
 
 def _gaps(streams: list[list[float]], spans: list[tuple[float, float]]) -> list[float]:

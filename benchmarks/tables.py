@@ -1,4 +1,4 @@
-"""Results as text: lines for the terminal, and the README's tables between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+"""Results as text: lines for the terminal, and tables in `PAGES` between `<!-- bench:NAME -->` and `<!-- /bench -->`.
 
 python -m benchmarks.tables            writes them
 python -m benchmarks.tables --check    exit code 1 where they are not what the results say
@@ -26,7 +26,8 @@ from .speculation import SPECULATION
 from .spine import SPINE
 from .standing import STANDING, Bar, Row
 
-README = Path(__file__).parents[1] / "README.md"
+_ROOT = Path(__file__).parents[1]
+PAGES = tuple(_ROOT / page for page in ("README.md", "README.zh-CN.md", "docs/benchmarks.md", "docs/how-to/train.md"))
 _BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _SPINE_FIGURES = {"512 in": ("prefill_tok_s", "decode_tok_s", "memory_bytes")}  # of the others: the start alone
 
@@ -35,35 +36,85 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if a.check and after != before:
-        raise SystemExit("README.md's tables are not those of benchmarks/results: run python -m benchmarks.tables")
-    README.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
+        if a.check and after != before:
+            raise SystemExit(f"{page}: tables differ from benchmarks/results: run python -m benchmarks.tables")
+        page.write_text(after, encoding="utf-8")
 
 
 def filled(text: str, directory: Path = results.DIRECTORY) -> str:
     """The text with every table made anew."""
+
+    def read(name: str) -> results.Entries:
+        return results.read(name, directory)
+
     tables: dict[str, Callable[[results.Entries], Iterator[str]]] = {
+        "summary": lambda _: summary_table(read("spine"), read("standing") | read("deepseek")),
+        "summary_zh": lambda _: summary_table(read("spine"), read("standing") | read("deepseek"), "zh"),
         "spine": spine_table,
         "standing": standing_table,
         "deepseek": partial(standing_table, rows=DEEPSEEK),
         "long": partial(standing_table, rows=LONG),
         "speculation": speculation_table,
-        "serving": partial(serving_table, windows=results.read("window", directory)),
+        "serving": partial(serving_table, windows=read("window")),
         "training": training_table,
+        "training_targets": lambda _: training_targets(read("training")),
     }
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
-        return match[1] + "\n".join(tables[name](results.read(name, directory))) + "\n" + match[3]
+        return match[1] + "\n".join(tables[name](read(name))) + "\n" + match[3]
 
     return _BLOCK.sub(block, text)
 
 
+_SUMMARY = (  # rows of the READMEs: of every kind of work the rival that the standing set asks about, whatever the outcome
+    "smol-decode", "smol-prefill", "r1q15-decode", "r1q15-decode-4096", "r1q15-prefill", "r1q15-prefill-4096", "smol-16",
+    "r1q15-16", "v2lite-decode",
+)  # fmt: skip
+_SUMMARY_SPINE = ("decode_tok_s", "prefill_tok_s", "memory_bytes")
+_SUMMARY_WORDS = {
+    "en": ("work", "other engine", "theirs", "ours", "ours / theirs (range of rounds)"),
+    "zh": ("任务", "对比引擎", "对方", "本项目", "本项目 / 对方（各轮范围）"),
+}
+
+
+def summary_table(spine: results.Entries, standing: results.Entries, language: str = "en") -> Iterator[str]:
+    """What a reader wants to know first: ratios to other engines, and to Transformers; without targets."""
+    header = _SUMMARY_WORDS[language]
+    yield _cells(*header)
+    yield "|---" * len(header) + "|"
+    for name, model in (("spine-smol", "SmolLM2"), ("spine-r1q15", "r1q15")):
+        for row in spine[name]["rows"] if name in spine else ():
+            if row["name"] == "int4" and row["figure"] in _SUMMARY_SPINE:
+                kind = KINDS[row["figure"]]
+                speeds = [number(row[side], kind.unit) for side in ("baseline", "side")]
+                yield _cells(f"{model}, 512 in: {kind.label}", "Transformers bf16", *speeds, _bold(_fraction(row, kind.unit)))
+    rows = {row.name: row for row in (*STANDING, *DEEPSEEK)}
+    for name in _SUMMARY:
+        entry = standing.get(name)
+        for judged in entry["bars"] if entry else ():
+            theirs, ours = judged["against"], list(entry["sides"])[-1]
+            yield _cells(rows[name].title, theirs, _speed(entry, theirs), _speed(entry, ours), _bold(_times(judged)))
+
+
+def _fraction(row: dict[str, Any], unit: str) -> str:
+    """Ours over theirs: of bytes, how much is left; else how many times as fast."""
+    if unit != "bytes":
+        return _times(row)
+    return f"{1 / row['better']:.2f}x ({1 / row['highest']:.2f} - {1 / row['lowest']:.2f})"
+
+
+def _bold(times: str) -> str:
+    first, _, rest = times.partition(" ")
+    return f"**{first}** {rest}"
+
+
 def standing_table(entries: results.Entries, rows: Sequence[Row] = STANDING) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | against | theirs | ours | times | at least | read a token, share of the machine's bandwidth | |"
+    yield "| work | other engine | its speed | ours | ratio (range) | target | bytes per token, share of bandwidth | verdict |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         for place, bar in enumerate(row.bars):
@@ -100,7 +151,7 @@ def _read(share: dict[str, float]) -> str:
 
 def training_table(entries: results.Entries) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | side | a step | peak memory of the process | evaluation loss after |"
+    yield "| work | side | time per step | peak memory of the process | evaluation loss after |"
     yield "|---|---|---|---|---|"
     for name in training.rows():
         for label, values in entries[name]["sides"].items() if name in entries else ():
@@ -108,7 +159,9 @@ def training_table(entries: results.Entries) -> Iterator[str]:
             loss = f"{found['eval_after']:.4f}" if "eval_after" in found else ""
             step, peak = f"{found['seconds']:.2f} s", f"{found['peak_bytes'] / training.GB:.2f} GB"
             yield _cells(entries[name]["title"], label, step, peak, loss)
-    yield ""
+
+
+def training_targets(entries: results.Entries) -> Iterator[str]:
     for name in training.rows():
         for bar in entries[name]["bars"] if name in entries else ():
             yield f"- {training.bar_text(bar)}: {bar['verdict']}"
@@ -135,7 +188,7 @@ def spine_table(entries: results.Entries) -> Iterator[str]:
 
 def speculation_table(entries: results.Entries) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| drafts | plain | with them | times | at least | tokens a round | |"
+    yield "| drafts | without | with | ratio (range) | target | tokens per round | verdict |"
     yield "|---|---|---|---|---|---|---|"
     for row in SPECULATION:
         for side in entries[row.name]["rows"] if row.name in entries else []:
@@ -148,9 +201,9 @@ def speculation_table(entries: results.Entries) -> Iterator[str]:
 def serving_table(entries: results.Entries, windows: results.Entries) -> Iterator[str]:
     """What serving claims, and below it the windows that conversations live in."""
     yield from _machines(entries.values())
-    yield "SmolLM2-135M, int4 where nothing else is said. Clients are a process that shares the server's cores."
+    yield "SmolLM2-135M, int4 unless said otherwise. Clients are a process that shares the server's cores."
     yield ""
-    yield "| what | beside | it | | asked | |"
+    yield "| what | compared with | measured | ratio (range) | target | verdict |"
     yield "|---|---|---|---|---|---|"
     for row in SERVING:
         if row.name in entries:
@@ -167,14 +220,15 @@ def _window_cells(window: dict[str, Any]) -> list[str]:
     figures = [f"{window[name]:.2f}" for name in ("fresh_perplexity", "perplexity")]
     more = f"{window['perplexity_ratio']:.3f}x; {window['max_blocks']} of {window['window_blocks']} blocks"
     if "code_nats_pinned" in window:
-        more += f"; a pinned string {window['code_nats_pinned']:.1f} nats a token, dropped {window['code_nats_dropped']:.1f}"
+        more += f"; a pinned string {window['code_nats_pinned']:.1f} nats per token, dropped {window['code_nats_dropped']:.1f}"
     return [title, *figures, more, "at most 1.05x, memory constant, pins attended", window["verdict"]]
 
 
 def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Where and when, once for all rows that agree."""
     seen = dict.fromkeys(
-        f"{e['cpu']}, {e['threads']} threads, {e['date']}: medians of {e['rounds']} rounds, sides in turns." for e in entries
+        f"{e['cpu']}, {e['threads']} threads, {e['date']}: medians of {e['rounds']} rounds, engines taking turns."
+        for e in entries
     )
     if seen:
         yield from seen

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from deepseek_optimizer import DeepSeekConfig
+from deepseek_optimizer.backends.registry import choose_backend
 from deepseek_optimizer.bench.quality import Divergence, Logits, through_prefill
 from deepseek_optimizer.calibration.statistics import ColumnSquares
-from deepseek_optimizer.integration.bind.runtime import choose_backend, packer_of
 from deepseek_optimizer.quant import Packer, get_format, pack, unpack
 
 Round = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # W, importance of its columns or None -> W'
@@ -54,7 +54,7 @@ def measured(
     reference, importance = Reference(model, evaluation), importance_of(model, calibration)
     targets = matrices(model)
     originals = {name: matrix.clone() for name, matrix in targets.items()}
-    for name, round_by, bits, calibrated in _ways(packer_of(backend)):
+    for name, round_by, bits, calibrated in _ways(backend.pack):
         for matrix, target in targets.items():
             target.copy_(round_by(originals[matrix], importance.get(matrix) if calibrated else None))
         yield name, {"bits": bits, **reference.compare(model)}

@@ -52,12 +52,12 @@ def test_without_a_config_the_weights_keep_their_dtype(dtype, format):
 
 def test_originals_are_given_back_one_by_one(model, monkeypatch):
     """When a matrix is packed, every one before it is already gone: the peak is the model and one matrix."""
-    from deepseek_optimizer.integration.load import convert
+    from deepseek_optimizer.backends.reference import ReferenceBackend
     from deepseek_optimizer.quant import reference_packer
 
     alive, peak = [], []
 
-    def packer(weight, name):
+    def packer(backend, weight, name):
         peak.append(sum(ref() is not None for ref in alive))
         return reference_packer(weight, name)
 
@@ -65,7 +65,7 @@ def test_originals_are_given_back_one_by_one(model, monkeypatch):
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not any(ref() is module.weight for ref in alive):
             alive.append(weakref.ref(module.weight))
     total = len(alive)
-    monkeypatch.setattr(convert, "packer_of", lambda backend: packer)
+    monkeypatch.setattr(ReferenceBackend, "pack", packer)
     optimise(model)
     gc.collect()
     assert all(ref() is None for ref in alive)

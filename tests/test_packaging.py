@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -48,6 +49,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     if NATIVE_PLATFORM:
         assert [n for n in names if n.endswith(".so")] == ["deepseek_optimizer/_native/libdso.so"]
         assert wheel.name.split("-")[2:4] == ["py3", "none"]
+
+
+def test_wheel_holds_the_chat_page_with_its_libraries_as_pinned(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        page = "deepseek_optimizer/server/page"
+        packages = json.loads(archive.read(f"{page}/vendor.json"))["packages"].values()
+        pinned = {name: file["sha256"] for package in packages for name, file in package["files"].items()}
+        found = {n.rsplit("/", 1)[1]: n for n in archive.namelist() if n.startswith(f"{page}/vendor/")}
+        assert found.keys() == pinned.keys(), "run build_tools/page_assets.py to see why they could not be fetched"
+        assert {name: hashlib.sha256(archive.read(path)).hexdigest() for name, path in found.items()} == pinned
 
 
 def test_both_commands_are_installed(wheel):

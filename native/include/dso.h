@@ -106,7 +106,7 @@ DSO_API int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols);
  * is importance[column] (float[cols], finite, not negative: the mean square of what the column is multiplied with), or, where
  * importance is NULL, the element's magnitude. Other formats and GGML sources don't read it. FP8: scale = max|W|/448 of each
  * block of 128 x 128, W/scale rounded to nearest even; src begins at a block's first row. Which scales, corner cases and
- * padding: docs/contracts.md, "Packing to the bit". Bit-identical to the reference in quant/. */
+ * padding: docs/contracts.md, "Packing, bit for bit". Bit-identical to the reference in quant/. */
 DSO_API int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols,
                          int64_t stride, const float* importance, void* dst);
 /* FP8 out of what is E4M3 by blocks already: codes [rows, cols] (row stride `stride`) and scales float [ceil(rows/128)]

@@ -18,6 +18,7 @@ from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.graph.attention_mode import AttentionMode
 from deepseek_optimizer.graph.rules import RULES
 from deepseek_optimizer.quant import get_format
+from deepseek_optimizer.system.backend_entries import AUTO, BUILT_IN, names
 
 QUANT_METHOD: Final = "deepseek_optimizer"
 FUSION_RULES: Final = tuple(RULES)
@@ -27,7 +28,6 @@ Precision = Literal["auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
 Attention = Literal["flash", "eager", "sliding", "sparse"]
 KvCache = Literal["auto", "fp32", "bf16", "int8"]
 Isa = Literal["avx2", "avx512", "amx"]
-BackendName = Literal["auto", "cpu", "reference"]
 Activation = Literal["auto", "int8", "int16"]
 Mtp = Literal["auto", "off"]
 ContextExtension = Literal["yarn", "dynamic"]
@@ -47,6 +47,18 @@ def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
         return value
 
     return check
+
+
+def _backend(name: str, value: Any) -> str:
+    """ "auto" or a registered name. Other packages' entry points are only read for a name that is not built in."""
+    known = (AUTO, *BUILT_IN)
+    if isinstance(value, str) and value in known:
+        return value
+    try:
+        checked: str = _one_of(*dict.fromkeys((*known, *names())))(name, value)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; a backend of another package can be named once that package is installed") from None
+    return checked
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -144,7 +156,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         threads: worker threads of the native backend; None is the environment's DSO_THREADS, or else what affinity and
             cgroup limits allow.
         isa: instruction set to force: "avx2", "avx512" or "amx"; None is DSO_ISA, or else the best one here.
-        backend: "cpu" (native), "reference" (plain torch), or "auto": native where it is built and the model is on the CPU.
+        backend: "cpu" (native), "reference" (plain torch), the name that another package registers its backend under (see
+            `backends/registry.py`), or "auto": the best one that can run on the model's device.
         activation: bits of activations in integer products: "int8", "int16", or "auto": what the weight format needs.
         batch_invariant: one kernel family for prefill and decode, so that no chunking or recomputation changes a bit.
         prefill_chunk: most tokens in one prefill step; bounds the size of the plan's buffers.
@@ -180,7 +193,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     kv_cache_memory: int | None = None
     threads: int | None = None
     isa: Isa | None = None
-    backend: BackendName = "auto"
+    backend: str = "auto"
     activation: Activation = "auto"
     batch_invariant: bool = False
     prefill_chunk: int = 512
@@ -207,7 +220,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "kv_cache_memory": _optional(_integer(1 << 16, 1 << 60)),
         "threads": _optional(_integer(1, MAX_THREADS)),
         "isa": _optional(_one_of("avx2", "avx512", "amx")),
-        "backend": _one_of("auto", "cpu", "reference"),
+        "backend": _backend,
         "activation": _one_of("auto", "int8", "int16"),
         "batch_invariant": _flag,
         "prefill_chunk": _integer(1, 1 << 20),

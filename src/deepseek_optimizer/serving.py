@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,7 +26,6 @@ from .integration.bind.runtime import Runtime, runtime_of
 from .integration.generation.special_tokens import token_ids
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
-from .system.threads import one_torch_thread
 
 _LATENT_CHUNK = 64  # tokens: the form that latent attention takes depends on where a prompt is cut
 _LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # drafts of a round at most
@@ -67,7 +67,7 @@ def _name(model: Any) -> str:
     return os.path.basename(os.path.normpath(path))
 
 
-def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore, Any]:
+def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore, Callable[[], AbstractContextManager[None]]]:
     runtime = _with_head(model)
     config = runtime.config
     drafts = given.pop("drafts", True)
@@ -84,9 +84,12 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     options = replace(options, **given)
     if (reason := runtime.changed()) is not None:
         raise UnsupportedRequestError(f"{reason}: an engine runs the plan alone; take it away first")
-    native = runtime.backend.name == "cpu"
-    if options.batch_invariant and not native:
-        raise ConfigError("batch_invariant=True: the reference backend's products depend on the batch; use the native one")
+    backend = runtime.backend
+    if options.batch_invariant and not backend.capabilities.batch_invariant:
+        raise ConfigError(
+            f'batch_invariant=True: the {backend.name} backend\'s products depend on the batch; use backend="cpu", or leave '
+            "batch_invariant out"
+        )
     if options.cache_window is not None:
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and cache_window: when the window slides depends on the batch; choose one")
@@ -105,11 +108,11 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
-    runner = Runner(runtime.plan, arena, vocab if native else 0)
+    runner = Runner(runtime.plan, arena, vocab)
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
     core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
-    return core, one_torch_thread if native else nullcontext
+    return core, backend.thread_context
 
 
 def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:

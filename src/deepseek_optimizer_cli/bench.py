@@ -1,4 +1,4 @@
-"""`dso bench MODEL`: speed, memory and quality of a model on this machine, against its limits and against others."""
+"""`dso bench MODEL`: speed, memory and quality of a model on this machine, compared with its limits and other engines."""
 
 from __future__ import annotations
 
@@ -11,86 +11,180 @@ import typer
 from . import options as o
 from .bench_long import bench_long, check_options
 
-_LISTS = "One number, or several with commas between."
-_LONG: dict[str, Any] = {"rich_help_panel": "With --long"}
+_LIST = "Comma-separated for several."
+_MEASURE: dict[str, Any] = {"rich_help_panel": "Measurement"}
+_QUALITY: dict[str, Any] = {"rich_help_panel": "Quality"}
+_COMPARE: dict[str, Any] = {"rich_help_panel": "Comparisons"}
+_REPORT: dict[str, Any] = {"rich_help_panel": "Report"}
+_LONG: dict[str, Any] = {"rich_help_panel": "Long texts"}
 
 
 @o.takes_model_fields
 def bench(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
-    prompt: Annotated[str, typer.Option("--prompt", help=f"Prompt tokens. {_LISTS}")] = "512",
-    new: Annotated[str, typer.Option("--new", help=f"Tokens to generate. {_LISTS}")] = "64",
-    depth: Annotated[str, typer.Option("--depth", help=f"Tokens in the cache before the prompt. {_LISTS}")] = "0",
-    batch: Annotated[str, typer.Option("--batch", help=f"Requests at once. {_LISTS}")] = "1",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured runs of each.")] = 5,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those.")] = 1,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=o.MODEL_HELP)] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TOKENS", help=f"Length of the prompt. {_LIST}", **_MEASURE)
+    ] = "512",
+    new: Annotated[
+        str, typer.Option("--new", metavar="TOKENS", help=f"Number of tokens to generate. {_LIST}", **_MEASURE)
+    ] = "64",
+    depth: Annotated[
+        str,
+        typer.Option("--depth", metavar="TOKENS", help=f"Tokens in the KV cache before the prompt. {_LIST}", **_MEASURE),
+    ] = "0",
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N", help=f"Number of concurrent requests. {_LIST}", **_MEASURE)
+    ] = "1",
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, metavar="N", help="Measured runs of each combination.", **_MEASURE)
+    ] = 5,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, metavar="N", help="Unmeasured runs before them.", **_MEASURE)] = 1,
     *,
     fields: dict[str, Any],
-    price_per_hour: Annotated[
-        float | None, typer.Option("--price-per-hour", min=0, help="Of this machine: shows what a million tokens cost.")
-    ] = None,
     quality: Annotated[
-        bool, typer.Option("--quality", help="Compare with the unoptimised model in fp32, on Python's documentation.")
+        bool,
+        typer.Option(
+            "--quality", help="Compare with the unoptimised model in fp32, on text from Python's documentation.", **_QUALITY
+        ),
     ] = False,
-    text: Annotated[Path | None, typer.Option("--text", exists=True, dir_okay=False, help="The same on this text.")] = None,
-    text_tokens: Annotated[int, typer.Option("--text-tokens", min=2, help="At most, for --quality and --text.")] = 2048,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", exists=True, dir_okay=False, metavar="FILE", help="Like --quality, on this text file.", **_QUALITY
+        ),
+    ] = None,
+    text_tokens: Annotated[
+        int,
+        typer.Option(
+            "--text-tokens", min=2, metavar="TOKENS", help="Maximum length of text for --quality and --text.", **_QUALITY
+        ),
+    ] = 2048,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="The unoptimised model. Default: MODEL, unless that is packed.")
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="The unoptimised model to compare with. Default: MODEL; required if that is packed.",
+            **_QUALITY,
+        ),
     ] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
-            "--pairs", exists=True, dir_okay=False, help="Sources and references: shows BLEU and chrF of the answers."
+            "--pairs",
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="Source and reference texts, one pair per line: report BLEU and chrF of the model's answers.",
+            **_QUALITY,
         ),
     ] = None,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each fusion rule in turn.")] = False,
     against: Annotated[
         str | None,
         typer.Option(
             "--against",
-            help="Engines to compare with, commas between: transformers, openvino, vllm, llama.cpp; or llama.cpp-avx2 and "
-            "llama.cpp-avx512, built for less.",
+            metavar="ENGINES",
+            help="Other engines to compare with, comma-separated: transformers, openvino, vllm, llama.cpp; also "
+            "llama.cpp-avx2 and llama.cpp-avx512, which are built for those instruction sets.",
+            **_COMPARE,
         ),
     ] = None,
-    peer_model: Annotated[
-        list[str] | None, typer.Option("--peer-model", metavar="PEER=PATH", help="The model in that peer's own format.")
-    ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns for --against and --ablate.")] = 3,
     setup_peers: Annotated[
-        bool, typer.Option("--setup-peers", help="Make the environments of the engines in --against; of all without it.")
+        bool,
+        typer.Option(
+            "--setup-peers", help="Install the engines of --against (all without it), each into its own venv.", **_COMPARE
+        ),
     ] = False,
+    peer_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer-model", metavar="ENGINE=PATH", help="The model in that engine's own format. Repeatable.", **_COMPARE
+        ),
+    ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Measure again without each fusion rule in turn.", **_COMPARE)
+    ] = False,
+    rounds: Annotated[
+        int,
+        typer.Option("--rounds", min=1, metavar="N", help="Rounds of --against and --ablate; sides run in turn.", **_COMPARE),
+    ] = 3,
     baseline: Annotated[
         Path | None,
-        typer.Option("--baseline", exists=True, dir_okay=False, help="An earlier --json: exit code 1 if this is slower."),
+        typer.Option(
+            "--baseline",
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="An earlier report written with --json: exit with code 1 if this one is slower.",
+            **_COMPARE,
+        ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="With --baseline: percent that are no regression.")
+        float,
+        typer.Option(
+            "--tolerance",
+            min=0,
+            metavar="PERCENT",
+            help="With --baseline: slowdown that does not count as a regression.",
+            **_COMPARE,
+        ),
     ] = 5,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour",
+            min=0,
+            metavar="PRICE",
+            help="Price of this machine per hour, in any currency: report the cost of a million tokens.",
+            **_REPORT,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report with charts to this HTML file.", **_REPORT)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Also print the report as JSON, on the last line.", **_REPORT)
+    ] = False,
     long: Annotated[
-        bool, typer.Option("--long", help="Modes of attention over long texts instead: accuracy, speed, memory.", **_LONG)
+        bool,
+        typer.Option(
+            "--long", help="Instead, compare accuracy, speed and memory of the attention modes on long texts.", **_LONG
+        ),
     ] = False,
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", help="Tokens of text and answer, commas between. Default: 4096 to 32768.", **_LONG),
+        typer.Option(
+            "--lengths",
+            metavar="TOKENS",
+            help="With --long: tokens of text and answer, comma-separated. Default: 4096,8192,16384,32768.",
+            **_LONG,
+        ),
     ] = None,
     modes: Annotated[
-        str | None, typer.Option("--modes", help="Some of flash, sliding and sparse, commas between. Default: all.", **_LONG)
+        str | None,
+        typer.Option(
+            "--modes",
+            metavar="MODES",
+            help="With --long: any of flash, sliding, sparse, comma-separated. Default: all.",
+            **_LONG,
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             "--tasks",
-            help="Some of single, multikey, multivalue, multiquery (needles), variables, common, frequent (words) and qa. "
-            "Default: all.",
+            metavar="TASKS",
+            help="With --long: any of single, multikey, multivalue, multiquery (needles), variables, common, frequent "
+            "(words) and qa, comma-separated. Default: all.",
             **_LONG,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Of each task at each length.", **_LONG)] = 3,
-    html: Annotated[Path | None, typer.Option("--html", help="Write the report to this file, with plots.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON too, as the last line.")] = False,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, metavar="N", help="With --long: samples per task and length.", **_LONG)
+    ] = 3,
 ) -> None:
-    """Measure a model: time to first token, tokens a second, memory, quality."""
+    """Measure a model: time to first token, tokens/s, memory and quality."""
     check_options(ctx, long)
     names = [name.strip() for name in (against or "").split(",") if name.strip()]
     if setup_peers:
@@ -98,8 +192,12 @@ def bench(
     if model is None:
         if setup_peers:
             return
-        raise ValueError("name a model: a directory, a .gguf file or a name on the hub")
+        raise ValueError("missing MODEL: a directory, a .gguf file or a model name on the Hugging Face Hub")
 
+    if html:
+        from deepseek_optimizer.bench.html import check_target
+
+        check_target(html)
     if long:
         bench_long(model, fields, lengths, modes, tasks, samples, html, as_json)
         return
@@ -114,7 +212,7 @@ def bench(
     request = Request(
         model=model,
         fields=fields,
-        works=grid(*(numbers(given) for given in (prompt, new, depth, batch))),
+        works=grid(*(numbers(text) for text in (prompt, new, depth, batch))),
         repeats=repeats,
         warmup=warmup,
         quality=quality or text is not None,
@@ -145,29 +243,29 @@ def _set_up(names: list[str]) -> None:
         typer.echo(f"{peer.name}: {setup(peer)}")
 
 
-def _peer_models(given: list[str]) -> dict[str, str]:
-    found = {}
-    for text in given:
+def _peer_models(options: list[str]) -> dict[str, str]:
+    models = {}
+    for text in options:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
-            raise ValueError(f"--peer-model takes PEER=PATH, got {text!r}")
-        found[name] = path
-    return found
+            raise ValueError(f"--peer-model must be ENGINE=PATH, got {text!r}")
+        models[name] = path
+    return models
 
 
 def _note(text: str) -> None:
-    """What is going on, on stderr: some of it takes minutes."""
+    """Reports progress on stderr: some steps take minutes."""
     typer.echo(f"dso: {text}", err=True)
 
 
 def _write(report: dict[str, Any], html: Path | None, as_json: bool) -> None:
     from rich.console import Console
 
-    from deepseek_optimizer.bench.html import page
+    from deepseek_optimizer.bench.html import page, write
     from deepseek_optimizer.bench.table import show
 
     show(Console(highlight=False), report)
     if html:
-        html.write_text(page(report), encoding="utf-8")
+        write(html, page(report))
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))

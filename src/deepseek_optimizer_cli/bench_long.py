@@ -1,4 +1,4 @@
-"""`dso bench MODEL --long`: accuracy, speed and memory of the modes of attention over long texts."""
+"""`dso bench MODEL --long`: accuracy, speed and memory of the attention modes on long texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from .model import print_json
 
-# Options of `dso bench` that a run with --long takes too.
+# Options of `dso bench` that --long accepts too.
 _SHARED = {
     "model", "precision", "kv_cache", "attention_window", "attention_budget", "context_extension", "context_length", "threads",
     "html", "as_json",
@@ -18,12 +18,12 @@ _OWN = {"long", "lengths", "modes", "tasks", "samples"}
 
 
 def check_options(ctx: typer.Context, long: bool) -> None:
-    """Raises ValueError: an option was given that means nothing with, or without, --long."""
+    """Raises ValueError if an option was given that has no effect with, or without, --long."""
     for parameter in ctx.command.params:
         name = parameter.name or ""
         if name in _SHARED or (name in _OWN) == long or getattr(ctx.get_parameter_source(name), "name", "") != "COMMANDLINE":
             continue
-        raise ValueError(f"{parameter.opts[0]} goes {'without' if long else 'with'} --long only")
+        raise ValueError(f"{parameter.opts[0]} cannot be combined with --long" if long else f"{parameter.opts[0]} needs --long")
 
 
 def bench_long(
@@ -36,23 +36,24 @@ def bench_long(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """lengths, modes, tasks: with commas between; None: `LongRequest`'s own."""
+    """lengths, modes, tasks: comma-separated; None: the defaults of `LongRequest`."""
     from rich.console import Console
 
+    from deepseek_optimizer.bench.html import write
     from deepseek_optimizer.bench.long.report import page, sections
     from deepseek_optimizer.bench.long.run import LongRequest, run
     from deepseek_optimizer.bench.table import show_sections
     from deepseek_optimizer.bench.work import numbers
     from deepseek_optimizer.system.progress import show_progress
 
-    given: dict[str, Any] = {"lengths": numbers(lengths)} if lengths is not None else {}
-    given |= {name: _names(text) for name, text in (("modes", modes), ("tasks", tasks)) if text is not None}
-    request = LongRequest(model=model, fields=fields, samples=samples, **given)
-    with show_progress("Reading long texts") as progress:
+    options: dict[str, Any] = {"lengths": numbers(lengths)} if lengths is not None else {}
+    options |= {name: _names(text) for name, text in (("modes", modes), ("tasks", tasks)) if text is not None}
+    request = LongRequest(model=model, fields=fields, samples=samples, **options)
+    with show_progress("Tokens of long texts") as progress:
         report = run(request, progress)
     show_sections(Console(highlight=False), sections(report))
     if html:
-        html.write_text(page(report), encoding="utf-8")
+        write(html, page(report))
     if as_json:
         print_json(report)
 

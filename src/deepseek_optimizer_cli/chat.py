@@ -1,5 +1,5 @@
-"""`dso chat MODEL`: a conversation in the terminal, with a model in this process or (`--url`) on a server. Ctrl-C ends the
-answer, Ctrl-D the conversation."""
+"""`dso chat MODEL`: a conversation in the terminal, with a model in this process or (`--url`) on a server. Ctrl-C stops the
+answer, Ctrl-D ends the conversation."""
 
 from __future__ import annotations
 
@@ -14,27 +14,47 @@ from . import options as o
 if TYPE_CHECKING:
     from deepseek_optimizer.chat.conversation import Answer, Conversation, Speaker
 
+_SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
+
 HELP = """\
 /help            this list
-/system [TEXT]   set the system prompt and start afresh; without TEXT: show it
-/reset           forget the conversation; the system prompt stays
-/undo            take back the last question and its answer
-/stats           tokens and speed of the last answer
-/save FILE       write the conversation as JSON
-/exit            leave (so does Ctrl-D)
-Ctrl-C ends the answer. A line that ends in \\ goes on in the next one."""
+/system [TEXT]   set the system prompt and start a new conversation; without TEXT: show it
+/reset           start a new conversation with the same system prompt
+/undo            remove the last question and its answer
+/stats           show token counts and speed of the last answer
+/save FILE       save the conversation as JSON
+/exit            quit (also Ctrl-D)
+Ctrl-C stops the answer. End a line with \\ to continue it on the next one."""
 
 
 @o.takes_model_fields
 def chat(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=o.MODEL_HELP)] = None,
     url: Annotated[
         str | None,
-        typer.Option("--url", help="Talk to this server, ours or any that has OpenAI's API, such as http://host:8000."),
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="Chat with a model on a server with an OpenAI-compatible API instead, e.g. http://host:8000.",
+            **_SERVER,
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option("--model", help="With --url: what the server calls the model.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="NAME", help="With --url: name of the model on the server. Default: its only model.", **_SERVER
+        ),
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="With --url: the server's key.", show_envvar=True)
+        str | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar="OPENAI_API_KEY",
+            help="With --url: API key of the server.",
+            show_envvar=True,
+            **_SERVER,
+        ),
     ] = None,
     system: o.System = None,
     max_new_tokens: o.MaxNewTokens = 1024,
@@ -47,14 +67,16 @@ def chat(
     *,
     fields: dict[str, Any],
 ) -> None:
-    """Talk with a model. /help lists the commands."""
+    """Chat with a model in the terminal. /help lists the commands."""
     if (model is None) == (url is None):
-        raise ValueError("name a MODEL to load, or a server with --url; one of the two")
+        raise ValueError("give either a MODEL to load or the --url of a server")
     if url is not None and fields:
-        raise ValueError(f"{o.flag_of(next(iter(fields)))} is the server's own choice; leave it out with --url")
+        raise ValueError(
+            f"{o.flag_of(next(iter(fields)))} applies to a model in this process; the server decides it, so omit it with --url"
+        )
     if url is None and name is not None:
-        raise ValueError("--model names a server's model: it goes with --url; a model to load is the argument MODEL")
-    given = o.sampling_options(
+        raise ValueError("--model is the model's name on a server and needs --url; pass a model to load as the argument MODEL")
+    sampling = o.sampling_options(
         max_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -65,28 +87,28 @@ def chat(
     )
     from deepseek_optimizer.chat.conversation import Conversation
 
-    speaker = _remote(url, api_key, name, given) if url is not None else _local(str(model), fields, given)
+    speaker = _remote(url, api_key, name, sampling) if url is not None else _local(str(model), fields, sampling)
     _Loop(Conversation(speaker, system), interactive=sys.stdin.isatty()).run()
 
 
-def _local(model: str, fields: dict[str, Any], given: dict[str, Any]) -> Speaker:
+def _local(model: str, fields: dict[str, Any], sampling: dict[str, Any]) -> Speaker:
     from deepseek_optimizer import make_engine
     from deepseek_optimizer.chat.local import EngineSpeaker, default_sampling
 
     from .model import load
 
     loaded, tokenizer = load(model, fields)
-    return EngineSpeaker(make_engine(loaded, tokenizer), default_sampling(loaded, **given))
+    return EngineSpeaker(make_engine(loaded, tokenizer), default_sampling(loaded, **sampling))
 
 
-def _remote(url: str, key: str | None, name: str | None, given: dict[str, Any]) -> Speaker:
+def _remote(url: str, key: str | None, name: str | None, sampling: dict[str, Any]) -> Speaker:
     from deepseek_optimizer.chat.remote import RemoteSpeaker
 
-    return RemoteSpeaker(url, key, name, **given)
+    return RemoteSpeaker(url, key, name, **sampling)
 
 
 class _Loop:
-    """Reads lines, runs commands, asks the model. Notes go to stderr, so that piped output holds the answers alone."""
+    """Reads lines, runs commands and asks the model. Notes go to stderr, so that piped output contains only the answers."""
 
     def __init__(self, conversation: Conversation, interactive: bool) -> None:
         self.conversation, self.interactive = conversation, interactive
@@ -104,7 +126,7 @@ class _Loop:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self._note("\n(Ctrl-D or /exit leaves)")
+                self._note("\n(Ctrl-D or /exit quits)")
                 continue
             if line == "/exit":
                 return
@@ -114,7 +136,7 @@ class _Loop:
                 elif line:
                     self._ask(line)
             except (DeepSeekOptimizerError, ValueError, OSError) as error:
-                # A prompt too long, a server that is busy, a file that can't be written: the conversation goes on.
+                # The prompt is too long, the server busy, a file not writable: the conversation continues.
                 typer.echo(f"dso: {error}", err=True)
 
     def _read(self) -> str:
@@ -132,11 +154,11 @@ class _Loop:
             self.last = self.conversation.say(text, write_now, stop)
         write_now("\n")
         if self.last.dropped_messages:
-            self._note(f"(too long for the context: the {self.last.dropped_messages} oldest messages were left out)")
+            self._note(f"(context full: the {self.last.dropped_messages} oldest messages were left out)")
         if self.last.finish_reason == "length":
-            self._note("(cut off by --max-new-tokens or the model's context)")
+            self._note("(answer truncated at --max-new-tokens or the end of the context)")
         elif self.last.finish_reason == "content_filter":
-            self._note("(cut off by the server's filter)")
+            self._note("(answer stopped by the server's content filter)")
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -168,9 +190,9 @@ def _stats(last: Answer | None) -> str:
     if last is None:
         return "no answer yet"
     if last.new_tokens is None:
-        return f"first word after {last.first_token_s:.2f} s; the server has not counted the tokens"
-    kept = f" ({last.cached_tokens} of them known from before)" if last.cached_tokens else ""
+        return f"first word after {last.first_token_s:.2f} s; the server reported no token counts"
+    cached = f" ({last.cached_tokens} cached)" if last.cached_tokens else ""
     return (
-        f"prompt {last.prompt_tokens} tokens{kept}, first token after {last.first_token_s:.2f} s, "
-        f"then {last.new_tokens} tokens at {last.tokens_per_s:.1f} a second"
+        f"prompt {last.prompt_tokens} tokens{cached}, first token after {last.first_token_s:.2f} s, "
+        f"{last.new_tokens} tokens generated at {last.tokens_per_s:.1f} tokens/s"
     )

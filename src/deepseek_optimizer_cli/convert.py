@@ -1,4 +1,4 @@
-"""`dso convert MODEL OUT`: a packed copy that loads at once. It appears under its name only when it is whole."""
+"""`dso convert MODEL OUT`: writes a packed copy that loads without conversion. OUT appears only once it is complete."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from . import options as o
 
 def convert(
     model: o.Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
     precision: o.Precision = None,
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Write a packed copy of a model, with its tokenizer.
 
-    It is written as it is read, layer by layer, so that a model larger than memory converts too; --calibration needs memory for
-    the original, and --kl-budget for the original and the copy. After an interruption the same command goes on where it was.
+    Conversion streams layer by layer, so the model may be larger than memory. --calibration needs memory for the original,
+    --kl-budget for the original and the copy. After an interruption, run the same command again to resume.
     """
     if out.exists() and Path(model).exists() and out.samefile(model):
-        raise ValueError(f"{out} is the model itself, which packing would lose; name another directory")
+        raise ValueError(f"{out} is the model itself, which packing would overwrite; choose another directory")
     if out.exists() and not force:
-        raise ValueError(f"{out} exists; name another directory, or replace it with --force")
+        raise ValueError(f"{out} already exists; choose another directory, or pass --force to replace it")
 
     from deepseek_optimizer.checkpoint.atomic import sweep
 
     from .model import print_json
 
     for path in sweep(out):
-        _tell(f"{path} is of another run that is writing now, or of an interrupted one on a file system without locks")
-    fields = o.given(precision=precision, kl_budget=kl_budget, calibration=calibration)
+        _note(f"{path} belongs to another run that is still writing, or to an interrupted one on a file system without locks")
+    fields = o.not_none(precision=precision, kl_budget=kl_budget, calibration=calibration)
     curve = _stream(model, out, fields, force) if kl_budget is None else _in_memory(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     if as_json:
@@ -48,19 +48,19 @@ def convert(
 
 
 def _stream(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
-    """From file to file."""
+    """Converts file by file."""
     from deepseek_optimizer import load_tokenizer
     from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 
     from .model import no_bars_in_pipes
 
     no_bars_in_pipes()
-    pack_checkpoint(model, out, fields, tokenizer=load_tokenizer(model), overwrite=force, tell=_tell)
+    pack_checkpoint(model, out, fields, tokenizer=load_tokenizer(model), overwrite=force, tell=_note)
     return []
 
 
 def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
-    """The points of the curve that choosing the formats has measured."""
+    """Converts in memory. Returns the curve of size against quality that was measured while choosing formats."""
     from deepseek_optimizer.checkpoint import atomic_directory
 
     from .model import load
@@ -72,5 +72,5 @@ def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> li
     return list(loaded.report().curve)
 
 
-def _tell(line: str) -> None:
+def _note(line: str) -> None:
     typer.echo(f"dso: {line}", err=True)

@@ -1,4 +1,4 @@
-"""`dso demo`: a real model answers, and a table shows what optimising gained on this machine."""
+"""`dso demo`: a real model answers a question, and a table compares it with Transformers on this machine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from . import options as o
 def demo(
     rounds: Annotated[
         int | None,
-        typer.Option("--rounds", min=1, help="Processes started for each side. Default: 3, or fewer on a slow machine."),
+        typer.Option(
+            "--rounds",
+            min=1,
+            metavar="N",
+            help="Processes to start per side; medians are shown. Default: 3, or fewer on a slow machine.",
+        ),
     ] = None,
     threads: o.Threads = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Fetch SmolLM2-135M-Instruct, answer a question, and compare with Transformers."""
+    """Download SmolLM2-135M-Instruct, answer a question, and compare its speed with Transformers."""
     from deepseek_optimizer.bench import demo as bench
 
     from .model import no_bars_in_pipes, print_json

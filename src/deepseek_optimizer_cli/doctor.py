@@ -1,4 +1,4 @@
-"""`dso doctor [MODEL]`: what makes it fail, or run slower or worse than it could, with the remedy."""
+"""`dso doctor [MODEL]`: finds what makes a model fail, run slowly or answer badly, and says how to fix it."""
 
 from __future__ import annotations
 
@@ -17,27 +17,34 @@ _MARKS = {"ok": ("ok", "green"), "note": ("note", "cyan"), "warning": ("warning"
 
 @o.takes_model_fields
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=o.MODEL_HELP)] = None,
     symptom: Annotated[
         str | None,
         typer.Option(
-            "--symptom", "-s", help="Look into one of: out-of-memory, repetition, cuda-error, slow, garbage, latency-jitter."
+            "--symptom",
+            "-s",
+            metavar="NAME",
+            help="Investigate one symptom: out-of-memory, repetition, cuda-error, slow, garbage or latency-jitter.",
         ),
     ] = None,
-    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens a sequence to make room for.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once to make room for.")] = 1,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, metavar="TOKENS", help="Sequence length to check memory for.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, metavar="N", help="Number of concurrent sequences to check memory for.")
+    ] = 1,
     *,
     fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
-    """Examine machine and installation; with MODEL, the model too. Exit code 1 where something will not work."""
+    """Check the machine and the installation, and MODEL if given. Exits with code 1 if something will not work."""
     from deepseek_optimizer.config import DeepSeekConfig
     from deepseek_optimizer.doctor import Case, Machine, examine, examine_symptom
 
     from .model import no_bars_in_pipes, print_json
 
     no_bars_in_pipes()
-    DeepSeekConfig(**fields)  # a wrong option is the caller's error, not a finding
+    DeepSeekConfig(**fields)  # an invalid option is a usage error, not a finding
     machine = Machine.here(for_model=model is not None)
     with Case(machine, model=model, fields=fields, context=context, batch=batch) as case:
         findings = examine(case) if symptom is None else examine_symptom(case, symptom)

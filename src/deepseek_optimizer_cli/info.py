@@ -1,4 +1,4 @@
-"""`dso info [MODEL]`: what this CPU offers, which kernels run and why; with a model, what was made of it."""
+"""`dso info [MODEL]`: CPU features, the selected kernels and why; with a model, its formats and memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from . import options as o
 
 @o.takes_model_fields
 def info(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=o.MODEL_HELP)] = None,
     *,
     fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
-    """Show the CPU, the kernels chosen and why; with MODEL, its report and memory."""
+    """Show the CPU, the selected kernels and why; with MODEL, also its formats and memory."""
     from .model import load, print_json
 
     facts = machine_facts()
@@ -35,7 +35,7 @@ def info(
 
 
 def machine_facts() -> dict[str, Any]:
-    """Versions, the CPU, every ISA with whether it runs here, the one chosen and the reason, and the threads."""
+    """Versions, CPU, each instruction set with whether it is supported here, the selected one and why, and thread count."""
     from deepseek_optimizer.backends.cpu import native, unavailable_reason
     from deepseek_optimizer.versions import versions
 
@@ -62,8 +62,8 @@ def _why(isa: str) -> str:
     import os
 
     if os.environ.get("DSO_ISA"):
-        return f"DSO_ISA={os.environ['DSO_ISA']} asks for {isa}"
-    return f"{isa} is the best of the built ones that this CPU and kernel can run"
+        return f"DSO_ISA={os.environ['DSO_ISA']} selects {isa}"
+    return f"{isa} is the best instruction set of this build that the CPU and the kernel support"
 
 
 def _print_machine(facts: dict[str, Any]) -> None:

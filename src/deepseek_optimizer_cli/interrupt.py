@@ -1,4 +1,4 @@
-"""Ctrl-C that ends an answer and not the program."""
+"""Ctrl-C that stops an answer rather than the program."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopSignal]:
-    """Inside, a first Ctrl-C only asks what was yielded to stop, so that the step in flight ends whole; a second one is the
-    usual KeyboardInterrupt, for a step that does not end."""
+    """Inside, the first Ctrl-C only sets the yielded `StopSignal`, so that the current step completes; the second one raises
+    KeyboardInterrupt as usual, in case the step does not end."""
     from deepseek_optimizer.chat.conversation import StopSignal
 
     stop = StopSignal()
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
+    def on_signal(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, previous)
         stop.ask()
 
-    previous = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, on_signal)
     try:
         yield stop
     finally:

@@ -1,4 +1,4 @@
-"""`dso longdoc MODEL FILE... --ask "..."`: answers from documents of any length, with their places in the text."""
+"""`dso longdoc MODEL FILE... --ask "..."`: answers from documents of any length, with citations."""
 
 from __future__ import annotations
 
@@ -15,47 +15,61 @@ if TYPE_CHECKING:
     from deepseek_optimizer.longdoc.citations import Citation
     from deepseek_optimizer.longdoc.long_document import DocumentAnswer, LongDocument
 
-_SHOWN = 240  # characters of a passage
+_MAX_QUOTE = 240  # characters shown of a cited passage
 
 
 @o.takes_model_fields
 def longdoc(
     model: o.Model,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Text, Markdown, HTML, PDF, Word, source code; directories too.")
+        list[Path], typer.Argument(metavar="FILE", help="Text, Markdown, HTML, PDF, Word or source code; or directories.")
     ],
-    ask: Annotated[str | None, typer.Option("--ask", "-a", metavar="QUESTION", help="Answer a question.")] = None,
-    summarize: Annotated[bool, typer.Option("--summarize", help="Summarize all of it.")] = False,
+    ask: Annotated[str | None, typer.Option("--ask", "-a", metavar="QUESTION", help="Question to answer.")] = None,
+    summarize: Annotated[bool, typer.Option("--summarize", help="Summarize the documents.")] = False,
     extract: Annotated[
-        Path | None, typer.Option("--extract", metavar="SCHEMA.json", help="Extract data by a JSON schema of an object.")
+        Path | None,
+        typer.Option("--extract", metavar="SCHEMA.json", help="Extract data that matches a JSON schema of an object."),
     ] = None,
     strategy: Annotated[
         str,
-        typer.Option("--strategy", "-s", help="whole, window, map_reduce or retrieve; auto chooses and says why."),
+        typer.Option(
+            "--strategy",
+            "-s",
+            metavar="NAME",
+            help="How to process the documents: whole, window, map_reduce or retrieve; auto chooses and reports why.",
+        ),
     ] = "auto",
-    max_length: Annotated[int, typer.Option("--max-length", min=1, help="Tokens of a chunk at most.")] = 4096,
-    stride: Annotated[int, typer.Option("--stride", min=0, help="Tokens that a chunk shares with the one before.")] = 1024,
-    top: Annotated[int, typer.Option("--top", min=1, help="Chunks that an answer is retrieved from at most.")] = 4,
+    max_length: Annotated[int, typer.Option("--max-length", min=1, metavar="TOKENS", help="Maximum length of a chunk.")] = 4096,
+    stride: Annotated[int, typer.Option("--stride", min=0, metavar="TOKENS", help="Overlap of consecutive chunks.")] = 1024,
+    top: Annotated[
+        int, typer.Option("--top", min=1, metavar="N", help="With retrieve: maximum number of chunks to answer from.")
+    ] = 4,
     memory_gb: Annotated[
         float | None,
-        typer.Option("--memory-gb", metavar="GB", help="All that this may take above the weights. Default: what is free."),
+        typer.Option(
+            "--memory-gb", metavar="GB", help="Memory limit in gigabytes, weights excluded. Default: the free memory."
+        ),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="DIR", help="Keep what was read of a document that fits, for the next question."),
+        typer.Option(
+            "--cache", metavar="DIR", help="Directory in which to save the KV cache of the documents for later questions."
+        ),
     ] = None,
     max_new_tokens: o.MaxNewTokens = 512,
     *,
     fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
-    """Answer from documents of any length: a question, a summary, or data."""
+    """Answer a question about documents of any length, summarize them, or extract data."""
     if (ask is not None) + summarize + (extract is not None) != 1:
-        raise ValueError("say what to do: one of --ask QUESTION, --summarize, --extract SCHEMA.json")
+        raise ValueError("give exactly one of --ask QUESTION, --summarize and --extract SCHEMA.json")
     if memory_gb is not None and not 0 < memory_gb < 1e6:
         raise ValueError(f"--memory-gb must be above 0, got {memory_gb:g}")
     if summarize and strategy == "retrieve":
-        raise ValueError("--strategy retrieve finds passages for a question; a summary is of the whole document")
+        raise ValueError(
+            "--strategy retrieve needs a question; --summarize reads the whole document, so choose another strategy"
+        )
 
     from deepseek_optimizer.longdoc.long_document import LongDocument
     from deepseek_optimizer.longdoc.read import read_documents
@@ -68,7 +82,7 @@ def longdoc(
 
     check_name(strategy)
     schema = None if extract is None else _schema(extract)
-    _ = Extraction(schema) if schema is not None else Question(ask) if ask is not None else None  # wrong ones end here
+    _ = Extraction(schema) if schema is not None else Question(ask) if ask is not None else None  # raises if invalid
     with show_progress("Reading files") as progress:
         document = read_documents(files, progress=progress)
     for problem in document.problems:
@@ -102,9 +116,9 @@ def _schema(path: Path) -> dict[str, Any]:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is no JSON: {error}") from None
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(schema, dict):
-        raise ValueError(f"{path}: must hold a JSON schema, an object")
+        raise ValueError(f"{path}: must contain a JSON schema, which is a JSON object")
     return schema
 
 
@@ -127,10 +141,10 @@ def _print(answer: DocumentAnswer) -> None:
     for number, citation in enumerate(answer.citations, 1):
         typer.echo(f"[{number}] {_place(citation)}: {_short(citation.text)}")
     tokens, peak = answer.tokens, answer.peak_memory_gb
-    memory = "" if peak is None else f", {peak:.2f} GB above the weights"
-    known = f" ({tokens.cached:,} known from before)" if tokens.cached else ""
+    memory = "" if peak is None else f", {peak:.2f} GB besides the weights"
+    cached = f" ({tokens.cached:,} cached)" if tokens.cached else ""
     typer.echo(
-        f"{answer.strategy}: {answer.reason}; {tokens.read:,} tokens read{known}, {tokens.generated:,} written, "
+        f"{answer.strategy}: {answer.reason}; {tokens.read:,} tokens read{cached}, {tokens.generated:,} generated, "
         f"{answer.seconds:.1f} s{memory}",
         err=True,
     )
@@ -142,4 +156,4 @@ def _place(citation: Citation) -> str:
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
+    return line if len(line) <= _MAX_QUOTE else f"{line[: _MAX_QUOTE - 1]}…"

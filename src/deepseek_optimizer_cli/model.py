@@ -1,4 +1,4 @@
-"""Loading for the commands, and how quiet they are about it."""
+"""Model loading for the commands, and the output they suppress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import typer
 
 
 def quiet() -> None:
-    """Leaves stderr to our own lines, one a warning; set before torch and Transformers load, which read these once."""
+    """Keeps other libraries' output off stderr; our own warnings are printed as one line each.
+
+    Call it before torch and Transformers are imported: they read these variables once.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_ours
@@ -26,7 +29,7 @@ def _show_ours(
 
 
 def no_bars_in_pipes() -> None:
-    """Turns Transformers' progress bars off where nobody watches; ours look at the stream themselves."""
+    """Disables Transformers' progress bars when stderr is not a terminal; our own bars check that themselves."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
@@ -34,7 +37,7 @@ def no_bars_in_pipes() -> None:
 
 
 def load(model: str, fields: dict[str, Any]) -> tuple[Any, Any]:
-    """The optimised model and its tokenizer. Every problem with either is an error that `app.Commands` prints."""
+    """The optimised model and its tokenizer. Raises errors that `app.Commands` prints as one line."""
     from deepseek_optimizer import load_model, load_tokenizer
 
     no_bars_in_pipes()
@@ -43,5 +46,5 @@ def load(model: str, fields: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One object on one line of stdout, with the text as it is."""
+    """Prints one JSON object as one line on stdout, non-ASCII text unescaped."""
     typer.echo(json.dumps(value, ensure_ascii=False))

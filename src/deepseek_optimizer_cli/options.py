@@ -1,4 +1,4 @@
-"""Options that several commands share, each described once."""
+"""Options that several commands share, each defined once."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from typing import Annotated, Any
 
 import typer
 
-MODEL_HELP = "A model directory, a .gguf file, or a name on the hub."
+MODEL_HELP = "Model directory, .gguf file, or model name on the Hugging Face Hub."
+_SAMPLING: dict[str, Any] = {"rich_help_panel": "Sampling"}
+_MODEL: dict[str, Any] = {"rich_help_panel": "Model"}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", "-p", help="Weights as int4, q4_1, int8, fp8, bf16 or fp32. Default: as they are stored."),
+    typer.Option(
+        "--precision",
+        "-p",
+        metavar="FORMAT",
+        help="Weight format: int4, q4_1, int8, fp8, bf16 or fp32. Default: the format of the checkpoint.",
+        **_MODEL,
+    ),
 ]
 KlBudget = Annotated[
     float | None,
     typer.Option(
         "--kl-budget",
         metavar="NATS",
-        help="Choose formats matrix by matrix: the smallest model whose KL divergence to the original stays within this.",
+        help="Choose a format for each weight matrix: the smallest model whose KL divergence from the original stays within "
+        "this many nats per token.",
+        **_MODEL,
     ),
 ]
 Calibration = Annotated[
@@ -29,17 +39,28 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="A text like those the model will see: 4-bit weights are rounded, and formats chosen, by it.",
+        help="Sample text, similar to what the model will process, used to round 4-bit weights and to choose formats.",
+        **_MODEL,
     ),
 ]
-KvCache = Annotated[str | None, typer.Option("--kv-cache", help="Keys and values as bf16 or int8, or fp32 with fp32 weights.")]
+KvCache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        metavar="FORMAT",
+        help="Format of cached keys and values: bf16, int8 or fp32 (with fp32 weights). Default: bf16; fp32 with fp32 weights.",
+        **_MODEL,
+    ),
+]
 Attention = Annotated[
     str | None,
     typer.Option(
         "--attention",
         metavar="MODE",
-        help="What a token sees: flash (all before it), sliding (a window and the first few; the cache forgets the rest) or "
-        "sparse (a window, and what ranks highest). The last two cost as much a token however long a text is.",
+        help="Which earlier tokens each token attends to. flash: all. sliding: the first few and a window of the latest; the "
+        "cache drops the rest. sparse: a window of the latest and the highest-ranked earlier tokens. With sliding and sparse "
+        "the cost per token does not grow with the length of the text. Default: flash.",
+        **_MODEL,
     ),
 ]
 AttentionWindow = Annotated[
@@ -48,43 +69,92 @@ AttentionWindow = Annotated[
         "--attention-window",
         min=1,
         metavar="TOKENS",
-        help="Latest tokens that are always seen. Default: 4096 with sliding, 512 with sparse.",
+        help="Number of latest tokens that are always visible. Default: 4096 with sliding, 512 with sparse.",
+        **_MODEL,
     ),
 ]
 AttentionBudget = Annotated[
     int | None,
     typer.Option(
-        "--attention-budget", min=1, metavar="TOKENS", help="Tokens that sparse attention sees at most. Default: 2048."
+        "--attention-budget",
+        min=1,
+        metavar="TOKENS",
+        help="Maximum number of tokens visible with sparse attention. Default: 2048.",
+        **_MODEL,
     ),
 ]
 ContextExtension = Annotated[
     str | None,
     typer.Option(
         "--context-extension",
-        metavar="KIND",
-        help="Make room for more tokens than the model was trained for, by its RoPE: yarn or dynamic (NTK).",
+        metavar="METHOD",
+        help="Extend the context beyond the trained length by scaling RoPE: yarn or dynamic (dynamic NTK).",
+        **_MODEL,
     ),
 ]
 ContextLength = Annotated[
     int | None,
-    typer.Option("--context-length", min=1, metavar="TOKENS", help="With --context-extension: the tokens to make room for."),
+    typer.Option(
+        "--context-length",
+        min=1,
+        metavar="TOKENS",
+        help="With --context-extension: the length to extend the context to.",
+        **_MODEL,
+    ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: what this process may use.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, metavar="N", help="Number of CPU threads. Default: all cores available to the process.", **_MODEL
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
-System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", "-t", help="0 answers greedily. Default: what the model's authors chose.")
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, metavar="TOKENS", help="Maximum number of tokens to generate.")
 ]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among the likeliest tokens that make up this probability.")]
-MinP = Annotated[float | None, typer.Option("--min-p", help="Leave out tokens less likely than this share of the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages repeating.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        "-t",
+        metavar="T",
+        help="Sampling temperature; 0 is greedy. Default: the model's generation config.",
+        **_SAMPLING,
+    ),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", metavar="K", help="Sample from the K most likely tokens only.", **_SAMPLING)
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="Sample from the smallest set of most likely tokens whose probabilities sum to P.",
+        **_SAMPLING,
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p", metavar="P", help="Drop tokens less likely than P times the most likely token's probability.", **_SAMPLING
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="FACTOR",
+        help="Penalty for tokens that have already occurred; above 1 discourages repetition.",
+        **_SAMPLING,
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Random seed, for repeatable sampling.", **_SAMPLING)]
 
 
-# Fields of DeepSeekConfig that whoever loads a model may set.
+# Fields of DeepSeekConfig that the user of a command may set.
 _MODEL_FIELDS: dict[str, Any] = {
     "precision": Precision, "kv_cache": KvCache, "attention_optimization": Attention, "attention_window": AttentionWindow,
     "attention_budget": AttentionBudget, "context_extension": ContextExtension, "context_length": ContextLength,
@@ -93,8 +163,10 @@ _MODEL_FIELDS: dict[str, Any] = {
 
 
 def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with an option for each of those fields, in the place of its parameter `fields`, which gets those that were
-    given, by name."""
+    """Replaces the parameter `fields` of a command by one option per entry of `_MODEL_FIELDS`.
+
+    The command receives `fields` as a dict of those options that were given, by field name.
+    """
     signature, options = inspect.signature(command, eval_str=True), []
     for parameter in signature.parameters.values():
         if parameter.name == "fields":
@@ -103,34 +175,34 @@ def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:
             options.append(parameter)
 
     @functools.wraps(command)
-    def called(**values: Any) -> None:
-        fields = given(**{name: values.pop(name) for name in _MODEL_FIELDS})
+    def wrapper(**values: Any) -> None:
+        fields = not_none(**{name: values.pop(name) for name in _MODEL_FIELDS})
         command(**values, fields=fields)
 
-    called.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
-    called.__annotations__ = {option.name: option.annotation for option in options}
-    return called
+    wrapper.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {option.name: option.annotation for option in options}
+    return wrapper
 
 
 def flag_of(field: str) -> str:
-    """What a field is called on the command line."""
-    flag: str = _MODEL_FIELDS[field].__metadata__[0].default  # of an Annotated Option the first argument, its flag
+    """The command-line flag of a field of DeepSeekConfig."""
+    flag: str = _MODEL_FIELDS[field].__metadata__[0].default  # the first argument of an Annotated Option is its flag
     return flag
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Those that were given on the command line."""
+def not_none(**options: Any) -> dict[str, Any]:
+    """The options that were given on the command line: those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def sampling_options(**options: Any) -> dict[str, Any]:
-    """Those of the sampling options that were given, for `chat.sampling.sampling_params`.
+    """The sampling options that were given, validated, for `chat.sampling.sampling_params`.
 
     Raises:
-        RequestError: a value outside its range, before any model is loaded.
+        RequestError: a value is outside its range. Raised before any model is loaded.
     """
     from deepseek_optimizer.chat.sampling import sampling_params
 
-    found = given(**options)
-    sampling_params(**found)
-    return found
+    sampling = not_none(**options)
+    sampling_params(**sampling)
+    return sampling

@@ -1,4 +1,4 @@
-"""`dso run MODEL "prompt"`: one answer, streamed."""
+"""`dso run MODEL "prompt"`: streams one answer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from . import options as o
 @o.takes_model_fields
 def run(
     model: o.Model,
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt; - reads it from standard input.")],
     system: o.System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
     max_new_tokens: o.MaxNewTokens = 512,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
@@ -28,7 +28,7 @@ def run(
     fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
-    """Answer one prompt."""
+    """Answer one prompt and exit."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty; give some text")
@@ -41,7 +41,7 @@ def run(
     from .interrupt import stop_on_interrupt
     from .model import load, print_json
 
-    given = o.sampling_options(
+    options = o.sampling_options(
         max_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -52,7 +52,7 @@ def run(
     )
     started = time.perf_counter()
     loaded, tokenizer = load(model, fields)
-    engine, sampling = make_engine(loaded, tokenizer), default_sampling(loaded, **given)
+    engine, sampling = make_engine(loaded, tokenizer), default_sampling(loaded, **options)
     load_s = time.perf_counter() - started
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
     tokens = prompt_tokens(tokenizer, messages, raw=raw)

@@ -13,90 +13,187 @@ if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
 
 _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
-_AUTHORS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
+
+
+_REQUESTS: dict[str, Any] = {"rich_help_panel": "Requests and memory"}
+_ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
+_CHAT: dict[str, Any] = {"rich_help_panel": "Chat"}
+_FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
 
 
 @o.takes_model_fields
 def serve(
     model: o.Model,
     *,
-    fields: dict[str, Any],
-    kl_budget: o.KlBudget = None,
-    calibration: o.Calibration = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen at; 0.0.0.0: of every network that this machine is in.")
+        str,
+        typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all network interfaces.", **_ACCESS),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="Port; 0: any free port.", **_ACCESS)
+    ] = 8000,
     name: Annotated[
-        str | None, typer.Option("--served-model-name", help="What clients call the model. Default: its last part of MODEL.")
+        str | None,
+        typer.Option(
+            "--served-model-name",
+            metavar="NAME",
+            help="Model name in the API. Default: the last path component of MODEL.",
+            **_ACCESS,
+        ),
     ] = None,
     api_key_file: Annotated[
         str | None,
-        typer.Option("--api-key-file", help="API keys, one a line, # begins a comment. Default: those of DSO_API_KEYS."),
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="File of API keys, one per line; # starts a comment. Default: the keys in the environment variable "
+            "DSO_API_KEYS.",
+            **_ACCESS,
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", help="A name that requests may be sent to, beside localhost and 127.0.0.1. Repeatable."),
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="Host name to accept in requests besides localhost and 127.0.0.1. Repeatable.",
+            **_ACCESS,
+        ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option("--allow-origin", help="A web page's origin that may read answers (CORS), or *. Repeatable."),
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="Web origin that browsers may call the API from (CORS), or * for any. Repeatable.",
+            **_ACCESS,
+        ),
     ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request to stderr.", **_ACCESS)] = False,
+    fields: dict[str, Any],
+    kl_budget: o.KlBudget = None,
+    calibration: o.Calibration = None,
+    max_running: Annotated[
+        int, typer.Option("--max-running", min=1, metavar="N", help="Maximum number of concurrent answers.", **_REQUESTS)
+    ] = 32,
+    max_waiting: Annotated[
+        int,
+        typer.Option(
+            "--max-waiting",
+            min=0,
+            metavar="N",
+            help="Maximum number of queued requests; more are refused with status 429 and Retry-After.",
+            **_REQUESTS,
+        ),
+    ] = 256,
     kv_cache_memory: Annotated[
         int | None,
         typer.Option(
             "--kv-cache-memory",
             min=1,
-            help="Bytes that all conversations together may take. Default: what a full batch at the model's context needs, at "
-            "most half of what is free.",
+            metavar="BYTES",
+            help="Memory for the KV cache of all conversations, in bytes. Default: enough for a full batch at the model's "
+            "context length, but at most half of the free memory.",
+            **_REQUESTS,
         ),
     ] = None,
-    max_running: Annotated[int, typer.Option("--max-running", min=1, help="Answers that are written at once, at most.")] = 32,
-    max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=0, help="Requests that wait beside those; more get 429 with Retry-After.")
-    ] = 256,
-    batch_invariant: Annotated[
-        bool,
-        typer.Option("--batch-invariant", help="An answer is the same to the bit, whatever else the server does. Slower."),
-    ] = False,
     prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Prompts that begin alike share what was computed.")
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache", help="Reuse the KV cache of prompts that share a prefix.", **_REQUESTS
+        ),
     ] = True,
     drafts: Annotated[
-        bool, typer.Option("--drafts/--no-drafts", help="Speculative decoding; texts are the same with and without.")
+        bool,
+        typer.Option(
+            "--drafts/--no-drafts", help="Speculative decoding. Answers are identical with and without it.", **_REQUESTS
+        ),
     ] = True,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="Make each answer bitwise independent of the other requests in the batch. Slower.",
+            **_REQUESTS,
+        ),
+    ] = False,
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            "--request-timeout",
+            min=0.1,
+            metavar="SECONDS",
+            help="Maximum time from a request's arrival to the end of its answer.",
+            **_REQUESTS,
+        ),
+    ] = 600.0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            "--drain-seconds",
+            min=0,
+            metavar="SECONDS",
+            help="Grace period for in-flight requests when the server stops.",
+            **_REQUESTS,
+        ),
+    ] = 30.0,
+    max_body_bytes: Annotated[
+        int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
+    ] = 4 << 20,
     cache_window: Annotated[
         int | None,
-        typer.Option("--cache-window", min=1, help="Tokens of a chat to keep; longer chats drop their middle and continue."),
+        typer.Option(
+            "--cache-window",
+            min=1,
+            metavar="TOKENS",
+            help="Maximum length of a conversation in the cache; longer ones drop tokens from the middle and continue. "
+            "Default: no window, conversations end at the context length.",
+            **_CHAT,
+        ),
     ] = None,
     tool_format: Annotated[
-        str | None, typer.Option("--tool-format", help="How the model writes tool calls. Default: by its chat template.")
+        str | None,
+        typer.Option(
+            "--tool-format",
+            metavar="NAME",
+            help="Syntax in which the model writes tool calls. Default: detected from the chat template.",
+            **_CHAT,
+        ),
     ] = None,
     reasoning: Annotated[
         bool | None,
-        typer.Option("--reasoning/--no-reasoning", help="Tell thoughts from answers. Default: by the chat template."),
+        typer.Option(
+            "--reasoning/--no-reasoning",
+            help="Return reasoning separately from the answer. Default: detected from the chat template.",
+            **_CHAT,
+        ),
     ] = None,
-    request_timeout: Annotated[
-        float, typer.Option("--request-timeout", min=0.1, help="Seconds from a request's arrival to the end of its answer.")
-    ] = 600.0,
-    drain_seconds: Annotated[
-        float, typer.Option("--drain-seconds", min=0, help="That requests in flight have when the server is told to stop.")
-    ] = 30.0,
-    max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", min=1, help="Of one request.")] = 4 << 20,
     max_file_mb: Annotated[
-        float, typer.Option("--max-file-mb", min=0.001, help="Megabytes of a document that is sent, and of the text in it.")
+        float,
+        typer.Option(
+            "--max-file-mb",
+            min=0.001,
+            metavar="MB",
+            help="Maximum size of an uploaded document, and of the text in it, in megabytes.",
+            **_FILES,
+        ),
     ] = 32.0,
     file_memory_mb: Annotated[
-        float, typer.Option("--file-memory-mb", min=0.001, help="Megabytes that all documents may take in memory; a key: half.")
+        float,
+        typer.Option(
+            "--file-memory-mb",
+            min=0.001,
+            metavar="MB",
+            help="Memory for all uploaded documents, in megabytes. With API keys, each key may use half of it.",
+            **_FILES,
+        ),
     ] = 256.0,
-    access_log: Annotated[bool, typer.Option("--access-log", help="A line on stderr for each request.")] = False,
 ) -> None:
-    """Serve a model by OpenAI's API, and a chat page at /."""
+    """Serve a model through an OpenAI-compatible API, with a chat page at /."""
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
-        raise ValueError(
-            f'the server needs {", ".join(missing)}, which not every installation has: pip install "deepseek-optimizer[serve]"'
-        )
+        raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.errors import ConfigError
@@ -107,7 +204,7 @@ def serve(
         raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
-    # All that can be wrong here is found before a model is loaded.
+    # Validate every option before loading the model.
     keys = read_keys(api_key_file)
     file_memory = max(1, int(file_memory_mb * 1e6))
     settings = ServerSettings(
@@ -126,7 +223,7 @@ def serve(
         reasoning=reasoning,
         access_log=access_log,
     )
-    fields |= o.given(
+    fields |= o.not_none(
         kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
     )
     fields["batch_size_range"] = (1, max_running)
@@ -148,17 +245,18 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     from deepseek_optimizer.server.run import listener
     from deepseek_optimizer.server.run import serve as run
     from deepseek_optimizer.serving import make_async_engine
+    from deepseek_optimizer.system.memory import free_memory
 
     from .model import load
 
     logging.basicConfig(level=logging.WARNING, format="dso: %(message)s")
     logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to tell of every index
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at its own default level
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
-        check_granted(fields["kv_cache_memory"])
+        check_granted(fields["kv_cache_memory"], free_memory())
     loaded, tokenizer = load(model, fields)
-    settings = replace(settings, sampling=_authors_sampling(loaded))
+    settings = replace(settings, sampling=_default_sampling(loaded))
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
     facts = report(loaded)
 
@@ -168,12 +266,12 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     run(engine, settings, sock, banner)
 
 
-def _authors_sampling(model: Any) -> dict[str, Any]:
-    """What the model's authors chose for requests that do not say: of its generation config, where that samples."""
+def _default_sampling(model: Any) -> dict[str, Any]:
+    """Default sampling parameters for requests: those of the model's generation config, if it samples."""
     config = model.generation_config
     if not config.do_sample:
         return {}
-    return {field: value for field in _AUTHORS if (value := getattr(config, field, None)) is not None}
+    return {field: value for field in _SAMPLING_FIELDS if (value := getattr(config, field, None)) is not None}
 
 
 def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
@@ -181,7 +279,7 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
 
     formats = ", ".join(row.format for row in facts.formats)
     shown = f"[{host}]" if ":" in host else host
-    keys = f"{len(settings.keys)} API key(s)" if settings.keys else "no API key is asked for"
+    keys = f"{len(settings.keys)} API key(s)" if settings.keys else "no API key required"
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
@@ -190,5 +288,5 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
         f"address   http://{shown}:{port}/ (API under /v1), {keys}",
     ]
     if not settings.keys and not is_loopback(settings.host):
-        lines.append("warning   everyone who can reach this address can use the model; --api-key-file asks for a key")
+        lines.append("warning   anyone who can reach this address can use the model; require a key with --api-key-file")
     return "\n".join(lines)

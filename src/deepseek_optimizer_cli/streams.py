@@ -1,4 +1,4 @@
-"""Text in and out of the commands where the locale can't hold it."""
+"""Input and output of text that the locale's encoding cannot represent."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from io import TextIOWrapper
 
 
 def tolerate_locale() -> None:
-    """Characters that the terminal's encoding lacks are written as escapes, where they would end the program otherwise; what is
-    typed and can't be read becomes U+FFFD.
+    """Writes characters outside the terminal's encoding as escapes instead of raising; undecodable input becomes U+FFFD.
 
-    A locale that names no encoding (C, POSIX) makes Python take UTF-8 by itself (PEP 540). Where that was turned off
-    (PYTHONUTF8=0), arguments and names of files are no text that a tokenizer could read, so the command starts again with it.
+    In a locale without an encoding (C, POSIX) Python uses UTF-8 on its own (PEP 540). If that is disabled (PYTHONUTF8=0),
+    arguments and file names are not valid text for a tokenizer, so the command restarts itself in UTF-8 mode.
     """
     if not sys.flags.utf8_mode and codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
-        os.environ["PYTHONUTF8"] = "1"  # for processes of its own
+        os.environ["PYTHONUTF8"] = "1"  # for child processes
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

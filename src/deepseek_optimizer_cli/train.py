@@ -1,4 +1,4 @@
-"""`dso train`: fine-tunes a model on chats and texts, as a file or flags describe it."""
+"""`dso train`: fine-tunes a model on chats and texts, configured by a file, by flags, or by both."""
 
 from __future__ import annotations
 
@@ -8,66 +8,138 @@ import typer
 
 from . import options as o
 
-Lora = Annotated[int | None, typer.Option("--lora", min=1, metavar="RANK", help="Train an adapter of this rank (LoRA).")]
-_FROZEN = "With --lora: the frozen weights as int4, q4_1, int8 or fp8. Default: bf16."
+_DATA: dict[str, Any] = {"rich_help_panel": "Data"}
+_LORA: dict[str, Any] = {"rich_help_panel": "LoRA"}
+_LOOP: dict[str, Any] = {"rich_help_panel": "Training loop"}
+_MEMORY: dict[str, Any] = {"rich_help_panel": "Memory"}
 
 
 def train(
-    file: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML or JSON file; flags go before it.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help=o.MODEL_HELP)] = None,
+    file: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="YAML or JSON file with these settings; flags override it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help=o.MODEL_HELP)] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to create.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last complete checkpoint in the output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate settings and data, show tokens, steps and memory, and exit.")
+    ] = False,
     data: Annotated[
-        list[str] | None, typer.Option("--data", "-d", metavar="PATH", help="Chats (.jsonl, .json), texts, directories.")
+        list[str] | None,
+        typer.Option(
+            "--data", "-d", metavar="PATH", help="Training data: chats (.jsonl, .json), text files, directories.", **_DATA
+        ),
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="The directory to make.")] = None,
-    eval_data: Annotated[list[str] | None, typer.Option("--eval-data", metavar="PATH", help="What to evaluate on.")] = None,
+    eval_data: Annotated[
+        list[str] | None, typer.Option("--eval-data", metavar="PATH", help="Evaluation data, in the same forms.", **_DATA)
+    ] = None,
     eval_fraction: Annotated[
-        float | None, typer.Option("--eval-fraction", metavar="PART", help="Hold this part of the data back to evaluate on.")
+        float | None,
+        typer.Option(
+            "--eval-fraction",
+            metavar="FRACTION",
+            help="Fraction of the training data to hold out for evaluation, from 0 to 1.",
+            **_DATA,
+        ),
     ] = None,
-    lora: Lora = None,
-    precision: Annotated[str | None, typer.Option("--precision", "-p", help=_FROZEN)] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="With --lora: save a whole model, the adapter's in it.")] = False,
-    max_length: Annotated[int | None, typer.Option("--max-length", metavar="TOKENS", help="Of a sequence, at most.")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", metavar="TOKENS", help="Maximum length of a sequence. Default: the model's context.", **_DATA
+        ),
+    ] = None,
     too_long: Annotated[
         str | None,
-        typer.Option("--too-long", metavar="WAY", help="Longer sequences: error (default), truncate, split or skip."),
+        typer.Option(
+            "--too-long", metavar="ACTION", help="For longer sequences: error (default), truncate, split or skip.", **_DATA
+        ),
     ] = None,
-    all_tokens: Annotated[bool, typer.Option("--all-tokens", help="Train on what users say, too.")] = False,
-    per_answer: Annotated[
-        bool, typer.Option("--per-answer", help="Each answer of a chat becomes a sequence of its own, with its thoughts.")
+    all_tokens: Annotated[
+        bool,
+        typer.Option("--all-tokens", help="Compute the loss on all messages, not only on the assistant's.", **_DATA),
     ] = False,
-    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Leave out records that cannot be used.")] = False,
-    no_packing: Annotated[bool, typer.Option("--no-packing", help="One sequence a row.")] = False,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Times through the data. Default: 3.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, whatever the epochs.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="Default: 2e-5, with --lora 2e-4.")
+    per_answer: Annotated[
+        bool,
+        typer.Option(
+            "--per-answer", help="Make each answer of a chat a sequence of its own, including its reasoning.", **_DATA
+        ),
+    ] = False,
+    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Skip invalid records.", **_DATA)] = False,
+    no_packing: Annotated[
+        bool, typer.Option("--no-packing", help="Put one sequence in each row instead of packing several.", **_DATA)
+    ] = False,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            "--lora", min=1, metavar="RANK", help="Train a LoRA adapter of this rank instead of all weights.", **_LORA
+        ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows at once. Default: 2.")] = None,
-    accumulate: Annotated[int | None, typer.Option("--accumulate", min=1, help="Batches in a step. Default: 1.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            "-p",
+            metavar="FORMAT",
+            help="With --lora: format of the frozen weights: int4, q4_1, int8 or fp8. Default: bf16.",
+            **_LORA,
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="With --lora: save the whole model with the adapter merged into it.", **_LORA)
+    ] = False,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", metavar="N", help="Passes over the training data. Default: 3.", **_LOOP)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, metavar="N", help="Number of steps; overrides --epochs.", **_LOOP)
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate", "--lr", metavar="RATE", help="Learning rate. Default: 2e-5; with --lora 2e-4.", **_LOOP
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, metavar="N", help="Rows per batch. Default: 2.", **_LOOP)
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(
+            "--accumulate", min=1, metavar="N", help="Batches per optimizer step (gradient accumulation). Default: 1.", **_LOOP
+        ),
+    ] = None,
     patience: Annotated[
-        int | None, typer.Option("--patience", min=1, metavar="N", help="End after N evaluations without a better loss.")
+        int | None,
+        typer.Option(
+            "--patience", min=1, metavar="N", help="Stop after N evaluations without a lower evaluation loss.", **_LOOP
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Random seed. Default: 42.", **_LOOP)] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Set any field of DeepSeekTrainingArguments. Repeatable.", **_LOOP),
     ] = None,
     activation_memory: Annotated[
         str | None,
-        typer.Option("--activation-memory", metavar="WAY", help="full, selective (default) or recompute (least memory)."),
+        typer.Option(
+            "--activation-memory",
+            metavar="MODE",
+            help="Activations kept for the backward pass: full, selective (default) or recompute (least memory).",
+            **_MEMORY,
+        ),
     ] = None,
     optimizer_state: Annotated[
-        str | None, typer.Option("--optimizer-state", metavar="FORMAT", help="Adam's moments: bf16 (default), int8 or fp32.")
+        str | None,
+        typer.Option(
+            "--optimizer-state", metavar="FORMAT", help="Format of Adam's moments: bf16 (default), int8 or fp32.", **_MEMORY
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random. Default: 42.")] = None,
-    more: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any argument of DeepSeekTrainingArguments.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show tokens, steps and memory, and stop.")
-    ] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Train a model on chats and texts.
 
-    A chat is trained on what its assistant says. The output gets checkpoints, loss.json and loss.png while it runs, and then
-    the model; after an interruption, the same command with --resume goes on to the bit.
+    In chats, the loss covers the assistant's messages only. The output directory receives checkpoints, loss.json and loss.png
+    during training, and the model at the end. After an interruption, the same command with --resume continues bit for bit.
     """
     flags = {
         "model": model, "output": output, "lora": lora, "precision": precision, "merge": merge or None, "patience": patience,
@@ -76,7 +148,7 @@ def train(
             "too_long": too_long, "assistant_only": False if all_tokens else None, "per_answer": per_answer or None,
             "skip_bad_lines": skip_bad_lines or None, "packing": False if no_packing else None,
         },
-        "arguments": _with_named(more or [], {
+        "arguments": _with_settings(more or [], {
             "num_train_epochs": epochs, "max_steps": steps, "learning_rate": learning_rate,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
             "activation_memory": activation_memory, "optimizer_state": optimizer_state,
@@ -87,7 +159,7 @@ def train(
 
     from .model import no_bars_in_pipes, print_json
 
-    config = make_config(_over({} if file is None else read_config(file), flags), file or "")
+    config = make_config(_merge({} if file is None else read_config(file), flags), file or "")
     no_bars_in_pipes()
     from deepseek_optimizer.train.job import TrainingJob
 
@@ -98,7 +170,7 @@ def train(
         return
     typer.echo(str(job.plan), err=True)
     summary = _run(job)
-    print_json(summary.to_dict()) if as_json else typer.echo(_told(summary, config.model))
+    print_json(summary.to_dict()) if as_json else typer.echo(_describe(summary, config.model))
 
 
 def _run(job: Any) -> Any:
@@ -110,27 +182,27 @@ def _run(job: Any) -> Any:
         return job.run([bar])
     except KeyboardInterrupt:
         if checkpoints(job.output):
-            typer.echo(f"dso: the same command with --resume goes on from {checkpoints(job.output)[-1]}", err=True)
+            typer.echo(f"dso: run the same command with --resume to continue from {checkpoints(job.output)[-1]}", err=True)
         raise
     finally:
         bar.close()
 
 
-def _with_named(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by flags of their own, and by --set NAME=VALUE, each."""
-    found = {name: value for name, value in flags.items() if value is not None}
+def _with_settings(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments from flags, and from --set NAME=VALUE."""
+    arguments = {name: value for name, value in flags.items() if value is not None}
     for pair in pairs:
-        name, given, value = pair.partition("=")
-        if not given or not name.strip():
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
             raise ValueError(f"--set {pair}: must be NAME=VALUE, such as weight_decay=0.1")
-        if name.strip() in found:
-            raise ValueError(f"--set {pair}: {name.strip()} is {found[name.strip()]} already; give it once")
-        found[name.strip()] = value.strip()
-    return found
+        if name.strip() in arguments:
+            raise ValueError(f"--set {pair}: {name.strip()} is already set to {arguments[name.strip()]}; set it once")
+        arguments[name.strip()] = value.strip()
+    return arguments
 
 
-def _over(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a file, and over them what flags say (what is None they do not)."""
+def _merge(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, overridden by flags that are not None."""
     out = dict(fields)
     for name, value in flags.items():
         if isinstance(value, dict):
@@ -138,7 +210,7 @@ def _over(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
             if isinstance(below, (str, list)):  # `data: chats.jsonl`
                 below = {"train": below}
             if isinstance(below, dict) and (below or any(v is not None for v in value.values())):
-                out[name] = _over(below, value)
+                out[name] = _merge(below, value)
         elif value is not None and name == "lora" and isinstance(out.get(name), dict):
             out[name] = {**out[name], "r": value}
         elif value is not None:
@@ -149,17 +221,17 @@ def _over(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _told(summary: Any, model: str) -> str:
+def _describe(summary: Any, model: str) -> str:
     lines = []
     if summary.eval_after is not None:
         before = "" if summary.eval_before is None else f"{summary.eval_before:.4f} before, "
         lines.append(f"evaluation loss: {before}{summary.eval_after:.4f} after")
-    early = "; ended early, for it got no better" if summary.stopped_early else ""
+    early = "; stopped early, since the evaluation loss stopped improving" if summary.stopped_early else ""
     lines.append(f"training loss: {summary.loss:.4f} in {summary.steps:,} steps and {summary.seconds:,.0f} s{early}")
     lines.append(f"loss curve: {summary.curve}")
     lines.append(f"{summary.kind}: {summary.output}")
     if summary.loads:
-        lines.append(f"talk with it: dso chat {summary.output}")
+        lines.append(f"chat with it: dso chat {summary.output}")
     else:
-        lines.append(f"an adapter of {model}; with --merge the result is a model that `dso chat` takes")
+        lines.append(f"an adapter for {model}; use --merge to get a model that `dso chat` can load")
     return "\n".join(lines)

@@ -186,7 +186,7 @@ def test_rounded_activations() -> None:
     packed = {n: pack(w, "int4") if w.ndim == 2 else w for n, w in weights_of(model).items()}
 
     def logits(activation: str | None) -> torch.Tensor:
-        return runner(ReferenceBackend(), fused(model), packed, activation=activation).logits(ids)
+        return runner(ReferenceBackend(rounding=activation), fused(model), packed).logits(ids)
 
     exact = logits(None)
     error = {kind: float((logits(kind) - exact).abs().mean()) for kind in ("bf16", "q8", "q16")}

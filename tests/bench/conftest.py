@@ -46,7 +46,7 @@ def soaked_engine(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def report():
-    """report(decode=[...], **fields): a report of one work as `dso bench` makes it."""
+    """report(decode=[...], **fields): a report of one work, as `dso bench` writes it."""
     from deepseek_optimizer.bench.figures import figures
     from deepseek_optimizer.bench.report import SCHEMA
 
@@ -67,7 +67,9 @@ def report():
             "cost_per_million": None,
         }
         return {
-            "schema": SCHEMA, "model": "m", "cpu": "A CPU", "threads": 2, "config": {"precision": "int4"}, "backend": "cpu",
+            "schema": SCHEMA, "date": "2026-11-27T15:04:05+00:00", "seconds": 95.0, "machine_memory_bytes": 24 << 30,
+            "load": {"cores": 2, "load_average": 0.25, "others_before": 0.0, "others_during": 0.125, "busy": []},
+            "model": "m", "cpu": "A CPU", "threads": 2, "config": {"precision": "int4"}, "backend": "cpu",
             "formats": {"int4": 76_000_000}, "versions": {"torch": "2"}, "load_s": 1.0, "memory_bytes": 10**8, "works": [entry],
             **fields,
         }  # fmt: skip

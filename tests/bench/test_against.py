@@ -116,7 +116,7 @@ def test_what_a_peer_cannot_read_names_the_remedy(models, tmp_path):
 
 @pytest.mark.parametrize("name", ["openvino", "vllm"])
 def test_depth_is_refused_where_an_engine_has_none(name, models):
-    with pytest.raises(ConfigError, match=f"{name} cannot begin behind a filled cache"):
+    with pytest.raises(ConfigError, match=f"{name} cannot start with a filled cache"):
         _command(name, models[name], Work(7, 5, 3))
 
 

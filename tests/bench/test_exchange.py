@@ -43,7 +43,7 @@ def test_an_event_counts_when_its_last_byte_came(size):
     assert reply.text == "Zwölf böse" and reply.usage == {"completion_tokens": 3}
     ends = [len(HEAD) + len(chunk(event("Zwölf")))]
     ends.append(ends[0] + len(chunk(event("x", 1) + event(" böse"))))
-    assert reply.pieces == [((end - 1) // size * size, text) for end, text in zip(ends, ("Zwölf", " böse"), strict=True)]
+    assert reply.chunks == [((end - 1) // size * size, text) for end, text in zip(ends, ("Zwölf", " böse"), strict=True)]
 
 
 @pytest.mark.parametrize("cut", range(0, len(stream()), 13))

@@ -22,8 +22,14 @@ def test_percentile_is_numpys(percent, count):
 
 def test_percentiles_go_towards_the_worse_end():
     values = [float(v) for v in range(101)]
-    assert summary(values) == {"p50": 50, "p90": 90, "p99": 99}
-    assert summary(values, more_is_better=True) == {"p50": 50, "p90": 10, "p99": 1}
+    assert summary(values) == {"n": 101, "p50": 50, "p90": 90, "p95": 95, "p99": 99}
+    assert summary(values, more_is_better=True) == {"n": 101, "p50": 50, "p90": 10, "p95": 5, "p99": 1}
+
+
+@pytest.mark.parametrize("count, missing", [(5, ["p95", "p99"]), (19, ["p95", "p99"]), (20, ["p99"]), (99, ["p99"]), (100, [])])
+def test_few_samples_have_no_high_percentiles(count, missing):
+    found = summary([float(v) for v in range(count)])
+    assert found["n"] == count and [name for name, value in found.items() if value is None] == missing
 
 
 def test_error_of_a_median():
@@ -52,12 +58,13 @@ def test_one_token_has_no_decode_figures():
     found = samples([Run(10, 1, (0.5,), 1)])
     assert not {"tpot_ms", "itl_ms", "decode_tok_s"} & found.keys()
     assert found["ttft_ms"] == [500]
-    assert figures(found)["ttft_ms"] == {"unit": "ms", "p50": 500, "p90": 500, "p99": 500, "samples": [500]}
+    expected = {"unit": "ms", "n": 1, "p50": 500, "p90": 500, "p95": None, "p99": None, "samples": [500]}
+    assert figures(found)["ttft_ms"] == expected
 
 
 def test_every_figure_is_known():
     assert samples([Run(1, 1, (1.0, 2.0), 2)]).keys() <= KINDS.keys()
-    assert all(math.isfinite(v) for v in summary([1.0]).values())
+    assert all(math.isfinite(v) for v in summary([1.0] * 100).values())
 
 
 def test_works():

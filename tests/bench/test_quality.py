@@ -79,7 +79,7 @@ def test_a_packed_model_is_no_reference(tiny_model, tmp_path):
     from deepseek_optimizer import load_model
 
     load_model(tiny_model, precision="int8").save_pretrained(tmp_path / "packed")
-    with pytest.raises(ConfigError, match="the model it was made from"):
+    with pytest.raises(ConfigError, match="the original model with --reference"):
         plain.load_plain(tmp_path / "packed", torch.float32)
 
 

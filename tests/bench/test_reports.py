@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import json
+import os
+import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -12,10 +15,13 @@ import pytest
 from rich.console import Console
 
 from deepseek_optimizer.bench import baseline
-from deepseek_optimizer.bench.html import page
-from deepseek_optimizer.bench.svg import Bar, bars, lines
+from deepseek_optimizer.bench.charts import Bar, bars
+from deepseek_optimizer.bench.figures import figures
+from deepseek_optimizer.bench.html import check_target, page, write
 from deepseek_optimizer.bench.table import show
-from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.errors import ConfigError, MissingPackageError
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 WORK = {"prompt": 64, "new": 8, "depth": 0, "batch": 1}
 RATIO = {
@@ -86,7 +92,7 @@ def test_what_cannot_be_compared_is_refused(report, name, value):
 def test_no_work_in_common(report):
     other = report()
     other["works"][0]["work"] = {**WORK, "prompt": 65}
-    with pytest.raises(ConfigError, match="no work in common"):
+    with pytest.raises(ConfigError, match="no run with the same --prompt"):
         baseline.compare(report(), other)
 
 
@@ -111,9 +117,45 @@ def test_the_table_shows_every_section(full):
     text = _shown(full)
     for expected in (
         "76 MB", "64 in, 8 out, batch 1", "16.5 GB/s, 55% of the 30.0", "12.5 W", "cost 0.566", "0.25000", "75.00%",
-        "1.5000 +- 0.0625", "31.5", "without qkv", "25.0 (2.50x)", "2.50x (2.25 - 3.00)", "Against the baseline",
+        "1.5000 +- 0.0625", "31.5", "without qkv", "25.0 (2.50x)", "2.50x (2.25 - 3.00)", "Compared with the baseline",
     ):  # fmt: skip
         assert expected in text, expected
+
+
+def test_the_summary_comes_first_and_says_what_a_reader_needs(full):
+    full["peers"] = {"llama-cpp-python": "0.3.36"}
+    first = _shown(full).split("64 in, 8 out, batch 1")[0]
+    for expected in (
+        "100 tokens/s generated for one request", "first token of a 64-token prompt after 50.0 ms (medians of 3 runs)",
+        "llama.cpp: this model generates 2.50x as fast (2.25 to 3.00)", "75.0% of 128 tokens", "perplexity +50.00% (± 6.25)",
+        "50.0 tokens/s per core", "100 MB of memory at peak, 76 MB of it for the weights", "0.125 J per generated token",
+        "0.566 per million", "A CPU, 2 of 2 cores used, 24.0 GiB", "2026-11-27 15:04 UTC, took 1 min 35 s",
+        "0.0 cores before and 0.1 during", "llama-cpp-python 0.3.36",
+    ):  # fmt: skip
+        assert expected in first, expected
+
+
+def test_the_summary_names_what_was_not_measured(report):
+    first = _shown(report()).split("64 in, 8 out, batch 1")[0]
+    assert "Nothing else; --against" in first and "Not measured; --quality" in first and "J per" not in first
+
+
+def test_a_busy_machine_is_a_warning(report):
+    busy = report()
+    assert "WARNING" not in _shown(busy) and 'class="warning"' not in page(busy)
+    busy["load"]["busy"] = ["other processes used 1.3 of 2 cores during the measurement"]
+    assert "WARNING: The machine was busy" in _shown(busy) and "1.3 of 2 cores during" in _shown(busy)
+    assert page(busy).count('class="warning"') == 1 and "unreliable: other processes used 1.3" in page(busy)
+
+
+def test_percentiles_are_shown_only_where_there_are_samples_for_them(report):
+    few = report()
+    assert "p95" not in _shown(few) and "p99" not in _shown(few)
+    few["works"][0]["figures"] |= figures({"itl_ms": [float(v) for v in range(1, 31)]})
+    lines = [line.replace("│", " ").split() for line in _shown(few).splitlines()]
+    assert next(line for line in lines if line[:2] == ["between", "tokens,"])[3:] == ["15.50", "1.00", "30.00", "28.55", "30"]
+    assert next(line for line in lines if line[:2] == ["decode,", "tok/s"])[2:] == ["100.0", "99.00", "101.0", "-", "3"]
+    assert "p99" not in _shown(few)
 
 
 def test_markup_in_names_is_text(report):
@@ -148,10 +190,21 @@ def test_the_page_stands_alone(full):
     text = page(full)
     found = _Page(text)
     assert not found.links and not {"script", "link", "img"} & set(found.tags)
-    assert "@import" not in text and "url(" not in text
-    assert found.tags.count("svg") == 5  # decode, prefill, gaps, one batch of the ablation, peers
-    for part in text.split("<svg")[1:]:
-        ElementTree.fromstring("<svg" + part[: part.index("</svg>") + 6])
+    assert "@import" not in text and text.count("url(") == text.count("url(#")
+    assert "http://" not in text.replace("http://www.w3.org/", "") and "https://" not in text
+    assert found.tags.count("svg") == 5  # peers, decode, prefill, gaps, one batch of the ablation
+
+
+def test_charts_have_names_of_their_own_and_follow_the_pages_colour(full):
+    text = page(full)
+    names = re.findall(r' id="([^"]+)"', text)
+    assert len(names) == len(set(names))
+    for chart in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        root = ElementTree.fromstring(chart)
+        title, desc = root[0], root[1]
+        assert root.get("aria-labelledby").split() == [title.get("id"), desc.get("id")] and root.get("role") == "img"
+        assert title.text and desc.text and "currentColor" in chart and "#010203" not in chart
+        assert set(re.findall(r'href="#([^"]+)"', chart)) <= set(names)
 
 
 def test_the_page_holds_the_report(full):
@@ -167,16 +220,36 @@ def test_a_page_of_a_small_report(report):
     assert _Page(page(small)).tags.count("svg") == 1
 
 
-def test_bars_are_to_scale():
-    root = ElementTree.fromstring(bars("t", [Bar("a", 10, 8, 20, "ten"), Bar("b", 5, 5, 5, "five")], mark=10))
-    space = "{http://www.w3.org/2000/svg}"
-    widths = [float(r.get("width")) for r in root.iter(f"{space}rect")]
-    assert widths[0] == pytest.approx(2 * widths[1]) and widths[0] == pytest.approx(230)
-    whisker, _, mark = (line for line in root.iter(f"{space}line"))
-    assert float(whisker.get("x2")) == pytest.approx(250 + 460) and float(mark.get("x1")) == pytest.approx(250 + 230)
+def test_bars_are_to_scale_and_described():
+    chart = bars("t <b>", [Bar("a", 10, 8, 20, "ten"), Bar("b", 5, 5, 5, "five")], "tok/s", mark=10)
+    root = ElementTree.fromstring(chart.svg)
+    widths = [_width(path) for path in root.iter(f"{SVG}path") if "fill: #2f7de1" in path.get("style", "")]
+    assert len(widths) == 2 and widths[0] == pytest.approx(2 * widths[1])
+    assert (root[0].text, root[1].text) == ("t <b>", "a: ten; b: five")
+    assert {"a", "b", "ten", "five", "tok/s"} <= {text.text for text in root.iter(f"{SVG}text")}
 
 
-def test_lines_span_the_plot():
-    root = ElementTree.fromstring(lines("t", {"a": [0, 5, 10], "b": [3]}, "x", "ms"))
-    points = [p.get("points") for p in root.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert points[0] == "250.0,210.0 480.0,120.0 710.0,30.0" and len(points[1].split()) == 1
+def _width(path):
+    xs = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", path.get("d"))]
+    return max(xs) - min(xs)
+
+
+def test_charts_need_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r'matplotlib.*"deepseek-optimizer\[bench\]"'):
+        check_target(tmp_path / "r.html")
+
+
+def test_a_directory_is_no_place_for_a_page(tmp_path):
+    with pytest.raises(ConfigError, match="is a directory"):
+        check_target(tmp_path)
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "r.html"
+    write(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write(file, "new")
+    assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["r.html"]

@@ -59,7 +59,7 @@ def test_prompts_differ_from_run_to_run_and_repeat_with_the_seed(plain, monkeypa
 
 
 def test_work_beyond_the_context_is_refused(either):
-    with pytest.raises(ValueError, match="context of 300 tokens, and the model has 256"):
+    with pytest.raises(ValueError, match="context of 300 tokens, but the model has 256"):
         list(runs.repeated(either, Work(200, 50, depth=50), repeats=1))
 
 

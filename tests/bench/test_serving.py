@@ -127,7 +127,7 @@ def test_the_table_has_windows_below_it():
     assert f"| {first.title}: faster | 100.0 tok/s | 90.00 tok/s | 0.90x (0.80 - 1.00) | at least 0.85x | reached |" in lines
     assert sum(line.endswith("| not measured |") for line in lines) == len(SERVING) - 1
     assert lines[-2].startswith("| window: W, 10,240 read") and "1.000x; 32 of 32 blocks |" in lines[-2]
-    assert "a pinned string 0.5 nats a token, dropped 4.0" in lines[-1] and lines[-1].endswith("| reached |")
+    assert "a pinned string 0.5 nats per token, dropped 4.0" in lines[-1] and lines[-1].endswith("| reached |")
 
 
 def test_run_knows_the_rows(monkeypatch, tmp_path, capsys):

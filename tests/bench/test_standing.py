@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -228,14 +229,15 @@ def test_tables():
     facts = {"cpu": "A CPU", "threads": 2, "date": "2026-01-01", "rounds": 3}
     entry = {**facts, "title": row.title, "figure": DECODE, "sides": sides, "read": read}
     lines = list(tables.standing_table({row.name: {**entry, "bars": verdict.judge(row, found, "ours int4", read)}}))
-    assert lines[0] == "A CPU, 2 threads, 2026-01-01: medians of 3 rounds, sides in turns."
+    assert lines[0] == "A CPU, 2 threads, 2026-01-01: medians of 3 rounds, engines taking turns."
     cells = "| 210.0 tok/s | 400.0 tok/s | 1.90x (1.82 - 2.00) | 1.5x | 80 MB, 40%; 80 MB, 40% | reached |"
     assert lines[4] == f"| {row.title} | llama.cpp Q4_0 {cells}"
     assert len(lines) == 4 + sum(len(row.bars) for row in STANDING) and lines[5].endswith("| not measured |")
 
 
-def test_the_readme_says_what_the_results_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- bench:standing -->" in text and "<!-- bench:spine -->" in text
-    assert tables.filled(text) == text
-    assert tables.filled(text.replace("tok/s", "tok/h")) == text
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_pages_say_what_the_results_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- bench:" in text and tables.filled(text) == text
+    emptied = re.sub(r"(<!-- bench:\w+ -->\n).*?(<!-- /bench -->)", r"\1\2", text, flags=re.DOTALL)
+    assert emptied != text and tables.filled(emptied) == text

@@ -39,6 +39,6 @@ def test_keys_that_do_not_turn_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     path = tiny_v3()
     bench = Bench(SMALL, path, quick=True)
     right = bench.compare(1)
-    monkeypatch.setattr(type(bench.arena.store), "turn", lambda *_: None)
+    monkeypatch.setattr(type(bench.arena.store), "rotate", lambda *_: None)
     wrong = bench.compare(1)
     assert abs(right["perplexity_ratio"] - 1) < abs(wrong["perplexity_ratio"] - 1) / 2

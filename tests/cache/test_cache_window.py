@@ -39,7 +39,7 @@ def test_pinned_blocks_stay_and_the_last_run_goes_first() -> None:
 def test_the_recent_part_stays() -> None:
     policy = CacheWindow(tokens=1024, recent=0.5)
     assert policy.drops(1024, ((32, 480),), coming=32) == [Drop(15, 1)]  # half of a share is all there is
-    with pytest.raises(RequestError, match="Pin less"):
+    with pytest.raises(RequestError, match="pin fewer"):
         policy.drops(1024, ((32, 480),), coming=33)
 
 
@@ -114,7 +114,7 @@ def test_bad_policies(fields: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("span", [(-1, 4), (5, 5), (9, 3)])
 def test_bad_spans(span: tuple[int, int]) -> None:
-    with pytest.raises(RequestError, match="pinned: a span"):
+    with pytest.raises(RequestError, match="pinned: each span"):
         CacheWindow(tokens=1024).check((span,))
 
 

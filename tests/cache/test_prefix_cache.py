@@ -77,7 +77,7 @@ def test_blocks_in_use_stay():
 
 def test_a_limit_is_kept():
     manager = BlockManager(20)
-    cache = PrefixCache(manager, most=3)
+    cache = PrefixCache(manager, max_blocks=3)
     filled(manager, cache, text(1, 2))
     filled(manager, cache, text(2, 2))
     assert len(cache) == 3 and manager.free_blocks == 17
@@ -91,7 +91,7 @@ def test_at_random(seed):
     """Nothing leaks, and whatever is found is what a dictionary of texts says."""
     rng = random.Random(seed)
     manager = BlockManager(24)
-    cache, holds, contents = PrefixCache(manager, most=rng.choice([None, 8])), [], {}
+    cache, holds, contents = PrefixCache(manager, max_blocks=rng.choice([None, 8])), [], {}
     for _ in range(400):
         action = rng.random()
         if action < 0.4:

@@ -61,5 +61,5 @@ def test_what_must_stay_must_fit():
     messages = [{"role": "system", "content": "s" * 900}, *dialogue(random.Random(0), 3)[1:]]
     with pytest.raises(RequestError, match="messages"):
         fit(messages, tokens, weight, 500)
-    with pytest.raises(RequestError, match="room for 100"):
+    with pytest.raises(RequestError, match="only 100 fit"):
         fit([{"role": "user", "content": "x" * 200}], tokens, weight, 100)

@@ -125,7 +125,7 @@ def test_a_long_last_message_leaves_little_room_for_the_answer(byte_tokenizer):
 def test_messages_that_the_template_refuses(engine, monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     talk = Conversation(EngineSpeaker(engine, sampling_params()))
-    with pytest.raises(RequestError, match="template does not take them: roles must alternate"):
+    with pytest.raises(RequestError, match="template rejects them: roles must alternate"):
         talk.say("Hi", quiet)
     assert talk.turns == []
 
@@ -139,5 +139,5 @@ def test_a_conversation_needs_a_template(engine, monkeypatch):
 def test_what_of_the_generation_config_is_left_out_is_said(endless, monkeypatch):
     model, _ = endless
     monkeypatch.setattr(model, "generation_config", GenerationConfig(num_beams=3, do_sample=True, temperature=0.5))
-    with pytest.warns(OptimizerWarning, match="num_beams, which only model.generate heeds"):
+    with pytest.warns(OptimizerWarning, match="num_beams, which only model.generate supports"):
         assert default_sampling(model, top_k=7).temperature == 0.5

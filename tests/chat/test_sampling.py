@@ -7,7 +7,7 @@ import math
 import pytest
 from transformers import GenerationConfig
 
-from deepseek_optimizer.chat.sampling import left_out, sampling_params
+from deepseek_optimizer.chat.sampling import ignored_settings, sampling_params
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.errors import RequestError
 
@@ -84,5 +84,5 @@ def test_a_misspelt_name_gets_the_nearest():
 
 def test_what_only_generate_does():
     asks = GenerationConfig(num_beams=4, no_repeat_ngram_size=3, typical_p=1.0, suppress_tokens=[], temperature=0.3)
-    assert left_out(asks) == ["num_beams", "no_repeat_ngram_size"]
-    assert left_out(GenerationConfig()) == [] == left_out(SAMPLES)
+    assert ignored_settings(asks) == ["num_beams", "no_repeat_ngram_size"]
+    assert ignored_settings(GenerationConfig()) == [] == ignored_settings(SAMPLES)

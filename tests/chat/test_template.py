@@ -187,7 +187,7 @@ def test_tools_go_where_the_template_has_a_place_for_them(made):
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "x"}]
     assert template.render(messages, tools=TOOLS).ids == plain(tokenizer, messages, tools=TOOLS)
     assert template.knows_tools() and not made("llama3")[1].knows_tools()
-    with pytest.raises(RequestError, match="tools: .*no place"):
+    with pytest.raises(RequestError, match="tools: .*does not support tools"):
         made("llama3")[1].render(messages, tools=TOOLS)
 
 
@@ -205,7 +205,7 @@ def test_options_are_those_that_the_template_reads(made):
         {"tools": []},
         {"self": 1},
     ):
-        with pytest.raises(RequestError, match="does not know it"):
+        with pytest.raises(RequestError, match="has no such option"):
             template.render(messages, options=options)
 
 
@@ -338,14 +338,14 @@ def hostile(byte_tokenizer):
             "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
             "too much memory|too long",
         ),
-        ("{{ 'a' * 30000000 }}", "text that is too long"),
+        ("{{ 'a' * 30000000 }}", "rendered text is too long"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages.nothing.at.all }}", "Undefined"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError|Undefined"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError|nested too deeply"),
         ("{{ cycler.__init__.__globals__.os.system('touch /tmp/escaped') }}", "SecurityError|Undefined"),
-        ("", "empty prompt"),
+        ("", "prompt is empty"),
         ("{{ '\\ud800' }}", "half of a surrogate pair"),
         ("{% for a in [1] %}" * 30 + "x" + "{% endfor %}" * 30, "too many statically nested blocks"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError|nested too deeply"),
@@ -375,7 +375,7 @@ def test_what_stands_around_a_long_text(made, name):
 
 def test_around_needs_a_template_that_shows_a_message_once(hostile):
     for source in ("{{ messages[0].content }}{{ messages[0].content }}", "Hello", "{{ messages[0].content[:10] }}"):
-        with pytest.raises(RequestError, match="as it is, once"):
+        with pytest.raises(RequestError, match="unchanged and once"):
             hostile(source).around("", "x")
 
 

@@ -88,8 +88,8 @@ def test_the_packer_that_is_handed_in_packs(tmp_path: Path) -> None:
     "wanted, shapes, tensor, why",
     [
         ({**WANTED, "gone.weight": None}, {**SHAPES, "gone.weight": (1,)}, "gone.weight", "lacks gone.weight"),
-        ({"norm.weight": None}, SHAPES, "m.a.weight", "has m.a.weight, m.b.weight, m.c.weight, which the model"),
-        (WANTED, {**SHAPES, "m.a.weight": (70, 40)}, "m.a.weight", r"\(40, 70\), but the config makes it \(70, 40\)"),
+        ({"norm.weight": None}, SHAPES, "m.a.weight", "contains m.a.weight, m.b.weight, m.c.weight, which the model"),
+        (WANTED, {**SHAPES, "m.a.weight": (70, 40)}, "m.a.weight", r"\(40, 70\), but the config requires \(70, 40\)"),
         ({**WANTED, "norm.weight": "int8"}, SHAPES, "norm.weight", "not a matrix"),
     ],
 )
@@ -107,7 +107,7 @@ def test_unknown_format(tmp_path: Path) -> None:
 def test_buffers_of_old_checkpoints_are_skipped(tmp_path: Path) -> None:
     more = {**TENSORS, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3), "lm_head.weight": torch.ones(2, 2)}
     checkpoint = checkpoint_of(tmp_path, more)
-    with pytest.raises(CheckpointError, match="has lm_head.weight, which"):
+    with pytest.raises(CheckpointError, match="contains lm_head.weight, which"):
         stream_weights(checkpoint, WANTED, SHAPES)
     ignored = (r"lm_head\.weight", r".*inv_freq")
     assert len(list(stream_weights(checkpoint, WANTED, SHAPES, ignored=ignored))) == 4

@@ -105,7 +105,7 @@ MATRIX = pack(torch.ones(33, 48), "int8")
         ({"modules": {"a": {"format": "int8", "shape": [49, 48]}}}, r"is U8 \(4, 2, 544\)"),
         ({"modules": {"a": {"format": "int8", "shape": [33, 65]}}}, r"is U8 \(3, 3, 544\)"),
         ({"modules": {"b": {"format": "int8", "shape": [33, 48]}}}, "missing"),
-        ({"modules": {}}, "does not say how"),
+        ({"modules": {}}, "does not describe it"),
     ],
 )
 def test_lies(tmp_path: Path, change: dict, why: str) -> None:

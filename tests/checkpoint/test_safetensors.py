@@ -83,8 +83,8 @@ def test_header_longer_than_the_file(tmp_path: Path) -> None:
         (b"[]", "begin with"),
         (b'{"a": \xff}', "UTF-8"),
         (b"{", "not valid JSON"),
-        (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "key 'dtype' twice"),
-        (b'{"a": 1, "a": 1}', "key 'a' twice"),
+        (b'{"a": {"dtype": "F32", "dtype": "F16"}}', "duplicate key 'dtype'"),
+        (b'{"a": 1, "a": 1}', "duplicate key 'a'"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": ' + b"[" * 100_000, "too deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
@@ -131,7 +131,7 @@ def test_overlaps_holes_and_leftovers(tmp_path: Path) -> None:
     refused(tmp_path, changed("b", data_offsets=[16, 24]), "overlaps")
     header, data = safetensors_header(GOOD)
     header["b"]["data_offsets"] = [26, 34]
-    refused(tmp_path, with_header(header, data[:24] + b"??" + data[24:]), "hole of 2 bytes")
+    refused(tmp_path, with_header(header, data[:24] + b"??" + data[24:]), "gap of 2 bytes")
     refused(tmp_path, safetensors_bytes(GOOD) + b"x", "1 bytes after")
 
 
@@ -203,7 +203,7 @@ def test_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "weight_map, why",
     [
-        ({"a": "one.safetensors", "b": "gone.safetensors"}, "gone.safetensors.*not there"),
+        ({"a": "one.safetensors", "b": "gone.safetensors"}, "gone.safetensors.*does not exist"),
         ({"a": "../one.safetensors"}, "not inside"),
         ({"a": "sub/../../one.safetensors"}, "not inside"),
         ({"a": "/etc/passwd"}, "not inside"),
@@ -211,15 +211,15 @@ def test_shards(tmp_path: Path) -> None:
         ({"a": "C:one.safetensors"}, "not inside"),
         ({"a": "one\0.safetensors"}, "not inside"),
         ({"a": ""}, "not inside"),
-        ({"a": "9" * 400}, "not there"),
+        ({"a": "9" * 400}, "does not exist"),
         ({"a": "\ud800"}, "cannot be resolved"),
-        ({"a": "out.safetensors"}, "leads out"),
+        ({"a": "out.safetensors"}, "outside the checkpoint"),
         ({"a": "loop.safetensors"}, "resolved|not there|opened"),
         ({"a": "fifo"}, "not a regular file"),
         ({"a": "sub"}, "not a regular file"),
         ({"a": "one.safetensors", "c": "one.safetensors"}, "'c'.*is not in one.safetensors"),
         ({"a": "two.safetensors", "b": "two.safetensors"}, "is not in two"),
-        ({"b": "two.safetensors", "a": "copy.safetensors", "x": "one.safetensors"}, "one tensor, two shards"),
+        ({"b": "two.safetensors", "a": "copy.safetensors", "x": "one.safetensors"}, "in one shard only"),
         ({"b": "both.safetensors"}, "'a2'.*not listed"),
         ({}, "weight_map"),
         ([], "weight_map"),
@@ -260,7 +260,7 @@ def test_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(safetensors_bytes(GOOD))
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to("../../../w")
-    with pytest.raises(CheckpointError, match="leads out"):
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
         open_checkpoint(snapshot)
 
 
@@ -270,7 +270,7 @@ def test_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None:
         (b"", "not valid JSON"),
         (b"[]", "must be a JSON object"),
         (b'{"a": Infinity}', "Infinity"),
-        (b'{"model_type": "llama", "model_type": "qwen2"}', "twice"),
+        (b'{"model_type": "llama", "model_type": "qwen2"}', "duplicate key"),
         (b"\xff\xfe", "UTF-8"),
         (b"[" * 200_000, "too deep"),
     ],
@@ -317,7 +317,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither model.safetensors"):
         open_checkpoint(tmp_path)
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"name one of them: a\.gguf"):
+    with pytest.raises(CheckpointError, match=r"give the path of one of them: a\.gguf"):
         open_checkpoint(tmp_path)
     (tmp_path / "w.safetensors").touch()
     with pytest.raises(CheckpointError, match="name its directory"):
@@ -327,7 +327,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_file_cut_short_after_opening(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path / "m", {"w": torch.ones(100, 100)}))
     os.truncate(tmp_path / "m" / "model.safetensors", 20_000)
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="truncated while"):
         checkpoint.read("w")
 
 

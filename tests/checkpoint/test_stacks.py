@@ -102,11 +102,11 @@ def put(name: str, *shape: int) -> Any:
         (dict, left_out(f"{BASE}.3.up_proj.weight"), f"{BASE}.3.up_proj.weight", "lacks"),
         (dict, left_out(f"{BASE}.4.down_proj.weight"), f"{BASE}.4.down_proj.weight", "lacks"),
         (dict, put(f"{BASE}.5.down_proj.weight", HIDDEN, INTERMEDIATE), f"{BASE}.5.down_proj.weight", "5 experts"),
-        (dict, put(f"{BASE}.0.gate_proj.weight", HIDDEN, INTERMEDIATE), f"{BASE}.0.gate_proj.weight", r"makes it \(40, 72\)"),
-        (dict, put(f"{BASE}.0.gate_proj.bias", INTERMEDIATE), f"{BASE}.0.gate_proj.bias", "does not know"),
+        (dict, put(f"{BASE}.0.gate_proj.weight", HIDDEN, INTERMEDIATE), f"{BASE}.0.gate_proj.weight", r"requires \(40, 72\)"),
+        (dict, put(f"{BASE}.0.gate_proj.bias", INTERMEDIATE), f"{BASE}.0.gate_proj.bias", "does not have"),
         (merged, left_out(GATE_UP), f"{BASE}.0.gate_proj.weight", "lacks"),
-        (merged, put(GATE_UP, EXPERTS, INTERMEDIATE, HIDDEN), GATE_UP, r"makes it \(5, 80, 72\)"),
-        (merged, put(DOWN, EXPERTS + 1, HIDDEN, INTERMEDIATE), DOWN, r"makes it \(5, 72, 40\)"),
+        (merged, put(GATE_UP, EXPERTS, INTERMEDIATE, HIDDEN), GATE_UP, r"requires \(5, 80, 72\)"),
+        (merged, put(DOWN, EXPERTS + 1, HIDDEN, INTERMEDIATE), DOWN, r"requires \(5, 72, 40\)"),
         (merged, put(f"{BASE}.0.gate_proj.weight", INTERMEDIATE, HIDDEN), f"{BASE}.0.gate_proj.weight", "under another name"),
         (dict, put(f"{BASE}.03.up_proj.weight", INTERMEDIATE, HIDDEN), f"{BASE}.03.up_proj.weight", "under another name"),
     ],
@@ -150,7 +150,7 @@ def test_a_packed_stack_of_another_size_than_the_config_makes_it(tmp_path: Path)
     save_packed(tmp_path / "packed", {}, loaded)
     with (
         open_checkpoint(tmp_path / "packed") as checkpoint,
-        pytest.raises(CheckpointError, match="the config makes it") as caught,
+        pytest.raises(CheckpointError, match="the config requires") as caught,
     ):
         stream_weights(checkpoint, WANTED, {**SHAPES, DOWN: (EXPERTS - 1, HIDDEN, INTERMEDIATE)})
     assert caught.value.tensor == DOWN
@@ -159,7 +159,7 @@ def test_a_packed_stack_of_another_size_than_the_config_makes_it(tmp_path: Path)
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"shape": [EXPERTS, HIDDEN]}, "does not say how|missing"),
+        ({"shape": [EXPERTS, HIDDEN]}, "does not describe it|missing"),
         ({"shape": [EXPERTS + 1, HIDDEN, INTERMEDIATE]}, r"is U8 \(6, 5, 2, "),
         ({"shape": [EXPERTS, 1, HIDDEN, INTERMEDIATE]}, "two or three"),
         ({"shape": [0, HIDDEN, INTERMEDIATE]}, "two or three"),
@@ -183,7 +183,7 @@ def test_parts_and_surplus() -> None:
         f"{BASE}.{e}.{role}_proj.weight" for e in (0, 1) for role in ("gate", "up")
     ]
     assert [p.row for p in parts(GATE_UP, (4, 7, 1), {GATE_UP})] == [0, 7, 14, 21]
-    with pytest.raises(ValueError, match="no stack"):
+    with pytest.raises(ValueError, match="not a stack"):
         parts("model.layers.0.mlp.up_proj.weight", (1, 1, 1), ())
     assert surplus_expert("model.layers.1.mlp.up_proj.weight", SHAPES) is None
     assert surplus_expert("model.layers.9.mlp.experts.4.up_proj.weight", SHAPES) is None

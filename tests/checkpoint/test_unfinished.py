@@ -58,13 +58,13 @@ def test_gone_on_with(tmp_path: Path) -> None:
     (path / "files" / "stray").mkdir()
     (path / "stray").write_bytes(b"")
     found, news = resume(tmp_path / "t")
-    assert found == {"a", "b"} and news is not None and "going on" in news and "2 of 3" in news
+    assert found == {"a", "b"} and news is not None and "resuming" in news and "2 of 3" in news
 
 
 def test_another_identity_begins_afresh(tmp_path: Path) -> None:
     interrupted(tmp_path / "t")
     found, news = resume(tmp_path / "t", {**IDENTITY, "settings": {"precision": "int8"}})
-    assert found == set() and news is not None and "another settings: beginning afresh" in news
+    assert found == set() and news is not None and "another settings: starting over" in news
 
 
 def truncate(path: Path) -> None:
@@ -94,7 +94,9 @@ def edit(path: Path, **change: object) -> None:
 def test_damaged_files_are_made_again(tmp_path: Path, damage) -> None:
     damage(interrupted(tmp_path / "t"))
     with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
-        assert directory.finished == {"b"} and directory.news is not None and "damaged, so made again: a" in directory.news
+        assert (
+            directory.finished == {"b"} and directory.news is not None and "damaged, will be written again: a" in directory.news
+        )
         write(directory, "a")
         assert (directory.folder / "a").read_bytes() == b"a" * 1000 + b"end" and not (directory.folder / "a").is_symlink()
 
@@ -111,7 +113,7 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path, journal: bytes | None) ->
     else:
         path.write_bytes(journal)
     found, news = resume(tmp_path / "t")
-    assert found == set() and news is not None and "cannot be read: beginning afresh" in news
+    assert found == set() and news is not None and "cannot be read: starting over" in news
 
 
 def test_a_half_written_last_line(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
     else:
         (tmp_path / "other").mkdir()
         place.symlink_to(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="in the way"):
+    with pytest.raises(CheckpointError, match="in the place"):
         Unfinished(tmp_path / "t", IDENTITY, NAMES)
     assert place.is_symlink() or place.read_text() == "mine"
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from deepseek_optimizer_cli import info
+from deepseek_optimizer_cli.app import app
+
+COMMANDS = ("run", "chat", "longdoc", "serve", "train", "convert", "info", "doctor", "demo", "bench")
 
 
 def test_help_lists_the_commands_and_loads_nothing_heavy():
@@ -21,13 +27,28 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f" {name} " in done.stdout for name in ("run", "chat", "convert", "info", "demo", "bench"))
+    assert all(f" {name} " in done.stdout for name in COMMANDS) and "..." not in done.stdout.split("Commands:")[1]
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "convert", "info", "demo", "bench"])
-def test_every_command_has_help(dso, command):
-    result = dso(command, "--help")
-    assert result.exit_code == 0 and "Usage" in result.stdout
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_never_cuts_the_name_of_an_option(name, width):
+    result = CliRunner().invoke(app, [name, "--help"], terminal_width=width)
+    assert result.exit_code == 0 and "Usage" in result.stdout and "…" not in result.stdout
+    words = set(re.split(r"[\s,/]+", result.stdout))
+    for option in get_command(app).commands[name].params:
+        assert set(option.opts + option.secondary_opts) <= words | {option.name}, option.opts
+        assert option.help, option.opts
+    assert max(map(len, result.stdout.splitlines())) <= width
+
+
+def test_help_has_a_section_for_each_group_of_options(dso):
+    lines = dso("serve", "--help").stdout.splitlines()
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles[0] == "Arguments:" and {"Network and access:", "Model:", "Uploaded files:", "Options:"} <= set(titles)
+    place = {title: lines.index(title) for title in titles}
+    flag = next(i for i, line in enumerate(lines) if line.strip().startswith("--max-file-mb"))
+    assert max(title for title in place.values() if title < flag) == place["Uploaded files:"]
 
 
 def test_a_missing_model_is_one_line_and_exit_code_2(dso_process, tmp_path):

@@ -78,9 +78,9 @@ def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, ti
         (["--prompt", "12;13"], "commas"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--prompt", "300"], "context"),
-        (["--against", "nobody"], "no peer 'nobody'"),
+        (["--against", "nobody"], "unknown peer 'nobody'"),
         (["--against", "transformers", "--peer-model", "llama.cpp=x"], "--against does not name"),
-        (["--peer-model", "x"], "PEER=PATH"),
+        (["--peer-model", "x"], "ENGINE=PATH"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(dso, tiny_model, options, message):

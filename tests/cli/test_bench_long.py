@@ -39,9 +39,9 @@ def test_modes_tables_page_and_json(dso_process, roomy_model, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--long", "--prompt", "12"], "--prompt goes without --long only"),
-        (["--long", "--quality"], "--quality goes without --long only"),
-        (["--lengths", "4096"], "--lengths goes with --long only"),
+        (["--long", "--prompt", "12"], "--prompt cannot be combined with --long"),
+        (["--long", "--quality"], "--quality cannot be combined with --long"),
+        (["--lengths", "4096"], "--lengths needs --long"),
         (["--long", "--lengths", "4096;1"], "commas"),
         (["--long", "--lengths", "512"], "1024 tokens or more"),
         (["--long", "--modes", "dense"], "flash, sliding, sparse"),

@@ -110,13 +110,13 @@ def test_ctrl_c_with_a_server_ends_the_answer_alone(dso, monkeypatch):
         assert server.cut.wait(10)
         assert [m["content"] for m in server.bodies[1]["messages"]] == ["One", "A", "Two"]
     assert result.exit_code == 0 and "".join(pieces) == "A\nYou said: Two\n"
-    assert "has not counted" in result.stderr
+    assert "reported no token counts" in result.stderr
 
 
 def test_a_server_whose_key_is_in_the_environment(dso, monkeypatch):
     with FakeChatServer() as server:
         server.api_key = "secret"
-        assert "refuses the key" in dso("chat", "--url", server.url, "--api-key", "wrong").stderr
+        assert "rejects the API key" in dso("chat", "--url", server.url, "--api-key", "wrong").stderr
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         assert dso("chat", "--url", server.url, "--model", "other", input="Hi\n").stdout == "You said: Hi\n"
         assert server.bodies[0]["model"] == "other" and "temperature" not in server.bodies[0]
@@ -125,14 +125,14 @@ def test_a_server_whose_key_is_in_the_environment(dso, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a MODEL to load, or a server"),
-        (["some/model", "--url", "http://localhost:1"], "one of the two"),
-        (["--url", "localhost:8000"], "--url must be like http://localhost:8000"),
+        ([], "give either a MODEL to load"),
+        (["some/model", "--url", "http://localhost:1"], "or the --url of a server"),
+        (["--url", "localhost:8000"], "--url must be a URL such as http://localhost:8000"),
         (["--url", "http://127.0.0.1:1"], "cannot be reached"),
-        (["--url", "http://127.0.0.1:1", "--kv-cache", "int8"], "--kv-cache is the server's own choice"),
-        (["--url", "http://127.0.0.1:1", "--context-length", "9"], "--context-length is the server's own choice"),
-        (["--url", "http://127.0.0.1:1", "--attention", "sparse"], "--attention is the server's own choice"),
-        (["some/model", "--model", "name"], "--model names a server's model"),
+        (["--url", "http://127.0.0.1:1", "--kv-cache", "int8"], "--kv-cache applies to a model in this process"),
+        (["--url", "http://127.0.0.1:1", "--context-length", "9"], "--context-length applies to a model in this process"),
+        (["--url", "http://127.0.0.1:1", "--attention", "sparse"], "--attention applies to a model in this process"),
+        (["some/model", "--model", "name"], "--model is the model's name on a server"),
         (["some/model", "--top-p", "0"], "top_p"),
     ],
 )

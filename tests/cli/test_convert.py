@@ -93,7 +93,7 @@ def test_what_a_killed_run_left_is_removed_and_what_another_writes_now_is_told(d
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
     with atomic_directory(tmp_path / "packed", overwrite=True) as other:
         result = dso("convert", tiny_model, tmp_path / "packed", "--force")
-        assert result.exit_code == 0 and f"{other} is of another run" in result.stderr and other.is_dir()
+        assert result.exit_code == 0 and f"{other} belongs to another run" in result.stderr and other.is_dir()
 
 
 def test_a_model_is_not_packed_over_itself(dso, tiny_model):

@@ -47,7 +47,7 @@ def test_json_has_these_keys_and_citations_that_are_in_the_file(dso, model, file
 def test_for_people_there_are_lines_and_the_rest_is_on_stderr(dso, model, file):
     result = dso("longdoc", model, file, "--ask", TEXT.split(".")[0] + "?", "--strategy", "retrieve", *SMALL)
     assert result.exit_code == 0 and f"[1] {file}:1: {TEXT[:20]}" in result.stdout
-    assert "retrieve: it was asked for" in result.stderr and "retrieve" not in result.stdout
+    assert "retrieve: it was requested" in result.stderr and "retrieve" not in result.stdout
 
 
 def test_files_that_cannot_be_read_are_named_and_the_others_are(dso, model, file, tmp_path):
@@ -79,11 +79,11 @@ def test_a_cache_directory_serves_the_next_run(dso, model, file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of --ask QUESTION, --summarize, --extract"),
-        (["--ask", "x", "--summarize"], "one of --ask QUESTION, --summarize, --extract"),
+        ([], "exactly one of --ask QUESTION"),
+        (["--ask", "x", "--summarize"], "exactly one of --ask QUESTION"),
         (["--ask", "  "], "question: is empty"),
-        (["--ask", "x", "--strategy", "guess"], "there is no 'guess'"),
-        (["--summarize", "--strategy", "retrieve"], "a summary is of the whole document"),
+        (["--ask", "x", "--strategy", "guess"], "unknown 'guess'"),
+        (["--summarize", "--strategy", "retrieve"], "--strategy retrieve needs a question"),
         (["--summarize", "--memory-gb", "0"], "--memory-gb must be above 0"),
         (["--summarize", "--memory-gb", "0.001"], "memory: 0.001 GB"),
         (["--summarize", "--max-length", "3"], "max_length"),
@@ -100,7 +100,8 @@ def test_mistakes_are_one_line(dso, model, file, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is no JSON"), ("[]", "must hold a JSON schema"), ('{"type": "array"}', "schema: must be")]
+    ("content", "message"),
+    [("{", "not valid JSON"), ("[]", "must contain a JSON schema"), ('{"type": "array"}', "schema: must be")],
 )
 def test_bad_schemas_are_one_line(dso, model, file, tmp_path, content, message):
     (tmp_path / "schema.json").write_text(content)

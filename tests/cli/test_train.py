@@ -53,7 +53,7 @@ def test_a_whole_model_is_trained_and_answers(train, dso, chats, tmp_path):
     out = tmp_path / "out"
     result = train("--data", chats, *FAST)
     assert result.exit_code == 0, result.output
-    assert f"talk with it: dso chat {out}" in result.stdout and "steps    30" in result.stderr
+    assert f"chat with it: dso chat {out}" in result.stdout and "steps    30" in result.stderr
     talk = dso("chat", out, "-t", "0", "-n", "10", input="count 3\n")
     assert talk.stdout == "one two\n", talk.output
     plain = AutoModelForCausalLM.from_pretrained(out)
@@ -167,7 +167,7 @@ def test_flags_go_before_the_file(dso, chats, tiny_model, tmp_path):
         (("--data", "CHATS", "--set", "x"), "must be NAME=VALUE"),
         (("--data", "CHATS", "--set", "optimizer_state=int4"), "arguments.optimizer_state: Input should be"),
         (("--data", "CHATS", "--set", "learning_rate=fast"), "arguments.learning_rate: Input should be"),
-        (("--data", "CHATS", "--lr", "1e-3", "--set", "learning_rate=1"), "learning_rate is 0.001 already; give it once"),
+        (("--data", "CHATS", "--lr", "1e-3", "--set", "learning_rate=1"), "learning_rate is already set to 0.001; set it once"),
         (("--data", "CHATS", "--lr", "nan"), "learning_rate must be a finite number"),
         (("--data", "CHATS", "--epochs", "nan"), "num_train_epochs must be a finite number"),
         (("--data", "CHATS", "--epochs", "0"), "num_train_epochs=0 trains nothing"),
@@ -240,7 +240,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_model(train, chats, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(TrainingJob, "run", interrupted)
         result = train("--data", chats, *FAST)
-    assert result.exit_code == 130 and "--resume goes on from" in result.stderr and "checkpoint-10" in result.stderr
+    assert result.exit_code == 130 and "--resume to continue from" in result.stderr and "checkpoint-10" in result.stderr
     again = train("--data", chats, *FAST)
     assert again.exit_code == 2 and "go on with --resume" in again.stderr
     other = train("--data", chats, *FAST, "--resume", "--lora", "2")

@@ -22,11 +22,11 @@ def test_it_computes(machine, one):
 
 
 def test_no_cuda_at_all(machine, one):
-    one(judged(machine, build=None, driver=None, devices=()), "ok", "nothing here uses CUDA")
+    one(judged(machine, build=None, driver=None, devices=()), "ok", "CUDA is not used")
 
 
 def test_a_cpu_build_beside_a_card(machine, one):
-    one(judged(machine, build=None, devices=()), "error", "is a build for CPUs")
+    one(judged(machine, build=None, devices=()), "error", "is a CPU build")
 
 
 def test_no_driver(machine, one):
@@ -47,11 +47,11 @@ def test_a_driver_just_new_enough(machine, one, build, driver):
 
 @pytest.mark.parametrize("visible", ["", "-1", "7"])
 def test_hidden_cards(machine, one, visible):
-    one(judged(machine, devices=(), CUDA_VISIBLE_DEVICES=visible), "error", "hides every card")
+    one(judged(machine, devices=(), CUDA_VISIBLE_DEVICES=visible), "error", "hides every GPU")
 
 
 def test_no_card(machine, one):
-    assert one(judged(machine, devices=(), failure="unknown error"), "error", "finds no card").cause == "unknown error"
+    assert one(judged(machine, devices=(), failure="unknown error"), "error", "finds no GPU").cause == "unknown error"
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (10, 0)])

@@ -56,7 +56,7 @@ def english(tmp_path_factory, byte_tokenizer):
 
 def test_a_model_that_reads(case, english, one):
     found = list(garbage.measure(case(model=str(english))))
-    assert one(found, "ok", "reads plain English").facts["perplexity"] < 20
+    assert one(found, "ok", "predicts plain English").facts["perplexity"] < 20
     assert [f.severity for f in found] == ["ok", "ok"]
 
 
@@ -87,7 +87,7 @@ def test_nan_logits(case, model_copy, one):
 
     model_copy.edit_weights(overflow)
     found = list(garbage.measure(case(model=str(model_copy.path))))
-    one(found, "error", "logits are not numbers")
+    one(found, "error", "logits are not finite")
     assert len(found) == 1
 
 
@@ -115,7 +115,7 @@ def test_a_quantisation_that_went_too_far(case, english, one, tmp_path):
     weights["lm_head.weight"][:, 31::32] -= 60.0
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     found = list(garbage.measure(case(model=str(path), fields={"precision": "int4"})))
-    assert one(found, "error", "int4 changes what the model says").facts["kl_to_stored"] > garbage.QUANTISED_KL
+    assert one(found, "error", "int4 changes the model's predictions").facts["kl_to_stored"] > garbage.QUANTISED_KL
 
 
 @pytest.mark.parametrize(("kl", "severity"), [(0.01, "ok"), (0.4, "note"), (1.5, "error"), (math.nan, "error")])
@@ -125,15 +125,15 @@ def test_what_quantisation_costs(kl, severity):
 
 def test_the_stored_weights_do_not_fit(case, machine, english, one):
     box = machine(available_bytes=100_000)
-    one(garbage.measure(case(model=str(english), machine=box, fields={"precision": "int4"})), "note", "can't be measured here")
+    one(garbage.measure(case(model=str(english), machine=box, fields={"precision": "int4"})), "note", "cannot be measured here")
 
 
 def test_a_packed_checkpoint(case, english, one, tmp_path, byte_tokenizer):
     load_model(english, precision="int8").save_pretrained(tmp_path / "packed")
     byte_tokenizer.save_pretrained(tmp_path / "packed")
     found = list(garbage.measure(case(model=str(tmp_path / "packed"))))
-    one(found, "note", "the original weights aren't here")
-    one(found, "ok", "reads plain English")
+    one(found, "note", "the original weights are not available")
+    one(found, "ok", "predicts plain English")
 
 
 def test_no_chat_template_is_part_of_the_answer(case, model_copy, one):

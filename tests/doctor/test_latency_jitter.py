@@ -14,7 +14,7 @@ from deepseek_optimizer.errors import BackendError
 GOOD = Jitter(
     streams=4,
     idle=Pace(0.010, 0.012),
-    pieces=Pace(0.020, 0.031),
+    chunked=Pace(0.020, 0.031),
     whole=Pace(0.012, 0.035),
     prompt_tokens=1024,
     stall=3.0,
@@ -34,30 +34,30 @@ def judged(**changes):
 
 def test_an_even_pace(one):
     finding = one(judged(), "ok", "10.0 ms, p99 12.0 ms between tokens, 20.0 ms, p99 31.0 ms while prompts of 1024 tokens")
-    assert finding.facts["pieces_p99_ms"] == pytest.approx(31) and finding.facts["step_ms_by_streams"]["16"] == pytest.approx(
+    assert finding.facts["chunked_p99_ms"] == pytest.approx(31) and finding.facts["step_ms_by_streams"]["16"] == pytest.approx(
         16
     )
 
 
 def test_prompts_that_are_read_whole(one):
     found = judged(whole=Pace(0.012, 0.400))
-    note = one(found, "note", "read whole, prompts of 1024 tokens stall the streams: 12.0 ms, p99 400.0 ms")
+    note = one(found, "note", "processed whole, prompts of 1024 tokens stall the streams: 12.0 ms, p99 400.0 ms")
     assert "512 tokens" in note.cause and "stall=3" in note.fix and "prefill_chunk" in note.fix
     one(found, "ok", "keep their pace")
 
 
 def test_prompts_that_stall_though_they_are_cut(one):
-    found = judged(pieces=Pace(0.012, 0.041), whole=Pace(0.012, 0.4))
-    finding = one(found, "warning", "stall the streams though they are read in pieces")
+    found = judged(chunked=Pace(0.012, 0.041), whole=Pace(0.012, 0.4))
+    finding = one(found, "warning", "stall the streams though they are processed in chunks")
     assert "stall=3" in finding.cause and "smaller stall" in finding.fix and len(found) == 1
 
 
 def test_a_batch_that_is_too_large(one):
     finding = one(
-        judged(steps={1: 0.010, 8: 0.030, 16: 0.050, 32: 0.100}), "warning", "with 32 streams at once a token takes 100.0 ms"
+        judged(steps={1: 0.010, 8: 0.030, 16: 0.050, 32: 0.100}), "warning", "with 32 concurrent streams a token takes 100.0 ms"
     )
     assert "batch_size_range, 32" in finding.cause
-    assert "batch_size_range=(1, 8): 267 tokens a second in all instead of 320" in finding.fix
+    assert "batch_size_range=(1, 8): 267 tokens/s in total instead of 320" in finding.fix
 
 
 def test_a_batch_that_the_engine_keeps_small_by_itself():
@@ -65,20 +65,20 @@ def test_a_batch_that_the_engine_keeps_small_by_itself():
 
 
 def test_a_cache_that_is_too_small(one):
-    finding = one(judged(preemptions=7, cache_tokens=256), "warning", "lost their place in the cache 7 times")
+    finding = one(judged(preemptions=7, cache_tokens=256), "warning", "preempted 7 times")
     assert "256 tokens" in finding.cause and "kv_cache_memory" in finding.fix and "(1, 16)" in finding.fix
 
 
 def test_a_cache_that_is_small_for_so_many(one):
-    finding = one(judged(cache_tokens=10_720), "note", "room for 10 streams of 1072 tokens, and 32 may run at once")
+    finding = one(judged(cache_tokens=10_720), "note", "room for 10 streams of 1072 tokens, but 32 may run concurrently")
     assert "kv_cache_memory" in finding.fix and "(1, 10)" in finding.fix
     assert one(judged(cache_tokens=500, chosen=2), "note", "room for 1 streams")
 
 
 def test_other_processes(one):
-    found = judged(others=1.3, pieces=Pace(0.02, 0.5))
-    one(found, "warning", "other processes used 1.3 of our processors")
-    assert one(found, "warning", "though they are read in pieces").cause == "other processes (see above)"
+    found = judged(others=1.3, chunked=Pace(0.02, 0.5))
+    one(found, "warning", "other processes used 1.3 of the CPUs")
+    assert one(found, "warning", "though they are processed in chunks").cause == "other processes (see above)"
     assert judged(others=None)[0].severity == "ok"
 
 
@@ -113,18 +113,20 @@ def counted(tiny_model):
 def test_a_long_prompt_stalls_the_streams_of_an_engine_without_a_limit(counted, one):
     idle = Pace.of(gaps(counted(), nullcontext, 3))
     whole = Pace.of(gaps(counted(stall=None), nullcontext, 3, 100))
-    pieces = Pace.of(gaps(counted(stall=3.0), nullcontext, 3, 100))
+    chunked = Pace.of(gaps(counted(stall=3.0), nullcontext, 3, 100))
     assert idle.p50 == idle.p99 == pytest.approx(0.0115)
-    assert whole.p99 == pytest.approx(0.0615) and pieces.p99 < 4 * idle.p99 < whole.p99
-    one(judged(idle=idle, pieces=pieces, whole=whole), "note", "read whole, prompts")
-    one(judged(idle=idle, pieces=whole, whole=whole), "warning", "stall the streams")
+    assert whole.p99 == pytest.approx(0.0615) and chunked.p99 < 4 * idle.p99 < whole.p99
+    one(judged(idle=idle, chunked=chunked, whole=whole), "note", "processed whole, prompts")
+    one(judged(idle=idle, chunked=whole, whole=whole), "warning", "stall the streams")
 
 
 def test_a_large_batch_slows_its_streams(counted, one):
     core = counted(each=0.005, batch_size_range=(1, 16))
     steps = steps_by_streams(core, nullcontext, 16)
     assert set(steps) >= {1, 2, 4, 8, 16} and steps[16] == pytest.approx(0.010 + 16 * 0.0055)
-    assert "batch_size_range=(1, 8)" in one(judged(steps=steps, high=16, chosen=16), "warning", "with 16 streams at once").fix
+    assert (
+        "batch_size_range=(1, 8)" in one(judged(steps=steps, high=16, chosen=16), "warning", "with 16 concurrent streams").fix
+    )
 
 
 def test_a_small_cache_makes_streams_lose_their_place(tiny_model, one, monkeypatch):
@@ -134,7 +136,7 @@ def test_a_small_cache_makes_streams_lose_their_place(tiny_model, one, monkeypat
     assert 4 <= core.blocks < 16  # of 32 tokens: what one stream of 116 takes, and what four do
     found = gaps(core, nullcontext, 4)
     assert len(found) == 4 * (latency_jitter.TOKENS - 1) and core.idle
-    assert "kv_cache_memory" in one(judged(preemptions=core.metrics.preemptions), "warning", "lost their place").fix
+    assert "kv_cache_memory" in one(judged(preemptions=core.metrics.preemptions), "warning", "preempted").fix
 
 
 def test_a_model_that_cannot_be_run(counted):
@@ -154,5 +156,5 @@ def test_from_end_to_end(case, tiny_model, batch):
     found = list(latency_jitter.measure(case(model=str(tiny_model), batch=batch)))
     assert found  # which ones depends on who else is at work here
     facts = found[0].facts
-    assert facts["idle_p50_ms"] > 0 and facts["pieces_p99_ms"] > 0 and facts["high"] == (32 if batch == 1 else 5)
+    assert facts["idle_p50_ms"] > 0 and facts["chunked_p99_ms"] > 0 and facts["high"] == (32 if batch == 1 else 5)
     assert facts["prompt_tokens"] == 256 - 4 * 64 or facts["prompt_tokens"] <= 128

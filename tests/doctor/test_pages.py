@@ -15,7 +15,7 @@ SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
         ("always [madvise] never", "ok", "madvise"),
         ("[always] madvise never", "ok", "always"),
         ("always madvise [never]", "warning", "off"),
-        ("", "note", "doesn't say"),
+        ("", "note", "does not report"),
     ],
 )
 def test_setting(case, machine, one, text, severity, what):
@@ -23,4 +23,4 @@ def test_setting(case, machine, one, text, severity, what):
 
 
 def test_no_such_file(case, one):
-    one(pages.check(case()), "note", "doesn't say")
+    one(pages.check(case()), "note", "does not report")

@@ -50,7 +50,7 @@ def examined(case, machine, path, free, **fields):
 
 def taken(found):
     """The remedy that is recommended."""
-    [name] = [f.facts["name"] for f in found if f.check == "out-of-memory" and f.fix.startswith("take ")]
+    [name] = [f.facts["name"] for f in found if f.check == "out-of-memory" and f.fix.startswith("use ")]
     return name
 
 
@@ -58,7 +58,7 @@ def test_sparse_attention_is_recommended_where_it_makes_it_fit(case, machine, lo
     free = enough_for(case, long_model, sparse_attention=True)
     found = examined(case, machine, long_model, free)
     error = one(found, "error", f"1 x {CONTEXT} tokens do not fit")
-    assert error.fix.startswith("sparse_attention=True takes")
+    assert error.fix.startswith("sparse_attention=True needs")
     assert taken(found) == "sparse_attention=True"
     fits = {f.facts["name"]: f.facts for f in found if f.check == "out-of-memory"}
     needs = budget(case(model=long_model, fields={"sparse_attention": True}))
@@ -187,7 +187,7 @@ limit = psutil.Process().memory_info().vms + needs + RESERVE_BYTES + (24 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 with Case(Machine.here(), model=path, context=context) as case:
     found = examine_symptom(case, "out-of-memory")
-print([f.facts["name"] for f in found if f.fix.startswith("take ")])
+print([f.facts["name"] for f in found if f.fix.startswith("use ")])
 try:
     read()
 except CacheFullError as error:

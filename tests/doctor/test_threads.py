@@ -13,13 +13,13 @@ def test_as_many_as_there_are(case, one):
 
 
 def test_more_than_processors(case, one):
-    assert "ask for 4" in one(threads.check(case(fields={"threads": 9})), "warning", "9 threads share 4").fix
+    assert "set them to 4" in one(threads.check(case(fields={"threads": 9})), "warning", "9 threads share 4 CPUs").fix
 
 
 def test_more_than_the_quota(case, machine, one):
     files = {**V2, "/sys/fs/cgroup/pod/box/cpu.max": "150000 100000"}
     finding = one(threads.check(case(machine=machine(files), fields={"threads": 4})), "warning", "the cgroup allows 1.5")
-    assert finding.facts["cgroup_cpus"] == 1.5 and "ask for 2" in finding.fix
+    assert finding.facts["cgroup_cpus"] == 1.5 and "set threads to 2" in finding.fix
 
 
 def test_the_quota_sets_the_number(case, machine, one):
@@ -44,12 +44,12 @@ def test_the_environment_asks_for_nonsense(case, one, monkeypatch):
 
 def test_throttled(case, machine, one):
     files = {**V2, "/sys/fs/cgroup/pod/box/cpu.stat": "nr_periods 90\nnr_throttled 17\n"}
-    finding = one(threads.check(case(machine=machine(files))), "warning", "stopped this container 17 times")
+    finding = one(threads.check(case(machine=machine(files))), "warning", "throttled this container 17 times")
     assert finding.facts["throttled_periods"] == 17
 
 
 def test_affinity(case, machine, one):
-    one(threads.check(case(machine=machine(usable_cpus=2))), "note", "2 of 4 processors")
+    one(threads.check(case(machine=machine(usable_cpus=2))), "note", "2 of 4 CPUs")
 
 
 def test_hyper_threads(case, machine, one):

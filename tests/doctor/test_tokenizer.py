@@ -16,7 +16,7 @@ def test_good(case, tiny_model, one):
 def test_missing(case, model_copy, one):
     for file in model_copy.path.glob("*token*"):
         file.unlink()
-    one(tokenizer.check(case(model=str(model_copy.path))), "error", "no tokenizer that fits")
+    one(tokenizer.check(case(model=str(model_copy.path))), "error", "no tokenizer that matches")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_template_that_fails(case, without_template, one):
 
 def test_no_end(case, model_copy, one):
     model_copy.edit("generation_config.json", eos_token_id=None)
-    one(tokenizer.check(case(model=str(model_copy.path))), "warning", "no end marker")
+    one(tokenizer.check(case(model=str(model_copy.path))), "warning", "no end-of-sequence token")
 
 
 def test_another_end(case, model_copy, one):

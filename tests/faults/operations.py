@@ -68,7 +68,7 @@ def operations(model: Path) -> dict[str, Operation]:
         loaded = load_model(model, backend="reference")
         with LongDocument(loaded, tokenizer(), _NEW, cache_dir=folder / "cache", **_DOCUMENT) as made:
             answer = made.ask("What is it?", strategy="whole")
-        if notes := [note for note in answer.notes if "could not be kept" in note]:  # the answer stands without it
+        if notes := [note for note in answer.notes if "could not be saved" in note]:  # the answer stands without it
             raise OSError(notes[0])
 
     def chats(folder: Path) -> None:

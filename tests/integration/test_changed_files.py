@@ -79,8 +79,8 @@ def test_nothing_is_saved_of_lost_weights_and_copies_in_memory_live_on(found):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("load_model, cut", "cut short while it was read"),
-        ("load_model, overwritten", "was written to while it was read"),
+        ("load_model, cut", "truncated while it was being read"),
+        ("load_model, overwritten", "was modified while it was being read"),
         ("load_model packed, cut", "cut short"),
         ("from_pretrained, cut", "cut short"),
         ("from_pretrained, overwritten", "was changed while it was read"),

@@ -49,11 +49,11 @@ def folder(original: Path, tmp_path: Path) -> Path:
         ("model.layers.1.mlp.shared_experts.up_proj.weight", None, "lacks"),
         ("model.layers.0.self_attn.kv_b_proj.weight", None, "lacks"),
         (f"{EXPERTS}.12.down_proj.weight", lambda _: torch.zeros(72, 44), "expert 12, but the config has 12 experts"),
-        (f"{EXPERTS}.3.gate_proj.weight", lambda t: t[:-1].clone(), r"\(43, 72\), but the config makes it \(44, 72\)"),
-        (f"{EXPERTS}.3.down_proj.weight", lambda t: t.t().contiguous(), r"\(44, 72\), but the config makes it \(72, 44\)"),
-        ("model.layers.2.mlp.gate.e_score_correction_bias", lambda t: t[:-1].clone(), r"the config makes it \(12,\)"),
-        ("model.layers.1.self_attn.kv_b_proj.weight", lambda t: t[:, :-1].clone(), "the config makes it"),
-        ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", lambda t: t[:-1].clone(), "the config makes it"),
+        (f"{EXPERTS}.3.gate_proj.weight", lambda t: t[:-1].clone(), r"\(43, 72\), but the config requires \(44, 72\)"),
+        (f"{EXPERTS}.3.down_proj.weight", lambda t: t.t().contiguous(), r"\(44, 72\), but the config requires \(72, 44\)"),
+        ("model.layers.2.mlp.gate.e_score_correction_bias", lambda t: t[:-1].clone(), r"the config requires \(12,\)"),
+        ("model.layers.1.self_attn.kv_b_proj.weight", lambda t: t[:, :-1].clone(), "the config requires"),
+        ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", lambda t: t[:-1].clone(), "the config requires"),
     ],
 )
 def test_tensors(folder, load, name, to, message):
@@ -175,7 +175,7 @@ class TestMtpLayers:
     def test_another_shape(self, folder, load):
         with_mtp_layer(folder)
         set_tensor(folder, f"{MTP}.eh_proj.weight", lambda t: t[:, 1:].clone())
-        with pytest.raises(CheckpointError, match=r"\(72, 143\), but the config makes it \(72, 144\)") as caught:
+        with pytest.raises(CheckpointError, match=r"\(72, 143\), but the config requires \(72, 144\)") as caught:
             load(folder)
         assert caught.value.tensor == f"{MTP}.eh_proj.weight"
 
@@ -202,7 +202,7 @@ class TestPacked:
     @both_loaders
     def test_one_expert_less(self, packed, load):
         set_config(packed, n_routed_experts=9)
-        with pytest.raises(CheckpointError, match="the config makes it"):
+        with pytest.raises(CheckpointError, match="the config requires"):
             load(packed)
 
     @both_loaders

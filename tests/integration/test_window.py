@@ -84,7 +84,7 @@ def test_too_few_blocks_for_copies(model: Any) -> None:
     arena.drop_blocks(second, 1, 3)  # one copy: there is room
 
 
-@pytest.mark.parametrize("fails", ["copy_block", "turn"])
+@pytest.mark.parametrize("fails", ["copy_block", "rotate"])
 def test_a_store_that_fails(model: Any, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arena, first = arena_of(model)
     second = first.fork()

@@ -37,7 +37,7 @@ def text_of(made: LongDocument, name: str) -> str:
 def test_each_strategy_answers_with_citations_that_are_in_the_text(loaded, strategy):
     with opened(loaded, SHORT if strategy == "whole" else LONG) as made:
         answer = made.ask(SHORT.split(".")[0] + "?", strategy=strategy)
-        assert answer.strategy == strategy and answer.reason == "it was asked for"
+        assert answer.strategy == strategy and answer.reason == "it was requested"
         assert isinstance(answer.answer, str) and (answer.citations or strategy == "map_reduce")  # where it says nothing at all
         for citation in answer.citations:
             assert text_of(made, citation.file)[citation.start : citation.end] == citation.text != ""
@@ -118,7 +118,7 @@ def test_a_cache_directory_serves_the_next_process_and_survives_damage(loaded, t
     file.write_bytes(file.read_bytes()[:-1])
     with opened(loaded, SHORT, cache_dir=tmp_path) as made:
         answer = made.ask("What is it?")
-        assert answer.tokens.cached == 0 and any("read anew" in note for note in answer.notes)
+        assert answer.tokens.cached == 0 and any("read again" in note for note in answer.notes)
     with opened(loaded, SHORT, cache_dir=tmp_path) as made:
         assert made.ask("What is it?").tokens.cached > 0  # written again
 
@@ -131,7 +131,7 @@ def test_an_answer_is_given_though_its_cache_cannot_be_kept(loaded, tmp_path, mo
     with opened(loaded, SHORT, cache_dir=tmp_path) as made:
         answer = made.ask("What is it?")
         assert isinstance(answer.answer, str)
-        assert any("could not be kept" in note and "No space" in note for note in answer.notes)
+        assert any("could not be saved" in note and "No space" in note for note in answer.notes)
 
 
 def test_paths_texts_and_documents(loaded, tmp_path):

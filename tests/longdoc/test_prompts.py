@@ -7,7 +7,7 @@ import pytest
 from deepseek_optimizer.chat.control_tokens import ControlTokens
 from deepseek_optimizer.errors import RequestError
 from deepseek_optimizer.longdoc.document import Document
-from deepseek_optimizer.longdoc.prompts import _PIECE, Prompts
+from deepseek_optimizer.longdoc.prompts import _SEGMENT, Prompts
 from support.chat_templates import deepseek_r1, llama3, qwen
 
 MAKERS = {"qwen": qwen, "deepseek_r1": deepseek_r1, "llama3": llama3}
@@ -66,11 +66,11 @@ def test_a_question_cannot_speak_for_others(prompts):
 
 
 def test_pieces_of_a_long_text_are_its_tokens(prompts):
-    text = "".join(f"Line {n} of the text.\n" for n in range(_PIECE // 10))
-    assert len(text) > 2 * _PIECE and prompts.tokenizer.decode(prompts.encode(text)) == text
-    one_line = "word " * (_PIECE // 3)
+    text = "".join(f"Line {n} of the text.\n" for n in range(_SEGMENT // 10))
+    assert len(text) > 2 * _SEGMENT and prompts.tokenizer.decode(prompts.encode(text)) == text
+    one_line = "word " * (_SEGMENT // 3)
     assert prompts.tokenizer.decode(prompts.encode(one_line)) == one_line
-    no_space = "é" * (_PIECE + 5)
+    no_space = "é" * (_SEGMENT + 5)
     assert prompts.tokenizer.decode(prompts.encode(no_space)) == no_space
 
 

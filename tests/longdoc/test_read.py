@@ -59,9 +59,9 @@ def test_links_are_not_followed_out_of_a_tree_nor_in_circles(tmp_path: Path) -> 
     document = read_documents(tree)
     assert [file.text for file in document.files] == ["a"]
     assert {(os.path.basename(name), message.split(";")[0]) for name, message in document.problems} == {
-        ("out", "is a link out of the directory, and is not followed"),
-        ("file", "is a link out of the directory, and is not followed"),
-        ("gone", "is a link to nothing"),
+        ("out", "is a link to outside the directory and was not followed"),
+        ("file", "is a link to outside the directory and was not followed"),
+        ("gone", "is a broken link"),
     }
     assert read_documents(tree / "file").files[0].text == "secret", "but a link that is named is"
 
@@ -128,11 +128,11 @@ def test_limits_of_one_file_and_of_all(tmp_path: Path) -> None:
     document = read_documents(tmp_path, limit_bytes=1000, limit_total=1000)
     assert [file.text[0] for file in document.files] == ["a", "d"]
     assert [(os.path.basename(file), message) for file, message in document.problems] == [
-        ("b.txt", "has 2,000 bytes, and only 400 are left for all files together"),
-        ("c.txt", "has 600 bytes, and only 400 are left for all files together"),
+        ("b.txt", "has 2,000 bytes, and only 400 are left of the limit for all files"),
+        ("c.txt", "has 600 bytes, and only 400 are left of the limit for all files"),
     ]
     (problem,) = read_documents(tmp_path, limit_bytes=1000).problems
-    assert problem.message == "has 2,000 bytes, and 1,000 are the most for one file"
+    assert problem.message == "has 2,000 bytes, and the limit is 1,000 per file"
 
 
 class _Changing:
@@ -160,7 +160,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytes
     else:
         assert [file.text for file in document.files] == ["b"]
         assert document.problems == (
-            Problem(str(tmp_path / "a.log"), "changed while it was read, twice; read it again when nothing writes to it"),
+            Problem(str(tmp_path / "a.log"), "changed twice while being read; try again when no process writes to it"),
         )
 
 

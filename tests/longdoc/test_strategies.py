@@ -184,8 +184,8 @@ def test_everything_that_fits_is_read_whole(short):
 @pytest.mark.parametrize(
     ("task", "strategy", "error", "words"),
     [
-        (ASKED, "whole", RequestError, "take map_reduce"),
-        (Summary(), "retrieve", RequestError, "take map_reduce"),
+        (ASKED, "whole", RequestError, "use map_reduce"),
+        (Summary(), "retrieve", RequestError, "use map_reduce"),
         (Question("Qwertz?"), "retrieve", RequestError, "none of its words"),
         (ASKED, "guess", ConfigError, "auto, whole, window, map_reduce, retrieve"),
     ],

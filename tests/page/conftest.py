@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.fake_chat_server import FakeChatServer
+from support.fake_chat_server import FakeChatServer, page_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 READY = """() => document.querySelector('#model option')?.value
@@ -23,6 +23,8 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright: pip install playwright")
     if CHROMIUM is None:
         pytest.skip("the page's tests need Chromium: apt-get install chromium")
+    if not (page_folder() / "vendor").is_dir():
+        pytest.fail("the page's libraries are missing: make page-assets")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser

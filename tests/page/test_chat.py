@@ -167,11 +167,12 @@ def test_several_conversations(chat: Any, server: FakeChatServer) -> None:
     chat.page.wait_for_selector(".conversation[title='A new name']")
 
     with chat.page.expect_download() as download:
-        choose("A new name", "export")
+        choose("A new name", "json")
     assert download.value.suggested_filename == "A-new-name.json"
     exported = json.loads(download.value.path().read_text())
     assert exported["format"] == "deepseek-optimizer-chat"
-    assert [message["content"] for message in exported["conversation"]["messages"]] == [
+    (conversation,) = exported["conversations"]
+    assert [message["content"] for message in conversation["messages"]] == [
         "first question",
         "You said: first question",
     ]

@@ -43,7 +43,37 @@ UNNAMED = """() => [...document.querySelectorAll('button, select, input, textare
   .filter((node) => !node.getAttribute('aria-label') && !node.getAttribute('aria-labelledby') && !node.labels?.length
     && !node.textContent.trim())
   .map((node) => node.outerHTML)"""
-EVERYTHING = "# Title\n\nText `code` [link](https://e.org)\n\n> quote\n\n```py\nx\n```\n\n| a | b |\n|---|---|\n| c | d |"
+CODE = """# a comment
+@decorate
+class Name(Base):
+    def method(self, number: int = 1) -> str:
+        return f"text {number}" if number else None
+"""
+MARKUP = '<p class="a">text &amp; more</p>\n<!-- remark -->'
+EVERYTHING = f"""# Title
+
+Text `code` [link](https://e.org) $x^2$ $\\nosuch$ note[^1]
+
+> quote
+
+```py
+{CODE}```
+
+```html
+{MARKUP}
+```
+
+```diff
++ added
+- removed
+```
+
+| a | b |
+|---|---|
+| c | d |
+
+[^1]: Note.
+"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -57,6 +87,9 @@ def test_the_system_picks_the_colours_and_all_text_can_be_read(
     chat.ask("Hi")
     chat.page.click(".thinking summary")
     chat.ask("more", answers=2)
+    chat.page.fill("#search", "title")
+    chat.page.wait_for_selector("mark")
+    assert chat.page.locator("[class^=hl-]").count() > 10 and chat.page.locator("math").count() == 1
     assert chat.page.evaluate(FAINT) == []
     for button in ["#settings", "#key", "#shortcuts"]:
         chat.page.click(button)
@@ -158,13 +191,16 @@ def test_with_the_keyboard_alone(chat: Any, server: FakeChatServer) -> None:
         keys.press("Tab")
         order.append(chat.page.evaluate(focused))
         outline = chat.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-        assert outline == "solid" or order[-1] == "message"  # the message box has its ring around it
+        assert outline == "solid" or order[-1] in ("message", "search")  # these boxes have their ring around them
     ids = [
         "skip",
         "close-sidebar",
         "new-chat",
+        "search",
         "conversation",
         "icon-button",
+        "import",
+        "export-all",
         "theme",
         "language",
         "key",
@@ -203,7 +239,8 @@ def test_in_chinese(open_chat: Callable[..., Any], server: FakeChatServer) -> No
     chat.ask("你好")
     assert chat.page.inner_text(".assistant strong") == "你好："
     chat.wait_text("思考了", "summary")
-    letters = "document.body.innerText.replace(/deepseek-optimizer|tiny|token|Enter|Shift|EN/g, '').match(/[A-Za-z]+/g)"
+    known = "deepseek-optimizer|tiny|token|Enter|Shift|English|EN|API"
+    letters = f"document.body.innerText.replace(/{known}/g, '').match(/[A-Za-z]+/g)"
     assert chat.page.evaluate(letters) is None
     chat.page.click("#language")
     chat.wait_text("Thought for", "summary")
@@ -219,7 +256,8 @@ def test_both_languages_have_the_same_words(chat: Any) -> None:
     for key, text in strings["en"].items():
         assert text and strings["zh"][key], key
         assert set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", strings["zh"][key])), key
-    used = "".join(file.read_text(encoding="utf-8") for file in page_folder().iterdir() if file.name != "strings.js")
+    files = [file for file in page_folder().iterdir() if file.is_file() and file.name != "strings.js"]
+    used = "".join(file.read_text(encoding="utf-8") for file in files)
     # Some keys are put together: theme*, error<status>, <field>Hint, titles of errors.
     unused = [
         key for key in strings["en"] if not re.search(rf"['\"]{key}['\"]", used) and not re.match(r"theme|error|\w+Hint$", key)
@@ -243,3 +281,25 @@ def test_enter_that_ends_a_composition_does_not_send(chat: Any, server: FakeChat
     assert chat.page.input_value("#message") == "你"
     assert chat.page.evaluate(press, {"isComposing": False, "keyCode": 13}) is True
     chat.wait_text("You said: 你")
+
+
+def test_nothing_moves_for_a_reader_who_asked_for_that(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+    moving = "getComputedStyle(document.querySelector('.waiting span')).animationName"
+    for wish, expected in [("no-preference", "breathe"), ("reduce", "none")]:
+        chat = open_chat(reduced_motion=wish)
+        server.replies.append(Reply([Event()]))
+        chat.send("Hi")
+        chat.page.wait_for_selector(".waiting", state="visible")
+        assert chat.page.evaluate(moving) == expected
+        chat.page.keyboard.press("Escape")
+        chat.wait_done()
+
+
+def test_a_footnote_is_reached_by_keyboard(chat: Any, server: FakeChatServer) -> None:
+    server.replies.append(Reply(["one[^a]\n\n" + "text\n\n" * 60 + "[^a]: The note."]))
+    chat.ask("Hi")
+    chat.page.focus(".footnote-ref")
+    chat.page.keyboard.press("Enter")
+    assert chat.page.evaluate("document.activeElement.innerText").split() == ["1.", "The", "note."]
+    assert chat.page.locator(".footnote").is_visible()
+    assert "#" in chat.page.url and chat.titles() == ["Hi"]  # the address still names the conversation

@@ -98,7 +98,7 @@ def try_numbers(name: str, group: np.ndarray, c: np.ndarray, s: np.float32, m: n
 
 
 def search(name: str, group: np.ndarray, importance: np.ndarray | None) -> tuple[np.float32, np.float32]:
-    """docs/contracts.md, "Packing to the bit": the scale and minimum of int4 and q4_1."""
+    """docs/contracts.md, "Packing, bit for bit": the scale and minimum of int4 and q4_1."""
 
     def half(x: np.float32) -> np.float32:
         return f32(np.float16(x))

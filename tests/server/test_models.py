@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from deepseek_optimizer.server.settings import ServerSettings
 from support.live_server import assert_error
 
 HOSTILE = [
@@ -32,6 +33,14 @@ def test_the_list_and_the_one(client):
     assert found["object"] == "list" and [card["id"] for card in found["data"]] == ["fake-model"]
     assert client.get("/v1/models/fake-model").json() == found["data"][0]
     assert found["data"][0]["max_model_len"] == 4096
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert found["data"][0]["default_sampling"] == plain
+
+
+def test_the_card_tells_the_recommended_sampling(make_server):
+    live = make_server(ServerSettings(sampling={"temperature": 0.6, "top_p": 0.95}))
+    (card,) = live.client.get("/v1/models").json()["data"]
+    assert card["default_sampling"] | {"temperature": 0.6, "top_p": 0.95} == card["default_sampling"]
 
 
 def test_a_name_with_slashes(make_server):

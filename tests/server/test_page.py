@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from fastapi import FastAPI
 
-from deepseek_optimizer.server.http.page_files import FOLDER, page_files
+from deepseek_optimizer.server.http.page_files import FOLDER, PageFile, missing_libraries, page_files
+from deepseek_optimizer.server.routes import page as page_route
 
 
 def directives(response) -> dict[str, list[str]]:
@@ -56,3 +58,21 @@ def test_a_folder_may_hold_what_is_not_served(tmp_path):
     assert list(page_files(tmp_path)) == ["index.html"]
     assert page_files(tmp_path / "nowhere") == {}
     assert FOLDER.name == "page"
+
+
+def test_libraries_are_served_from_their_folder_and_licences_are_not(tmp_path):
+    (tmp_path / "vendor").mkdir()
+    (tmp_path / "index.html").write_text("<p>")
+    (tmp_path / "vendor" / "some.js").write_text("1")
+    (tmp_path / "vendor" / "some.LICENSE").write_text("MIT")
+    assert list(page_files(tmp_path)) == ["index.html", "vendor/some.js"]
+    assert page_route.paths(page_files(tmp_path)).keys() == {"/", "/page/vendor/some.js"}
+
+
+def test_missing_libraries_are_logged(caplog):
+    file = PageFile(b"", "text/javascript", "")
+    names = missing_libraries({})
+    assert "katex.js" in names
+    assert missing_libraries({f"vendor/{name}": file for name in names}) == []
+    page_route.add(FastAPI(), {"index.html": file})
+    assert "plain text" in caplog.text and "katex.js" in caplog.text

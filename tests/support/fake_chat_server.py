@@ -74,6 +74,7 @@ class FakeChatServer:
         self.replies: list[Reply] = []
         self.bodies: list[dict[str, Any]] = []  # of the chat requests
         self.api_key: str | None = None
+        self.libraries = True  # whether it has the libraries that format answers
         self.cut = threading.Event()  # a client went away while it was answered
         handler = type("Handler", (_Handler,), {"fake": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -108,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         name = "index.html" if self.path == "/" else self.path.removeprefix("/page/")
         file = page_folder() / name
-        if "/" in name or not file.is_file():
+        served = self.fake.libraries if name.startswith("vendor/") else "/" not in name
+        if not served or ".." in name or not file.is_file():
             self._json(404, error_body(f"no {self.path} here"))
             return
         self._send(200, file.read_bytes(), TYPES[file.suffix] + "; charset=utf-8", {"Content-Security-Policy": CSP})

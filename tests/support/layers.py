@@ -61,7 +61,7 @@ LAYERS = (
         "analysis and planning of graphs, modes of attention; `ops/`: one table of all ops; `rules/`: fusion rules",
         levels=(("ir",), ("ops",), (REST,), ("rules",)),
     ),
-    Layer("config", "`DeepSeekConfig`", may=("graph", "quant")),
+    Layer("config", "`DeepSeekConfig`", may=("graph", "quant", "system")),
     Layer("models", "build a graph from a config, one file per family; they do not import Transformers", may=("graph",)),
     Layer(
         "checkpoint",
@@ -70,9 +70,9 @@ LAYERS = (
     ),
     Layer(
         "backends",
-        "run a graph: `reference` (torch) and `cpu` (native) give the same results",
-        may=("cache", "graph", "quant"),
-        levels=(("base",), ("reference", "cpu"), (REST,)),
+        "run a graph: `reference` (torch) and `cpu` (native) agree; `registry.py` also finds those of other packages",
+        may=("cache", "graph", "quant", "system"),
+        levels=(("sampling",), ("base",), ("registry",), ("reference", "cpu"), (REST,)),
     ),
     Layer(
         "engine",

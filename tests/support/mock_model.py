@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from deepseek_optimizer.backends.sampling import choose_tokens
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
 from deepseek_optimizer.engine.core import EngineCore, ModelFacts
@@ -94,11 +95,17 @@ class MockRunner:
         before: called before each step.
     """
 
+    on_host = True
+
     def __init__(self, memory: MockMemory) -> None:
         self.memory, self.seen, self.broken, self.before = memory, [], set(), lambda: None
 
     def check_weights(self):
         pass
+
+    def choose_tokens(self, logits, choices):
+        rows = logits.numpy()
+        return choose_tokens(rows, choices), rows
 
     def step(self, parts, rows, *, last_hidden):
         self.before()

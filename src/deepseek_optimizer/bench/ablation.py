@@ -1,7 +1,7 @@
-"""What each fusion rule gains: all rules, then each off in turn, then none, on the same packed weights.
+"""The gain of each fusion rule: with all rules, without each one in turn, and without any, on the same packed weights.
 
-Variants take turns round by round, so that a drift of the machine hits all of them; a gain is the median of the rounds' own
-ratios of all rules over the variant.
+Variants alternate within each round, so that a drift of the machine affects all of them. A ratio is the median of the ratios of
+the rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALL, NONE = "all rules", "no rules"
 
 
 def variants(rules: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Name -> rules that stay on."""
+    """Name of a variant -> its enabled rules."""
     return {ALL: tuple(rules), **{f"without {r}": tuple(o for o in rules if o != r) for r in rules}, NONE: ()}
 
 
@@ -35,15 +35,15 @@ def ablate(
     rounds: int = 3,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Rows {"variant", "work", ...} with what `against.ratio_row` says of the variant against all rules: `better` below 1
-    says that the rule pays. The model has its own rules again afterwards.
+    """Rows {"variant", "work", ...} with the fields of `against.ratio_row` for the variant relative to all rules: `better`
+    below 1 means that the rule is beneficial. The model's own rules are restored afterwards.
 
     Args:
         model: an optimised model.
-        context: tokens of each prompt; decode is measured after them.
+        context: length of each prompt in tokens; decode is measured after it.
 
     Raises:
-        ConfigError: the model is not optimised, or runs without rules.
+        ConfigError: the model is not optimised, or runs without fusion rules.
     """
     from ..integration.bind.runtime import runtime_of
     from ..optimizer import DynamicGraphOptimizer
@@ -51,22 +51,24 @@ def ablate(
     config = runtime_of(model).config
     rules = config.rules
     if not rules:
-        raise ConfigError("this model runs without fusion rules, so none can be left out; load it with kernel_fusion=True")
+        raise ConfigError(
+            "this model runs without fusion rules, so there is nothing to ablate; load it with kernel_fusion=True"
+        )
     works = [Work(prompt=context, new=new, batch=batch) for batch in batches]
-    found: dict[tuple[str, Work], list[Values]] = {}
+    values_of: dict[tuple[str, Work], list[Values]] = {}
     try:
         for turn in range(rounds):
-            for name, kept in variants(rules).items():
+            for name, enabled in variants(rules).items():
                 note(f"ablation, round {turn + 1} of {rounds}: {name}")
-                DynamicGraphOptimizer(model, fusion_rules=list(kept), config=config).optimize()
+                DynamicGraphOptimizer(model, fusion_rules=list(enabled), config=config).optimize()
                 for work in works:
                     runs = list(repeated(model, work, repeats=1, warmup=int(work is works[0])))
                     values = {figure: value[0] for figure, value in samples(runs).items() if figure in FIGURES}
-                    found.setdefault((name, work), []).append(values)
+                    values_of.setdefault((name, work), []).append(values)
     finally:
         DynamicGraphOptimizer(model, config=config).optimize()
     return [
-        {"variant": name, "work": asdict(work), **ratio_row(figure, found[ALL, work], mine)}
-        for (name, work), mine in found.items()
+        {"variant": name, "work": asdict(work), **ratio_row(figure, values_of[ALL, work], mine)}
+        for (name, work), mine in values_of.items()
         for figure in FIGURES
     ]

@@ -1,7 +1,7 @@
-"""Sides of a comparison, each in a process of its own, in turns: what the machine does meanwhile hits all of them.
+"""Runs the sides of a comparison alternately, each in a process of its own, so that disturbances affect all of them.
 
-A side's figure in a round is the median of its runs there; a ratio is the median of the rounds' own ratios, with the lowest and
-the highest beside it.
+A side's figure in a round is the median of its runs. A ratio is the median of the ratios of the rounds, reported with the
+lowest and the highest.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from .runs import Run
 from .statistics import percentile
 
 Command = Sequence[str]
-Values = dict[str, float]  # figure -> value of one round
+Values = dict[str, float]  # figure -> its value in one round
 
 
 def run_json(command: Command) -> dict[str, Any]:
-    """What a process prints as its last line, in JSON.
+    """The JSON object that a process prints on its last line.
 
     Raises:
-        BackendError: it failed; holds the last line it wrote to stderr, and its cause the rest.
+        BackendError: it failed; contains the last line of its stderr, and its cause all of it.
     """
     words = list(map(str, command))
     done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise BackendError(f"{said} (exit code {done.returncode} of: {shlex.join(words)})") from RuntimeError(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        message = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BackendError(f"{message} (exit code {done.returncode} of: {shlex.join(words)})") from RuntimeError(done.stderr)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def values_of(result: Mapping[str, Any]) -> Values:
-    """A round's figures out of what a side printed (`sides/__init__.py` says what that is)."""
-    found = samples([Run(**run) for run in result["runs"]])
-    values = {name: percentile(v, 50) for name, v in found.items()}
+    """The figures of a round from the output of a side, described in `sides/__init__.py`."""
+    lists = samples([Run(**run) for run in result["runs"]])
+    values = {name: percentile(v, 50) for name, v in lists.items()}
     return values | {name: result[name] for name in KINDS if result.get(name) is not None}
 
 
@@ -50,18 +50,18 @@ def alternate(
     note: Callable[[str], None] = lambda _: None,
     run: Callable[[str, Command], dict[str, Any]] = lambda _, command: run_json(command),
 ) -> dict[str, list[Values]]:
-    """Side -> its figures, one entry a round.
+    """Side -> its figures, one entry per round.
 
     Args:
-        note: takes what is going on.
-        run: a side by its name and command, for who measures something beside it.
+        note: called with each step as text.
+        run: runs a side, given its name and command; callers may measure something else around it.
     """
-    found: dict[str, list[Values]] = {name: [] for name in sides}
+    values: dict[str, list[Values]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name, command in sides.items():
             note(f"round {turn + 1} of {rounds}: {name}")
-            found[name].append(values_of(run(name, command)))
-    return found
+            values[name].append(values_of(run(name, command)))
+    return values
 
 
 def ratio_row(figure: str, baseline: Sequence[Values], side: Sequence[Values]) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def ratio_row(figure: str, baseline: Sequence[Values], side: Sequence[Values]) -
     }
 
 
-def ratio_rows(found: Mapping[str, Sequence[Values]], baseline: str, figures: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for every side but the baseline and every figure that both have."""
+def ratio_rows(values: Mapping[str, Sequence[Values]], baseline: str, figures: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for every side except the baseline and every figure that both have."""
     return [
-        {"against": baseline, "name": name, **ratio_row(figure, found[baseline], rounds)}
-        for name, rounds in found.items()
+        {"against": baseline, "name": name, **ratio_row(figure, values[baseline], rounds)}
+        for name, rounds in values.items()
         if name != baseline
         for figure in figures
-        if figure in rounds[0] and figure in found[baseline][0]
+        if figure in rounds[0] and figure in values[baseline][0]
     ]

@@ -12,48 +12,49 @@ from .figures import KINDS
 from .statistics import median_error, percentile
 
 WATCHED = ("ttft_ms", "tpot_ms", "prefill_tok_s", "decode_tok_s", "output_tok_s")
-SAME = ("schema", "model", "cpu", "threads", "config")  # what must be equal for figures to be comparable
+SAME = ("schema", "model", "cpu", "threads", "config")  # keys that must be equal
 ERRORS = 3  # standard errors of the difference that count as noise
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A report that `--json` or `--out` wrote; of a whole log, the last line.
+    """Reads a report written by `--json`; of a log, the last line.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file is not a report.
     """
     try:
         text = path.read_text(encoding="utf-8")
         try:
-            found = json.loads(text)
+            report = json.loads(text)
         except json.JSONDecodeError:
-            found = json.loads(text.splitlines()[-1])
-        if found["works"] is not None and found["schema"]:
-            return dict(found)
+            report = json.loads(text.splitlines()[-1])
+        if report["works"] is not None and report["schema"]:
+            return dict(report)
     except (json.JSONDecodeError, IndexError, KeyError, TypeError, UnicodeDecodeError):
         pass
-    raise ConfigError(f"{path} is not a report of `dso bench --json`")
+    raise ConfigError(f"{path} is not a report of `dso bench --json`; write one with that command")
 
 
 def check(report: dict[str, Any], baseline: dict[str, Any], works: list[dict[str, Any]]) -> None:
-    """Before anything is measured: whether the two can be compared.
+    """Checks whether two reports can be compared, before anything is measured.
 
     Raises:
-        ConfigError: another model, machine or configuration, or no work in common.
+        ConfigError: the model, the machine or the configuration differ, or no lengths and batch size are the same.
     """
     for name in SAME:
         if report.get(name) != baseline.get(name):
-            raise ConfigError(f"the baseline is of another {name}: {baseline.get(name)!r}, and this is {report.get(name)!r}")
+            raise ConfigError(f"the baseline has another {name}: {baseline.get(name)!r}, this run has {report.get(name)!r}")
     if not any(entry["work"] in works for entry in baseline["works"]):
-        raise ConfigError("the baseline has no work in common with this report")
+        raise ConfigError("the baseline has no run with the same --prompt, --new, --depth and --batch")
 
 
 def compare(report: dict[str, Any], baseline: dict[str, Any], tolerance: float = 0.05) -> list[dict[str, Any]]:
     """Rows {"work", "figure", "unit", "before", "now", "change_percent" (above 0: worse), "noise_percent", "regressed"}.
 
-    A figure regressed if it is worse by more than `tolerance`, and by more than three standard errors of the two medians.
+    A figure has regressed if it is worse by more than `tolerance` and by more than three standard errors of the two medians.
 
-    Raises: ConfigError, as `check`.
+    Raises:
+        ConfigError: see `check`.
     """
     check(report, baseline, [entry["work"] for entry in report["works"]])
     before = {json.dumps(entry["work"]): entry["figures"] for entry in baseline["works"]}

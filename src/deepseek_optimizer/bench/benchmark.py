@@ -1,4 +1,4 @@
-"""`benchmark_model`: real prompts through a model, one after the other."""
+"""`benchmark_model`: runs real prompts through a model, one after the other."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ def benchmark_model(
     warmup: int = 1,
     **generation: Any,
 ) -> dict[str, Any]:
-    """Answers every test case `repeats` times, after `warmup` answers to the first that do not count, and times the tokens.
+    """Answers every test case `repeats` times, after `warmup` uncounted answers to the first one, and times the tokens.
 
     Args:
         model: any Transformers model that generates, optimised or not.
         tokenizer: the model's own.
-        test_cases: what to ask: texts (put into the model's chat template where it has one), chats (lists of messages), or
-            token ids (a tensor [T] or [1, T]).
-        max_new_tokens: at most; an answer may end sooner, as it would for a user.
-        generation: passed to `model.generate`; greedy unless it says otherwise.
+        test_cases: prompts: texts (formatted with the model's chat template if it has one), chats (lists of messages), or
+            token ids (int64 tensor [T] or [1, T]).
+        max_new_tokens: maximum length of an answer; it may end sooner, as it would for a user.
+        generation: passed to `model.generate`; greedy by default.
 
     Returns:
-        "p50", "p90", "p99": milliseconds from request to last token. "throughput": generated tokens a second, prompts
-        included. "figures": TTFT, TPOT, inter-token latency, prefill and decode speed, each with p50, p90 and p99.
-        "memory_bytes": the process's peak so far, None where the system doesn't tell. "cases": tokens, text and times of each.
+        "n", "p50", "p90", "p95", "p99": number of answers, and percentiles of the milliseconds from request to last token;
+        p95 is None below 20 answers and p99 below 100. "throughput": generated tokens/s, including the time for prompts.
+        "figures": TTFT, TPOT, inter-token latency, prefill and decode speed, with the same percentiles.
+        "memory_bytes": the process's peak so far, None where the system is not Linux. "cases": tokens, text and times of each.
 
     Raises:
-        ValueError: there are no test cases, or one does not fit the model's context.
+        ValueError: there are no test cases, or one does not fit into the model's context.
     """
     if isinstance(test_cases, str) or not len(test_cases):
-        raise ValueError("test_cases must be a list of prompts, and hold at least one")
+        raise ValueError("test_cases must be a list of prompts with at least one entry")
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     prompts = [_ids(case, tokenizer).to(model.device) for case in test_cases]
@@ -84,7 +85,7 @@ def _ids(case: Any, tokenizer: Any) -> Any:
 
 
 def _room(model: Any, ids: Any) -> int:
-    """New tokens that still fit the model's context."""
+    """Number of new tokens that still fit into the model's context."""
     from ..integration.bind.context_extension import room_of
 
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:

@@ -1,8 +1,8 @@
 """The demo: SmolLM2-135M-Instruct answers a question, and a table compares Transformers with the optimised model.
 
-Every side runs in a process of its own, sides in turns, and the median of the rounds is shown. Transformers gets the
-dequantised weights as a bf16 checkpoint, which is what it loads fastest; the lossless side reads the GGUF file; int4 packs the
-bf16 checkpoint as it loads. Each step says on stderr what it does.
+Each side runs in a process of its own, the sides alternate, and medians of the rounds are shown. Transformers loads the
+dequantised weights as a bf16 checkpoint, the format it loads fastest; the lossless side loads the GGUF file; int4 packs the
+bf16 checkpoint while loading. Each step is announced on stderr.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ ENOUGH_S = 200  # of measuring: no further round begins that would take longer, 
 
 
 def run(*, rounds: int | None = None, threads: int | None = None, show: bool = True) -> dict[str, Any]:
-    """Fetches, answers, measures.
+    """Downloads the model, answers, and measures.
 
     Args:
-        rounds: processes started for each side; None: three, or fewer on a slow machine.
-        threads: for every side; None: what this process may use.
+        rounds: number of processes per side; None: three, or fewer on a slow machine.
+        threads: for every side; None: all CPUs available to this process.
         show: print the answer and the table.
 
     Returns:
@@ -104,7 +104,7 @@ def _answer(gguf: Path, threads: int) -> None:
 
 
 def _measure(sides: dict[str, list[str]], common: list[str], rounds: int | None) -> tuple[dict[str, dict[str, Any]], int]:
-    """Medians of every side, and how many of the first side's tokens each would choose; and the number of rounds."""
+    """Medians of each side, with how many of the first side's tokens it would choose, too; and the number of rounds."""
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, show_progress("Measuring") as progress:
@@ -168,18 +168,17 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     table.add_row("same next token", *("-" if s["agreed"] is None else f"{s['agreed']:.0f} of {s['of']}" for s in sides))
     console.print(table)
     console.print(
-        f"Medians of {result['rounds']} processes a side, in turns; in brackets: times as fast, and the share of memory. "
-        f"Memory: peak "
-        f"above a process that only imported. First token: the question above, on a model just loaded. The last row and tokens "
-        f"a second: {TOKENS} tokens of another answer, greedy."
+        f"Medians of {result['rounds']} processes per side, which alternate; in parentheses: speed and memory relative to the "
+        f"first column. Memory: peak above a process that has only imported the packages. First token: of the question above, "
+        f"on a model just loaded. Tokens per second and the last row: {TOKENS} tokens of another answer, greedy."
     )
 
 
-# Label, figure, and how it is written: its own value, then how it compares with the first column's.
+# Label, figure, and its format: the value, and its relation to the first column.
 _ROWS: list[tuple[str, str, Callable[[float, float], tuple[str, str]]]] = [
     ("load, s", "load_s", lambda v, base: (f"{v:.2f}", _faster(base / v))),
     ("first token, ms", "first_token_s", lambda v, base: (f"{v * 1e3:.0f}", _faster(base / v))),
-    ("tokens a second", "tokens_per_s", lambda v, base: (f"{v:.1f}", _faster(v / base))),
+    ("tokens per second", "tokens_per_s", lambda v, base: (f"{v:.1f}", _faster(v / base))),
     ("memory, MB", "memory_bytes", lambda v, base: (f"{v / 1e6:.0f}", f"{v / base:.0%}")),
 ]
 

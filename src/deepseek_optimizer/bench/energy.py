@@ -1,4 +1,4 @@
-"""Energy by RAPL, the processor's own counters, where Linux shows them and this user may read them."""
+"""Energy measured by RAPL, the CPU's own counters, if Linux exposes them and this user may read them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Energy:
-    """Counts from when it is made.
+    """Measures from construction on.
 
     Attributes:
-        joules: of all packages, so far; None where no counter can be read.
-        watts: the mean since then.
+        joules: energy of all CPU packages so far; None if no counter can be read.
+        watts: mean power so far.
     """
 
     def __init__(self, root: Path = POWERCAP) -> None:
-        # Packages alone ("intel-rapl:0"): the domains inside one ("intel-rapl:0:0") are part of it. AMD's have this name too.
+        # Packages only ("intel-rapl:0"): domains within one ("intel-rapl:0:0") are part of it. AMD uses this name, too.
         self._domains = sorted(path for path in root.glob("*-rapl:*") if path.name.count(":") == 1 and "mmio" not in path.name)
         self._start = self._read()
         self._started = time.perf_counter()
@@ -27,7 +27,7 @@ class Energy:
         now = self._read()
         if not self._start or now is None or len(now) != len(self._start):
             return None
-        # A counter begins again at 0 after its largest value; once is assumed, which takes minutes at full power.
+        # A counter wraps around to 0 after its maximum, which takes minutes at full power; at most one wrap is assumed.
         spent = [(b - a) % (top + 1) for (a, top), (b, _) in zip(self._start, now, strict=True)]
         return sum(spent) / 1e6
 
@@ -37,7 +37,7 @@ class Energy:
         return None if joules is None or seconds <= 0 else joules / seconds
 
     def _read(self) -> list[tuple[int, int]] | None:
-        """(microjoules, the largest value) a package."""
+        """(microjoules, maximum of the counter) of each package."""
         try:
             return [(_number(d / "energy_uj"), _number(d / "max_energy_range_uj")) for d in self._domains]
         except (OSError, ValueError):

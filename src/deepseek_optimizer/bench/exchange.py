@@ -1,7 +1,7 @@
-"""One request to a server over a connection of its own, with the time at which each piece of the answer came.
+"""One HTTP request on a connection of its own, with the arrival time of each part of the response.
 
-Light on purpose, since whoever loads a server often shares its cores: while the answer comes, bytes and times are put aside;
-they are made sense of when it is whole.
+Lightweight on purpose, since a load generator often shares the server's cores: during the response only bytes and times are
+recorded; they are parsed afterwards.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _BLANK = b"\r\n\r\n"
 
 @dataclass(frozen=True)
 class HttpReply:
-    """What came back.
+    """A response.
 
     Attributes:
-        status: of HTTP; 0 where nothing came.
+        status: HTTP status; 0 if there was no response.
         headers: names in lower case.
-        body: without the transfer's framing.
-        sent: `time.perf_counter` when the request was.
-        marks: (bytes of the body that had come, when), for each piece.
-        whole: whether the body came to its end.
+        body: without transfer encoding.
+        sent: `time.perf_counter` when the request was sent.
+        marks: (bytes of the body received so far, time), for each part.
+        whole: whether the body is complete.
     """
 
     status: int = 0
@@ -39,52 +39,52 @@ class HttpReply:
     whole: bool = False
 
     def json(self) -> Any:
-        """Of an answer that is no stream."""
+        """The body of a response that is not streamed."""
         return json.loads(self.body)
 
     @cached_property
     def events(self) -> list[tuple[float, dict[str, Any]]]:
-        """(when its last byte came, what it says) of each server-sent event that did; `[DONE]` is none."""
-        found, at, mark = [], 0, 0
+        """(arrival time of its last byte, data) of each complete server-sent event except `[DONE]`."""
+        events, at, mark = [], 0, 0
         while (end := self.body.find(b"\n\n", at)) >= 0:
             line, at = self.body[at:end], end + 2
             while self.marks[mark][0] < at:
                 mark += 1
             if line.startswith(b"data: {"):
-                found.append((self.marks[mark][1], json.loads(line[6:])))
-        return found
+                events.append((self.marks[mark][1], json.loads(line[6:])))
+        return events
 
     @property
     def streamed(self) -> bool:
-        """Whether it is server-sent events."""
+        """Whether the response consists of server-sent events."""
         return self.headers.get("content-type", "").startswith("text/event-stream")
 
     @property
     def done(self) -> bool:
-        """Whether a stream came to its end as it should."""
+        """Whether a stream ended properly."""
         return self.whole and self.body.rstrip().endswith(_DONE)
 
     @property
-    def pieces(self) -> list[tuple[float, str]]:
-        """(when, text) of each event of the first answer that brought text."""
+    def chunks(self) -> list[tuple[float, str]]:
+        """(arrival time, text) of each event of the first choice that has text."""
         return [(when, text) for when, event in self.events for choice in event.get("choices", ()) if (text := _text(choice))]
 
     @property
     def text(self) -> str:
-        """Of the first answer, streamed or not."""
+        """The text of the first choice, streamed or not."""
         if self.streamed:
-            return "".join(text for _, text in self.pieces)
+            return "".join(text for _, text in self.chunks)
         return _text(self.json()["choices"][0])
 
     @property
     def usage(self) -> dict[str, Any] | None:
-        """Tokens, where the server said."""
+        """Token counts, if the server reported them."""
         bodies = [event for _, event in self.events] if self.streamed else [self.json()]
         return next((body["usage"] for body in reversed(bodies) if body.get("usage")), None)
 
     @property
     def retry_after(self) -> float:
-        """Seconds that the server asks to wait."""
+        """Seconds to wait according to the server."""
         return float(self.headers.get("retry-after", 1))
 
 
@@ -96,11 +96,11 @@ def _text(choice: Mapping[str, Any]) -> str:
 
 
 class Exchange(asyncio.Protocol):
-    """A request on its way. Made by `send`."""
+    """A request in progress, created by `send`."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
-        self._pieces: list[tuple[float, bytes]] = []
+        self._chunks: list[tuple[float, bytes]] = []
         self._over = asyncio.get_running_loop().create_future()
         self._begun = asyncio.Event()
         self.sent = 0.0
@@ -111,7 +111,7 @@ class Exchange(asyncio.Protocol):
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        self._pieces.append((time.perf_counter(), data))
+        self._chunks.append((time.perf_counter(), data))
         self._begun.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -121,32 +121,33 @@ class Exchange(asyncio.Protocol):
 
     @property
     def received(self) -> int:
-        """Pieces that came so far."""
-        return len(self._pieces)
+        """Number of parts received so far."""
+        return len(self._chunks)
 
     @property
     def over(self) -> bool:
-        """Whether the connection is gone."""
+        """Whether the connection is closed."""
         return self._over.done()
 
     async def begun(self) -> None:
-        """Until something has come, or the connection is gone."""
+        """Waits until something is received, or the connection is closed."""
         await self._begun.wait()
 
     def leave(self) -> None:
-        """Cuts the connection, as a client that has gone."""
+        """Aborts the connection, like a client that disappears."""
         self._transport.abort()
 
     async def reply(self) -> HttpReply:
-        """When the server has closed the connection."""
+        """Waits until the server closes the connection, and returns the response."""
         await self._over
-        return reply_of(self._pieces, self.sent)
+        return reply_of(self._chunks, self.sent)
 
 
 async def send(port: int, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> Exchange:
-    """Opens a connection to this machine and sends a request: POST of JSON, or GET where there is none.
+    """Opens a connection to this machine and sends a request: POST with a JSON body, or GET without one.
 
-    Raises: OSError, nobody listens.
+    Raises:
+        OSError: nothing listens on the port.
     """
     request = request_bytes(path, body, key=key)
     _, exchange = await asyncio.get_running_loop().create_connection(lambda: Exchange(request), "127.0.0.1", port)
@@ -154,15 +155,16 @@ async def send(port: int, path: str, body: Mapping[str, Any] | None = None, *, k
 
 
 async def ask(port: int, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> HttpReply:
-    """`send`, and the whole answer.
+    """Like `send`, but waits for the complete response.
 
-    Raises: OSError, nobody listens.
+    Raises:
+        OSError: nothing listens on the port.
     """
     return await (await send(port, path, body, key=key)).reply()
 
 
 def request_bytes(path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> bytes:
-    """HTTP/1.1, after which the server closes the connection."""
+    """An HTTP/1.1 request after which the server closes the connection."""
     lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
     content = b""
     if body is not None:
@@ -173,17 +175,17 @@ def request_bytes(path: str, body: Mapping[str, Any] | None = None, *, key: str 
     return "\r\n".join(lines).encode() + _BLANK + content
 
 
-def reply_of(pieces: list[tuple[float, bytes]], sent: float = 0.0) -> HttpReply:
-    """Of a connection's (time, bytes) from its beginning to its end."""
-    data = b"".join(piece for _, piece in pieces)
+def reply_of(chunks: list[tuple[float, bytes]], sent: float = 0.0) -> HttpReply:
+    """The response from all (time, bytes) of a connection."""
+    data = b"".join(chunk for _, chunk in chunks)
     head, blank, rest = data.partition(_BLANK)
     if not blank:
         return HttpReply(sent=sent)
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     arrivals, total = [], 0
-    for when, piece in pieces:
-        total += len(piece)
+    for when, chunk in chunks:
+        total += len(chunk)
         arrivals.append((total - len(head) - len(_BLANK), when))
     if headers.get("transfer-encoding") == "chunked":
         body, marks, whole = _unchunked(rest, arrivals)
@@ -194,7 +196,7 @@ def reply_of(pieces: list[tuple[float, bytes]], sent: float = 0.0) -> HttpReply:
 
 
 def _unchunked(data: bytes, arrivals: list[tuple[int, float]]) -> tuple[bytes, tuple[tuple[int, float], ...], bool]:
-    """The body, its marks, and whether its last chunk came. A chunk counts when all of it is there."""
+    """The body, its marks, and whether the last chunk was received. A chunk counts when it is complete."""
     body: list[bytes] = []
     marks: list[tuple[int, float]] = []
     at = place = size = 0

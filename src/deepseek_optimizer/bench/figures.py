@@ -1,7 +1,7 @@
-"""From the times of tokens to named figures. Every side of a comparison goes through these definitions.
+"""Computes named figures from the times of tokens. All sides of a comparison use these definitions.
 
-Prefill tokens/s is prompt tokens over TTFT, what surrounds the first step included. Decode tokens/s counts what comes after
-the first token.
+Prefill tokens/s is prompt tokens over TTFT, including everything around the first step. Decode tokens/s counts the tokens after
+the first one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .statistics import summary
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure's unit, and which way is better."""
+    """A figure's label and unit, and whether higher is better."""
 
     label: str
     unit: str
@@ -25,7 +25,7 @@ class Kind:
 
 KINDS = {
     "ttft_ms": Kind("first token", "ms", False),
-    "tpot_ms": Kind("time a token", "ms", False),
+    "tpot_ms": Kind("time per token", "ms", False),
     "itl_ms": Kind("between tokens", "ms", False),
     "e2e_ms": Kind("whole request", "ms", False),
     "prefill_tok_s": Kind("prefill", "tok/s", True),
@@ -39,8 +39,8 @@ KINDS = {
 
 
 def samples(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Figure -> one sample a run (one a gap for `itl_ms`); without those that need a second token where there is none."""
-    found: dict[str, list[float]] = {
+    """Figure -> one sample per run, for `itl_ms` one per gap. Figures that need a second token are absent without one."""
+    samples_by_name: dict[str, list[float]] = {
         "ttft_ms": [r.ttft_s * 1e3 for r in runs],
         "tpot_ms": [r.tpot_s * 1e3 for r in runs if r.tpot_s is not None],
         "itl_ms": [gap * 1e3 for r in runs for gap in r.gaps_s],
@@ -50,11 +50,11 @@ def samples(runs: Sequence[Run]) -> dict[str, list[float]]:
         "output_tok_s": [r.generated / r.e2e_s for r in runs],
         "requests_s": [r.batch / r.e2e_s for r in runs],
     }
-    return {name: values for name, values in found.items() if values}
+    return {name: values for name, values in samples_by_name.items() if values}
 
 
 def figures(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Figure -> {"unit", "p50", "p90", "p99", "samples"}."""
+    """Figure -> {"unit", "samples", and what `statistics.summary` returns}."""
     return {
         name: {"unit": KINDS[name].unit, **summary(v, KINDS[name].more_is_better), "samples": v} for name, v in values.items()
     }

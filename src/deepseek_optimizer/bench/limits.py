@@ -1,4 +1,4 @@
-"""A measured speed against the machine's own: how much of its reading and of its products a model gets."""
+"""Compares a measured speed with the machine's limits: the share of memory bandwidth and of arithmetic peak reached."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .work import Work
 
 
 class Limits:
-    """Measures the machine, each thing once.
+    """Measures the machine's limits, each once.
 
     Args:
-        threads: as many as the model uses.
+        threads: number of threads that the model uses.
     """
 
     def __init__(self, threads: int) -> None:
@@ -22,16 +22,16 @@ class Limits:
         self._matrix: dict[str, float] | None = None
 
     def share(self, traffic: Traffic, work: Work, ttft_ms: float, decode_tok_s: float | None) -> dict[str, Any]:
-        """Bytes and operations of this work, what was reached, and percents of what the machine does.
+        """Bytes and operations of this work, the speed reached, and its percentage of the machine's limits.
 
-        Reading is measured over as many bytes as a decode step reads, since what fits a cache comes from there. The matrix
-        peak is that of the fastest kind of product here, named beside it.
+        Bandwidth is measured on the number of bytes that a decode step reads, since small sizes are read from a cache. The
+        arithmetic peak is that of the fastest kind of matrix product on this machine, which is named.
         """
         if self._matrix is None:
             self._matrix = matrix_tera(self.threads)
         kind = max(self._matrix, key=self._matrix.__getitem__)
         tera = traffic.prefill_operations(work) / (ttft_ms / 1e3) / 1e12
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "prefill_operations": traffic.prefill_operations(work),
             "prefill_tera": tera,
             "matrix_tera": self._matrix,
@@ -44,14 +44,14 @@ class Limits:
             if size not in self._read:
                 self._read[size] = read_gb_s(size, self.threads)
             reached = traffic.token_bytes(work) * decode_tok_s / 1e9
-            found |= {
+            result |= {
                 "read_gb_s": reached,
                 "machine_read_gb_s": self._read[size],
                 "bandwidth_percent": 100 * reached / self._read[size],
             }
-        return found
+        return result
 
 
 def cost_per_million(price_per_hour: float, output_tok_s: float) -> float:
-    """What a million generated tokens cost, prompts included, on a machine of this price at this speed all the time."""
+    """Cost of a million generated tokens, including prompts, on a fully used machine with this price and speed."""
     return price_per_hour / 3600 / output_tok_s * 1e6

@@ -1,10 +1,10 @@
-"""What this machine can do, measured: the speeds that a model's bytes and operations are held against.
+"""Measures the machine's limits: memory bandwidth and matrix throughput.
 
-Reading: the native library's own loop (`dso_read_bandwidth`): the widest loads of this CPU with an accumulator each, every
-thread over a share of its own in huge pages, the fastest of several rounds. Where that was not built, numpy's maximum, which
-reads up to 40% less. The size matters: what fits a cache is read from there.
-Products: torch.mm of 2048 x 2048 in fp32 and bf16, and torch._int_mm of int8, where this torch has them; the best of several.
-These are what a library reaches, not the units' own peak, so that a better kernel can pass 100%.
+Bandwidth: the native library's loop (`dso_read_bandwidth`): the widest loads of this CPU with an accumulator each, each thread
+on its own share in huge pages, the fastest of several rounds. Without the native library: numpy's maximum, which reads up to
+40% less. The size matters, since small sizes are read from a cache.
+Matrix products: torch.mm of 2048 x 2048 in fp32 and bf16, and torch._int_mm of int8, if this torch has them; the best of
+several. These are speeds of a library, not the hardware's peak, so a better kernel can exceed 100%.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MEGABYTE = 1 << 20
 
 
 def read_gb_s(size: int, threads: int, seconds: float = 1.0) -> float:
-    """GB/s (1e9 bytes) of reading `size` bytes (1 MiB to 1 GiB) over and over, all threads together."""
+    """GB/s (1e9 bytes) of reading `size` bytes (1 MiB to 1 GiB) repeatedly, with all threads together."""
     from ..backends.cpu.native import shared_context, unavailable_reason
 
     size = max(min(size, 1 << 30), _MEGABYTE)
@@ -29,7 +29,7 @@ def read_gb_s(size: int, threads: int, seconds: float = 1.0) -> float:
 
 
 def _numpy_read_gb_s(size: int, threads: int, seconds: float) -> float:
-    """One Python thread a processor: numpy releases the GIL."""
+    """Uses one Python thread per CPU: numpy releases the GIL."""
     import numpy as np
 
     count = size // 4
@@ -46,12 +46,12 @@ def _numpy_read_gb_s(size: int, threads: int, seconds: float) -> float:
 
 
 def matrix_tera(threads: int, size: int = 2048, seconds: float = 0.3) -> dict[str, float]:
-    """Kind of product -> 1e12 multiplications and additions a second."""
+    """Data type of a matrix product -> 1e12 multiplications and additions per second."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = {}
+    tera = {}
     try:
         for name, a in (
             ("fp32", torch.ones(size, size, dtype=torch.float32, device="cpu")),
@@ -60,16 +60,16 @@ def matrix_tera(threads: int, size: int = 2048, seconds: float = 0.3) -> dict[st
         ):
             product = torch._int_mm if name == "int8" else torch.mm
             try:
-                found[name] = 2 * size**3 / _best(partial(product, a, a), seconds) / 1e12
+                tera[name] = 2 * size**3 / _best(partial(product, a, a), seconds) / 1e12
             except RuntimeError:
-                continue  # this torch has no such product on the CPU
+                continue  # this torch does not support it on the CPU
     finally:
         torch.set_num_threads(before)
-    return found
+    return tera
 
 
 def _best(work: Callable[[], Any], seconds: float) -> float:
-    """The shortest of as many calls as fit the time, four at least; the first is not counted."""
+    """The shortest time of as many calls as fit into `seconds`, at least four; the first call is not counted."""
     work()
     best, calls, end = float("inf"), 0, time.perf_counter() + seconds
     while calls < 4 or time.perf_counter() < end:

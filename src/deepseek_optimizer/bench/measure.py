@@ -1,4 +1,4 @@
-"""A loaded model over its works: figures, what they mean against the machine, energy, cost."""
+"""Measures a loaded model: figures, their share of the machine's limits, energy and cost."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def measure(
     price_per_hour: float | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """One entry a work: {"work", "figures", "limits", "watts", "joules_per_token", "cost_per_million"}; None where unknown.
-    `hold_against` fills in "limits".
+    """One entry per work: {"work", "figures", "limits", "watts", "joules_per_token", "cost_per_million"}; None if unknown.
+    `add_limits` sets "limits".
 
     Args:
         model: a Transformers model, optimised or not.
-        price_per_hour: of this machine, in whatever currency the cost is wanted.
+        price_per_hour: of this machine, in the currency of the resulting cost.
     """
     entries = []
     for work in works:
@@ -36,13 +36,13 @@ def measure(
         energy = Energy()
         runs = list(repeated(model, work, repeats=repeats, warmup=warmup))
         joules, watts = energy.joules, energy.watts
-        found = figures(samples(runs))
-        speed = found["output_tok_s"]["p50"]
-        generated = sum(run.generated for run in runs) * (repeats + warmup) / repeats  # the counter saw the warm-up too
+        measured = figures(samples(runs))
+        speed = measured["output_tok_s"]["p50"]
+        generated = sum(run.generated for run in runs) * (repeats + warmup) / repeats  # the counter includes the warm-up
         entries.append(
             {
                 "work": asdict(work),
-                "figures": found,
+                "figures": measured,
                 "limits": None,
                 "watts": watts,
                 "joules_per_token": None if joules is None else joules / generated,
@@ -52,10 +52,10 @@ def measure(
     return entries
 
 
-def hold_against(limits: Limits, model: Any, entries: Sequence[dict[str, Any]]) -> None:
-    """Sets each entry's "limits". A step of its own: measuring the machine takes memory, which is not the model's."""
+def add_limits(limits: Limits, model: Any, entries: Sequence[dict[str, Any]]) -> None:
+    """Sets "limits" of each entry. A separate step, since measuring the machine takes memory that is not the model's."""
     traffic = traffic_of(model)
     for entry in entries:
-        found = entry["figures"]
-        decode = found["decode_tok_s"]["p50"] if "decode_tok_s" in found else None
-        entry["limits"] = limits.share(traffic, Work(**entry["work"]), found["ttft_ms"]["p50"], decode)
+        measured = entry["figures"]
+        decode = measured["decode_tok_s"]["p50"] if "decode_tok_s" in measured else None
+        entry["limits"] = limits.share(traffic, Work(**entry["work"]), measured["ttft_ms"]["p50"], decode)

@@ -1,4 +1,4 @@
-"""Answers against references: BLEU and chrF, by sacrebleu (the extra `bench`)."""
+"""Scores answers against references: BLEU and chrF by sacrebleu (the extra `bench`)."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from ..errors import ConfigError
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """(what to ask, the reference answer): a line each, as JSON {"source", "reference"} or with a tab between.
+    """Pairs of source and reference answer, one per line: JSON {"source", "reference"}, or separated by a tab.
 
     Raises:
-        ConfigError: a line is neither, or there is none.
+        ConfigError: a line has neither form, or the file is empty.
     """
-    found = []
+    pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
             pair = json.loads(line) if line.lstrip().startswith("{") else dict(zip(_FIELDS, line.split("\t"), strict=True))
-            found.append((str(pair["source"]), str(pair["reference"])))
+            pairs.append((str(pair["source"]), str(pair["reference"])))
         except (ValueError, KeyError) as error:
             raise ConfigError(
                 f'{path}, line {number}: expected {{"source": ..., "reference": ...}} or source, tab, reference'
             ) from error
-    if not found:
-        raise ConfigError(f"{path} holds no pairs")
-    return found
+    if not pairs:
+        raise ConfigError(f"{path} contains no pairs; write one per line: source, tab, reference")
+    return pairs
 
 
 _FIELDS = ("source", "reference")
 
 
 def answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], max_new_tokens: int) -> list[str]:
-    """The model's greedy answer to every source."""
+    """The model's greedy answer to each source."""
     from ..chat.conversation import prompt_ids
     from ..chat.generate import answer
 
@@ -49,7 +49,7 @@ def answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], max_ne
 
 
 def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Corpus BLEU and chrF, 0 to 100, with sacrebleu's signatures, which say how they were counted.
+    """Corpus BLEU and chrF, 0 to 100, with sacrebleu's signatures, which identify the metric's settings.
 
     Raises:
         ConfigError: sacrebleu is not installed.
@@ -58,8 +58,8 @@ def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
         raise ConfigError("BLEU and chrF need sacrebleu: pip install 'deepseek-optimizer[bench]'") from None
-    found: dict[str, Any] = {"pairs": len(answers)}
+    scores: dict[str, Any] = {"pairs": len(answers)}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
-        found[name] = metric.corpus_score(list(answers), [list(references)]).score
-        found[f"{name}_signature"] = str(metric.get_signature())
-    return found
+        scores[name] = metric.corpus_score(list(answers), [list(references)]).score
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    return scores

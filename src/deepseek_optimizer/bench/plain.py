@@ -1,4 +1,4 @@
-"""The unoptimised model: what Transformers makes of the same files."""
+"""Loads the unoptimised model from the same files with Transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def load_plain(path: str | Path, dtype: Any) -> Any:
     """Transformers' own model in `dtype`, from a directory or a GGUF file, which is dequantised.
 
     Raises:
-        ConfigError: a packed checkpoint, whose original weights are gone.
+        ConfigError: a packed checkpoint, which does not contain the original weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
@@ -26,7 +26,7 @@ def load_plain(path: str | Path, dtype: Any) -> Any:
         config = AutoConfig.from_pretrained(path)
         section = getattr(config, "quantization_config", None) or {}
         if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
-            raise ConfigError(f"{path} is packed: name the model it was made from, to compare with")
+            raise ConfigError(f"{path} is packed; give the original model with --reference to compare with")
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     model = AutoModelForCausalLM.from_pretrained(
         path.parent,
@@ -40,7 +40,7 @@ def load_plain(path: str | Path, dtype: Any) -> Any:
 
 
 def dequantised(gguf: Path) -> Path:
-    """The GGUF file's weights as a bf16 checkpoint beside it, made once by Transformers."""
+    """Converts a GGUF file to a bf16 checkpoint beside it with Transformers, once. Returns its path."""
     target = gguf.with_name(gguf.stem + "-bf16")
     if target.exists():
         return target

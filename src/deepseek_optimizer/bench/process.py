@@ -1,4 +1,4 @@
-"""What a process is on and what it took: CPU name, threads, peak memory."""
+"""The machine a process runs on and what it uses: CPU name, cores, peak memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """The CPU's model name; its architecture if the system does not report one."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -21,12 +21,19 @@ def cpu_name() -> str:
 
 
 def usable_cpus() -> int:
-    """Processors that this process may run on."""
+    """Number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine_memory_bytes() -> int:
+    """Memory of the machine, or of the control group that limits this process to less."""
+    from ..system.memory import free_memory
+
+    return min(limit.total for limit in free_memory().limits if limit.kind != "reserved")
+
+
 class PeakMemory:
-    """Peak resident memory above what was resident when this was made: mapped pages count. None where Linux doesn't tell."""
+    """Peak resident memory above that at construction, including mapped pages. None where the system is not Linux."""
 
     def __init__(self) -> None:
         self._base: int | None = None
@@ -37,9 +44,9 @@ class PeakMemory:
             pass
 
     def restart(self) -> None:
-        """Forgets the peak so far; it is still counted from what was resident when this was made."""
+        """Resets the peak; it is still counted above what was resident at construction."""
         try:
-            _CLEAR.write_text("5", encoding="utf-8")  # the high-water mark starts at the present resident size
+            _CLEAR.write_text("5", encoding="utf-8")  # resets the high-water mark to the current resident size
         except OSError:
             self._base = None
 
@@ -48,7 +55,7 @@ class PeakMemory:
 
 
 def peak_resident_bytes() -> int | None:
-    """The largest resident size this process had so far. None where Linux doesn't tell."""
+    """Peak resident memory of this process so far. None where the system is not Linux."""
     try:
         return _status("VmHWM")
     except OSError:
@@ -56,7 +63,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def _status(field: str) -> int:
-    """A size out of /proc/self/status, in bytes."""
+    """A field of /proc/self/status, in bytes."""
     for line in _STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""How far a model's next-token distributions are from the unoptimised model's, on a text.
+"""Compares a model's next-token distributions with those of the unoptimised model on a text.
 
-KL(p || q) = sum p (log p - log q) at every token, p the unoptimised model's. Perplexity's ratio is exp(mean(d)) with d the
-difference of the two losses of one token; its error comes from the spread of d, which is far smaller than that of either loss.
+KL(p || q) = sum p (log p - log q) at each token, with p of the unoptimised model. The perplexity ratio is exp(mean(d)), with d
+the difference of the two losses of a token; its standard error is that of d, which is far smaller than that of either loss.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ Logits = Callable[[Any, Any], Any]  # model, ids int64 [1, T] -> float32 [T, V]
 
 
 def stretches(tokenizer: Any, text: str, tokens: int, count: int) -> list[Any]:
-    """The first `count` stretches of `tokens` tokens: ids int64 [1, tokens]; a shorter last one is used if it is all there is.
+    """The first `count` segments of `tokens` tokens: ids int64 [1, tokens]; of a shorter text, one shorter segment.
 
     Raises:
-        ValueError: the text is too short to score.
+        ValueError: the text is too short.
     """
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     whole = [ids[:, i : i + tokens] for i in range(0, ids.shape[1] - tokens + 1, tokens)][:count] or [ids]
     if whole[0].shape[1] < 2:
-        raise ValueError("the text has fewer than two tokens; give a longer one")
+        raise ValueError("the text has fewer than two tokens; use a longer one")
     return whole
 
 
 def through_prefill(model: Any, ids: Any) -> Any:
-    """float32 [T, V]: the text at once."""
+    """Logits float32 [T, V] of the whole text in one call."""
     import torch
 
     with torch.inference_mode():
@@ -37,7 +37,7 @@ def through_prefill(model: Any, ids: Any) -> Any:
 
 
 def through_decode(model: Any, ids: Any) -> Any:
-    """float32 [T, V]: one token a call. Its kernels can differ from those of prefill."""
+    """Logits float32 [T, V], one token per call. Its kernels can differ from those of prefill."""
     import torch
 
     from ..integration.compat import cache_name
@@ -61,7 +61,7 @@ def compare(model: Any, reference: Any, texts: Sequence[Any], logits: Logits = t
 
 
 class Divergence:
-    """Collects token by token, so that no more than one text's logits are in memory."""
+    """Accumulates per-token results, so that only one text's logits are in memory."""
 
     def __init__(self) -> None:
         self._kl: list[Any] = []
@@ -82,7 +82,7 @@ class Divergence:
 
     def summary(self) -> dict[str, float]:
         """kl_mean, kl_median, kl_999 (nats); same_top_percent; perplexity, reference_perplexity, perplexity_ratio and its
-        standard error; worst_logit: the largest difference in terms of the row's largest logit; tokens compared."""
+        standard error; worst_logit: the largest difference relative to the row's largest logit; tokens: number compared."""
         import torch
 
         kl, loss = torch.cat(self._kl).double(), torch.cat(self._loss)

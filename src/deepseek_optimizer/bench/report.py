@@ -1,10 +1,11 @@
-"""The whole of `dso bench`: loads, measures, compares, and returns one dict of JSON types."""
+"""`dso bench` as a function: loads, measures, compares, and returns one dict of JSON types."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..errors import ConfigError
 from ..versions import versions
 from .work import Work
 
-SCHEMA = 1  # of the report; goes up where a name changes its meaning
+SCHEMA = 1  # of the report; increased when a key changes its meaning
 COMPARED = ("prefill_tok_s", "decode_tok_s", "output_tok_s", "ttft_ms", "to_first_token_s", "memory_bytes")
 
 
@@ -23,13 +24,13 @@ class Request:
     Attributes:
         model: directory, .gguf file or hub name. fields: of `DeepSeekConfig`.
         works, repeats, warmup: see `measure`.
-        quality: compare distributions with the unoptimised model's; `text`: on this file, else on Python's documentation;
-            `text_tokens`: how many tokens at most. reference: the unoptimised model, where `model` is packed.
+        quality: compare next-token distributions with the unoptimised model's. text: file to compare on; None: Python's
+            documentation. text_tokens: maximum number of tokens. reference: the unoptimised model, if `model` is packed.
         pairs: file of sources and references for BLEU and chrF.
-        ablate: each fusion rule off in turn.
-        against: names of peers; `rounds`: processes a side; `peer_models`: name -> the model in that peer's own format.
-        price_per_hour: of this machine.
-        baseline: an earlier report to compare with; `tolerance`: see `baseline.compare`.
+        ablate: also measure with each fusion rule disabled in turn.
+        against: names of peers. rounds: processes per side. peer_models: name -> the model in that peer's own format.
+        price_per_hour: of this machine, in any currency.
+        baseline: an earlier report to compare with. tolerance: see `baseline.compare`.
     """
 
     model: str
@@ -52,37 +53,46 @@ class Request:
 
 
 def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Keys: schema, model, cpu, threads, config, backend, formats, versions, load_s, memory_bytes, works, and where asked
-    for quality, pairs, ablation, against, baseline.
+    """Keys: schema, date (ISO 8601), seconds (duration), model, cpu, threads, machine_memory_bytes, load (see
+    `BackgroundLoad.report`), config, backend, formats, versions, load_s, memory_bytes, works; and if requested: quality, pairs,
+    ablation, against, peers (name -> version), baseline.
 
     Raises:
-        ConfigError, CheckpointError, ValueError: before anything is measured, where that can be known.
+        ConfigError, CheckpointError, ValueError: before anything is measured, if that can be known.
     """
     import torch
 
     from ..optimizer import load_model, load_tokenizer
+    from .background import BackgroundLoad
     from .baseline import check, compare
     from .limits import Limits
-    from .measure import hold_against, measure
-    from .process import PeakMemory, cpu_name
+    from .measure import add_limits, measure
+    from .peers import versions_of
+    from .process import PeakMemory, cpu_name, machine_memory_bytes, usable_cpus
 
-    peers = _peer_commands(request)  # what is not set up is said now, not after minutes
+    date, began = datetime.now().astimezone(), time.perf_counter()
+    peers = _peer_commands(request)  # raises now, not after minutes, if a peer is not set up
     text, pairs = _inputs(request)
     tokenizer = load_tokenizer(request.model) if request.quality or pairs else None
-    note("loading")
+    background = BackgroundLoad(usable_cpus())
+    for reason in background.busy_before():
+        note(f"warning: {reason}; timings will be unreliable")
+    note("loading the model")
     memory, started = PeakMemory(), time.perf_counter()
     model = load_model(request.model, **request.fields)
     load_s = time.perf_counter() - started
-    made = model.report()
-    threads = made.threads or torch.get_num_threads()
+    summary = model.report()
+    threads = summary.threads or torch.get_num_threads()
     report: dict[str, Any] = {
         "schema": SCHEMA,
+        "date": date.isoformat(timespec="seconds"),
         "model": str(request.model),
         "cpu": cpu_name(),
         "threads": threads,
-        "config": made.to_dict()["config"],
-        "backend": f"{made.backend} ({made.detail})",
-        "formats": {row.format: row.bytes for row in made.formats},
+        "machine_memory_bytes": machine_memory_bytes(),
+        "config": summary.to_dict()["config"],
+        "backend": f"{summary.backend} ({summary.detail})",
+        "formats": {row.format: row.bytes for row in summary.formats},
         "versions": versions(),
         "load_s": load_s,
     }
@@ -97,15 +107,15 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
         note=note,
     )
     report["memory_bytes"] = memory.bytes()
-    note("the machine's own speed")
-    hold_against(Limits(threads), model, report["works"])
+    note("measuring the machine's bandwidth and peak throughput")
+    add_limits(Limits(threads), model, report["works"])
     if request.quality:
-        note("quality")
+        note("comparing quality with the unoptimised model")
         report["quality"] = _quality(request, model, tokenizer, text)
     if pairs:
         from .pairs import answers, score
 
-        note("answers for BLEU and chrF")
+        note("generating answers for BLEU and chrF")
         report["pairs"] = score(answers(model, tokenizer, pairs, 256), [reference for _, reference in pairs])
     if request.ablate:
         from .ablation import ABLATION_NEW, ablate
@@ -113,11 +123,12 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
         context = min(1024, model.config.max_position_embeddings - ABLATION_NEW)
         report["ablation"] = ablate(model, context=context, rounds=request.rounds, note=note)
     if peers:
-        del model  # its memory and its threads are the sides' now
+        del model  # frees its memory and threads for the sides
         report["against"] = _against(request, peers, threads, note)
+        report["peers"] = versions_of(request.against)
     if request.baseline:
         report["baseline"] = compare(report, request.baseline, request.tolerance)
-    return report
+    return {**report, "seconds": time.perf_counter() - began, "load": background.report()}
 
 
 def _inputs(request: Request) -> tuple[str | None, list[tuple[str, str]]]:
@@ -140,14 +151,14 @@ def _quality(request: Request, model: Any, tokenizer: Any, text: str | None) -> 
 
 
 def _peer_commands(request: Request) -> dict[str, Callable[[Work, int], list[str]]]:
-    """Peer -> what starts its side for a work and a number of threads."""
+    """Peer -> function that returns the command of its side for a work and a number of threads."""
     from ..integration.load.resolve import resolve
     from .peers import get_peer
     from .peers.environments import interpreter
 
     unknown = set(request.peer_models) - set(request.against)
     if unknown:
-        raise ConfigError(f"a model is named for {', '.join(sorted(unknown))}, which --against does not name")
+        raise ConfigError(f"--peer-model names {', '.join(sorted(unknown))}, which --against does not name; add it there")
 
     def starter(name: str) -> Callable[[Work, int], list[str]]:
         peer = get_peer(name)
@@ -166,7 +177,7 @@ def _peer_commands(request: Request) -> dict[str, Callable[[Work, int], list[str
 def _against(
     request: Request, peers: Mapping[str, Callable[[Work, int], list[str]]], threads: int, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Ratios of ours to each peer, for each work."""
+    """Ratios of this model to each peer, for each work."""
     from .against import alternate, ratio_rows
     from .peers.base import own_command
 
@@ -175,8 +186,8 @@ def _against(
         options = {"threads": threads, "repeats": request.repeats, "warmup": request.warmup}
         sides = {name: command(work, threads) for name, command in peers.items()}
         sides["ours"] = own_command("optimised", request.model, work, **options, fields=request.fields)
-        found = alternate(sides, request.rounds, note)
+        values = alternate(sides, request.rounds, note)
         for name in peers:
-            pair = {name: found[name], "ours": found["ours"]}
+            pair = {name: values[name], "ours": values["ours"]}
             rows += [{"work": asdict(work), **row} for row in ratio_rows(pair, name, COMPARED)]
     return rows

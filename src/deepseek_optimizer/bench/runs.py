@@ -1,4 +1,4 @@
-"""One request or batch through `model.generate`, with the time of every token. Any Transformers model, optimised or not."""
+"""Times each token of `model.generate`, for any Transformers model, optimised or not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Run:
     """A call of `generate`.
 
     Attributes:
-        prompt: tokens of each row that were computed before the first new one.
-        batch: rows.
-        times: seconds from the call to each token of the batch; one entry a step.
-        generated: tokens of all rows together.
+        prompt: prompt tokens of each row that were computed.
+        batch: number of rows.
+        times: seconds from the call to each step.
+        generated: generated tokens of all rows.
     """
 
     prompt: int
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first: (E2E - TTFT) / (N - 1). None where there is no second."""
+        """Time per output token after the first: (E2E - TTFT) / (N - 1). None with a single token."""
         steps = len(self.times) - 1
         return (self.e2e_s - self.ttft_s) / steps if steps else None
 
@@ -48,7 +48,7 @@ class Run:
 
 
 class TokenTimes:
-    """A streamer that notes when each step's tokens came. `generate` puts the prompt first."""
+    """A streamer that records the time of each step. `generate` puts the prompt first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -68,9 +68,10 @@ def timed(model: Any, ids: Any, *, computed: int | None = None, **generation: An
 
     Args:
         ids: int64 [B, T], without padding.
-        computed: prompt tokens that are not in a cache given in `generation`; None: all.
+        computed: number of prompt tokens that are not in a cache given in `generation`; None: all.
 
-    Returns: the times, and the new ids int64 [B, N].
+    Returns:
+        The times, and the new ids int64 [B, N].
     """
     streamer = TokenTimes()
     started = time.perf_counter()
@@ -81,12 +82,11 @@ def timed(model: Any, ids: Any, *, computed: int | None = None, **generation: An
 
 
 def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int = 0) -> Iterator[Run]:
-    """`repeats` runs of one work, greedy, over random tokens that differ from run to run, so that no cache can know them.
-
-    Lengths are exact: nothing ends a sequence early. Runs before the first counted one: `warmup`.
+    """`repeats` greedy runs of one work after `warmup` uncounted ones, on random tokens that differ from run to run, so that no
+    cache contains them. Lengths are exact: nothing ends a sequence early.
 
     Raises:
-        ValueError: the work does not fit the model's context.
+        ValueError: the work does not fit into the model's context.
     """
     import torch
 
@@ -94,7 +94,9 @@ def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int
 
     room = room_of(model.config)
     if room is not None and work.length > room:
-        raise ValueError(f"{work} needs a context of {work.length} tokens, and the model has {room}")
+        raise ValueError(
+            f"{work} needs a context of {work.length} tokens, but the model has {room}; reduce --prompt, --depth or --new"
+        )
     generator = torch.Generator().manual_seed(seed)
     cache = deep_cache(model, work, generator) if work.depth else {}
     past = cache.pop("ids", None)
@@ -112,7 +114,7 @@ def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int
 
 
 def random_ids(model: Any, batch: int, tokens: int, generator: Any) -> Any:
-    """int64 [batch, tokens] on the model's device; the first ids of a vocabulary are often special, and left out."""
+    """Random ids int64 [batch, tokens] on the model's device, without the first ids, which are often special tokens."""
     import torch
 
     high = model.config.get_text_config().vocab_size
@@ -122,7 +124,7 @@ def random_ids(model: Any, batch: int, tokens: int, generator: Any) -> Any:
 
 
 def deep_cache(model: Any, work: Work, generator: Any) -> dict[str, Any]:
-    """{"ids": what was read, argument of `generate`: the cache that holds it}."""
+    """{"ids": the tokens in the cache, NAME: the cache, under its argument name in `generate`}."""
     import torch
 
     from ..integration.compat import cache_name
@@ -134,7 +136,7 @@ def deep_cache(model: Any, work: Work, generator: Any) -> dict[str, Any]:
 
 
 class exact_length:
-    """Inside, the model's generation config names no end of sequence, so that every run has the same number of tokens."""
+    """Inside, the generation config has no end-of-sequence token, so that every run has the same number of tokens."""
 
     def __init__(self, model: Any) -> None:
         self.config = model.generation_config

@@ -1,4 +1,4 @@
-"""A report as titled tables of text, which the terminal and the HTML page both show."""
+"""A benchmark report as titled tables of text, shown both in the terminal and in the HTML page."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SHOWN = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "prefill_tok_s", "decode_tok_
 
 @dataclass(frozen=True)
 class Section:
-    """header and rows are text; the first column holds names. note: how the figures are meant."""
+    """header, rows: text; the first column contains names. note: explains the figures. warning: shown above the table."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    warning: str = ""
 
 
 def sections(report: dict[str, Any]) -> Iterator[Section]:
-    """Those that the report has something for."""
-    yield Section("", ("", ""), tuple(_facts(report)))
+    """Those for which the report has data, without the summary (`summary.summary_section`)."""
     for entry in report["works"]:
         yield _work(entry)
     if "quality" in report:
@@ -32,13 +32,14 @@ def sections(report: dict[str, Any]) -> Iterator[Section]:
     if "pairs" in report:
         pairs = report["pairs"]
         rows = [(label, f"{pairs[key]:.1f}", pairs[f"{key}_signature"]) for label, key in (("BLEU", "bleu"), ("chrF", "chrf"))]
-        yield Section(f"Answers to {pairs['pairs']} sources", ("", "score", "counted as"), tuple(rows))
+        yield Section(f"Answers to {pairs['pairs']} sources", ("", "score", "signature"), tuple(rows))
     if "ablation" in report:
         yield _ablation(report["ablation"])
     if "against" in report:
         yield _against(report["against"])
     if "baseline" in report:
         yield _baseline(report["baseline"])
+    yield Section("Configuration", ("", ""), tuple(_configuration(report)))
 
 
 def name_of(work: dict[str, Any] | None) -> str:
@@ -46,32 +47,33 @@ def name_of(work: dict[str, Any] | None) -> str:
 
 
 def number(value: float, unit: str = "") -> str:
-    """Three significant digits or more; bytes as MB."""
+    """At least three significant digits; bytes as MB."""
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 
-def _facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "model", report["model"]
-    yield "machine", f"{report['cpu']}, {report['threads']} threads"
+def _configuration(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "backend", report["backend"]
     yield "weights", ", ".join(f"{name} {number(size, 'bytes')}" for name, size in report["formats"].items())
-    yield "versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    yield "load", number(report["load_s"], "s")
+    yield "load time", number(report["load_s"], "s")
     if report["memory_bytes"] is not None:
-        yield "peak memory", f"{number(report['memory_bytes'], 'bytes')} above a process that only imported"
+        yield "peak memory", f"{number(report['memory_bytes'], 'bytes')} above a process that has only imported this package"
+    for name, value in report["config"].items():
+        yield name, str(value)
 
 
 def _work(entry: dict[str, Any]) -> Section:
+    figures = {name: entry["figures"][name] for name in SHOWN if name in entry["figures"]}
+    percentiles = [p for p in ("p95", "p99") if any(figure[p] is not None for figure in figures.values())]
     rows = []
-    for name in SHOWN:
-        if name in entry["figures"]:
-            figure = entry["figures"][name]
-            values = tuple(number(figure[p]) for p in ("p50", "p90", "p99"))
-            rows.append((f"{KINDS[name].label}, {figure['unit']}", *values, str(len(figure["samples"]))))
-    return Section(name_of(entry["work"]), ("", "p50", "p90", "p99", "samples"), tuple(rows), " ".join(_meaning(entry)))
+    for name, figure in figures.items():
+        values = [number(value) for value in (figure["p50"], min(figure["samples"]), max(figure["samples"]))]
+        values += ["-" if figure[p] is None else number(figure[p]) for p in percentiles]
+        rows.append((f"{KINDS[name].label}, {figure['unit']}", *values, str(figure["n"])))
+    header = ("", "median", "lowest", "highest", *percentiles, "n")
+    return Section(name_of(entry["work"]), header, tuple(rows), " ".join(_meaning(entry)))
 
 
 def _meaning(entry: dict[str, Any]) -> Iterator[str]:
@@ -79,29 +81,29 @@ def _meaning(entry: dict[str, Any]) -> Iterator[str]:
     if limits:
         if "read_gb_s" in limits:
             yield (
-                f"A token reads {number(limits['token_bytes'], 'bytes')}: {limits['read_gb_s']:.1f} GB/s, "
-                f"{limits['bandwidth_percent']:.0f}% of the {limits['machine_read_gb_s']:.1f} measured here for that size."
+                f"Each token reads {number(limits['token_bytes'], 'bytes')}: {limits['read_gb_s']:.1f} GB/s, "
+                f"{limits['bandwidth_percent']:.0f}% of the {limits['machine_read_gb_s']:.1f} GB/s measured at that size."
             )
         yield (
             f"Prefill computes {limits['prefill_tera']:.3f} T operations/s, {limits['matrix_percent']:.0f}% of "
             f"{limits['matrix_percent_of']}."
         )
     if entry["watts"] is not None:
-        yield f"{entry['watts']:.1f} W (RAPL, processor packages), {entry['joules_per_token']:.3f} J a token."
+        yield f"{entry['watts']:.1f} W (RAPL, processor packages), {entry['joules_per_token']:.3f} J per token."
     if entry["cost_per_million"] is not None:
         yield f"A million generated tokens cost {entry['cost_per_million']:.3f}."
 
 
 def _quality(quality: dict[str, Any]) -> Section:
     rows = (
-        ("KL mean", f"{quality['kl_mean']:.5f}"),
-        ("KL median", f"{quality['kl_median']:.5f}"),
-        ("KL 99.9%", f"{quality['kl_999']:.5f}"),
-        ("same top token", f"{quality['same_top_percent']:.2f}%"),
+        ("KL divergence, mean (nats)", f"{quality['kl_mean']:.5f}"),
+        ("KL divergence, median", f"{quality['kl_median']:.5f}"),
+        ("KL divergence, 99.9th percentile", f"{quality['kl_999']:.5f}"),
+        ("same most likely token", f"{quality['same_top_percent']:.2f}%"),
         ("perplexity ratio", f"{quality['perplexity_ratio']:.4f} +- {quality['perplexity_ratio_error']:.4f}"),
         ("perplexity", f"{quality['perplexity']:.3f} (unoptimised: {quality['reference_perplexity']:.3f})"),
     )
-    note = f"{quality['tokens']} tokens of {quality['text']}, against Transformers in fp32."
+    note = f"On {quality['tokens']:,} tokens of {quality['text']}, against the unoptimised model in fp32."
     return Section("Quality", ("", ""), rows, note)
 
 
@@ -112,8 +114,8 @@ def _ablation(rows: list[dict[str, Any]]) -> Section:
     header = ("tok/s", *(f"{KINDS[f].label}, batch {b}" for b in batches for f in figures))
     names = dict.fromkeys(row["variant"] for row in rows)
     body = tuple((name, *(cells[name, b, f] for b in batches for f in figures)) for name in names)
-    title = f"Fusion rules, {rows[0]['work']['prompt']:,} tokens in"
-    return Section(title, header, body, "In brackets: of the speed with all rules, round by round.")
+    title = f"Fusion rules, {rows[0]['work']['prompt']:,}-token prompt"
+    return Section(title, header, body, "In parentheses: relative to the speed with all rules, median over the rounds.")
 
 
 def _against(rows: list[dict[str, Any]]) -> Section:
@@ -127,8 +129,11 @@ def _against(rows: list[dict[str, Any]]) -> Section:
         )
         for row in rows
     )
-    note = "Sides in turns, in processes of their own; median, lowest and highest ratio of the rounds. Above 1: ours is better."
-    return Section("Against", ("", "work", "theirs", "ours", "better"), body, note)
+    note = (
+        "Each side runs in a process of its own, in turn. Ratio: median, lowest and highest of the rounds; above 1, this model "
+        "is better."
+    )
+    return Section("Compared with other engines", ("", "work", "theirs", "this model", "ratio"), body, note)
 
 
 def _baseline(rows: list[dict[str, Any]]) -> Section:
@@ -144,4 +149,6 @@ def _baseline(rows: list[dict[str, Any]]) -> Section:
         )
         for row in rows
     )
-    return Section("Against the baseline", ("work", "figure", "before", "now", "worse by", "allowed", ""), body)
+    return Section(
+        "Compared with the baseline", ("work", "figure", "before", "now", "change for the worse", "allowed", ""), body
+    )

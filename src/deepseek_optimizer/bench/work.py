@@ -1,4 +1,4 @@
-"""What a run does: lengths and batch."""
+"""The parameters of a run: lengths and batch size."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from itertools import product
 @dataclass(frozen=True)
 class Work:
     """Attributes:
-    prompt: tokens of each request's prompt that are computed.
-    new: tokens generated for each request, no more and no fewer.
-    depth: tokens that the cache holds before the prompt.
-    batch: requests at once.
+    prompt: computed prompt tokens per request.
+    new: exact number of generated tokens per request.
+    depth: tokens in the cache before the prompt.
+    batch: number of concurrent requests.
     """
 
     prompt: int = 512
@@ -29,7 +29,7 @@ class Work:
 
     @property
     def length(self) -> int:
-        """Tokens of a request from the first cached to the last generated."""
+        """Total tokens of a request, from the first cached to the last generated one."""
         return self.depth + self.prompt + self.new
 
     def __str__(self) -> str:
@@ -38,16 +38,17 @@ class Work:
 
 
 def grid(prompt: Sequence[int], new: Sequence[int], depth: Sequence[int], batch: Sequence[int]) -> list[Work]:
-    """Every combination."""
+    """All combinations."""
     return [Work(p, n, d, b) for p, n, d, b in product(prompt, new, depth, batch)]
 
 
 def numbers(text: str) -> list[int]:
-    """ "1,4,32" as a list.
+    """Parses comma-separated integers, such as "1,4,32".
 
-    Raises: ValueError.
+    Raises:
+        ValueError: the text has another form.
     """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"expected whole numbers with commas between, got {text!r}") from None
+        raise ValueError(f"expected integers separated by commas, got {text!r}") from None

@@ -1,4 +1,4 @@
-"""KV cache bookkeeping: which block belongs to which sequence. The bytes belong to a backend's `KvStore`."""
+"""Bookkeeping of the KV cache: which block belongs to which sequence. The bytes are held by a backend's `KvStore`."""
 
 from .block_manager import HOLE, BlockManager, SequenceBlocks
 from .forgetting import Forgetting

@@ -1,8 +1,8 @@
-"""Blocks of the KV cache: who owns which. No torch, no bytes.
+"""Ownership of the KV cache's blocks. No torch, no bytes.
 
-A block holds the K and V of 32 tokens of all layers. It may belong to several sequences (after `fork`); before one of them
-writes into it, that one gets a copy of its own, and whoever drives the backend's `KvStore` copies the bytes. Where no later
-token sees a block (`Forgetting`), a sequence can let go of it and goes on with a hole in its place.
+A block holds the K and V of 32 tokens in all layers. Several sequences may share it (after `fork`); it is copied on write, and
+the caller copies the bytes in the backend's `KvStore`. A block that no later token attends to (`Forgetting`) can be released
+early; a hole then takes its place in the sequence.
 """
 
 from __future__ import annotations
@@ -18,76 +18,87 @@ from ..errors import CacheFullError, ForgottenError
 from .forgetting import BLOCK_TOKENS as BLOCK_TOKENS
 from .forgetting import Forgetting
 
-HOLE = -1  # in place of a block that was forgotten
+HOLE = -1  # stands for a block that was released early
 
 
 class Growth(Protocol):
-    """Asked before blocks are handed out that have no memory yet.
+    """Called before blocks are allocated that have no memory behind them yet.
 
     Attributes:
-        shortage: why it gave less than was asked for; None: it gave all, last time.
+        shortage: why the last call granted less than requested; None: it granted everything.
     """
 
     shortage: str | None
 
     def grow(self, wanted: int, backed: int) -> int:
-        """How many blocks, from the first on, may have memory now, of `wanted` that should; `backed` have it already."""
+        """Returns how many blocks, counted from the first, may be backed by memory now.
+
+        Args:
+            wanted: blocks that should be backed.
+            backed: blocks that are backed already.
+        """
 
 
 class BlockManager:
-    """Hands out block ids below `num_blocks`, lowest first, so that high blocks stay untouched or can be given back.
+    """Allocates block ids below `num_blocks`, lowest first, so that high blocks stay untouched or can be returned to the
+    system.
 
     Args:
-        forgetting: what its sequences may forget; None: nothing.
-        growth: finds out whether there is memory for more; None: there always is.
+        num_blocks: blocks in all.
+        forgetting: which blocks sequences may release early; None: none.
+        growth: checks whether there is memory for more blocks; None: there always is.
     """
 
     def __init__(self, num_blocks: int, forgetting: Forgetting | None = None, growth: Growth | None = None) -> None:
         if num_blocks < 0:
             raise ValueError(f"num_blocks must not be negative, got {num_blocks}")
         self.num_blocks, self.forgetting, self._growth = num_blocks, forgetting, growth
-        self._users: dict[int, int] = {}  # block -> how many sequences hold it
+        self._users: dict[int, int] = {}  # block -> number of sequences that hold it
         self.clear()
 
     def clear(self) -> None:
-        """Begins anew, once nobody holds a block and the store has given its memory back."""
+        """Resets the manager, once no block is in use and the store has released its memory."""
         if self._users:
             raise ValueError(f"{len(self._users)} blocks are in use")
-        self._freed: list[int] = []  # heap of ids below _next that are free
-        self._next = 0  # ids from here on were never handed out
-        self._backed = self.num_blocks if self._growth is None else 0  # blocks that may have memory
-        self._limit = self.num_blocks  # fewer, once there was no memory for more
+        self._freed: list[int] = []  # heap of free ids below _next
+        self._next = 0  # ids from here on were never allocated
+        self._backed = self.num_blocks if self._growth is None else 0  # blocks that may be backed by memory
+        self._limit = self.num_blocks  # lowered when there was no memory for more
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that can be handed out, as far as is known: memory for them is looked for when they are."""
+        """Blocks that can be allocated, as far as is known: whether there is memory for them is checked on allocation."""
         return self._limit - len(self._users)
 
     @property
     def shortage(self) -> str | None:
-        """Why there is no memory for more blocks; None: there is, or nobody asked."""
+        """Why there is no memory for more blocks; None: there is, or it was never checked."""
         return None if self._growth is None else self._growth.shortage
 
     @property
     def limited(self) -> bool:
-        """Whether no memory for more blocks is looked for, since there was none."""
+        """Whether the number of blocks is limited because there was no memory for more."""
         return self._limit < self.num_blocks
 
     def lift_limit(self) -> None:
-        """Memory is looked for again when more blocks are needed."""
+        """Checks for memory again when more blocks are needed."""
         self._limit = self.num_blocks
 
     @property
     def high_water(self) -> int:
-        """One past the highest block in use: a store may release every block from here on."""
+        """One past the highest block in use: a store may release the memory of all blocks from here on."""
         return max(self._users, default=-1) + 1
 
     def users(self, block: int) -> int:
-        """How many sequences hold a block; 0 for a free one."""
+        """Number of sequences that hold a block; 0 for a free one."""
         return self._users.get(block, 0)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one user each, or CacheFullError and no change."""
+        """Allocates `count` blocks with one user each.
+
+        Raises:
+            CacheFullError: too few free blocks; nothing was changed.
+        """
         wanted = self._next + count - len(self._freed)
         if self._growth is not None and self._backed < wanted <= self._limit:
             self._backed = self._growth.grow(wanted, self._backed)
@@ -106,11 +117,11 @@ class BlockManager:
         return self._next - 1
 
     def retain(self, block: int) -> None:
-        """One more user of a block in use."""
+        """Adds a user to a block in use."""
         self._users[block] += 1
 
     def release(self, block: int) -> None:
-        """One user less; the last one frees the block."""
+        """Removes a user; the last one frees the block."""
         self._users[block] -= 1
         if self._users[block] == 0:
             del self._users[block]
@@ -118,11 +129,12 @@ class BlockManager:
 
 
 class SequenceBlocks:
-    """The blocks of one sequence, in order, and how many tokens they hold.
+    """The blocks of one sequence, in order, and the number of tokens they hold.
 
     Attributes:
-        blocks: ids; HOLE in place of those that were forgotten.
-        holes: which of them are holes: they lie side by side.
+        blocks: ids; HOLE stands for a block that was released early.
+        tokens: tokens of the sequence, those in holes included.
+        holes: indices of the holes, which are contiguous.
     """
 
     def __init__(self, manager: BlockManager) -> None:
@@ -133,19 +145,19 @@ class SequenceBlocks:
 
     @property
     def held(self) -> int:
-        """Blocks that are there."""
+        """Blocks that are not holes."""
         return len(self.blocks) - len(self.holes)
 
     def fits(self, count: int) -> bool:
-        """Whether so many more tokens lie in the last block, and nobody shares it: then counting them is all that is needed."""
+        """Whether `count` more tokens fit into the last block and it is not shared: then `tokens` is all that has to change."""
         used = self.tokens % BLOCK_TOKENS
         return 0 < used <= BLOCK_TOKENS - count and self.manager.users(self.blocks[-1]) == 1
 
     def adopt(self, blocks: list[int]) -> None:
-        """Begins with full blocks that hold what this sequence begins with; they count it among their users already. Those that
-        it need not see may be holes."""
+        """Starts an empty sequence with full blocks of its first tokens; the caller has counted it among their users. Blocks
+        that it never attends to may be holes."""
         if self.blocks:
-            raise ValueError("only an empty sequence can begin with blocks of another")
+            raise ValueError("only an empty sequence can adopt blocks")
         self.blocks, self.tokens = list(blocks), len(blocks) * BLOCK_TOKENS
         holes = [n for n, block in enumerate(blocks) if block == HOLE]
         self.holes = range(holes[0], holes[-1] + 1) if holes else range(0)
@@ -153,8 +165,8 @@ class SequenceBlocks:
     def append(self, count: int) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
 
-        Returns: (source, target) blocks whose bytes must be copied before the tokens are written: the last block, where it is
-        half full and shared.
+        Returns: (source, target) pairs of blocks whose bytes must be copied before the tokens are written: the last block, if
+        it is partly filled and shared.
 
         Raises:
             CacheFullError: too few free blocks; nothing was changed.
@@ -177,14 +189,14 @@ class SequenceBlocks:
 
     @property
     def forgettable(self) -> range:
-        """Places of the blocks that no later token sees, and that are there yet."""
+        """Indices of the blocks that no later token attends to and that have not been released."""
         forgetting = self.manager.forgetting
         if forgetting is None:
             return range(0)
         return range(self.holes.stop if self.holes else forgetting.sink_blocks, forgetting.first_kept(self.tokens))
 
     def forget(self) -> range:
-        """Lets go of what is forgettable, and returns its places."""
+        """Releases the `forgettable` blocks and returns their indices."""
         gone = self.forgettable
         if gone:
             self._release(self.blocks[gone.start : gone.stop])
@@ -201,7 +213,7 @@ class SequenceBlocks:
         """Keeps the first `tokens` tokens and frees blocks that hold none of them.
 
         Raises:
-            ForgottenError: the next token would see what was forgotten; nothing was changed.
+            ForgottenError: the next token would attend to a released block; nothing was changed.
         """
         holes, keep = self.check_crop(tokens), -(-tokens // BLOCK_TOKENS)
         self._release(self.blocks[keep:])
@@ -209,7 +221,7 @@ class SequenceBlocks:
         self.tokens, self.holes = tokens, holes
 
     def check_crop(self, tokens: int) -> range:
-        """Which blocks would be holes after a crop; raises what it would raise."""
+        """Indices that would be holes after `crop(tokens)`. Raises as `crop` does."""
         if not 0 <= tokens <= self.tokens:
             raise ValueError(f"cannot crop to {tokens} tokens: there are {self.tokens}")
         holes = self.holes if tokens > self.holes.start * BLOCK_TOKENS else range(0)
@@ -217,22 +229,22 @@ class SequenceBlocks:
         return holes
 
     def _check(self, tokens: int, holes: range) -> None:
-        """Raises ForgottenError where the next of so many tokens would see a hole."""
+        """Raises ForgottenError if the token after the first `tokens` would attend to a hole."""
         forgetting = self.manager.forgetting
         if holes and forgetting is not None and forgetting.first_seen(tokens) < holes.stop:
             raise ForgottenError(tokens, self.tokens, forgetting.window)
 
     def drop(self, first_block: int, count: int, move: Callable[[list[tuple[int, int]], list[int]], None]) -> None:
-        """Lets go of `count` full blocks from the midst; the tokens behind them move up. Those move to other positions too, so
-        blocks there that others hold as well become this sequence's own.
+        """Releases `count` full blocks from the middle; later tokens move up. Their positions change, so later blocks that are
+        shared are copied first.
 
         Args:
-            move: makes the bytes fit, before anything is let go: it gets (source, target) blocks to copy, and all blocks
-                behind the gap as they will be, holes first. If it raises, nothing was changed here.
+            move: adapts the bytes before anything is released. It receives (source, target) pairs of blocks to copy, and all
+                blocks after the gap as they will be, holes first. If it raises, nothing was changed here.
 
         Raises:
             CacheFullError: too few free blocks for the copies; nothing was changed.
-            ForgottenError: the next token would see what was forgotten; nothing was changed.
+            ForgottenError: the next token would attend to a released block; nothing was changed.
         """
         end = first_block + count
         if first_block < 0 or count < 0 or end * BLOCK_TOKENS > self.tokens:
@@ -258,7 +270,7 @@ class SequenceBlocks:
         self.tokens, self.holes = tokens, holes
 
     def fork(self) -> SequenceBlocks:
-        """A sequence with the same content; its blocks are shared until one of the two writes."""
+        """A sequence with the same content; blocks are shared until one of the two writes."""
         twin = SequenceBlocks(self.manager)
         twin.blocks, twin.tokens, twin.holes = list(self.blocks), self.tokens, self.holes
         for block in twin.blocks:
@@ -267,7 +279,7 @@ class SequenceBlocks:
         return twin
 
     def free(self) -> None:
-        """Gives every block back; the sequence is empty again."""
+        """Releases every block; the sequence is empty again."""
         self.crop(0)
 
     def table(self) -> npt.NDArray[np.int32]:

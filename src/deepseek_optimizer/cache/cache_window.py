@@ -1,8 +1,8 @@
-"""The cache window of a dialogue that outgrows its cache: which blocks go. No torch, no bytes.
+"""Which blocks to drop when a conversation outgrows its window in the cache. No torch, no bytes.
 
-A window keeps its sinks (the first tokens, which every model leans on: Xiao et al. 2023, StreamingLLM), pinned spans, and the
-most recent tokens. What is dropped are whole blocks from the midst, the oldest first, a good share of the window at once: the
-keys of all tokens behind the gap turn to new positions, which costs time and a little precision, so that it should be rare.
+A window keeps attention sinks (the first tokens: Xiao et al. 2023, StreamingLLM), pinned spans, and the most recent tokens.
+Whole blocks are dropped from the middle, oldest first, and a large share of the window at once: the keys of all later tokens
+are rotated to new positions, which costs time and a little precision and should be rare.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ SMALLEST = 4 * BLOCK_TOKENS
 
 @dataclass(frozen=True)
 class Drop:
-    """A run of full blocks that goes: `count` of them from `first_block` on."""
+    """A run of full blocks to drop: `count` of them, starting at `first_block`."""
 
     first_block: int
     count: int
 
     @property
     def begin(self) -> int:
-        """The first token that goes."""
+        """The first token to be dropped."""
         return self.first_block * BLOCK_TOKENS
 
     @property
@@ -34,18 +34,19 @@ class Drop:
         return self.count * BLOCK_TOKENS
 
     def renumbered(self, spans: Iterable[tuple[int, int]]) -> Spans:
-        """(begin, end) spans of tokens, none of which went, as they are numbered afterwards."""
+        """(begin, end) spans of tokens outside the run, as they are numbered after the drop."""
         return tuple((b - self.tokens, e - self.tokens) if b >= self.begin + self.tokens else (b, e) for b, e in spans)
 
 
 @dataclass(frozen=True)
 class CacheWindow:
-    """
+    """When to drop blocks, and which.
+
     Attributes:
-        tokens: that the cache of a sequence may hold, SMALLEST or more.
-        sinks: tokens at the beginning that always stay; rounded up to blocks.
-        share: of the window that goes at once, so far as there is so much, above 0 and at most 0.5.
-        recent: share of the window, of the newest tokens, that never goes, 0 to 0.5.
+        tokens: tokens that a sequence may hold in the cache, SMALLEST or more.
+        sinks: tokens at the beginning that are never dropped; rounded up to blocks.
+        share: fraction of the window that is dropped at once where possible, above 0 and at most 0.5.
+        recent: fraction of the window, of the newest tokens, that is never dropped, 0 to 0.5.
     """
 
     tokens: int
@@ -56,49 +57,53 @@ class CacheWindow:
     def __post_init__(self) -> None:
         """Raises ConfigError."""
         if self.tokens < SMALLEST:
-            raise ConfigError(f"cache_window: {self.tokens} tokens, and {SMALLEST} is the smallest that there is")
+            raise ConfigError(f"cache_window must be at least {SMALLEST} tokens, got {self.tokens}")
         if self.sinks < 0 or not 0 < self.share <= 0.5 or not 0 <= self.recent <= 0.5:
             raise ConfigError(
-                f"cache_window: sinks must not be negative, share above 0 and at most 0.5, recent from 0 to 0.5; they are "
-                f"{self.sinks}, {self.share:g} and {self.recent:g}"
+                f"cache_window: sinks must not be negative, share must be above 0 and at most 0.5, recent from 0 to 0.5; got "
+                f"sinks {self.sinks}, share {self.share:g}, recent {self.recent:g}"
             )
         if self.room() < 1:
-            raise ConfigError(
-                f"cache_window: {self.sinks} sinks and the recent tokens fill all {self.tokens}; take fewer sinks"
-            )
+            raise ConfigError(f"cache_window: {self.sinks} sinks and the recent tokens fill all {self.tokens}; use fewer sinks")
 
     @property
     def recent_tokens(self) -> int:
         return int(self.tokens * self.recent)
 
     def room(self, pinned: Iterable[tuple[int, int]] = ()) -> int:
-        """Tokens that may always come at once beside these pinned spans, whatever the window holds. Drops don't change it."""
+        """Tokens that can always be added in one step beside these pinned spans, whatever the window holds. Drops do not change
+        it."""
         kept = -(-self.sinks // BLOCK_TOKENS) + len(self._pinned_blocks(pinned))
         return self.tokens - self.recent_tokens - kept * BLOCK_TOKENS - 2 * (BLOCK_TOKENS - 1)  # two blocks may be cut
 
     def check(self, pinned: Iterable[tuple[int, int]], coming: int = 1) -> None:
-        """To be asked before a request begins. Raises RequestError where pinned spans leave no room for steps of `coming`
-        tokens."""
+        """Validates pinned spans before a request starts.
+
+        Raises:
+            RequestError: they leave no room for steps of `coming` tokens.
+        """
         pinned = tuple(pinned)
         if any(not 0 <= begin < end for begin, end in pinned):
-            raise RequestError("pinned", f"a span is (begin, end) with 0 <= begin < end, got {shown(pinned)}")
+            raise RequestError("pinned", f"each span must be (begin, end) with 0 <= begin < end, got {shown(pinned)}")
         if self.room(pinned) < coming:
             raise RequestError(
                 "pinned",
                 f"{len(self._pinned_blocks(pinned)) * BLOCK_TOKENS} of the window's {self.tokens} tokens, in blocks of "
-                f"{BLOCK_TOKENS}, leave no room for {coming} more beside the recent ones. Pin less, or take a larger window",
+                f"{BLOCK_TOKENS}, are pinned, which leaves no room for {coming} more beside the recent ones; pin fewer tokens, "
+                "or use a larger window",
             )
 
     def drops(self, tokens: int, pinned: Iterable[tuple[int, int]] = (), coming: int = 1) -> list[Drop]:
-        """What must go before `coming` more tokens are read: nothing while they fit.
+        """Blocks to drop before `coming` more tokens are added; none while they fit.
 
         Args:
-            tokens: of the sequence that are in the cache.
-            pinned: (begin, end) spans of tokens, in the sequence's present numbering; they may reach behind the cached ones.
+            tokens: tokens of the sequence in the cache.
+            pinned: (begin, end) spans of tokens, in the sequence's present numbering; they may reach beyond the cached ones.
 
-        Returns: runs of blocks in the order in which they go, the last one first: so no run changes another's numbers.
+        Returns: runs of blocks, to be dropped in this order: the last run first, so that no drop renumbers another run.
 
-        Raises: RequestError where sinks and pinned spans leave no room; `check` says so in advance.
+        Raises:
+            RequestError: sinks and pinned spans leave no room; `check` reports that in advance.
         """
         over = tokens + coming - self.tokens
         if over <= 0:
@@ -110,7 +115,7 @@ class CacheWindow:
         if len(going) < needed:
             if pinned:
                 self.check(pinned, coming)
-            raise ValueError(f"{coming} tokens at once, and a window of {self.tokens} has room for {self.room(pinned)}")
+            raise ValueError(f"cannot add {coming} tokens at once: a window of {self.tokens} has room for {self.room(pinned)}")
         runs: list[Drop] = []
         for block in going:
             if runs and block == runs[-1].first_block + runs[-1].count:
@@ -120,7 +125,7 @@ class CacheWindow:
         return runs[::-1]
 
     def _pinned_blocks(self, pinned: Iterable[tuple[int, int]]) -> set[int]:
-        """Blocks that hold a pinned token; sinks are not counted again. Drops move spans by whole blocks: as many as before."""
+        """Blocks that hold a pinned token, sinks excluded. Drops shift spans by whole blocks, so the number stays."""
         sinks = -(-self.sinks // BLOCK_TOKENS)
         blocks = {block for begin, end in pinned for block in range(begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS))}
         return {block for block in blocks if block >= sinks}

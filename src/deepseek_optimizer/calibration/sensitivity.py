@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..backends.base import BLOCK_TOKENS, PREFILL, Backend, KvStore, StepBatch
+from ..backends.base import BLOCK_TOKENS, DEFAULTS, PREFILL, Backend, CompileOptions, KvStore, StepBatch
 from ..graph import rules
 from ..graph.ir import Graph
 from ..graph.resume import resumed
@@ -50,7 +50,7 @@ class Probe:
         weights: Mapping[str, Any],
         texts: Sequence[torch.Tensor],
         kv_dtype: str,
-        **options: Any,
+        options: CompileOptions = DEFAULTS,
     ) -> None:
         self.backend, self.graph, self.weights, self.kv_dtype, self._options = backend, graph, weights, kv_dtype, options
         self._batch = _step([text[0].numpy().astype(np.int32) for text in texts])
@@ -81,7 +81,7 @@ class Probe:
         return sum(self.weights[name].nbytes for name in group.matrices)
 
     def _run(self, graph: Graph, replaced: Mapping[str, PackedWeight], kv_dtype: str) -> tuple[Float32, Any]:
-        plan = self.backend.compile(graph, {**self.weights, **replaced}, **self._options)
+        plan = self.backend.compile(graph, {**self.weights, **replaced}, self._options)
         if kv_dtype not in self._stores:
             self._stores[kv_dtype] = self.backend.new_store(graph, kv_dtype, self._batch.block_table.size)
         output = plan.run(self._batch, self._stores[kv_dtype])

@@ -1,4 +1,4 @@
-"""A conversation: turns so far, and whoever answers them, a model in this process or a server."""
+"""A conversation: its turns, and the speaker that answers them, a model in this process or a server."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ Messages = list[dict[str, str]]
 
 @dataclass
 class Answer:
-    """Text and how it came. Times in seconds; `tokens_per_s` counts the tokens after the first (0 where there is no second).
+    """The text of an answer, with token counts and times in seconds.
 
     Attributes:
-        ids: of its tokens; none where a server gave it.
-        finish_reason: "stop", "length" or "interrupted"; a server may have others.
-        prompt_tokens, new_tokens: None where a server does not tell.
-        cached_tokens: of the prompt, that did not have to be read again.
-        dropped_messages: oldest ones of the dialogue that were left out of the prompt, for it has outgrown the context.
+        ids: token ids; empty if a server generated it.
+        finish_reason: "stop", "length" or "interrupted"; a server may return others.
+        prompt_tokens, new_tokens: None if a server does not report them.
+        tokens_per_s: speed after the first token; 0 with fewer than two tokens.
+        cached_tokens: prompt tokens that were in the prefix cache.
+        dropped_messages: number of oldest messages left out of the prompt, because the dialogue exceeds the context.
     """
 
     text: str
@@ -41,18 +42,18 @@ class Answer:
     dropped_messages: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the ids, for JSON."""
+        """The main fields, for JSON."""
         names = ("text", "finish_reason", "prompt_tokens", "new_tokens", "first_token_s", "tokens_per_s")
         return {name: getattr(self, name) for name in names}
 
 
 def rate(tokens: int | None, first: float, last: float) -> float:
-    """Tokens a second after the first, 0 where that cannot be said."""
+    """Tokens/s after the first token; 0 if undefined."""
     return (tokens - 1) / (last - first) if tokens and tokens > 1 and last > first else 0.0
 
 
 class StopSignal:
-    """Asks an answer to end, from a signal handler or from whatever takes its text."""
+    """Requests that an answer stop, from a signal handler or from the consumer of its text."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -65,7 +66,7 @@ class StopSignal:
 
     @contextmanager
     def calling(self, then: Callable[[], None]) -> Iterator[None]:
-        """Inside, asking calls this; at once where somebody has asked before."""
+        """Inside, a request to stop calls `then`; immediately if it was made before."""
         if self.asked:
             then()
         self._then = then
@@ -76,17 +77,17 @@ class StopSignal:
 
 
 class Speaker(Protocol):
-    """Whoever answers."""
+    """Answers a chat."""
 
     def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:
-        """The answer to a chat, written as it comes. Asked to stop, it ends as "interrupted" with what there is."""
+        """The answer to a chat, written as it is generated. On a stop, it ends as "interrupted" with the text so far."""
 
 
 def prompt_tokens(tokenizer: Any, messages: Messages, *, raw: bool = False) -> list[int]:
-    """Token ids of a chat, or of the last message's text as it is (`raw`, and models without a template).
+    """Token ids of a chat, or of the last message as plain text (`raw`, and models without a chat template).
 
     Raises:
-        RequestError: a message is no Unicode, or the model's template does not take these messages.
+        RequestError: a message is not valid Unicode, or the model's template rejects these messages.
     """
     for message in messages:
         check_text(f"the {message['role']}'s message", message["content"])
@@ -97,12 +98,12 @@ def prompt_tokens(tokenizer: Any, messages: Messages, *, raw: bool = False) -> l
     try:
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     except TemplateError as error:
-        raise RequestError("messages", f"the model's chat template does not take them: {error}") from error
+        raise RequestError("messages", f"the model's chat template rejects them: {error}") from error
     return list(encoded["input_ids"])
 
 
 def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> Any:
-    """The same as a tensor for `generate`: int64 [1, T]."""
+    """Like `prompt_tokens`, as a tensor for `generate`: int64 [1, T]."""
     import torch
 
     return torch.tensor([prompt_tokens(tokenizer, messages, raw=raw)], dtype=torch.int64, device="cpu")
@@ -110,7 +111,7 @@ def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> Any:
 
 @dataclass
 class Conversation:
-    """Turns so far, and how to take the next one. The system prompt, where there is one, is the first message."""
+    """The turns so far. A system prompt becomes the first message."""
 
     speaker: Speaker
     system: str | None = None
@@ -121,7 +122,7 @@ class Conversation:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def say(self, text: str, write: Callable[[str], None], stop: StopSignal | None = None) -> Answer:
-        """The answer to `text`. Both become history, also where the answer was interrupted; an error leaves none."""
+        """The answer to `text`. Both are added to the history, even if the answer is interrupted, but not on an error."""
         self.turns.append({"role": "user", "content": text})
         try:
             reply = self.speaker.answer(self.messages, write, stop or StopSignal())
@@ -132,17 +133,18 @@ class Conversation:
         return reply
 
     def reset(self) -> None:
-        """Forgets the turns; the system prompt stays."""
+        """Removes all turns; keeps the system prompt."""
         self.turns.clear()
 
     def undo(self) -> None:
-        """Takes back the last question and its answer."""
+        """Removes the last question and its answer."""
         del self.turns[-2:]
 
     def save(self, path: Path) -> None:
-        """Writes the messages as JSON, in place of what was there.
+        """Writes the messages as JSON, replacing an existing file.
 
-        Raises: FileNotFoundError, the folder is not there: a mistyped path makes none.
+        Raises:
+            FileNotFoundError: the directory does not exist; it is not created, since the path may be mistyped.
         """
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))

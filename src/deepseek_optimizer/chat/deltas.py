@@ -1,4 +1,4 @@
-"""What a model's text turns into on its way to a client: pieces of content, of reasoning, and calls of tools."""
+"""The parsed output of a model: increments of content, of reasoning, and of tool calls."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Protocol, TypeAlias
 
 @dataclass(frozen=True)
 class ContentDelta:
-    """More of the answer's text, never empty."""
+    """An increment of the answer's text, never empty."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ReasoningDelta:
-    """More of what the model thought before it answered, never empty."""
+    """An increment of the model's reasoning, never empty."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """More of a call.
+    """An increment of a tool call.
 
     Attributes:
-        index: which call of the answer, from 0.
-        id, name: in a call's first delta; None in later ones.
-        arguments: a piece of JSON text; a call's pieces concatenate to one JSON object.
+        index: number of the call in the answer, from 0.
+        id, name: in the first delta of a call; None in later ones.
+        arguments: a fragment of JSON text; the fragments of a call concatenate to one JSON object.
     """
 
     index: int
@@ -41,18 +41,18 @@ Delta: TypeAlias = ContentDelta | ReasoningDelta | ToolCallDelta
 
 
 class OutputParser(Protocol):
-    """Takes the text of one answer in pieces. However it is cut, the deltas add up to the same."""
+    """Parses the text of one answer incrementally. The combined deltas do not depend on how the text is split."""
 
     def feed(self, text: str) -> list[Delta]:
-        """What is sure after another piece."""
+        """The deltas that are certain after more text."""
 
     def finish(self) -> list[Delta]:
-        """What was held back; once, at the end."""
+        """The remaining deltas; call it once, at the end."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A whole call; `arguments` is the text of a JSON object."""
+    """A complete call; `arguments` is the text of a JSON object."""
 
     id: str
     name: str
@@ -61,7 +61,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A whole answer. `content` is "" where the model only called tools, `reasoning` where it did not think."""
+    """A complete answer. `content` is "" if the model only called tools, `reasoning` if it did not reason."""
 
     content: str
     reasoning: str
@@ -69,7 +69,7 @@ class Parsed:
 
 
 def collect(deltas: Iterable[Delta]) -> Parsed:
-    """The deltas of an answer put together."""
+    """Combines the deltas of an answer."""
     content: list[str] = []
     reasoning: list[str] = []
     heads: dict[int, tuple[str, str]] = {}

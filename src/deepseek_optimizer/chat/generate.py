@@ -1,4 +1,4 @@
-"""One answer through `model.generate`: of any Transformers model, so that benchmarks ask every side in the same way."""
+"""One answer through `model.generate`, of any Transformers model, so that benchmarks call every side in the same way."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from .stream import TextStream
 def answer(
     model: Any, tokenizer: Any, ids: Any, write: Callable[[str], None], *, max_new_tokens: int = 512, **generation: Any
 ) -> Answer:
-    """Generates after `ids` (int64 [1, T]), writing text as it comes.
+    """Generates after `ids` (int64 [1, T]), writing text as it is generated.
 
     Args:
-        max_new_tokens: at most; less where the model's context ends sooner.
+        max_new_tokens: maximum length of the answer; also limited by the model's context.
         generation: passed to `model.generate`.
 
     Raises:
-        ValueError: the prompt alone fills the model's context, or `generate` refuses an argument.
+        ValueError: the prompt alone fills the model's context, or `generate` rejects an argument.
     """
     length = ids.shape[-1]
     room = (room_of(model.config) or length + max_new_tokens) - length
     if room < 1:
-        raise ValueError(f"the prompt's {length} tokens leave no room in the model's context; shorten it or start afresh")
+        raise ValueError(
+            f"the prompt's {length} tokens leave no room in the model's context; shorten it or start a new conversation"
+        )
     limit = min(max_new_tokens, room)
     stream, started = TextStream(tokenizer, write), time.perf_counter()
     model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=stream, max_new_tokens=limit, **generation)
     count, times = len(stream.ids), stream.times
-    cut = count == limit and stream.ids[-1] not in _end_ids(model)
+    truncated = count == limit and stream.ids[-1] not in _end_ids(model)
     return Answer(
         text=stream.text,
         ids=stream.ids,
-        finish_reason="length" if cut else "stop",
+        finish_reason="length" if truncated else "stop",
         prompt_tokens=length,
         new_tokens=count,
         first_token_s=times[0] - started if times else 0.0,

@@ -1,4 +1,4 @@
-"""Answers of an engine in this process. Its prefix cache makes a conversation's later turns cheap: only what is new is read."""
+"""Answers of an engine in this process. Thanks to its prefix cache, later turns of a conversation process only new tokens."""
 
 from __future__ import annotations
 
@@ -16,50 +16,51 @@ from ..errors import BackendError, ConfigError, RequestError
 from ..integration.bind.runtime import runtime_of
 from .conversation import Answer, Messages, StopSignal, prompt_tokens, rate
 from .fit import fit
-from .sampling import left_out, sampling_params
+from .sampling import ignored_settings, sampling_params
 
 _ids = itertools.count(1)
 
 
 def default_sampling(model: Any, **given: Any) -> SamplingParams:
-    """`sampling_params` by the generation config of an optimised model, which says once what of it an engine leaves out."""
+    """`sampling_params` with the generation config of an optimised model. Warns once about settings that an engine ignores."""
     config = model.generation_config
-    if names := left_out(config):
-        runtime_of(model).warn_once(f"the generation config sets {', '.join(names)}, which only model.generate heeds")
+    if names := ignored_settings(config):
+        runtime_of(model).warn_once(f"the generation config sets {', '.join(names)}, which only model.generate supports")
     return sampling_params(config, **given)
 
 
 def room_of(engine: Engine, context: int | None = None) -> int:
-    """Tokens that prompt and answer may take together: as many as model and cache have, and no more than `context`."""
+    """Maximum tokens of prompt and answer together: limited by the model, the cache and `context`."""
     core = engine.core
     return min(core.facts.context, core.blocks * BLOCK_TOKENS, context or core.facts.context)
 
 
 def request_for(engine: Engine, tokens: list[int], sampling: SamplingParams, context: int | None = None) -> Request:
-    """A request that gets as many tokens of those it asks for as there is room.
+    """A request whose max_tokens is limited to the space left.
 
     Args:
         tokens: of the prompt.
-        context: what prompt and answer may take together; None: as much as the model and its cache have.
+        context: maximum tokens of prompt and answer together; None: limited by the model and its cache.
 
     Raises:
-        RequestError: the prompt alone fills it.
+        RequestError: the prompt alone fills the context.
     """
     whole = room_of(engine, context)
     room = whole - len(tokens)
     if room < 1:
         raise RequestError(
-            "prompt", f"its {len(tokens)} tokens leave no room in the model's context of {whole}; shorten it or start afresh"
+            "prompt",
+            f"its {len(tokens)} tokens leave no room in the model's context of {whole}; shorten it or start a new conversation",
         )
-    most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-    return Request(tokens, replace(sampling, max_tokens=most), id=f"answer-{next(_ids)}")
+    max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+    return Request(tokens, replace(sampling, max_tokens=max_tokens), id=f"answer-{next(_ids)}")
 
 
 def dialogue_tokens(tokenizer: Any, messages: Messages, sampling: SamplingParams, whole: int) -> tuple[list[int], int]:
-    """The prompt of a dialogue, and how many of its oldest messages are left out so that an answer has room.
+    """The prompt of a dialogue, and the number of oldest messages dropped to leave room for an answer.
 
     Args:
-        whole: what prompt and answer may take together, of which a quarter is kept for the answer if it may be so long.
+        whole: maximum tokens of prompt and answer together, up to a quarter of which is reserved for the answer.
 
     Raises:
         RequestError: the last message alone is too long.
@@ -73,25 +74,25 @@ def dialogue_tokens(tokenizer: Any, messages: Messages, sampling: SamplingParams
                 whole - answer_room,
             )
             return prompt_tokens(tokenizer, fitted.messages), fitted.dropped
-    return prompt_tokens(tokenizer, messages), 0  # `request_for` says that it is too long, and by how much
+    return prompt_tokens(tokenizer, messages), 0  # `request_for` raises the error that it is too long
 
 
 def answer(
     engine: Engine, tokens: list[int], write: Callable[[str], None], sampling: SamplingParams, stop: StopSignal | None = None
 ) -> Answer:
-    """The answer to a prompt, its text written as it comes.
+    """The answer to a prompt, with its text written as it is generated.
 
     Args:
         tokens: of the prompt.
-        stop: ends the answer within a step.
+        stop: stops the answer within one step.
 
     Raises:
-        RequestError: the prompt leaves no room.
-        BackendError: the model could not go on.
+        RequestError: the prompt leaves no room for an answer.
+        BackendError: the model failed.
     """
     request, started = request_for(engine, tokens, sampling), time.perf_counter()
     ids: list[int] = []
-    pieces: list[str] = []
+    texts: list[str] = []
     times: list[float] = []
     finish, cached = "stop", 0
     with (stop or StopSignal()).calling(lambda: engine.core.cancel(request.id)):
@@ -100,14 +101,14 @@ def answer(
             times += [time.perf_counter()] * len(output.token_ids)
             finish, cached = output.finish or finish, output.cached_tokens
             if finish == "error":
-                raise BackendError(output.error or "the engine could not go on")
+                raise BackendError(output.error or "the engine stopped without an error message")
             if output.text:
-                pieces.append(output.text)
+                texts.append(output.text)
                 write(output.text)
-            if stop is not None and stop.asked:  # before the request was there to be cancelled
+            if stop is not None and stop.asked:  # the stop came before the request could be cancelled
                 engine.core.cancel(request.id)
     return Answer(
-        text="".join(pieces),
+        text="".join(texts),
         ids=ids,
         finish_reason="interrupted" if finish == "cancelled" else finish,
         prompt_tokens=len(tokens),
@@ -121,7 +122,7 @@ def answer(
 class EngineSpeaker:
     """
     Args:
-        engine: with a tokenizer; nobody else may use it meanwhile.
+        engine: with a tokenizer; not used by anything else at the same time.
 
     Raises:
         ConfigError: the model has no chat template.
@@ -129,7 +130,9 @@ class EngineSpeaker:
 
     def __init__(self, engine: Engine, sampling: SamplingParams) -> None:
         if not engine.tokenizer.chat_template:
-            raise ConfigError("this model has no chat template, so it can't hold a conversation; `dso run` continues a text")
+            raise ConfigError(
+                "this model has no chat template, so it cannot hold a conversation; use `dso run --raw` to continue a text"
+            )
         self.engine, self.sampling = engine, sampling
 
     def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:

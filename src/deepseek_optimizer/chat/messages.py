@@ -1,7 +1,7 @@
-"""Messages and tools as clients send them: checked, and in the one form that chat templates read.
+"""Validates messages and tools from clients, and normalises them to the form that chat templates expect.
 
-Content becomes a string, `developer` becomes `system`, the arguments of past calls become objects. Fields that no template
-reads are left out. Nothing is ever fetched: an image is an error.
+Content becomes a string, `developer` becomes `system`, the arguments of past calls become objects. Fields that no template uses
+are dropped. Nothing is ever downloaded: an image is an error.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ _REASONING = ("reasoning_content", "reasoning")
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages in the form that templates read: new objects of plain strings, lists and dicts.
+    """The messages in the form that templates expect: new objects of plain strings, lists and dicts.
 
     Raises:
-        RequestError: what is wrong, and where.
+        RequestError: a message is invalid; names the field.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise RequestError("messages", "must be a list of at least one message")
     if len(messages) > MAX_MESSAGES:
-        raise RequestError("messages", f"at most {MAX_MESSAGES:,} messages, got {len(messages):,}")
+        raise RequestError("messages", f"must have at most {MAX_MESSAGES:,} messages, got {len(messages):,}")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools in the form that templates read.
+    """The tools in the form that templates expect.
 
     Raises:
-        RequestError: what is wrong, and where.
+        RequestError: a tool is invalid; names the field.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
         raise RequestError("tools", "must be a list of tools")
     if len(tools) > MAX_TOOLS:
-        raise RequestError("tools", f"at most {MAX_TOOLS} tools, got {len(tools)}")
+        raise RequestError("tools", f"must have at most {MAX_TOOLS} tools, got {len(tools)}")
     checked = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     names = [tool["function"]["name"] for tool in checked]
     if len(set(names)) < len(names):
-        raise RequestError("tools", "two tools have one name")
+        raise RequestError("tools", "two tools have the same name")
     return checked
 
 
 def check_json(value: Any, where: str, depth: int = 0) -> Any:
-    """Plain JSON that can be encoded and is not nested beyond MAX_DEPTH: a copy of it."""
+    """A copy of a JSON value. Raises RequestError if it cannot be encoded or is nested more than MAX_DEPTH levels deep."""
     if depth > MAX_DEPTH:
-        raise RequestError(where, f"is nested more than {MAX_DEPTH} deep")
+        raise RequestError(where, f"is nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, str):
         return _string(value, where)
     if value is None or isinstance(value, (bool, int, float)):
@@ -86,7 +86,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if calls:
             out["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     elif calls:
-        raise RequestError(f"{where}.tool_calls", "only assistant messages call tools")
+        raise RequestError(f"{where}.tool_calls", "is allowed only in assistant messages")
     if role == "tool" and message.get("tool_call_id") is not None:
         out["tool_call_id"] = _string(message["tool_call_id"], f"{where}.tool_call_id")
     if message.get("name") is not None:
@@ -103,7 +103,9 @@ def _content(content: Any, where: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in _TEXT_PARTS:
-            raise RequestError(f"{where}[{i}]", "this model reads text: parts of type text only, no images, audio or files")
+            raise RequestError(
+                f"{where}[{i}]", "must be a part of type text: this model does not accept images, audio or files"
+            )
         texts.append(_string(part.get("text"), f"{where}[{i}].text"))
     return "\n".join(texts)
 
@@ -115,7 +117,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     for i, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
-            raise RequestError(f"{where}[{i}]", "must be a call of a function")
+            raise RequestError(f"{where}[{i}]", "must be a function call")
         arguments = function.get("arguments", "{}")
         if isinstance(arguments, str):
             arguments = read_json(arguments.strip() or "{}")
@@ -160,5 +162,5 @@ def _string(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise RequestError(where, "must be a string")
     if not encodable(text):
-        raise RequestError(where, "has half of a surrogate pair, which is no character")
+        raise RequestError(where, "contains half of a surrogate pair, which is not a valid character")
     return text

@@ -1,4 +1,4 @@
-"""A chat answer's text into reasoning, content and calls: the parsers that its model needs, one behind the other."""
+"""Parses the text of a chat answer into reasoning, content and tool calls, with a chain of the parsers that its model needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from .tools import ToolFormat
 
 
 def special_markers(tokenizer: Any, tool_format: ToolFormat | None) -> bool:
-    """Whether the answer must be decoded with its special tokens (`skip_special_tokens=False`): tags or markers are among them.
+    """Whether the answer must be decoded with special tokens (`skip_special_tokens=False`), because tags or markers are among
+    them.
 
     Args:
         tokenizer: of Transformers.
@@ -30,50 +31,50 @@ def make_output_parser(
     tool_names: Iterable[str] = (),
     drop: Iterable[str] = (),
 ) -> OutputParser:
-    """For one answer.
+    """The parser for one answer.
 
     Args:
-        template: the model's chat template: it tells whether the model thinks.
-        prompt: the rendered prompt, whose end may open the thoughts.
+        template: the model's chat template, from which reasoning models are recognised.
+        prompt: the rendered prompt, whose end may open the reasoning.
         tool_format: of a request whose tools may be called; None leaves calls in the content.
         tool_names: of its tools.
-        drop: special tokens to leave out of the text, where it was decoded with them. Tags and markers are never left out.
+        drop: special tokens to remove from the text, if it was decoded with them. Tags and markers are never removed.
     """
     stages: list[OutputParser] = []
-    kept = set(tool_format.markers if tool_format else ())
+    markers = set(tool_format.markers if tool_format else ())
     if thinks(template):
-        kept |= {OPEN, CLOSE}
+        markers |= {OPEN, CLOSE}
         stages.append(ReasoningParser(opened_by(prompt)))
     if tool_format is not None:
         stages.append(tool_format.parser(frozenset(tool_names)))
-    dropped = {token for token in drop if token and token not in kept}
+    dropped = {token for token in drop if token and token not in markers}
     if dropped:
         stages.insert(0, Without(dropped))
     return Chain(stages)
 
 
 class Without:
-    """Leaves strings out of a text.
+    """Removes strings from a text.
 
     Args:
-        strings: which ones.
+        strings: the strings to remove.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
         self._scanner = MarkerScanner(strings)
 
     def feed(self, text: str) -> list[Delta]:
-        return [ContentDelta(piece) for dropped, piece in self._scanner.feed(text) if not dropped]
+        return [ContentDelta(part) for dropped, part in self._scanner.feed(text) if not dropped]
 
     def finish(self) -> list[Delta]:
-        return [ContentDelta(piece) for dropped, piece in self._scanner.finish() if not dropped]
+        return [ContentDelta(part) for dropped, part in self._scanner.finish() if not dropped]
 
 
 class Chain:
-    """Parsers one behind the other: each takes what the one before it left as content.
+    """A chain of parsers: each parses the content that the previous one returns.
 
     Args:
-        stages: none leaves all text content.
+        stages: if empty, all text is content.
     """
 
     def __init__(self, stages: Sequence[OutputParser]) -> None:

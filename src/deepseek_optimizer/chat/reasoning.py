@@ -1,6 +1,6 @@
-"""Thoughts apart from the answer: `<think> ... </think>`, where the model or the end of its prompt opens it.
+"""Separates reasoning from the answer: `<think> ... </think>`, opened by the model or by the end of its prompt.
 
-A tag opens only at the very beginning of the answer: later, and everywhere in what a person might quote, it is text.
+The tag opens reasoning only at the very start of the answer; anywhere else it is ordinary text, such as a quotation.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from .deltas import ContentDelta, Delta, ReasoningDelta
 from .scan import MarkerScanner
 
 OPEN, CLOSE = "<think>", "</think>"
-_MAX_SPACE = 64  # characters of white space before the tag; behind more the text is an answer
+_MAX_SPACE = 64  # characters of white space allowed before the tag
 
 
 def thinks(template: str) -> bool:
-    """Whether a model with this chat template thinks in these tags."""
+    """Whether a model with this chat template puts its reasoning into these tags."""
     return CLOSE in template
 
 
 def opened_by(prompt: str) -> bool:
-    """Whether a prompt ends inside an open tag, as those of DeepSeek-R1 do, so that the model's text begins with thoughts."""
+    """Whether a prompt ends inside an open tag, as those of DeepSeek-R1 do, so that the model's text starts with reasoning."""
     return prompt.rstrip().endswith(OPEN)
 
 
 class ReasoningParser:
-    """Splits one answer. Newlines between the tags and what stands beside them belong to the layout and are dropped.
+    """Splits one answer. Newlines next to the tags are layout and are dropped.
 
-    Thoughts that are never closed remain thoughts: the answer ended among them.
+    Reasoning that is never closed remains reasoning: the answer ended within it.
 
     Args:
         opened: the prompt has opened the tag.
@@ -33,10 +33,10 @@ class ReasoningParser:
 
     def __init__(self, opened: bool = False) -> None:
         self._close = MarkerScanner([CLOSE])
-        self._state = "thoughts" if opened else "start"
-        self._begin = ""  # of the answer, while it may yet be the tag
-        self._newlines: list[str] = []  # behind thoughts: they come out only if more thoughts follow
-        self._fresh = True  # nothing of the thoughts, or of the content behind them, has come yet
+        self._state = "reasoning" if opened else "start"
+        self._begin = ""  # start of the answer, while it may still become the tag
+        self._newlines: list[str] = []  # after reasoning: emitted only if more reasoning follows
+        self._fresh = True  # whether the reasoning, or the content after it, is still empty
 
     def feed(self, text: str) -> list[Delta]:
         if self._state == "start":
@@ -44,12 +44,12 @@ class ReasoningParser:
             text = self._begin.lstrip()
             spaced = len(self._begin) - len(text) > _MAX_SPACE
             if not spaced and len(text) < len(OPEN) and OPEN.startswith(text):
-                return []  # it may yet become the tag
+                return []  # it may still become the tag
             if spaced or not text.startswith(OPEN):
                 text, self._begin, self._state = self._begin, "", "plain"
                 return self._content(text)
-            self._begin, self._state, text = "", "thoughts", text[len(OPEN) :]
-        if self._state == "thoughts":
+            self._begin, self._state, text = "", "reasoning", text[len(OPEN) :]
+        if self._state == "reasoning":
             return self._split(text)
         return self._content(text)
 
@@ -57,40 +57,40 @@ class ReasoningParser:
         out: list[Delta] = []
         if self._begin:
             out.append(ContentDelta(self._begin))
-        for closed, piece in self._close.finish():
-            out += [] if closed else self._thoughts(piece)
+        for closed, part in self._close.finish():
+            out += [] if closed else self._reasoning(part)
         return out
 
     def _split(self, text: str) -> list[Delta]:
         out: list[Delta] = []
-        for is_marker, piece in self._close.feed(text):
-            if self._state != "thoughts":
-                out += self._content(piece)
+        for is_marker, part in self._close.feed(text):
+            if self._state != "reasoning":
+                out += self._content(part)
             elif is_marker:
                 self._state, self._fresh = "answer", True
                 self._newlines.clear()
             else:
-                out += self._thoughts(piece)
-        if self._state == "answer":  # what the scanner still holds is not its business any more
-            for _, piece in self._close.finish():
-                out += self._content(piece)
+                out += self._reasoning(part)
+        if self._state == "answer":  # the text that the scanner still holds is content
+            for _, part in self._close.finish():
+                out += self._content(part)
         return out
 
-    def _thoughts(self, piece: str) -> list[Delta]:
+    def _reasoning(self, part: str) -> list[Delta]:
         if self._fresh:
-            piece = piece.lstrip("\n")
-        body = piece.rstrip("\n")
+            part = part.lstrip("\n")
+        body = part.rstrip("\n")
         if not body:
-            if piece:
-                self._newlines.append(piece)
+            if part:
+                self._newlines.append(part)
             return []
         text = "".join(self._newlines) + body
-        self._newlines = [piece[len(body) :]] if len(piece) > len(body) else []
+        self._newlines = [part[len(body) :]] if len(part) > len(body) else []
         self._fresh = False
         return [ReasoningDelta(text)]
 
-    def _content(self, piece: str) -> list[Delta]:
+    def _content(self, part: str) -> list[Delta]:
         if self._state == "answer" and self._fresh:
-            piece = piece.lstrip("\n")
-        self._fresh = self._fresh and not piece
-        return [ContentDelta(piece)] if piece else []
+            part = part.lstrip("\n")
+        self._fresh = self._fresh and not part
+        return [ContentDelta(part)] if part else []

@@ -1,4 +1,4 @@
-"""Answers of a server that speaks OpenAI's chat API: `dso serve`, or any other."""
+"""Answers of a server with an OpenAI-compatible chat API: `dso serve`, or any other."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from urllib.parse import urlsplit
 from ..errors import ConfigError, DeepSeekOptimizerError
 from .conversation import Answer, Messages, StopSignal, rate
 
-_CONNECT, _READ = 10.0, 600.0  # seconds; a long prompt may take its time before the first word
-_MAX_EVENT = 1 << 24  # bytes of one event: more is no answer
-_MAX_ERROR = 1 << 16  # bytes of an error's body that are read
-_THOUGHTS = ("<think>\n", "\n</think>\n\n")  # how thoughts are shown, and left out of the history
+_CONNECT, _READ = 10.0, 600.0  # seconds; a long prompt may take minutes before the first word
+_MAX_EVENT = 1 << 24  # bytes of one event; a larger one is not a valid answer
+_MAX_ERROR = 1 << 16  # bytes read of an error's body
+_REASONING = ("<think>\n", "\n</think>\n\n")  # how reasoning is displayed; it is not added to the history
 
 
 class RemoteError(DeepSeekOptimizerError, OSError):
-    """A server cannot be reached, refuses a request or breaks off; the message says what to do."""
+    """A server cannot be reached, rejects a request or closes the connection; the message names the remedy."""
 
 
 class _StoppedError(Exception):
-    """Raised where the answer stands waiting, by whoever asks it to stop."""
+    """Raised in the code that waits for the answer, when a stop is requested."""
 
 
 class RemoteSpeaker:
     """
     Args:
-        url: http://host:port, or with the path of the API where that is not /v1.
-        key: sent as bearer token.
-        model: its name there; None: the only one that the server has.
-        options: fields of the request beside model and messages, such as temperature and max_tokens.
+        url: http://host:port, with the path of the API if it is not /v1.
+        key: API key, sent as bearer token.
+        model: name of the model on the server; None: its only model.
+        options: fields of the request besides model and messages, such as temperature and max_tokens.
 
     Raises:
-        ConfigError: the URL or the key is none, or the server has several models.
-        RemoteError: the server cannot be reached, or refuses the key.
+        ConfigError: the URL or the key is invalid, or the server has several models.
+        RemoteError: the server cannot be reached, or rejects the key.
     """
 
     def __init__(self, url: str, key: str | None = None, model: str | None = None, **options: Any) -> None:
@@ -63,7 +63,7 @@ class RemoteSpeaker:
         except _StoppedError:
             reply.finish = "interrupted"
         if reply.finish is None:
-            raise RemoteError(f"{self._base} broke the answer off")
+            raise RemoteError(f"{self._base} closed the connection before the end of the answer; try again")
         return reply.answer()
 
     def _only_model(self) -> str:
@@ -72,9 +72,9 @@ class RemoteSpeaker:
         names = [str(entry.get("id")) for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
         if len(names) != 1:
             raise ConfigError(
-                f"{self._base} has several models, name one with --model: {', '.join(names[:20])}"
+                f"{self._base} has several models; choose one with --model: {', '.join(names[:20])}"
                 if names
-                else f"{self._base} does not say which models it has; name one with --model"
+                else f"{self._base} does not list its models; name one with --model"
             )
         return names[0]
 
@@ -83,7 +83,7 @@ class RemoteSpeaker:
 
 
 class _Exchange:
-    """A request whose response is read inside a `with`. A client each: one that was interrupted is not used again."""
+    """A request whose response is read inside a `with`. Each has its own client, since an interrupted one cannot be reused."""
 
     def __init__(self, method: str, url: str, headers: dict[str, str], body: dict[str, Any] | None) -> None:
         self._method, self._url, self._headers, self._body = method, url, headers, body
@@ -113,11 +113,11 @@ class _Exchange:
 
 
 class _Reply:
-    """What the events of one answer add up to."""
+    """Accumulates the events of one answer."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
         self._thinking = False
         self._times: list[float] = []
         self._usage: dict[str, Any] = {}
@@ -126,7 +126,7 @@ class _Reply:
 
     def take(self, event: dict[str, Any]) -> None:
         if "error" in event:
-            raise RemoteError(f"the server broke off: {_message(event) or 'it does not say why'}")
+            raise RemoteError(f"the server stopped the answer: {_message(event) or 'no reason given'}")
         if isinstance(usage := event.get("usage"), dict):
             self._usage = usage
         choices = event.get("choices")
@@ -134,12 +134,12 @@ class _Reply:
             return
         delta = choices[0].get("delta")
         delta = delta if isinstance(delta, dict) else {}
-        if thought := _text(delta.get("reasoning_content")) or _text(delta.get("reasoning")):
-            self._show(thought if self._thinking else _THOUGHTS[0] + thought)
+        if reasoning := _text(delta.get("reasoning_content")) or _text(delta.get("reasoning")):
+            self._show(reasoning if self._thinking else _REASONING[0] + reasoning)
             self._thinking = True
         if text := _text(delta.get("content")):
-            self._pieces.append(text)  # before it is shown, which is where a stop may be asked for
-            self._show(_THOUGHTS[1] + text if self._thinking else text)
+            self._texts.append(text)  # before it is displayed, since a stop may be requested there
+            self._show(_REASONING[1] + text if self._thinking else text)
             self._thinking = False
         self.finish = _text(choices[0].get("finish_reason")) or self.finish
 
@@ -150,7 +150,7 @@ class _Reply:
     def answer(self) -> Answer:
         tokens, details = _count(self._usage.get("completion_tokens")), self._usage.get("prompt_tokens_details")
         return Answer(
-            text="".join(self._pieces),
+            text="".join(self._texts),
             ids=[],
             finish_reason=self.finish or "stop",
             prompt_tokens=_count(self._usage.get("prompt_tokens")),
@@ -170,10 +170,10 @@ def _count(value: Any) -> int | None:
 
 
 def _base(url: str) -> str:
-    """Where the API's paths begin."""
+    """The base URL of the API."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ConfigError(f"--url must be like http://localhost:8000, got {url!r}")
+        raise ConfigError(f"--url must be a URL such as http://localhost:8000, got {url!r}")
     return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
 
 
@@ -182,12 +182,12 @@ def _raise_stopped() -> None:
 
 
 def _events(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of server-sent events, up to [DONE]. Lines end at newlines alone: JSON may hold what else Unicode calls one."""
+    """The data of server-sent events, up to [DONE]. Only \\n ends a line: JSON may contain other Unicode line separators."""
     held = b""
     for chunk in chunks:
         *lines, held = (held + chunk).split(b"\n")
         if len(held) > _MAX_EVENT:
-            raise RemoteError("the server sends what is no answer of a chat")
+            raise RemoteError("the server sent an event that is too large for a chat answer; check --url")
         for line in lines:
             if line.startswith(b"data:"):
                 data = line[5:].strip()
@@ -201,9 +201,9 @@ def _object(text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise RemoteError("the server does not answer as OpenAI's API does") from error
+        raise RemoteError("the server's response is not that of an OpenAI-compatible API; check --url") from error
     if not isinstance(value, dict):
-        raise RemoteError("the server does not answer as OpenAI's API does")
+        raise RemoteError("the server's response is not that of an OpenAI-compatible API; check --url")
     return value
 
 
@@ -212,38 +212,38 @@ def _unreachable(error: Exception, url: str) -> RemoteError:
 
     where = "{0.scheme}://{0.netloc}".format(urlsplit(url))
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return RemoteError(f"{where} cannot be reached ({error}); is a server running there? `dso serve MODEL` starts one")
+        return RemoteError(f"{where} cannot be reached ({error}); is a server running there? Start one with `dso serve MODEL`")
     if isinstance(error, httpx.TimeoutException):
-        return RemoteError(f"{where} has not answered for {_READ:.0f} s; try again, or look at its log")
-    return RemoteError(f"the connection to {where} broke: {error}")
+        return RemoteError(f"{where} has not responded for {_READ:.0f} s; try again, or check its log")
+    return RemoteError(f"the connection to {where} failed: {error}")
 
 
 def _refused(response: Any, url: str) -> RemoteError:
-    """A status that is not 200, in plain words."""
+    """The error for a status other than 200."""
     body = b""
     for chunk in response.iter_bytes():
         body += chunk
         if len(body) > _MAX_ERROR:
             break
     try:
-        said = _message(json.loads(body))
+        message = _message(json.loads(body))
     except ValueError:
-        said = ""
-    status, detail = response.status_code, f": {said}" if said else ""
+        message = ""
+    status, detail = response.status_code, f": {message}" if message else ""
     if status in (401, 403):
-        return RemoteError(f"the server refuses the key{detail}; give another with --api-key or OPENAI_API_KEY")
+        return RemoteError(f"the server rejects the API key{detail}; pass another one with --api-key or OPENAI_API_KEY")
     if status == 404:
-        return RemoteError(f"the server knows no such model or path{detail or f': {url}'}; look at --model and --url")
+        return RemoteError(f"the server does not know this model or path{detail or f': {url}'}; check --model and --url")
     if status in (429, 503):
         after = response.headers.get("retry-after", "")
         return RemoteError(f"the server is busy{detail}; try again {f'in {after} s' if after.isdigit() else 'later'}")
     if 300 <= status < 400:
-        return RemoteError(f"the server points elsewhere ({status}): name that in --url")
-    return RemoteError(f"the server {'failed' if status >= 500 else 'refuses the request'} ({status}){detail}")
+        return RemoteError(f"the server redirects to another address ({status}); use that address in --url")
+    return RemoteError(f"the server {'failed' if status >= 500 else 'rejects the request'} ({status}){detail}")
 
 
 def _message(body: Any) -> str:
-    """What an error's body says, as OpenAI, FastAPI and others put it."""
-    found = body.get("error", body.get("detail", body.get("message"))) if isinstance(body, dict) else None
-    found = found.get("message") if isinstance(found, dict) else found
-    return "".join(c for c in " ".join(found.split())[:500] if c.isprintable()) if isinstance(found, str) else ""
+    """The message in an error's body, in the formats of OpenAI, FastAPI and others."""
+    message = body.get("error", body.get("detail", body.get("message"))) if isinstance(body, dict) else None
+    message = message.get("message") if isinstance(message, dict) else message
+    return "".join(c for c in " ".join(message.split())[:500] if c.isprintable()) if isinstance(message, str) else ""

@@ -1,4 +1,4 @@
-"""How a model's answers are chosen: by what its authors set in generation_config.json, and what a caller says over that."""
+"""Sampling parameters: those of generation_config.json, overridden by the caller's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from ..engine.request import SamplingParams
 from ..errors import RequestError, shown
 
-_TOP_K = 50  # what `generate` takes where neither a config nor a caller says
-_OURS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop", "stop_sequence": "stop"}
+_TOP_K = 50  # the default of `generate`
+_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop", "stop_sequence": "stop"}
 _SAMPLES = ("temperature", "top_k", "top_p", "min_p", "seed")
 _READ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens", "stop_strings")
-# What `generate` does and an engine does not, and the values that mean nothing.
-_LEFT_OUT: dict[str, tuple[Any, ...]] = {
+# Settings that `generate` supports and an engine does not, and the values that have no effect.
+_IGNORED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
@@ -34,49 +34,50 @@ _LEFT_OUT: dict[str, tuple[Any, ...]] = {
 
 
 def sampling_params(generation_config: Any = None, **given: Any) -> SamplingParams:
-    """
-    The choices of `generate`: greedy unless `do_sample` is set there or given. Naming temperature, top_k, top_p, min_p or seed
-    gives it too, and temperature 0 takes it back. Where one samples, top_k is 50 unless somebody says otherwise (0: all).
+    """The sampling parameters that `generate` would use.
+
+    Greedy unless `do_sample` is set in the config or by the caller. Passing temperature, top_k, top_p, min_p or seed also
+    enables sampling, and temperature 0 disables it. With sampling, top_k defaults to 50 (0: all tokens).
 
     Args:
-        generation_config: of the model; None: nobody has chosen anything.
+        generation_config: of the model; None: no settings.
         given: fields of `SamplingParams`, or Transformers' names for them: do_sample, max_new_tokens, min_new_tokens,
             stop_strings. None: not given.
 
     Raises:
-        RequestError: a name that is not known, or a value outside its range.
+        RequestError: an unknown name, or a value outside its range.
     """
-    said = {_OURS.get(name, name): value for name, value in given.items() if value is not None}
-    do_sample = said.pop("do_sample", None)
+    options = {_NAMES.get(name, name): value for name, value in given.items() if value is not None}
+    do_sample = options.pop("do_sample", None)
     if do_sample is not None and not isinstance(do_sample, bool):
         raise RequestError("do_sample", f"must be True or False, got {shown(do_sample)}")
-    _check_names(said)
-    chosen = {_OURS.get(name, name): getattr(generation_config, name, None) for name in _READ}
-    merged = {**{name: value for name, value in chosen.items() if value is not None}, **said}
+    _check_names(options)
+    configured = {_NAMES.get(name, name): getattr(generation_config, name, None) for name in _READ}
+    merged = {**{name: value for name, value in configured.items() if value is not None}, **options}
     if do_sample is None:
-        do_sample = any(name in said for name in _SAMPLES) or bool(getattr(generation_config, "do_sample", None))
+        do_sample = any(name in options for name in _SAMPLES) or bool(getattr(generation_config, "do_sample", None))
     if do_sample:
         merged = {"top_k": _TOP_K, **merged}
-    elif not isinstance(said.get("temperature"), (int, float)) or said["temperature"] >= 0:  # else its range is what is wrong
+    elif not isinstance(options.get("temperature"), (int, float)) or options["temperature"] >= 0:  # else it is out of range
         merged["temperature"] = 0.0
     for name in ("stop", "stop_token_ids"):
         merged[name] = _tuple(name, merged.get(name, ()))
     return SamplingParams(**merged)
 
 
-def left_out(generation_config: Any) -> list[str]:
-    """Fields of a generation config that mean something to `generate` and nothing to an engine."""
-    values = {name: getattr(generation_config, name, None) for name in _LEFT_OUT}
-    return [name for name, value in values.items() if value is not None and value not in _LEFT_OUT[name] and value != []]
+def ignored_settings(generation_config: Any) -> list[str]:
+    """Fields of a generation config that affect `generate` but that an engine ignores."""
+    values = {name: getattr(generation_config, name, None) for name in _IGNORED}
+    return [name for name, value in values.items() if value is not None and value not in _IGNORED[name] and value != []]
 
 
-def _check_names(said: dict[str, Any]) -> None:
+def _check_names(options: dict[str, Any]) -> None:
     known = [f.name for f in fields(SamplingParams)]
-    for name in said:
+    for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, *_OURS, "do_sample"], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join([*known, *_OURS, 'do_sample'])}"
-            raise RequestError(name, f"is no way to choose tokens; {hint}")
+            near = difflib.get_close_matches(name, [*known, *_NAMES, "do_sample"], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join([*known, *_NAMES, 'do_sample'])}"
+            raise RequestError(name, f"is not a sampling parameter; {hint}")
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:

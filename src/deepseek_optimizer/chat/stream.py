@@ -1,4 +1,4 @@
-"""Token ids to text, as they come: pieces that concatenate to exactly what decoding all of them at once gives."""
+"""Incremental detokenisation: the emitted text concatenates to exactly the text of decoding all tokens at once."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
-_INCOMPLETE = "\ufffd"  # what a tokenizer shows for a character whose bytes are not all there yet
+_INCOMPLETE = "\ufffd"  # decoded for a character whose bytes are incomplete
 
 
 class TextStream:
-    """A streamer for `generate(streamer=...)`: skips the prompt, writes text, notes when each token came.
+    """A streamer for `generate(streamer=...)`: skips the prompt, writes text, records the time of each token.
 
-    A piece is held back while it ends in an incomplete character, so that an emoji split over tokens comes out whole. Decoding
-    starts at the last piece written, not at the last token: tokenizers drop a leading space at the start of a text.
+    Text is held back while it ends in an incomplete character, so that an emoji split over several tokens is written whole.
+    Decoding starts at the last text written, not at the last token: tokenizers drop a leading space at the start of a text.
 
     Args:
         tokenizer: has `decode`.
-        write: takes each piece of text.
+        write: called with each new text.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         self.tokenizer, self.write = tokenizer, write
         self.ids: list[int] = []
-        self.times: list[float] = []  # perf_counter seconds, one a generated token
+        self.times: list[float] = []  # perf_counter seconds, one per generated token
         self.text = ""
         self._prompt_seen = False
-        self._start = self._written = 0  # ids[start:written] are out, and are the context that ids[written:] are decoded in
+        self._start = self._written = 0  # ids[start:written] are written, and are the context to decode ids[written:]
 
     def put(self, value: Any) -> None:
         """The prompt first (ignored), then each token: a tensor of shape [1], or [n] where several are accepted at once."""
@@ -42,7 +42,7 @@ class TextStream:
         self._emit(final=False)
 
     def end(self) -> None:
-        """Writes what was held back."""
+        """Writes the text held back."""
         self._emit(final=True)
 
     def _emit(self, final: bool) -> None:
@@ -59,6 +59,7 @@ class TextStream:
 
 
 def write_now(text: str) -> None:
-    """A piece of text on stdout, at once: what a terminal passes as `write`. What a model says does not steer the terminal."""
+    """Writes text to stdout without buffering. On a terminal, control characters are removed, so that a model cannot control
+    it."""
     sys.stdout.write(_CONTROLS.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

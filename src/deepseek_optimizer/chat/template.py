@@ -1,7 +1,7 @@
-"""Messages to the token ids of a prompt, by the model's own chat template.
+"""Converts messages to the token ids of a prompt, using the model's own chat template.
 
-The template comes with the checkpoint and is a program, so it runs in a process of its own, in Transformers' sandbox, with
-limits on time, memory and the size of what it makes. A request can set variables that the template reads, never the template.
+The template comes with the checkpoint and is a program, so it runs in a separate process, in Transformers' sandbox, with limits
+on time, memory and output size. A request can set variables that the template reads, but not the template itself.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .tools.base import write_json
 
 _JOB = Path(__file__).with_name("template_job.py")
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
-_MAX_SHOWN = 300  # characters of an error that a template raises
+_MAX_SHOWN = 300  # characters of a template's error message
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Tokens that end a message, beside the model's own end of text.
+# Tokens that end a message, besides the model's end-of-sequence token.
 _ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"})
 
 
@@ -33,9 +33,9 @@ class Prompt:
     """
     Attributes:
         ids: token ids.
-        text: what they say, control tokens included.
-        system: (begin, end) of the tokens up to the end of the system message, for `Request.pinned`; None where there is none,
-            or where its place can't be told.
+        text: the rendered text, including control tokens.
+        system: (begin, end) of the tokens up to the end of the system message, for `Request.pinned`; None if there is none, or
+            its position is unknown.
     """
 
     ids: list[int]
@@ -48,10 +48,10 @@ class Dialogue:
     """
     Attributes:
         ids: token ids of a whole chat.
-        text: what they say, control tokens included.
-        answers: (begin, end) of the tokens that the assistant's messages consist of, each up to the token that ends it; None:
-            the template makes no prompts that the chat goes on from, or the tokenizer can't tell where tokens begin.
-        hidden: indices of messages of which the template does not show all that they say.
+        text: the rendered text, including control tokens.
+        answers: (begin, end) of the tokens of each assistant message, including the token that ends it; None: the template's
+            prompts are not prefixes of the chat, or the tokenizer has no offsets.
+        hidden: indices of messages that the template does not render completely.
     """
 
     ids: list[int]
@@ -61,7 +61,7 @@ class Dialogue:
 
 
 class _Checked(NamedTuple):
-    """What a template gets, checked. tools: None: no tools. shared: of a payload, whatever is rendered."""
+    """The validated input of a template. tools: None: no tools. shared: fields common to all payloads."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -72,7 +72,7 @@ class _Checked(NamedTuple):
 
 
 class _Rendered(NamedTuple):
-    """text: to be encoded. edged: the messages with marks at the ends of strings, and edged_text what they make."""
+    """text: the text to encode. edged: the messages with marks at the ends of strings; edged_text: their rendering."""
 
     text: str
     edged: Any
@@ -85,23 +85,23 @@ class ChatTemplate:
     """
     Args:
         tokenizer: of Transformers.
-        seconds: of CPU time that rendering may take.
-        memory: bytes that it may take.
-        max_characters: of a rendered prompt.
+        seconds: maximum CPU time of rendering.
+        memory: maximum memory of rendering in bytes.
+        max_characters: maximum length of a rendered prompt.
     """
 
     def __init__(self, tokenizer: Any, *, seconds: float = 5.0, memory: int = 1 << 29, max_characters: int = 1 << 24) -> None:
         self._tokenizer = tokenizer
-        self._worker = Worker(_JOB, {"most": max_characters}, seconds=seconds, memory=memory)
+        self._worker = Worker(_JOB, {"max_characters": max_characters}, seconds=seconds, memory=memory)
         self._special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        self._controls: dict[str, ControlTokens] = {}  # by template: with tools it may be another
+        self._controls: dict[str, ControlTokens] = {}  # by template, which may differ with tools
         self._inspected: dict[str, Mapping[str, Any]] = {}
 
     def source(self, tools: bool = False) -> str:
-        """The template that requests with or without tools get.
+        """The template for requests with or without tools.
 
         Raises:
-            RequestError: the model has none.
+            RequestError: the model has no chat template.
         """
         try:
             return str(self._tokenizer.get_chat_template(None, [] if tools else None))
@@ -111,11 +111,11 @@ class ChatTemplate:
             ) from None
 
     def variables(self, tools: bool = False) -> frozenset[str]:
-        """What a request may set by `options`: the variables that the template reads."""
+        """The variables that a request may set by `options`: those that the template reads."""
         return frozenset(self._inspect(self.source(tools))["variables"]) - _OURS - set(self._special)
 
     def knows_tools(self) -> bool:
-        """Whether the template tells the model about tools."""
+        """Whether the template supports tools."""
         return "tools" in self._inspect(self.source(tools=True))["variables"]
 
     def render(
@@ -128,56 +128,59 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         max_bytes: int | None = None,
     ) -> Prompt:
-        """The prompt of a chat. Blocks: the first one starts a process, a later one takes a millisecond and its tokenizing.
+        """The prompt of a chat. Blocks: the first call starts a process, later ones take a millisecond plus tokenisation.
 
         Args:
-            messages: as OpenAI's API has them. What they say never becomes a control token.
-            tools: as OpenAI's API has them.
-            add_generation_prompt: ends with what an answer begins with.
-            continue_final: the last message, of the assistant, is the beginning of the answer; then without the above.
+            messages: as in OpenAI's API. Their text never becomes a control token.
+            tools: as in OpenAI's API.
+            add_generation_prompt: append the start of an assistant message.
+            continue_final: the last message, by the assistant, is the start of the answer; overrides the above.
             options: values for `variables`, such as `enable_thinking`.
-            max_bytes: of the text, beyond which it is refused before it is tokenised; None: any number.
+            max_bytes: maximum size of the text, checked before it is tokenised; None: no limit.
 
         Raises:
-            RequestError: a message, a tool or an option is not what it should be, or the template fails.
-            WorkerLostError: something else ended the process that renders, twice.
-            EngineBusyError: too many others are waiting for theirs.
+            RequestError: a message, a tool or an option is invalid, or the template fails.
+            WorkerLostError: the rendering process was killed by something else, twice.
+            EngineBusyError: too many requests are waiting for rendering.
         """
-        made = self._rendered(messages, tools, add_generation_prompt, continue_final, options)
-        if max_bytes is not None and len(made.text) > max_bytes:
-            size = len(made.controls.plain(made.text, made.marks).encode())
+        rendered = self._rendered(messages, tools, add_generation_prompt, continue_final, options)
+        if max_bytes is not None and len(rendered.text) > max_bytes:
+            size = len(rendered.controls.plain(rendered.text, rendered.marks).encode())
             if size > max_bytes:
                 raise RequestError(
                     "messages",
-                    f"they make a prompt of {size:,} bytes, and the model's context holds {max_bytes:,} at most; shorten them",
+                    f"the prompt has {size:,} bytes, but the model's context holds at most {max_bytes:,}; shorten the messages",
                 )
-        encoded = made.controls.encode(made.text, made.marks)
+        encoded = rendered.controls.encode(rendered.text, rendered.marks)
         if not encoded.ids:
-            raise RequestError("messages", "they make an empty prompt")
+            raise RequestError("messages", "the prompt is empty")
         system = None
-        if made.edged[0]["role"] == "system":
-            contents = [message["content"] for message in made.edged[:2]]
-            system = self._system_span(made.edged_text, contents, encoded, made.controls, made.marks)
+        if rendered.edged[0]["role"] == "system":
+            contents = [message["content"] for message in rendered.edged[:2]]
+            system = self._system_span(rendered.edged_text, contents, encoded, rendered.controls, rendered.marks)
         return Prompt(encoded.ids, encoded.text, system)
 
     def around(self, before: str, after: str, *, options: Mapping[str, Any] | None = None) -> tuple[Prompt, Prompt]:
-        """What stands before and behind a long text in a prompt, of which a person says `before` + that text + `after`: so that
-        its tokens can be made once, and found in the prefix cache whatever follows them.
+        """The parts of a prompt before and after a long text, for a user message of `before` + that text + `after`. So the
+        text is tokenised once, and found in the prefix cache whatever follows it.
 
         Args:
-            options: as of `render`.
+            options: see `render`.
 
         Raises:
-            RequestError: as of `render`, or the template changes what people say.
-            EngineBusyError: as of `render`.
+            RequestError: see `render`; or the template modifies messages.
+            EngineBusyError: see `render`.
         """
         slot = f"{secrets.randbelow(10**30):030d}"
         content = f"{before}{slot}{after}"
-        made = self._rendered([{"role": "user", "content": content}], None, True, False, options)
-        parts = made.text.split(slot)
+        rendered = self._rendered([{"role": "user", "content": content}], None, True, False, options)
+        parts = rendered.text.split(slot)
         if len(parts) != 2:
-            raise RequestError("messages", "the model's chat template does not show a message as it is, once")
-        ends = [made.controls.encode(part, made.marks, first) for part, first in zip(parts, (True, False), strict=True)]
+            raise RequestError(
+                "messages",
+                "the model's chat template does not render a message unchanged and once, so documents cannot be used with it",
+            )
+        ends = [rendered.controls.encode(part, rendered.marks, first) for part, first in zip(parts, (True, False), strict=True)]
         first, second = (Prompt(end.ids, end.text, None) for end in ends)
         return first, second
 
@@ -189,17 +192,17 @@ class ChatTemplate:
         continue_final: bool,
         options: Mapping[str, Any] | None,
     ) -> _Rendered:
-        made = self._checked(messages, tools, options)
-        if continue_final and made.messages[-1]["role"] != "assistant":
-            raise RequestError("messages", "only a last message of the assistant can be continued")
-        controls, marks = made.controls, made.marks
-        edged = controls.mark_edges(made.messages, marks)
+        rendered = self._checked(messages, tools, options)
+        if continue_final and rendered.messages[-1]["role"] != "assistant":
+            raise RequestError("messages", "the last message must be the assistant's to be continued")
+        controls, marks = rendered.controls, rendered.marks
+        edged = controls.mark_edges(rendered.messages, marks)
         texts = self._call(
             {
-                **made.shared,
+                **rendered.shared,
                 "versions": [
-                    {"messages": controls.mark(made.messages, marks), "tools": controls.mark(made.tools, marks)},
-                    {"messages": edged, "tools": controls.mark_edges(made.tools, marks)},
+                    {"messages": controls.mark(rendered.messages, marks), "tools": controls.mark(rendered.tools, marks)},
+                    {"messages": edged, "tools": controls.mark_edges(rendered.tools, marks)},
                 ],
                 "add_generation_prompt": add_generation_prompt and not continue_final,
                 "continue_final": continue_final,
@@ -214,7 +217,7 @@ class ChatTemplate:
         tools = check_tools(tools) if tools else None
         source = self.source(tools is not None)
         if tools is not None and not self.knows_tools():
-            raise RequestError("tools", "this model's chat template has no place for tools")
+            raise RequestError("tools", "this model's chat template does not support tools")
         variables = self._options(options or {}, tools is not None)
         if any("tool_calls" in message for message in checked) and self._inspect(source)["arguments_as_text"]:
             checked = [_arguments_as_text(message) for message in checked]
@@ -224,79 +227,79 @@ class ChatTemplate:
         return _Checked(checked, tools, source, controls, marks, shared)
 
     def dialogue(self, messages: Any, *, tools: Any = None, options: Mapping[str, Any] | None = None) -> Dialogue:
-        """A whole chat, and where in it the assistant speaks, for training: where the template marks it
-        (`{% generation %}`), or else what each message adds to the prompt that it answers.
+        """A whole chat with the positions of the assistant's messages, for training: as marked by the template
+        (`{% generation %}`), or else the text that each message adds to the prompt before it.
 
         Args:
-            messages, tools, options: as of `render`.
+            messages, tools, options: see `render`.
 
         Raises:
-            RequestError, EngineBusyError: as of `render`.
+            RequestError, EngineBusyError: see `render`.
         """
-        made = self._checked(messages, tools, options)
-        controls, marks = made.controls, made.marks
-        text, places = self._answers(made, controls.mark)
-        edged = self._call({**_whole(made, controls.mark_edges), "versions": [{}]}, marks)[0]
+        rendered = self._checked(messages, tools, options)
+        controls, marks = rendered.controls, rendered.marks
+        text, places = self._answers(rendered, controls.mark)
+        edged = self._call({**_whole(rendered, controls.mark_edges), "versions": [{}]}, marks)[0]
         if controls.of_template(text, marks) != controls.of_template(edged, marks):
-            text, places = self._answers(made, controls.mark_edges)
+            text, places = self._answers(rendered, controls.mark_edges)
         encoded = controls.encode(text, marks)
         if not encoded.ids:
-            raise RequestError("messages", "they make an empty prompt")
+            raise RequestError("messages", "the prompt is empty")
         answers = None
         if places is not None and encoded.begins is not None:
             begins = encoded.begins
             spans = [[len(controls.plain(text[:at], marks)) for at in place] for place in places]
             answers = [(bisect_left(begins, begin), bisect_left(begins, end)) for begin, end in spans]
-        return Dialogue(encoded.ids, encoded.text, answers, _hidden(made.messages, encoded.text))
+        return Dialogue(encoded.ids, encoded.text, answers, _hidden(rendered.messages, encoded.text))
 
     def marks_answers(self) -> bool:
-        """Whether the template says itself where the assistant speaks, by `{% generation %}`."""
+        """Whether the template marks the assistant's messages by `{% generation %}`."""
         return _GENERATION.search(self.source()) is not None
 
     def said(self, text: str) -> list[int]:
-        """Token ids of what someone says in the midst of a chat: none of them is a control token."""
+        """Token ids of the text of a message inside a chat, none of them a control token."""
         source, marks = self.source(), Marks()
         controls = self._controls.get(source) or self._controls.setdefault(source, ControlTokens(self._tokenizer, source))
         return controls.encode(controls.mark(text, marks), marks, first=False).ids
 
-    def _answers(self, made: _Checked, mark: Callable[[Any, Marks], Any]) -> tuple[str, list[tuple[int, int]] | None]:
-        """A whole chat's text with marks, and where in it the assistant's messages stand; None: that can't be told."""
-        payload = _whole(made, mark)
-        if _GENERATION.search(made.source):
-            text, places = self._call({**payload, "marked": True}, made.marks)
+    def _answers(self, rendered: _Checked, mark: Callable[[Any, Marks], Any]) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text of a whole chat with marks, and the positions of the assistant's messages in it; None if unknown."""
+        payload = _whole(rendered, mark)
+        if _GENERATION.search(rendered.source):
+            text, places = self._call({**payload, "marked": True}, rendered.marks)
             return text, [(begin, end) for begin, end in places]
-        indices = [i for i, message in enumerate(made.messages) if message["role"] == "assistant"]
-        text, found = self._call({**payload, "answers": indices}, made.marks)
+        indices = [i for i, message in enumerate(rendered.messages) if message["role"] == "assistant"]
+        text, positions = self._call({**payload, "answers": indices}, rendered.marks)
         out = []
-        for common, whole, before, end in found:
+        for common, whole, before, end in positions:
             if before < 0 or end < 0:
                 return text, None
             begin = common
-            if not whole:  # the prompt goes on otherwise than the chat, as DeepSeek-R1's with <think>: from its last token on
-                tokens = list(made.controls.places_of_template(text[before:common], made.marks))
+            if not whole:  # the prompt is not a prefix of the chat (DeepSeek-R1's <think>): start after its last control token
+                tokens = list(rendered.controls.places_of_template(text[before:common], rendered.marks))
                 if not tokens:
                     return text, None
                 begin = text.rindex(tokens[-1][1], before, common) + len(tokens[-1][1])
-            out.append((begin, self._end(made, text, begin, end)))
+            out.append((begin, self._end(rendered, text, begin, end)))
         return text, out
 
-    def _end(self, made: _Checked, text: str, begin: int, end: int) -> int:
-        """Where an answer ends: behind the token that ends it, if only white space is between that and `end`."""
-        kept = text[begin:end].rstrip()
-        tokens = [token for _, token in made.controls.places_of_template(kept, made.marks)]
-        ends = tokens and kept.endswith(tokens[-1]) and (tokens[-1] in _ENDS or tokens[-1] == self._tokenizer.eos_token)
-        return begin + len(kept) if ends else end
+    def _end(self, rendered: _Checked, text: str, begin: int, end: int) -> int:
+        """The end of an answer: after the token that ends it, if only white space is between that and `end`."""
+        stripped = text[begin:end].rstrip()
+        tokens = [token for _, token in rendered.controls.places_of_template(stripped, rendered.marks)]
+        ends = tokens and stripped.endswith(tokens[-1]) and (tokens[-1] in _ENDS or tokens[-1] == self._tokenizer.eos_token)
+        return begin + len(stripped) if ends else end
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the rendering process."""
         self._worker.close()
 
     def _inspect(self, source: str) -> Mapping[str, Any]:
-        found = self._inspected.get(source)
-        if found is None:
-            found = self._call({"template": source, "inspect": True, "variables": self._special}, None)
-            self._inspected[source] = found
-        return found
+        facts = self._inspected.get(source)
+        if facts is None:
+            facts = self._call({"template": source, "inspect": True, "variables": self._special}, None)
+            self._inspected[source] = facts
+        return facts
 
     def _options(self, options: Mapping[str, Any], tools: bool) -> dict[str, Any]:
         checked = check_json(options, "chat_template_kwargs") if options else {}
@@ -304,7 +307,7 @@ class ChatTemplate:
         for name in checked:
             if name not in known:
                 has = f"it has {', '.join(sorted(known))}" if known else "it has no options"
-                raise RequestError(str(name), f"the model's chat template does not know it; {has}")
+                raise RequestError(str(name), f"the model's chat template has no such option; {has}")
         return checked
 
     def _call(self, payload: Mapping[str, Any], marks: Marks | None) -> Any:
@@ -314,14 +317,14 @@ class ChatTemplate:
             reason = str(error)
             for mark in (marks.begin, marks.end, marks.edge) if marks else ():
                 reason = reason.replace(mark, "")
-            raise RequestError("messages", f"the model's chat template refuses them: {reason[:_MAX_SHOWN]}") from None
+            raise RequestError("messages", f"the model's chat template rejects them: {reason[:_MAX_SHOWN]}") from None
         except WorkerError as error:
             raise RequestError("messages", f"the model's chat template fails on them: {error}") from None
 
     def _system_span(
         self, edged: str, contents: list[str], encoded: Encoded, controls: ControlTokens, marks: Marks
     ) -> tuple[int, int] | None:
-        """Where the first message ends in a prompt, with what the template puts behind it before the next one.
+        """The tokens of a prompt up to the end of the first message, including the text that the template puts after it.
 
         Args:
             edged: the rendering with marks at the ends of strings.
@@ -331,11 +334,11 @@ class ChatTemplate:
         at = edged.find(content) if content else -1
         if at < 0 or encoded.begins is None:
             return None
-        behind = at + len(content)
-        text = controls.plain(edged[:behind], marks)
-        following = edged.find(contents[1].strip(), behind) if len(contents) > 1 else len(edged)
+        after = at + len(content)
+        text = controls.plain(edged[:after], marks)
+        following = edged.find(contents[1].strip(), after) if len(contents) > 1 else len(edged)
         if following >= 0:
-            layout = edged[behind:following]
+            layout = edged[after:following]
             places = list(controls.places_of_template(layout, marks))
             ends = [at + len(token) for at, token in places if token in _ENDS or token == self._tokenizer.eos_token]
             end = ends[0] if ends else places[0][0] if places else 0
@@ -355,14 +358,14 @@ def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _whole(made: _Checked, mark: Callable[[Any, Marks], Any]) -> dict[str, Any]:
-    """What a worker gets of a whole chat."""
-    messages, tools = mark(made.messages, made.marks), mark(made.tools, made.marks)
+def _whole(rendered: _Checked, mark: Callable[[Any, Marks], Any]) -> dict[str, Any]:
+    """The payload of a whole chat for the worker."""
+    messages, tools = mark(rendered.messages, rendered.marks), mark(rendered.tools, rendered.marks)
     more = {"messages": messages, "tools": tools, "add_generation_prompt": False, "continue_final": False}
-    return {**made.shared, **more}
+    return {**rendered.shared, **more}
 
 
 def _hidden(messages: list[dict[str, Any]], text: str) -> list[int]:
-    """Indices of messages whose content or reasoning is not in the text as a whole."""
-    said = [(message["content"].strip(), message.get("reasoning_content", "").strip()) for message in messages]
-    return [i for i, parts in enumerate(said) if any(part not in text for part in parts)]
+    """Indices of messages whose content or reasoning is not completely in the text."""
+    texts = [(message["content"].strip(), message.get("reasoning_content", "").strip()) for message in messages]
+    return [i for i, parts in enumerate(texts) if any(part not in text for part in parts)]

@@ -1,4 +1,4 @@
-"""Renders chat templates in a worker (see `system.sandbox.worker`), by Transformers' own sandbox and rules."""
+"""Renders chat templates in a worker (see `system.sandbox.worker`), with Transformers' own sandbox and rules."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     """See `system.sandbox.worker.Worker`.
 
     Args:
-        setup: {"most": characters that a rendered text may have}.
+        setup: {"max_characters": maximum length of a rendered text}.
     """
     import transformers.utils.chat_template_utils as utils
 
     def render_with_places(template: str, payload: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where in it what `{% generation %}` marks stands."""
+        """The text, and the positions in it that `{% generation %}` marks."""
         try:
-            rendered: Any = utils.render_jinja_template(  # its annotation says str: it is (texts, places)
+            rendered: Any = utils.render_jinja_template(  # annotated as str, but it is (texts, positions)
                 conversations=[payload["messages"]],
                 tools=payload["tools"],
                 chat_template=template,
@@ -29,14 +29,14 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
             )
         except MemoryError:
             raise
-        except Exception as error:  # a template is a program, and may fail in every way
+        except Exception as error:  # a template is a program and can raise anything
             raise ValueError(f"{type(error).__name__}: {error}") from None
-        if len(rendered[0][0]) > setup["most"]:
-            raise ValueError("it makes a text that is too long")
+        if len(rendered[0][0]) > setup["max_characters"]:
+            raise ValueError("the rendered text is too long")
         try:
             rendered[0][0].encode()
         except UnicodeEncodeError:
-            raise ValueError("it makes a text with half of a surrogate pair") from None
+            raise ValueError("the rendered text contains half of a surrogate pair") from None
         return str(rendered[0][0]), rendered[1][0] if payload.get("marked") else []
 
     def render(template: str, payload: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
 
 
 def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
-    """Which variables a template reads, and whether it wants the arguments of calls as text and not as objects."""
+    """The variables that a template reads, and whether it expects the arguments of calls as text rather than objects."""
     import jinja2.meta
     from transformers.utils import chat_template_utils
 
@@ -76,9 +76,8 @@ def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, di
 
 
 def _answers(payload: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> Any:
-    """(the whole chat's text; for each of the assistant's messages: how many characters of the prompt that it answers the text
-    begins with, whether that is all of it, how long the text is with everything before the message, and how long with the
-    message; -1: the text does not begin with that)."""
+    """(text of the whole chat; for each assistant message: number of characters that the text has in common with the prompt
+    before it, whether that is the whole prompt, length of the text up to the message, and including it; -1: not a prefix)."""
     template, messages = payload["template"], payload["messages"]
     text = render(template, payload)
 
@@ -96,7 +95,7 @@ def _answers(payload: dict[str, Any], render: Callable[[str, dict[str, Any]], st
 
 
 def _conversation(arguments: Any, variables: dict[str, Any]) -> dict[str, Any]:
-    """With one call in it."""
+    """A conversation with one tool call."""
     function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
     call = {"id": "call_000000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
     return {

@@ -1,4 +1,4 @@
-"""Writing a directory, or a file, so that its name never shows half of it."""
+"""Atomic writes of files and directories."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextmanager
 def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yields a fresh directory beside `target`; on leaving, its files are synced and it takes the target's name at once.
+    """Yields a new directory beside `target`; on exit, its files are synced and it is renamed to `target` in one step.
 
-    Whatever interrupts it (an exception, a full disk, kill -9), the target is what it was before: absent, or the old one whole.
-    An exception also removes the temporary directory (`.<name>.<random>.tmp`); after a kill it stays until the next write of
+    If anything interrupts it (an exception, a full disk, kill -9), the target stays as it was: absent, or the old directory.
+    An exception also removes the temporary directory (`.<name>.<random>.tmp`); after a kill it remains until the next write of
     the same target. A file system that cannot exchange two names in one call needs two renames; a kill between them leaves the
-    old directory under the temporary name with `.old`, and the next write of the target puts it back first.
+    old directory under the temporary name with `.old`, and the next write of the target restores it first.
 
     Args:
-        target: the directory to make. Its parent is made if need be.
-        overwrite: replace a target that exists; otherwise that is a CheckpointError.
+        target: the directory to create. Its parent is created if necessary.
+        overwrite: replace an existing target; otherwise that is a CheckpointError.
     """
     target = Path(os.path.abspath(target))
     check_free(target, overwrite)
@@ -42,11 +42,11 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
 
 @contextmanager
 def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Yields a fresh file beside `target` to write into; on leaving, it is synced and takes the target's name at once, in place
-    of what was there. Whatever interrupts it, the target is what it was before.
+    """Yields a new file beside `target`; on exit, it is synced and replaces `target` in one step. If anything interrupts it,
+    the target stays as it was.
 
     Args:
-        target: its directory is made if need be.
+        target: the file to write. Its directory is created if necessary.
     """
     target = Path(os.path.abspath(target))
     with _temporary(target, lambda path: path.touch(exist_ok=False)) as path:
@@ -60,17 +60,15 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def merged_directory(target: str | os.PathLike[str], replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Yields a fresh directory; on leaving, its files are in `target` in place of those of the same names, and the target's
-    other files stay.
+    """Yields a new directory; on exit, its files replace those of the same names in `target`, whose other files stay.
 
-    The target changes at once: other files are linked into the fresh directory, which then takes the target's name. Where a
-    directory cannot be replaced (a mount point, this process's working directory, a parent that may not be written to, other
-    file systems below it), each file is replaced at once instead, `config.json` last; a kill between two of them leaves some
-    of both.
+    The target changes in one step: its other files are linked into the new directory, which is then renamed. If the directory
+    cannot be replaced (a mount point, this process's working directory, a parent without write permission, other file systems
+    below it), files are replaced one by one, `config.json` last; a kill in between leaves a mixture.
 
     Args:
-        target: a directory, made if need be.
-        replaces: which files at the top of the target, by name, go because of what is written.
+        target: a directory, created if necessary.
+        replaces: whether a file at the top of the target, given by name, is made obsolete and removed.
     """
     target = Path(os.path.realpath(target))
     if not target.is_dir():
@@ -83,7 +81,7 @@ def merged_directory(target: str | os.PathLike[str], replaces: Callable[[str], b
             written = {path.name for path in folder.iterdir()}
             _link_others(target, folder, replaces)
             publish(folder, target, overwrite=True)
-            _link_others(folder, target, lambda name: name in written or replaces(name))  # what came meanwhile
+            _link_others(folder, target, lambda name: name in written or replaces(name))  # added meanwhile
     else:
         with _temporary(target / "merged", Path.mkdir) as folder:
             yield folder
@@ -96,8 +94,8 @@ def merged_directory(target: str | os.PathLike[str], replaces: Callable[[str], b
 
 
 def publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Syncs `temporary`, a directory on the same file system, and gives it the target's name at once; a target that was there
-    has the temporary name afterwards."""
+    """Syncs `temporary`, a directory on the same file system, and renames it to `target` in one step; an existing target has
+    the temporary name afterwards."""
     sync_tree(temporary)
     check_free(target, overwrite)
     if os.path.lexists(target):
@@ -106,31 +104,31 @@ def publish(temporary: Path, target: Path, overwrite: bool) -> None:
         try:
             os.rename(temporary, target)
         except OSError as error:
-            raise CheckpointError(f"cannot take its final name: {error}", file=target) from error
+            raise CheckpointError(f"cannot be renamed to its final name: {error}", file=target) from error
     sync(target.parent)
 
 
 def sweep(target: str | os.PathLike[str]) -> list[Path]:
-    """Removes temporary files and directories beside `target` that killed runs left.
+    """Removes temporary files and directories beside `target` that killed processes left.
 
-    Returns: those that stay, because a run is at it now, or where there are no locks to tell.
+    Returns: those that remain, because a process is writing them or the file system has no locks.
     """
     target = Path(os.path.abspath(target))
     pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.tmp(\.old)?")
-    found = sorted(p for p in target.parent.iterdir() if pattern.fullmatch(p.name)) if target.parent.is_dir() else []
-    return [path for path in found if not _swept(path, target)]
+    leftovers = sorted(p for p in target.parent.iterdir() if pattern.fullmatch(p.name)) if target.parent.is_dir() else []
+    return [path for path in leftovers if not _swept(path, target)]
 
 
 def check_free(target: Path, overwrite: bool) -> None:
     """CheckpointError if the target exists and may not be replaced."""
     if not overwrite and os.path.lexists(target):
-        raise CheckpointError("exists already; name another directory or ask to overwrite it", file=target)
+        raise CheckpointError("exists already; choose another directory, or allow overwriting", file=target)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives this file to errors of the system that name none, as those of a write. Errors of `tokenizers` and `safetensors`,
-    which have types of their own, become OSErrors."""
+    """Adds the file name to system errors that have none, such as those of a write. Errors of `tokenizers` and `safetensors`,
+    which have their own types, become OSErrors."""
     try:
         yield
     except OSError as error:
@@ -144,7 +142,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flushes all files below a directory, and all names, to the disk."""
+    """Flushes all files and directory entries below a directory to the disk."""
     for root, _, names in os.walk(directory):
         for name in names:
             sync(Path(root, name))
@@ -152,9 +150,9 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or a directory's names, to the disk."""
+    """Flushes a file, or a directory's entries, to the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle on a directory to flush
+        return  # directories cannot be opened on Windows
     fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         with naming(path):
@@ -164,7 +162,7 @@ def sync(path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """The two names change places, in one system call where there is one."""
+    """Swaps the two names, in one system call where possible."""
     if sys.platform.startswith("linux"):
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if renameat2 and renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
@@ -176,13 +174,13 @@ def _exchange(new: Path, old: Path) -> None:
     except OSError:
         os.rename(aside, old)
         raise
-    with suppress(FileNotFoundError):  # another writer swept it: it has no further use
+    with suppress(FileNotFoundError):  # another writer removed it; it is not needed
         os.rename(aside, new)
 
 
 @contextmanager
 def _temporary(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """Something fresh beside `target`, gone afterwards, that no other writer sweeps away as long as this process lives."""
+    """A new temporary path beside `target`, removed afterwards, which no other writer sweeps while this process lives."""
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
@@ -205,19 +203,19 @@ def _made(target: Path, make: Callable[[Path], object]) -> tuple[Path, int | Non
         try:
             return path, hold(path)
         except (BlockingIOError, FileNotFoundError):
-            continue  # another writer swept it away before it was locked
+            continue  # another writer removed it before it was locked
         except OSError:
-            return path, None  # a file system without locks, where nothing is swept
+            return path, None  # a file system without locks: nothing is swept
 
 
 def _swept(path: Path, target: Path) -> bool:
-    """Whether a temporary path was left by a process that is gone, and is removed now."""
+    """Removes a temporary path if the process that made it is gone; returns whether it was removed."""
     old = path.suffix == ".old"
     if not HAS_LOCKS:
         return False
     handles = []
     try:
-        if old:  # it belongs to whoever writes the directory without that suffix
+        if old:  # it belongs to the writer of the directory without that suffix
             with suppress(FileNotFoundError):
                 handles.append(hold(path.with_suffix("")))
         handles.append(hold(path))
@@ -239,12 +237,12 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError):  # the next write sweeps it
+        with suppress(OSError):  # the next write removes it
             path.unlink()
 
 
 def _is_replaceable(directory: Path) -> bool:
-    """Whether another directory can take this one's place, with links to its files."""
+    """Whether another directory, with links to its files, can replace this one."""
     if os.path.ismount(directory) or directory == Path.cwd() or not os.access(directory.parent, os.W_OK | os.X_OK):
         return False
     device = directory.stat().st_dev
@@ -253,7 +251,7 @@ def _is_replaceable(directory: Path) -> bool:
 
 
 def _link_others(source: Path, target: Path, leave: Callable[[str], bool]) -> None:
-    """Links the files of `source` that `target` lacks into it, but for those at the top whose names are left out."""
+    """Links files of `source` that are missing in `target` into it, except for top-level names for which `leave` is true."""
     for root, folders, names in os.walk(source):
         top = root == str(source)
         place = target / Path(root).relative_to(source)
@@ -270,7 +268,7 @@ def _link_others(source: Path, target: Path, leave: Callable[[str], bool]) -> No
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Syncs the files below `source`, and gives each its name below `target`."""
+    """Syncs the files below `source` and moves each to the same place below `target`."""
     sync_tree(source)
     for root, _, names in os.walk(source):
         place = target / Path(root).relative_to(source)

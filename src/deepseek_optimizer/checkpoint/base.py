@@ -1,4 +1,4 @@
-"""What every kind of checkpoint offers: its config, what tensors it has, and those tensors, plain or packed."""
+"""The interface of every kind of checkpoint: its config, its list of tensors, and the tensors, plain or packed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, en
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as stored. `dtype`: the file's own name for it ("BF16", "Q4_1"); `offset`: bytes from the file's start."""
+    """A stored tensor. `dtype`: as the file names it ("BF16", "Q4_1"); `offset`: bytes from the start of the file."""
 
     name: str
     dtype: str
@@ -34,12 +34,12 @@ class TensorInfo:
 
 
 class Checkpoint(ABC):
-    """An open checkpoint, validated: no tensor reaches beyond its file.
+    """An open, validated checkpoint: every tensor lies within its file.
 
     Attributes:
         path: the directory or file that was opened.
-        tensors: by Transformers' parameter names.
-        mapper: what maps packed weights, to use them in place; None: they are read into memory.
+        tensors: stored tensors by Transformers' parameter name.
+        mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
     """
 
     kind: ClassVar[str]
@@ -55,18 +55,18 @@ class Checkpoint(ABC):
         return copy.deepcopy(self._config)
 
     def info(self, name: str) -> TensorInfo:
-        """What is stored under `name`; CheckpointError if nothing is."""
+        """The tensor stored under `name`; CheckpointError if there is none."""
         if name not in self.tensors:
             raise CheckpointError("is missing from the checkpoint", file=self.path, tensor=name)
         return self.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The parameter's shape as the model knows it, whatever form it is stored in."""
+        """The parameter's shape in the model, whatever form it is stored in."""
         return self.info(name).shape
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor: float as stored, or float32 where it was quantised."""
+        """The whole tensor: in its stored float dtype, or float32 if it is stored quantised."""
 
     @abstractmethod
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
@@ -74,24 +74,24 @@ class Checkpoint(ABC):
         rows."""
 
     def float_dtype(self, name: str) -> torch.dtype:
-        """The dtype that `read` gives."""
+        """The dtype that `read` returns."""
         return {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.info(name).dtype, torch.float32)
 
     def lossless_format(self, name: str) -> str | None:
-        """The weight format that holds this stored matrix exactly, if there is one."""
+        """The weight format that represents this stored matrix exactly, if there is one."""
         return {"BF16": "bf16", "F16": "fp32", "F32": "fp32"}.get(self.info(name).dtype)
 
     def natural_format(self, name: str) -> str:
-        """The format to keep this stored matrix in when the user names none: without loss, or the nearest in size."""
+        """The format for this stored matrix if the user names none: a lossless one, or else the nearest in size."""
         return self.lossless_format(name) or "bf16"
 
     def own_format(self, name: str, shape: tuple[int, ...]) -> str:
-        """`natural_format` of a parameter: of a stack, the largest of those of its parts. Absent parts have none."""
+        """`natural_format` of a parameter; of a stack, the largest among its parts that are present."""
         formats = {self.natural_format(tensor) for tensor in self.stored(name, shape) if tensor in self.tensors}
         return max(formats or {"bf16"}, key=lambda format: (get_format(format).bits, format))
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The tensors that hold a parameter of this shape, with theirs: itself, or the parts of a stack."""
+        """The stored tensors that make up a parameter of this shape, with their shapes: itself, or the parts of a stack."""
         if len(shape) != 3 or not is_stack(name):
             return {name: shape}
         stack: StackShape = shape
@@ -104,14 +104,14 @@ class Checkpoint(ABC):
         return parts(name, shape, self.tensors)
 
     def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
-        """The matrix in `format`, read and packed panel by panel: beside the result, one panel is all the memory it takes."""
+        """The matrix in `format`, read and packed panel by panel: besides the result, one panel of memory is needed."""
         rows, cols = self.matrix_shape(name)
         out = empty_tiles(rows, cols, get_format(format).tile_bytes)
         self.pack_rows(name, 0, rows, format, packer, out)
         return PackedMatrix(format, rows, cols, out)
 
     def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
-        """A stack in `format`, matrix by matrix into its place, each as `packed` does it."""
+        """A stack in `format`, packed matrix by matrix as in `packed`."""
         count, rows, cols = shape
         out = empty_stack(count, rows, cols, get_format(format).tile_bytes)
         for i, part in enumerate(self.parts(name, shape)):
@@ -133,33 +133,35 @@ class Checkpoint(ABC):
         return shape
 
     def check_dtype(self, name: str) -> None:
-        """CheckpointError if what is stored under `name` is no weight: whole numbers, or codes without a scale."""
-        return  # kinds that check every type as they open have nothing to add
+        """CheckpointError if the tensor stored under `name` is not a weight: integers, or codes without a scale."""
+        return  # checkpoints that validate every dtype on opening have nothing to add
 
     def check_finite(self, name: str, values: torch.Tensor) -> None:
         """CheckpointError if a weight is NaN or infinite."""
         if not all_finite(values):
-            raise CheckpointError("holds NaN or infinite weights; fetch the file again", file=self.info(name).file, tensor=name)
+            raise CheckpointError(
+                "contains NaN or infinite weights; download the file again", file=self.info(name).file, tensor=name
+            )
 
     def conversions(self) -> list[str]:
-        """One line for each kind of stored weight that was not kept exactly where the user may have expected it."""
+        """One line for each kind of stored weight that was not preserved exactly where the user may expect it."""
         return []
 
     def remarks(self) -> list[str]:
-        """One line for each thing that is in the files and left out."""
+        """One line for each part of the files that is not loaded."""
         return []
 
     def mappings(self) -> list[Any]:
-        """What the mapper made of files that tensors were mapped from."""
+        """The mappings, made by the mapper, that tensors point into."""
         return []
 
     @abstractmethod
     def check_unchanged(self) -> None:
-        """Raises CheckpointChangedError where a file was written to since it was opened: what was read may be of both."""
+        """Raises CheckpointChangedError if a file was modified after it was opened: the data read may mix two versions."""
 
     @abstractmethod
     def close(self) -> None:
-        """Closes the files. Tensors already made stay good."""
+        """Closes the files. Tensors that were returned remain valid."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -169,10 +171,10 @@ class Checkpoint(ABC):
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no float is NaN or infinite: read as whole numbers, those begin at infinity's bits, for either sign.
+    """Whether no element is NaN or infinite: as integers, such bit patterns start at that of infinity, for either sign.
 
-    In numpy, on this thread alone: between packings, torch's threads and the packer's take the cores from each other, for
-    milliseconds at each change.
+    Computed with numpy on the calling thread: torch's threads and the packer's would compete for the cores, which costs
+    milliseconds at each switch.
     """
     if not values.numel():
         return True

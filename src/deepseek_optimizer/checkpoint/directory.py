@@ -21,15 +21,15 @@ _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)$")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, without `auto_map`: it names code to run, and none is run."""
+    """config.json, without `auto_map`, which names code to run: code from a checkpoint is never run."""
     if not (directory / CONFIG).exists():
         if (directory / "adapter_config.json").is_file():
             raise CheckpointError(
-                "is an adapter, not a model; load the model it was trained on and attach it by PEFT, or make a whole model "
-                "of both (dso train --merge)",
+                "is an adapter, not a model; load the model it was trained on and attach the adapter with PEFT, or merge both "
+                "(dso train --merge)",
                 file=directory,
             )
-        raise CheckpointError(f"there is no {CONFIG} in it", file=directory)
+        raise CheckpointError(f"contains no {CONFIG}", file=directory)
     config = read_json(directory, CONFIG)
     config.pop("auto_map", None)
     return config
@@ -51,12 +51,14 @@ def open_files(directory: Path) -> tuple[dict[Path, DataFile], dict[str, TensorI
         for name in names:
             path = inside(directory, name)
             if not os.path.exists(path):  # unlike Path.exists, False for a name that can't be one
-                raise CheckpointError(f"is named by {INDEX} but is not there; fetch it again", file=path)
+                raise CheckpointError(f"is listed in {INDEX} but does not exist; download it again", file=path)
             files[path] = DataFile(path)
             for tensor in open_safetensors(files[path]).tensors.values():
                 if tensor.name in tensors:
                     raise CheckpointError(
-                        f"is also in {tensors[tensor.name].file.name}: one tensor, two shards", file=path, tensor=tensor.name
+                        f"is also in {tensors[tensor.name].file.name}: a tensor must be in one shard only",
+                        file=path,
+                        tensor=tensor.name,
                     )
                 tensors[tensor.name] = tensor
         if weight_map is not None:
@@ -76,7 +78,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def _compare(directory: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    """The index and the shards' headers must tell the same story."""
+    """Raises CheckpointError if the index and the shards' headers disagree."""
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != directory / file:
             raise CheckpointError(f"is not in {file}, where {INDEX} says it is", file=directory / file, tensor=name)
@@ -89,15 +91,15 @@ def _no_weights(directory: Path) -> CheckpointError:
     pickles = sorted(p.name for p in directory.iterdir() if _PICKLES.match(p.name))
     if pickles:
         return CheckpointError(
-            f"holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened, so they are not. Convert "
-            "them to safetensors where you trust their source: "
+            f"contains only pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are not read. If "
+            "you trust their source, convert them to safetensors: "
             "AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)",
             file=directory,
         )
     ggufs = sorted(p.name for p in directory.iterdir() if p.suffix == ".gguf")
     if ggufs:
-        return CheckpointError(f"holds GGUF files; name one of them: {', '.join(ggufs[:5])}", file=directory)
-    return CheckpointError(f"there is neither {SINGLE} nor {INDEX} in it", file=directory)
+        return CheckpointError(f"contains GGUF files; give the path of one of them: {', '.join(ggufs[:5])}", file=directory)
+    return CheckpointError(f"contains neither {SINGLE} nor {INDEX}", file=directory)
 
 
 class SafetensorsCheckpoint(Checkpoint):

@@ -1,10 +1,9 @@
-"""Files of a checkpoint: found inside its directory only, and read no further than they reach.
+"""Access to the files of a checkpoint, confined to its directory and to the size of each file.
 
-Float checkpoints are read with pread, so that their pages never count as this process's memory and a file cut short while
-open is an error instead of a SIGBUS. Packed checkpoints are mapped where the backend can watch over the mapping
-(`backends/cpu/mapped_file.py`): they are used in place. Elsewhere they are read like the others. Copying them into memory of
-our own, huge pages or not, was measured (1 GB, Zen 5, warm): first token after 0.9 s or more instead of 0.2, for 4-6 % in
-decode.
+Float checkpoints are read with pread, so that their pages never count as memory of this process, and a file that is truncated
+while open gives an error instead of SIGBUS. Packed checkpoints are mapped and used in place if the backend can guard the
+mapping (`backends/cpu/mapped_file.py`), and read otherwise. Copying them into anonymous memory was measured (1 GB, Zen 5, warm,
+with and without huge pages): the first token took 0.9 s or more instead of 0.2 s, and decode gained 4 to 6 %.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ import torch
 from ..errors import CheckpointChangedError, CheckpointError
 
 _MAX_JSON_BYTES = 64 << 20  # an index of a million tensors stays below it
-_READ_BYTES = 1 << 30  # most bytes one system call is asked for
+_READ_BYTES = 1 << 30  # maximum bytes of one system call
 
 
 class Mapper(Protocol):
-    """Maps a whole file for reading, privately, and sees to it that a file which changes meanwhile is an error."""
+    """Maps a whole file privately for reading, such that a change of the file becomes an error."""
 
     def __call__(self, fd: int, size: int, modified_ns: int, path: Path) -> Any:
-        """A writable buffer of `size` bytes.
+        """Returns a writable buffer of `size` bytes.
 
         Args:
-            size, modified_ns: the file's when it was opened.
+            size, modified_ns: size and modification time of the file when it was opened.
 
         Raises:
-            CheckpointChangedError: it is not what it was then.
+            CheckpointChangedError: the file has changed since.
         """
 
 
 class DataFile:
-    """One regular file, opened once: its size is that of the file that is read, whatever happens to the name."""
+    """A regular file, opened once: later changes of its name do not affect it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,28 +55,28 @@ class DataFile:
             self.close()
             raise CheckpointError("is not a regular file", file=path)
         self.size, self._modified_ns = status.st_size, status.st_mtime_ns
-        self.mapping: Any = None  # what a `Mapper` made, once a tensor was mapped
+        self.mapping: Any = None  # made by a `Mapper` when the first tensor is mapped
 
     def close(self) -> None:
-        """Closes the file; tensors that map it stay good."""
+        """Closes the file; tensors that map it remain valid."""
         self._close()
 
     def read(self, offset: int, count: int) -> bytes:
-        """Exactly `count` bytes at `offset`; checked against the size before memory is taken."""
+        """Exactly `count` bytes at `offset`, checked against the size before memory is allocated."""
         self._check(offset, count)
         data = bytearray(count)
         self._fill(offset, memoryview(data))
         return bytes(data)
 
     def read_tensor(self, offset: int, count: int) -> torch.Tensor:
-        """`count` bytes at `offset` as a fresh uint8 tensor."""
+        """`count` bytes at `offset` as a new uint8 tensor."""
         self._check(offset, count)
         out = torch.empty(count, dtype=torch.uint8, device="cpu")
         self._fill(offset, out.numpy().data)
         return out
 
     def map_tensor(self, offset: int, count: int, mapper: Mapper) -> torch.Tensor:
-        """`count` bytes at `offset` in place, uint8. The mapping is private: writing to the tensor leaves the file alone."""
+        """`count` bytes at `offset`, mapped, as uint8. The mapping is private: writing to the tensor leaves the file as is."""
         self._check(offset, count)
         if count == 0:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -86,15 +85,15 @@ class DataFile:
         return torch.frombuffer(self.mapping, dtype=torch.uint8, count=count, offset=offset)
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointChangedError where the file has another size or time of modification than when it was opened."""
+        """Raises CheckpointChangedError if size or modification time differ from when the file was opened."""
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self._modified_ns):
-            raise CheckpointChangedError("was written to while it was read", file=self.path)
+            raise CheckpointChangedError("was modified while it was being read", file=self.path)
 
     def _check(self, offset: int, count: int) -> None:
         if not 0 <= offset <= offset + count <= self.size:
             raise CheckpointError(
-                f"is truncated: bytes {offset} to {offset + count} are needed, it has {self.size}; fetch it again",
+                f"is truncated: bytes {offset} to {offset + count} are needed, it has {self.size}; download it again",
                 file=self.path,
             )
 
@@ -103,7 +102,7 @@ class DataFile:
         while done < len(view):
             got = _read_at(self._fd, view[done : done + _READ_BYTES], offset + done)
             if got == 0:
-                raise CheckpointChangedError("was cut short while it was read", file=self.path)
+                raise CheckpointChangedError("was truncated while it was being read", file=self.path)
             done += got
 
 
@@ -123,11 +122,11 @@ def _read_at(fd: int, view: memoryview, offset: int) -> int:
 def inside(directory: Path, name: str) -> Path:
     """The file `name` of a checkpoint directory.
 
-    CheckpointError where the name leaves the directory: absolute, with `..`, or a symbolic link that leads out. The hub's
-    cache is known: its snapshots link to the `blobs` of the same repository.
+    Raises CheckpointError if the name leaves the directory: absolute, with `..`, or a symbolic link to the outside. The layout
+    of the Hugging Face cache is accepted, where snapshots link to the `blobs` of the same repository.
     """
     if not name or re.search(r"[\0\\:]|^/|^\.\.(/|$)|/\.\.(/|$)", name):  # a colon or backslash means something on Windows
-        raise CheckpointError(f"names the file {name!r}, which is not inside the checkpoint", file=directory)
+        raise CheckpointError(f"refers to the file {name!r}, which is not inside the checkpoint", file=directory)
     path = directory / name
     try:
         root, real = directory.resolve(), path.resolve()
@@ -137,30 +136,30 @@ def inside(directory: Path, name: str) -> Path:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
-        raise CheckpointError("is a link that leads out of the checkpoint", file=path)
+        raise CheckpointError("is a link to a file outside the checkpoint", file=path)
     return path
 
 
 def parse_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no key twice, no NaN or infinity. `what` names it in errors."""
+    """Parses a JSON object strictly: UTF-8, no duplicate keys, no NaN or infinity. `what` names it in errors."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{what} has the key {twice!r} twice", file=path)
+            raise CheckpointError(f"{what} has a duplicate key {twice!r}", file=path)
         return made
 
     def refuse(constant: str) -> Any:
-        raise CheckpointError(f"{what} holds {constant}, which is not JSON", file=path)
+        raise CheckpointError(f"{what} contains {constant}, which is not valid JSON", file=path)
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is not UTF-8: {error}", file=path) from error
     except RecursionError as error:
-        raise CheckpointError(f"{what} is nested too deep", file=path) from error
+        raise CheckpointError(f"{what} is nested too deeply", file=path) from error
     except CheckpointError:
         raise
     except ValueError as error:  # bad JSON, or a number of thousands of digits

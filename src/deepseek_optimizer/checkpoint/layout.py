@@ -1,6 +1,6 @@
-"""What a safetensors file that we write looks like, known before its first byte: from shapes and dtypes alone.
+"""The layout of a safetensors file to be written, computed from shapes and dtypes alone.
 
-Packed tensors begin at multiples of 64 bytes wherever sizes allow it, so that a mapped file can be used in place.
+Packed tensors start at multiples of 64 bytes where sizes permit, so that a mapped file can be used in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..quant import PackedWeight
 
-Stored = torch.Tensor | PackedWeight  # all three keep their numbers in `.data`
+Stored = torch.Tensor | PackedWeight  # all three hold their data in `.data`
 
 _ALIGN = 64
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
@@ -22,7 +22,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", t
 
 @dataclass(frozen=True)
 class Layout:
-    """One file. `header`: its first bytes, length included; `order`: its tensors as they follow; `size`: bytes of all of it."""
+    """One file. `header`: its first bytes, length included; `order`: its tensors in file order; `size`: bytes in all."""
 
     header: bytes
     order: tuple[str, ...]
@@ -33,17 +33,17 @@ def layout_of(tensors: Mapping[str, Stored]) -> Layout:
     """The layout of a file of these tensors, which may be on the meta device.
 
     Raises:
-        ValueError: a dtype that safetensors or our reader has no name for.
+        ValueError: a dtype that cannot be stored.
     """
     plain = {name: value.data for name, value in tensors.items()}
     sizes = {name: t.numel() * t.element_size() for name, t in plain.items()}
-    # Holes are not allowed in the format, so sizes that keep the alignment come first; then larger items before smaller.
+    # The format allows no gaps, so sizes that preserve the alignment come first, then larger items before smaller ones.
     order = sorted(plain, key=lambda n: (sizes[n] % _ALIGN != 0, -plain[n].element_size(), n))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:
         if plain[name].dtype not in _DTYPES:
-            raise ValueError(f"{name}: {plain[name].dtype} can't be saved; use one of {', '.join(map(str, _DTYPES))}")
+            raise ValueError(f"{name}: {plain[name].dtype} cannot be saved; use one of {', '.join(map(str, _DTYPES))}")
         header[name] = {
             "dtype": _DTYPES[plain[name].dtype],
             "shape": list(plain[name].shape),

@@ -1,4 +1,4 @@
-"""Loading: every tensor a model wants, checked first, then one at a time."""
+"""Loading the tensors of a model: all are checked first, then read one at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .stacks import surplus_expert
 
 # Buffers that old checkpoints carry and models compute themselves.
 IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.self_attn\.(bias|masked_bias)")
-_NAMED = 5  # names that an error lists
+_NAMED = 5  # names listed in an error
 
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far loading is, after each tensor. Bytes are those of the file; `seconds_left` is None until there is a rate."""
+    """Progress of loading, reported after each tensor. Bytes are counted in the file; `seconds_left` is None until known."""
 
     tensor: str
     done_bytes: int
@@ -48,22 +48,22 @@ def stream_weights(
     importance: Mapping[str, torch.Tensor] | None = None,
     order: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
-    """The wanted tensors in the order of the file: packed matrices and stacks, and plain tensors where the format is None.
+    """Yields the wanted tensors in file order: packed matrices and stacks, and plain tensors where the format is None.
 
-    Names, shapes and formats are checked before the first tensor is read. Memory beside what is handed out stays at a panel of
-    rows. NaN and infinite weights are refused as they are met.
+    Names, shapes and formats are checked before the first tensor is read. Besides the yielded tensor, a panel of rows is the
+    only memory needed. NaN and infinite weights are refused when they are read.
 
     Args:
         wanted: parameter name -> weight format, or None for a plain float tensor.
-        shapes: the shape the model expects of each; of a stack its count, rows and cols.
-        packer: packs a panel; the native one where it is built.
+        shapes: the shape that the model expects of each; for a stack count, rows and cols.
+        packer: packs a panel; the native one if it is built.
         progress: called after each tensor.
-        ignored: patterns (whole names) of stored tensors that need not be wanted.
-        importance: parameter name -> how much an error in each of its columns weighs, as `Packer` has it; some may be absent.
-        order: names of those that are to come, and how they follow; None: all, as they lie in the files.
+        ignored: patterns (full match) of stored tensor names that may be absent from `wanted`.
+        importance: parameter name -> weight of an error in each column, see `Packer`; some may be absent.
+        order: names of the tensors to yield, in this order; None: all, in file order.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape, or holds NaN. It names the tensor.
+        CheckpointError: a tensor is missing, unexpected, has another shape, or contains NaN. The error names it.
     """
     check_tensors(checkpoint, wanted, shapes, ignored)
     if order is None:
@@ -77,12 +77,12 @@ def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     ignored: Iterable[str] = IGNORED,
 ) -> None:
-    """The checks of `stream_weights` alone; nothing is read."""
+    """Performs the checks of `stream_weights` without reading tensors."""
     needed = {name: checkpoint.stored(name, tuple(shapes[name])) for name in wanted}
     known = {tensor for stored in needed.values() for tensor in stored}
     if missing := [tensor for stored in needed.values() for tensor in stored if tensor not in checkpoint.tensors]:
         raise CheckpointError(
-            f"lacks {_list(missing)}; fetch it again, or see whether its config is another model's",
+            f"lacks {_list(missing)}; download it again, or check that config.json belongs to this model",
             file=checkpoint.path,
             tensor=missing[0],
         )
@@ -92,13 +92,13 @@ def check_tensors(
             raise CheckpointError(why, file=checkpoint.info(name).file, tensor=name)
     if unexpected := [name for name in checkpoint.tensors if name not in known and not skip.fullmatch(name)]:
         raise CheckpointError(
-            f"has {_list(unexpected)}, which the model does not know", file=checkpoint.path, tensor=unexpected[0]
+            f"contains {_list(unexpected)}, which the model does not have", file=checkpoint.path, tensor=unexpected[0]
         )
     for name, format in wanted.items():
         for tensor, shape in needed[name].items():
             if shape != checkpoint.shape(tensor):
                 raise CheckpointError(
-                    f"has shape {checkpoint.shape(tensor)}, but the config makes it {shape}",
+                    f"has shape {checkpoint.shape(tensor)}, but the config requires {shape}",
                     file=checkpoint.info(tensor).file,
                     tensor=tensor,
                 )
@@ -125,7 +125,7 @@ def _stream(
             tensor = checkpoint.read(name)
             checkpoint.check_finite(name, tensor)
             yield name, tensor
-            del tensor  # the caller has it; nothing here may keep it alive
+            del tensor  # only the caller may keep it alive
         else:
             weighing = partial(packer, importance=importance[name]) if name in importance else packer
             if len(shape := tuple(shapes[name])) == 3:
@@ -138,7 +138,7 @@ def _stream(
 
 
 def _place(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
-    """Where in the files the first of a parameter's tensors is."""
+    """File and offset of the first of a parameter's tensors."""
     infos = (checkpoint.info(tensor) for tensor in checkpoint.stored(name, tuple(shape)))
     return min((str(info.file), info.offset) for info in infos)
 

@@ -1,4 +1,4 @@
-"""Locks on files and directories, which end with the process that holds them, however it ends."""
+"""Locks on files and directories, released when the process that holds them ends, however it ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two writers at once are not told apart
+except ImportError:  # Windows: concurrent writers are not detected
     fcntl = None  # type: ignore[assignment]
 
 HAS_LOCKS = fcntl is not None

@@ -1,4 +1,4 @@
-"""Packed checkpoints: written once, mapped afterwards.
+"""Packed checkpoints, which are written once and then mapped.
 
 A directory with config.json and safetensors files. A packed matrix lies under the parameter's own name as uint8
 [ceil(rows/16), ceil(cols/32), tile_bytes], the tiles of `native/include/dso.h`, and a stack of experts' matrices as
@@ -33,8 +33,7 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 
 class PackedCheckpoint(SafetensorsCheckpoint):
-    """A checkpoint this package wrote: matrices come mapped where there is a `mapper`, read-only as far as the file is
-    concerned."""
+    """A checkpoint written by this package. Matrices are mapped if there is a `mapper`; the file is never written to."""
 
     kind: ClassVar[str] = "packed"
 
@@ -52,7 +51,7 @@ class PackedCheckpoint(SafetensorsCheckpoint):
                 )
         for name, info in tensors.items():
             if info.dtype == "U8" and name not in self._entries:
-                raise CheckpointError("is packed, but config.json does not say how", file=info.file, tensor=name)
+                raise CheckpointError("is packed, but config.json does not describe it", file=info.file, tensor=name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         entry = self._entries.get(name)
@@ -81,14 +80,14 @@ class PackedCheckpoint(SafetensorsCheckpoint):
         return self.read(name).flatten(0, -2)[begin:end] if name in self._entries else super().read_rows(name, begin, end)
 
     def packed(self, name: str, format: str, packer: Packer = reference_packer) -> PackedMatrix:
-        """The matrix as it lies there; it can't be had in another format than it was packed in."""
+        """The matrix as stored; CheckpointError for another format than the stored one."""
         if name not in self._entries:
             return super().packed(name, format, packer)
         rows, cols = self.matrix_shape(name)
         return PackedMatrix(format, rows, cols, self._tiles(name, format))
 
     def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
-        """The stack as it lies there, as `packed` has matrices."""
+        """The stack as stored, see `packed`."""
         if name not in self._entries:
             return super().packed_stack(name, format, shape, packer)
         return PackedStack(format, *shape, self._tiles(name, format))
@@ -111,7 +110,7 @@ class PackedCheckpoint(SafetensorsCheckpoint):
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """One safetensors file, streamed: no copy of a tensor is made, and the packed ones begin at multiples of 64 bytes."""
+    """Writes one safetensors file without copying tensors; packed ones start at multiples of 64 bytes."""
     layout = layout_of(tensors)
     with open(path, "wb") as file:
         file.write(layout.header)

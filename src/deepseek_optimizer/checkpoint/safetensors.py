@@ -1,6 +1,6 @@
-"""safetensors files: the header, checked in full before anything else is read.
+"""safetensors files: the header is checked completely before anything else is read.
 
-A file is: 8 bytes little-endian header length, a JSON header, the tensors' bytes without holes or overlaps. Source:
+A file consists of 8 bytes little-endian header length, a JSON header, and the tensors' bytes without gaps or overlaps. Source:
 https://github.com/huggingface/safetensors (format section); its reader's 100 MB header cap is ours too.
 """
 
@@ -27,7 +27,7 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """An open file with a header that was checked."""
+    """An open file whose header has been checked."""
 
     file: DataFile
     tensors: dict[str, TensorInfo]
@@ -35,7 +35,7 @@ class SafetensorsFile:
 
 
 def open_safetensors(file: DataFile) -> SafetensorsFile:
-    """Reads and checks the header; CheckpointError names what is wrong with it."""
+    """Reads and checks the header. Raises CheckpointError."""
     if file.size < 8:
         raise CheckpointError(f"has {file.size} bytes; a safetensors file has at least 8", file=file.path)
     length = int.from_bytes(file.read(0, 8), "little")
@@ -75,7 +75,7 @@ def _tensor(file: DataFile, start: int, name: str, entry: Any) -> TensorInfo:
     if end - begin != nbytes:
         raise wrong(f"{dtype} of shape {shape} takes {nbytes} bytes, but data_offsets give {end - begin}")
     if start + end > file.size:
-        raise wrong(f"ends at byte {start + end}, but the file has {file.size}: it is truncated; fetch it again")
+        raise wrong(f"ends at byte {start + end}, but the file has {file.size}: it is truncated; download it again")
     return TensorInfo(name, dtype, tuple(shape), file.path, start + begin, nbytes)
 
 
@@ -84,12 +84,12 @@ def _naturals(values: Any) -> bool:
 
 
 def _check_cover(file: DataFile, start: int, tensors: dict[str, TensorInfo]) -> None:
-    """Tensors must follow each other to the end of the file: no byte twice, none left over."""
+    """Tensors must cover the rest of the file without gaps or overlaps."""
     at = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != at:
             gap = tensor.offset - at
-            what = "overlaps the tensor before it" if gap < 0 else f"leaves a hole of {gap} bytes before it"
+            what = "overlaps the tensor before it" if gap < 0 else f"leaves a gap of {gap} bytes before it"
             raise CheckpointError(what, file=file.path, tensor=tensor.name[:200])
         at += tensor.nbytes
     if at != file.size:

@@ -1,9 +1,10 @@
-"""Cache blocks in a file: what a model has read of a text, for another process. No torch.
+"""Cache blocks in a file: the KV cache of a text, for use by another process. No torch.
 
     8 bytes "DSOBLOCK" | uint32 format version | uint32 length of the header | header, JSON
-    | tokens, int32 [n] | BLAKE2b-128 of all so far | of each block: BLAKE2b-128 of its number and bytes, its bytes
+    | tokens, int32 [n] | BLAKE2b-128 of everything before | for each block: BLAKE2b-128 of its number and bytes, its bytes
 
-All numbers are little-endian. A file is refused, by name, where a length, a checksum or what it was made with is not right.
+All numbers are little-endian. Errors name the file if a length, a checksum or the model it was made with does
+not match.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ _SIZES = ("tokens", "block_tokens", "block_bytes")
 
 @dataclass(frozen=True)
 class SavedBlocks:
-    """A file that was opened; its header and tokens are checked.
+    """An open file; its header and tokens have been checked.
 
     Attributes:
-        made_with: what the blocks' bytes depend on, by name, as it was given to `save_blocks`.
-        tokens: of the text. held: which of its blocks are there, as [begin, end) runs; the others nobody needs any more.
-        block_tokens, block_bytes: of a block.
+        path: the file.
+        made_with: properties that the blocks' bytes depend on, by name, as given to `save_blocks`.
+        tokens: token ids of the text.
+        held: which of its blocks are stored, as [begin, end) runs; the others are not needed any more.
+        block_tokens, block_bytes: tokens and bytes of a block.
     """
 
     path: Path
@@ -49,30 +52,30 @@ class SavedBlocks:
 
     @property
     def numbers(self) -> list[int]:
-        """Of the blocks that are there, in the text."""
+        """Indices, in the text, of the stored blocks."""
         return _numbers(self.held)
 
     def check(self, made_with: Mapping[str, Any], block_tokens: int, block_bytes: int) -> None:
-        """Raises CheckpointError where the blocks were not made with this."""
+        """Raises CheckpointError if the blocks were made with other properties."""
         names = sorted({*made_with, *self.made_with})
         other = [name for name in names if made_with.get(name) != self.made_with.get(name)]
         if not other and (block_tokens, block_bytes) != (self.block_tokens, self.block_bytes):
             other = ["block size"]
         if other:
             raise CheckpointError(
-                f"its cache was made with another {', '.join(other)}; delete it and read the text anew, or load the model "
-                "as it was then",
+                f"was made with another {', '.join(other)}; delete it and process the text again, or load the model with the "
+                "settings of that time",
                 file=self.path,
             )
 
     def blocks(self) -> Iterator[bytes]:
-        """The bytes of the blocks that are there, in order. Raises CheckpointError at one that is damaged."""
+        """The bytes of the stored blocks, in order. Raises CheckpointError at a damaged block."""
         with self.path.open("rb") as file:
             file.seek(self._begin)
             for number in self.numbers:
                 digest, data = file.read(_DIGEST), file.read(self.block_bytes)
                 if len(data) != self.block_bytes or _block_digest(number, data) != digest:
-                    raise CheckpointError(f"block {number} is damaged; delete the file and read the text anew", file=self.path)
+                    raise CheckpointError(f"block {number} is damaged; delete the file and read the text again", file=self.path)
                 yield data
 
 
@@ -86,13 +89,15 @@ def save_blocks(
     block_tokens: int,
     block_bytes: int,
 ) -> None:
-    """Writes a file, at once under its name.
+    """Writes a file atomically.
 
     Args:
-        made_with: what the blocks' bytes depend on, by name: JSON.
-        tokens: of the text, whose block n holds those from n * block_tokens on.
-        blocks: bytes of those that are to be there; `numbers`: which they are, ascending.
-        block_bytes: of each block.
+        path: the file.
+        made_with: properties that the blocks' bytes depend on, by name, as JSON types.
+        tokens: token ids of the text; block n holds those from n * block_tokens on.
+        blocks: bytes of the blocks to store.
+        numbers: indices of these blocks, ascending.
+        block_tokens, block_bytes: tokens and bytes of a block.
     """
     fields = {
         "made_with": made_with, "tokens": len(tokens), "held": _runs(numbers), "block_tokens": block_tokens,
@@ -109,10 +114,10 @@ def save_blocks(
 
 
 def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
-    """Opens a file and checks all but its blocks, which are checked as they are read.
+    """Opens a file and checks everything but its blocks, which are checked when they are read.
 
     Raises:
-        CheckpointError: it is no such file, of another version, cut short or damaged.
+        CheckpointError: not a file of saved blocks, another version, truncated or damaged.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -120,25 +125,25 @@ def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
         size = os.fstat(file.fileno()).st_size
         start = file.read(_START.size)
         if len(start) < _START.size or start[:8] != _MAGIC:
-            raise CheckpointError("is no file of saved cache blocks", file=path)
+            raise CheckpointError("is not a file of saved cache blocks", file=path)
         _, version, length = _START.unpack(start)
         if version != _VERSION:
-            raise CheckpointError(f"is of version {version}, and this package reads {_VERSION}; read the text anew", file=path)
+            raise CheckpointError(f"has version {version}, and {_VERSION} is supported; process the text again", file=path)
         fields, header = _header(file, path, size, length)
         count, block_tokens, block_bytes = (fields[name] for name in _SIZES)
         begin = _START.size + length + 4 * count + _DIGEST
         expected = begin + sum(end - first for first, end in fields["held"]) * (_DIGEST + block_bytes)
         if size != expected:
-            raise CheckpointError(f"has {size:,} bytes, and {expected:,} by its header; read the text anew", file=path)
+            raise CheckpointError(f"has {size:,} bytes instead of {expected:,}; process the text again", file=path)
         tokens = file.read(4 * count)
         if file.read(_DIGEST) != _digest(start + header + tokens):
-            raise CheckpointError("its header is damaged; delete it and read the text anew", file=path)
+            raise CheckpointError("has a damaged header; delete it and process the text again", file=path)
     ids = np.frombuffer(tokens, "<i4").tolist()
     return SavedBlocks(path, fields["made_with"], ids, fields["held"], block_tokens, block_bytes, begin)
 
 
 def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[str, Any], bytes]:
-    damaged = CheckpointError("its header is damaged; delete it and read the text anew", file=path)
+    damaged = CheckpointError("has a damaged header; delete it and process the text again", file=path)
     if length > min(_MAX_HEADER, size):
         raise damaged
     header = file.read(length)
@@ -156,13 +161,13 @@ def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[st
 
 def _runs(numbers: list[int]) -> list[list[int]]:
     """Ascending numbers as [begin, end) runs."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
-        if found and found[-1][1] == number:
-            found[-1][1] += 1
+        if runs and runs[-1][1] == number:
+            runs[-1][1] += 1
         else:
-            found.append([number, number + 1])
-    return found
+            runs.append([number, number + 1])
+    return runs
 
 
 def _numbers(runs: list[list[int]]) -> list[int]:
@@ -182,5 +187,5 @@ def _digest(data: bytes) -> bytes:
 
 
 def _block_digest(number: int, data: bytes) -> bytes:
-    """With its number, so that blocks that changed places are found out."""
+    """Includes the number, so that swapped blocks are detected."""
     return hashlib.blake2b(data, digest_size=_DIGEST, salt=number.to_bytes(8, "little")).digest()

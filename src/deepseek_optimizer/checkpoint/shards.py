@@ -1,4 +1,4 @@
-"""A model's tensors over several files: which goes where, known before the first is read."""
+"""Distribution of a model's tensors over several files, planned before the first is read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds a model's weights or their index: a new save of the model replaces all of them."""
+    """Whether a file of this name holds a model's weights or their index, which saving the model again replaces."""
     return name in (SINGLE, INDEX) or _SHARD.fullmatch(name) is not None
 
 
 class Writable(Protocol):
-    """A binary file that is written from front to end."""
+    """A binary file for sequential writing."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 
@@ -38,7 +38,7 @@ class Shard:
 
 
 def plan_shards(tensors: Mapping[str, Stored], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Files of about `shard_bytes`, cut between layers: a layer is never split, and a larger one has a file of its own.
+    """Plans files of about `shard_bytes`. A layer is never split; a layer larger than that gets its own file.
 
     Args:
         tensors: in the model's order; on the meta device, since only shapes and dtypes are looked at.
@@ -63,7 +63,7 @@ def _layer_of(name: str) -> str | None:
 
 
 def write_shard(file: Writable, shard: Shard, weights: Iterator[tuple[str, Stored]]) -> None:
-    """Writes the shard's tensors, the next ones of `weights`, one after the other; none is kept."""
+    """Writes the shard's tensors, which `weights` yields next, one by one without keeping them."""
     file.write(shard.layout.header)
     written = len(shard.layout.header)
     for expected in shard.layout.order:
@@ -79,7 +79,7 @@ def write_shard(file: Writable, shard: Shard, weights: Iterator[tuple[str, Store
 
 
 def write_index(directory: Path, shards: Sequence[Shard]) -> None:
-    """model.safetensors.index.json, where there is more than one file."""
+    """Writes model.safetensors.index.json if there is more than one file."""
     if len(shards) == 1:
         return
     total = sum(shard.layout.size - len(shard.layout.header) for shard in shards)

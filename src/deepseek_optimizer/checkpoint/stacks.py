@@ -1,5 +1,5 @@
-"""Stacks of experts' matrices, as checkpoints hold them: tensor by tensor as DeepSeek publishes them, or merged as Transformers
-has them in memory.
+"""Stacks of experts' matrices in checkpoints: one tensor per matrix as DeepSeek publishes them, or merged as Transformers holds
+them in memory.
 
 | parameter | published | merged |
 |---|---|---|
@@ -24,19 +24,19 @@ StackShape = tuple[int, int, int]  # count, rows, cols
 
 @dataclass(frozen=True)
 class StackPart:
-    """Where one matrix of a stack is stored: from row `row` of a tensor on, whose dimensions but the last all count as rows."""
+    """Where one matrix of a stack is stored: starting at row `row` of a tensor; all dimensions but the last count as rows."""
 
     tensor: str
     row: int = 0
 
 
 def is_stack(name: str) -> bool:
-    """Whether this is the parameter's name of a stack of experts' matrices."""
+    """Whether `name` is the parameter of a stack of experts' matrices."""
     return _STACK.fullmatch(name) is not None
 
 
 def matrices_per_expert(name: str) -> int:
-    """How many matrices of the stack `name` belong to one expert: gate and up, or down."""
+    """Number of matrices of one expert in the stack `name`: gate and up, or down."""
     return len(_ROLES[name.rpartition(".")[2]])
 
 
@@ -45,10 +45,10 @@ def parts(name: str, shape: StackShape, stored: Collection[str]) -> list[StackPa
     count, rows, _ = shape
     if name in stored:
         return [StackPart(name, i * rows) for i in range(count)]
-    found = _STACK.fullmatch(name)
-    if found is None:
-        raise ValueError(f"{name!r} is no stack of experts")
-    experts, roles = found[1], _ROLES[found[2]]
+    match = _STACK.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not a stack of experts")
+    experts, roles = match[1], _ROLES[match[2]]
     return [StackPart(f"{experts}.{i // len(roles)}.{roles[i % len(roles)]}.weight") for i in range(count)]
 
 
@@ -60,16 +60,17 @@ def merged_shape(name: str, shape: StackShape) -> StackShape:
 
 
 def surplus_expert(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What is wrong with an expert's tensor that nothing wants: its number, or that there is another in its place. None for
-    other tensors.
+    """Why a checkpoint's tensor of an expert is not used: its number is too large, or it is stored twice. None for other
+    tensors.
 
     Args:
-        shapes: of what is wanted, by parameter name.
+        tensor: name of the stored tensor.
+        shapes: shapes that the model expects, by parameter name.
     """
-    found = _EXPERT.fullmatch(tensor)
-    shape = shapes.get(f"{found[1]}.down_proj") if found else None
-    if found is None or shape is None:
+    match = _EXPERT.fullmatch(tensor)
+    shape = shapes.get(f"{match[1]}.down_proj") if match else None
+    if match is None or shape is None:
         return None
-    if int(found[2]) < shape[0]:
-        return f"is of expert {int(found[2])}, whose weights are there under another name too; take one of the two out"
-    return f"is of expert {int(found[2])}, but the config has {shape[0]} experts (n_routed_experts), counted from 0"
+    if int(match[2]) < shape[0]:
+        return f"belongs to expert {int(match[2])}, whose weights are also stored under another name; remove one of the two"
+    return f"belongs to expert {int(match[2])}, but the config has {shape[0]} experts (n_routed_experts), counted from 0"

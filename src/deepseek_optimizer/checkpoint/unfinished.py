@@ -1,8 +1,8 @@
-"""A directory that takes more than one run to write: what was finished before a kill is found again, checked, and kept.
+"""Resumable writing of a directory: files that were finished before a kill are verified and reused.
 
-Beside the target lies `.<name>.unfinished.tmp`, with the finished files in `files/` and a journal. Its first line says what is
-being made of what; each further line names a file that is whole, with its size and checksum. A run that would make the same
-goes on from there; one that would make something else begins afresh. At the end `files/` takes the target's name at once.
+`.<name>.unfinished.tmp` beside the target holds finished files in `files/`, and a journal. The journal's first line identifies
+the job (inputs and settings); each further line names a finished file with its size and checksum. A run of the same job resumes
+from there, a different job starts over. At the end `files/` is renamed to the target in one step.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _CHUNK = 1 << 24
 
 
 class Unfinished:
-    """Context manager. Left by an error that a second run may not meet (no space, Ctrl-C), it stays if a file was finished.
+    """Context manager. After an error that a second run may avoid (no space, Ctrl-C), finished files are kept.
 
     Args:
-        target: the directory to make in the end.
-        identity: what is made of what, as JSON types; a leftover of the same identity is gone on with.
-        names: the files worth going on for.
+        target: the directory to create in the end.
+        identity: inputs and settings of the job, as JSON types; a leftover with the same identity is resumed.
+        names: names of files that are worth resuming for.
         overwrite: whether the target may exist.
 
     Attributes:
-        folder: where all files of the target go.
-        finished: names of the files that are there and whole.
-        news: what was found, for the user; None where nothing was.
+        folder: directory for all files of the target.
+        finished: names of the files that are complete.
+        news: a message for the user about leftovers of an earlier run; None if there were none.
 
     Raises:
-        CheckpointError: the target exists, or another process is at it.
+        CheckpointError: the target exists, or another process is writing it.
     """
 
     def __init__(self, target: Path, identity: Mapping[str, Any], names: Collection[str], overwrite: bool = False) -> None:
@@ -69,7 +69,7 @@ class Unfinished:
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[_Checked]:
-        """A binary file to write from front to end. It appears under its name, and in the journal, when it is whole."""
+        """A binary file for sequential writing. It gets its name, and its entry in the journal, when it is complete."""
         part = self.folder / f"{name}.part"
         with naming(part):
             with open(part, "wb") as raw:
@@ -86,7 +86,7 @@ class Unfinished:
         self.finished.add(name)
 
     def publish(self) -> None:
-        """Gives `folder` the target's name."""
+        """Renames `folder` to the target."""
         publish(self.folder, self.target, self.overwrite)
 
     def _unlock(self) -> None:
@@ -95,19 +95,19 @@ class Unfinished:
             self._handle = None
 
     def _take_over(self, identity: dict[str, Any], names: Collection[str]) -> tuple[str | None, dict[str, dict[str, Any]]]:
-        """Leaves what can be gone on with, and nothing else; the journal says the same."""
+        """Keeps files that can be reused, removes all others, and rewrites the journal accordingly."""
         before, entries = self._read_journal()
         news, kept = None, {}
         if before == identity:
             kept = {n: e for n, e in entries.items() if n in names and self._is_whole(n, e)}
-            news = f"going on with {self.path}: {len(kept)} of {len(names)} files are finished"
+            news = f"resuming {self.path}: {len(kept)} of {len(names)} files are finished"
             if damaged := sorted(n for n in entries if n in names and n not in kept):
-                news += f"; damaged, so made again: {', '.join(damaged)}"
+                news += f"; damaged, will be written again: {', '.join(damaged)}"
         elif before is not None:
             other = [name for name in identity if before.get(name) != identity[name]]
-            news = f"{self.path} was left by a conversion with another {' and '.join(other) or 'identity'}: beginning afresh"
+            news = f"{self.path} was left by a conversion with another {' and '.join(other) or 'identity'}: starting over"
         elif any(self.path.iterdir()):
-            news = f"{self.path} is left over, with a journal that cannot be read: beginning afresh"
+            news = f"{self.path} was left by an earlier run, and its journal cannot be read: starting over"
         for path in self.path.iterdir():
             if path != self.folder and not (path.name == _JOURNAL and stat.S_ISREG(_mode(path))):
                 _remove(path)
@@ -121,7 +121,7 @@ class Unfinished:
         return news, kept
 
     def _read_journal(self) -> tuple[Any, dict[str, dict[str, Any]]]:
-        """The identity (None where it can't be read), and the entries that can."""
+        """The identity (None if it cannot be read), and the readable entries."""
         path = self.path / _JOURNAL
         if not stat.S_ISREG(_mode(path)) or path.stat().st_size > _MAX_JOURNAL:
             return None, {}
@@ -137,7 +137,7 @@ class Unfinished:
         return lines[0]["identity"], {e["file"]: e for e in entries}
 
     def _write_journal(self, *lines: Mapping[str, Any]) -> None:
-        """A new journal in place of the old one, at once: a kill in between must not lose what was finished."""
+        """Replaces the journal atomically: a kill must not lose finished files."""
         part = self.path / f"{_JOURNAL}.part"
         with naming(part):
             with open(part, "wb") as journal:
@@ -148,19 +148,19 @@ class Unfinished:
             sync(self.path)
 
     def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
-        """Whether the file is the one that was finished, byte for byte."""
+        """Whether the file has the size and checksum of the entry."""
         path = self.folder / name
         if not stat.S_ISREG(_mode(path)) or path.stat().st_size != entry.get("bytes"):
             return False
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
             while data := file.read(_CHUNK):
-                found.update(data)
-        return _entry(name, path.stat().st_size, found.hexdigest()) == entry
+                digest.update(data)
+        return _entry(name, path.stat().st_size, digest.hexdigest()) == entry
 
 
 class _Checked:
-    """Counts and hashes what goes into a file."""
+    """Counts and hashes the bytes written to a file."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self.count, self.hash = raw, 0, hashlib.sha256()
@@ -180,7 +180,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 
 def _mode(path: Path) -> int:
-    """Of the name itself: a link is not followed. 0 where there is nothing."""
+    """File mode without following links; 0 if the path does not exist."""
     try:
         return os.lstat(path).st_mode
     except FileNotFoundError:
@@ -195,21 +195,21 @@ def _remove(path: Path) -> None:
 
 
 def _locked(path: Path, target: Path) -> int | None:
-    """The directory, made if need be and locked for as long as this handle is open, or this process alive."""
+    """Creates the directory if necessary and locks it until the returned handle is closed or the process ends."""
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             pass
         if not stat.S_ISDIR(_mode(path)):
-            raise CheckpointError("is in the way of a temporary directory; remove it", file=path)
+            raise CheckpointError("is in the place of a temporary directory; remove it", file=path)
         if not HAS_LOCKS:
             return None
         try:
             return hold(path)
         except BlockingIOError as error:
-            raise CheckpointError("another process is writing it", file=target) from error
+            raise CheckpointError("is being written by another process", file=target) from error
         except FileNotFoundError:
-            continue  # whoever had it has finished, and removed it, meanwhile
+            continue  # the previous holder finished and removed it meanwhile
         except OSError:
             return None  # a file system without locks

@@ -92,6 +92,7 @@ class ConversationalPipeline(Pipeline):
     _load_image_processor: Any = False
     _load_feature_extractor: Any = False
     _load_video_processor: Any = False
+    _defaults: Any = None  # of what `__call__` takes
 
     def __init__(
         self,
@@ -120,7 +121,6 @@ class ConversationalPipeline(Pipeline):
         tokenizer = _tokenizer(tokenizer, path)
         if where is not None and model.device != where:
             model.to(where)
-        self._defaults: Any = None
         mapped = getattr(model, "hf_device_map", None) is not None  # then a device is not to be named, not even this one
         super().__init__(model=model, tokenizer=tokenizer, task=task, device=None if mapped else model.device, **generation)
         if not tokenizer.chat_template:

@@ -1,9 +1,9 @@
-"""`dso doctor`: what in a machine, an installation or a model makes it fail, or run slower or worse than it could.
+"""`dso doctor`: finds what makes a model fail, run slowly or answer badly, in the machine, the installation or the model.
 
     with Case(model="path") as case:
         for finding in examine(case): ...
 
-A check is a file in `checks/`, a symptom one in `symptoms/`. Nothing here changes anything.
+Each check is a file in `checks/`, each symptom one in `symptoms/`. All of them only read.
 """
 
 from __future__ import annotations

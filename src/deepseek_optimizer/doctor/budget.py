@@ -1,11 +1,12 @@
-"""How much memory a model takes with its settings, reckoned from headers: weights, cache and buffers."""
+"""Memory that a model needs with its settings, computed from file headers: weights, cache and buffers."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
+from ..backends.base import CompileOptions, Sizes
+from ..errors import BackendError
 from ..graph.ir import BLOCK
 from ..system.memory import less_reserve
 from .case import Case
@@ -14,13 +15,13 @@ from .case import Case
 @dataclass(frozen=True)
 class Budget:
     """Bytes. Attributes:
-    weights: packed matrices and plain tensors, tied ones once.
-    cache_per_token: of one sequence, all layers, K and V and what sparse attention keeps of blocks.
-    buffers: the plan's, at its largest step.
-    free: what this process can still take.
-    granted: what the settings allow the cache at most (`kv_cache_memory`); None: what is free, less a reserve.
-    span: tokens that a sequence holds at most, however long it is, where attention lets the cache forget; None: all.
-    matrices: of the packed matrices and stacks the shape, and the format that a precision does not make them smaller than.
+    weights: packed matrices and plain tensors; tied ones count once.
+    cache_per_token: of one sequence: keys and values of all layers, and the block summaries of sparse attention.
+    buffers: of the plan, at its largest step.
+    free: memory that this process can still allocate.
+    granted: maximum size of the cache (`kv_cache_memory`); None: the free memory less a reserve.
+    span: maximum tokens in the cache per sequence, if attention lets it drop tokens; None: all tokens stay.
+    matrices: shape of each packed matrix or stack, and the smallest format allowed for it.
     formats: bytes of the packed matrices by format.
     """
 
@@ -35,24 +36,24 @@ class Budget:
     formats: dict[str, int]
 
     def held(self, context: int) -> int:
-        """Tokens in the cache for a sequence of `context` tokens: whole blocks."""
+        """Cached tokens for a sequence of `context` tokens, rounded up to whole blocks."""
         held = context if self.span is None else min(context, self.span)
         return -(-held // BLOCK) * BLOCK
 
     def needed(self, tokens: int) -> int:
-        """Bytes with `tokens` in the cache, over all sequences."""
+        """Bytes needed with `tokens` in the cache, over all sequences."""
         return self.weights + self.buffers + self.cache_per_token * tokens
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that the cache can get beside the weights, over all sequences: whole blocks. 0 where not even those fit."""
+        """Maximum number of cached tokens over all sequences, in whole blocks; 0 if not even the weights fit."""
         left = self.free - self.weights - self.buffers
         room = left - self.reserve if self.granted is None else min(left, self.granted)
         return max(0, room) // (self.cache_per_token * BLOCK) * BLOCK
 
     @property
     def reserve(self) -> int:
-        """What a cache that nothing else bounds leaves free."""
+        """Bytes that a cache without an explicit limit leaves free."""
         left = self.free - self.weights - self.buffers
         return left - less_reserve(left)
 
@@ -64,7 +65,7 @@ class Budget:
         return self.weights - sum(self.formats.values()) + packed
 
     def in_format(self, format_name: str) -> Budget:
-        """The budget with every matrix in this format; buffers are taken to be as large."""
+        """The budget with every matrix in this format, assuming buffers of the same size."""
         return replace(self, weights=self.weights_in(format_name))
 
 
@@ -84,11 +85,17 @@ def budget(case: Case) -> Budget:
     whole = whole_graph(case.sketch)
     least, exact = least_formats(whole), exact_weights(whole)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
-    kv = kv_dtype(case.settings, formats)
+    kv, sizes, high = kv_dtype(case.settings, formats), _sizes(case), case.settings.batch_size_range[1]
     return Budget(
         weights=sum(formats.values()) + plain,
-        cache_per_token=_block_bytes(case, kv) // BLOCK,
-        buffers=_buffers(case, dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices}),
+        cache_per_token=sizes.block_bytes(case.graph, kv) // BLOCK,
+        buffers=sizes.buffer_bytes(
+            case.graph,
+            dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices},
+            CompileOptions(case.settings.activation),
+            max(case.settings.prefill_chunk, high),
+            high,
+        ),
         free=case.machine.memory.free,
         granted=case.settings.kv_cache_memory,
         span=_span(case),
@@ -106,41 +113,19 @@ def _span(case: Case) -> int | None:
 
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
-    """Of a matrix [rows, cols] or a stack [count, rows, cols]."""
+    """Bytes of a matrix [rows, cols] or a stack [count, rows, cols]."""
     from ..checkpoint.manifest import PackedEntry
 
     return math.prod(PackedEntry(format_name, shape).tiles)
 
 
-def _block_bytes(case: Case, kv: str) -> int:
-    """Of the backend that would serve, asked without making it: its settings may be what is wrong."""
-    from ..backends.cpu import native, unavailable_reason
-    from ..backends.reference import ReferenceBackend
+def _sizes(case: Case) -> Sizes:
+    """Sizes in the backend that would be used, without constructing it: its settings may be invalid."""
+    import torch
 
-    if case.settings.backend == "reference" or unavailable_reason() is not None:
-        return ReferenceBackend().block_bytes(case.graph, kv)
-    return native.block_bytes(case.graph.cache, kv)
+    from ..backends.registry import choose_spec, find
 
-
-def _buffers(case: Case, format_of: dict[str, str]) -> int:
-    """What the native plan reserves for its largest step. The reference backend makes and drops the same rows in fp32."""
-    from ..backends.cpu import native, unavailable_reason
-    from ..backends.cpu.compile import ACTIVATIONS, INTEGER_FORMATS
-    from ..backends.cpu.lower import lower
-    from ..graph.planner import assign_slots
-    from ..quant import get_format
-
-    def kind_of(name: str) -> str:
-        forced = ACTIVATIONS.get(case.settings.activation) if format_of[name] in INTEGER_FORMATS else None
-        return forced or get_format(format_of[name]).activation
-
-    def row_bytes(kind: str, width: int) -> int:
-        if unavailable_reason() is not None:
-            return 4 * width
-        return int(native.library().dso_row_bytes(native.SLOT_KINDS[kind], width))
-
-    lowered: Any = lower(case.graph, kind_of, lambda name: format_of[name])
-    high = case.settings.batch_size_range[1]
-    tokens = max(case.settings.prefill_chunk, high)
-    slots = assign_slots(lowered).slots
-    return sum(s.repeat * row_bytes(s.kind, s.width) * (high if s.selected else tokens) for s in slots)
+    try:
+        return choose_spec(case.settings, torch.device("cpu"))[0].sizes()
+    except BackendError:  # another check reports the reason
+        return find("reference").sizes()

@@ -1,4 +1,4 @@
-"""Whom the doctor examines: a machine, and a model with the settings it is meant to run with."""
+"""What the doctor examines: a machine, and optionally a model with the settings to run it with."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .machine import Machine
 @dataclass
 class Case:
     """Attributes:
-    machine: what it runs on.
-    model: a directory, a .gguf file or a hub name; None: the machine alone.
-    fields: fields of `DeepSeekConfig` that the model is meant to be loaded with.
-    context: tokens of a sequence to make room for; None: what the model was trained on.
-    batch: sequences at once.
+    machine: the machine to examine.
+    model: directory, .gguf file or hub name; None: examine the machine only.
+    fields: fields of `DeepSeekConfig` to load the model with.
+    context: sequence length to check memory for; None: the length the model was trained on.
+    batch: number of concurrent sequences to check memory for.
 
-    Close it, or use it in a `with` statement: the model's files stay open meanwhile.
+    Use it in a `with` statement: it keeps the model's files open.
     """
 
     machine: Machine = field(default_factory=Machine.here)
@@ -39,12 +39,12 @@ class Case:
 
     @cached_property
     def checkpoint(self) -> Any:
-        """The opened checkpoint. Raises CheckpointError where it is damaged."""
+        """The opened checkpoint. Raises CheckpointError if it is damaged, ConfigError without a model."""
         from ..checkpoint import open_checkpoint
         from ..integration.load.resolve import resolve
 
         if self.model is None:
-            raise ConfigError("this needs a model: name a directory, a .gguf file or a hub name")
+            raise ConfigError("this check needs a model: give a directory, a .gguf file or a name on the Hugging Face Hub")
         return self._open.enter_context(open_checkpoint(resolve(self.model)))
 
     @cached_property
@@ -55,17 +55,17 @@ class Case:
 
     @property
     def sketch(self) -> Any:
-        """The model as it would be loaded, without its weights."""
+        """The model as it would be loaded, without weights."""
         return self._sketch[0]
 
     @property
     def settings(self) -> Any:
-        """The `DeepSeekConfig` of the load."""
+        """The `DeepSeekConfig` that the model would be loaded with."""
         return self._sketch[1]
 
     @cached_property
     def graph(self) -> Any:
-        """The model's graph, with the rules and the attention that the settings ask for."""
+        """The model's graph, with the fusion rules and the attention mode of the settings."""
         from ..integration.bind.graphs import loaded_mtp_layers, plan_graph
 
         settings, layers = self.settings, loaded_mtp_layers(self.sketch)
@@ -73,14 +73,14 @@ class Case:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Raises CheckpointError where there is none that fits."""
+        """The model's tokenizer. Raises CheckpointError if there is none that matches the weights."""
         from ..checkpoint import load_tokenizer
 
         return load_tokenizer(self.checkpoint)
 
     @cached_property
     def generation_config(self) -> Any:
-        """Transformers' generation settings that lie with the weights, or its defaults."""
+        """The generation config beside the weights, or Transformers' defaults."""
         from transformers import GenerationConfig
 
         folder = self.checkpoint.path
@@ -89,8 +89,8 @@ class Case:
         return GenerationConfig.from_model_config(self.sketch.config)
 
     def with_fields(self, **fields: Any) -> Case:
-        """The same model with other fields of its config, such as change nothing of its weights. Shares the open files: close
-        this one."""
+        """The same model with other config fields, which must not affect the weights. It shares the open files: close this
+        case, not the new one."""
         twin = replace(self, fields={**self.fields, **fields}, _open=ExitStack())
         settings = copy.copy(self.settings)
         for name, value in fields.items():
@@ -99,12 +99,12 @@ class Case:
         return twin
 
     def load(self, **fields: Any) -> Any:
-        """The optimised model, with `fields` over those of the case."""
+        """Loads the optimised model; `fields` override those of the case."""
         from ..optimizer import load_model
 
         return load_model(self.checkpoint.path, **{**self.fields, **fields})
 
     @cached_property
     def loaded(self) -> Any:
-        """The model with the case's own settings."""
+        """The optimised model with the settings of the case."""
         return self.load()

@@ -1,4 +1,4 @@
-"""Running the checks, and one symptom's measurements."""
+"""Runs the checks, or the measurements of one symptom."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from .symptoms import get_symptom
 
 
 def examine(case: Case) -> list[Finding]:
-    """What every standing check finds: the machine's, and the model's where one is named."""
-    found = [finding for check in OF_THE_MACHINE.values() for finding in check(case)]
-    return found if case.model is None else found + examine_model(case)
+    """Findings of all checks: of the machine, and of the model if the case has one."""
+    findings = [finding for check in OF_THE_MACHINE.values() for finding in check(case)]
+    return findings if case.model is None else findings + examine_model(case)
 
 
 def examine_model(case: Case) -> list[Finding]:
-    """What the model's checks find; a checkpoint that can't be loaded is all there is to say."""
-    found: list[Finding] = []
+    """Findings of the model's checks; it stops at a checkpoint that cannot be loaded."""
+    findings: list[Finding] = []
     for check in OF_THE_MODEL.values():
-        found += check(case)
-        if any(finding.check == "checkpoint" and finding.severity == "error" for finding in found):
+        findings += check(case)
+        if any(finding.check == "checkpoint" and finding.severity == "error" for finding in findings):
             break
-    return found
+    return findings
 
 
 def examine_symptom(case: Case, name: str) -> list[Finding]:
-    """What explains a symptom: the checks it depends on, then its own measurements.
+    """Findings that explain a symptom: those of the checks it depends on, then its own measurements.
 
     Raises:
-        ConfigError: no such symptom, one that comes with a later part, or one that needs a model where none is named.
+        ConfigError: the symptom is unknown, or it needs a model and the case has none.
     """
     symptom = get_symptom(name)
-    found = [finding for check in symptom.checks if check in OF_THE_MACHINE for finding in OF_THE_MACHINE[check](case)]
+    findings = [finding for check in symptom.checks if check in OF_THE_MACHINE for finding in OF_THE_MACHINE[check](case)]
     if symptom.needs_model:
-        _ = case.model or case.checkpoint  # raises: it needs one
-        found += [f for f in examine_model(case) if f.severity == "error" or f.check in symptom.checks]
-    if symptom.loads and any(finding.severity == "error" for finding in found):
-        return found  # what would not even start has its cause here
-    return found + list(symptom.measure(case))
+        _ = case.model or case.checkpoint  # raises without a model
+        findings += [f for f in examine_model(case) if f.severity == "error" or f.check in symptom.checks]
+    if symptom.loads and any(finding.severity == "error" for finding in findings):
+        return findings  # a model that cannot be loaded cannot be measured
+    return findings + list(symptom.measure(case))

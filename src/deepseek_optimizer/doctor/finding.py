@@ -1,4 +1,4 @@
-"""What an examination says: one finding a fact that matters."""
+"""The result of an examination: one finding per relevant fact."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Severity = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One fact that was checked.
 
     Attributes:
-        check: name of the check that found it.
-        severity: "error": something will not work; "warning": it works badly; "note": good to know; "ok": looked at, and well.
-        what: what is the case, in a sentence.
-        cause: why; "" where there is nothing to explain.
-        fix: what to do about it; "" where nothing needs to be done.
-        facts: what was measured or read, as JSON types; bytes and seconds unless a name says otherwise.
+        check: name of the check or symptom.
+        severity: "error": something will not work; "warning": it works badly; "note": for information; "ok": no problem.
+        what: the fact, in one sentence.
+        cause: why; "" if there is nothing to explain.
+        fix: what to do about it; "" if nothing needs to be done.
+        facts: the measured values as JSON types; in bytes and seconds unless a key says otherwise.
     """
 
     check: str

@@ -1,6 +1,6 @@
-"""What checks look at outside the model: files of the system, environment, processors, memory, installed packages.
+"""What checks read outside the model: system files, environment, CPUs, memory, installed packages.
 
-Everything comes through a `Machine`, so that a test can show a check any machine there is.
+Checks read all of it through a `Machine`, so that a test can simulate any machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Package:
-    """An installed distribution: its version, and what its metadata says it needs."""
+    """An installed distribution: its version, and the requirements in its metadata."""
 
     version: str
     requires: tuple[str, ...] = ()
@@ -32,11 +32,11 @@ class Package:
 class Machine:
     """Attributes:
     environ: environment variables.
-    root: where the system's files lie; tests put their own there.
-    usable_cpus, online_cpus: processors that this process may run on, and all that the system has.
-    physical_cores: processors without their hyper-threads; None where the system doesn't tell.
-    memory: that can still be taken, and every limit of it.
-    load: processes that wanted to run, on average over the last minute; None where the system doesn't tell.
+    root: directory that system files are read below; tests use their own.
+    usable_cpus, online_cpus: CPUs that this process may run on, and all CPUs of the system.
+    physical_cores: CPUs without hyper-threads; None if unknown.
+    memory: free memory and every limit on it.
+    load: load average of the last minute; None if unknown.
     packages: installed distributions by name.
     """
 
@@ -51,10 +51,10 @@ class Machine:
 
     @classmethod
     def here(cls, *, for_model: bool = False) -> Machine:
-        """The machine this process is on, as it is now.
+        """The machine that this process runs on, as it is now.
 
         Args:
-            for_model: imports what loading a model does before memory is measured.
+            for_model: first import what loading a model imports, so that the free memory is right.
         """
         import psutil
 
@@ -74,15 +74,15 @@ class Machine:
         )
 
     def read(self, path: str) -> str:
-        """A system file's text without white space around it; "" where it can't be read."""
+        """The stripped text of a system file; "" if it cannot be read."""
         return read_text(self.root, path)
 
 
 def installed(names: tuple[str, ...]) -> Iterator[tuple[str, Package]]:
-    """Those of `names` that are installed."""
+    """(name, package) for each of `names` that is installed."""
     for name in names:
         try:
-            found = distribution(name)
+            metadata = distribution(name)
         except PackageNotFoundError:
             continue
-        yield name, Package(found.version, tuple(found.requires or ()))
+        yield name, Package(metadata.version, tuple(metadata.requires or ()))

@@ -1,4 +1,4 @@
-"""What makes a long context fit, and how much memory each takes: predicted from headers, as the need itself is."""
+"""Ways to make a long context fit, with the memory each needs, predicted from file headers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..errors import ConfigError
 from .budget import Budget, budget
 from .case import Case
 
-SMALLER = ("bf16", "int8", "int4")  # formats to turn to, in the order of what they cost in quality
-# Tokens of the longest prompt that `dso longdoc` needs: a chunk (LongDocument's max_length), its reply (longdoc's Limits), and
-# what is asked and written around it.
+SMALLER = ("bf16", "int8", "int4")  # formats to try, in order of increasing quality loss
+# Longest prompt of `dso longdoc` in tokens: a chunk (LongDocument's max_length), its reply (longdoc's Limits), and the question
+# with its instructions.
 LONGDOC_TOKENS = 4096 + 512 + 512
 
 
@@ -23,9 +23,9 @@ class Remedy:
     """
     Attributes:
         name: fields of `DeepSeekConfig`, or a command.
-        price: what changes beside the memory.
-        needed: bytes with it: weights, buffers and cache.
-        fits: whether these are there.
+        price: what else changes.
+        needed: bytes of weights, buffers and cache with it.
+        fits: whether that much memory is free.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Remedy:
 
 
 def remedies(case: Case, needs: Budget, context: int) -> list[Remedy]:
-    """What takes less memory than the case's settings, which need `needs`, for `case.batch` texts of `context` tokens: in the
-    order in which to try, whether it fits or not."""
+    """Settings that need less memory than those of the case (`needs`) for `case.batch` texts of `context` tokens, in the order
+    to try them, whether or not they fit."""
     now = needs.needed(needs.held(context) * case.batch)
     return [remedy for remedy in _all(case, needs, context) if remedy.needed < now]
 
@@ -54,34 +54,35 @@ def _all(case: Case, needs: Budget, context: int) -> Iterator[Remedy]:
         twin = case.with_fields(**fields)
         yield _mode(
             twin, budget(twin), context, 'attention_optimization="sliding"',
-            f"a token sees the latest {twin.settings.attention.window} and the first {twin.settings.attention.sinks}",
+            f"each token attends to the latest {twin.settings.attention.window} tokens and the first "
+            f"{twin.settings.attention.sinks}",
         )  # fmt: skip
     if context > LONGDOC_TOKENS:
         tokens = needs.held(LONGDOC_TOKENS)
         yield Remedy(
             f"dso longdoc {shlex.quote(str(case.model))} FILE",
-            "--strategy retrieve reads the passages that have a question's words, map_reduce all, a chunk at a time",
+            "--strategy retrieve reads only passages that contain words of the question; map_reduce reads everything in chunks",
             needs.needed(tokens), tokens <= needs.max_tokens,
         )  # fmt: skip
     tokens = needs.held(context) * case.batch
     for name in SMALLER:
         smaller = needs.in_format(name)
         if smaller.weights < needs.weights * 0.9:
-            yield Remedy(f"precision={name!r}", "weights are rounded", smaller.needed(tokens), tokens <= smaller.max_tokens)
+            yield Remedy(f"precision={name!r}", "weights are quantised", smaller.needed(tokens), tokens <= smaller.max_tokens)
     if needs.kv_cache != "int8":
         twin = case.with_fields(kv_cache="int8")
-        yield _mode(twin, budget(twin), context, "kv_cache='int8'", "keys and values are rounded")
+        yield _mode(twin, budget(twin), context, "kv_cache='int8'", "keys and values are quantised")
 
 
 def _sparse(case: Case, context: int) -> Remedy:
-    """With a model in fp32 the cache is only in int8 where that is said."""
-    price = "cache in int8; a token sees {} of the tokens before it, those that it ranks highest"
+    """A model in fp32 has an int8 cache only if that is set explicitly."""
+    price = "the cache is in int8; each token attends to the {} highest-ranked earlier tokens"
     name = "sparse_attention=True"
     window = case.settings.attention_window if case.settings.attention.kind == "sparse" else None
     twin = case.with_fields(sparse_attention=True, attention_optimization="flash", attention_window=window)
     try:
         _ = twin.settings.attention
-    except ConfigError:  # a budget that no mode has read so far
+    except ConfigError:  # the budget is invalid, but no mode has used it so far
         twin = twin.with_fields(attention_budget=DeepSeekConfig.attention_budget)
         name = f"{name}, attention_budget={twin.settings.attention_budget}"
     needs = budget(twin)
@@ -97,5 +98,5 @@ def _mode(twin: Case, needs: Budget, context: int, name: str, price: str) -> Rem
 
 
 def gb(size: float) -> str:
-    """Bytes as people read them."""
+    """A size in GB, as text."""
     return f"{size / 1e9:.2f} GB"

@@ -1,6 +1,6 @@
 """The engine's heart: one step is schedule, draft, run, choose. Knows no threads and no clock but the one it is given.
 
-No torch but what `runner` hands over: logits are numpy views here.
+No torch: the tokens come from the backend where it can choose them, or else rows of logits as numpy arrays.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import BLOCK_TOKENS, DECODE
+from ..backends.sampling import NOT_FINITE, TokenChoice
 from ..cache.block_manager import SequenceBlocks
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
@@ -246,11 +247,11 @@ class EngineCore:
         states = any(s.running.request.embed for s in shares) or bool(self.drafting and self.drafting.wants_states)
         try:
             made = self.runner.step(parts, rows, last_hidden=states)
-            logits = made.logits.cpu().numpy()
+            ran = self.clock()
+            tokens, logits = self.runner.choose_tokens(made.logits, self._choices(shares))
         except (MemoryError, BackendError) as error:
             return outputs + self._failed([share.running for share in shares], error)
-        ran = self.clock()
-        outputs += self._advance(shares, logits, made.last_hidden if states else None)
+        outputs += self._advance(shares, tokens, logits, made.last_hidden if states else None)
         for share in shares:
             self.scheduler.forget(share.running)
         self._measure(shares, ran - begun, self.clock())
@@ -335,7 +336,20 @@ class EngineCore:
             output.transient = isinstance(error, MemoryError)
         return outputs
 
-    def _advance(self, shares: list[ScheduledChunk], logits: Any, states: Any) -> list[Output]:
+    def _choices(self, shares: list[ScheduledChunk]) -> list[TokenChoice | None]:
+        """How the backend is to choose the token of each row of logits; None: it is chosen here."""
+        choices: list[TokenChoice | None] = []
+        for share in shares:
+            if not share.ends or share.running.request.embed:
+                continue
+            if share.drafts and self.runner.on_host:  # rows behind a rejected draft are not needed: one after the other
+                choices += [None] * (1 + len(share.drafts))
+                continue
+            chooser, place = share.running.chooser, share.running.generated
+            choices += [chooser.choice(place + j) for j in range(1 + len(share.drafts))]
+        return choices
+
+    def _advance(self, shares: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any) -> list[Output]:
         outputs: list[Output] = []
         outcomes: list[tuple[Running, int, int]] = []
         row = begin = 0
@@ -346,7 +360,7 @@ class EngineCore:
                 self._embed(r, states[begin : begin + count], share, outputs)
             elif share.ends:
                 generated = r.generated
-                output = self._take(r, share, logits[row : row + 1 + drafted])
+                output = self._take(r, share, tokens, logits, row)
                 row += 1 + drafted
                 outputs.append(output)
                 if share.phase == DECODE and generated:
@@ -372,18 +386,23 @@ class EngineCore:
             _log.error("no more drafts are made: %s", error)
             self.drafting = None
 
-    def _take(self, r: Running, share: ScheduledChunk, logits: Any) -> Output:
-        """Chooses the tokens that a share brings, up to where the text ends."""
+    def _take(self, r: Running, share: ScheduledChunk, tokens: list[int | None], logits: Any, row: int) -> Output:
+        """The tokens that a share brings, up to where the text ends: the backend's choice, or one made here from the logits.
+        `row`: the share's first."""
         output = r.output()
         kept = r.chooser.sampling.logprobs is not None
         if kept:
             output.logprobs = []
         finish: Finish | None = None
         try:
-            for j, row in enumerate(logits):
-                token = r.chooser.choose(row, r.generated)
+            for j in range(1 + len(share.drafts)):
+                token = tokens[row + j]
+                if token is None:
+                    token = r.chooser.choose(logits[row + j], r.generated)
+                elif token == NOT_FINITE:
+                    raise NotANumberError
                 if kept and output.logprobs is not None:
-                    output.logprobs.append(r.chooser.logprob(row, token))
+                    output.logprobs.append(r.chooser.logprob(logits[row + j], token))
                 output.token_ids.append(token)
                 r.sequence.tokens.append(token)
                 r.generated += 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ..backends.base import BLOCK_TOKENS, PREFILL, Int32, Plan, StepBatch, StepOutput
+from ..backends.sampling import Floats, TokenChoice
 from .scheduling.memory import Memory
 from .sequence import Part, Sequence
 
@@ -19,11 +20,15 @@ class Runner:
     """A plan over a memory.
 
     Args:
-        vocab_size: of a plan on the CPU, for `step` to keep memory for its logits; 0: they get fresh memory each time.
+        vocab_size: for `step` to keep memory for the logits of a plan on the CPU; 0: they get fresh memory each time.
+
+    Attributes:
+        on_host: whether the plan's logits are in the host's memory.
     """
 
     def __init__(self, plan: Plan, memory: Memory, vocab_size: int = 0) -> None:
-        self.plan, self.memory, self._vocab_size = plan, memory, vocab_size
+        self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
+        self._vocab_size = vocab_size if self.on_host else 0
         self._logits: torch.Tensor | None = None  # a big batch over a big vocabulary would pay for fresh pages at every step
 
     def check_weights(self) -> None:
@@ -88,6 +93,23 @@ class Runner:
                 self._logits = torch.empty(max(len(rows), 16), self._vocab_size, dtype=torch.float32, device="cpu")
             logits = self._logits[: len(rows)]
         return self._run(parts, np.array(rows, np.int32), last_hidden=last_hidden, logits=logits)
+
+    def choose_tokens(
+        self, logits: torch.Tensor, choices: list[TokenChoice | None]
+    ) -> tuple[list[int | None], Floats | Mapping[int, Floats]]:
+        """What the backend chooses of a step's logits, and the rows that are left to the caller.
+
+        Args:
+            logits: float32 [R, V].
+            choices: one for each row; None: its logits are wanted.
+
+        Returns: see `Plan.choose_tokens`; and float32 [V] on the host by row, of those whose choice is None at least.
+        """
+        tokens = self.plan.choose_tokens(logits, choices)
+        if self.on_host:
+            return tokens, logits.numpy()
+        wanted = [row for row, choice in enumerate(choices) if choice is None]
+        return tokens, dict(zip(wanted, logits[wanted].cpu().numpy(), strict=True))
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
         """A step of a drafting plan: logits of each sequence's last row if asked for, hidden states of all rows.

@@ -1,6 +1,6 @@
-"""Long documents: reading files, cutting them by tokens, finding passages, and answers with their places in the text.
+"""Long documents: reading files, splitting them into chunks, retrieving passages, and answering with citations.
 
-Reading other formats than text, and retrieval, need the extra `longdoc`: pip install "deepseek-optimizer[longdoc]".
+Formats other than text, and retrieval, need the extra `longdoc`: pip install "deepseek-optimizer[longdoc]".
 """
 
 from .citations import Citation, cite

@@ -1,4 +1,4 @@
-"""Where a text may be cut: at headings best, else between paragraphs, lines, sentences, words, and else between characters."""
+"""Where to split a text: preferably at headings, else between paragraphs, lines, sentences, words, or characters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SENTENCE = re.compile(r"""[.!?…]["'”’»)\]]*\s+|[。！？｡]["'”’�
 _LISTED = r"\n(?=[^\S\n]*[-*•#|\d\[<{>$@+])"
 _SENTENCE_OR_ITEM = re.compile(rf"{_SENTENCE.pattern}|{_BLANK.pattern}|{_LISTED}")
 _JOINER = "\u200d"
-_LONGEST_CHARACTER = 32  # code points of what a reader takes for one; a million accents on one letter are cut somewhere
+_MAX_GRAPHEME = 32  # code points of a grapheme cluster that is kept whole; longer ones are split
 
 
 def last_border(text: str, headings: Sequence[int], low: int, high: int) -> int:
-    """The last of the best places to cut in low < place <= high: text[:place] and text[place:].
+    """The last position of the best kind to split at, in low < position <= high.
 
     Args:
-        headings: where headings begin, ascending.
+        headings: start positions of headings, ascending.
     """
     at = bisect_right(headings, high) - 1
     if at >= 0 and headings[at] > low:
@@ -29,30 +29,31 @@ def last_border(text: str, headings: Sequence[int], low: int, high: int) -> int:
         place = _last(text, pattern, low, high)
         if place > low:
             return place
-    space = text.rfind(" ", low + 1, high + 1)  # it stays with the word behind it, as in most tokenizers
+    space = text.rfind(" ", low + 1, high + 1)  # a space belongs to the following word, as in most tokenizers
     return space if space > low else _between_characters(text, low, high)
 
 
-def sentences(text: str, start: int, end: int, most: int) -> list[tuple[int, int]]:
-    """(start, end) of the sentences of text[start:end] without the white space around them, none longer than `most` characters.
+def sentences(text: str, start: int, end: int, max_length: int) -> list[tuple[int, int]]:
+    """(start, end) of each sentence of text[start:end] without surrounding white space, none longer than `max_length`
+    characters.
 
-    A sentence ends at a full stop, at a blank line, or before a line that begins as items of lists and entries of logs do; over
-    other line ends it goes on, since they are a page's.
+    A sentence ends at a full stop, at a blank line, or before a line that starts like a list item or a log entry. It continues
+    over other line breaks, which may be those of a page layout.
     """
-    found, at = [], start
+    spans, at = [], start
     for stop in [match.end() for match in _SENTENCE_OR_ITEM.finditer(text, start, end)] + [end]:
-        while stop - at > most:
-            cut = last_border(text, (), at + most // 2, at + most)
-            found.append((at, cut))
+        while stop - at > max_length:
+            cut = last_border(text, (), at + max_length // 2, at + max_length)
+            spans.append((at, cut))
             at = cut
-        found.append((at, stop))
+        spans.append((at, stop))
         at = stop
-    stripped = (_strip(text, *piece) for piece in found)
-    return [piece for piece in stripped if piece[0] < piece[1]]
+    stripped = (_strip(text, *span) for span in spans)
+    return [span for span in stripped if span[0] < span[1]]
 
 
 def _last(text: str, pattern: re.Pattern[str], low: int, high: int) -> int:
-    """Behind the last occurrence in text[low:high]; -1: there is none."""
+    """The end of the last occurrence in text[low:high]; -1 if there is none."""
     place = -1
     for match in pattern.finditer(text, low, high):
         place = match.end()
@@ -60,15 +61,15 @@ def _last(text: str, pattern: re.Pattern[str], low: int, high: int) -> int:
 
 
 def _between_characters(text: str, low: int, high: int) -> int:
-    """The last place up to `high` that does not part a letter from its accents, or an emoji from what it is made of."""
-    for place in range(high, max(low, high - _LONGEST_CHARACTER), -1):
+    """The last position up to `high` that does not split a grapheme cluster: a letter and its accents, or a composed emoji."""
+    for place in range(high, max(low, high - _MAX_GRAPHEME), -1):
         if place == len(text) or not (_continues(text[place]) or text[place - 1] == _JOINER):
             return place
     return high
 
 
 def _continues(character: str) -> bool:
-    """Whether it belongs to the character before it: accents, variation selectors, joiners, skin tones."""
+    """Whether it belongs to the preceding character: accents, variation selectors, joiners, skin tones."""
     marks = unicodedata.category(character) in ("Mn", "Mc", "Me")
     return marks or character == _JOINER or "\U0001f3fb" <= character <= "\U0001f3ff"
 

@@ -1,4 +1,4 @@
-"""Which passages support an answer: what it quotes, then the sentences that share its rare words. No model is asked."""
+"""Passages that support an answer: those it quotes, then sentences that share its rare words. No model is involved."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .borders import sentences
 from .document import Document
 from .quotes import LONG, places, quotes
 from .split import Chunk
-from .token_counts import pieces
+from .token_counts import segments
 from .words import words
 
 MAX_SENTENCE = 400  # characters of a passage
-MAX_COUNTED = 2 << 20  # characters of a document, spread over it, that tell how rare words are
+MAX_COUNTED = 2 << 20  # characters of a document, sampled evenly, from which word frequencies are counted
 
-_PIECE = 256  # characters, about a sentence or two, that a word counts once in
-_QUESTION = 0.5  # weight of a word that only the question has
-_PAIR = 0.8  # two sentences are cited where one alone has less than this part of what both have
-_LEAST = 0.25  # part of the best passage's new words that another one must have
+_SEGMENT = 256  # characters, about one or two sentences: the unit of document frequency
+_QUESTION = 0.5  # weight of words that occur only in the question
+_PAIR = 0.8  # two sentences are cited together if each has less than this share of the weight of both
+_MIN_SHARE = 0.25  # minimum weight of new words, relative to the best passage
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Citation:
         file: name of the file.
         start, end: characters of its extracted text.
         text: exactly those characters.
-        page: its number from 1; None where the format has no pages.
+        page: page number from 1; None if the format has no pages.
         line: number of its first line, from 1.
-        chunk: index of the chunk that was shown.
+        chunk: index of the chunk that contains it.
     """
 
     file: str
@@ -47,21 +47,21 @@ class Citation:
 
 
 def cite(answer: str, chunks: Sequence[Chunk], document: Document, *, question: str = "", limit: int = 4) -> list[Citation]:
-    """Passages that support an answer, the best first; none overlaps another.
+    """Passages that support an answer, best first, without overlaps.
 
-    First come places of what the answer quotes, word for word. Then passages of one or two sentences are taken one by one, each
-    time the one that has most of the answer's words which no passage before had, weighed by how rare they are in the document
-    (inverse document frequency). The passage that has most of the question's words is always among them if it has a third of
-    them, by weight: so the place is shown that the question is about, whatever a weak model made of it.
+    Verbatim quotations come first. Then passages of one or two sentences are chosen greedily: each time the one with the
+    largest weight of answer words that no chosen passage contains, weighted by inverse document frequency. The passage with
+    most of the question's words is always included if it has a third of their weight, so that the passage the question is
+    about is cited even if a weak model answered badly.
 
     Args:
-        answer: text; of JSON, pass the values and not the names of fields.
-        chunks: those that the model was shown.
-        question: what was asked; its words count less than the answer's, and tell passages apart that both have the answer.
-        limit: passages at most.
+        answer: text; for JSON, the values without field names.
+        chunks: the chunks that the model was shown.
+        question: its words weigh less than those of the answer; they distinguish passages that both contain the answer.
+        limit: maximum number of passages.
 
     Returns:
-        An empty list where no word of the answer or the question stands in any of the chunks.
+        An empty list if no word of the answer or the question occurs in any of the chunks.
     """
     wanted = set(words(answer)), set(words(question))
     passages = list(_passages(chunks, document, wanted[0] | wanted[1]))
@@ -69,8 +69,8 @@ def cite(answer: str, chunks: Sequence[Chunk], document: Document, *, question: 
         return []
     weights = _weights(document, wanted[0] | wanted[1])
     choice = _Choice(passages, weights, wanted[0], wanted[1], limit)
-    spoken = [answer[start:end] for start, end in sentences(answer, 0, len(answer), MAX_SENTENCE)]
-    for quote in quotes(answer, spoken):
+    answer_sentences = [answer[start:end] for start, end in sentences(answer, 0, len(answer), MAX_SENTENCE)]
+    for quote in quotes(answer, answer_sentences):
         choice.quoted(quote, chunks, document)
     choice.by_words()
     return [_citation(passage, document) for passage in choice.chosen[:limit]]
@@ -79,16 +79,16 @@ def cite(answer: str, chunks: Sequence[Chunk], document: Document, *, question: 
 @dataclass(frozen=True)
 class _Passage:
     """Attributes:
-    file, chunk: index of the file, and of the chunk.
-    found: words of the answer or the question that it has.
-    pair: it is two sentences.
+    file, chunk: index of the file and of the chunk.
+    matched: words of the answer or the question in it.
+    pair: whether it consists of two sentences.
     """
 
     file: int
     start: int
     end: int
     chunk: int
-    found: frozenset[str]
+    matched: frozenset[str]
     pair: bool = False
 
     def overlaps(self, other: _Passage) -> bool:
@@ -96,42 +96,43 @@ class _Passage:
 
 
 def _passages(chunks: Sequence[Chunk], document: Document, wanted: set[str]) -> Iterator[_Passage]:
-    """Sentences of the chunks, and pairs of neighbours, that have a wanted word; once each where chunks share it."""
+    """Sentences of the chunks, and pairs of adjacent ones, that contain a wanted word; each once, also if chunks overlap."""
     seen: set[tuple[int, int, int]] = set()
     for chunk in chunks:
         text = document.files[chunk.file].text
         before: _Passage | None = None
         for start, end in sentences(text, chunk.start, chunk.end, MAX_SENTENCE):
-            found = frozenset(wanted.intersection(words(text[start:end])))
-            passage = _Passage(chunk.file, start, end, chunk.index, found)
+            matched = frozenset(wanted.intersection(words(text[start:end])))
+            passage = _Passage(chunk.file, start, end, chunk.index, matched)
             pair = None
-            if before is not None and before.found and found and end - before.start <= MAX_SENTENCE:
-                pair = _Passage(chunk.file, before.start, end, chunk.index, before.found | found, pair=True)
+            if before is not None and before.matched and matched and end - before.start <= MAX_SENTENCE:
+                pair = _Passage(chunk.file, before.start, end, chunk.index, before.matched | matched, pair=True)
             for one in (passage, pair):
-                if one is not None and one.found and (one.file, one.start, one.end) not in seen:
+                if one is not None and one.matched and (one.file, one.start, one.end) not in seen:
                     seen.add((one.file, one.start, one.end))
                     yield one
             before = passage
 
 
 def _weights(document: Document, wanted: set[str]) -> dict[str, float]:
-    """Inverse document frequency of words, over short pieces of the document."""
+    """Inverse document frequency of words, over short segments of the document."""
     step = document.characters // MAX_COUNTED + 1
-    count, having = 0, Counter[str]()
+    count, occurrences = 0, Counter[str]()
     for file in document.files:
-        for number, (start, end) in enumerate(pieces(file.text, _PIECE)):
+        for number, (start, end) in enumerate(segments(file.text, _SEGMENT)):
             if number // 16 % step == 0:
                 count += 1
-                having.update(wanted.intersection(words(file.text[start:end])))
-    return {word: math.log((count + 1) / (having[word] + 0.5)) for word in wanted}
+                occurrences.update(wanted.intersection(words(file.text[start:end])))
+    return {word: math.log((count + 1) / (occurrences[word] + 0.5)) for word in wanted}
 
 
 class _Choice:
-    """Passages that are taken one by one.
+    """Chooses passages greedily.
 
     Args:
         weights: of words.
         answer, question: their words.
+        limit: maximum number of passages.
     """
 
     def __init__(
@@ -148,30 +149,30 @@ class _Choice:
                 self._starts.setdefault((passage.file, passage.chunk), []).append(passage)
 
     def quoted(self, quote: str, chunks: Sequence[Chunk], document: Document) -> None:
-        """Takes the place of a quotation whose sentence has most of the answer's and the question's words."""
+        """Chooses the occurrence of a quotation whose sentence has the largest weight of matched words."""
         best, score = None, 0.0
         for chunk in chunks:
             for start, end in places(quote, document.files[chunk.file].text, chunk.start, chunk.end):
                 around = self._around(chunk, start)
-                found = frozenset(words(quote)) & self._weights.keys()
-                worth = self._sum(around.found if around else found)
+                matched = frozenset(words(quote)) & self._weights.keys()
+                worth = self._sum(around.matched if around else matched)
                 if worth > score:
                     long = end - start >= LONG
-                    best = _Passage(chunk.file, start, end, chunk.index, found) if long or around is None else around
+                    best = _Passage(chunk.file, start, end, chunk.index, matched) if long or around is None else around
                     score = worth
         if best is not None:
             self._take(best)
 
     def by_words(self) -> None:
-        """Fills up with the passages that add most."""
+        """Adds the passages with the largest weight of new words, up to the limit."""
         about = self._about_question()
-        most = 0.0
+        best_worth = 0.0
         while len(self.chosen) < self._limit:
-            known = frozenset[str]().union(*(passage.found for passage in self.chosen))
+            known = frozenset[str]().union(*(passage.matched for passage in self.chosen))
             best = max(self._free(), key=lambda passage: self._worth(passage, known), default=None)
             worth = self._worth(best, known) if best is not None else 0.0
-            most = max(most, worth)
-            if best is None or worth <= 0 or (self.chosen and worth < _LEAST * most):
+            best_worth = max(best_worth, worth)
+            if best is None or worth <= 0 or (self.chosen and worth < _MIN_SHARE * best_worth):
                 break
             self._take(best)
         room = self._limit > 1 or not self.chosen
@@ -180,24 +181,24 @@ class _Choice:
             self._take(about)
 
     def _about_question(self) -> _Passage | None:
-        """The passage that has most of the question, if it has a third of what all have together."""
-        asked = self._question & frozenset[str]().union(*(passage.found for passage in self._passages))
-        whole = self._sum(asked, self._rarity)
-        best = max(self._passages, key=lambda p: self._sum(p.found & asked, self._rarity) * (_PAIR if p.pair else 1))
-        return best if asked and 3 * self._sum(best.found & asked, self._rarity) >= whole else None
+        """The passage with most of the question's words, if it has a third of the weight of those in all passages."""
+        present = self._question & frozenset[str]().union(*(passage.matched for passage in self._passages))
+        whole = self._sum(present, self._rarity)
+        best = max(self._passages, key=lambda p: self._sum(p.matched & present, self._rarity) * (_PAIR if p.pair else 1))
+        return best if present and 3 * self._sum(best.matched & present, self._rarity) >= whole else None
 
     def _worth(self, passage: _Passage, known: frozenset[str]) -> float:
-        return self._sum(passage.found - known) * (_PAIR if passage.pair else 1)
+        return self._sum(passage.matched - known) * (_PAIR if passage.pair else 1)
 
-    def _sum(self, found: Iterable[str], weights: dict[str, float] | None = None) -> float:
+    def _sum(self, matched: Iterable[str], weights: dict[str, float] | None = None) -> float:
         weights = self._weights if weights is None else weights
-        return sum(weights[word] for word in sorted(found))  # in one order, so that equal sets are equal numbers
+        return sum(weights[word] for word in sorted(matched))  # in a fixed order, so that equal sets have exactly equal sums
 
     def _free(self) -> Iterator[_Passage]:
         return (one for one in self._passages if not any(one.overlaps(other) for other in self.chosen))
 
     def _around(self, chunk: Chunk, place: int) -> _Passage | None:
-        """The sentence of a chunk that a place is in."""
+        """The sentence of a chunk that contains a position."""
         sentences = self._starts.get((chunk.file, chunk.index), [])
         at = bisect_right(sentences, place, key=lambda passage: passage.start) - 1
         return sentences[at] if at >= 0 and place < sentences[at].end else None

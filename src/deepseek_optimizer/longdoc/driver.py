@@ -1,4 +1,4 @@
-"""A strategy's work over the engine of this process."""
+"""Runs a strategy on an engine in this process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..errors import BackendError
 from .repetition import Watch
 from .work import Ask, Batch, Reply, Result, Work, advance
 
-Progress = Callable[[int, int], None]  # (tokens of prompts that were read, how many there will be, about)
+Progress = Callable[[int, int], None]  # (prompt tokens processed, estimated total)
 
 
 @dataclass(frozen=True)
 class TokenUsage:
-    """read: of prompts. cached: those of them that were known from before. generated: of replies."""
+    """read: prompt tokens. cached: those of them that were in the prefix cache. generated: tokens of replies."""
 
     read: int = 0
     cached: int = 0
@@ -36,9 +36,9 @@ class TokenUsage:
 class Driver:
     """
     Args:
-        engine: gives the engine for prompts that fit, or (True) the one that reads through a window.
-        grammar: makes a grammar of a JSON schema.
-        sampling: how replies are chosen; their length and grammar are the strategy's.
+        engine: returns the engine for prompts that fit the context, or (True) the one with a sliding window.
+        grammar: compiles a JSON schema to a grammar.
+        sampling: sampling parameters; length and grammar are set by the strategy.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Driver:
         self._ids = itertools.count(1)
 
     def run(self, work: Work, progress: Progress | None = None, stop: StopSignal | None = None) -> tuple[Result, TokenUsage]:
-        """The result, and what it took.
+        """The result, and the tokens it took.
 
         Args:
-            stop: asked, it ends between two steps with a KeyboardInterrupt.
+            stop: when set, raises KeyboardInterrupt between two steps.
 
         Raises:
-            RequestError: the strategy cannot do it, or a prompt does not fit.
-            BackendError: the model could not go on.
+            RequestError: the strategy cannot perform the task, or a prompt does not fit.
+            BackendError: the model failed.
         """
         tokens = TokenUsage()
         try:
@@ -71,24 +71,24 @@ class Driver:
     def _replies(self, batch: Batch, before: int, progress: Progress | None, stop: StopSignal) -> list[Reply]:
         windows = {ask.window for ask in batch.asks}
         if len(windows) != 1:
-            raise ValueError("a batch is read through a window as a whole, or not at all, and has something in it")
+            raise ValueError("a batch must not be empty, and either all or none of its prompts use a window")
         engine = self._engine(windows.pop())
         requests = [self._request(ask) for ask in batch.asks]
-        found = {request.id: Completion() for request in requests}
+        completions = {request.id: Completion() for request in requests}
         own = sum(len(ask.prompt) for ask in batch.asks)
         begun = engine.core.metrics.prompt_tokens
         watch = _Repetition(engine, requests)
         for outputs in engine.steps(requests):
             for output in outputs:
-                found[output.request_id].add(output)
-                watch.look(output.request_id, found[output.request_id])
+                completions[output.request_id].add(output)
+                watch.look(output.request_id, completions[output.request_id])
             if stop.asked:
                 raise KeyboardInterrupt
             if progress is not None:
-                cached = sum(completion.cached_tokens for completion in found.values())
+                cached = sum(completion.cached_tokens for completion in completions.values())
                 read = min(own, engine.core.metrics.prompt_tokens - begun + cached)
                 progress(before + read, before + own + batch.left)
-        return [_reply(found[request.id], watch.ended.get(request.id)) for request in requests]
+        return [_reply(completions[request.id], watch.ended.get(request.id)) for request in requests]
 
     def _request(self, ask: Ask) -> Request:
         grammar = None if ask.schema is None else self._grammar(ask.schema)
@@ -97,10 +97,10 @@ class Driver:
 
 
 class _Repetition:
-    """Ends replies that say the same over and over; not those under a grammar, which would not be whole then.
+    """Stops replies that repeat themselves; except those with a grammar, which would be left incomplete.
 
     Attributes:
-        ended: request -> its text with what it repeated once.
+        ended: request -> its text with the repeated passage once.
     """
 
     def __init__(self, engine: Engine, requests: list[Request]) -> None:
@@ -108,7 +108,7 @@ class _Repetition:
         self._watches = {request.id: Watch() for request in requests if request.sampling.grammar is None}
 
     def look(self, request_id: str, completion: Completion) -> None:
-        """To be called with what there is of a reply; looks now and then."""
+        """Call it with the reply so far; it checks for repetition at intervals."""
         watch = self._watches.get(request_id)
         if watch is None or completion.finish is not None:
             return
@@ -120,7 +120,7 @@ class _Repetition:
 
 def _reply(completion: Completion, once: str | None) -> Reply:
     if completion.finish == "error":
-        raise BackendError(completion.error or "the engine could not go on")
+        raise BackendError(completion.error or "the engine stopped without an error message")
     return Reply(
         text=completion.text if once is None else once,
         complete=completion.finish == "stop",

@@ -1,4 +1,4 @@
-"""The engines that a document is read with, over cache memory of its own and within the bytes that all of it may take."""
+"""The engines that process a document, with a KV cache of their own, within a memory limit."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..integration.bind.runtime import runtime_of
 from ..serving import make_engine
 from .own_memory import own_bytes
 
-WINDOW = 16_384  # tokens of the window that a document is read through, at most
-LEAST = 512  # tokens that the cache must hold
-_OTHERS = 64 << 20  # bytes for what is neither cache nor buffers: the interpreter's own, prompts, sampling
-_CHARACTER = 24  # bytes that the index, prompts and citations take of each character of the document
+WINDOW = 16_384  # maximum tokens of the sliding window
+MIN_CACHE = 512  # minimum tokens of the cache
+_OTHERS = 64 << 20  # bytes for everything besides cache and buffers: the interpreter, prompts, sampling
+_CHARACTER = 24  # bytes of index, prompts and citations per character of the document
 
 
 class Engines:
     """
     Args:
-        model, tokenizer: as of `make_engine`.
-        memory: bytes above `base` that this process may take; None: as much cache as the model's own may have.
-        base: bytes that it had before the document was read; None: it cannot be told.
-        characters: of the document.
+        model, tokenizer: see `make_engine`.
+        memory: bytes above `base` that this process may use; None: the cache may be as large as the model's own.
+        base: bytes used before the document was read; None: unknown.
+        characters: length of the document.
 
     Raises:
-        ConfigError: the memory does not hold a cache of LEAST tokens beside the rest.
+        ConfigError: the memory is too small for a cache of MIN_CACHE tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any, memory: int | None, base: int | None, characters: int) -> None:
         self.runtime = runtime_of(model)
         self._model, self._tokenizer = model, tokenizer
-        plan = self.runtime.plan  # its buffers, and what compiling takes, are there before the rest is shared out
+        plan = self.runtime.plan  # allocates its buffers and compiles before the rest is divided
         granted = self.runtime.config.kv_cache_memory
         if memory is not None:
             granted = self._cache_bytes(plan, memory, base, characters)
@@ -47,23 +47,24 @@ class Engines:
 
     @property
     def room(self) -> int:
-        """Tokens that prompt and reply may take together."""
+        """Maximum tokens of prompt and reply together."""
         return self.engine(False).core.room
 
     @property
     def window(self) -> int | None:
-        """Tokens of the window; None where there can be none: keys of the model can't be moved, or the room is too small."""
-        most = min(self.runtime.graph.max_positions, self.arena.store.num_blocks * BLOCK_TOKENS, WINDOW)
-        if self.runtime.config.batch_invariant or most < SMALLEST:
+        """Tokens of the sliding window; None if there can be none: the model's keys cannot be rotated, or the cache is too
+        small."""
+        size = min(self.runtime.graph.max_positions, self.arena.store.num_blocks * BLOCK_TOKENS, WINDOW)
+        if self.runtime.config.batch_invariant or size < SMALLEST:
             return None
         try:
             key_rotation(self.runtime.graph)
         except UnsupportedModelError:
             return None
-        return most
+        return size
 
     def engine(self, window: bool) -> Engine:
-        """The engine for prompts that fit, or the one that reads through a window. The other's cached prefixes are given up."""
+        """The engine for prompts that fit, or the one with a sliding window. Clears the other engine's prefix cache."""
         if (other := self._engines.get(not window)) is not None:
             self._forget(other)
         if window not in self._engines:
@@ -73,20 +74,20 @@ class Engines:
 
     @property
     def prefix(self) -> PrefixCache:
-        """What the engine for prompts that fit has read."""
-        found = self.engine(False).core.prefix
-        assert found is not None
-        return found
+        """The prefix cache of the engine for prompts that fit."""
+        prefix = self.engine(False).core.prefix
+        assert prefix is not None
+        return prefix
 
     def grammar(self, schema: Mapping[str, Any]) -> Any:
-        """A grammar of a JSON schema."""
+        """Compiles a JSON schema to a grammar."""
         if self._compiler is None:
             facts = self.engine(False).core.facts
             self._compiler = GrammarCompiler(self._tokenizer, facts.vocab_size, stop_token_ids=facts.eos)
         return self._compiler.json_schema(schema)
 
     def close(self) -> None:
-        """Gives the cache back, and ends the processes that were started."""
+        """Releases the cache and ends the grammar processes."""
         for engine in self._engines.values():
             self._forget(engine)
         if self._compiler is not None:
@@ -105,10 +106,10 @@ class Engines:
         now = own_bytes()
         taken = 0 if base is None or now is None else max(0, now - base)
         rest = max(taken, buffers) + _CHARACTER * characters + _OTHERS
-        least = LEAST // BLOCK_TOKENS * self.runtime.backend.block_bytes(self.runtime.graph, self.runtime.kv_dtype)
-        if memory - rest < least:
+        minimum = MIN_CACHE // BLOCK_TOKENS * self.runtime.backend.block_bytes(self.runtime.graph, self.runtime.kv_dtype)
+        if memory - rest < minimum:
             raise ConfigError(
-                f"memory: {memory / 1e9:.3g} GB, and reading this document takes at least {(rest + least) / 1e9:.3g} GB above "
-                "the weights; allow that much, or give less text"
+                f"memory: {memory / 1e9:.3g} GB is too little: this document needs at least {(rest + minimum) / 1e9:.3g} GB "
+                "besides the weights; raise the limit, or use less text"
             )
         return memory - rest

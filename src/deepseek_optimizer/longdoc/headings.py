@@ -1,4 +1,4 @@
-"""Where headings begin: chapters of Markdown, definitions of source code."""
+"""Start positions of headings: chapters in Markdown, definitions in source code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SOURCE = frozenset(
 
 
 def headings_of(name: str, text: str) -> tuple[int, ...]:
-    """By the ending of a file's name: of Markdown and source code; none of other text."""
+    """Headings of Markdown and source code, recognised by the file extension; none for other text."""
     ending = splitext(name)[1].lower()
     if ending in _MARKDOWN:
         return markdown_headings(text)
@@ -26,8 +26,8 @@ def headings_of(name: str, text: str) -> tuple[int, ...]:
 
 
 def markdown_headings(text: str) -> tuple[int, ...]:
-    """Lines that begin with "#", and those that are underlined with "=" or "-", outside fenced code (CommonMark 4.2, 4.3)."""
-    found: list[int] = []
+    """Lines that start with "#" or are underlined with "=" or "-", outside fenced code (CommonMark 4.2, 4.3)."""
+    positions: list[int] = []
     fence, at, before = "", 0, ""
     for bare in text.split("\n"):
         length = len(bare) + 1
@@ -38,16 +38,16 @@ def markdown_headings(text: str) -> tuple[int, ...]:
         elif mark:
             fence, bare = mark[1], ""
         elif _HASHES.match(bare):
-            found.append(at)
+            positions.append(at)
             bare = ""
         elif before.strip() and _UNDERLINE.match(bare):
-            found.append(at - len(before) - 1)
+            positions.append(at - len(before) - 1)
             bare = ""
         before, at = bare, at + length
-    return tuple(found)
+    return tuple(positions)
 
 
 def source_headings(text: str) -> tuple[int, ...]:
-    """Lines behind a blank line that are neither indented nor close something: in most languages, that is where functions,
-    classes and sections begin, or the comments on them."""
+    """Lines after a blank line that are neither indented nor start with a closing bracket: in most languages, functions,
+    classes and sections, or their comments, start there."""
     return tuple(match.end() for match in _DEFINITION.finditer(text))

@@ -1,4 +1,4 @@
-"""`LongDocument`: a book, a log, a repository goes in; answers come out, with their places in the text."""
+"""`LongDocument`: answers questions about a book, a log or a repository, with citations."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class DocumentAnswer:
     Attributes:
         answer: text, or for an extraction a JSON value.
         citations: passages of the document that support it, the best first.
-        strategy, reason: which one answered, and why.
+        strategy, reason: the strategy used, and why.
         tokens: of all prompts and replies.
-        seconds: that it took.
-        peak_memory_gb: the most memory, in 10^9 bytes, that this process had of its own while it answered (resident and not
-            mapped from a file: `RssAnon`), above what it had before the `LongDocument` was made, when the model was loaded.
-            Sampled 50 times a second. None where the system doesn't tell.
-        notes: what the reader should know: a reply that was cut, a field that was found nowhere.
+        seconds: total time.
+        peak_memory_gb: peak memory of this process while answering, in 10^9 bytes, above that before the `LongDocument` was
+            constructed with the model loaded. Counts resident memory that is not mapped from a file (`RssAnon`), sampled 50
+            times a second. None where the system is not Linux.
+        notes: for the user: for example, a truncated reply, or a field that was not found.
     """
 
     answer: Any
@@ -62,20 +62,20 @@ class DocumentAnswer:
 class LongDocument:
     """
     Args:
-        model: of `load_model`.
+        model: from `load_model`.
         tokenizer: the model's.
-        document: a `Document`, a path or several, or a text. A string is a text where it has a line break, else a path.
-        max_length, stride: tokens of a chunk at most, and those that it shares with the one before.
+        document: a `Document`, one or several paths, or a text. A string with a line break is a text, otherwise a path.
+        max_length, stride: maximum tokens of a chunk, and the overlap of consecutive chunks in tokens.
         strategy: "auto", "whole", "window", "map_reduce" or "retrieve".
-        memory: bytes that all of this may take above the weights; None: as much cache as the model's own may have.
-        cache_dir: where what was read of a document that fits is kept between processes; None: nowhere.
-        max_tokens: of an answer.
-        top: chunks that an answer is retrieved from at most.
-        sampling: how tokens are chosen; None: the likeliest. Length and grammar are set here.
+        memory: maximum bytes used besides the weights; None: the cache may be as large as the model's own.
+        cache_dir: directory that keeps the KV cache of documents that fit the context, for later processes; None: not kept.
+        max_tokens: maximum length of an answer.
+        top: maximum number of chunks that an answer is retrieved from.
+        sampling: sampling parameters; None: greedy. Length and grammar are set here.
 
     Raises:
-        ConfigError: a bad argument, or too little memory.
-        DocumentError: a path does not exist, or nothing could be read. Single files that could not are `document.problems`.
+        ConfigError: an invalid argument, or too little memory.
+        DocumentError: a path does not exist, or no file could be read. Individual unreadable files are in `document.problems`.
     """
 
     def __init__(
@@ -106,48 +106,48 @@ class LongDocument:
         limits = Limits(self._engines.room, self._engines.window, reply=max_tokens, top=top)
         self.material = Material(self.document, chunks, Prompts(tokenizer), limits)
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._looked = self._kept = False  # in the cache directory, and whether the cache is there by now
+        self._looked_up = self._saved = False  # whether cache_dir was searched, and whether it has this document
         self._driver = Driver(self._engines.engine, self._engines.grammar, sampling or SamplingParams(temperature=0.0))
 
     @property
     def chunks(self) -> list[Chunk]:
-        """Of all files, in order."""
+        """The chunks of all files, in order."""
         return list(self.material.chunks)
 
     def ask(self, question: str, *, strategy: str | None = None, stop: StopSignal | None = None) -> DocumentAnswer:
-        """The answer to a question, from the document.
+        """Answers a question from the document.
 
         Args:
-            strategy: in place of the document's own.
-            stop: asked, it ends between two steps with a KeyboardInterrupt.
+            strategy: overrides that of the constructor.
+            stop: when set, raises KeyboardInterrupt between two steps.
 
         Raises:
             RequestError: the question is empty, or the strategy cannot answer it; the message names the remedy.
-            BackendError: the model could not go on.
+            BackendError: the model failed.
         """
         return self._answer(Question(question), strategy, stop)
 
     def summarize(self, *, strategy: str | None = None, stop: StopSignal | None = None) -> DocumentAnswer:
-        """A summary of the whole document; arguments and errors as of `ask`."""
+        """Summarizes the whole document; arguments and errors as in `ask`."""
         return self._answer(Summary(), strategy, stop)
 
     def extract(
         self, schema: Mapping[str, Any], *, strategy: str | None = None, stop: StopSignal | None = None
     ) -> DocumentAnswer:
-        """Data of the document by a JSON schema of an object. Where the answer is not valid under it, `notes` say why.
+        """Extracts data that matches a JSON schema of an object. If the answer violates the schema, `notes` says how.
 
-        Arguments and errors as of `ask`.
+        Arguments and errors as in `ask`.
 
         Raises:
-            RequestError: the schema is wrong or cannot be enforced.
+            RequestError: the schema is invalid or cannot be enforced.
         """
         return self._answer(Extraction(schema), strategy, stop)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Writes the document, and the blocks of it that are in the cache because it was read whole, to a directory.
+        """Writes the document, and its KV cache if it was read whole, to a directory.
 
         Raises:
-            CheckpointError: the directory exists, and `overwrite` is not said.
+            CheckpointError: the directory exists, and `overwrite` is False.
             OSError: it cannot be written.
         """
         path = Path(path)
@@ -159,23 +159,23 @@ class LongDocument:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any, **options: Any) -> LongDocument:
-        """What `save` wrote. The next question on it reads nothing again that had been read.
+        """Loads what `save` wrote. The next question reuses the saved KV cache.
 
         Args:
-            options: of `LongDocument`, in place of those that were saved.
+            options: of `LongDocument`; they override the saved ones.
 
         Raises:
-            CheckpointError: a file is missing, cut short or damaged, or the cache is of another model or other settings.
+            CheckpointError: a file is missing, truncated or damaged, or the cache belongs to another model or other settings.
         """
         path = Path(path)
         document, saved = restore(path / _DOCUMENT)
-        made = cls(model, tokenizer, document, **{**saved, **options})
+        loaded = cls(model, tokenizer, document, **{**saved, **options})
         if (path / _BLOCKS).exists():
-            made._load(path / _BLOCKS)
-        return made
+            loaded._load(path / _BLOCKS)
+        return loaded
 
     def close(self) -> None:
-        """Gives the cache memory back, and ends the processes that templates and grammars run in."""
+        """Releases the cache memory, and ends the processes that run templates and grammars."""
         self._engines.close()
         self.material.prompts.close()
 
@@ -203,12 +203,12 @@ class LongDocument:
 
     @property
     def _may_be_whole(self) -> bool:
-        """Whether the document is of a length that could be read whole."""
+        """Whether the document may be short enough to be read whole."""
         return 0 < self.material.tokens <= self.material.limits.room
 
     @property
     def _prefix(self) -> list[int]:
-        """The tokens that every prompt with the whole document begins with."""
+        """The tokens that every prompt with the whole document starts with."""
         before, _ = self.material.prompts.around("")
         return [*before, *self.material.ids]
 
@@ -218,35 +218,38 @@ class LongDocument:
     def _cache_file(self) -> Path | None:
         if self._cache_dir is None or not self._may_be_whole:
             return None
-        made_with = repr((self._prefix, sorted(fingerprint(self._engines.runtime).items())))
-        return self._cache_dir / f"{hashlib.blake2b(made_with.encode(), digest_size=16).hexdigest()}.blocks"
+        key = repr((self._prefix, sorted(fingerprint(self._engines.runtime).items())))
+        return self._cache_dir / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.blocks"
 
     def _from_cache_dir(self) -> list[str]:
-        """Loads what an earlier process has read, once; what there is to note about it."""
-        file = None if self._looked else self._cache_file()
-        self._looked = True
+        """Loads the KV cache that an earlier process saved, once. Returns notes."""
+        file = None if self._looked_up else self._cache_file()
+        self._looked_up = True
         if file is None or not file.exists():
             return []
         try:
             self._load(file)
         except (CheckpointError, CacheFullError, OSError) as error:
-            return [f"the saved cache could not be used, and the text was read anew: {error}"]
-        self._kept = True
+            return [f"the saved cache could not be used, so the text was read again: {error}"]
+        self._saved = True
         return []
 
     def _to_cache_dir(self) -> list[str]:
-        """Keeps what was read, once; what there is to note about it."""
+        """Saves the KV cache of the document, once. Returns notes."""
         file = self._cache_file()
-        if file is None or self._kept:
+        if file is None or self._saved:
             return []
         engines = self._engines
         try:
-            self._kept = save_prefix(file, engines.runtime, engines.arena, engines.prefix, self._prefix) > 0
+            self._saved = save_prefix(file, engines.runtime, engines.arena, engines.prefix, self._prefix) > 0
         except OSError as error:
-            return [f"what was read could not be kept for the next time: {error}"]
-        if self._kept:
+            return [f"the cache could not be saved for later questions: {error}"]
+        if self._saved:
             return []
-        return ["what was read could not be kept: under dynamic RoPE it belongs to one question's length (yarn's does not)"]
+        return [
+            "the cache could not be saved: with dynamic RoPE scaling it depends on the length of the question (with yarn "
+            "it does not)"
+        ]
 
 
 def _read(source: Source) -> Document:

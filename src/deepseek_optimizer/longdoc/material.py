@@ -1,4 +1,4 @@
-"""What strategies work on: a document in chunks, prompts for one model, and how much that model can take at once."""
+"""The input of strategies: a document in chunks, the prompts of one model, and that model's limits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .split import Chunk
 class Limits:
     """
     Attributes:
-        room: tokens that prompt and reply may take together: of the model's context and of the cache, the smaller.
-        window: tokens of the window that a document can be read through; None: there is no engine with one.
-        reply: tokens of a reply at most.
-        top: chunks that an answer is retrieved from at most.
-        at_once: prompts that are handed to the engine at once.
+        room: maximum tokens of prompt and reply together: the model's context or the cache, whichever is smaller.
+        window: tokens of the sliding window; None: no engine has one.
+        reply: maximum tokens of a reply.
+        top: maximum number of chunks that an answer is retrieved from.
+        at_once: number of prompts submitted to the engine together.
     """
 
     room: int
@@ -32,10 +32,10 @@ class Limits:
 
 @dataclass
 class Material:
-    """Made once for a document and asked many times.
+    """Constructed once per document and used for many questions.
 
     Attributes:
-        document: what was read.
+        document: the document.
         chunks: of all its files, in order.
     """
 
@@ -45,23 +45,23 @@ class Material:
     limits: Limits
 
     def text(self, chunk: Chunk) -> str:
-        """A chunk's own characters."""
+        """The text of a chunk."""
         return self.document.files[chunk.file].text[chunk.start : chunk.end]
 
     def place(self, chunk: Chunk) -> str:
-        """Where a chunk begins, in words."""
+        """The place where a chunk starts, as text."""
         file = self.document.files[chunk.file]
         page = file.page_of(chunk.start)
         return f"{file.name}, page {page}" if page is not None else f"{file.name}, line {self._lines[chunk.index]}"
 
     @cached_property
     def index(self) -> Index:
-        """For retrieval; made when it is first asked for."""
+        """The retrieval index; built on first use."""
         return Index(self.chunks, [self.text(chunk) for chunk in self.chunks])
 
     @cached_property
     def tokens(self) -> int:
-        """Of the whole document, each character once, about: by the chunks' own counts."""
+        """Approximate number of tokens of the whole document, from the counts of its chunks without their overlap."""
         total, before = 0.0, (-1, 0)
         for chunk in self.chunks:
             shared = max(0, before[1] - chunk.start) if before[0] == chunk.file else 0
@@ -71,18 +71,18 @@ class Material:
 
     @cached_property
     def ids(self) -> list[int]:
-        """Tokens of the whole document. Kept, so that each question on it has the same."""
+        """Token ids of the whole document, computed once, so that each question has the same prefix."""
         return self.prompts.document(self.document)
 
     @cached_property
     def _lines(self) -> list[int]:
-        """The line that each chunk begins in: counted once, and not from the beginning for each."""
-        found: list[int] = []
+        """The first line of each chunk, counted in one pass."""
+        lines: list[int] = []
         file, at, line = -1, 0, 1
         for chunk in self.chunks:
             if chunk.file != file or chunk.start < at:
                 file, at, line = chunk.file, 0, 1
             line += self.document.files[file].text.count("\n", at, chunk.start)
             at = chunk.start
-            found.append(line)
-        return found
+            lines.append(line)
+        return lines

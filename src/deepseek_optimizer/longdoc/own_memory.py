@@ -1,4 +1,4 @@
-"""How much memory of its own this process has: resident, and not mapped from a file, so that weights on disk don't count."""
+"""Private memory of this process: resident and not mapped from a file, so that mapped weights do not count."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTERVAL = 0.02  # seconds between samples
 
 
 def own_bytes() -> int | None:
-    """Anonymous and shared pages that are resident now. None where Linux doesn't tell."""
+    """Bytes of resident anonymous and shared pages. None where the system is not Linux."""
     try:
         lines = [line.split() for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(_FIELDS)]
     except OSError:
@@ -21,7 +21,7 @@ def own_bytes() -> int | None:
 
 
 class PeakSampler:
-    """`with PeakSampler() as peak: ...`, then `peak.bytes`: the most that `own_bytes` was inside, by samples."""
+    """`with PeakSampler() as peak: ...`; then `peak.bytes` is the maximum of `own_bytes` over samples taken inside."""
 
     def __init__(self) -> None:
         self.bytes = own_bytes()

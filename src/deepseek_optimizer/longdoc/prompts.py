@@ -1,10 +1,9 @@
-"""Prompts about a text: what the model's chat template puts around, the text's own words as plain data, then the task.
+"""Prompts about a text: the model's chat template around the text, which is plain data, followed by the task.
 
-The text comes first and the task last, so that the next question on the same text finds it in the prefix cache. Its tokens are
-made by themselves: what looks like a control token in a document is ordinary text, whatever the model's template is.
+The text comes first and the task last, so that the next question about the same text finds it in the prefix cache. The text is
+tokenised separately: anything in it that looks like a control token is ordinary text, whatever the model's template.
 
-A document is answered from what it says, and thoughts cost a small machine minutes: where a template opens them, they are
-closed.
+Reasoning is disabled, since it would take minutes on a small machine: if the template opens a reasoning block, it is closed.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from ..chat.reasoning import CLOSE, ReasoningParser, opened_by
 from ..chat.template import ChatTemplate
 from .document import Document
 
-_PIECE = 1 << 16  # characters that are tokenised at once: some tokenizers take more than linear time
-_FRAMES = 64  # that are kept
-_THINKS = "enable_thinking"  # what templates call it
+_SEGMENT = 1 << 16  # characters tokenised per call: some tokenizers take more than linear time
+_MAX_FRAMES = 64  # cached frames
+_THINKING = "enable_thinking"  # the name of this option in templates
 
 
 class Prompts:
     """
     Args:
-        tokenizer: of Transformers. Where it has no chat template, prompts are plain text.
-        template: the tokenizer's, where somebody has it already.
+        tokenizer: of Transformers. Without a chat template, prompts are plain text.
+        template: the tokenizer's chat template, if the caller already has one.
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate | None = None) -> None:
@@ -35,19 +34,19 @@ class Prompts:
         self._own = template is None and bool(tokenizer.chat_template)
         self._template = ChatTemplate(tokenizer) if self._own else template
         self._frames: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
-        self._marks = Marks()  # the same for all texts, since making them takes longer than a passage; nobody is shown them
+        self._marks = Marks()  # shared by all texts, since constructing them takes longer than encoding a passage; never shown
 
     def close(self) -> None:
-        """Ends the process of a template of its own; there is another when it is needed."""
+        """Ends the template's process if this object started it; it is restarted when needed."""
         if self._own and self._template is not None:
             self._template.close()
             self._template = ChatTemplate(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that stands in the midst of a prompt. What looks like a control token in it is ordinary text.
+        """Token ids of a text inside a prompt. Anything in it that looks like a control token is encoded as ordinary text.
 
         Raises:
-            RequestError: it has characters that only the tokenizer makes into a control token.
+            RequestError: it contains characters that the tokenizer itself turns into a control token.
         """
         ids: list[int] = []
         at = 0
@@ -58,39 +57,39 @@ class Prompts:
         return ids
 
     def document(self, document: Document) -> list[int]:
-        """Token ids of all files, each with its name before it where there are several."""
+        """Token ids of all files; if there are several, each is preceded by its name."""
         if len(document.files) == 1:
             return self.encode(document.files[0].text)
         return [token for file in document.files for token in self.encode(f"File: {file.name}\n{file.text}\n\n")]
 
     def around(self, instruction: str, ahead: str = "") -> tuple[list[int], list[int]]:
-        """Token ids of what stands before a text and behind it. Before it there is nothing of the instruction.
+        """Token ids before and after a text. Those before it do not depend on the instruction.
 
         Args:
-            ahead: what is said before the text all the same.
+            ahead: text to put before it.
 
         Raises:
-            RequestError: the model's chat template does not take it.
+            RequestError: the model's chat template rejects it.
         """
-        found = self._frames.get((instruction, ahead))
-        if found is None:
-            if len(self._frames) >= _FRAMES:
+        frame = self._frames.get((instruction, ahead))
+        if frame is None:
+            if len(self._frames) >= _MAX_FRAMES:
                 self._frames.clear()
-            found = self._frames[instruction, ahead] = self._around(instruction, f"{ahead}\n\n" if ahead else "")
-        return found
+            frame = self._frames[instruction, ahead] = self._around(instruction, f"{ahead}\n\n" if ahead else "")
+        return frame
 
     def prompt(self, text: list[int], instruction: str) -> list[int]:
-        """A whole prompt around a text's tokens."""
+        """The complete prompt around a text's tokens."""
         before, after = self.around(instruction)
         return [*before, *text, *after]
 
     def overhead(self, instruction: str) -> int:
-        """Tokens of a prompt beside the text's."""
+        """Number of tokens in a prompt besides the text's."""
         return sum(map(len, self.around(instruction)))
 
     @staticmethod
     def answer(text: str) -> str:
-        """What a reply says, without the model's thoughts."""
+        """The text of a reply without the model's reasoning."""
         parser = ReasoningParser()
         deltas = [*parser.feed(text), *parser.finish()]
         return "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta)).strip()
@@ -102,7 +101,7 @@ class Prompts:
     @cached_property
     def _options(self) -> dict[str, Any]:
         assert self._template is not None
-        return {_THINKS: False} if _THINKS in self._template.variables() else {}
+        return {_THINKING: False} if _THINKING in self._template.variables() else {}
 
     def _around(self, instruction: str, ahead: str) -> tuple[list[int], list[int]]:
         if self._template is None:
@@ -115,18 +114,19 @@ class Prompts:
         return before.ids, [*after.ids, *closing]
 
     def _begin(self) -> list[int]:
-        """What the tokenizer begins each text with."""
+        """Tokens that the tokenizer puts before each text."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _cut(text: str, at: int) -> int:
-    """Where a piece from `at` on ends: behind a line, or else a space, so that tokens are what they are in the whole text."""
-    end = at + _PIECE
+    """The end of the segment at `at`: after a line, or else before a space, so that its tokens are the same as in the whole
+    text."""
+    end = at + _SEGMENT
     if end >= len(text):
         return len(text)
     for border in ("\n", " "):
-        found = text.rfind(border, at + _PIECE // 2, end)
-        if found >= 0:
-            return found + (border == "\n")
+        position = text.rfind(border, at + _SEGMENT // 2, end)
+        if position >= 0:
+            return position + (border == "\n")
     return end

@@ -1,4 +1,4 @@
-"""What an answer quotes, and where a text has it."""
+"""Quotations in an answer, and their occurrences in a text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 MAX_QUOTES, MAX_WORDS, MAX_PLACES = 32, 200, 50
-LONG = 20  # characters of a quotation that is a passage by itself; of a shorter one, its sentence is
-LEAST_SENTENCE = 20  # characters of a sentence of the answer that counts as a quotation though it is not in quotation marks
+LONG = 20  # characters from which a quotation is cited itself; a shorter one is cited with its sentence
+MIN_SENTENCE = 20  # characters from which a sentence of the answer is treated as a possible quotation without quotation marks
 
 _QUOTED = re.compile(
     r'"([^"\n]{3,}?)"|“([^”]{3,}?)”|„([^“”]{3,}?)[“”]|«([^»]{3,}?)»|「([^」]{2,}?)」|『([^』]{2,}?)』|`([^`\n]{3,}?)`'
@@ -18,38 +18,38 @@ _EDGES = " \t\n.,;:!?…"
 
 
 def quotes(answer: str, sentences: list[str]) -> Iterator[str]:
-    """What stands in quotation marks, without the ellipses in it, and whole sentences, should they be quoted without marks.
+    """Text in quotation marks, split at ellipses, and whole sentences, which may be quoted without marks.
 
-    Long ones come first, those with marks before those without.
+    Long ones come first, and those with marks before those without.
     """
-    found: dict[str, None] = {}
+    candidates: dict[str, None] = {}
     for match in _QUOTED.finditer(answer):
         quoted = next(group for group in match.groups() if group is not None)
         for part in _GAP.split(quoted):
-            found.setdefault(part.strip(_EDGES))
+            candidates.setdefault(part.strip(_EDGES))
     for sentence in sentences:
-        if len(sentence) >= LEAST_SENTENCE:
-            found.setdefault(sentence.strip(_EDGES))
-    told = [quote for quote in found if len(quote) >= 2]
-    yield from sorted(told, key=lambda quote: len(quote) < LONG)[:MAX_QUOTES]
+        if len(sentence) >= MIN_SENTENCE:
+            candidates.setdefault(sentence.strip(_EDGES))
+    long_enough = [quote for quote in candidates if len(quote) >= 2]
+    yield from sorted(long_enough, key=lambda quote: len(quote) < LONG)[:MAX_QUOTES]
 
 
 def places(quote: str, text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """(start, end) of the first places in text[start:end] that have a quotation, with any white space between its words.
+    """(start, end) of the first occurrences of a quotation in text[start:end], with any white space between its words.
 
-    Places with other capital letters count only where there is none with the same.
+    Occurrences that differ in case count only if there is none with the same case.
     """
     parts = quote.split()
     if not parts or len(parts) > MAX_WORDS:
         return []
     pattern = r"\s+".join(map(re.escape, parts))
-    before, behind = (r"\b" if edge.isalnum() else "" for edge in (quote[0], quote[-1]))
+    before, after = (r"\b" if edge.isalnum() else "" for edge in (quote[0], quote[-1]))
     for flags in (0, re.IGNORECASE):
-        found = []
-        for match in re.compile(before + pattern + behind, flags).finditer(text, start, end):
-            found.append(match.span())
-            if len(found) == MAX_PLACES:
+        spans = []
+        for match in re.compile(before + pattern + after, flags).finditer(text, start, end):
+            spans.append(match.span())
+            if len(spans) == MAX_PLACES:
                 break
-        if found:
-            return found
+        if spans:
+            return spans
     return []

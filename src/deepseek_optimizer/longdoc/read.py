@@ -1,4 +1,4 @@
-"""Files, directories and uploads to a document. What cannot be read becomes a problem of that file, and the others are read."""
+"""Reads files, directories and uploads into a document. A file that cannot be read is reported, and the others are read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from . import readers
 from .document import Document, Problem, TextFile
 from .tree import files_under
 
-LIMIT_BYTES = 128 << 20  # of a file
-LIMIT_TOTAL = 1 << 30  # of all
+LIMIT_BYTES = 128 << 20  # per file
+LIMIT_TOTAL = 1 << 30  # of all files
 
 
 def read_documents(
@@ -23,77 +23,77 @@ def read_documents(
     limit_total: int = LIMIT_TOTAL,
     progress: Callable[[int, int], None] | None = None,
 ) -> Document:
-    """The text of files and directories.
+    """Reads the text of files and directories.
 
-    Of directories, all is read that is in them, by name, but what is hidden, and what tools put there (`tree.LEFT_OUT`). Links
+    Directories are read recursively in order of names, without hidden files and those that tools create (`tree.SKIPPED`). Links
     in them are not followed. A file that is named twice is read once.
 
     Args:
-        paths: one, or several.
-        limit_bytes: of a file, at most; a larger one is a problem of that file.
-        limit_total: of all files, at most; what comes later is a problem of each file.
-        progress: called with how many files are done, and how many there are.
+        paths: one or several.
+        limit_bytes: maximum size of a file; a larger one is reported in `problems`.
+        limit_total: maximum size of all files; those beyond it are reported in `problems`.
+        progress: called with the number of files done and the total.
 
     Raises:
-        DocumentError: a path does not exist, or nothing could be read at all.
+        DocumentError: a path does not exist, or no file could be read.
         MissingPackageError: a format needs a library that is not installed.
     """
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    named = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     problems: list[Problem] = []
-    found = _found([os.fspath(path) for path in given], problems)
+    listed = _list_files([os.fspath(path) for path in named], problems)
     files: list[TextFile] = []
     left = limit_total
-    for done, path in enumerate(found):
+    for done, path in enumerate(listed):
         if progress is not None:
-            progress(done, len(found))
+            progress(done, len(listed))
         try:
-            most = f"{limit_bytes:,} are the most for one file"
+            limit = f"the limit is {limit_bytes:,} per file"
             if left < limit_bytes:
-                most = f"only {left:,} are left for all files together"
-            data = _bytes_of(path, min(limit_bytes, left), most)
+                limit = f"only {left:,} are left of the limit for all files"
+            data = _bytes_of(path, min(limit_bytes, left), limit)
             left -= len(data)
             files.append(readers.read(path, data))
         except DocumentError as error:
             problems.append(Problem(error.file, error.message))
     if progress is not None:
-        progress(len(found), len(found))
+        progress(len(listed), len(listed))
     if not files:
-        raise _nothing(given, problems)
+        raise _nothing_read(named, problems)
     return Document(tuple(files), tuple(problems))
 
 
 def read_upload(name: str, data: bytes) -> TextFile:
-    """The text of bytes that were sent under a name; nothing is written to the disk or read from it.
+    """The text of an uploaded file; nothing is written to disk or read from it.
 
     Raises:
-        DocumentError: they could not be read; it names the file and says why.
+        DocumentError: it could not be read; the message names the file and the reason.
         MissingPackageError: the format needs a library that is not installed.
     """
     return readers.read(name, data)
 
 
-def _found(paths: list[str], problems: list[Problem]) -> list[str]:
+def _list_files(paths: list[str], problems: list[Problem]) -> list[str]:
     for path in paths:
         if not os.path.lexists(path):
             raise DocumentError(path, "does not exist")
-    found: dict[str, str] = {}  # real path -> path
+    files: dict[str, str] = {}  # real path -> path
     for path in paths:
         for file in files_under(path, problems) if os.path.isdir(path) else (path,):
-            found.setdefault(os.path.realpath(file) if len(paths) > 1 else file, file)
-    return list(found.values())
+            files.setdefault(os.path.realpath(file) if len(paths) > 1 else file, file)
+    return list(files.values())
 
 
-def _bytes_of(path: str, limit: int, most: str) -> bytes:
-    """A file's bytes as they were at one time.
+def _bytes_of(path: str, limit: int, limit_text: str) -> bytes:
+    """A consistent snapshot of a file's bytes.
 
     Args:
-        most: what to say of the limit.
+        limit_text: describes the limit in the error message.
 
     Raises:
-        DocumentError: it cannot be read, is none, is too large, or does not hold still.
+        DocumentError: it cannot be read, is not a regular file, is too large, or keeps changing.
     """
     try:
-        # A FIFO or a device may block or never end; O_NONBLOCK, since what the name means may change before it is opened.
+        # A FIFO or a device may block or never end. O_NONBLOCK, since the file may be replaced before it is opened.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DocumentError(path, "is not a regular file (a pipe, socket or device)")
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -103,7 +103,7 @@ def _bytes_of(path: str, limit: int, most: str) -> bytes:
                 if not stat.S_ISREG(before.st_mode):
                     raise DocumentError(path, "is not a regular file (a pipe, socket or device)")
                 if before.st_size > limit:
-                    raise DocumentError(path, f"has {before.st_size:,} bytes, and {most}")
+                    raise DocumentError(path, f"has {before.st_size:,} bytes, and {limit_text}")
                 file.seek(0)
                 data = _read_all(file, limit)
                 after = os.fstat(file.fileno())
@@ -111,11 +111,11 @@ def _bytes_of(path: str, limit: int, most: str) -> bytes:
                     return data
     except OSError as error:
         raise DocumentError(path, f"cannot be read: {error.strerror or error}") from error
-    raise DocumentError(path, "changed while it was read, twice; read it again when nothing writes to it")
+    raise DocumentError(path, "changed twice while being read; try again when no process writes to it")
 
 
 def _read_all(file: RawIOBase, limit: int) -> bytes:
-    """All that is left of a file, but hardly more than `limit` bytes, should it be growing."""
+    """The rest of a file, but at most about `limit` bytes in case it is growing."""
     parts: list[bytes] = []
     left = limit + 1
     while left > 0:
@@ -127,11 +127,11 @@ def _read_all(file: RawIOBase, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _nothing(given: list[str | os.PathLike[str]], problems: list[Problem]) -> DocumentError:
-    """What to say where no file could be read."""
+def _nothing_read(paths: list[str | os.PathLike[str]], problems: list[Problem]) -> DocumentError:
+    """The error if no file could be read."""
     if len(problems) == 1:
         return DocumentError(*problems[0])
-    names = ", ".join(os.fspath(path) for path in given[:3]) + (", ..." if len(given) > 3 else "")
+    names = ", ".join(os.fspath(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
     if not problems:
         return DocumentError(names or "no path", "has no files to read")
     few = "; ".join(f"{problem.file} {problem.message}" for problem in problems[:3])

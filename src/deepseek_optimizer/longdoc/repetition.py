@@ -1,34 +1,34 @@
-"""Small models that choose the likeliest token may say one thing over and over. Here a text is found to do so."""
+"""Detects text that repeats itself, as small models with greedy decoding may produce."""
 
 from __future__ import annotations
 
-MAX_UNIT = 240  # characters of what is said again
-TIMES = 4  # in a row
-_LOOK = 32  # tokens after which a text that grows is looked at again
-LEAST = 120  # characters of all of them: rules and dots are shorter
+MAX_UNIT = 240  # maximum characters of the repeated passage
+TIMES = 4  # consecutive repetitions
+_INTERVAL = 32  # tokens between two checks of a growing text
+MIN_LENGTH = 120  # characters of all repetitions together: horizontal rules and dots are shorter
 
 
 class Watch:
-    """Looks now and then at a text that grows."""
+    """Checks a growing text at intervals."""
 
     def __init__(self) -> None:
-        self._next = _LOOK
+        self._next = _INTERVAL
 
     def first_time(self, text: str, tokens: int) -> str | None:
-        """`first_time` of the text that so many tokens have made; None also where it is not time to look."""
+        """`first_time` of the text, which has `tokens` tokens; None also if it is not time for a check."""
         if tokens < self._next:
             return None
-        self._next = tokens + _LOOK
+        self._next = tokens + _INTERVAL
         return first_time(text)
 
 
 def first_time(text: str) -> str | None:
-    """A text that ends with the same passage several times over, up to the end of its first time. None: it does not.
+    """A text that ends with repetitions of a passage, truncated after the first one; None if it does not repeat itself.
 
-    The passage is the shortest one. Looks at the end alone, so that it can be asked while a text grows.
+    The shortest passage is used. Only the end of the text is checked, so it can be called while the text grows.
     """
     for unit in range(1, min(MAX_UNIT, len(text) // TIMES) + 1):
-        times = max(TIMES, -(-LEAST // unit))
+        times = max(TIMES, -(-MIN_LENGTH // unit))
         if len(text) < unit * times or text[-unit * (times - 1) :] != text[-unit * times : -unit]:
             continue
         passage, end = text[-unit:], len(text) - unit

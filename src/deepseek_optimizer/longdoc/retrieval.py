@@ -1,4 +1,4 @@
-"""Finding the chunks that a question is about: BM25 over their words (bm25s), with no model and no network."""
+"""Retrieves the chunks relevant to a question: BM25 over their words (bm25s), without a model or network access."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .words import words
 
 
 class Index:
-    """BM25 in Lucene's form (Kamphuis et al. 2020), k1 = 1.5, b = 0.75, which is computed when the index is made.
+    """BM25 as in Lucene (Kamphuis et al. 2020), k1 = 1.5, b = 0.75; scores are computed when the index is built.
 
     Args:
         chunks: of a document.
-        texts: theirs, in the same order.
+        texts: of the chunks, in the same order.
 
     Raises:
         MissingPackageError: bm25s is not installed.
@@ -29,15 +29,15 @@ class Index:
             raise MissingPackageError("finding passages", "bm25s", "longdoc") from None
         self._chunks = [chunk.index for chunk in chunks]
         self._ids: dict[str, int] = {}
-        texts_ids = [self._known(text) for text in texts]
+        texts_ids = [self._word_ids(text) for text in texts]
         self._scores = BM25(method="lucene")
         if self._ids:
             self._scores.index((texts_ids, self._ids), create_empty_token=False, show_progress=False)
 
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
-        """(index of the chunk, score) of the k best, the best first, of equals the earlier one.
+        """(index of the chunk, score) of the k best, best first; among equal scores the earlier chunk first.
 
-        Chunks that have no word of the question are left out, so there may be fewer than k, or none.
+        Chunks without any word of the question are left out, so there may be fewer than k, or none.
         """
         known = sorted({self._ids[word] for word in words(question) if word in self._ids})
         if not known:
@@ -46,7 +46,7 @@ class Index:
         best = np.argsort(-scores, kind="stable")[: max(k, 0)]
         return [(self._chunks[i], float(scores[i])) for i in best if scores[i] > 0]
 
-    def _known(self, text: str) -> list[int]:
-        """Ids of a text's words; new ones become known."""
+    def _word_ids(self, text: str) -> list[int]:
+        """Ids of a text's words; new words are added."""
         ids = self._ids
         return [ids.setdefault(word, len(ids)) for word in words(text)]

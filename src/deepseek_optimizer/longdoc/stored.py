@@ -1,4 +1,4 @@
-"""A document in a file, as it was read: JSON with a checksum, so that positions stay what they were though the files change."""
+"""Stores a document as it was read, as JSON with a checksum, so that positions stay valid if the original files change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _VERSION = 1
 
 
 def store(path: Path, document: Document, options: dict[str, Any]) -> None:
-    """Writes a document and the options that it was split by."""
+    """Writes a document and the options it was split with."""
     files = [
         {"name": f.name, "text": f.text, "pages": f.pages, "headings": f.headings, "warnings": f.warnings}
         for f in document.files
@@ -24,7 +24,7 @@ def store(path: Path, document: Document, options: dict[str, Any]) -> None:
 
 
 def restore(path: Path) -> tuple[Document, dict[str, Any]]:
-    """What `store` wrote.
+    """Reads what `store` wrote.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another version.
@@ -33,13 +33,15 @@ def restore(path: Path) -> tuple[Document, dict[str, Any]]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         version, checksum, body = stored["version"], stored["checksum"], stored["body"]
     except FileNotFoundError:
-        raise CheckpointError("there is no saved document here", file=path) from None
+        raise CheckpointError("no saved document: the file does not exist", file=path) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError("is no saved document, or damaged", file=path) from None
+        raise CheckpointError("is not a saved document, or it is damaged", file=path) from None
     if version != _VERSION:
-        raise CheckpointError(f"is of version {version}, and this package reads {_VERSION}; read the files anew", file=path)
+        raise CheckpointError(
+            f"has version {version}, but this package reads version {_VERSION}; read the original files again", file=path
+        )
     if not isinstance(body, str) or _checksum(body) != checksum:
-        raise CheckpointError("is damaged; read the files anew", file=path)
+        raise CheckpointError("is damaged; read the original files again", file=path)
     fields = json.loads(body)
     files = tuple(
         TextFile(f["name"], f["text"], tuple(Page(*page) for page in f["pages"]), tuple(f["headings"]), tuple(f["warnings"]))

@@ -1,4 +1,4 @@
-"""What can be asked of a document: a question, a summary, data by a JSON schema; and the words in which a model is asked."""
+"""Tasks on a document (question, summary, extraction by a JSON schema) and their instructions for the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..engine.grammar.json_schema import normalise
 from ..engine.request import check_text
 from ..errors import RequestError, shown
 
-NOTHING = "NOTHING"  # what a model says of a part of the document that does not bear on the question
+NOTHING = "NOTHING"  # the model's reply about a chunk that is not relevant to the question
 MAX_QUESTION = 8_192  # characters
 
 
@@ -20,10 +20,10 @@ class Question:
     """
     Attributes:
         text: of the question.
-        before: what was said before it, so that it can be understood; models read it, and it is not looked for.
+        before: the preceding conversation, as context for the model; not used for retrieval.
 
     Raises:
-        RequestError: it is empty or beyond MAX_QUESTION characters.
+        RequestError: it is empty or longer than MAX_QUESTION characters.
     """
 
     text: str
@@ -31,14 +31,14 @@ class Question:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
-            raise RequestError("question", "is empty; ask something")
+            raise RequestError("question", "is empty; enter a question")
         check_text("question", self.text)
         if len(self.text) > MAX_QUESTION:
-            raise RequestError("question", f"has {len(self.text):,} characters, and {MAX_QUESTION:,} are the most")
+            raise RequestError("question", f"has {len(self.text):,} characters, but the limit is {MAX_QUESTION:,}")
 
     @property
     def words(self) -> str:
-        """What is looked for where the whole document is not read, and what tells passages apart."""
+        """Words for retrieval and for ranking citations."""
         return self.text
 
 
@@ -51,10 +51,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Extraction:
-    """Data of the document in the form of a JSON schema.
+    """Data of the document that matches a JSON schema.
 
     Raises:
-        RequestError: the schema is wrong, is not of an object, or has what a grammar cannot enforce.
+        RequestError: the schema is invalid, does not describe an object, or contains what a grammar cannot enforce.
     """
 
     schema: Mapping[str, Any]
@@ -69,17 +69,17 @@ class Extraction:
 
     @property
     def words(self) -> str:
-        """Names of the fields, and what the schema says of them."""
+        """Names of the fields with their descriptions."""
         fields = self.schema["properties"].items()
-        said = (f"{name} {field.get('description', '')}" if isinstance(field, Mapping) else name for name, field in fields)
-        return " ".join([str(self.schema.get("title", "")), str(self.schema.get("description", "")), *said]).strip()
+        described = (f"{name} {field.get('description', '')}" if isinstance(field, Mapping) else name for name, field in fields)
+        return " ".join([str(self.schema.get("title", "")), str(self.schema.get("description", "")), *described]).strip()
 
 
 Task = Question | Summary | Extraction
 
 
 def instruction(task: Task) -> str:
-    """What stands behind the whole document, or behind the passages that were found."""
+    """The instruction after the whole document, or after retrieved passages."""
     if isinstance(task, Question):
         return f"Answer the question from the text above, and from nothing else.\n{_question(task)}"
     if isinstance(task, Summary):
@@ -88,7 +88,7 @@ def instruction(task: Task) -> str:
 
 
 def part_instruction(task: Task) -> str:
-    """What stands behind one part of a document that is read part by part."""
+    """The instruction after one chunk of a document that is processed chunk by chunk."""
     if isinstance(task, Question):
         return (
             "Answer the question from the text above in one or two sentences, and quote the words that matter. If the text "
@@ -103,7 +103,7 @@ def part_instruction(task: Task) -> str:
 
 
 def merge_instruction(task: Question | Summary) -> str:
-    """What stands behind the replies to several parts, in the document's order."""
+    """The instruction after the replies about several chunks, in document order."""
     if isinstance(task, Question):
         return f"Answer the question from the notes above, and from nothing else.\n{_question(task)}"
     return "Put the notes above together into one summary: what they are about, and the main points."

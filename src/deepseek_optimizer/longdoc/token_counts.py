@@ -1,7 +1,7 @@
-"""How many tokens stretches of a text have: counted in short pieces, so that time and memory stay linear in its length.
+"""Token counts of parts of a text, computed in short segments so that time and memory stay linear in its length.
 
-A long word without spaces takes some tokenizers quadratic time, and a batch of long texts gigabytes. A piece ends where a word
-does, where it can, so the sum over pieces is the count of the whole but for a token here and there.
+A long word without spaces takes some tokenizers quadratic time, and a batch of long texts gigabytes. Segments end at word
+boundaries if possible, so their sum is nearly the count of the whole text.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-_BATCH = 1 << 20  # characters that are tokenised in one call
+_BATCH = 1 << 20  # characters tokenised in one call
 
 
 def count(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """The tokens of each text alone, without those that the tokenizer adds.
+    """The number of tokens of each text by itself, without special tokens.
 
-    Special tokens in a text count as the text they are: a document never speaks as the system or a user does.
+    Special tokens in a text are counted as ordinary text: a document never has the role of the system or a user.
     """
     if not texts:
         return []
@@ -28,15 +28,15 @@ def count(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 class TokenCounts:
-    """About how many tokens lie before each character of a text.
+    """Approximate number of tokens before each character of a text.
 
     Args:
-        piece: characters that are counted at once; between its ends, tokens are taken to be spread evenly.
+        segment: maximum characters of a segment; within it, tokens are assumed to be spread evenly.
     """
 
-    def __init__(self, tokenizer: Any, text: str, piece: int) -> None:
+    def __init__(self, tokenizer: Any, text: str, segment: int) -> None:
         ends, counts = [0], [0]
-        for batch in _batches(pieces(text, piece)):
+        for batch in _batches(segments(text, segment)):
             ends += [end for _, end in batch]
             counts += count(tokenizer, [text[start:end] for start, end in batch])
         self._characters = np.array(ends, dtype=np.int64)
@@ -44,7 +44,7 @@ class TokenCounts:
 
     @property
     def total(self) -> int:
-        """Of the whole text."""
+        """Tokens of the whole text."""
         return int(self._tokens[-1])
 
     def before(self, character: int) -> float:
@@ -52,13 +52,13 @@ class TokenCounts:
         return float(np.interp(character, self._characters, self._tokens))
 
     def character(self, tokens: float) -> int:
-        """The character that has so many tokens before it."""
+        """The position with this number of tokens before it."""
         return int(np.interp(tokens, self._tokens, self._characters))
 
 
-def pieces(text: str, size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of pieces of at most `size` characters that cover a text, cut at the end of a line or before a space where
-    their second half has one."""
+def segments(text: str, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of segments of at most `size` characters that cover a text, split after a line or before a space if their
+    second half contains one."""
     at = 0
     while len(text) - at > size:
         low, high = at + size // 2, at + size

@@ -1,4 +1,4 @@
-"""The files of a directory, by name."""
+"""Lists the files of a directory in order of names."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from .document import Problem
 
-# What tools put into a tree: packages, caches, version control. Names that begin with a full stop are left out too.
-LEFT_OUT = frozenset(("node_modules", "__pycache__", "CVS"))
-_ENVIRONMENT = "pyvenv.cfg"  # a directory that has it is a virtual environment of Python
+# Directories created by tools: packages, caches, version control. Names that start with a full stop are skipped too.
+SKIPPED = frozenset(("node_modules", "__pycache__", "CVS"))
+_ENVIRONMENT = "pyvenv.cfg"  # a directory that contains it is a Python virtual environment
 
 
 def files_under(directory: str, problems: list[Problem]) -> Iterator[str]:
-    """The files under a directory: its own in the order of their names, a subdirectory's where its name stands in that order.
+    """The files below a directory, depth first in order of names.
 
-    Links are not followed: what they name is read in its own place, or lies outside. Outside ones, broken ones and directories
-    that cannot be read are noted as problems.
+    Links are not followed: their targets are read at their own place or lie outside. Links to the outside, broken links and
+    unreadable directories are reported in `problems`.
     """
     root = os.path.realpath(directory)
     stack = [_entries(directory, problems)]
@@ -41,12 +41,12 @@ def _entries(directory: str, problems: list[Problem]) -> Iterator[os.DirEntry[st
         return iter(())
     if any(entry.name == _ENVIRONMENT for entry in entries):
         return iter(())
-    return iter([entry for entry in entries if not entry.name.startswith(".") and entry.name not in LEFT_OUT])
+    return iter([entry for entry in entries if not entry.name.startswith(".") and entry.name not in SKIPPED])
 
 
 def _note_link(path: str, root: str, problems: list[Problem]) -> None:
     target = os.path.realpath(path)
     if not os.path.lexists(target):
-        problems.append(Problem(path, "is a link to nothing"))
+        problems.append(Problem(path, "is a broken link"))
     elif os.path.commonpath((root, target)) != root:
-        problems.append(Problem(path, "is a link out of the directory, and is not followed; name what it means itself"))
+        problems.append(Problem(path, "is a link to outside the directory and was not followed; pass its target explicitly"))

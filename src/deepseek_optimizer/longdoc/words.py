@@ -1,9 +1,9 @@
-"""The words of a text in any script, for finding and comparing passages. No language is asked for, and no stems are made, but
-a word that ends with -s, as plurals do in several languages, also counts without it.
+"""The words of a text in any script, for finding and comparing passages. There is no language setting and no stemming, but a
+word that ends with -s, as plurals do in several languages, is also returned without it.
 
-Small and capital letters are the same, and so are Latin, Greek and Cyrillic letters with and without accents. Identifiers count
-whole and by their parts (`max_length`: max, length; `readFile2`: read, file, 2), numbers whole and without their commas.
-Scripts that do not put spaces between words count by characters and pairs of characters, as search engines do it.
+Case is ignored, and so are accents on Latin, Greek and Cyrillic letters. Identifiers are returned whole and in parts
+(`max_length`: max, length; `readFile2`: read, file, 2), numbers whole and without commas. Scripts without spaces between words
+are split into characters and pairs of characters, as search engines do.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import regex
 
-_LONGEST = 64  # characters of a word; a line of base64 becomes some words of that length
-_WORD = regex.compile(rf"\p{{Nd}}{{1,{_LONGEST}}}(?:[.,]\p{{Nd}}{{1,{_LONGEST}}})+|[\p{{L}}\p{{M}}\p{{N}}_]{{1,{_LONGEST}}}")
+_LIMIT = 64  # characters of a word; a line of base64 becomes several words
+_WORD = regex.compile(rf"\p{{Nd}}{{1,{_LIMIT}}}(?:[.,]\p{{Nd}}{{1,{_LIMIT}}})+|[\p{{L}}\p{{M}}\p{{N}}_]{{1,{_LIMIT}}}")
 _PART = regex.compile(r"\p{Lu}+(?=\p{Lu}\p{Ll})|\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+|\p{N}+|[\p{Lo}\p{Lm}\p{Lt}\p{M}]+")
 _UNSPACED = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー]+", flags=regex.VERSION1
@@ -23,14 +23,14 @@ _ACCENT = regex.compile("[\u0300-\u036f]")
 
 
 def words(text: str) -> Iterator[str]:
-    """The words of a text in order; of what has parts, the parts behind the whole."""
-    known: dict[str, tuple[str, ...]] = {}
+    """The words of a text in order; parts follow the word they belong to."""
+    cache: dict[str, tuple[str, ...]] = {}
     for match in _WORD.finditer(text):
         word = match[0]
-        found = known.get(word)
-        if found is None:
-            found = known[word] = tuple(form for one in _forms(word) for form in _with_singular(one))
-        yield from found
+        forms = cache.get(word)
+        if forms is None:
+            forms = cache[word] = tuple(form for one in _forms(word) for form in _with_singular(one))
+        yield from forms
 
 
 def _forms(word: str) -> Iterator[str]:
@@ -55,7 +55,7 @@ def _with_singular(word: str) -> Iterator[str]:
 
 
 def _unspaced(word: str) -> Iterator[str]:
-    """Characters and pairs of runs without spaces; other letters between them as words."""
+    """Characters and pairs of characters of runs without spaces; other letters between them as words."""
     at = 0
     for run in _UNSPACED.finditer(word):
         if word[at : run.start()].strip("_"):

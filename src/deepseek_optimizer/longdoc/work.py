@@ -1,9 +1,9 @@
-"""How a strategy works, without an engine: it yields what a model is asked, is sent the replies, and returns a result.
+"""The protocol of a strategy, independent of an engine: it yields prompts, receives the replies, and returns a result.
 
     work = answer_by(task, material)          # a generator
-    step = advance(work)                      # a Batch: then advance(work, replies), until it is the Result
+    step = advance(work)                      # a Batch; then advance(work, replies) until it is the Result
 
-So one strategy runs over the engine of this process (`driver.run`), over a server's, and in tests over a list of texts.
+So the same strategy runs on an engine in this process (`driver.run`), in a server, and in tests on a list of texts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Ask:
 
     Attributes:
         prompt: token ids.
-        max_tokens: of the reply at most.
-        schema: JSON schema that the reply must keep to; None: any text.
-        pinned: (begin, end) of prompt tokens that a window must keep.
-        window: the prompt is to be read through a window: it may be longer than the context.
+        max_tokens: maximum length of the reply.
+        schema: JSON schema that the reply must match; None: any text.
+        pinned: (begin, end) of prompt tokens that a window must not drop.
+        window: use a sliding window: the prompt may be longer than the context.
     """
 
     prompt: list[int]
@@ -38,11 +38,11 @@ class Ask:
 class Reply:
     """
     Attributes:
-        text: as the model wrote it, thoughts included.
-        complete: it ended by itself, and not at max_tokens.
-        repeated: it said the same over and over, and was ended; `text` has that once.
-        read: tokens of the prompt. cached: those of them that were known from before. generated: tokens of the reply.
-        dropped: tokens that a window had let go by the end.
+        text: as generated, including reasoning.
+        complete: it ended by itself and not at max_tokens.
+        repeated: it repeated itself and was stopped; `text` has the passage once.
+        read: tokens of the prompt. cached: those of them in the prefix cache. generated: tokens of the reply.
+        dropped: tokens that a window has dropped by the end.
     """
 
     text: str
@@ -58,9 +58,9 @@ class Reply:
 class Batch:
     """
     Attributes:
-        asks: in order; the replies come in the same.
-        left: tokens of prompts that later batches will bring, about; for a bar with the time left.
-        last: the reply to the one ask is the answer: it may be shown as it comes.
+        asks: in order; the replies have the same order.
+        left: estimated prompt tokens of later batches, for a progress bar.
+        last: the reply to the only ask is the answer and can be streamed.
     """
 
     asks: list[Ask]
@@ -73,10 +73,10 @@ class Result:
     """
     Attributes:
         answer: text, or for an extraction a JSON value.
-        citations: passages of the document that support it, the best first.
+        citations: passages of the document that support it, best first.
         strategy: "whole", "window", "map_reduce" or "retrieve".
-        reason: why that one.
-        notes: what the reader should know: a reply that was cut, a field that was found nowhere.
+        reason: why it was chosen.
+        notes: for the user: for example, a truncated reply, or a field that was not found.
     """
 
     answer: Any
@@ -90,7 +90,7 @@ Work = Generator[Batch, list[Reply], Result]
 
 
 def advance(work: Work, replies: list[Reply] | None = None) -> Batch | Result:
-    """What a strategy wants next, or its result. replies: to the batch before; None: it begins."""
+    """The next batch of a strategy, or its result. replies: to the previous batch; None: start."""
     try:
         return next(work) if replies is None else work.send(replies)
     except StopIteration as end:

@@ -6,7 +6,7 @@ of them is fitted to its codes by least squares. A later choice must be better, 
 group is worse off than in ggml, and numbers that came out of a ggml block go back to it.
 
 Sums run over the columns in order, one IEEE operation after the other, so that the native packer gets the same bits
-(docs/contracts.md, "Packing to the bit").
+(docs/contracts.md, "Packing, bit for bit").
 """
 
 from __future__ import annotations

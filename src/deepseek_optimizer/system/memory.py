@@ -16,16 +16,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .cgroup import ControlGroup, groups
 from .files import ROOT, read_sizes, read_text
+
+if TYPE_CHECKING:
+    import torch
 
 RESERVE_BYTES = 256 << 20
 RESERVE_SHARE = 0.1
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 
-Kind = Literal["machine", "cgroup", "reserved"]
+Kind = Literal["machine", "device", "cgroup", "reserved"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Limit:
     free: int
 
     def __str__(self) -> str:
-        has = f"{self.name} has" if self.kind == "machine" else f"{self.name} limits {self.bounds} to"
+        has = f"{self.name} has" if self.kind in ("machine", "device") else f"{self.name} limits {self.bounds} to"
         return f"{has} {mb(self.total)}, of which {mb(self.free)} are free"
 
 
@@ -88,6 +91,17 @@ def free_memory(root: Path = ROOT) -> FreeMemory:
     own = read_sizes(root, "/proc/self/status")
     limits = [_machine(root, own), *cgroup_limits(root, own), *_ulimits(root, own), *_commit_limit(root)]
     return FreeMemory(tuple(limits))
+
+
+def device_memory(device: torch.device) -> FreeMemory:
+    """Memory of a device other than the CPU; the host's limits where torch cannot tell, or the device shares its memory."""
+    import torch
+
+    if device.type != "cuda":
+        return free_memory()
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be used again
+    return FreeMemory((Limit("device", str(device), "memory", total, free + cached),))
 
 
 def less_reserve(free: int) -> int:

@@ -123,7 +123,7 @@ def test_depth_is_where_the_answer_stands(byte_tokenizer, task, depth):
     assert text.index(sample.answers[0]) / len(text) == pytest.approx(depth, abs=0.1)
 
 
-@pytest.mark.parametrize("task, tokens, message", [("none", 4096, "tasks are single, multikey"), ("qa", 500, "too few")])
+@pytest.mark.parametrize("task, tokens, message", [("none", 4096, "use one of single, multikey"), ("qa", 500, "too few")])
 def test_what_cannot_be_made(byte_tokenizer, task, tokens, message):
     with pytest.raises(ConfigError, match=message):
         make_sample(task, byte_tokenizer, tokens)

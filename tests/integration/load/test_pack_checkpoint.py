@@ -165,7 +165,7 @@ def test_killed_twice_and_damaged(tmp_path: Path, source: Path, whole: dict[str,
     assert len(files) == 3
     os.truncate(files[0], files[0].stat().st_size - 64)
     told, written = finish(source, tmp_path / "out")
-    assert "2 of 5" in told[0] and f"made again: {files[0].name}" in told[0]
+    assert "2 of 5" in told[0] and f"written again: {files[0].name}" in told[0]
     assert written == ["model-00001", "model-00004", "model-00005"] and content(tmp_path / "out") == whole
 
 
@@ -174,12 +174,12 @@ def test_another_source_or_other_settings_begin_afresh(
 ) -> None:
     interrupted(source, tmp_path / "out", 2, monkeypatch)
     told, written = finish(source, tmp_path / "out", "int8")
-    assert "another settings" in told[0] and "afresh" in told[0] and len(written) == 5
+    assert "another settings" in told[0] and "starting over" in told[0] and len(written) == 5
     shutil.rmtree(tmp_path / "out")
     other = shutil.copytree(source, tmp_path / "other")  # keeps the times
     interrupted(other, tmp_path / "out", 2, monkeypatch)
     told, written = finish(source, tmp_path / "out")  # the same files, elsewhere
-    assert "going on" in told[0] and content(tmp_path / "out").keys() == whole.keys()
+    assert "resuming" in told[0] and content(tmp_path / "out").keys() == whole.keys()
     shutil.rmtree(tmp_path / "out")
     interrupted(other, tmp_path / "out", 2, monkeypatch)
     os.utime(other / "model.safetensors")

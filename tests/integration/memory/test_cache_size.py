@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from deepseek_optimizer import CacheFullError, NotEnoughMemoryError, PagedCache, load_model, make_engine
+from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.backends.reference import backend as reference
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.engine.request import SamplingParams
-from deepseek_optimizer.integration.bind import runtime
 from deepseek_optimizer.integration.load import loader
 from deepseek_optimizer.integration.memory import cache_size, growth
 from deepseek_optimizer.integration.memory.arena import Arena
@@ -139,7 +140,7 @@ def free(monkeypatch):
     """free(bytes, *limits): what every reader finds from now on."""
 
     def becomes(size, *limits):
-        for module in (cache_size, runtime, loader):
+        for module in (reference, cpu, loader):
             monkeypatch.setattr(module, "free_memory", lambda: memory_of(size, *limits))
 
     return becomes

@@ -1,4 +1,4 @@
-"""PDF: pages, passwords, files that are broken or only pictures."""
+"""PDF: pages, passwords, files that are broken or only images."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_pages_and_their_numbers() -> None:
 def test_a_page_without_text_is_said_and_counted() -> None:
     file = read_upload("a.pdf", pdf(["First.", "", "Third."]))
     assert file.page_of(file.text.index("Third")) == 3
-    assert file.warnings == ("pages without text (empty, or pictures): 2",)
+    assert file.warnings == ("pages without text (empty or images): 2",)
 
 
 def test_pictures_only() -> None:
-    with pytest.raises(DocumentError, match=r"^scan.pdf: has no text on its 2 pages, only pictures; .*OCR"):
+    with pytest.raises(DocumentError, match=r"^scan.pdf: has no text on its 2 pages, only images; .*OCR"):
         read_upload("scan.pdf", pdf(["", ""]))
 
 
@@ -56,7 +56,7 @@ def test_one_broken_page_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PageObject, "extract_text", lambda page: 1 / 0 if page.page_number == 1 else extract(page))
     file = read_upload("a.pdf", pdf(["First.", "Second.", "Third."]))
     assert file.text == "First.\n\nThird.\n\n" and file.page_of(file.text.index("Third")) == 3
-    assert file.warnings == ("pages that are broken and left out: 2",)
+    assert file.warnings == ("broken pages that were left out: 2",)
     monkeypatch.setattr(PageObject, "extract_text", lambda page: 1 / 0)
     with pytest.raises(DocumentError, match="none of its 3 pages can be read"):
         read_upload("a.pdf", pdf(["First.", "Second.", "Third."]))

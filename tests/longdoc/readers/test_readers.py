@@ -36,7 +36,7 @@ def test_what_only_looks_like_another_format() -> None:
     assert read_upload("a.md", b"<!doctype html> begins a page").text == "<!doctype html> begins a page"
     assert read_upload("a.txt", b"A file that begins with %PDF- is a PDF.").pages == ()
     assert read_upload("a.html", b"just text").text == "just text\n\n"
-    with pytest.raises(DocumentError, match="a.pdf: is not a PDF: it does not begin with %PDF"):
+    with pytest.raises(DocumentError, match="a.pdf: is not a PDF: it does not start with %PDF"):
         read_upload("a.pdf", b"just text")
     with pytest.raises(DocumentError, match="a.docx: is a broken .docx"):
         read_upload("a.docx", b"just text")

@@ -29,7 +29,7 @@ def test_utf16_without_a_mark() -> None:
     for encoding in ("utf-16-le", "utf-16-be"):
         file = read_upload("a.txt", FRENCH.encode(encoding))
         assert file.text == FRENCH
-        assert file.warnings == (f"read as {encoding} without a byte order mark, which is a guess",)
+        assert file.warnings == (f"read as {encoding}, a guess, since there is no byte order mark",)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_mixed_encodings_keep_what_is_utf8_and_say_where_the_rest_is() -> None:
     good, bad = "Zeile mit Müller und Übergröße\n", "Zeile mit Müller\n"
     file = read_upload("a.log", (good * 3).encode() + bad.encode("latin-1") + (good * 3).encode())
     assert file.text == good * 3 + "Zeile mit M\ufffdller\n" + good * 3
-    assert file.warnings == ("1 places are not UTF-8, and stand as U+FFFD; the first is in line 4",)
+    assert file.warnings == ("1 invalid sequences in UTF-8 were replaced by U+FFFD, the first in line 4",)
 
 
 def test_lines_end_in_one_way() -> None:
@@ -72,8 +72,8 @@ def test_random_bytes_without_zeros_are_no_text() -> None:
 
 def test_a_log_that_a_crash_left_zeros_in() -> None:
     file = read_upload("a.log", b"a line of a log\n" * 1000 + b"\0" * 50 + b"\nand on\n")
-    assert "\0" not in file.text and file.warnings == ("50 NUL characters stand as U+FFFD",)
-    with pytest.raises(DocumentError, match="is not text: it has 16,000 NUL characters"):
+    assert "\0" not in file.text and file.warnings == ("50 NUL characters were replaced by U+FFFD",)
+    with pytest.raises(DocumentError, match="is not text: it contains 16,000 NUL characters"):
         read_upload("a.log", b"a line of a log\n" * 1000 + b"\0" * 16_000)
 
 

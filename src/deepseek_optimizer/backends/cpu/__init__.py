@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import torch
 
 from ...errors import BackendError
 from ...graph.ir import Graph
-from ...quant.packed import PackedMatrix
+from ...quant.packed import PackedMatrix, PackedWeight
+from ...system.memory import FreeMemory, free_memory
+from ...system.threads import one_torch_thread
+from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions
+from ..registry import BackendSettings, BackendSpec
 from . import native, packer
-from .compile import compile_graph
+from .compile import ACTIVATIONS, compile_graph
 from .environment import forced_isa, forced_threads
 from .mapped_file import MappedFile, check_tensor, map_file
 from .plan import CpuPlan, CpuStore
+from .sizes import CpuSizes
 
-__all__ = ["CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
+__all__ = ["SPEC", "CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
 
 ISA_GROUPS = ("avx2", "avx512")  # ISA names that stand for several variants
 
@@ -35,8 +41,8 @@ def crowding(threads: int) -> str | None:
     )
 
 
-class CpuBackend:
-    """Graphs compiled to native plans.
+class CpuBackend(CpuSizes):
+    """Implements `Backend`: graphs compiled to native plans.
 
     Args:
         isa: None: DSO_ISA, or else the best that runs here. "avx2", "avx512": the best variant of that family. "avx2-base",
@@ -49,6 +55,8 @@ class CpuBackend:
     """
 
     name = "cpu"
+    device = torch.device("cpu")
+    maps_files = True
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
         wanted = isa or forced_isa()
@@ -68,6 +76,21 @@ class CpuBackend:
         return self.context.threads
 
     @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            name=self.name,
+            device_type=self.device.type,
+            phases=PHASES,
+            weight_formats=tuple(native.FORMATS),
+            kv_dtypes=tuple(native.KV_TYPES),
+            attention_modes=("flash", "eager", "sliding", "sparse"),
+            activations=("auto", *ACTIVATIONS),
+            isas=tuple(name for name in native.isa_names() if native.isa_runs_here(name)),
+            batch_invariant=True,
+            training=True,
+        )
+
+    @property
     def note(self) -> str | None:
         """What the user should know of its threads."""
         return crowding(self.threads)
@@ -76,15 +99,20 @@ class CpuBackend:
     def detail(self) -> str:
         return f"{self.isa}, {self.threads} threads"
 
-    def compile(self, graph: Graph, weights: Mapping[str, PackedMatrix | torch.Tensor], **options: Any) -> CpuPlan:
+    def compile(
+        self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], options: CompileOptions = DEFAULTS
+    ) -> CpuPlan:
         """See `compile.compile_graph`."""
-        return compile_graph(self.context, graph, weights, **options)
+        return compile_graph(self.context, graph, weights, activation=options.activation)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> CpuStore:
         return CpuStore(self.context, graph.cache, kv_dtype, num_blocks)
 
-    def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        return native.block_bytes(graph.cache, kv_dtype)
+    def free_memory(self) -> FreeMemory:
+        return free_memory()
+
+    def thread_context(self) -> AbstractContextManager[None]:
+        return one_torch_thread()
 
     def pack(
         self,
@@ -128,3 +156,15 @@ def _variant(isa: str | None) -> str | None:
         return isa.removesuffix("-base") if isa else None
     members = [n for n in native.isa_names() if n.split("-")[0] == isa]
     return next((n for n in reversed(members) if native.isa_runs_here(n)), isa)
+
+
+def _unavailable(settings: BackendSettings) -> str | None:
+    """An ISA that was asked for by name is never passed over in silence: that it cannot be had is an error of `CpuBackend`."""
+    return None if settings.isa or forced_isa() else unavailable_reason()
+
+
+def _create(device: torch.device, settings: BackendSettings) -> CpuBackend:
+    return CpuBackend(settings.isa, settings.threads)
+
+
+SPEC = BackendSpec("cpu", _create, CpuSizes, _unavailable, device_types=("cpu",), priority=100)

@@ -56,10 +56,7 @@ class _Compiler:
         return self.matrix(name).format
 
     def kind_of(self, name: str) -> str:
-        format_name = self.format_of(name)
-        if self.activation in ACTIVATIONS and format_name in INTEGER_FORMATS:
-            return ACTIVATIONS[self.activation]
-        return get_format(format_name).activation
+        return row_kind(self.format_of(name), self.activation)
 
     def weight(self, name: str | None) -> int:
         """Index of a weight in the plan's table, added at its first use."""
@@ -158,6 +155,13 @@ class _Compiler:
             if node.attrs.get("window"):
                 row["form"] += f"; the last {node.attrs['window']} tokens and the first {node.attrs['sinks']}"
         return row
+
+
+def row_kind(format_name: str, activation: str) -> str:
+    """Slot kind of the rows that a product with a matrix in this format reads; `activation` as in `CompileOptions`."""
+    if activation in ACTIVATIONS and format_name in INTEGER_FORMATS:
+        return ACTIVATIONS[activation]
+    return get_format(format_name).activation
 
 
 def _flags(spec: OpSpec, node: Node) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
 from ...graph.rotation import KeyRotation, Pairs
-from ..base import BLOCK_TOKENS, Int32, StepBatch, StepOutput, reach_of
+from ..base import BLOCK_TOKENS, Int32, KvStore, StepBatch, StepOutput, reach_of
+from ..sampling import TokenChoice, choose_tokens
 from .buffers import address, optional
 from .native import FLAGS, Batch, Context, Handle, Rotation, Slot, Step, Weight, block_bytes, cache_shape, check
 
@@ -59,7 +61,7 @@ class CpuStore:
         place = address(np.frombuffer(data, _U8), "a block", _U8, (self.saved_bytes,))
         self.context.call("dso_cache_load_block", self.handle, block, place)
 
-    def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
         table, frequencies = _table(block_table, tokens), np.ascontiguousarray(rotation.inv_freq, dtype=np.float32)
         key, index = (None if pairs is None else _rotation(pairs, frequencies) for pairs in (rotation.key, rotation.index))
@@ -97,7 +99,9 @@ def _rotation(pairs: Pairs, frequencies: Any) -> Rotation:
 
 
 class CpuPlan:
-    """Steps bound to packed weights. Made by `CpuBackend.compile`; keeps the weights it points at alive."""
+    """Implements `Plan`: steps bound to packed weights. Made by `CpuBackend.compile`; keeps the weights it points at alive."""
+
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -126,8 +130,8 @@ class CpuPlan:
             (Slot * len(slots))(*slots), len(slots), (Weight * len(weights))(*weights), len(weights), vocab_size,
         )  # fmt: skip
 
-    def run(self, batch: StepBatch, store: CpuStore) -> StepOutput:
-        """One step. Shapes are checked here, ids and lengths by the library, before anything is written."""
+    def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
+        """One step over a `CpuStore`. Shapes are checked here, ids and lengths by the library, before anything is written."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         if rows and not self.has_head:
             raise ValueError(f"logit_rows asks for {rows} rows of logits, and this plan has no head")
@@ -155,7 +159,7 @@ class CpuPlan:
         b.logits = address(logits, "logits", f32, shape)
         b.hidden = optional(hidden, "hidden", f32, (self.hidden_states, tokens, width))
         b.last_hidden = optional(last, "last_hidden", f32, (tokens, width))
-        b.cache = store.handle.address
+        b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
         frequencies = self._frequencies(batch)
         b.inv_freq = optional(frequencies, "inv_freq", _F32, (sequences, self._rot // 2))
         self.context.call("dso_plan_run", self.handle, C.byref(b), logits=logits, hidden=hidden, last_hidden=last)
@@ -171,6 +175,9 @@ class CpuPlan:
             raise ValueError(f"reach must be {len(batch.query_len)} numbers above 0, and is {batch.reach}")
         lengths = reach_of(batch)
         return None if max(lengths) <= self._rope.context else np.stack([self._inv_freq_at(n) for n in lengths])
+
+    def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+        return choose_tokens(logits.numpy(), choices)
 
     def check_weights(self) -> None:
         check(self.lib.dso_plan_check(self.handle))

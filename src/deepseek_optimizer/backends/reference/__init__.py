@@ -3,6 +3,9 @@
 It is the oracle for rules, kernels and models, and what serves where there is no native build.
 """
 
-from .backend import ReferenceBackend
+from ..registry import FALLBACK, BackendSpec
+from .backend import ReferenceBackend, ReferenceSizes
 
-__all__ = ["ReferenceBackend"]
+__all__ = ["SPEC", "ReferenceBackend"]
+
+SPEC = BackendSpec("reference", lambda device, settings: ReferenceBackend(device), ReferenceSizes, priority=FALLBACK)

@@ -1,8 +1,10 @@
-"""Compiles graphs for torch."""
+"""The reference backend: compiles graphs for torch, and packs and multiplies weights with torch alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -10,38 +12,75 @@ from ...errors import BackendError
 from ...graph.analysis import stack_shapes, weight_shapes
 from ...graph.ir import Graph
 from ...graph.validate import check_graph
-from ...quant.packed import PackedStack, PackedWeight
-from .plan import ReferencePlan
-from .store import Store, make_store, store_block_bytes
+from ...quant import FORMATS, products, reference_packer
+from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
+from ...system.memory import FreeMemory, device_memory, free_memory
+from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, FileMapping
+from .plan import ReferencePlan, buffer_bytes
+from .store import DTYPES, Store, make_store, store_block_bytes
 
 
-class ReferenceBackend:
-    """Runs graphs with torch.
+class ReferenceSizes:
+    """Implements `Sizes`.
 
     Args:
-        device: where weights and cache live.
+        dtype: of rows.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
+        return store_block_bytes(graph.cache, kv_dtype)
+
+    def buffer_bytes(
+        self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
+    ) -> int:
+        return buffer_bytes(graph, self.dtype, tokens, logit_rows)
+
+
+class ReferenceBackend(ReferenceSizes):
+    """Implements `Backend`: runs graphs with torch.
+
+    Args:
+        device: where weights and cache are.
         dtype: of weights and rows; torch.float32 gives the oracle, torch.bfloat16 rounds where Transformers does.
+        rounding: None: products read rows as they are. "format": rows are first rounded to what the native product of each
+            weight's format reads; "bf16", "q8" or "q16": to that. It separates kernel error from quantisation error.
     """
 
     name = "reference"
+    isa = threads = note = None
+    maps_files = False
 
-    def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+    def __init__(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, rounding: str | None = None
+    ) -> None:
+        super().__init__(dtype)
+        self.device, self.rounding = torch.device(device), rounding
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            name=self.name,
+            device_type=self.device.type,
+            phases=PHASES,
+            weight_formats=tuple(FORMATS),
+            kv_dtypes=tuple(DTYPES),
+            attention_modes=("flash", "eager", "sliding", "sparse"),
+        )
 
     @property
     def detail(self) -> str:
         return f"torch {str(self.dtype).removeprefix('torch.')} on {self.device}"
 
     def compile(
-        self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], *, activation: str | None = None
+        self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], options: CompileOptions = DEFAULTS
     ) -> ReferencePlan:
         """Binds a graph to weights.
 
         Args:
             weights: parameter path -> packed matrix or stack (dequantised here) or float tensor.
-            activation: None: products read rows as they are. "format": rows are rounded first to what the native product of
-                each weight's format reads; "bf16", "q8" or "q16": to that. So kernel error and quantisation error can be told
-                apart.
 
         Raises:
             BackendError: a weight is missing or has the wrong shape.
@@ -58,15 +97,43 @@ class ReferenceBackend:
                 needed = stacks.get(name, shape)
             if given != needed:
                 raise BackendError(f"weight {name!r} has shape {given}, the graph needs {needed}")
-        return ReferencePlan(graph, weights, self.device, self.dtype, activation)
+        return ReferencePlan(graph, weights, self.device, self.dtype, self.rounding)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> Store:
         """An empty cache of `num_blocks` blocks; kv_dtype is "fp32", "bf16" or "int8"."""
         return make_store(graph.cache, kv_dtype, num_blocks, self.device)
 
-    def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        """Bytes of one block, all layers together."""
-        return store_block_bytes(graph.cache, kv_dtype)
+    def free_memory(self) -> FreeMemory:
+        return free_memory() if self.device.type == "cpu" else device_memory(self.device)
+
+    def thread_context(self) -> AbstractContextManager[None]:
+        """Torch's threads are its own."""
+        return nullcontext()
+
+    def pack(
+        self,
+        weight: torch.Tensor,
+        name: str,
+        out: torch.Tensor | None = None,
+        importance: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return reference_packer(weight, name, out, importance, scale)
+
+    def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        return products.unpack_rows(matrix, begin, end)
+
+    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return products.linear(x, matrix, bias)
+
+    def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+        return products.linear_gradient(grad, matrix)
+
+    def map_file(self, fd: int, size: int, modified_ns: int, path: Path) -> FileMapping:
+        raise BackendError(f"the reference backend does not map {path}: nothing would notice a change; read it into memory")
+
+    def check_tensor(self, tensor: torch.Tensor) -> None:
+        """Nothing to do: no tensor is in a mapped file."""
 
     def __repr__(self) -> str:
         return f"ReferenceBackend({self.detail})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,10 @@ from ...graph.analysis import hidden_only, weight_shapes
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, Node, Value
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
-from ..base import StepBatch, StepOutput, reach_of
+from ..base import KvStore, StepBatch, StepOutput, reach_of
+from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
 from . import choose, latent, moe, ops
 from .checks import check_batch
-from .store import Store
 
 
 @dataclass
@@ -43,7 +43,7 @@ class ReferencePlan:
         weights: Mapping[str, PackedWeight | torch.Tensor],
         device: torch.device,
         dtype: torch.dtype,
-        activation: str | None,
+        rounding: str | None,
     ) -> None:
         self.graph, self.device, self.dtype = graph, device, dtype
         exact = {name for n in graph.nodes if n.op == "router" for name in (*n.weights, n.attrs["bias"])}
@@ -53,17 +53,21 @@ class ReferencePlan:
             for name in graph.weights()
         }
         self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedWeight)}
-        self._activation = {name: _activation(self._formats.get(name), activation) for name in graph.weights()}
+        self._rounding = {name: _rounding(self._formats.get(name), rounding) for name in graph.weights()}
         self._span = forgetting(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
 
     @torch.no_grad()
-    def run(self, batch: StepBatch, store: Store) -> StepOutput:
+    def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
+        """One step over a store of this backend."""
         with torch.autocast(self.device.type, enabled=False):  # a plan has a dtype of its own, on every backend
-            return self._run(batch, store)
+            made = self._run(batch, store)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return made
 
-    def _run(self, batch: StepBatch, store: Store) -> StepOutput:
+    def _run(self, batch: StepBatch, store: KvStore) -> StepOutput:
         check_batch(batch, self.graph, store.num_blocks, self._span)
         step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device))
         unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
@@ -77,6 +81,9 @@ class ReferencePlan:
         last = step.hidden[self.graph.hidden_states - 1] if batch.last_hidden else None
         logits = logits.float() if batch.logits is None else batch.logits.copy_(logits)
         return StepOutput(logits, hidden, last)
+
+    def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+        return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
 
     def check_weights(self) -> None:
         """Nothing to do: they are dequantised, in memory of the plan's own."""
@@ -92,10 +99,7 @@ class ReferencePlan:
         """Nothing to do: torch allocates as it goes."""
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        """An upper bound: every value of the graph at once."""
-        rows = {False: tokens, True: logit_rows}
-        values = {v for node in self.graph.nodes for v in node.outputs}
-        return sum(rows[v.selected] * v.repeat * v.width * self.dtype.itemsize for v in values)
+        return buffer_bytes(self.graph, self.dtype, tokens, logit_rows)
 
     def describe(self) -> list[dict[str, Any]]:
         return [
@@ -113,7 +117,7 @@ class ReferencePlan:
 
     def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x as the native product with this weight would read it, if that was asked for."""
-        kind = self._activation[name]
+        kind = self._rounding[name]
         if kind is None:
             return x
         from ...quant.activations import fake_quantize
@@ -272,6 +276,7 @@ class ReferencePlan:
         return (ops.layer_norm(x, weight, bias, node.attrs["eps"]),)
 
     def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+        assert step.batch.states is not None  # `check_batch` has seen to it
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
     def _gate_up(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -329,6 +334,26 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
 }
 
 
+def choose_on_device(logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+    """See `Plan.choose_tokens`. Only rows that are sampled from are copied to the host, where the definition draws."""
+    largest, tokens = logits.max(-1)
+    greedy = torch.where(largest.isfinite(), tokens, NOT_FINITE).tolist()
+    found: list[int | None] = []
+    for row, token, choice in zip(logits, greedy, choices, strict=True):
+        if choice is None:
+            found.append(None)
+        else:
+            found.append(token if choice.temperature == 0 else choose_token(row.cpu().numpy(), choice))
+    return found
+
+
+def buffer_bytes(graph: Graph, dtype: torch.dtype, tokens: int, logit_rows: int) -> int:
+    """An upper bound of what a step takes: all values of the graph at once."""
+    rows = {False: tokens, True: logit_rows}
+    values = {v for node in graph.nodes for v in node.outputs}
+    return sum(rows[v.selected] * v.repeat * v.width * dtype.itemsize for v in values)
+
+
 def _sequences(batch: StepBatch, device: torch.device) -> list[tuple[slice, int, torch.Tensor]]:
     ends = np.cumsum(batch.query_len)
     tables = torch.from_numpy(batch.block_table).to(device, torch.int64)
@@ -349,10 +374,10 @@ def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: tor
     return weight.detach().to(device, dtype)
 
 
-def _activation(format_name: str | None, asked: str | None) -> str | None:
+def _rounding(format_name: str | None, asked: str | None) -> str | None:
     """The rounding of rows before a product with a weight of this format; None for no rounding."""
     if asked not in (None, "format", "bf16", "q8", "q16"):
-        raise BackendError(f"unknown activation {asked!r}; known: None, 'format', 'bf16', 'q8', 'q16'")
+        raise BackendError(f"unknown rounding {asked!r}; known: None, 'format', 'bf16', 'q8', 'q16'")
     if asked != "format":
         return asked
     if format_name is None:

@@ -86,7 +86,7 @@ class _Blocks:
             row.copy_(torch.frombuffer(rest, dtype=tensor.dtype, count=row.numel(), offset=at).view(row.shape))
             at += row.nbytes
 
-    def turn(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
         if min(position, position + delta) < 0 or tokens < 0:
             raise ValueError(f"{tokens} tokens from position {position} cannot move by {delta}")

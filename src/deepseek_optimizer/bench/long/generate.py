@@ -1,4 +1,4 @@
-"""Samples of an exact length in tokens of a given tokenizer."""
+"""Generates samples of an exact length in tokens."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ...errors import ConfigError
 from .sample import Sample
 from .tasks import TASKS, Draft
 
-SLACK = 0.01  # a prompt is shorter than asked by this share at most
+SLACK = 0.01  # a prompt may be shorter than requested by this share
 _AIM = 0.996
-_PROBE = 400  # words by which a tokenizer's tokens a word are measured
+_PROBE = 400  # words from which tokens per word are estimated
 
 
 def make_sample(task: str, tokenizer: Any, tokens: int, *, seed: int = 0, depth: float | None = None) -> Sample:
     """
     Args:
         task: name in `TASKS`.
-        tokenizer: the model's; a prompt is a user's message in its chat template, where it has one.
-        tokens: of the prompt, template included: none more, and 1% less at most.
-        seed: the same sample for the same seed, task, tokens and tokenizer.
-        depth: where what is asked for stands, 0 to 1; None: drawn.
+        tokenizer: the model's; a prompt is a user message in its chat template, if it has one.
+        tokens: maximum length of the prompt including the template; it is at most 1% shorter.
+        seed: the same seed, task, tokens and tokenizer give the same sample.
+        depth: position of the fact in the text, 0 to 1; None: random.
 
     Raises:
-        ConfigError: no such task, or so few tokens that the task does not fit in.
+        ConfigError: the task is unknown, or does not fit into so few tokens.
     """
     if task not in TASKS:
-        raise ConfigError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
+        raise ConfigError(f"unknown task {task!r}; use one of {', '.join(TASKS)}")
     rng = random.Random(f"{task} {tokens} {seed}")
     depth = rng.random() if depth is None else depth
 
@@ -43,20 +43,20 @@ def make_sample(task: str, tokenizer: Any, tokens: int, *, seed: int = 0, depth:
 
 
 def ids_of(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt as the model reads it."""
+    """Token ids of a prompt."""
     return prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def _about(count: Callable[[str], int], draft: Draft, tokens: int) -> int:
-    """Words that take about so many tokens."""
+    """Estimated number of words for this number of tokens."""
     few, many = count(draft.prompt(_PROBE)), count(draft.prompt(2 * _PROBE))
     return max(1, round(_PROBE + (tokens - few) * _PROBE / max(1, many - few)))
 
 
 def _fit(count: Callable[[str], int], draft: Draft, tokens: int, words: int, task: str) -> tuple[str, int]:
-    """The draft with as many words as the tokens allow: the prompt and its tokens. Counting is what takes time, so each count
-    narrows the range by as much as it can."""
-    low, high = 0, None  # words that are not too many, and that are
+    """The prompt with as many words as fit, and its length in tokens. Counting dominates the time, so each count narrows the
+    range as much as possible."""
+    low, high = 0, None  # a number of words that fits, and one that is too large
     for _ in range(40):
         prompt = draft.prompt(words)
         length = count(prompt)
@@ -71,4 +71,4 @@ def _fit(count: Callable[[str], int], draft: Draft, tokens: int, words: int, tas
         if top - low <= 1:
             break
         words = min(max(guess, low + 1), top - 1)
-    raise ConfigError(f"{task}: {tokens} tokens are too few for it; give at least 1024")
+    raise ConfigError(f"{task}: {tokens} tokens are too few for this task; use at least 1024")

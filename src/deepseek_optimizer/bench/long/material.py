@@ -1,4 +1,4 @@
-"""What texts are made of: prose that every Python ships, and names, words and numbers that stand nowhere in it."""
+"""The material of texts: prose from Python's documentation, and names, words and numbers that do not occur in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from ...calibration.text import sample_text
 
-# A paragraph without digits, so that no number is there by chance.
+# A paragraph without digits, so that it contains no number by chance.
 _PROSE = re.compile(r"[A-Z][A-Za-z ,.;:'()\-/\"*_?!]{80,}\.")
 _ONSETS = "b br d dr f fl g gr h k kl l m n p pr r s sk st t tr v z".split()
 _VOWELS = "aeiou"
@@ -19,25 +19,25 @@ _CODAS = "l m n nd r rk rn s sk st t x".split()
 @lru_cache(maxsize=1)
 def paragraphs() -> tuple[tuple[str, ...], ...]:
     """Words of each paragraph of prose in Python's documentation."""
-    found = (" ".join(part.split()) for part in re.split(r"\n\s*\n", sample_text()))
-    return tuple(tuple(text.split()) for text in found if _PROSE.fullmatch(text))
+    texts = (" ".join(part.split()) for part in re.split(r"\n\s*\n", sample_text()))
+    return tuple(tuple(text.split()) for text in texts if _PROSE.fullmatch(text))
 
 
 @lru_cache(maxsize=1)
 def _known() -> frozenset[str]:
-    """Every word of the prose, in lower case."""
+    """All words of the prose, in lower case."""
     return frozenset(re.findall(r"[a-z]+", " ".join(word.lower() for words in paragraphs() for word in words)))
 
 
 class Filler:
-    """Prose without end: all paragraphs in an order drawn anew whenever they have been used up."""
+    """Endless prose: all paragraphs in random order, reshuffled each time they are used up."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._words: list[str] = []
 
     def words(self, count: int) -> list[str]:
-        """The first `count` words; the same ones at every call."""
+        """The first `count` words; the same in each call."""
         while len(self._words) < count:
             order = list(paragraphs())
             self._rng.shuffle(order)
@@ -46,27 +46,27 @@ class Filler:
 
 
 def made_up(rng: random.Random, syllables: int = 2) -> Iterator[str]:
-    """Words that are no words of the prose, each once, in lower case."""
+    """Unique made-up words that do not occur in the prose, in lower case."""
     return _once(lambda: "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables)))
 
 
 def names(rng: random.Random) -> Iterator[str]:
-    """Made-up names, each once."""
+    """Unique made-up names."""
     return (word.capitalize() for word in made_up(rng))
 
 
 def numbers(rng: random.Random) -> Iterator[str]:
-    """Numbers of seven digits, each once."""
+    """Unique numbers of seven digits."""
     return _once(lambda: str(rng.randrange(1_000_000, 10_000_000)))
 
 
 def variables(rng: random.Random) -> Iterator[str]:
-    """Five capital letters, each once."""
+    """Unique names of five capital letters."""
     return _once(lambda: "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(5)))
 
 
 def _once(draw: Callable[[], str]) -> Iterator[str]:
-    """What is drawn, but for what came before and for words of the prose."""
+    """Values of `draw`, except repeated ones and words of the prose."""
     seen = set(_known())
     while True:
         drawn = draw()

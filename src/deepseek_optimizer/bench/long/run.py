@@ -1,4 +1,4 @@
-"""The whole of `dso bench --long`: every mode of attention over the same texts, each mode in a process of its own."""
+"""`dso bench --long` as a function: every attention mode on the same texts, each mode in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,18 @@ from ...config import DeepSeekConfig
 from ...errors import ConfigError
 from ...integration.load.resolve import resolve
 from ...versions import versions
+from ..background import BackgroundLoad
 from ..figures import samples
-from ..process import cpu_name
+from ..process import cpu_name, machine_memory_bytes, usable_cpus
 from ..runs import Run
 from .tasks import TASKS
 
-SCHEMA = 1  # of the report; goes up where a name changes its meaning
+SCHEMA = 1  # of the report; increased when a key changes its meaning
 MODES = ("flash", "sliding", "sparse")
 LENGTHS = (4096, 8192, 16384, 32768)
-LEAST = 1024  # tokens; below, some task does not fit in
+MIN_LENGTH = 1024  # tokens; some tasks do not fit into fewer
 
-Line = dict[str, Any]  # what a side prints
+Line = dict[str, Any]  # one line of a side's output
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class LongRequest:
 
     Attributes:
         model: directory, .gguf file or hub name.
-        fields: of `DeepSeekConfig`; with `context_extension` alone there is room for the longest of the lengths.
+        fields: of `DeepSeekConfig`; `context_extension` without `context_length` extends to the longest of the lengths.
         lengths: tokens of prompt and answer together.
-        modes: of attention: values of `attention_optimization`.
-        tasks: names in `TASKS`. samples: of each, at each length; what is asked for stands evenly spread over the text.
+        modes: attention modes, values of `attention_optimization`.
+        tasks: names in `TASKS`. samples: number per task and length; the facts asked for are spread evenly over the text.
     """
 
     model: str
@@ -50,24 +53,26 @@ class LongRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, given, known in (("modes", self.modes, MODES), ("tasks", self.tasks, TASKS)):
-            unknown = [value for value in given if value not in known]
-            if unknown or not given:
+        for name, values, known in (("modes", self.modes, MODES), ("tasks", self.tasks, TASKS)):
+            unknown = [value for value in values if value not in known]
+            if unknown or not values:
                 raise ConfigError(f"{name}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-        if min(self.lengths, default=0) < LEAST:
-            raise ConfigError(f"lengths: expected {LEAST} tokens or more, got {', '.join(map(str, self.lengths)) or 'none'}")
+        if min(self.lengths, default=0) < MIN_LENGTH:
+            raise ConfigError(
+                f"lengths: expected {MIN_LENGTH} tokens or more, got {', '.join(map(str, self.lengths)) or 'none'}"
+            )
         if self.samples < 1:
             raise ConfigError(f"samples: expected 1 or more, got {self.samples}")
 
     def config(self, **fields: Any) -> dict[str, Any]:
-        """Fields of `DeepSeekConfig`, these among them."""
-        found = {**self.fields, **fields}
-        if found.get("context_extension"):
-            found.setdefault("context_length", max(self.lengths))
-        return found
+        """Fields of `DeepSeekConfig`, with these added."""
+        merged = {**self.fields, **fields}
+        if merged.get("context_extension"):
+            merged.setdefault("context_length", max(self.lengths))
+        return merged
 
     def command(self, model: Path, mode: str) -> list[str]:
-        """What starts a mode's side."""
+        """The command that measures one mode."""
         options = {
             "config": json.dumps(self.config(attention_optimization=mode)), "lengths": ",".join(map(str, self.lengths)),
             "tasks": ",".join(self.tasks), "samples": self.samples, "seed": self.seed,
@@ -82,21 +87,22 @@ def run(
     note: Callable[[str], None] = lambda _: None,
     side: Callable[[Sequence[str]], Iterator[Line]] | None = None,
 ) -> dict[str, Any]:
-    """Keys: schema, model, cpu, versions, config, tasks, samples, seed, sides (mode -> backend, threads, load_s; or nothing),
-    rows. A row: mode, length, and either "error", which says why nothing was measured, or that as None and "scores" (task ->
-    one a sample), "accuracy" (task -> mean), "mean" (of all tasks), "ttft_s", "prefill_tok_s", "decode_tok_s" (medians),
-    "memory_bytes" (peak above the loaded model).
+    """Keys: schema, date, seconds, load, model, cpu, machine_memory_bytes, versions, config, tasks, samples, seed, sides (mode
+    -> backend, threads, load_s; empty if it failed), rows. A row: mode, length, and either "error", the reason why nothing was
+    measured, or None there and "scores" (task -> one per sample), "accuracy" (task -> mean), "mean" (of all tasks), "ttft_s",
+    "prefill_tok_s", "decode_tok_s" (medians), "memory_bytes" (peak above the loaded model).
 
     Args:
-        progress: takes how many tokens are done, and of how many.
-        note: takes what is going on.
-        side: a command's lines, for tests.
+        progress: called with the number of tokens done and the total.
+        note: called with each step as text.
+        side: runs a command and yields its lines; replaced by tests.
 
     Raises:
-        ConfigError: a field is wrong, before anything is started; or no mode can be had, with the reason.
-        CheckpointError: there is no such model.
+        ConfigError: a field is invalid, raised before anything is started; or no mode is available, with the reason.
+        CheckpointError: the model does not exist.
     """
     DeepSeekConfig(**request.config())
+    date, began = datetime.now().astimezone(), time.perf_counter()
     model = resolve(request.model)
     done, each = 0, request.samples * len(request.tasks)
     total = len(request.modes) * each * sum(request.lengths)
@@ -108,6 +114,7 @@ def run(
             progress(min(done, total), total)
 
     advance(0)
+    background = BackgroundLoad(usable_cpus())
     sides: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for i, mode in enumerate(request.modes):
@@ -118,13 +125,17 @@ def run(
             advance(line["length"] if "task" in line else 0)
         sides[mode] = next((line for line in lines if "backend" in line), {})
         rows += rows_of(mode, request.lengths, lines)
-        advance((i + 1) * each * sum(request.lengths) - done)  # what was left out takes no more time
+        advance((i + 1) * each * sum(request.lengths) - done)  # skipped work takes no more time
     if not any(sides.values()):
         raise ConfigError(rows[0]["error"])
     return {
         "schema": SCHEMA,
+        "date": date.isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - began,
+        "load": background.report(),
         "model": str(request.model),
         "cpu": cpu_name(),
+        "machine_memory_bytes": machine_memory_bytes(),
         "versions": versions(),
         "config": dict(request.fields),
         "tasks": list(request.tasks),
@@ -136,7 +147,7 @@ def run(
 
 
 def printed(command: Sequence[str]) -> Iterator[Line]:
-    """The lines of JSON that a process prints, as they come; where it fails, one more that says so."""
+    """Yields the JSON lines that a process prints; if it fails, a last line with the reason."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace")
         assert process.stdout is not None
@@ -152,20 +163,20 @@ def printed(command: Sequence[str]) -> Iterator[Line]:
             code = process.wait()
         if code:
             errors.seek(0)
-            said = (errors.read().strip().splitlines() or ["no reason given"])[-1]
-            reason = f"killed by signal {-code}, likely for its memory" if code < 0 else said
+            message = (errors.read().strip().splitlines() or ["no reason given"])[-1]
+            reason = f"killed by signal {-code}, probably out of memory" if code < 0 else message
             yield {"error": reason}
 
 
 def rows_of(mode: str, lengths: Sequence[int], lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """One a length, out of what a mode's side printed."""
-    ended = next((line["error"] for line in lines if "error" in line and "length" not in line), "the side said nothing of it")
-    return [_row(mode, length, [line for line in lines if line.get("length") == length], ended) for length in lengths]
+    """One row per length, from the output of a mode's side."""
+    failure = next((line["error"] for line in lines if "error" in line and "length" not in line), "no result from the side")
+    return [_row(mode, length, [line for line in lines if line.get("length") == length], failure) for length in lengths]
 
 
-def _row(mode: str, length: int, lines: Sequence[Line], ended: str) -> dict[str, Any]:
-    """ended: what is wrong where the length never came to its end."""
-    last = next((line for line in lines if "task" not in line), {"error": ended})
+def _row(mode: str, length: int, lines: Sequence[Line], failure: str) -> dict[str, Any]:
+    """failure: the error if this length was not completed."""
+    last = next((line for line in lines if "task" not in line), {"error": failure})
     row: dict[str, Any] = {"mode": mode, "length": length, "error": last.get("error")}
     if row["error"] is not None:
         return row
@@ -174,14 +185,14 @@ def _row(mode: str, length: int, lines: Sequence[Line], ended: str) -> dict[str,
     for line in answers:
         scores.setdefault(line["task"], []).append(line["score"])
     accuracy = {task: statistics.fmean(values) for task, values in scores.items()}
-    found = {name: statistics.median(v) for name, v in samples([Run(**line["run"]) for line in answers]).items()}
+    medians = {name: statistics.median(v) for name, v in samples([Run(**line["run"]) for line in answers]).items()}
     return {
         **row,
         "scores": scores,
         "accuracy": accuracy,
         "mean": statistics.fmean(accuracy.values()),
-        "ttft_s": found["ttft_ms"] / 1e3,
-        "prefill_tok_s": found["prefill_tok_s"],
-        "decode_tok_s": found["decode_tok_s"],
+        "ttft_s": medians["ttft_ms"] / 1e3,
+        "prefill_tok_s": medians["prefill_tok_s"],
+        "decode_tok_s": medians["decode_tok_s"],
         "memory_bytes": last["memory_bytes"],
     }

@@ -1,4 +1,4 @@
-"""A text with a question, and how an answer to it is scored."""
+"""A text with a question, and the scoring of answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Sample:
     """
     Attributes:
         task: name in `TASKS`.
-        prompt: what the model reads, instruction, text and question, without a chat template.
-        answers: strings that a right answer holds, all of them.
-        depth: where in the text `answers[0]` stands, 0 to 1; None where it stands all over it.
-        tokens: of the prompt as the model reads it, the chat template's among them where the tokenizer has one.
+        prompt: instruction, text and question, without a chat template.
+        answers: strings that a correct answer contains, all of them.
+        depth: position of `answers[0]` in the text, 0 to 1; None if it occurs throughout.
+        tokens: length of the prompt, including the chat template if the tokenizer has one.
     """
 
     task: str
@@ -25,6 +25,6 @@ class Sample:
 
 
 def score(answers: Sequence[str], text: str) -> float:
-    """Share of the answers that the text holds, upper and lower case alike: RULER's recall. 0 to 1."""
-    given = text.lower()
-    return sum(answer.lower() in given for answer in answers) / len(answers)
+    """Share of the answers that the text contains, ignoring case: RULER's recall, 0 to 1."""
+    lower = text.lower()
+    return sum(answer.lower() in lower for answer in answers) / len(answers)

@@ -1,4 +1,4 @@
-"""The tasks: what each hides, and what it asks."""
+"""The tasks: the facts hidden in the text, and the question."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from itertools import islice
 
 from .material import Filler, made_up, names, numbers, variables
 
-COMMON, FREQUENT = 10, 3  # words asked for
-RARE = 3  # times that another word of the list stands there
-HOPS = 5  # variables of a chain
+COMMON, FREQUENT = 10, 3  # number of words asked for
+RARE = 3  # occurrences of the other words of the list
+HOPS = 5  # number of variables in a chain
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample whose length is still open.
+    """A sample whose length is not fixed yet.
 
     Attributes:
         instruction, question: before and after the text.
-        body: number of words -> the text; twice the same for the same number.
+        body: number of words -> the text; deterministic.
         answers, depth: as in `Sample`.
     """
 
@@ -35,28 +35,28 @@ class Draft:
 
 
 Facts = Sequence[tuple[float, str]]  # depth from 0 to 1, sentence
-Task = Callable[[random.Random, float, int], Draft]  # draws, depth, about how many words there will be
+Task = Callable[[random.Random, float, int], Draft]  # random generator, depth, approximate number of words
 
 _CODES = "Codes of places are hidden in the following text. Keep them in mind; you will be asked for them."
 
 
 def single(rng: random.Random, depth: float, words: int) -> Draft:
-    """One fact in prose."""
+    """A single fact in prose."""
     return _codes(rng, [depth], 1, others=0)
 
 
 def multikey(rng: random.Random, depth: float, words: int) -> Draft:
-    """One fact among others of its kind."""
+    """One fact among similar ones."""
     return _codes(rng, [depth], 1, others=_distractors(words))
 
 
 def multivalue(rng: random.Random, depth: float, words: int) -> Draft:
-    """Four facts of one name."""
+    """Four facts about one name."""
     return _codes(rng, [depth, rng.random(), rng.random(), rng.random()], 1, others=0)
 
 
 def multiquery(rng: random.Random, depth: float, words: int) -> Draft:
-    """Four facts, all asked for, among others of their kind."""
+    """Four facts, all of them asked for, among similar ones."""
     return _codes(rng, [depth, rng.random(), rng.random(), rng.random()], 4, others=_distractors(words))
 
 
@@ -65,7 +65,7 @@ def _distractors(words: int) -> int:
 
 
 def _codes(rng: random.Random, depths: Sequence[float], asked: int, others: int) -> Draft:
-    """Codes at `depths` of `asked` places, which take turns; then as many others."""
+    """Codes at `depths`, alternating between `asked` places; and codes of `others` more places."""
     places, codes = names(rng), numbers(rng)
     wanted = list(islice(places, asked))
     answers = tuple(islice(codes, len(depths)))
@@ -88,7 +88,7 @@ def _code(article: str, place: str, code: str) -> str:
 
 
 def variable_tracking(rng: random.Random, depth: float, words: int) -> Draft:
-    """A chain of variables, each given the one before it; and other chains that must be told apart."""
+    """A chain of variables, each assigned the previous one, among similar chains."""
     drawn, values = variables(rng), numbers(rng)
     facts: list[tuple[float, str]] = []
     chains = []
@@ -105,7 +105,7 @@ def variable_tracking(rng: random.Random, depth: float, words: int) -> Draft:
 
 
 def question_answering(rng: random.Random, depth: float, words: int) -> Draft:
-    """What is said of one person, among other people who share a name with them."""
+    """Facts about one person, among other people with a similar name."""
     drawn, kinds = names(rng), ("was born in", "went to school in", "has a house in")
     first, last = next(drawn), next(drawn)
     kind = rng.randrange(len(kinds))
@@ -129,7 +129,7 @@ def question_answering(rng: random.Random, depth: float, words: int) -> Draft:
 
 
 def common_words(rng: random.Random, depth: float, words: int) -> Draft:
-    """`COMMON` words that stand in a list many times, among others that stand there `RARE` times at most."""
+    """`COMMON` words that occur often in a list, among others that occur at most `RARE` times."""
     drawn = made_up(rng, syllables=3)
     answers = tuple(islice(drawn, COMMON))
     times = max(2 * RARE, min(30, words // (4 * COMMON)))
@@ -147,7 +147,7 @@ def common_words(rng: random.Random, depth: float, words: int) -> Draft:
 
 
 def frequent_words(rng: random.Random, depth: float, words: int) -> Draft:
-    """The `FREQUENT` most frequent of words whose frequencies follow Zipf's law: that of rank r stands there as r^-2."""
+    """The `FREQUENT` most frequent words, with frequencies that follow Zipf's law: r^-2 for rank r."""
     ranked = list(islice(made_up(rng), 400))
     share = sum(rank**-2 for rank in range(1, len(ranked) + 1))
     order = rng.random()
@@ -168,7 +168,7 @@ def _shuffled(words: list[str], order: float) -> str:
 def _in_prose(
     rng: random.Random, instruction: str, facts: Facts, question: str, answers: tuple[str, ...], depth: float
 ) -> Draft:
-    """Facts as sentences of their own between those of prose."""
+    """Inserts facts as separate sentences between those of the prose."""
     filler, ordered = Filler(rng), sorted(facts, key=lambda fact: fact[0])
 
     def body(count: int) -> str:
@@ -184,7 +184,7 @@ def _in_prose(
 
 
 def _placed(facts: Facts, ends: Sequence[int], count: int) -> list[tuple[int, str]]:
-    """Each fact at the end of a sentence, the last one that is not behind its depth."""
+    """Positions of the facts: each after the last sentence that ends before its depth."""
     placed, i = [], 0
     for depth, sentence in facts:
         while i + 1 < len(ends) and ends[i + 1] <= depth * count:

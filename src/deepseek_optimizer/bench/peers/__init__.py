@@ -1,12 +1,12 @@
-"""Engines to compare with, one file each, and the environments they live in.
+"""Other engines to compare with, one per file, and their virtual environments.
 
-A peer says what its environment holds and how a side is started; `bench.against` does the rest. To add one: a file here, its
-entry in `PEERS`, and its script in `sides/`.
+A peer defines the packages of its environment and the command of its side; `bench.against` does the rest. To add one: a file
+here, its entry in `PEERS`, and its script in `sides/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from ...errors import ConfigError
@@ -21,7 +21,13 @@ PEERS: Mapping[str, Peer] = MappingProxyType({peer.name: peer for peer in _ALL})
 
 
 def get_peer(name: str) -> Peer:
-    """Raises: ConfigError, which lists the peers there are."""
+    """Raises ConfigError, which lists the known peers."""
     if name not in PEERS:
-        raise ConfigError(f"there is no peer {name!r}; known: {', '.join(PEERS)}")
+        raise ConfigError(f"unknown peer {name!r}; use one of {', '.join(PEERS)}")
     return PEERS[name]
+
+
+def versions_of(names: Sequence[str]) -> dict[str, str]:
+    """Package -> version of each named peer that has an environment of its own."""
+    pinned = [text.partition("==") for name in names for text in get_peer(name).requirements if "==" in text]
+    return {package: version for package, _, version in pinned if not package.startswith("-")}

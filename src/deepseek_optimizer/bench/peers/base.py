@@ -1,4 +1,4 @@
-"""What a peer has to say of itself."""
+"""The protocol of a peer, and what peers share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..work import Work
 
 
 class Peer(Protocol):
-    """An engine that a side runs in.
+    """Another engine to compare with.
 
     Attributes:
         name: as on the command line.
-        requirements: what pip installs into its own environment; none: it runs in this interpreter's.
-        unwanted: what pip then removes from it.
-        environment: variables that pip's builds read.
+        requirements: pip requirements of its virtual environment; empty: it runs in the current one.
+        unwanted: packages to uninstall afterwards.
+        environment: variables for pip's builds.
     """
 
     name: str
@@ -29,19 +29,20 @@ class Peer(Protocol):
     environment: dict[str, str]
 
     def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
-        """What starts the side, with the interpreter given.
+        """The command of the side, with this interpreter.
 
-        Raises: ConfigError where this engine does not read such a model, or cannot do such work.
+        Raises:
+            ConfigError: this engine cannot read the model, or does not support the work.
         """
 
 
 def script(name: str) -> str:
-    """Path of a script in `sides/`."""
+    """The path of a script in `sides/`."""
     return str(Path(__file__).parents[1] / "sides" / name)
 
 
 def arguments(work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
-    """Options that every side takes."""
+    """The options common to all sides."""
     options = {**asdict(work), "threads": threads, "repeats": repeats, "warmup": warmup}
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
@@ -56,24 +57,24 @@ def own_command(
     warmup: int,
     fields: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """What starts one of `sides.load.SIDES`, which run in this package's own environment; fields: of DeepSeekConfig."""
+    """The command of one of `sides.load.SIDES`, which run in this package's environment. fields: of DeepSeekConfig."""
     options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
     config = ["--config", json.dumps(dict(fields))] if fields else []
     return [sys.executable, "-m", "deepseek_optimizer.bench.sides.model", side, str(model), *config, *options]
 
 
 def check_directory(peer: str, model: Path) -> None:
-    """Raises ConfigError where `model` is no Transformers directory, or one that only this package reads."""
+    """Raises ConfigError if `model` is not a Transformers directory, or is packed, which only this package can read."""
     from ...checkpoint.packed import is_packed
 
     config = model / "config.json"
     if not config.exists():
-        raise ConfigError(f"{peer} reads Transformers directories, not {model}; name one with --peer-model {peer}=DIR")
+        raise ConfigError(f"{peer} needs a Transformers directory, got {model}; give one with --peer-model {peer}=DIR")
     if is_packed(json.loads(config.read_text(encoding="utf-8"))):
-        raise ConfigError(f"{model} is packed, which {peer} cannot read; name the model it was made from with --reference")
+        raise ConfigError(f"{model} is packed, which {peer} cannot read; give the original model with --reference")
 
 
 def check_depth(peer: str, work: Work) -> None:
-    """Raises ConfigError: for engines that cannot begin behind a filled cache."""
+    """Raises ConfigError for engines that cannot start with a filled cache."""
     if work.depth:
-        raise ConfigError(f"{peer} cannot begin behind a filled cache; leave --depth out, and give a longer --prompt")
+        raise ConfigError(f"{peer} cannot start with a filled cache; omit --depth, and use a longer --prompt")

@@ -1,4 +1,4 @@
-"""A virtual environment a peer, made once in the user's cache directory: engines pin other versions of the same packages."""
+"""One virtual environment per peer in the user's cache directory, since engines pin conflicting versions of packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Peer
 
 
 def directory(peer: Peer) -> Path:
-    """Where a peer's environment is: named after what it holds, so that another pin makes another."""
+    """The directory of a peer's environment; its name depends on the requirements, so that other pins get another one."""
     wanted = repr((sys.version_info[:2], list(peer.requirements), sorted(peer.environment.items())))
     return cache_directory() / "peers" / f"{peer.name}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
 
@@ -25,7 +25,7 @@ def interpreter(peer: Peer) -> Path:
     """The Python that runs the peer's side.
 
     Raises:
-        ConfigError: its environment was not made yet.
+        ConfigError: its environment is not set up.
     """
     if not peer.requirements:
         return Path(sys.executable)
@@ -35,15 +35,15 @@ def interpreter(peer: Peer) -> Path:
 
 
 def _complete(peer: Peer) -> Path:
-    """Marks an environment that was made to the end: one cannot be moved into place whole, since its scripts know its path."""
+    """The marker of a complete environment. It cannot be built elsewhere and moved, since its scripts contain its path."""
     return directory(peer) / ".complete"
 
 
 def setup(peer: Peer) -> Path:
-    """Makes the environment where it is missing, whole or not at all, and returns its interpreter.
+    """Creates the environment if it is missing, completely or not at all, and returns its interpreter.
 
     Raises:
-        BackendError: pip failed; holds its last line.
+        BackendError: pip failed; contains the last line of its output.
     """
     target = directory(peer)
     if not peer.requirements or _complete(peer).exists():
@@ -65,5 +65,5 @@ def _pip(peer: Peer, action: str, *arguments: str) -> None:
     environment = {**os.environ, **peer.environment}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise BackendError(f"cannot set up {peer.name}: {said}")
+        message = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BackendError(f"cannot set up {peer.name}: {message}")

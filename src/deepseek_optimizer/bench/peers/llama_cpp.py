@@ -1,4 +1,4 @@
-"""llama.cpp, built out of llama-cpp-python's source on the package registry: for this very CPU, or for an instruction set."""
+"""llama.cpp, built from the source package of llama-cpp-python, for this CPU or for an instruction set."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class LlamaCpp:
 
     def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:
         if model.suffix != ".gguf":
-            raise ConfigError(f"{self.name} reads .gguf files, not {model}; name one with --peer-model {self.name}=FILE.gguf")
+            raise ConfigError(f"{self.name} needs a .gguf file, got {model}; give one with --peer-model {self.name}=FILE.gguf")
         options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
         return [str(python), script("llama_cpp_side.py"), str(model), *options]

@@ -11,11 +11,11 @@ from ..work import Work
 from .base import arguments, check_depth, script
 
 _INT4 = "--task text-generation-with-past --weight-format int4 --sym --group-size 32 --ratio 1.0"
-_INTERMEDIATE = "openvino_model.xml"  # what an exported directory holds
+_INTERMEDIATE = "openvino_model.xml"  # in an exported directory
 
 
 def export_command(python: Path, model: Path, out: Path) -> list[str]:
-    """What writes `model`, a Transformers directory, to `out` in int4, as OpenVINO reads it."""
+    """The command that exports `model`, a Transformers directory, to `out` in int4 for OpenVINO."""
     return [str(python.parent / "optimum-cli"), "export", "openvino", "-m", str(model), *_INT4.split(), str(out)]
 
 
@@ -29,9 +29,9 @@ class OpenVino:
         check_depth(self.name, work)
         if not (model / _INTERMEDIATE).exists():
             raise ConfigError(
-                f"openvino reads an exported directory, and {model} has no {_INTERMEDIATE}; "
-                f"make one with: {shlex.join(export_command(python, model, Path('OUT')))}; "
-                "then name it with --peer-model openvino=OUT"
+                f"openvino needs an exported model, and {model} has no {_INTERMEDIATE}; "
+                f"export it with: {shlex.join(export_command(python, model, Path('OUT')))}; "
+                "then pass it with --peer-model openvino=OUT"
             )
         options = arguments(work, threads=threads, repeats=repeats, warmup=warmup)
         return [str(python), script("openvino_side.py"), str(model), *options]

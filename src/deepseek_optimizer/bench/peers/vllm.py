@@ -15,7 +15,7 @@ class Vllm:
     unwanted: Sequence[str] = (
         "torchaudio",
         "torchcodec",
-    )  # come for another torch than the one installed, and break its import
+    )  # built for another torch version, which breaks the import
     environment: dict[str, str] = {}
 
     def command(self, python: Path, model: Path, work: Work, *, threads: int, repeats: int, warmup: int) -> list[str]:

@@ -1,9 +1,9 @@
-"""A side of the demo: answers a question, then goes on with a longer one to time tokens on.
+"""A side of the demo: answers a question, then a longer one to measure speed.
 
     python -m deepseek_optimizer.bench.sides.answer transformers MODEL --tokenizer DIR
     python -m deepseek_optimizer.bench.sides.answer optimised MODEL --tokenizer DIR --precision int4
 
-Both go through `model.generate` with the same prompts. Prints its figures as the last line, in JSON.
+Both go through `model.generate` with the same prompts. Prints the results as JSON on the last line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from .load import SIDES, load_side
 
 QUESTION = "What is the capital of France?"
-ESSAY = "Explain how a steam engine works."  # long enough an answer to time tokens on
+ESSAY = "Explain how a steam engine works."  # its answer is long enough to measure speed
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one side: seconds, tokens a second, bytes, and the answer."""
+    """Results of one side: seconds, tokens/s, bytes, and the answer."""
     from transformers import AutoTokenizer
 
     from ...chat.conversation import prompt_ids
@@ -45,7 +45,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
     greedy: dict[str, Any] = {"do_sample": False}
     reply = answer(model, tokenizer, question, lambda _piece: None, **greedy)
-    model.generation_config.eos_token_id = None  # the same number of tokens on every side
+    model.generation_config.eos_token_id = None  # every side generates the same number of tokens
     runs = [answer(model, tokenizer, essay, lambda _piece: None, max_new_tokens=a.tokens, **greedy) for _ in range(2)]
     result = {
         "load_s": side.load_s,
@@ -61,7 +61,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def _agreed(model: Any, prompt: Any, reference: list[int]) -> int:
-    """How many of the reference's tokens this model would choose, each after the reference's own text."""
+    """Number of the reference's tokens that this model would choose, each given the reference's text before it."""
     import torch
 
     expected = torch.tensor([reference], dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""What sides share that run in an engine's own environment. Imports nothing but the standard library."""
+"""Shared by sides that run in an engine's own environment. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main(measure: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
-    """Reads the options that every side takes, and prints what `measure` makes of them as the last line."""
+    """Parses the options common to all sides, and prints the result of `measure` on the last line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
@@ -19,7 +19,7 @@ def main(measure: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
 
 
 def resident(field: str) -> int:
-    """A size out of this process's status (VmRSS: now, VmHWM: its peak), in bytes."""
+    """A field of /proc/self/status in bytes (VmRSS: current, VmHWM: peak)."""
     with open("/proc/self/status", encoding="utf-8") as status:
         line = next(line for line in status if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

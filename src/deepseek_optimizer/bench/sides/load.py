@@ -1,4 +1,4 @@
-"""Loading a side's model, with the clock and the memory count around nothing else."""
+"""Loads the model of a side, measuring only the time and memory of loading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIDES = ("transformers", "optimised")
 
 @dataclass(frozen=True)
 class Loaded:
-    """started: of the clock, before loading. memory: counts from there on."""
+    """started: the clock before loading. memory: measures from then on."""
 
     model: Any
     memory: PeakMemory
@@ -23,7 +23,7 @@ class Loaded:
 
 
 def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat16", config: dict[str, Any]) -> Loaded:
-    """One of `SIDES`. Both import the same modules first, and get the same number of threads.
+    """Loads one of `SIDES`. Both import the same modules beforehand, and use the same number of threads.
 
     Args:
         dtype: of the weights in Transformers.
@@ -31,7 +31,7 @@ def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat
     """
     import torch
     import transformers.models.llama.modeling_llama
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  else their import would count as loading
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  otherwise their import would count as loading
 
     from ...optimizer import load_model
     from ..plain import load_plain

@@ -1,14 +1,14 @@
-"""One mode of attention over long texts, as a side:
+"""A side that measures one attention mode on long texts:
 
     python -m deepseek_optimizer.bench.sides.long MODEL --config '{"attention_optimization": "sparse"}' --lengths 4096,8192 ...
 
-Prints each line of JSON as soon as it is known, so that what was measured is there even where the rest is not reached:
+Prints each line of JSON as soon as it is available, so that results survive a later failure:
 
-    {"backend", "threads", "load_s"}                       when the model is there
+    {"backend", "threads", "load_s"}                       when the model is loaded
     {"length", "task", "score", "run", "answer"}           for each sample; run: as `bench.runs.Run`
     {"length", "memory_bytes"}                             when a length is done: peak above the loaded model
     {"length", "error"}                                    instead of that
-    {"error"}                                              the model cannot be had in this mode
+    {"error"}                                              the model cannot be loaded in this mode
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..long.sample import Sample, score
 from ..process import PeakMemory
 from ..work import numbers
 
-NEW = 64  # tokens of an answer; a prompt leaves room for them
+NEW = 64  # tokens of an answer, included in the length
 
 
 def main() -> None:
@@ -51,13 +51,13 @@ def measure(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     except DeepSeekOptimizerError as error:
         yield {"error": str(error)}
         return
-    made = model.report()
+    report = model.report()
     yield {
-        "backend": f"{made.backend} ({made.detail})",
-        "threads": made.threads,
+        "backend": f"{report.backend} ({report.detail})",
+        "threads": report.threads,
         "load_s": time.perf_counter() - started,
     }
-    _answer(model, tokenizer, list(range(10, 26)))  # weights that are mapped are resident from here on
+    _answer(model, tokenizer, list(range(10, 26)))  # makes mapped weights resident
     memory = PeakMemory()
     room = room_of(model.config.get_text_config())
     for length in a.lengths:
@@ -83,7 +83,8 @@ def _scored(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]:
 
 
 def _answer(model: Any, tokenizer: Any, prompt: list[int]) -> tuple[Any, list[int]]:
-    """The times of `NEW` tokens, and those before the first that ends the text: as many are timed whatever is answered."""
+    """The times of `NEW` tokens, and the ids up to the end of the text: the number of timed tokens does not depend on the
+    answer."""
     import torch
 
     from ..runs import exact_length, timed

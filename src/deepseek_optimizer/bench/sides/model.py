@@ -1,4 +1,4 @@
-"""A Transformers model, optimised or not, as a side:
+"""A side that measures a Transformers model, optimised or not:
 
     python -m deepseek_optimizer.bench.sides.model transformers MODEL --prompt 512 --new 64
     python -m deepseek_optimizer.bench.sides.model optimised MODEL --precision int4 ...
@@ -51,7 +51,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def drop_from_page_cache(model: Path) -> None:
-    """The model's files leave the page cache, so that loading reads the disk."""
+    """Drops the model's files from the page cache, so that loading reads from disk."""
     for path in model.iterdir() if model.is_dir() else [model]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

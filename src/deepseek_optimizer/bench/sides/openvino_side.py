@@ -23,7 +23,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     import openvino_genai
 
     if a.depth:
-        raise SystemExit("openvino cannot begin behind a filled cache")
+        raise SystemExit("openvino cannot start with a filled cache")
     base, started = resident("VmRSS"), time.perf_counter()
     pipeline = openvino_genai.LLMPipeline(a.model, "CPU", INFERENCE_NUM_THREADS=a.threads)
     load_s = time.perf_counter() - started

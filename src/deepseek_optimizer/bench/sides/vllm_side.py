@@ -18,7 +18,7 @@ from foreign import main
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     if a.depth:
-        raise SystemExit("vllm cannot begin behind a filled cache")
+        raise SystemExit("vllm cannot start with a filled cache")
     cores = sorted(os.sched_getaffinity(0))[: a.threads]
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

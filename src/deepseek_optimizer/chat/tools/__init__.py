@@ -1,4 +1,4 @@
-"""Formats in which models call tools: one file a format, chosen by what the model's chat template shows it."""
+"""Formats of tool calls, one per file, detected from the model's chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMATS: dict[str, ToolFormat] = {f.name: f for f in (DsmlFormat(), V3, V31, Her
 
 
 def detect(template: str) -> ToolFormat | None:
-    """The format that a chat template teaches, None where it teaches none that is known here.
+    """The tool call format of a chat template; None if it has none or an unknown one.
 
     Args:
         template: Jinja source, or a rendered prompt that explains the calls.
@@ -21,7 +21,7 @@ def detect(template: str) -> ToolFormat | None:
         return FORMATS["dsml"]
     if CALL_BEGIN in template:
         return V3 if "```json" in template else V31
-    if BEGIN in template and "<function=" not in template:  # Qwen3-Coder's calls are in the same tags, but not JSON
+    if BEGIN in template and "<function=" not in template:  # Qwen3-Coder uses the same tags, but not JSON
         return FORMATS["hermes"]
     if PYTHON_TAG in template or ('"parameters":' in template and "<|start_header_id|>" in template):
         return FORMATS["llama"]

@@ -1,8 +1,8 @@
-"""How models write calls of tools, and the parser that all formats with marked calls share.
+"""The protocol of tool call formats, and the parser shared by all formats that mark calls.
 
-A format says which strings stand around a call and what a call's text means. The parser finds calls in a stream. A call comes
-out when it is whole and right, since a call cut short or broken must never look like one that can be run; until then its text
-is held back, and if it is wrong, all of it becomes content: nothing is lost.
+A format defines the strings around a call and how to read its text. The parser finds calls in a stream. A call is emitted only
+when it is complete and valid, since a truncated or broken call must never look executable. Until then its text is held back;
+if it is invalid, all of it becomes content, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _MAX_NAME = 256  # characters
 
 
 class ToolFormat(Protocol):
-    """A way of writing calls. One object a format; parsers have state, formats have none."""
+    """A format of tool calls. Formats are stateless; their parsers have state."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """The strings around calls. Where one is a special token, its text must not be left out of the answer."""
+        """The strings around calls. If one is a special token, it must not be skipped when decoding."""
 
     @property
     def shape(self) -> CallShape | None:
-        """How a grammar writes calls; None where the format can't be forced."""
+        """The structure of calls for a grammar; None if the format cannot be enforced."""
 
     def parser(self, names: frozenset[str]) -> OutputParser:
-        """For one answer.
+        """A parser for one answer.
 
         Args:
             names: of the tools that may be called.
@@ -44,14 +44,14 @@ class ToolFormat(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """What a call's text means; `arguments` is the text of a JSON object."""
+    """A tool call; `arguments` is the text of a JSON object."""
 
     name: str
     arguments: str
 
 
 def read_json(text: str) -> Any:
-    """What JSON text means, None where it is not JSON: NaN, infinities and text nested too deep are not."""
+    """The value of JSON text; None if it is not valid JSON, which excludes NaN, infinities and text nested too deeply."""
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -59,13 +59,13 @@ def read_json(text: str) -> Any:
 
 
 def write_json(value: Any) -> str:
-    """As JSON text. Characters stay as they are, but for halves of surrogate pairs, which no encoding can carry."""
+    """A value as JSON text. Characters are not escaped, except if there are lone surrogates, which cannot be encoded."""
     text = json.dumps(value, ensure_ascii=False)
     return text if encodable(text) else json.dumps(value)
 
 
 def encodable(text: str) -> bool:
-    """Whether it has no lone surrogates."""
+    """Whether a text has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -74,11 +74,11 @@ def encodable(text: str) -> bool:
 
 
 def make_call(name: Any, arguments: Any) -> Call | None:
-    """A call, if both are what they should be.
+    """A call; None if the name or the arguments are invalid.
 
     Args:
         name: of the tool.
-        arguments: a dict, or the JSON text of one; None counts as no arguments.
+        arguments: a dict, or the JSON text of one; None: no arguments.
     """
     if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
         return None
@@ -106,29 +106,29 @@ def _finite(digits: str) -> float:
 
 
 def new_id() -> str:
-    """Of a call; unpredictable."""
+    """An unpredictable id for a call."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class CallWriter:
-    """Deltas of calls, and of the content around them: white space beside a call is layout, and dropped."""
+    """Produces deltas of calls and of the content around them. White space next to a call is layout and is dropped."""
 
     def __init__(self) -> None:
         self._calls = 0
         self._held: list[str] = []  # white space, and markers that are dropped if a call follows
-        self._beside = False  # nothing but that came since a call
+        self._beside = False  # whether only layout has followed the last call
 
     @property
     def beside_call(self) -> bool:
-        """Whether nothing but layout came since a call."""
+        """Whether only layout has followed the last call."""
         return self._beside
 
     def layout(self, text: str) -> None:
-        """A marker, or white space: content only if no call stands beside it."""
+        """A marker or white space: content only if it is not next to a call."""
         self._held.append(text)
 
     def text(self, text: str) -> list[Delta]:
-        """Content."""
+        """Adds content."""
         self._held.append(text)
         if not text.strip():
             return []
@@ -140,28 +140,28 @@ class CallWriter:
         return [ContentDelta(body)]
 
     def call(self, call: Call) -> list[Delta]:
-        """A whole call."""
+        """Adds a complete call."""
         index, self._calls, self._beside = self._calls, self._calls + 1, True
         self._held.clear()
         return [ToolCallDelta(index, new_id(), call.name, ""), ToolCallDelta(index, None, None, call.arguments)]
 
     def finish(self) -> list[Delta]:
-        """What was held back."""
+        """The remaining deltas."""
         text, self._held = "".join(self._held), []
         text = text.strip() if self._beside else text
         return [ContentDelta(text)] if text else []
 
 
 class MarkedCallParser:
-    """Calls that stand between two strings.
+    """Parses calls between two strings.
 
     Args:
-        begin, end: around a call.
-        read: what the text between them means, None where it is no call.
+        begin, end: the strings around a call.
+        read: parses the text between them; None if it is not a call.
         section: strings around groups of calls, which are layout.
-        closes: of them, those that may follow a call, and are then dropped at once.
-        end_optional: a call at the end of the answer may lack its end. Only where `read` can tell a whole call from the
-            beginning of one.
+        closes: those of them that may follow a call, and are then dropped immediately.
+        end_optional: whether the last call of the answer may lack its end; only if `read` can distinguish a complete call from
+            a truncated one.
     """
 
     def __init__(
@@ -177,36 +177,36 @@ class MarkedCallParser:
         self._section, self._closes = frozenset(section), frozenset(closes)
         self._scanner = MarkerScanner((begin, end, *section))
         self._writer = CallWriter()
-        self._call: list[str] | None = None  # what a call that has begun consists of so far, without its markers
+        self._call: list[str] | None = None  # text of the current call so far, without its markers
 
     def feed(self, text: str) -> list[Delta]:
-        return [delta for is_marker, piece in self._scanner.feed(text) for delta in self._take(is_marker, piece)]
+        return [delta for is_marker, part in self._scanner.feed(text) for delta in self._take(is_marker, part)]
 
     def finish(self) -> list[Delta]:
-        out = [delta for is_marker, piece in self._scanner.finish() for delta in self._take(is_marker, piece)]
+        out = [delta for is_marker, part in self._scanner.finish() for delta in self._take(is_marker, part)]
         if self._call is not None and self._end_optional:
             out += self._close("")
         elif self._call is not None:
             out += self._writer.text(self._begin + "".join(self._call))
         return out + self._writer.finish()
 
-    def _take(self, is_marker: bool, piece: str) -> list[Delta]:
+    def _take(self, is_marker: bool, part: str) -> list[Delta]:
         if self._call is not None:
-            if not is_marker or piece not in (self._begin, self._end):
-                self._call.append(piece)
+            if not is_marker or part not in (self._begin, self._end):
+                self._call.append(part)
                 return []
-            if piece == self._end:
-                return self._close(piece)
-            broken, self._call = self._begin + "".join(self._call), []  # another call begins in this one
+            if part == self._end:
+                return self._close(part)
+            broken, self._call = self._begin + "".join(self._call), []  # another call starts inside this one
             return self._writer.text(broken)
-        if is_marker and piece == self._begin:
+        if is_marker and part == self._begin:
             self._call = []
             return []
-        if is_marker and piece in self._section:
-            if not (self._writer.beside_call and piece in self._closes):
-                self._writer.layout(piece)
+        if is_marker and part in self._section:
+            if not (self._writer.beside_call and part in self._closes):
+                self._writer.layout(part)
             return []
-        return self._writer.text(piece)
+        return self._writer.text(part)
 
     def _close(self, end: str) -> list[Delta]:
         body, self._call = "".join(self._call or ()), None

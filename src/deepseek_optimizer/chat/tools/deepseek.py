@@ -1,6 +1,6 @@
-"""DeepSeek's calls between tokens of their own, as V3 and R1 write them and as V3.1 does.
+"""DeepSeek's tool calls between special tokens, in the formats of V3 and R1, and of V3.1.
 
-V3 and R1 name the kind of tool and fence the arguments, V3.1 has the name and the arguments alone:
+V3 and R1 write the kind of tool and fenced arguments, V3.1 only the name and the arguments:
 
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME
     ```json
@@ -25,7 +25,7 @@ _KIND, _FENCE = "function", "```"
 
 @dataclass(frozen=True)
 class DeepSeekFormat:
-    """Both ways are read; `name` and `shape` are of the one that the model's template shows it."""
+    """Its parser accepts both formats; `name` and `shape` are those of the model's template."""
 
     name: str
     shape: CallShape
@@ -52,7 +52,7 @@ V31 = DeepSeekFormat(
 
 
 def read(text: str) -> Call | None:
-    """What stands between the tokens around a call."""
+    """Parses the text between the tokens around a call."""
     head, separator, tail = text.partition(SEPARATOR)
     if not separator:
         return None
@@ -66,6 +66,6 @@ def read(text: str) -> Call | None:
 
 
 def _unfenced(text: str) -> str:
-    """Without ```json before it and ``` behind it."""
+    """The text without the fence around it."""
     body = text.partition("\n")[2]
     return body.removesuffix(_FENCE)

@@ -1,4 +1,4 @@
-"""DSML, which DeepSeek writes from V3.2 on. Text stands as it is, other values as JSON:
+"""DSML, the format of DeepSeek since V3.2. Strings are written verbatim, other values as JSON:
 
     <｜DSML｜function_calls>
     <｜DSML｜invoke name="NAME">
@@ -26,7 +26,7 @@ _MISSING = object()
 
 
 class DsmlFormat:
-    """See the module. A schema of JSON can't force text that is not JSON, so calls can't be forced."""
+    """See the module. Calls cannot be enforced, since a JSON schema does not describe text that is not JSON."""
 
     name = "dsml"
     markers = (*_OPENS, *_CLOSES, INVOKE, INVOKE_END, _PARAMETER, _PARAMETER_END, MARK)
@@ -37,13 +37,13 @@ class DsmlFormat:
 
 
 def read(text: str) -> Call | None:
-    """What stands between `<｜DSML｜invoke` and its end."""
+    """Parses the text between `<｜DSML｜invoke` and its end."""
     at = text.find(">") + 1
     name = _attributes(text[:at]).get("name")
     arguments: dict[str, Any] = {}
     while (at := _skip_space(text, at)) < len(text):
         if not text.startswith(_PARAMETER, at):
-            return make_call(name, text[at:]) if not arguments else None  # some answers have one JSON object here
+            return make_call(name, text[at:]) if not arguments else None  # some answers contain a single JSON object here
         opened = text.find(">", at)
         closed = text.find(_PARAMETER_END, opened)
         if opened < 0 or closed < 0:
@@ -67,14 +67,14 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _value(text: str) -> Any:
-    """JSON, where `null` is a value too."""
+    """A JSON value, which may be `null`; _MISSING if invalid."""
     if text.strip() == "null":
         return None
-    found = read_json(text)
-    return _MISSING if found is None else found
+    value = read_json(text)
+    return _MISSING if value is None else value
 
 
 def _attributes(text: str) -> dict[str, str]:
-    """`name="f" string="true"`: values have no quotes in them."""
+    """Parses `name="f" string="true"`; values contain no quotes."""
     parts = text.split('"')
     return {key.strip().removesuffix("=").strip(): value for key, value in zip(parts[::2], parts[1::2], strict=False)}

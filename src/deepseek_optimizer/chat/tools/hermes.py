@@ -21,6 +21,6 @@ class HermesFormat:
 
 
 def read(text: str) -> Call | None:
-    """What stands between the tags."""
-    found = read_json(text)
-    return make_call(found.get("name"), found.get("arguments")) if isinstance(found, dict) else None
+    """Parses the text between the tags."""
+    value = read_json(text)
+    return make_call(value.get("name"), value.get("arguments")) if isinstance(value, dict) else None

@@ -1,7 +1,7 @@
-"""Llama 3: an answer that is one JSON object `{"name": ..., "parameters": {...}}`, or several with `;` between them.
+"""Llama 3: an answer that is one JSON object `{"name": ..., "parameters": {...}}`, or several separated by `;`.
 
-`<|python_tag|>` may stand before it. Nothing else marks a call, so an object counts as one only when it stands at the beginning
-of the answer (or behind another call), has these two fields and names a tool of the request.
+`<|python_tag|>` may precede it. Nothing else marks a call, so an object counts as one only if it is at the start of the answer
+(or after another call), has these two fields, and names a tool of the request.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class LlamaParser:
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names, self._writer = names, CallWriter()
-        self._state = "between"  # "between" calls, behind a "tag", in an "object", or "plain": no more calls
-        self._held: list[str] = []  # of a tag or an object that is not whole yet
+        self._state = "between"  # "between" calls, after a "tag", in an "object", or "plain": no more calls
+        self._held: list[str] = []  # of an incomplete tag or object
         self._depth, self._quoted, self._escaped = 0, False, False
 
     def feed(self, text: str) -> list[Delta]:
-        if self._held and self._state != "object":  # what may become the tag, a few characters
+        if self._held and self._state != "object":  # a few characters that may become the tag
             text = self._held.pop() + text
         out: list[Delta] = []
         at = 0
@@ -58,7 +58,7 @@ class LlamaParser:
         return (self._writer.text(rest) if rest else []) + self._writer.finish()
 
     def _before(self, text: str, at: int) -> int:
-        """Looks at what comes before an object; returns where to go on."""
+        """Reads up to the start of an object; returns the position to continue at."""
         begin = at
         spaces = _SPACES + ";" if self._writer.beside_call and self._state == "between" else _SPACES
         while at < len(text) and text[at] in spaces:
@@ -79,7 +79,7 @@ class LlamaParser:
         return at
 
     def _within(self, text: str, at: int) -> tuple[int, list[Delta]]:
-        """Reads on to the object's closing brace; returns where to go on."""
+        """Reads up to the object's closing brace; returns the position to continue at."""
         for here in range(at, len(text)):
             character = text[here]
             if self._escaped:
@@ -110,9 +110,9 @@ class LlamaParser:
 
 
 def read(text: str) -> Call | None:
-    """What one object means."""
-    found = read_json(text)
-    if not isinstance(found, dict):
+    """Parses one object."""
+    value = read_json(text)
+    if not isinstance(value, dict):
         return None
-    arguments = found.get("parameters", found.get("arguments"))
-    return make_call(found.get("name"), arguments) if isinstance(arguments, (dict, str)) else None
+    arguments = value.get("parameters", value.get("arguments"))
+    return make_call(value.get("name"), arguments) if isinstance(arguments, (dict, str)) else None

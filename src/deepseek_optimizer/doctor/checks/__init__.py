@@ -1,4 +1,4 @@
-"""The standing checks: one a file, each with `NAME` and `check(case)`, which yields findings."""
+"""The checks, one per file: each has a `NAME` and `check(case)`, which yields findings."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from . import checkpoint, environment, features, memory, native, pages, threads,
 Check = Callable[[Case], Iterator[Finding]]
 
 OF_THE_MACHINE: Mapping[str, Check] = {m.NAME: m.check for m in (versions, native, features, threads, environment, pages)}
-# The first is the condition of the others: what can't be opened can't be looked into.
+# The first is a precondition of the others: they need a checkpoint that can be opened.
 OF_THE_MODEL: Mapping[str, Check] = {m.NAME: m.check for m in (checkpoint, tokenizer, memory)}

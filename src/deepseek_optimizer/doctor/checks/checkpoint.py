@@ -1,4 +1,4 @@
-"""Whether the checkpoint is whole: files, config, names and shapes. Only headers are read."""
+"""Whether the checkpoint is complete: files, config, names and shapes. Reads only headers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "checkpoint"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """What `load_model` would refuse, found without loading."""
+    """Finds what `load_model` would reject, without loading."""
     from ...checkpoint import check_tensors
     from ...integration.bind.swap import expected_tensors
     from ...integration.load.loader import not_wanted
@@ -26,8 +26,8 @@ def check(case: Case) -> Iterator[Finding]:
         at_fault = {name: getattr(error, name, None) for name in ("file", "tensor")}
         yield Finding(
             NAME, "error", "this checkpoint cannot be loaded", str(error),
-            "fetch the files again, complete and from their source; a model of a family this version doesn't know needs "
-            "another version", {"model": case.model, **{k: v for k, v in at_fault.items() if v}},
+            "download all files again from their source; a model family that this version does not support needs a newer "
+            "version", {"model": case.model, **{k: v for k, v in at_fault.items() if v}},
         )  # fmt: skip
         return
     infos = checkpoint.tensors.values()
@@ -38,10 +38,15 @@ def check(case: Case) -> Iterator[Finding]:
     whole = f"{case.graph.family} in {checkpoint.kind}: {len(infos)} tensors, all that the model needs"
     yield Finding(NAME, "ok", whole, facts=facts)
     if case.settings.precision == "auto":
-        parts = ((t, kept) for name, kept in wanted.items() if kept for t in checkpoint.stored(name, shapes[name]))
-        lossy = ((checkpoint.info(t).dtype, kept) for t, kept in parts if checkpoint.lossless_format(t) is None)
-        for (stored, kept), count in Counter(lossy).items():
+        parts = (
+            (t, format_name)
+            for name, format_name in wanted.items()
+            if format_name
+            for t in checkpoint.stored(name, shapes[name])
+        )
+        lossy = ((checkpoint.info(t).dtype, format_name) for t, format_name in parts if checkpoint.lossless_format(t) is None)
+        for (stored, format_name), count in Counter(lossy).items():
             yield Finding(
-                NAME, "note", f"{count} matrices stored as {stored} are kept as {kept}, which rounds them again",
-                f"there are no kernels for {stored}", "a GGUF file in Q4_0, Q4_1 or Q8_0 is taken over without loss", facts,
+                NAME, "note", f"{count} matrices stored as {stored} are converted to {format_name}, which rounds them again",
+                f"there are no kernels for {stored}", "use a GGUF file in Q4_0, Q4_1 or Q8_0, which loads without loss", facts,
             )  # fmt: skip

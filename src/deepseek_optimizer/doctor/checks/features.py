@@ -1,4 +1,4 @@
-"""What the CPU offers, whether each of it is used, and why not."""
+"""CPU features: which of them are used, and why the others are not."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FIRST_USED: Mapping[str, str] = {
     "avx512bw": "avx512", "avx512dq": "avx512", "avx512vl": "avx512", "avx512_vnni": "avx512-vnni",
     "avx512_bf16": "avx512-bf16", "amx_tile": "amx", "amx_int8": "amx", "amx_bf16": "amx",
 }  # fmt: skip
-# Variant -> the one it builds upon, whose features it uses too.
+# Variant -> the one it extends, whose features it also uses.
 UPON = {"avx2-vnni": "avx2", "avx512": "avx2", "avx512-vnni": "avx512", "avx512-bf16": "avx512-vnni", "amx": "avx512-bf16"}
-# Useful for matrix products, and no kernel here uses them yet.
+# Useful for matrix products, but no kernel uses them yet.
 WITHOUT_KERNELS = ("avx_vnni_int8", "avx512_fp16", "avx512_vbmi", "amx_fp16", "amx_complex")
 
 
 def why_not(isa: str) -> str | None:
-    """Why an ISA variant can't run here; None where it can."""
+    """Why an ISA variant cannot run here; None if it can."""
     from ...backends.cpu import native
 
     try:
@@ -34,21 +34,21 @@ def why_not(isa: str) -> str | None:
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Compares what runs with the best that could, and the CPU's own flags with what the system lets programs use."""
+    """Compares the selected ISA with the best possible one, and the CPU's features with those the system lets programs use."""
     from ...backends.cpu import CpuBackend, native, unavailable_reason
     from ...backends.cpu.environment import forced_isa
 
     if unavailable_reason() is not None:
-        return  # the check of the native build speaks of it
+        return  # reported by the check of the native build
     best = native.Context(None, 1).isa
-    forced, by = case.fields.get("isa"), "isa"
+    forced, setting = case.fields.get("isa"), "isa"
     if forced is None:
-        forced, by = forced_isa(), "DSO_ISA"
+        forced, setting = forced_isa(), "DSO_ISA"
     try:
         isa = CpuBackend(isa=forced).isa if forced else best
     except BackendError as error:
-        fix = f"leave {by} out: {best} runs"
-        yield Finding(NAME, "error", f"{by}={forced} cannot run here", str(error), fix, {"best": best})
+        fix = f"remove the setting {setting}: {best} can run"
+        yield Finding(NAME, "error", f"{setting}={forced} cannot run here", str(error), fix, {"best": best})
         return
     here = set(native.cpu_description()["features"])
     flags = set(_flags(case))
@@ -57,26 +57,26 @@ def check(case: Case) -> Iterator[Finding]:
     facts = {"isa": isa, "best": best, "features": used, "isas": {n: why_not(n) or "runs here" for n in native.isa_names()}}
     if isa != best:
         yield Finding(
-            NAME, "warning", f"{isa} kernels run, though this CPU can run {best}", f"{by}={forced} asks for them",
-            f"leave {by} out", facts,
+            NAME, "warning", f"{isa} kernels run, though this CPU can run {best}", f"{setting}={forced} selects them",
+            f"remove the setting {setting}", facts,
         )  # fmt: skip
     else:
-        what = f"{isa} kernels run, the best of this build that this CPU and system can run"
+        what = f"{isa} kernels run, the best of this build that the CPU and the system support"
         yield Finding(NAME, "ok", f"{what}; {_summary(used)}", facts=facts)
     if withheld := sorted(name for name in FIRST_USED if name in flags and name not in here):
         yield Finding(
             NAME, "warning", f"this CPU has {', '.join(withheld)}, but programs may not use it",
-            "the system or its hypervisor doesn't save these registers, or is too old to give leave (AMX: Linux 5.16)",
-            "update the kernel, or expose the feature to the virtual machine (its CPU model: host)", {"withheld": withheld},
+            "the kernel or the hypervisor does not save these registers, or is too old to permit them (AMX needs Linux 5.16)",
+            "update the kernel, or expose the feature to the virtual machine (CPU model: host)", {"withheld": withheld},
         )  # fmt: skip
 
 
 def _summary(used: Mapping[str, str]) -> str:
-    """Features with what is made of them, those of one fate together."""
-    fates: dict[str, list[str]] = {}
-    for name, fate in used.items():
-        fates.setdefault(fate, []).append(name)
-    return "; ".join(f"{', '.join(names)}: {fate}" for fate, names in fates.items())
+    """Features grouped by how they are used."""
+    by_use: dict[str, list[str]] = {}
+    for name, use in used.items():
+        by_use.setdefault(use, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {use}" for use, names in by_use.items())
 
 
 def _flags(case: Case) -> list[str]:
@@ -94,7 +94,7 @@ def _use(name: str, isa: str, here: set[str], flags: set[str]) -> str:
     if variant in lineage:
         return f"used by {isa}"
     if name not in here:
-        return "the system withholds it" if name in flags else "this CPU has none"
+        return "disabled by the system" if name in flags else "not on this CPU"
     if name == "avx_vnni" and "avx512-vnni" in lineage:
-        return f"not used: {isa} has the same, twice as wide, in avx512_vnni"
-    return f"not used: {why_not(variant) or f'{isa} was chosen'}"
+        return f"not used: {isa} uses the wider avx512_vnni instead"
+    return f"not used: {why_not(variant) or f'{isa} was selected'}"

@@ -1,4 +1,4 @@
-"""Whether the model, the cache for its context and the buffers fit into what is free."""
+"""Whether the model, the cache for its context and the buffers fit into the free memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ NAME = "memory"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Bytes that are needed against bytes that are free. A context that was asked for must fit; the model's own need not."""
+    """Compares the memory needed with the memory free. A requested context that does not fit is an error; the model's
+    own context that does not fit is a warning."""
     needs = budget(case)
     context = case.context or case.graph.max_positions
     tokens = needs.held(context) * case.batch
@@ -33,8 +34,8 @@ def check(case: Case) -> Iterator[Finding]:
     if case.context is not None and case.context > case.graph.max_positions:
         yield Finding(
             NAME, "error", f"a context of {case.context} tokens is beyond the model's {case.graph.max_positions}",
-            "it was trained for no more positions",
-            f"{case.graph.max_positions} at most, or room by --context-extension yarn --context-length {case.context}",
+            "it was not trained for more positions",
+            f"use at most {case.graph.max_positions}, or --context-extension yarn --context-length {case.context}",
             facts,
         )  # fmt: skip
     if tokens <= needs.max_tokens:
@@ -46,18 +47,18 @@ def check(case: Case) -> Iterator[Finding]:
     cache = needs.cache_per_token * tokens
     parts = [
         f"weights {gb(needs.weights)}",
-        f"cache {gb(cache)}: {needs.cache_per_token / 1024:.1f} KiB a token in {needs.kv_cache}",
+        f"cache {gb(cache)}: {needs.cache_per_token / 1024:.1f} KiB per token in {needs.kv_cache}",
     ]
     parts.append(f"buffers {gb(needs.buffers)}")
     fixes = _smaller_cache(case, needs, context)
     if needs.granted is not None and needs.granted < cache:
         what = f"kv_cache_memory holds {needs.max_tokens} of {tokens} tokens"
         if needs.needed(tokens) <= needs.free:
-            fixes.insert(0, f"kv_cache_memory={cache}, or leave it out to use what is free")
+            fixes.insert(0, f"set kv_cache_memory={cache}, or remove it to use the free memory")
     else:
         what = f"{case.batch} x {context} tokens do not fit: {gb(needs.needed(tokens))} needed, {gb(needs.free)} free"
         if needs.granted is None:
-            parts.append(f"{gb(needs.reserve)} are left free")
+            parts.append(f"reserve {gb(needs.reserve)}")
     yield Finding(NAME, "error" if case.context else "warning", what, "; ".join(parts), "; or ".join(fixes), facts)
 
 
@@ -65,18 +66,18 @@ def _smaller_weights(needs: Budget) -> str:
     for name in SMALLER:
         size = needs.weights_in(name)
         if size < needs.weights and size + needs.buffers <= needs.free:
-            return f"precision={name!r} takes {gb(size)}, which fits; or free memory"
-    return "no format makes it fit: free memory, raise the container's limit, or take a smaller model"
+            return f"use precision={name!r}, which needs {gb(size)} and fits; or free memory"
+    return "no format makes it fit: free memory, raise the container's limit, or use a smaller model"
 
 
 def _smaller_cache(case: Case, needs: Budget, context: int) -> list[str]:
-    """What fits, the best first; then what asks for less."""
+    """Settings that fit, best first; then ways to require less."""
     fitting = [remedy for remedy in remedies(case, needs, context) if remedy.fits]
-    fixes = [f"{remedy.name} takes {gb(remedy.needed)} ({remedy.price})" for remedy in fitting[:1]]
+    fixes = [f"{remedy.name} needs {gb(remedy.needed)} ({remedy.price})" for remedy in fitting[:1]]
     if len(fitting) > 1:
         fixes.append(", ".join(f"{remedy.name} ({gb(remedy.needed)})" for remedy in fitting[1:]))
-    if (most := needs.max_tokens // case.batch // BLOCK * BLOCK) > 0:
-        fixes.append(f"limit sequences to {most} tokens (max_length)")
+    if (max_length := needs.max_tokens // case.batch // BLOCK * BLOCK) > 0:
+        fixes.append(f"limit sequences to {max_length} tokens (max_length)")
     if case.batch > 1 and needs.max_tokens:
-        fixes.append("fewer sequences at once (batch_size_range)")
-    return fixes or ["free memory, raise the container's limit, or take a smaller model"]
+        fixes.append("run fewer concurrent sequences (batch_size_range)")
+    return fixes or ["free memory, raise the container's limit, or use a smaller model"]

@@ -1,4 +1,4 @@
-"""Whether the native library is there, loads, and belongs to this package."""
+"""Whether the native library exists, loads, and belongs to this package version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAME = "native build"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Missing: the slow backend serves. There, but it doesn't load or is another version's: an installation to repair."""
+    """Missing: a warning, since the slow reference backend is used. Present but unusable: an error in the installation."""
     from ...backends.cpu import native
 
     path = native.library_path()
@@ -20,10 +20,11 @@ def check(case: Case) -> Iterator[Finding]:
     if reason is None:
         yield Finding(NAME, "ok", f"the native library loads, ABI {native.ABI_VERSION}", facts=facts)
     elif path.exists():
-        yield Finding(NAME, "error", "the native library is there but cannot be used", reason, "reinstall the package", facts)
+        yield Finding(NAME, "error", "the native library exists but cannot be used", reason, "reinstall the package", facts)
     else:
         yield Finding(
-            NAME, "warning", "there is no native library: the reference backend serves, in plain torch, much slower", reason,
+            NAME, "warning", "no native library: the reference backend runs instead, in plain torch, which is much slower",
+            reason,
             "on x86-64 Linux install a C++20 compiler (g++ 12 or newer) and reinstall; DSO_REQUIRE_NATIVE=1 pip install ... "
             "shows why the build fails", facts,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Threads against the processors that this process may use: affinity, cgroup quota, hyper-threads."""
+"""Whether the number of threads matches the CPUs available: affinity, cgroup quota, hyper-threads."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ NAME = "threads"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Too many threads wait for each other at every step; too few leave bandwidth unused."""
+    """Too many threads wait for each other in every step; too few leave bandwidth unused."""
     machine, quota = case.machine, cpu_quota(case.machine.root)
     usable = machine.usable_cpus
     limit = usable if quota is None else min(usable, math.ceil(quota))
     try:
         threads = case.fields.get("threads") or forced_threads() or limit
     except ConfigError as error:
-        yield Finding(NAME, "error", "DSO_THREADS is no number of threads", str(error), "correct or unset DSO_THREADS")
+        yield Finding(NAME, "error", "DSO_THREADS is not a valid number of threads", str(error), "correct or unset DSO_THREADS")
         return
     facts = {
         "threads": threads, "usable_cpus": usable, "online_cpus": machine.online_cpus, "physical_cores": machine.physical_cores,
         "cgroup_cpus": quota, "throttled_periods": throttled_periods(machine.root),
     }  # fmt: skip
-    found = list(_findings(case, threads, limit, quota, facts))
-    if not any(f.severity == "warning" for f in found):
-        found.insert(0, Finding(NAME, "ok", f"{threads} threads on {limit} usable processors", facts=facts))
-    yield from found
+    findings = list(_findings(case, threads, limit, quota, facts))
+    if not any(f.severity == "warning" for f in findings):
+        findings.insert(0, Finding(NAME, "ok", f"{threads} threads on {limit} usable CPUs", facts=facts))
+    yield from findings
 
 
 def _findings(case: Case, threads: int, limit: int, quota: float | None, facts: dict[str, object]) -> Iterator[Finding]:
     machine, usable = case.machine, case.machine.usable_cpus
     if threads > usable:
         yield Finding(
-            NAME, "warning", f"{threads} threads share {usable} processors",
-            "a step ends when its last thread does, and threads without a processor of their own wait for a turn",
-            f"leave threads and DSO_THREADS out, or ask for {limit}", facts,
+            NAME, "warning", f"{threads} threads share {usable} CPUs",
+            "a step ends with its last thread, and threads without a CPU of their own wait to be scheduled",
+            f"remove threads and DSO_THREADS, or set them to {limit}", facts,
         )  # fmt: skip
     elif threads > limit:
         yield Finding(
-            NAME, "warning", f"{threads} threads, but the cgroup allows {quota:g} processors' time",
-            "the kernel stops the whole process for the rest of each period once its quota is spent",
-            f"ask for {limit}; or raise the quota (docker run --cpus, resources.limits.cpu)", facts,
+            NAME, "warning", f"{threads} threads, but the cgroup allows {quota:g} CPUs",
+            "the kernel stops the whole process for the rest of each period once its quota is used up",
+            f"set threads to {limit}; or raise the quota (docker run --cpus, resources.limits.cpu)", facts,
         )  # fmt: skip
     elif threads < limit:
         yield Finding(
-            NAME, "note", f"{threads} threads leave {limit - threads} of {limit} usable processors idle",
-            "the setting threads or DSO_THREADS asks for so few", "leave both out to use all", facts,
+            NAME, "note", f"{threads} threads leave {limit - threads} of {limit} usable CPUs idle",
+            "threads or DSO_THREADS is set to this number", "remove both settings to use all CPUs", facts,
         )  # fmt: skip
     if throttled_periods(machine.root):
         yield Finding(
-            NAME, "warning", f"the cgroup's quota has stopped this container {throttled_periods(machine.root)} times",
-            f"it allows {quota:g} processors' time" if quota else "a group above this one has a quota",
-            "raise the quota to whole processors, or take fewer threads", facts,
+            NAME, "warning", f"the cgroup's CPU quota has throttled this container {throttled_periods(machine.root)} times",
+            f"it allows {quota:g} CPUs" if quota else "a parent group has a quota",
+            "raise the quota to whole CPUs, or use fewer threads", facts,
         )  # fmt: skip
     if usable < machine.online_cpus:
         yield Finding(
-            NAME, "note", f"this process may run on {usable} of {machine.online_cpus} processors",
+            NAME, "note", f"this process may run on {usable} of {machine.online_cpus} CPUs",
             "an affinity mask (taskset, cpuset, numactl, a batch system, OMP_PROC_BIND)",
-            "widen it if the others are free", facts,
+            "widen it if the other CPUs are free", facts,
         )  # fmt: skip
     cores = machine.physical_cores
     if cores and limit == machine.online_cpus and cores < threads <= usable:
         yield Finding(
-            NAME, "note", f"{threads} threads on {cores} cores: some are hyper-threads of one core",
-            "two threads of a core share its vector units and its path to memory",
-            f"measure with threads={cores}; keep the faster", facts,
+            NAME, "note", f"{threads} threads on {cores} cores: some are hyper-threads of the same core",
+            "two threads of a core share its vector units and its memory bandwidth",
+            f"measure with threads={cores}, and use the faster setting", facts,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tokenizer: whether it is there, fits the weights, has a chat template, and ends its answers."""
+"""Whether the tokenizer exists, matches the weights, has a chat template, and has an end-of-sequence token."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ _PROBE = "The quick brown fox doesn't jump over 1,234 lazy dogs."
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """A model that gets other tokens than it was trained on answers with garbage; one without an end marker never stops."""
+    """With the wrong tokens, a model produces garbage; without an end-of-sequence token, it never stops."""
     try:
         tokenizer = case.tokenizer
     except CheckpointError as error:
         yield Finding(
-            NAME, "error", "there is no tokenizer that fits these weights", str(error),
+            NAME, "error", "there is no tokenizer that matches these weights", str(error),
             "put the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) beside the weights",
             {"vocab_size": case.sketch.config.vocab_size},
         )  # fmt: skip
         return
-    ends = _ends(case.generation_config.eos_token_id)
+    eos_ids = _ids(case.generation_config.eos_token_id)
     facts: dict[str, Any] = {
         "tokens": len(tokenizer), "vocab_size": case.sketch.config.vocab_size, "chat_template": bool(tokenizer.chat_template),
-        "eos_token": tokenizer.eos_token, "eos_token_id": sorted(ends),
+        "eos_token": tokenizer.eos_token, "eos_token_id": sorted(eos_ids),
     }  # fmt: skip
-    found = [*_round_trip(tokenizer, facts), *_template(tokenizer, facts), *_end(tokenizer, ends, facts)]
-    yield from found or [Finding(NAME, "ok", f"{len(tokenizer)} tokens, a chat template, and an end marker", facts=facts)]
+    findings = [*_round_trip(tokenizer, facts), *_template(tokenizer, facts), *_end(tokenizer, eos_ids, facts)]
+    what = f"{len(tokenizer)} tokens, a chat template, and an end-of-sequence token"
+    yield from findings or [Finding(NAME, "ok", what, facts=facts)]
 
 
 def _round_trip(tokenizer: Any, facts: dict[str, Any]) -> Iterator[Finding]:
@@ -39,7 +40,7 @@ def _round_trip(tokenizer: Any, facts: dict[str, Any]) -> Iterator[Finding]:
     if "".join(back.split()) != "".join(_PROBE.split()):
         yield Finding(
             NAME, "warning", "the tokenizer loses text: plain English does not survive encoding and decoding",
-            f"{_PROBE!r} came back as {back!r}", "fetch the tokenizer files of the original model again", facts,
+            f"{_PROBE!r} came back as {back!r}", "download the tokenizer files of the original model again", facts,
         )  # fmt: skip
 
 
@@ -47,35 +48,36 @@ def _template(tokenizer: Any, facts: dict[str, Any]) -> Iterator[Finding]:
     if not tokenizer.chat_template:
         yield Finding(
             NAME, "warning", "there is no chat template",
-            "a model trained on dialogues that gets bare text continues it instead of answering; a base model is meant to",
-            "put chat_template.jinja or tokenizer_config.json of the original model beside the weights; for a base model use "
+            "without one, a chat model continues plain text instead of answering; a base model is meant to",
+            "put chat_template.jinja or tokenizer_config.json of the original model beside the weights; with a base model, use "
             "`dso run --raw`", facts,
         )  # fmt: skip
         return
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program: it raises whatever it likes
+    except Exception as error:  # a template is a program and can raise anything
         yield Finding(
             NAME, "error", "the chat template fails on a single question", f"{type(error).__name__}: {error}",
-            "fetch the original model's template again", facts,
+            "download the original model's template again", facts,
         )  # fmt: skip
 
 
-def _end(tokenizer: Any, ends: set[int], facts: dict[str, Any]) -> Iterator[Finding]:
+def _end(tokenizer: Any, eos_ids: set[int], facts: dict[str, Any]) -> Iterator[Finding]:
     own = tokenizer.eos_token_id
-    if not ends:
+    if not eos_ids:
         yield Finding(
-            NAME, "warning", "generation has no end marker, so every answer runs to its length limit",
+            NAME, "warning", "generation has no end-of-sequence token, so every answer runs to its length limit",
             "neither generation_config.json nor config.json names an eos_token_id",
-            f'set "eos_token_id": {own if own is not None else "the id of the end marker"} in generation_config.json', facts,
+            f'set "eos_token_id": {own if own is not None else "the token id"} in generation_config.json', facts,
         )  # fmt: skip
-    elif own is not None and own not in ends:
+    elif own is not None and own not in eos_ids:
         yield Finding(
             NAME, "warning", f"the tokenizer ends turns with {tokenizer.eos_token!r} ({own}), where generation does not stop",
-            f"generation stops at {sorted(ends)} only", f'set "eos_token_id": {sorted({own, *ends})} in generation_config.json',
+            f"generation stops at {sorted(eos_ids)} only",
+            f'set "eos_token_id": {sorted({own, *eos_ids})} in generation_config.json',
             facts,
         )  # fmt: skip
 
 
-def _ends(value: Any) -> set[int]:
+def _ids(value: Any) -> set[int]:
     return set() if value is None else set(value) if isinstance(value, (list, tuple)) else {int(value)}

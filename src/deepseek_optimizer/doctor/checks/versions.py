@@ -1,4 +1,4 @@
-"""Whether the installed packages fit each other, by what their own metadata say, and by what those leave out."""
+"""Whether the installed packages are compatible, by their metadata and by build tags that metadata does not cover."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _BESIDE_TORCH = ("torchvision", "torchaudio")
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Requirements that are not met, and builds for different devices side by side."""
+    """Finds requirements that are not met, and packages built for different devices."""
     packages = case.machine.packages
-    found = [*_unmet(packages), *_mixed_builds(packages)]
+    findings = [*_unmet(packages), *_mixed_builds(packages)]
     versions = {name: package.version for name, package in packages.items()}
     for name in ("torch", "transformers"):
         if name not in packages:
-            found.append(Finding(NAME, "error", f"{name} is not installed", "", f"pip install {name}", versions))
-    yield from found
-    if not found:
+            findings.append(Finding(NAME, "error", f"{name} is not installed", "", f"pip install {name}", versions))
+    yield from findings
+    if not findings:
         shown = ", ".join(f"{n} {versions[n]}" for n in ("torch", "transformers") if n in versions)
-        yield Finding(NAME, "ok", f"{shown}; what is installed fits together", facts=versions)
+        yield Finding(NAME, "ok", f"{shown}; the installed packages are compatible", facts=versions)
 
 
 def _unmet(packages: Mapping[str, Package]) -> Iterator[Finding]:
@@ -43,14 +43,15 @@ def _unmet(packages: Mapping[str, Package]) -> Iterator[Finding]:
             if not need.specifier.contains(other.version, prereleases=True):
                 yield Finding(
                     NAME, "error", f"{name} {package.version} does not work with {need.name} {other.version}",
-                    f"its own metadata ask for {need.name}{need.specifier}",
-                    f"pip install '{need.name}{need.specifier}', or another {name}",
+                    f"its metadata requires {need.name}{need.specifier}",
+                    f"pip install '{need.name}{need.specifier}', or install another version of {name}",
                     {name: package.version, need.name: other.version, "needs": str(need)},
                 )  # fmt: skip
 
 
 def _mixed_builds(packages: Mapping[str, Package]) -> Iterator[Finding]:
-    """torch and its siblings carry compiled code: 2.9+cpu beside 0.24+cu128 meets every requirement, and fails on import."""
+    """torch and its sibling packages contain compiled code: torch 2.9+cpu with torchvision 0.24+cu128 meets every requirement,
+    but fails on import."""
     torch = packages.get("torch")
     for name in _BESIDE_TORCH:
         sibling = packages.get(name)
@@ -60,7 +61,7 @@ def _mixed_builds(packages: Mapping[str, Package]) -> Iterator[Finding]:
         if ours and theirs and ours != theirs:
             yield Finding(
                 NAME, "error", f"{name} {sibling.version} is built for {theirs}, torch {torch.version} for {ours}",
-                "they came from different package indexes; operators such as torchvision::nms are then missing",
+                "they came from different package indexes, so operators such as torchvision::nms are missing",
                 f"reinstall both from the index of {ours}: pip install torch {name} "
                 f"--index-url https://download.pytorch.org/whl/{ours}",
                 {"torch": torch.version, name: sibling.version},

@@ -1,4 +1,4 @@
-"""Symptoms that users name: one a file, each a `SYMPTOM` with the checks it depends on and its own measurement."""
+"""Symptoms that users report, one per file: each a `SYMPTOM` with the checks it depends on and its own measurement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SYMPTOMS: Mapping[str, Symptom] = {
 
 
 def get_symptom(name: str) -> Symptom:
-    """The symptom called `name`. Raises ConfigError where there is none."""
+    """The symptom called `name`. Raises ConfigError if it is unknown."""
     if name in SYMPTOMS:
         return SYMPTOMS[name]
     near = difflib.get_close_matches(name, SYMPTOMS, n=1)

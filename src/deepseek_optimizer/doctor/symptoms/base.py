@@ -1,4 +1,4 @@
-"""What a symptom is."""
+"""The definition of a symptom."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..finding import Finding
 @dataclass(frozen=True)
 class Symptom:
     """Attributes:
-    measure: what is measured or inspected for this symptom alone.
-    checks: names of the standing checks whose findings may explain it.
-    needs_model: whether it shows in a model only.
-    loads: whether measuring loads the model; then a model that can't be loaded is the finding, and nothing is measured.
+    measure: the measurement of this symptom, which yields findings.
+    checks: names of the checks whose findings may explain it.
+    needs_model: whether it occurs only with a model.
+    loads: whether measuring loads the model. If so, a model that cannot be loaded is reported instead of measuring.
     """
 
     measure: Callable[[Case], Iterator[Finding]]

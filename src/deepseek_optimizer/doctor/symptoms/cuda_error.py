@@ -1,7 +1,7 @@
-"""CUDA errors: driver, torch's build and the card against each other, then a first product on the card.
+"""CUDA errors: whether the driver, torch's build and the GPU are compatible, and whether the GPU computes a matrix product.
 
-Minimum drivers: NVIDIA, "CUDA Compatibility", minor version compatibility: any 12.x build runs from 525.60.13 on, any 13.x
-build from 580.65.06 on.
+Minimum drivers: NVIDIA, "CUDA Compatibility", minor version compatibility: any 12.x build needs 525.60.13 or newer, any 13.x
+build 580.65.06 or newer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MINIMUM_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}  # by t
 
 @dataclass(frozen=True)
 class Device:
-    """A card, and what happened when it was asked for a small product: "" if that was right."""
+    """A GPU. failure: the error of a small matrix product on it; "" if the result was right."""
 
     name: str
     capability: tuple[int, int]
@@ -30,8 +30,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Cuda:
-    """What is installed. `build`: the CUDA that torch was built for; `driver`: of the kernel module; None where there is none.
-    `kernels`: what torch has machine code for ("sm_90"), or code to translate ("compute_90")."""
+    """What is installed. build: CUDA version that torch was built for. driver: version of the kernel module; None without one.
+    kernels: architectures that torch has machine code ("sm_90") or PTX ("compute_90") for."""
 
     torch: str
     build: str | None
@@ -42,12 +42,12 @@ class Cuda:
 
 
 def measure(case: Case) -> Iterator[Finding]:
-    """Judges this machine."""
+    """Examines this machine."""
     yield from judge(look(case.machine), case.machine)
 
 
 def look(machine: Machine) -> Cuda:
-    """What there is here. Asks the driver only where torch can."""
+    """Collects the facts. Queries the driver only if torch is built for CUDA."""
     import torch
 
     text = machine.read("/proc/driver/nvidia/version")
@@ -71,14 +71,14 @@ def _device(index: int) -> Device:
     try:
         ones = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.float32)
         if float((ones @ ones).sum()) != 64.0**3:
-            failure = "a product of ones came out wrong"
+            failure = "a product of matrices of ones has a wrong result"
     except RuntimeError as error:
         failure = str(error)
     return Device(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), failure)
 
 
 def judge(cuda: Cuda, machine: Machine) -> Iterator[Finding]:
-    """What is wrong with it; facts in, findings out."""
+    """The findings that follow from the facts."""
     visible = machine.environ.get("CUDA_VISIBLE_DEVICES")
     facts: dict[str, object] = {
         "torch": cuda.torch, "torch_cuda": cuda.build, "driver": cuda.driver, "CUDA_VISIBLE_DEVICES": visible,
@@ -91,75 +91,79 @@ def judge(cuda: Cuda, machine: Machine) -> Iterator[Finding]:
     shadowed = [p for p in machine.environ.get("LD_LIBRARY_PATH", "").split(":") if "cuda" in p.lower() or "cudnn" in p.lower()]
     if cuda.build and shadowed:
         yield Finding(
-            NAME, "warning", f"LD_LIBRARY_PATH names {', '.join(shadowed)}",
-            "torch brings CUDA's libraries of its own version; others found first may not fit (undefined symbols, errors of "
-            "cuBLAS or cuDNN)", "take these folders out of LD_LIBRARY_PATH", facts,
+            NAME, "warning", f"LD_LIBRARY_PATH contains {', '.join(shadowed)}",
+            "torch ships the CUDA libraries it needs; other versions found first may be incompatible (undefined symbols, "
+            "cuBLAS "
+            "or cuDNN errors)", "remove these folders from LD_LIBRARY_PATH", facts,
         )  # fmt: skip
     if cuda.build is None and cuda.driver is None:
-        yield Finding(NAME, "ok", "nothing here uses CUDA: no driver, and torch is a build for CPUs", facts=facts)
+        yield Finding(NAME, "ok", "CUDA is not used: there is no driver, and torch is a CPU build", facts=facts)
     elif cuda.build is None:
         yield error(
-            f"there is an NVIDIA driver ({cuda.driver}), but torch {cuda.torch} is a build for CPUs",
-            "it came from an index of CPU builds",
+            f"there is an NVIDIA driver ({cuda.driver}), but torch {cuda.torch} is a CPU build",
+            "it was installed from an index of CPU builds",
             "pip install torch from PyPI, or from https://download.pytorch.org/whl/cu128",
         )
     elif cuda.driver is None and not cuda.devices:
         yield error(
             f"torch is built for CUDA {cuda.build}, but there is no NVIDIA driver",
-            cuda.failure or "the kernel module isn't loaded, or the container was started without the card",
-            "install the driver; start containers with --gpus all; or use the CPU, which needs neither",
+            cuda.failure or "the kernel module is not loaded, or the container was started without the GPU",
+            "install the driver, start containers with --gpus all, or use the CPU",
         )
     elif _too_old(cuda):
-        least = ".".join(map(str, MINIMUM_DRIVER[int(str(cuda.build).split(".")[0])]))
+        minimum = ".".join(map(str, MINIMUM_DRIVER[int(str(cuda.build).split(".")[0])]))
         yield error(
             f"the driver {cuda.driver} is too old for CUDA {cuda.build}",
-            f"torch's build needs {least} or newer",
-            f"update the driver to {least} or newer, or install a torch built for an older CUDA",
+            f"this torch build needs {minimum} or newer",
+            f"update the driver to {minimum} or newer, or install a torch built for an older CUDA",
         )
     elif visible is not None and not cuda.devices:
         yield error(
-            f"CUDA_VISIBLE_DEVICES={visible!r} hides every card",
-            "torch sees only the cards it lists",
-            "unset CUDA_VISIBLE_DEVICES, or name cards that exist (nvidia-smi -L)",
+            f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU",
+            "torch sees only the GPUs it lists",
+            "unset CUDA_VISIBLE_DEVICES, or list GPUs that exist (nvidia-smi -L)",
         )
     elif not cuda.devices:
-        yield error("torch finds no card", cuda.failure or "the driver names none", "nvidia-smi must list the card first")
+        yield error("torch finds no GPU", cuda.failure or "the driver reports none", "check that nvidia-smi lists the GPU")
     else:
         yield from _devices(cuda, facts)
 
 
 def _devices(cuda: Cuda, facts: dict[str, object]) -> Iterator[Finding]:
-    fine = True
+    all_work = True
     for device in cuda.devices:
         major, minor = device.capability
         if not _has_code(device, cuda.kernels):
-            fine = False
+            all_work = False
             yield Finding(
                 NAME, "error", f"torch {cuda.torch} has no machine code for {device.name} (sm_{major}{minor})",
-                "its build leaves out cards this old or this new: 'no kernel image is available for execution on the device'",
-                "install a torch whose build names it: older releases for older cards, the newest CUDA for newer ones", facts,
+                "this build does not support GPUs this old or this new: 'no kernel image is available for execution on the "
+                "device'",
+                "install a torch build that supports it: an older release for an older GPU, the newest CUDA for a newer "
+                "one", facts,
             )  # fmt: skip
         elif device.failure:
-            fine = False
+            all_work = False
             memory = "out of memory" in device.failure.lower()
             yield Finding(
-                NAME, "error", f"{device.name} fails at a small product: {device.failure.splitlines()[0]}",
-                "the card's memory is full" if memory else "driver, card or CUDA's libraries are in a bad state",
+                NAME, "error", f"{device.name} fails at a small matrix product: {device.failure.splitlines()[0]}",
+                "the GPU's memory is full" if memory else "the driver, the GPU or the CUDA libraries are in a bad state",
                 "end the processes that nvidia-smi lists" if memory else
-                "run it again with CUDA_LAUNCH_BLOCKING=1 to see where; `dmesg | grep -i xid` names faults of the card", facts,
+                "run it again with CUDA_LAUNCH_BLOCKING=1 to locate the error; `dmesg | grep -i xid` shows hardware faults",
+                facts,
             )  # fmt: skip
-    if fine:
+    if all_work:
         names = ", ".join(d.name for d in cuda.devices)
         yield Finding(NAME, "ok", f"CUDA {cuda.build}, driver {cuda.driver or 'unknown'}: {names} computes", facts=facts)
 
 
 def _too_old(cuda: Cuda) -> bool:
-    least = MINIMUM_DRIVER.get(int(str(cuda.build).split(".")[0]))
-    return bool(least and cuda.driver and tuple(int(p) for p in cuda.driver.split(".")) < least)
+    minimum = MINIMUM_DRIVER.get(int(str(cuda.build).split(".")[0]))
+    return bool(minimum and cuda.driver and tuple(int(p) for p in cuda.driver.split(".")) < minimum)
 
 
 def _has_code(device: Device, kernels: tuple[str, ...]) -> bool:
-    """Machine code runs on later cards of the same major version, code to translate ("compute_") on all later cards."""
+    """Whether torch has code for it: machine code runs on later GPUs of the same major version, PTX on all later GPUs."""
     for kernel in kernels:
         kind, _, number = kernel.partition("_")
         digits = re.match(r"\d+", number)

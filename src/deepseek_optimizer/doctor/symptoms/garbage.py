@@ -1,5 +1,5 @@
-"""Garbage: weights that are not numbers, kernels that compute something else, a quantisation that went too far, or a tokenizer
-that isn't the model's. Each is measured on a paragraph of plain English.
+"""Garbage: weights that are not finite, wrong kernels, too coarse a quantisation, or the tokenizer of another model. Each is
+measured on a paragraph of plain English.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ TEXT = (
     "moves around the Earth. Light from the sun takes about eight minutes to reach us. Plants use this light to grow, and "
     "animals eat plants or other animals. Without the sun there would be no life on Earth."
 )
-CHANCE = 0.9  # of ln(vocabulary): above that a model reads English no better than chance
+CHANCE = 0.9  # of ln(vocabulary): above it, a model predicts English no better than chance
 KERNEL_KL = 0.05  # nats: ten times what 8-bit activations cost on SmolLM2 (0.003) and more
 QUANTISED_KL = 1.0  # nats: int4 costs 0.4 on SmolLM2, whose text is still good
-NOTABLE_KL = 0.1  # nats: what a user should know of
+NOTABLE_KL = 0.1  # nats: reported as a note
 
 
 def measure(case: Case) -> Iterator[Finding]:
-    """Weights first, then logits, then logits against the reference backend's, then against unquantised weights'."""
+    """Checks the weights, then the logits, then compares them with the reference backend and with unquantised weights."""
     damaged = list(_weights(case))
     yield from damaged
     if damaged:
-        return  # it would not load
+        return  # the model cannot be loaded
     ids = _ids(case)
     own = _logits(case.load(), ids)
     finding = judge_text(_loss(own, ids), own, case)
@@ -43,14 +43,14 @@ def measure(case: Case) -> Iterator[Finding]:
 
 
 def _weights(case: Case) -> Iterator[Finding]:
-    """Reads every tensor once; one finding for the first that holds what isn't a number."""
+    """Reads every tensor once; yields a finding for the first with a value that is not finite."""
     from ...quant.tiles import panels
 
     checkpoint = case.checkpoint
     for name in checkpoint.tensors:
         try:
             shape = checkpoint.shape(name)
-            if len(shape) == 2 and checkpoint.kind != "packed":  # a packed one is unpacked whole
+            if len(shape) == 2 and checkpoint.kind != "packed":  # packed tensors are unpacked whole
                 for begin, end in panels(*shape):
                     checkpoint.check_finite(name, checkpoint.read_rows(name, begin, end))
             else:
@@ -58,55 +58,58 @@ def _weights(case: Case) -> Iterator[Finding]:
         except CheckpointError as error:
             yield Finding(
                 NAME, "error", f"{name} is damaged", str(error),
-                "fetch the file again; if it was made here, training or conversion overflowed (fp16 ends at 65,504): use bf16",
+                "download the file again; if you created it, training or conversion overflowed (fp16 ends at 65,504): use bf16",
                 {"tensor": name},
             )  # fmt: skip
             return
 
 
 def judge_text(loss: float, logits: Any, case: Case) -> Finding:
-    """Whether the model reads plain English at all."""
+    """Whether the model predicts plain English better than chance."""
     chance = math.log(case.sketch.config.vocab_size)
     facts = {"loss": loss, "perplexity": math.exp(min(loss, 700)) if not math.isnan(loss) else None, "chance_loss": chance}
     if math.isnan(loss):
         bad = int((~logits.isfinite()).sum())
         return Finding(
-            NAME, "error", f"{bad} of {logits.numel()} logits are not numbers, though the weights are",
-            "a value overflowed on the way: activations beyond the format's range, or a faulty kernel",
+            NAME, "error", f"{bad} of {logits.numel()} logits are not finite, though all weights are",
+            "a value overflowed: activations exceed the range of their format, or a kernel is faulty",
             "try activation='int16', then backend='reference'; report it if only the native backend does this", facts,
         )  # fmt: skip
     if loss > CHANCE * chance:
         return Finding(
-            NAME, "error", f"the model reads plain English no better than chance: loss {loss:.2f}, chance {chance:.2f}",
-            "the tokenizer is another model's, the weights are damaged or untrained, or it was trained on other languages",
-            "take tokenizer and weights from one source, and compare their checksums", facts,
+            NAME, "error", f"the model predicts plain English no better than chance: loss {loss:.2f}, chance {chance:.2f}",
+            "the tokenizer belongs to another model, the weights are damaged or untrained, or it was trained on other "
+            "languages",
+            "use tokenizer and weights from the same source, and compare their checksums", facts,
         )  # fmt: skip
-    reads = f"the model reads plain English: perplexity {math.exp(loss):.1f} (chance {math.exp(chance):,.0f})"
-    return Finding(NAME, "ok", reads, facts=facts)
+    what = f"the model predicts plain English: perplexity {math.exp(loss):.1f} (chance {math.exp(chance):,.0f})"
+    return Finding(NAME, "ok", what, facts=facts)
 
 
 def judge_kernels(kl: float, case: Case) -> Finding:
-    """Whether the backend computes what the same weights say in plain torch."""
+    """Whether the backend computes the same as plain torch with the same weights."""
     facts = {"kl_to_reference": kl, "allowed": KERNEL_KL}
     if not kl <= KERNEL_KL:  # NaN fails too
         return Finding(
-            NAME, "error", f"the native kernels disagree with plain torch over the same weights: KL {kl:.3g}",
-            "a fault of a kernel on this CPU, or activations that 8 bits can't hold",
-            "activation='int16' if that brings it down; else backend='reference', and report it with `dso info`", facts,
+            NAME, "error", f"the native kernels disagree with plain torch on the same weights: KL {kl:.3g}",
+            "a kernel is faulty on this CPU, or 8 bits are too few for the activations",
+            "use activation='int16' if that lowers it; else backend='reference', and report it with the output of "
+            "`dso info`", facts,
         )  # fmt: skip
-    return Finding(NAME, "ok", f"the kernels agree with plain torch over the same weights: KL {kl:.2g}", facts=facts)
+    return Finding(NAME, "ok", f"the kernels agree with plain torch on the same weights: KL {kl:.2g}", facts=facts)
 
 
 def _quantisation(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
-    """Against the weights as they are stored, where the case quantises them further and both fit."""
+    """Compares with the weights as stored, if the settings quantise them further and both fit into memory."""
     precision = case.settings.precision
     if case.checkpoint.kind == "packed":
-        yield Finding(NAME, "note", "what packing cost can't be measured: the original weights aren't here")
+        yield Finding(NAME, "note", "the effect of packing cannot be measured: the original weights are not available")
     elif precision != "auto":
         whole = sum(info.nbytes for info in case.checkpoint.tensors.values())
         if whole > budget(case).free:
             yield Finding(
-                NAME, "note", f"what {precision} costs can't be measured here", "the stored weights don't fit beside it", "",
+                NAME, "note", f"the effect of {precision} cannot be measured here", "the stored weights do not fit into "
+                "memory beside it", "",
                 {"bytes": whole},
             )  # fmt: skip
         else:
@@ -114,39 +117,40 @@ def _quantisation(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
 
 
 def judge_quantisation(kl: float, precision: str) -> Finding:
-    """Whether the format still says what the stored weights say."""
+    """Whether the quantised model predicts the same as the stored weights."""
     facts = {"kl_to_stored": kl, "allowed": QUANTISED_KL, "precision": precision}
     if not kl <= QUANTISED_KL:
         return Finding(
-            NAME, "error", f"{precision} changes what the model says: KL {kl:.2f} to the stored weights",
-            "its weights have outliers that so few bits can't hold", "precision='int8', or 'auto' for no loss", facts,
+            NAME, "error", f"{precision} changes the model's predictions: KL {kl:.2f} from the stored weights",
+            "its weights have outliers that so few bits cannot represent", "use precision='int8', or 'auto' for no loss", facts,
         )  # fmt: skip
     if kl > NOTABLE_KL:
         return Finding(
-            NAME, "note", f"{precision} costs KL {kl:.2f} to the stored weights", "small models feel few bits more",
+            NAME, "note", f"{precision} costs KL {kl:.2f} from the stored weights", "small models are more sensitive to "
+            "quantisation",
             "precision='int8' costs less, 'auto' nothing", facts,
         )  # fmt: skip
-    return Finding(NAME, "ok", f"{precision} stays near the stored weights: KL {kl:.2g}", facts=facts)
+    return Finding(NAME, "ok", f"{precision} is close to the stored weights: KL {kl:.2g}", facts=facts)
 
 
 def _ids(case: Case) -> Any:
-    """The paragraph's tokens, int64 [1, T], within the model's context."""
+    """The paragraph's tokens, int64 [1, T], truncated to the model's context."""
     return case.tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : case.graph.max_positions]
 
 
 def _logits(model: Any, ids: Any) -> Any:
-    """float32 [T, V]; the model is dropped before another is loaded."""
+    """float32 [T, V]; frees the model before another one is loaded."""
     import torch
 
     with torch.inference_mode():
-        made = model(ids, use_cache=False).logits[0].float()
+        logits = model(ids, use_cache=False).logits[0].float()
     del model
     gc.collect()
-    return made
+    return logits
 
 
 def _loss(logits: Any, ids: Any) -> float:
-    """Mean negative log likelihood of each token after the first, in nats; NaN if any logit is not a number."""
+    """Mean negative log likelihood of the tokens after the first, in nats; NaN if any logit is not finite."""
     import torch
 
     if not logits.isfinite().all():

@@ -1,7 +1,7 @@
-"""Repeated text: the same prompt answered greedily and sampled, and how much of each answer was said before.
+"""Repetition: answers the same prompt greedily and with sampling, and measures how much of each answer repeats.
 
-Greedy decoding falls into loops that sampling leaves (Holtzman et al., 2020, "The Curious Case of Neural Text Degeneration").
-If both repeat, decoding isn't the cause.
+Greedy decoding gets into loops that sampling avoids (Holtzman et al., 2020, "The Curious Case of Neural Text Degeneration").
+If both repeat, decoding is not the cause.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .base import Symptom
 NAME = "repetition"
 PROMPT = "Write a short story about a lighthouse keeper."
 TOKENS = 96
-N = 4  # length of the runs that are counted
-LIMIT = 0.3  # share of repeated runs above which a text repeats itself; English prose of this length stays below 0.1
+N = 4  # length of the n-grams
+LIMIT = 0.3  # share of repeated n-grams above which a text counts as repetitive; English prose of this length is below 0.1
 _TEMPERATURE, _TOP_K, _PENALTY = 0.7, 50, 1.15
 
 
 def repeated_share(ids: Sequence[int], n: int = N) -> float:
-    """Share of the n-token runs that occurred before, 0 to 1; 0 for texts shorter than two runs."""
-    runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if len(runs) > 1 else 0.0
+    """Share of the n-grams of tokens that occurred before, 0 to 1; 0 for texts with fewer than two n-grams."""
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if len(ngrams) > 1 else 0.0
 
 
 def measure(case: Case) -> Iterator[Finding]:
-    """Greedy, sampled with the model's own settings or common ones, and with a penalty if both repeat."""
+    """Generates greedily, with the model's own or common sampling settings, and with a penalty if both repeat."""
     from ...chat.conversation import prompt_ids
 
     settings = case.generation_config
@@ -44,18 +44,18 @@ def measure(case: Case) -> Iterator[Finding]:
     if settings.repetition_penalty is not None and settings.repetition_penalty < 1:
         yield Finding(
             NAME, "warning", f"generation_config.json sets repetition_penalty={settings.repetition_penalty:g}",
-            "below 1 it rewards tokens that were said before", "remove it, or set it to 1", facts,
+            "below 1 it rewards tokens that have already occurred", "remove it, or set it to 1", facts,
         )  # fmt: skip
     if greedy <= LIMIT and sampled <= LIMIT:
         yield Finding(
-            NAME, "ok", f"neither answer repeats itself: {greedy:.0%} of runs greedy, {sampled:.0%} sampled", facts=facts
+            NAME, "ok", f"neither answer repeats itself: {greedy:.0%} of n-grams greedy, {sampled:.0%} sampled", facts=facts
         )
     elif sampled <= LIMIT:
-        own = "the model's own settings answer greedily" if not settings.do_sample else "asked to be greedy, the model loops"
+        own = "the generation config is greedy" if not settings.do_sample else "greedy decoding was requested"
         yield Finding(
-            NAME, "warning", f"greedy answers repeat themselves ({greedy:.0%} of runs), sampled ones don't ({sampled:.0%})",
-            f"the likeliest token leads back to where it was; {own}",
-            f"do_sample=True, temperature={temperature:g}, top_k={top_k}; on the command line --temperature and --top-k", facts,
+            NAME, "warning", f"greedy answers repeat themselves ({greedy:.0%} of n-grams), sampled ones do not ({sampled:.0%})",
+            f"the most likely tokens form a loop; {own}",
+            f"use do_sample=True, temperature={temperature:g}, top_k={top_k}, or --temperature and --top-k", facts,
         )  # fmt: skip
     else:
         yield _not_decoding(case, ids, sample, facts)
@@ -66,33 +66,33 @@ def _not_decoding(case: Case, ids: Any, sample: dict[str, Any], facts: dict[str,
     facts = {**facts, "repeated_penalised": penalised, "penalty": _PENALTY}
     helps = penalised <= LIMIT
     first = f"repetition_penalty={_PENALTY} helps ({penalised:.0%})" if helps else (
-        f"a higher temperature than {sample['temperature']:g}, a larger top_k than {sample['top_k']}"
+        f"use a temperature above {sample['temperature']:g} and a top_k above {sample['top_k']}"
     )  # fmt: skip
     return Finding(
-        NAME, "warning", f"sampled answers repeat themselves too: {facts['repeated_sampled']:.0%} of runs",
-        "greedy decoding is not all: the model puts nearly all weight on one continuation. A temperature near 0 or a top_k "
-        "near 1, weights quantised too far, a wrong chat template or a small model do that",
-        f"{first}; `--symptom garbage` looks at weights, template and quantisation", facts,
+        NAME, "warning", f"sampled answers repeat themselves too: {facts['repeated_sampled']:.0%} of n-grams",
+        "greedy decoding is not the only cause: the model gives nearly all probability to one continuation, because of a "
+        "temperature near 0 or a top_k near 1, too coarse a quantisation, a wrong chat template, or its small size",
+        f"{first}; `--symptom garbage` checks weights, template and quantisation", facts,
     )  # fmt: skip
 
 
 def _sampling(settings: Any) -> tuple[float, int]:
-    """The model's own temperature and top_k where it samples, else common ones."""
+    """The model's own temperature and top_k if it samples, else common values."""
     if not settings.do_sample:
         return _TEMPERATURE, _TOP_K
     return (settings.temperature if settings.temperature is not None else 1.0), settings.top_k or _TOP_K
 
 
 def _generate(case: Case, ids: Any, **decoding: Any) -> list[int]:
-    """New tokens, always as many, with the same random numbers each time."""
+    """The same number of new tokens, with the same random numbers, in each call."""
     import torch
 
     room = case.graph.max_positions - ids.shape[1]
     tokens = max(1, min(TOKENS, room))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = case.loaded.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, **decoding)
-    new: list[int] = made[0, ids.shape[1] :].tolist()
+        output = case.loaded.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, **decoding)
+    new: list[int] = output[0, ids.shape[1] :].tolist()
     return new
 
 

@@ -1,14 +1,14 @@
-"""Slow answers: a short measured decode against the time that reading its weights takes, and what stands between the two."""
+"""Slow answers: compares a short decode with the time that reading its weights takes, and explains the difference."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from ...backends.registry import is_fallback
+from ...bench.background import cpu_times, used_by_others
 from ..budget import budget
 from ..case import Case
 from ..finding import Finding, Severity
@@ -16,17 +16,16 @@ from .base import Symptom
 
 NAME = "slow"
 PROMPT_TOKENS, TOKENS, ROUNDS = 32, 24, 3
-GOOD_SHARE = 0.5  # of the read limit: what decoding should reach at least
-SMALL = 32 << 20  # bytes a token, below which reading them is not what takes the time
-CLEARLY = 0.9  # of the time: what fewer threads must take to be called faster
-BUSY = 0.3  # processors' worth of other work on ours that shows in the figures
-Times: TypeAlias = "tuple[float, float] | None"
+GOOD_SHARE = 0.5  # of the bandwidth limit: what decoding should reach
+SMALL = 32 << 20  # bytes per token, below which reading them does not dominate the time
+CLEARLY = 0.9  # of the time: fewer threads count as faster below it
+BUSY = 0.3  # CPUs used by other processes, above which they affect the result
 
 
 @dataclass(frozen=True)
 class Decode:
-    """seconds: of a token, the best round. others: processors' worth of time that other processes took on ours meanwhile, None
-    where the system doesn't tell. bytes: of weights that a token reads. backend, threads, formats: of the model."""
+    """seconds: per token, in the best round. others: CPUs used by other processes meanwhile; None if unknown. bytes: of weights
+    read per token. backend, threads, formats: of the model. notes: warnings of its report."""
 
     seconds: float
     others: float | None
@@ -38,13 +37,13 @@ class Decode:
 
 
 def measure(case: Case) -> Iterator[Finding]:
-    """Decodes, measures the machine's read bandwidth over as many bytes, and compares."""
+    """Decodes, measures the machine's read bandwidth over the same number of bytes, and compares."""
     from ...bench.machine import read_gb_s
 
     decode = measure_decode(case.loaded)
-    found = list(judge(decode, read_gb_s(decode.bytes, decode.threads or case.machine.usable_cpus) * 1e9))
-    yield from found
-    slow = any(finding.severity == "warning" for finding in found)
+    findings = list(judge(decode, read_gb_s(decode.bytes, decode.threads or case.machine.usable_cpus) * 1e9))
+    yield from findings
+    slow = any(finding.severity == "warning" for finding in findings)
     if slow and decode.threads and decode.threads > 1 and decode.bytes < budget(case).free:  # a second copy of the weights
         fewer = measure_decode(case.load(threads=(decode.threads + 1) // 2))
         if fewer.seconds < decode.seconds * CLEARLY:
@@ -52,18 +51,19 @@ def measure(case: Case) -> Iterator[Finding]:
 
 
 def fewer_threads(whole: Decode, fewer: Decode) -> Finding:
-    """Half as many threads are faster."""
+    """The finding that half as many threads are faster."""
     before, after = whole.seconds * 1e3, fewer.seconds * 1e3
     return Finding(
-        NAME, "warning", f"threads={fewer.threads} is faster than {whole.threads}: {after:.1f} ms a token, {before:.1f} before",
-        "some threads have no processor, or no path to memory, of their own: other processes, hyper-threads, or a quota",
-        f"threads={fewer.threads}, or DSO_THREADS={fewer.threads}",
+        NAME, "warning", f"threads={fewer.threads} is faster than {whole.threads}: {after:.1f} ms per token instead of "
+        f"{before:.1f}",
+        "some threads share a CPU or its memory bandwidth: with other processes, as hyper-threads, or because of a quota",
+        f"use threads={fewer.threads}, or DSO_THREADS={fewer.threads}",
         {"threads": fewer.threads, "ms_per_token": after, "ms_per_token_before": before},
     )  # fmt: skip
 
 
 def measure_decode(model: Any) -> Decode:
-    """Best of a few rounds of the same tokens through `generate`."""
+    """The best of several rounds of `generate` with the same tokens."""
     import torch
 
     from ...bench.traffic import traffic_of
@@ -73,14 +73,13 @@ def measure_decode(model: Any) -> Decode:
     seconds, others = float("inf"), None
     for _ in range(ROUNDS):
         first = _timed(model, ids, 1)
-        before = processor_times()
+        before = cpu_times()
         whole = _timed(model, ids, TOKENS + 1)
-        after = processor_times()
-        others = other_work(before, after, whole)
+        others = used_by_others(before, cpu_times())
         seconds = min(seconds, max(whole - first, 1e-9) / TOKENS)
     formats = tuple(row.format for row in report.formats)
     traffic = traffic_of(model)
-    size = traffic.weight_bytes + round(sum(layer.read(1) for layer in traffic.experts))  # so short a cache adds little
+    size = traffic.weight_bytes + round(sum(layer.read(1) for layer in traffic.experts))  # the cache is too short to matter
     return Decode(seconds, others, size, report.backend, report.threads, formats, report.warnings)
 
 
@@ -90,32 +89,8 @@ def _timed(model: Any, ids: Any, tokens: int) -> float:
     return time.perf_counter() - started
 
 
-def other_work(before: Times, after: Times, seconds: float) -> float | None:
-    """Processors' worth of time that other processes took between two `processor_times`."""
-    if before is None or after is None:
-        return None
-    return max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / seconds
-
-
-def processor_times() -> Times:
-    """Seconds that the processors this process may run on were busy, and those that it used itself."""
-    try:
-        usable = {f"cpu{i}" for i in os.sched_getaffinity(0)}
-        tick = os.sysconf("SC_CLK_TCK")
-        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()]
-    except (OSError, AttributeError):
-        return None
-    busy = 0
-    for words in lines:
-        if words and words[0] in usable:
-            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, words[1:9])
-            busy += user + nice + system + irq + softirq + steal
-    own = os.times()
-    return busy / tick, own.user + own.system
-
-
 def judge(decode: Decode, bandwidth: float) -> Iterator[Finding]:
-    """What the figures say; numbers in, findings out."""
+    """The findings that follow from the measurements."""
     floor = decode.bytes / bandwidth
     share = floor / decode.seconds
     facts = {
@@ -124,36 +99,37 @@ def judge(decode: Decode, bandwidth: float) -> Iterator[Finding]:
         "backend": decode.backend, "threads": decode.threads, "formats": list(decode.formats),
     }  # fmt: skip
     figures = (
-        f"{decode.seconds * 1e3:.1f} ms a token; reading its {decode.bytes / 1e6:.0f} MB takes {floor * 1e3:.1f} ms at "
+        f"{decode.seconds * 1e3:.1f} ms per token; reading its {decode.bytes / 1e6:.0f} MB takes {floor * 1e3:.1f} ms at "
         f"{bandwidth / 1e9:.0f} GB/s"
     )
     for note in decode.notes:
         yield Finding(NAME, "warning", note, facts=facts)
-    if decode.backend != "cpu":
+    if is_fallback(decode.backend):
         yield Finding(
-            NAME, "warning", f"the {decode.backend} backend runs: {figures}", "it is plain torch: an oracle and a fallback",
-            "leave backend out; where there is no native build, the check 'native build' says why", facts,
+            NAME, "warning", f"the {decode.backend} backend runs: {figures}", "it is written in plain torch, as a reference "
+            "and a fallback",
+            "remove the setting backend; if there is no native build, the check 'native build' says why", facts,
         )  # fmt: skip
         return
     busy = decode.others is not None and decode.others > BUSY
     if busy:
         yield Finding(
-            NAME, "warning", f"other processes used {decode.others:.1f} of our processors meanwhile",
-            "they take turns with our threads, and a step waits for its last thread",
-            "stop them, or give each its own processors (taskset, docker --cpuset-cpus)", facts,
+            NAME, "warning", f"other processes used {decode.others:.1f} of the CPUs of this process meanwhile",
+            "they compete with its threads, and each step waits for its last thread",
+            "stop them, or assign each its own CPUs (taskset, docker --cpuset-cpus)", facts,
         )  # fmt: skip
     if share >= GOOD_SHARE:
         smaller = [f for f in decode.formats if f in ("fp32", "bf16")]
-        fix = "fewer bytes are what makes it faster: precision='int8' or 'int4'" if smaller else ""
+        fix = "for more speed, use smaller weights: precision='int8' or 'int4'" if smaller else ""
         yield Finding(NAME, "ok", f"{figures}: {share:.0%} of the limit", fix=fix, facts=facts)
         return
     severity: Severity = "warning"
     if busy:
         cause = "other processes (see above)"
     elif decode.bytes < SMALL:
-        cause, severity = "the model is so small that steps, not weights, take the time", "note"
+        cause, severity = "the model is so small that the overhead of each step dominates", "note"
     else:
-        cause = "too few or too many threads, a throttled container, or a slower ISA than this CPU has"
+        cause = "too few or too many threads, a throttled container, or a slower ISA than this CPU supports"
     fix = "see the findings on threads, CPU features and environment"
     yield Finding(NAME, severity, f"{figures}: {share:.0%} of the limit", cause, fix, facts)
 

@@ -12,8 +12,8 @@ import secrets
 import numpy as np
 import numpy.typing as npt
 
+from ...backends.sampling import GREEDY, Floats, TokenChoice, draw, largest_tokens, log_probability, uniform
 from ..request import Request, TokenLogprob
-from .distribution import Floats, draw, largest_tokens, log_probability, uniform
 
 Bools = npt.NDArray[np.bool_]
 
@@ -28,6 +28,9 @@ class NoTokenError(ValueError):
 
 class NotANumberError(ValueError):
     """The model's logits hold a NaN, or no finite number."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not finite")
 
 
 class Chooser:
@@ -57,6 +60,19 @@ class Chooser:
         self._ends = np.array(sorted({*eos, *sampling.stop_token_ids}), np.int64)
         # Whether nothing is done to logits once `min_tokens` are there: then the likeliest is the model's own.
         self._plain = self._seen is None and self._counts is None and not len(self._biased) and self.grammar is None
+        self._by_backend = self._plain and sampling.logprobs is None
+
+    def choice(self, place: int) -> TokenChoice | None:
+        """How a backend can choose the token for a place of the text by itself; nothing follows from it for the next one.
+
+        Returns: None where the logits are needed here: for penalties, biases, a grammar, `min_tokens` or log probabilities.
+        """
+        sampling = self.sampling
+        if not self._by_backend or place < sampling.min_tokens:
+            return None
+        if sampling.greedy:
+            return GREEDY
+        return TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform(self._seed, place))
 
     def choose(self, logits: Floats, place: int) -> int:
         """The token for a place of the text (0: the first), and what follows from it for the next.
@@ -70,7 +86,7 @@ class Chooser:
         """
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
-            raise NotANumberError("the model's logits are not finite")
+            raise NotANumberError
         if not (self._plain and place >= self.sampling.min_tokens):
             logits = self._processed(logits, place)
             token = int(logits.argmax())

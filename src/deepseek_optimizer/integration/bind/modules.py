@@ -18,7 +18,8 @@ from torch import nn
 
 from ...errors import UnsupportedRequestError
 from ...quant import PackedMatrix, PackedWeight, get_format, take_rows, unpack
-from ...quant.tiles import panels, tile_counts
+from ...quant.products import linear, linear_gradient
+from ...quant.tiles import tile_counts
 
 # (x [..., K], W, bias [N] or None) -> float32 [..., N]
 Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Tensor]
@@ -70,30 +71,6 @@ def empty_tiles(rows: int, cols: int, format_name: str, device: Any, count: tupl
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
 
 
-def matmul_panels(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] @ W.T (+ bias) in float32, dequantised by panels of rows so that W never stands in memory as floats."""
-    flat = x.reshape(-1, matrix.cols).float()
-    out = flat.new_empty(flat.shape[0], matrix.rows)
-    for begin, end in panels(matrix.rows, matrix.cols):
-        torch.matmul(flat, _panel(matrix, begin, end).to(flat.device).t(), out=out[:, begin:end])
-    out = out.view(*x.shape[:-1], matrix.rows)
-    return out if bias is None else out + bias.float()
-
-
-def gradient_panels(grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """grad [..., N] @ W in float32, dequantised as in `matmul_panels`."""
-    flat = grad.reshape(-1, matrix.rows).float()
-    out = flat.new_zeros(flat.shape[0], matrix.cols)
-    for begin, end in panels(matrix.rows, matrix.cols):
-        out.addmm_(flat[:, begin:end], _panel(matrix, begin, end).to(flat.device))
-    return out.view(*grad.shape[:-1], matrix.cols)
-
-
-def _panel(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
-    tiles = matrix.data[begin // 16 : -(-end // 16)]
-    return unpack(PackedMatrix(matrix.format, end - begin, matrix.cols, tiles))
-
-
 class PackedProduct(torch.autograd.Function):
     """y = product(x, W); dL/dx = gradient(dL/dy, W) = dL/dy @ W. W itself has no gradient.
 
@@ -122,7 +99,7 @@ class PackedLinear(Packed, nn.Linear):
 
     Attributes:
         weight: uint8 [ceil(N/16), ceil(K/32), tile_bytes], without gradient.
-        product, gradient: how x W^T and the gradient in x are computed; the runtime sets the native ones where there are any.
+        product, gradient: how x W^T and the gradient in x are computed; the runtime sets the backend's.
     """
 
     weight: nn.Parameter
@@ -136,8 +113,8 @@ class PackedLinear(Packed, nn.Linear):
         # Frozen like the weights: an optimised model is for inference, and adapters bring parameters of their own.
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", made)
-        self.product: Product = matmul_panels
-        self.gradient: Gradient = gradient_panels
+        self.product: Product = linear
+        self.gradient: Gradient = linear_gradient
         self._is_hf_initialized = True  # weights are loaded, never drawn
 
     @property

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ...quant import PackedStack, PackedWeight, unpack
-from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles, gradient_panels, matmul_panels
+from ...quant.products import linear, linear_gradient
+from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles
 
 
 class PackedExperts(Packed):
@@ -55,8 +56,8 @@ class PackedExperts(Packed):
         self.gate_up_proj = empty_tiles(intermediate_dim, hidden_dim, gate_up_format, device, (2 * num_experts,))
         self.down_proj = empty_tiles(hidden_dim, intermediate_dim, down_format, device, (num_experts,))
         self.act_fn = act_fn
-        self.product: Product = matmul_panels
-        self.gradient: Gradient = gradient_panels
+        self.product: Product = linear
+        self.gradient: Gradient = linear_gradient
         self.listener: Callable[[torch.Tensor], None] | None = None
         self._is_hf_initialized = True  # weights are loaded, never drawn
 

@@ -6,17 +6,17 @@ import copy
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ...backends.base import BLOCK_TOKENS, Backend, Plan
+from ...backends.base import BLOCK_TOKENS, Backend, CompileOptions, Plan, check_supported
+from ...backends.registry import choose_backend
 from ...cache.forgetting import Forgetting
 from ...checkpoint import Manifest
-from ...checkpoint.files import Mapper
 from ...config import DeepSeekConfig
 from ...engine.speculative.gate import SpeculationReport
 from ...errors import BackendError, ConfigError, UnsupportedModelError
@@ -25,14 +25,13 @@ from ...graph.attention_mode import apply_mode, forgetting
 from ...graph.ir import Graph
 from ...graph.rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
-from ...quant import Packer, reference_packer
-from ...system.memory import free_memory
 from ..memory.arena import Arena, LatentRow
 from ..memory.cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
+from ..memory.growth import CheckedGrowth
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
 from .instance import Instance
-from .modules import Packed, PackedLinear, gradient_panels, matmul_panels, unchecked
+from .modules import Packed, PackedLinear
 from .packed_experts import PackedExperts
 from .swap import matrices_of, weights_of
 
@@ -41,42 +40,6 @@ _NO_PICKLE = "an optimised model cannot be pickled; save it with save_pretrained
 
 class OptimizerWarning(UserWarning):
     """Something works, but slower than it could; said once a model."""
-
-
-def choose_backend(config: DeepSeekConfig, device: torch.device) -> tuple[Any, str | None]:
-    """The backend for a model on `device`, and what might surprise of it: why it is not the native one, too many threads.
-
-    Raises:
-        BackendError: backend="cpu" cannot be had.
-    """
-    from ...backends.cpu import CpuBackend, unavailable_reason
-    from ...backends.cpu.environment import forced_isa
-
-    if device.type != "cpu":
-        if config.backend == "cpu":
-            raise BackendError(f"the cpu backend cannot run a model on {device}; move it with model.to('cpu')")
-        note = f"the model is on {device}, where the reference backend serves"
-    elif config.backend == "reference":
-        note = None
-    else:
-        reason = unavailable_reason()
-        if reason is None or config.backend == "cpu" or config.isa or forced_isa():
-            native = CpuBackend(isa=config.isa, threads=config.threads)
-            return native, native.note
-        note = f"the reference backend serves, much slower than the native one: {reason}"
-    from ...backends.reference import ReferenceBackend  # not before it is needed: a fast start
-
-    return ReferenceBackend(device), note
-
-
-def packer_of(backend: Backend) -> Packer:
-    """The backend's own packer where it has one."""
-    return getattr(backend, "pack", reference_packer)
-
-
-def mapper_of(backend: Backend) -> Mapper | None:
-    """What maps a file of packed weights, where the backend can watch over it; None: weights are read into memory."""
-    return getattr(backend, "map_file", None)
 
 
 def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
@@ -167,7 +130,9 @@ class Runtime(Instance):
         """The compiled plan; compiled again after the weights' storage changed."""
         with self._making:
             if self._plan is None:
-                plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), **self.compile_options())
+                formats = sorted({m.format for m in matrices_of(self.model, self.graph).values()})
+                check_supported(self.backend.capabilities, formats, self.kv_dtype, self._attention_mode)
+                plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), self.compile_options)
                 high = self.config.batch_size_range[1]
                 plan.reserve(max(self.config.prefill_chunk, high), high)
                 self._plan = plan
@@ -178,16 +143,21 @@ class Runtime(Instance):
         """The plans of the MTP layers that were loaded, by depth; compiled when they are first asked for."""
         with self._making:
             if self._mtp_plans is None:
-                mode, options = self.config.attention, self.compile_options()
+                mode, options = self.config.attention, self.compile_options
                 graphs = [apply_mode(rules.apply(g, self.config.rules)[0], mode)[0] for g in mtp_graphs(self.model)]
-                self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), **options) for g in graphs]
+                self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), options) for g in graphs]
             return self._mtp_plans
 
-    def compile_options(self) -> Mapping[str, Any]:
+    @property
+    def compile_options(self) -> CompileOptions:
         """What `Backend.compile` takes from the config."""
-        if self.backend.name == "cpu":
-            return {"activation": self.config.activation}
-        return {}
+        return CompileOptions(activation=self.config.activation)
+
+    @property
+    def _attention_mode(self) -> str:
+        """As `Capabilities.attention_modes` has it."""
+        config = self.config
+        return "eager" if config.attention_optimization == "eager" else config.attention.kind
 
     @property
     def arena(self) -> Arena:
@@ -205,7 +175,7 @@ class Runtime(Instance):
         Raises:
             NotEnoughMemoryError: a limit of address space leaves fewer.
         """
-        return self._arena_of(what_is_free(free_memory()) if memory is None else granted(memory))
+        return self._arena_of(what_is_free(self.backend.free_memory()) if memory is None else granted(memory))
 
     def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
         """The cache that so many sequences of so many tokens take at most, while steps of `step_tokens` are run."""
@@ -229,16 +199,17 @@ class Runtime(Instance):
         with self._making:
             if self._arena is None:
                 if self.config.kv_cache_memory is not None:
-                    check_granted(self.config.kv_cache_memory)
+                    check_granted(self.config.kv_cache_memory, self.backend.free_memory())
                     return self.arena
-                self._arena = self._arena_of(for_batch(batch, free_memory(), beside))
+                self._arena = self._arena_of(for_batch(batch, self.backend.free_memory(), beside))
             return self._arena
 
     def _arena_of(self, size: CacheSize) -> Arena:
-        check_reserved(size, free_memory())
+        check_reserved(size, self.backend.free_memory())
         store = self.backend.new_store(self.graph, self.kv_dtype, size.blocks(self._block_bytes))
         layers, forgets = self.graph.hidden_states - 1, forgetting_of(self.graph)
-        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets, size)
+        growth = CheckedGrowth(store.block_bytes, store.num_blocks, self.backend.free_memory)
+        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets, size, growth)
 
     @property
     def _block_bytes(self) -> int:
@@ -251,7 +222,7 @@ class Runtime(Instance):
             if self._arena is not None:
                 return self._arena.size
             memory = self.config.kv_cache_memory
-            return what_is_free(free_memory()) if memory is None else granted(memory)
+            return what_is_free(self.backend.free_memory()) if memory is None else granted(memory)
 
     @property
     def kv_dtype(self) -> str:
@@ -269,11 +240,9 @@ class Runtime(Instance):
         return sorted(str(path) for mapping in self.mappings if (path := mapping.replaced()) is not None)
 
     def _set_products(self, backend: Backend) -> None:
-        """Packed modules compute with the backend's own product where it has one, and ask it whether their weights are
-        intact."""
-        intact = NoCopyCallable(getattr(backend, "check_tensor", None) or unchecked)
-        product = NoCopyCallable(getattr(backend, "linear", None) or matmul_panels)
-        gradient = NoCopyCallable(getattr(backend, "linear_gradient", None) or gradient_panels)
+        """Packed modules compute with the backend's products, and ask it whether their weights are intact."""
+        intact = NoCopyCallable(backend.check_tensor)
+        product, gradient = NoCopyCallable(backend.linear), NoCopyCallable(backend.linear_gradient)
         for module in self.model.modules():
             if isinstance(module, Packed):
                 module.check_tensor = intact

@@ -233,8 +233,9 @@ class PagedLayer(CacheLayerMixin):
         first, second = arena.store.read(self.index, table[table != HOLE], sequence.tokens - holes)
         if holes:
             start = sequence.holes.start * BLOCK_TOKENS
-            first, second = (x if x is None else _opened(x, start, holes) for x in (first, second))
+            first, second = _opened(first, start, holes), None if second is None else _opened(second, start, holes)
         if arena.latent is None:
+            assert second is not None
             return first, second
         latent, turned = first[None, :, : arena.latent.rank], first[None, :, arena.latent.rank :]
         return latent, torch.cat((turned[..., 0::2], turned[..., 1::2]), -1) if arena.latent.paired else turned

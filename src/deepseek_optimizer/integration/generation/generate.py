@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ...engine.sampling.sampler import largest
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
-from ...system.threads import one_torch_thread
 from ..bind.instance_method import PLANNED, Replacement
 from ..bind.runtime import Runtime
 from ..compat import CACHE_NAMES, cache_name
@@ -44,8 +42,7 @@ class PlanGenerate(Replacement):
     @torch.compiler.disable(reason=PLANNED)
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        native = self.runtime.backend.name == "cpu"
-        with one_torch_thread() if native else nullcontext():
+        with self.runtime.backend.thread_context():
             return self._generate(self.named(args, kwargs))
 
     def _generate(self, call: dict[str, Any]) -> Any:

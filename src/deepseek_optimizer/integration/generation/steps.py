@@ -108,6 +108,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
             batch, targets = _batch(state, new, pieces, before, place, reach)
             made = state.arena.run(plan, batch)
             if state.follower is not None:
+                assert made.last_hidden is not None
                 ends = np.cumsum(batch.query_len)
                 for piece, end in zip(pieces, ends, strict=True):
                     state.follower(piece.row, made.last_hidden[end - len(piece.columns) : end])
@@ -121,6 +122,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
                 flat = np.concatenate([p.row * q + p.columns for p in pieces])
                 hidden = hidden.to(made.logits.device)
                 made_hidden = made.hidden if new.hidden else made.last_hidden
+                assert made_hidden is not None
                 hidden.view(len(hidden), rows * q, -1)[:, torch.from_numpy(flat)] = made_hidden
             if not state.verifies:
                 state.forget()

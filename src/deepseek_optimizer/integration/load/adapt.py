@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...backends.base import Backend
 from ...calibration.budget import Choice
 from ...calibration.groups import Group, format_groups
 from ...calibration.search import Point, search
@@ -24,7 +25,7 @@ from ...quant.base import TILE_ROWS
 from ...quant.tiles import empty_stack, empty_tiles, panels
 from ...system.progress import show_progress
 from ..bind.graphs import plan_graph
-from ..bind.runtime import Runtime, kv_dtype, packer_of, runtime_of
+from ..bind.runtime import Runtime, kv_dtype, runtime_of
 from ..bind.swap import matrices_of, packed_twin, sites, weights_of
 from ..model.wrapper import rebind
 from .importance import measure_importance
@@ -96,8 +97,7 @@ class _Trial:
         self.least = least_formats(graph)
         self.packed: dict[str, PackedWeight] = {}
         as_it_is = kv_dtype(DeepSeekConfig(), [m.format for m in self.stored.values()])
-        options = runtime.compile_options()
-        self.probe = Probe(backend, graph, self.weights, texts, as_it_is, **options)
+        self.probe = Probe(backend, graph, self.weights, texts, as_it_is, runtime.compile_options)
 
     def held(self, name: str, format: str | None) -> str:
         """The format of a matrix whose group has `format`: what the user named, or its own where the other is no smaller."""
@@ -141,17 +141,10 @@ class _Trial:
         return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config, [m.format for m in matrices.values()]))
 
 
-def _repack(matrix: PackedMatrix, format: str, backend: Any, importance: torch.Tensor | None, tiles: torch.Tensor) -> None:
+def _repack(matrix: PackedMatrix, format: str, backend: Backend, importance: torch.Tensor | None, tiles: torch.Tensor) -> None:
     """Fills `tiles` with the matrix in another format, by panels of rows: it never stands in memory as floats."""
-    packer, unpacker = packer_of(backend), getattr(backend, "unpack", _unpacked)
     for begin, end in panels(matrix.rows, matrix.cols):
-        packer(unpacker(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)], importance)
-
-
-def _unpacked(matrix: PackedMatrix, begin: int, end: int) -> torch.Tensor:
-    """Rows [begin, end) as float32, where the backend has nothing faster; `begin` is a multiple of 16."""
-    tiles = matrix.data[begin // TILE_ROWS : -(-end // TILE_ROWS)]
-    return get_format(matrix.format).unpack(tiles, end - begin, matrix.cols)
+        backend.pack(backend.unpack(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)], importance)
 
 
 def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedWeight]) -> None:

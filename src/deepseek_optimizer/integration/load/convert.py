@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from ...backends.base import DECODE, StepBatch
+from ...backends.registry import choose_backend
 from ...config import DeepSeekConfig
 from ..attention.registration import check_attention_name
 from ..bind.context_extension import extend_model
 from ..bind.graphs import planned_module, whole_graph
-from ..bind.runtime import Runtime, choose_backend, packer_of
+from ..bind.runtime import Runtime
 from ..bind.swap import pack_in_place
 from ..model.parameter_count import parameter_bytes
 from ..model.wrapper import bind
@@ -28,7 +29,7 @@ def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     _own_config(model)
     extend_model(model, config)
     backend, _ = choose_backend(config, model.device)
-    pack_in_place(model, whole_graph(model), config, packer_of(backend))
+    pack_in_place(model, whole_graph(model), config, backend.pack)
     mark_quantized(model, config)
     bind(model.eval(), config, curve=curve, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...backends.registry import choose_backend
 from ...checkpoint import (
     Checkpoint,
     GgufCheckpoint,
@@ -33,7 +34,6 @@ from ...system.progress import show_progress
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
-from ..bind.runtime import choose_backend, mapper_of, packer_of
 from ..bind.swap import expected_tensors, swap_on_meta
 from ..configs import check_config
 from ..model.wrapper import bind
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     with open_checkpoint(resolve(path)) as checkpoint:
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
-        checkpoint.mapper = mapper_of(backend)
+        checkpoint.mapper = backend.map_file if backend.maps_files else None
         manifest = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         texts = None
         if settings.kl_budget is not None and manifest is None:
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         )
         with show_reading(checkpoint) as progress:
             cast = dtype if settings.precision == "fp32" else None
-            _fill(model, weights_for(model, checkpoint, packer_of(backend), cast, progress, importance))
+            _fill(model, weights_for(model, checkpoint, backend.pack, cast, progress, importance))
         checkpoint.check_unchanged()
         name_source(model, checkpoint.path, dtype)
         notes += checkpoint.remarks()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...backends.registry import choose_backend
 from ...calibration.text import read_text
 from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint, open_checkpoint
 from ...checkpoint.atomic import naming
@@ -25,7 +26,6 @@ from ...errors import ConfigError
 from ...graph.least import exact_weights
 from ...versions import versions
 from ..bind.graphs import whole_graph
-from ..bind.runtime import choose_backend, packer_of
 from ..bind.swap import expected_tensors
 from ..model.save import save_configs
 from ..model.wrapper import describe
@@ -118,7 +118,7 @@ def _write(
     )
     order = [name for shard in shards for name in shard.layout.order]
     with show_reading(checkpoint, "Converting") as progress:
-        weights = weights_for(model, checkpoint, packer_of(backend), cast, progress, importance, order)
+        weights = weights_for(model, checkpoint, backend.pack, cast, progress, importance, order)
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)

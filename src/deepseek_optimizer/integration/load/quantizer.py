@@ -18,6 +18,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from ...backends.registry import choose_backend, runs_on
 from ...checkpoint import (
     Checkpoint,
     Fp8Checkpoint,
@@ -37,7 +38,6 @@ from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
-from ..bind.runtime import choose_backend, mapper_of, packer_of
 from ..bind.swap import expected_tensors, float_shape, swap_on_meta
 from ..model.wrapper import bind
 from .adapt import adapt, calibration_tokens
@@ -73,7 +73,7 @@ class PackingQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
-        self.packer = packer_of(backend)
+        self.packer = backend.pack
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -98,7 +98,7 @@ class PackingQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """One device: a plan does not span several."""
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            gpu = torch.cuda.is_available() and self.quantization_config.backend != "cpu"
+            gpu = torch.cuda.is_available() and runs_on(self.quantization_config.backend, "cuda")
             return {"": "cuda:0" if gpu else "cpu"}
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             raise ConfigError(f"device_map must name one device for an optimised model, got {device_map}")
@@ -204,7 +204,8 @@ class PackingQuantizer(HfQuantizer):
         with ExitStack() as opened, torch.no_grad():
             if self.pre_quantized and _is_standard(self.files):
                 checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
-                checkpoint.mapper = mapper_of(choose_backend(self.quantization_config, torch.device("cpu"))[0])
+                backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
+                checkpoint.mapper = backend.map_file if backend.maps_files else None
                 stored = stored_as(checkpoint.tensors, model)
                 for path, module in packed:
                     for leaf, weight in module.held().items():

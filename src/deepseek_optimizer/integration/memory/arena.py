@@ -153,7 +153,7 @@ class Arena:
                 held = [block for block in blocks if block != HOLE]
                 gone = (len(blocks) - len(held)) * BLOCK_TOKENS  # holes come first
                 table = np.array(held, np.int32)
-                self.store.turn(rotation, table, tokens - gone, position + gone, -count * BLOCK_TOKENS)
+                self.store.rotate(rotation, table, tokens - gone, position + gone, -count * BLOCK_TOKENS)
 
         with self.locked():
             sequence.drop(first_block, count, move)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...backends.base import BLOCK_TOKENS
 from ...errors import NotEnoughMemoryError
-from ...system.memory import FreeMemory, free_memory, less_reserve, mb
+from ...system.memory import FreeMemory, less_reserve, mb
 
 _MAX_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # places in a cache are 32-bit numbers
 
@@ -74,9 +74,8 @@ def _free(free: FreeMemory) -> str:
     return f"{mb(limit.free)} that " + ("are free" if limit.kind == "machine" else f"{limit.name} leaves free")
 
 
-def check_granted(memory: int) -> None:
+def check_granted(memory: int, free: FreeMemory) -> None:
     """Raises NotEnoughMemoryError where a server's cache could never have what its settings say."""
-    free = free_memory()
     if memory > free.free:
         raise _too_large(memory, free.free, free)
 

@@ -20,7 +20,7 @@ from ...errors import UnsupportedRequestError
 from ...quant import get_format
 from ..bind.instance_method import InstanceMethod
 from ..bind.modules import Packed, PackedEmbedding, PackedLinear
-from ..bind.runtime import Runtime, packer_of
+from ..bind.runtime import Runtime
 
 _EXACT = ("fp32", "bf16")  # formats that round a sum no more than a float weight of their kind does
 
@@ -82,7 +82,7 @@ class _LayerMethod:
         merged = base.dequantized().add_(layer.get_delta_weight(adapter).float(), alpha=sign)
         if check and not merged.isfinite().all():
             raise ValueError(f"the merged weights are not finite; adapter {adapter!r} seems to be broken")
-        base.weight.data.copy_(packer_of(runtime.backend)(merged, base.format))
+        base.weight.data.copy_(runtime.backend.pack(merged, base.format))
         runtime.rebind()
         if base.format not in _EXACT:
             runtime.warn_once(

@@ -262,8 +262,8 @@ def make_report(runtime: Any) -> Report:
         family=graph.family,
         backend=backend.name,
         detail=backend.detail,
-        isa=getattr(backend, "isa", None),
-        threads=getattr(backend, "threads", None),
+        isa=backend.isa,
+        threads=backend.threads,
         rules=applied,
         rules_left_out=tuple(name for name in RULES if name not in {row.rule for row in applied}),
         formats=tuple(

@@ -12,7 +12,6 @@ from ...errors import UnsupportedRequestError
 from ..bind.graphs import loaded_mtp_layers, whole_graph
 from ..bind.instance_method import Replacement
 from ..bind.modules import PackedEmbedding, PackedLinear
-from ..bind.runtime import packer_of
 from ..bind.swap import pack_in_place
 from .refuse import RESIZE
 
@@ -54,7 +53,7 @@ class ResizeTokens(Replacement):
             self._original(model, **call)
         finally:  # after an error too: what it left as it was is packed as it was
             manifest = runtime.manifest
-            pack_in_place(model, whole_graph(model), runtime.config, packer_of(runtime.backend), manifest.formats())
+            pack_in_place(model, whole_graph(model), runtime.config, runtime.backend.pack, manifest.formats())
             self._bind(model, runtime.config, curve=manifest.curve, bytes_before=runtime.bytes_before, notes=runtime.notes)
         return model.get_input_embeddings()
 

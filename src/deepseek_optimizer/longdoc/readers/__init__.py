@@ -1,6 +1,6 @@
-"""Readers: bytes to text, one format a file.
+"""Readers: bytes to text, one format per file.
 
-A reader never touches the disk, and raises `DocumentError` for what it can't read. A new format is a module with
+A reader never accesses the disk, and raises `DocumentError` for content it cannot read. A new format is a module with
 `read(name, data)`, and its line in `_BY_SIGNATURE` or `_BY_ENDING`.
 """
 
@@ -17,7 +17,7 @@ _BY_ENDING = {".pdf": "pdf", ".docx": "docx", ".docm": "docx", ".html": "html", 
 
 
 def read(name: str, data: bytes) -> TextFile:
-    """The text of a file's bytes: what they look like decides on the format, and else the ending of the name.
+    """The text of a file's bytes. The format is recognised by the content, or else by the file extension.
 
     Raises:
         DocumentError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Puts a text together from paragraphs, headings, tables and pages."""
+"""Builds a text from paragraphs, headings, tables and pages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from ...errors import DocumentError
 from ..document import Page, TextFile, clean
 
-MAX_CHARACTERS = 128 << 20  # more than any book; a small file that unpacks to more is made to do harm
+MAX_CHARACTERS = 128 << 20  # more than any book; a small file that unpacks to more is malicious
 
 
 class TextBuilder:
-    """Paragraphs have a blank line between them, and headings begin with as many "#" as their level is deep.
+    """Paragraphs are separated by a blank line; a heading starts with one "#" per level.
 
     Args:
         name: of the file.
@@ -26,29 +26,29 @@ class TextBuilder:
         self.warnings: list[str] = []
 
     def paragraph(self, text: str) -> None:
-        """A stretch of text; nothing where it is only white space.
+        """Adds a paragraph; text that is only white space is ignored.
 
         Raises:
-            DocumentError: the text became too long.
+            DocumentError: the text becomes too long.
         """
         text = clean(text).strip("\n")
         if text.strip():
             self._append(text + "\n\n")
 
     def heading(self, text: str, level: int) -> None:
-        """Level 1 is the highest."""
+        """Adds a heading; level 1 is the highest."""
         text = " ".join(text.split())
         if text:
             self._headings.append(self._length)
             self.paragraph(f"{'#' * min(max(level, 1), 6)} {text}")
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """A line a row, with bars between cells."""
+        """Adds a table: one line per row, with " | " between cells."""
         lines = [" | ".join(" ".join(cell.split()) for cell in row) for row in rows]
         self.paragraph("\n".join(line for line in lines if line.strip(" |")))
 
     def page(self, text: str, number: int) -> None:
-        """A page, also an empty one."""
+        """Adds a page, which may be empty."""
         start = self._length
         self.paragraph(text)
         self._pages.append(Page(start, self._length, number))
@@ -67,4 +67,4 @@ class TextBuilder:
         self._parts.append(text)
         self._length += len(text)
         if self._length > MAX_CHARACTERS:
-            raise DocumentError(self._name, f"has more than {MAX_CHARACTERS:,} characters of text; read a part of it")
+            raise DocumentError(self._name, f"has more than {MAX_CHARACTERS:,} characters of text; split the file")

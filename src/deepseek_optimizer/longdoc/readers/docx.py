@@ -1,8 +1,7 @@
-"""Word documents (.docx), through python-docx: paragraphs, headings and tables in their order, and notes at the end.
+"""Word documents (.docx), using python-docx: paragraphs, headings and tables in order, and notes at the end.
 
-python-docx opens the package and knows its styles; the text is taken from the XML itself, since python-docx's paragraphs leave
-out what was inserted while changes were tracked, content controls and text boxes, and its cells take a merged cell's word for
-how many columns it spans.
+python-docx opens the package and reads its styles. The text is taken from the XML directly, since python-docx's paragraphs omit
+tracked insertions, content controls and text boxes, and its cells trust the column count that a merged cell declares.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from ...errors import DocumentError, MissingPackageError
 from ..document import TextFile
 from .builder import TextBuilder
 
-MAX_XML, MAX_UNPACKED, MAX_MEMBERS = 48 << 20, 512 << 20, 20_000  # bytes of one XML part, of all; entries of the archive
+MAX_XML, MAX_UNPACKED, MAX_MEMBERS = 48 << 20, 512 << 20, 20_000  # bytes of one XML part, bytes of all parts, number of parts
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _CHARACTERS = {f"{_W}tab": "\t", f"{_W}br": "\n", f"{_W}cr": "\n", f"{_W}noBreakHyphen": "-"}
-# What was deleted or moved away, and the second form of what comes in two for older readers.
-_LEFT_OUT = {
+# Deleted or moved text, formatting, and the alternative content for older readers.
+_SKIPPED = {
     f"{_W}del",
     f"{_W}moveFrom",
     f"{_W}pPr",
@@ -52,12 +51,12 @@ def read(name: str, data: bytes) -> TextFile:
         raise
     except BadZipFile as error:
         raise DocumentError(name, f"is a broken .docx ({error})") from error
-    except Exception as error:  # whatever a broken file makes python-docx and lxml do
+    except Exception as error:  # a broken file can make python-docx and lxml raise anything
         raise DocumentError(name, f"is a broken .docx ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def _check(name: str, data: bytes) -> None:
-    """Before anything is unpacked. (What lies about its size ends there: zipfile reads no more than it says.)"""
+    """Checks the archive before anything is unpacked. (A false size is harmless: zipfile reads no more than declared.)"""
     if not data:
         raise DocumentError(name, "is empty")
     with ZipFile(BytesIO(data)) as archive:
@@ -71,13 +70,13 @@ def _check(name: str, data: bytes) -> None:
     if len(members) > MAX_MEMBERS or xml > MAX_XML or unpacked > MAX_UNPACKED:
         raise DocumentError(
             name,
-            f"unpacks to {unpacked >> 20:,} MB in {len(members):,} parts, more than is read "
-            f"({MAX_UNPACKED >> 20} MB, {MAX_XML >> 20} MB of one text); split it or save it as text",
+            f"unpacks to {unpacked >> 20:,} MB in {len(members):,} parts, more than the limit "
+            f"({MAX_UNPACKED >> 20} MB in total, {MAX_XML >> 20} MB of text); split it or save it as text",
         )
 
 
 def _heading_levels(word: Any) -> dict[str, int]:
-    """Style id -> level, of "Title" and "Heading 1" to "Heading 9", under whatever id a language's Word files them."""
+    """Style id -> level of "Title" and "Heading 1" to "Heading 9"; the ids depend on the language of Word."""
     levels = {}
     for style in word.styles:
         name = (style.name or "").lower()
@@ -89,7 +88,7 @@ def _heading_levels(word: Any) -> dict[str, int]:
 
 
 def _notes(word: Any) -> Iterator[Any]:
-    """The roots of foot- and endnotes."""
+    """The root elements of footnotes and endnotes."""
     from docx.oxml import parse_xml
 
     for relation in word.part.rels.values():
@@ -98,7 +97,7 @@ def _notes(word: Any) -> Iterator[Any]:
 
 
 class _Body:
-    """Adds what stands under an element to a text.
+    """Adds the content of an element to a text.
 
     Args:
         levels: of headings, by style id.
@@ -108,14 +107,14 @@ class _Body:
         self._builder, self._levels = builder, levels
 
     def add(self, element: Any) -> None:
-        """Paragraphs and tables, also those inside of content controls and the like."""
+        """Adds paragraphs and tables, including those in content controls and similar elements."""
         for child in element:
             if child.tag == f"{_W}p":
                 self._paragraph(child)
             elif child.tag == f"{_W}tbl":
                 rows = _nearest(child, f"{_W}tr")
                 self._builder.table([[_text(cell) for cell in _nearest(row, f"{_W}tc")] for row in rows])
-            elif child.tag not in _LEFT_OUT:
+            elif child.tag not in _SKIPPED:
                 self.add(child)
 
     def _paragraph(self, paragraph: Any) -> None:
@@ -129,16 +128,16 @@ class _Body:
 
 
 def _nearest(element: Any, tag: str) -> Iterator[Any]:
-    """Elements under another one, but not those inside of each other: a table in a cell is text of that cell."""
+    """Descendants with this tag, but none inside another one: a table in a cell is text of that cell."""
     for child in element:
         if child.tag == tag:
             yield child
-        elif child.tag not in _LEFT_OUT:
+        elif child.tag not in _SKIPPED:
             yield from _nearest(child, tag)
 
 
 def _text(element: Any) -> str:
-    """Of runs at any depth; paragraphs inside of it (of text boxes, of cells) on lines of their own."""
+    """The text of runs at any depth; nested paragraphs (in text boxes, cells) are on separate lines."""
     parts: list[str] = []
     _collect(element, parts)
     return "".join(parts).strip("\n")
@@ -151,7 +150,7 @@ def _collect(element: Any, parts: list[str]) -> None:
             parts.append(child.text or "")
         elif tag in _CHARACTERS:
             parts.append(_CHARACTERS[tag])
-        elif tag not in _LEFT_OUT:
+        elif tag not in _SKIPPED:
             _collect(child, parts)
             if tag == f"{_W}p":
                 parts.append("\n")

@@ -1,4 +1,4 @@
-"""Bytes to characters: by a byte order mark, else UTF-8, else what the bytes look like. What was guessed or lost is said."""
+"""Decodes bytes: by a byte order mark, else as UTF-8, else by a guess. Guesses and losses are reported as warnings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import re
 from ...errors import DocumentError, MissingPackageError
 from .signatures import name_of
 
-_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+_MARKS = (  # longer ones first: that of UTF-32 starts with that of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_HEAD = 8000  # bytes that Git looks through for NUL to tell binary files
-_SAMPLE = 32 << 10  # bytes that an encoding is guessed by
+_HEAD = 8000  # bytes that are searched for NUL to recognise binary files, as in Git
+_SAMPLE = 32 << 10  # bytes from which the encoding is guessed
 _CONTROL = re.compile(r"[\x01-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 _HIGH = re.compile(rb"[\x80-\xff]")
 _ABOVE_ASCII = bytes(range(128, 256))
@@ -26,25 +26,25 @@ def decode(name: str, data: bytes, declared: str | None = None) -> tuple[str, tu
     """(text, warnings) of a file's bytes.
 
     Args:
-        declared: an encoding that the file itself names; it counts where the bytes are not UTF-8.
+        declared: the encoding that the file itself declares; used if the bytes are not UTF-8.
 
     Raises:
-        DocumentError: it is empty or no text.
+        DocumentError: it is empty or not text.
         MissingPackageError: charset-normalizer is needed and not installed.
     """
     if not data:
         raise DocumentError(name, "is empty")
     text, warnings = _decode(name, data, declared)
     if not text.strip():
-        raise DocumentError(name, "is empty: it has nothing but white space")
+        raise DocumentError(name, "is empty: it contains only white space")
     zeros = text.count("\0")
     if zeros > 0.02 * len(text):
-        raise DocumentError(name, f"is not text: it has {zeros:,} NUL characters")
+        raise DocumentError(name, f"is not text: it contains {zeros:,} NUL characters")
     controls = len(_CONTROL.findall(text[: 1 << 16]))
     if controls > 0.02 * min(len(text), 1 << 16):
-        raise DocumentError(name, "is not text: it has control characters all over")
+        raise DocumentError(name, "is not text: it contains many control characters")
     if zeros:
-        warnings += (f"{zeros:,} NUL characters stand as U+FFFD",)
+        warnings += (f"{zeros:,} NUL characters were replaced by U+FFFD",)
     return text, warnings
 
 
@@ -59,7 +59,7 @@ def _decode(name: str, data: bytes, declared: str | None) -> tuple[str, tuple[st
         wide = _wide(data[:_HEAD])
         if wide is None:
             raise DocumentError(name, "is a binary file, not text")
-        return data.decode(wide, "replace"), (f"read as {wide} without a byte order mark, which is a guess",)
+        return data.decode(wide, "replace"), (f"read as {wide}, a guess, since there is no byte order mark",)
     try:
         return data.decode("utf-8"), ()
     except UnicodeDecodeError:
@@ -71,11 +71,11 @@ def _marked(data: bytes, encoding: str) -> tuple[str, tuple[str, ...]]:
         return data.decode(encoding), ()
     except UnicodeDecodeError:
         text = data.decode(encoding, "replace")
-        return text, (_lost(text, f"{encoding.removesuffix('-sig')}, as its byte order mark says"),)
+        return text, (_lost(text, f"{encoding.removesuffix('-sig')} (from the byte order mark)"),)
 
 
 def _wide(head: bytes) -> str | None:
-    """UTF-16 without a mark: most characters of most texts have a zero byte on the same side."""
+    """Recognises UTF-16 without a byte order mark: most characters of most texts have a zero byte on the same side."""
     even, odd = head[::2].count(0), head[1::2].count(0)
     if len(head) >= 8 and max(even, odd) > len(head) // 5 and min(even, odd) * 8 < max(even, odd):
         return "utf-16-le" if odd > even else "utf-16-be"
@@ -85,8 +85,8 @@ def _wide(head: bytes) -> str | None:
 def _not_utf8(data: bytes, declared: str | None) -> tuple[str, tuple[str, ...]]:
     text = data.decode("utf-8", "replace")
     bad = text.count("\ufffd")
-    good = len(text) - len(data.translate(None, _ABOVE_ASCII)) - bad  # characters beyond ASCII that are right
-    if good >= bad:  # UTF-8 with damage, or with lines of another encoding in it
+    good = len(text) - len(data.translate(None, _ABOVE_ASCII)) - bad  # valid characters beyond ASCII
+    if good >= bad:  # damaged UTF-8, or UTF-8 with lines in another encoding
         return text, (_lost(text, "UTF-8"),)
     if declared:
         try:
@@ -96,23 +96,21 @@ def _not_utf8(data: bytes, declared: str | None) -> tuple[str, tuple[str, ...]]:
     guess = _guess(data)
     if guess is not None:
         try:
-            return data.decode(guess), (f"not UTF-8: read as {guess}, which is a guess",)
+            return data.decode(guess), (f"not UTF-8: read as {guess}, a guess",)
         except UnicodeDecodeError:
             text = data.decode(guess, "replace")
-            return text, (_lost(text, f"{guess}, which is a guess"),)
+            return text, (_lost(text, f"{guess}, a guess"),)
     return text, (_lost(text, "UTF-8"),)
 
 
 def _guess(data: bytes) -> str | None:
-    """By the part of the text around its first byte beyond ASCII."""
-    found = _HIGH.search(data)
-    first = found.start() if found else 0
+    """Guesses the encoding from the text around its first byte beyond ASCII."""
+    match = _HIGH.search(data)
+    first = match.start() if match else 0
     sample = data[max(first - _SAMPLE // 8, 0) : first + _SAMPLE]
     high, letters = len(_HIGH.findall(sample)), len(re.findall(rb"[A-Za-z]", sample))
     if high < 64 and 4 * high < letters and _decodes(data, "cp1252"):
-        return (
-            "cp1252"  # a few accents among plain letters: too little to tell Western encodings apart, and this is the usual one
-        )
+        return "cp1252"  # a few accents among plain letters do not distinguish Western encodings; this is the most common one
     try:
         from charset_normalizer import from_bytes
     except ImportError:
@@ -131,4 +129,4 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 def _lost(text: str, encoding: str) -> str:
     line = text.count("\n", 0, max(text.find("\ufffd"), 0)) + 1
-    return f"{text.count(chr(0xFFFD)):,} places are not {encoding}, and stand as U+FFFD; the first is in line {line:,}"
+    return f"{text.count(chr(0xFFFD)):,} invalid sequences in {encoding} were replaced by U+FFFD, the first in line {line:,}"

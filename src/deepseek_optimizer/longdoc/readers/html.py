@@ -1,7 +1,7 @@
-"""HTML, through lxml: what a reader of the page sees, as paragraphs, headings and tables.
+"""HTML, using lxml: the visible text, as paragraphs, headings and tables.
 
-lxml (libxml2) and not Beautiful Soup on Python's html.parser: the latter takes quadratic time over some malformed pages, and
-kilobytes for each element.
+lxml (libxml2) rather than Beautiful Soup on Python's html.parser: the latter takes quadratic time on some malformed pages, and
+kilobytes per element.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .encodings import decode
 _CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9._:-]{1,40})", re.I)
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 _SPACE = re.compile(r"\s+")
-_UNSEEN = frozenset(
+_INVISIBLE = frozenset(
     "audio button canvas datalist embed head iframe input map noscript object script select style svg template textarea "
     "video".split()
 )
@@ -28,13 +28,13 @@ _BLOCKS = _HEADINGS.keys() | frozenset(
     "form header hgroup hr html legend li main menu nav ol p pre search section summary table tbody td tfoot th thead tr "
     "ul".split()
 )
-_LONGEST_HEADING = 400  # characters; what is longer is a heading that was never closed
+_MAX_HEADING = 400  # characters; a longer one is a heading without a closing tag
 
 
 def read(name: str, data: bytes) -> TextFile:
     """
     Raises:
-        DocumentError: it is empty, no text, or shows no text.
+        DocumentError: it is empty, not text, or has no visible text.
         MissingPackageError: lxml is not installed.
     """
     try:
@@ -53,25 +53,25 @@ def read(name: str, data: bytes) -> TextFile:
     builder = TextBuilder(name)
     builder.warnings += warnings
     if any("depth" in entry.message for entry in parser.error_log):
-        builder.warnings.append("elements are nested deeper than HTML is read, and what lies deeper is left out")
+        builder.warnings.append("elements nested too deeply were left out")
     _Page(builder).add(root)
     return builder.build()
 
 
 class _Page:
-    """What is seen of a page, put into a text."""
+    """Adds the visible text of a page to a text."""
 
     def __init__(self, builder: TextBuilder) -> None:
         self._builder = builder
         self._words: list[str] = []
-        self._level = 0  # of the heading that is open
+        self._level = 0  # of the current heading
 
     def add(self, root: Any) -> None:
-        """All of an element."""
+        """Adds the content of an element."""
         title = root.find("head/title")
         if title is not None and root.find(".//h1") is None:
             self._builder.heading(title.text or "", 1)
-        for what, node in _seen(root):
+        for what, node in _visible(root):
             if what == "text":
                 self._words.append(node)
             elif what == "whole":
@@ -88,7 +88,7 @@ class _Page:
         lines = (" ".join(line.split()) for line in "".join(self._words).split("\n"))
         text = "\n".join(lines).strip("\n")
         self._words.clear()
-        if self._level and len(text) <= _LONGEST_HEADING:
+        if self._level and len(text) <= _MAX_HEADING:
             self._builder.heading(text, self._level)
         else:
             self._builder.paragraph(text)
@@ -102,8 +102,9 @@ class _Page:
         self._builder.table([[_line(cell) for cell in row if cell.tag in ("td", "th")] for row in node.iter("tr")])
 
 
-def _seen(root: Any) -> Iterator[tuple[str, Any]]:
-    """("text", string), ("open" or "close", element), and ("whole", element) for one whose content is not walked through."""
+def _visible(root: Any) -> Iterator[tuple[str, Any]]:
+    """Yields ("text", string), ("open" or "close", element), and ("whole", element) for elements that are processed as a
+    unit."""
     from lxml import etree
 
     walk = etree.iterwalk(root, events=("start", "end"))
@@ -125,9 +126,9 @@ def _seen(root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _line(root: Any) -> str:
-    """What is seen of an element, on one line."""
-    return " ".join("".join(f" {node} " if what == "text" else "" for what, node in _seen(root)).split())
+    """The visible text of an element, on one line."""
+    return " ".join("".join(f" {node} " if what == "text" else "" for what, node in _visible(root)).split())
 
 
 def _is_hidden(node: Any) -> bool:
-    return node.tag in _UNSEEN or node.get("hidden") is not None or bool(_HIDDEN.search(node.get("style", "")))
+    return node.tag in _INVISIBLE or node.get("hidden") is not None or bool(_HIDDEN.search(node.get("style", "")))

@@ -1,4 +1,4 @@
-"""PDF, through pypdf: the text of each page."""
+"""PDF, using pypdf: the text of each page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOG = Lock()
 def read(name: str, data: bytes) -> TextFile:
     """
     Raises:
-        DocumentError: it is broken, needs a password, or has only pictures of text.
+        DocumentError: it is broken, needs a password, or contains only images.
         MissingPackageError: pypdf is not installed.
     """
     try:
@@ -34,16 +34,16 @@ def read(name: str, data: bytes) -> TextFile:
     except DependencyError:
         raise MissingPackageError(f"{name} is encrypted with AES; reading it", "cryptography", "longdoc") from None
     except LimitReachedError as error:
-        raise DocumentError(name, f"unpacks to more than a PDF should ({error})") from error
-    except Exception as error:  # whatever a broken file makes pypdf do
-        raise DocumentError(name, f"is a broken PDF ({_said(error)}); try to print it to a new one") from error
+        raise DocumentError(name, f"exceeds a limit when unpacked ({error})") from error
+    except Exception as error:  # a broken file can make pypdf raise anything
+        raise DocumentError(name, f"is a broken PDF ({_describe(error)}); try printing it to a new PDF") from error
 
 
 def _read(name: str, data: bytes) -> TextFile:
     from pypdf import PdfReader
 
     if b"%PDF-" not in data[:1024]:
-        raise DocumentError(name, "is not a PDF: it does not begin with %PDF" if data else "is empty")
+        raise DocumentError(name, "is not a PDF: it does not start with %PDF" if data else "is empty")
     reader = PdfReader(BytesIO(data))
     if reader.is_encrypted and not reader.decrypt(""):
         raise DocumentError(name, "is encrypted and needs a password; save a copy without one")
@@ -55,28 +55,26 @@ def _read(name: str, data: bytes) -> TextFile:
             text = page.extract_text()
         except MemoryError:
             raise
-        except Exception:  # as above, but the other pages may be well
+        except Exception:  # as above, but other pages may be readable
             broken.append(number)
         else:
             empty += [number] * (not text.strip())
         builder.page(text, number)
     pages = len(reader.pages)
     if len(empty) == pages:
-        raise DocumentError(
-            name, f"has no text on its {_pages(pages)}, only pictures; run text recognition (OCR) over it first"
-        )
+        raise DocumentError(name, f"has no text on its {_pages(pages)}, only images; run text recognition (OCR) on it first")
     if len(broken) + len(empty) == pages:
         raise DocumentError(name, f"is a broken PDF: none of its {_pages(pages)} can be read")
     if broken:
-        builder.warnings.append(f"pages that are broken and left out: {_listed(broken)}")
+        builder.warnings.append(f"broken pages that were left out: {_listed(broken)}")
     if empty:
-        builder.warnings.append(f"pages without text (empty, or pictures): {_listed(empty)}")
+        builder.warnings.append(f"pages without text (empty or images): {_listed(empty)}")
     return builder.build()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """pypdf logs each oddity that it works around, thousands for some files; nobody can do anything about them."""
+    """Silences pypdf, which logs every irregularity that it works around, thousands for some files."""
     logger: Any = logging.getLogger("pypdf")
     with _LOG:
         propagate, silent = logger.propagate, logging.NullHandler()
@@ -89,7 +87,7 @@ def _quiet() -> Iterator[None]:
             logger.removeHandler(silent)
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200].rstrip(": ")
 
 

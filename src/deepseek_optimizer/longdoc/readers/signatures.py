@@ -1,4 +1,4 @@
-"""What bytes are, by how they begin."""
+"""Recognises file formats by their first bytes."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ _KNOWN = (
 
 
 def name_of(data: bytes) -> str | None:
-    """What a file that is no text is, where its first bytes say so, and what to do; a phrase to follow "is"."""
+    """The format of a non-text file, recognised by its first bytes, and what to do about it: a phrase to follow "is"."""
     if data[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     return next((name for begin, name in _KNOWN if data.startswith(begin)), None)
 
 
 def looks_like_pdf(ending: str, data: bytes) -> bool:
-    """Readers look for the header in the first 1,024 bytes (ISO 32000-2, annex I); text about PDF may have it there too."""
+    """PDF readers accept the header within the first 1,024 bytes (ISO 32000-2, annex I), but text about PDF may contain it
+    too."""
     return data.startswith(b"%PDF-") or (ending in ("", ".pdf") and b"%PDF-" in data[:1024])
 
 

@@ -1,4 +1,4 @@
-"""Plain text, logs, Markdown, source code, and whatever else is text: kept as it is."""
+"""Plain text, logs, Markdown, source code and any other text, unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .encodings import decode
 def read(name: str, data: bytes) -> TextFile:
     """
     Raises:
-        DocumentError: it is empty or no text.
+        DocumentError: it is empty or not text.
         MissingPackageError: charset-normalizer is needed and not installed.
     """
     return text_file(name, *decode(name, data))

@@ -1,4 +1,4 @@
-"""Ways to answer from a document that is longer than a prompt: one file each, all of them generators (see `work`)."""
+"""Strategies to answer from a document longer than a prompt: one per file, each a generator (see `work`)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which strategy answers: by the document's length, what the model can take, the task and the question.
+"""Chooses a strategy by the document's length, the model's limits, the task and the question.
 
-What fits is read whole: that is exact. Else what is asked of the whole document (a summary, data, "list all ...") is asked of
-each chunk, and any other question of the chunks that have its words. A window is only taken where it was asked for: it reads
-everything and remembers the end.
+A document that fits is read whole, which is exact. Otherwise, tasks about the whole document (a summary, extraction, "list all
+...") are run on each chunk, and other questions on the chunks that contain their words. A window is used only on request: it
+reads everything but retains only the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..material import Material
 from ..tasks import Extraction, Question, Summary, Task
 from ..work import Work
 from .map_reduce import map_reduce
-from .retrieve import found, retrieve
+from .retrieve import matching_chunks, retrieve
 from .whole import fits, whole
 from .window import window
 
@@ -27,7 +27,7 @@ _WORK: dict[str, Callable[[Any, Material, str], Work]] = {
     "retrieve": retrieve,
 }
 STRATEGIES = tuple(_WORK)
-# Questions whose answer no few passages hold, in the languages that most readers have.
+# Questions that a few passages cannot answer, in the most common languages.
 _OF_ALL = re.compile(
     r"\b(?:summar(?:y|i[sz]e|ies)|tl;?dr|overview|outline|gist|table of contents|overall|throughout|as a whole"
     r"|(?:main|key|central) (?:points?|ideas?|themes?|topics?|arguments?|takeaways?)"
@@ -42,61 +42,61 @@ _OF_ALL = re.compile(
 
 
 def choose(task: Task, material: Material) -> tuple[str, str]:
-    """The strategy's name, and why it is the one."""
+    """The strategy's name, and the reason for it."""
     tokens, room = material.tokens, material.limits.room
     if fits(task, material):
-        return "whole", f"its {tokens:,} tokens fit the {room:,} that the model's context and cache have"
-    longer = f"its {tokens:,} tokens are more than the {room:,} that the model's context and cache have"
+        return "whole", f"its {tokens:,} tokens fit into the model's context and cache ({room:,})"
+    longer = f"its {tokens:,} tokens exceed the model's context and cache ({room:,})"
     if isinstance(task, Summary):
-        return "map_reduce", f"{longer}, and a summary is of all of it"
+        return "map_reduce", f"{longer}, and a summary covers all of it"
     if isinstance(task, Extraction):
-        return "map_reduce", f"{longer}, and data may stand anywhere in it"
+        return "map_reduce", f"{longer}, and data may occur anywhere in it"
     if _OF_ALL.search(task.text):
         return "map_reduce", f"{longer}, and the question is about all of it"
-    if not found(task, material):
-        return "map_reduce", f"{longer}, and no chunk has a word of the question"
-    return "retrieve", f"{longer}, and the question's words tell where to look"
+    if not matching_chunks(task, material):
+        return "map_reduce", f"{longer}, and no chunk contains a word of the question"
+    return "retrieve", f"{longer}, and the question's words select the chunks"
 
 
 def answer_by(task: Task, material: Material, strategy: str = "auto") -> Work:
     """The work of answering.
 
     Args:
-        strategy: one of STRATEGIES, or "auto": `choose` says which.
+        strategy: one of STRATEGIES, or "auto" to `choose` one.
 
     Raises:
-        ConfigError: there is no such strategy.
-        RequestError: the one that was asked for cannot do this task on this document; the message names the remedy. Also when
-            the work begins: a chunk that does not fit.
+        ConfigError: the strategy is unknown.
+        RequestError: the requested strategy cannot perform this task on this document; the message names the remedy. Also when
+            the work starts, if a chunk does not fit.
     """
     check_name(strategy)
     if not material.chunks:
-        raise RequestError("document", "has no text; give a file with some")
+        raise RequestError("document", "contains no text; use a file with text")
     if strategy == "auto":
         name, reason = choose(task, material)
     else:
         _check(task, material, strategy)
-        name, reason = strategy, "it was asked for"
+        name, reason = strategy, "it was requested"
     return _WORK[name](task, material, reason)
 
 
 def check_name(strategy: str) -> None:
-    """Raises ConfigError for a strategy that does not exist; "auto" does."""
+    """Raises ConfigError for an unknown strategy; "auto" is known."""
     if strategy != "auto" and strategy not in _WORK:
-        raise ConfigError(f"strategy: there is no {strategy!r}; there are auto, {', '.join(STRATEGIES)}")
+        raise ConfigError(f"strategy: unknown {strategy!r}; use auto, {', '.join(STRATEGIES)}")
 
 
 def _check(task: Task, material: Material, strategy: str) -> None:
     if strategy == "whole" and not fits(task, material):
         raise RequestError(
             "strategy",
-            f"whole: the document has {len(material.ids):,} tokens, and with the task and a reply they are more than the "
-            f"{material.limits.room:,} that the model's context and cache have; take map_reduce, or retrieve for a question",
+            f"whole: the document's {len(material.ids):,} tokens, the task and a reply exceed the model's context and cache "
+            f"({material.limits.room:,} tokens); use map_reduce, or retrieve for a question",
         )
     if strategy == "window" and material.limits.window is None:
-        raise RequestError("strategy", "window: this engine has none; start it with one, or take map_reduce")
+        raise RequestError("strategy", "window: this engine has no sliding window; start it with one, or use map_reduce")
     if strategy == "retrieve":
         if not isinstance(task, Question | Extraction):
-            raise RequestError("strategy", "retrieve: a summary is of the whole document; take map_reduce")
-        if not found(task, material):
-            raise RequestError("question", "none of its words stands in the document; use words that do, or take map_reduce")
+            raise RequestError("strategy", "retrieve: a summary needs the whole document; use map_reduce")
+        if not matching_chunks(task, material):
+            raise RequestError("question", "none of its words occurs in the document; use other words, or map_reduce")

@@ -1,4 +1,4 @@
-"""What strategies share: a reply as an answer to its task, and the room that prompts have."""
+"""Shared by strategies: turning a reply into an answer, and the space available in prompts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..split import Chunk
 from ..tasks import Extraction, Task
 from ..work import Reply
 
-PLACE = 64  # tokens that a passage's place may take beside its own
+PLACE = 64  # maximum tokens of the place in front of a passage
 
 
 def schema_of(task: Task) -> Mapping[str, Any] | None:
-    """What a reply must keep to."""
+    """The JSON schema that a reply must match, if any."""
     return task.schema if isinstance(task, Extraction) else None
 
 
 def value_of(task: Task, material: Material, reply: Reply) -> tuple[Any, str, list[str]]:
-    """A reply as the answer, as text for citations, and what there is to note."""
+    """A reply as the answer, as text for citations, and notes."""
     notes = cut_notes(reply)
     if not isinstance(task, Extraction):
         text = material.prompts.answer(reply.text)
@@ -34,14 +34,14 @@ def value_of(task: Task, material: Material, reply: Reply) -> tuple[Any, str, li
 
 
 def cut_notes(reply: Reply) -> list[str]:
-    """What there is to note about how a reply ended."""
+    """Notes about how a reply ended."""
     if reply.repeated:
-        return ["the answer began to repeat itself, and was ended there"]
-    return [] if reply.complete else [f"the answer was cut off after {reply.generated} tokens; allow more with max_tokens"]
+        return ["the answer started to repeat itself and was stopped there"]
+    return [] if reply.complete else [f"the answer was cut off after {reply.generated} tokens; increase max_tokens"]
 
 
 def json_of(reply: Reply) -> Any:
-    """The JSON value of a reply; None where it was cut off."""
+    """The JSON value of a reply; None if it was cut off."""
     try:
         return json.loads(reply.text)
     except ValueError:
@@ -49,7 +49,7 @@ def json_of(reply: Reply) -> Any:
 
 
 def words_of(value: Any) -> str:
-    """The texts and numbers in a JSON value, a line each."""
+    """The strings and numbers in a JSON value, one per line."""
     if isinstance(value, dict):
         return "\n".join(words_of(item) for item in value.values())
     if isinstance(value, list):
@@ -58,10 +58,10 @@ def words_of(value: Any) -> str:
 
 
 def room_for(material: Material, instruction: str, reply: int) -> int:
-    """Tokens of text that a prompt can hold beside the instruction and a reply, for all chunks to fit.
+    """Tokens of text that fit into a prompt besides the instruction and a reply.
 
     Raises:
-        RequestError: the longest chunk does not.
+        RequestError: the longest chunk does not fit.
     """
     limits = material.limits
     room = limits.room - material.prompts.overhead(instruction) - reply
@@ -69,15 +69,16 @@ def room_for(material: Material, instruction: str, reply: int) -> int:
     if longest + PLACE > room:
         raise RequestError(
             "max_length",
-            f"chunks of up to {longest} tokens do not fit: of the {limits.room} that the model's context and cache have, the "
-            f"task and a reply of {reply} leave {max(room, 0)}. Take max_length={max(room - PLACE, 0)} or less, more memory, "
-            "or a model with a longer context",
+            f"chunks of up to {longest} tokens do not fit: of the {limits.room} tokens of the model's context and cache, "
+            "the task "
+            f"and a reply of {reply} leave {max(room, 0)}. Use max_length={max(room - PLACE, 0)} or less, more memory, or a "
+            "model with a longer context",
         )
     return room
 
 
-def passage(material: Material, chunk: Chunk, most: int) -> list[int]:
-    """A chunk's tokens with its place before them, or without where that is more than `most`."""
+def passage(material: Material, chunk: Chunk, max_tokens: int) -> list[int]:
+    """A chunk's tokens, preceded by its place unless that exceeds `max_tokens`."""
     text = material.text(chunk)
     ids = material.prompts.encode(f"[{material.place(chunk)}]\n{text}\n\n")
-    return ids if len(ids) <= most else material.prompts.encode(text)[:most]
+    return ids if len(ids) <= max_tokens else material.prompts.encode(text)[:max_tokens]

@@ -1,4 +1,4 @@
-"""An answer from the passages whose words are the question's: BM25 finds the chunks, and they stand in the document's order."""
+"""Answers from the chunks that contain the question's words: BM25 finds them, and the prompt has them in document order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..work import Ask, Batch, Result, Work
 from .replies import passage, room_for, schema_of, value_of
 
 
-def found(task: Task, material: Material) -> list[Chunk]:
-    """The chunks that have words of the question, the best first; no more than `limits.top`."""
+def matching_chunks(task: Task, material: Material) -> list[Chunk]:
+    """The chunks that contain words of the question, best first; at most `limits.top`."""
     return [material.chunks[index] for index, _ in material.index.search(task.words, material.limits.top)]
 
 
@@ -19,11 +19,11 @@ def retrieve(task: Task, material: Material, reason: str) -> Work:
     """One prompt with the best chunks that fit.
 
     Raises:
-        RequestError: not even one chunk fits; a smaller max_length is the remedy.
+        RequestError: not even one chunk fits; use a smaller max_length.
     """
     room = room_for(material, instruction(task), material.limits.reply)
     shown: list[tuple[Chunk, list[int]]] = []
-    for chunk in found(task, material):
+    for chunk in matching_chunks(task, material):
         ids = passage(material, chunk, room if not shown else material.limits.room)
         if len(ids) <= room:
             shown.append((chunk, ids))

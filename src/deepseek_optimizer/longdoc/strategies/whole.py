@@ -1,4 +1,4 @@
-"""The whole document in one prompt: exact, and the next question on it reads nothing again but itself."""
+"""The whole document in one prompt: exact, and the next question about it has to process only itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .replies import schema_of, value_of
 
 
 def fits(task: Task, material: Material) -> bool:
-    """Whether the whole document, the task and a reply have room. The exact count is asked only where it may be close."""
+    """Whether the whole document, the task and a reply fit. Tokens are counted exactly only if it may be close."""
     limits = material.limits
     left = limits.room - material.prompts.overhead(instruction(task)) - limits.reply
     return material.tokens <= 1.1 * left and len(material.ids) <= left

@@ -1,7 +1,7 @@
-"""The whole document read through a window of bounded memory: the task first, where it stays, and once more at the end.
+"""The whole document through a sliding window of bounded memory: the task first, where it is kept, and again at the end.
 
-What the window has let go of is gone for the answer (Xiao et al. 2023, StreamingLLM: a model stays fluent, and does not
-remember). So this is for what stands near the end, as in a log; the others read chunks, and forget none.
+Tokens that the window has dropped cannot contribute to the answer (Xiao et al. 2023, StreamingLLM: the model stays fluent but
+does not remember). So this suits documents whose end matters, such as logs; the other strategies read all chunks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def window(task: Task, material: Material, reason: str) -> Work:
 
 
 def _seen(material: Material, dropped: int) -> Sequence[Chunk]:
-    """Chunks of which the window still held something at the end: the oldest tokens went first."""
+    """Chunks that are still at least partly in the window at the end: the oldest tokens are dropped first."""
     begun, chunks = 0.0, material.chunks
     for number, chunk in enumerate(chunks):
         following = chunks[number + 1] if number + 1 < len(chunks) else None

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from ...longdoc.document import Document
 from ...longdoc.material import Limits, Material
 from ...longdoc.prompts import Prompts
-from ...longdoc.split import LEAST_LENGTH, MAX_LENGTH, split
+from ...longdoc.split import MAX_LENGTH, MIN_LENGTH, split
 from ..http.caller import Caller
 from ..http.fair_queue import FairQueue
 
@@ -113,7 +113,7 @@ class Preparation:
             if long and self._splitter is None:
                 self._splitter = await self._copied(caller)
         prompts, tokenizer = self._prompts, self._splitter if long else self._prompts.tokenizer
-        length = min(MAX_LENGTH, max(LEAST_LENGTH, self.room // _PARTS))
+        length = min(MAX_LENGTH, max(MIN_LENGTH, self.room // _PARTS))
 
         def check(_done: int, _all: int) -> None:
             if stop.is_set():

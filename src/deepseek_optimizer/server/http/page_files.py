@@ -1,12 +1,15 @@
-"""The chat page: the files of `page/`, read once; nothing else can be asked for."""
+"""The chat page: the files of `page/` and of its libraries in `page/vendor/`, read once; nothing else can be requested."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "page"
+VENDOR = "vendor"
+LOCK = "vendor.json"  # pins the libraries; build_tools/page_assets.py fetches them
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -39,10 +42,20 @@ class PageFile:
 
 
 def page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
-    """Every file of the page by its name."""
-    found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in _TYPES and path.is_file():
-            content = path.read_bytes()
-            found[path.name] = PageFile(content, _TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-    return found
+    """Every file of the page by its name; those of the libraries as `vendor/NAME`."""
+    files = {}
+    for place in (folder, folder / VENDOR):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.suffix in _TYPES and path.is_file():
+                content = path.read_bytes()
+                etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+                files[path.relative_to(folder).as_posix()] = PageFile(content, _TYPES[path.suffix], etag)
+    return files
+
+
+def missing_libraries(files: dict[str, PageFile], folder: Path = FOLDER) -> list[str]:
+    """The libraries of the lock file that the installation lacks: it was built without npm or a network."""
+    lock = folder / LOCK
+    packages = json.loads(lock.read_text(encoding="utf-8"))["packages"].values() if lock.is_file() else ()
+    names = [name for package in packages for name in package["files"] if name.endswith(".js")]
+    return [name for name in names if f"{VENDOR}/{name}" not in files]

@@ -15,16 +15,20 @@ export class ApiError extends Error {
   }
 }
 
-/** [{id, context, mostFile}]: the models of the server; tokens that each holds, bytes of a document (null where it does not say). */
+/**
+ * [{id, context, mostFile, sampling}]: the models of the server; tokens that each holds, bytes of a document (null where it does not
+ * say), and the sampling parameters that hold where a request has none.
+ */
 export async function listModels(key) {
   const response = await request('v1/models', { headers: headers(key) });
   const { data } = await response.json().catch(() => ({}));
   if (!Array.isArray(data)) throw new ApiError('http', { status: response.status, message: 'v1/models: no list of models' });
   return data
     .filter((model) => typeof model?.id === 'string')
-    .map((model) => ({ id: model.id, context: whole(model.max_model_len), mostFile: whole(model.max_file_bytes) }));
+    .map((model) => ({ id: model.id, context: whole(model.max_model_len), mostFile: whole(model.max_file_bytes), sampling: numbers(model.default_sampling) }));
 }
 
+const numbers = (values) => Object.fromEntries(Object.entries(values ?? {}).filter(([, value]) => Number.isFinite(value)));
 const whole = (value) => (Number.isInteger(value) ? value : null);
 
 /** Sends a document: what the server says of it. `sent` is called with the part of it that is on its way, 0 to 1. */

@@ -3,6 +3,7 @@
 import { announce } from './announce.js';
 import { Answer } from './answer.js';
 import { ApiError, deleteFile, hasFile, listModels } from './api.js';
+import * as branches from './branches.js';
 import { Composer } from './composer.js';
 import * as conversations from './conversation.js';
 import * as dialogs from './dialogs.js';
@@ -18,12 +19,20 @@ import { listen } from './shortcuts.js';
 import { Sidebar } from './sidebar.js';
 import { keepUnfinished } from './store.js';
 import { ThreadView } from './thread_view.js';
+import * as transfer from './transfer.js';
 
 const SAVE_MS = 400; // between saves of an answer on its way
 const LONGEST_ANNOUNCED = 500;
 
+/** A line over the message box; `quiet`: nothing is wrong. */
+function notice(text, quiet = false) {
+  byId('notice').textContent = text;
+  byId('notice').classList.toggle('quiet', quiet);
+}
+
 export class App {
-  constructor(store) {
+  /** `makeStream(root)`: see markdown_stream.js. */
+  constructor(store, makeStream) {
     this.store = store;
     this.conversations = new Map();
     this.answers = new Map(); // conversation's id -> its Answer on its way
@@ -32,11 +41,16 @@ export class App {
       regenerate: (id) => this.regenerate(id),
       resend: (id, text) => this.resend(id, text),
       askKey: () => this.askKey(true),
+      example: (text) => this.composer.fill(text),
+      versionShown: (message) => branches.versionShown(this.current, message),
+      showVersion: (id, step) => this.showVersion(id, step),
+      makeStream,
     });
     this.sidebar = new Sidebar({
       open: (id) => this.open(id),
       rename: (id) => this.rename(id),
-      exportOne: (id) => this.exportOne(id),
+      exportJson: (id) => this.exportJson([this.conversations.get(id)]),
+      exportMarkdown: (id) => this.exportMarkdown(id),
       remove: (id) => this.remove(id),
     });
     this.files = new Attachments({
@@ -55,17 +69,21 @@ export class App {
 
   listen() {
     const click = (id, action) => byId(id).addEventListener('click', action);
-    click('new-chat', () => this.openNew());
+    for (const id of ['new-chat', 'new-chat-top']) click(id, () => this.openNew());
     click('theme', () => this.nextTheme());
     click('language', () => this.nextLanguage());
     click('key', () => this.askKey(false));
     click('shortcuts', () => dialogs.showShortcuts());
     click('settings', () => this.askSettings());
+    click('export-all', () => this.exportJson([...this.conversations.values()]));
+    click('import', () => byId('import-input').click());
+    byId('import-input').addEventListener('change', (event) => this.importFile(event.target));
     byId('model').addEventListener('change', (event) => this.pickModel(event.target.value));
     listen({
       stop: () => this.stop(),
       newChat: () => this.openNew(),
       sidebar: () => this.sidebar.toggle(),
+      search: () => this.sidebar.focusSearch(),
       focus: () => this.composer.area.focus(),
       settings: () => this.askSettings(),
       shortcuts: () => dialogs.showShortcuts(),
@@ -128,7 +146,7 @@ export class App {
     const { current } = this;
     if (this.busyElsewhere(current)) {
       announce(t('busyElsewhere'));
-      byId('notice').textContent = t('busyElsewhere');
+      notice(t('busyElsewhere'));
       return false;
     }
     if (this.answers.has(current.id)) return false;
@@ -144,7 +162,9 @@ export class App {
   regenerate(id) {
     const { current } = this;
     if (this.answers.has(current.id) || this.busyElsewhere(current)) return;
-    conversations.cutBefore(current, id);
+    const said = current.messages.some((message) => message.id === id && message.content);
+    if (said) branches.setAside(current, id);
+    else branches.remove(current, id); // an answer that never came is no version of anything
     this.ask(current);
     this.composer.area.focus();
   }
@@ -153,10 +173,20 @@ export class App {
     const { current } = this;
     this.stop();
     const { files } = current.messages.find((message) => message.id === id) ?? {};
-    conversations.cutBefore(current, id);
+    branches.setAside(current, id);
     conversations.addUser(current, text, files);
     this.ask(current);
     this.composer.area.focus();
+  }
+
+  /** Another version of a message, and what followed it. */
+  showVersion(id, step) {
+    const { current } = this;
+    const index = current.messages.findIndex((message) => message.id === id);
+    if (this.answers.has(current.id) || this.busyElsewhere(current) || !branches.showVersion(current, id, step)) return;
+    this.save(current);
+    this.showThread('sync');
+    this.thread.focusVersions(index);
   }
 
   async ask(conversation) {
@@ -165,7 +195,7 @@ export class App {
     const message = conversations.addAnswer(conversation);
     const answer = new Answer(message, body, preferences.apiKey(), () => this.progressed(conversation));
     this.answers.set(conversation.id, answer);
-    byId('notice').textContent = '';
+    notice('');
     this.save(conversation);
     this.showSidebar();
     this.showThread('sync');
@@ -239,7 +269,7 @@ export class App {
   openFromAddress() {
     const kept = this.conversations.get(location.hash.slice(1));
     this.current = kept ?? conversations.newConversation(this.defaults());
-    byId('notice').textContent = '';
+    notice('');
     this.composer.open(kept ? kept.id : null);
     this.showSidebar();
     this.showThread('show');
@@ -260,11 +290,29 @@ export class App {
     this.showTitle();
   }
 
-  exportOne(id) {
+  exportJson(chosen) {
+    const name = chosen.length === 1 ? chosen[0].title : 'conversations';
+    transfer.download(transfer.fileName(name, 'json'), 'application/json', transfer.toJson(chosen));
+  }
+
+  exportMarkdown(id) {
     const conversation = this.conversations.get(id);
-    const url = URL.createObjectURL(new Blob([conversations.exported(conversation)], { type: 'application/json' }));
-    el('a', { href: url, download: conversations.fileName(conversation) }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 10000);
+    transfer.download(transfer.fileName(conversation.title, 'md'), 'text/markdown', transfer.toMarkdown(conversation));
+  }
+
+  async importFile(input) {
+    const [file] = input.files;
+    const imported = file && (await transfer.fromFile(file));
+    input.value = ''; // so that the same file can be chosen again
+    if (!file) return;
+    const said = imported ? t('imported', { n: imported.length }) : t('notImported', { name: file.name });
+    for (const conversation of imported ?? []) {
+      this.conversations.set(conversation.id, conversation);
+      this.save(conversation);
+    }
+    if (imported?.length) this.open(imported[0].id);
+    notice(said, imported !== null);
+    announce(said);
   }
 
   async remove(id) {
@@ -273,7 +321,8 @@ export class App {
     this.answers.get(id)?.interrupt();
     this.answers.delete(id);
     this.conversations.delete(id);
-    for (const file of conversations.filesOf(conversation)) deleteFile(file.id, preferences.apiKey());
+    const files = conversations.filesOf(conversation).filter(({ gone }) => !gone); // versions of a message share theirs
+    for (const file of new Set(files.map((known) => known.id))) deleteFile(file, preferences.apiKey());
     await this.store.delete(id);
     if (this.isOpen(conversation)) this.openNew();
     else this.showSidebar();
@@ -281,7 +330,7 @@ export class App {
 
   async askSettings() {
     const { current } = this;
-    const answer = await dialogs.askSettings(current, this.model?.context ?? null);
+    const answer = await dialogs.askSettings(current, this.model);
     if (!answer) return;
     const { asDefault, ...chosen } = answer;
     Object.assign(current, chosen);
@@ -307,7 +356,7 @@ export class App {
       await this.store.put(conversation);
     } catch {
       this.store.lasting = false; // the disk is full, say
-      byId('notice').textContent = t('notKept');
+      notice(t('notKept'));
     }
   }
 

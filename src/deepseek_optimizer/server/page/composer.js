@@ -49,6 +49,13 @@ export class Composer {
     this.changed();
   }
 
+  /** Puts a text into the box, to be sent or changed. */
+  fill(text) {
+    this.area.value = text;
+    this.changed();
+    this.area.focus();
+  }
+
   changed() {
     if (this.area.value) remember(this.draft, this.area.value, 'sessionStorage');
     else forget(this.draft);

@@ -1,9 +1,11 @@
 // A conversation as plain data: what the browser keeps, what is sent, what is exported.
 //
-// {id, title, named, created, updated, model, system, settings, messages}; a message is {id, role, content}, with {files} where a
-// person attached some (see files.js), and where a model wrote it, {reasoning, thinkingMs, state, error, finish, stats, citations,
-// document}. `state`: 'streaming', 'done', 'stopped', 'interrupted' or 'error'.
+// {id, title, named, created, updated, model, system, settings, messages, others}, where `others` are the branches that are not
+// shown (see branches.js); a message is {id, role, content}, with {version} where there are several, {files} where a person attached
+// some (see files.js), and where a model wrote it, {reasoning, thinkingMs, state, error, finish, stats, citations, document}.
+// `state`: 'streaming', 'done', 'stopped', 'interrupted' or 'error'.
 
+import { append } from './branches.js';
 import { cleanSettings } from './sampling.js';
 
 const LONGEST_TITLE = 60;
@@ -16,25 +18,19 @@ export function newId() {
 
 export function newConversation({ model = null, system = '', settings = {} } = {}) {
   const now = Date.now();
-  return { id: newId(), title: '', named: false, created: now, updated: now, model, system, settings, messages: [] };
+  return { id: newId(), title: '', named: false, created: now, updated: now, model, system, settings, messages: [], others: [] };
 }
 
 export function addUser(conversation, content, files = []) {
-  conversation.messages.push({ id: newId(), role: 'user', content, ...(files.length ? { files } : {}) });
+  append(conversation, { id: newId(), role: 'user', content, ...(files.length ? { files } : {}) });
   conversation.updated = Date.now();
   if (!conversation.named && conversation.messages.length === 1) conversation.title = titleOf(content);
 }
 
 export function addAnswer(conversation) {
   const message = { id: newId(), role: 'assistant', content: '', reasoning: '', thinkingMs: null, state: 'streaming', stats: {} };
-  conversation.messages.push(message);
+  append(conversation, message);
   return message;
-}
-
-/** Cuts the conversation before a message; what followed it is gone. */
-export function cutBefore(conversation, id) {
-  const index = conversation.messages.findIndex((message) => message.id === id);
-  if (index >= 0) conversation.messages.length = index;
 }
 
 function titleOf(text) {
@@ -64,24 +60,33 @@ export function requestBody(conversation, model) {
 
 const parts = (files, text) => [...files.map(({ id }) => ({ type: 'file', file: { file_id: id } })), { type: 'text', text }];
 
+/** All messages of a conversation, those of branches that are not shown too. */
+const allMessages = ({ messages, others }) => [...messages, ...others.flatMap((tail) => tail.messages)];
+
 /** All files of a conversation's messages. */
-export const filesOf = (conversation) => conversation.messages.flatMap(({ files = [] }) => files);
+export const filesOf = (conversation) => allMessages(conversation).flatMap(({ files = [] }) => files);
 
 /**
  * A stored conversation, whole again: what an older page or another one of this server left may lack fields. An answer that was
  * being written when the page went away counts as interrupted, unless `live` (another tab is at it).
  */
 export function restored(stored, live = false) {
-  const messages = Array.isArray(stored.messages) ? stored.messages : [];
-  const conversation = { ...newConversation(), ...stored, messages: messages.filter(Boolean).map(restoredMessage) };
+  const conversation = { ...newConversation(), ...stored, messages: restoredMessages(stored.messages), others: [] };
+  for (const tail of Array.isArray(stored.others) ? stored.others : []) {
+    const messages = restoredMessages(tail?.messages);
+    if (messages.length) conversation.others.push({ parent: tail.parent ?? null, messages });
+  }
   conversation.title = String(stored.title ?? '');
   conversation.system = String(stored.system ?? '');
   conversation.settings = cleanSettings(stored.settings);
-  if (!live) for (const message of conversation.messages) if (message.state === 'streaming') message.state = 'interrupted';
+  if (!live) for (const message of allMessages(conversation)) if (message.state === 'streaming') message.state = 'interrupted';
   return conversation;
 }
 
-function restoredMessage(message) {
+const restoredMessages = (stored) => (Array.isArray(stored) ? stored.filter(Boolean).map(restoredMessage) : []);
+
+function restoredMessage(stored) {
+  const message = { ...stored, id: String(stored.id ?? newId()), version: Number(stored.version) || 0 };
   const content = String(message.content ?? '');
   if (message.role === 'user') {
     const files = (Array.isArray(message.files) ? message.files : []).filter((file) => typeof file?.id === 'string');
@@ -91,12 +96,4 @@ function restoredMessage(message) {
   const failed = state === 'error' ? { error: error ?? { kind: 'cut' } } : {};
   const citations = Array.isArray(message.citations) ? message.citations.filter((one) => typeof one?.text === 'string') : [];
   return { ...message, role: 'assistant', content, reasoning: String(reasoning ?? ''), thinkingMs, state, stats: stats ?? {}, citations, ...failed };
-}
-
-export const exported = (conversation) => JSON.stringify({ format: 'deepseek-optimizer-chat', version: 1, conversation }, null, 2);
-
-/** A file name that every system takes. */
-export function fileName(conversation) {
-  const title = conversation.title.replace(/[^\p{L}\p{N}]+/gu, '-').replace(/^-|-$/g, '').slice(0, 40);
-  return `${title || 'chat'}.json`;
 }

@@ -61,12 +61,13 @@ export function askKey({ refused, key, kept }) {
   });
 }
 
-/** {system, settings, asDefault} of a conversation. `context`: how many tokens the model holds, or null. */
-export function askSettings({ system, settings }, context) {
+/** {system, settings, asDefault} of a conversation. `model`: {context, sampling} as api.js has them, or null. */
+export function askSettings({ system, settings }, model) {
+  const context = model?.context ?? null;
   const fields = FIELDS.map((field) => (field.name === 'max_tokens' && context ? { ...field, max: context } : field));
   byId('system-input').value = system;
   byId('settings-default').checked = false;
-  byId('sampling').replaceChildren(...fields.map((field) => fieldNode(field, settings[field.name])));
+  byId('sampling').replaceChildren(...fields.map((field) => fieldNode(field, settings[field.name], model?.sampling?.[field.name])));
   return ask(byId('settings-dialog'), () => {
     const read = fields.map((field) => [field.name, check(field)]);
     const wrong = read.find(([, { error }]) => error);
@@ -79,7 +80,7 @@ export function askSettings({ system, settings }, context) {
   });
 }
 
-function fieldNode(field, value) {
+function fieldNode(field, value, preset) {
   const { name, min, max, step } = field;
   const id = `field-${name}`;
   const input = el('input', {
@@ -90,7 +91,7 @@ function fieldNode(field, value) {
     max,
     inputmode: step ? 'decimal' : 'numeric',
     autocomplete: 'off',
-    placeholder: t('unset'),
+    placeholder: presetText(name, preset),
     'aria-describedby': `${id}-hint ${id}-error`,
     onchange: () => check(field),
   });
@@ -105,6 +106,12 @@ function fieldNode(field, value) {
     el('p.hint', { id: `${id}-hint` }, `${t(`${name}Hint`)}${range}`),
     el('p.field-error', { id: `${id}-error`, 'aria-live': 'polite' }),
   );
+}
+
+/** What holds where a field is empty. */
+function presetText(name, preset) {
+  if (preset !== undefined) return t('presetIs', { value: number(preset, 3) });
+  return t({ max_tokens: 'presetNoLimit', seed: 'presetRandom' }[name] ?? 'unset');
 }
 
 /** Reads a field and shows what is wrong with it. */

@@ -1,14 +1,15 @@
-// Blocks to DOM nodes. What a model writes is hostile input: every text becomes a text node, the tags are those named in this file,
-// and the only attribute that holds something of the model's is the href of a link that safeUrl let through.
+// Tokens of markdown-it to DOM nodes. What a model writes is hostile input: every text becomes a text node, the tags are those named
+// in this file (and, of formulas, in math.js), and the only attribute that holds something of the model's is the href of a link that
+// safeUrl let through.
 
-import { el, icon } from './dom.js';
 import { copyText } from './clipboard.js';
+import { el, icon } from './dom.js';
 import { t } from './i18n.js';
-import { parseInline, plain } from './markdown_inline.js';
 
 const LONGEST_URL = 2000;
 const LONGEST_SHOWN = 80;
 const LONGEST_LANGUAGE = 40;
+const DEEPEST = 60; // elements in elements; what is deeper goes into those above, since browsers can't lay out any depth
 
 /** The URL where `href` is an absolute http, https or mailto address; null for all else (javascript:, data:, relative, ...). */
 export function safeUrl(href) {
@@ -21,36 +22,110 @@ export function safeUrl(href) {
   }
 }
 
-/** The element of a block. `unfinished`: the block is the last one of a text that is still coming. */
-export function renderBlock(block, unfinished = false) {
-  switch (block.kind) {
-    case 'heading':
-      // The page has headings of its own, so a model's first level is a third one; how it looks follows its class.
-      return el(`h${Math.min(block.level + 2, 6)}.level-${block.level}`, { dir: 'auto' }, ...inline(block.text, unfinished));
-    case 'paragraph':
-      return el('p', { dir: 'auto' }, ...inline(block.text, unfinished));
-    case 'code':
-      return renderCode(block);
-    case 'math':
-      return el('div.math', { tabindex: 0, translate: 'no' }, block.text);
-    case 'quote':
-      return el('blockquote', {}, ...renderAll(block.blocks, unfinished));
-    case 'list':
-      return renderList(block, unfinished);
-    case 'table':
-      return renderTable(block, unfinished);
-    default:
-      return el('hr');
+const plain = (name) => () => ({ node: el(name) });
+
+/**
+ * What opens an element: {node, inner: where its content goes if not in `node`, auto: its direction follows its text, close: called
+ * with its parent once it is whole}.
+ */
+const OPEN = {
+  paragraph_open: (token) => (token.hidden ? null : { node: el('p'), auto: true }),
+  heading_open({ tag }) {
+    // The page has headings of its own, so a model's first level is a third one; how it looks follows its class.
+    const level = Number(tag[1]);
+    return { node: el(`h${Math.min(level + 2, 6)}.level-${level}`), auto: true };
+  },
+  blockquote_open: plain('blockquote'),
+  bullet_list_open: plain('ul'),
+  ordered_list_open: (token) => ({ node: el('ol', { start: /^\d{1,9}$/.test(token.attrGet('start')) && token.attrGet('start') }) }),
+  list_item_open({ meta }) {
+    if (!meta) return { node: el('li'), auto: true };
+    const { checked } = meta;
+    const box = el('input', { type: 'checkbox', disabled: true, checked, 'aria-label': t(checked ? 'taskDone' : 'taskOpen') });
+    return { node: el('li.task', {}, box), auto: true };
+  },
+  table_open() {
+    const inner = el('table');
+    return { node: el('div.table', { tabindex: 0, role: 'group', 'aria-label': t('table') }, inner), inner };
+  },
+  thead_open: plain('thead'),
+  tbody_open: plain('tbody'),
+  tr_open: plain('tr'),
+  th_open: (token) => ({ node: el('th', { class: alignmentOf(token), scope: 'col' }), auto: true }),
+  td_open: (token) => ({ node: el('td', { class: alignmentOf(token) }), auto: true }),
+  em_open: plain('em'),
+  strong_open: plain('strong'),
+  s_open: plain('del'),
+  link_open: (token, { inLink }) => (inLink ? null : openLink(token.attrGet('href') ?? '')),
+  footnote_reference_open({ meta }, { numbers }) {
+    const number = numbers.get(meta.label);
+    const inner = el('div.footnote-text');
+    return { node: el('div.footnote', { tabindex: -1, 'data-footnote': number }, el('span.footnote-number', {}, `${number}.`), inner), inner };
+  },
+};
+
+const alignmentOf = (token) => {
+  const found = /^text-align:(right|center)$/.exec(token.attrGet('style') ?? '');
+  return found && `to-${found[1]}`;
+};
+
+/** What has no content to open: an array of nodes. */
+const LEAF = {
+  inline: (token, context) => renderTokens(token.children, context),
+  text: ({ content }) => [document.createTextNode(content)],
+  softbreak: () => [el('br')],
+  hardbreak: () => [el('br')],
+  hr: () => [el('hr')],
+  code_inline: ({ content }) => [el('code', { translate: 'no' }, content)],
+  fence: (token, context) => [renderCode(token, context)],
+  math: (token, { math }) => [formula(token, math)],
+  math_block: (token, { math }) => [formula(token, math)],
+  image(token, { inLink }) {
+    // Fetching it would tell another server who reads this, and when: its text and address are shown instead.
+    const shown = el('span.image', {}, icon('image'), token.content || t('image'));
+    return inLink ? [shown] : linkTo(token.attrGet('src') ?? '', [shown], token.content);
+  },
+  footnote_ref({ meta }, { numbers }) {
+    const number = String(numbers.get(meta.label));
+    const button = el('button.footnote-ref', { type: 'button', 'aria-label': t('footnote', { n: number }), onclick: goToFootnote }, number);
+    return [el('sup', {}, button)];
+  },
+  footnote_anchor: () => [],
+};
+
+/**
+ * Nodes of a list of tokens. `context`: {math(tex, display), highlight(text, language), numbers: label of a footnote -> its number,
+ * open: the last block is not whole yet}.
+ */
+export function renderTokens(tokens, context) {
+  const top = { node: document.createDocumentFragment(), inLink: context.inLink, depth: context.depth ?? 0 };
+  const frames = [top];
+  for (const token of tokens) {
+    const frame = frames[frames.length - 1];
+    const into = frame.inner ?? frame.node;
+    const here = { ...context, inLink: frame.inLink, depth: frame.depth };
+    if (token.nesting === 1) {
+      const opened = (frame.depth < DEEPEST && OPEN[token.type]?.(token, here)) || { inner: into }; // else it goes into its parent
+      frames.push({ ...opened, inLink: frame.inLink || opened.link, depth: frame.depth + 1 });
+    } else if (token.nesting === -1) {
+      frames.pop();
+      close(frame, frames[frames.length - 1]);
+    } else into.append(...(LEAF[token.type]?.(token, here) ?? [document.createTextNode(token.content)]));
   }
+  return [...top.node.childNodes];
 }
 
-export const renderAll = (blocks, unfinished) =>
-  blocks.map((block, index) => renderBlock(block, unfinished && index === blocks.length - 1));
+function close({ node, auto, close: closed }, above) {
+  const parent = above.inner ?? above.node;
+  if (auto) node.dir = 'auto'; // only now: Chromium would look through all of the text again at each node that is appended
+  if (node) parent.append(node);
+  closed?.(parent);
+}
 
 /** Code with its language's name and a copy button, which copies what is there when it is pressed. */
-function renderCode(block) {
-  const code = el('code', { translate: 'no' }, document.createTextNode(block.text));
-  const language = block.info.split(/\s/)[0].slice(0, LONGEST_LANGUAGE);
+function renderCode(token, { highlight, open }) {
+  const code = el('code', { translate: 'no' });
+  const language = languageOf(token);
   const label = el('span', {}, t('copy'));
   const button = el(
     'button.copy-code',
@@ -60,83 +135,62 @@ function renderCode(block) {
   );
   const head = el('div.code-head', {}, el('span.code-language', {}, language || t('code')), button);
   const pre = el('pre', { tabindex: 0, role: 'group', 'aria-label': t('code') }, code);
+  // While it comes it is plain: colouring all of it again with each line would take longer and longer.
+  code.append(...((!open && highlight(codeOf(token), language)) || [document.createTextNode(codeOf(token))]));
   return el('div.code', { dir: 'ltr' }, head, pre);
 }
 
+const codeOf = ({ content }) => content.replace(/\n$/, '');
+const languageOf = ({ info }) => info.trim().split(/\s/)[0].slice(0, LONGEST_LANGUAGE);
+
 /** Shows more of an unfinished code block in the element of before: only the text that is new is touched. */
-export function updateCode(node, block) {
-  const text = node.querySelector('code').firstChild;
-  if (block.text.startsWith(text.data)) text.appendData(block.text.slice(text.data.length));
-  else text.data = block.text;
+export function updateCode(node, token) {
+  const shown = node.querySelector('code').firstChild;
+  const content = codeOf(token);
+  if (content.startsWith(shown.data)) shown.appendData(content.slice(shown.data.length));
+  else shown.data = content;
 }
 
-function renderList(block, unfinished) {
-  const last = block.items.length - 1;
-  const items = block.items.map((item, index) => renderItem(item, block.loose, unfinished && index === last));
-  return el(block.ordered ? 'ol' : 'ul', { start: block.ordered && block.start !== 1 && block.start }, ...items);
+/** A formula, or its TeX where it can't be set (yet). */
+function formula({ content, meta }, math) {
+  const set = meta.open ? null : math(content, meta.display);
+  const name = meta.display ? 'div' : 'span';
+  if (set) return el(`${name}.math`, { translate: 'no', tabindex: meta.display && 0 }, set);
+  return el(`${name}.math.source`, { translate: 'no', tabindex: meta.display && 0 }, content);
 }
 
-function renderItem({ blocks, checked }, loose, unfinished) {
-  const rendered = renderAll(blocks, unfinished);
-  const item = el(checked === null ? 'li' : 'li.task', { dir: 'auto' });
-  if (checked !== null) {
-    item.append(el('input', { type: 'checkbox', disabled: true, checked, 'aria-label': t(checked ? 'taskDone' : 'taskOpen') }));
-  }
-  for (const [index, node] of rendered.entries()) {
-    if (!loose && blocks[index].kind === 'paragraph') item.append(...node.childNodes);
-    else item.append(node);
-  }
-  return item;
+function openLink(href) {
+  const url = safeUrl(href);
+  if (!url) return { node: document.createDocumentFragment(), link: true, close: (parent) => href && parent.append(target(href)) };
+  const props = { href: url.href, target: '_blank', rel: 'noopener noreferrer', title: url.href, referrerpolicy: 'no-referrer' };
+  const node = el('a', props);
+  return { node, link: true, close: (parent) => saysWhere(url, node.textContent) || parent.append(target(hostOf(url))) };
 }
 
-function renderTable({ align, head, rows }, unfinished) {
-  const cells = (tag, texts, open) =>
-    texts.map((text, column) => {
-      const props = { class: align[column] && `to-${align[column]}`, scope: tag === 'th' && 'col', dir: 'auto' };
-      return el(tag, props, ...inline(text, open && column === texts.length - 1));
-    });
-  const body = rows.map((row, index) => el('tr', {}, ...cells('td', row, unfinished && index === rows.length - 1)));
-  const table = el('table', {}, el('thead', {}, el('tr', {}, ...cells('th', head, false))), el('tbody', {}, ...body));
-  return el('div.table', { tabindex: 0, role: 'group', 'aria-label': t('table') }, table);
-}
-
-const inline = (text, unfinished) => renderInline(parseInline(text, unfinished));
-
-function renderInline(nodes) {
-  return nodes.flatMap((node) => {
-    switch (node.type) {
-      case 'text':
-        return [document.createTextNode(node.text)];
-      case 'code':
-        return [el('code', { translate: 'no' }, node.text)];
-      case 'math':
-        return [el('span.math', { translate: 'no' }, node.text)];
-      case 'break':
-        return [el('br')];
-      case 'link':
-        return renderLink(node.href, renderInline(node.children), plain(node.children));
-      case 'image':
-        // Fetching it would tell another server who reads this, and when: its text and address are shown instead.
-        return renderLink(node.href, [el('span.image', {}, icon('image'), node.alt || t('image'))], node.alt);
-      default:
-        return [el(node.type, {}, ...renderInline(node.children))];
-    }
-  });
-}
-
-/** A link that says where it goes where its text doesn't; an address that may not be followed is shown as text. */
-function renderLink(href, children, text) {
+function linkTo(href, children, shown) {
   const url = safeUrl(href);
   if (!url) return href ? [...children, target(href)] : children;
-  const props = { href: url.href, target: '_blank', rel: 'noopener noreferrer', title: url.href, referrerpolicy: 'no-referrer' };
-  const link = el('a', props, ...children);
-  // Compared with the address as the browser writes it, in which look-alike letters of other scripts are plain to see.
-  const bare = url.href.replace(/\/$/, '');
-  const plainly = [url.href, bare, bare.replace(/^(https?:\/\/|mailto:)/, '')].includes(text) && !url.username;
-  return plainly ? [link] : [link, target(url.protocol === 'mailto:' ? url.href : url.host)];
+  const { node } = openLink(href);
+  node.append(...children);
+  return saysWhere(url, shown) ? [node] : [node, target(hostOf(url))];
 }
+
+/** Whether a link's text is its address as the browser writes it, in which look-alike letters of other scripts are plain to see. */
+function saysWhere(url, shown) {
+  const bare = url.href.replace(/\/$/, '');
+  return [url.href, bare, bare.replace(/^(https?:\/\/|mailto:)/, '')].includes(shown) && !url.username;
+}
+
+const hostOf = (url) => (url.protocol === 'mailto:' ? url.href : url.host);
 
 const target = (address) => {
   const shown = address.length > LONGEST_SHOWN ? `${address.slice(0, LONGEST_SHOWN)}…` : address;
   return el('bdi.target', { dir: 'ltr' }, ` (${shown})`);
 };
+
+/** By focus, not by an address: the page's own addresses name conversations. */
+function goToFootnote({ currentTarget }) {
+  const notes = currentTarget.closest('.markdown').querySelectorAll('.footnote');
+  const note = [...notes].find((one) => one.dataset.footnote === currentTarget.textContent);
+  note?.focus();
+}

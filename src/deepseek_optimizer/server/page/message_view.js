@@ -2,11 +2,10 @@
 
 import { copyText } from './clipboard.js';
 import { citationsNode } from './citations.js';
-import { el, icon } from './dom.js';
+import { el, icon, iconButton } from './dom.js';
 import { describeError } from './errors.js';
 import { chip, factsOf } from './files.js';
 import { number, seconds, t } from './i18n.js';
-import { MarkdownStream } from './markdown_stream.js';
 
 /** A button with words under the message: copy, answer again, edit. */
 function action(name, label, text, onclick) {
@@ -14,8 +13,26 @@ function action(name, label, text, onclick) {
   return el('button.action', { type: 'button', 'aria-label': label, title: label, onclick: () => onclick(words) }, icon(name), words);
 }
 
+/** "< 1/2 >" where a message has several versions; else null. */
+function versionsNode(message, { versionShown, showVersion }) {
+  const { number: shown, count } = versionShown(message);
+  if (count < 2) return null;
+  const button = (name, label, step, possible) => {
+    const node = iconButton(name, t(label), () => showVersion(message.id, step));
+    node.disabled = !possible;
+    return node;
+  };
+  return el(
+    'span.versions',
+    { role: 'group', 'aria-label': t('versionOf', { n: shown, all: count }) },
+    button('back', 'versionBefore', -1, shown > 1),
+    el('span', { 'aria-hidden': 'true' }, `${shown}/${count}`),
+    button('chevron', 'versionAfter', 1, shown < count),
+  );
+}
+
 export class UserMessageView {
-  /** `actions`: {resend(id, text)}. */
+  /** `actions`: {resend(id, text), versionShown(message), showVersion(id, step)}. */
   constructor(message, actions) {
     Object.assign(this, { message, actions });
     this.element = el('article.message.user', { 'aria-label': t('you') });
@@ -29,6 +46,7 @@ export class UserMessageView {
     const buttons = el(
       'div.actions',
       {},
+      versionsNode(this.message, this.actions),
       action('copy', t('copyMessage'), t('copy'), (label) => copyText(content, label)),
       this.editButton = action('edit', t('edit'), t('edit'), () => this.edit()),
     );
@@ -70,7 +88,7 @@ export class UserMessageView {
 }
 
 export class AnswerView {
-  /** `actions`: {regenerate(id), askKey(id)}; `answer`: where it is on its way, its Answer. */
+  /** `actions`: those of UserMessageView, makeStream(root), regenerate(id), askKey(); `answer`: where it is on its way, its Answer. */
   constructor(message, actions, answer) {
     Object.assign(this, { message, actions, answer });
     this.shown = { reasoning: 0, content: 0 };
@@ -84,7 +102,7 @@ export class AnswerView {
     this.foot = el('div.actions');
     this.element = el('article.message.assistant', { 'aria-label': t('assistant') });
     this.element.append(this.thinking, this.body, this.wait, this.reading, this.notes, this.foot);
-    this.streams = { reasoning: new MarkdownStream(this.thoughts), content: new MarkdownStream(this.body) };
+    this.streams = { reasoning: actions.makeStream(this.thoughts), content: actions.makeStream(this.body) };
     this.state = null;
     this.update();
   }
@@ -153,6 +171,7 @@ export class AnswerView {
   footNodes() {
     const { content, state } = this.message;
     return [
+      versionsNode(this.message, this.actions),
       content && action('copy', t('copyMessage'), t('copy'), (label) => copyText(content, label)),
       this.last && state !== 'error' && action('again', t('regenerate'), t('regenerate'), () => this.actions.regenerate(this.message.id)),
       el('span.stats', {}, ...statsText(this.message.stats)),

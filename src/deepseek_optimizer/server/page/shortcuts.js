@@ -2,7 +2,7 @@
 
 import { isComposing } from './composer.js';
 
-/** `actions`: stop() and closeDrawer() -> whether there was anything to do; newChat, sidebar, focus, settings, shortcuts. */
+/** `actions`: stop() and closeDrawer() -> whether there was anything to do; newChat, sidebar, search, focus, settings, shortcuts. */
 export function listen(actions) {
   document.addEventListener('keydown', (event) => {
     if (isComposing(event) || document.querySelector('dialog[open]')) return; // a dialog has its own keys
@@ -22,5 +22,5 @@ function nameOf(event) {
   if (event.key === 'Escape') return event.shiftKey ? 'focus' : 'escape';
   if (!(event.ctrlKey || event.metaKey) || event.altKey) return null;
   if (event.shiftKey) return { KeyO: 'newChat', KeyS: 'sidebar' }[event.code] ?? null;
-  return { '/': 'shortcuts', ',': 'settings' }[event.key] ?? null;
+  return { '/': 'shortcuts', ',': 'settings', k: 'search' }[event.key] ?? null;
 }

@@ -6,8 +6,10 @@ import { t } from './i18n.js';
 import { makeView } from './message_view.js';
 import { paced } from './paced.js';
 
+const EXAMPLES = ['exampleExplain', 'exampleCode', 'exampleMath', 'exampleWrite'];
+
 export class ThreadView {
-  /** `actions`: see message_view.js. */
+  /** `actions`: example(text), and those of message_view.js. */
   constructor(actions) {
     this.actions = actions;
     this.root = byId('thread');
@@ -19,7 +21,7 @@ export class ThreadView {
   /** Shows a conversation from scratch; `answer` is the one on its way in it, if any. `welcome`: what an empty one says. */
   show(conversation, answer, welcome) {
     this.views = conversation.messages.map((message) => makeView(message, this.actions, answer?.message === message ? answer : null));
-    this.root.replaceChildren(...(this.views.length ? this.views.map((view) => view.element) : [welcomeNode(welcome)]));
+    this.root.replaceChildren(...(this.views.length ? this.views.map((view) => view.element) : [this.welcomeNode(welcome)]));
     this.update();
     this.follower.toEnd();
   }
@@ -47,18 +49,27 @@ export class ThreadView {
     this.follower.keepUp();
   }
 
+  /** The message whose version was changed keeps the focus: its other button, where there is no further version. */
+  focusVersions(index) {
+    const { element } = this.views[index];
+    element.querySelector('.versions button:not(:disabled)')?.focus({ preventScroll: true });
+    element.scrollIntoView({ block: 'nearest' });
+  }
+
   editLast() {
     const view = this.views.findLast((one) => one.message.role === 'user');
     view?.edit();
   }
-}
 
-function welcomeNode({ model, lasting }) {
-  return el(
-    'div.welcome',
-    {},
-    el('h2', {}, t('welcome')),
-    el('p', {}, t(lasting ? 'welcomeText' : 'notKept')),
-    model && el('p.welcome-model', { translate: 'no' }, model),
-  );
+  welcomeNode({ model, lasting }) {
+    const examples = EXAMPLES.map((key) => el('button.example', { type: 'button', onclick: () => this.actions.example(t(key)) }, t(key)));
+    return el(
+      'div.welcome',
+      {},
+      el('h2', {}, t('welcome')),
+      el('p', {}, t(lasting ? 'welcomeText' : 'notKept')),
+      model && el('p.welcome-model', { translate: 'no' }, model),
+      el('div.examples', { role: 'group', 'aria-label': t('examples') }, ...examples),
+    );
+  }
 }

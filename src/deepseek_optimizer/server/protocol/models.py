@@ -11,6 +11,14 @@ from .chat import _Scalar
 from .messages import Messages, Tools
 
 
+class DefaultSampling(ResponseModel):
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+
 class ModelCard(ResponseModel):
     id: str
     object: Literal["model"]
@@ -18,6 +26,7 @@ class ModelCard(ResponseModel):
     owned_by: str
     max_model_len: int
     max_file_bytes: int = Field(description="Of a document sent to /v1/files.")
+    default_sampling: DefaultSampling = Field(description="Used where a request leaves the field out.")
 
 
 class ModelList(ResponseModel):

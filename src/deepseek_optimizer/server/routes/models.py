@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Response
 
+from ...engine.request import SamplingParams
 from ..chat.replies import json_response
 from ..openapi import errors
 from ..protocol.models import ModelCard, ModelList
 from ..state import ServerState
 
+_SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 
 def add(app: FastAPI, state: ServerState) -> None:
+    defaults = replace(SamplingParams(), **{name: value for name, value in state.settings.sampling.items() if name in _SHOWN})
+    sampling = {name: getattr(defaults, name) for name in _SHOWN}
+
     def card() -> dict[str, Any]:
         return {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "deepseek-optimizer",
-                "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes}  # fmt: skip
+                "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes,
+                "default_sampling": sampling}  # fmt: skip
 
     @app.get("/v1/models", response_model=ModelList, responses=errors(401, 403), tags=["models"])
     async def models() -> Response:

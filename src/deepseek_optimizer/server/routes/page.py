@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ..http.page_files import HEADERS, PageFile
+from ..http.page_files import HEADERS, PageFile, missing_libraries
 from ..http.problems import ApiError
 
 INDEX = "index.html"
+logger = logging.getLogger("deepseek_optimizer.server")
 
 
 def paths(files: dict[str, PageFile]) -> dict[str, PageFile]:
@@ -20,6 +22,12 @@ def paths(files: dict[str, PageFile]) -> dict[str, PageFile]:
 
 
 def add(app: FastAPI, files: dict[str, PageFile]) -> None:
+    if missing := missing_libraries(files):
+        logger.warning(
+            "the chat page shows answers as plain text: this installation was built without %s; build it again with npm "
+            "and a network, or run build_tools/page_assets.py in the source tree",
+            ", ".join(missing),
+        )
     if INDEX not in files:
 
         @app.get("/", include_in_schema=False)

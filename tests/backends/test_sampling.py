@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from deepseek_optimizer.backends.sampling import draw, filtered, largest_tokens, log_probability, uniform
 from deepseek_optimizer.engine.request import SamplingParams
-from deepseek_optimizer.engine.sampling.distribution import draw, filtered, largest_tokens, log_probability, uniform
 
 SETTINGS = [
     {"top_k": 1}, {"top_k": 5}, {"top_k": 700}, {"top_k": 10**6}, {"top_p": 0.9}, {"top_p": 0.01}, {"top_p": 0.999},

@@ -1,23 +1,72 @@
-"""The distribution that a request's next token is drawn from, out of logits. No torch: a vocabulary a row is too little for it.
+"""How a token is chosen from a row of logits, in numpy: the definition that every backend's `Plan.choose_tokens` follows.
 
-The filters are Transformers' own (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`, `MinPLogitsWarper`), in
-that order. Sorting a vocabulary takes longer than the rest of a small model's step, so only tokens that a filter can let
-through are ever sorted.
+The filters are those of Transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`, `MinPLogitsWarper`),
+in that order. Sorting a whole vocabulary takes longer than the rest of a small model's step, so only tokens that can pass the
+filters are sorted. No torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..request import SamplingParams
-
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+NOT_FINITE = -1  # in place of a token: the row's largest logit is NaN or infinite
 _LANES = 64  # rows that a vocabulary is folded into, to look at its maxima and sums first
+
+
+class Filters(Protocol):
+    """Temperature (above 0) and the filters; the defaults of `TokenChoice` filter nothing."""
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def min_p(self) -> float: ...
+
+
+class TokenChoice(NamedTuple):
+    """How one row's token is chosen.
+
+    Attributes:
+        temperature: 0: the largest logit, the first of equals; the other fields are not read then.
+        top_k: 0: all. top_p in (0, 1]. min_p in [0, 1]: of the likeliest token's probability.
+        u: a number from [0, 1) that selects the token of the filtered distribution, see `draw`.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    u: float = 0.0
+
+
+GREEDY = TokenChoice()
+
+
+def choose_token(logits: Floats, choice: TokenChoice) -> int:
+    """The token that `choice` takes from float32 logits [V]; NOT_FINITE where they are not all numbers."""
+    token = int(logits.argmax())
+    if not np.isfinite(logits[token]):
+        return NOT_FINITE
+    return token if choice.temperature == 0 else draw(logits, choice, choice.u)
+
+
+def choose_tokens(logits: Floats, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+    """`choose_token` of each row of float32 logits [R, V]; None where its choice is None."""
+    return [None if choice is None else choose_token(row, choice) for row, choice in zip(logits, choices, strict=True)]
 
 
 def uniform(seed: int, place: int) -> float:
@@ -26,7 +75,7 @@ def uniform(seed: int, place: int) -> float:
     return float(int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def draw(logits: Floats, sampling: SamplingParams, u: float) -> int:
+def draw(logits: Floats, sampling: Filters, u: float) -> int:
     """A token from the filtered distribution.
 
     Args:
@@ -40,7 +89,7 @@ def draw(logits: Floats, sampling: SamplingParams, u: float) -> int:
     return _drawn_of_all(scaled, u)
 
 
-def filtered(scaled: Floats, sampling: SamplingParams) -> tuple[Ints, Floats]:
+def filtered(scaled: Floats, sampling: Filters) -> tuple[Ints, Floats]:
     """What the filters let through: tokens, likeliest first (of equals the lower number), and their weights [n]: not divided by
     their sum.
 
@@ -60,7 +109,7 @@ def filtered(scaled: Floats, sampling: SamplingParams) -> tuple[Ints, Floats]:
     return tokens, weights
 
 
-def _candidates(scaled: Floats, sampling: SamplingParams) -> Ints:
+def _candidates(scaled: Floats, sampling: Filters) -> Ints:
     """Tokens that may pass, sorted; no more than `top_k` where that is given."""
     largest = scaled.max()
     least = -np.inf

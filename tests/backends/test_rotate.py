@@ -85,7 +85,7 @@ def test_the_reference_turns_keys_and_nothing_else(shape: str, kind: str) -> Non
     spec, rotation = SHAPES[shape]
     store, before = filled(spec, kind)
     others = [t[[0, 2, 3, 5]].clone() for t in store._data]
-    store.turn(rotation, TABLE, TOKENS, START, -96)
+    store.rotate(rotation, TABLE, TOKENS, START, -96)
     after = rows_of(store, spec)
     each = len(before) // spec.layers
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -124,7 +124,7 @@ def test_native_stores_equal_the_reference(case: str, kind: str, backend: str) -
                 twin.write_index(layer, table, 0, value)
         else:
             twin.write(layer, table, 0, key.transpose(0, 1), value.transpose(0, 1))
-    twin.turn(key_rotation(graph), np.array([3, 4], np.int32), 54, 96, -64)
+    twin.rotate(key_rotation(graph), np.array([3, 4], np.int32), 54, 96, -64)
     for layer in range(3):
         for ours, theirs in zip(
             arena.store.read(layer, sequence.table(), 86), twin.read(layer, np.array([0, 3, 4], np.int32), 86), strict=True
@@ -148,11 +148,11 @@ def test_what_cannot_be_turned_changes_nothing(what: str) -> None:
     spec, rotation = SHAPES["heads"]
     store, before = filled(spec, "bf16")
     with pytest.raises((ValueError, BackendError)):
-        store.turn(rotation, *BAD[what])
+        store.rotate(rotation, *BAD[what])
     assert all(torch.equal(a, b) for a, b in zip(before, rows_of(store, spec), strict=True))
     if not cpu.unavailable_reason():
         with pytest.raises(ValueError):
-            CpuStore(native.shared_context(None, None), spec, "bf16", 8).turn(rotation, *BAD[what])
+            CpuStore(native.shared_context(None, None), spec, "bf16", 8).rotate(rotation, *BAD[what])
 
 
 def test_dynamic_frequencies_are_refused_where_they_may_have_changed() -> None:
@@ -163,15 +163,15 @@ def test_dynamic_frequencies_are_refused_where_they_may_have_changed() -> None:
     dynamic = KeyRotation(FREQUENCIES, rotation.key, context=4096)
     for store in stores:
         with pytest.raises(UnsupportedRequestError, match="at most 4096"):
-            store.turn(dynamic, TABLE, 75, 4096 - 74, -32)
-        store.turn(dynamic, TABLE, 75, 4096 - 75, -32)
+            store.rotate(dynamic, TABLE, 75, 4096 - 74, -32)
+        store.rotate(dynamic, TABLE, 75, 4096 - 75, -32)
 
 
 def test_a_rotation_of_another_cache_is_refused() -> None:
     spec, rotation = SHAPES["heads"]
     latent, _ = SHAPES["indexer"]
     with pytest.raises(ValueError, match="indexer"):
-        filled(latent, "fp32")[0].turn(rotation, TABLE, 75, 100, -1)
+        filled(latent, "fp32")[0].rotate(rotation, TABLE, 75, 100, -1)
     if cpu.unavailable_reason():
         pytest.skip("no native build")
     store = CpuStore(native.shared_context(None, None), spec, "fp32", 8)
@@ -181,7 +181,7 @@ def test_a_rotation_of_another_cache_is_refused() -> None:
         (KeyRotation(FREQUENCIES, Pairs(12, 2, False)), "of 12 cannot turn"),
     ):
         with pytest.raises(ValueError, match=words):
-            store.turn(wrong, TABLE, 75, 100, -1)
+            store.rotate(wrong, TABLE, 75, 100, -1)
 
 
 def drift(backend: str, kind: str) -> list[float]:
@@ -195,7 +195,7 @@ def drift(backend: str, kind: str) -> list[float]:
     table, errors = np.array([0, 1], np.int32), []
     run_step(plan, store, [Part(SequenceBlocks(manager), ids, positions=list(range(1000, 1064)))])
     for turns in range(1, 9):
-        store.turn(key_rotation(graph), table, 64, 1000 - 64 * (turns - 1), -64)
+        store.rotate(key_rotation(graph), table, 64, 1000 - 64 * (turns - 1), -64)
         start = 1000 - 64 * turns
         run_step(plan, exact, [Part(SequenceBlocks(Arena(exact, 3).manager), ids, positions=list(range(start, start + 64)))])
         ours, right = store.read(0, table, 64)[0], exact.read(0, table, 64)[0]

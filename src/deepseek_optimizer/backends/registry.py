@@ -1,0 +1,159 @@
+"""Which backend runs a model.
+
+A backend is registered as an entry point of the group "deepseek_optimizer.backends" whose value names a `BackendSpec`, so that
+a package outside this one can add a backend: see `system/backend_entries.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import BackendError, DeepSeekOptimizerError
+from ..system.backend_entries import AUTO, entry_of, names, package_of
+from .base import Backend, Sizes
+
+if TYPE_CHECKING:
+    import torch
+
+FALLBACK = 0  # priority of a backend that is only meant for where no other can run
+
+
+class BackendSettings(Protocol):
+    """The settings that choose and configure a backend; `DeepSeekConfig` has them.
+
+    Attributes:
+        backend: a registered name, or "auto": the best one that can run on the model's device.
+        isa, threads: see `DeepSeekConfig`; None: the backend decides.
+    """
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def isa(self) -> str | None: ...
+
+    @property
+    def threads(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """A backend before it is created; what an entry point names.
+
+    Attributes:
+        name: as in `DeepSeekConfig(backend=name)`; the entry point has the same name.
+        create: the backend for a device and settings. Raises BackendError where it cannot run.
+        sizes: what it would allocate. Raises BackendError where that cannot be known.
+        unavailable_reason: why "auto" must not choose it here, with the remedy; None: it can run.
+        device_types: torch's names of the kinds of devices that it runs on; None: all of them.
+        priority: "auto" chooses the highest among the available ones that run on the device. The native CPU backend has 100,
+            the reference backend FALLBACK.
+    """
+
+    name: str
+    create: Callable[[torch.device, BackendSettings], Backend]
+    sizes: Callable[[], Sizes]
+    unavailable_reason: Callable[[BackendSettings], str | None] = lambda settings: None
+    device_types: tuple[str, ...] | None = None
+    priority: int = 50
+
+    def runs_on(self, device_type: str) -> bool:
+        return self.device_types is None or device_type in self.device_types
+
+
+def find(name: str) -> BackendSpec:
+    """The backend called `name`.
+
+    Raises:
+        BackendError: there is none, or its package does not load.
+    """
+    entry = entry_of(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BackendError(
+            f"there is no backend {name!r}{hint} (registered: {', '.join(names())}); install the package that provides it, or "
+            'use backend="auto"'
+        )
+    try:
+        spec = entry.load()
+    except Exception as error:  # whatever a foreign package raises at import
+        raise _broken(entry, f"cannot be loaded ({type(error).__name__}: {error})") from error
+    if not isinstance(spec, BackendSpec) or spec.name != name:
+        raise _broken(entry, f"is registered as {entry.value}, which is not a BackendSpec of that name")
+    return spec
+
+
+def runs_on(name: str, device_type: str) -> bool:
+    """Whether `DeepSeekConfig(backend=name)` can run a model on such a device; "auto" always can."""
+    return name == AUTO or find(name).runs_on(device_type)
+
+
+def is_fallback(name: str) -> bool:
+    """Whether the backend called `name` is only meant for where no other can run: plain torch, much slower."""
+    return find(name).priority == FALLBACK
+
+
+def choose_spec(settings: BackendSettings, device: torch.device) -> tuple[BackendSpec, str | None]:
+    """The backend for a model on `device`, and why it may not be the one that the user expects; None: it is.
+
+    Raises:
+        BackendError: the settings name a backend that is not registered, does not load, or does not run on such a device.
+    """
+    if settings.backend != AUTO:
+        spec = find(settings.backend)
+        if not spec.runs_on(device.type):
+            target = (spec.device_types or ("cpu",))[0]
+            raise BackendError(f"the {spec.name} backend cannot run a model on {device}; move it with model.to({target!r})")
+        return spec, None
+    notes, missing = [], None
+    candidates = []
+    for name in names():
+        try:
+            candidates.append(find(name))
+        except BackendError as error:
+            notes.append(f"not considered: {error}")
+    for spec in sorted(candidates, key=lambda spec: -spec.priority):
+        if not spec.runs_on(device.type):
+            continue
+        reason = spec.unavailable_reason(settings)
+        if reason is not None:
+            missing = missing or (spec, reason)
+            continue
+        if missing is not None:
+            slower = "much slower" if spec.priority == FALLBACK else "slower"
+            notes.insert(0, f"the {spec.name} backend serves, {slower} than the {missing[0].name} backend: {missing[1]}")
+        elif spec.priority == FALLBACK and device.type != "cpu":
+            notes.insert(0, f"the model is on {device}, where the {spec.name} backend serves")
+        return spec, "; ".join(notes) or None
+    raise BackendError(f"no registered backend runs a model on {device} (registered: {', '.join(names())}); move it to the CPU")
+
+
+def choose_backend(settings: BackendSettings, device: torch.device) -> tuple[Backend, str | None]:
+    """The backend for a model on `device`, created, and what the user should know of the choice; None: nothing.
+
+    Raises:
+        BackendError: see `choose_spec`; or the backend cannot run here.
+        ConfigError: a setting that it reads has no meaning.
+    """
+    spec, note = choose_spec(settings, device)
+    try:
+        backend = spec.create(device, settings)
+    except (DeepSeekOptimizerError, MemoryError):
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"the {spec.name} backend cannot be created ({type(error).__name__}: {error}); use another backend, or report this "
+            "to the package that provides it"
+        ) from error
+    return backend, note or backend.note
+
+
+def _broken(entry: EntryPoint, what: str) -> BackendError:
+    return BackendError(
+        f'the backend {entry.name!r}{package_of(entry)} {what}; reinstall or uninstall its package, or use backend="reference"'
+    )

@@ -1,0 +1,60 @@
+// Versions of a message. A conversation's `messages` are the branch that is shown; `others` are the tails of those that are not:
+// [{parent, messages}], where `parent` is the id of the message before the tail, or null at the start.
+
+const parentOf = ({ messages }, index) => messages[index - 1]?.id ?? null;
+const versionOf = (message) => message.version ?? 0;
+const indexOf = ({ messages }, id) => messages.findIndex((message) => message.id === id);
+
+/** The messages at a place of the shown branch, the shown one among them, oldest first. */
+function versionsAt(conversation, index) {
+  const parent = parentOf(conversation, index);
+  const aside = conversation.others.filter((tail) => tail.parent === parent).map(({ messages }) => messages[0]);
+  const shown = conversation.messages[index];
+  return [...aside, ...(shown ? [shown] : [])].sort((a, b) => versionOf(a) - versionOf(b));
+}
+
+/** Adds a message at the end, as the newest of the versions at its place. */
+export function append(conversation, message) {
+  const earlier = versionsAt(conversation, conversation.messages.length);
+  if (earlier.length) message.version = versionOf(earlier[earlier.length - 1]) + 1;
+  conversation.messages.push(message);
+}
+
+/** Takes a message and what follows it out of view; the next message that is added becomes another version of it. */
+export function setAside(conversation, id) {
+  const index = indexOf(conversation, id);
+  if (index >= 0) conversation.others.push({ parent: parentOf(conversation, index), messages: conversation.messages.splice(index) });
+}
+
+/** Removes a message and what follows it, with all their versions but those of the message itself. */
+export function remove(conversation, id) {
+  const index = indexOf(conversation, id);
+  if (index < 0) return;
+  const removed = new Set(conversation.messages.splice(index).map((message) => message.id));
+  let tails = conversation.others;
+  for (let before = -1; before !== removed.size; ) {
+    before = removed.size;
+    for (const { parent, messages } of tails) if (removed.has(parent)) for (const message of messages) removed.add(message.id);
+    tails = tails.filter(({ parent }) => !removed.has(parent));
+  }
+  conversation.others = tails;
+}
+
+/** {number, count}: which version of a message is shown, from 1, and how many there are. */
+export function versionShown(conversation, message) {
+  const versions = versionsAt(conversation, conversation.messages.indexOf(message));
+  return { number: versions.indexOf(message) + 1, count: versions.length };
+}
+
+/** Shows the version that is `step` further, with what followed it; whether there is one. */
+export function showVersion(conversation, id, step) {
+  const index = indexOf(conversation, id);
+  const versions = versionsAt(conversation, index);
+  const target = versions[versions.findIndex((message) => message.id === id) + step];
+  if (!target) return false;
+  setAside(conversation, id);
+  const tail = conversation.others.find(({ messages }) => messages[0] === target);
+  conversation.others = conversation.others.filter((one) => one !== tail);
+  conversation.messages.push(...tail.messages);
+  return true;
+}

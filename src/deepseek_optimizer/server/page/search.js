@@ -1,0 +1,34 @@
+// Finds conversations by their titles and messages.
+
+const BEFORE = 24; // characters of a message that are shown before what was found
+const AFTER = 80;
+
+/**
+ * [{conversation, excerpt}], of those that contain the text; `excerpt`: [before, found, after] of a message, or null where the title
+ * has it.
+ */
+export function search(conversations, query) {
+  const wanted = query.trim().toLowerCase();
+  const found = [];
+  for (const conversation of conversations) {
+    if (!wanted) found.push({ conversation, excerpt: null });
+    else {
+      const inTitle = conversation.title.toLowerCase().includes(wanted);
+      const excerpt = inTitle ? null : excerptOf(conversation, wanted);
+      if (inTitle || excerpt) found.push({ conversation, excerpt });
+    }
+  }
+  return found;
+}
+
+function excerptOf({ messages }, wanted) {
+  for (const { content } of messages) {
+    const at = content.toLowerCase().indexOf(wanted);
+    if (at < 0) continue;
+    const end = at + wanted.length;
+    const from = Math.max(0, at - BEFORE);
+    const before = (from ? '…' : '') + content.slice(from, at);
+    return [before, content.slice(at, end), content.slice(end, end + AFTER)].map((text) => text.replace(/\s+/g, ' '));
+  }
+  return null;
+}

@@ -1,0 +1,281 @@
+"""Every registered backend keeps the whole contract of `backends/base.py`, on the CPU; and nothing asks for one by name.
+
+A package that adds a backend runs this file too: its backend is registered, so it is among the parameters.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import deepseek_optimizer
+from deepseek_optimizer.backends import registry
+from deepseek_optimizer.backends.base import DECODE, PHASES, PREFILL, CompileOptions, check_supported
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.backends.reference.plan import choose_on_device
+from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, TokenChoice, choose_tokens
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
+from deepseek_optimizer.models import build_graph
+from deepseek_optimizer.quant import FORMATS, PackedMatrix, reference_packer, unpack
+from deepseek_optimizer.system.backend_entries import BUILT_IN, names
+from support.models import assert_close_rows, llama, random_ids, random_model, weights_of
+from support.steps import runner
+
+from .cpu.packing import dequantised, packed_weights
+
+CPU = torch.device("cpu")
+# What the arithmetic may cost against the same values in fp32, of a row's largest logit.
+FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int4": 6e-2, "fp8": 2e-2}
+KV_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
+MODES = {
+    "flash": AttentionMode(),
+    "eager": AttentionMode(),
+    "sliding": AttentionMode("sliding", window=40, sinks=4),
+    "sparse": AttentionMode("sparse", window=32, sinks=4, budget=160),
+}
+CHOICES = [GREEDY, None, TokenChoice(1.0, u=0.3), TokenChoice(0.7, top_k=5, top_p=0.9, min_p=0.01, u=0.99), GREEDY]
+
+
+def settings(name: str) -> SimpleNamespace:
+    return SimpleNamespace(backend=name, isa=None, threads=2)
+
+
+@pytest.fixture(params=names())
+def spec(request):
+    found = registry.find(request.param)
+    if not found.runs_on("cpu"):
+        pytest.skip(f"the {found.name} backend does not run on the CPU")
+    if (reason := found.unavailable_reason(settings(found.name))) is not None:
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture
+def backend(spec):
+    return spec.create(CPU, settings(spec.name))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(llama(num_hidden_layers=2))
+
+
+def graph_of(model, mode="flash"):
+    names = [name for name in rules.RULES if name != "attention_softmax"] if mode == "eager" else None
+    return apply_mode(rules.apply(build_graph(model.config), names)[0], MODES[mode])[0]
+
+
+def test_capabilities(spec, backend):
+    able = backend.capabilities
+    assert able.name == backend.name == spec.name and able.device_type == backend.device.type == "cpu"
+    assert able.phases and set(able.phases) <= set(PHASES)
+    assert able.weight_formats and set(able.weight_formats) <= FORMATS.keys()
+    assert able.kv_dtypes and set(able.kv_dtypes) <= KV_TOLERANCE.keys()
+    assert able.attention_modes and set(able.attention_modes) <= MODES.keys()
+    assert "auto" in able.activations
+    assert backend.isa in able.isas if able.isas else backend.isa is None
+    assert backend.threads is None or backend.threads >= 1
+    assert backend.detail and (backend.note is None or backend.note)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_weight_formats(backend, model, format_name):
+    """Each that is named packs as the definition does, and compiles to what the reference computes of the same values."""
+    able = backend.capabilities
+    if format_name not in able.weight_formats:
+        pytest.skip("not among its formats")
+    graph, weights = graph_of(model), packed_weights(weights_of(model), format_name)
+    ids = random_ids(model.config, 40)
+    expected = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+    made = runner(backend, graph, weights)
+    for phase, name in ((DECODE, "decode"), (PREFILL, "prefill")):
+        if name in able.phases:
+            assert_close_rows(made.logits(ids, phase=phase), expected, FORMAT_TOLERANCE[format_name])
+    weight = weights_of(model)["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(backend.pack(weight, format_name), reference_packer(weight, format_name))
+
+
+def test_kv_dtypes_and_modes(backend, model):
+    able, ids = backend.capabilities, random_ids(model.config, 260)
+    weights = packed_weights(weights_of(model), "fp32")
+    for mode in able.attention_modes:
+        graph = graph_of(model, mode)
+        expected = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+        assert_close_rows(runner(backend, graph, weights).logits(ids, chunks=(100,)), expected)
+    graph = graph_of(model)
+    exact = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+    for kv in able.kv_dtypes:
+        assert_close_rows(runner(backend, graph, weights, kv=kv).logits(ids), exact, KV_TOLERANCE[kv])
+
+
+def test_activations_that_are_named_make_a_difference(backend, model):
+    if backend.capabilities.activations == ("auto",):
+        pytest.skip("it has one kind of activation")
+    graph, weights, ids = graph_of(model), packed_weights(weights_of(model), "int8"), random_ids(model.config, 20)
+    made = {
+        name: runner(backend, graph, weights, options=CompileOptions(activation=name)).logits(ids)
+        for name in backend.capabilities.activations
+    }
+    assert any(not torch.equal(made["auto"], other) for other in made.values())
+
+
+def test_sizes(spec, backend, model):
+    """What it would allocate is known before it is created, and is what it then allocates."""
+    graph, sizes = graph_of(model), spec.sizes()
+    weights = packed_weights(weights_of(model), backend.capabilities.weight_formats[0])
+    formats = {name: w.format for name, w in weights.items() if isinstance(w, PackedMatrix)}
+    for kv in backend.capabilities.kv_dtypes:
+        store = backend.new_store(graph, kv, 3)
+        assert sizes.block_bytes(graph, kv) == backend.block_bytes(graph, kv) == store.block_bytes > 0
+        assert store.num_blocks == 3
+    plan = backend.compile(graph, weights)
+    plan.reserve(64, 4)
+    foretold = sizes.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
+    assert foretold == backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
+    logits = 4 * (model.config.vocab_size * 4 + 64)
+    assert 0 < plan.buffer_bytes(64, 4) <= foretold <= plan.buffer_bytes(64, 4) + logits
+    assert backend.free_memory().free > 0
+
+
+def test_blocks_can_be_saved(backend, model):
+    weights = packed_weights(weights_of(model), backend.capabilities.weight_formats[0])
+    made = runner(backend, graph_of(model), weights, blocks=4)
+    made.logits(random_ids(model.config, 30))
+    data = made.store.read_block(0)
+    assert len(data) == made.store.saved_bytes
+    made.store.write_block(1, data)
+    table = [np.array([block], np.int32) for block in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*(made.store.read(0, t, 30) for t in table), strict=True))
+    with pytest.raises(ValueError):
+        made.store.write_block(1, data[1:])
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_products_of_packed_matrices(backend, format_name):
+    """Against float64 over the dequantised weights, within the format's bound."""
+    if format_name not in backend.capabilities.weight_formats:
+        pytest.skip("not among its formats")
+    torch.manual_seed(1)
+    matrix = PackedMatrix(format_name, 200, 72, backend.pack(torch.randn(200, 72), format_name))
+    dense, x, grad, bias = unpack(matrix), torch.randn(2, 5, 72), torch.randn(3, 200), torch.randn(200)
+    assert torch.equal(backend.unpack(matrix), dense) and torch.equal(backend.unpack(matrix, 48, 131), dense[48:131])
+    made, exact = backend.linear(x, matrix, bias), x.double() @ dense.double().T + bias.double()
+    assert made.dtype == torch.float32 and made.shape == (2, 5, 200)
+    assert_close_rows(made.flatten(0, 1).double(), exact.flatten(0, 1), FORMAT_TOLERANCE[format_name])
+    made = backend.linear_gradient(grad, matrix)
+    assert made.dtype == torch.float32
+    assert_close_rows(made.double(), grad.double() @ dense.double(), 1e-5)
+
+
+def logits_with_ties() -> torch.Tensor:
+    logits = torch.randn(len(CHOICES), 500, generator=torch.Generator().manual_seed(3))
+    logits[0, [17, 400]] = 9.0
+    logits[4, 3] = float("nan")
+    return logits
+
+
+def test_tokens_are_chosen_as_defined(backend, model):
+    plan = backend.compile(graph_of(model), packed_weights(weights_of(model), backend.capabilities.weight_formats[0]))
+    assert plan.device == backend.device
+    logits = logits_with_ties()
+    before = logits.clone()
+    chosen = plan.choose_tokens(logits, CHOICES)
+    assert chosen == choose_tokens(logits.numpy(), CHOICES)
+    assert chosen[0] == 17 and chosen[1] is None and chosen[4] == NOT_FINITE and all(type(t) is int for t in chosen[2:])
+    assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_the_reference_chooses_the_same_on_a_device():
+    logits = logits_with_ties()
+    assert choose_on_device(logits, CHOICES) == choose_tokens(logits.numpy(), CHOICES)
+
+
+def test_files_are_mapped_or_refused(backend, tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(200)))
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not backend.maps_files:
+            with pytest.raises(BackendError, match="weights"):
+                backend.map_file(file.fileno(), status.st_size, status.st_mtime_ns, path)
+            return
+        mapping = backend.map_file(file.fileno(), status.st_size, status.st_mtime_ns, path)
+    tensor = torch.frombuffer(mapping, dtype=torch.uint8)
+    assert tensor.tolist() == list(range(200)) and mapping.replaced() is None
+    backend.check_tensor(tensor)
+    backend.check_tensor(torch.zeros(3))
+    path.unlink()
+    assert mapping.replaced() == path
+
+
+def test_torch_has_its_threads_back(backend):
+    before = torch.get_num_threads()
+    with backend.thread_context():
+        assert 1 <= torch.get_num_threads() <= before
+    assert torch.get_num_threads() == before
+
+
+def test_what_is_not_supported_is_named():
+    able = ReferenceBackend().capabilities
+    check_supported(able, ["int8", "fp32"], "bf16", "flash")
+    for asked, said in (
+        ((["int3"], "bf16", "flash"), "weight format 'int3'; choose precision among"),
+        ((["int8"], "int4", "flash"), "KV cache dtype 'int4'; choose kv_cache among"),
+        ((["int8"], "bf16", "local"), "attention mode 'local'; choose attention_optimization among"),
+    ):
+        with pytest.raises(BackendError, match=f"the reference backend does not support {said}"):
+            check_supported(able, *asked)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['runtime.backend.name == "cpu"', 'config.backend != "reference"', '"cpu" != self.name', 'getattr(backend, "pack", None)',
+     'hasattr(self.backend, "linear")'],
+)  # fmt: skip
+def test_what_the_search_finds(line):
+    (node,) = (n for n in ast.walk(ast.parse(line)) if isinstance(n, (ast.Compare, ast.Call)))
+    assert names_a_backend(node) if isinstance(node, ast.Compare) else asks_a_backend(node)
+    assert not names_a_backend(ast.parse('device.type == "cpu"', mode="eval").body)
+
+
+def sources():
+    for package in ("deepseek_optimizer", "deepseek_optimizer_cli"):
+        yield from sorted((Path(deepseek_optimizer.__file__).parents[1] / package).rglob("*.py"))
+
+
+def test_no_backend_is_asked_for_by_name():
+    """No comparison with a backend's name and no getattr of what the contract has, outside the backends' own folders."""
+    found, count = [], 0
+    for path in sources():
+        count += 1
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            place = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Compare) and names_a_backend(node):
+                found.append(f"{place}: {ast.unparse(node)}")
+            if isinstance(node, ast.Call) and asks_a_backend(node):
+                found.append(f"{place}: {ast.unparse(node)}")
+    assert count > 400 and not found, found
+
+
+def names_a_backend(node: ast.Compare) -> bool:
+    sides = [node.left, *node.comparators]
+    named = any(isinstance(side, ast.Constant) and side.value in BUILT_IN for side in sides)
+    return named and any(isinstance(s, ast.Attribute) and s.attr in ("name", "backend") or _called_backend(s) for s in sides)
+
+
+def asks_a_backend(node: ast.Call) -> bool:
+    function = node.func.id if isinstance(node.func, ast.Name) else ""
+    return function in ("getattr", "hasattr") and bool(node.args) and _called_backend(node.args[0])
+
+
+def _called_backend(node: ast.expr) -> bool:
+    name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return name in ("backend", "_backend", "plan", "_plan", "store")

@@ -1,0 +1,8 @@
+"""Puts the repository's root on the path, for `docs.generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))

@@ -1,0 +1,42 @@
+"""`HookedTrainer`: Trainer's private methods under public names."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from transformers import Trainer
+
+from deepseek_optimizer.integration.training.trainer import HookedTrainer, optimizer_names
+
+PRIVATE = sorted(name for name in vars(HookedTrainer) if name.startswith("_") and not name.startswith("__"))
+PUBLIC = sorted(name for name, value in vars(HookedTrainer).items() if inspect.isfunction(value) and name[0] != "_")
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_trainer_has_the_method(name):
+    assert inspect.isfunction(getattr(Trainer, name)), f"{name}: Trainer no longer calls it, so it has no effect"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_new(name):
+    assert not hasattr(Trainer, name)
+
+
+def test_each_private_method_calls_a_public_one_and_that_calls_trainers(monkeypatch):
+    """So a subclass that overrides the public method is called by Trainer, and its `super()` does what Trainer does."""
+    trainer = object.__new__(HookedTrainer)
+    reached = []
+    for name in PRIVATE:
+        monkeypatch.setattr(Trainer, name, lambda self, *args, _name=name, **kwargs: reached.append((_name, args, kwargs)))
+    for name in PRIVATE:
+        wanted = [p for p in inspect.signature(getattr(HookedTrainer, name)).parameters.values() if p.name != "self"]
+        args = [object() for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
+        getattr(trainer, name)(*args)
+        found, given, named = reached.pop()
+        assert found == name and [*given, *named.values()] == args
+    assert len(PUBLIC) == len(PRIVATE)
+
+
+def test_names_of_optimizers():
+    assert {"adamw_torch", "sgd"} <= set(optimizer_names())

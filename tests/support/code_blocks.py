@@ -1,0 +1,142 @@
+"""The code blocks of the documentation: found in Markdown, and run page by page as a reader would type them.
+
+A comment in front of a block says how it is run:
+
+    <!-- not tested: REASON -->     it cannot run here
+    <!-- tested: slow -->           it runs with the slow tests only
+    <!-- file: NAME -->             its text is written to that file
+    <!-- stdin: TEXT -->            what is typed into its command
+    <!-- training -->               a few steps are enough: `STEPS` are added to `dso train`
+    <!-- fixture: packed NAME -->   a packed model of that name is there before
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STEPS = ("--steps", "4", "--max-length", "256")
+ADDRESS = "127.0.0.1:8000"  # of the server in the documentation
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"<!-- ([^<>]*) -->\n\Z")
+
+
+@dataclass(frozen=True)
+class Block:
+    """`marks`: what the comments before it say, by their first words."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    marks: Mapping[str, str]
+
+    @property
+    def slow(self) -> bool:
+        return self.marks.get("tested") == "slow"
+
+    def commands(self) -> list[str]:
+        """Of a console block: the lines that begin with $, with those that continue them."""
+        joined = self.text.replace("\\\n", " ")
+        return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def blocks(path: Path, root: Path) -> list[Block]:
+    """Every fenced block of a page, in order."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for fence in _FENCE.finditer(text):
+        marks, before = {}, text[: fence.start()]
+        while comment := _COMMENT.search(before):
+            name, _, value = comment[1].partition(":")
+            marks[name.strip()] = value.strip()
+            before = before[: comment.start()]
+        line = text.count("\n", 0, fence.start()) + 1
+        found.append(Block(str(path.relative_to(root)), line, fence[1], fence[2], marks))
+    return found
+
+
+@dataclass
+class Session:
+    """One page's blocks share a folder, Python's names and a server.
+
+    Attributes:
+        folder: where commands run.
+        names: what stands in the text -> what is used instead, such as a hub name -> a path.
+        invoke: runs `dso` in this process: invoke(arguments, input) -> a result of typer's CliRunner.
+        serve: starts the server that a `dso serve` line describes, and returns its host and port.
+    """
+
+    folder: Path
+    names: Mapping[str, str]
+    invoke: Callable[[list[str], str | None], Any]
+    serve: Callable[[list[str]], str]
+    python: dict[str, Any] = field(default_factory=dict)
+    address: str = ADDRESS
+
+    def run(self, block: Block) -> None:
+        """Raises whatever the block does, or AssertionError where a command fails, with the place in the documentation."""
+        try:
+            with contextlib.chdir(self.folder) if hasattr(contextlib, "chdir") else _chdir(self.folder):
+                self._run(block)
+        except Exception as error:
+            raise AssertionError(f"{block.page}:{block.line}: {type(error).__name__}: {error}") from error
+
+    def _run(self, block: Block) -> None:
+        text = self._substituted(block.text)
+        if "file" in block.marks:
+            Path(block.marks["file"]).write_text(text, encoding="utf-8")
+        elif block.language == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(text, f"{block.page}:{block.line}", "exec"), self.python)
+        elif block.language == "console":
+            for command in block.commands():
+                self._command(command, block)
+
+    def _command(self, command: str, block: Block) -> None:
+        words = shlex.split(self._substituted(command))
+        if words[0] != "dso" or {"|", "&&", ";"} & set(words):
+            line = re.sub(r"^curl ", "curl --silent --fail-with-body ", self._substituted(command))
+            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, cwd=self.folder)
+            assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+            return
+        words, target = (words[:-2], words[-1]) if ">" in words else (words, None)
+        words, source = (words[:-2], words[-1]) if "<" in words else (words, None)
+        if words[1] == "serve":
+            self.address = self.serve(words[1:])
+            return
+        if "training" in block.marks:
+            words += STEPS
+        typed = f"{block.marks['stdin']}\n" if "stdin" in block.marks else None
+        result = self.invoke(words[1:], Path(source).read_text(encoding="utf-8") if source else typed)
+        assert result.exit_code in _codes(words), f"{command}: exit code {result.exit_code}\n{result.output[-2000:]}"
+        if target is not None:
+            Path(target).write_text(result.stdout, encoding="utf-8")
+
+    def _substituted(self, text: str) -> str:
+        for name, other in {**self.names, ADDRESS: self.address}.items():
+            text = text.replace(name, other)
+        return text
+
+
+def _codes(words: list[str]) -> tuple[int, ...]:
+    """The doctor's exit code is 1 where it finds something, which a model of random weights gives it."""
+    return (0, 1) if words[1] == "doctor" else (0,)
+
+
+@contextlib.contextmanager
+def _chdir(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
