@@ -129,9 +129,7 @@ class DeepSeekTrainingArguments(PlainArguments):
         if self.fp8_enabled and not self.bf16:
             raise ConfigError("fp8_enabled=True needs bf16=True: all else stays in bf16, with fp32 master weights")
         if self.fp8_enabled and self.optim != ADAMW_DEEPSEEK:
-            raise ConfigError(
-                f'fp8_enabled=True needs optim="{ADAMW_DEEPSEEK}", which keeps master weights; got {self.optim!r}'
-            )
+            raise ConfigError(f'fp8_enabled=True needs optim="{ADAMW_DEEPSEEK}", which has master weights; got {self.optim!r}')
         if self.optim_args and self.optim == ADAMW_DEEPSEEK:
             raise ConfigError(f'optim_args={self.optim_args!r} has no effect with optim="{ADAMW_DEEPSEEK}"; use the fields '
                               "optimizer_state and master_weights")  # fmt: skip

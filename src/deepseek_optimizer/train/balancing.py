@@ -117,9 +117,9 @@ class ExpertBalancing(TrainerCallback):
             if not router.training:
                 return None
             logits, weights, index = output
-            seen, real = self._loads[path], self._tokens.real
+            load, real = self._loads[path], self._tokens.real
             chosen = index if real is None or len(real) != len(index) else index[real]
-            seen.counts += chosen.flatten().bincount(minlength=len(seen.counts))
+            load.counts += chosen.flatten().bincount(minlength=len(load.counts))
             if not self.sequence_weight or not logits.requires_grad:
                 return None
             loss = sequence_loss(logits, index, self._tokens.text, real) * (self.sequence_weight * self._share)
@@ -149,12 +149,12 @@ class ExpertBalancing(TrainerCallback):
 
     def statistics(self) -> dict[str, float]:
         """The values to log, for the steps since the last call; empty if there were none."""
-        seen = [load for load in self._loads.values() if load.ratios]
-        if not seen:
+        loads = [load for load in self._loads.values() if load.ratios]
+        if not loads:
             return {}
-        ratios = {load.name: round(float(load.total.max() / load.total.mean()), 4) for load in seen}
-        batches = [sum(load.ratios) / len(load.ratios) for load in seen]
-        for load in seen:
+        ratios = {load.name: round(float(load.total.max() / load.total.mean()), 4) for load in loads}
+        batches = [sum(load.ratios) / len(load.ratios) for load in loads]
+        for load in loads:
             load.ratios.clear()
             load.total.zero_()
         return {"expert_load": max(ratios.values()), "expert_load_batch": round(max(batches), 4), **ratios}

@@ -61,7 +61,7 @@ def plan_disk(
         adapter: an adapter is trained.
         merge: the whole model is saved as well, with the adapter merged into it.
     """
-    trained = memory.gradients if adapter else memory.weights  # as many bytes as the trained weights
+    trained = memory.gradients if adapter else memory.weights  # gradients take as many bytes as the trained weights
     state = 0 if args.save_only_model else memory.masters + memory.moments
     saves = _saves(args, steps)
     # A new checkpoint is written before an old one is removed; the newest and the best are never removed.

@@ -32,7 +32,9 @@ def load_whole(source: Path, dtype: torch.dtype) -> Any:
     if missing:
         what = "is missing from the checkpoint" if info["missing_keys"] else "does not have the shape that the config requires"
         more = f", and so are {len(missing) - 1:,} others" if len(missing) > 1 and info["missing_keys"] else ""
-        message = f"{what}{more}; training would start from random weights, so download the checkpoint again"
+        message = (
+            f"{what}{more}, so training would start from random weights; check config.json, or download the checkpoint again"
+        )
         raise CheckpointError(message, file=source, tensor=missing[0])
     return model
 

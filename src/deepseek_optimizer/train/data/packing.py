@@ -20,7 +20,7 @@ from .store import IGNORED
 
 def best_fit(lengths: Sequence[int] | np.ndarray, row: int) -> list[list[int]]:
     """Assigns documents to rows with best fit decreasing: from the longest to the shortest, each to the row where it leaves the
-    least free space. Needs at most 11/9 of the optimal number of rows plus 1 (Johnson 1973). Deterministic.
+    least free space. Needs at most 11/9 of the optimal number of rows plus 1 (Johnson 1973). The result is deterministic.
 
     Args:
         lengths: tokens of each document.

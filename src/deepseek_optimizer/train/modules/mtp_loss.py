@@ -51,7 +51,7 @@ class MtpObjective:
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self._seen: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []
 
     def __call__(
         self,
@@ -69,7 +69,7 @@ class MtpObjective:
         """
         where = {name: inputs.get(name) for name in ("attention_mask", "position_ids")}
         loss = mtp_loss(model, hidden, input_ids, labels, num_items=num_items, **where)
-        self._seen.append(loss.detach())
+        self._losses.append(loss.detach())
         return self.weight * loss
 
     def mean(self, steps: int) -> float | None:
@@ -80,8 +80,8 @@ class MtpObjective:
         Args:
             steps: number of steps since the last call.
         """
-        seen, self._seen = self._seen, []
-        return float(torch.stack(seen).sum()) / steps if seen and steps else None
+        losses, self._losses = self._losses, []
+        return float(torch.stack(losses).sum()) / steps if losses and steps else None
 
 
 def labels_ahead(labels: torch.Tensor, ahead: int, position_ids: torch.Tensor | None = None) -> torch.Tensor:
