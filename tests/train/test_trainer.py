@@ -84,8 +84,8 @@ def test_accumulation_adds_up_in_fp32(tmp_path):
             random_model(llama()), tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, max_steps=4
         )
         seen = []
-        trainer._stepped, after = lambda t=trainer, s=seen: s.append(_sums(t)), trainer._stepped
-        trainer._stepped = lambda a=after, t=trainer, s=seen: (s.append(_sums(t)), a())
+        trainer._after_optimizer_step, after = lambda t=trainer, s=seen: s.append(_sums(t)), trainer._after_optimizer_step
+        trainer._after_optimizer_step = lambda a=after, t=trainer, s=seen: (s.append(_sums(t)), a())
         trainer.train()
         assert seen[0] == (steps > 1)
         assert not hasattr(next(trainer.model.parameters()), "main_grad")
@@ -180,8 +180,8 @@ def test_skipped_steps_change_nothing_and_are_counted(tmp_path, optim, steps):
     )
     trainer = make_trainer(_spoilt_model(), tmp_path, logging_nan_inf_filter=False, **data)
     weights = []
-    after = trainer._stepped
-    trainer._stepped = lambda: (weights.append(trainer.model.lm_head.weight.detach().clone()), after())
+    after = trainer._after_optimizer_step
+    trainer._after_optimizer_step = lambda: (weights.append(trainer.model.lm_head.weight.detach().clone()), after())
     if steps == 1:
         trainer.args.max_steps = 7
     with pytest.warns(OptimizerWarning, match="was skipped"):
