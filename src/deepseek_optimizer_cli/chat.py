@@ -154,7 +154,7 @@ class _Loop:
             self.last = self.conversation.say(text, write_now, stop)
         write_now("\n")
         if self.last.dropped_messages:
-            self._note(f"(context full: the {self.last.dropped_messages} oldest messages were left out)")
+            self._note(f"(context full: the {self.last.dropped_messages} oldest messages were dropped)")
         if self.last.finish_reason == "length":
             self._note("(answer truncated at --max-new-tokens or the end of the context)")
         elif self.last.finish_reason == "content_filter":

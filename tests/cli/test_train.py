@@ -171,13 +171,13 @@ def test_flags_go_before_the_file(dso, chats, tiny_model, tmp_path):
         (("--data", "CHATS", "--lr", "nan"), "learning_rate must be a finite number"),
         (("--data", "CHATS", "--epochs", "nan"), "num_train_epochs must be a finite number"),
         (("--data", "CHATS", "--epochs", "0"), "num_train_epochs=0 trains nothing"),
-        (("--data", "CHATS", "--eval-fraction", "0.1", "--eval-data", "CHATS"), "give one of them"),
-        (("--data", "CHATS", "--set", "fp8_enabled=true", "--set", "fp8_backend=hardware"), "is not possible here"),
+        (("--data", "CHATS", "--eval-fraction", "0.1", "--eval-data", "CHATS"), "set only one of them"),
+        (("--data", "CHATS", "--set", "fp8_enabled=true", "--set", "fp8_backend=hardware"), "is not available"),
         (("--data", "CHATS", "--set", "fp16=true"), "fp16=True"),
         (("--data", "CHATS", "--optimizer-state", "int2"), "arguments.optimizer_state"),
-        (("--data", "CHATS", "--max-length", "8"), "more than the 8 that a sequence may have"),
-        (("--data", "BROKEN"), "line 2: is not JSON"),
-        (("--data", "CUT"), "string starting at character 10. Mend the data, or set skip_bad_lines=True"),
+        (("--data", "CHATS", "--max-length", "8"), "more than the maximum of 8"),
+        (("--data", "BROKEN"), "line 2: is not valid JSON"),
+        (("--data", "CUT"), "string starting at character 10. Fix the data, or set skip_bad_lines=True"),
         (("--data", "ODD"), "line 1, messages: must be a list of at least one message; "),
         (("--data", "EMPTY"), "is empty"),
         (("NOCONFIG.yaml",), "cannot be read: No such file"),
@@ -200,8 +200,8 @@ def test_a_directory_of_something_else_is_left_alone(train, chats, tmp_path):
     (tmp_path / "out" / "model.safetensors").write_bytes(b"theirs")
     for flags in ((), ("--resume",)):
         result = train("--data", chats, *flags)
-        assert result.exit_code == 2 and "out exists and is not empty; name another directory\n" in result.stderr
-    assert "is a file; name another" in train("--data", chats, out=chats).stderr
+        assert result.exit_code == 2 and "out exists and is not empty; choose another directory\n" in result.stderr
+    assert "is a file; choose another" in train("--data", chats, out=chats).stderr
 
 
 def test_a_second_run_is_refused_before_the_model_loads(train, chats, tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_a_second_run_is_refused_before_the_model_loads(train, chats, tmp_path, 
     monkeypatch.setattr(directory, "LOCK_WAIT", 0.1)
     with directory.locked(tmp_path / "out"):
         result = train("--data", chats)
-        assert result.exit_code == 2 and "another run trains into this directory" in result.stderr, result.output
+        assert result.exit_code == 2 and "another run is training into this directory" in result.stderr, result.output
         assert [path.name for path in (tmp_path / "out").iterdir()] == [directory.LOCK]
 
 
@@ -242,9 +242,9 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_model(train, chats, tmp_
         result = train("--data", chats, *FAST)
     assert result.exit_code == 130 and "--resume to continue from" in result.stderr and "checkpoint-10" in result.stderr
     again = train("--data", chats, *FAST)
-    assert again.exit_code == 2 and "go on with --resume" in again.stderr
+    assert again.exit_code == 2 and "continue the run with --resume" in again.stderr
     other = train("--data", chats, *FAST, "--resume", "--lora", "2")
-    assert other.exit_code == 2 and "lora: the run in" in other.stderr
+    assert other.exit_code == 2 and "lora: differs from the run in" in other.stderr
     result = train("--data", chats, *FAST, "--resume", "--json")
     assert result.exit_code == 0, result.output
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
@@ -269,7 +269,7 @@ def test_patience_ends_a_run_and_the_best_is_kept(train, chats, tmp_path, caplog
 def test_bad_lines_may_be_left_out_and_are_told(train, chats):
     chats.write_text(chats.read_text() + '{"messages": []}\n')
     result = train("--data", chats, "--skip-bad-lines", "--dry-run")
-    assert result.exit_code == 0 and "1 record(s) cannot be used and are left out" in result.stdout
+    assert result.exit_code == 0 and "1 invalid record(s) skipped" in result.stdout
     assert "line 41, messages: must be a list of at least one message" in result.stdout
 
 

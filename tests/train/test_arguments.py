@@ -78,7 +78,7 @@ def test_gradient_checkpointing_is_recompute(tmp_path):
         ({"fp8_backend": "gpu"}, ("fp8_backend", "hardware")),
         ({"bf16": "yes"}, ("bf16", "True or False")),
         ({"moe_balance_rate": float("nan")}, ("moe_balance_rate", "finite")),
-        ({"mtp_loss_weight": -1}, ("mtp_loss_weight", "from 0 on")),
+        ({"mtp_loss_weight": -1}, ("mtp_loss_weight", "at least 0")),
     ],
 )
 def test_refused(tmp_path, fields, named):

@@ -222,7 +222,7 @@ def test_what_is_refused():
     for name in ("softcap", "s_aux", "position_bias"):
         with pytest.raises(UnsupportedRequestError, match=f"has no {name}"):
             module.train_attention(layer, q, q, q, None, **{name: 1.0})
-    with pytest.raises(UnsupportedRequestError, match="the mask is of 1 rows of 5 tokens"):
+    with pytest.raises(UnsupportedRequestError, match="the mask has 1 rows of 5 tokens"):
         module.train_attention(layer, q, q, q, train_mask(1, 5, 5))
     with pytest.raises(UnsupportedRequestError, match="causal"):
         train_mask(1, 5, 5, mask_function=lambda b, h, i, j: j <= i + 1)

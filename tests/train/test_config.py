@@ -35,9 +35,9 @@ def test_yaml_and_json_say_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"modle": "m"}, r"there is no field 'modle'; did you mean 'model'\?"),
+        ({"modle": "m"}, r"unknown field 'modle'; did you mean 'model'\?"),
         ({"model": ""}, r"model: "),
-        ({"data": {"train": "a", "max_lenght": 3}}, r"there is no field 'data.max_lenght'; did you mean 'max_length'\?"),
+        ({"data": {"train": "a", "max_lenght": 3}}, r"unknown field 'data.max_lenght'; did you mean 'max_length'\?"),
         ({"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}}, r"data: eval and eval_fraction both"),
         ({"data": {"train": "a", "eval_fraction": 1.0}}, r"data.eval_fraction: "),
         ({"data": {"train": "a", "too_long": "cut"}}, r"data.too_long: .*'truncate'"),
@@ -46,18 +46,18 @@ def test_yaml_and_json_say_the_same(tmp_path):
         ({"data": {"eval": "a"}}, r"data.train is missing"),
         ({"data": 3}, r"data: "),
         ({"lora": 0}, r"lora.r: "),
-        ({"lora": {"rank": 4}}, r"there is no field 'lora.rank'"),
+        ({"lora": {"rank": 4}}, r"unknown field 'lora.rank'"),
         ({"lora": {"dropout": 1}}, r"lora.dropout: "),
         ({"precision": "int4"}, r"precision='int4' freezes the weights, so it needs lora"),
         ({"precision": "int3", "lora": 4}, r"precision: .*'int4'"),
         ({"merge": True}, r"merge=True .* needs lora"),
         ({"patience": 2}, r"patience .* needs data.eval"),
-        ({"arguments": {"learning_rat": 1}}, r"arguments has no 'learning_rat'; did you mean 'learning_rate'\?"),
+        ({"arguments": {"learning_rat": 1}}, r"arguments has no field 'learning_rat'; did you mean 'learning_rate'\?"),
         ({"arguments": {"learning_rate": "fast"}}, r"arguments.learning_rate: .*number.* got 'fast'"),
         ({"arguments": {"max_steps": 1.5}}, r"arguments.max_steps: .*got 1.5"),
         ({"arguments": {"optimizer_state": "int4"}}, r"arguments.optimizer_state: .*'int8'"),
-        ({"arguments": {"output_dir": "x"}}, r"arguments.output_dir is said by output here"),
-        ({"arguments": {"packing": True}}, r"arguments.packing is said by data.packing"),
+        ({"arguments": {"output_dir": "x"}}, r"arguments.output_dir cannot be set here; use output"),
+        ({"arguments": {"packing": True}}, r"arguments.packing cannot be set here; use data.packing"),
         ({"arguments": 3}, r"arguments: "),
     ],
 )
@@ -80,7 +80,8 @@ def test_text_of_numbers_and_flags_becomes_what_arguments_are():
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("a: [", "is not YAML"), ("- 1", "must hold names"), ("", "must hold names"), ("1: 2", "must")]
+    ("text", "error"),
+    [("a: [", "is not valid YAML"), ("- 1", "must contain a mapping"), ("", "must contain a mapping"), ("1: 2", "must")],
 )
 def test_files_that_are_no_description(tmp_path, text, error):
     (tmp_path / "c.yaml").write_text(text)

@@ -56,7 +56,7 @@ def test_a_run_that_goes_on_forgets_what_comes_after_its_checkpoint(tmp_path):
 
 def test_a_broken_curve_is_named(tmp_path):
     (tmp_path / "loss.json").write_text('{"points": [3]}')
-    with pytest.raises(CheckpointError, match="loss.json: is no loss curve"):
+    with pytest.raises(CheckpointError, match="loss.json: is not a valid loss curve"):
         read_points(tmp_path / "loss.json")
 
 

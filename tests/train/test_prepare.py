@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_transformers_own(case, memory):
     model = random_model(CASES[case]())
     loss, gradients = _loss_and_gradients(model)
     prepared = prepare(model, activation_memory=memory)
-    ours, our_gradients = _loss_and_gradients(model, prepared.kept)
+    ours, our_gradients = _loss_and_gradients(model, prepared.saved)
     prepared.undo()
     torch.testing.assert_close(ours, loss, rtol=2e-6, atol=0)
     for name, gradient in gradients.items():
@@ -54,7 +54,7 @@ def test_the_ways_to_keep_give_the_same_bits():
     for memory in ("full", "selective", "recompute"):
         model = random_model(llama(), dtype=torch.bfloat16)
         prepared = prepare(model, activation_memory=memory)
-        found.append(_loss_and_gradients(model, prepared.kept))
+        found.append(_loss_and_gradients(model, prepared.saved))
     for loss, gradients in found[1:]:
         assert torch.equal(loss, found[0][0])
         assert all(torch.equal(gradients[name], found[0][1][name]) for name in gradients)
@@ -68,7 +68,7 @@ def test_num_items_shifted_labels_and_what_is_ignored():
     for more in ({"num_items_in_batch": torch.tensor(57)}, {"shift_labels": shifted}, {"num_items_in_batch": 57}):
         expected, _ = _loss_and_gradients(model, **more)
         prepared = prepare(model)
-        ours, _ = _loss_and_gradients(model, prepared.kept, **more)
+        ours, _ = _loss_and_gradients(model, prepared.saved, **more)
         prepared.undo()
         torch.testing.assert_close(ours, expected, rtol=2e-6, atol=0)
 
@@ -79,11 +79,11 @@ def test_everything_is_found_and_given_back():
     attention, state = model.config._attn_implementation, copy.deepcopy(model.state_dict())
     signature = inspect.signature(model.forward)
     prepared = prepare(model)
-    assert prepared.ours == {
+    assert prepared.native == {
         "Qwen3ForCausalLM": 1, "Qwen3DecoderLayer": 3, "Qwen3Attention": 3, "Qwen3MLP": 3, "Qwen3RMSNorm": 13, "Linear": 22,
         "Embedding": 1,
     }  # fmt: skip
-    assert not prepared.theirs and prepared.fused_loss
+    assert not prepared.others and prepared.fused_loss
     for name, module in model.named_modules():
         assert isinstance(module, before[name]) and type(module).__name__ == before[name].__name__
     assert inspect.signature(model.forward) == signature
@@ -128,7 +128,7 @@ def test_copied_while_prepared():
     model = random_model(llama())
     prepared = prepare(model)
     twin = copy.deepcopy(model)
-    assert twin.model.layers[0].input_layernorm.kept is twin.model.norm.kept is not prepared.kept
+    assert twin.model.layers[0].input_layernorm.saved is twin.model.norm.saved is not prepared.saved
     assert torch.equal(_loss_and_gradients(twin)[0], _loss_and_gradients(model)[0])
 
 
@@ -140,9 +140,9 @@ def test_what_has_hooks_or_a_forward_of_its_own_is_called():
     plain = down.forward
     down.forward = lambda x: seen.append("own") or plain(x)
     prepared = prepare(model)
-    _loss_and_gradients(model, prepared.kept)
+    _loss_and_gradients(model, prepared.saved)
     assert sorted(seen) == ["hook", "own"] and "forward" in down.__dict__
-    assert any("forward of its own" in note for note in prepared.notes)
+    assert any("has a forward on the instance" in note for note in prepared.notes)
 
 
 def test_a_class_that_was_changed_meanwhile_is_left():
@@ -161,9 +161,9 @@ def test_what_is_not_known_stays_and_is_reported():
     expected, _ = _loss_and_gradients(model.eval())
     prepared = prepare(model)
     assert not prepared.fused_loss
-    assert prepared.ours == {"Linear": 1, "Embedding": 2} and prepared.theirs == {"LayerNorm": 3, "Conv1D": 4}
+    assert prepared.native == {"Linear": 1, "Embedding": 2} and prepared.others == {"LayerNorm": 3, "Conv1D": 4}
     assert any("attention" in note for note in prepared.notes)
-    assert torch.isfinite(_loss_and_gradients(model, prepared.kept)[0])
+    assert torch.isfinite(_loss_and_gradients(model, prepared.saved)[0])
 
 
 def test_a_scaled_or_capped_head_is_not_taken():
@@ -173,7 +173,7 @@ def test_a_scaled_or_capped_head_is_not_taken():
     model = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0, num_key_value_heads=1)).train()
     loss = model(**_batch()).loss
     prepared = prepare(model)
-    assert "GraniteForCausalLM" not in prepared.ours and "GraniteAttention" not in prepared.ours
+    assert "GraniteForCausalLM" not in prepared.native and "GraniteAttention" not in prepared.native
     torch.testing.assert_close(model(**_batch()).loss, loss)
 
 

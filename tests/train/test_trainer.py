@@ -84,8 +84,8 @@ def test_accumulation_adds_up_in_fp32(tmp_path):
             random_model(llama()), tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, max_steps=4
         )
         seen = []
-        trainer._stepped, after = lambda t=trainer, s=seen: s.append(_sums(t)), trainer._stepped
-        trainer._stepped = lambda a=after, t=trainer, s=seen: (s.append(_sums(t)), a())
+        trainer._after_optimizer_step, after = lambda t=trainer, s=seen: s.append(_sums(t)), trainer._after_optimizer_step
+        trainer._after_optimizer_step = lambda a=after, t=trainer, s=seen: (s.append(_sums(t)), a())
         trainer.train()
         assert seen[0] == (steps > 1)
         assert not hasattr(next(trainer.model.parameters()), "main_grad")
@@ -180,11 +180,11 @@ def test_skipped_steps_change_nothing_and_are_counted(tmp_path, optim, steps):
     )
     trainer = make_trainer(_spoilt_model(), tmp_path, logging_nan_inf_filter=False, **data)
     weights = []
-    after = trainer._stepped
-    trainer._stepped = lambda: (weights.append(trainer.model.lm_head.weight.detach().clone()), after())
+    after = trainer._after_optimizer_step
+    trainer._after_optimizer_step = lambda: (weights.append(trainer.model.lm_head.weight.detach().clone()), after())
     if steps == 1:
         trainer.args.max_steps = 7
-    with pytest.warns(OptimizerWarning, match="left out"):
+    with pytest.warns(OptimizerWarning, match="was skipped"):
         trainer.train()
     changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
     assert changed == ([True, True, False, False, False, True] if steps == 1 else [True, False])
@@ -209,7 +209,7 @@ def test_gradients_that_are_not_finite(tmp_path, policy):
         with pytest.raises(TrainingError, match="step 1: the gradients are not finite"):
             trainer.train()
     else:
-        with pytest.warns(OptimizerWarning, match="left out"):
+        with pytest.warns(OptimizerWarning, match="was skipped"):
             trainer.train()
     handle.remove()
     assert torch.equal(model.model.norm.weight.float(), before.bfloat16().float())

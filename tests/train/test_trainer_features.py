@@ -113,7 +113,7 @@ def test_a_loss_of_ones_own(tmp_path):
     def doubled(outputs, labels, num_items_in_batch=None):
         return 2 * ForCausalLMLoss(outputs.logits, labels, 211, num_items_in_batch=num_items_in_batch)
 
-    with pytest.warns(OptimizerWarning, match="compute_loss_func takes logits"):
+    with pytest.warns(OptimizerWarning, match="compute_loss_func needs the logits"):
         own = make_trainer(random_model(llama()), tmp_path, bf16=False, compute_loss_func=doubled)
         own.train()
     plain = make_trainer(random_model(llama()), tmp_path, bf16=False)
@@ -125,7 +125,7 @@ def test_a_loss_of_ones_own(tmp_path):
 def test_label_smoothing(tmp_path):
     from transformers import TrainingArguments
 
-    with pytest.warns(OptimizerWarning, match="label_smoothing_factor is made of logits"):
+    with pytest.warns(OptimizerWarning, match="label_smoothing_factor needs the logits"):
         own = make_trainer(random_model(llama()), tmp_path, bf16=False, label_smoothing_factor=0.1)
         own.train()
     args = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, max_steps=1, per_device_train_batch_size=2,
@@ -213,12 +213,12 @@ def test_packing(tmp_path):
 
 def test_sequences_beyond_the_positions_are_told(tmp_path, recwarn):
     model = random_model(llama(max_position_embeddings=16))
-    with pytest.warns(OptimizerWarning, match="a sequence of 24 tokens is longer than the 16"):
+    with pytest.warns(OptimizerWarning, match="a sequence of 24 tokens is longer than the model's context of 16"):
         make_trainer(model, tmp_path, max_steps=1).train()
     recwarn.clear()
     several = [{**row, "position_ids": torch.arange(24) % 12} for row in Rows(2)]
     make_trainer(model, tmp_path, max_steps=1, train_dataset=several).train()
-    assert not [warning for warning in recwarn if "has positions for" in str(warning.message)]
+    assert not [warning for warning in recwarn if "is longer than the model's context" in str(warning.message)]
 
 
 def test_model_card(tmp_path):

@@ -1,1 +1,1 @@
-"""Training of Transformers models on machines with little memory: see `docs/training.md`."""
+"""Training of Transformers models on machines with little memory; see `docs/training.md`."""

@@ -1,4 +1,4 @@
-"""Gradients of several passes, added up in fp32: a sum of bf16 gradients in bf16 loses what is small beside it."""
+"""Gradient accumulation in fp32: a bf16 sum would round small gradients away."""
 
 from __future__ import annotations
 
@@ -9,34 +9,33 @@ import torch
 
 
 class Accumulators:
-    """Gives each weight a `main_grad` of fp32 that the passes of a step add to.
+    """Gives each weight that is not fp32 an fp32 `main_grad`, which accumulates its gradients over the passes of a step.
 
-    The ops of this package add to it themselves and leave no gradient behind; what torch's own make is added, and let go of, as
-    soon as it is there. The optimizer takes `main_grad` where there is one,
-    and empties it.
+    The ops of this package add to `main_grad` directly and return no gradient. Gradients of torch's own ops are added by a hook
+    and freed immediately. The optimizer uses `main_grad` where it exists, and zeroes it after the step.
 
     Args:
-        parameters: those with gradients.
+        parameters: the trainable parameters.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self._sums = [(p, torch.zeros_like(p, dtype=torch.float32)) for p in parameters if p.dtype != torch.float32]
         self._handles = [p.register_post_accumulate_grad_hook(_add) for p, _ in self._sums]
-        self.give()
+        self.attach()
 
-    def give(self) -> None:
-        """Puts each sum where the passes and the optimizer, which empties it, find it."""
+    def attach(self) -> None:
+        """Sets each parameter's `main_grad`, for the passes that add to it and for the optimizer."""
         for parameter, total in self._sums:
             parameter.main_grad = total  # type: ignore[attr-defined]
 
     def drop(self) -> None:
-        """Forgets what was added up, and hides the sums from the optimizer until `give`: without gradients it does nothing."""
+        """Zeroes the sums and hides them from the optimizer until `attach`, so that its next step changes nothing."""
         for parameter, total in self._sums:
             parameter.main_grad = None  # type: ignore[attr-defined]
             total.zero_()
 
     def remove(self) -> None:
-        """Takes all of it away again."""
+        """Removes the hooks and the `main_grad` attributes."""
         for handle in self._handles:
             handle.remove()
         for parameter, _ in self._sums:

@@ -1,15 +1,15 @@
-"""`attn_implementation="dso_train"`: attention of training for Transformers models, over packed and padded rows.
+"""`attn_implementation="dso_train"`: attention for training Transformers models on packed and padded rows.
 
     register_train_attention()
     model.set_attn_implementation("dso_train")
 
-No mask of all pairs is made: what stands in its place says which tokens of a row are a text, by the model's own mask
-function. Texts that are packed into one row (position_ids that begin again, without an attention_mask; or `cu_seq_lens_q` of
-Transformers' DataCollatorWithFlattening) do not see each other. Padding at either end of a row has zeros for results and
-gradients. Sliding windows and chunks are those of the model.
+Instead of a dense mask, the model's mask function is turned into the bounds of the texts in each row (`Texts`). Texts packed
+into one row do not attend to each other; they are recognised by position_ids that restart, without an attention_mask, or by
+`cu_seq_lens_q` of Transformers' DataCollatorWithFlattening. Padding at either end of a row has zero outputs and gradients.
+Sliding windows and chunked attention follow the model.
 
-What is no training of a causal model is Transformers' own sdpa, to the letter: calls on a cache, masks of four dimensions that
-a caller made, and attention that is not causal. What changes the softmax itself (dropout, logit caps, sinks) is refused.
+Calls that are not training of a causal model (with a KV cache, a 4-D mask from the caller, or non-causal attention) run
+Transformers' sdpa unchanged. Anything that changes the softmax (dropout, logit caps, sinks) raises UnsupportedRequestError.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of some rows of tokens. Stands where Transformers' models hand an attention mask on.
+    """The bounds of the texts in a batch of rows. Passed through Transformers' models in place of an attention mask.
 
     Attributes:
-        begin, end: int64 [n] on the CPU, text i being tokens [begin[i], end[i]), counted through all rows; ascending.
-        window: tokens that a token sees, itself included; 0: all before it.
-        rows, tokens: how many there are, and of a row.
+        begin, end: int64 [n] on the CPU, ascending: text i is tokens [begin[i], end[i]) of the flattened batch.
+        window: tokens that a token attends to, itself included; 0: all earlier ones.
+        rows: number of rows.
+        tokens: tokens per row.
     """
 
     begin: torch.Tensor
@@ -49,7 +50,7 @@ class Texts:
 
 
 def register_train_attention() -> None:
-    """Makes `dso_train` known to Transformers, the attention and its mask; more than once does no harm."""
+    """Registers the attention `dso_train` and its mask with Transformers. May be called repeatedly."""
     AttentionInterface.register(DSO_TRAIN, train_attention)
     AttentionMaskInterface.register(DSO_TRAIN, train_mask)
 
@@ -66,11 +67,15 @@ def train_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """For Transformers' `AttentionInterface`: queries [B, heads, S, Dk], keys [B, kv_heads, S, Dk] and values
-    [B, kv_heads, S, Dv] -> [B, S, heads, Dv], and no attention weights.
+    """Attention function for Transformers' `AttentionInterface`.
+
+    Args:
+        query, key, value: [B, heads, S, Dk], [B, kv_heads, S, Dk] and [B, kv_heads, S, Dv].
+
+    Returns: the output [B, S, heads, Dv], and None for the attention weights.
 
     Raises:
-        UnsupportedRequestError: the softmax is another one, or a mask is of other tokens than these.
+        UnsupportedRequestError: a variant of softmax that is not supported, or a mask of a different shape.
     """
     _refuse(module, dropout, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -93,8 +98,8 @@ def train_attention(
         texts = _flattened(kwargs["cu_seq_lens_q"], rows, tokens, texts.window)
     if (texts.rows, texts.tokens) != (rows, tokens) or key.shape[2] != tokens:
         raise UnsupportedRequestError(
-            f"{type(module).__name__}: the mask is of {texts.rows} rows of {texts.tokens} tokens, there are {rows} of {tokens} "
-            f'queries and {key.shape[2]} keys; use attn_implementation="sdpa"'
+            f"{type(module).__name__}: the mask has {texts.rows} rows of {texts.tokens} tokens, but the batch has {rows} rows "
+            f'of {tokens} queries and {key.shape[2]} keys; use attn_implementation="sdpa"'
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return packed_attention(q, k, v, texts.begin, texts.end, width**-0.5 if scaling is None else scaling, texts.window), None
@@ -113,14 +118,14 @@ def train_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Texts | torch.Tensor | None:
-    """For Transformers' `AttentionMaskInterface`: see `transformers.masking_utils.sdpa_mask`, whose arguments these are.
+    """Mask function for Transformers' `AttentionMaskInterface`; arguments as of `transformers.masking_utils.sdpa_mask`.
 
     Raises:
-        UnsupportedRequestError: padding between the tokens of a text, or tokens that see some behind them.
+        UnsupportedRequestError: padding between the tokens of a text, or a mask that is not causal.
     """
     rule: Any = mask_function or causal_mask_function
     on_cache = q_length != kv_length or not isinstance(q_offset, int) or q_offset != 0 or kv_offset != 0
-    if on_cache or use_vmap or "allow_is_bidirectional_skip" in kwargs:  # use_vmap: a caller adds a pattern of its own
+    if on_cache or use_vmap or "allow_is_bidirectional_skip" in kwargs:  # use_vmap: the caller adds its own pattern
         given: dict[str, Any] = {
             "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
             "kv_offset": kv_offset, "mask_function": rule, "attention_mask": attention_mask, "local_size": local_size,
@@ -131,18 +136,22 @@ def train_mask(
 
 
 def whole_rows(rows: int, tokens: int, window: int = 0) -> Texts:
-    """One text a row."""
+    """The bounds for one text per row."""
     begin = torch.arange(rows, dtype=torch.int64, device="cpu") * tokens
     return Texts(begin, begin + tokens, window, rows, tokens)
 
 
 def _texts(rule: Rule, padding: torch.Tensor | None, rows: int, tokens: int, window: int, device: Any) -> Texts:
-    """A text begins where a token does not see the one before it. Of chunks (Llama 4) that is a chunk's first token, and a
-    window as long as they are sees all of it."""
+    """The bounds of the texts. A text begins where a token does not attend to the previous one.
+
+    With chunked attention (Llama 4) that is the first token of a chunk; the window, as long as a chunk, covers all of it.
+    """
     row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]
     here = torch.arange(1, tokens, device=device, dtype=torch.int64)[None]
     if bool(rule(row, torch.zeros_like(row), here - 1, here).any()):
-        raise UnsupportedRequestError('dso_train is causal, and this model has tokens see some behind them; use "sdpa"')
+        raise UnsupportedRequestError(
+            'dso_train is causal, but tokens of this model attend to later ones; use attn_implementation="sdpa"'
+        )
     begins = torch.ones(rows, tokens, dtype=torch.bool, device=device)
     if window != 1:
         begins[:, 1:] = ~rule(row, torch.zeros_like(row), here, here - 1)
@@ -154,16 +163,16 @@ def _texts(rule: Rule, padding: torch.Tensor | None, rows: int, tokens: int, win
 
 
 def _without_padding(starts: torch.Tensor, ends: torch.Tensor, real: torch.Tensor, window: int) -> Texts:
-    before = torch.nn.functional.pad(real.flatten().long().cumsum(0), (1, 0))  # real tokens before each
+    before = torch.nn.functional.pad(real.flatten().long().cumsum(0), (1, 0))  # number of real tokens before each token
     count = before[ends] - before[starts]
-    at = torch.nn.functional.pad(real.flatten().nonzero()[:, 0], (0, 1))  # where the real ones are
+    at = torch.nn.functional.pad(real.flatten().nonzero()[:, 0], (0, 1))  # positions of the real tokens
     begin = torch.where(count > 0, at[before[starts].clamp(max=len(at) - 1)], starts)
     last = torch.where(count > 0, at[(before[ends] - 1).clamp(min=0)] + 1, starts)
     if bool((last - begin != count).any()):
         row = int(begin[last - begin != count][0]) // real.shape[1]
         raise UnsupportedRequestError(
-            f"dso_train: attention_mask has zeros between the tokens of row {row}; padding belongs at an end of a row. Leave "
-            'those tokens out, or use attn_implementation="sdpa"'
+            f"dso_train: attention_mask has zeros between the tokens of row {row}, but padding is supported only at the ends "
+            'of a row; remove those tokens, or use attn_implementation="sdpa"'
         )
     return Texts(begin, last, window, *real.shape)
 
@@ -172,8 +181,8 @@ def _flattened(cu_seqlens: torch.Tensor, rows: int, tokens: int, window: int) ->
     bounds = cu_seqlens.to("cpu", torch.int64)
     if rows != 1 or bounds.dim() != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != tokens:
         raise UnsupportedRequestError(
-            f"cu_seq_lens_q is {bounds.tolist()[:9]}: it must go from 0 to the number of tokens of a single row, and there are "
-            f"{rows} rows of {tokens} tokens"
+            f"cu_seq_lens_q must run from 0 to the number of tokens of a single row, got {bounds.tolist()[:9]} for {rows} rows "
+            f"of {tokens} tokens"
         )
     return Texts(bounds[:-1].contiguous(), bounds[1:].contiguous(), window, rows, tokens)
 
@@ -181,7 +190,8 @@ def _flattened(cu_seqlens: torch.Tensor, rows: int, tokens: int, window: int) ->
 def _refuse(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedRequestError(
-            f'{type(module).__name__}: dso_train has no dropout, and attention_dropout is {dropout}; set it to 0, or use "sdpa"'
+            f"{type(module).__name__}: dso_train has no dropout, but attention_dropout is {dropout}; set it to 0, or use "
+            'attn_implementation="sdpa"'
         )
     for name in _REFUSED:
         if kwargs.get(name) is not None and kwargs[name] is not False:

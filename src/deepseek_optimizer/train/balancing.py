@@ -1,14 +1,13 @@
-"""Experts kept equally busy without a loss of their own: DeepSeek-V3's balancing (report 2412.19437, section 2.1.2; method of
-2408.15664).
+"""Auxiliary-loss-free load balancing of experts (DeepSeek-V3 report, arXiv 2412.19437, section 2.1.2; arXiv 2408.15664).
 
-A router chooses experts by score + bias, and weighs them by the score alone. After each optimizer step the bias of every expert
-that had more than the mean load falls by `rate`, that of one that had less rises by it. The load is that of the whole batch:
-all its accumulation steps, all processes, no padding. The biases are buffers of the model (`e_score_correction_bias`), so that
-a checkpoint has them and a resumed run goes on with the same ones.
+A router chooses experts by score + bias, and weights them by the score alone. After each optimizer step, the bias of an
+expert with more than the mean load is lowered by `rate`, and that of an expert with less is raised by it. The load counts all
+tokens of the batch except padding, over all accumulation steps and processes. The biases are buffers
+(`e_score_correction_bias`), so checkpoints contain them and a resumed run continues with them.
 
-Beside it, if wanted, the report's sequence-wise loss against extremes within one text: alpha * sum over experts i of f_i P_i,
-with f_i the share of the text's tokens that chose i (1 when all are equally busy) and P_i the mean of its share of a token's
-scores.
+Optionally, the report's sequence-wise balance loss discourages imbalance within one text: alpha * sum over experts i of f_i
+P_i, where f_i is the share of the text's tokens that chose expert i (1 under equal load) and P_i the mean of the expert's share
+of a token's scores.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ BIAS = "e_score_correction_bias"
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The routers whose biases training may move: those whose weights are trained too. A bias that moved beside a frozen router
-    would be lost with the base of an adapter."""
+    """The routers whose biases may be updated: those whose weights are trained too. An adapter is saved without the base model,
+    so the updated bias of a frozen router would be lost."""
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(getattr(module, BIAS, None), torch.Tensor) and isinstance(weight, torch.Tensor) and weight.requires_grad:
@@ -36,7 +35,12 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass
 class _Tokens:
-    """Of the model's last call: which tokens are real, and of which text each of them is; None: all, and all of one."""
+    """The tokens of the model's last forward pass.
+
+    Attributes:
+        real: bool [T], False for padding; None: there is none.
+        text: int64 [T], the index of each token's text; None: one text.
+    """
 
     real: torch.Tensor | None = None
     text: torch.Tensor | None = None
@@ -44,8 +48,13 @@ class _Tokens:
 
 @dataclass
 class _Load:
-    """What a router did: tokens of each expert in this step, and in all since the last log; the largest over the mean in each
-    of those steps."""
+    """The load of a router's experts.
+
+    Attributes:
+        counts: tokens of each expert in the current step.
+        total: tokens of each expert since the last log.
+        ratios: largest over mean load, for each step since the last log.
+    """
 
     name: str
     router: nn.Module
@@ -55,15 +64,15 @@ class _Load:
 
 
 class ExpertBalancing(TrainerCallback):
-    """Moves the biases as training goes on, and logs how busy the experts are.
+    """Updates the biases during training and logs the load of the experts.
 
-    Logged: `expert_load`, the largest load of an expert over the mean one in the worst layer, of all tokens since the last log
-    (1 is perfect; the paper's MaxVio_global is this less 1), the same of each layer as `expert_load_layer_N`, and
-    `expert_load_batch`, the mean over steps of what each step's own tokens give (MaxVio_batch), also of the worst layer.
+    Logged values: `expert_load_layer_N`, the largest load of an expert over the mean load, for all tokens since the last log
+    (1 is perfect balance; the paper's MaxVio_global is this minus 1); `expert_load`, its maximum over the layers; and
+    `expert_load_batch`, the same ratio computed per step and averaged over steps (MaxVio_batch), maximum over the layers.
 
     Args:
-        rate: how far a bias moves in a step; V3 had 0.001, and 0 at the end of its training.
-        sequence_weight: alpha of the sequence-wise loss; V3 had 0.0001. 0: none.
+        rate: change of a bias per step. DeepSeek-V3 used 0.001, and 0 at the end of training.
+        sequence_weight: alpha of the sequence-wise loss; DeepSeek-V3 used 0.0001. 0: off.
     """
 
     def __init__(self, rate: float = 0.001, sequence_weight: float = 0.0) -> None:
@@ -71,10 +80,10 @@ class ExpertBalancing(TrainerCallback):
         self._loads: dict[str, _Load] = {}
         self._tokens = _Tokens()
         self._handles: list[RemovableHandle] = []
-        self._share = 1.0  # of a step's loss that one forward has
+        self._share = 1.0  # share of one forward pass in a step's loss
 
     def attach(self, model: Any, accumulation_steps: int = 1) -> None:
-        """Begins to count. The biases become fp32: a step of 0.001 is nothing beside a bias of 0.3 in bf16."""
+        """Starts counting. Converts the biases to fp32: adding 0.001 to a bias of 0.3 has no effect in bf16."""
         self.detach()
         self._share = 1.0 / accumulation_steps
         for path, router in routers(model):
@@ -84,15 +93,15 @@ class ExpertBalancing(TrainerCallback):
             self._loads[path] = _Load(_name(path), router, none, none.float())
             self._handles.append(router.register_forward_hook(self._counter(path)))
         if self._loads:
-            self._handles.append(model.get_decoder().register_forward_pre_hook(self._see, with_kwargs=True))
+            self._handles.append(model.get_decoder().register_forward_pre_hook(self._record_batch, with_kwargs=True))
 
     def detach(self) -> None:
-        """Counts no longer."""
+        """Stops counting."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._loads, self._tokens = [], {}, _Tokens()
 
-    def _see(self, model: nn.Module, arguments: Any, kwargs: dict[str, Any]) -> None:
+    def _record_batch(self, model: nn.Module, arguments: Any, kwargs: dict[str, Any]) -> None:
         ids, mask, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         real = mask.bool().flatten() if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.all() else None
         text = None
@@ -108,9 +117,9 @@ class ExpertBalancing(TrainerCallback):
             if not router.training:
                 return None
             logits, weights, index = output
-            seen, real = self._loads[path], self._tokens.real
+            load, real = self._loads[path], self._tokens.real
             chosen = index if real is None or len(real) != len(index) else index[real]
-            seen.counts += chosen.flatten().bincount(minlength=len(seen.counts))
+            load.counts += chosen.flatten().bincount(minlength=len(load.counts))
             if not self.sequence_weight or not logits.requires_grad:
                 return None
             loss = sequence_loss(logits, index, self._tokens.text, real) * (self.sequence_weight * self._share)
@@ -120,7 +129,7 @@ class ExpertBalancing(TrainerCallback):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the biases by the loads counted since the last step."""
+        """Updates the biases from the loads counted since the last step."""
         for load in self._loads.values():
             counts = load.counts.float()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -134,21 +143,21 @@ class ExpertBalancing(TrainerCallback):
             getattr(load.router, BIAS).add_(torch.sign(mean - counts), alpha=self.rate)
 
     def drop(self) -> None:
-        """Forgets what was counted since the last step: the optimizer has left this one out."""
+        """Discards the loads counted since the last step, which the optimizer skipped."""
         for load in self._loads.values():
             load.counts.zero_()
 
     def statistics(self) -> dict[str, float]:
-        """What is logged, of the steps since the last call; empty if there were none."""
-        seen = [load for load in self._loads.values() if load.ratios]
-        if not seen:
+        """The values to log, for the steps since the last call; empty if there were none."""
+        loads = [load for load in self._loads.values() if load.ratios]
+        if not loads:
             return {}
-        found = {load.name: round(float(load.total.max() / load.total.mean()), 4) for load in seen}
-        batches = [sum(load.ratios) / len(load.ratios) for load in seen]
-        for load in seen:
+        ratios = {load.name: round(float(load.total.max() / load.total.mean()), 4) for load in loads}
+        batches = [sum(load.ratios) / len(load.ratios) for load in loads]
+        for load in loads:
             load.ratios.clear()
             load.total.zero_()
-        return {"expert_load": max(found.values()), "expert_load_batch": round(max(batches), 4), **found}
+        return {"expert_load": max(ratios.values()), "expert_load_batch": round(max(batches), 4), **ratios}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.attach(model, args.gradient_accumulation_steps)
@@ -157,25 +166,25 @@ class ExpertBalancing(TrainerCallback):
         self.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:  # those of evaluation and of the end say nothing of steps
+        if logs is None or "loss" not in logs:  # logged by evaluation or at the end of training
             return
-        found = self.statistics()
-        logs.update(found)
-        if found and state.log_history:
-            state.log_history[-1].update(found)
+        loads = self.statistics()
+        logs.update(loads)
+        if loads and state.log_history:
+            state.log_history[-1].update(loads)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()
 
 
 def _name(path: str) -> str:
-    """Of a router's load in logs: by the number in its path."""
+    """The name of a router's load in logs, by the layer number in its path."""
     number = next((part for part in path.split(".") if part.isdigit()), path)
     return f"expert_load_layer_{number}"
 
 
 def texts_of(positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """int64 [B S], which text each token is of: one begins at each row, and where position_ids begin again."""
+    """int64 [B S], the index of each token's text. A text begins at each row, and where position_ids restart at 0."""
     begins = positions.expand(shape) == 0
     begins = torch.cat((torch.ones_like(begins[:, :1]), begins[:, 1:]), 1)
     return begins.flatten().cumsum(0) - 1
@@ -184,13 +193,15 @@ def texts_of(positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def sequence_loss(
     logits: torch.Tensor, index: torch.Tensor, text: torch.Tensor | None = None, real: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """DeepSeek-V3's sequence-wise balance loss (report, equations 17 to 20) without its factor, as the mean over texts.
+    """The sequence-wise balance loss (DeepSeek-V3 report, equations 17 to 20) without its factor alpha, averaged over texts.
 
     Args:
         logits: [T, E], before the sigmoid; differentiable.
         index: int64 [T, K], the chosen experts.
-        text: int64 [T], which text each token is of, counted from 0; None: all are of one.
-        real: bool [T], tokens that are no padding; None: all.
+        text: int64 [T], the index of each token's text, from 0; None: one text.
+        real: bool [T], False for padding; None: there is none.
+
+    Returns: fp32 scalar.
     """
     text = torch.zeros(len(logits), dtype=torch.int64, device=logits.device) if text is None else text
     if real is not None:
@@ -209,8 +220,11 @@ def sequence_loss(
 
 
 class _WithLoss(torch.autograd.Function):
-    """Passes x on, and has `loss` take part in the backward as if it had been added to the model's: so it needs no way out
-    of the model, and recomputed layers count it once. DeepSeek-V2's published code does the same."""
+    """Returns x, and gives `loss` a gradient of 1 in the backward pass, as if it had been added to the model's loss.
+
+    The loss need not be passed out of the model, and recomputed layers count it once. DeepSeek-V2's published code does the
+    same.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

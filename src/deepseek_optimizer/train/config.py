@@ -1,4 +1,4 @@
-"""What `dso train` is told, by a YAML or JSON file and by flags: one description, checked before anything is loaded."""
+"""The configuration of `dso train`, from a YAML or JSON file and flags, validated before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ try:
     from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
     from pydantic.errors import PydanticUserError
 except ImportError:
-    raise MissingPackageError("a description of training", "pydantic", "train") from None
+    raise MissingPackageError("a training configuration", "pydantic", "train") from None
 
-_OURS: Final = {
+_SET_ELSEWHERE: Final = {
     "output_dir": "output", "packing": "data.packing", "resume_from_checkpoint": "--resume", "do_train": "the command",
     "do_eval": "data.eval or data.eval_fraction", "do_predict": "the command",
 }  # fmt: skip
@@ -32,13 +32,13 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """Which data, and how it becomes sequences; see `data.load.DataOptions`.
+    """The data, and how it is split into sequences; see `data.load.DataOptions`.
 
     Attributes:
-        train: files and directories to train on.
-        eval: those to evaluate on.
-        eval_fraction: of what is trained on, the part that is held back to evaluate on instead.
-        packing: several documents share a row, without seeing each other.
+        train: files and directories of training data.
+        eval: files and directories of evaluation data.
+        eval_fraction: fraction of the training data to hold out for evaluation.
+        packing: pack several documents into a row; they do not attend to each other.
     """
 
     train: tuple[str, ...] = Field(min_length=1)
@@ -59,7 +59,7 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if self.eval and self.eval_fraction:
-            raise ValueError("eval and eval_fraction both say what is evaluated on; give one of them")
+            raise ValueError("eval and eval_fraction both define the evaluation data; set only one of them")
         return self
 
     @property
@@ -68,12 +68,13 @@ class DataSection(_Section):
 
 
 class LoraSection(_Section):
-    """An adapter of low rank (LoRA, arXiv 2106.09685) beside frozen weights.
+    """A low-rank adapter (LoRA, arXiv 2106.09685); the model's own weights are frozen.
 
     Attributes:
-        r: its rank.
-        alpha: its scale is alpha / r; None: 2 r.
-        targets: names of the linear layers that get one; "auto": all of attention and of dense MLPs.
+        r: rank of the adapter.
+        alpha: the adapter is scaled by alpha / r; None: 2 r.
+        dropout: probability of dropping an input of the adapter.
+        targets: names of the linear layers to adapt; "auto": all those of attention and dense MLPs.
     """
 
     r: int = Field(16, ge=1, le=1024)
@@ -83,18 +84,18 @@ class LoraSection(_Section):
 
 
 class TrainConfig(_Section):
-    """A run of training.
+    """The configuration of a training run.
 
     Attributes:
-        model: a directory or hub name; with `lora` also a packed or GGUF checkpoint.
-        output: the directory to make: checkpoints, loss curve, result.
-        data: see `DataSection`; a path or a list of paths is `data.train`.
-        lora: train an adapter; a number is its rank. None: all weights.
-        precision: with `lora`, the format of the frozen weights (int4, int8, ...); None: as `arguments.bf16` says.
-        merge: with `lora`, the result is a whole model, the adapter's in it.
-        patience: evaluations in a row without a better loss, after which training ends.
-        arguments: of `DeepSeekTrainingArguments`, by name.
-        cache: where tokens are kept; None: the user's cache directory.
+        model: a directory or a model name on the Hugging Face Hub; with `lora` also a packed or GGUF checkpoint.
+        output: the directory to create, for checkpoints, loss curve and result.
+        data: see `DataSection`; a path or a list of paths stands for `data.train`.
+        lora: train an adapter; see `LoraSection`. An integer is its rank. None: train all weights.
+        precision: with `lora`, the format of the frozen weights; None: bf16 or fp32, by `arguments.bf16`.
+        merge: with `lora`, save the whole model with the adapter merged into it.
+        patience: number of evaluations without a lower loss after which training stops; None: no limit.
+        arguments: fields of `DeepSeekTrainingArguments`, by name.
+        cache: directory for tokenized data; None: the user's cache directory.
     """
 
     model: str = Field(min_length=1)
@@ -127,38 +128,37 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
         if self.lora is None and self.precision is not None:
-            raise ValueError(
-                f"precision={self.precision!r} freezes the weights, so it needs lora, which is trained beside them"
-            )
+            raise ValueError(f"precision={self.precision!r} freezes the weights, so it needs lora")
         if self.lora is None and self.merge:
-            raise ValueError("merge=True merges an adapter, so it needs lora; without it the result is a whole model anyway")
+            raise ValueError("merge=True merges an adapter, so it needs lora; without lora the result is a whole model anyway")
         if self.patience is not None and not self.evaluates:
-            raise ValueError("patience looks at the evaluation loss, so it needs data.eval or data.eval_fraction")
+            raise ValueError("patience depends on the evaluation loss, so it needs data.eval or data.eval_fraction")
         return self
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is data to evaluate on."""
+        """Whether there is evaluation data."""
         return bool(self.data.eval or self.data.eval_fraction)
 
 
 def checked_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of training by name, each as its type. Text of numbers is taken, as flags and YAML give it.
+    """Training arguments by name, converted to their types. Strings that contain numbers are accepted.
 
     Raises:
-        ConfigError: there is no such argument (it names the nearest), it is said elsewhere, or it is of another type.
+        ConfigError: an argument does not exist (the message suggests the nearest name), has a setting of its own in
+            `TrainConfig`, or has the wrong type.
     """
     fields = {field.name for field in dataclasses.fields(DeepSeekTrainingArguments) if field.init}
     hints = typing.get_type_hints(DeepSeekTrainingArguments)
     out = {}
     for name, value in given.items():
-        if name in _OURS:
-            raise ConfigError(f"arguments.{name} is said by {_OURS[name]} here")
+        if name in _SET_ELSEWHERE:
+            raise ConfigError(f"arguments.{name} cannot be set here; use {_SET_ELSEWHERE[name]}")
         if name not in fields:
-            raise ConfigError(f"arguments has no {name!r}; {_nearest(name, fields - _OURS.keys())}")
+            raise ConfigError(f"arguments has no field {name!r}; {_nearest(name, fields - _SET_ELSEWHERE.keys())}")
         try:
             out[name] = TypeAdapter(hints[name]).validate_python(value)
-        except PydanticUserError:  # a type that pydantic does not know: Transformers checks it
+        except PydanticUserError:  # a type that pydantic does not support; Transformers validates it
             out[name] = value
         except ValidationError as error:
             raise ConfigError(f"arguments.{name}: {error.errors()[0]['msg']}, got {value!r}") from None
@@ -166,28 +166,30 @@ def checked_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_config(given: Mapping[str, Any], source: str = "") -> TrainConfig:
-    """
+    """Validates a training configuration.
+
     Args:
-        source: what to name in errors, such as the file.
+        given: fields of `TrainConfig`, by name.
+        source: prefix for error messages, such as the file name.
 
     Raises:
-        ConfigError: a field is missing, unknown (it names the nearest), or wrong.
+        ConfigError: a field is missing, unknown (the message suggests the nearest name), or invalid.
     """
     try:
         return TrainConfig.model_validate(dict(given))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}" if source else str(error)) from None
     except ValidationError as error:
-        said = "; ".join(dict.fromkeys(map(_said, error.errors())))
-        raise ConfigError(f"{source}: {said}" if source else said) from None
+        messages = "; ".join(dict.fromkeys(map(_message, error.errors())))
+        raise ConfigError(f"{source}: {messages}" if source else messages) from None
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The fields that a YAML or JSON file has, not yet checked.
+    """Reads the fields of a YAML or JSON file, without validating them.
 
     Raises:
-        ConfigError: the file cannot be read, or holds something else than fields.
-        MissingPackageError: YAML needs PyYAML, which is not installed.
+        ConfigError: the file cannot be read or is not a mapping.
+        MissingPackageError: PyYAML is needed and not installed.
     """
     file = Path(path)
     try:
@@ -199,7 +201,7 @@ def read_config(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{path} must hold names and values, such as `model: ...`, got {type(value).__name__}")
+        raise ConfigError(f"{path} must contain a mapping, such as `model: ...`, got {type(value).__name__}")
     return value
 
 
@@ -210,23 +212,23 @@ def _yaml(text: str) -> Any:
         raise MissingPackageError("a YAML file", "pyyaml", "train") from None
 
     class Loader(yaml.SafeLoader):
-        """Which knows 1e-4 for a number, as YAML 1.2 does and PyYAML, after YAML 1.1, does not."""
+        """Reads 1e-4 as a number, as in YAML 1.2; PyYAML follows YAML 1.1, where it is a string."""
 
     numbers = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+0123456789."))
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"is not YAML: {error}") from None
+        raise ValueError(f"is not valid YAML: {error}") from None
 
 
-def _said(error: Any) -> str:
-    """One of pydantic's errors as a sentence that names the field."""
+def _message(error: Any) -> str:
+    """The message for one of pydantic's errors, which names the field."""
     path = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "tuple["))]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
         section: Any = {"data": DataSection, "lora": LoraSection}.get(path[0] if len(path) > 1 else "", TrainConfig)
-        return f"there is no field {where!r}; {_nearest(path[-1], section.model_fields)}"
+        return f"unknown field {where!r}; {_nearest(path[-1], section.model_fields)}"
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -238,4 +240,4 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
-    return f"the fields are {', '.join(names)}" if len(names) < 20 else "Transformers' TrainingArguments lists them"
+    return f"the fields are {', '.join(names)}" if len(names) < 20 else "the fields are those of DeepSeekTrainingArguments"

@@ -1,4 +1,4 @@
-"""Where a run of `dso train` differs from Trainer's defaults, as far as its description does not say otherwise."""
+"""Defaults of `dso train` that differ from Trainer's. The configuration overrides them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import TrainConfig
 
 
 def defaults(config: TrainConfig) -> dict[str, Any]:
-    """Arguments that are known before the data is."""
+    """Default arguments that do not depend on the data."""
     evaluated = {"metric_for_best_model": "eval_loss", "greater_is_better": False} if config.evaluates else {}
     return {
         "learning_rate": 2e-5 if config.lora is None else 2e-4,
@@ -29,17 +29,23 @@ def defaults(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def rhythm(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Logs a hundred times, evaluates and saves up to ten times in a run, ten steps apart or more, and ends with the best of
-    what was saved."""
-    said = config.arguments
+def intervals(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Default intervals of logging, evaluation and saving.
+
+    A run logs a hundred times, evaluates and saves at most ten times, at least ten steps apart, and ends with the best saved
+    checkpoint.
+
+    Args:
+        steps: number of steps of the run.
+    """
+    given = config.arguments
     out: dict[str, Any] = {"logging_strategy": "steps", "logging_steps": max(1, min(10, steps // 100))}
-    often = {"steps": math.ceil(steps / min(10, max(1, steps // 10))), "strategy": "steps"}
+    interval = {"steps": math.ceil(steps / min(10, max(1, steps // 10))), "strategy": "steps"}
     if config.evaluates:
-        often = {"steps": said.get("eval_steps", often["steps"]), "strategy": said.get("eval_strategy", "steps")}
-        out |= {"eval_strategy": often["strategy"], "eval_steps": often["steps"]}
-    out |= {"save_strategy": often["strategy"], "save_steps": often["steps"]}
-    made = {**out, **said}
-    if config.evaluates and IntervalStrategy(made["save_strategy"]) == IntervalStrategy(made["eval_strategy"]):
-        out["load_best_model_at_end"] = made["save_steps"] % made["eval_steps"] == 0
+        interval = {"steps": given.get("eval_steps", interval["steps"]), "strategy": given.get("eval_strategy", "steps")}
+        out |= {"eval_strategy": interval["strategy"], "eval_steps": interval["steps"]}
+    out |= {"save_strategy": interval["strategy"], "save_steps": interval["steps"]}
+    chosen = {**out, **given}
+    if config.evaluates and IntervalStrategy(chosen["save_strategy"]) == IntervalStrategy(chosen["eval_strategy"]):
+        out["load_best_model_at_end"] = chosen["save_steps"] % chosen["eval_steps"] == 0
     return out

@@ -1,4 +1,4 @@
-"""One run of training from its description to a saved model: checks, plan, training, result."""
+"""A training run, from its configuration to the saved model: validation, plan, training, result."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from .config import TrainConfig
 from .curve import JSON_NAME, PNG_NAME, LossCurve
 from .data import Collator, DataReport, PackedRows, TokenDataset, load_data
 from .data.packing import row_for
-from .defaults import defaults, rhythm
+from .defaults import defaults, intervals
 from .disk import check_writable, plan_disk
-from .fp8.backend import of_arguments
+from .fp8.backend import from_arguments
 from .ops.native import built
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
@@ -50,20 +50,24 @@ from .trainer import DeepSeekTrainer
 from .weights import load_whole
 
 SETTINGS = "train.json"
-_LIKE_BEFORE = ("model", "data", "lora", "precision")  # what a run that goes on must have as before
+_FIXED = ("model", "data", "lora", "precision")  # settings that must not change when a run is resumed
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What came of a run.
+    """The result of a training run.
 
     Attributes:
-        output: where it lies. kind: "model", "adapter" or "merged model".
-        loads: whether `dso chat` and `load_model` take it as it is.
-        eval_before, eval_after: loss on the data to evaluate on; None: there is none.
-        loss: mean of the training loss. steps, tokens, seconds: of this run.
-        stopped_early: patience ended it.
-        curve: the picture.
+        output: the output directory.
+        kind: "model", "adapter" or "merged model".
+        loads: whether `dso chat` and `load_model` can load the output directly.
+        eval_before, eval_after: evaluation loss before and after training; None: there is no evaluation data.
+        loss: mean training loss.
+        steps: number of optimizer steps.
+        tokens: number of input tokens.
+        seconds: duration of this run.
+        stopped_early: whether `patience` ended the run.
+        curve: path of the plot of the loss.
     """
 
     output: str
@@ -79,22 +83,22 @@ class RunSummary:
     curve: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """The summary as a dictionary, for JSON."""
         return asdict(self)
 
 
 class TrainingJob:
-    """A run of training that may begin: its settings, tokenizer and data are checked, and no weight is loaded.
+    """A training run that is ready to start. Settings, tokenizer and data are validated without loading any weights.
 
     Args:
-        config: what to do.
-        resume: go on from the newest whole checkpoint in `config.output`, or begin where there is none.
-        progress: called with how many records are made into tokens, and how many there are.
+        config: the configuration.
+        resume: resume from the newest intact checkpoint in `config.output`; start from the beginning if there is none.
+        progress: called with the number of tokenized records and the number of all records.
 
     Raises:
-        ConfigError: settings that contradict each other, the model or what lies in `output`, or an `output` that cannot be
-            written.
-        CheckpointError: the model, or a run that is to go on, cannot be read.
+        ConfigError: settings that contradict each other, the model or the contents of `output`, or an `output` that cannot be
+            written to.
+        CheckpointError: the model, or the run to resume, cannot be read.
         DataError: data that cannot be used.
         MissingPackageError: PEFT or matplotlib is needed and not installed.
     """
@@ -105,12 +109,12 @@ class TrainingJob:
         self.config, self.output = config, Path(config.output)
         if config.lora is not None:
             lora.check_installed()
-        self.resumes = (resume and _goes_on(config, self.output)) or _begins(self.output)
+        self.resumes = (resume and _can_resume(config, self.output)) or _new_run(self.output)
         self.curve = LossCurve(self.output, self.resumes)
-        self.args = self._arguments({})  # what contradicts itself is refused before the data is read
+        self.args = self._arguments({})  # raises for contradictory settings before the data is read
         if self.args.should_save:
             check_writable(self.output)
-        of_arguments(self.args)  # and hardware for FP8 that is not there
+        from_arguments(self.args)  # raises if FP8 hardware is required and missing
         self.source = resolve(config.model)
         with open_checkpoint(self.source) as checkpoint:
             fields = checkpoint.config()
@@ -119,37 +123,37 @@ class TrainingJob:
             self.tokenizer = load_tokenizer(checkpoint)
             self.context = int(fields["max_position_embeddings"])
             self._load_data(progress)
-            self.args = self._arguments(rhythm(config, steps_of(len(self.train_rows), self.args)))
+            self.args = self._arguments(intervals(config, steps_of(len(self.train_rows), self.args)))
             self.plan = self._plan(checkpoint)
 
     def _arguments(self, more: dict[str, Any]) -> DeepSeekTrainingArguments:
-        said = {**defaults(self.config), **more, **self.config.arguments}
-        return DeepSeekTrainingArguments(**said, output_dir=self.config.output)
+        given = {**defaults(self.config), **more, **self.config.arguments}
+        return DeepSeekTrainingArguments(**given, output_dir=self.config.output)
 
     def _load_data(self, progress: Callable[[int, int], None] | None) -> None:
         data = self.config.data
         cache = None if self.config.cache is None else Path(self.config.cache)
-        held: TokenDataset | None = None
+        evaluation: TokenDataset | None = None
 
         def load(paths: Sequence[str]) -> tuple[TokenDataset, DataReport]:
             return load_data(list(paths), self.tokenizer, self.context, data.options, cache=cache, progress=progress)
 
         documents, self.report = load(data.train)
         if data.eval:
-            held, _ = load(data.eval)
+            evaluation, _ = load(data.eval)
         elif data.eval_fraction:
-            documents, held = documents.split(data.eval_fraction, int(self.args.data_seed or self.args.seed))
-        longest = max(int(part.lengths.max()) for part in (documents, held) if part is not None)
+            documents, evaluation = documents.split(data.eval_fraction, int(self.args.data_seed or self.args.seed))
+        longest = max(int(part.lengths.max()) for part in (documents, evaluation) if part is not None)
         self.row = data.max_length or row_for(longest, self.context)
-        self.documents, self.held = documents, held
+        self.documents, self.evaluation = documents, evaluation
         self.train_rows = PackedRows(documents, self.row) if data.packing else documents
-        self.eval_rows = held if held is None or not data.packing else PackedRows(held, self.row)
+        self.eval_rows = evaluation if evaluation is None or not data.packing else PackedRows(evaluation, self.row)
         self.collator = Collator(self.tokenizer.pad_token_id or 0)
         self.longest = self.row if data.packing else longest
 
     def _plan(self, checkpoint: Checkpoint) -> TrainingPlan:
         config = self.config
-        numbers = _unpacked_sketch(checkpoint).num_parameters()
+        parameters = _unpacked_sketch(checkpoint).num_parameters()
         model: Any = self._sketch(checkpoint)
         adapter = None
         if config.lora is not None:
@@ -166,7 +170,7 @@ class TrainingJob:
         return TrainingPlan(
             model=config.model,
             family=str(model.config.model_type),
-            weights=numbers,
+            weights=parameters,
             trained=sum(parameter.numel() for parameter in trainable(model)),
             adapter=adapter,
             records=self.report.records,
@@ -176,27 +180,27 @@ class TrainingJob:
             rows=rows,
             row=row,
             filled=self.documents.tokens / (rows * row),
-            eval_sequences=0 if self.held is None else len(self.held),
+            eval_sequences=0 if self.evaluation is None else len(self.evaluation),
             steps=steps,
             batch=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             memory=memory,
             free=free_memory().free,
             disk=disk,
-            remarks=[*self.report.remarks(), *self._left_out(checkpoint, model), *_crowded()],
+            remarks=[*self.report.remarks(), *self._omissions(checkpoint, model), *_crowded()],
         )
 
-    def _left_out(self, checkpoint: Checkpoint, model: Any) -> list[str]:
-        """What of the model the result will not have."""
+    def _omissions(self, checkpoint: Checkpoint, model: Any) -> list[str]:
+        """Remarks on parts of the model that the result will not contain."""
         whole = self.config.lora is None or self.config.merge
         if not whole or self.args.mtp_loss_weight is not None or not stored_mtp_layers(checkpoint, model.config):
             return []
         return [
-            "the result has no MTP layers, for they are not trained"
-            + ("" if self.config.lora else "; mtp_loss_weight=0.3 among the arguments trains and keeps them")
+            "the result has no MTP layers, since they are not trained"
+            + ("" if self.config.lora else "; the argument mtp_loss_weight=0.3 trains and saves them")
         ]
 
     def _sketch(self, checkpoint: Checkpoint) -> Any:
-        """The model without its weights."""
+        """The model on the meta device, without weights."""
         if self.frozen:
             return sketch(checkpoint, None, self._packed_fields())[0]
         return _unpacked_sketch(checkpoint)
@@ -210,7 +214,7 @@ class TrainingJob:
         return lora.add_adapter(model, section.r, section.alpha, section.dropout, self.targets)
 
     def _load_model(self) -> Any:
-        set_seed(self.args.seed)  # an adapter's weights are drawn
+        set_seed(self.args.seed)  # the weights of an adapter are initialised at random
         if self.frozen:
             from ..optimizer import load_model
 
@@ -221,24 +225,24 @@ class TrainingJob:
         return model if self.config.lora is None else self._with_adapter(model)
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
-        """Trains, and saves what came of it.
+        """Trains the model and saves the result.
 
         Args:
-            callbacks: of Transformers' Trainer, beside those of this run.
+            callbacks: additional callbacks for Transformers' Trainer.
 
         Raises:
             NotEnoughMemoryError, TrainingError, SaveError: see `DeepSeekTrainer`.
-            ConfigError: what it will write is more than the disk has.
-            CheckpointError: another run trains into `output`, or the model lacks weights.
+            ConfigError: the disk has not enough free space.
+            CheckpointError: another run is training into `output`, or weights of the model are missing.
         """
         self.plan.memory.check(0)
         if self.args.should_save:
             self.plan.disk.check()
         with locked(self.output) if self.args.should_save else contextlib.nullcontext():
-            pass  # another run is seen before the model loads; from `train` on, the trainer holds the lock itself
+            pass  # raises before the model loads if another run holds the lock; later, the trainer's `train` holds it
         model = self._load_model()
         base = model.get_base_model() if self.config.lora is not None else model
-        used_cache, base.config.use_cache = base.config.use_cache, False  # with one, Transformers' masks join documents
+        use_cache, base.config.use_cache = base.config.use_cache, False  # with a cache, Transformers' masks join documents
         self.output.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.output / SETTINGS) as file:
             file.write(self.config.model_dump_json(indent=1).encode())
@@ -259,7 +263,7 @@ class TrainingJob:
         before = self._first_loss(trainer)
         result = trainer.train(resume_from_checkpoint=self.resumes)
         after = self._last_loss(trainer)
-        base.config.use_cache = used_cache
+        base.config.use_cache = use_cache
         kind = self._save(trainer, model)
         return RunSummary(
             output=str(self.output),
@@ -286,7 +290,7 @@ class TrainingJob:
         if self.eval_rows is None:
             return None
         if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
-            return float(trainer.state.best_metric)  # the model is the one that had it
+            return float(trainer.state.best_metric)  # the best model was loaded
         return float(trainer.evaluate()["eval_loss"])
 
     def _save(self, trainer: DeepSeekTrainer, model: Any) -> str:
@@ -305,9 +309,9 @@ class TrainingJob:
 
 
 def _crowded() -> list[str]:
-    """That DSO_THREADS asks for more threads than there are processors for."""
-    asked = forced_threads()
-    note = crowding(asked) if asked is not None and built() else None
+    """A remark if DSO_THREADS requests more threads than there are processors."""
+    threads = forced_threads()
+    note = crowding(threads) if threads is not None and built() else None
     return [] if note is None else [note]
 
 
@@ -320,7 +324,7 @@ def _unpacked_sketch(checkpoint: Checkpoint) -> Any:
 
 
 class _LastStep(TrainerCallback):
-    """What a run ends with is evaluated and saved too, whatever the steps between: it may be the best."""
+    """Also evaluates and saves at the last step, whatever the intervals: it may be the best."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -328,46 +332,49 @@ class _LastStep(TrainerCallback):
             control.should_save = control.should_save or args.save_strategy != IntervalStrategy.NO
 
 
-def _begins(output: Path) -> bool:
-    """False: a run begins. What one that ended before its first checkpoint has left is no loss."""
-    if output.is_dir() and not _lost_by_beginning(output):
+def _new_run(output: Path) -> bool:
+    """Checks that a new run may write to `output`; returns False, since nothing is resumed.
+
+    Files left by a run that ended before its first checkpoint may be overwritten.
+    """
+    if output.is_dir() and not _other_files(output):
         return False
     if output.exists():
         what = "exists and is not empty" if output.is_dir() else "is a file"
-        more = ", or go on with --resume" if checkpoints(output) else ""
-        raise ConfigError(f"output: {output} {what}; name another directory{more}")
+        more = ", or continue the run with --resume" if checkpoints(output) else ""
+        raise ConfigError(f"output: {output} {what}; choose another directory{more}")
     return False
 
 
-def _lost_by_beginning(output: Path) -> list[Path]:
-    left = (SETTINGS, JSON_NAME, PNG_NAME)
-    return [path for path in output.iterdir() if not path.name.startswith(".") and path.name not in left]
+def _other_files(output: Path) -> list[Path]:
+    replaceable = (SETTINGS, JSON_NAME, PNG_NAME)
+    return [path for path in output.iterdir() if not path.name.startswith(".") and path.name not in replaceable]
 
 
-def _goes_on(config: TrainConfig, output: Path) -> bool:
-    """Whether there is a checkpoint to go on from; its run must have been told the same."""
+def _can_resume(config: TrainConfig, output: Path) -> bool:
+    """Whether there is a checkpoint to resume from. Raises ConfigError if its run had other settings."""
     if not output.is_dir() or not checkpoints(output):
         return False
-    with contextlib.suppress(OSError):  # a run of Trainer's own has no settings of ours
+    with contextlib.suppress(OSError):  # a run of plain Trainer has no such file
         before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
         now = json.loads(config.model_dump_json())
-        changed = [name for name in _LIKE_BEFORE if before.get(name) != now[name]]
+        changed = [name for name in _FIXED if before.get(name) != now[name]]
         if changed:
             raise ConfigError(
-                f"{', '.join(changed)}: the run in {output} was told otherwise, and can go on only as it began; see "
-                f"{output / SETTINGS}, or name another output"
+                f"{', '.join(changed)}: differs from the run in {output}, which cannot be resumed with other settings; use "
+                f"those in {output / SETTINGS}, or choose another output"
             )
     return True
 
 
 def _is_frozen(config: TrainConfig, checkpoint: Checkpoint, fields: dict[str, Any]) -> bool:
-    """Whether the model's own weights are packed, so that only an adapter can be trained."""
-    stored = isinstance(checkpoint, (PackedCheckpoint, GgufCheckpoint)) or fields.get("quantization_config") is not None
-    if stored and config.lora is None:
-        raise ConfigError(f"model: the weights of {config.model} are quantised; set lora to train an adapter beside them")
-    if stored and config.merge:
+    """Whether the model's own weights are packed, so that only an adapter can be trained. Raises ConfigError."""
+    quantised = isinstance(checkpoint, (PackedCheckpoint, GgufCheckpoint)) or fields.get("quantization_config") is not None
+    if quantised and config.lora is None:
+        raise ConfigError(f"model: the weights of {config.model} are quantised; set lora to train an adapter")
+    if quantised and config.merge:
         raise ConfigError(
-            f"merge: the weights of {config.model} are quantised, and an adapter cannot be merged into them; name the original "
-            "model and set precision"
+            f"merge: an adapter cannot be merged into the quantised weights of {config.model}; name the original model and set "
+            "precision"
         )
-    return stored or config.precision is not None
+    return quantised or config.precision is not None

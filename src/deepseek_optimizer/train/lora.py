@@ -1,4 +1,4 @@
-"""Adapters of low rank by PEFT: which layers get one, and a whole model made of a model and its adapter."""
+"""Low-rank adapters (LoRA) by PEFT: choosing the layers, adding adapters and merging them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import ConfigError, MissingPackageError
 
-# Linear layers of attention, latent attention and dense MLPs. Not routers, indexers and heads, whose every small change changes
-# what is chosen; stacked experts are no linear layers.
+# Linear layers of attention, latent attention and dense MLPs. Routers, indexers and heads are excluded, since small changes
+# there change discrete choices; stacked experts are not linear layers.
 _TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj",
     "down_proj",
@@ -19,41 +19,45 @@ _TARGETS = (
 
 
 def check_installed() -> None:
-    """
+    """Checks that PEFT is installed.
+
     Raises:
-        MissingPackageError: PEFT is not there.
+        MissingPackageError: it is not.
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingPackageError("an adapter (LoRA)", "peft", "train")
 
 
 def targets_of(model: nn.Module, wanted: str | Iterable[str] = "auto") -> list[str]:
-    """Names of the linear layers that get an adapter.
+    """Names of the linear layers to adapt.
 
     Args:
-        model: weights may be on the meta device.
-        wanted: "auto", or names, such as `q_proj`, of layers that the model must have.
+        model: its weights may be on the meta device.
+        wanted: "auto", or names of linear layers of the model, such as `q_proj`.
 
     Raises:
-        ConfigError: the model has no such layer; it lists those it has.
+        ConfigError: the model has no such layer. Lists those that it has.
     """
-    has = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    available = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     if wanted == "auto":
-        found = [name for name in _TARGETS if name in has]
-        if not found:
-            raise ConfigError(f"lora.targets: name the layers to train an adapter for; the model has {', '.join(has)}")
-        return found
+        targets = [name for name in _TARGETS if name in available]
+        if not targets:
+            raise ConfigError(f"lora.targets: the model has none of the usual layers; name some of {', '.join(available)}")
+        return targets
     for name in wanted:
-        if name not in has:
-            raise ConfigError(f"lora.targets: the model has no linear layer {name!r}; it has {', '.join(has)}")
+        if name not in available:
+            raise ConfigError(f"lora.targets: the model has no linear layer {name!r}; it has {', '.join(available)}")
     return list(wanted)
 
 
 def add_adapter(model: Any, r: int, alpha: float | None, dropout: float, targets: list[str]) -> Any:
-    """The model in PEFT's wrapper, its own weights frozen.
+    """Wraps a model with a PEFT adapter and freezes the model's own weights.
 
     Args:
-        alpha: the adapter counts alpha / r times; None: twice.
+        r: rank of the adapter.
+        alpha: the adapter is scaled by alpha / r; None: 2 r.
+        dropout: probability of dropping an input of the adapter.
+        targets: names of the linear layers to adapt.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -63,12 +67,12 @@ def add_adapter(model: Any, r: int, alpha: float | None, dropout: float, targets
 
 
 def merged(model: Any, base: str, adapter: str) -> Any:
-    """A whole model: the trained one with its adapter merged, or, where its weights are packed, the original ones.
+    """The whole model with its adapter merged. If the model's weights are packed, the adapter is merged into the original ones.
 
     Args:
-        model: PEFT's, as trained.
-        base: where the original weights lie.
-        adapter: where the adapter is saved.
+        model: the trained PEFT model.
+        base: directory or name of the original model.
+        adapter: directory of the saved adapter.
     """
     from ..integration.bind.modules import Packed
 

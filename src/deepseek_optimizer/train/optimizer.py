@@ -1,7 +1,7 @@
-"""`DeepSeekAdamW`: AdamW in one pass over weights, gradients and moments, in as few bytes as training can bear.
+"""`DeepSeekAdamW`: AdamW with little memory, in one pass over weights, gradients and moments.
 
-A weight takes 2 bytes for itself, 2 for the rest of its fp32 master ("split", where not a bit of fp32 is lost) or none
-("stochastic"), and 4, 2 or 8 for its moments ("bf16", "int8", "fp32"); a plain fp32 AdamW takes 12 and 4 for the gradient.
+A bf16 weight takes 2 bytes, plus 2 bytes for the rest of its fp32 master weight ("split", lossless) or none ("stochastic"),
+plus 4, 2 or 8 bytes for its two moments ("bf16", "int8", "fp32"). Plain fp32 AdamW takes 12 bytes, and 4 for the gradient.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ from .shards import local, total_squares
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST_CODED: Final = 4096  # elements: below, 8 bits save nothing, and norms and biases bear them worst (Dettmers 2022)
+_SMALLEST_CODED: Final = 4096  # elements; 8 bits save nothing on smaller tensors and hurt norms and biases (Dettmers 2022)
 _MOMENT_NAMES: Final = {"m": "exp_avg", "v": "exp_avg_sq", "m_scale": "exp_avg_scale", "v_scale": "exp_avg_sq_scale"}
 
 
 class DeepSeekAdamW(Optimizer):
-    """AdamW with decoupled weight decay; schedulers, groups, closures and state_dict are as of any optimizer of torch.
+    """AdamW with decoupled weight decay. Schedulers, groups, closures and state_dict work as with any torch optimizer.
 
     Args:
-        params: parameters in bf16 or fp32, or groups of them. fp32 ones are their own masters.
-        lr, betas, eps, weight_decay: as `torch.optim.AdamW` has them.
-        state: how the moments are kept: "bf16" (2 + 2 bytes a weight, rounded by chance), "int8" (1 + 1, by blocks of 256;
-            tensors of less than 4,096 elements in fp32) or "fp32".
-        master_weights: of bf16 parameters. "split": beside each weight the 16 bits that it lacks of fp32, so that training is
-            that of fp32 weights to the bit; "stochastic": nothing, and each update is rounded up or down by chance.
-        max_norm: gradients are scaled so that their norm, over all parameters, is at most this; None: they are not.
-        free_gradients: `step` sets each `grad` to None, so that memory for gradients is free until the next backward.
-        dither: with "split", masters begin anywhere in the interval that rounds to their weight, by chance, instead of at the
-            weight. Weights that come from bf16 would else all lie at the middle of theirs, where the first updates, each far
-            below half a step of bf16, are not seen by the model.
-        seed: of the random bits by which numbers are rounded; an update depends on (seed, step, parameter, element) alone.
+        params: parameters in bf16 or fp32, or groups of them. fp32 parameters are their own master weights.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        state: format of the two moments: "bf16" (2 bytes each per weight, rounded stochastically), "int8" (1 byte each, in
+            blocks of 256; tensors with fewer than 4,096 elements stay in fp32) or "fp32".
+        master_weights: for bf16 parameters. "split": store the 16 low bits of each fp32 master weight, so that training is
+            bitwise equal to training fp32 weights; "stochastic": store nothing and round each update stochastically.
+        max_norm: scale the gradients so that their norm over all parameters is at most this; None: do not scale them.
+        free_gradients: set each `grad` to None in `step`, so that gradients take no memory until the next backward pass.
+        dither: with "split", initialise each master weight at random within the interval that rounds to its bf16 weight,
+            rather than at the weight itself. Weights loaded from bf16 would otherwise all lie in the middle of that interval,
+            where the first updates, each far below half a bf16 step, would not change the model's weights.
+        seed: seed of stochastic rounding; an update depends on (seed, step, parameter, element) only.
 
-    After each `step`:
-        grad_norm: the norm of all gradients before they were scaled.
-        skipped: whether a gradient was not finite. Then nothing was changed, no step was counted, and a warning was logged.
-        skipped_steps: how often that has happened since this optimizer was made.
+    Attributes set by each `step`:
+        grad_norm: norm of all gradients before scaling.
+        skipped: whether a gradient was not finite. In that case nothing was changed, no step was counted, and a warning was
+            logged.
+        skipped_steps: number of skipped steps since the optimizer was created.
 
-    A parameter may have `main_grad`, an fp32 tensor in which its gradients were accumulated: it is taken, and `grad` with it.
+    If a parameter has a `main_grad`, an fp32 tensor of accumulated gradients, its gradient is `main_grad` plus `grad`.
 
     Raises:
-        ConfigError: an argument that makes no sense, a parameter of another dtype, a sparse gradient.
+        ConfigError: an invalid argument, a parameter of another dtype, or a sparse gradient.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class DeepSeekAdamW(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer`'s. Raises ConfigError."""
+        """Like `torch.optim.Optimizer.add_param_group`. Raises ConfigError."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -91,7 +92,7 @@ class DeepSeekAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; what `closure` returned, if there is one.
+        """Updates every parameter that has a gradient. Returns the result of `closure`, if given.
 
         Raises:
             ConfigError: a gradient is sparse or of a dtype other than bf16 and fp32.
@@ -101,21 +102,21 @@ class DeepSeekAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = list(self._gradients())
-        self.grad_norm, not_finite = _norm(found)
+        entries = list(self._gradients())
+        self.grad_norm, not_finite = _norm(entries)
         self.skipped = not_finite is not None or not math.isfinite(self.grad_norm)
         if self.skipped:
             self.skipped_steps += 1
-            logger.warning("step skipped: the gradient of %s has numbers that are not finite; nothing was changed", not_finite)
+            logger.warning("step skipped: the gradient of %s is not finite; no weight was changed", not_finite)
         else:
             scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (self.grad_norm + 1e-6))
-            adamw([self._update(parameter, gradient, group, index, scale) for parameter, gradient, group, index, _ in found])
+            adamw([self._update(parameter, gradient, group, index, scale) for parameter, gradient, group, index, _ in entries])
         if self.free_gradients:
             self.zero_grad()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim.Optimizer`'s; a `main_grad` is filled with zeros."""
+        """Like `torch.optim.Optimizer.zero_grad`; also zeroes each `main_grad`."""
         super().zero_grad(set_to_none)
         for parameter, _, _ in self._named():
             accumulated = getattr(parameter, "main_grad", None)
@@ -123,43 +124,42 @@ class DeepSeekAdamW(Optimizer):
                 accumulated.zero_()
 
     def master(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The fp32 weights of a parameter: exactly what is being trained. Of a sharded one, this process's shard."""
+        """The exact fp32 master weights of a parameter; for a sharded parameter, those of this process's shard."""
         low = self.state.get(parameter, {}).get("master_low")
         weights = local(parameter.detach())
         return weights.float().clone() if low is None else join(weights, local(low))
 
     def state_bytes(self) -> int:
-        """Bytes of moments and masters that `step` keeps, or will have kept after the first one."""
+        """Bytes of moments and master weights, which the first `step` allocates."""
         meta = torch.device("meta")
         states = (_fresh(local(parameter), parameter, group, meta) for parameter, group, _ in self._named())
         return sum(t.numel() * t.element_size() for state in states for name, t in state.items() if name != "step")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer`'s, but that every tensor keeps its dtype: resuming is exact to the bit.
+        """Like `torch.optim.Optimizer.load_state_dict`, but tensors keep their dtypes, so that resuming is exact bit for bit.
 
         Raises:
-            ConfigError: the state is of another format than this optimizer keeps (the message names the argument to give), or
-                of parameters of other shapes.
+            ConfigError: the state has another format (the message names the argument to set) or other shapes.
         """
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
             if "master_weights" not in theirs:
-                raise ConfigError("the saved state is of another optimizer than DeepSeekAdamW: begin with a fresh one")
+                raise ConfigError("the saved state belongs to another optimizer than DeepSeekAdamW; start with a new state")
             for name in ("state", "master_weights"):
                 if theirs[name] != ours[name]:
                     raise ConfigError(
-                        f"the saved optimizer has {name}={theirs[name]!r}, this one {name}={ours[name]!r}: "
-                        f"make it with {name}={theirs[name]!r}, or begin with a fresh one"
+                        f"the saved optimizer has {name}={theirs[name]!r}, this one {name}={ours[name]!r}; "
+                        f"set {name}={theirs[name]!r}, or start with a new optimizer state"
                     )
-        super().load_state_dict({**state_dict, "state": {}})  # which would give all of it the parameter's dtype
-        numbers = (n for group in state_dict["param_groups"] for n in group["params"])
-        for number, (parameter, group, name) in zip(numbers, self._named(), strict=True):
-            saved = state_dict["state"].get(number, {})
+        super().load_state_dict({**state_dict, "state": {}})  # it would cast the state
+        indices = (n for group in state_dict["param_groups"] for n in group["params"])
+        for index, (parameter, group, name) in zip(indices, self._named(), strict=True):
+            saved = state_dict["state"].get(index, {})
             if saved:
                 _check_saved(saved, _fresh(local(parameter), parameter, group, torch.device("meta")), name)
                 self.state[parameter] = {key: value.detach().to(parameter.device, copy=True) for key, value in saved.items()}
 
     def _named(self) -> Iterable[tuple[torch.nn.Parameter, dict[str, Any], str]]:
-        """(parameter, its group, its name) of each, in the order that their numbers count."""
+        """Each (parameter, its group, its name), in the order of parameter indices."""
         index = 0
         for group in self.param_groups:
             names = group.get("param_names")
@@ -168,7 +168,7 @@ class DeepSeekAdamW(Optimizer):
                 index += 1
 
     def _gradients(self) -> Iterable[tuple[torch.Tensor, torch.Tensor, dict[str, Any], int, str]]:
-        """(parameter, gradient, group, number of the parameter, its name) of each that has a gradient."""
+        """Each (parameter, gradient, group, parameter index, name) whose parameter has a gradient."""
         for index, (parameter, group, name) in enumerate(self._named()):
             gradient = _gradient(parameter, name)
             if gradient is not None:
@@ -196,48 +196,48 @@ class DeepSeekAdamW(Optimizer):
 def _fresh(
     weights: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The state of a parameter before its first step; weights: this process's part of it."""
-    made = Moments.zeros(weights.shape, _moment_format(parameter, group), device)
-    state = {_MOMENT_NAMES[name]: t for name, t in vars(made).items() if t is not None}
+    """The state of a parameter before its first step; `weights` is this process's shard of it."""
+    moments = Moments.zeros(weights.shape, _moment_format(parameter, group), device)
+    state = {_MOMENT_NAMES[name]: t for name, t in vars(moments).items() if t is not None}
     if _master(parameter, group) == "split":
         state["master_low"] = torch.zeros(weights.shape, dtype=torch.int16, device=device)
     return {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
 
 
 def _dither(low: torch.Tensor, weights: torch.Tensor, seed: int) -> None:
-    """Fills `low` with what any fp32 number has that is rounded to its weight. Zero weights stay exact."""
+    """Fills `low` with the low bits of a random fp32 number that rounds to the weight. Zero weights stay exactly zero."""
     generator = torch.Generator(low.device).manual_seed(seed)
     low.random_(-(1 << 15) + 1, 1 << 15, generator=generator)
     low.masked_fill_(weights == 0, 0)
 
 
 def _check_saved(saved: dict[str, Any], fresh: dict[str, torch.Tensor], name: str) -> None:
-    """What the native step would otherwise take for memory of the parameter's size."""
+    """ConfigError if shapes or dtypes differ; the native step would access memory outside such tensors."""
 
-    def described(state: dict[str, Any]) -> dict[str, str]:
+    def describe(state: dict[str, Any]) -> dict[str, str]:
         return {key: f"{getattr(t, 'dtype', type(t))} {list(getattr(t, 'shape', ()))}" for key, t in state.items()}
 
-    theirs, ours = described(saved), described(fresh)
+    theirs, ours = describe(saved), describe(fresh)
     if theirs != ours:
         raise ConfigError(
-            f"the saved optimizer's state of {name} is {theirs}, it should be {ours}: it belongs to another model, or to other "
-            "parameters of this one; begin with a fresh optimizer"
+            f"the saved optimizer state of {name} is {theirs} instead of {ours}: it belongs to another model or to other "
+            "parameters; start with a new optimizer state"
         )
 
 
 def _check_group(group: dict[str, Any]) -> None:
     for name, low in (("lr", 0.0), ("eps", 0.0), ("weight_decay", 0.0)):
         if not (math.isfinite(group[name]) and group[name] >= low):
-            raise ConfigError(f"{name} must be a number from {low:g} up, got {group[name]!r}")
+            raise ConfigError(f"{name} must be a number of at least {low:g}, got {group[name]!r}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ConfigError(f"betas must be two numbers from 0 up and below 1, got {group['betas']!r}")
+        raise ConfigError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
     for name, allowed in (("state", get_args(MomentFormat)), ("master_weights", ("split", "stochastic"))):
         if group[name] not in allowed:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {group[name]!r}")
     for parameter in group["params"]:
         if parameter.dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(
-                f"parameters must be bf16 or fp32, and one of shape {tuple(parameter.shape)} is {parameter.dtype}: "
+                f"parameters must be bf16 or fp32, but one of shape {tuple(parameter.shape)} is {parameter.dtype}; "
                 "convert the model with .bfloat16() or .float()"
             )
 
@@ -246,12 +246,12 @@ def _gradient(parameter: torch.Tensor, name: str) -> torch.Tensor | None:
     gradient, accumulated = parameter.grad, getattr(parameter, "main_grad", None)
     if gradient is not None and (gradient.is_sparse or gradient.dtype not in (torch.float32, torch.bfloat16)):
         kind = "sparse" if gradient.is_sparse else str(gradient.dtype)
-        raise ConfigError(f"the gradient of {name} is {kind}: it must be dense, in bf16 or fp32")
+        raise ConfigError(f"the gradient of {name} is {kind}; it must be dense, in bf16 or fp32")
     if accumulated is None:
         return gradient
     if accumulated.dtype != torch.float32 or accumulated.shape != parameter.shape:
         raise ConfigError(
-            f"main_grad of {name} is {accumulated.dtype} {list(accumulated.shape)}: it must be fp32, of its shape"
+            f"main_grad of {name} is {accumulated.dtype} {list(accumulated.shape)}; it must be fp32 {list(parameter.shape)}"
         )
     if gradient is not None:
         accumulated.add_(gradient)
@@ -259,11 +259,15 @@ def _gradient(parameter: torch.Tensor, name: str) -> torch.Tensor | None:
     return accumulated
 
 
-def _norm(found: list[Any]) -> tuple[float, str | None]:
-    """The norm of all gradients, and the name of the first parameter whose gradient has numbers that are not finite."""
-    gradients = [gradient for _, gradient, *_ in found]
+def _norm(entries: list[Any]) -> tuple[float, str | None]:
+    """The norm of all gradients, and the name of the first parameter whose gradient is not finite.
+
+    Args:
+        entries: what `DeepSeekAdamW._gradients` yields.
+    """
+    gradients = [gradient for _, gradient, *_ in entries]
     sums, counts = total_squares(gradients, *squares([local(g) for g in gradients]))
-    names = [name for *_, name in found]
+    names = [name for *_, name in entries]
     return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.inf, next(
         (name for name, count in zip(names, counts, strict=True) if count), None
     )

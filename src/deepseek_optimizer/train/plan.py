@@ -1,4 +1,4 @@
-"""What a run of training will do and take, worked out before its model is loaded."""
+"""The plan of a training run, computed before the model is loaded: steps, tokens, memory and disk space."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from .report import MemoryPlan
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """
+    """What a training run will do, and the resources it needs.
+
     Attributes:
-        model: what is trained, as the user named it. family: its `model_type`.
-        weights, trained: how many numbers it has, and how many of them are trained.
-        adapter: what is trained beside frozen weights; None: the weights themselves.
-        records, sequences, tokens, trained_tokens: of the training data; the last are those that the loss is of.
-        rows, row: rows that the sequences are packed into, and the tokens of one; without packing a sequence is a row.
-        filled: the part of the rows that is no padding.
-        eval_sequences: held back to evaluate on.
-        steps, batch: steps of training, and rows in each.
-        memory: by `report.plan_memory`. free: bytes of it that are free now.
-        disk: by `disk.plan_disk`.
-        remarks: on the data, as sentences.
+        model: the model, as named by the user.
+        family: its `model_type`.
+        weights: number of parameters.
+        trained: number of trained parameters.
+        adapter: description of the adapter; None: the model's own weights are trained.
+        records, sequences, tokens: sizes of the training data.
+        trained_tokens: tokens that the loss covers.
+        rows: number of rows that the sequences are packed into; without packing each sequence is a row.
+        row: tokens per row.
+        filled: fraction of the rows that is not padding.
+        eval_sequences: number of evaluation sequences.
+        steps: number of training steps.
+        batch: rows per step.
+        memory: see `report.plan_memory`.
+        free: bytes of memory free now.
+        disk: see `disk.plan_disk`.
+        remarks: notes for the user, one sentence each.
     """
 
     model: str
@@ -48,7 +55,7 @@ class TrainingPlan:
     remarks: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """The plan as a dictionary, for JSON; memory and disk also have a `total`."""
         totals = {name: {**asdict(getattr(self, name)), "total": getattr(self, name).total} for name in ("memory", "disk")}
         return {**asdict(self), **totals}
 
@@ -56,21 +63,21 @@ class TrainingPlan:
         packed = (
             f", packed into {self.rows:,} rows of {self.row:,} ({self.filled:.0%} full)" if self.rows != self.sequences else ""
         )
-        held = f"; {self.eval_sequences:,} to evaluate on" if self.eval_sequences else ""
+        held = f"; {self.eval_sequences:,} for evaluation" if self.eval_sequences else ""
         lines = [
             f"model    {self.model} ({self.family}), {self.weights:,} weights",
             f"trained  {self.trained:,} weights" + (f": {self.adapter}" if self.adapter else ""),
             f"data     {self.records:,} records, {self.sequences:,} sequences{held}",
             f"tokens   {self.tokens:,}, {self.trained_tokens:,} of them trained{packed}",
             f"steps    {self.steps:,} of {self.batch} row(s)",
-            f"memory   {self.memory}; {self.free / 1e6:,.0f} MB are free",
+            f"memory   {self.memory}; {self.free / 1e6:,.0f} MB free",
             f"disk     {self.disk}",
         ]
         return "\n".join([*lines, *(f"note     {remark}" for remark in self.remarks)])
 
 
 def steps_of(rows: int, args: Any) -> int:
-    """Steps that Trainer makes of so many rows."""
+    """Number of steps that Trainer runs for `rows` rows under the arguments `args`."""
     if args.max_steps > 0:
         return int(args.max_steps)
     batches = math.ceil(rows / (args.train_batch_size * args.world_size))

@@ -15,19 +15,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def set_training_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
-    """Casts floating point parameters in place, one at a time, so that no two copies of a model stand beside each other.
+    """Casts the floating-point parameters in place, one at a time, so that memory never holds two copies of the model.
 
-    Buffers keep theirs: tables of positions and biases of routers need fp32. So do parameters that the model's class names as
-    such. Of a model whose weights are packed or quantised only what is trained is cast, to the dtype around it.
+    Buffers keep their dtype: position tables and router biases need fp32. So do parameters that the model's class lists as
+    fp32. In a model with packed or quantised weights, only the trained parameters are cast, to the dtype of its activations.
 
-    Returns: the dtype that activations have.
+    Returns: the dtype of the activations.
     """
     if any(isinstance(module, Packed) for module in model.modules()) or getattr(model, "is_quantized", False):
-        around = next((m.dtype for m in model.modules() if isinstance(m, Packed)), getattr(model, "dtype", dtype))
+        activations = next((m.dtype for m in model.modules() if isinstance(m, Packed)), getattr(model, "dtype", dtype))
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
-                parameter.data = parameter.data.to(around)
-        return around
+                parameter.data = parameter.data.to(activations)
+        return activations
     exact = re.compile("|".join(map(re.escape, _kept_in_fp32(model))) or "$^")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not exact.search(name):
@@ -36,7 +36,7 @@ def set_training_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
 
 
 def weights_in(model: nn.Module, dtype: torch.dtype, optimizer: DeepSeekAdamW | None) -> dict[str, torch.Tensor]:
-    """A model's state with floating point weights as `dtype`, which are the optimizer's masters where that is fp32."""
+    """The model's state dict, floating-point tensors as `dtype`. If that is fp32, trained weights are the master weights."""
     exact = optimizer is not None and dtype == torch.float32
     trained = {p.data_ptr(): p for p in model.parameters() if p.requires_grad} if exact else {}
     state = {}

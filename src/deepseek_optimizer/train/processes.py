@@ -1,5 +1,5 @@
-"""Sharding over processes on CPUs. Accelerate knows FSDP on GPUs alone: asked for it on CPUs, it trains with DDP and says
-nothing. FSDP2 itself runs on gloo, so the accelerator that a trainer has made is told to shard."""
+"""FSDP on CPUs. Accelerate supports FSDP on GPUs only, and silently falls back to DDP on CPUs. FSDP2 itself runs on gloo, so
+the trainer's accelerator is reconfigured for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 def shard_on_cpus(trainer: Any) -> None:
-    """For a trainer whose arguments ask for `fsdp` and whose processes are on CPUs; for any other nothing changes."""
+    """Makes a trainer with the argument `fsdp` shard its model when its processes run on CPUs; changes no other trainer."""
     state = trainer.accelerator.state
     if trainer.args.fsdp_plugin_args is None or state.distributed_type != DistributedType.MULTI_CPU:
         return

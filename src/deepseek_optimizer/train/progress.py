@@ -1,4 +1,4 @@
-"""What a person wants to see of training while it runs."""
+"""The progress bar of training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STEPS = 20  # the speed shown is the mean of this many steps
 
 
 class ProgressBar(TrainerCallback):
-    """Steps, time left, loss, tokens a second and this process's memory, as `show_progress` shows them on stderr."""
+    """Shows steps, remaining time, loss, tokens per second and the memory of this process on stderr; see `show_progress`."""
 
     def __init__(self) -> None:
         self._shown = ExitStack()
         self._progress: Progress | None = None
-        self._times: deque[tuple[float, float]] = deque(maxlen=_STEPS + 1)  # (when, tokens seen)
+        self._times: deque[tuple[float, float]] = deque(maxlen=_STEPS + 1)  # (time, tokens processed)
         self._loss = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class ProgressBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Ends the display; also where training ends by an error."""
+        """Removes the progress bar. Safe to call after an error."""
         self._progress = None
         self._shown.close()
 

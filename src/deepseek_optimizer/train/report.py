@@ -1,4 +1,4 @@
-"""What training will do and take, told before it begins."""
+"""The report of a trainer: which modules run natively, and the memory that training needs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .modules.mlp import TrainedMlp
 from .modules.norm import TrainedNorm
 from .prepare import Prepared, trainable
 
-_MOMENTS: Final = {"bf16": 4.0, "int8": 2.0 + 8 / 256, "fp32": 8.0}  # bytes a weight, of both; int8 with a scale a block
-_CHUNK: Final = 64 << 20  # what the fused head takes for a piece of logits and its gradient
+_MOMENTS: Final = {"bf16": 4.0, "int8": 2.0 + 8 / 256, "fp32": 8.0}  # bytes per weight, both moments; int8: a scale per block
+_CHUNK: Final = 64 << 20  # bytes of the fused head for a chunk of logits and its gradient
 _REMEDY: Final = (
-    'take optimizer_state="int8", activation_memory="recompute", a smaller per_device_train_batch_size or shorter sequences, '
+    'use optimizer_state="int8", activation_memory="recompute", a smaller per_device_train_batch_size or shorter sequences, '
     "or train an adapter (LoRA)"
 )
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes that training takes.
+    """Bytes of memory that training needs.
 
     Attributes:
-        weights: the model's, in the dtype that they are trained in.
-        masters: what the optimizer keeps beside them for exact fp32 weights.
-        moments: Adam's two.
-        gradients: all of one pass.
-        accumulators: the fp32 sums over the passes of a step.
-        activations: kept for the backward, by what the modules known here keep; None where the length of an example is unknown.
-        tokens: of a batch, padding included.
+        weights: the model's weights, in the dtype of training.
+        masters: the part of the fp32 master weights that the optimizer stores.
+        moments: Adam's two moments.
+        gradients: the gradients of one pass.
+        accumulators: the fp32 sums of gradients over the passes of a step.
+        activations: activations that supported modules save for the backward pass; None if the examples' length is unknown.
+        tokens: tokens per batch, padding included; not bytes.
     """
 
     weights: int
@@ -52,7 +52,11 @@ class MemoryPlan:
         return sum(parts)
 
     def check(self, held: int) -> None:
-        """Raises NotEnoughMemoryError if it cannot fit beside what is taken; `held`: bytes of it that are held already."""
+        """Raises NotEnoughMemoryError if the free memory is not sufficient.
+
+        Args:
+            held: bytes of the plan that are already allocated.
+        """
         needed, memory = self.total - held, free_memory()
         if needed > memory.free:
             raise NotEnoughMemoryError("training", needed, memory.free, _REMEDY, memory)
@@ -65,16 +69,18 @@ class MemoryPlan:
 
 @dataclass
 class TrainingReport:
-    """What runs natively in training, what does not, and the memory it takes.
+    """What runs natively in training, what does not, and the memory that training needs.
 
     Attributes:
-        native: how many modules run forwards of this package, by class.
-        others: how many modules with weights stay Transformers' own, by class.
-        attention, optimizer: which.
-        trained, weights: how many numbers are trained, and how many there are.
-        fused_loss: whether logits never stand as a whole.
-        memory: in bytes.
-        notes: what is not as it could be, and why.
+        native: number of modules with a native forward, by class name.
+        others: number of other modules with weights, by class name.
+        attention: name of the attention implementation.
+        optimizer: name of the optimizer.
+        trained: number of trained parameters.
+        weights: number of all parameters.
+        fused_loss: whether the loss is computed without the full logits.
+        memory: the memory plan.
+        notes: what is not optimised and why, one sentence each.
     """
 
     native: Counter[str]
@@ -88,11 +94,11 @@ class TrainingReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        loss = "fused" if self.fused_loss else "by logits"
+        loss = "fused" if self.fused_loss else "from full logits"
         lines = [
             f"trained    {self.trained:,} of {self.weights:,} weights by {self.optimizer}",
             f"native     {_counted(self.native)}; attention {self.attention}, loss {loss}",
-            f"as it was  {_counted(self.others)}",
+            f"unchanged  {_counted(self.others)}",
             f"memory     {self.memory}",
         ]
         return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
@@ -103,24 +109,25 @@ def _counted(names: Counter[str]) -> str:
 
 
 def plan_memory(prepared: Prepared, args: Any, dtype: torch.dtype, tokens: int | None) -> MemoryPlan:
-    """
+    """Estimates the memory that training needs.
+
     Args:
-        prepared: the model, its modules known.
+        prepared: the model, prepared for training.
         args: `DeepSeekTrainingArguments`.
-        dtype: that trained weights will have.
-        tokens: of a batch, padding included; None: unknown.
+        dtype: dtype in which weights are trained.
+        tokens: tokens per batch, padding included; None: unknown.
     """
     model, own = prepared.model, args.own_optimizer
     weights = {id(p): p for p in model.parameters()}.values()
     held = sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.element_size()) for p in weights)
-    numbers = sum(p.numel() for p in trainable(model))
+    count = sum(p.numel() for p in trainable(model))
     split = own and dtype == torch.bfloat16 and args.master_weights == "split"
     return MemoryPlan(
         weights=held,
-        masters=2 * numbers if split else 0,
-        moments=round(numbers * _MOMENTS[args.optimizer_state]) if own else 2 * numbers * dtype.itemsize,
-        gradients=numbers * dtype.itemsize,
-        accumulators=4 * numbers if args.gradient_accumulation_steps > 1 and own and dtype == torch.bfloat16 else 0,
+        masters=2 * count if split else 0,
+        moments=round(count * _MOMENTS[args.optimizer_state]) if own else 2 * count * dtype.itemsize,
+        gradients=count * dtype.itemsize,
+        accumulators=4 * count if args.gradient_accumulation_steps > 1 and own and dtype == torch.bfloat16 else 0,
         activations=None if tokens is None else _activations(prepared, args.activation_memory, dtype, tokens),
         tokens=tokens,
     )
@@ -131,7 +138,7 @@ def _activations(prepared: Prepared, memory: str, dtype: torch.dtype, tokens: in
     modules: list[Any] = list(model.modules())
     widths = sum(_width(module, memory) for module in modules)
     layers = sum(isinstance(module, TrainedMlp) for module in modules) or 1
-    if memory == "recompute":  # each layer's input, and one layer as a whole
+    if memory == "recompute":  # the input of each layer, and all activations of one layer
         hidden = next((m.weight.numel() for m in modules if isinstance(m, TrainedNorm)), 0)
         widths = hidden * layers + widths // layers
     logits = _CHUNK if prepared.fused_loss else tokens * getattr(model.config, "vocab_size", 0) * (4 + 4 + dtype.itemsize)
@@ -139,14 +146,14 @@ def _activations(prepared: Prepared, memory: str, dtype: torch.dtype, tokens: in
 
 
 def _width(module: Any, memory: str) -> int:
-    """Numbers a token that a module keeps for its backward."""
+    """Elements per token that a module saves for its backward pass."""
     more = memory != "selective"
     if isinstance(module, TrainedNorm):
         return module.weight.numel() * (2 if more else 1)
     if isinstance(module, TrainedMlp):
         return _columns(module.gate_proj) * (3 if more else 2)
     if isinstance(module, TrainedAttention):
-        return 2 * _columns(module.q_proj) + _columns(module.k_proj) + _columns(module.v_proj)  # the result is as wide as q
+        return 2 * _columns(module.q_proj) + _columns(module.k_proj) + _columns(module.v_proj)  # the output is as wide as q
     if isinstance(module, TrainedCausalLM):
         return 2 * getattr(module.config, "hidden_size", 0)  # the last hidden states and their gradient
     return 0

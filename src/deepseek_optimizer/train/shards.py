@@ -1,4 +1,4 @@
-"""Parameters that several processes share (FSDP2's DTensor): each process works on its own shard, norms are of the whole."""
+"""Sharded parameters (FSDP2's DTensor): each process updates its own shard; norms are computed over all shards."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch.distributed as dist
 
 try:
     from torch.distributed.tensor import DTensor, Replicate
-except ImportError:  # a torch without distributed: nothing is shared
+except ImportError:  # torch built without distributed: nothing is sharded
     DTensor = None  # type: ignore[assignment,misc]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a shared tensor; any other tensor itself."""
+    """This process's shard of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
 
 def total_squares(tensors: Sequence[torch.Tensor], sums: list[float], counts: list[int]) -> tuple[list[float], list[int]]:
-    """Sums and counts of whole tensors, of those of this process's shards: equal in all processes.
+    """Reduces sums and counts over the shards of each tensor. All processes get the same result.
 
     Args:
-        tensors: what they are of, shared or not; the same ones in the same order in every process.
-        sums, counts: one each a tensor.
+        tensors: the tensors, sharded or not, in the same order in every process.
+        sums, counts: one value per tensor, for this process's shard.
     """
     sums, counts = list(sums), list(counts)
     for group, places in _groups(tensors):
@@ -36,13 +36,13 @@ def total_squares(tensors: Sequence[torch.Tensor], sums: list[float], counts: li
 
 
 def _groups(tensors: Sequence[torch.Tensor]) -> list[tuple[dist.ProcessGroup, list[int]]]:
-    """Each group of processes that hold different parts of tensors, with the places of those tensors."""
-    found: dict[str, tuple[dist.ProcessGroup, list[int]]] = {}
+    """Each group of processes that share tensors between them, with the indices of those tensors."""
+    groups: dict[str, tuple[dist.ProcessGroup, list[int]]] = {}
     for i, tensor in enumerate(tensors):
         if DTensor is None or not isinstance(tensor, DTensor):
             continue
         for dim, placement in enumerate(tensor.placements):
             if not isinstance(placement, Replicate):
                 group = tensor.device_mesh.get_group(dim)
-                found.setdefault(group.group_name, (group, []))[1].append(i)
-    return list(found.values())
+                groups.setdefault(group.group_name, (group, []))[1].append(i)
+    return list(groups.values())

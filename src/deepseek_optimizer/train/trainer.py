@@ -1,7 +1,7 @@
-"""`DeepSeekTrainer`: Transformers' Trainer, whose steps are done by this package's modules, loss and optimizer.
+"""`DeepSeekTrainer`: Transformers' Trainer with this package's modules, loss and optimizer.
 
-It changes a model for the time of training or evaluation only (`prepare.py`), and goes through methods that Trainer has for it.
-Where a later release of Transformers no longer calls one of them, steps get slower and stay right.
+The model is modified during training and evaluation only (`prepare.py`). Apart from that, the trainer overrides methods of
+Trainer; if a later release of Transformers no longer calls one of them, steps become slower but stay correct.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
-from .fp8.backend import Fp8Products, of_arguments
+from .fp8.backend import Fp8Products, from_arguments
 from .modules.mtp import add_trained_layers
 from .modules.mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
@@ -38,23 +38,23 @@ from .prepare import Prepared, prepare, trainable
 from .processes import shard_on_cpus
 from .report import TrainingReport, plan_memory
 
-_LOOKED_AT: Final = 64  # examples whose lengths memory is planned by
+_SAMPLED: Final = 64  # examples whose lengths are used to plan memory
 
 
 class DeepSeekTrainer(AtomicCheckpoints):
-    """Trains as `transformers.Trainer`, with its arguments, callbacks, evaluation, logging, adapters and hub.
+    """A drop-in replacement for `transformers.Trainer`, with its callbacks, evaluation, logging, adapters and hub upload.
 
     Args:
-        model, args, ...: as Trainer's; `args` are `DeepSeekTrainingArguments`.
+        model, args, ...: as for Trainer; `args` must be `DeepSeekTrainingArguments`.
 
     Attributes:
-        mtp: the loss of MTP layers where they are trained; its `weight` may change as training goes on. Else None.
-        balancing: what moves the biases of experts; its `rate` may change as training goes on.
+        mtp: the loss of the MTP layers if they are trained, else None; its `weight` may be changed during training.
+        balancing: the load balancing of experts; its `rate` may be changed during training.
 
-    Raises, from `train`:
-        BackendError: `fp8_backend="hardware"` where there is none; when it is made.
-        NotEnoughMemoryError: the weights, the optimizer and a batch would not fit; before any of it is made.
-        TrainingError: a loss or a gradient is not finite (`on_nan`).
+    Raises:
+        BackendError: on construction, if `fp8_backend="hardware"` is not available.
+        NotEnoughMemoryError: from `train`, before allocating, if weights, optimizer and a batch do not fit into memory.
+        TrainingError: from `train`, if a loss or gradient is not finite (see `on_nan`).
         CheckpointError, SaveError: see `AtomicCheckpoints`.
     """
 
@@ -65,20 +65,19 @@ class DeepSeekTrainer(AtomicCheckpoints):
         args = DeepSeekTrainingArguments(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DeepSeekTrainingArguments):
             raise ConfigError(
-                f"args must be DeepSeekTrainingArguments, got {type(args).__name__}; they take the same fields, and those of "
-                "this trainer"
+                f"args must be DeepSeekTrainingArguments, got {type(args).__name__}; it accepts all fields of TrainingArguments"
             )
         self._prepared: Prepared | None = None
         self._accumulators: Accumulators | None = None
         self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         self._non_finite = NonFiniteSteps(args.on_nan, self._error)
-        self._said: set[str] = set()
-        self._fp8: Fp8Products | None = of_arguments(args)
+        self._warned: set[str] = set()
+        self._fp8: Fp8Products | None = from_arguments(args)
         super().__init__(model, args, *rest, **options)
         self.mtp: MtpObjective | None = None
         self._mtp_notes: list[str] = []
         if args.mtp_loss_weight is not None:
-            if self._unfused() is not None or not args.fused_loss:
+            if self._why_unfused() is not None or not args.fused_loss:
                 raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
                                   "label_smoothing_factor=0 and compute_loss_func=None, or mtp_loss_weight=None")  # fmt: skip
             self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
@@ -91,22 +90,22 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self.add_callback(self.balancing)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; `fsdp` shards on CPUs too."""
+        """Like Trainer's, but `fsdp` also works on CPUs."""
         super().create_accelerator_and_postprocess()
         shard_on_cpus(self)
 
-    # ---- the model, prepared and given back ----
+    # ---- preparing and restoring the model ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. The model is Transformers' own again afterwards, in the dtype that it was trained in."""
+        """Like Trainer's. Afterwards the model has its original classes again, and the dtype of training."""
         try:
             with self._threads():
                 return super().train(*args, **kwargs)
         finally:
-            self._give_back()
+            self._restore()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, which `evaluate` and `predict` go through."""
+        """Like Trainer's; called by `evaluate` and `predict`."""
         if self._prepared is not None:
             return super().evaluation_loop(*args, **kwargs)
         self._prepared = self._prepare()
@@ -114,10 +113,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
             with self._threads():
                 return super().evaluation_loop(*args, **kwargs)
         finally:
-            self._give_back()
+            self._restore()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As Trainer's. The model is made ready here: it is the one that will be trained, and nothing has wrapped it yet."""
+        """Like Trainer's. Also prepares the model, which is final at this point but not yet wrapped."""
         if self._prepared is None and self.optimizer is None:
             self._prepared = self._prepare()
             dtype = self._dtype()
@@ -125,18 +124,18 @@ class DeepSeekTrainer(AtomicCheckpoints):
                 plan_memory(self._prepared, self.args, dtype, self._batch_tokens()).check(_bytes_of(self.model))
                 set_training_dtype(self.model, dtype)
         elif self._prepared is None:
-            self._prepared = self._prepare()  # the optimizer is the caller's, and has the parameters as they are
+            self._prepared = self._prepare()  # the caller's optimizer holds the parameters, so their dtype stays
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self._accumulators is None and self.args.gradient_accumulation_steps > 1 and self._own is not None:
             if self.args.world_size > 1:
-                self._say("gradients of several processes are accumulated in the weights' dtype, not in fp32")
+                self._warn_once("with several processes, gradients are accumulated in the dtype of the weights, not in fp32")
             else:
                 self._accumulators = Accumulators(trainable(self.model))
         return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """As Trainer's; knows "adamw_deepseek" too."""
+        """Like Trainer's, but also supports "adamw_deepseek"."""
         if not getattr(args, "own_optimizer", False):
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         return DeepSeekAdamW, {
@@ -146,7 +145,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         }  # fmt: skip
 
     def report(self) -> TrainingReport:
-        """What runs natively, what does not, and the memory that training takes. May be asked for before `train`."""
+        """What runs natively, what does not, and the memory that training needs. May be called before `train`."""
         prepared = self._prepared or self._prepare()
         try:
             return self._report(prepared)
@@ -158,15 +157,15 @@ class DeepSeekTrainer(AtomicCheckpoints):
         model, args = prepared.model, self.args
         dtype = self._dtype() or model.dtype
         return TrainingReport(
-            native=prepared.ours,
-            others=prepared.theirs,
+            native=prepared.native,
+            others=prepared.others,
             attention=prepared.attention,
             optimizer=str(getattr(args.optim, "value", args.optim)),
             trained=sum(p.numel() for p in trainable(model)),
             weights=model.num_parameters(),
-            fused_loss=prepared.fused_loss and self._unfused() is None,
+            fused_loss=prepared.fused_loss and self._why_unfused() is None,
             memory=plan_memory(prepared, args, dtype, self._batch_tokens()),
-            notes=[*prepared.notes, *self._mtp_notes, *filter(None, [self._unfused()])],
+            notes=[*prepared.notes, *self._mtp_notes, *filter(None, [self._why_unfused()])],
         )
 
     def _prepare(self) -> Prepared:
@@ -177,12 +176,12 @@ class DeepSeekTrainer(AtomicCheckpoints):
         if self._fp8 is not None:
             prepared.notes.append(self._fp8.note)
             if not self._fp8.on_hardware:
-                self._say(self._fp8.note)
-        if (reason := self._unfused()) is not None:
-            self._say(reason)
+                self._warn_once(self._fp8.note)
+        if (reason := self._why_unfused()) is not None:
+            self._warn_once(reason)
         return prepared
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         if self._accumulators is not None:
             self._accumulators.remove()
         if self._prepared is not None:
@@ -191,7 +190,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         memory().trim()
 
     def _dtype(self) -> torch.dtype | None:
-        """What weights are trained in; None: as they were loaded, for Transformers' optimizers have no masters."""
+        """The dtype in which weights are trained; None: as loaded, since Transformers' optimizers have no master weights."""
         if not self.args.own_optimizer or self.optimizer_cls_and_kwargs is not None:
             return None
         return DTYPES["bf16" if self.args.bf16 else "fp32"]
@@ -202,11 +201,11 @@ class DeepSeekTrainer(AtomicCheckpoints):
             yield
 
     def _batch_tokens(self) -> int | None:
-        """Tokens of a batch at the lengths of some examples; None where that cannot be seen without reading a stream."""
+        """Tokens per batch, estimated from the lengths of some examples; None if the data set is a stream."""
         try:
             data: Any = self.train_dataset
             count = len(data)
-            lengths = [len(data[i]["input_ids"]) for i in range(0, count, max(1, count // _LOOKED_AT))]
+            lengths = [len(data[i]["input_ids"]) for i in range(0, count, max(1, count // _SAMPLED))]
         except (TypeError, KeyError, IndexError):
             return None
         return max(lengths, default=0) * self.args.train_batch_size or None
@@ -214,42 +213,42 @@ class DeepSeekTrainer(AtomicCheckpoints):
     # ---- a step ----
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; what the forward keeps for the backward is as `activation_memory` says."""
+        """Like Trainer's; saves activations for the backward pass according to `activation_memory`."""
         prepared = self._prepared
-        self._see_length(inputs)
-        with prepared.kept if prepared is not None and torch.is_grad_enabled() else contextlib.nullcontext():
+        self._check_length(inputs)
+        with prepared.saved if prepared is not None and torch.is_grad_enabled() else contextlib.nullcontext():
             result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
-            self._non_finite.see_loss(result[0] if isinstance(result, tuple) else result)
+            self._non_finite.check_loss(result[0] if isinstance(result, tuple) else result)
         return result
 
-    def _see_length(self, inputs: Any) -> None:
-        """Says where a sequence has positions that the model was not made for; several in a row bring their own."""
+    def _check_length(self, inputs: Any) -> None:
+        """Warns if a sequence is longer than the model's context. Packed rows have position_ids, which restart."""
         ids, limit = inputs.get("input_ids"), getattr(self.model.config, "max_position_embeddings", None)
         if ids is not None and limit is not None and ids.shape[-1] > limit and inputs.get("position_ids") is None:
-            self._say(
-                f"a sequence of {ids.shape[-1]:,} tokens is longer than the {limit:,} that the model has positions for "
-                "(max_position_embeddings); cut it, or extend the model's context first"
+            self._warn_once(
+                f"a sequence of {ids.shape[-1]:,} tokens is longer than the model's context of {limit:,} tokens "
+                "(max_position_embeddings); truncate it, or extend the context first"
             )
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; without logits where only the loss is asked for."""
+        """Like Trainer's, but does not compute logits if only the loss is requested."""
         if prediction_loss_only and self._prepared is not None and self._prepared.fused_loss:
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
-    def _unfused(self) -> str | None:
-        """Why losses are made of whole logits although they need not be."""
+    def _why_unfused(self) -> str | None:
+        """Why the loss is not fused although `fused_loss` is set; None: it is fused, or need not be."""
         if not self.args.fused_loss:
             return None
         if self.compute_loss_func is not None:
-            return "compute_loss_func takes logits, so they stand in memory as a whole"
+            return "compute_loss_func needs the logits, so the loss is not fused with the head"
         if self.args.label_smoothing_factor:
-            return "label_smoothing_factor is made of logits, so they stand in memory as a whole"
+            return "label_smoothing_factor needs the logits, so the loss is not fused with the head"
         return None
 
     def clip_gradients(self, model: Any) -> Any:
-        """The optimizer clips in its own pass; the norm is a tensor that `_stepped` fills in before Trainer logs it."""
+        """The optimizer clips the gradients itself; `_after_optimizer_step` fills the returned tensor with the norm."""
         if self._own is None:
             return super().clip_gradients(model)
         self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -258,7 +257,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
     def gradient_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self._own is None:
             grad_norm = super().gradient_norm(model, grad_norm=grad_norm)
-            self._non_finite.see_norm(grad_norm)
+            self._non_finite.check_norm(grad_norm)
         elif grad_norm is None:  # max_grad_norm is 0
             grad_norm = self.clip_gradients(model)
         if self._non_finite.bad:
@@ -270,15 +269,15 @@ class DeepSeekTrainer(AtomicCheckpoints):
         if self._accumulators is not None:
             self._accumulators.drop()
 
-    def _stepped(self) -> None:
-        """After the optimizer's step: what it found, and whether training may go on."""
+    def _after_optimizer_step(self) -> None:
+        """Evaluates the optimizer's step: records the gradient norm, and decides whether training continues."""
         own, bad = self._own, self._non_finite.bad
         if own is not None:
             self._grad_norm.fill_(math.nan if bad else own.grad_norm)
         if self._accumulators is not None and bad:
-            self._accumulators.give()
+            self._accumulators.attach()
         if self._accumulators is not None and own is not None and not own.free_gradients:
-            own.zero_grad()  # Trainer lets go of `grad` alone
+            own.zero_grad()  # Trainer clears only `grad`
         refused = own is not None and own.skipped
         self._logged_steps += 1
         if bad or refused:
@@ -286,8 +285,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._non_finite.after_step(refused)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the number of steps left out so far if there are any, the loss of MTP layers, and how busy experts
-        are."""
+        """Like Trainer's; also logs the number of skipped steps if there are any, the loss of MTP layers, and the load of
+        experts."""
         if "loss" in logs:
             logs |= {"skipped_steps": self._non_finite.skipped} if self._non_finite.skipped else {}
             steps, self._logged_steps = self._logged_steps, 0
@@ -298,7 +297,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     @property
     def _own(self) -> DeepSeekAdamW | None:
-        """The optimizer if it is ours, without accelerate's wrapper."""
+        """The optimizer without accelerate's wrapper, if it is `DeepSeekAdamW`; else None."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner if isinstance(inner, DeepSeekAdamW) else None
 
@@ -307,34 +306,34 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self.state.global_step + 1, cause, next(reversed(checkpoints(Path(str(self.args.output_dir)))), None)
         )
 
-    def _say(self, note: str) -> None:
-        """Warns once."""
-        if note not in self._said:
-            self._said.add(note)
+    def _warn_once(self, note: str) -> None:
+        """Issues each warning once per trainer."""
+        if note not in self._warned:
+            self._warned.add(note)
             warnings.warn(note, OptimizerWarning, stacklevel=3)
 
     # ---- saving ----
 
     def save_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As Trainer's, in `save_dtype`. Checkpoints, which come here too, stay in the dtype of training."""
-        if self.args.save_dtype is None or state_dict is not None or self._unnamed is not None:
+        """Like Trainer's, but saves in `save_dtype`. Checkpoints keep the dtype of training."""
+        if self.args.save_dtype is None or state_dict is not None or self._temporary is not None:
             return super().save_weights(output_dir, state_dict)
         dtype = DTYPES[self.args.save_dtype]
         super().save_weights(output_dir, weights_in(self.accelerator.unwrap_model(self.model), dtype, self._own))
-        if self.args.should_save and not hasattr(self.model, "peft_config"):  # the config names the model's own dtype
+        if self.args.should_save and not hasattr(self.model, "peft_config"):  # update the dtype in the config
             config = copy.deepcopy(self.model.config)
             config.dtype = dtype
             config.save_pretrained(output_dir or self.args.output_dir)
 
 
 class _AfterStep(TrainerCallback):
-    """Tells a trainer that its optimizer has stepped."""
+    """Calls the trainer after each optimizer step."""
 
     def __init__(self, trainer: DeepSeekTrainer) -> None:
         self._trainer = trainer
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._stepped()
+        self._trainer._after_optimizer_step()
 
 
 def _bytes_of(model: torch.nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""A model of Transformers with all its weights, read for training."""
+"""Loading a Transformers model for training, with all its weights."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ from ..errors import CheckpointError
 
 
 def load_whole(source: Path, dtype: torch.dtype) -> Any:
-    """
+    """Loads a model; missing weights are an error, where Transformers would initialise them at random.
+
     Args:
-        source: a checkpoint's directory.
-        dtype: of the weights.
+        source: directory of the checkpoint.
+        dtype: dtype of the weights.
 
     Raises:
-        CheckpointError: the checkpoint lacks weights, which Transformers would draw at random, or has others of their shape.
+        CheckpointError: a weight is missing or has the wrong shape.
     """
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _no_report():
+    with _without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), **options)
-    model, found = loaded
-    lacking = sorted(found["missing_keys"]) or sorted(str(name) for name, *_ in found["mismatched_keys"])
-    if lacking:
-        what = "is not in the checkpoint" if found["missing_keys"] else "is of another shape than the config says"
-        more = f", nor are {len(lacking) - 1:,} others" if len(lacking) > 1 and found["missing_keys"] else ""
-        raise CheckpointError(f"{what}{more}; training would begin from random weights there", file=source, tensor=lacking[0])
+    model, info = loaded
+    missing = sorted(info["missing_keys"]) or sorted(str(name) for name, *_ in info["mismatched_keys"])
+    if missing:
+        what = "is missing from the checkpoint" if info["missing_keys"] else "does not have the shape that the config requires"
+        more = f", and so are {len(missing) - 1:,} others" if len(missing) > 1 and info["missing_keys"] else ""
+        message = (
+            f"{what}{more}, so training would start from random weights; check config.json, or download the checkpoint again"
+        )
+        raise CheckpointError(message, file=source, tensor=missing[0])
     return model
 
 
 @contextmanager
-def _no_report() -> Iterator[None]:
-    """Without Transformers' table of tensors that it leaves out: those of MTP layers, which the plan has told of."""
+def _without_report() -> Iterator[None]:
+    """Suppresses Transformers' list of tensors it does not load: those of MTP layers, which the plan mentions."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -24,7 +24,7 @@ POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped
 # Files that take one to know which memory it is, and never to have it read or written.
 IDENTITY = {
     "backends/cpu/mapped_file.py", "integration/load/mapped.py",
-    "integration/bind/runtime.py", "train/precision.py", "train/kept.py",
+    "integration/bind/runtime.py", "train/precision.py", "train/saved_activations.py",
 }  # fmt: skip
 
 

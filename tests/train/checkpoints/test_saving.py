@@ -132,7 +132,7 @@ def test_a_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path, file
     again = tiny_trainer(tmp_path / "run", max_steps=4)
     with caplog.at_level(logging.WARNING, logger=directory.__name__):
         again.train(resume_from_checkpoint=True)
-    assert file in caplog.text and "goes on from the one before" in caplog.text and "checkpoint-2" in caplog.text
+    assert file in caplog.text and "resuming from the previous checkpoint" in caplog.text and "checkpoint-2" in caplog.text
     assert differences(fingerprint(straight), fingerprint(again)) == []
     verify(tmp_path / "run" / "checkpoint-4")  # the damaged one was replaced
 
@@ -158,9 +158,9 @@ def test_what_is_missing_added_or_foreign_is_refused(tmp_path: Path) -> None:
     (checkpoint / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="pickled state of another trainer"):
         verify(checkpoint)
-    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="has no intact checkpoint"):
         tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
-    with pytest.raises(CheckpointError, match="there is no checkpoint in it"):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
         tiny_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
 
 
@@ -175,7 +175,7 @@ def test_a_second_run_in_the_directory_is_an_error(tmp_path: Path, monkeypatch: 
 
     class Second(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs) -> None:
-            with pytest.raises(CheckpointError, match="another run trains into this directory"):
+            with pytest.raises(CheckpointError, match="another run is training into this directory"):
                 tiny_trainer(tmp_path).train()
 
     tiny_trainer(tmp_path, max_steps=1, callbacks=[Second()]).train()
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
 
 def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(SaveError, match="0.00 GB of the disk are free.*no checkpoint stands before it"):
+    with pytest.raises(SaveError, match="the disk has 0.00 GB free.*no checkpoint stands before it"):
         tiny_trainer(tmp_path, max_steps=2).train()
     assert not [name for name in names(tmp_path) if "checkpoint" in name]
 

@@ -116,7 +116,7 @@ def test_thoughts_are_trained_as_written_or_refused(load):
     thought = {"role": "assistant", "content": "the fox", "reasoning_content": "who jumps"}
     inline = {"role": "assistant", "content": "<think>\nwho jumps\n</think>\n\nthe fox"}
     records = [{"messages": [CHAT[0], message, CHAT[0], CHAT[1]]} for message in (thought, inline)]
-    with pytest.raises(DataError, match=r"line 1, messages\[1\]: thoughts are left out .* per_answer=True"):
+    with pytest.raises(DataError, match=r"line 1, messages\[1\]: .* omits reasoning; .*per_answer=True"):
         load(records, tokenizer=tokenizer)
     dataset, _ = load(records, tokenizer=tokenizer, per_answer=True)
     assert len(dataset) == 4
@@ -147,27 +147,27 @@ def test_a_template_that_tells_nothing_is_an_error_with_remedies(load, byte_toke
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        (b'{"messages": [', r"line 2: is not JSON: Expecting value at character 16"),
+        (b'{"messages": [', r"line 2: is not valid JSON: Expecting value at character 16"),
         (b"[1, 2]", r"line 2: a line must be a JSON object, got list"),
-        (b'{"text": NaN}', r"line 2: is not JSON: NaN is no number of JSON"),
-        (b'{"text": 1e999}', r"line 2: is not JSON: 1e999 is too large"),
+        (b'{"text": NaN}', r"line 2: is not valid JSON: NaN is not a JSON number"),
+        (b'{"text": 1e999}', r"line 2: is not valid JSON: 1e999 is too large"),
         (b'{"text": "\xff"}', r"line 2: is not UTF-8: byte 11 is 0xFF"),
-        (b'{"text": "a\0"}', r"line 2: is not text: it has NUL"),
-        (b"[" * 100_000, r"line 2: is nested too deep"),
+        (b'{"text": "a\0"}', r"line 2: is not text: it contains NUL"),
+        (b"[" * 100_000, r"line 2: is nested too deeply"),
         (b'{"text": 3}', r"line 2, text: must be a string, got int"),
         (b'{"text": "  "}', r"line 2, text: is empty"),
         (b'{"text": "\\ud800"}', r"line 2, text: has half of a surrogate"),
         (b'{"prompt": "x", "completion": ""}', r"line 2, completion: is empty"),
-        (b'{"prompt": "x"}', r"line 2: has none of the forms .* it has prompt"),
-        (b"{}", r"line 2: has none of the forms"),
+        (b'{"prompt": "x"}', r"line 2: has none of the supported forms .* it has prompt"),
+        (b"{}", r"line 2: has none of the supported forms"),
         (b'{"instruction": ["x"], "output": "y"}', r"line 2, instruction: must be a string, got list"),
         (b'{"messages": []}', r"line 2, messages: must be a list of at least one message"),
         (b'{"messages": "hello"}', r"line 2, messages: must be a list"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', r"line 2, messages\[0\].role: must be one of system"),
         (b'{"messages": [{"role": "user", "content": " "}]}', r"line 2, messages\[0\].content: is empty"),
         (b'{"messages": [{"role": "user", "content": 5}]}', r"line 2, messages\[0\].content: must be a string"),
-        (b'{"messages": [{"role": "user", "content": "x"}]}', r"line 2: has no message of the assistant"),
-        (b'{"messages": [{"role": "assistant", "content": "x"}]}', r"line 2, messages\[0\]: begins with the assistant"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', r"line 2: has no assistant message"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', r"line 2, messages\[0\]: begins with an assistant message"),
         (b'{"conversations": [{"from": "cat", "value": "x"}]}', r"line 2, conversations\[0\].from: must be one of human"),
         (b'{"conversations": [{"from": "gpt", "value": 1}]}', r"line 2, conversations\[0\].value: must be a string, got int"),
         (b'{"conversations": [{"from": "gpt"}]}', r"line 2, conversations\[0\].value: must be a string, got NoneType"),
@@ -183,14 +183,14 @@ def test_a_bad_line_is_named_or_left_out(load, line, error):
     dataset, report = load(data, skip_bad_lines=True)
     assert (len(dataset), report.records, report.bad) == (2, 3, 1)
     assert [str(dataset.place(i)).rpartition(" ")[2] for i in range(2)] == ["1", "3"]
-    assert report.remarks()[0] == "1 record(s) cannot be used and are left out"
+    assert report.remarks()[0] == "1 invalid record(s) skipped"
 
 
 def test_all_bad_lines_are_counted_and_five_shown(load):
-    with pytest.raises(DataError, match="7 records cannot be used; the first 5") as caught:
+    with pytest.raises(DataError, match="7 records are invalid; the first 5") as caught:
         load(b'{"text": 1}\n' * 7 + b'{"text": "good"}\n')
     assert str(caught.value).count("text: must be a string") == 5
-    with pytest.raises(DataError, match="no record is left"):
+    with pytest.raises(DataError, match="no valid record is left"):
         load(b'{"text": 1}\n' * 7, skip_bad_lines=True)
 
 
@@ -205,7 +205,7 @@ def test_a_huge_line_is_refused_without_being_read_whole(load, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf"])
 def test_empty_files_are_refused(load, content):
     for name in ("a.jsonl", "b.json", "c.txt"):
-        with pytest.raises(DataError, match=r"is empty|is not JSON"):
+        with pytest.raises(DataError, match=r"is empty|is not valid JSON"):
             load(content, name=name)
 
 
@@ -250,9 +250,9 @@ def test_a_large_text_is_tokenised_in_blocks(load, byte_tokenizer, monkeypatch):
 
 def test_too_long_sequences(load, byte_tokenizer):
     records = [{"text": "x" * 15}, {"text": "x" * 108}]
-    with pytest.raises(DataError, match=r"line 2: has 109 tokens, more than the 50 .*truncate, split or skip"):
+    with pytest.raises(DataError, match=r"line 2: has 109 tokens, more than the maximum of 50; .*truncate, split or skip"):
         load(records, max_length=50)
-    with pytest.raises(DataError, match=r"line 2: has 109 tokens, more than the 80"):
+    with pytest.raises(DataError, match=r"line 2: has 109 tokens, more than the maximum of 80"):
         load(records, context=80)
     found = {way: load(records, max_length=50, too_long=way) for way in ("truncate", "split", "skip")}
     assert {way: dataset.lengths.tolist() for way, (dataset, _) in found.items()} == {

@@ -40,7 +40,7 @@ def test_best_fit_is_the_plain_one(seed):
 
 
 def test_a_document_longer_than_a_row_is_refused():
-    with pytest.raises(ConfigError, match="sequence 1 has 9 tokens, and a row 8"):
+    with pytest.raises(ConfigError, match="sequence 1 has 9 tokens, but a row only 8"):
         best_fit([3, 9], 8)
 
 
@@ -107,9 +107,9 @@ def test_the_trainer_packs_where_it_is_asked_to(tmp_path):
     batch = next(iter(made.get_train_dataloader()))
     assert "position_ids" in batch and "attention_mask" in next(iter(made.get_eval_dataloader()))
     assert made.train().global_step == 1 and made.evaluate()["eval_loss"] > 0
-    with pytest.raises(ConfigError, match="packing=True makes its own batches"):
+    with pytest.raises(ConfigError, match="packing=True needs its own collator"):
         trainer(docs, data_collator=lambda rows: rows)
     with pytest.raises(ConfigError, match="packing=True needs a train_dataset with a length.*labels"):
         trainer([{"input_ids": [1, 2]}])
-    with pytest.raises(ConfigError, match="sequence 0 has 41 tokens, and a row 40"):
+    with pytest.raises(ConfigError, match="sequence 0 has 41 tokens, but a row only 40"):
         trainer(documents([41]))

@@ -118,7 +118,7 @@ def test_choice_by_device_and_build(monkeypatch: pytest.MonkeyPatch, capability,
         assert choose("hardware", device).on_hardware and choose("auto", device).on_hardware
         assert not choose("emulate", device).on_hardware
         monkeypatch.delattr(F, "scaled_mm")
-        assert "take torch 2.10" in str(hardware.why_not(device))
+        assert "install torch 2.10" in str(hardware.why_not(device))
     else:
         with pytest.raises(BackendError, match=reason):
             choose("hardware", device)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek_optimizer.train.kept import Kept
 from deepseek_optimizer.train.modules.experts import TrainedExperts, grouped_experts
+from deepseek_optimizer.train.saved_activations import SavedActivations
 from support.models import deepseek_v2, deepseek_v3, deepseek_v32, llama, random_model, youtu
 
 FAMILIES = {"v2": deepseek_v2, "v3": deepseek_v3, "v32": deepseek_v32}
@@ -81,27 +81,27 @@ def test_bf16_is_near():
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
-class CountingKept(Kept):
-    """Counts the bytes that recipes stand for."""
+class CountingActivations(SavedActivations):
+    """Counts the bytes that are recomputed instead of saved."""
 
-    saved = 0
+    bytes_recomputed = 0
 
     def _pack(self, tensor):
         packed = super()._pack(tensor)
-        self.saved += 0 if packed is tensor else tensor.nbytes
+        self.bytes_recomputed += 0 if packed is tensor else tensor.nbytes
         return packed
 
 
 def test_what_is_made_again_equals_what_was_kept():
-    """Of each chosen row gates and ups are kept, and neither the row nor what goes into `down`."""
+    """For each chosen row, only the outputs of gate and up are saved, not the row or the input of `down`."""
     results = []
-    for everything in (True, False):
+    for save_all in (True, False):
         x, gate_up, down, index, weights = case(40, 8, 4, torch.float32)
-        kept = CountingKept(everything)
-        with kept:
-            out = grouped_experts(x, gate_up, down, index, weights, kept)
+        saved = CountingActivations(save_all)
+        with saved:
+            out = grouped_experts(x, gate_up, down, index, weights, saved)
         results.append((out, *torch.autograd.grad(out.square().sum(), (x, gate_up, down, weights))))
-        assert kept.saved == (0 if everything else 40 * 4 * (24 + 10) * 4)
+        assert saved.bytes_recomputed == (0 if save_all else 40 * 4 * (24 + 10) * 4)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

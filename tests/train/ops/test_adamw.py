@@ -9,7 +9,7 @@ import torch
 from deepseek_optimizer.train.ops import native
 from deepseek_optimizer.train.ops.adamw import Rates, Update, adamw, adamw_reference, join, split, squares, squares_reference
 from deepseek_optimizer.train.ops.moments import Moments
-from deepseek_optimizer.train.ops.random_bits import keys, random_bits, round_by_chance
+from deepseek_optimizer.train.ops.random_bits import keys, random_bits, stochastic_round
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
 SIZES = (1, 15, 16, 17, 255, 256, 257, 5003, 40000)
@@ -104,14 +104,14 @@ def test_split_masters_are_an_fp32_run_to_the_bit():
 
 def test_rounding_by_chance_is_right_on_average_and_leaves_bf16_alone():
     x = torch.tensor([1.0 + 2**-10, -3.14159, 1e-39, 5e20])
-    many = torch.stack([round_by_chance(x, random_bits(4, *keys(seed, 1, 0)[:2]) & 0xFFFF).double() for seed in range(4000)])
+    many = torch.stack([stochastic_round(x, random_bits(4, *keys(seed, 1, 0)[:2]) & 0xFFFF).double() for seed in range(4000)])
     step = torch.tensor([2**-7, 2**-6, 2**-133, 5e20 * 2**-7]).double()  # no more than this apart are neighbours
     assert ((many.mean(0) - x.double()).abs() < 4 * step / 4000**0.5).all()
     assert all(len(many[:, i].unique()) == 2 for i in range(4))
     exact = torch.randn(1000).bfloat16().float()
     odd = torch.tensor([math.inf, -math.inf, math.nan])
-    assert torch.equal(round_by_chance(exact, torch.full((1000,), 65535)).float(), exact)
-    assert torch.equal(round_by_chance(odd, torch.full((3,), 65535)).float().nan_to_num(7), odd.nan_to_num(7))
+    assert torch.equal(stochastic_round(exact, torch.full((1000,), 65535)).float(), exact)
+    assert torch.equal(stochastic_round(odd, torch.full((3,), 65535)).float().nan_to_num(7), odd.nan_to_num(7))
 
 
 def test_random_bits_look_random():

@@ -191,23 +191,23 @@ def test_what_is_refused():
     q, k, v = inputs(2, 6, 4, 2, 8, 8, torch.float32)
     whole = bounds((0, 6), (6, 12))
     cases = [
-        ("rows and tokens must be equal", (q[:1], k, v, *whole)),
+        ("batch and tokens must be equal", (q[:1], k, v, *whole)),
         ("a multiple of k's heads", (q[:, :, :3], k, v, *whole)),
-        ("heads as wide", (q, k[..., :4], v, *whole)),
-        ("one floating dtype", (q, k.double(), v, *whole)),
+        ("heads of the same width", (q, k[..., :4], v, *whole)),
+        ("the same floating-point dtype", (q, k.double(), v, *whole)),
         ("crosses the end of a row of 6", (q, k, v, *bounds((0, 7)))),
-        ("ascend within 12 tokens", (q, k, v, *bounds((0, 6), (5, 8)))),
-        ("ascend within 12 tokens", (q, k, v, *bounds((6, 13)))),
+        ("in ascending order within 12 tokens", (q, k, v, *bounds((0, 6), (5, 8)))),
+        ("in ascending order within 12 tokens", (q, k, v, *bounds((6, 13)))),
         ("int64 tensors", (q, k, v, *(x.int() for x in whole))),
     ]
     for says, arguments in cases:
         with pytest.raises(ValueError, match=says):
             packed_attention(*arguments, 1.0)
-    with pytest.raises(ValueError, match="window is -1"):
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
         packed_attention(q, k, v, *whole, 1.0, -1)
     for says, cuts, used in (
         ("from 0 to 6", [0, 5], None), ("from 0 to 6", [1, 6], None), ("from 0 to 6", [], None),
-        ("numbers of tokens", [0, 3, 6], [3, 4]), ("ascend within", [0, 4, 3, 6], None),
+        ("must have 2 elements", [0, 3, 6], [3, 4]), ("in ascending order within", [0, 4, 3, 6], None),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             attention(q[0], k[0], v[0], torch.tensor(cuts), 1.0, used=None if used is None else torch.tensor(used))

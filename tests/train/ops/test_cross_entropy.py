@@ -128,7 +128,7 @@ def test_a_label_that_the_head_lacks_is_named():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     for wrong in (30, -1):
         labels[3] = wrong
-        with pytest.raises(ConfigError, match=f"labels hold {wrong}, .* 0 to 29"):
+        with pytest.raises(ConfigError, match=f"labels contain {wrong}, .* 0 to 29"):
             linear_cross_entropy(hidden, weight, labels)
     with pytest.raises(ValueError, match="hidden is"):
         linear_cross_entropy(hidden, weight, labels[:5])
@@ -172,11 +172,11 @@ def test_a_second_backward_is_refused():
 
 
 def test_logits_never_stand_as_a_whole():
-    pieces = cross_entropy._pieces(2048, 49152, None)
+    pieces = cross_entropy._chunks(2048, 49152, None)
     assert max(p.stop - p.start for p in pieces) * 49152 * 4 <= 64 << 20
     assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == 2048
     assert all((p.stop - p.start) % 16 == 0 for p in pieces[:-1])
-    assert cross_entropy._pieces(5, 10**9, None) == [slice(0, 5)] and cross_entropy._pieces(0, 10, None) == []
+    assert cross_entropy._chunks(5, 10**9, None) == [slice(0, 5)] and cross_entropy._chunks(0, 10, None) == []
 
 
 def test_many_pieces_are_summed_in_fp32():

@@ -22,11 +22,13 @@ def test_gradients_of_the_reference():
 
 
 @needs_native
-@pytest.mark.parametrize("keep", [False, True])
-def test_native_is_fp64s_to_rounding(keep):
+@pytest.mark.parametrize("save_all", [False, True])
+def test_native_is_fp64s_to_rounding(save_all):
     torch.manual_seed(1)
     for shape, width, out in (((1, 1), 1, 1), ((7, 33), 17, 5), ((2, 30, 64), 100, None)):
-        against_fp64(lambda *t: mlp(*t, keep=keep), mlp_reference, parts(*shape, dtype=torch.float32, width=width, out=out))
+        against_fp64(
+            lambda *t: mlp(*t, save_all=save_all), mlp_reference, parts(*shape, dtype=torch.float32, width=width, out=out)
+        )
 
 
 @needs_native
@@ -50,8 +52,8 @@ def test_keeping_changes_no_bit_and_backward_can_be_gone_twice(dtype):
     torch.manual_seed(3)
     whole = parts(50, 64, dtype=dtype)
     found = []
-    for keep in (False, True):
-        y = mlp(*whole, keep=keep)
+    for save_all in (False, True):
+        y = mlp(*whole, save_all=save_all)
         for _ in range(2):
             found.append((y, *torch.autograd.grad(y, whole, torch.ones_like(y), retain_graph=True)))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

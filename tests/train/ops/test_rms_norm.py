@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepseek_optimizer.train.ops import native
-from deepseek_optimizer.train.ops.rms_norm import rms_norm, rms_norm_beside, rms_norm_reference
+from deepseek_optimizer.train.ops.rms_norm import rms_norm, rms_norm_reference, rms_norm_with_residual
 from support.op_checks import against_fp64, contiguous_and_not
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
@@ -62,7 +62,7 @@ def test_beside_gives_the_gradients_of_norm_and_sum(dtype):
     torch.manual_seed(5)
     for x in contiguous_and_not(torch.randn(33, 40).to(dtype)):
         found = []
-        for form in (lambda x, w: rms_norm_beside(x, w, EPS), lambda x, w: (rms_norm(x, w, EPS), x)):
+        for form in (lambda x, w: rms_norm_with_residual(x, w, EPS), lambda x, w: (rms_norm(x, w, EPS), x)):
             one, weight = x.detach().clone().requires_grad_(), torch.ones(40).to(dtype).requires_grad_()
             y, same = form(one * 1, weight)
             assert torch.equal(same, one)

@@ -1,8 +1,8 @@
-"""Checkpoints of training that a crash cannot spoil: written beside, checked, renamed at once; nothing in them is pickled.
+"""Atomic, verified training checkpoints without pickled files.
 
-A checkpoint `checkpoint-<step>` holds what Transformers' Trainer puts there, with these differences: `checkpoint.json` lists
-every file with its length and SHA-256 (`manifest.py`); optimizer, scheduler and random numbers are safetensors and JSON
-(`state.py`); `training_args.json` takes the place of `training_args.bin`.
+A checkpoint `checkpoint-<step>` has the contents of a checkpoint of Transformers' Trainer, with these differences:
+`checkpoint.json` lists every file with its length and SHA-256 (`manifest.py`); the states of optimizer, scheduler and random
+generators are safetensors and JSON (`state.py`); `training_args.json` replaces `training_args.bin`.
 """
 
 from .saving import AtomicCheckpoints

@@ -1,4 +1,4 @@
-"""The directory that a run's checkpoints lie in: which there are, which is the newest whole one, and what goes."""
+"""The directory of a run's checkpoints: listing, verification, rotation and locking."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from .manifest import verify
 logger = logging.getLogger(__name__)
 
 LOCK = ".train.lock"
-# Seconds that a lock is waited for: data loader workers of a run that was killed hold it until they see that it is gone, which
-# they look for every 5 s.
+# Seconds to wait for the lock: data loader workers of a killed run hold it until they notice that their parent is gone, which
+# they check every 5 s.
 LOCK_WAIT = 8.0
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = re.compile(r"\.checkpoint-\d+\..*tmp(\.old)?")
 
 
 def step_of(directory: Path) -> int | None:
-    """The step of a checkpoint's name; None if it is not one."""
+    """The step in a checkpoint's name; None if the directory is not a checkpoint."""
     match = _NAME.fullmatch(directory.name)
     return int(match[1]) if match else None
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run by their names, whole or not, the oldest first."""
-    found = [(step, path) for path in run.iterdir() if (step := step_of(path)) is not None] if run.is_dir() else []
-    return [path for _, path in sorted(found)]
+    """The checkpoints of a run, intact or not, in order of their steps."""
+    steps = [(step, path) for path in run.iterdir() if (step := step_of(path)) is not None] if run.is_dir() else []
+    return [path for _, path in sorted(steps)]
 
 
-def newest_whole(run: Path) -> Path:
-    """The newest checkpoint that is whole; damaged ones before it are passed over, with a warning that names the file.
+def newest_intact(run: Path) -> Path:
+    """The newest intact checkpoint. Damaged ones are skipped with a warning that names the file.
 
     Raises:
         CheckpointError: there is none.
@@ -50,38 +50,40 @@ def newest_whole(run: Path) -> Path:
             verify(path)
         except CheckpointError as error:
             damaged.append(f"{error}")
-            logger.warning("A damaged checkpoint is passed over: %s", error)
+            logger.warning("skipping a damaged checkpoint: %s", error)
             continue
         if damaged:
-            logger.warning("Training goes on from the one before: %s", path)
+            logger.warning("resuming from the previous checkpoint: %s", path)
         return path
-    what = f"none of its checkpoints is whole ({'; '.join(damaged)})" if damaged else "there is no checkpoint in it"
-    raise CheckpointError(f"{what}; begin without resume_from_checkpoint", file=run)
+    what = f"has no intact checkpoint ({'; '.join(damaged)})" if damaged else "has no checkpoint"
+    raise CheckpointError(f"{what}; start without resume_from_checkpoint", file=run)
 
 
 def verified(directory: Path) -> Path:
-    """The checkpoint that was named, if it is whole.
+    """Returns `directory` if it is an intact checkpoint.
 
     Raises:
-        CheckpointError: it is not; the message offers the newest whole one before it.
+        CheckpointError: it is damaged or missing; the message names the newest intact one before it.
     """
     try:
         verify(directory)
     except CheckpointError as error:
         step = step_of(directory)
         for path in reversed(checkpoints(directory.parent)):
-            if step is not None and (step_of(path) or 0) < step and _is_whole(path):
-                offer = CheckpointError(f"{error}. The one before it is whole: resume_from_checkpoint={str(path)!r}")
-                offer.file = error.file
-                raise offer from error
+            if step is not None and (step_of(path) or 0) < step and _is_intact(path):
+                hint = CheckpointError(f"{error}; the previous checkpoint is intact: use resume_from_checkpoint={str(path)!r}")
+                hint.file = error.file
+                raise hint from error
         raise
     return directory
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints until `keep` are left (None or 0: all stay); the newest and the best one always stay.
+    """Removes the oldest checkpoints beyond a maximum number. The newest and the best one are never removed.
 
-    Each loses its name before its files go, so that no half of it is ever seen.
+    Args:
+        keep: maximum number of checkpoints; None or 0: no limit.
+        best: path of the best checkpoint.
     """
     if not keep or keep < 0:
         return
@@ -93,14 +95,14 @@ def rotate(run: Path, keep: int | None, best: str | None) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Removes a checkpoint: its name at once, its files then."""
-    nameless = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")
-    os.rename(directory, nameless)
-    shutil.rmtree(nameless, ignore_errors=True)
+    """Removes a checkpoint. It is renamed first, so that no partial checkpoint is ever visible."""
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")
+    os.rename(directory, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_unfinished(run: Path) -> None:
-    """Removes what killed runs left: checkpoints without a name. Only for who holds the lock."""
+    """Removes temporary directories left by killed runs. The caller must hold the lock."""
     for path in run.iterdir() if run.is_dir() else ():
         if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -108,11 +110,11 @@ def remove_unfinished(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Holds a run's directory for this process: a second run that would write there is an error. The lock ends with the
-    process, however it ends.
+    """Locks a run's directory, so that no other run can write to it. The lock is released when the process ends, however it
+    ends.
 
     Raises:
-        CheckpointError: another run has it.
+        CheckpointError: another run holds the lock.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / LOCK, timeout=LOCK_WAIT)
@@ -120,7 +122,7 @@ def locked(run: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise CheckpointError(
-            f"another run trains into this directory now (it holds {LOCK}); wait for it or give this run another output_dir",
+            f"another run is training into this directory (it holds {LOCK}); wait for it, or choose another output_dir",
             file=run,
         ) from error
     try:
@@ -130,7 +132,7 @@ def locked(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_intact(directory: Path) -> bool:
     try:
         verify(directory)
     except CheckpointError:

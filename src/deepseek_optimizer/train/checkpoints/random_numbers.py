@@ -1,4 +1,4 @@
-"""The states of all random generators that training draws from."""
+"""The states of all random generators that training uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators, and of those of CUDA devices where it is in use."""
+    """The states of the generators of Python, numpy, torch and, if CUDA is in use, its devices."""
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -22,7 +22,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Puts back what `random_states` gave."""
+    """Restores states returned by `random_states`."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

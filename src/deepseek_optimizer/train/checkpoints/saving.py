@@ -1,8 +1,9 @@
-"""Transformers' Trainer with checkpoints that are written whole or not at all, and resumed to the bit.
+"""Transformers' Trainer with atomic checkpoints, from which training resumes bit for bit.
 
-Trainer writes a checkpoint file by file under its final name, and pickles part of it. Here it writes into a directory without a
-name beside it; that is listed (`manifest.py`), flushed to the disk, and takes its name in one rename. Old checkpoints go after
-that. Optimizer, scheduler and random numbers go through the hooks that Trainer has for them.
+Trainer writes a checkpoint file by file under its final name, and pickles some of the files. Here it writes to a temporary
+directory, which gets a manifest (`manifest.py`), is flushed to the disk, and is renamed in one step; only then are old
+checkpoints removed. The states of optimizer, scheduler and random generators are saved by overriding Trainer's methods for
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ...checkpoint.shards import is_weights
 from ...errors import CheckpointError, ConfigError, SaveError
 from ...integration.training.modules import is_tied
 from ...integration.training.trainer import HookedTrainer
-from .directory import checkpoints, locked, newest_whole, remove_unfinished, rotate, step_of, verified
+from .directory import checkpoints, locked, newest_intact, remove_unfinished, rotate, step_of, verified
 from .experts import MergedExperts
 from .manifest import write_manifest
 from .random_numbers import random_states, set_random_states
@@ -36,14 +37,14 @@ _PICKLED_ARGUMENTS = "training_args.bin"
 
 
 class AtomicCheckpoints(MergedExperts, HookedTrainer):
-    """What `DeepSeekTrainer` does about checkpoints.
+    """The part of `DeepSeekTrainer` that saves and loads checkpoints.
 
-    `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole, and says which damaged ones it passed
-    over; a checkpoint that is named must be whole. One run at a time trains into a directory.
+    `train(resume_from_checkpoint=True)` resumes from the newest intact checkpoint, and warns about damaged ones that it skips;
+    a checkpoint passed by path must be intact. Only one run at a time can train into a directory.
 
-    Raises, from `train` and whatever saves:
-        CheckpointError: a checkpoint is damaged, or another run has the directory.
-        SaveError: a checkpoint could not be written; those before it are as they were.
+    Raises:
+        CheckpointError: a checkpoint is damaged, or another run is using the directory.
+        SaveError: a checkpoint could not be written; earlier ones are unchanged.
     """
 
     model: Any
@@ -51,16 +52,16 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
     optimizer: Any
     lr_scheduler: Any
 
-    _unnamed: Path | None = None  # the directory that a checkpoint is being written into
+    _temporary: Path | None = None  # the temporary directory of the checkpoint being written
     _push_later = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         with self._run_directory():
-            return super().train(self._whole_checkpoint(resume_from_checkpoint), *args, **kwargs)
+            return super().train(self._verified_checkpoint(resume_from_checkpoint), *args, **kwargs)
 
     @contextlib.contextmanager
     def _run_directory(self) -> Iterator[None]:
-        """Holds the lock in the process that saves; the others learn whether it has it."""
+        """Holds the directory's lock in the saving process, and raises in all processes if that fails."""
         run = Path(self.args.output_dir)
         with contextlib.ExitStack() as stack:
             try:
@@ -71,27 +72,27 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
                 self._from_main(0)
                 raise
             if not self._from_main(1):
-                raise CheckpointError("process 0 could not begin: its message says why", file=run)
+                raise CheckpointError("process 0 failed to start; see its error message", file=run)
             yield
 
-    def _whole_checkpoint(self, asked: str | bool | None) -> str | None:
-        """The path of a checkpoint that was read through and is whole. Process 0 reads, for all."""
-        if not asked:
+    def _verified_checkpoint(self, requested: str | bool | None) -> str | None:
+        """The path of the checkpoint to resume from, which process 0 has verified; None: start from the beginning."""
+        if not requested:
             return None
         run = Path(self.args.output_dir)
-        step, found = -1, None
+        step, result = -1, None
         try:
             if self.args.process_index == 0:
-                found = newest_whole(run) if asked is True else verified(Path(asked))
-                step = step_of(found) or 0
+                result = newest_intact(run) if requested is True else verified(Path(requested))
+                step = step_of(result) or 0
         finally:
             step = self._from_main(step)
         if step < 0:
-            raise CheckpointError("process 0 found no whole checkpoint: its message says more", file=run)
-        return str(found or (run / f"checkpoint-{step}" if asked is True else asked))
+            raise CheckpointError("process 0 found no intact checkpoint; see its error message", file=run)
+        return str(result or (run / f"checkpoint-{step}" if requested is True else requested))
 
     def _from_main(self, number: int) -> int:
-        """Process 0's number, in every process."""
+        """Broadcasts an integer from process 0."""
         if self.args.world_size <= 1:
             return number
         box = torch.tensor([number], dtype=torch.int64, device=self.args.device)
@@ -103,7 +104,7 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
             self.accelerator.wait_for_everyone()
 
     def run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer looks whether it is done after a step only: a run that was killed after its last one would make one more."""
+        """Like Trainer's, but a run that was killed after its last step does not run another step when it is resumed."""
         if self.state.global_step >= self.state.max_steps:
             self.load_random_states(kwargs.get("resume_from_checkpoint"))
             self.control.should_training_stop = True
@@ -113,24 +114,24 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
     # ---- writing ----
 
     def checkpoints_directory(self, trial: Any) -> str:
-        """While a checkpoint is written, the directory without a name: all that Trainer writes goes there."""
-        return super().checkpoints_directory(trial) if self._unnamed is None else str(self._unnamed)
+        """Like Trainer's; while a checkpoint is written, its temporary directory."""
+        return super().checkpoints_directory(trial) if self._temporary is None else str(self._temporary)
 
     def write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self.checkpoints_directory(trial))
         target = run / f"checkpoint-{self.state.global_step}"
         best = self.state.best_model_checkpoint
-        with self._saving(target), self._directory(run / f".{target.name}.tmp") as unnamed:
+        with self._saving(target), self._directory(run / f".{target.name}.tmp") as temporary:
             try:
-                self._unnamed = unnamed
+                self._temporary = temporary
                 super().write_checkpoint(model, trial)
                 self._barrier()
             finally:
-                self._unnamed, self.state.best_model_checkpoint = None, best
-            self._note_best(run)
+                self._temporary, self.state.best_model_checkpoint = None, best
+            self._update_best(run)
             if self.args.should_save:
-                self._finish(unnamed / target.name)
-                publish(unnamed / target.name, target, overwrite=True)
+                self._finish(temporary / target.name)
+                publish(temporary / target.name, target, overwrite=True)
             self._barrier()
         if self.args.should_save:
             rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -139,31 +140,31 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
             self.push_checkpoint(str(target))
 
     def _finish(self, directory: Path) -> None:
-        """The last that a checkpoint gets: the state with the path of the best one, arguments without pickle, the list."""
+        """Completes a checkpoint: the arguments as JSON, the state with the path of the best checkpoint, and the manifest."""
         (directory / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
         (directory / ARGUMENTS).write_text(self.args.to_json_string(), encoding="utf-8")
         self.state.save_to_json(str(directory / "trainer_state.json"))
         write_manifest(directory, self.state.global_step, self.args.world_size)
 
-    def _note_best(self, run: Path) -> None:
+    def _update_best(self, run: Path) -> None:
         best = self.state.best_global_step
         if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
 
     def push_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unnamed is not None:
-            self._push_later = True  # not before it has its name
+        if self._temporary is not None:
+            self._push_later = True  # after the checkpoint was renamed
         else:
             super().push_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, but all files change at once: a model that lay there is never half overwritten. See `merged_directory`."""
-        if self._unnamed is not None:
+        """Like Trainer's, but atomic: an existing model is never partly overwritten. See `merged_directory`."""
+        if self._temporary is not None:
             return self._write_model(str(output_dir))
         target = Path(output_dir or self.args.output_dir)
         fresh = merged_directory(target, is_weights) if self.args.should_save else contextlib.nullcontext(target)
-        with self._saving(target), fresh as unnamed:
-            self._write_model(str(unnamed))
+        with self._saving(target), fresh as temporary:
+            self._write_model(str(temporary))
             self._barrier()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -177,7 +178,7 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
 
     @contextlib.contextmanager
     def _directory(self, path: Path) -> Iterator[Path]:
-        """A fresh directory that all processes know; it is gone afterwards."""
+        """A temporary directory for all processes, removed afterwards."""
         if self.args.should_save:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
@@ -190,14 +191,14 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
 
     @contextlib.contextmanager
     def _saving(self, target: Path) -> Iterator[None]:
-        """Looks for room first, and says of errors of the disk what they leave."""
+        """Checks the free disk space first, and turns disk errors into SaveError."""
         run = target.parent
         last = next((path for path in reversed(checkpoints(run)) if path != target), None)
         if self.args.should_save:
             run.mkdir(parents=True, exist_ok=True)
             needed, free = self._bytes_to_save(), shutil.disk_usage(run).free
             if free < needed:
-                raise SaveError(target, f"it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB of the disk are free", last)
+                raise SaveError(target, f"it needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free", last)
         try:
             with naming(target):
                 yield
@@ -207,12 +208,12 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
             raise SaveError(target, str(error), last) from error
 
     def _bytes_to_save(self) -> int:
-        """Of weights and optimizer; with adapters, the weights that train."""
+        """Bytes of the weights and the optimizer state; with an adapter, only trained weights count."""
         weights = [p for p in self.model.parameters() if p.requires_grad or not hasattr(self.model, "peft_config")]
         optimizer = 0 if self.args.save_only_model or self.optimizer is None else sizes(self.optimizer.state_dict()["state"])
         return optimizer + sum(_local(p).nbytes for p in weights)
 
-    # ---- what Trainer pickles ----
+    # ---- states that Trainer would pickle ----
 
     def save_optimizer_state(self, output_dir: str) -> None:
         directory = Path(output_dir)
@@ -228,14 +229,14 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
         for name in (OPTIMIZER, SCHEDULER):
             if not (directory / name).is_file():
                 raise CheckpointError(
-                    f"has no {name} (save_only_model=True?), so training can't go on from it; begin a new run from its weights",
+                    f"has no {name} (save_only_model=True?), so training cannot be resumed; start a new run from its weights",
                     file=directory,
                 )
         self.optimizer.load_state_dict(scattered(read_state(directory / OPTIMIZER), self.optimizer))
         self.lr_scheduler.load_state_dict(read_state(directory / SCHEDULER))
 
     def save_random_states(self, output_dir: str) -> None:
-        os.makedirs(output_dir, exist_ok=True)  # a process may be here before process 0 made it
+        os.makedirs(output_dir, exist_ok=True)  # this process may be faster than process 0
         write_state(self._rng_file(output_dir), random_states())
 
     def load_random_states(self, checkpoint: str | None) -> None:
@@ -244,8 +245,8 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
         file = self._rng_file(checkpoint)
         if not file.is_file():
             raise CheckpointError(
-                f"has no {file.name}: it was trained by fewer processes than the {self.args.world_size} there are; take as "
-                "many as then",
+                f"has no {file.name}, so it was trained with fewer than {self.args.world_size} processes; use the same number "
+                "of processes",
                 file=Path(checkpoint),
             )
         set_random_states(read_state(file))
@@ -254,7 +255,7 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
         return Path(directory, f"rng_state_{self.args.process_index}.safetensors")
 
     def load_weights(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        # PEFT makes the weights of an adapter that it loads float32, whatever they were; bf16 goes there and back exactly.
+        # PEFT converts loaded adapter weights to float32; converting bf16 to float32 and back is exact.
         loaded = self.model if model is None else model
         if self.is_fsdp_enabled:
             return self._load_shards(Path(resume_from_checkpoint), loaded)
@@ -265,31 +266,31 @@ class AtomicCheckpoints(MergedExperts, HookedTrainer):
                 parameter.data = parameter.data.to(dtypes[name])
 
     def warn_of_other_weights(self, load_result: Any) -> None:
-        """As Trainer's; a tied weight is not missing, for it is another one of the checkpoint."""
+        """Like Trainer's, but a tied weight does not count as missing."""
         missing = [name for name in load_result.missing_keys if not is_tied(self.model, name)]
         super().warn_of_other_weights(load_result._replace(missing_keys=missing))
 
     @staticmethod
     def _load_shards(directory: Path, model: torch.nn.Module) -> None:
-        """Each process reads the whole weights, and keeps its shards."""
+        """Each process reads all weights and keeps its own shards."""
         if hasattr(model, "peft_config"):
             raise ConfigError(
-                "resume_from_checkpoint cannot be had for adapters with fsdp: they are small, so train them without fsdp (each "
-                "process then has the model)"
+                "resume_from_checkpoint is not supported for adapters with fsdp; train them without fsdp, so that each process "
+                "has the whole model"
             )
         state: dict[str, Any] = {}
         for file in sorted(directory.glob("*.safetensors")):
             if file.name.startswith("model"):
                 state |= load_file(file)
-        found = set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
-        absent = [name for name in found.missing_keys if not is_tied(model, name)]
-        if absent or found.unexpected_keys:
+        result = set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        missing = [name for name in result.missing_keys if not is_tied(model, name)]
+        if missing or result.unexpected_keys:
             raise CheckpointError(
-                f"is not of this model: {len(absent)} of its tensors are missing, {len(found.unexpected_keys)} are unknown",
-                file=directory, tensor=next(iter([*absent, *found.unexpected_keys])),
+                f"does not fit this model: {len(missing)} tensors are missing, {len(result.unexpected_keys)} are unexpected",
+                file=directory, tensor=next(iter([*missing, *result.unexpected_keys])),
             )  # fmt: skip
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor."""
+    """This process's shard of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,9 +1,9 @@
-"""A state of an optimizer, a scheduler or a random generator as one safetensors file, without pickle.
+"""The state of an optimizer, a scheduler or a random generator as one safetensors file, without pickle.
 
-The tensors lie in the file under the path that leads to them ("state/0/m"); what is around them (dictionaries with keys of
-any plain kind, lists, tuples, numbers, strings) is JSON in the file's metadata, and comes back as it was: keys keep their
-types, tuples stay tuples, floats keep every bit. The file is written tensor by tensor, so that saving takes no more memory
-than the largest of them that is not plain memory of the CPU already.
+Tensors are stored under the path that leads to them ("state/0/m"). The structure around them (dictionaries with keys of any
+plain type, lists, tuples, numbers, strings) is JSON in the file's metadata, and is restored exactly: keys keep their types,
+tuples stay tuples, floats keep every bit. The file is written tensor by tensor, so saving needs no more extra memory than the
+largest tensor that is not contiguous in CPU memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES = {
     "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_TREE = "state"  # the metadata's key
+_TREE = "state"  # key of the JSON in the metadata
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -34,11 +34,11 @@ def write_state(path: Path, state: Any) -> None:
     """Writes a tree of dictionaries, lists, tuples, plain values, tensors and numpy arrays to a safetensors file.
 
     Raises:
-        CheckpointError: something in it is of another type, and would need pickle; the message has the path to it.
+        CheckpointError: a value has another type, which would need pickle; the message contains its path.
     """
     tensors: dict[str, torch.Tensor] = {}
-    tree = _take_apart(state, "", tensors, path)
-    # Large items first: then every tensor begins at a multiple of its item size, as readers that map the file want it.
+    tree = _flatten(state, "", tensors, path)
+    # Sorted by item size, so that every tensor is aligned to its item size, as needed by readers that map the file.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {_TREE: json.dumps(tree)}}
     at = 0
@@ -55,35 +55,35 @@ def write_state(path: Path, state: Any) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """What `write_state` was given, on the CPU in memory of its own.
+    """Reads a tree written by `write_state`. Tensors are on the CPU, in memory of their own.
 
     Raises:
-        CheckpointError: the file is damaged, or is not one of `write_state`.
+        CheckpointError: the file is damaged, or was not written by `write_state`.
     """
     file = DataFile(path)
     try:
         contents = open_safetensors(file)
         if _TREE not in contents.metadata:
-            raise CheckpointError("is not a state of training: its metadata lack it", file=path)
+            raise CheckpointError("is not a training state: its metadata has no such entry", file=path)
         tensors = {
             name: file.read_tensor(info.offset, info.nbytes).view(_DTYPES[info.dtype]).reshape(info.shape)
             for name, info in contents.tensors.items()
         }
-        return _put_together(json.loads(contents.metadata[_TREE]), tensors)
+        return _unflatten(json.loads(contents.metadata[_TREE]), tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"its description of the state is damaged: {error}", file=path) from error
+        raise CheckpointError(f"is damaged: the structure of the state is invalid ({error})", file=path) from error
     finally:
         file.close()
 
 
-def _take_apart(value: Any, at: str, tensors: dict[str, torch.Tensor], file: Path) -> Any:
-    """JSON in the place of `value`, and its tensors into `tensors`: {"tensor": name}, {"array": name}, {"tuple": items},
-    {"dict": pairs}; lists and plain values stand for themselves."""
+def _flatten(value: Any, at: str, tensors: dict[str, torch.Tensor], file: Path) -> Any:
+    """Converts `value` to JSON and adds its tensors to `tensors`. Tensors become {"tensor": name}, numpy arrays {"array":
+    name}, tuples {"tuple": items}, dictionaries {"dict": pairs}; lists and plain values stay."""
     if isinstance(value, torch.Tensor):
         if value.dtype not in _NAMES:
-            raise CheckpointError(f"a tensor of {value.dtype} cannot be stored", file=file, tensor=at)
+            raise CheckpointError(f"has dtype {value.dtype}, which cannot be stored", file=file, tensor=at)
         tensors[at] = value.detach()
         return {"tensor": at}
     if isinstance(value, np.ndarray):
@@ -92,22 +92,22 @@ def _take_apart(value: Any, at: str, tensors: dict[str, torch.Tensor], file: Pat
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict) and all(type(key) in _PLAIN for key in value):
-        return {"dict": [[key, _take_apart(item, f"{at}/{key}", tensors, file)] for key, item in value.items()]}
+        return {"dict": [[key, _flatten(item, f"{at}/{key}", tensors, file)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        items = [_take_apart(item, f"{at}/{i}", tensors, file) for i, item in enumerate(value)]
+        items = [_flatten(item, f"{at}/{i}", tensors, file) for i, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     if type(value) in _PLAIN:
         return value
     raise CheckpointError(
-        f"{at or 'it'} is a {type(value).__name__}, which cannot be stored without pickle; save with save_only_model=True, or "
-        "use a scheduler or optimizer whose state_dict() holds tensors and plain values",
+        f"{at or 'the state'} is a {type(value).__name__}, which cannot be stored without pickle; use save_only_model=True, or "
+        "a scheduler and optimizer whose state_dict() has only tensors and plain values",
         file=file,
     )
 
 
-def _put_together(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _unflatten(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(tree, list):
-        return [_put_together(item, tensors) for item in tree]
+        return [_unflatten(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -116,9 +116,9 @@ def _put_together(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if kind == "array":
         return tensors[content].numpy()
     if kind == "tuple":
-        return tuple(_put_together(item, tensors) for item in content)
+        return tuple(_unflatten(item, tensors) for item in content)
     if kind == "dict":
-        return {key: _put_together(item, tensors) for key, item in content}
+        return {key: _unflatten(item, tensors) for key, item in content}
     raise ValueError(f"unknown kind {kind!r}")
 
 
@@ -126,17 +126,17 @@ def _write(file: BinaryIO, tensor: torch.Tensor) -> None:
     if tensor.numel():
         flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
         view = flat.numpy().data
-        while view:  # a full disk may take a part, and refuses the rest with an error
+        while view:  # a write may be partial; on a full disk, the next one raises
             view = view[file.write(view) :]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with a line a field, as people read it."""
+    """Writes indented JSON with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def sizes(state: Any) -> int:
-    """Bytes of the tensors in a state."""
+    """The total size in bytes of the tensors in a state."""
     if isinstance(state, torch.Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict):
@@ -145,5 +145,5 @@ def sizes(state: Any) -> int:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file's name says that it is pickled, so that opening it could run code."""
+    """Whether a file is pickled, by its suffix; opening such a file could run code."""
     return os.path.splitext(name)[1] in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

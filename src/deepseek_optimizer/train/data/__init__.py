@@ -1,4 +1,4 @@
-"""Training data: files of chats and texts to sequences of tokens, and these to rows and batches."""
+"""Training data: files of chats and texts are tokenized into sequences, and these are packed into rows and batches."""
 
 from .load import DataOptions, DataReport, load_data
 from .packing import Collator, PackedRows, best_fit

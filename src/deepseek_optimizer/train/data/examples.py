@@ -1,14 +1,14 @@
-"""Records to what is trained on: a chat, a prompt with its completion, or a text. Every known form is checked field by field.
+"""Conversion of records to examples: a chat, a prompt with its completion, or a text. Every field is validated.
 
-| a record has | it is |
+| fields of a record | example |
 |---|---|
-| `messages` (`tools`) | a chat, as OpenAI's API has it |
-| `conversations` (`system`, `tools`) | a chat in ShareGPT's form: `from` and `value`; or `role` and `content` |
+| `messages` (`tools`) | a chat in OpenAI's format |
+| `conversations` (`system`, `tools`) | a chat in ShareGPT's format: `from` and `value`; or `role` and `content` |
 | `prompt`, `completion` | strings: a question and its answer; lists of messages: a chat |
-| `instruction`, `output` (`input`, `system`) | a question and its answer, as Alpaca has it |
+| `instruction`, `output` (`input`, `system`) | a question and its answer in Alpaca's format |
 | `text` | a text |
 
-Other fields (`id`, `source`) are left alone.
+Other fields (`id`, `source`) are ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FORMS = "messages; conversations; prompt and completion; instruction and output
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages as `chat.messages.check_messages` returns them, and tools as `check_tools` does; None: no tools."""
+    """A chat: messages validated by `chat.messages.check_messages`, and tools by `check_tools`; None: no tools."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -42,7 +42,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class PromptAndAnswer:
-    """A question and its answer, without roles. plain: both to follow each other where there is no chat template."""
+    """A question and its answer.
+
+    Attributes:
+        prompt: the question.
+        completion: the answer.
+        system: the system prompt, if any.
+        plain: the text to put before the completion if there is no chat template.
+    """
 
     prompt: str
     completion: str
@@ -50,7 +57,7 @@ class PromptAndAnswer:
     plain: str
 
     def chat(self) -> Chat:
-        """The same as a chat."""
+        """The question and its answer as a chat."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         turns = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}]
         return Chat([*system, *turns], None)
@@ -58,7 +65,7 @@ class PromptAndAnswer:
 
 @dataclass(frozen=True)
 class PlainText:
-    """cut: it may be cut wherever a sequence is full, as files are, which are of any length."""
+    """A text. `cut`: it may be split anywhere, as text files are."""
 
     text: str
     cut: bool
@@ -68,9 +75,10 @@ Example = Chat | PromptAndAnswer | PlainText
 
 
 def to_example(record: Record) -> Example:
-    """
+    """Converts a record to an example.
+
     Raises:
-        DataError: the record is none of the forms, or a field of it is wrong.
+        DataError: the record has none of the supported forms, or a field is invalid.
     """
     place, value = record
     if isinstance(value, str):
@@ -86,8 +94,8 @@ def to_example(record: Record) -> Example:
         return _instruction(value, place)
     if "text" in value:
         return PlainText(_string(value, "text", place), cut=False)
-    has = ", ".join(map(str, value)) or "nothing"
-    raise place.error(f"has none of the forms that are known ({_FORMS}); it has {has[:200]}")
+    fields = ", ".join(map(str, value)) or "no fields"
+    raise place.error(f"has none of the supported forms ({_FORMS}); it has {fields[:200]}")
 
 
 def _chat(messages: Any, tools: Any, place: Place, field: str) -> Chat:
@@ -98,14 +106,14 @@ def _chat(messages: Any, tools: Any, place: Place, field: str) -> Chat:
         where = error.field.replace("messages", field, 1) if field != "messages" else error.field
         raise place.error(str(error).removeprefix(f"{error.field}: "), where) from None
     for i, message in enumerate(checked):
-        said = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip()
-        if not said and message["role"] != "tool":  # a tool may well return nothing
+        content = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip()
+        if not content and message["role"] != "tool":  # a tool may return nothing
             raise place.error("is empty", f"{field}[{i}].content")
     return Chat(checked, checked_tools)
 
 
 def _parsed(tools: Any) -> Any:
-    """Some data sets have tools as the text of a JSON array."""
+    """Parses tools, which some data sets store as JSON text."""
     if not isinstance(tools, str):
         return tools
     try:
@@ -122,20 +130,20 @@ def _sharegpt(turns: Any, place: Place) -> list[Any]:
 
 def _turn(turn: Any, place: Place, where: str) -> Any:
     if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn  # a message already, or what `check_messages` says what is wrong with
-    said_by, value = turn["from"], turn.get("value")
-    role = _SHAREGPT.get(said_by) if isinstance(said_by, str) else None
+        return turn  # a message already; `check_messages` validates it
+    speaker, value = turn["from"], turn.get("value")
+    role = _SHAREGPT.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise place.error(f"must be one of {', '.join(_SHAREGPT)}, got {said_by!r}", f"{where}.from")
+        raise place.error(f"must be one of {', '.join(_SHAREGPT)}, got {speaker!r}", f"{where}.from")
     if not isinstance(value, str):
         raise place.error(f"must be a string, got {type(value).__name__}", f"{where}.value")
-    if said_by != "function_call":
+    if speaker != "function_call":
         return {"role": role, "content": value}
     try:
         call = json.loads(value)
         return {"role": role, "tool_calls": [{"function": {"name": call["name"], "arguments": call["arguments"]}}]}
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise place.error('must be the text of {"name": ..., "arguments": {...}}', f"{where}.value") from None
+        raise place.error('must be JSON text like {"name": ..., "arguments": {...}}', f"{where}.value") from None
 
 
 def _with_system(value: Mapping[str, Any], turns: list[Any], place: Place) -> list[Any]:
@@ -148,8 +156,8 @@ def _prompt_and_completion(value: Mapping[str, Any], place: Place) -> Example:
     prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat([*prompt, *completion], value.get("tools"), place, "prompt+completion")
-    said = _string(value, "prompt", place), _string(value, "completion", place)
-    return PromptAndAnswer(*said, system=_optional(value, "system", place), plain=said[0])
+    texts = _string(value, "prompt", place), _string(value, "completion", place)
+    return PromptAndAnswer(*texts, system=_optional(value, "system", place), plain=texts[0])
 
 
 def _instruction(value: Mapping[str, Any], place: Place) -> PromptAndAnswer:
@@ -167,7 +175,7 @@ def _string(value: Mapping[str, Any], name: str, place: Place) -> str:
     if not text.strip():
         raise place.error("is empty", name)
     if not encodable(text):
-        raise place.error("has half of a surrogate pair, which is no character", name)
+        raise place.error("has half of a surrogate pair, which is not a character; remove it", name)
     return text
 
 

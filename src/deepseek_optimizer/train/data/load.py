@@ -1,4 +1,4 @@
-"""Files to sequences of tokens: checked line by line, made into tokens once, kept on the disk."""
+"""Loading of data files: records are validated, tokenized once, and cached on the disk."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from typing import Any, Literal
 
 from ...checkpoint.atomic import atomic_directory
 from ...errors import CheckpointError, ConfigError, DataError
-from .encode import EncodedTokens, ExampleEncoder, pieces
+from .encode import EncodedTokens, ExampleEncoder, chunks
 from .examples import to_example
 from .places import BadLines, Place
 from .records import Record, files_of, read_records
 from .store import TokenDataset, TokenWriter, open_tokens
 
 TooLong = Literal["error", "truncate", "split", "skip"]
-_VERSION = 1  # of what tokens are made by; raise it where the same data would give others
-_KEPT = 8  # data sets in the cache
-_PIECE = 1024  # tokens of a piece of text where nothing is said
-_REMEDY = "Mend the data, or set skip_bad_lines=True (dso train --skip-bad-lines) to leave such records out"
+_VERSION = 1  # of the tokenization; increase it when the same data gives other tokens
+_MAX_CACHED = 8  # data sets in the cache
+_CHUNK = 1024  # default tokens of a chunk of a text file
+_REMEDY = "Fix the data, or set skip_bad_lines=True (dso train --skip-bad-lines) to skip such records"
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How data becomes sequences.
+    """How data is split into sequences.
 
     Args:
-        max_length: tokens of a sequence, at most; None: what the model has positions for.
-        assistant_only: the loss is that of what the assistant says, and of what completes a prompt; False: of all tokens.
-        per_answer: every answer of a chat becomes a sequence of its own, behind the prompt that the template makes for it: for
-            templates that show a message otherwise once others follow, and for thoughts that they leave out.
-        too_long: what becomes of a longer sequence: "error", "truncate" (its end is cut off), "split" (into pieces), "skip".
-            Text files are always split, into pieces of `max_length` (None: 1,024) tokens.
-        skip_bad_lines: records that cannot be used are left out and counted, instead of an error.
+        max_length: maximum number of tokens per sequence; None: the model's context length.
+        assistant_only: the loss covers only the assistant's messages and the completions of prompts; False: all tokens.
+        per_answer: each answer of a chat becomes a sequence of its own, after the prompt that the template renders for it. For
+            templates that render a message differently once others follow, or omit its reasoning.
+        too_long: what to do with longer sequences: "error", "truncate" (drop the end), "split" (into chunks) or "skip". Text
+            files are always split, into chunks of `max_length` (None: 1,024) tokens.
+        skip_bad_lines: skip and count invalid records instead of raising an error.
 
     Raises:
-        ConfigError: a value that is none of these.
+        ConfigError: a value is not allowed.
     """
 
     max_length: int | None = None
@@ -58,14 +58,18 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the records.
+    """Statistics of loading data.
 
     Attributes:
-        records: read, bad ones included.
-        sequences, tokens: made of them. trained_tokens: those that the loss is of. longest: tokens of the longest sequence.
-        bad: records left out. bad_shown: the first of them.
-        truncated, split, skipped: longer than they may be, and what became of them.
-        without_answer: pieces left out because nothing in them is trained on.
+        records: number of records, invalid ones included.
+        sequences: number of sequences.
+        tokens: number of tokens.
+        trained_tokens: number of tokens that the loss covers.
+        longest: number of tokens of the longest sequence.
+        bad: number of invalid records that were skipped.
+        bad_shown: error messages of the first of them.
+        truncated, split, skipped: number of sequences that were too long, by what was done with them.
+        without_answer: number of chunks that were skipped because the loss covers none of their tokens.
     """
 
     records: int = 0
@@ -81,15 +85,15 @@ class DataReport:
     without_answer: int = 0
 
     def remarks(self) -> list[str]:
-        """What a user should know of it, a line each."""
-        said = [
-            (self.bad, "record(s) cannot be used and are left out"),
-            (self.truncated, "sequence(s) were too long and are truncated"),
-            (self.split, "sequence(s) were too long and are split"),
-            (self.skipped, "sequence(s) were too long and are left out"),
-            (self.without_answer, "piece(s) without anything to train on are left out"),
+        """Remarks for the user, one line each."""
+        counts = [
+            (self.bad, "invalid record(s) skipped"),
+            (self.truncated, "sequence(s) truncated, since they are too long"),
+            (self.split, "sequence(s) split, since they are too long"),
+            (self.skipped, "sequence(s) skipped, since they are too long"),
+            (self.without_answer, "chunk(s) skipped, since the loss covers none of their tokens"),
         ]
-        return [f"{count:,} {what}" for count, what in said if count] + [f"left out: {line}" for line in self.bad_shown]
+        return [f"{count:,} {what}" for count, what in counts if count] + [f"skipped: {line}" for line in self.bad_shown]
 
 
 def load_data(
@@ -101,34 +105,37 @@ def load_data(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TokenDataset, DataReport]:
-    """Sequences of files and directories (see `records` and `examples` for what these may hold).
+    """Loads the sequences of files and directories; see `records` and `examples` for the supported formats.
 
-    All records are checked before the first is made into tokens. The tokens are kept in `cache` under a name made of the files'
-    contents, the tokenizer and the options, and mapped from there.
+    All records are validated before the first is tokenized. The tokens are cached under a hash of the files, the tokenizer and
+    the options, and mapped into memory.
 
     Args:
-        tokenizer: of Transformers.
-        context: tokens that the model has positions for.
-        cache: None: `~/.cache/deepseek-optimizer/tokens`.
-        progress: called with how many records are made into tokens, and how many there are.
+        paths: files and directories.
+        tokenizer: a Transformers tokenizer.
+        context: context length of the model.
+        options: None: the defaults of `DataOptions`.
+        cache: cache directory; None: `~/.cache/deepseek-optimizer/tokens`.
+        progress: called with the number of tokenized records and the number of all records.
 
     Raises:
-        DataError: a file cannot be read or is empty; records cannot be used (the count, and the first five with file, line and
-            field); nothing is left.
-        ConfigError: max_length is beyond the context; the chat template does not tell where the assistant speaks.
+        DataError: a file cannot be read or is empty; records are invalid (with their number, and file, line and field of the
+            first five); or no record is left.
+        ConfigError: max_length exceeds the context; or the chat template does not reveal which tokens the assistant's messages
+            are.
     """
     options = options or DataOptions()
     if options.max_length is not None and options.max_length > context:
         raise ConfigError(
-            f"max_length={options.max_length:,} is more than the {context:,} tokens that the model has positions for"
+            f"max_length={options.max_length:,} is more than the {context:,} tokens of the model's context; set a smaller one"
         )
     given = [os.fspath(paths)] if isinstance(paths, (str, os.PathLike)) else [os.fspath(path) for path in paths]
     files = files_of(given)
     root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-optimizer" / "tokens"
     target = root / _key(files, tokenizer, context, options)
     if not target.is_dir() or not _usable(target):
-        _Making(files, tokenizer, context, options, progress).into(target)
-        _forget_old(root, target)
+        _Tokenization(files, tokenizer, context, options, progress).into(target)
+        _remove_old(root, target)
     os.utime(target)
     dataset, report = open_tokens(target)
     return dataset, DataReport(**{**report, "bad_shown": tuple(report["bad_shown"])})
@@ -167,17 +174,17 @@ def _usable(target: Path) -> bool:
     return True
 
 
-def _forget_old(root: Path, kept: Path) -> None:
-    """Data sets beyond the latest few; a process that has one mapped keeps it."""
+def _remove_old(root: Path, current: Path) -> None:
+    """Removes the least recently used data sets from the cache. A process that has one mapped can still use it."""
     others = sorted(
-        (d for d in root.iterdir() if d.is_dir() and not d.name.startswith(".") and d != kept), key=os.path.getmtime
+        (d for d in root.iterdir() if d.is_dir() and not d.name.startswith(".") and d != current), key=os.path.getmtime
     )
-    for directory in others[: max(0, len(others) - _KEPT + 1)]:
+    for directory in others[: max(0, len(others) - _MAX_CACHED + 1)]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-class _Making:
-    """One run over the files."""
+class _Tokenization:
+    """Tokenizes the files of a data set."""
 
     def __init__(
         self,
@@ -189,14 +196,14 @@ class _Making:
     ) -> None:
         self.files, self.tokenizer, self.options, self.progress = files, tokenizer, options, progress
         self.limit = options.max_length or context
-        self.piece = options.max_length or min(_PIECE, context)
+        self.chunk = options.max_length or min(_CHUNK, context)
         self.total = 0  # records
         self.bad = BadLines()
         self.counts = {"records": 0, "truncated": 0, "split": 0, "skipped": 0, "without_answer": 0}
-        self.made = {"sequences": 0, "tokens": 0, "trained_tokens": 0, "longest": 0}
+        self.totals = {"sequences": 0, "tokens": 0, "trained_tokens": 0, "longest": 0}
 
     def into(self, target: Path) -> None:
-        """Makes the directory; it is there whole, or not at all."""
+        """Writes the data set to a directory atomically."""
         self._check()
         try:
             with atomic_directory(target) as directory:
@@ -206,11 +213,11 @@ class _Making:
                 finally:
                     writer.close()
         except CheckpointError:
-            if not target.is_dir():  # where it is, another process made the same meanwhile
+            if not target.is_dir():  # otherwise another process wrote the same data set
                 raise
 
     def _check(self) -> None:
-        """Every record's form, before the first is made into tokens: that takes seconds, tokens may take many minutes."""
+        """Validates every record first: this takes seconds, whereas tokenization may take many minutes."""
         bad = BadLines()
         for file in self.files:
             for record in read_records(file, bad.add):
@@ -241,11 +248,11 @@ class _Making:
             encoder.close()
         if not self.options.skip_bad_lines:
             self.bad.raise_if_any(_REMEDY)
-        if not self.made["sequences"]:
+        if not self.totals["sequences"]:
             raise DataError(
-                "no record is left to train on" + "".join(f"\n{line}" for line in self.bad.first), file=self.files[0]
+                "no valid record is left to train on" + "".join(f"\n{line}" for line in self.bad.first), file=self.files[0]
             )
-        writer.finish(asdict(DataReport(**self.counts, **self.made, bad=self.bad.count, bad_shown=tuple(self.bad.first))))
+        writer.finish(asdict(DataReport(**self.counts, **self.totals, bad=self.bad.count, bad_shown=tuple(self.bad.first))))
 
     def _sequences(self, encoder: ExampleEncoder, record: Record) -> Iterator[EncodedTokens]:
         for tokens in encoder.encode(to_example(record), record.place):
@@ -261,24 +268,24 @@ class _Making:
             self.counts["without_answer"] += 1
             return
         writer.add(tokens.ids, tokens.trained, place, file)
-        self.made["sequences"] += 1
-        self.made["tokens"] += len(tokens.ids)
-        self.made["trained_tokens"] += trained
-        self.made["longest"] = max(self.made["longest"], len(tokens.ids))
+        self.totals["sequences"] += 1
+        self.totals["tokens"] += len(tokens.ids)
+        self.totals["trained_tokens"] += trained
+        self.totals["longest"] = max(self.totals["longest"], len(tokens.ids))
 
     def _fitted(self, tokens: EncodedTokens, place: Place) -> list[EncodedTokens]:
-        """A sequence as one, or as several, of at most so many tokens."""
+        """The sequence, or the parts to use of it, with at most the maximum number of tokens."""
         if tokens.cut:
-            return list(pieces(tokens, self.piece))
+            return list(chunks(tokens, self.chunk))
         if len(tokens.ids) <= self.limit:
             return [tokens]
         if self.options.too_long == "error":
-            most = f"more than the {self.limit:,} that a sequence may have"
-            raise place.error(f"has {len(tokens.ids):,} tokens, {most}; too_long (--too-long) can be truncate, split or skip")
+            limit = f"more than the maximum of {self.limit:,}"
+            raise place.error(f"has {len(tokens.ids):,} tokens, {limit}; set too_long (--too-long) to truncate, split or skip")
         if self.options.too_long == "skip":
             self.counts["skipped"] += 1
             return []
-        parts = list(pieces(tokens, self.limit))
+        parts = list(chunks(tokens, self.limit))
         if self.options.too_long == "split":
             self.counts["split"] += 1
             return parts

@@ -1,7 +1,7 @@
-"""Several documents in a row, none seeing another, and rows to batches.
+"""Packing of several documents into a row, without attention between them, and collation of rows into batches.
 
-In a packed row positions begin again at each document: by that Transformers' masks and this package's attention keep documents
-apart. A document's first label is never trained, so no loss crosses from one into the next.
+In a packed row, position_ids restart at each document; Transformers' masks and this package's attention use this to separate
+documents. The first label of a document is ignored, so no document is predicted from the previous one.
 """
 
 from __future__ import annotations
@@ -19,52 +19,57 @@ from .store import IGNORED
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, row: int) -> list[list[int]]:
-    """Indices of documents that share a row of so many tokens: from the longest to the shortest, each into the row where it
-    leaves least room (best fit decreasing; at most 11/9 of the fewest rows possible and 1, Johnson 1973). The same lengths give
-    the same rows.
+    """Assigns documents to rows with best fit decreasing: from the longest to the shortest, each to the row where it leaves the
+    least free space. Needs at most 11/9 of the optimal number of rows plus 1 (Johnson 1973). The result is deterministic.
+
+    Args:
+        lengths: tokens of each document.
+        row: tokens per row.
+
+    Returns: for each row, the indices of its documents.
 
     Raises:
         ConfigError: a document is longer than a row.
     """
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(row + 1)]  # tokens that are free -> numbers of rows
+    with_room: list[list[int]] = [[] for _ in range(row + 1)]  # free tokens -> indices of rows
     free = 0  # bit n: there is a row with n free tokens
     for index in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
         length = int(lengths[index])
         if length > row:
-            raise ConfigError(f"sequence {index:,} has {length:,} tokens, and a row {row:,}; make rows longer or split it")
+            raise ConfigError(f"sequence {index:,} has {length:,} tokens, but a row only {row:,}; use longer rows or split it")
         fitting = free >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            number = with_room[room].pop()
-            if not with_room[room]:
-                free &= ~(1 << room)
+            free_tokens = length + (fitting & -fitting).bit_length() - 1
+            target = with_room[free_tokens].pop()
+            if not with_room[free_tokens]:
+                free &= ~(1 << free_tokens)
         else:
-            room, number = row, len(rows)
+            free_tokens, target = row, len(rows)
             rows.append([])
-        rows[number].append(index)
-        left = room - length
+        rows[target].append(index)
+        left = free_tokens - length
         if left:
-            with_room[left].append(number)
+            with_room[left].append(target)
             free |= 1 << left
     return rows
 
 
-LEAST_ROW = 1024  # tokens of a row where nothing is said and the model has positions for it
+MIN_ROW = 1024  # default minimum of tokens per row, within the model's context
 
 
 def row_for(longest: int, context: int) -> int:
-    """Tokens of a row for documents of up to `longest` tokens."""
-    return min(context, max(LEAST_ROW, longest))
+    """The default number of tokens per row for documents of at most `longest` tokens."""
+    return min(context, max(MIN_ROW, longest))
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
-    """A data set's documents in rows: `input_ids`, `labels` and `position_ids`, int64 [n], n at most `row`.
+    """The documents of a data set, packed into rows with `input_ids`, `labels` and `position_ids`, int64 [n], n at most `row`.
 
     Args:
-        documents: has `input_ids` and `labels`, as `TokenDataset` and any map-style data set of Transformers' Trainer.
-        row: tokens of a row.
-        lengths: of the documents; None: `documents.lengths`, or what looking at each tells.
+        documents: a map-style data set with `input_ids` and `labels`, such as `TokenDataset`.
+        row: tokens per row.
+        lengths: tokens of each document; None: `documents.lengths` if it exists, else all documents are read.
 
     Raises:
         ConfigError: a document is longer than a row.
@@ -91,10 +96,10 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
 
 def pack_for_trainer(trainer: Any) -> None:
-    """Gives a Trainer its training data in rows, and batches that keep the documents of a row apart.
+    """Packs a Trainer's training data and sets its collator.
 
     Raises:
-        ConfigError: the data has no length, no tokens or no labels; or a collator was given, which would make other batches.
+        ConfigError: the data set has no length, no input_ids or no labels; or the trainer has a custom collator.
     """
     from transformers import DataCollatorWithPadding, default_data_collator
 
@@ -102,8 +107,8 @@ def pack_for_trainer(trainer: Any) -> None:
         return
     given = trainer.data_collator
     if not isinstance(given, (Collator, DataCollatorWithPadding)) and given is not default_data_collator:
-        raise ConfigError(f"packing=True makes its own batches, and data_collator={type(given).__name__} would make others; "
-                          "leave it out, or set packing=False")  # fmt: skip
+        raise ConfigError(f"packing=True needs its own collator instead of data_collator={type(given).__name__}; "
+                          "omit data_collator, or set packing=False")  # fmt: skip
     documents = trainer.train_dataset
     try:
         lengths = [len(documents[i]["input_ids"]) for i in range(len(documents))]
@@ -119,14 +124,14 @@ def pack_for_trainer(trainer: Any) -> None:
 
 @dataclass(frozen=True)
 class Collator:
-    """Sequences to a batch, for `Trainer(data_collator=...)`.
+    """Collates sequences into a batch, for `Trainer(data_collator=...)`.
 
-    Rows with `position_ids` are packed: what fills them up is a document of its own without labels, and there is no attention
-    mask, for which Transformers would forget the documents. Others are padded on the right with an attention mask.
+    Rows with `position_ids` are packed: their padding is a separate document without labels, and there is no attention mask,
+    which would make Transformers ignore the documents. Other rows are padded on the right, with an attention mask.
 
     Args:
-        pad_token_id: what fills rows up; it is never trained nor seen.
-        padding_free: all sequences of a batch become one row [1, T], so that nothing is filled up.
+        pad_token_id: the padding token; it is never trained or attended to.
+        padding_free: concatenate all sequences of a batch to one row [1, T], without padding.
     """
 
     pad_token_id: int = 0
@@ -160,7 +165,7 @@ class Collator:
 
 
 def _tensors(document: Any) -> dict[str, torch.Tensor]:
-    """One document of any data set. Its first label is left out, whatever the data set says: nothing stands before it."""
+    """A document as tensors. The first label is always ignored, since no token precedes it."""
     out = {name: torch.as_tensor(document[name], dtype=torch.int64, device="cpu") for name in ("input_ids", "labels")}
     if "position_ids" in document:
         out["position_ids"] = torch.as_tensor(document["position_ids"], dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""Where a record stands, and what was wrong with which."""
+"""Locations of records in files, and collection of their errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SHOWN = 5
 
 
 class Place(NamedTuple):
-    """A file and the line in it; None: the file as a whole."""
+    """A location: a file, and the line in it (None: the whole file)."""
 
     file: str
     line: int | None
 
     def error(self, message: str, field: str | None = None) -> DataError:
-        """That something is wrong there."""
+        """An error at this location."""
         return DataError(message, file=self.file, line=self.line, field=field)
 
     def __str__(self) -> str:
@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
 
 class BadLines:
-    """Collects what is wrong with lines: how many there are, and the first few."""
+    """Counts invalid records, and collects the messages of the first few."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -36,12 +36,13 @@ class BadLines:
             self.first.append(str(error))
 
     def raise_if_any(self, remedy: str) -> None:
-        """
+        """Raises an error if there are invalid records.
+
         Raises:
-            DataError: there are any; it shows the first few.
+            DataError: with the number of invalid records, the first few messages, and the remedy.
         """
         if self.count == 1:
             raise DataError(f"{self.first[0]}. {remedy}")
         if self.count:
             shown = "" if self.count <= SHOWN else f"; the first {SHOWN}"
-            raise DataError(f"{self.count:,} records cannot be used{shown}:\n" + ";\n".join(self.first) + f".\n{remedy}")
+            raise DataError(f"{self.count:,} records are invalid{shown}:\n" + ";\n".join(self.first) + f".\n{remedy}")

@@ -1,6 +1,6 @@
-"""Files of training data to records, one by one, each with its place.
+"""Reading of training data files, record by record, each with its location.
 
-`.jsonl` files have a JSON object a line, `.json` files an array of them; anything else is text, one record a file.
+`.jsonl` files have one JSON object per line, `.json` files an array of objects; any other file is a text and one record.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from ...errors import DataError
 from .places import Place
 
 LINES, ARRAYS = (".jsonl", ".ndjson"), (".json",)
-MAX_BYTES = 64 << 20  # of a line
-MAX_TEXT = 1 << 30  # bytes of a file that is read whole
-_MARK = b"\xef\xbb\xbf"  # UTF-8 with a byte order mark, as editors on Windows write it
+MAX_BYTES = 64 << 20  # per line
+MAX_TEXT = 1 << 30  # bytes of a file other than JSON lines
+_MARK = b"\xef\xbb\xbf"  # UTF-8 byte order mark, as written by editors on Windows
 _LEFT_OUT = frozenset(("node_modules", "__pycache__", "CVS"))
 
 
 class Record(NamedTuple):
-    """Where it stands, and what: a JSON object, or the text of a file."""
+    """A location, and a value: a JSON object, or the text of a file."""
 
     place: Place
     value: Any
 
 
 def files_of(paths: list[str]) -> list[Path]:
-    """The files that paths name: themselves, and of directories all that is in them, by name, but what is hidden.
+    """The files at paths, and all files below directories, sorted by name, except hidden ones.
 
     Raises:
-        DataError: a path does not exist, a directory has no files.
+        DataError: a path does not exist or is not a regular file, or a directory has no files.
     """
-    found: dict[Path, None] = {}
+    result: dict[Path, None] = {}
     for given in paths:
         path = Path(given).expanduser()
         if not path.exists():
@@ -44,10 +44,10 @@ def files_of(paths: list[str]) -> list[Path]:
         if not files:
             raise DataError("has no files", file=given)
         for file in files:
-            if not file.is_file():  # a pipe would be read but once, and it is read twice
+            if not file.is_file():  # files are read twice, which pipes do not support
                 raise DataError("is not a regular file", file=file)
-            found.setdefault(file)
-    return list(found)
+            result.setdefault(file)
+    return list(result)
 
 
 def _under(directory: Path) -> Iterator[Path]:
@@ -57,10 +57,10 @@ def _under(directory: Path) -> Iterator[Path]:
 
 
 def read_records(file: Path, bad: Callable[[DataError], None]) -> Iterator[Record]:
-    """The records of a file. Memory for a line, of arrays and texts for the file.
+    """Yields the records of a file. JSON lines are read line by line, other files as a whole.
 
     Args:
-        bad: gets what is wrong with a line; the others are read.
+        bad: called with the error of each invalid record, which is skipped.
 
     Raises:
         DataError: the file as a whole cannot be read, or is empty.
@@ -84,7 +84,7 @@ def _lines(file: Path, opened: BinaryIO, bad: Callable[[DataError], None]) -> It
             while line and not line.endswith(b"\n"):
                 line = opened.readline(MAX_BYTES)
             empty = False
-            bad(place.error(f"has more than {MAX_BYTES >> 20} MB, which is no record"))
+            bad(place.error(f"has more than {MAX_BYTES >> 20} MB, the maximum of a record"))
             continue
         if number == 1:
             line = line.removeprefix(_MARK)
@@ -102,7 +102,7 @@ def _lines(file: Path, opened: BinaryIO, bad: Callable[[DataError], None]) -> It
 def _whole(file: Path, opened: BinaryIO, bad: Callable[[DataError], None]) -> Iterator[Record]:
     data = opened.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
-        raise DataError(f"has more than {MAX_TEXT >> 30} GB; cut it in several files, or write JSON lines", file=file)
+        raise DataError(f"has more than {MAX_TEXT >> 30} GB; split it into several files, or use JSON lines", file=file)
     place = Place(str(file), None)
     if not data.removeprefix(_MARK).strip():
         raise DataError("is empty", file=file)
@@ -111,7 +111,7 @@ def _whole(file: Path, opened: BinaryIO, bad: Callable[[DataError], None]) -> It
         return
     array = _json(data, place)
     if not isinstance(array, list):
-        raise place.error("must be an array of records; one record a line belongs in a file that ends in .jsonl")
+        raise place.error("must be an array of records; for one record per line, name the file .jsonl")
     if not array:
         raise place.error("is an empty array")
     for number, value in enumerate(array, 1):
@@ -126,12 +126,12 @@ def _json(data: bytes, place: Place) -> Any:
     try:
         value = json.loads(_text(data, place), parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
-        raise place.error("is nested too deep") from None
+        raise place.error("is nested too deeply") from None
     except json.JSONDecodeError as error:
         at = f"character {error.pos + 1}" if place.line is not None else f"line {error.lineno}, character {error.colno}"
-        raise place.error(f"is not JSON: {error.msg.removesuffix(' at')} at {at}") from None
-    except ValueError as error:  # of the two below, or an integer of thousands of digits
-        raise place.error(f"is not JSON: {error}") from None
+        raise place.error(f"is not valid JSON: {error.msg.removesuffix(' at')} at {at}") from None
+    except ValueError as error:  # from the two functions below, or for an integer with thousands of digits
+        raise place.error(f"is not valid JSON: {error}") from None
     if place.line is not None and not isinstance(value, dict):
         raise place.error(f"a line must be a JSON object, got {type(value).__name__}")
     return value
@@ -139,19 +139,19 @@ def _json(data: bytes, place: Place) -> Any:
 
 def _text(data: bytes, place: Place) -> str:
     if b"\0" in data:
-        raise place.error("is not text: it has NUL characters")
+        raise place.error("is not text: it contains NUL characters")
     try:
         return data.decode("utf-8-sig" if place.line is None else "utf-8")
     except UnicodeDecodeError as error:
-        raise place.error(f"is not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02X}; convert it") from None
+        raise place.error(f"is not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02X}; convert it to UTF-8") from None
 
 
 def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{digits} is too large a number")
+        raise ValueError(f"{digits} is too large")
     return value

@@ -1,8 +1,8 @@
-"""Sequences of tokens in files, written one after the other and mapped into memory.
+"""Storage of tokenized sequences in files that are mapped into memory.
 
-A directory has `tokens.int32` (ids, one sequence behind the other), `trained.uint8` (1: the model is trained to say the token),
-`ends.int64` (where each sequence ends), `places.int64` (file and line that each is from; -1: no line) and `data.json` (names
-of the files, the report).
+A directory contains `tokens.int32` (the ids of all sequences), `trained.uint8` (1: the loss covers the token), `ends.int64`
+(the end of each sequence), `places.int64` (file and line of each sequence; -1: no line) and `data.json` (file names and the
+report).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.utils.data import Dataset
 from ...errors import DataError
 from .places import Place
 
-IGNORED = -100  # what Transformers' losses leave out
+IGNORED = -100  # label that Transformers' losses ignore
 
 
 class TokenDataset(Dataset[dict[str, torch.Tensor]]):
-    """Sequences as Transformers' Trainer takes them: `input_ids` and `labels`, int64 [n]. A sequence's first label is never
-    trained, for nothing stands before it.
+    """A data set of sequences for Transformers' Trainer: `input_ids` and `labels`, int64 [n]. The first label of a sequence is
+    ignored, since no token precedes it.
 
     Args:
-        tokens: int32, of all sequences.
-        trained: uint8, as many.
-        ends: int64, where each sequence ends.
-        places: int64 [sequences, 2], file and line of each.
-        files: their names.
-        chosen: indices of the sequences that this data set has; None: all.
+        tokens: int32, the ids of all sequences, concatenated.
+        trained: uint8 of the same length; 1: the loss covers the token.
+        ends: int64 [sequences], the end of each sequence.
+        places: int64 [sequences, 2], file index and line of each sequence.
+        files: names of the files.
+        chosen: indices of the sequences in this data set; None: all.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": labels}
 
     def place(self, index: int) -> Place:
-        """Where a sequence is from."""
+        """The location of a sequence's record."""
         file, line = map(int, self._places[self._chosen[index]])
         return Place(self._files[file], None if line < 0 else line)
 
     @property
     def tokens(self) -> int:
-        """Of all its sequences."""
+        """Number of tokens of all sequences."""
         return int(self.lengths.sum())
 
     @property
     def trained_tokens(self) -> int:
-        """Those of them that the loss is of."""
+        """Number of tokens that the loss covers."""
         if not len(self):
             return 0
         begins = np.concatenate(([0], self._ends[:-1]))
@@ -84,12 +84,16 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         return int(counts[self._chosen].sum())
 
     def subset(self, indices: np.ndarray) -> TokenDataset:
-        """Some of its sequences."""
+        """A data set of the sequences with these indices."""
         return TokenDataset(self._tokens, self._trained, self._ends, self._places, self._files, self._chosen[indices])
 
     def split(self, fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
-        """(what to train on, what to evaluate on): drawn at random, always alike with the same seed, a record whole in one of
-        the two, unless there are fewer than ten records; then by sequences.
+        """Splits into training and evaluation data, at random, reproducibly for the same seed. The sequences of a record stay
+        together, unless there are fewer than ten records.
+
+        Args:
+            fraction: fraction of the data to use for evaluation.
+            seed: seed of the random split.
 
         Raises:
             DataError: there are too few sequences.
@@ -102,8 +106,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         held = max(1, round(count * fraction))
         if count - held < 1:
             raise DataError(
-                f"{count} sequence(s) cannot be split into some to train on and some to evaluate on; leave eval_fraction out, "
-                "or give more data"
+                f"{count} sequence(s) cannot be split into training and evaluation data; use more data, or omit eval_fraction"
             )
         chosen = np.isin(groups, np.random.default_rng(seed).permutation(count)[:held])
         return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
@@ -119,19 +122,19 @@ class TokenWriter:
         self._ends, self._places = array("q"), array("q")
 
     def add(self, ids: list[int], trained: list[bool], place: Place, file: int) -> None:
-        """A sequence of the file with this number."""
+        """Appends a sequence; `file` is the index of its file."""
         np.asarray(ids, np.int32).tofile(self._tokens)
         np.asarray(trained, np.uint8).tofile(self._trained)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(ids))
         self._places.extend((file, -1 if place.line is None else place.line))
 
     def close(self) -> None:
-        """Also without `finish`."""
+        """Closes the files; needed even without `finish`."""
         self._tokens.close()
         self._trained.close()
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Writes what is left, and the report."""
+        """Writes the remaining files and the report."""
         self.close()
         for name, values in (("ends.int64", self._ends), ("places.int64", self._places)):
             with (self._directory / name).open("wb") as file:
@@ -141,10 +144,10 @@ class TokenWriter:
 
 
 def open_tokens(directory: Path) -> tuple[TokenDataset, dict[str, Any]]:
-    """The data set and its report; nothing is read before it is asked for.
+    """Opens a data set and its report. The data is mapped into memory, not read.
 
     Raises:
-        DataError: the directory is not what `TokenWriter` writes.
+        DataError: the directory is damaged, or was not written by `TokenWriter`.
     """
     try:
         facts = json.loads((directory / "data.json").read_text(encoding="utf-8"))
@@ -153,7 +156,7 @@ def open_tokens(directory: Path) -> tuple[TokenDataset, dict[str, Any]]:
         tokens, trained = _mapped(directory / "tokens.int32", np.int32), _mapped(directory / "trained.uint8", np.uint8)
         whole = int(ends[-1]) if count else 0
         if (len(ends), len(places), len(tokens), len(trained)) != (count, 2 * count, whole, whole):
-            raise ValueError("its files do not fit together")
+            raise ValueError("the sizes of its files do not match")
         return TokenDataset(tokens, trained, ends, places.reshape(-1, 2), list(facts["files"])), facts["report"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"is damaged ({error}); delete it", file=directory) from error

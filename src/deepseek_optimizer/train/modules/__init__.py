@@ -1,2 +1,2 @@
-"""Forwards of our own for Transformers' modules in training: one kind of module a file, each with `fits`, which knows a module
-by what it has, not by its name."""
+"""Native forward methods for Transformers' modules in training. Each class is a mixin; its `fits` recognises a supported module
+by its attributes, not by its name."""

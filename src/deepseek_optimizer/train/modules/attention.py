@@ -1,7 +1,7 @@
-"""Grouped-query attention of Llama's form (Mistral, Qwen2, Qwen3), in training.
+"""Grouped-query attention as in Llama, Mistral, Qwen2 and Qwen3, for training.
 
-The projections are called as the modules they are, so that adapters and packed weights may stand in their places; attention
-itself is whatever the config names (`dso_train` once a model is prepared).
+The projections are called as modules, so they may be adapters or have packed weights. The attention function is the one that
+the config names (`dso_train` once a model is prepared).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NORMS = {"q_norm", "k_norm"}
 
 
 class TrainedAttention(nn.Module):
-    """The forward of grouped-query attention; a mixin before Transformers' own class, which still serves calls with a cache,
-    and eager attention."""
+    """Forward of grouped-query attention; a mixin for Transformers' class, which still handles calls with a cache and eager
+    attention."""
 
     q_proj: nn.Module
     k_proj: nn.Module
@@ -38,9 +38,9 @@ class TrainedAttention(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        has = {name for name, _ in module.named_children()}
-        known = traits(getattr(module, "config", None)).rotates_halves
-        return known and has in (_PROJECTIONS, _PROJECTIONS | _NORMS) and hasattr(module, "scaling")
+        children = {name for name, _ in module.named_children()}
+        supported = traits(getattr(module, "config", None)).rotates_halves
+        return supported and children in (_PROJECTIONS, _PROJECTIONS | _NORMS) and hasattr(module, "scaling")
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
@@ -78,7 +78,7 @@ class TrainedAttention(nn.Module):
 
     @property
     def _window(self) -> int | None:
-        """Tokens that a token sees; None: all before it."""
+        """Number of tokens that a token attends to; None: all earlier ones."""
         if hasattr(self, "sliding_window"):
             own: int | None = self.sliding_window
             return own

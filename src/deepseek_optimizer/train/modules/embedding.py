@@ -1,4 +1,4 @@
-"""Embeddings, in training."""
+"""Embeddings, for training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..ops.embedding import embedding
 
 
 class TrainedEmbedding(nn.Module):
-    """Rows of a table, whose gradient the package's own op makes; a mixin before `nn.Embedding`."""
+    """Embedding lookup with a native gradient; a mixin for `nn.Embedding`."""
 
     weight: torch.Tensor
     padding_idx: int | None
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Only `nn.Embedding` itself, without what changes its weight or its gradient's form."""
+        """Only `nn.Embedding` itself, without max_norm, sparse gradients or scaling by frequency."""
         return type(module) is nn.Embedding and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Experts of DeepSeek-V2, V3 and V3.2, trained in grouped form: rows sorted by expert, one product for all of them.
+"""Experts of DeepSeek-V2, V3 and V3.2 in training: rows are sorted by expert, and one grouped product covers all experts.
 
-y_t = sum over the chosen experts e of down_e (weight_te * silu(gate_e x_t) * (up_e x_t)), which is what Transformers'
-`DeepseekV3Experts` computes (DeepSeekMoE, arXiv 2401.06066, section 3), with the weight on the narrow side of `down`, so that
-its gradient needs nothing as wide as the model. Sums run in one order, by expert, whatever order the router names them in.
+y_t = sum over the chosen experts e of down_e (weight_te * silu(gate_e x_t) * (up_e x_t)). This equals Transformers'
+`DeepseekV3Experts` (DeepSeekMoE, arXiv 2401.06066, section 3), but the weight is applied to the narrow input of `down`, so that
+its gradient needs no tensor of the hidden size. Sums always run in the order of experts, whatever order the router returns.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import nn
 from ...integration.training.modules import is_expert_parallel, uses_silu
 from ..fp8.backend import Fp8Products
 from ..fp8.linear import fp8_grouped_linear
-from ..kept import Kept
 from ..ops.grouped import grouped_linear
 from ..ops.swiglu import swiglu
+from ..saved_activations import SavedActivations
 
 
 class _Dispatch(torch.autograd.Function):
-    """[T, H] -> [T K, H], the rows of each expert together. The gradient of a token is a sum over its K rows in their order,
-    where that of indexing would add them up in any."""
+    """[T, H] -> [T K, H], rows sorted by expert. The gradient of a token sums its K rows in a fixed order; that of torch's
+    indexing would not."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """[T K, H] -> [T, H], the sum of each token's rows."""
+    """[T K, H] -> [T, H], summing the rows of each token."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def sum_rows(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up, which keeps its operands alone."""
+    """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up. Saves only its operands."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -72,9 +72,9 @@ class _Gated(torch.autograd.Function):
         with torch.enable_grad():
             both = gate_up.detach().requires_grad_()
             h = swiglu(*both.chunk(2, -1))
-        (toward,) = torch.autograd.grad(h, both, grads[0] * weights.to(h.dtype)[:, None])
+        (gate_up_grad,) = torch.autograd.grad(h, both, grads[0] * weights.to(h.dtype)[:, None])
         exact = torch.float64 if h.dtype == torch.float64 else torch.float32
-        return toward, (grads[0].to(exact) * h.detach()).sum(-1).to(weights.dtype)
+        return gate_up_grad, (grads[0].to(exact) * h.detach()).sum(-1).to(weights.dtype)
 
 
 def gated(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def gated(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def dispatch(x: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
-    """[T, H] -> [T K, H]: row s is that of the token that choice `order`[s] of T K is of."""
+    """[T, H] -> [T K, H]: row s is that of token order[s] // K, where K is `chosen`."""
     return x[order // chosen]
 
 
@@ -93,22 +93,24 @@ def grouped_experts(
     down: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
-    kept: Kept | None = None,
+    saved: SavedActivations | None = None,
     fp8: Fp8Products | None = None,
 ) -> torch.Tensor:
-    """
+    """The weighted sum of each token's experts, by grouped products.
+
     Args:
         x: [T, H].
         gate_up, down: [E, 2 I, H] and [E, H, I], of x's dtype.
         index: int64 [T, K], the experts of each token, all different.
-        weights: [T, K], what each of them counts; differentiable.
-        kept: what of each chosen row may be made again in the backward is told to it: of rows, gates and ups stay.
-        fp8: how the products run in FP8; None: in x's dtype.
+        weights: [T, K], the weight of each chosen expert; differentiable.
+        saved: marks the dispatched rows and the gated products as recomputable, so that only the outputs of gate and up are
+            saved; None: save everything.
+        fp8: the FP8 products; None: products in x's dtype.
 
     Returns: [T, H] of x's dtype.
     """
-    kept = Kept(everything=True) if kept is None else kept
-    product = grouped_linear if fp8 is None else partial(fp8_grouped_linear, how=fp8)
+    saved = SavedActivations(save_all=True) if saved is None else saved
+    product = grouped_linear if fp8 is None else partial(fp8_grouped_linear, products=fp8)
     index, by_expert = index.sort(-1)
     flat, chosen = index.flatten(), index.shape[1]
     order = flat.argsort(stable=True)
@@ -117,27 +119,27 @@ def grouped_experts(
     place = place.view_as(index)
     counts = flat.bincount(minlength=len(gate_up))
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    each = weights.gather(-1, by_expert).flatten()[order]
-    rows = kept.again(_Dispatch.apply(x, order, place), partial(dispatch, x.detach(), order, chosen))
+    row_weights = weights.gather(-1, by_expert).flatten()[order]
+    rows = saved.recomputable(_Dispatch.apply(x, order, place), partial(dispatch, x.detach(), order, chosen))
     both = product(rows, gate_up, offsets)
-    h = kept.again(_Gated.apply(both, each), partial(gated, both.detach(), each.detach()))
+    h = saved.recomputable(_Gated.apply(both, row_weights), partial(gated, both.detach(), row_weights.detach()))
     result: torch.Tensor = _Collect.apply(product(h, down, offsets), order, place)
     return result
 
 
 class TrainedExperts(nn.Module):
-    """The forward of experts that are trained; a mixin before the class of Transformers' own."""
+    """Forward of stacked experts; a mixin for Transformers' class."""
 
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
-    kept: Kept
+    saved: SavedActivations
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether a module is what this is the forward of: gates and ups merged, SiLU, no biases, and no experts elsewhere."""
-        found = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+        """Whether a module has merged gate and up matrices, SiLU, no biases, and all experts in this process."""
+        dimensions = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
         return (
-            found == {"gate_up_proj": 3, "down_proj": 3}
+            dimensions == {"gate_up_proj": 3, "down_proj": 3}
             and uses_silu(module)
             and not getattr(module, "is_transposed", False)
             and getattr(module, "is_concatenated", True)
@@ -147,5 +149,5 @@ class TrainedExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H] of hidden_states' dtype."""
         fp8: Fp8Products | None = getattr(self, "fp8", None) if self.training else None
-        where = (top_k_index, top_k_weights, getattr(self, "kept", None), fp8)
+        where = (top_k_index, top_k_weights, getattr(self, "saved", None), fp8)
         return grouped_experts(hidden_states, self.gate_up_proj, self.down_proj, *where)

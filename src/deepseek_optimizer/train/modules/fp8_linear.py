@@ -1,4 +1,4 @@
-"""Linear layers whose products run in FP8, in training; and which layers they are."""
+"""Linear layers in FP8 for training, and the choice of these layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..fp8.linear import fp8_linear
 from ..ops.linear import linear
 from .linear import TrainedLinear
 
-_ROUTERS = ("gate", "router", "score", "classifier")  # the last part of a name: they decide, and stay in bf16
+_ROUTERS = ("gate", "router", "score", "classifier")  # last part of the name; routers stay in bf16
 _ADAPTERS = "lora_"
 
 
 class TrainedFp8Linear(nn.Module):
-    """y = x W^T + b in FP8 while the model trains; in its own dtype in evaluation, as the saved model will be used."""
+    """y = x W^T + b, in FP8 during training; in evaluation in its own dtype, as in the saved model."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -34,16 +34,16 @@ class TrainedFp8Linear(nn.Module):
         return fp8_linear(input, self.weight, self.bias, self.fp8)
 
 
-def kept_from_fp8(model: Any) -> set[int]:
+def excluded_from_fp8(model: Any) -> set[int]:
     """ids of linear layers that stay in bf16: the head, routers, adapters (report, section 3.3.1)."""
-    kept = {id(head)} if (head := _head(model)) is not None else set()
+    excluded = {id(head)} if (head := _head(model)) is not None else set()
     for name, module in model.named_modules():
         parts = name.split(".")
         if parts[-1] in _ROUTERS or any(part.startswith(_ADAPTERS) for part in parts):
-            kept.add(id(module))
-    return kept
+            excluded.add(id(module))
+    return excluded
 
 
 def _head(model: Any) -> nn.Module | None:
-    found = getattr(model, "get_output_embeddings", lambda: None)()
-    return found if isinstance(found, nn.Module) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head if isinstance(head, nn.Module) else None

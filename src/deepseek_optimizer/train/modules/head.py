@@ -1,4 +1,4 @@
-"""Causal language models whose head and loss are one op: logits never stand in memory as a whole."""
+"""Causal language models with head and loss fused, so that the full logits are never in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .mtp_loss import MtpObjective
 
 
 class TrainedCausalLM(nn.Module):
-    """A causal model that answers labels with their loss alone; a mixin before Transformers' own class.
+    """Forward of a causal language model that returns the loss but no logits; a mixin for Transformers' class.
 
-    `skip_logits` says whether to (None: in training); without labels, or where logits are wanted, Transformers' own forward
-    runs. The argument's name is that of Liger-Kernel, which Transformers passes where it is in use.
+    It applies if there are labels and `skip_logits` is True or, by default, the model is in training mode; otherwise
+    Transformers' forward runs. `skip_logits` is the argument of Liger-Kernel, which Transformers passes where that is in use.
     """
 
     model: nn.Module
@@ -29,8 +29,8 @@ class TrainedCausalLM(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         children = {name for name, _ in module.named_children()}
-        known = traits(getattr(module, "config", None)).plain_head
-        return known and {"model", "lm_head"} <= children and getattr(module, "loss_type", None) == "ForCausalLM"
+        supported = traits(getattr(module, "config", None)).plain_head
+        return supported and {"model", "lm_head"} <= children and getattr(module, "loss_type", None) == "ForCausalLM"
 
     def forward(self, *args: Any, labels: Any = None, skip_logits: bool | None = None, **kwargs: Any) -> Any:
         skips = self.training if skip_logits is None else skip_logits
@@ -41,22 +41,22 @@ class TrainedCausalLM(nn.Module):
             or not head_is_fused(self.lm_head)
         ):
             return super().forward(*args, labels=labels, **kwargs)
-        how = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
+        options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
         as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
         kwargs.pop("logits_to_keep", None)
         outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
-        loss = self._loss(outputs.last_hidden_state, labels, **how)
+        loss = self._loss(outputs.last_hidden_state, labels, **options)
         if self.mtp is not None and self.training:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            loss = loss + self.mtp(self, outputs.last_hidden_state, ids, labels, how["num_items_in_batch"], kwargs)
+            loss = loss + self.mtp(self, outputs.last_hidden_state, ids, labels, options["num_items_in_batch"], kwargs)
         result = causal_output(cache=None, loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return result.to_tuple() if as_tuple else result
 
     def _loss(
         self, hidden: torch.Tensor, labels: Any, num_items_in_batch: Any, shift_labels: Any, ignore_index: int | None
     ) -> torch.Tensor:
-        """The loss of Transformers' `ForCausalLMLoss`: of the next token, a mean over what counts, or a sum over the number of
-        items given."""
+        """The next-token loss as in Transformers' `ForCausalLMLoss`: the mean over labels that are not ignored, or the sum
+        divided by `num_items_in_batch`."""
         ignored = -100 if ignore_index is None else ignore_index
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignored)[..., 1:]

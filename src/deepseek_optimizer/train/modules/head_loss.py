@@ -1,4 +1,4 @@
-"""The loss of hidden states through a head, by pieces of rows: logits never stand in memory as a whole."""
+"""The loss of hidden states through a head, in chunks of rows, so that the full logits are never in memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ _CHUNK_BYTES: Final = 32 << 20
 def head_loss(
     hidden: torch.Tensor, head: Any, labels: torch.Tensor, ignore_index: int, num_items: float | None
 ) -> torch.Tensor:
-    """fp32 scalar: the cross entropy of labels [T] by the logits that `head` makes of hidden [T, H].
+    """The cross entropy of the labels under the logits head(hidden), as an fp32 scalar.
 
     Args:
-        head: where it is not one for which `head_is_fused`, logits stand as a whole after all.
-        num_items: what the sum is divided by; None: by how many labels count. Where none does the loss is 0.
+        hidden: [T, H].
+        head: unless `head_is_fused(head)`, the full logits are computed after all.
+        labels: int64 [T].
+        ignore_index: label of rows that do not count.
+        num_items: divisor of the sum; None: the number of labels that count. If there are none, the loss is 0.
     """
     if is_plain(head):
         return linear_cross_entropy(hidden, head.weight, labels, ignore_index=ignore_index, num_items=num_items)
@@ -34,14 +37,14 @@ def head_loss(
 
 
 def head_is_fused(head: nn.Module) -> bool:
-    """Whether the loss can be made with the head in one go: a plain product, or a frozen head of whatever form."""
+    """Whether head and loss can be fused: the head is a plain product, or frozen."""
     return is_plain(head) or not any(parameter.requires_grad for parameter in head.parameters())
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy through a head that is called as the module it is (packed weights, biases) and has no gradient of its own.
+    """Cross entropy through a frozen head, which is called as a module (it may have packed weights or a bias).
 
-    By pieces of rows: each makes its logits, its part of the loss and the gradient of its hidden states before the next begins.
+    Works in chunks of rows: each computes its logits, its part of the loss, and the gradient of its hidden states.
     """
 
     @staticmethod

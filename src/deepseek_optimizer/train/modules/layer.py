@@ -1,4 +1,4 @@
-"""Decoder layers of Llama's form, in training: what attention and the feed-forward block make is added to their input."""
+"""Decoder layers as in Llama, for training: attention and feed-forward block with residual connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHILDREN: Final = {"self_attn", "mlp", "input_layernorm", "post_attention_layer
 
 
 class TrainedLayer(nn.Module):
-    """x + attention(norm(x)), then that + mlp(norm(that)); a mixin before Transformers' own class of that form."""
+    """y = x + attention(norm(x)); result = y + mlp(norm(y)). A mixin for Transformers' class of that form."""
 
     self_attn: nn.Module
     mlp: nn.Module
@@ -37,4 +37,4 @@ class TrainedLayer(nn.Module):
 
 
 def _norm(norm: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return norm.beside(x) if isinstance(norm, TrainedNorm) and is_untouched(norm) else (norm(x), x)
+    return norm.with_residual(x) if isinstance(norm, TrainedNorm) and is_untouched(norm) else (norm(x), x)

@@ -1,4 +1,4 @@
-"""Linear layers, in training."""
+"""Linear layers, for training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..ops.linear import linear
 
 
 class TrainedLinear(nn.Module):
-    """y = x W^T + b, with gradients by the package's own product; a mixin before `nn.Linear`."""
+    """y = x W^T + b with native products; a mixin for `nn.Linear`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Only `nn.Linear` itself: a subclass may hold its weight in another form."""
+        """Only `nn.Linear` itself: a subclass may store its weight in another form."""
         return type(module) is nn.Linear and module.weight.is_floating_point()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -25,11 +25,11 @@ class TrainedLinear(nn.Module):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is no more than the product with its weight, so that an op may take the weight alone."""
+    """Whether a module is just the product with its weight, so that an op can use the weight directly."""
     return isinstance(module, TrainedLinear) and module.bias is None and is_untouched(module)
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody waits for a module to be called."""
+    """Whether calling a module has no side effects: no hooks, and no forward on the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in module.__dict__

@@ -1,4 +1,4 @@
-"""Gated feed-forward blocks (SwiGLU: Shazeer, arXiv 2002.05202), in training."""
+"""Gated feed-forward blocks (SwiGLU: Shazeer, arXiv 2002.05202), for training."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import nn
 
 from ...integration.training.modules import uses_silu
-from ..kept import Kept
 from ..ops.mlp import mlp
 from ..ops.swiglu import swiglu
+from ..saved_activations import SavedActivations
 from .linear import is_plain
 
 
 class TrainedMlp(nn.Module):
-    """y = down(silu(gate(x)) * up(x)); a mixin before Transformers' own class of that form.
+    """y = down(silu(gate(x)) * up(x)); a mixin for Transformers' class of that form.
 
-    The three projections may be anything that is called: adapters, packed weights. Where they are plain products one op does
-    it all.
+    The three projections may be any modules, such as adapters or packed weights. If they are plain products, the block is a
+    single op.
     """
 
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
-    kept: Kept
+    saved: SavedActivations
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -40,8 +40,8 @@ class TrainedMlp(nn.Module):
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if all(is_plain(p) for p in projections):
             gate_w, up_w, down_w = (p.weight for p in projections)
-            return mlp(x, gate_w, up_w, down_w, keep=self.kept.everything)  # type: ignore[arg-type]
+            return mlp(x, gate_w, up_w, down_w, save_all=self.saved.save_all)  # type: ignore[arg-type]
         gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = self.kept.again(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach()))
+        inner = self.saved.recomputable(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach()))
         result: torch.Tensor = self.down_proj(inner)
         return result

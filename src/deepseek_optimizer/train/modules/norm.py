@@ -1,4 +1,4 @@
-"""Root mean square norms (Zhang and Sennrich, arXiv 1910.07467), in training."""
+"""Root mean square norms (Zhang and Sennrich, arXiv 1910.07467), for training."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..kept import Kept
-from ..ops.rms_norm import rms_norm, rms_norm_beside
+from ..ops.rms_norm import rms_norm, rms_norm_with_residual
+from ..saved_activations import SavedActivations
 
 
 class TrainedNorm(nn.Module):
-    """y = w * x / sqrt(mean(x^2) + eps); a mixin before Transformers' own class of that form."""
+    """y = w * x / sqrt(mean(x^2) + eps); a mixin for Transformers' class of that form."""
 
     weight: torch.Tensor
     variance_epsilon: float
-    kept: Kept
+    saved: SavedActivations
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """By `variance_epsilon`, which norms of the form (1 + w) do not have, and one argument, which gated norms do not."""
+        """Recognised by `variance_epsilon`, which norms with a weight of 1 + w lack, and a single argument, unlike gated
+        norms."""
         return (
             hasattr(module, "variance_epsilon")
             and {name: p.ndim for name, p in module.named_parameters()} == {"weight": 1}
@@ -32,10 +33,10 @@ class TrainedNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]."""
         x, weight, epsilon = hidden_states, self.weight, self.variance_epsilon
-        return self.kept.again(rms_norm(x, weight, epsilon), partial(rms_norm, x.detach(), weight.detach(), epsilon))
+        return self.saved.recomputable(rms_norm(x, weight, epsilon), partial(rms_norm, x.detach(), weight.detach(), epsilon))
 
-    def beside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(forward(x), x), for a block that adds to what it norms."""
+    def with_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(forward(x), x), for a block with a residual connection: the gradients of x are summed in the norm's backward."""
         weight, epsilon = self.weight, self.variance_epsilon
-        y, same = rms_norm_beside(x, weight, epsilon)
-        return self.kept.again(y, partial(rms_norm, x.detach(), weight.detach(), epsilon)), same
+        y, residual = rms_norm_with_residual(x, weight, epsilon)
+        return self.saved.recomputable(y, partial(rms_norm, x.detach(), weight.detach(), epsilon)), residual

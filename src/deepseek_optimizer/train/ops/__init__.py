@@ -1,2 +1,2 @@
-"""The operations of training, one a file: a native form for CPU tensors in bf16 and fp32, a plain torch form (`*_reference`)
-for everything else, which is also what the native one is tested against."""
+"""The operations of training, one per file. CPU tensors in bf16 or fp32 use the native implementation; all others use a plain
+torch implementation (`*_reference`), against which the native one is tested."""

@@ -1,7 +1,7 @@
-"""AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019) of many tensors in one pass over each, and the
-squares of their gradients.
+"""AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019) for many tensors, in one pass over each, and the
+squared norms of their gradients.
 
-Both forms, the plain one in torch and the native one, do the same operations in the same order and give the same bits.
+The torch and the native implementation do the same operations in the same order, and their results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...backends.cpu.buffers import address, optional
 from ...backends.cpu.native_train import TrainNumbers, TrainUpdate
 from . import native
 from .moments import BLOCK, Moments, root
-from .random_bits import random_bits, round_by_chance
+from .random_bits import random_bits, stochastic_round
 
 Master = Literal["none", "split", "stochastic"]
 _MASTERS: Final = {"none": 0, "split": 1, "stochastic": 2}  # DSO_MASTER_*
@@ -26,7 +26,7 @@ _MOMENTS: Final = {"fp32": 0, "bf16": 1, "int8": 2}  # DSO_MOMENTS_*
 
 @dataclass(frozen=True)
 class Rates:
-    """The numbers of a step, each rounded to fp32 once: g = gradient_scale gradient, m = beta1 m + rest1 g,
+    """The coefficients of a step, each rounded to fp32 once: g = gradient_scale gradient, m = beta1 m + rest1 g,
     v = beta2 v + rest2 g^2, w = w - (decay w + step m / (bias2 sqrt(v) + eps))."""
 
     gradient_scale: float
@@ -43,7 +43,7 @@ class Rates:
     def at(
         cls, step: int, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, gradient_scale: float = 1.0
     ) -> Rates:
-        """Those of step number `step`, counted from 1."""
+        """The coefficients of step number `step`, counted from 1."""
         beta1, beta2 = betas
         bias2 = (1 - beta2**step) ** -0.5
         return cls(gradient_scale, beta1, 1 - beta1, beta2, 1 - beta2, bias2, eps, lr / (1 - beta1**step), lr * weight_decay)
@@ -51,17 +51,17 @@ class Rates:
 
 @dataclass
 class Update:
-    """A step of one tensor. All tensors are changed in place but the gradient.
+    """The update of one tensor in a step. All tensors except the gradient are changed in place.
 
     Args:
         parameter: fp32 (master "none") or bf16.
         gradient: fp32 or bf16, of the parameter's shape.
-        moments: as the last step left them.
-        rates: of this step.
-        master: "none": the parameter is fp32 itself; "split": `low` holds what it lacks of an fp32 weight; "stochastic":
-            nothing does, and the parameter is rounded up or down by chance.
-        low: int16, of the parameter's shape, for "split": see `join`.
-        key: of the random bits, see `random_bits.keys`.
+        moments: moments after the previous step.
+        rates: coefficients of this step.
+        master: "none": the parameter is fp32; "split": `low` holds the low bits of the fp32 master weight; "stochastic": there
+            is no master weight, and the parameter is rounded stochastically.
+        low: int16, of the parameter's shape, for "split"; see `join`.
+        key: key of the random bits; see `random_bits.keys`.
     """
 
     parameter: torch.Tensor
@@ -79,33 +79,33 @@ class Update:
 
 
 def join(upper: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """The fp32 weights of bf16 ones and the int16 numbers that their bits must be increased by."""
+    """The fp32 weights whose upper half is the bf16 `upper`; `low` (int16) is added to the bits of `upper` as fp32."""
     return (upper.float().view(torch.int32) + low.to(torch.int32)).view(torch.float32)
 
 
 def split(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 weights as the nearest bf16 ones (of two, those farther from zero) and int16 numbers: what `join` takes."""
+    """Splits fp32 weights into the nearest bf16 weights (ties away from zero) and the int16 remainders that `join` adds."""
     bits = torch.where(weights.isnan(), torch.nan, weights).view(torch.int32)
     upper = ((bits.to(torch.int64) + 0x8000) & 0xFFFF0000).to(torch.int32)
     return upper.view(torch.float32).to(torch.bfloat16), (bits - upper).to(torch.int16)
 
 
 def adamw(updates: Sequence[Update]) -> None:
-    """A step of each of these tensors. Raises BackendError."""
-    native_ones = [u for u in updates if _native(u.parameter, u.gradient) and all(t.is_contiguous() for t in u.tensors())]
-    if native_ones:
-        described = (TrainUpdate * len(native_ones))(*map(_described, native_ones))
-        native.call("dso_train_adamw", described, len(native_ones))
-        for update in native_ones:  # so that a backward through the weights as they were is an error, as of torch's own
+    """Performs the updates. Raises BackendError."""
+    native_updates = [u for u in updates if _native(u.parameter, u.gradient) and all(t.is_contiguous() for t in u.tensors())]
+    if native_updates:
+        descriptors = (TrainUpdate * len(native_updates))(*map(_descriptor, native_updates))
+        native.call("dso_train_adamw", descriptors, len(native_updates))
+        for update in native_updates:  # so that a later backward through the old weights raises, as with torch's own ops
             torch.autograd.graph.increment_version(update.parameter)
-    taken = set(map(id, native_ones))
+    done = set(map(id, native_updates))
     for update in updates:
-        if id(update) not in taken:
+        if id(update) not in done:
             adamw_reference(update)
 
 
 def adamw_reference(update: Update) -> None:
-    """The same in plain torch, for any device."""
+    """One update in plain torch, for any device."""
     u, rates = update, update.rates
     weights = u.parameter.detach()
     if u.low is not None:
@@ -115,29 +115,32 @@ def adamw_reference(update: Update) -> None:
     m, v = m * rates.beta1 + g * rates.rest1, v * rates.beta2 + g * rates.rest2 * g
     change = w * rates.decay + m * rates.step / (root(v) * rates.bias2 + rates.eps)
     u.moments.write(m, v, u.key)
-    made = (w - change).view(weights.shape)
+    weights = (w - change).view(weights.shape)
     if u.low is not None:
-        made, low = split(made)
+        weights, low = split(weights)
         u.low.copy_(low)
     elif u.master == "stochastic":
-        made = round_by_chance(made, (random_bits(made.numel(), *u.key[2:], made.device) & 0xFFFF).view_as(made))
+        random = random_bits(weights.numel(), *u.key[2:], weights.device) & 0xFFFF
+        weights = stochastic_round(weights, random.view_as(weights))
     with torch.no_grad():
-        u.parameter.copy_(made)
+        u.parameter.copy_(weights)
 
 
 def squares(tensors: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
-    """Of each tensor the sum of its squares, in double and in an order that doesn't depend on threads, and how many of its
-    numbers are not finite. Raises BackendError."""
+    """For each tensor, the sum of its squares and the number of its elements that are not finite.
+
+    Sums are in double precision, in an order that does not depend on the number of threads. Raises BackendError.
+    """
     sums, not_finite = [0.0] * len(tensors), [0] * len(tensors)
-    places = [i for i, t in enumerate(tensors) if _native(t)]
-    if places:
-        dense = [tensors[i].contiguous() for i in places]
+    indices = [i for i, t in enumerate(tensors) if _native(t)]
+    if indices:
+        dense = [tensors[i].contiguous() for i in indices]
         numbers = (TrainNumbers * len(dense))(*(native.numbers(t, "a gradient") for t in dense))
-        found, odd = (C.c_double * len(dense))(), (C.c_int64 * len(dense))()
-        native.call("dso_train_squares", numbers, len(dense), found, odd)
-        for i, total, count in zip(places, found, odd, strict=True):
+        totals, counts = (C.c_double * len(dense))(), (C.c_int64 * len(dense))()
+        native.call("dso_train_squares", numbers, len(dense), totals, counts)
+        for i, total, count in zip(indices, totals, counts, strict=True):
             sums[i], not_finite[i] = total, count
-    for i in set(range(len(tensors))).difference(places):
+    for i in set(range(len(tensors))).difference(indices):
         sums[i], not_finite[i] = squares_reference(tensors[i])
     return sums, not_finite
 
@@ -151,10 +154,10 @@ def _native(*tensors: torch.Tensor) -> bool:
     return native.usable(*tensors)
 
 
-def _described(update: Update) -> TrainUpdate:
+def _descriptor(update: Update) -> TrainUpdate:
     u, r, moments, shape = update, update.rates, update.moments, update.parameter.shape
     scales = (-(-u.parameter.numel() // BLOCK),)
-    places = (
+    pointers = (
         address(u.parameter, "parameter", u.parameter.dtype, shape), optional(u.low, "low", torch.int16, shape),
         address(u.gradient, "gradient", u.gradient.dtype, shape), address(moments.m, "m", moments.m.dtype, shape),
         address(moments.v, "v", torch.uint8 if moments.kind == "int8" else moments.m.dtype, shape),
@@ -163,6 +166,6 @@ def _described(update: Update) -> TrainUpdate:
     )  # fmt: skip
     numbers = (r.gradient_scale, r.beta1, r.rest1, r.beta2, r.rest2, r.bias2, r.eps, r.step, r.decay)
     return TrainUpdate(
-        *places, u.parameter.numel(), _MASTERS[u.master], _MOMENTS[moments.kind], native.type_of(u.gradient), *numbers,
+        *pointers, u.parameter.numel(), _MASTERS[u.master], _MOMENTS[moments.kind], native.type_of(u.gradient), *numbers,
         (C.c_uint32 * 4)(*u.key),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""a + b of one shape and dtype, where a step's tensors lie."""
+"""a + b for tensors of the same shape and dtype, allocated in the memory of training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from . import native
 
 
 def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """As torch's own sum, to the bit; shapes and dtypes that are not equal are torch's business."""
+    """a + b, bitwise equal to torch's. If shapes or dtypes differ, torch computes it."""
     if a.shape != b.shape or a.dtype != b.dtype or not (native.usable(a, b) and a.is_contiguous() and b.is_contiguous()):
         return a + b
-    found: torch.Tensor = _Add.apply(a, b)
-    return found
+    result: torch.Tensor = _Add.apply(a, b)
+    return result
 
 
 class _Add(torch.autograd.Function):

@@ -1,9 +1,9 @@
-"""The loss of hidden states through a head, by pieces of rows: logits never stand in memory as a whole.
+"""The loss of hidden states through a head, in chunks of rows, so that the full logits are never in memory.
 
-Each piece makes its logits, its part of the loss, and, in the place of its logits, their gradient, from which those of the
-hidden states and of the head follow at once; the backward only scales them. So the head's three products are made once, and
-what is kept is as large as hidden states and head (Hsu and others, "Liger Kernel", arXiv 2410.10989, section 3.2). Rows without
-a label are left out before the first product.
+For each chunk, the forward pass computes the logits, the loss, the gradient of the logits (in place), and from it the gradients
+of the hidden states and of the head. The backward pass only scales them. Thus the head's three products are computed once, and
+the saved tensors are as large as hidden states and head (Hsu et al., "Liger Kernel", arXiv 2410.10989, section 3.2). Rows
+without a label are removed before the first product.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .linear import gradient_place
 from .product import product
 from .scale import scale_into
 
-_PIECE_BYTES: Final = 64 << 20  # of logits in fp32
-# Up to so many pieces the head's gradient is summed in its own dtype: in bf16 it is off by 0.33% after 7 pieces (of 304 rows),
-# by 0.17% if it is summed in fp32 and rounded once. That would take another 2 to 4 bytes a weight where memory is fullest.
-_FEW_PIECES: Final = 8
+_CHUNK_BYTES: Final = 64 << 20  # fp32 logits of a chunk
+# Up to this many chunks, the head's gradient is summed in its own dtype: in bf16, its error is 0.33% after 7 chunks of 304
+# rows, against 0.17% if it is summed in fp32 and rounded once, which takes 2 to 4 more bytes per weight at the memory peak.
+_FEW_CHUNKS: Final = 8
 
 
 def linear_cross_entropy(
@@ -35,28 +35,30 @@ def linear_cross_entropy(
     num_items: float | torch.Tensor | None = None,
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """fp32 scalar (fp64 for fp64): the cross entropies of labels by the logits hidden weight^T, summed, over num_items.
+    """The cross entropy of the labels under the logits hidden weight^T, summed and divided by `num_items`.
 
     Args:
         hidden: [..., H].
-        weight: [V, H]. If it has a `main_grad`, its gradient is added to that, and none is given to torch.
-        labels: [...], integers below V, of hidden's rows; nothing is shifted.
-        ignore_index: the label of rows that do not count.
-        num_items: None: how many labels count. Where none does the loss is 0, and so are its gradients.
-        chunk: rows of a piece; None: as many as have 64 MB of logits.
+        weight: [V, H]. If it has a `main_grad`, its gradient is added to that instead of being returned to torch.
+        labels: integers [...] below V, one per row of `hidden`; they are not shifted.
+        ignore_index: label of rows that do not count.
+        num_items: divisor of the sum; None: the number of labels that count. If there are none, loss and gradients are 0.
+        chunk: rows per chunk; None: as many as have 64 MB of logits.
+
+    Returns: fp32 scalar (fp64 for fp64 inputs).
 
     Raises:
-        ConfigError: a label that the head has no row for.
-        ValueError: shapes that do not fit each other.
+        ConfigError: a label is out of range.
+        ValueError: shapes do not match.
     """
     if hidden.shape[:-1] != labels.shape or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         shapes = f"hidden is {list(hidden.shape)}, weight {list(weight.shape)}, labels {list(labels.shape)}"
-        raise ValueError(f"linear_cross_entropy: {shapes}: they must be [..., H], [V, H] and [...]")
+        raise ValueError(f"linear_cross_entropy: {shapes}; they must be [..., H], [V, H] and [...]")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    counted = flat != ignore_index
-    items = float(num_items) if num_items is not None else float(counted.sum())
-    if not bool(counted.all()):
-        rows, flat = rows[counted], flat[counted]
+    valid = flat != ignore_index
+    items = float(num_items) if num_items is not None else float(valid.sum())
+    if not bool(valid.all()):
+        rows, flat = rows[valid], flat[valid]
     _check_labels(flat, weight.shape[0])
     needed = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
     loss: torch.Tensor = _LinearCrossEntropy.apply(rows, weight, flat, 1 / items if items else 0.0, chunk, needed)
@@ -64,11 +66,11 @@ def linear_cross_entropy(
 
 
 def _check_labels(labels: torch.Tensor, rows: int) -> None:
-    wrong = (labels < 0) | (labels >= rows)
-    if bool(wrong.any()):
+    invalid = (labels < 0) | (labels >= rows)
+    if bool(invalid.any()):
         raise ConfigError(
-            f"labels hold {int(labels[wrong][0])}, and the head has rows for 0 to {rows - 1}: the tokenizer is not the "
-            "model's, or the padding of labels is not ignore_index"
+            f"labels contain {int(labels[invalid][0])}, but the vocabulary is 0 to {rows - 1}; use the model's own tokenizer, "
+            "and ignore_index to pad labels"
         )
 
 
@@ -81,13 +83,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = native.new(hidden.shape, hidden) if needed[0] else None
         dweight: torch.Tensor | None = None
         total = 0.0
-        pieces = _pieces(len(hidden), weight.shape[0], chunk)
+        chunks = _chunks(len(hidden), weight.shape[0], chunk)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        # one place for all pieces: memory of this size is the system's again with each tensor, and is cleared for the next
-        place = native.new((pieces[0].stop if pieces else 0, weight.shape[0]), hidden, wide)
-        for part in pieces:
+        # one buffer for all chunks: the system clears newly mapped memory, which is slow at this size
+        buffer = native.new((chunks[0].stop if chunks else 0, weight.shape[0]), hidden, wide)
+        for part in chunks:
             x = hidden[part]
-            logits = product("nt", x, weight, out=place[: len(x)])
+            logits = product("nt", x, weight, out=buffer[: len(x)])
             loss, gradient = cross_entropy_(logits, labels[part], factor if any(needed) else None, x.dtype)
             total += loss
             if dhidden is not None:
@@ -95,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needed[1] and dweight is not None:
                 product("tn", gradient, x, out=dweight, add=True)
             elif needed[1]:
-                dweight = product("tn", gradient, x, dtype=x.dtype if len(pieces) <= _FEW_PIECES else wide)
+                dweight = product("tn", gradient, x, dtype=x.dtype if len(chunks) <= _FEW_CHUNKS else wide)
         if needed[1] and dweight is None:
             dweight = torch.zeros_like(weight)
         if dweight is not None and dweight.dtype != weight.dtype and getattr(weight, "main_grad", None) is None:
@@ -107,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: its gradients were handed out by the first backward, and are gone")
+            raise RuntimeError("linear_cross_entropy: the first backward freed its gradients; call backward only once")
         (dhidden, dweight), ctx.gradients = ctx.gradients, None
         scale, main = float(upstream), getattr(ctx.weight, "main_grad", None)
         if dweight is not None and main is not None:
@@ -122,12 +124,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_(
     logits: torch.Tensor, labels: torch.Tensor, factor: float | None, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor]:
-    """The sum of the cross entropies of logits [T, V], which are lost, and the gradient of factor times that.
+    """The sum of the cross entropies of logits [T, V], and the gradient of factor times that sum. Overwrites the logits.
 
     Args:
-        labels: int64 [T], each a column of the logits.
-        factor: None: no gradient is wanted, and what is returned for it means nothing.
-        dtype: of the gradient, which may lie where the logits did: bf16 or the logits' own.
+        labels: int64 [T], indices of columns of the logits.
+        factor: None: no gradient is computed, and the returned one is undefined.
+        dtype: dtype of the gradient, bf16 or that of the logits. The gradient may share memory with the logits.
     """
     if native.usable(logits) and logits.is_contiguous():
         losses = native.new((len(logits),), logits, torch.float64)
@@ -135,11 +137,11 @@ def cross_entropy_(
         _cross_entropy(logits, labels, 0.0 if factor is None else factor, -1 if factor is None else int(bf16), losses)
         gradient = logits.view(dtype)[:, : logits.shape[1]] if bf16 else logits
         return float(losses.sum()), gradient
-    scaled = logits.log_softmax(-1)
-    loss = -scaled.gather(1, labels[:, None]).double().sum()
+    log_probabilities = logits.log_softmax(-1)
+    loss = -log_probabilities.gather(1, labels[:, None]).double().sum()
     if factor is None:
         return float(loss), logits
-    gradient = scaled.exp_()
+    gradient = log_probabilities.exp_()
     gradient[torch.arange(len(labels), device=labels.device, dtype=torch.int64), labels] -= 1
     return float(loss), gradient.mul_(factor).to(dtype)
 
@@ -154,12 +156,12 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, factor: float, gr
 
 @_cross_entropy.register_fake
 def _(logits: torch.Tensor, labels: torch.Tensor, factor: float, gradient: int, losses: torch.Tensor) -> None:
-    """It changes `logits` and `losses`, and makes nothing."""
+    """Changes `logits` and `losses` in place; has no output."""
 
 
-def _pieces(rows: int, columns: int, chunk: int | None) -> list[slice]:
-    """Pieces of rows of about one size, that of whole blocks of the products."""
-    most = chunk or max(16, _PIECE_BYTES // (4 * columns))
-    count = -(-rows // most)
-    each = chunk or (-(-rows // (16 * max(count, 1))) * 16)
-    return [slice(begin, min(begin + each, rows)) for begin in range(0, rows, max(each, 1))]
+def _chunks(rows: int, columns: int, chunk: int | None) -> list[slice]:
+    """Chunks of rows of similar size, a multiple of the products' block size."""
+    max_rows = chunk or max(16, _CHUNK_BYTES // (4 * columns))
+    count = -(-rows // max_rows)
+    size = chunk or (-(-rows // (16 * max(count, 1))) * 16)
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, max(size, 1))]

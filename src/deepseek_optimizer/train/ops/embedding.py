@@ -1,4 +1,4 @@
-"""Rows of a table by number, and the gradient of the table: rows of the output's gradient, summed in fp32 by number."""
+"""Embedding lookup. The gradient of the table sums the output's gradient rows by id, in fp32."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from .linear import gradient_place
 
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
-    """ids [...] of integers, weight [V, H] -> [..., H].
+    """Integer ids [...], weight [V, H] -> [..., H].
 
-    The gradient of a weight that has a `main_grad` (fp32, of its shape) is added to that, and none is given to torch.
+    If the weight has a `main_grad` (fp32, of its shape), its gradient is added to that instead of being returned to torch.
 
     Args:
-        padding_idx: a number whose row has no gradient.
+        padding_idx: an id whose row gets no gradient.
 
-    Raises IndexError for a number that the table has no row for.
+    Raises:
+        IndexError: an id is out of range.
     """
     if not native.usable(weight) or ids.device.type != "cpu":
         return embedding_reference(ids, weight, padding_idx)
-    found: torch.Tensor = _Embedding.apply(ids, weight, padding_idx)
-    return found
+    result: torch.Tensor = _Embedding.apply(ids, weight, padding_idx)
+    return result
 
 
 def embedding_reference(ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
-    """Torch's own."""
+    """Torch's implementation."""
     return F.embedding(ids, weight, padding_idx)
 
 
@@ -46,11 +47,11 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (ids,) = ctx.saved_tensors
         shape, dtype = ctx.like
-        total = getattr(ctx.weight, "main_grad", None)
-        gradient = native.new(shape, dy, dtype) if total is None else total
+        main_grad = getattr(ctx.weight, "main_grad", None)
+        gradient = native.new(shape, dy, dtype) if main_grad is None else main_grad
         padding = -1 if ctx.padding is None else ctx.padding % shape[0]
-        _rows_summed(native.rows(dy), ids.reshape(-1), padding, gradient, total is not None)
-        return None, gradient if total is None else None, None
+        _rows_summed(native.rows(dy), ids.reshape(-1), padding, gradient, main_grad is not None)
+        return None, gradient if main_grad is None else None, None
 
 
 @torch.library.custom_op("dso::train_rows_summed", mutates_args=("out",), device_types="cpu")
@@ -63,4 +64,4 @@ def _rows_summed(x: torch.Tensor, numbers: torch.Tensor, ignored: int, out: torc
 
 @_rows_summed.register_fake
 def _(x: torch.Tensor, numbers: torch.Tensor, ignored: int, out: torch.Tensor, add: bool) -> None:
-    """It changes `out`, and makes nothing."""
+    """Changes `out` in place; has no output."""

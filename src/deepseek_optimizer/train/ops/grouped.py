@@ -1,5 +1,5 @@
-"""Products of groups of rows with a matrix each: experts (DeepSeekMoE, arXiv 2401.06066, section 3). All groups are one
-parallel section, so that small ones cost no more than their numbers."""
+"""Grouped products: each group of rows is multiplied by its own matrix, as in experts (DeepSeekMoE, arXiv 2401.06066, section
+3). All groups share one parallel section, so that small groups have no overhead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .product import grouped_product
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """x [T, K], weight [E, N, K], offsets int64 [E + 1] -> [T, N]: rows [offsets[e], offsets[e + 1]) times weight[e]^T.
 
-    Groups may be empty: the gradient of their matrix is zero. `main_grad` as in `linear`. Raises ValueError.
+    Groups may be empty; the gradient of their matrix is zero. Autocast and `main_grad` work as in `linear`. Raises ValueError.
     """
     check_grouped("grouped_linear", x, weight, offsets)
     if torch.is_autocast_enabled(x.device.type):
@@ -24,12 +24,12 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype or not native.usable(x, weight):
         return grouped_linear_reference(x, weight, offsets)
-    found: torch.Tensor = _GroupedLinear.apply(x, weight, offsets)
-    return found
+    result: torch.Tensor = _GroupedLinear.apply(x, weight, offsets)
+    return result
 
 
 def grouped_linear_reference(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """One product after the other."""
+    """One product per group, in torch."""
     ends = offsets.tolist()
     return torch.cat([x[a:b] @ w.t() for a, b, w in zip(ends, ends[1:], weight, strict=False)])
 
@@ -54,21 +54,21 @@ class _GroupedLinear(torch.autograd.Function):
 def grouped_weight_gradient(
     weight: torch.Tensor | None, dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor | None:
-    """dy_e^T x_e for every group [E, N, K], of dy's dtype; None where it went into the weight's `main_grad`."""
-    total = getattr(weight, "main_grad", None)
-    if total is None:
+    """dy_e^T x_e of every group [E, N, K], of dy's dtype; None if it was added to the weight's `main_grad`."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
         return grouped_product("tn", dy, x, offsets)
-    grouped_product("tn", dy, x, offsets, out=total, add=True)
+    grouped_product("tn", dy, x, offsets, out=main_grad, add=True)
     return None
 
 
 def check_grouped(op: str, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> None:
-    """Raises ValueError where shapes do not belong together or offsets do not ascend over all rows."""
+    """ValueError if shapes do not match or offsets do not ascend over all rows."""
     check_columns(op, x, weight)
     if x.dim() != 2 or weight.dim() != 3:
-        raise ValueError(f"{op}: x is {list(x.shape)} and weight {list(weight.shape)}, not [T, K] and [E, N, K]")
+        raise ValueError(f"{op}: x must be [T, K] and weight [E, N, K], got {list(x.shape)} and {list(weight.shape)}")
     if offsets.dtype != torch.int64 or offsets.shape != (weight.shape[0] + 1,):
-        raise ValueError(f"{op}: offsets are {offsets.dtype} {list(offsets.shape)}, not int64 [{weight.shape[0] + 1}]")
+        raise ValueError(f"{op}: offsets must be int64 [{weight.shape[0] + 1}], got {offsets.dtype} {list(offsets.shape)}")
     ends = offsets.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
-        raise ValueError(f"{op}: offsets must ascend from 0 to {x.shape[0]}, x's rows; they are {ends}")
+        raise ValueError(f"{op}: offsets must ascend from 0 to {x.shape[0]}, the number of rows; got {ends}")

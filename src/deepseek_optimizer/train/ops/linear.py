@@ -1,4 +1,4 @@
-"""y = x W^T + b, with gradients for what needs them."""
+"""y = x W^T + b and its gradients."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from .product import column_sums, product
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N] -> [..., N], all of one dtype; autocast casts them as it does for torch's own.
+    """x [..., K], weight [N, K], bias [N] -> [..., N], all of one dtype. Autocast applies as in torch.
 
-    The gradient of a weight or a bias that has a `main_grad` (fp32, of its shape) is added to that, and none is given to torch.
+    If a weight or bias has a `main_grad` (fp32, of its shape), its gradient is added to that instead of being returned to
+    torch.
+
+    Raises:
+        ValueError: shapes do not match.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     one_dtype = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-    one_each = bias is None or bias.shape == weight.shape[:1]
-    if not (one_dtype and one_each and native.usable(x, weight, bias)):
+    one_bias = bias is None or bias.shape == weight.shape[:1]
+    if not (one_dtype and one_bias and native.usable(x, weight, bias)):
         return linear_reference(x, weight, bias)
     check_columns("linear", x, weight)
-    found: torch.Tensor = _Linear.apply(x, weight, bias)
-    return found
+    result: torch.Tensor = _Linear.apply(x, weight, bias)
+    return result
 
 
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """`linear` of one x with several weights; the gradients of x are summed where they are made."""
+    """`linear` of the same x with several weights. The gradients of x are accumulated by the products themselves."""
     one_dtype = all(weight.dtype == x.dtype for weight in weights)
     if torch.is_autocast_enabled(x.device.type) or not (one_dtype and native.usable(x, *weights)):
         return tuple(linear(x, weight) for weight in weights)
     for weight in weights:
         check_columns("linears", x, weight)
-    found: tuple[torch.Tensor, ...] = _Linears.apply(x, *weights)
-    return found
+    result: tuple[torch.Tensor, ...] = _Linears.apply(x, *weights)
+    return result
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Torch's own, which raises what it raises."""
+    """Torch's implementation, with its own errors."""
     return F.linear(x, weight, bias)
 
 
@@ -83,8 +87,8 @@ class _Linears(torch.autograd.Function):
         dx = None
         for dy, weight in zip(gradients, weights, strict=True) if needs_x else ():
             dx = product("nn", dy, weight, out=dx, add=dx is not None)
-        found = zip(needed, ctx.weights, gradients, strict=True)
-        dw = [weight_gradient(place, dy, rows_of(x)) if wanted else None for wanted, place, dy in found]
+        entries = zip(needed, ctx.weights, gradients, strict=True)
+        dw = [weight_gradient(place, dy, rows_of(x)) if wanted else None for wanted, place, dy in entries]
         return None if dx is None else dx.view(ctx.shape), *dw
 
 
@@ -94,29 +98,29 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_place(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """The parameter itself, whose `main_grad` counts once its gradient is made: what is saved may come back another object."""
+    """The parameter, for access to its `main_grad` in the backward pass; a saved tensor may be returned as another object."""
     return parameter if parameter is not None and parameter.is_leaf and parameter.requires_grad else None
 
 
 def weight_gradient(weight: torch.Tensor | None, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-    """dy^T x of dy's dtype; None where it went into the weight's `main_grad`."""
-    total = getattr(weight, "main_grad", None)
-    if total is None:
+    """dy^T x of dy's dtype; None if it was added to the weight's `main_grad`."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
         return product("tn", dy, x)
-    product("tn", dy, x, out=total, add=True)
+    product("tn", dy, x, out=main_grad, add=True)
     return None
 
 
 def bias_gradient(bias: torch.Tensor | None, dy: torch.Tensor) -> torch.Tensor | None:
-    """As `weight_gradient`."""
-    total = getattr(bias, "main_grad", None)
-    if total is None:
+    """The column sums of dy; None if they were added to the bias's `main_grad`."""
+    main_grad = getattr(bias, "main_grad", None)
+    if main_grad is None:
         return column_sums(dy)
-    column_sums(dy, out=total, add=True)
+    column_sums(dy, out=main_grad, add=True)
     return None
 
 
 def check_columns(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raises ValueError where x's rows are not as long as the weight's."""
+    """ValueError if the last dimensions of x and the weight differ."""
     if x.dim() < 1 or weight.dim() < 2 or x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"{op}: x is {list(x.shape)}, weight {list(weight.shape)}: their last dimensions must be equal")
+        raise ValueError(f"{op}: x is {list(x.shape)}, weight {list(weight.shape)}; their last dimensions must be equal")

@@ -1,5 +1,5 @@
-"""y = down(silu(gate(x)) * up(x)) in one op (SwiGLU: Shazeer, arXiv 2002.05202), which keeps x, gate(x) and up(x): the rows
-that go into `down` are made again in the backward, in the same pass as the gradients of the gates."""
+"""y = down(silu(gate(x)) * up(x)) as one op (SwiGLU: Shazeer, arXiv 2002.05202). It saves x, gate(x) and up(x); the input of
+`down` is recomputed in the backward pass, in the same loop as the gradients of gate and up."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from .product import product
 from .swiglu import swiglu
 
 
-def mlp(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
-    """x [..., H], gate_w and up_w [I, H], down_w [O, I], all of one dtype -> [..., O]. Autocast and `main_grad` as in `linear`.
+def mlp(
+    x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor, *, save_all: bool = False
+) -> torch.Tensor:
+    """x [..., H], gate_w and up_w [I, H], down_w [O, I], all of one dtype -> [..., O]. Autocast and `main_grad` work as in
+    `linear`.
 
     Args:
-        keep: what goes into `down` too, [T, I] more, which changes no bit.
+        save_all: also save the input of `down` [T, I] instead of recomputing it; the results are bitwise equal.
 
-    Raises ValueError where shapes do not fit.
+    Raises:
+        ValueError: shapes do not match.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -31,37 +35,38 @@ def mlp(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch
         return mlp_reference(x, gate_w, up_w, down_w)
     check_columns("mlp", x, gate_w)
     if gate_w.shape != up_w.shape or down_w.dim() != 2 or down_w.shape[1] != gate_w.shape[0]:
-        raise ValueError(f"mlp: the weights are {list(gate_w.shape)}, {list(up_w.shape)} and {list(down_w.shape)}")
-    found: torch.Tensor = _Mlp.apply(x, gate_w, up_w, down_w, keep)
-    return found
+        shapes = f"{list(gate_w.shape)}, {list(up_w.shape)} and {list(down_w.shape)}"
+        raise ValueError(f"mlp: weights must be [I, H], [I, H] and [O, I], got {shapes}")
+    result: torch.Tensor = _Mlp.apply(x, gate_w, up_w, down_w, save_all)
+    return result
 
 
 def mlp_reference(x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor) -> torch.Tensor:
-    """The same in plain torch."""
+    """`mlp` in plain torch."""
     return F.linear(F.silu(F.linear(x, gate_w)) * F.linear(x, up_w), down_w)
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor, keep: bool
+        ctx: Any, x: torch.Tensor, gate_w: torch.Tensor, up_w: torch.Tensor, down_w: torch.Tensor, save_all: bool
     ) -> torch.Tensor:
         rows = rows_of(x)
         gate, up = product("nt", rows, gate_w), product("nt", rows, up_w)
         h = swiglu(gate, up)
-        ctx.save_for_backward(x, gate, up, gate_w, up_w, down_w, h if keep else None)
+        ctx.save_for_backward(x, gate, up, gate_w, up_w, down_w, h if save_all else None)
         ctx.weights = tuple(gradient_place(w) for w in (gate_w, up_w, down_w))
         return product("nt", h, down_w).view(*x.shape[:-1], down_w.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, gate, up, gate_w, up_w, down_w, kept = ctx.saved_tensors
+        x, gate, up, gate_w, up_w, down_w, saved = ctx.saved_tensors
         needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
         dy, rows = rows_of(dy), rows_of(x)
         dh = product("nn", dy, down_w)
-        dgate, dup = _gate_gradients(gate, up, dh, kept is None)
-        h = dh if kept is None else kept
+        dgate, dup = _gate_gradients(gate, up, dh, saved is None)
+        h = dh if saved is None else saved
         dx = product("nn", dgate, gate_w) if needs_x else None
         return (
             None if dx is None else product("nn", dup, up_w, out=dx, add=True).view(x.shape),
@@ -72,10 +77,18 @@ class _Mlp(torch.autograd.Function):
         )
 
 
-def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, which stay, for who goes backward twice. `again`: h takes the place of its gradient dh."""
+def _gate_gradients(
+    gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor, recompute: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up. These two are not overwritten, since backward may run twice.
+
+    Args:
+        recompute: overwrite dh with h = silu(gate) * up.
+    """
     dgate, dup = native.new(gate.shape, gate), native.new(up.shape, up)
     named = (("gate", gate), ("up", up), ("dh", dh), ("dgate", dgate), ("dup", dup))
     g, u, d, to_gate, to_up = (native.matrix(t, name, gate.shape) for name, t in named)
-    native.call("dso_train_swiglu_backward", *gate.shape, g, u, d, to_gate, to_up, d if again else None, dgate=dgate, dup=dup)
+    native.call(
+        "dso_train_swiglu_backward", *gate.shape, g, u, d, to_gate, to_up, d if recompute else None, dgate=dgate, dup=dup
+    )
     return dgate, dup

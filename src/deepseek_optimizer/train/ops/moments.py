@@ -1,10 +1,10 @@
-"""How the two moments of Adam are kept: fp32, bf16, or 8 bits by blocks of 256.
+"""Storage formats of Adam's two moments: fp32, bf16, or 8 bits in blocks of 256.
 
-bf16 is rounded by chance: at beta2 = 0.999 a step changes v by less than half of what bf16 can tell apart, and rounding to
-nearest would leave it where it is. 8 bits after FlashOptim (arXiv 2602.23349): m / max |m| of its block by softsign, sqrt(v) /
-max sqrt(v) linearly, both to nearest; a v above zero never becomes zero, as what is divided by it would explode (the zero point
-problem of Li and others, "Memory Efficient Optimizers with 4-bit States", 2023). Blocks as in Dettmers and others, "8-bit
-Optimizers via Block-wise Quantization", 2022.
+bf16 moments are rounded stochastically: with beta2 = 0.999, a step changes v by less than half a bf16 step, so rounding to
+nearest would never change it. The 8-bit format follows FlashOptim (arXiv 2602.23349): m / max |m| of its block is stored on a
+softsign scale, sqrt(v) / max sqrt(v) on a linear one, both rounded to nearest. A positive v is never rounded to zero, since the
+update divides by its root (the zero-point problem of Li et al., "Memory Efficient Optimizers with 4-bit States", 2023). Blocks
+as in Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 import torch
 
-from .random_bits import random_bits, round_by_chance
+from .random_bits import random_bits, stochastic_round
 
 MomentFormat = Literal["bf16", "int8", "fp32"]
 BLOCK: Final = 256
@@ -23,11 +23,11 @@ _LARGEST: Final = torch.finfo(torch.float32).max
 
 @dataclass
 class Moments:
-    """The moments of one tensor, dense and in its order of elements.
+    """The moments of one tensor, contiguous, in its element order.
 
     Args:
         m, v: fp32, bf16, or int8 and uint8.
-        m_scale, v_scale: with 8 bits fp32 [ceil(elements / 256)]: the largest |m| and the largest sqrt(v) of each block.
+        m_scale, v_scale: for 8 bits, fp32 [ceil(elements / 256)]: the largest |m| and the largest sqrt(v) of each block.
     """
 
     m: torch.Tensor
@@ -62,13 +62,13 @@ class Moments:
         return m.reshape(-1)[:count], (r * r).reshape(-1)[:count]
 
     def write(self, m: torch.Tensor, v: torch.Tensor, key: tuple[int, int, int, int]) -> None:
-        """Keeps m and v (fp32, flat), rounded as the format rounds; key: see `random_bits.keys`."""
+        """Stores m and v (fp32, flat), rounded to the format; `key`: see `random_bits.keys`."""
         if self.m_scale is not None and self.v_scale is not None:
             self._write_blocks(_blocks(m), _blocks(root(v)))
         elif self.m.dtype == torch.bfloat16:
-            chance = random_bits(m.numel(), key[0], key[1], m.device)
-            self.m.copy_(round_by_chance(m, chance & 0xFFFF).view_as(self.m))
-            self.v.copy_(round_by_chance(v, chance >> 16).view_as(self.v))
+            random = random_bits(m.numel(), key[0], key[1], m.device)
+            self.m.copy_(stochastic_round(m, random & 0xFFFF).view_as(self.m))
+            self.v.copy_(stochastic_round(v, random >> 16).view_as(self.v))
         else:
             self.m.copy_(m.view_as(self.m))
             self.v.copy_(v.view_as(self.v))
@@ -87,16 +87,16 @@ class Moments:
 
 
 def root(x: torch.Tensor) -> torch.Tensor:
-    """Square roots of fp32 numbers, rounded correctly: torch's own are not in the last bit, by the vector library it uses."""
+    """Correctly rounded square roots of fp32 values. Torch's own can differ in the last bit, by its vector library."""
     return x.double().sqrt().float()
 
 
 def _blocks(flat: torch.Tensor) -> torch.Tensor:
-    """[blocks, 256], the last one filled with zeros."""
+    """[blocks, 256], the last block padded with zeros."""
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale; 0 where that overflows: such a block counts as zeros."""
+    """1 / scale; 0 where that overflows, so that the block is stored as zeros."""
     inverse = 1.0 / scale
     return torch.where(inverse <= _LARGEST, inverse, torch.zeros_like(inverse))

@@ -1,8 +1,8 @@
-"""The matrix products of training: y = x W^T, dx = dy W, dW = dy^T x, alone and for groups of rows (experts).
+"""The matrix products of training: y = x W^T, dx = dy W, dW = dy^T x, for single matrices and for groups of rows (experts).
 
-Sums run in fp32 (fp64 for fp64) and are rounded once. Numbers are multiplied as bf16 where one of the two matrices is bf16, and
-as fp32 where both are. The native form packs blocks of both operands on the way, so that neither is copied or transposed as a
-whole.
+Products are summed in fp32 (fp64 for fp64) and rounded once. If one of the two matrices is bf16, both are multiplied as bf16;
+if both are fp32, as fp32. The native implementation packs blocks of both operands on the fly, so that neither is copied or
+transposed as a whole.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ def product(
     add: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """C [M, N] = op(a) op(b) (+ bias), with rows of any stride.
+    """C [M, N] = op(a) op(b) (+ bias). Rows may have any stride.
 
     Args:
         form: "nt": a [M, K], b [N, K]; "nn": a [M, K], b [K, N]; "tn": a [K, M], b [K, N].
         bias: [N].
-        out: where C goes; made, of `dtype` (default: a's), where it is None.
-        add: to what `out` holds.
+        out: the tensor to write C to; None: a new one.
+        add: add C to `out` instead of overwriting it.
+        dtype: dtype of a new `out`; None: that of a.
+
+    Raises:
+        ValueError: shapes do not match.
     """
     _check_product(form, a, b)
     if out is None:
@@ -49,14 +53,14 @@ def product(
 
 
 def product_reference(form: Form, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """C before it is rounded: in fp32, or fp64 where an operand is."""
+    """C before rounding: in fp32, or in fp64 if an operand is fp64."""
     wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     left, right = (
         t.to(torch.bfloat16) if torch.bfloat16 in (a.dtype, b.dtype) and wide != torch.float64 else t for t in (a, b)
     )
     left, right = left.to(wide), right.to(wide)
-    found = (left.t() if form == "tn" else left) @ (right.t() if form == "nt" else right)
-    return found if bias is None else found + bias.to(wide)
+    result = (left.t() if form == "tn" else left) @ (right.t() if form == "nt" else right)
+    return result if bias is None else result + bias.to(wide)
 
 
 def grouped_product(
@@ -68,13 +72,13 @@ def grouped_product(
     out: torch.Tensor | None = None,
     add: bool = False,
 ) -> torch.Tensor:
-    """The same for groups of rows, group e being rows [offsets[e], offsets[e + 1]).
+    """`product` for groups of rows; group e is rows [offsets[e], offsets[e + 1]).
 
     Args:
         form: "nt": a [T, K], b [E, N, K] -> [T, N]; "nn": a [T, K], b [E, K, N] -> [T, N]; "tn": a [T, M], b [T, N] ->
-            [E, M, N], zero for a group without rows.
+            [E, M, N], zero for an empty group.
         offsets: int64 [E + 1], ascending from 0 to T, on the CPU.
-        out, add: as `product` has them.
+        out, add: see `product`.
     """
     groups = offsets.numel() - 1
     shape = (groups, a.shape[1], b.shape[1]) if form == "tn" else (a.shape[0], b.shape[1 if form == "nt" else 2])
@@ -89,7 +93,7 @@ def grouped_product(
 
 
 def grouped_product_reference(form: Form, a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """As `product_reference`."""
+    """The grouped product before rounding, as in `product_reference`."""
     ends = offsets.tolist()
     parts = list(zip(ends, ends[1:], strict=False))
     if form == "tn":
@@ -100,7 +104,11 @@ def grouped_product_reference(form: Form, a: torch.Tensor, b: torch.Tensor, offs
 def column_sums(
     x: torch.Tensor, *, out: torch.Tensor | None = None, add: bool = False, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """[T, N] -> [N], summed over rows in fp32 (fp64 for fp64): the gradient of a bias."""
+    """[T, N] -> [N], summed over rows in fp32 (fp64 for fp64): the gradient of a bias.
+
+    Args:
+        out, add, dtype: see `product`.
+    """
     if out is None:
         out = native.new((x.shape[1],), x, dtype)
     _check_out("column_sums", out, x.shape[1])
@@ -111,7 +119,7 @@ def column_sums(
     return out
 
 
-# ---- as torch knows them: by its plain registry, a call of which costs a tenth of `custom_op`'s 30 us
+# ---- registration as torch ops, with `torch.library.define`: a call costs a tenth of `custom_op`'s 30 us
 
 torch.library.define("dso::train_product", "(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, str form, bool add) -> ()")
 torch.library.define(
@@ -140,11 +148,11 @@ def _run_grouped_product(
     M, N, K = (a.shape[1], b.shape[1], 0) if form == "tn" else (0, out.shape[1], a.shape[1])
     groups, tokens = offsets.numel() - 1, a.shape[0]
     right = {"tn": (tokens, N), "nt": (groups, N, K), "nn": (groups, K, N)}[form]
-    made = (groups, M, N) if form == "tn" else (tokens, N)
+    out_shape = (groups, M, N) if form == "tn" else (tokens, N)
     bounds = address(offsets, "offsets", torch.int64, (groups + 1,))
     native.call(
         "dso_train_grouped_product", PRODUCT_FORMS[form], _flags(a, b, add), groups, bounds, M, N, K,
-        _matrix(a, "a", (tokens, M or K)), _matrix(b, "b", right), _matrix(out, "out", made), out=out,
+        _matrix(a, "a", (tokens, M or K)), _matrix(b, "b", right), _matrix(out, "out", out_shape), out=out,
     )  # fmt: skip
 
 
@@ -159,13 +167,13 @@ def _run_column_sums(x: torch.Tensor, out: torch.Tensor, add: bool) -> None:
 @torch.library.register_fake("dso::train_grouped_product")
 @torch.library.register_fake("dso::train_column_sums")
 def _(*arguments: object) -> None:
-    """They change `out`, and make nothing."""
+    """They change `out` in place and have no output."""
 
 
 def _matrix(t: torch.Tensor, name: str, shape: tuple[int, ...]) -> Any:
-    """A vector, a matrix or a stack of them, by reference."""
-    ld, following = t.stride(-2) if t.dim() > 1 else t.numel(), t.stride(0) if t.dim() == 3 else 0
-    return C.byref(Matrix(strided(t, name, t.dtype, shape), ld, following, native.type_of(t), 0))
+    """The native descriptor of a vector, a matrix or a stack of matrices, by reference."""
+    ld, stride = t.stride(-2) if t.dim() > 1 else t.numel(), t.stride(0) if t.dim() == 3 else 0
+    return C.byref(Matrix(strided(t, name, t.dtype, shape), ld, stride, native.type_of(t), 0))
 
 
 def _flags(a: torch.Tensor, b: torch.Tensor, add: bool) -> int:
@@ -174,7 +182,7 @@ def _flags(a: torch.Tensor, b: torch.Tensor, add: bool) -> int:
 
 
 def _is_matrix(t: torch.Tensor) -> bool:
-    """Whether its rows (of each matrix of a stack) are numbers that lie together, row after row."""
+    """Whether its rows are contiguous and do not overlap (in each matrix of a stack)."""
     rows, columns = t.shape[-2:]
     return t.numel() == 0 or ((columns == 1 or t.stride(-1) == 1) and (rows == 1 or t.stride(-2) >= columns))
 
@@ -188,14 +196,14 @@ def _sizes(form: str, a: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int]:
     return M, b.shape[0 if form == "nt" else 1], K
 
 
-def _put(found: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    out.copy_(found + out if add else found)
+def _put(result: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    out.copy_(result + out if add else result)
 
 
 def _check_out(op: str, out: torch.Tensor, *shape: int) -> None:
-    """A `main_grad` of another shape would be written past its end."""
+    """ValueError if `out` has another shape; the kernels would write past its end."""
     if out.shape != shape:
-        raise ValueError(f"{op}: the result is {list(shape)}, what it is put into (main_grad?) {list(out.shape)}")
+        raise ValueError(f"{op}: the result has shape {list(shape)}, but out (a main_grad?) has {list(out.shape)}")
 
 
 def _check_product(form: str, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467).
 
-Arithmetic in fp32, rounded once. Kept for the backward: x, w, and a number a row. The gradient of w is summed over pieces of
-rows that do not depend on threads.
+Computed in fp32 and rounded once. Saves x, w, and one value per row. The gradient of w is summed over chunks of rows that do
+not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from .scale import scale_into
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., n], weight [n] -> [..., n] of x's dtype (with a weight of another dtype: of both together).
+    """x [..., n], weight [n] -> [..., n] of x's dtype, or of the promoted dtype if the weight's differs.
 
-    Raises ValueError where the weight is not as long as x's rows.
+    Raises:
+        ValueError: the weight does not have n elements.
     """
     _check(x, weight)
     if not native.usable(x, weight) or x.dtype != weight.dtype:
@@ -27,17 +28,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _rms_norm(x, weight, eps)[0]
 
 
-def rms_norm_beside(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x), x), for blocks that add to what they norm: the two gradients of x are summed in the norm's backward."""
+def rms_norm_with_residual(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x), x), for residual connections: the two gradients of x are summed in the norm's backward pass."""
     _check(x, weight)
     if not native.usable(x, weight) or x.dtype != weight.dtype:
         return rms_norm_reference(x, weight, eps), x
-    found: tuple[torch.Tensor, torch.Tensor] = _Beside.apply(x, weight, eps)
-    return found
+    result: tuple[torch.Tensor, torch.Tensor] = _WithResidual.apply(x, weight, eps)
+    return result
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The same in plain torch."""
+    """`rms_norm` in plain torch."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
     return y.to(torch.promote_types(x.dtype, weight.dtype))
@@ -45,10 +46,10 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: x is {list(x.shape)}, weight {list(weight.shape)}: they must agree in the last dimension")
+        raise ValueError(f"rms_norm: x is {list(x.shape)}, so weight must be {list(x.shape[-1:])}, got {list(weight.shape)}")
 
 
-# ---- as torch knows them
+# ---- registration as torch ops
 
 
 @torch.library.custom_op("dso::train_rms_norm", mutates_args=(), device_types="cpu")
@@ -67,13 +68,13 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, needs_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and, in fp32, of the weight (empty where it is not needed)."""
+    """Gradients of x and, in fp32, of the weight (empty if it is not needed)."""
     dx, dw = native.new(x.shape, x), native.new((weight.numel() if needs_weight else 0,), x, torch.float32)
-    flat, kept, m, weight = native.rows(dy.to(x.dtype)), native.rows(x), native.matrix, weight.contiguous()
+    flat, inputs, m, weight = native.rows(dy.to(x.dtype)), native.rows(x), native.matrix, weight.contiguous()
     scale = address(weight, "weight", x.dtype, flat.shape[1:])
     roots = address(rstd, "rstd", torch.float32, flat.shape[:1])
     sums = optional(dw if needs_weight else None, "dw", torch.float32, flat.shape[1:])
-    operands = m(flat, "dy"), m(kept, "x", flat.shape), scale, roots, m(native.rows(dx), "dx", flat.shape), sums
+    operands = m(flat, "dy"), m(inputs, "x", flat.shape), scale, roots, m(native.rows(dx), "dx", flat.shape), sums
     native.call("dso_train_rms_norm_backward", *flat.shape, *operands, dx=dx, dw=dw)
     return dx, dw
 
@@ -90,7 +91,7 @@ def _(
     return native.new(x.shape, x), x.new_empty(weight.numel() if needs_weight else 0, dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -103,10 +104,10 @@ def _gradients(ctx: Any, dy: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     return dx, dw.to(weight.dtype) if needs_weight else None, None
 
 
-_rms_norm.register_autograd(_gradients, setup_context=_keep)
+_rms_norm.register_autograd(_gradients, setup_context=_save)
 
 
-class _Beside(torch.autograd.Function):
+class _WithResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         y, rstd = _rms_norm(x, weight, eps)
@@ -115,9 +116,9 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor, beside: torch.Tensor) -> Any:
+    def backward(ctx: Any, dy: torch.Tensor, residual_grad: torch.Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[1]
         dx, dw = _backward(dy, x, weight, rstd, needs_weight)
-        scale_into(dx, beside, add=True)
+        scale_into(dx, residual_grad, add=True)
         return dx, dw.to(weight.dtype) if needs_weight else None, None

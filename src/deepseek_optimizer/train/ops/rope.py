@@ -1,8 +1,9 @@
-"""Rotary position embedding (Su and others, "RoFormer", arXiv 2104.09864) of queries or keys, all heads of a token in one go.
+"""Rotary position embedding (Su et al., "RoFormer", arXiv 2104.09864) of queries or keys, for all heads of a token at once.
 
-Of a head's first numbers, as many as `cos` has, pair i is numbers (i, i + half). Interleaved, as DeepSeek's checkpoints have
-it, it is (2i, 2i + 1), and the result goes to (i, i + half), where Transformers puts it: products of q and k are the same. The
-backward is the transpose, and keeps nothing but cos and sin. Arithmetic in fp32, rounded once.
+Only the first R elements of a head are rotated, where R is the width of `cos`. Pair i is elements (i, i + R / 2). With the
+interleaved layout of DeepSeek's checkpoints it is (2i, 2i + 1), and the result is stored at (i, i + R / 2) as in Transformers,
+which does not change the products of q and k. The backward pass is the transpose, and saves only cos and sin. Computed in fp32
+and rounded once.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
     """x [B, H, S, D], of any strides -> the same shape, in x's order in memory.
 
     Args:
-        cos, sin: [B, S, R], or B = 1 for all rows, as Transformers' rotary modules make them, R even and at most D; numbers
-            of a head from R on are passed through.
-        interleaved: how pairs lie in x.
+        cos, sin: [B, S, R] or [1, S, R], as returned by Transformers' rotary modules; R is even and at most D. Elements of a
+            head from R on are copied unchanged.
+        interleaved: whether pairs are interleaved in x.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes do not match.
     """
     _check(x, cos, sin)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -36,7 +37,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
 
 
 def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """The same in plain torch."""
+    """`rope` in plain torch."""
     width = cos.shape[-1]
     half, wide = width // 2, torch.promote_types(x.dtype, torch.float32)
     head, c, s = x[..., :width].to(wide), cos.unsqueeze(1).to(wide), sin.unsqueeze(1).to(wide)
@@ -48,12 +49,12 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interl
 def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     shapes = f"rope: x is {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
     if x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
-        raise ValueError(f"{shapes}: x must be [B, H, S, D], cos and sin [B, S, R]")
+        raise ValueError(f"{shapes}; x must be [B, H, S, D], cos and sin [B, S, R]")
     if cos.shape[0] not in (1, x.shape[0]) or cos.shape[1] != x.shape[2] or cos.shape[2] > x.shape[3] or cos.shape[2] % 2:
-        raise ValueError(f"{shapes}: batch and tokens must agree, and R be even and at most D")
+        raise ValueError(f"{shapes}; B and S must match, and R must be even and at most D")
 
 
-# ---- as torch knows them
+# ---- registration as torch ops
 
 
 @torch.library.custom_op("dso::train_rope", mutates_args=(), device_types="cpu")
@@ -78,7 +79,7 @@ def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, 
     return _empty(x)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, cos, sin, ctx.interleaved, ctx.backward = inputs
     ctx.save_for_backward(cos, sin)
 
@@ -88,11 +89,11 @@ def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     return _rope(dy, cos, sin, ctx.interleaved, not ctx.backward), None, None, None, None
 
 
-_rope.register_autograd(_gradients, setup_context=_keep)
+_rope.register_autograd(_gradients, setup_context=_save)
 
 
 def _empty(x: torch.Tensor) -> torch.Tensor:
-    """Of x's shape, dense, [B, S, H, D] in memory where x is a transposed view of that."""
+    """A contiguous tensor of x's shape; with the memory layout [B, S, H, D] if x is a transposed view of that."""
     if x.stride(1) < x.stride(2):
         return native.new((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x).transpose(1, 2)
     return native.new(x.shape, x)

@@ -1,4 +1,4 @@
-"""h = silu(gate) * up (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202); arithmetic in fp32, rounded once."""
+"""h = silu(gate) * up (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202), computed in fp32 and rounded once."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from . import native
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gate, up [..., n] -> [..., n]. Raises ValueError where their shapes differ."""
+    """gate, up [..., n] -> [..., n]. Raises ValueError if their shapes differ."""
     if gate.shape != up.shape:
-        raise ValueError(f"swiglu: gate is {list(gate.shape)}, up {list(up.shape)}: they must be equal")
+        raise ValueError(f"swiglu: gate is {list(gate.shape)}, up {list(up.shape)}; the shapes must be equal")
     if gate.dim() == 0 or gate.dtype != up.dtype or not native.usable(gate, up):
         return swiglu_reference(gate, up)
     return _swiglu(gate, up)
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The same in plain torch."""
+    """`swiglu` in plain torch."""
     dtype = torch.promote_types(gate.dtype, up.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return (F.silu(gate.to(wide)) * up.to(wide)).to(dtype)
 
 
-# ---- as torch knows them
+# ---- registration as torch ops
 
 
 @torch.library.custom_op("dso::train_swiglu", mutates_args=(), device_types="cpu")
@@ -41,9 +41,9 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _backward(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dgate, dup = (native.new(gate.shape, gate) for _ in range(2))
     g, u, d, m = native.rows(gate), native.rows(up), native.rows(dh.to(gate.dtype)), native.matrix
-    given = m(g, "gate"), m(u, "up", g.shape), m(d, "dh", g.shape)
-    made = m(native.rows(dgate), "dgate", g.shape), m(native.rows(dup), "dup", g.shape)
-    native.call("dso_train_swiglu_backward", *g.shape, *given, *made, None, dgate=dgate, dup=dup)
+    operands = m(g, "gate"), m(u, "up", g.shape), m(d, "dh", g.shape)
+    outputs = m(native.rows(dgate), "dgate", g.shape), m(native.rows(dup), "dup", g.shape)
+    native.call("dso_train_swiglu_backward", *g.shape, *operands, *outputs, None, dgate=dgate, dup=dup)
     return dgate, dup
 
 
@@ -59,13 +59,13 @@ def _(gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Ten
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    found: tuple[torch.Tensor, torch.Tensor] = _backward(*ctx.saved_tensors, dh)
-    return found
+    result: tuple[torch.Tensor, torch.Tensor] = _backward(*ctx.saved_tensors, dh)
+    return result
 
 
-_swiglu.register_autograd(_gradients, setup_context=_keep)
+_swiglu.register_autograd(_gradients, setup_context=_save)

@@ -1,4 +1,4 @@
-"""What is made again in the backward: same gradients, fewer bytes, and no tensor mistaken for another."""
+"""Recomputation in the backward pass: equal gradients, fewer bytes saved, and no tensor mistaken for another."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from deepseek_optimizer.train.kept import Kept
 from deepseek_optimizer.train.prepare import prepare
+from deepseek_optimizer.train.saved_activations import SavedActivations
 from support.models import llama, random_model
 
 
-class Counting(Kept):
-    """Counts what is kept as a tensor, each storage once."""
+class Counting(SavedActivations):
+    """Counts the bytes that are saved as tensors, each storage once."""
 
-    def __init__(self, everything: bool = False) -> None:
-        super().__init__(everything)
+    def __init__(self, save_all: bool = False) -> None:
+        super().__init__(save_all)
         self.storages: dict[int, int] = {}
 
     def _pack(self, tensor):
@@ -35,34 +35,34 @@ def _weights() -> list[torch.Tensor]:
     return [torch.randn(32, 32, generator=generator, requires_grad=True) for _ in range(3)]
 
 
-def _two_readers(x: torch.Tensor, weights: list[torch.Tensor], kept: Kept) -> torch.Tensor:
+def _two_readers(x: torch.Tensor, weights: list[torch.Tensor], saved: SavedActivations) -> torch.Tensor:
     """silu(x) is read by two products, once as another shape."""
-    inner = kept.again(F.silu(x), partial(F.silu, x.detach()))
+    inner = saved.recomputable(F.silu(x), partial(F.silu, x.detach()))
     return (F.linear(inner, weights[0]) * F.linear(inner.view(2, -1, 32), weights[1]).flatten(0, 1)).sum()
 
 
-def _gradients(kept: Kept, x: torch.Tensor) -> list[torch.Tensor]:
+def _gradients(saved: SavedActivations, x: torch.Tensor) -> list[torch.Tensor]:
     weights, x = _weights(), x.clone().requires_grad_()
-    with kept:
-        loss = _two_readers(x * 1.0, weights, kept)
+    with saved:
+        loss = _two_readers(x * 1.0, weights, saved)
     loss.backward()
     return [x.grad, weights[0].grad, weights[1].grad]
 
 
 def test_same_gradients_to_the_bit_and_less_kept():
     x = torch.randn(64, 32)
-    less, everything = Counting(), Counting(everything=True)
-    for ours, theirs in zip(_gradients(less, x), _gradients(everything, x), strict=True):
+    less, save_all = Counting(), Counting(save_all=True)
+    for ours, theirs in zip(_gradients(less, x), _gradients(save_all, x), strict=True):
         assert torch.equal(ours, theirs)
-    gone = sum(everything.storages.values()) - sum(less.storages.values())
+    gone = sum(save_all.storages.values()) - sum(less.storages.values())
     assert gone == x.nbytes
 
 
 def test_a_result_that_is_gone_does_not_lend_its_recipe_to_what_lies_there_next():
-    kept, weight = Kept(), _weights()[0]
+    saved, weight = SavedActivations(), _weights()[0]
     x = torch.ones(64, 32, requires_grad=True)
-    with kept:
-        marked = kept.again(x * 2, lambda: pytest.fail("made again, though nobody saved it"))
+    with saved:
+        marked = saved.recomputable(x * 2, lambda: pytest.fail("recomputed, although it was not saved"))
         address = marked.data_ptr()
         del marked
         kept_alive = []
@@ -79,10 +79,10 @@ def test_a_result_that_is_gone_does_not_lend_its_recipe_to_what_lies_there_next(
 
 
 def test_views_of_other_order_are_kept_as_they_are():
-    kept, weight = Kept(), _weights()[0]
+    saved, weight = SavedActivations(), _weights()[0]
     x = torch.randn(32, 32, requires_grad=True)
-    with kept:
-        inner = kept.again(F.silu(x), partial(F.silu, x.detach()))
+    with saved:
+        inner = saved.recomputable(F.silu(x), partial(F.silu, x.detach()))
         loss = F.linear(inner.t(), weight).square().sum()
     loss.backward()
     expected = torch.autograd.grad(F.linear(F.silu(x).t(), weight).square().sum(), weight)[0]
@@ -90,38 +90,38 @@ def test_views_of_other_order_are_kept_as_they_are():
 
 
 def test_nothing_is_marked_outside():
-    kept = Kept()
+    saved = SavedActivations()
     x = torch.randn(4, 4, requires_grad=True)
-    kept.again(x * 2, lambda: x * 2)
-    with torch.no_grad(), kept:
-        kept.again(x * 2, lambda: x * 2)
-        assert not kept._marked
-    assert not kept._marked
+    saved.recomputable(x * 2, lambda: x * 2)
+    with torch.no_grad(), saved:
+        saved.recomputable(x * 2, lambda: x * 2)
+        assert not saved._marked
+    assert not saved._marked
 
 
 def test_inside_recomputed_layers():
     weights, x = _weights(), torch.randn(64, 32, requires_grad=True)
-    kept = Kept()
-    with kept:
-        loss = checkpoint(_two_readers, x, weights, kept, use_reentrant=False)
+    saved = SavedActivations()
+    with saved:
+        loss = checkpoint(_two_readers, x, weights, saved, use_reentrant=False)
     loss.backward()
-    plain = _gradients(Kept(everything=True), x.detach())
+    plain = _gradients(SavedActivations(save_all=True), x.detach())
     for ours, theirs in zip([x.grad, weights[0].grad, weights[1].grad], plain, strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_copies():
-    assert copy.deepcopy(Kept(everything=True)).everything
+    assert copy.deepcopy(SavedActivations(save_all=True)).save_all
 
 
-def _kept_by(memory: str, layers: int) -> int:
-    """Bytes a token that a forward of a bf16 Llama keeps, weights left out."""
+def _saved_by(memory: str, layers: int) -> int:
+    """Bytes per token that a forward of a bf16 Llama saves, without weights."""
     model = random_model(llama(num_hidden_layers=layers), dtype=torch.bfloat16).train()
     prepared = prepare(model, activation_memory=memory)
-    counting = Counting(prepared.kept.everything)
+    counting = Counting(prepared.saved.save_all)
     for module in model.modules():
-        if "kept" in module.__dict__:
-            module.kept = counting
+        if "saved" in module.__dict__:
+            module.saved = counting
     ids = torch.randint(3, 200, (2, 128), generator=torch.Generator().manual_seed(0))
     with counting:
         model(input_ids=ids, labels=ids)
@@ -130,39 +130,39 @@ def _kept_by(memory: str, layers: int) -> int:
 
 
 def test_bytes_a_token_a_layer():
-    """Of a layer: what its two norms, its attention and its gates are made of, and no more."""
+    """Per layer: the inputs of its two norms, its attention and its gates, and no more."""
     hidden, inner, heads, shared, width = 72, 136, 6, 2, 12
-    numbers = 2 * hidden + 2 * heads * width + 2 * shared * width + 2 * inner  # inputs of norms, q, result, k, v, gate, up
-    rows = 4 * (2 + 2 * heads)  # fp32: a number of each norm, and two of each head of attention
-    least = 2 * numbers + rows
-    assert _kept_by("selective", 3) - _kept_by("selective", 2) == least
-    again = 2 * (2 * hidden + inner)  # results of the norms, and what goes into down
-    assert _kept_by("full", 3) - _kept_by("full", 2) == least + again
-    assert _kept_by("recompute", 3) - _kept_by("recompute", 2) == 2 * hidden
+    elements = 2 * hidden + 2 * heads * width + 2 * shared * width + 2 * inner  # inputs of norms, q, result, k, v, gate, up
+    rows = 4 * (2 + 2 * heads)  # fp32: one value per norm, and two per attention head
+    selective = 2 * elements + rows
+    assert _saved_by("selective", 3) - _saved_by("selective", 2) == selective
+    recomputed = 2 * (2 * hidden + inner)  # outputs of the norms, and the input of down
+    assert _saved_by("full", 3) - _saved_by("full", 2) == selective + recomputed
+    assert _saved_by("recompute", 3) - _saved_by("recompute", 2) == 2 * hidden
 
 
 def test_made_once_for_all_who_read_it_and_again_for_a_second_backward():
-    x, weights, kept, made = torch.randn(64, 32, requires_grad=True), _weights(), Kept(), []
+    x, weights, saved, calls = torch.randn(64, 32, requires_grad=True), _weights(), SavedActivations(), []
 
-    def make() -> torch.Tensor:
-        made.append(1)
+    def compute() -> torch.Tensor:
+        calls.append(1)
         return F.silu(x.detach())
 
-    with kept:
-        inner = kept.again(F.silu(x * 1.0), make)
+    with saved:
+        inner = saved.recomputable(F.silu(x * 1.0), compute)
         loss = sum(F.linear(inner, weight).sum() for weight in weights)
     for times in (1, 2):
         gradients = torch.autograd.grad(loss, weights, retain_graph=True)
-        assert len(made) == times
+        assert len(calls) == times
         assert all(torch.equal(g, gradients[0]) for g in gradients)
 
 
 def test_what_was_changed_in_place_since_is_kept_as_it_is():
-    """As the noise of Mixtral's routers, which is multiplied into what a norm made."""
-    kept, weight = Kept(), _weights()[0]
+    """Like the noise of Mixtral's routers, which is multiplied into the output of a norm."""
+    saved, weight = SavedActivations(), _weights()[0]
     x = torch.randn(64, 32, requires_grad=True)
-    with kept:
-        inner = kept.again(x * 2, lambda: pytest.fail("made again as it was before"))
+    with saved:
+        inner = saved.recomputable(x * 2, lambda: pytest.fail("recomputed with its old values"))
         inner *= 3
         loss = F.linear(inner, weight).sum()
     loss.backward()
@@ -170,13 +170,13 @@ def test_what_was_changed_in_place_since_is_kept_as_it_is():
 
 
 def test_recomputed_layers_hold_nothing_for_what_they_marked():
-    kept, x, made = Kept(), torch.randn(8, requires_grad=True), []
+    saved, x, calls = SavedActivations(), torch.randn(8, requires_grad=True), []
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         between = x * 2
-        made.append(weakref.ref(between))
-        return kept.again(between * 3, partial(torch.mul, between.detach(), 3)) * 5
+        calls.append(weakref.ref(between))
+        return saved.recomputable(between * 3, partial(torch.mul, between.detach(), 3)) * 5
 
-    with kept:
+    with saved:
         checkpoint(layer, x, use_reentrant=False)
-        assert made[0]() is None and not kept._marked
+        assert calls[0]() is None and not saved._marked
