@@ -31,7 +31,7 @@ def test_search_finds_titles_and_messages(chat: Any, server: FakeChatServer) -> 
     chat.page.fill("#search", "function")
     chat.page.wait_for_function("() => document.querySelector('.conversation').title === 'Write a function'")
     chat.page.fill("#search", "nowhere")
-    chat.wait_text("Nothing found", "#conversations")
+    chat.wait_text("No results", "#conversations")
     chat.page.press("#search", "Escape")
     assert len(chat.titles()) == 2
 

@@ -56,7 +56,7 @@ def wait_chips(chat: Any, count: int = 1) -> None:
     """Until so many are there, and none is on its way."""
     chat.page.wait_for_function(
         "n => document.querySelectorAll('#files .chip').length === n && !document.querySelector('#files progress')"
-        " && ![...document.querySelectorAll('#files .chip-below')].some((one) => one.textContent === 'Being read…')",
+        " && ![...document.querySelectorAll('#files .chip-below')].some((one) => one.textContent === 'Reading…')",
         arg=count,
     )
 
@@ -164,8 +164,8 @@ def test_what_can_not_be_read_is_said_and_the_rest_is_sent(open_chat: Callable[.
     )
     wait_chips(chat, 4)
     locked, big, image, good = chips(chat)
-    assert "| Can’t be read: is encrypted and needs a password" in locked
-    assert "Too large: the server takes 200 kB at most" in big
+    assert "| Cannot be read: is encrypted and needs a password" in locked
+    assert "Too large: the maximum is 200 kB" in big
     assert "PNG" in image and HOSTILE in image
     assert good.startswith("good.txt")
     assert chat.page.locator(".chip.failed").count() == 3
@@ -179,7 +179,7 @@ def test_a_server_that_takes_no_files(open_chat: Callable[..., Any]) -> None:
     chat = open_chat(NOT_OK)  # the scripted one
     attach(chat, ("a.txt", b"x"))
     wait_chips(chat)
-    assert "The server does not know this model or address." in chips(chat)[0]
+    assert "The server has no such model or path." in chips(chat)[0]
 
 
 def test_drafts_keep_their_files_after_a_reload(open_chat: Callable[..., Any], live: Any) -> None:
