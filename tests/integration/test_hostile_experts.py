@@ -182,7 +182,7 @@ class TestMtpLayers:
     def test_more_than_the_config_promises(self, folder):
         with_mtp_layer(folder)
         set_config(folder, num_nextn_predict_layers=0)
-        with pytest.raises(CheckpointError, match=f"has {MTP}.*does not know"):
+        with pytest.raises(CheckpointError, match=f"contains {MTP}.*does not have"):
             load_model(folder)
 
     @both_loaders

@@ -134,8 +134,8 @@ class Manifest:
         return Manifest({rename(name): entry for name, entry in self.modules.items()}, self.curve)
 
 
-def _other_version(found: str) -> str:
-    return f"is packed in another layout ({found}; {KEY}.version {VERSION} is supported): convert the original checkpoint again"
+def _other_version(field: str) -> str:
+    return f"is packed in another layout ({field}; {KEY}.version {VERSION} is supported); convert the original checkpoint again"
 
 
 def _read_entry(module: str, entry: Any, file: Path) -> PackedEntry:

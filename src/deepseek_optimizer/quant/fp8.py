@@ -110,8 +110,8 @@ def check_scale(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor
         raise ValueError(f"codes must be a float8_e4m3fn matrix, not {codes.dtype} {tuple(codes.shape)}")
     wanted = scale_shape(*codes.shape)
     if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != wanted:
-        got = None if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
-        raise ValueError(f"scale must be float32 {list(wanted)} for {tuple(codes.shape)} codes, not {got}")
+        given = None if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+        raise ValueError(f"scale must be float32 {list(wanted)} for {tuple(codes.shape)} codes, not {given}")
     return scale
 
 
