@@ -344,7 +344,7 @@ def test_a_browser_that_keeps_nothing_can_still_chat(open_chat: Callable[..., An
     chat.page.add_init_script(f"Object.defineProperty(window, '{storage}', {{get() {{ throw new Error('forbidden'); }}}})")
     chat.page.reload()
     if storage == "indexedDB":
-        chat.wait_text("This browser does not let the page keep anything")
+        chat.wait_text("This browser does not allow the page to store data")
     chat.ask("Hi")
     assert chat.answer() == "You said: Hi"
 

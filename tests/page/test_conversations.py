@@ -95,7 +95,7 @@ def test_a_file_of_the_first_version_is_imported(chat: Any, tmp_path: Path) -> N
 def test_other_files_are_refused(chat: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "other.json").write_text(content)
     chat.page.set_input_files("#import-input", tmp_path / "other.json")
-    chat.wait_text("other.json holds no conversations", "#notice")
+    chat.wait_text("other.json contains no conversations", "#notice")
     assert chat.titles() == []
 
 

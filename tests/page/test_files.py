@@ -98,7 +98,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     attach(chat, ("book.txt", (prose(400) + FACT).encode()))
     wait_chips(chat)
     chat.ask("Where is the green key?")
-    assert "shown the passages" in chat.page.inner_text(".citations .hint")
+    assert "given only passages" in chat.page.inner_text(".citations .hint")
     live.engine.frozen = False
     live.engine.step_seconds = 0.02
     try:
@@ -110,7 +110,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     shown = chat.page.inner_text("#context-text")  # of the last prompt, and not of all that were asked
     assert int(shown.split()[0].replace(",", "")) < 4096, shown
     assert "tokens/s" not in chat.page.locator(".stats").last.inner_text()
-    assert "part by part" in chat.page.locator(".citations .hint").last.inner_text()
+    assert "processed in parts" in chat.page.locator(".citations .hint").last.inner_text()
     assert not chat.page.locator(".reading").last.is_visible()
 
 
