@@ -135,7 +135,7 @@ BROKEN = [
     ({"llama.rope.freq_base": (F32, math.inf)}, "freq_base must be"),
     ({"llama.rope.scaling.type": (STRING, "odd")}, "'none', 'linear' and 'yarn'"),
     ({"llama.rope.scaling.type": (STRING, "linear")}, "factor is missing"),
-    ({"general.architecture": (U32, 3)}, "architecture must be text"),
+    ({"general.architecture": (U32, 3)}, "architecture must be a string"),
     ({"general.architecture": None}, "architecture is missing"),
     ({"tokenizer.ggml.bos_token_id": (F32, 1.0)}, "bos_token_id must be"),
 ]

@@ -132,7 +132,7 @@ def test_bad_beginnings(tmp_path: Path, data: bytes, why: str) -> None:
         (gguf_string(b"\xff\xfe") + gguf_value(U8, 1), "key is not UTF-8"),
         (gguf_string("k") + struct.pack("<I", 13), "unknown type 13"),
         (gguf_string("k") + struct.pack("<I", 2**31), "unknown type"),
-        (gguf_string("k") + struct.pack("<IB", BOOL, 2), "truth value 2"),
+        (gguf_string("k") + struct.pack("<IB", BOOL, 2), "boolean with the value 2"),
         (gguf_string("k") + struct.pack("<Iq", STRING, -1), "claims"),
         (gguf_string("k") + struct.pack("<IQ", STRING, 10**6), "claims 1000000 bytes"),
         (gguf_string("k") + struct.pack("<I", STRING) + gguf_string(b"\xff"), "not UTF-8"),
@@ -150,7 +150,7 @@ def test_bad_keys(tmp_path: Path, body: bytes, why: str) -> None:
 
 
 def test_duplicate_keys(tmp_path: Path) -> None:
-    refused(tmp_path, head(keys=2) + 2 * (gguf_string("k") + gguf_value(U32, 1)) + b"\0" * 40, "'k' is there twice")
+    refused(tmp_path, head(keys=2) + 2 * (gguf_string("k") + gguf_value(U32, 1)) + b"\0" * 40, "duplicate key 'k'")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def tensor(name: str = "w", code: int = 0, dims: tuple[int, ...] = (32, 2), data
     [
         ([tensor(""), tensor("b")], "name of a tensor is 0"),
         ([tensor("n" * 64)], "64 bytes long, not 1 to 63"),
-        ([tensor(), tensor()], "'w' is there twice"),
+        ([tensor(), tensor()], "duplicate tensor 'w'"),
         ([tensor(dims=())], "0 dimensions"),
         ([tensor(dims=(2, 2, 2, 2, 2))], "5 dimensions"),
         ([tensor(dims=(32, 0))], "no elements"),
@@ -178,8 +178,8 @@ def tensor(name: str = "w", code: int = 0, dims: tuple[int, ...] = (32, 2), data
         ([tensor(dims=(2**64 - 32, 1), code=2)], "truncated"),
         ([tensor(code=4)], "unknown type 4"),
         ([tensor(code=2**32 - 1)], "unknown type"),
-        ([tensor(code=2, dims=(33, 2))], "rows of 33 numbers"),
-        ([tensor(code=12, dims=(32, 2))], "rows of 32 numbers"),
+        ([tensor(code=2, dims=(33, 2))], "rows of 33 elements"),
+        ([tensor(code=12, dims=(32, 2))], "rows of 32 elements"),
         ([tensor(dims=(32, 3))], "truncated"),
     ],
 )

@@ -135,11 +135,11 @@ def test_the_rule_of_v2() -> None:
 @pytest.mark.parametrize(
     "more, why",
     [
-        ({"rule": "kimi-k2"}, "by the rule 'kimi-k2'.*AutoTokenizer.from_pretrained"),
+        ({"rule": "kimi-k2"}, "rule 'kimi-k2' is not supported.*AutoTokenizer.from_pretrained"),
         ({"merges": ["a b c"]}, "merge that is not two tokens: 'a b c'"),
         ({"merges": ["zz zzz"]}, "no tokenizer that can be read"),
-        ({"tokens": ["a"] * 400}, "a token twice"),
-        ({"bos": 100_000}, "bos_token_id is 100000, of"),
+        ({"tokens": ["a"] * 400}, "a duplicate token"),
+        ({"bos": 100_000}, "bos_token_id is 100000, but must be"),
     ],
 )
 def test_what_cannot_be_built_is_an_error_and_the_model_opens(tmp_path: Path, more: dict, why: str) -> None:

@@ -89,7 +89,7 @@ def test_what_it_was_not_made_with_is_named(file, made_with, sizes, words):
 
 def test_other_files_and_versions(file, monkeypatch):
     monkeypatch.setattr(saved_blocks, "_VERSION", 2)
-    with pytest.raises(CheckpointError, match="version 1, and 2 is supported"):
+    with pytest.raises(CheckpointError, match="version 1, but 2 is supported"):
         open_blocks(file)
     file.write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(CheckpointError, match="not a file of saved cache blocks"):

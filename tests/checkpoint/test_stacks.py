@@ -160,7 +160,7 @@ def test_a_packed_stack_of_another_size_than_the_config_makes_it(tmp_path: Path)
     "change, why",
     [
         ({"shape": [EXPERTS, HIDDEN]}, "does not describe it|missing"),
-        ({"shape": [EXPERTS + 1, HIDDEN, INTERMEDIATE]}, r"is U8 \(6, 5, 2, "),
+        ({"shape": [EXPERTS + 1, HIDDEN, INTERMEDIATE]}, r"must be U8 \(6, 5, 2, "),
         ({"shape": [EXPERTS, 1, HIDDEN, INTERMEDIATE]}, "two or three"),
         ({"shape": [0, HIDDEN, INTERMEDIATE]}, "two or three"),
     ],

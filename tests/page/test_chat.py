@@ -269,8 +269,8 @@ def test_figures_of_an_answer(chat: Any, server: FakeChatServer) -> None:
     assert stats.startswith("7 tokens · ") and "tokens/s" in stats and "first token after" in stats
     assert chat.page.inner_text("#context-text") == "1,773 of 4,096 tokens (43 %)"
     assert chat.page.locator("#context-meter").get_attribute("aria-valuenow") == "43"
-    chat.wait_text("The window has let go of 1,234 tokens of the oldest text.")
-    chat.wait_text("The answer reached its longest allowed length.")
+    chat.wait_text("The oldest 1,234 tokens were dropped from the context window.")
+    chat.wait_text("The answer reached its maximum length.")
 
 
 def test_scrolling_up_stops_following_the_text(chat: Any, server: FakeChatServer) -> None:
@@ -344,7 +344,7 @@ def test_a_browser_that_keeps_nothing_can_still_chat(open_chat: Callable[..., An
     chat.page.add_init_script(f"Object.defineProperty(window, '{storage}', {{get() {{ throw new Error('forbidden'); }}}})")
     chat.page.reload()
     if storage == "indexedDB":
-        chat.wait_text("This browser does not let the page keep anything")
+        chat.wait_text("This browser does not allow the page to store data")
     chat.ask("Hi")
     assert chat.answer() == "You said: Hi"
 

@@ -31,7 +31,7 @@ def test_search_finds_titles_and_messages(chat: Any, server: FakeChatServer) -> 
     chat.page.fill("#search", "function")
     chat.page.wait_for_function("() => document.querySelector('.conversation').title === 'Write a function'")
     chat.page.fill("#search", "nowhere")
-    chat.wait_text("Nothing found", "#conversations")
+    chat.wait_text("No results", "#conversations")
     chat.page.press("#search", "Escape")
     assert len(chat.titles()) == 2
 
@@ -95,7 +95,7 @@ def test_a_file_of_the_first_version_is_imported(chat: Any, tmp_path: Path) -> N
 def test_other_files_are_refused(chat: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "other.json").write_text(content)
     chat.page.set_input_files("#import-input", tmp_path / "other.json")
-    chat.wait_text("other.json holds no conversations", "#notice")
+    chat.wait_text("other.json contains no conversations", "#notice")
     assert chat.titles() == []
 
 

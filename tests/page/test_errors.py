@@ -54,7 +54,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
     chat.send("again")
     dialog.wait_for(state="visible")
     chat.page.keyboard.press("Escape")
-    assert title(chat) == "The server asks for an API key."
+    assert title(chat) == "The server requires an API key."
 
 
 def test_busy_says_when_to_try_again(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
@@ -70,13 +70,13 @@ def test_busy_says_when_to_try_again(open_chat: Callable[..., Any], server: Fake
 
 def test_errors_are_said_in_plain_words(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     chat = open_chat(NOT_OK)
-    unknown = "The server does not know this model or address."
+    unknown = "The server has no such model or path."
     cases = [
         (Reply(status=400, error=error_body("too large")), "The server refused the request (HTTP 400).", "too large"),
         (Reply(status=404, error=error_body("no such model")), unknown, "no such model"),
         (Reply(status=502, error="<h1>Bad gateway</h1>"), "The server refused the request (HTTP 502).", "<h1>Bad gateway</h1>"),
         (Reply(["a"], error=error_body("NaN logits")), "The server ran into an error while it answered.", "NaN logits"),
-        (Reply(["a", DROP]), "The connection ended before the answer was complete.", None),
+        (Reply(["a", DROP]), "The connection was closed before the answer was complete.", None),
     ]  # fmt: skip
     for reply, said, detail in cases:
         server.replies.append(reply)
@@ -106,7 +106,7 @@ def test_a_server_that_is_gone(open_chat: Callable[..., Any], server: FakeChatSe
     chat = open_chat(NOT_OK)
     chat.context.set_offline(True)
     chat.ask("Hi")
-    assert title(chat) == "The server can’t be reached. Is it running?"
+    assert title(chat) == "The server cannot be reached. Is it running?"
     chat.context.set_offline(False)
     chat.page.click(".error button")
     chat.wait_text("You said: Hi")

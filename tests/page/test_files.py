@@ -56,7 +56,7 @@ def wait_chips(chat: Any, count: int = 1) -> None:
     """Until so many are there, and none is on its way."""
     chat.page.wait_for_function(
         "n => document.querySelectorAll('#files .chip').length === n && !document.querySelector('#files progress')"
-        " && ![...document.querySelectorAll('#files .chip-below')].some((one) => one.textContent === 'Being read…')",
+        " && ![...document.querySelectorAll('#files .chip-below')].some((one) => one.textContent === 'Reading…')",
         arg=count,
     )
 
@@ -98,7 +98,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     attach(chat, ("book.txt", (prose(400) + FACT).encode()))
     wait_chips(chat)
     chat.ask("Where is the green key?")
-    assert "shown the passages" in chat.page.inner_text(".citations .hint")
+    assert "given only passages" in chat.page.inner_text(".citations .hint")
     live.engine.frozen = False
     live.engine.step_seconds = 0.02
     try:
@@ -110,7 +110,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     shown = chat.page.inner_text("#context-text")  # of the last prompt, and not of all that were asked
     assert int(shown.split()[0].replace(",", "")) < 4096, shown
     assert "tokens/s" not in chat.page.locator(".stats").last.inner_text()
-    assert "part by part" in chat.page.locator(".citations .hint").last.inner_text()
+    assert "processed in parts" in chat.page.locator(".citations .hint").last.inner_text()
     assert not chat.page.locator(".reading").last.is_visible()
 
 
@@ -164,8 +164,8 @@ def test_what_can_not_be_read_is_said_and_the_rest_is_sent(open_chat: Callable[.
     )
     wait_chips(chat, 4)
     locked, big, image, good = chips(chat)
-    assert "| Can’t be read: is encrypted and needs a password" in locked
-    assert "Too large: the server takes 200 kB at most" in big
+    assert "| Cannot be read: is encrypted and needs a password" in locked
+    assert "Too large: the maximum is 200 kB" in big
     assert "PNG" in image and HOSTILE in image
     assert good.startswith("good.txt")
     assert chat.page.locator(".chip.failed").count() == 3
@@ -179,7 +179,7 @@ def test_a_server_that_takes_no_files(open_chat: Callable[..., Any]) -> None:
     chat = open_chat(NOT_OK)  # the scripted one
     attach(chat, ("a.txt", b"x"))
     wait_chips(chat)
-    assert "The server does not know this model or address." in chips(chat)[0]
+    assert "The server has no such model or path." in chips(chat)[0]
 
 
 def test_drafts_keep_their_files_after_a_reload(open_chat: Callable[..., Any], live: Any) -> None:

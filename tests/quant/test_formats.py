@@ -277,7 +277,7 @@ def test_what_pack_refuses() -> None:
     for wrong in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int32)):
         with pytest.raises(ValueError, match="matrix"):
             quant.pack(wrong.reshape(wrong.shape[0], -1) if wrong.dim() == 2 else wrong.unsqueeze(0).unsqueeze(0), "int8")
-    with pytest.raises(ValueError, match="not the tiles"):
+    with pytest.raises(ValueError, match="packed must be tiles of a"):
         quant.get_format("int8").unpack(torch.zeros(1, 1, 544, dtype=torch.uint8), 17, 32)
 
 

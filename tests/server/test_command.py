@@ -47,16 +47,16 @@ def test_the_command_needs_no_extra_to_show_its_help():
 
 
 def test_wrong_options(serve, tmp_path):
-    assert "can't be read" in error_of(serve("--api-key-file", tmp_path / "nowhere"))
+    assert "cannot be read" in error_of(serve("--api-key-file", tmp_path / "nowhere"))
     (tmp_path / "empty").write_text("# none\n")
-    assert "holds no key" in error_of(serve("--api-key-file", tmp_path / "empty"))
+    assert "contains no key" in error_of(serve("--api-key-file", tmp_path / "empty"))
     assert "hermes" in error_of(serve("--tool-format", "nothing"))
     assert "no-model" in error_of(serve("--port", 0))
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(serve):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "can't listen at 127.0.0.1:" in error_of(serve("--port", taken.getsockname()[1]))
+        assert "cannot listen at 127.0.0.1:" in error_of(serve("--port", taken.getsockname()[1]))
 
 
 def test_more_cache_than_is_free_is_told_before_a_model_is_loaded(serve):

@@ -172,7 +172,7 @@ def test_what_clients_that_left_were_waiting_for_is_never_begun(server, held):
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(server, held):
-    most = server.app.state.server.prompt_size.most
+    most = server.app.state.server.prompt_size.max_bytes
     assert most == server.engine.context * len("<|assistant|>")
     text = "hold" + " " * most + "hold"
     found = [
@@ -210,7 +210,7 @@ def test_bytes_of_tokens(byte_tokenizer):
     assert found == (len("<|assistant|>"), b"")
     size = PromptSize(byte_tokenizer, 10)
     size.check(["x" * 65, "é" * 32], "prompt")
-    with pytest.raises(ValueError, match="131 bytes are 11 tokens at least"):
+    with pytest.raises(ValueError, match="131 bytes are at least 11 tokens"):
         size.check(["x" * 66, "é" * 32, "x"], "prompt")
     size._bytes = found._replace(lost=b"\x01\xc3")
     size.check(["\x01x" * 130], "prompt")
@@ -228,7 +228,7 @@ def test_bytes_of_tokens(byte_tokenizer):
         assert bytes_of_token(other) is None, change
     other = copy.deepcopy(byte_tokenizer)
     other.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert bytes_of_token(other).most == 4 * found.most  # what it makes of a text may be shorter
+    assert bytes_of_token(other).max_bytes == 4 * found.max_bytes  # what it makes of a text may be shorter
     other = copy.deepcopy(byte_tokenizer)
     token = type(next(iter(other.added_tokens_decoder.values())))("<x>", lstrip=True)
     other.add_special_tokens({"additional_special_tokens": [token]})

@@ -187,7 +187,7 @@ def test_what_was_said_before_goes_with_the_question(live):
     assert message["document"]["notes"] == []
     body["messages"][1]["content"] = "word " * 1000
     message = live.client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
-    assert message["document"]["notes"] == ["earlier messages were cut: the documents take the room"]
+    assert message["document"]["notes"] == ["earlier messages were truncated to make room for the documents"]
 
 
 def test_control_tokens_in_a_document_are_text(live):

@@ -38,11 +38,11 @@ def test_a_file_without_a_usable_key_is_an_error(tmp_path, text):
 
 
 def test_a_missing_file_and_an_empty_variable_are_errors(tmp_path):
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_keys(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_keys(tmp_path)
-    with pytest.raises(ConfigError, match="holds no key"):
+    with pytest.raises(ConfigError, match="contains no key"):
         read_keys(None, {"DSO_API_KEYS": " , "})
 
 

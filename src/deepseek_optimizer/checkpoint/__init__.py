@@ -1,7 +1,7 @@
-"""Checkpoint files: opened with suspicion, read as a stream.
+"""Checkpoint files: validated when they are opened, and read as a stream.
 
-`open_checkpoint` knows directories of safetensors files (float, or FP8 by blocks), directories this package packed, and .gguf
-files.
+`open_checkpoint` supports directories of safetensors files (float, or FP8 in blocks), directories packed by this package, and
+.gguf files.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokeni
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens and validates a checkpoint; nothing but headers is read.
+    """Opens and validates a checkpoint; only headers are read.
 
     Args:
         path: a directory with config.json and safetensors files (plain, FP8 or packed), or a .gguf file.
 
     Raises:
-        CheckpointError: it is damaged, incomplete, or holds only pickles (never opened). Names file and tensor.
-        UnsupportedModelError: a GGUF architecture, or a kind of FP8, that is not known.
+        CheckpointError: it is damaged, incomplete, or contains only pickled weights, which are never opened. The error names
+            the file and the tensor.
+        UnsupportedModelError: its GGUF architecture, or its kind of FP8, is not supported.
     """
     path = Path(path)
-    if not os.path.exists(path):  # unlike Path.exists, False for a name that can't be one
+    if not os.path.exists(path):  # unlike Path.exists, False for an invalid name
         raise CheckpointError("does not exist", file=path)
     if not os.path.isdir(path):
         if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
-            raise CheckpointError("is a file of weights; name its directory, which holds config.json too", file=path)
+            raise CheckpointError("is a weight file; give the path of its directory, which has config.json too", file=path)
         return GgufCheckpoint(path)
     config = read_config(path)
     files, tensors = open_files(path)
     try:
-        made = PackedCheckpoint if is_packed(config) else Fp8Checkpoint if is_fp8(config) else SafetensorsCheckpoint
-        return made(path, config, files, tensors)
+        kind = PackedCheckpoint if is_packed(config) else Fp8Checkpoint if is_fp8(config) else SafetensorsCheckpoint
+        return kind(path, config, files, tensors)
     except BaseException:
         for file in files.values():
             file.close()

@@ -50,7 +50,7 @@ def open_files(directory: Path) -> tuple[dict[Path, DataFile], dict[str, TensorI
     try:
         for name in names:
             path = inside(directory, name)
-            if not os.path.exists(path):  # unlike Path.exists, False for a name that can't be one
+            if not os.path.exists(path):  # unlike Path.exists, False for an invalid name
                 raise CheckpointError(f"is listed in {INDEX} but does not exist; download it again", file=path)
             files[path] = DataFile(path)
             for tensor in open_safetensors(files[path]).tensors.values():
@@ -132,7 +132,7 @@ class SafetensorsCheckpoint(Checkpoint):
     @staticmethod
     def _dtype(info: TensorInfo) -> torch.dtype:
         if info.dtype not in FLOATS:
-            fp8 = "; FP8 needs the quantization_config that it was published with" if info.dtype.startswith("F8") else ""
+            fp8 = "; FP8 weights need their original quantization_config in config.json" if info.dtype.startswith("F8") else ""
             raise CheckpointError(
                 f"is stored as {info.dtype}; weights must be {', '.join(FLOATS)}{fp8}", file=info.file, tensor=info.name
             )

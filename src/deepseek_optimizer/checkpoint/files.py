@@ -100,10 +100,10 @@ class DataFile:
     def _fill(self, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            got = _read_at(self._fd, view[done : done + _READ_BYTES], offset + done)
-            if got == 0:
+            count = _read_at(self._fd, view[done : done + _READ_BYTES], offset + done)
+            if count == 0:
                 raise CheckpointChangedError("was truncated while it was being read", file=self.path)
-            done += got
+            done += count
 
 
 _SEEK_LOCK = threading.Lock()
@@ -144,12 +144,12 @@ def parse_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
     """Parses a JSON object strictly: UTF-8, no duplicate keys, no NaN or infinity. `what` names it in errors."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
+        parsed = dict(pairs)
+        if len(parsed) != len(pairs):
             seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{what} has a duplicate key {twice!r}", file=path)
-        return made
+            duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{what} has a duplicate key {duplicate!r}", file=path)
+        return parsed
 
     def refuse(constant: str) -> Any:
         raise CheckpointError(f"{what} contains {constant}, which is not valid JSON", file=path)

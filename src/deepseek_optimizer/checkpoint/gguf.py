@@ -1,6 +1,7 @@
-"""A .gguf file as a checkpoint with Transformers' names.
+"""A .gguf file as a checkpoint with Transformers' parameter names.
 
-Blocks of Q4_0, Q4_1 and Q8_0 are repacked as they are; other quantised types are dequantised and packed anew, and say so.
+Blocks of Q4_0, Q4_1 and Q8_0 are repacked without loss; other quantised types are dequantised and packed again, which
+`conversions` reports.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .gguf_metadata import Metadata
 from .gguf_tokenizer import build_tokenizer, builds
 from .stacks import StackPart, StackShape
 
-_FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # without loss
+_FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # lossless
 _FOUR_BITS = {"Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"}
 
 
@@ -40,10 +41,10 @@ class GgufCheckpoint(Checkpoint):
             header = read_header(self._file)
             factors = header.tensors.pop(ROPE_FACTORS, None)
             config = transformers_config(header, path, None if factors is None else self._read(factors, ROPE_FACTORS).float())
-            self._remarks = _leave_out_predictions(header, path)
+            self._remarks = _drop_prediction_layers(header, path)
             self._stored: dict[str, GgufTensor] = {parameter_name(t.name): t for t in header.tensors.values()}
             if len(self._stored) != len(header.tensors):
-                raise CheckpointError("two tensors stand for one parameter", file=path)
+                raise CheckpointError("contains two tensors for one parameter", file=path)
             self._split = split_kv_b(self._stored, config, path) if "kv_lora_rank" in config else {}
         except BaseException:
             self._file.close()
@@ -84,20 +85,20 @@ class GgufCheckpoint(Checkpoint):
         return super().parts(name, shape)
 
     def _gate_and_up(self, name: str) -> tuple[str, str] | None:
-        """The tensors of a layer's experts' gates and ups, where they are apart."""
+        """Names of the gate and up tensors of a layer's experts, if the file stores them separately."""
         gate, up = (name.replace(".experts.gate_up_proj", f".experts.{role}_proj") for role in ("gate", "up"))
         return (gate, up) if name.endswith(".experts.gate_up_proj") and name not in self.tensors else None
 
     def lossless_format(self, name: str) -> str | None:
         stored = self.info(name).dtype
-        if name in self._split:  # groups along a head's keys, which are columns no more
+        if name in self._split:  # its groups run along a head's keys, which are not the columns of the parameter
             return _FLOAT_FORMATS.get(stored)
         return _FLOAT_FORMATS.get(stored) or ggml.lossless_format(stored)
 
     def natural_format(self, name: str) -> str:
         stored = self.info(name).dtype
         if stored in ("F16", "F32") or name in self._split:
-            return "bf16"  # fp32 would be exact, and twice or once the size: more than anyone asks of weights
+            return "bf16"  # fp32 would be exact, but twice the size of F16 and as large as F32
         return self.lossless_format(name) or ("q4_1" if stored in _FOUR_BITS else "int8")
 
     def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
@@ -118,7 +119,7 @@ class GgufCheckpoint(Checkpoint):
         ]
 
     def tokenizer(self) -> Any:
-        """The tokenizer where it is one that Transformers would build wrongly; None elsewhere. See `gguf_tokenizer`."""
+        """The file's tokenizer if Transformers would build it wrongly, and None otherwise. See `gguf_tokenizer`."""
         if not builds(str(self._metadata["general.architecture"]), self._metadata):
             return None
         return build_tokenizer(self._metadata, self._array, self.path)
@@ -137,24 +138,24 @@ class GgufCheckpoint(Checkpoint):
         self._file.close()
 
     def _blocks(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Rows [begin, end) as stored, uint8 [rows, bytes of a row], in Transformers' order."""
+        """Rows [begin, end) in Transformers' order, undecoded: uint8 [rows, bytes of a row]."""
         tensor = self._stored[name]
         heads = self._interleaved_heads(name)
-        size = tensor.shape[0] // heads if heads else 1  # rows change places within a head only
+        size = tensor.shape[0] // heads if heads else 1  # rows are permuted within a head only
         first, last = begin // size * size, -(-end // size) * size
         data = self._rows(tensor, first, last)
-        if heads:  # in numpy for the reason that `all_finite` has
+        if heads:  # in numpy for the reason given in `all_finite`
             order = _halves_first(last - first, (last - first) // size)[begin - first : end - first]
             data = torch.from_numpy(data.numpy()[order.numpy()])
         return data
 
     def _rows(self, tensor: GgufTensor, begin: int, end: int) -> torch.Tensor:
-        """Rows [begin, end) as they lie in the file, uint8 [rows, bytes of a row]; dimensions but the last count as rows."""
+        """Rows [begin, end) in file order, uint8 [rows, bytes of a row]; all dimensions but the last count as rows."""
         stride = tensor.nbytes // math.prod(tensor.shape[:-1])
         return self._file.read_tensor(tensor.offset + begin * stride, (end - begin) * stride).view(end - begin, stride)
 
     def _interleaved_heads(self, name: str) -> int:
-        """How many heads of the file's rotate-pairs order this tensor has: llama's q and k. 0 for all others."""
+        """Number of heads whose rows the file stores in interleaved order: llama's q and k. 0 for all other tensors."""
         if self._config["model_type"] != "llama" or ".self_attn." not in name:
             return 0
         key = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
@@ -162,7 +163,11 @@ class GgufCheckpoint(Checkpoint):
             return 0
         heads: int = self._config[key]
         if self.info(name).shape[0] % (2 * heads):
-            raise CheckpointError(f"has {self.info(name).shape[0]} rows for {heads} heads", file=self.path, tensor=name)
+            raise CheckpointError(
+                f"has {self.info(name).shape[0]} rows for {heads} heads; each must have as many, and an even number",
+                file=self.path,
+                tensor=name,
+            )
         return heads
 
     def _read(self, tensor: GgufTensor, name: str) -> torch.Tensor:
@@ -175,26 +180,26 @@ class GgufCheckpoint(Checkpoint):
             return ggml.to_float(blocks.reshape(-1, tensor.type.row_bytes(cols)), tensor.type.name, cols)
         except ImportError as error:
             raise CheckpointError(
-                f"is {tensor.type.name}: reading it needs `pip install gguf`", file=self._file.path, tensor=name
+                f"is {tensor.type.name}, which needs the gguf package: pip install gguf", file=self._file.path, tensor=name
             ) from error
         except NotImplementedError as error:
             raise CheckpointError(
-                f"is {tensor.type.name}, which is not read ({error})", file=self._file.path, tensor=name
+                f"is {tensor.type.name}, which is not supported ({error})", file=self._file.path, tensor=name
             ) from error
 
 
-def _leave_out_predictions(header: GgufHeader, path: Path) -> list[str]:
-    """Takes the tensors of layers for multi-token prediction out of `header`; says so."""
+def _drop_prediction_layers(header: GgufHeader, path: Path) -> list[str]:
+    """Removes the tensors of multi-token prediction layers from `header`; returns a remark about it, if there are any."""
     meta = Metadata(header, path)
     names = prediction_tensors(meta) if meta.architecture == "deepseek2" else []
     for name in names:
         del header.tensors[name]
-    return [f"{len(names)} tensors for multi-token prediction are left out: GGUF files give none"] if names else []
+    return [f"{len(names)} tensors for multi-token prediction are left out: GGUF files do not support it"] if names else []
 
 
 def _halves_first(rows: int, heads: int) -> torch.Tensor:
-    """Row order of Transformers in terms of the file's: per head, even rows, then odd ones.
+    """Indices, in the file, of the rows in Transformers' order: for each head, its even rows, then its odd ones.
 
-    llama.cpp rotates neighbours (2i, 2i + 1) and its converter permutes q and k for that; Transformers rotates halves.
+    llama.cpp rotates adjacent elements (2i, 2i + 1), for which its converter permutes q and k; Transformers rotates halves.
     """
     return torch.arange(rows, dtype=torch.int64, device="cpu").view(heads, -1, 2).transpose(1, 2).reshape(-1)

@@ -1,7 +1,7 @@
-"""GGUF metadata to Transformers' names: the config, and which tensor is which parameter.
+"""Conversion of GGUF metadata to a Transformers config, and of GGUF tensor names to parameter names.
 
-Sources: llama.cpp's gguf-py/constants.py and convert_hf_to_gguf.py for the way there; transformers/integrations/ggml.py for the
-names on the way back.
+Sources: llama.cpp's gguf-py/constants.py and convert_hf_to_gguf.py for the GGUF names; transformers/integrations/ggml.py for
+Transformers' names.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "deepseek2": ("deepseek_v3", "DeepseekV3ForCausalLM"),  # or another of DeepSeek's: see gguf_deepseek2
+    "deepseek2": ("deepseek_v3", "DeepseekV3ForCausalLM"),  # or another of DeepSeek's classes: see gguf_deepseek2
 }
-ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling, written out as a factor per frequency
+ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling, as one factor per frequency
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -46,7 +46,7 @@ _BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_]+)\.(weight|bias)")
 
 
 def parameter_name(name: str) -> str:
-    """Transformers' name of a GGUF tensor; the name as it is where it has none (the loader then reports it)."""
+    """Transformers' name of a GGUF tensor, or the same name if there is none; the loader then reports it as unexpected."""
     if match := _BLOCK.fullmatch(name):
         layer, part, leaf = match.groups()
         if f"{part}.{leaf}" in WHOLE:
@@ -57,17 +57,27 @@ def parameter_name(name: str) -> str:
 
 
 def transformers_config(header: GgufHeader, path: Path, rope_factors: torch.Tensor | None) -> dict[str, Any]:
-    """The config.json this model would have. `rope_factors`: the values of `rope_freqs.weight`, where it is there."""
+    """Returns the equivalent of the model's config.json.
+
+    Args:
+        header: of the file.
+        path: the file, for errors.
+        rope_factors: the values of `rope_freqs.weight`, if the file has it.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported.
+        CheckpointError: a value is missing or invalid.
+    """
     meta = Metadata(header, path)
     if meta.architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{path}: GGUF architecture {meta.architecture!r} is not known (known: {', '.join(ARCHITECTURES)})"
+            f"{path}: GGUF architecture {meta.architecture!r} is not supported (supported: {', '.join(ARCHITECTURES)})"
         )
     model_type, model_class = ARCHITECTURES[meta.architecture]
     latent = meta.architecture == "deepseek2"
     layers = decoder_layers(meta) if latent else meta.integer(meta.of_model("block_count"))
     if f"blk.{layers - 1}.attn_norm.weight" not in header.tensors:
-        raise meta.wrong(meta.of_model("block_count"), f"is {layers}, but there is no block {layers - 1} in the file")
+        raise meta.wrong(meta.of_model("block_count"), f"is {layers}, but the file has no block {layers - 1}")
     heads = meta.integer(meta.of_model("attention.head_count"))
     hidden = meta.integer(meta.of_model("embedding_length"))
     embedding = header.tensors.get("token_embd.weight")
@@ -100,7 +110,7 @@ def transformers_config(header: GgufHeader, path: Path, rope_factors: torch.Tens
         key = f"tokenizer.ggml.{token}_token_id"
         if key in meta.values:
             short = {"padding": "pad", "unknown": "unk"}.get(token, token)
-            config[f"{short}_token_id"] = meta.integer(key, least=0)
+            config[f"{short}_token_id"] = meta.integer(key, minimum=0)
     return config
 
 
@@ -112,7 +122,7 @@ def _head_dim(meta: Metadata, default: int) -> int:
 
 
 def vocabulary_size(header: GgufHeader) -> int | None:
-    """How many tokens the file's tokenizer has, or None if it has none."""
+    """Number of tokens of the file's tokenizer; None if it has none."""
     tokens = header.values.get("tokenizer.ggml.tokens")
     return tokens.length if isinstance(tokens, GgufArray) else None
 
@@ -126,32 +136,32 @@ def _rope(meta: Metadata, factors: torch.Tensor | None) -> dict[str, Any]:
     if kind == "none":
         return rope
     if kind not in ("linear", "yarn"):
-        raise meta.wrong(meta.of_model("rope.scaling.type"), f"is {kind!r}; 'none', 'linear' and 'yarn' are known")
+        raise meta.wrong(meta.of_model("rope.scaling.type"), f"is {kind!r}; 'none', 'linear' and 'yarn' are supported")
     rope |= {"rope_type": kind, "factor": meta.number(meta.of_model("rope.scaling.factor"))}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = meta.integer(meta.of_model("rope.scaling.original_context_length"))
         names = {"attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-        for key, ours in names.items():
+        for key, field in names.items():
             if meta.of_model(f"rope.scaling.{key}") in meta.values:
-                rope[ours] = meta.number(meta.of_model(f"rope.scaling.{key}"))
+                rope[field] = meta.number(meta.of_model(f"rope.scaling.{key}"))
     return rope
 
 
 def _llama3(meta: Metadata, factors: torch.Tensor, theta: float) -> dict[str, Any]:
-    """llama3's parameters, from the factors they were written out to: every frequency is divided by its factor.
+    """Recovers llama3's RoPE parameters from the factors in the file; each frequency is divided by its factor.
 
-    Every published model has the bounds 1 and 4 over 8192 positions. That these and the largest factor give the file's own
-    numbers is checked, so nothing is guessed.
+    Every published model has the bounds 1 and 4 over 8192 positions. These and the largest factor determine all factors, which
+    are compared with those in the file.
     """
     low, high, original = 1.0, 4.0, 8192
     factor = float(factors.max())
     n = factors.numel()
     inverse = theta ** (-torch.arange(n, dtype=torch.float64, device="cpu") / n)
-    turns = original * inverse / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else torch.zeros_like(turns)
+    rotations = original * inverse / (2 * math.pi)
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else torch.zeros_like(rotations)
     if not torch.allclose(expected, factors.double(), rtol=1e-3):
-        raise CheckpointError("holds RoPE factors that are not llama3's", file=meta.path, tensor=ROPE_FACTORS)
+        raise CheckpointError("contains RoPE factors that are not llama3's", file=meta.path, tensor=ROPE_FACTORS)
     return {
         "rope_type": "llama3",
         "rope_theta": theta,

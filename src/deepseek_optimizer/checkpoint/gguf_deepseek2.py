@@ -1,15 +1,15 @@
 """GGUF's `deepseek2`: DeepSeek-V2, V2-Lite, Coder-V2 (softmax gating), V3, R1, Kimi-K2 (sigmoid), Youtu (no experts).
 
-What llama.cpp's converter changes on the way there, and what is changed back here:
+This module reverses the changes that llama.cpp's converter makes:
 
-- multi-head latent attention counts as one KV head of `kv_lora_rank + qk_rope_head_dim` numbers: `head_count_kv` is 1, and the
-  heads' own sizes are in `key_length_mla` and `value_length_mla` (older files: in `key_length` and `value_length`);
-- `kv_b_proj` is `attn_k_b` [heads, rank, nope], each head's keys transposed, and `attn_v_b` [heads, v_dim, rank] (older files:
-  `attn_kv_b`, as it is);
-- the experts of a layer are one tensor for each of gate, up and down;
-- `yarn_log_multiplier` is a tenth of `mscale_all_dim`, and `mscale` is taken to be the same.
+- multi-head latent attention is one KV head of `kv_lora_rank + qk_rope_head_dim` elements: `head_count_kv` is 1, and the sizes
+  of the real heads are in `key_length_mla` and `value_length_mla` (older files: in `key_length` and `value_length`);
+- `kv_b_proj` becomes `attn_k_b` [heads, rank, nope], each head's keys transposed, and `attn_v_b` [heads, v_dim, rank] (older
+  files: `attn_kv_b`, unchanged);
+- the experts of a layer are merged into one tensor for each of gate, up and down;
+- `yarn_log_multiplier` is a tenth of `mscale_all_dim`, and `mscale` is assumed to be the same.
 
-Rows are not permuted for RoPE: llama.cpp turns neighbours here (LLAMA_ROPE_TYPE_NORM), as DeepSeek does.
+Rows are not permuted for RoPE: here, llama.cpp rotates adjacent elements (LLAMA_ROPE_TYPE_NORM), as DeepSeek does.
 Sources: llama.cpp's convert_hf_to_gguf.py (DeepseekV2Model), src/models/deepseek2.cpp, llama-model.cpp.
 """
 
@@ -40,7 +40,7 @@ LAYER = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
-WHOLE = {  # those whose last part changes too
+WHOLE = {  # tensors whose last name component changes too
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "ffn_gate_exps.weight": "mlp.experts.gate_proj",
     "ffn_up_exps.weight": "mlp.experts.up_proj",
@@ -52,11 +52,11 @@ _BLOCK = re.compile(r"blk\.(\d{1,5})\.")
 
 
 def decoder_layers(meta: Metadata) -> int:
-    """Layers without those for multi-token prediction, which `block_count` may include."""
+    """Number of layers without those for multi-token prediction, which `block_count` may include."""
     blocks = meta.integer(meta.of_model("block_count"))
-    extra = meta.integer(meta.of_model("nextn_predict_layers"), 0, least=0)
+    extra = meta.integer(meta.of_model("nextn_predict_layers"), 0, minimum=0)
     if extra >= blocks:
-        raise meta.wrong(meta.of_model("nextn_predict_layers"), f"is {extra}, of {blocks} blocks")
+        raise meta.wrong(meta.of_model("nextn_predict_layers"), f"is {extra}, but must be less than block_count, {blocks}")
     return blocks - extra
 
 
@@ -65,11 +65,20 @@ def prediction_tensors(meta: Metadata) -> list[str]:
     layers = decoder_layers(meta)
     if not meta.has("nextn_predict_layers"):
         return []
-    return [name for name in meta.tensors if (found := _BLOCK.match(name)) and int(found[1]) >= layers]
+    return [name for name in meta.tensors if (match := _BLOCK.match(name)) and int(match[1]) >= layers]
 
 
 def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config that this architecture has beside, or other than, the common ones."""
+    """Config fields of this architecture that the common ones lack or that differ from them.
+
+    Args:
+        meta: the file's metadata.
+        rope: the common `rope_parameters`.
+
+    Raises:
+        UnsupportedModelError: a feature or gating that is not supported.
+        CheckpointError: a value is missing or invalid.
+    """
     _refuse(meta)
     heads = meta.integer(meta.of_model("attention.head_count"))
     rope_dim = meta.integer(meta.of_model("rope.dimension_count"))
@@ -77,7 +86,7 @@ def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
     value = meta.of_model("attention.value_length_mla" if meta.has("attention.value_length_mla") else "attention.value_length")
     nope = meta.integer(key) - rope_dim
     if nope <= 0:
-        raise meta.wrong(key, f"is {nope + rope_dim}, not more than the {rope_dim} of {meta.of_model('rope.dimension_count')}")
+        raise meta.wrong(key, f"is {nope + rope_dim}, but must exceed {meta.of_model('rope.dimension_count')}, {rope_dim}")
     compressed = "blk.0.attn_q_a.weight" in meta.tensors
     config: dict[str, Any] = {
         "attention_bias": False,
@@ -91,8 +100,8 @@ def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
         "v_head_dim": meta.integer(value),
     }
     layers = decoder_layers(meta)
-    dense = meta.integer(meta.of_model("leading_dense_block_count"), 0, least=0)
-    if meta.integer(meta.of_model("expert_count"), 0, least=0) == 0 or dense >= layers:
+    dense = meta.integer(meta.of_model("leading_dense_block_count"), 0, minimum=0)
+    if meta.integer(meta.of_model("expert_count"), 0, minimum=0) == 0 or dense >= layers:
         return config | {"model_type": "youtu", "architectures": ["YoutuForCausalLM"], "rope_interleave": True}
     return config | _experts(meta, dense)
 
@@ -109,7 +118,7 @@ def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
         "n_shared_experts": meta.integer(meta.of_model("expert_shared_count")),
         "norm_topk_prob": meta.flag(meta.of_model("expert_weights_norm")),
         "num_experts_per_tok": meta.integer(meta.of_model("expert_used_count")),
-        # llama.cpp takes 0 for "no scale"
+        # in llama.cpp, 0 means "no scale"
         "routed_scaling_factor": 1.0 if scale == 0 else meta.number(meta.of_model("expert_weights_scale"), 1.0),
         "topk_group": meta.integer(meta.of_model("expert_group_used_count"), 1),
     }
@@ -122,10 +131,10 @@ def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
             "rope_interleave": True,
         }
     if biased:
-        raise CheckpointError("belongs to sigmoid gating, but the file names softmax", file=meta.path, tensor=biased[0])
+        raise CheckpointError("is for sigmoid gating, but the metadata specify softmax", file=meta.path, tensor=biased[0])
     if fields["norm_topk_prob"]:
         raise UnsupportedModelError(
-            f"{meta.path}: {meta.of_model('expert_weights_norm')} is true with softmax gating, which no family here has"
+            f"{meta.path}: {meta.of_model('expert_weights_norm')} is true with softmax gating, which is not supported"
         )
     return fields | {
         "model_type": "deepseek_v2",
@@ -135,30 +144,30 @@ def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
 
 
 def _gating(meta: Metadata) -> int:
-    """Softmax or sigmoid. Files older than the key are V2's; those with correction biases never are."""
+    """_SOFTMAX or _SIGMOID. Files from before the key existed are V2's, unless they have correction biases."""
     key = meta.of_model("expert_gating_func")
     if key not in meta.values:
         return _SIGMOID if any(name.endswith(".exp_probs_b.bias") for name in meta.tensors) else _SOFTMAX
     gating = meta.integer(key)
     if gating not in (_SOFTMAX, _SIGMOID):
-        raise UnsupportedModelError(f"{meta.path}: {key} is {gating}; 1 (softmax) and 2 (sigmoid) are known")
+        raise UnsupportedModelError(f"{meta.path}: {key} is {gating}; 1 (softmax) and 2 (sigmoid) are supported")
     return gating
 
 
 def _refuse(meta: Metadata) -> None:
-    """Features of other models that go by this architecture's name."""
+    """Raises UnsupportedModelError for features of other models that use the same architecture name."""
     for key, value in meta.values.items():
         if key.startswith(meta.of_model("attention.indexer.")):
-            raise UnsupportedModelError(f"{meta.path}: {key}: sparse attention is not read from GGUF files")
+            raise UnsupportedModelError(f"{meta.path}: {key}: sparse attention is not supported in GGUF files")
         if key == meta.of_model("attention.temperature_scale") and value:
             raise UnsupportedModelError(f"{meta.path}: {key}: attention whose scale grows with the position is not supported")
     if meta.number(meta.of_model("rope.scaling.attn_factor"), 1.0) != 1.0:
         key = meta.of_model("rope.scaling.attn_factor")
-        raise UnsupportedModelError(f"{meta.path}: {key} beside latent attention is not supported")
+        raise UnsupportedModelError(f"{meta.path}: {key} is not supported with latent attention")
 
 
 def _yarn(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's parameters with yarn's mscale."""
+    """`rope` with YaRN's mscale, if the file has it."""
     key = meta.of_model("rope.scaling.yarn_log_multiplier")
     rope = {name: value for name, value in rope.items() if name != "attention_factor"}
     if rope["rope_type"] != "yarn" or key not in meta.values:
@@ -169,7 +178,7 @@ def _yarn(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SplitKvB:
-    """`kv_b_proj` as newer files have it. `keys`: [heads, rank, nope], `values`: [heads, v_dim, rank]."""
+    """`kv_b_proj` as newer files store it. `keys`: [heads, rank, nope]; `values`: [heads, v_dim, rank]."""
 
     keys: GgufTensor
     values: GgufTensor
@@ -181,14 +190,14 @@ class SplitKvB:
 
     @property
     def type_name(self) -> str:
-        """The ggml type, or both."""
+        """The ggml type, or both types if they differ."""
         return " and ".join(dict.fromkeys((self.keys.type.name, self.values.type.name)))
 
     def rows(self, begin: int, end: int, read: Callable[[GgufTensor, int, int], torch.Tensor]) -> torch.Tensor:
-        """Rows [begin, end) of kv_b_proj: of each head its keys, then its values.
+        """Rows [begin, end) of kv_b_proj, float [end - begin, rank]: for each head, its keys, then its values.
 
         Args:
-            read: rows [first, last) of a stored tensor as float, all dimensions but the last counted as rows.
+            read: returns rows [first, last) of a stored tensor as float; all dimensions but the last count as rows.
         """
         _, rank, nope = self.keys.shape
         v_dim = self.values.shape[1]
@@ -200,21 +209,32 @@ class SplitKvB:
 
 
 def split_kv_b(stored: dict[str, GgufTensor], config: dict[str, Any], file: object) -> dict[str, SplitKvB]:
-    """Takes the two halves of every `kv_b_proj.weight` out of `stored`; the whole, where it is there too, is what is kept."""
+    """Removes both halves of every `kv_b_proj.weight` from `stored` and returns them, by parameter name.
+
+    If the whole matrix is stored too, it is used, and the halves are dropped.
+
+    Args:
+        stored: tensors by Transformers' name; changed in place.
+        config: the model's.
+        file: for errors.
+
+    Raises:
+        CheckpointError: a half without the other, or with a wrong shape.
+    """
     heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
     expected = {"k_b": (heads, rank, config["qk_nope_head_dim"]), "v_b": (heads, config["v_head_dim"], rank)}
-    found = {}
+    split = {}
     for name in [name for name in stored if name.endswith(".k_b_proj.weight")]:
         whole, other = name.replace(".k_b_proj.", ".kv_b_proj."), name.replace(".k_b_proj.", ".v_b_proj.")
         if other not in stored:
-            raise CheckpointError(f"is there without {other}", file=file, tensor=name)
+            raise CheckpointError(f"is present without {other}", file=file, tensor=name)
         pair = SplitKvB(stored.pop(name), stored.pop(other))
         if whole in stored:
             continue
         for part, tensor in (("k_b", pair.keys), ("v_b", pair.values)):
             if tensor.shape != expected[part]:
                 raise CheckpointError(
-                    f"has shape {tensor.shape}, but the metadata make it {expected[part]}", file=file, tensor=tensor.name
+                    f"has shape {tensor.shape}, but the metadata require {expected[part]}", file=file, tensor=tensor.name
                 )
-        found[whole] = pair
-    return found
+        split[whole] = pair
+    return split

@@ -1,9 +1,9 @@
-"""The header of a GGUF file, checked in full before anything else is read.
+"""The header of a GGUF file, checked completely before anything else is read.
 
 Layout, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, tensor count, key count;
-keys with typed values; per tensor a name, dimensions (innermost first), a type and an offset; then, aligned, the data.
-Counts and lengths are held against the bytes that are left before they are believed. Arrays are skipped over, and decoded only
-when asked for: a vocabulary has 150,000 strings, and to load the weights we need to know only how many.
+keys with typed values; for each tensor a name, dimensions (innermost first), a type and an offset; then the aligned data.
+Counts and lengths are compared with the number of remaining bytes before they are used. Arrays are skipped, and decoded only
+on request: a vocabulary has 150,000 strings, of which loading the weights needs only the number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..quant.ggml import GGML_TYPES, GgmlType
 from .files import DataFile
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
-_MAX_NAME, _MAX_KEY, _MAX_DIMS = 63, 65535, 4  # GGML_MAX_NAME counts the terminating zero
+_MAX_NAME, _MAX_KEY, _MAX_DIMS = 63, 65535, 4  # GGML_MAX_NAME, 64, includes the terminating zero
 _MIN_KEY_BYTES, _MIN_TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
 _MAX_ALIGNMENT = 1 << 20
 _CHUNK = 1 << 16
@@ -29,7 +29,7 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor. `shape`: outermost first, as torch has it; `offset`: bytes from the file's start."""
+    """One tensor. `shape`: outermost dimension first, as in torch; `offset`: bytes from the start of the file."""
 
     name: str
     type: GgmlType
@@ -40,7 +40,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufArray:
-    """An array value left in the file. `length`: how many elements; `offset`: where the first one lies."""
+    """An array value that has not been read. `length`: number of elements; `offset`: of the first one in the file."""
 
     type: int
     length: int
@@ -49,7 +49,7 @@ class GgufArray:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Keys and tensors of a file. Arrays stay where they are: see `read_array`."""
+    """Keys and tensors of a file. Arrays are not read: see `read_array`."""
 
     version: int
     values: dict[str, Any]
@@ -57,7 +57,7 @@ class GgufHeader:
 
 
 class _Cursor:
-    """Reads forward through a file by chunks; never past its end."""
+    """Reads a file sequentially in chunks, never beyond its end."""
 
     def __init__(self, file: DataFile, at: int = 0) -> None:
         self.file = file
@@ -76,7 +76,7 @@ class _Cursor:
         end = begin + count
         if end > len(self._data):
             if count > self.left:
-                raise self.wrong(f"the header needs {count} bytes more and {self.left} are left: it is damaged or truncated")
+                raise self.wrong(f"the header needs {count} more bytes, but {self.left} remain: it is damaged or truncated")
             self._data = self.file.read(self.at, min(max(count, _CHUNK), self.left))
             self._start, begin, end = self.at, 0, count
         self.at += count
@@ -85,11 +85,11 @@ class _Cursor:
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
-    def count(self, what: str, least: int) -> int:
-        """A count of things that take at least `least` bytes each."""
+    def count(self, what: str, min_bytes: int) -> int:
+        """Reads a count of items that take at least `min_bytes` bytes each."""
         n: int = self.number("Q")
-        if n > self.left // least:
-            raise self.wrong(f"claims {n} {what}, more than the {self.left} bytes left can hold")
+        if n > self.left // min_bytes:
+            raise self.wrong(f"claims {n} {what}, more than the remaining {self.left} bytes can hold")
         return n
 
     def text(self, what: str, limit: int) -> str:
@@ -109,15 +109,15 @@ class _Cursor:
 
     def skip(self, count: int) -> None:
         if count > self.left:
-            raise self.wrong(f"the header needs {count} bytes more and {self.left} are left: it is damaged or truncated")
+            raise self.wrong(f"the header needs {count} more bytes, but {self.left} remain: it is damaged or truncated")
         self.at += count
 
     def skip_strings(self, n: int) -> None:
-        """Over `n` strings, within the chunks at hand: this is most of the time a header takes."""
+        """Skips `n` strings, using the chunk in memory: this takes most of the time of reading a header."""
         read = struct.Struct("<Q").unpack_from
         while n:
             if self.left < 8:
-                raise self.wrong(f"an array of strings goes {n} strings past the end of the file")
+                raise self.wrong(f"an array of strings extends {n} strings past the end of the file")
             if not 0 <= self.at - self._start <= len(self._data) - 8:
                 self._start, self._data = self.at, self.file.read(self.at, min(_CHUNK, self.left))
             data, at, last = self._data, self.at - self._start, len(self._data) - 8
@@ -125,19 +125,19 @@ class _Cursor:
                 at += 8 + read(data, at)[0]
                 n -= 1
             if self._start + at > self.file.size:
-                raise self.wrong("a string in an array goes past the end of the file")
+                raise self.wrong("a string in an array extends past the end of the file")
             self.at = self._start + at
 
 
 def read_header(file: DataFile) -> GgufHeader:
-    """The checked header; CheckpointError names what is wrong with it."""
+    """Reads and checks the header; CheckpointError says what is wrong with it."""
     cursor = _Cursor(file)
     if file.size < 24 or cursor.take(4) != _MAGIC:
         raise CheckpointError("is not a GGUF file: it does not begin with 'GGUF' and a header", file=file.path)
     version = cursor.number("I")
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        why = "big-endian files are not read" if swapped in _VERSIONS else f"versions {_VERSIONS} are read"
+        why = "big-endian files are not supported" if swapped in _VERSIONS else f"versions {_VERSIONS} are supported"
         raise CheckpointError(f"is GGUF version {version}; {why}", file=file.path)
     n_tensors = cursor.count("tensors", _MIN_TENSOR_BYTES)
     n_keys = cursor.count("keys", _MIN_KEY_BYTES)
@@ -145,7 +145,7 @@ def read_header(file: DataFile) -> GgufHeader:
     for _ in range(n_keys):
         key = cursor.text("key", _MAX_KEY)
         if key in values:
-            raise cursor.wrong(f"the key {key!r} is there twice")
+            raise cursor.wrong(f"duplicate key {key!r}")
         values[key] = _value(cursor, cursor.number("I"), key)
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -170,7 +170,7 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
         if kind == _BOOL:
             byte = cursor.number("B")
             if byte > 1:
-                raise cursor.wrong(f"{key} is the truth value {byte}")
+                raise cursor.wrong(f"{key} is a boolean with the value {byte}, not 0 or 1")
             return bool(byte)
         return cursor.number(_SCALARS[kind])
     if kind == _STRING:
@@ -194,7 +194,7 @@ def _entries(cursor: _Cursor, count: int) -> list[tuple[str, GgmlType, tuple[int
     for _ in range(count):
         name = cursor.text("name of a tensor", _MAX_NAME)
         if name in names:
-            raise cursor.wrong(f"the tensor {name!r} is there twice")
+            raise cursor.wrong(f"duplicate tensor {name!r}")
         names.add(name)
         n_dims = cursor.number("I")
         if not 1 <= n_dims <= _MAX_DIMS:
@@ -204,7 +204,7 @@ def _entries(cursor: _Cursor, count: int) -> list[tuple[str, GgmlType, tuple[int
         if code not in GGML_TYPES:
             raise cursor.wrong(f"tensor {name!r} has the unknown type {code}")
         if not GGML_TYPES[code].fits(dims[0]):
-            raise cursor.wrong(f"tensor {name!r} has rows of {dims[0]} numbers, not whole blocks of {GGML_TYPES[code].name}")
+            raise cursor.wrong(f"tensor {name!r} has rows of {dims[0]} elements, not whole blocks of {GGML_TYPES[code].name}")
         entries.append((name, GGML_TYPES[code], dims[::-1], offset))
     return entries
 
@@ -212,7 +212,7 @@ def _entries(cursor: _Cursor, count: int) -> list[tuple[str, GgmlType, tuple[int
 def _place(
     file: DataFile, entries: list[tuple[str, GgmlType, tuple[int, ...], int]], data: int, alignment: int
 ) -> Iterator[GgufTensor]:
-    """Tensors where the file has them: aligned, inside, none over another."""
+    """Yields the tensors in file order, and checks that they are aligned, within the file and do not overlap."""
 
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(what, file=file.path, tensor=name)
@@ -226,10 +226,10 @@ def _place(
         if nbytes == 0:
             raise wrong(f"has no elements: shape {shape}")
         if offset % alignment:
-            raise wrong(f"lies at offset {offset}, not a multiple of {alignment}")
+            raise wrong(f"is at offset {offset}, which is not a multiple of {alignment}")
         if data + offset < end:
             raise wrong("overlaps the tensor before it")
         end = data + offset + nbytes
         if end > file.size:
-            raise wrong(f"ends at byte {end}, but the file has {file.size}: it is truncated; fetch it again")
+            raise wrong(f"ends at byte {end}, but the file has {file.size}: it is truncated; download it again")
         yield GgufTensor(name, kind, shape, data + offset, nbytes)

@@ -1,9 +1,9 @@
 """Byte-level BPE tokenizers of DeepSeek's GGUF files.
 
-A GGUF file has tokens and merges, and names the rule that cuts text before pieces are merged (`tokenizer.ggml.pre`).
-Transformers' converter does not know DeepSeek's rules and takes GPT-2's for them, nor are DeepSeek's control tokens control
-tokens to it: the text would be cut into other tokens than the model was trained on, without a word. So these are built here; a
-file of this architecture with another rule is refused.
+A GGUF file has tokens and merges, and names the rule that splits text before merging (`tokenizer.ggml.pre`). Transformers'
+converter does not support DeepSeek's rules and silently uses GPT-2's instead; nor does it treat DeepSeek's control tokens as
+such. Text would be split into other tokens than the model was trained on. These tokenizers are therefore built here; a file of
+this architecture with another rule is refused.
 
 Source of the rules: llama.cpp's llama-vocab.cpp, and the pre_tokenizer section of DeepSeek's own tokenizer.json.
 """
@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
-# Letters of scripts with two cases, as DeepSeek-LLM's and V2's rule lists them.
+# Letters of scripts with upper and lower case, as listed in the rule of DeepSeek-LLM and V2.
 _CASED = (
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376-377 37B-37D 37F 386 388-38A 38C 38E-3A1 3A3-3F5 "
     "3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 "
@@ -34,16 +34,16 @@ _CHINESE_AND_KANA = "4E00-9FA5 3040-309F 30A0-30FF"
 
 
 def _set(ranges: str) -> str:
-    """A regular expression's character class, out of ranges of hexadecimal code points."""
+    """A regular expression's character class for ranges of hexadecimal code points."""
 
-    def spelled(code: str) -> str:
+    def escaped(code: str) -> str:
         character = chr(int(code, 16))
         return f"\\{character}" if character.isascii() and not character.isalnum() else character
 
-    return "[" + "".join("-".join(map(spelled, span.split("-"))) for span in ranges.split()) + "]"
+    return "[" + "".join("-".join(map(escaped, span.split("-"))) for span in ranges.split()) + "]"
 
 
-# Each cuts the pieces of the one before it. None: GPT-2's own.
+# Rules as sequences of patterns, each of which splits the results of the one before it. None: GPT-2's rule.
 RULES: Mapping[str, tuple[str, ...] | None] = {
     "default": None,
     "gpt-2": None,
@@ -58,20 +58,26 @@ RULES: Mapping[str, tuple[str, ...] | None] = {
 
 
 def builds(architecture: str, values: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer of such a file is made here, and not by Transformers."""
+    """Whether the tokenizer of such a file must be built here rather than by Transformers.
+
+    Args:
+        architecture: `general.architecture`.
+        values: the header's.
+    """
     own = architecture == "deepseek2" or str(values.get("tokenizer.ggml.pre", "")).startswith("deepseek-")
     return own and values.get("tokenizer.ggml.model") == "gpt2" and values.get("tokenizer.ggml.pre") != "deepseek-r1-qwen"
 
 
 def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]], path: Path) -> Any:
-    """Transformers' fast tokenizer of a file's metadata.
+    """Builds Transformers' fast tokenizer from a file's metadata.
 
     Args:
         values: the header's.
-        array: the elements of an array by its key; an empty list where there is none.
+        array: returns the elements of an array by its key; an empty list if there is none.
+        path: the file, for errors.
 
     Raises:
-        CheckpointError: the rule is not known, or tokens and merges do not go together.
+        CheckpointError: the rule is not supported, or tokens, types and merges are inconsistent.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -79,21 +85,21 @@ def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]]
     rule = values.get("tokenizer.ggml.pre", "default")
     if rule not in RULES:
         raise CheckpointError(
-            f"its tokenizer cuts text by the rule {rule!r}, which is not known here ({', '.join(RULES)} are); take that of the "
-            "original model: AutoTokenizer.from_pretrained(its name)",
+            f"the tokenizer's pre-tokenization rule {rule!r} is not supported (supported: {', '.join(RULES)}); use the "
+            "tokenizer of the original model: AutoTokenizer.from_pretrained(its name)",
             file=path,
         )
     tokens, types = array("tokenizer.ggml.tokens"), array("tokenizer.ggml.token_type")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens) or (types and len(types) != len(tokens)):
-        raise CheckpointError("its tokenizer has a token twice, or not one type for each token", file=path)
+        raise CheckpointError("the tokenizer has a duplicate token, or not one type for each token", file=path)
     merges = [tuple(merge.split(" ")) for merge in array("tokenizer.ggml.merges")]
-    if wrong := next((merge for merge in merges if len(merge) != 2), None):
-        raise CheckpointError(f"its tokenizer has a merge that is not two tokens: {' '.join(wrong)!r}", file=path)
+    if invalid := next((merge for merge in merges if len(merge) != 2), None):
+        raise CheckpointError(f"the tokenizer has a merge that is not two tokens: {' '.join(invalid)!r}", file=path)
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    cuts = RULES[rule]
-    splits = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in cuts or ()]
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=cuts is None)])
+    patterns = RULES[rule]
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns or ()]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=patterns is None)])
     inner.decoder = decoders.ByteLevel()
     kinds = list(zip(tokens, types, strict=True)) if types else []
     inner.add_special_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _CONTROL])
@@ -120,10 +126,10 @@ def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]]
 
 
 def _token(values: Mapping[str, Any], tokens: list[str], name: str, path: Path) -> str | None:
-    """The token that the file names for a purpose."""
+    """The special token `name` of the file ("bos", "eos", ...); None if it has none."""
     key = f"tokenizer.ggml.{name}_token_id"
     if key not in values:
         return None
     if type(values[key]) is not int or not 0 <= values[key] < len(tokens):
-        raise CheckpointError(f"{key} is {values[key]!r}, of {len(tokens)} tokens", file=path)
+        raise CheckpointError(f"{key} is {values[key]!r}, but must be an id of the {len(tokens)} tokens", file=path)
     return tokens[values[key]]

@@ -22,7 +22,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", t
 
 @dataclass(frozen=True)
 class Layout:
-    """One file. `header`: its first bytes, length included; `order`: its tensors in file order; `size`: bytes in all."""
+    """One file. `header`: its first bytes, including the length; `order`: its tensors in file order; `size`: total bytes."""
 
     header: bytes
     order: tuple[str, ...]
@@ -56,5 +56,5 @@ def layout_of(tensors: Mapping[str, Stored]) -> Layout:
 
 
 def bytes_of(value: Stored) -> memoryview:
-    """A tensor's bytes as they lie in a file; in place where it is contiguous and on the CPU."""
+    """A tensor's bytes as they are stored in a file; not copied if it is contiguous and on the CPU."""
     return value.data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -79,7 +79,7 @@ def check_tensors(
 ) -> None:
     """Performs the checks of `stream_weights` without reading tensors."""
     needed = {name: checkpoint.stored(name, tuple(shapes[name])) for name in wanted}
-    known = {tensor for stored in needed.values() for tensor in stored}
+    expected = {tensor for stored in needed.values() for tensor in stored}
     if missing := [tensor for stored in needed.values() for tensor in stored if tensor not in checkpoint.tensors]:
         raise CheckpointError(
             f"lacks {_list(missing)}; download it again, or check that config.json belongs to this model",
@@ -88,9 +88,9 @@ def check_tensors(
         )
     skip = re.compile("|".join(f"(?:{p})" for p in ignored) or r"(?!)")
     for name in checkpoint.tensors:
-        if name not in known and (why := surplus_expert(name, shapes)):
+        if name not in expected and (why := surplus_expert(name, shapes)):
             raise CheckpointError(why, file=checkpoint.info(name).file, tensor=name)
-    if unexpected := [name for name in checkpoint.tensors if name not in known and not skip.fullmatch(name)]:
+    if unexpected := [name for name in checkpoint.tensors if name not in expected and not skip.fullmatch(name)]:
         raise CheckpointError(
             f"contains {_list(unexpected)}, which the model does not have", file=checkpoint.path, tensor=unexpected[0]
         )
@@ -129,7 +129,7 @@ def _stream(
         else:
             weighing = partial(packer, importance=importance[name]) if name in importance else packer
             if len(shape := tuple(shapes[name])) == 3:
-                yield name, checkpoint.packed_stack(name, format, shape, weighing)  # type: ignore[arg-type]  # three numbers
+                yield name, checkpoint.packed_stack(name, format, shape, weighing)  # type: ignore[arg-type]  # three dimensions
             else:
                 yield name, checkpoint.packed(name, format, weighing)
         done += sizes[name]

@@ -1,4 +1,4 @@
-"""The manifest of a packed checkpoint: what config.json says about its packed weights, apart from anybody's settings.
+"""The manifest of a packed checkpoint: the description of its packed weights in config.json, separate from the settings.
 
     "packed_manifest": {
         "version": 3,
@@ -9,8 +9,8 @@
         "curve": [{"bits": 4.9, "bytes": 96123456, "measured_kl": 0.018, "chosen": true, ...}, ...]
     }
 
-A module's matrix is its `.weight`; a stack of experts' matrices is named by its parameter, and its shape is count, rows, cols.
-`curve` has the choices of formats that were measured for a `kl_budget`, smallest first; it is empty where none was given.
+A module's matrix is its `.weight`; a stack of experts' matrices has the name of its parameter, and its shape is count, rows,
+cols. `curve` lists the choices of formats that were measured for a `kl_budget`, smallest first; it is empty without one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..quant import PackedMatrix, PackedStack, PackedWeight, get_format
 from ..quant.tiles import tile_counts
 
 KEY: Final = "packed_manifest"  # in config.json
-VERSION: Final = 3  # 1 and 2 kept the modules among the settings, in quantization_config
+VERSION: Final = 3  # 1 and 2 had the modules among the settings, in quantization_config
 QUANT_METHOD: Final = "deepseek_optimizer"
 
 
@@ -41,7 +41,7 @@ class PackedEntry:
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Shape of the uint8 tensor."""
+        """Shape of the uint8 tensor that stores it."""
         *count, rows, cols = self.shape
         return (*count, *tile_counts(rows, cols), get_format(self.format).tile_bytes)
 
@@ -55,11 +55,11 @@ class PackedEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known about the packed weights of one model or checkpoint. Immutable.
+    """Describes the packed weights of one model or checkpoint. Immutable.
 
     Attributes:
-        modules: format and shape by module name; of a stack of experts, by parameter name.
-        curve: sizes and qualities measured to choose the formats; empty where the user named them.
+        modules: format and shape by module name, or by parameter name for a stack of experts.
+        curve: sizes and qualities measured to choose the formats; empty if the user chose them.
     """
 
     modules: Mapping[str, PackedEntry] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Manifest:
         return self  # immutable
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types, as config.json has them under `KEY`."""
+        """The manifest as JSON types, as stored under `KEY` in config.json."""
         modules = {name: {"format": entry.format, "shape": list(entry.shape)} for name, entry in self.modules.items()}
         return {"version": VERSION, "modules": modules, "curve": [dict(point) for point in self.curve]}
 
@@ -134,13 +134,13 @@ class Manifest:
         return Manifest({rename(name): entry for name, entry in self.modules.items()}, self.curve)
 
 
-def _other_version(found: str) -> str:
-    return f"is packed in another layout ({found}; {KEY}.version {VERSION} is read): convert the original checkpoint again"
+def _other_version(field: str) -> str:
+    return f"is packed in another layout ({field}; {KEY}.version {VERSION} is supported); convert the original checkpoint again"
 
 
 def _read_entry(module: str, entry: Any, file: Path) -> PackedEntry:
     if not isinstance(entry, dict) or entry.keys() != {"format", "shape"}:
-        raise CheckpointError(f"{KEY}.modules must give format and shape, and nothing else", file=file, tensor=module)
+        raise CheckpointError(f"entry of {KEY}.modules must have format and shape, and nothing else", file=file, tensor=module)
     try:
         get_format(entry["format"])
     except ConfigError as error:
@@ -148,5 +148,5 @@ def _read_entry(module: str, entry: Any, file: Path) -> PackedEntry:
     shape = entry["shape"]
     whole = isinstance(shape, list) and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
     if not whole or len(shape) not in (2, 3):
-        raise CheckpointError(f"shape must be two or three whole numbers > 0, not {shape!r}", file=file, tensor=module)
+        raise CheckpointError(f"shape must be two or three positive integers, not {shape!r}", file=file, tensor=module)
     return PackedEntry(entry["format"], tuple(shape))

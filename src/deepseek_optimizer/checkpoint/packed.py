@@ -1,11 +1,11 @@
-"""Packed checkpoints, which are written once and then mapped.
+"""Packed checkpoints, which are written once and then mapped into memory.
 
-A directory with config.json and safetensors files. A packed matrix lies under the parameter's own name as uint8
+A directory with config.json and safetensors files. A packed matrix is stored under the parameter's own name as uint8
 [ceil(rows/16), ceil(cols/32), tile_bytes], the tiles of `native/include/dso.h`, and a stack of experts' matrices as
 [count, ceil(rows/16), ceil(cols/32), tile_bytes]; everything else is an ordinary float tensor. config.json has the settings in
-`quantization_config` (the fields of DeepSeekConfig, by which Transformers knows the method), and says what the tiles are in
-`packed_manifest` (see `manifest.py`). The files are valid safetensors files; tensors begin at multiples of 64 bytes where their
-sizes allow it, matrices first.
+`quantization_config` (the fields of DeepSeekConfig, which tell Transformers the method), and a description of the tiles in
+`packed_manifest` (see `manifest.py`). The files are valid safetensors files; matrices come first, and tensors begin at
+multiples of 64 bytes where their sizes allow it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .stacks import StackShape
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a packed checkpoint."""
+    """Whether a config.json belongs to a packed checkpoint."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
@@ -45,7 +45,7 @@ class PackedCheckpoint(SafetensorsCheckpoint):
             info = self.info(name)
             if info.dtype != "U8" or info.shape != entry.tiles:
                 raise CheckpointError(
-                    f"is {info.dtype} {info.shape}; {entry.format} {list(entry.shape)} is U8 {entry.tiles}",
+                    f"is {info.dtype} {info.shape}; {entry.format} {list(entry.shape)} must be U8 {entry.tiles}",
                     file=info.file,
                     tensor=name,
                 )
@@ -73,7 +73,7 @@ class PackedCheckpoint(SafetensorsCheckpoint):
             return super().read(name)
         if len(entry.shape) == 2:
             return unpack(self.packed(name, entry.format))
-        stack = self.packed_stack(name, entry.format, entry.shape)  # type: ignore[arg-type]  # three numbers
+        stack = self.packed_stack(name, entry.format, entry.shape)  # type: ignore[arg-type]  # three dimensions
         return torch.stack([unpack(stack.matrix(i)) for i in range(stack.count)])
 
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """safetensors files: the header is checked completely before anything else is read.
 
 A file consists of 8 bytes little-endian header length, a JSON header, and the tensors' bytes without gaps or overlaps. Source:
-https://github.com/huggingface/safetensors (format section); its reader's 100 MB header cap is ours too.
+https://github.com/huggingface/safetensors (format section). The limit of 100 MB for a header is that of its reader.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def _tensor(file: DataFile, start: int, name: str, entry: Any) -> TensorInfo:
         raise wrong("the header's entry must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise wrong(f"dtype {str(dtype)[:50]!r} is unknown (known: {', '.join(_ITEM_BYTES)})")
+        raise wrong(f"dtype {str(dtype)[:50]!r} is not supported (supported: {', '.join(_ITEM_BYTES)})")
     if not _naturals(shape) or len(shape) > _MAX_DIMS:
-        raise wrong(f"shape must be a list of at most {_MAX_DIMS} whole numbers >= 0")
+        raise wrong(f"shape must be a list of at most {_MAX_DIMS} integers >= 0")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise wrong("data_offsets must be two whole numbers >= 0")
+        raise wrong("data_offsets must be two integers >= 0")
     begin, end = offsets
     nbytes = _ITEM_BYTES[dtype]
     for size in shape:

@@ -3,8 +3,7 @@
     8 bytes "DSOBLOCK" | uint32 format version | uint32 length of the header | header, JSON
     | tokens, int32 [n] | BLAKE2b-128 of everything before | for each block: BLAKE2b-128 of its number and bytes, its bytes
 
-All numbers are little-endian. Errors name the file if a length, a checksum or the model it was made with does
-not match.
+All integers are little-endian. If a length, a checksum or the model it was made with does not match, the error names the file.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class SavedBlocks:
         path: the file.
         made_with: properties that the blocks' bytes depend on, by name, as given to `save_blocks`.
         tokens: token ids of the text.
-        held: which of its blocks are stored, as [begin, end) runs; the others are not needed any more.
+        held: the stored blocks, as [begin, end) runs; the others are not needed any more.
         block_tokens, block_bytes: tokens and bytes of a block.
     """
 
@@ -75,7 +74,9 @@ class SavedBlocks:
             for number in self.numbers:
                 digest, data = file.read(_DIGEST), file.read(self.block_bytes)
                 if len(data) != self.block_bytes or _block_digest(number, data) != digest:
-                    raise CheckpointError(f"block {number} is damaged; delete the file and read the text again", file=self.path)
+                    raise CheckpointError(
+                        f"block {number} is damaged; delete the file and process the text again", file=self.path
+                    )
                 yield data
 
 
@@ -94,7 +95,7 @@ def save_blocks(
     Args:
         path: the file.
         made_with: properties that the blocks' bytes depend on, by name, as JSON types.
-        tokens: token ids of the text; block n holds those from n * block_tokens on.
+        tokens: token ids of the text; block n holds `block_tokens` of them, from n * block_tokens.
         blocks: bytes of the blocks to store.
         numbers: indices of these blocks, ascending.
         block_tokens, block_bytes: tokens and bytes of a block.
@@ -109,7 +110,7 @@ def save_blocks(
         file.write(head + _digest(head))
         for number, data in zip(numbers, blocks, strict=True):
             if len(data) != block_bytes or (number + 1) * block_tokens > len(tokens):
-                raise ValueError(f"block {number} of {len(tokens)} tokens has {len(data)} bytes, and a block {block_bytes}")
+                raise ValueError(f"block {number} of {len(tokens)} tokens has {len(data)} bytes instead of {block_bytes}")
             file.write(_block_digest(number, data) + data)
 
 
@@ -128,7 +129,7 @@ def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
             raise CheckpointError("is not a file of saved cache blocks", file=path)
         _, version, length = _START.unpack(start)
         if version != _VERSION:
-            raise CheckpointError(f"has version {version}, and {_VERSION} is supported; process the text again", file=path)
+            raise CheckpointError(f"has version {version}, but {_VERSION} is supported; process the text again", file=path)
         fields, header = _header(file, path, size, length)
         count, block_tokens, block_bytes = (fields[name] for name in _SIZES)
         begin = _START.size + length + 4 * count + _DIGEST

@@ -1,4 +1,4 @@
-"""Weight formats: one file a format, found by name."""
+"""Weight formats, one per file, looked up by name."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1(), Fp8())})
 
-WEIGHED = frozenset({"int4", "q4_1"})  # formats that choose their scales by the columns' importance
+WEIGHED = frozenset({"int4", "q4_1"})  # formats whose scales depend on the columns' importance
 
 
 def get_format(name: str) -> WeightFormat:
-    """The format called `name`; ConfigError with the nearest name where there is none."""
+    """Returns the format called `name`; ConfigError, which suggests the closest name, if there is none."""
     if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
     near = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown weight format {name!r}{hint} (known: {', '.join(FORMATS)})")
+    raise ConfigError(f"unknown weight format {name!r}{hint} (supported: {', '.join(FORMATS)})")
 
 
 def reference_packer(
@@ -40,7 +40,7 @@ def reference_packer(
     importance: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Packs in plain torch: the `Packer` that serves where no native one was built."""
+    """Packs in plain torch: the `Packer` to use if the native library was not built."""
     if weight.dtype == torch.float8_e4m3fn:
         fp8.check_target(name)
         tiles = fp8.repack(weight, scale)
@@ -54,22 +54,36 @@ def reference_packer(
 def pack(
     weight: torch.Tensor, name: str, packer: Packer = reference_packer, importance: torch.Tensor | None = None
 ) -> PackedMatrix:
-    """float [N, K] -> the packed matrix in format `name`; `importance` as `Packer` has it."""
+    """Packs a matrix.
+
+    Args:
+        weight: float [N, K].
+        name: of the format.
+        packer: the implementation, see `Packer`.
+        importance: float32 [K], see `Packer`.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
     get_format(name)
     return PackedMatrix(name, weight.shape[0], weight.shape[1], packer(weight, name, importance=importance))
 
 
 def unpack(matrix: PackedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The whole matrix as float [rows, cols]."""
+    """Returns the whole matrix as float [rows, cols]."""
     return get_format(matrix.format).unpack(matrix.data, matrix.rows, matrix.cols, dtype)
 
 
 def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Rows `index` (integers, any shape [...]) as float [..., cols]: what an embedding looks up."""
+    """Returns rows `index` (integers of any shape [...]) as float [..., cols]: an embedding lookup.
+
+    Raises:
+        IndexError: an index is not a row of the matrix.
+    """
     flat = index.reshape(-1)
     if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < matrix.rows):
-        raise IndexError(f"row index outside [0, {matrix.rows})")
-    # A tile row holds 16 rows; unpack those of the rows asked for, each once.
+        raise IndexError(f"row index out of range: it must be in [0, {matrix.rows})")
+    # A tile row holds 16 rows; unpack each one that is needed, once.
     tiles, place = torch.unique(flat // TILE_ROWS, return_inverse=True)
     rows = get_format(matrix.format).unpack(matrix.data[tiles], tiles.numel() * TILE_ROWS, matrix.cols, dtype)
     return rows[place * TILE_ROWS + flat % TILE_ROWS].reshape(*index.shape, matrix.cols)

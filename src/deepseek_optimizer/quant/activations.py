@@ -1,10 +1,10 @@
-"""Activations as the products read them: reference conversion, and the exact rows of `native/include/dso.h`.
+"""Activation formats of matrix products: a reference conversion, and the exact row layout of `native/include/dso.h`.
 
-Kinds, by groups of 32 columns (the width padded with zeros), `steps` being 127 or 32512:
+Kinds, in groups of 32 columns (the width padded with zeros); `steps` is 127 for q8 and 32512 for q16:
     q8, q16:  scale = max|x| / steps,  q = rint(x * (steps / max|x|)),  sum = sum of q
-    q16 keeps q in two bytes: hi = (q + 128) >> 8, lo = q - 256 hi, so that two int8 products serve.
-    bf16:     rounded to nearest even.      f32: as it is.
-A group whose factor overflows (zeros, tiny numbers) has scale 0 and q = 0; one with a NaN or infinity scale NaN and q = 0.
+    q16 stores q in two bytes, hi = (q + 128) >> 8 and lo = q - 256 hi, so that two int8 products compute it.
+    bf16:     rounded to nearest even.      f32: unchanged.
+A group whose factor overflows (zeros, tiny values) has scale 0 and q = 0; one with a NaN or infinity has scale NaN and q = 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ROW_ALIGN = 64
 
 @dataclass(frozen=True)
 class QuantisedRows:
-    """q: int32 [T, g, 32]; scale: float32 [T, g]; total: int32 [T, g], the sum of q."""
+    """Rows quantised in groups. q: int32 [T, g, 32]; scale: float32 [T, g]; total: int32 [T, g], the sum of q."""
 
     q: torch.Tensor
     scale: torch.Tensor
@@ -32,13 +32,13 @@ class QuantisedRows:
 
 def _check(kind: str, x: torch.Tensor) -> None:
     if kind not in KINDS:
-        raise ConfigError(f"unknown kind of activation {kind!r} (known: {', '.join(KINDS)})")
+        raise ConfigError(f"unknown kind of activation {kind!r} (supported: {', '.join(KINDS)})")
     if x.dim() != 2:
-        raise ValueError(f"activations are rows [T, width], not {tuple(x.shape)}")
+        raise ValueError(f"activations must be rows [T, width], not {tuple(x.shape)}")
 
 
 def quantise_rows(x: torch.Tensor, kind: str) -> QuantisedRows:
-    """float [T, width] -> whole numbers by groups of 32; kind "q8" or "q16"."""
+    """Quantises float [T, width] to integers in groups of 32 columns; kind "q8" or "q16"."""
     _check(kind, x)
     steps = _STEPS[kind]
     x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % TILE_COLS)).view(x.shape[0], -1, TILE_COLS)
@@ -51,7 +51,7 @@ def quantise_rows(x: torch.Tensor, kind: str) -> QuantisedRows:
 
 
 def fake_quantize(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """What a product of this kind sees of x: float [..., width] -> float32 [..., width]."""
+    """Quantises and dequantises x as a product of this kind does: float [..., width] -> float32 [..., width]."""
     rows = x.reshape(-1, x.shape[-1])
     _check(kind, rows)
     if kind == "f32":
@@ -64,7 +64,7 @@ def fake_quantize(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def row_bytes(kind: str, width: int) -> int:
-    """Bytes of one row: `dso_row_bytes`."""
+    """Bytes of one row, equal to `dso_row_bytes`."""
     padded = -(-width // TILE_COLS) * TILE_COLS
     groups = padded // TILE_COLS
     size = {"f32": 4 * width, "bf16": 2 * padded, "q8": padded + 8 * groups, "q16": 2 * padded + 8 * groups}[kind]
@@ -72,7 +72,7 @@ def row_bytes(kind: str, width: int) -> int:
 
 
 def convert(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """float [T, width] -> uint8 [T, row_bytes]: the rows `dso_convert` makes; bytes past the last number are zero."""
+    """float [T, width] -> uint8 [T, row_bytes], equal to `dso_convert`; bytes after the last element are zero."""
     _check(kind, x)
     if kind == "f32":
         parts = [x.float().contiguous()]
@@ -82,7 +82,7 @@ def convert(x: torch.Tensor, kind: str) -> torch.Tensor:
         rows = quantise_rows(x, kind)
         q = rows.q.flatten(1)
         high = (q + 128) >> 8
-        numbers = [q] if kind == "q8" else [high, q - 256 * high]
-        parts = [n.to(torch.int8) for n in numbers] + [rows.scale, rows.total]
+        codes = [q] if kind == "q8" else [high, q - 256 * high]
+        parts = [code.to(torch.int8) for code in codes] + [rows.scale, rows.total]
     row = torch.cat([p.view(torch.uint8) for p in parts], -1)
     return torch.nn.functional.pad(row, (0, row_bytes(kind, x.shape[1]) - row.shape[1]))

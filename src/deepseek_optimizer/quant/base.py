@@ -1,8 +1,9 @@
-"""What a weight format is.
+"""The interface of a weight format.
 
-A packed matrix [N, K] is a uint8 tensor of shape [ceil(N/16), ceil(K/32), tile_bytes]: tiles of 16 rows x 32 columns, the
-layout of `native/include/dso.h`, the same on every ISA and on disk. Each format has one file, whose `pack` and `unpack` are
-plain torch: the definition that the native packer must equal bit for bit, and what serves where there is no native build.
+A packed matrix [N, K] is a uint8 tensor of shape [ceil(N/16), ceil(K/32), tile_bytes]: tiles of 16 rows x 32 columns, in the
+layout of `native/include/dso.h`, which is the same on every ISA and on disk. Each format has one file, whose `pack` and
+`unpack` are plain torch: they define the result that the native packer must equal bit for bit, and are used if there is no
+native build.
 """
 
 from __future__ import annotations
@@ -12,17 +13,26 @@ from typing import ClassVar, Protocol
 import torch
 
 TILE_ROWS, TILE_COLS = 16, 32
-PANEL_ROWS = 128  # rows that are packed apart from others begin at a multiple of it: the tallest block with a scale (fp8)
+PANEL_ROWS = 128  # a panel packed separately begins at a multiple of this: the height of the tallest scaled block (fp8)
 
 
 class Packer(Protocol):
-    """Float matrix [N, K], format name -> uint8 tiles, in `out` where it is given (contiguous, of the tiles' shape).
+    """A function that packs a matrix into tiles. Backends pass their own in; this package imports no backend.
 
-    `importance`: float32 [K], finite, not negative: how much an error in a column weighs. int4 and q4_1 choose their scales by
-    it (`search.py`); the others don't read it. A uint8 matrix is rows of ggml blocks of the type with this format's own numbers
-    (see `ggml.py`): repacked, nothing rounded. A float8_e4m3fn matrix with its blocks' `scale`, float32 [ceil(N/128),
-    ceil(K/128)], becomes "fp8" as it is. Parts of a matrix may be packed apart where they begin at a multiple of PANEL_ROWS.
-    A backend hands its own packer in; this package imports no backend.
+    A panel of a matrix may be packed separately if it begins at a multiple of PANEL_ROWS.
+
+    Args:
+        weight: one of
+            - a float matrix [N, K];
+            - uint8: rows of ggml blocks whose values the format represents exactly (see `ggml.py`); repacked without rounding;
+            - float8_e4m3fn [N, K], with `scale`; stored unchanged as "fp8".
+        name: of the format.
+        out: where to write the tiles, contiguous and of their shape; None: a new tensor.
+        importance: float32 [K], finite and not negative: the weight of an error in each column. int4 and q4_1 choose their
+            scales by it (`search.py`); other formats ignore it.
+        scale: of float8 weights, float32 [ceil(N/128), ceil(K/128)].
+
+    Returns: uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes].
     """
 
     def __call__(
@@ -36,7 +46,15 @@ class Packer(Protocol):
 
 
 class WeightFormat(Protocol):
-    """One format. `code`: DSO_* of dso.h. `activation`: slot kind its products read: "f32", "bf16", "q8" or "q16"."""
+    """One format.
+
+    Attributes:
+        name: as users write it.
+        code: DSO_* of dso.h.
+        tile_bytes: bytes of a tile.
+        bits: bits per weight, scales included.
+        activation: the kind of activation that its products read: "f32", "bf16", "q8" or "q16".
+    """
 
     name: ClassVar[str]
     code: ClassVar[int]
@@ -46,7 +64,7 @@ class WeightFormat(Protocol):
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """float [N, K], and see `Packer` for importance -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]."""
+        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]. `importance`: see `Packer`."""
 
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -54,4 +72,4 @@ class WeightFormat(Protocol):
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """float [N, K]: what |unpack(pack(w, importance)) - w| never exceeds, element by element."""
+        """An upper bound of |unpack(pack(w, importance)) - w| for each element, float [N, K]."""

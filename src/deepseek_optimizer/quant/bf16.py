@@ -1,4 +1,4 @@
-"""bf16: rounded to nearest even, in pairs of columns (the order AMX and VDPBF16PS read)."""
+"""bf16: rounded to nearest even, stored in pairs of columns (the order that AMX and VDPBF16PS read)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tiles import pack_panels, unpack_panels
 
 
 class Bf16:
-    """1024 bytes a tile: bf16 [16 k/2][16 r][2]. Without loss from bfloat16."""
+    """1024 bytes per tile: bf16 [16 k/2][16 r][2]. Lossless for bfloat16 weights."""
 
     name: ClassVar[str] = "bf16"
     code: ClassVar[int] = 1
@@ -30,7 +30,7 @@ class Bf16:
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """Half a unit in the last of 8 significant bits; 2^-134 where bf16 is subnormal."""
+        """Half a unit in the last place of 8 significant bits; 2^-134 where bf16 is subnormal."""
         return (weight.float().abs() * 2.0**-8).clamp_min(2.0**-134)
 
 

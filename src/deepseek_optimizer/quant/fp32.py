@@ -1,4 +1,4 @@
-"""fp32: the numbers themselves, in tiles."""
+"""fp32: unquantised, in tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tiles import pack_panels, unpack_panels
 
 
 class Fp32:
-    """2048 bytes a tile: float [32 k][16 r]. Without loss from float32, bfloat16 and float16."""
+    """2048 bytes per tile: float [32 k][16 r]. Lossless for float32, bfloat16 and float16 weights."""
 
     name: ClassVar[str] = "fp32"
     code: ClassVar[int] = 0

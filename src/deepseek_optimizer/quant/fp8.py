@@ -1,7 +1,7 @@
-"""fp8: E4M3 with one fp32 scale for each block of 128 x 128 weights, as DeepSeek's own checkpoints are stored.
+"""fp8: E4M3 with one fp32 scale per block of 128 x 128 weights, as in DeepSeek's own checkpoints.
 
-E4M3 has 4 exponent bits (bias 7), 3 of mantissa, subnormals down to 2^-9, 448 as its largest number, no infinities, and NaN at
-0x7f and 0xff. A published checkpoint's `weight_scale_inv` is the scale that is stored here.
+E4M3 has 4 exponent bits (bias 7), 3 mantissa bits, subnormals down to 2^-9, 448 as its largest value, no infinities, and NaN
+at 0x7f and 0xff. The scale stored here is the `weight_scale_inv` of a published checkpoint.
 
 Sources: DeepSeek-V3 technical report, section 3.3.2 (fine-grained quantisation); Micikevicius et al., "FP8 Formats for Deep
 Learning" (2022).
@@ -19,11 +19,11 @@ from .tiles import empty_tiles, pad_to_tiles, panels, tile_counts
 BLOCK = 128  # rows and columns that share a scale
 LARGEST = 448.0
 _CODES, _NAN = TILE_ROWS * TILE_COLS, 0x7F
-_DOWN, _ACROSS = BLOCK // TILE_ROWS, BLOCK // TILE_COLS  # tiles of a block
+_DOWN, _ACROSS = BLOCK // TILE_ROWS, BLOCK // TILE_COLS  # tiles per block, vertically and horizontally
 
 
 class Fp8:
-    """544 bytes a tile: E4M3 [16 k/2][16 r][2], the block's fp32 scale, zeros. W = scale * value, scale = max|W| / 448."""
+    """544 bytes per tile: E4M3 [16 k/2][16 r][2], the block's fp32 scale, zeros. W = scale * value, scale = max|W| / 448."""
 
     name: ClassVar[str] = "fp8"
     code: ClassVar[int] = 5
@@ -33,9 +33,9 @@ class Fp8:
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 544]. A block that holds NaN or infinity has scale NaN, and zeros."""
+        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 544]. A block with a NaN or infinity gets scale NaN and zero codes."""
         if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"pack takes a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+            raise ValueError(f"weight must be a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
         out = empty_tiles(weight.shape[0], weight.shape[1], Fp8.tile_bytes)
         for begin, end in panels(*weight.shape):
             codes, scale = quantise(weight[begin:end].detach())
@@ -46,7 +46,7 @@ class Fp8:
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 tiles -> float [rows, cols]: value times scale, rounded once, in float32."""
         if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
-            raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not the tiles of a {rows} x {cols} matrix")
+            raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
         out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
         for begin, end in panels(rows, cols):
             tiles = packed[begin // TILE_ROWS : -(-end // TILE_ROWS)].contiguous()
@@ -58,15 +58,15 @@ class Fp8:
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """Half a unit in the last of 4 significant bits, or of E4M3's subnormals; and what rounding the scale takes off."""
+        """Half a unit in the last place of 4 significant bits, or of E4M3's subnormals, plus the scale's rounding error."""
         w = weight.float()
         scale = expand(block_maxima(w) / LARGEST, *w.shape)
-        rounding = w.abs() * 2.0**-22 + LARGEST * 2.0**-150  # the scale's own: relative, absolute where it is subnormal
+        rounding = w.abs() * 2.0**-22 + LARGEST * 2.0**-150  # of the scale: relative; absolute if it is subnormal
         return torch.maximum(w.abs() * 2.0**-4, scale * 2.0**-10) + rounding
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float [N, K] -> float8_e4m3fn [N, K] and float32 scales [ceil(N/128), ceil(K/128)]; the blocks begin at (0, 0)."""
+    """Quantises float [N, K] to float8_e4m3fn [N, K] and float32 scales [ceil(N/128), ceil(K/128)]; blocks begin at (0, 0)."""
     w = weight.float()
     scale = block_maxima(w) / LARGEST
     scale.masked_fill_(~scale.isfinite(), torch.nan)
@@ -76,11 +76,16 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def repack(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """A matrix that is E4M3 by blocks already -> tiles; nothing is rounded. A block that holds a NaN gets scale NaN.
+    """Packs a matrix that is already E4M3 in blocks, without rounding. A block with a NaN gets scale NaN.
 
     Args:
         codes: float8_e4m3fn [N, K].
         scale: float32 [ceil(N/128), ceil(K/128)].
+
+    Returns: uint8 tiles [ceil(N/16), ceil(K/32), 544].
+
+    Raises:
+        ValueError: the codes or the scale have another dtype or shape.
     """
     scale = check_scale(codes, scale)
     out = empty_tiles(codes.shape[0], codes.shape[1], Fp8.tile_bytes)
@@ -90,52 +95,52 @@ def repack(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-    """float8_e4m3fn [n, K], rows `first_row` and on of a matrix with these scales -> float32 [n, K]."""
+    """Dequantises float8_e4m3fn [n, K], the rows from `first_row` of a matrix with these scales, to float32 [n, K]."""
     return codes.float() * expand(scale.float(), codes.shape[0], codes.shape[1], first_row)
 
 
 def scale_shape(rows: int, cols: int) -> tuple[int, int]:
-    """Shape of the scales of a matrix."""
+    """Shape of the scales of a rows x cols matrix."""
     return -(-rows // BLOCK), -(-cols // BLOCK)
 
 
 def check_scale(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """`scale`, if it is one of these codes; ValueError if not."""
+    """Returns `scale` if it has the dtype and shape that these codes need, and raises ValueError otherwise."""
     if codes.dim() != 2 or codes.dtype != torch.float8_e4m3fn:
         raise ValueError(f"codes must be a float8_e4m3fn matrix, not {codes.dtype} {tuple(codes.shape)}")
     wanted = scale_shape(*codes.shape)
     if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != wanted:
-        got = None if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
-        raise ValueError(f"scale must be float32 {list(wanted)} for {tuple(codes.shape)} codes, not {got}")
+        given = None if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+        raise ValueError(f"scale must be float32 {list(wanted)} for {tuple(codes.shape)} codes, not {given}")
     return scale
 
 
 def check_target(format: str) -> None:
-    """ValueError unless E4M3 codes can become this format as they are."""
+    """ValueError unless E4M3 codes can be stored in this format unchanged."""
     if format != Fp8.name:
-        raise ValueError(f"E4M3 weights are packed as {Fp8.name}, not {format}: dequantise them for another format")
+        raise ValueError(f"E4M3 weights can only be packed as {Fp8.name}, not {format}; dequantise them first")
 
 
 def has_nan(codes: torch.Tensor) -> bool:
-    """Whether one of the codes, uint8 of any shape, is NaN."""
-    return bool((codes.numpy() & 0x7F == _NAN).any())  # in numpy for the reason that `checkpoint.all_finite` has
+    """Whether any of the codes (uint8, any shape) is NaN."""
+    return bool((codes.numpy() & 0x7F == _NAN).any())  # in numpy for the reason given in `checkpoint.all_finite`
 
 
 def block_maxima(weight: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each block, [N, K] -> [ceil(N/128), ceil(K/128)]; NaN where a block holds one."""
+    """Largest magnitude of each block, [N, K] -> [ceil(N/128), ceil(K/128)]; NaN if the block contains one."""
     down, across = scale_shape(*weight.shape)
     padded = torch.nn.functional.pad(weight.abs(), (0, across * BLOCK - weight.shape[1], 0, down * BLOCK - weight.shape[0]))
     return padded.view(down, BLOCK, across, BLOCK).amax((1, 3))
 
 
 def expand(scale: torch.Tensor, rows: int, cols: int, first_row: int = 0) -> torch.Tensor:
-    """The scale of each weight of `rows` rows, `first_row` and on: [ceil(N/128), ceil(K/128)] -> [rows, K]."""
+    """The scale of each weight in `rows` rows from `first_row`: [ceil(N/128), ceil(K/128)] -> [rows, K]."""
     blocks = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=scale.device) // BLOCK
     return scale[blocks].repeat_interleave(BLOCK, 1)[:, :cols]
 
 
 def _write(out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """float8 [n, K] and its blocks' scales -> the tiles `out`, uint8 [ceil(n/16), ceil(K/32), 544]."""
+    """Writes float8 [n, K] and the scales of its blocks to the tiles `out`, uint8 [ceil(n/16), ceil(K/32), 544]."""
     down, across, _ = out.shape
     codes = pad_to_tiles(codes.view(torch.uint8))
     broken = block_maxima((codes & 0x7F == _NAN).to(torch.uint8)).bool()
@@ -148,7 +153,7 @@ def _write(out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
 
 
 def _by_rows(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of tiles, uint8 [t, g, 512] -> [16t, 32g]."""
+    """The codes of tiles in row order, uint8 [t, g, 512] -> [16t, 32g]."""
     down, across, _ = codes.shape
     pairs = codes.reshape(down, across, TILE_COLS // 2, TILE_ROWS, 2)
     return pairs.permute(0, 3, 1, 2, 4).reshape(down * TILE_ROWS, across * TILE_COLS)

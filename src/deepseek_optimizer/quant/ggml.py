@@ -1,7 +1,7 @@
-"""ggml's block types: which there are, and the ones that are our formats in another order.
+"""ggml's block types, and lossless repacking of those that correspond to a format of this package.
 
-Q4_0, Q4_1 and Q8_0 hold the same numbers as int4, q4_1 and int8: groups of 32 along the row, fp16 scales. Repacking moves
-bits and rounds nothing. Source: ggml-common.h and ggml-quants.c of llama.cpp.
+Q4_0, Q4_1 and Q8_0 represent the same values as int4, q4_1 and int8: groups of 32 along the row with fp16 scales. Repacking
+moves bits and rounds nothing. Source: ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tiles import empty_tiles, panels, write_tiles
 
 @dataclass(frozen=True)
 class GgmlType:
-    """A storage type: `block` numbers take `block_bytes` bytes."""
+    """A storage type: `block` elements take `block_bytes` bytes. `code`: its number in `enum ggml_type`."""
 
     code: int
     name: str
@@ -28,11 +28,11 @@ class GgmlType:
     block_bytes: int
 
     def row_bytes(self, cols: int) -> int:
-        """Bytes of `cols` numbers, a multiple of the block."""
+        """Bytes of a row of `cols` elements, a multiple of the block."""
         return cols // self.block * self.block_bytes
 
     def fits(self, cols: int) -> bool:
-        """Whether a row of `cols` numbers is whole blocks."""
+        """Whether a row of `cols` elements consists of whole blocks."""
         return cols % self.block == 0
 
 
@@ -76,15 +76,15 @@ GGML_TYPES = {
     )
 }
 
-_NIBBLES, _EIGHTS, _TOP_BITS = 0x0F0F0F0F, 0x88888888 - (1 << 32), 0x80808080 - (1 << 32)  # signed 32-bit numbers
+_NIBBLES, _EIGHTS, _TOP_BITS = 0x0F0F0F0F, 0x88888888 - (1 << 32), 0x80808080 - (1 << 32)  # signed 32-bit integers
 
 
 @dataclass(frozen=True)
 class _Twin:
-    """The format with a ggml type's numbers. `numbers`: fp16 in front of a block. `zero`: a word of codes of zero."""
+    """The format that corresponds to a ggml type. `halves`: fp16 values at a block's start; `zero`: a word of zero codes."""
 
     format: WeightFormat
-    numbers: int
+    halves: int
     zero: int
 
 
@@ -92,38 +92,42 @@ _LOSSLESS = {"Q4_0": _Twin(Int4(), 1, _EIGHTS), "Q4_1": _Twin(Q4_1(), 2, 0), "Q8
 
 
 def lossless_format(ggml_type: str) -> str | None:
-    """The format that holds this type's numbers exactly, block for block; None where there is none."""
+    """The format that represents this type exactly, block for block; None if there is none."""
     return _LOSSLESS[ggml_type].format.name if ggml_type in _LOSSLESS else None
 
 
 def blocks_for(format: str, row_bytes: int) -> tuple[str, int]:
-    """The ggml type with this format's numbers, and how many of them are in a row of so many bytes; ValueError if none are."""
+    """The ggml type that corresponds to this format, and the number of elements in a row of `row_bytes` bytes.
+
+    Raises:
+        ValueError: no type corresponds to the format, or the row does not consist of whole blocks.
+    """
     for kind in GGML_TYPES.values():
         if lossless_format(kind.name) == format and row_bytes % kind.block_bytes == 0:
             return kind.name, row_bytes // kind.block_bytes * kind.block
-    raise ValueError(f"rows of {row_bytes} bytes are not blocks of a ggml type with the numbers of {format}")
+    raise ValueError(f"rows of {row_bytes} bytes are not whole blocks of a ggml type that corresponds to {format}")
 
 
 def block_scales(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
-    """The fp16 numbers in front of the blocks of a type that has a lossless format: a view [N, cols/32, 1 or 2]."""
+    """The fp16 values at the start of each block, as a view [N, cols/32, 1 or 2], for a type that has a lossless format."""
     groups = blocks.view(blocks.shape[0], cols // TILE_COLS, -1)
-    return groups[..., : 2 * _LOSSLESS[ggml_type].numbers].view(torch.float16)
+    return groups[..., : 2 * _LOSSLESS[ggml_type].halves].view(torch.float16)
 
 
 def repack(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
-    """ggml blocks -> tiles of `lossless_format(ggml_type)`.
+    """Repacks ggml blocks into tiles of `lossless_format(ggml_type)`.
 
     Args:
         blocks: uint8 [N, bytes of a row], as a GGUF file stores a matrix.
         ggml_type: "Q4_0", "Q4_1" or "Q8_0".
-        cols: numbers in a row, a multiple of 32.
+        cols: elements in a row, a multiple of 32.
     """
     twin, n = _LOSSLESS[ggml_type], blocks.shape[0]
     across = cols // TILE_COLS
     out = empty_tiles(n, cols, twin.format.tile_bytes)
     for begin, end in panels(n, cols):
         panel = blocks[begin:end].reshape(end - begin, across, -1)
-        codes = panel[..., 2 * twin.numbers :].clone(memory_format=torch.contiguous_format).view(torch.int32)
+        codes = panel[..., 2 * twin.halves :].clone(memory_format=torch.contiguous_format).view(torch.int32)
         codes = codes ^ _TOP_BITS if ggml_type == "Q8_0" else _reorder_nibbles(codes)
         halves = block_scales(panel.flatten(1), ggml_type, cols).unbind(-1)
         if missing := -(end - begin) % TILE_ROWS:
@@ -134,7 +138,7 @@ def repack(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
 
 
 def _reorder_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """ggml's words [.., 4] (low nibbles columns 0..15, high ones 16..31) to ours (columns 8j..8j+3 low, 8j+4..8j+7 high)."""
+    """Reorders ggml's words [.., 4] (low nibbles: columns 0..15, high: 16..31) for tiles (low: 8j..8j+3, high: 8j+4..8j+7)."""
     first, second = codes[..., 0::2], codes[..., 1::2]
     low = (first & _NIBBLES) | ((second & _NIBBLES) << 4)
     high = ((first >> 4) & _NIBBLES) | (second & ~_NIBBLES)
@@ -142,10 +146,13 @@ def _reorder_nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def to_float(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
-    """Rows of any ggml type, uint8 [N, bytes of a row], as float [N, cols]: F16 and BF16 stay so, the rest is float32.
+    """Converts rows of any ggml type, uint8 [N, bytes of a row], to float [N, cols]: F16 and BF16 keep their dtype, others
+    become float32.
 
-    ImportError without the `gguf` package, NotImplementedError for a type it cannot read; neither concerns the types that
-    are plain floats or have a lossless format.
+    Raises:
+        ImportError: the `gguf` package is needed and not installed.
+        NotImplementedError: that package does not support the type.
+        Neither is raised for plain floats and types that have a lossless format.
     """
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(ggml_type)
     if plain is not None:
@@ -154,9 +161,9 @@ def to_float(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
         return blocks.contiguous().view(torch.float64).float()
     if ggml_type in _LOSSLESS:
         return _LOSSLESS[ggml_type].format.unpack(repack(blocks, ggml_type, cols), blocks.shape[0], cols)
-    from gguf import GGMLQuantizationType, quants  # heavy, and needed by few files
+    from gguf import GGMLQuantizationType, quants  # slow to import, and needed for few files
 
     if ggml_type not in GGMLQuantizationType.__members__:
-        raise NotImplementedError(f"the installed gguf package does not know {ggml_type}")
-    with np.errstate(all="ignore"):  # a broken scale makes NaN, which is for the caller to judge
+        raise NotImplementedError(f"the installed gguf package does not support {ggml_type}")
+    with np.errstate(all="ignore"):  # an invalid scale yields NaN, which the caller checks
         return torch.from_numpy(quants.dequantize(blocks.contiguous().numpy(), GGMLQuantizationType[ggml_type]))

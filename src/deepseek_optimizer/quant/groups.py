@@ -1,7 +1,7 @@
-"""What the integer formats share: groups of 32 columns with an fp16 scale.
+"""Common parts of the integer formats: groups of 32 columns with an fp16 scale.
 
-Corner cases are part of the definition (`dso_pack` in native/include/dso.h): quotients use the scale as rounded to fp16, round
-half to even; a scale of zero gives zeros; a scale that is not finite becomes NaN, with zeros beside it.
+Corner cases are part of the definition (`dso_pack` in native/include/dso.h): quotients use the scale after rounding to fp16,
+and are rounded half to even; a scale of zero gives zero codes; a scale that is not finite becomes NaN, with zero codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def grouped(panel: torch.Tensor) -> torch.Tensor:
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
-    """float32 -> fp16, with one zero and one NaN."""
+    """Rounds float32 to fp16, with a single zero (positive) and a single NaN."""
     half = scale.to(torch.float16)
     half.masked_fill_(half == 0, 0.0)
     return half.masked_fill_(~half.isfinite(), torch.nan)
@@ -35,27 +35,27 @@ def quantise(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> 
 
 
 def to_words(q: torch.Tensor) -> torch.Tensor:
-    """Whole numbers in [0, 255], float32 [n, g, 32] -> bytes, as int32 words [n, g, 8]."""
+    """Integers in [0, 255], float32 [n, g, 32] -> bytes, as int32 words [n, g, 8]."""
     return q.to(torch.uint8).view(torch.int32)
 
 
 def join_nibbles(q: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 15], int32 words [n, g, 8] of bytes -> words [n, g, 4]: columns 8j..8j+3 low, 8j+4..8j+7 high."""
+    """Joins bytes in [0, 15], int32 words [n, g, 8], to words [n, g, 4] of nibbles: columns 8j..8j+3 low, 8j+4..8j+7 high."""
     low, high = q.view(*q.shape[:2], 4, 2).unbind(-1)
     return low | (high << 4)
 
 
 def split_nibbles(words: torch.Tensor) -> torch.Tensor:
-    """The inverse of `join_nibbles`, as numbers: int32 words [n, g, 4] -> uint8 [n, g, 32]."""
+    """The inverse of `join_nibbles`, as bytes: int32 words [n, g, 4] -> uint8 [n, g, 32]."""
     mask = 0x0F0F0F0F
     return torch.stack((words & mask, (words >> 4) & mask), -1).flatten(-2).view(torch.uint8)
 
 
 def scale_error(scale: torch.Tensor) -> torch.Tensor:
-    """How far rounding to fp16 can move a scale."""
+    """Maximum error of rounding a scale to fp16."""
     return (scale.abs() * FP16_ROUNDING).clamp_min(FP16_TINY)
 
 
 def ungroup(groups: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[16t, g, 32] -> [N, K] of `like`'s shape: drops the padding."""
+    """[16t, g, 32] -> [N, K], the shape of `like`: drops the padding."""
     return groups.flatten(1)[: like.shape[0], : like.shape[1]]

@@ -1,9 +1,9 @@
-"""int4: symmetric, groups of 32 columns, one fp16 scale each (4.5 bits). ggml's Q4_0 is the same numbers.
+"""int4: symmetric, groups of 32 columns, one fp16 scale each (4.5 bits per weight). ggml's Q4_0 represents the same values.
 
-The first scale is ggml's: the element of largest magnitude becomes exactly -8, so that all 16 values serve on its side. Where
-the columns' importance is known, scales are tried that cut that element off, or serve the other side. Where it is not, they
-are left out: on SmolLM2, the smallest plain error was a larger KL divergence than ggml's own scale (0.39 against 0.33). The
-best is then fitted (`search.py`).
+The first candidate scale is ggml's: the element of largest magnitude becomes exactly -8, so that its side has the full range of
+codes. If the columns' importance is known, scales that clip that element or favour the other side are tried too. Otherwise they
+are not: on SmolLM2, the smallest unweighted error gave a larger KL divergence than ggml's scale (0.39 against 0.33). The best
+candidate is then fitted (`search.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .groups import grouped, join_nibbles, round_scale, scale_error, split_nibbl
 from .search import REFIT, Best, by_column, error_weights, in_order, nearest, pad_importance, weighted_error, within
 from .tiles import pack_panels, pad_to_tiles, unpack_panels
 
-# What the element of largest magnitude becomes, in steps. The first is ggml's and the only one where no importance is given.
+# Candidates for the code of the element of largest magnitude. The first is ggml's; without importance, it is the only one.
 ENDS = (-8.0, -6.5, -7.0, -7.5, -8.5, -9.0, -9.5, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5)
 
 
 class Int4:
-    """288 bytes a tile: nibbles [4 j][16 r][4] = w + 8 (low: 8j + b, high: 8j + 4 + b), fp16 scale[16]; W = scale * w."""
+    """288 bytes per tile: nibbles [4 j][16 r][4] = w + 8 (low: 8j + b, high: 8j + 4 + b), fp16 scale[16]; W = scale * w."""
 
     name: ClassVar[str] = "int4"
     code: ClassVar[int] = 3
@@ -31,7 +31,7 @@ class Int4:
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """float [N, K], float32 [K] -> uint8 [ceil(N/16), ceil(K/32), 288]."""
+        """float [N, K], importance float32 [K] -> uint8 [ceil(N/16), ceil(K/32), 288]."""
         padded = pad_importance(importance, weight.shape[-1])
         return pack_panels(weight, Int4.tile_bytes, lambda panel: _encode(panel, padded))
 
@@ -42,24 +42,24 @@ class Int4:
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """Half the largest step that may be chosen, or the way to the last code; and two roundings of the scale."""
+        """Half the largest possible step, or the distance to the last code, plus two roundings of the scale."""
         groups = grouped(pad_to_tiles(weight))
         ends = [abs(end) for end in (ENDS[:1] if importance is None else ENDS)]
         largest = _largest(groups).unsqueeze(-1)
         long, short = largest.abs() / min(ends) * (1 + REFIT), largest.abs() / max(ends) * (1 - REFIT)
-        # Codes reach 8 steps on the side of the largest element, 7 on the other; with importance, the sides may be swapped.
+        # Codes reach 8 steps on the largest element's side and 7 on the other; with importance, the sides may be swapped.
         reach = 7 + (groups.sign() == largest.sign()).float() if importance is None else 7
         return ungroup(torch.maximum(long / 2, groups.abs() - reach * short) + 17 * scale_error(long), weight)
 
 
 def _largest(groups: torch.Tensor) -> torch.Tensor:
-    """The element of largest magnitude, with its sign, the first of equals: [n, g, 32] -> [n, g]."""
+    """The element of largest magnitude, signed; the first one in a tie: [n, g, 32] -> [n, g]."""
     high, low = groups.amax(-1), groups.amin(-1)
-    largest = torch.where(high >= -low, high, low)  # a NaN is in both, and stays
-    equals = (high == -low).nonzero(as_tuple=True)  # rare: only here does order matter
-    if equals[0].numel():
-        tied = groups[equals]
-        largest[equals] = tied.gather(-1, tied.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    largest = torch.where(high >= -low, high, low)  # a NaN is in both, and propagates
+    ties = (high == -low).nonzero(as_tuple=True)  # rare; the order of elements matters only here
+    if ties[0].numel():
+        tied = groups[ties]
+        largest[ties] = tied.gather(-1, tied.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return largest
 
 
@@ -72,7 +72,7 @@ def _encode(panel: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch
 
 
 def _search(x: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-    """The scales, fp16 [n, g], of groups x float32 [32, n, g]."""
+    """The best scales, fp16 [n, g], for groups x, float32 [32, n, g]."""
     weights = error_weights(x, importance)
     best = Best()
 
@@ -87,7 +87,7 @@ def _search(x: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor | N
 
 
 def _fitted(x: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The scale of least error for the codes that `scale` gives, sum(weights q x) / sum(weights q q), not far from it."""
+    """The least-squares scale for the codes that `scale` gives, sum(weights q x) / sum(weights q q), limited by REFIT."""
     old, q = scale.float(), nearest(x, scale, -8, 7)
     wq = weights * q
     return round_scale(old + within(in_order(wq * x) / in_order(wq * q) - old, old.abs() * REFIT))

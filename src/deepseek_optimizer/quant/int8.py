@@ -1,4 +1,4 @@
-"""int8: symmetric, groups of 32 columns, one fp16 scale each (8.5 bits). ggml's Q8_0 is the same numbers."""
+"""int8: symmetric, groups of 32 columns, one fp16 scale each (8.5 bits per weight). ggml's Q8_0 represents the same values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tiles import pack_panels, pad_to_tiles, unpack_panels
 
 
 class Int8:
-    """544 bytes a tile: uint8 [8 k/4][16 r][4] = w + 128, fp16 scale[16]. W = scale * w, scale = max|W| / 127."""
+    """544 bytes per tile: uint8 [8 k/4][16 r][4] = w + 128, fp16 scale[16]. W = scale * w, scale = max|W| / 127."""
 
     name: ClassVar[str] = "int8"
     code: ClassVar[int] = 2
@@ -31,7 +31,7 @@ class Int8:
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """Half a step, and what rounding the scale to fp16 takes off the largest element."""
+        """Half a step, plus the error that rounding the scale to fp16 causes in the largest element."""
         groups = grouped(pad_to_tiles(weight))
         step = groups.abs().amax(-1, keepdim=True) / 127
         return ungroup((step / 2 + 127.5 * scale_error(step)).expand_as(groups), weight)

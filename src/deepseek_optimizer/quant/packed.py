@@ -1,4 +1,4 @@
-"""Packed matrices, and stacks of them: bytes, format and shape together."""
+"""Packed matrices and stacks of matrices: data, format and shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """W[rows, cols] in format `format`. `data`: uint8 [ceil(rows/16), ceil(cols/32), tile_bytes], see `quant/base.py`."""
+    """A matrix [rows, cols] in a weight format. `data`: uint8 [ceil(rows/16), ceil(cols/32), tile_bytes], see `base.py`."""
 
     format: str
     rows: int
@@ -27,7 +27,7 @@ class PackedMatrix:
 
 @dataclass(frozen=True)
 class PackedStack:
-    """`count` matrices of one shape and format (experts, heads), each packed by itself.
+    """`count` matrices of the same shape and format (experts, heads), each packed separately.
 
     `data`: uint8 [count, ceil(rows/16), ceil(cols/32), tile_bytes], contiguous.
     """
@@ -47,7 +47,7 @@ class PackedStack:
         return self.data.numel()
 
     def matrix(self, index: int) -> PackedMatrix:
-        """One of them, a view."""
+        """Matrix `index` of the stack, as a view."""
         return PackedMatrix(self.format, self.rows, self.cols, self.data[index])
 
 

@@ -1,5 +1,5 @@
-"""Products with packed matrices in plain torch, on any device: dequantised by panels of rows, so that no whole matrix stands in
-memory as floats."""
+"""Products with packed matrices in plain torch, on any device. Matrices are dequantised a panel of rows at a time, so that no
+whole float matrix is in memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from .tiles import panels
 
 
 def unpack_rows(matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
-    """Rows [begin, end) as float32 [end - begin, cols]; `begin` is a multiple of 16. None: to the last row."""
+    """Returns rows [begin, end) as float32 [end - begin, cols].
+
+    Args:
+        begin: a multiple of 16.
+        end: None: up to the last row.
+    """
     end = matrix.rows if end is None else end
     tiles = matrix.data[begin // TILE_ROWS : -(-end // TILE_ROWS)]
     return get_format(matrix.format).unpack(tiles, end - begin, matrix.cols)
 
 
 def linear(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] @ W.T (+ bias) as float32 [..., N]."""
+    """Computes x [..., K] @ W.T (+ bias) as float32 [..., N]."""
     flat = x.reshape(-1, matrix.cols).float()
     out = flat.new_empty(flat.shape[0], matrix.rows)
     for begin, end in panels(matrix.rows, matrix.cols):
@@ -29,7 +34,7 @@ def linear(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = No
 
 
 def linear_gradient(grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """grad [..., N] @ W as float32 [..., K]: the gradient of `linear` in x."""
+    """Computes grad [..., N] @ W as float32 [..., K]: the gradient of `linear` with respect to x."""
     flat = grad.reshape(-1, matrix.rows).float()
     out = flat.new_zeros(flat.shape[0], matrix.cols)
     for begin, end in panels(matrix.rows, matrix.cols):

@@ -1,7 +1,8 @@
-"""q4_1: 4 bits with a scale and a minimum by groups of 32 columns (5 bits). ggml's Q4_1 is the same numbers.
+"""q4_1: 4-bit codes with an fp16 scale and minimum per group of 32 columns (5 bits per weight). ggml's Q4_1 represents the same
+values.
 
-The first choice is ggml's: codes from the group's least element to its greatest. Ranges that leave something off at either end
-are tried as well, and the best is fitted (`search.py`).
+The first candidate is ggml's: codes from the group's minimum to its maximum. Ranges trimmed at either end are tried too, and
+the best one is fitted (`search.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from .groups import grouped, join_nibbles, round_scale, scale_error, split_nibbl
 from .search import REFIT, Best, by_column, error_weights, in_order, nearest, pad_importance, weighted_error, within
 from .tiles import pack_panels, pad_to_tiles, unpack_panels
 
-# What is left off of a group's range, below and above: the first is ggml's choice.
+# Fractions of a group's range that are trimmed, below and above; the first pair is ggml's choice.
 TRIMS = tuple((below / 32, above / 32) for below in range(4) for above in range(4))
 _MAX = TRIMS[-1][0]
-SHIFT = 1 / 2  # how far a fit may move the minimum, in steps
+SHIFT = 1 / 2  # maximum change of the minimum by a fit, in steps
 
 
 class Q4_1:
-    """320 bytes a tile: nibbles as int4 holding q in [0, 15], fp16 scale[16], fp16 min[16]. W = scale * q + min."""
+    """320 bytes per tile: nibbles as in int4, with q in [0, 15], fp16 scale[16], fp16 min[16]. W = scale * q + min."""
 
     name: ClassVar[str] = "q4_1"
     code: ClassVar[int] = 4
@@ -32,29 +33,29 @@ class Q4_1:
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """float [N, K], float32 [K] -> uint8 [ceil(N/16), ceil(K/32), 320]."""
+        """float [N, K], importance float32 [K] -> uint8 [ceil(N/16), ceil(K/32), 320]."""
         padded, tail = pad_importance(importance, weight.shape[-1]), weight.shape[-1] % TILE_COLS
         return pack_panels(weight, Q4_1.tile_bytes, lambda panel: _encode(panel, padded, tail))
 
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """uint8 tiles -> float [rows, cols]: the product is exact in float32, the sum rounded once, as ggml does it."""
+        """uint8 tiles -> float [rows, cols]: the product is exact in float32 and the sum is rounded once, as in ggml."""
         return unpack_panels(packed, rows, cols, dtype, _decode, words=4, halves=2)
 
     @staticmethod
     def error_bound(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """Half the largest step that may be chosen, or the way to the narrowest range; and both roundings of all three."""
+        """Half the largest possible step, or the distance to the narrowest range, plus both roundings of all three."""
         groups = grouped(pad_to_tiles(weight))
         low, high = (x.unsqueeze(-1) for x in _range(groups, weight.shape[-1] % TILE_COLS))
         step = (high - low) / 15
         long, trim = step * (1 + REFIT), _MAX * (high - low)
-        least, greatest = low + trim + long * SHIFT, high - trim - (SHIFT + 15 * REFIT) * step
-        rounding = 32 * scale_error(long) + scale_error(low) + scale_error(least) + 2.0**-22 * (low.abs() + groups.abs())
-        return ungroup(torch.maximum(long / 2, torch.maximum(least - groups, groups - greatest)) + rounding, weight)
+        bottom, top = low + trim + long * SHIFT, high - trim - (SHIFT + 15 * REFIT) * step
+        rounding = 32 * scale_error(long) + scale_error(low) + scale_error(bottom) + 2.0**-22 * (low.abs() + groups.abs())
+        return ungroup(torch.maximum(long / 2, torch.maximum(bottom - groups, groups - top)) + rounding, weight)
 
 
 def _range(groups: torch.Tensor, tail: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least and greatest of each group, [n, g, 32] -> 2 x [n, g]. `tail`: real columns of the last group, 0 for all of them."""
+    """Minimum and maximum of each group, [n, g, 32] -> 2 x [n, g]. `tail`: columns in use of the last group; 0: all."""
     low, high = groups.amin(-1), groups.amax(-1)
     if tail:
         low[:, -1], high[:, -1] = groups[:, -1, :tail].amin(-1), groups[:, -1, :tail].amax(-1)
@@ -76,7 +77,7 @@ def _encode(panel: torch.Tensor, importance: torch.Tensor | None, tail: int) -> 
 def _search(
     x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, importance: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Scales and minima, fp16 [n, g], of groups x float32 [32, n, g] that reach from low to high [n, g]."""
+    """The best scales and minima, fp16 [n, g], for groups x, float32 [32, n, g], whose range is low to high, [n, g]."""
     weights = error_weights(x, importance)
     best = Best()
 
@@ -86,8 +87,8 @@ def _search(
 
     span = high - low
     for below, above in TRIMS:
-        least = low + span * below
-        consider(round_scale((high - span * above - least) / 15), round_scale(least))
+        bottom = low + span * below
+        consider(round_scale((high - span * above - bottom) / 15), round_scale(bottom))
     scale, minimum = best.chosen
     consider(*_fitted(x, scale, minimum, weights))
     return best.chosen
@@ -96,7 +97,7 @@ def _search(
 def _fitted(
     x: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum of least error for the codes that the given ones make, not far from them."""
+    """The least-squares scale and minimum for the codes that the given ones produce, limited by REFIT and SHIFT."""
     old, y = scale.float(), x - minimum.float()
     q = nearest(y, scale, 0, 15)
     wq = weights * q

@@ -1,11 +1,11 @@
-"""The search that int4 and q4_1 share: several scales a group, and the one of least weighted error stays.
+"""The scale search of int4 and q4_1: several candidates per group are tried, and the one with the smallest weighted error wins.
 
-The weight of an element's error is the importance of its column where that is known (the mean square of what the column is
-multiplied with, so that the sum is the error of the product), else its own magnitude. After a format's list of scales, the best
-of them is fitted to its codes by least squares. A later choice must be better, not equal: the first is ggml's own, so no
-group is worse off than in ggml, and numbers that came out of a ggml block go back to it.
+The weight of an element's error is the importance of its column if that is known (the mean square of the activations that the
+column is multiplied with, so that the sum is the error of the product), and its own magnitude otherwise. After a format's list
+of candidates, the best one is fitted to its codes by least squares. A later candidate must be strictly better: the first is
+ggml's, so no group is worse than in ggml, and values that came from a ggml block are packed to the same block.
 
-Sums run over the columns in order, one IEEE operation after the other, so that the native packer gets the same bits
+Sums run over the columns in order, one IEEE operation at a time, so that the native packer gets the same bits
 (docs/contracts.md, "Packing, bit for bit").
 """
 
@@ -15,17 +15,21 @@ import torch
 
 from .base import TILE_COLS
 
-REFIT = 1 / 16  # how far a fit may move a scale: bounds the error of columns whose weight is next to nothing
+REFIT = 1 / 16  # maximum relative change of a scale by a fit: bounds the error of columns whose weight is near zero
 
 
 def check_importance(importance: torch.Tensor, cols: int) -> None:
-    """Raises: ValueError, unless it is float32 [cols]."""
+    """ValueError unless `importance` is float32 [cols]."""
     if importance.shape != (cols,) or importance.dtype != torch.float32:
         raise ValueError(f"importance must be float32 [{cols}], not {importance.dtype} {tuple(importance.shape)}")
 
 
 def pad_importance(importance: torch.Tensor | None, cols: int) -> torch.Tensor | None:
-    """Importance float32 [cols] -> [ceil32(cols)], zeros past the end; ValueError for another shape, or what is no weight."""
+    """Pads importance, float32 [cols], with zeros to [ceil32(cols)].
+
+    Raises:
+        ValueError: another dtype or shape, or an element that is negative or not finite.
+    """
     if importance is None:
         return None
     check_importance(importance, cols)
@@ -35,17 +39,17 @@ def pad_importance(importance: torch.Tensor | None, cols: int) -> torch.Tensor |
 
 
 def by_column(groups: torch.Tensor) -> torch.Tensor:
-    """[n, g, 32] -> contiguous [32, n, g]: one column of all groups is one stretch of memory."""
+    """[n, g, 32] -> contiguous [32, n, g]: a column of all groups is contiguous in memory."""
     return groups.permute(2, 0, 1).contiguous()
 
 
 def error_weights(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-    """Weights of the errors of x [32, n, g]: importance [32 g] as [32, 1, g], or |x|."""
+    """Weights of the errors of x [32, n, g]: importance [32 g] reshaped to [32, 1, g], or |x| if it is None."""
     return x.abs() if importance is None else importance.view(-1, TILE_COLS).t().unsqueeze(1)
 
 
 def in_order(terms: torch.Tensor) -> torch.Tensor:
-    """Sum of [32, ...] over the first dimension, ascending."""
+    """Sum of [32, ...] over the first dimension, in ascending order."""
     total = terms[0].clone()
     for term in terms[1:]:
         total += term
@@ -59,7 +63,7 @@ def weighted_error(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, weight
 
 
 def within(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """`value` clamped to +-limit; NaN stays."""
+    """`value` clamped to [-limit, limit]; NaN propagates."""
     return torch.minimum(torch.maximum(value, -limit), limit)
 
 
@@ -70,20 +74,20 @@ def nearest(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.
 
 
 class Best:
-    """The best choice so far, group by group; `chosen`: its fp16 numbers, [n, g] each, the scale first.
+    """The best candidate so far of each group. `chosen`: its fp16 parameters, [n, g] each, the scale first.
 
-    The first choice stays where it is broken (its error is NaN) or its scale is zero.
+    The first candidate is never replaced if its error is NaN or its scale is zero.
     """
 
     def __init__(self) -> None:
         self._error: torch.Tensor | None = None
         self.chosen: tuple[torch.Tensor, ...] = ()
 
-    def consider(self, error: torch.Tensor, numbers: tuple[torch.Tensor, ...]) -> None:
-        """Takes `numbers` where their error, float32 [n, g], is less than the least so far; NaN is not."""
+    def consider(self, error: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> None:
+        """Chooses `parameters` for groups whose error, float32 [n, g], is below the minimum so far; NaN never is."""
         if self._error is None:
-            self._error, self.chosen = error.masked_fill(numbers[0] == 0, 0.0), numbers
+            self._error, self.chosen = error.masked_fill(parameters[0] == 0, 0.0), parameters
             return
         better = error < self._error
         self._error = torch.where(better, error, self._error)
-        self.chosen = tuple(torch.where(better, new, old) for new, old in zip(numbers, self.chosen, strict=True))
+        self.chosen = tuple(torch.where(better, new, old) for new, old in zip(parameters, self.chosen, strict=True))

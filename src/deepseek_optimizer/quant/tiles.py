@@ -1,11 +1,11 @@
-"""The tile layout that every packed format shares.
+"""The tile layout of all packed formats.
 
-A tile is 16 rows x 32 columns. Seen in 32-bit words, every format stores a row's 32 columns as `words` consecutive words
-(fp32: 32, bf16: 16, int8: 8, 4-bit: 4), and a tile holds them transposed, [words][16 rows], so that one vector load reads the
-same columns of 16 rows. Behind them lie the fp16 numbers a row of the tile has (scale, min), 16 of each. A format only says
-how a row's columns become words and fp16 numbers; the transposition is here.
+A tile is 16 rows x 32 columns. Every format encodes a row's 32 columns as `words` consecutive 32-bit words (fp32: 32, bf16: 16,
+int8: 8, 4-bit: 4), and a tile stores them transposed, [words][16 rows], so that one vector load reads the same columns of 16
+rows. They are followed by the fp16 values of each row of the tile (scale, minimum), 16 of each. A format only defines how a
+row's columns become words and fp16 values; the transposition is done here.
 
-Work goes by panels of rows, so that temporary memory stays a few panels whatever the matrix.
+Matrices are processed in panels of rows, so that temporary memory is a few panels for a matrix of any size.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 
 from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS
 
-PANEL_ELEMENTS = 1 << 19  # 2 MB as float32: stays in the second-level cache's reach
+PANEL_ELEMENTS = 1 << 19  # 2 MB as float32: about the size of an L2 cache
 
-# A panel float [16t, 32g] -> int32 words [16t, g, words] and fp16 numbers, each [16t, g].
+# A panel float [16t, 32g] -> int32 words [16t, g, words] and fp16 values, each [16t, g].
 Encode = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
-# The way back: int32 words [16t, g, words] and fp16 numbers [16t, g] -> float32 [16t, g, 32].
+# The inverse: int32 words [16t, g, words] and fp16 values [16t, g] -> float32 [16t, g, 32].
 Decode = Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor]
 
 
 def tile_counts(rows: int, cols: int) -> tuple[int, int]:
-    """How many tiles cover a matrix: down and across."""
+    """Number of tiles that cover a matrix, vertically and horizontally."""
     return -(-rows // TILE_ROWS), -(-cols // TILE_COLS)
 
 
@@ -40,14 +40,14 @@ def empty_stack(count: int, rows: int, cols: int, tile_bytes: int) -> torch.Tens
 
 
 def panels(rows: int, cols: int, elements: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Row ranges [begin, end) of about `elements` numbers; every begin is a multiple of PANEL_ROWS."""
+    """Yields row ranges [begin, end) of about `elements` elements; every begin is a multiple of PANEL_ROWS."""
     step = max(PANEL_ROWS, elements // max(cols, 1) // PANEL_ROWS * PANEL_ROWS)
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 
 
 def pad_to_tiles(panel: torch.Tensor) -> torch.Tensor:
-    """[n, K] -> contiguous [ceil16(n), ceil32(K)], zeros past the end."""
+    """Pads [n, K] with zeros to contiguous [ceil16(n), ceil32(K)]."""
     tiles, groups = tile_counts(*panel.shape)
     if panel.shape == (tiles * TILE_ROWS, groups * TILE_COLS):
         return panel.contiguous()
@@ -57,7 +57,7 @@ def pad_to_tiles(panel: torch.Tensor) -> torch.Tensor:
 
 
 def write_tiles(out: torch.Tensor, words: torch.Tensor, halves: tuple[torch.Tensor, ...] = ()) -> None:
-    """int32 words [16t, g, n] and 16-bit numbers [16t, g] -> the tiles `out`, uint8 [t, g, tile_bytes]."""
+    """Writes int32 words [16t, g, n] and 16-bit values [16t, g] to the tiles `out`, uint8 [t, g, tile_bytes]."""
     tiles, groups, _ = out.shape
     n = words.shape[-1]
     target = out.view(torch.int32)[..., : n * TILE_ROWS].view(tiles, groups, n, TILE_ROWS)
@@ -69,21 +69,20 @@ def write_tiles(out: torch.Tensor, words: torch.Tensor, halves: tuple[torch.Tens
 
 
 def read_tiles(tiles: torch.Tensor, words: int, halves: int = 0) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Tiles uint8 [t, g, tile_bytes] -> int32 words [16t, g, words] and `halves` tensors of fp16 [16t, g]."""
+    """Reads tiles, uint8 [t, g, tile_bytes], to int32 words [16t, g, words] and `halves` tensors of fp16 [16t, g]."""
     down, across, _ = tiles.shape
     tiles = tiles.contiguous()
     source = tiles.view(torch.int32)[..., : words * TILE_ROWS].view(down, across, words, TILE_ROWS)
     rows = source.permute(0, 3, 1, 2).contiguous().view(down * TILE_ROWS, across, words)
     shorts = tiles.view(torch.float16)[..., 2 * words * TILE_ROWS :]
     columns = (shorts[..., i * TILE_ROWS : (i + 1) * TILE_ROWS] for i in range(halves))
-    numbers = tuple(column.transpose(1, 2).reshape(down * TILE_ROWS, across) for column in columns)
-    return rows, numbers
+    return rows, tuple(column.transpose(1, 2).reshape(down * TILE_ROWS, across) for column in columns)
 
 
 def pack_panels(weight: torch.Tensor, tile_bytes: int, encode: Encode) -> torch.Tensor:
-    """float [N, K] -> uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes]."""
+    """Packs float [N, K] into uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes]."""
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"pack takes a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(f"weight must be a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
     out = empty_tiles(weight.shape[0], weight.shape[1], tile_bytes)
     for begin, end in panels(*weight.shape):
         words, halves = encode(pad_to_tiles(weight[begin:end].detach()))
@@ -94,9 +93,9 @@ def pack_panels(weight: torch.Tensor, tile_bytes: int, encode: Encode) -> torch.
 def unpack_panels(
     packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, decode: Decode, words: int, halves: int = 0
 ) -> torch.Tensor:
-    """uint8 tiles -> float [rows, cols] of `dtype`, computed in float32."""
+    """Unpacks uint8 tiles to [rows, cols] of `dtype`, computed in float32."""
     if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
-        raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not the tiles of a {rows} x {cols} matrix")
+        raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
     out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
     for begin, end in panels(rows, cols):
         values = decode(*read_tiles(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)], words, halves))

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server over the engine. Needs the extra `serve`: pip install "deepseek-optimizer[serve]"."""
+"""An OpenAI-compatible HTTP server for the engine. Needs the extra `serve`: pip install "deepseek-optimizer[serve]"."""

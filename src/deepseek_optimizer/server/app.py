@@ -1,4 +1,4 @@
-"""The application: routes, behind what holds for all of them."""
+"""The ASGI application: middleware and routes."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ from .settings import ServerSettings
 from .state import ServerState
 
 _SWEEP_SECONDS = 60.0
-_ABOUT = """OpenAI's protocols over deepseek-optimizer's engine. A field that is not known is an error, and so is a number in
-quotes; fields of OpenAI's that change nothing here (user, metadata, store and the like) are accepted and ignored."""
+_ABOUT = """OpenAI's API, served by deepseek-optimizer. An unsupported field is an error, and so is a number in quotes; OpenAI's
+fields that have no effect here (user, metadata, store and the like) are accepted and ignored."""
 
 
 def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
-    """The ASGI application of an `AsyncEngine`, which starts and ends with it. Its `state.server` is the `ServerState`.
+    """Creates the ASGI application for an `AsyncEngine`, which starts and ends with it.
 
     Args:
-        engine: not started yet.
+        engine: an `AsyncEngine` that has not been started.
+        settings: None: the defaults.
+
+    Returns: the application; its `state.server` is the `ServerState`.
     """
     settings = settings or ServerSettings()
     state = ServerState(engine, settings)
-    shown = page_files()
-    open_paths = {"/", "/health", "/ready", *page.paths(shown)}
+    assets = page_files()
+    open_paths = {"/", "/health", "/ready", *page.paths(assets)}
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -71,7 +74,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     app = FastAPI(
         title="deepseek-optimizer",
         description=_ABOUT,
-        docs_url=None,  # their scripts would come from elsewhere
+        docs_url=None,  # it would load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
         middleware=middleware,
@@ -81,7 +84,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     app.state.server = state
     for route in (chat, completions, responses, embeddings, files, models, tokens, status):
         route.add(app, state)
-    page.add(app, shown)
+    page.add(app, assets)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,
@@ -95,7 +98,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
 
 
 async def _sweep(state: ServerState) -> None:
-    """Lets go of files when their time is over, also where nobody asks for any; looks at those of the model."""
+    """Deletes expired files periodically, and checks whether the model's files were replaced."""
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         state.engine.tell_of_replaced_files()
@@ -104,7 +107,7 @@ async def _sweep(state: ServerState) -> None:
 
 
 async def _wrong_parameter(_request: Request, error: Exception) -> Response:
-    """Of an address's path or query."""
+    """Converts FastAPI's error about a path or query parameter."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = excerpt(str(first["loc"][-1]))
@@ -112,7 +115,7 @@ async def _wrong_parameter(_request: Request, error: Exception) -> Response:
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:
-    """Starlette's own: no such route, no such method."""
-    found = problem(error)
-    assert found is not None
-    return found.response()
+    """Converts Starlette's errors, such as an unknown path or an unsupported method."""
+    api_error = problem(error)
+    assert api_error is not None
+    return api_error.response()

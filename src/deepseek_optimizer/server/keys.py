@@ -1,4 +1,4 @@
-"""API keys: where they come from, and whether a request has one."""
+"""API keys: reading them, and checking those of requests."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ENVIRONMENT = "DSO_API_KEYS"
 
 
 class KeyFileWarning(UserWarning):
-    """Others than its owner can read the file of API keys."""
+    """The file of API keys is readable by users other than its owner."""
 
 
 class ApiKeys:
-    """Knows keys by their hashes alone, so that none can leak through a log or a traceback.
+    """The accepted API keys. Only their hashes are stored, so that no key can leak through a log or a traceback.
 
     Args:
-        keys: none: everyone may ask.
+        keys: the accepted keys; without any, requests need no key.
 
     Raises:
-        ConfigError: a key is empty, or could not be sent in a header.
+        ConfigError: a key is empty, or cannot be sent in a header.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -43,9 +43,14 @@ class ApiKeys:
         return len(self._hashes)
 
     def salt(self, authorization: bytes | None) -> str | None:
-        """Of the key in an Authorization header, for the prefix cache: None where the key is not one of ours.
+        """The prefix cache's salt for the key in an Authorization header.
 
-        All keys are compared, each in constant time, so that the time taken tells nothing about them.
+        All keys are compared, each in constant time, so that the time taken reveals nothing about them.
+
+        Args:
+            authorization: value of the header; None: there is none.
+
+        Returns: a hash of the key; "" if the server needs no key; None if the key is not accepted.
         """
         if not self._hashes:
             return ""
@@ -56,11 +61,16 @@ class ApiKeys:
 
 
 def read_keys(file: str | Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys:
-    """Keys of a file, one a line, where "#" begins a comment; without a file those of DSO_API_KEYS, separated by commas or
-    spaces.
+    """Reads API keys.
+
+    Args:
+        file: a text file with one key per line, where "#" begins a comment; None: keys are taken from DSO_API_KEYS, separated
+            by commas or spaces.
+        environment: where DSO_API_KEYS is looked up.
 
     Raises:
-        ConfigError: the file can't be read, or holds no key. A server that was meant to be locked must not stand open.
+        ConfigError: the file cannot be read, or there is no key in it or in DSO_API_KEYS. A server that was meant to be
+            protected must not start without keys.
     """
     if file is None:
         given = environment.get(ENVIRONMENT)
@@ -68,17 +78,17 @@ def read_keys(file: str | Path | None, environment: Mapping[str, str] = os.envir
             return ApiKeys()
         keys = given.replace(",", " ").split()
         if not keys:
-            raise ConfigError(f"{ENVIRONMENT} is set and holds no key; give one, or unset it to serve without keys")
+            raise ConfigError(f"{ENVIRONMENT} is set but contains no key; add one, or unset it to serve without keys")
         return ApiKeys(keys)
     path = Path(file)
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigError(f"the file of API keys {path} can't be read: {reason}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise ConfigError(f"the API key file {path} cannot be read: {reason}") from None
     keys = [key for line in text.splitlines() if (key := line.partition("#")[0].strip())]
     if not keys:
-        raise ConfigError(f"the file of API keys {path} holds no key: write one a line")
+        raise ConfigError(f"the API key file {path} contains no key; write one key per line")
     if mode & (stat.S_IRGRP | stat.S_IROTH):
-        warnings.warn(f"others than its owner can read the API keys in {path}: chmod 600 it", KeyFileWarning, stacklevel=2)
+        warnings.warn(f"the API key file {path} is readable by other users; run chmod 600 {path}", KeyFileWarning, stacklevel=2)
     return ApiKeys(keys)

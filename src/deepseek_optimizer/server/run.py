@@ -1,7 +1,7 @@
-"""The server as a process: uvicorn with our limits, and how it stops.
+"""The server process: uvicorn with this package's limits and shutdown.
 
-The first SIGTERM or SIGINT: no new requests are taken, those in flight have `drain_seconds`, then the process ends with
-status 0. The second: it ends at once.
+After the first SIGTERM or SIGINT, new requests are refused and requests in flight have `drain_seconds` to finish; then the
+process exits with status 0. After the second, it exits at once.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from .settings import ServerSettings
 from .state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
-_SWITCH = 1e-3  # seconds that a thread in Python may keep the engine and the event loop waiting
-_LAST_BYTES = 2.0  # seconds that clients have, once their answers are written, to read them
+_SWITCH = 1e-3  # seconds that a Python thread may keep the engine and the event loop waiting for the interpreter lock
+_LAST_BYTES = 2.0  # seconds that clients have to read their answers after these were written
 
 
 class Server(uvicorn.Server):
-    """
+    """uvicorn's server for the application.
+
     Args:
-        app: of `create_app`.
-        banner: called with the address once it listens.
+        app: the result of `create_app`.
+        settings: the server's.
+        banner: called with host and port when the server listens.
     """
 
     def __init__(self, app: Any, settings: ServerSettings, banner: Callable[[str, int], None] | None = None) -> None:
@@ -47,8 +49,8 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # whose turn it is goes by the connection's address, which X-Forwarded-For must not change
-                timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a float will do
+                proxy_headers=False,  # X-Forwarded-For must not change the address by which clients are told apart
+                timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a float works
                 timeout_graceful_shutdown=3,
             )
         )
@@ -57,9 +59,9 @@ class Server(uvicorn.Server):
         self._banner = banner
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Of uvicorn: a signal came. Not handed on to the default handlers, which would end the process with the signal."""
+        """Handles a signal for uvicorn. Default handlers are not called, since they would end the process."""
         if self._state.draining:
-            os._exit(128 + sig)  # no clean-up that could take time; our processes end with the pipes to them
+            os._exit(128 + sig)  # no clean-up, which could take time; worker processes exit when their pipes close
         self._state.draining = True
         self._loop.call_soon_threadsafe(self._begin_to_stop)
 
@@ -74,12 +76,12 @@ class Server(uvicorn.Server):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens, once it does."""
-        found = self.servers[0].sockets[0].getsockname()
-        return found[0], found[1]
+        """Host and port; valid once the server listens."""
+        name = self.servers[0].sockets[0].getsockname()
+        return name[0], name[1]
 
     def stop(self) -> None:
-        """As the first signal does. From any thread."""
+        """Begins a graceful shutdown, as the first signal does. Thread-safe."""
         self._state.draining = True
         self._loop.call_soon_threadsafe(self._begin_to_stop)
 
@@ -88,16 +90,18 @@ class Server(uvicorn.Server):
             self._stopping = self._loop.create_task(self._stop())
 
     async def _stop(self) -> None:
-        print("dso: stopping; requests in flight may end. Once more stops at once.", file=sys.stderr, flush=True)
+        print("dso: stopping when requests in flight are done; a second signal stops at once", file=sys.stderr, flush=True)
         try:
             if not await self._state.engine.drain(self._state.settings.drain_seconds):
-                logger.warning("requests were still in flight after %g s and were ended", self._state.settings.drain_seconds)
+                logger.warning(
+                    "requests were still in flight after %g s and were cancelled", self._state.settings.drain_seconds
+                )
             await self._last_bytes()
         finally:
             self.should_exit = True
 
     async def _last_bytes(self) -> None:
-        """Waits for answers to be read, then cuts whoever does not."""
+        """Waits until clients have read their answers, then closes the remaining connections."""
         for _ in range(int(_LAST_BYTES / 0.05)):
             if not self.server_state.tasks:
                 break
@@ -109,17 +113,18 @@ class Server(uvicorn.Server):
 
 
 def raise_file_limit() -> None:
-    """As many connections as the system lets a process have."""
+    """Raises the limit of open files, and so of connections, to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536, hard))
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket bound to an address. It does not listen yet: until the server does, clients are refused and do not hang.
+    """Returns a socket bound to an address. It does not listen yet, so that clients are refused, and do not hang, until the
+    server is ready.
 
     Raises:
-        OSError: nobody can listen there.
+        OSError: the address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -128,21 +133,22 @@ def listener(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise OSError(f"can't listen at {host}:{port}: {error.strerror}") from None
+        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from None
     return sock
 
 
 def serve(engine: Any, settings: ServerSettings, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
-    """Serves until a signal ends it.
+    """Serves until a signal stops the process.
 
     Args:
-        engine: an `AsyncEngine`, not started yet.
-        sock: of `listener`.
-        banner: called with the address once it listens.
+        engine: an `AsyncEngine` that has not been started.
+        settings: the server's.
+        sock: the result of `listener`.
+        banner: called with host and port when the server listens.
     """
     raise_file_limit()
     app = create_app(engine, settings)
     app.state.server.warm_up()
     sys.setswitchinterval(_SWITCH)
-    gc.freeze()  # what is there now stays: no collection need look at it, which would take a tenth of a second
+    gc.freeze()  # existing objects live on; a collection that visits them takes a tenth of a second
     Server(app, settings, banner).run([sock])

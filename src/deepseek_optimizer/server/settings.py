@@ -16,30 +16,30 @@ class ServerSettings:
 
     Attributes:
         host, port: address to listen at. Port 0 takes any free port.
-        keys: API keys that are accepted. Without any, no key is asked for.
-        allow_hosts: names accepted in a Host header, beside the loopback names. Checked where `host` is a loopback address or
+        keys: accepted API keys; without any, requests need no key.
+        allow_hosts: names accepted in a Host header, besides the loopback names. Checked if `host` is a loopback address or
             any names are given.
         allow_origins: origins of web pages that may read answers (CORS); "*" for all.
         max_body_bytes: bytes of one request's body.
-        max_body_bytes_per_client, max_body_bytes_total: bytes of the bodies that are being read at once, of one client and of
-            all clients.
+        max_body_bytes_per_client, max_body_bytes_total: bytes of the bodies that are being read at the same time, for one
+            client and for all clients.
         max_header_bytes: bytes of a request line and its headers together.
         max_headers: headers of a request.
-        max_json_depth: nested lists and objects in a body.
-        max_connections: connections that are open at once.
-        max_answers: answers to one request, `n` times its prompts.
+        max_json_depth: nesting depth of lists and objects in a body.
+        max_connections: open connections.
+        max_answers: answers to one request: `n` times the number of its prompts.
         header_seconds, body_seconds: time a client has to send the headers, and the body.
         write_seconds: time a client may leave a full send buffer unread.
         keep_alive_seconds: idle time before a connection is closed.
         request_seconds: time from a request's arrival to the end of its answer.
         grammar_seconds: CPU time for compiling a grammar or JSON schema.
         max_file_bytes: bytes of an uploaded file, and characters of the text in it.
-        max_file_bytes_per_client, max_file_bytes_total: memory that the texts of uploaded files may take, those that are still
-            being received included. Indexes made from them may take `max_file_bytes_total` again.
-        max_files_per_client: files that a client may keep.
-        max_uploads_per_client, max_uploads_total: files that are received at once, from one client and from all.
-        max_jobs_per_client: requests of one client that may wait for tokenising, for grammars, or for documents. A queue takes
-            four times as many in all.
+        max_file_bytes_per_client, max_file_bytes_total: memory for the texts of uploaded files, including those that are still
+            being received. Indexes built from them may take `max_file_bytes_total` again.
+        max_files_per_client: files that a client may store.
+        max_uploads_per_client, max_uploads_total: files that are received at the same time, from one client and from all.
+        max_jobs_per_client: requests of one client that may wait for tokenising, for grammars, or for documents. A queue
+            accepts four times as many in total.
         file_seconds: time after which an uploaded file is deleted.
         file_read_seconds: CPU time for reading a file's text.
         upload_seconds: time a client has to send a file.
@@ -86,12 +86,12 @@ class ServerSettings:
     access_log: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value that no server can have."""
+        """Raises ConfigError for an invalid value."""
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
         for name in (f.name for f in fields(self) if f.name.endswith("_seconds") and f.name != "drain_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
         for name in self.allow_hosts:
             if "/" in name or not name.strip():
                 raise ConfigError(f"allow_hosts: {name!r} is not a host name; leave out scheme and port")

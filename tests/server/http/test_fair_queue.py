@@ -16,8 +16,10 @@ from deepseek_optimizer.server.http.fair_queue import FairQueue
 from deepseek_optimizer.server.http.problems import ApiError
 
 
-def queue(places: int = 1, max_running: int = 1, max_per_client: int = 100, most: int = 1000, share: float = 1.0) -> FairQueue:
-    return FairQueue("work", places, max_running=max_running, max_per_client=max_per_client, most=most, share=share)
+def queue(
+    places: int = 1, max_running: int = 1, max_per_client: int = 100, max_jobs: int = 1000, share: float = 1.0
+) -> FairQueue:
+    return FairQueue("work", places, max_running=max_running, max_per_client=max_per_client, max_jobs=max_jobs, share=share)
 
 
 def later(seconds: float = 30.0) -> float:
@@ -95,7 +97,7 @@ async def test_a_key_leaves_a_place_to_the_others():
 
 @run
 async def test_more_than_a_key_may_hold_is_refused_and_others_are_not():
-    work, jobs = queue(max_per_client=3, most=4), Jobs()
+    work, jobs = queue(max_per_client=3, max_jobs=4), Jobs()
     own = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
     with pytest.raises(ApiError, match="3 of your requests") as refused:

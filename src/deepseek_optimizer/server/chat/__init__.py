@@ -1,1 +1,1 @@
-"""From a request with messages or a prompt to the engine's request, and from its tokens to an answer."""
+"""Conversion of API requests into requests for the engine, and of the engine's outputs into responses."""

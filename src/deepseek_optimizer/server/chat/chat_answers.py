@@ -1,4 +1,4 @@
-"""The answers to a chat: outputs of the engine into content, thoughts and calls, and those into JSON or events."""
+"""Answers to a chat: the engine's outputs are parsed into content, reasoning and tool calls, and written as JSON or events."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ChatAnswer:
-    """One of a request's answers. A stream's deltas and a whole answer come from the same calls, so their texts are the same.
+    """Parses the outputs of one answer. Streams and whole answers use the same calls, so that their texts are identical.
 
     Args:
-        parser: None where text is nothing but content.
-        one_call: of several calls all but the first are left out.
+        parser: None: the text is only content.
+        one_call: drop all tool calls but the first.
 
     Attributes:
-        cited: further fields of the message, of an answer from documents: `annotations` and `document`.
-        progress: tokens of documents that were read, and that will be; None: nothing to tell.
+        reasoning_tokens: number of tokens of reasoning so far.
+        called: whether there was a tool call.
+        finish: why the answer ended; "" until it has.
+        cited: additional fields of the message for an answer from documents: `annotations` and `document`.
+        progress: tokens of documents that have been processed, and that remain; None: nothing new.
+        stop_reason: the stop string or token that ended the answer.
     """
 
     def __init__(self, parser: OutputParser | None, one_call: bool = False) -> None:
@@ -38,7 +42,7 @@ class ChatAnswer:
         self.stop_reason: str | int | None = None
 
     def feed(self, output: Output) -> list[Delta]:
-        """What an output brings."""
+        """Parses an output; returns the new deltas."""
         parser = self._parser
         if parser is None:
             deltas: list[Delta] = [ContentDelta(output.text)] if output.text else []
@@ -60,7 +64,7 @@ class ChatAnswer:
 
 
 class ChatCollector:
-    """Whole answers: a `chat.completion`."""
+    """Collects whole answers into a `chat.completion`."""
 
     def __init__(self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, dropped: int = 0) -> None:
         self._head, self._answers, self._texts = head, answers, texts
@@ -97,7 +101,7 @@ class ChatCollector:
 
 
 class ChatEncoder:
-    """Answers as chunks, `data: {...}`. What stands around a chunk's text is written once, not once a token."""
+    """Writes answers as chunks, `data: {...}`. The constant parts of a chunk are encoded once, not for every token."""
 
     def __init__(
         self,
@@ -127,9 +131,9 @@ class ChatEncoder:
             self._begun[index] = True
             chunks.append(self._openings[index] + b'{"role":"assistant","content":""}' + self._close)
         if answer.progress is not None:
-            told = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
+            progress = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
             answer.progress = None
-            chunks.append(self._openings[index] + orjson.dumps(told) + self._close)
+            chunks.append(self._openings[index] + orjson.dumps(progress) + self._close)
         for delta in deltas:
             close = self._closing(index) if self._logprobs[index] else self._close
             chunks.append(self._openings[index] + _delta(delta) + close)
@@ -139,9 +143,9 @@ class ChatEncoder:
         return b"".join(chunks)
 
     def _closing(self, index: int, finish: bytes = b"null") -> bytes:
-        """A chunk's end with the log probabilities that wait, which go with the first text that comes."""
-        found, self._logprobs[index] = self._logprobs[index], []
-        logprobs = orjson.dumps({"content": chat_logprobs(found, self._texts)}) if found and self._texts else b"null"
+        """The end of a chunk, with the log probabilities of all tokens since the last one."""
+        pending, self._logprobs[index] = self._logprobs[index], []
+        logprobs = orjson.dumps({"content": chat_logprobs(pending, self._texts)}) if pending and self._texts else b"null"
         return b',"logprobs":' + logprobs + b',"finish_reason":' + finish + b"}]" + self._end
 
     def last(self) -> bytes:

@@ -1,4 +1,4 @@
-"""What a chat's answers are made of and parsed by: the prompt, the tools that may be called, thoughts."""
+"""Preparation of a chat: its prompt, the format of tool calls, and the parser of its answers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ChatSpec:
-    """What a request says of it, whichever protocol it came by.
+    """A chat as requested, independent of the protocol.
 
     Attributes:
-        messages, tools: as OpenAI's chat API has them.
-        choice: "none", "auto", "required", or where it is `named` the name of the tool that must be called.
-        effort: of reasoning.
+        messages, tools: in the format of OpenAI's chat API.
+        choice: "none", "auto", "required", or the name of the tool that must be called if `named`.
+        named: whether `choice` is the name of a tool.
+        effort: of reasoning; None: not given.
         options: variables of the chat template.
-        skip_special: leave special tokens out of the text.
+        skip_special: omit special tokens from the text.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -49,14 +50,15 @@ class ChatSpec:
 
 @dataclass(frozen=True)
 class ChatSetup:
-    """
+    """A prepared chat.
+
     Attributes:
-        prompt: to be continued.
-        tool_format: how tools are called; None: none may be.
-        thinking: "no", "opens": the answer may open thoughts, "open": the prompt has.
-        keep_special: the parser must see special tokens.
-        dropped: tokens of messages that were left out because the dialogue has outgrown the window.
-        parser: makes one for each answer; None: the text is nothing but content.
+        prompt: the rendered prompt.
+        tool_format: of tool calls; None: no tools may be called.
+        thinking: "no", "opens" (the answer may begin with reasoning) or "open" (the prompt ends with the opening tag).
+        keep_special: whether the parser needs special tokens.
+        dropped: tokens of messages that were dropped because the chat exceeds the cache window.
+        parser: returns a new parser for each answer; None: the text is only content.
     """
 
     prompt: Prompt
@@ -67,22 +69,27 @@ class ChatSetup:
     parser: Callable[[], OutputParser] | None
 
 
-def set_up(state: ServerState, lane: Lane, asked: ChatSpec) -> ChatSetup:
-    """Blocks, and uses the lane's tokenizer and template: for `ServerState.tokenizing`.
+def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
+    """Renders the prompt of a chat. It blocks, and uses the lane's tokenizer and template: run it by `ServerState.tokenizing`.
+
+    Args:
+        state: the server's.
+        lane: of the calling thread.
+        chat: the chat.
 
     Raises:
-        ApiError: 400, tools that this model can't call, or an effort that it can't make.
-        RequestError: the chat template does not take the messages, the tools or an option.
-        WorkerLostError: something else ended the process that renders templates, twice.
+        ApiError: 400, the model cannot call tools, or does not support the reasoning effort.
+        RequestError: the chat template rejects the messages, the tools or an option.
+        WorkerLostError: the process that renders templates was killed by something else, twice.
     """
-    tools = list(asked.tools) if asked.named or asked.choice != "none" else []
+    tools = list(chat.tools) if chat.named or chat.choice != "none" else []
     source = lane.template.source(bool(tools))
     tool_format = _tool_format(state, source) if tools else None
     thinks = state.thinks(bool(tools))
-    options = _options(lane, asked, bool(tools), thinks)
-    prompt, dropped = _fitted(state, lane, asked.messages, tools, options)
+    options = _options(lane, chat, bool(tools), thinks)
+    prompt, dropped = _fitted(state, lane, chat.messages, tools, options)
     keep_special = (thinks or tool_format is not None) and special_markers(lane.tokenizer, tool_format)
-    drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and asked.skip_special else []
+    drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and chat.skip_special else []
     names = [tool["function"]["name"] for tool in tools]
 
     def parser() -> OutputParser:
@@ -95,11 +102,11 @@ def set_up(state: ServerState, lane: Lane, asked: ChatSpec) -> ChatSetup:
 def _fitted(
     state: ServerState, lane: Lane, messages: Sequence[Mapping[str, Any]], tools: list[Tool], options: Mapping[str, Any]
 ) -> tuple[Prompt, int]:
-    """The prompt, and how many tokens of messages are not in it. Where there is a window, a quarter of it is left for the
-    answer and the turns to come."""
+    """The prompt, and the number of tokens of dropped messages. With a cache window, a quarter of it is reserved for the answer
+    and later turns."""
 
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
-        return lane.template.render(some, tools=tools or None, options=options, max_bytes=state.prompt_size.most)
+        return lane.template.render(some, tools=tools or None, options=options, max_bytes=state.prompt_size.max_bytes)
 
     whole, window = render(messages), state.engine.cache_window
     if window is None or len(whole.ids) <= window * 3 // 4:
@@ -115,20 +122,20 @@ def _fitted(
 
 
 def _tool_format(state: ServerState, source: str) -> ToolFormat:
-    wanted = state.settings.tools_format
-    found = detect(source) if wanted is None else FORMATS[wanted]
-    if found is None:
-        raise ApiError(400, "tools: this model's chat template teaches no way to call them that is known here", param="tools")
-    return found
+    name = state.settings.tools_format
+    tool_format = detect(source) if name is None else FORMATS[name]
+    if tool_format is None:
+        raise ApiError(400, "tools: this model's chat template has no supported format of tool calls", param="tools")
+    return tool_format
 
 
-def _options(lane: Lane, asked: ChatSpec, tools: bool, thinks: bool) -> dict[str, Any]:
-    """The template's variables, with `reasoning_effort` where it knows it.
+def _options(lane: Lane, chat: ChatSpec, tools: bool, thinks: bool) -> dict[str, Any]:
+    """The template's variables, with `reasoning_effort` if the template uses it.
 
-    Where it does not, "none" still asks a model that thinks not to (`enable_thinking`, or DeepSeek's `thinking`), and any other
-    effort is what the model does anyhow.
+    If it does not, the effort "none" turns reasoning off, if possible (`enable_thinking`, or DeepSeek's `thinking`), and any
+    other effort turns it on.
     """
-    options, effort = dict(asked.options), asked.effort
+    options, effort = dict(chat.options), chat.effort
     if effort is None:
         return options
     variables = lane.template.variables(tools)
@@ -137,17 +144,18 @@ def _options(lane: Lane, asked: ChatSpec, tools: bool, thinks: bool) -> dict[str
     elif switch := next((name for name in ("enable_thinking", "thinking") if name in variables), None):
         options.setdefault(switch, effort != "none")
     elif effort == "none" and thinks:
-        raise ApiError(400, "reasoning_effort: this model always thinks", param="reasoning_effort")
+        raise ApiError(400, "reasoning_effort: reasoning of this model cannot be turned off", param="reasoning_effort")
     return options
 
 
 def check_choice(tools: Sequence[Tool], choice: str, named: bool) -> None:
-    """
+    """Checks that a tool that must be called exists.
+
     Raises:
-        ApiError: 400, a call is asked for that no tool can answer.
+        ApiError: 400, it does not.
     """
     names = [tool["function"]["name"] for tool in tools]
     if named and choice not in names:
         raise ApiError(400, "tool_choice: there is no tool of that name", param="tool_choice")
     if choice == "required" and not tools:
-        raise ApiError(400, "tool_choice: required, and there are no tools", param="tool_choice")
+        raise ApiError(400, "tool_choice: is required, but there are no tools", param="tool_choice")

@@ -1,4 +1,4 @@
-"""The answers to texts: outputs of the engine into JSON or events of /v1/completions."""
+"""Answers to texts: the engine's outputs are written as JSON or events of /v1/completions."""
 
 from __future__ import annotations
 
@@ -14,43 +14,46 @@ from .usage import Tally
 
 
 class CompletionCollector:
-    """Whole answers: a `text_completion`.
+    """Collects whole answers into a `text_completion`.
 
     Args:
-        echoes: what stands before each answer's text.
-        logprobs: how many of the likeliest tokens; None: no log probabilities.
+        head: fields that are known in advance.
+        echoes: text before each answer.
+        n: answers to each prompt.
+        texts: of the model's tokens; None: no log probabilities.
+        logprobs: number of most likely tokens; None: no log probabilities.
     """
 
     def __init__(
         self, head: dict[str, Any], echoes: list[str], n: int, texts: TokenTexts | None = None, logprobs: int | None = None
     ) -> None:
         self._head, self._echoes, self._texts, self._top = head, echoes, texts, logprobs
-        self._pieces: list[list[str]] = [[echo] for echo in echoes]
+        self._parts: list[list[str]] = [[echo] for echo in echoes]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in echoes]
         self._ends: list[Output | None] = [None] * len(echoes)
         self._tally = Tally(len(echoes), n)
 
     def feed(self, index: int, output: Output) -> None:
-        self._pieces[index].append(output.text)
+        self._parts[index].append(output.text)
         self._logprobs[index] += output.logprobs or ()
         self._ends[index] = output
         self._tally.add(index, output)
 
     def body(self) -> dict[str, Any]:
         choices = []
-        for index, pieces in enumerate(self._pieces):
+        for index, parts in enumerate(self._parts):
             end, logprobs = self._ends[index], None
             if self._texts is not None:
                 logprobs, _ = completion_logprobs(self._logprobs[index], self._texts, 0, self._top or 0)
             choices.append(
-                {"index": index, "text": "".join(pieces), "logprobs": logprobs, "finish_reason": end and end.finish,
+                {"index": index, "text": "".join(parts), "logprobs": logprobs, "finish_reason": end and end.finish,
                  "stop_reason": end and end.stop_reason}
             )  # fmt: skip
         return {**self._head, "object": "text_completion", "choices": choices, "usage": self._tally.usage()}
 
 
 class CompletionEncoder:
-    """Answers as chunks, `data: {...}`."""
+    """Writes answers as chunks, `data: {...}`. Arguments as those of `CompletionCollector`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the text of an answer is held to: JSON, a schema, a regular expression, a grammar, calls of tools."""
+"""Grammars that constrain the text of an answer: JSON, a schema, a regular expression, a grammar, or tool calls."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .chat_setup import ChatSetup, ChatSpec
 
 @dataclass(frozen=True)
 class Form:
-    """Of an answer's text, where one is asked for. `value`: a schema, a regular expression or a grammar."""
+    """The required form of an answer's text. `value`: a schema, a regular expression or a grammar."""
 
     kind: Literal["json_object", "json_schema", "regex", "ebnf"]
     value: Any = None
 
 
 def form_of(guided: Guided) -> Form | None:
-    """What the fields of a request ask for.
+    """The form that the fields of a request require; None if they require none.
 
     Raises:
         ApiError: 400, more than one form.
@@ -49,18 +49,18 @@ def form_of(guided: Guided) -> Form | None:
         forms.append(Form("json_object") if schema is None else Form("json_schema", schema))
     if len(forms) > 1:
         raise ApiError(
-            400, "response_format: only one of response_format, guided_regex and guided_grammar", param="response_format"
+            400, "response_format: give only one of response_format, guided_regex, guided_grammar", param="response_format"
         )
     return forms[0] if forms else None
 
 
 async def compiled(state: ServerState, form: Form | None, caller: Caller) -> CompiledGrammar | None:
-    """The grammar of a form; None where there is none.
+    """Compiles the grammar of a form; None if there is no form.
 
     Raises:
-        RequestError: it is wrong, or takes too long to compile.
-        WorkerLostError: something else ended the process that compiled it, twice.
-        ApiError: as of `FairQueue.run`.
+        RequestError: it is invalid, or takes too long to compile.
+        WorkerLostError: the process that compiled it was killed by something else, twice.
+        ApiError: see `FairQueue.run`.
     """
     if form is None:
         return None
@@ -76,25 +76,32 @@ async def compiled(state: ServerState, form: Form | None, caller: Caller) -> Com
 async def chat_grammar(
     state: ServerState, chat: ChatSpec, setup: ChatSetup, form: Form | None, parallel: bool, caller: Caller
 ) -> CompiledGrammar | None:
-    """What a chat's answer is held to: a form, or calls of tools that must be made. Thoughts before it are free.
+    """The grammar of a chat's answer, for its form or for required tool calls. Reasoning before it is unconstrained.
 
     Args:
-        parallel: whether there may be several calls.
+        state: the server's.
+        chat: the chat.
+        setup: its prompt and formats.
+        form: of the answer's text; None: any.
+        parallel: whether several tool calls are allowed.
+        caller: who sent the request.
 
     Raises:
-        ApiError: 400, a form and tools that may be called, which exclude each other.
-        RequestError, WorkerLostError, ApiError: as of `compiled`.
+        ApiError: 400, both a form and tools were given.
+        RequestError, WorkerLostError, ApiError: see `compiled`.
     """
     tool_format = setup.tool_format
     if form is not None and tool_format is not None:
-        raise ApiError(400, 'tools: not with a form of the text; give either, or tool_choice "none"', param="tools")
+        raise ApiError(
+            400, 'tools: not supported with a response format; give one of them, or tool_choice "none"', param="tools"
+        )
     if tool_format is None or (chat.choice != "required" and not chat.named):
         grammar = await compiled(state, form, caller)
     else:
         shape = tool_format.shape
         tools = [tool for tool in chat.tools if not chat.named or tool["function"]["name"] == chat.choice]
         if shape is None:
-            raise ApiError(400, "tool_choice: calls in this model's format can't be forced", param="tool_choice")
+            raise ApiError(400, "tool_choice: required calls are not supported in this model's format", param="tool_choice")
         grammar = await state.compiling(lambda: tools_source(tools, "required", shape, parallel), caller)
     if grammar is None or setup.thinking == "no":
         return grammar

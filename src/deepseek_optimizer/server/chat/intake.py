@@ -1,4 +1,4 @@
-"""How every route that works for a body begins: a place in the queue first, then what the body says."""
+"""The beginning of every route with a JSON body: reading, admission to the engine's queue, then validation."""
 
 from __future__ import annotations
 
@@ -9,36 +9,39 @@ from typing import Any
 
 from fastapi import Request
 
-from ..http.caller import Caller, unless_gone
+from ..http.caller import Caller, cancel_on_disconnect
 from ..protocol.base import Model, parse
 from ..state import ServerState
 
-_PROMPTS = ("prompt", "input")  # fields that may be tokens
+_PROMPTS = ("prompt", "input")  # fields that may be token ids
 
 
 @asynccontextmanager
 async def admitted_request(
     state: ServerState, request: Request, model: type[Model], *, one: bool = False
 ) -> AsyncIterator[tuple[Model, ExitStack, Caller]]:
-    """The body, checked; its places in the engine's queue, which whoever answers later takes along by `pop_all`; and who asks.
-    What is done with it is cancelled when the client leaves.
+    """Yields the validated body, its places in the engine's queue, and the client. The context's body is cancelled if the
+    client disconnects. The places are released at the end, unless the response takes them over with `pop_all`.
 
     Args:
-        one: the body asks for one answer, whatever its fields seem to say.
+        state: the server's.
+        request: the HTTP request.
+        model: of the body.
+        one: the body requests one answer, regardless of its fields.
 
     Raises:
-        ApiError, EngineBusyError, EngineDeadError: the server is stopping, the queue is full, the body is not what it should
-            be, or `model` names another one.
-        ClientDisconnect: the client has left.
+        ApiError, EngineBusyError, EngineDeadError: the server is stopping, the queue is full, the body is invalid, or its
+            `model` is not the one that is served.
+        ClientDisconnect: the client has disconnected.
     """
-    state.check_taking()
+    state.check_accepting()
     body, size = await state.bodies.read(request)
     caller = Caller(request.state.client, size, state.deadline(request.state.arrived))
     with state.admit({} if one else body, caller.key) as places:
-        async with unless_gone(request):
-            asked = await state.bodies.working(caller.key, size, partial(_checked, state, model, body))
-            state.check_model(getattr(asked, "model", None))
-            yield asked, places, caller
+        async with cancel_on_disconnect(request):
+            parsed = await state.bodies.working(caller.key, size, partial(_checked, state, model, body))
+            state.check_model(getattr(parsed, "model", None))
+            yield parsed, places, caller
 
 
 def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> Model:

@@ -1,4 +1,4 @@
-"""A chat that is ready for the engine: its prompt is rendered, and it knows how its answers are read."""
+"""A chat that is ready for the engine: its rendered prompt, and the parser of its answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class PreparedChat:
     """A chat in one prompt.
 
     Args:
-        chat: what was asked for.
-        setup: its prompt and the parser of its answers; None in a subclass that makes several prompts of it.
+        state: the server's.
+        chat: the chat as requested.
+        setup: its prompt and the parser of its answers; None in a subclass that uses several prompts.
     """
 
     def __init__(self, state: ServerState, chat: ChatSpec, setup: ChatSetup | None) -> None:
@@ -26,7 +27,7 @@ class PreparedChat:
 
     @property
     def ids(self) -> list[int]:
-        """Token ids of the prompt; empty where there is no single one."""
+        """Token ids of the prompt; empty if there is no single prompt."""
         return self.setup.prompt.ids if self.setup else []
 
     @property
@@ -41,14 +42,17 @@ class PreparedChat:
 
     @property
     def dropped(self) -> int:
-        """Tokens of messages that were left out because the chat has outgrown the cache window."""
+        """Tokens of messages that were dropped because the chat exceeds the cache window."""
         return self.setup.dropped if self.setup else 0
 
     def check_fields(self, **wanted: object) -> None:
-        """Refuses fields, given by name, whose values ask for something that this chat cannot have. One prompt can have all.
+        """Refuses fields that this kind of chat does not support. A chat in one prompt supports all.
+
+        Args:
+            wanted: values of the fields by name; a false one is not used.
 
         Raises:
-            ApiError: 400.
+            ApiError: 400, a field is not supported.
         """
 
     async def grammar(self, form: Form | None, parallel: bool, caller: Caller) -> CompiledGrammar | None:
@@ -57,19 +61,22 @@ class PreparedChat:
         return await chat_grammar(self.state, self.chat, self.setup, form, parallel, caller)
 
     def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
-        """The engine's answers, and for each what reads it.
+        """Submits the requests to the engine.
 
         Args:
-            one_call: an answer may have one tool call at most.
+            requests: one per answer.
+            one_call: drop all tool calls of an answer but the first.
+
+        Returns: the engine's answers, and a parser for each.
 
         Raises:
-            RequestError, EngineDeadError: of the first request that the engine does not take.
+            RequestError, EngineDeadError: for the first request that the engine refuses.
         """
         answers = self.state.submit(requests)
         return answers, [ChatAnswer(self.parser(), one_call) for _ in requests]
 
     def parser(self) -> Any:
-        """A new parser of one answer; None: its text is content only."""
+        """A new parser for one answer; None: its text is only content."""
         return self.setup.parser() if self.setup and self.setup.parser else None
 
 
@@ -77,7 +84,7 @@ async def prepare_chat(state: ServerState, chat: ChatSpec, caller: Caller) -> Pr
     """Renders the prompt of a chat without files.
 
     Raises:
-        ApiError, RequestError, WorkerLostError: as `set_up` and `FairQueue.run`.
+        ApiError, RequestError, WorkerLostError: see `set_up` and `FairQueue.run`.
         RequestError: the messages cannot fit.
     """
     state.prompt_size.check_chat(chat.messages)

@@ -1,4 +1,4 @@
-"""Texts to the tokens of prompts."""
+"""Tokenising the prompts of requests."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from ..state import ServerState
 
 
 def tokens_of(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """Of a text as it is: what reads like a control token is one.
+    """Token ids of a text, in which control tokens are recognised.
 
     Args:
-        special: whether the tokenizer adds its own, such as a begin token.
+        tokenizer: of Transformers.
+        text: the text.
+        special: whether the tokenizer adds special tokens, such as a begin token.
     """
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 async def text_prompts(state: ServerState, prompt: Any, special: bool, caller: Caller, field: str) -> list[list[int]]:
-    """Of /v1/completions and /v1/embeddings: one text or several, as characters or tokens.
+    """Token ids of the prompts of /v1/completions and /v1/embeddings.
+
+    Args:
+        state: the server's.
+        prompt: a text or several, or token ids of one or several.
+        special: whether the tokenizer adds special tokens to texts.
+        caller: who sent the request.
+        field: of the request, for errors.
 
     Raises:
-        RequestError: one of them has no token, or more than the model's context.
-        ApiError: as of `FairQueue.run`.
+        RequestError: a prompt has no tokens, or more than the model's context.
+        ApiError: see `FairQueue.run`.
     """
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]

@@ -1,7 +1,7 @@
-"""Answers of the engine on their way to a client: whole, or as server-sent events. A client that leaves ends them.
+"""Sends the engine's answers to a client, whole or as server-sent events. If the client disconnects, they are cancelled.
 
-A stream costs one `send` an output and no task of its own; only where a request has several answers, they have one each. The
-engine merges what nobody has read yet, so a slow reader holds one output and no more.
+A stream takes one `send` per output and no task of its own; only several answers to a request have a task each. The engine
+merges outputs that were not read yet, so a slow client keeps at most one output in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...engine.request import Output
 from ...errors import EngineDeadError
-from ..http.problems import ApiError, busy, late, problem
+from ..http.problems import ApiError, busy, problem, timed_out
 from ..state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
@@ -31,29 +31,31 @@ _EVENTS = [
 
 
 def json_response(value: Any) -> Response:
-    """200, with what orjson writes."""
+    """A response with status 200 and `value` as JSON."""
     return Response(orjson.dumps(value), media_type="application/json")
 
 
 class Encoder(Protocol):
-    """Writes a protocol's events. `index` is the answer's place in the request."""
+    """Writes a protocol's events. `index`: of the answer in the request."""
 
     def feed(self, index: int, output: Output) -> bytes:
-        """Events of an output; none: b""."""
+        """Events for an output; b"" if there are none."""
 
     def last(self) -> bytes:
-        """Events behind those of all answers."""
+        """Events after those of all answers."""
 
     def broken(self, error: ApiError) -> bytes:
-        """Events that end the stream where an answer failed."""
+        """Events that end the stream when an answer has failed."""
 
 
 class _AnyReply(Response):
-    """
+    """Base of both kinds of response.
+
     Args:
         state: the server's.
-        places: in the engine's queue, given back when the engine is done: a client that does not read keeps nobody out.
-        answers: what the engine gave for each request; they end with this reply.
+        places: in the engine's queue, released when the engine is done, so that a client that does not read does not block
+            others.
+        answers: the engine's, one for each request; cancelled at the end of this response.
     """
 
     def __init__(self, state: ServerState, places: ExitStack, answers: list[Any]) -> None:
@@ -92,29 +94,29 @@ class _AnyReply(Response):
             answers.cancel()
 
     def _failure(self, output: Output) -> ApiError | None:
-        """What an answer that ended badly means for its client."""
+        """The error response if the answer ended with an error; None otherwise."""
         if output.finish == "deadline":
-            return late()
+            return timed_out()
         if output.finish == "cancelled":
             return busy("the server is stopping", 5)
         if output.finish != "error":
             return None
         logger.error("request %s failed: %s", output.request_id, output.error)
         if output.transient:
-            return busy("there is no memory for this answer now", 5)
+            return busy("the server has no memory for this answer now", 5)
         try:
             self._state.engine.check_alive()
         except EngineDeadError as error:
             return problem(error)
-        return ApiError(500, "the model could not go on with this answer", code="generation_failed")
+        return ApiError(500, "generation failed; see the server's log", code="generation_failed")
 
 
 class WholeReply(_AnyReply):
-    """One JSON body.
+    """A response with one JSON body.
 
     Args:
-        feed: takes each answer's outputs.
-        body: the answer, when all have come.
+        feed: receives the outputs of each answer.
+        body: returns the body after the last output.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class WholeReply(_AnyReply):
         self._feed, self._body = feed, body
 
     async def _respond(self, send: Send) -> None:
-        for index, answers in enumerate(self._answers):  # one after the other: what the others have is merged meanwhile
+        for index, answers in enumerate(self._answers):  # one after the other; outputs of the others are merged meanwhile
             async for output in answers:
                 if self._gone:
                     return
@@ -143,7 +145,7 @@ class WholeReply(_AnyReply):
 
 
 class StreamReply(_AnyReply):
-    """Server-sent events. The status is sent with the first output: what fails before it has a status of its own."""
+    """A response of server-sent events. The status is sent with the first output; a failure before it has an error status."""
 
     def __init__(self, state: ServerState, places: ExitStack, answers: list[Any], encoder: Encoder) -> None:
         super().__init__(state, places, answers)

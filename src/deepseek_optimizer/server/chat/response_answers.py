@@ -1,4 +1,4 @@
-"""The answer to /v1/responses: deltas into output items and the events that announce them."""
+"""The answer to /v1/responses: deltas are assembled into output items, and written as events."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Event = dict[str, Any]
 
 
 class ResponseItems:
-    """Output items as they grow, and the events of each change. One item is open at a time."""
+    """The output items so far, and the events of each change. At most one item is open at a time."""
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
-        self._pieces: list[str] = []  # of the open item's text or arguments
+        self._texts: list[str] = []  # parts of the open item's text or arguments
         self._logprobs: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
-        self._kind: tuple[str, int] | None = None  # of the open item: its type, and a call's index
+        self._kind: tuple[str, int] | None = None  # of the open item: its type, and the index of a call
 
     def feed(self, deltas: Sequence[Delta], logprobs: list[dict[str, Any]]) -> list[Event]:
         events: list[Event] = []
@@ -46,9 +46,10 @@ class ResponseItems:
         return events
 
     def end(self, status: str, annotations: Sequence[Mapping[str, Any]] = ()) -> list[Event]:
-        """When no more comes. An answer without any item is a message without text.
+        """Closes the open item at the end of the answer. An answer without items becomes an empty message.
 
         Args:
+            status: of the item.
             annotations: of the message, if one is open.
         """
         events = [] if self.items else self._open(("message", 0))
@@ -67,7 +68,7 @@ class ResponseItems:
     def _add(self, kind: str, text: str, **fields: Any) -> list[Event]:
         if not text:
             return []
-        self._pieces.append(text)
+        self._texts.append(text)
         return [{"type": kind, **self._where(), "delta": text, **fields}]
 
     def _open(self, kind: tuple[str, int], call: ToolCallDelta | None = None) -> list[Event]:
@@ -96,7 +97,7 @@ class ResponseItems:
     def _close(self, status: str) -> list[Event]:
         if self._kind is None:
             return []
-        item, text, kind = self.items[-1], "".join(self._pieces), self._kind[0]
+        item, text, kind = self.items[-1], "".join(self._texts), self._kind[0]
         item["status"] = status
         events: list[Event]
         if kind == "function_call":
@@ -115,15 +116,18 @@ class ResponseItems:
             item["content"] = [part]
             events = [done, {"type": "response.content_part.done", **where, "part": part}]
         events.append({"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": dict(item)})
-        self._kind, self._pieces, self._logprobs = None, [], []
+        self._kind, self._texts, self._logprobs = None, [], []
         return events
 
 
 class ResponseCollector:
-    """A whole `response`.
+    """Collects a whole `response`.
 
     Args:
-        head: its fields that are known before.
+        head: fields that are known in advance.
+        answer: parses the outputs.
+        texts: of the model's tokens; None: no log probabilities.
+        dropped: tokens that were dropped from the prompt.
     """
 
     def __init__(self, head: dict[str, Any], answer: ChatAnswer, texts: TokenTexts | None, dropped: int = 0) -> None:
@@ -147,11 +151,11 @@ class ResponseCollector:
         return events
 
     def body(self) -> dict[str, Any]:
-        cut = self._answer.finish == "length"
+        truncated = self._answer.finish == "length"
         return {
             **self._head,
-            "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "status": "incomplete" if truncated else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
             "output": self._items.items,
             **{name: value for name, value in self._answer.cited.items() if name == "document"},
             "usage": self._usage(),
@@ -171,7 +175,7 @@ class ResponseCollector:
 
 
 class ResponseEncoder:
-    """A response as events, numbered in order."""
+    """Writes a response as numbered events. Arguments as those of `ResponseCollector`."""
 
     def __init__(self, head: dict[str, Any], answer: ChatAnswer, texts: TokenTexts | None, dropped: int = 0) -> None:
         self._head, self._collector = head, ResponseCollector(head, answer, texts, dropped)
@@ -203,7 +207,7 @@ class ResponseEncoder:
 
 
 def new_response(model: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a response before it has begun; `fields` echo the request."""
+    """A response before generation has begun; `fields`: those that repeat the request."""
     return {
         "id": _new("resp"), "object": "response", "created_at": int(time.time()), "status": "in_progress", "error": None,
         "incomplete_details": None, "model": model, "output": [], "previous_response_id": None, "store": False,

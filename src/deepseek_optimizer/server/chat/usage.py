@@ -1,4 +1,4 @@
-"""How many tokens a request took."""
+"""Counts the tokens of a request."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from ...engine.request import Output
 
 
 class Tally:
-    """
+    """Token counts of all answers to a request.
+
     Args:
-        answers: of the request; those to one prompt stand together.
-        n: of each prompt.
-        dropped: tokens that were left out of the prompt beforehand.
+        answers: number of answers; those to the same prompt are consecutive.
+        n: number of answers to each prompt.
+        dropped: tokens that were dropped from the prompt in advance.
     """
 
     def __init__(self, answers: int, n: int, dropped: int = 0) -> None:
@@ -23,10 +24,10 @@ class Tally:
         self._last[index] = output
 
     def usage(self, reasoning: int | None = None) -> dict[str, Any]:
-        """As chat and text completions have it.
+        """The `usage` of chat and text completions.
 
         Args:
-            reasoning: tokens of thoughts; None where there can be none.
+            reasoning: tokens of reasoning; None: the field is omitted.
         """
         seen = [output for output in self._last if output is not None]
         prompts = [output for output in self._last[:: self._n] if output is not None]

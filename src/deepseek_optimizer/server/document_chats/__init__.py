@@ -1,1 +1,1 @@
-"""Chats with documents attached: which documents a chat has, and answers from them."""
+"""Chats with attached documents: reading the attachments, and answering from them."""

@@ -1,4 +1,4 @@
-"""Answers from documents: a chat's own with the passages that support it, and those that take more than one prompt."""
+"""Answers from documents: from one prompt, with citations added, or from several prompts."""
 
 from __future__ import annotations
 
@@ -26,37 +26,49 @@ from ..state import ServerState
 from .attachments import Attached
 
 logger = logging.getLogger("deepseek_optimizer.server")
-_AT_ONCE = 4  # prompts of a document in the engine: it has one place in the queue, and others want to be answered too
+_MAX_CONCURRENT = 4  # prompts of a document in the engine, so that other requests are answered too
 
 
 def file_citations(citations: Sequence[Citation], material: Material, ids: Sequence[str | None]) -> list[dict[str, Any]]:
-    """Citations as OpenAI's `file_citation`, with the passage beside it: characters of the file's text, page, line."""
-    found = []
+    """Citations in the format of OpenAI's `file_citation`, extended by the passage: character range, page, line and text.
+
+    Args:
+        citations: passages of the documents.
+        material: the documents.
+        ids: of the files; None: the file came with the request.
+    """
+    annotations = []
     for one in citations:
         index = material.chunks[one.chunk].file
-        found.append(
+        annotations.append(
             {"type": "file_citation", "file_id": ids[index], "filename": one.file, "index": index, "start": one.start,
              "end": one.end, "page": one.page, "line": one.line, "text": one.text}
         )  # fmt: skip
-    return found
+    return annotations
 
 
-def described(strategy: str, reason: str, notes: list[str], context: int) -> dict[str, Any]:
-    """How documents were answered from.
+def document_facts(strategy: str, reason: str, notes: list[str], context: int) -> dict[str, Any]:
+    """The `document` field of an answer.
 
     Args:
+        strategy: the strategy that was used.
+        reason: why it was chosen.
+        notes: remarks for the user.
         context: tokens of the last prompt and its reply.
     """
     return {"strategy": strategy, "reason": reason, "notes": notes, "context_tokens": context}
 
 
 class CitedAnswers:
-    """A chat's answer whose prompt holds the whole documents: before its last output, the passages are found.
+    """Answers of the engine to a prompt that contains the whole documents. Citations are searched before the last output.
 
     Args:
+        state: the server's.
         answers: of the engine.
-        answer: gets the citations.
-        parser: as the answer's; None: the text is nothing but content.
+        answer: receives the citations.
+        parser: parses the text as the answer's parser does; None: the text is only content.
+        attached: the chat's files.
+        material: the prepared documents.
     """
 
     def __init__(
@@ -70,7 +82,7 @@ class CitedAnswers:
     ) -> None:
         self._state, self._answers, self._answer, self._parser = state, answers, answer, parser
         self._attached, self._material = attached, material
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
         self.cancel, self.when_ended = answers.cancel, answers.when_ended
 
     def __aiter__(self) -> CitedAnswers:
@@ -78,7 +90,7 @@ class CitedAnswers:
 
     async def __anext__(self) -> Output:
         output = await self._answers.__anext__()
-        self._pieces.append(output.text)
+        self._texts.append(output.text)
         if output.finish in ("stop", "length"):
             context = output.prompt_tokens + output.completion_tokens - output.dropped_tokens
             request = self._answers.request
@@ -89,19 +101,19 @@ class CitedAnswers:
         return output
 
     def _cited(self, context: int) -> dict[str, Any]:
-        text, material = "".join(self._pieces), self._material
+        text, material = "".join(self._texts), self._material
         if self._parser is not None:
             text = collect([*self._parser.feed(text), *self._parser.finish()]).content
         citations = cite(text, material.chunks, material.document, question=self._attached.question)
         reason = "the documents fit the model's context"
         return {
             "annotations": file_citations(citations, material, self._attached.ids),
-            "document": described("whole", reason, [], context),
+            "document": document_facts("whole", reason, [], context),
         }
 
 
 class _Ended(Exception):
-    """A prompt of the document ended without a reply: cancelled, too late, failed."""
+    """A prompt about the document ended without a reply: cancelled, timed out or failed."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -109,12 +121,16 @@ class _Ended(Exception):
 
 
 class DocumentAnswers(Answers):
-    """An answer out of several prompts, as if it were one: outputs come as from the engine, and each counts all tokens so far.
+    """An answer that takes several prompts, with the interface of one from the engine. Outputs count the tokens of all prompts
+    so far.
 
     Args:
-        request: its sampling is that of the answer itself, parts of the documents are read with the likeliest tokens; the rest
-            but for the prompt holds for each prompt.
-        answer: gets what is known of the reading, and the citations.
+        state: the server's.
+        attached: the chat's files.
+        material: the prepared documents.
+        request: applies to every prompt, except for its own prompt, which is not used, and its sampling, which applies to the
+            final answer only; other prompts are decoded greedily.
+        answer: receives the progress and the citations.
     """
 
     def __init__(
@@ -150,16 +166,18 @@ class DocumentAnswers(Answers):
         except _Ended as ended:
             self.put(replace(ended.output, request_id=name))
         except Exception as error:
-            if isinstance(error, RequestError) and error.field == "max_length":  # of a chunk: the question took the room
-                error = RequestError("messages", "the question and what was said before it leave no room for the documents")
-            found = problem(error)
-            if found is None:
-                logger.exception("request %s: documents could not be read", name)
-            self._error = found or INTERNAL
+            if isinstance(error, RequestError) and error.field == "max_length":  # of a chunk: the question is too long
+                error = RequestError(
+                    "messages", "the question and the earlier messages leave no room for the documents; shorten them"
+                )
+            api_error = problem(error)
+            if api_error is None:
+                logger.exception("request %s: answering from documents failed", name)
+            self._error = api_error or INTERNAL
             self.put(Output(name, finish="error", error=str(error)))
 
     async def _work(self) -> Any:
-        """Runs the strategy to its end; why the answer ended."""
+        """Runs the strategy to its end; returns why the answer ended."""
         attached, material, deadline, client = self._attached, self._material, self._deadline, self.request.client
         finish = "stop"
 
@@ -175,29 +193,29 @@ class DocumentAnswers(Answers):
             else:
                 replies = await self._parts(step)
             step = await self._state.documents.step(client, partial(advance, work, replies), deadline)
-        if not self._streamed:  # what one part said is the answer
-            said, params, prompts = str(step.answer), self.request.sampling, material.prompts
-            text, finish = await self._state.documents.step(client, lambda: _held_to(said, params, prompts), deadline)
+        if not self._streamed:  # the reply about one part is the answer
+            reply_text, params, prompts = str(step.answer), self.request.sampling, material.prompts
+            text, finish = await self._state.documents.step(client, lambda: _limited(reply_text, params, prompts), deadline)
             self.put(self._output(text=text))
-        notes = step.notes + (["earlier messages were cut: the documents take the room"] if attached.cut else [])
+        notes = step.notes + (["earlier messages were truncated to make room for the documents"] if attached.cut else [])
         self._answer.cited = {
             "annotations": file_citations(step.citations, material, attached.ids),
-            "document": described(step.strategy, step.reason, notes, self._context),
+            "document": document_facts(step.strategy, step.reason, notes, self._context),
         }
         return finish
 
     async def _last(self, ask: Ask) -> tuple[Reply, str]:
-        """The reply that is the answer, as it comes; and why it ended."""
+        """Streams the reply that is the answer; returns it, and why it ended."""
         params, room = self.request.sampling, self._state.engine.room - len(ask.prompt)
-        most = min(params.max_tokens or ask.max_tokens, max(1, room))
-        answers = self._submit(ask.prompt, replace(params, max_tokens=most))
+        max_tokens = min(params.max_tokens or ask.max_tokens, max(1, room))
+        answers = self._submit(ask.prompt, replace(params, max_tokens=max_tokens))
         if self._told is not None:
-            answers.when_ended(self._told)  # the engine is done then, whether or not anybody reads on
-        pieces: list[str] = []
+            answers.when_ended(self._told)  # the engine is done then, whether or not the client has read everything
+        texts: list[str] = []
         self._streamed = True
         try:
             async for output in answers:
-                pieces.append(output.text)
+                texts.append(output.text)
                 finish = self._checked(output)
                 text, ids = output.text, output.token_ids
                 so_far = (output.prompt_tokens, output.cached_tokens, output.completion_tokens)
@@ -206,21 +224,21 @@ class DocumentAnswers(Answers):
             answers.cancel()
         self._count(output)
         self._stop_reason = output.stop_reason
-        return Reply("".join(pieces), finish == "stop"), str(finish)
+        return Reply("".join(texts), finish == "stop"), str(finish)
 
     async def _parts(self, batch: Batch) -> list[Reply]:
-        """Replies to prompts about parts of the document, some at once."""
-        gate = asyncio.Semaphore(_AT_ONCE)
+        """Replies to prompts about parts of the document, of which some run concurrently."""
+        gate = asyncio.Semaphore(_MAX_CONCURRENT)
         left = batch.left + sum(len(ask.prompt) for ask in batch.asks)
 
         async def reply(ask: Ask) -> Reply:
             nonlocal left
             async with gate:
-                found = await self._part(ask)
+                answer = await self._part(ask)
             left -= len(ask.prompt)
             self._answer.progress = (self._read, max(0, left))
             self.put(self._output())
-            return found
+            return answer
 
         tasks = [asyncio.ensure_future(reply(ask)) for ask in batch.asks]
         try:
@@ -238,7 +256,7 @@ class DocumentAnswers(Answers):
                 text += output.text
                 if once is None and output.finish is None:
                     if (once := watch.first_time(text, output.completion_tokens)) is not None:
-                        answers.cancel()  # it says the same over and over
+                        answers.cancel()  # it repeats itself
                 if once is None or output.finish != "cancelled":
                     self._checked(output)
         finally:
@@ -247,8 +265,8 @@ class DocumentAnswers(Answers):
         return Reply(text if once is None else once, output.finish == "stop", repeated=once is not None)
 
     def _submit(self, prompt: list[int], params: SamplingParams) -> Answers:
-        found: Answers = self._state.engine.submit(replace(self.request, prompt=prompt, sampling=params))
-        return found
+        answers: Answers = self._state.engine.submit(replace(self.request, prompt=prompt, sampling=params))
+        return answers
 
     def _checked(self, output: Output) -> str | None:
         if output.finish in ("cancelled", "deadline", "error"):
@@ -262,7 +280,7 @@ class DocumentAnswers(Answers):
         self._context = output.prompt_tokens + output.completion_tokens
 
     def _output(self, *, so_far: tuple[int, int, int] = (0, 0, 0), **fields: Any) -> Output:
-        """With the tokens of all prompts that have ended, and of the one that is `so_far`."""
+        """An output that counts the tokens of all finished prompts, plus (prompt, cached, generated) of the current one."""
         read, cached, generated = so_far
         return Output(
             self.request.id, prompt_tokens=self._read + read, cached_tokens=self._cached + cached,
@@ -270,8 +288,8 @@ class DocumentAnswers(Answers):
         )  # fmt: skip
 
 
-def _held_to(text: str, params: SamplingParams, prompts: Prompts) -> tuple[str, str]:
-    """A text that was not written under a request's limits, within them; and how it ends."""
+def _limited(text: str, params: SamplingParams, prompts: Prompts) -> tuple[str, str]:
+    """Applies a request's stop strings and token limit to a text generated without them; returns it and why it ends."""
     ends = [at + len(stop) * params.include_stop for stop in params.stop if (at := text.find(stop)) >= 0]
     text = text[: min(ends)] if ends else text
     ids = prompts.encode(text)

@@ -1,4 +1,4 @@
-"""Chats with files: in one prompt like any chat where everything fits, or else answered by a strategy for long documents."""
+"""Chats with files: one prompt, as in any chat, if everything fits, or otherwise a strategy for long documents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .attachments import Attached, attached
 
 
 class CitedChat(PreparedChat):
-    """A chat whose files are in its prompt; its answers get citations."""
+    """A chat whose prompt contains its files; its answers get citations."""
 
     def __init__(self, state: ServerState, chat: ChatSpec, setup: ChatSetup, files: Attached, material: Material) -> None:
         super().__init__(state, chat, setup)
@@ -39,7 +39,7 @@ class CitedChat(PreparedChat):
 
 
 class LongChat(PreparedChat):
-    """A chat whose files do not fit one prompt. It takes one request, whose prompt is not used."""
+    """A chat whose files do not fit into one prompt. `submit` takes one request, whose prompt is not used."""
 
     def __init__(self, state: ServerState, chat: ChatSpec, files: Attached, material: Material) -> None:
         super().__init__(state, chat, None)
@@ -51,13 +51,13 @@ class LongChat(PreparedChat):
             if value:
                 raise ApiError(
                     400,
-                    f"{name}: not with documents that, with the answer, are longer than the model's context; leave it out, or "
-                    "send less text",
+                    f"{name}: not supported with documents that exceed the model's context together with the answer; leave it "
+                    "out, or send less text",
                     param=name,
                 )
 
     async def grammar(self, form: Form | None, parallel: bool, caller: Caller) -> CompiledGrammar | None:
-        """None: `check_fields` has refused what needs one."""
+        """None: `check_fields` refuses requests that need a grammar."""
         return None
 
     def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
@@ -73,13 +73,16 @@ async def prepare_chat_with_files(
     """Reads the files of a chat and renders its prompt, with the files' texts before the question about them.
 
     Args:
-        max_tokens: that the request allows the answer; None: it does not say.
-        owner: salt of the key that asks.
-        places: the request's, given back when it is answered; memory of files that came with it is given back with them.
+        state: the server's.
+        chat: the chat.
+        max_tokens: maximum length of the answer; None: the request gives none.
+        owner: salt of the request's API key.
+        places: the request's, released when it is answered; the memory of files that came with it is released then too.
+        caller: who sent the request.
 
     Raises:
-        ApiError, DocumentError, WorkerLostError: as `attached`; 504, the files were not ready by the deadline.
-        ApiError, RequestError: as `set_up` and `FairQueue.run`.
+        ApiError, DocumentError, WorkerLostError: see `attached`; 504, the files were not ready by the deadline.
+        ApiError, RequestError: see `set_up` and `FairQueue.run`.
     """
     files = await attached(state, chat.messages, owner, places, caller)
     material = await state.documents.material(owner, files.digests, files.document, caller)
@@ -92,7 +95,7 @@ async def prepare_chat_with_files(
 async def _in_one_prompt(
     state: ServerState, chat: ChatSpec, files: Attached, material: Material, max_tokens: int | None, caller: Caller
 ) -> ChatSetup | None:
-    """None: the files and the answer do not fit the model's context together."""
+    """The prompt with the files' texts; None if it and the answer do not fit the model's context."""
     room = state.engine.room
     if material.tokens > room:
         return None

@@ -1,1 +1,1 @@
-"""Uploaded files and chats about them."""
+"""Uploaded files: receiving, reading and storing them, and preparing them for questions."""

@@ -1,6 +1,6 @@
-"""Files that clients have sent, as the texts that were read from them: in memory, each for the key that sent it, for a while.
+"""The texts of uploaded files, stored in memory for a limited time and accessible only with the API key that uploaded them.
 
-Nothing is written to the disk, and all is gone when the server ends. A name is a label and never a path.
+Nothing is written to disk, and everything is gone when the server stops. A name is a label and never a path.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from ...longdoc.document import TextFile
 from ..http.problems import ApiError, busy
 from ..settings import ServerSettings
 
-_BESIDES = 4096  # bytes that a file takes beside its text
+_OVERHEAD = 4096  # bytes of memory of a file besides its text
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """
+    """An uploaded file.
+
     Attributes:
-        owner: salt of the key that sent it.
-        size: bytes that were sent.
+        id: as in the API.
+        owner: salt of the API key that uploaded it.
+        purpose: as in the API.
+        size: bytes that were uploaded.
         digest: of those bytes and the name.
-        created, expires: seconds since 1970.
+        created, expires: Unix time in seconds.
+        text: the text that was read from it.
     """
 
     id: str
@@ -41,36 +45,39 @@ class StoredFile:
 
     @property
     def held(self) -> int:
-        """Bytes that it takes in memory."""
+        """Bytes of memory that it takes."""
         return memory_of(self.text)
 
 
 def memory_of(text: TextFile) -> int:
-    """Bytes that a text takes."""
-    return sys.getsizeof(text.text) + 120 * len(text.pages) + 40 * len(text.headings) + _BESIDES
+    """Bytes of memory that a text takes."""
+    return sys.getsizeof(text.text) + 120 * len(text.pages) + 40 * len(text.headings) + _OVERHEAD
 
 
 class Room:
-    """Memory that something takes while it comes in, before its text is kept."""
+    """Memory of a file while it is being received, before its text is stored."""
 
     def __init__(self, store: FileStore, owner: str) -> None:
         self._store, self._owner, self._bytes = store, owner, 0
 
     def set(self, size: int) -> None:
-        """
+        """Sets the memory in use, in bytes.
+
         Raises:
-            ApiError: 413, the key has no more room for it; 503, nobody has.
+            ApiError: 413, it exceeds the limit of the key; 503, it exceeds the total limit.
         """
         self._store.take(self._owner, size - self._bytes)
         self._bytes = size
 
 
 class FileStore:
-    """
+    """Stores files up to the limits of the settings.
+
     Args:
-        gone: told the owner and digest of each file that is let go of.
-        clock: seconds since 1970, for what clients are told.
-        running: seconds that no one sets: files expire by them, so that a clock that is put right takes none away.
+        settings: the server's.
+        gone: called with owner and digest of each file that is deleted.
+        clock: Unix time in seconds, for times in responses.
+        running: a monotonic clock in seconds, by which files expire, so that adjusting the system clock deletes none.
     """
 
     def __init__(
@@ -82,35 +89,36 @@ class FileStore:
     ) -> None:
         self._settings, self._gone, self._clock, self._running = settings, gone, clock, running
         self._files: dict[str, StoredFile] = {}
-        self._ends: dict[str, float] = {}  # of those files, by `running`
+        self._ends: dict[str, float] = {}  # when those files expire, by `running`
         self._taken = Counter[str]()  # bytes by owner
-        self._coming = Counter[str]()  # uploads on their way, by client
+        self._coming = Counter[str]()  # uploads in progress, by client
 
     def __len__(self) -> int:
         return len(self._files)
 
     @property
     def held(self) -> int:
-        """Bytes that all files take, and what is coming in."""
+        """Bytes of memory that all files take, including uploads in progress."""
         return self._taken.total()
 
     @contextmanager
     def room(self, owner: str, client: str) -> Iterator[Room]:
-        """For what is being received. Its memory is free again at the end; `add` takes the text's own.
+        """Counts an upload and its memory until the end of the context; `add` then counts the memory of its text.
 
         Args:
-            client: who sends it; without keys all files have one owner.
+            owner: salt of the API key.
+            client: key of the client; without API keys, all files have the same owner.
 
         Raises:
-            ApiError: 429, the client is sending as many as it may; 503, all together are.
+            ApiError: 429, the client has too many uploads in progress; 503, all clients together have.
         """
         if self._coming[client] >= self._settings.max_uploads_per_client:
             raise ApiError(
-                429, f"file: {self._coming[client]} of yours are being received, and no more are taken at once",
+                429, f"file: {self._coming[client]} of your files are being uploaded, the maximum; retry when some are done",
                 code="queue_full", headers={"Retry-After": "1"},
             )  # fmt: skip
         if self._coming.total() >= self._settings.max_uploads_total:
-            raise busy("the server is reading as many files as it can at once")
+            raise busy("the maximum number of files is being uploaded")
         room = Room(self, owner)
         self._coming[client] += 1
         try:
@@ -122,72 +130,78 @@ class FileStore:
             room.set(0)
 
     def take(self, owner: str, change: int) -> None:
-        """Counts memory in or out; raises as of `Room.set`, and has counted nothing then."""
+        """Adds `change` bytes to an owner's memory. If it raises, see `Room.set`, nothing is changed."""
         if change > 0:
             self.sweep()
             if self._taken[owner] + change > self._settings.max_file_bytes_per_client:
                 mb = self._settings.max_file_bytes_per_client / 1e6
                 raise ApiError(
-                    413, f"file: with it your files take more than the {mb:,.0f} MB that a key has; delete some", param="file",
+                    413, f"file: your files would exceed the {mb:,.0f} MB that a key may use; delete some", param="file",
                     code="file_memory", headers={"Connection": "close"},
                 )  # fmt: skip
             if self.held + change > self._settings.max_file_bytes_total:
-                raise busy("there is no memory for more files now", 30)
+                raise busy("the server has no memory for more files now", 30)
         self._taken[owner] += change
         if not self._taken[owner]:
             del self._taken[owner]
 
     def add(self, owner: str, purpose: str, size: int, digest: str, text: TextFile, seconds: float | None = None) -> StoredFile:
-        """Keeps a text.
+        """Stores a text.
 
         Args:
-            seconds: until it expires; no more than what the settings say.
+            owner: salt of the API key.
+            purpose: as in the API.
+            size: bytes that were uploaded.
+            digest: of those bytes and the name.
+            text: what was read from them.
+            seconds: until it expires, at most as many as in the settings; None: as in the settings.
 
         Raises:
-            ApiError: 413 or 503, there is no room; 400, the key has as many files as it may.
+            ApiError: 413 or 503, see `Room.set`; 400, the key has the maximum number of files.
         """
         self.sweep()
         if sum(file.owner == owner for file in self._files.values()) >= self._settings.max_files_per_client:
             raise ApiError(
                 400,
-                f"file: a key may have {self._settings.max_files_per_client} files; delete some",
+                f"file: a key may have at most {self._settings.max_files_per_client} files; delete some",
                 param="file",
                 code="too_many_files",
             )
         now = self._clock()
-        most = self._settings.file_seconds
-        kept = most if seconds is None else min(seconds, most)
+        limit = self._settings.file_seconds
+        lifetime = limit if seconds is None else min(seconds, limit)
         name = f"file-{secrets.token_hex(12)}"
-        file = StoredFile(name, owner, purpose, size, digest, int(now), int(now + kept), text)
+        file = StoredFile(name, owner, purpose, size, digest, int(now), int(now + lifetime), text)
         self.take(owner, file.held)
-        self._files[file.id], self._ends[file.id] = file, self._running() + kept
+        self._files[file.id], self._ends[file.id] = file, self._running() + lifetime
         return file
 
     def get(self, owner: str, id: str) -> StoredFile:
-        """
+        """Returns the file with this id.
+
         Raises:
-            ApiError: 404, there is none of that id for this owner.
+            ApiError: 404, the owner has no such file.
         """
         self.sweep()
         file = self._files.get(id)
         if file is None or file.owner != owner:
             raise ApiError(
-                404, "there is no such file; files are kept in memory for a while, so send it again", param="file_id",
+                404, "there is no such file; files expire, or are lost when the server stops: upload it again", param="file_id",
                 code="file_not_found",
             )  # fmt: skip
         return file
 
     def of(self, owner: str) -> list[StoredFile]:
-        """An owner's files, the oldest first."""
+        """The files of an owner, oldest first."""
         self.sweep()
         return [file for file in self._files.values() if file.owner == owner]
 
     def delete(self, owner: str, id: str) -> None:
-        """Whoever is being answered from it is answered to the end. Raises as `get` does."""
+        """Deletes a file. Answers in progress that use it are completed. Raises as `get` does."""
         self._remove(self.get(owner, id))
 
     def sweep(self) -> None:
-        """Lets go of what has expired."""
+        """Deletes expired files."""
         now = self._running()
         for file in [file for file in self._files.values() if self._ends[file.id] <= now]:
             self._remove(file)

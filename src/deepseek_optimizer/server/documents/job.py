@@ -1,4 +1,4 @@
-"""Reads files that clients sent, in a worker (see `system.sandbox.worker`): a PDF can be made to take for ever."""
+"""Reads uploaded files in a worker process (see `system.sandbox.worker`), since a PDF can be crafted to take forever."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
-    """See `system.sandbox.worker.Worker`.
+    """Returns the worker's function; see `system.sandbox.worker.Worker`.
 
     Args:
-        setup: {"package": its name, "most": characters of text that a file may come to}.
+        setup: {"package": this package's name, "max_characters": of the text of a file}.
     """
-    # The package without what its __init__ does, which would load torch.
+    # The package without its __init__, which would load torch.
     spec = importlib.util.find_spec(setup["package"])
     assert spec is not None
     sys.modules[setup["package"]] = importlib.util.module_from_spec(spec)
@@ -29,10 +29,9 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
             return {"problem": error.message}
         except errors.MissingPackageError as error:
             return {"missing": str(error)}
-        if len(file.text) > setup["most"]:
-            return {
-                "problem": f"has {len(file.text):,} characters of text, and {setup['most']:,} are the most; send a part of it"
-            }
+        if len(file.text) > setup["max_characters"]:
+            size, limit = len(file.text), setup["max_characters"]
+            return {"problem": f"has {size:,} characters of text, but at most {limit:,} are allowed; send a part of it"}
         return {"text": file.text, "pages": file.pages, "headings": file.headings, "warnings": file.warnings}
 
     return run

@@ -1,7 +1,7 @@
-"""Documents made ready for questions: in chunks, with an index where one is needed, kept for the next question.
+"""Preparation of documents for questions: they are split into chunks, indexed if necessary, and cached for later questions.
 
-Documents are cut and searched on threads of their own, each with its own tokenizer: chats don't wait for them, and short
-documents don't wait for long ones. Clients have their turns on each (see `fair_queue`).
+Documents are split and searched on separate threads, each with its own tokenizer, so that chats do not wait for documents, nor
+short documents for long ones. Clients take turns on each thread (see `fair_queue`).
 """
 
 from __future__ import annotations
@@ -22,84 +22,88 @@ from ..http.caller import Caller
 from ..http.fair_queue import FairQueue
 
 T = TypeVar("T")
-_Key = tuple[str, tuple[str, ...]]  # whose, and the digests of its files
+_Key = tuple[str, tuple[str, ...]]  # owner, and digests of the files
 
 IDLE_SECONDS = 900.0
-REPLY = 512  # tokens of an answer from a document that does not fit, where the request does not say
-_LONG = 1 << 18  # characters of a document that others should not wait for
-_EACH = 8  # bytes that a prepared document takes for each of its characters, about: chunks, index, tokens
-_PARTS = 6  # chunks of such a size fit a prompt, at least
+REPLY = 512  # tokens reserved for an answer if the request gives no maximum
+_LONG = 1 << 18  # characters from which a document is processed on the thread for long ones
+_EACH = 8  # approximate bytes of a prepared document per character: chunks, index, tokens
+_PARTS = 6  # minimum number of chunks that fit a prompt
 
 
 class _Stopped(Exception):
-    """Nobody wants the document any more."""
+    """The document is not needed any more."""
 
 
 class Preparation:
-    """
+    """Prepares documents and caches them.
+
     Args:
-        copied: gives a copy of the tokenizer.
-        room: tokens that prompt and answer may take together.
-        max_bytes: that prepared documents may take together; the newest one is kept whatever it takes.
-        max_per_client, most: as of `FairQueue`.
+        copied: returns a copy of the tokenizer.
+        room: maximum number of tokens of prompt and answer together.
+        max_bytes: of all cached documents; the newest one is cached regardless of its size.
+        max_per_client, max_jobs: see `FairQueue`.
     """
 
     def __init__(
-        self, copied: Callable[[Caller], Awaitable[Any]], room: int, max_bytes: int, max_per_client: int, most: int
+        self, copied: Callable[[Caller], Awaitable[Any]], room: int, max_bytes: int, max_per_client: int, max_jobs: int
     ) -> None:
         self.room, self._max = room, max_bytes
         self._copied = copied
-        self._kept: OrderedDict[_Key, tuple[Material, float]] = OrderedDict()  # with when it was asked for last
+        self._kept: OrderedDict[_Key, tuple[Material, float]] = OrderedDict()  # with the time of the last use
         self._making: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
         self._copying = asyncio.Lock()
         self.queues = [
-            FairQueue(name, 1, max_running=1, max_per_client=max_per_client, most=most)
+            FairQueue(name, 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
             for name in ("short documents", "long documents", "citations")
         ]
         self._short, self._long, self._citing = self.queues
-        self._prompts: Prompts | None = None  # of the thread for short ones, with its tokenizer
-        self._splitter: Any = None  # tokenizer of the thread for long ones
+        self._prompts: Prompts | None = None  # of the thread for short documents, with its tokenizer
+        self._splitter: Any = None  # tokenizer of the thread for long documents
         self.reply = min(REPLY, max(1, room // 4))
 
     async def material(self, owner: str, digests: tuple[str, ...], document: Document, caller: Caller) -> Material:
-        """A document's; kept by whose it is and what its files are.
+        """Returns the prepared document, from the cache if possible.
 
         Args:
-            owner: salt of the key whose it is.
+            owner: salt of the API key that the files belong to.
+            digests: of the document's files.
+            document: the document.
+            caller: who sent the request.
 
         Raises:
-            ApiError: as of `FairQueue.run`.
+            ApiError: see `FairQueue.run`.
         """
         key = (owner, digests)
         async with self._making.setdefault(key, asyncio.Lock()):
-            found = self._kept.pop(key, None)
-            made = found[0] if found is not None else await self._made(document, caller)
-            self._kept[key] = made, time.monotonic()  # as the newest
+            cached = self._kept.pop(key, None)
+            material = cached[0] if cached is not None else await self._made(document, caller)
+            self._kept[key] = material, time.monotonic()  # as the newest
         while len(self._kept) > 1 and sum(_bytes(one) for one, _ in self._kept.values()) > self._max:
             self._kept.popitem(last=False)
-        return made
+        return material
 
     def forget(self, owner: str, digest: str) -> None:
-        """Of a file that is gone: lets go of what was made of it."""
+        """Removes everything from the cache that was made from a deleted file."""
         for key in [key for key in self._kept if key[0] == owner and digest in key[1]]:
             del self._kept[key]
 
     def sweep(self, idle: float = IDLE_SECONDS) -> None:
-        """Lets go of what nobody has asked about for so many seconds."""
+        """Removes documents that were not used for `idle` seconds from the cache."""
         now = time.monotonic()
-        for key in [key for key, (_, asked) in self._kept.items() if now - asked >= idle]:
+        for key in [key for key, (_, used) in self._kept.items() if now - used >= idle]:
             del self._kept[key]
 
     async def step(self, client: str, work: Callable[[], T], deadline: float) -> T:
-        """Runs what uses a material; arguments and errors as of `FairQueue.run`."""
+        """Runs work that uses a `Material`; arguments and errors: see `FairQueue.run`."""
         return await self._short.run(client, work, deadline)
 
     async def citing(self, client: str, work: Callable[[], T], deadline: float) -> T:
-        """Runs what uses neither tokenizer nor index; arguments and errors as of `FairQueue.run`."""
+        """Runs work that uses neither a tokenizer nor an index; arguments and errors: see `FairQueue.run`."""
         return await self._citing.run(client, work, deadline)
 
     def close(self) -> None:
-        """Ends the process that templates run in."""
+        """Ends the threads, and the process that renders templates."""
         for queue in self.queues:
             queue.close()
         if self._prompts is not None:
@@ -121,10 +125,10 @@ class Preparation:
 
         def make() -> Material:
             chunks = split(document, tokenizer, length, length // 8, progress=check)
-            made = Material(document, chunks, prompts, Limits(self.room, reply=self.reply))
+            material = Material(document, chunks, prompts, Limits(self.room, reply=self.reply))
             if long:
-                _ = made.index  # made here, and not where others wait
-            return made
+                _ = material.index  # built here, not on the thread that short documents wait for
+            return material
 
         try:
             queue = self._long if long else self._short

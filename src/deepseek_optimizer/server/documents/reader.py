@@ -1,5 +1,5 @@
-"""Bytes that a client sent to their text: in processes of their own, with limits on time and memory. A client's files are read
-one after the other, which leaves a process to the others."""
+"""Extracts the text of uploaded files in worker processes with limits on time and memory. The files of one client are read one
+at a time, so that the other processes are free for other clients."""
 
 from __future__ import annotations
 
@@ -17,43 +17,48 @@ from ..http.problems import ApiError
 from ..settings import ServerSettings
 
 _JOB = Path(__file__).with_name("job.py")
-_MEMORY = 1 << 30  # bytes that reading one file may take
-
-
-_NICE = 5  # of the processes: answers that are being written go first
+_MEMORY = 1 << 30  # maximum bytes of memory for reading a file
+_NICE = 5  # niceness of the processes: generating answers has priority
 
 
 class DocumentReader:
-    """Starts its processes when there are files for them.
+    """Reads files in worker processes, which are started when they are needed.
 
     Args:
-        workers: processes, and files that are read at once.
-        max_per_client, most: as of `FairQueue`.
+        settings: the server's.
+        workers: maximum number of processes, and so of files that are read at the same time.
+        max_per_client, max_jobs: see `FairQueue`.
     """
 
-    def __init__(self, settings: ServerSettings, workers: int, max_per_client: int, most: int) -> None:
-        setup = {"package": __name__.partition(".")[0], "most": settings.max_file_bytes}
+    def __init__(self, settings: ServerSettings, workers: int, max_per_client: int, max_jobs: int) -> None:
+        setup = {"package": __name__.partition(".")[0], "max_characters": settings.max_file_bytes}
         self.workers = WorkerPool(_JOB, setup, workers, seconds=settings.file_read_seconds, memory=_MEMORY, nice=_NICE)
-        # As many threads: what waits does so as the bytes that it is, and not as a message to a worker too.
-        self.queue = FairQueue("files", workers, max_running=1, max_per_client=max_per_client, most=most)
+        # One thread per process, so that a waiting file is in memory once, and not also as a message to a worker.
+        self.queue = FairQueue("files", workers, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
 
     async def read(self, name: str, data: bytes | bytearray, caller: Caller) -> TextFile:
-        """
+        """Extracts the text of a file.
+
+        Args:
+            name: the file's; its extension tells the format.
+            data: the file's content.
+            caller: who sent the request.
+
         Raises:
-            DocumentError: it can't be read, or takes too long or too much memory to be.
-            WorkerLostError: something else ended the process that read it, twice.
-            ApiError: 501, a library is not installed; others as of `FairQueue.run`.
+            DocumentError: the file cannot be read, or reading takes too much time or memory.
+            WorkerLostError: the process that read it was killed by something else, twice.
+            ApiError: 501, a library is not installed; others: see `FairQueue.run`.
         """
         try:
-            found = await self.queue.run(caller.key, lambda: self._read(name, data), caller.deadline)
+            result = await self.queue.run(caller.key, lambda: self._read(name, data), caller.deadline)
         except WorkerError as error:
             raise DocumentError(name, f"cannot be read: {error}") from None
-        if "missing" in found:
-            raise ApiError(501, found["missing"], param="file", code="missing_package")
-        if "problem" in found:
-            raise DocumentError(name, found["problem"])
-        pages = tuple(Page(*page) for page in found["pages"])
-        return TextFile(name, found["text"], pages, tuple(found["headings"]), tuple(found["warnings"]))
+        if "missing" in result:
+            raise ApiError(501, result["missing"], param="file", code="missing_package")
+        if "problem" in result:
+            raise DocumentError(name, result["problem"])
+        pages = tuple(Page(*page) for page in result["pages"])
+        return TextFile(name, result["text"], pages, tuple(result["headings"]), tuple(result["warnings"]))
 
     def close(self) -> None:
         """Ends threads and processes."""

@@ -1,4 +1,4 @@
-"""Uploads: a multipart form with one file and a few short fields, read within bounds of size and time, in memory alone."""
+"""Uploads: multipart forms with one file and a few short fields, read into memory with limits on size and time."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from .file_store import Room
 
 MAX_NAME = 255  # characters
 _MAX_PARTS, _MAX_FIELD, _MAX_HEAD = 8, 256, 8192  # parts of a form; bytes of a field, and of a part's headers
-_ENVELOPE = _MAX_PARTS * (_MAX_FIELD + _MAX_HEAD + 1024)  # bytes of a form beside its file, at most
+_ENVELOPE = _MAX_PARTS * (_MAX_FIELD + _MAX_HEAD + 1024)  # maximum bytes of a form besides its file
 _CLOSE = {"Connection": "close"}
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\u0080-\u009f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass
 class Upload:
-    """
+    """The content of a form.
+
     Attributes:
-        name: a label; None: there was no file.
+        name: the file's name; None: there was no file.
         data: the file's bytes.
-        fields: the form's others.
+        fields: the other fields.
     """
 
     name: str | None = None
@@ -37,12 +38,12 @@ class Upload:
 
 
 async def read_upload_form(request: Request, settings: ServerSettings, room: Room) -> Upload:
-    """What a form holds. Its memory is counted in `room` while it comes.
+    """Reads the form in a request's body. Its memory is counted in `room` while it is received.
 
     Raises:
-        ApiError: 400, it is no such form; 408, it came too slowly; 413, it is too large; 415, it is no form by its headers;
-            503, there is no memory for it.
-        ClientDisconnect: the client left.
+        ApiError: 400, the form is malformed; 408, it was received too slowly; 413, it is too large; 415, another Content-Type;
+            503, there is not enough memory.
+        ClientDisconnect: the client has disconnected.
     """
     form = _Form(_boundary(request), settings)
     length = request.headers.get("content-length", "0")
@@ -51,18 +52,19 @@ async def read_upload_form(request: Request, settings: ServerSettings, room: Roo
     try:
         await asyncio.wait_for(_receive(request, form, room), settings.upload_seconds)
     except asyncio.TimeoutError:
-        raise ApiError(408, "the file came too slowly", code="timeout", headers=_CLOSE) from None
+        raise ApiError(408, "the file was received too slowly", code="timeout", headers=_CLOSE) from None
     return form.upload
 
 
 def check_origin(request: Request, allowed: Iterable[str]) -> None:
-    """Browsers send forms for any page without asking the server first, which they do for JSON.
+    """Refuses forms from pages of other origins. Browsers send forms for any page without a CORS preflight, unlike JSON.
 
     Args:
-        allowed: origins of pages that may, or "*".
+        request: the request.
+        allowed: origins that may send forms, or "*".
 
     Raises:
-        ApiError: 403, a page of somewhere else sends this.
+        ApiError: 403, the request was sent by a page of another origin.
     """
     origin = request.headers.get("origin")
     if origin is None or request.headers.get("sec-fetch-site") == "same-origin":
@@ -70,7 +72,7 @@ def check_origin(request: Request, allowed: Iterable[str]) -> None:
     own = origin.partition("://")[2].lower() == request.headers.get("host", "").strip().lower()
     if not own and origin not in allowed and "*" not in allowed:
         raise ApiError(
-            403, "pages of other origins may not send files; --allow-origin says which may", code="origin", headers=_CLOSE
+            403, "pages of other origins may not send files; --allow-origin ORIGIN allows it", code="origin", headers=_CLOSE
         )
 
 
@@ -86,38 +88,38 @@ async def _receive(request: Request, form: _Form, room: Room) -> None:
 
 
 def too_large(settings: ServerSettings) -> ApiError:
-    """413 for a file."""
+    """The error for a file that is too large: 413."""
     return ApiError(
-        413, f"file: is larger than the {settings.max_file_bytes / 1e6:,.4g} MB that a file may have", param="file",
+        413, f"file: is larger than {settings.max_file_bytes / 1e6:,.4g} MB, the maximum", param="file",
         code="file_too_large", headers=_CLOSE,
     )  # fmt: skip
 
 
 def label(name: str) -> str:
-    """A file's name as it is shown and looked at for its ending: without the folders before it.
+    """A file's name without folders, for display and for its extension.
 
     Raises:
-        ApiError: 400, it is too long, or has what no name has.
+        ApiError: 400, it is too long or contains control characters.
     """
     name = re.split(r"[/\\]", name)[-1].strip()
     if len(name) > MAX_NAME:
-        raise ApiError(400, f"file: its name has {len(name)} characters, and {MAX_NAME} are the most", param="filename")
+        raise ApiError(400, f"file: its name has {len(name)} characters, but may have at most {MAX_NAME}", param="filename")
     if _NO_NAME.search(name):
-        raise ApiError(400, "file: its name has control characters", param="filename")
+        raise ApiError(400, "file: its name contains control characters", param="filename")
     return name if name.strip(". ") else "file"
 
 
 def digest_of(name: str, data: bytes | bytearray) -> str:
-    """Of a file: equal only where name and bytes are."""
-    found = hashlib.blake2b(name.encode() + b"\0", digest_size=20)
-    found.update(data)
-    return found.hexdigest()
+    """A digest of a file's name and content."""
+    digest = hashlib.blake2b(name.encode() + b"\0", digest_size=20)
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def _boundary(request: Request) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type", "")[:1024])
     if kind != b"multipart/form-data":
-        raise ApiError(415, "a file is sent as a form: Content-Type: multipart/form-data", headers=_CLOSE)
+        raise ApiError(415, "a file must be sent as a form: Content-Type: multipart/form-data", headers=_CLOSE)
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise ApiError(415, "the body must not be compressed", headers=_CLOSE)
     boundary = options.get(b"boundary", b"")
@@ -127,7 +129,7 @@ def _boundary(request: Request) -> bytes:
 
 
 class _Form:
-    """Parts of a form as their bytes come."""
+    """Parses a form incrementally."""
 
     def __init__(self, boundary: bytes, settings: ServerSettings) -> None:
         self.upload = Upload()
@@ -136,7 +138,7 @@ class _Form:
         self._header, self._value = bytearray(), bytearray()
         self._headers: dict[bytes, bytes] = {}
         self._into, self._max = bytearray(), 0
-        self._name: str | None = None  # of the field; None: it is the file
+        self._name: str | None = None  # of the current field; None: it is the file
         self._parser = MultipartParser(
             boundary,
             {
@@ -154,8 +156,8 @@ class _Form:
     def feed(self, data: bytes) -> None:
         try:
             self._parser.write(data)
-        except ValueError:  # python-multipart's errors are some
-            raise _malformed("it is no multipart form") from None
+        except ValueError:  # python-multipart's errors are ValueErrors
+            raise _malformed("it is not a multipart form") from None
 
     def close(self) -> None:
         if not self._ended:
@@ -191,7 +193,7 @@ class _Form:
             raise _malformed("a part has no name")
         if name == "file":
             if self.upload.name is not None:
-                raise ApiError(400, "file: only one in a request", param="file")
+                raise ApiError(400, "file: only one file per request is allowed", param="file")
             given = options.get(b"filename", b"file").decode("utf-8", "replace")
             self.upload.name = label(given.replace("%22", '"'))  # as browsers write it
             self._name, self._into, self._max = None, self.upload.data, self._settings.max_file_bytes
@@ -214,4 +216,4 @@ class _Form:
 
 
 def _malformed(what: str) -> ApiError:
-    return ApiError(400, f"the form can't be read: {what}", code="invalid_form", headers=_CLOSE)
+    return ApiError(400, f"the form cannot be read: {what}", code="invalid_form", headers=_CLOSE)

@@ -1,1 +1,1 @@
-"""Connections, bodies, keys, queues and metrics: what every route needs, whatever it serves."""
+"""Connections, request bodies, keys, queues and metrics, used by all routes."""

@@ -1,4 +1,4 @@
-"""Who asks: whose turn it is in the queues that requests wait in."""
+"""The client of a request, by which queues take turns."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from starlette.requests import ClientDisconnect, Request
 
 @dataclass(frozen=True)
 class Caller:
-    """
+    """The client of a request, and the request's limits.
+
     Attributes:
-        key: of `client_of`.
-        size: bytes of the request's body, which bound the work that its texts can make.
-        deadline: of `time.monotonic`, by which it must have been answered.
+        key: the client, see `client_of`.
+        size: bytes of the request's body, which bound the work that its texts can cause.
+        deadline: time of `time.monotonic` by which the answer must be complete.
     """
 
     key: str
@@ -27,12 +28,12 @@ class Caller:
 
 
 def client_of(salt: str, peer: Any) -> str:
-    """What tells clients apart: the API key, or without keys the address of its connection. Other headers don't count, since
-    clients write what they like there.
+    """A string that identifies a client: by its API key or, without keys, by the address of its connection. Other headers are
+    not used, since clients can write anything in them.
 
     Args:
-        salt: of `ApiKeys.salt`; empty where the server asks for no key.
-        peer: (address, port) of the connection; None: not known.
+        salt: result of `ApiKeys.salt`; empty if the server needs no key.
+        peer: (address, port) of the connection; None: unknown.
     """
     if salt:
         return f"key {salt}"
@@ -43,19 +44,19 @@ def client_of(salt: str, peer: Any) -> str:
     except ValueError:
         return f"peer {peer[0]}"
     if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is None:  # one site has all addresses of a /64
+        if address.ipv4_mapped is None:  # a site usually has all addresses of a /64
             return f"peer {ipaddress.ip_network((address, 64), strict=False)}"
         address = address.ipv4_mapped
     return f"peer {address}"
 
 
 @asynccontextmanager
-async def unless_gone(request: Request) -> AsyncIterator[None]:
-    """What is in it is cancelled when the client leaves, so that what waits in a queue is never begun. The body must have been
-    read.
+async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
+    """A context whose body is cancelled when the client disconnects, so that jobs waiting in a queue never start. The request's
+    body must have been read.
 
     Raises:
-        ClientDisconnect: it has left.
+        ClientDisconnect: the client has disconnected.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -74,7 +75,7 @@ async def unless_gone(request: Request) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         if not gone:
             raise
-        if hasattr(task, "uncancel"):  # from Python 3.11 on
+        if hasattr(task, "uncancel"):  # Python 3.11 and later
             task.uncancel()
         raise ClientDisconnect from None
     finally:

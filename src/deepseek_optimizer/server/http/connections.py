@@ -1,10 +1,10 @@
-"""uvicorn's HTTP protocol with what it lacks: bounds on heads and on clients that don't read, answers to what is malformed.
+"""uvicorn's HTTP protocol with limits on headers and on clients that do not read, and error responses to malformed requests.
 
-A head that is too large is answered with 431, one that does not come with 408, a connection too many with 503, what is not HTTP
-with 400, a coding of the body that isn't known with 501, and then the connection is closed. A client that leaves a full buffer
-unread is cut. Requests before a malformed one in the same connection are answered first.
+Headers that are too large are answered with 431, headers that do not arrive in time with 408, too many connections with 503,
+malformed HTTP with 400, an unsupported Transfer-Encoding with 501; then the connection is closed. A client that leaves a full
+buffer unread is disconnected. Requests before a malformed one in the same connection are answered first.
 
-It uses what is not public in uvicorn (`cycle`, `pipeline`, the parser's callbacks), so pyproject.toml bounds its version.
+This uses private parts of uvicorn (`cycle`, `pipeline`, the parser's callbacks), so pyproject.toml limits its version.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .problems import ApiError
 
 
 class _Refused(Exception):
-    """Stops the parser."""
+    """Raised in a callback to stop the parser."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Made by `protocol_for`, which gives it its limits."""
+    """One connection. `protocol_for` creates the class with its `limits`."""
 
     limits: ServerSettings
     transport: LingeringTransport  # type: ignore[assignment]
@@ -36,8 +36,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport = LingeringTransport(transport, self.limits.body_seconds, self.limits.max_body_bytes_total)
         self._in_head = False
         self._head_bytes = 0
-        self._refusal: ApiError | None = None  # what the parser is stopped for
-        self._due: ApiError | None = None  # what is answered once the requests before are; nothing more is parsed
+        self._refusal: ApiError | None = None  # why the parser was stopped
+        self._due: ApiError | None = None  # the response after those to earlier requests; nothing more is parsed
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         if len(self.connections) > self.limits.max_connections:
@@ -63,13 +63,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or self._due is not None:
             return
         if self._in_head:
-            self._head_bytes += len(data) if begun else 0  # of a head's first piece, no more than a read's worth goes uncounted
+            self._head_bytes += len(data) if begun else 0  # the first chunk, at most one read, is not counted
             if self._head_bytes > self.limits.max_header_bytes:
                 return self._refuse(self._too_large())
         if self._in_head or self.cycle is None or self.cycle.response_complete:
             self._arm_head_timer()
 
-    # What the parser finds.
+    # Callbacks of the parser.
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -104,31 +104,31 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_large(self) -> ApiError:
         limits = self.limits
-        return ApiError(431, f"the request's head is over {limits.max_header_bytes} bytes or {limits.max_headers} headers")
+        return ApiError(431, f"the request's headers exceed {limits.max_header_bytes} bytes or {limits.max_headers} fields")
 
     def _unsupported_upgrade_warning(self) -> None:
-        """A request for another protocol is answered in this one, and is the last: the parser drops what came behind it."""
+        """Answers a request for another protocol in HTTP and closes the connection: the parser drops what follows it."""
         self.cycle.keep_alive = False
         if self.cycle.response_complete:
             self._close()
 
-    # Answers of the connection itself.
+    # Responses of the connection itself.
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(self._refusal or ApiError(400, "this is not HTTP that the server can read"))
+        self._refuse(self._refusal or ApiError(400, "the request is not valid HTTP"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers what is being received, after the requests before it, and closes."""
+        """Responds with an error to the data being received, after the responses to earlier requests, and closes."""
         self._due = error
         self._stop_head_timer()
         cycle = self.cycle
-        if cycle is not None and cycle.more_body:  # it is that request's body
+        if cycle is not None and cycle.more_body:  # the data is that request's body
             if self.pipeline:
-                self.pipeline.popleft()  # the newest; others are before it
+                self.pipeline.popleft()  # the newest; earlier requests are answered first
                 return
-            if cycle.response_started:  # it has its answer; one that is not whole can't be ended otherwise
+            if cycle.response_started:  # an incomplete response can only be ended by closing
                 return self._close()
-            cycle.disconnected = True  # whoever works for it learns that nobody waits
+            cycle.disconnected = True  # its handler learns that the client is gone
             cycle.message_event.set()
             self._answer_due()
         elif cycle is None or (cycle.response_complete and not self.pipeline):
@@ -152,11 +152,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _close(self) -> None:
         self._stop_head_timer()
-        self.transport.close()  # which first sends what is left, to a client that may not read
+        self.transport.close()  # sends the remaining data first, to a client that may not read
         self._arm_write_timer()
 
     def shutdown(self) -> None:
-        """The server stops: a connection that waits for a request is closed."""
+        """Called when the server stops: closes the connection if it is idle."""
         if self.cycle is None or self.cycle.response_complete:
             self._close_idle()
         else:
@@ -181,8 +181,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _head_too_slow(self) -> None:
         self._head_timer = None
         if self._in_head or self.cycle is None:
-            self._refuse(ApiError(408, "the request's head came too slowly", code="timeout"))
-        elif self.cycle.more_body:  # of a request that was answered before its body came
+            self._refuse(ApiError(408, "the request's headers were received too slowly", code="timeout"))
+        elif self.cycle.more_body:  # of a request that was answered before its body arrived
             self._close()
         else:  # between requests
             self._close_idle()
@@ -209,8 +209,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _wrong_coding(headers: list[tuple[bytes, bytes]], version: str) -> ApiError | None:
-    """What is wrong with a request's Transfer-Encoding, where only `chunked` is known. A body whose end is unclear may hide a
-    request, so nothing of it is guessed."""
+    """The error in a request's Transfer-Encoding, of which only `chunked` is supported; None if there is none. A body with an
+    ambiguous end could smuggle in another request, so nothing is guessed."""
     fields = [value for name, value in headers if name == b"transfer-encoding"]
     if not fields:
         return None
@@ -218,10 +218,10 @@ def _wrong_coding(headers: list[tuple[bytes, bytes]], version: str) -> ApiError 
     if version == "1.0" or codings[-1] != b"chunked" or codings.count(b"chunked") > 1:
         return ApiError(400, "the request's Transfer-Encoding must be chunked")
     if len(codings) > 1:
-        return ApiError(501, "no Transfer-Encoding but chunked is known here; send the body as it is")
+        return ApiError(501, "no Transfer-Encoding other than chunked is supported; send the body without it")
     return None
 
 
 def protocol_for(settings: ServerSettings) -> type[Any]:
-    """The class for uvicorn's `http=`."""
+    """The protocol class for uvicorn's `http=`, with these limits."""
     return type("Connection", (BoundedProtocol,), {"limits": settings})

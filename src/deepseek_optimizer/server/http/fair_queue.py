@@ -1,9 +1,9 @@
-"""Work on threads for many clients, in turns: whoever sends much waits for themselves, and nobody else does.
+"""A thread pool that serves clients round-robin, so that many requests of one client delay no other client.
 
-A client is an API key, or without keys an address (`Caller.key`). Clients that wait get their turns one after the other, each
-with one job, whatever the others have sent. A client may hold so many jobs, waiting and running, and so many that run at once;
-what it sends beyond is refused. Jobs of those who leave while they wait are never begun. A job that was begun runs to its end,
-whether or not anybody still wants to know, and keeps its place until then: threads cannot be stopped.
+A client is an API key or, without keys, an address (`Caller.key`). Clients with waiting jobs take turns, one job per turn.
+The number of jobs of a client, waiting and running, is limited, and so is the number that run at once; further jobs are
+refused. If a client disconnects, its waiting jobs never start. A running job continues to its end and occupies its place until
+then, even if its client is gone, because threads cannot be stopped.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .problems import ApiError, busy, late
+from .problems import ApiError, busy, timed_out
 
 T = TypeVar("T")
 
 
 @dataclass
 class QueueCounts:
-    """
+    """Totals of a queue.
+
     Attributes:
-        jobs: by how they ended: "done" (also with an error of their own), "refused" (too many), "late", "left" (their client,
-            before they had begun).
-        waited: seconds that those which were begun had waited, all together.
-        ran: seconds that they took.
+        jobs: number of jobs by outcome: "done" (including those that raised), "refused" (too many), "late" (not started by the
+            deadline), "left" (the client disconnected before the start).
+        waited: seconds that started jobs had waited, in total.
+        ran: seconds that they ran, in total.
     """
 
     jobs: Counter[str] = field(default_factory=Counter)
@@ -37,51 +38,56 @@ class QueueCounts:
 
 
 class FairQueue:
-    """
+    """A queue for one kind of work.
+
     Args:
-        name: of what is done, for errors and metrics.
-        places: jobs that run at once.
-        max_running: of a client's jobs, that run at once: less than `places` keeps one for the others.
-        max_per_client: jobs that a client may hold.
-        most: jobs that all may hold together.
-        share: of the time that a client's jobs may run; after one of t seconds its next begins t * (1 / share - 1) later at the
-            earliest. For work that slows everybody while it runs, since it holds the interpreter.
+        name: of the work, for errors and metrics.
+        places: maximum number of running jobs.
+        max_running: maximum number of running jobs of one client; less than `places` reserves places for other clients.
+        max_per_client: maximum number of jobs of one client, waiting and running.
+        max_jobs: maximum number of jobs of all clients.
+        share: fraction of the time that a client's jobs may run: after a job of t seconds, its next one starts at least
+            t * (1 / share - 1) seconds later. For work that holds the interpreter lock and so delays everything else.
     """
 
-    def __init__(self, name: str, places: int, *, max_running: int, max_per_client: int, most: int, share: float = 1.0) -> None:
+    def __init__(
+        self, name: str, places: int, *, max_running: int, max_per_client: int, max_jobs: int, share: float = 1.0
+    ) -> None:
         self.name, self.counts = name, QueueCounts()
-        self._free, self._max_running, self._max_per_client, self._max = places, max_running, max_per_client, most
-        self._rest = 1 / share - 1  # seconds for each second that a job ran
+        self._free, self._max_running, self._max_per_client, self._max = places, max_running, max_per_client, max_jobs
+        self._rest = 1 / share - 1  # seconds of rest for each second that a job ran
         self._resting: set[str] = set()
         self._threads = ThreadPoolExecutor(places, f"dso-{name.replace(' ', '-')}")
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the next to have a turn comes first
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = (
+            OrderedDict()
+        )  # the client with the next turn comes first
         self._held, self._running = Counter[str](), Counter[str]()
 
     @property
     def waiting(self) -> int:
-        """Jobs that have not begun."""
+        """Number of jobs that have not started."""
         return self._held.total() - self.running
 
     @property
     def running(self) -> int:
-        """Jobs that have begun."""
+        """Number of jobs that are running."""
         return self._running.total()
 
     async def run(self, key: str, work: Callable[[], T], deadline: float) -> T:
-        """What the work returns, or raises.
+        """Runs `work` on a thread when it is the client's turn; returns its result, or raises its exception.
 
         Args:
-            key: whose it is.
-            work: called once, on a thread; or never, if the caller is cancelled before its turn comes.
-            deadline: of `time.monotonic`.
+            key: the client.
+            work: called once; never if the caller is cancelled before its turn.
+            deadline: a time of `time.monotonic`.
 
         Raises:
-            ApiError: 429, the client holds as many jobs as it may; 503, all together do; 504, it was not done by the deadline.
+            ApiError: 429, the client has too many jobs; 503, all clients together have; 504, it was not done by the deadline.
         """
         self._check(key)
         arrived = time.monotonic()
         await self._turn(key, deadline)
-        began = time.monotonic()  # no await lies between the turn and the thread: nobody can leave in between
+        began = time.monotonic()  # no await between the turn and the thread, so the caller cannot be cancelled in between
         self.counts.waited += began - arrived
         loop = asyncio.get_running_loop()
         job = self._threads.submit(work)
@@ -89,7 +95,7 @@ class FairQueue:
         return await self._result(job, deadline)
 
     def close(self) -> None:
-        """Begins no more jobs; their callers are cancelled."""
+        """Starts no more jobs, and cancels the callers of those that wait."""
         for waiters in self._waiting.values():
             for waiter in waiters:
                 waiter.cancel()
@@ -99,12 +105,12 @@ class FairQueue:
         if self._held[key] >= self._max_per_client:
             self.counts.jobs["refused"] += 1
             raise ApiError(
-                429, f"{self.name}: {self._held[key]} of your requests wait for it, and no more are taken; let some end first",
+                429, f"{self.name}: {self._held[key]} of your requests are waiting, the maximum; retry when some are done",
                 code="queue_full", headers={"Retry-After": "1"},
             )  # fmt: skip
         if self._held.total() >= self._max:
             self.counts.jobs["refused"] += 1
-            raise busy(f"{self.name}: as many requests wait for it as the server takes")
+            raise busy(f"{self.name}: the server has the maximum number of waiting requests")
 
     async def _turn(self, key: str, deadline: float) -> None:
         """Waits until the job may run; it counts as running from then on."""
@@ -123,10 +129,10 @@ class FairQueue:
             raise asyncio.CancelledError
         if not waiter.done():
             self._leave(key, waiter, "late")
-            raise late()
+            raise timed_out()
 
     def _grant(self) -> None:
-        """Lets begin whoever may, in turns."""
+        """Starts waiting jobs while there are free places, one client after the other."""
         while self._free:
             key = next((key for key in self._waiting if self._may_begin(key)), None)
             if key is None:
@@ -145,7 +151,7 @@ class FairQueue:
         return key not in self._resting and self._running[key] < self._max_running
 
     def _leave(self, key: str, waiter: asyncio.Future[None], how: str) -> None:
-        """Of a job that does not begin, whether or not its turn had come."""
+        """Removes a job that will not start, whether or not its turn had come; `how`: the outcome to count."""
         self.counts.jobs[how] += 1
         if waiter.done() and not waiter.cancelled():
             self._give_back(key)
@@ -180,7 +186,7 @@ class FairQueue:
     def _drop(counter: Counter[str], key: str) -> None:
         counter[key] -= 1
         if not counter[key]:
-            del counter[key]  # or there would be one for each client that ever came
+            del counter[key]  # otherwise entries of past clients would accumulate
 
     async def _result(self, job: Future[T], deadline: float) -> T:
         result = asyncio.wrap_future(job)
@@ -190,18 +196,18 @@ class FairQueue:
             if not result.done():
                 result.add_done_callback(_look)
         if not result.done():
-            raise late()
+            raise timed_out()
         return result.result()
 
 
 def _look(result: asyncio.Future[Any]) -> None:
-    """At what nobody waits for any more: asyncio would log that nobody did."""
+    """Retrieves the exception of a job without a caller; otherwise asyncio would log that it was never retrieved."""
     if not result.cancelled():
         result.exception()
 
 
 def _on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: Any) -> None:
-    """Calls it on the loop's thread, unless the loop is gone."""
+    """Schedules a call on the loop's thread, unless the loop is closed."""
     try:
         loop.call_soon_threadsafe(call, *args)
     except RuntimeError:

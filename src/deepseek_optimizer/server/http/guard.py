@@ -1,4 +1,4 @@
-"""What holds for every request: the Host, the key, headers that each answer carries, errors in one shape."""
+"""Middleware for every request: checks of Host and API key, security headers, and errors in one format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"
 
 
 class HostGuard:
-    """Refuses what was sent to another name, before CORS or anything else answers."""
+    """Refuses requests with an unexpected Host header, before CORS or anything else responds."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
@@ -38,19 +38,18 @@ class HostGuard:
         if scope["type"] == "http":
             hosts = Headers(scope=scope).getlist("host")
             if not self._hosts.accepts(hosts[0] if len(hosts) == 1 else None):
-                refusal = ApiError(403, "this server is not known by that Host; --allow-host NAME makes it so", code="host")
+                refusal = ApiError(403, "this Host header is not accepted; --allow-host NAME allows it", code="host")
                 return await refusal.response()(scope, receive, send)
         await self._app(scope, receive, send)
 
 
 class Guard:
-    """Asks for the key, turns every error into an answer, and has HEAD answered as GET, whose body uvicorn leaves out.
+    """Checks the API key, converts exceptions to error responses, and answers HEAD like GET; uvicorn omits the body.
 
-    The key's hash is left in the scope's state as `salt`, what tells clients apart as `client` (see `caller`), and the time of
-    arrival as `arrived`, of `time.monotonic`.
+    It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`) and `arrived` (time of `time.monotonic`).
 
     Args:
-        open_paths: that anyone may ask for.
+        open_paths: paths that need no key.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: HttpMetrics, open_paths: Iterable[str]) -> None:
@@ -60,8 +59,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        arrived, asked = time.monotonic(), scope["method"]
-        if asked == "HEAD":
+        arrived, requested = time.monotonic(), scope["method"]
+        if requested == "HEAD":
             scope = {**scope, "method": "GET"}
         status = 0
 
@@ -77,18 +76,18 @@ class Guard:
             scope.setdefault("state", {}).update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            status = status or 499  # nginx's number: nobody is there to read an answer
+            status = status or 499  # nginx's status for a client that has disconnected
         except Exception as error:
-            found = problem(error)
-            if found is None:
-                logger.exception("error in %s %s", asked, _handler(scope))
+            api_error = problem(error)
+            if api_error is None:
+                logger.exception("error in %s %s", requested, _handler(scope))
             if not status:
-                await (found or INTERNAL).response()(scope, receive, send_with_headers)
+                await (api_error or INTERNAL).response()(scope, receive, send_with_headers)
             else:
-                raise  # in the middle of an answer: uvicorn closes the connection, so that it can't pass for a whole one
+                raise  # the response has begun: uvicorn closes the connection, so that it does not look complete
         finally:
-            status = status or 499  # a client that left before its answer began
-            method = asked if asked in _METHODS else "other"
+            status = status or 499  # the client disconnected before the response began
+            method = requested if requested in _METHODS else "other"
             self._metrics.record(_handler(scope), method, status, time.monotonic() - arrived)
             if self._settings.access_log:
                 logger.info("%s %s %d %.3f s", method, _handler(scope), status, time.monotonic() - arrived)
@@ -101,10 +100,10 @@ class Guard:
             return salt
         if scope["path"] in self._open:
             return ""
-        message = "the API key is wrong" if given else "this server asks for an API key: send Authorization: Bearer KEY"
+        message = "the API key is wrong" if given else "this server requires an API key: send Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _handler(scope: dict[str, Any] | Scope) -> str:
-    """The route's pattern, which FastAPI leaves in the scope; "other" where none matched."""
+    """The pattern of the matching route, which FastAPI stores in the scope; "other" if there is none."""
     return getattr(scope.get("route"), "path", None) or "other"

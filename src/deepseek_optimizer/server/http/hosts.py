@@ -1,4 +1,4 @@
-"""Whether a request was meant for this server: a page whose name was rebound to 127.0.0.1 sends its own name as Host."""
+"""Checks of the Host header, against DNS rebinding: a page whose name was rebound to 127.0.0.1 sends that name as Host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen at can be reached from this machine alone."""
+    """Whether a listening address can only be reached from this machine."""
     if host == "localhost":
         return True
     try:
@@ -19,10 +19,11 @@ def is_loopback(host: str) -> bool:
 
 
 class HostCheck:
-    """
+    """Decides which Host headers are accepted.
+
     Args:
         bound: the address that the server listens at.
-        allowed: names beside the loopback ones.
+        allowed: accepted names, besides the loopback names.
     """
 
     def __init__(self, bound: str, allowed: Iterable[str] = ()) -> None:
@@ -30,14 +31,14 @@ class HostCheck:
         self._names = _LOOPBACK | names | {bound.lower()} if is_loopback(bound) or names else None
 
     def accepts(self, header: str | None) -> bool:
-        """Whether a Host header names this server; its port may be any."""
+        """Whether a Host header names this server; any port is accepted."""
         if self._names is None:
             return True
         return header is not None and host_name(header) in self._names
 
 
 def host_name(header: str) -> str:
-    """Without the port and an IPv6 address's brackets; "" where the header is malformed."""
+    """The name in a Host header, without port and without the brackets of an IPv6 address; "" if it is malformed."""
     header = header.strip().lower()
     if header.startswith("["):
         name, bracket, rest = header[1:].partition("]")

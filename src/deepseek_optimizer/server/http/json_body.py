@@ -1,4 +1,4 @@
-"""Request bodies: read within bounds of size and time, then parsed as strict JSON."""
+"""Request bodies: read with limits on size and time, then parsed as strict JSON."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from .problems import ApiError, busy
 T = TypeVar("T")
 
 _CLOSE = {"Connection": "close"}
-_SMALL = 1 << 16  # bytes of a body: a millisecond of work
-_SHARE = 0.2  # of the time that a client's large bodies may be parsed: nothing else of the server runs meanwhile
-_MAX_PARTS = 50_000  # lists and objects of a body: 10,000 messages have three each
+_SMALL = 1 << 16  # bytes of a body that takes about a millisecond of work
+_SHARE = 0.2  # fraction of the time for parsing a client's large bodies, during which nothing else of the server runs
+_MAX_PARTS = 50_000  # lists and objects in a body: 10,000 messages have three each
 _HOLDERS = frozenset({dict, list})
-_MAX_FIELDS = 5_000  # of an object: a schema can't have as many properties
+_MAX_FIELDS = 5_000  # in an object: more than the properties of any accepted schema
 
 
 class BodyReader:
-    """Reads bodies, and counts what those that are being read take, of each client and of all together.
+    """Reads bodies, and limits the memory of those that are being read, for each client and in total.
 
     Args:
-        max_per_client, most: as of `FairQueue`.
+        settings: the server's.
+        max_per_client, max_jobs: see `FairQueue`.
     """
 
-    def __init__(self, settings: ServerSettings, max_per_client: int, most: int) -> None:
+    def __init__(self, settings: ServerSettings, max_per_client: int, max_jobs: int) -> None:
         self._settings = settings
-        self.queue = FairQueue("large bodies", 1, max_running=1, max_per_client=max_per_client, most=most, share=_SHARE)
+        self.queue = FairQueue("large bodies", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs, share=_SHARE)
         self._held = Counter[str]()  # bytes of bodies that are not parsed yet, by client
 
     async def read(self, request: Request) -> tuple[dict[str, Any], int]:
-        """The object that a request's body is, and the bytes that it came in.
+        """Reads a request's body. Returns the JSON object, and the number of bytes.
 
         Raises:
-            ApiError: 400 not strict JSON (NaN, lone surrogates), not an object, nested too deeply or of too many parts; 408 too
-                slow; 413 too large; 415 not JSON by its headers; 503 too many bodies at once; others as of `FairQueue.run`.
-            ClientDisconnect: the client left.
+            ApiError: 400 not strict JSON (NaN, lone surrogates), not an object, nested too deeply or with too many parts;
+                408 too slow; 413 too large; 415 another Content-Type; 503 too many bodies at once; others see `FairQueue.run`.
+            ClientDisconnect: the client has disconnected.
         """
         client = request.state.client
         self._check_headers(request)
@@ -53,18 +54,20 @@ class BodyReader:
             try:
                 body = await asyncio.wait_for(self._bytes(request, count), self._settings.body_seconds)
             except asyncio.TimeoutError:
-                raise ApiError(408, "the body came too slowly", code="timeout", headers=_CLOSE) from None
+                raise ApiError(408, "the body was received too slowly", code="timeout", headers=_CLOSE) from None
             return await self.working(client, len(body), lambda: self._parsed(body)), len(body)
 
     async def working(self, client: str, size: int, work: Callable[[], T]) -> T:
-        """Runs what is done with a body's JSON: at once where it is small, in turns on a thread where it is large, so that the
-        event loop and others' bodies get on meanwhile.
+        """Processes a body's JSON: at once if it is small, and on the queue's thread if it is large, so that the event loop and
+        other clients' bodies are not delayed.
 
         Args:
+            client: key of the client.
             size: bytes of the body.
+            work: the function to run.
 
         Raises:
-            ApiError: as of `FairQueue.run`.
+            ApiError: see `FairQueue.run`.
         """
         if size <= _SMALL:
             return work()
@@ -117,18 +120,19 @@ class BodyReader:
             count.set(0)
 
     def hold(self, client: str, change: int) -> None:
+        """Adds `change` bytes to a client's memory; ApiError 503 if that exceeds a limit."""
         if change > 0:
             if self._held[client] + change > self._settings.max_body_bytes_per_client:
-                raise busy("the server is reading as many bodies of yours as it can hold")
+                raise busy("too many of your requests are being received")
             if self._held.total() + change > self._settings.max_body_bytes_total:
-                raise busy("the server is reading as many bodies as it can hold")
+                raise busy("too many requests are being received")
         self._held[client] += change
         if not self._held[client]:
             del self._held[client]
 
 
 class _Count:
-    """One body's part in what is held."""
+    """The memory of one body."""
 
     def __init__(self, reader: BodyReader, client: str) -> None:
         self._reader, self._client, self._bytes = reader, client, 0
@@ -139,10 +143,11 @@ class _Count:
 
 
 def _check_shape(value: dict[str, Any], max_depth: int) -> None:
-    """Level by level, so that no depth can exhaust the stack; before anything looks at what the parts are.
+    """Checks the nesting depth and size of a body, before its contents are examined. It works level by level, so that no depth
+    can exhaust the stack.
 
     Raises:
-        ApiError: 400, lists and objects nest too deeply, are too many, or an object has too many fields.
+        ApiError: 400, lists and objects are nested too deeply, are too many, or an object has too many fields.
     """
     level: list[Any] = [value]
     parts = 0
@@ -151,7 +156,7 @@ def _check_shape(value: dict[str, Any], max_depth: int) -> None:
         for item in level:
             children = item.values() if type(item) is dict else item
             if type(item) is dict and len(item) > _MAX_FIELDS:
-                raise ApiError(400, f"an object of the body has more than {_MAX_FIELDS:,} fields", code="invalid_json")
+                raise ApiError(400, f"an object in the body has more than {_MAX_FIELDS:,} fields", code="invalid_json")
             if _HOLDERS.isdisjoint(map(type, children)):
                 continue
             below += [child for child in children if type(child) is dict or type(child) is list]
@@ -161,12 +166,12 @@ def _check_shape(value: dict[str, Any], max_depth: int) -> None:
             return
         parts += len(below)
         level = below
-    raise ApiError(400, f"the body nests lists and objects more than {max_depth} deep", code="invalid_json")
+    raise ApiError(400, f"lists and objects in the body are nested more than {max_depth} deep", code="invalid_json")
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without the collector, which would look at a million new objects again and again while none of them can be garbage."""
+    """Disables the garbage collector, which would visit a million new objects repeatedly although none of them is garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,8 @@
-"""Closing a connection so that the client can read its answer while it is still sending.
+"""Closing a connection such that a client that is still sending can read the response.
 
-A socket that is closed with bytes unread resets the connection, and the reset may overtake the answer. So the answer is sent
-and the sending side shut, and what the client still sends is read and dropped, within bounds of time and size, until it closes.
+Closing a socket with unread bytes resets the connection, and the reset may overtake the response. Therefore the response is
+sent, the sending side is shut down, and what the client still sends is read and discarded, up to limits of time and size, until
+the client closes the connection.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-_SILENT_SECONDS = 2.0  # without a byte from the client, after which nothing more is expected
+_SILENT_SECONDS = 2.0  # after that long without a byte from the client, the connection is closed
 
 
 class LingeringTransport:
-    """A transport whose `close` lingers; in all else the one within.
+    """Wraps a transport and changes `close`, which lingers; everything else is delegated.
 
     Args:
-        inner: of asyncio or uvloop.
-        seconds: that lingering may take.
-        max_bytes: that are read and dropped.
+        inner: a transport of asyncio or uvloop.
+        seconds: maximum time of lingering.
+        max_bytes: maximum number of bytes that are read and discarded.
     """
 
     def __init__(self, inner: asyncio.Transport, seconds: float, max_bytes: int) -> None:
@@ -39,7 +40,7 @@ class LingeringTransport:
             self._inner.write(data)
 
     def close(self) -> None:
-        """Sends what is written and lingers."""
+        """Sends the data that was written, then lingers."""
         if self.is_closing():
             return
         if not self._inner.can_write_eof():
@@ -51,7 +52,7 @@ class LingeringTransport:
         self._arm()
 
     def discard(self, size: int) -> None:
-        """Of bytes that came while lingering."""
+        """Counts bytes that were received while lingering."""
         self._left -= size
         if self._left < 0 or self._loop.time() >= self._deadline:
             self.close_now()
@@ -59,12 +60,12 @@ class LingeringTransport:
             self._arm()
 
     def close_now(self) -> None:
-        """Sends what is written and closes."""
+        """Sends the data that was written and closes the connection."""
         self.forget()
         self._inner.close()
 
     def forget(self) -> None:
-        """The connection is gone."""
+        """Stops the timer, when the connection is lost."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""What is counted of HTTP, in the engine's own registry; names are those that vLLM's server has."""
+"""HTTP metrics, in the engine's registry. The names are those of vLLM's server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class HttpMetrics:
-    """`handler` is a route's pattern, never a path that a client made up: labels stay few."""
+    """Counts and times requests. `handler` is the pattern of a route, never a client's path, so that there are few labels."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
@@ -16,7 +16,7 @@ class HttpMetrics:
         )
         self._seconds = Histogram(
             "http_request_duration_seconds",
-            "Time from a request's head to the end of its answer.",
+            "Time from a request's headers to the end of its response.",
             ("handler", "method"),
             buckets=_SECONDS,
             registry=registry,

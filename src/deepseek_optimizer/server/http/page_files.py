@@ -1,4 +1,4 @@
-"""The chat page: the files of `page/` and of its libraries in `page/vendor/`, read once; nothing else can be requested."""
+"""The files of the chat page: those in `page/` and its libraries in `page/vendor/`, read once. No other file is served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TYPES = {
     ".ico": "image/x-icon",
     ".webmanifest": "application/manifest+json",
 }
-# The page shows what a model writes: should a script or an address slip through, the browser neither runs nor asks for it.
+# The page shows model output: if a script or an address in it escapes sanitisation, the browser must not run or fetch it.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; connect-src 'self'; "
     "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
@@ -42,7 +42,7 @@ class PageFile:
 
 
 def page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
-    """Every file of the page by its name; those of the libraries as `vendor/NAME`."""
+    """Reads the page's files, by name; files of the libraries are `vendor/NAME`."""
     files = {}
     for place in (folder, folder / VENDOR):
         for path in sorted(place.iterdir()) if place.is_dir() else ():
@@ -54,7 +54,7 @@ def page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
 
 
 def missing_libraries(files: dict[str, PageFile], folder: Path = FOLDER) -> list[str]:
-    """The libraries of the lock file that the installation lacks: it was built without npm or a network."""
+    """Files of libraries in the lock file that this installation lacks because it was built without npm or a network."""
     lock = folder / LOCK
     packages = json.loads(lock.read_text(encoding="utf-8"))["packages"].values() if lock.is_file() else ()
     names = [name for package in packages for name in package["files"] if name.endswith(".js")]

@@ -1,6 +1,6 @@
-"""What went wrong, in the shape that OpenAI's clients expect: {"error": {"message", "type", "param", "code"}}.
+"""Error responses in OpenAI's format: {"error": {"message", "type", "param", "code"}}.
 
-No message holds a path, an address or a traceback: those go to the log.
+No message contains a path, an address or a traceback; those are logged.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: for the client: what is wrong, and what to do.
-        param: the field of the request that is at fault.
-        code: a word that programs can look for.
-        headers: beside the usual.
+        status: HTTP status.
+        message: for the user: what is wrong, and what to do.
+        param: the field of the request that caused it.
+        code: identifies the error for programs.
+        headers: additional headers.
     """
 
     def __init__(
@@ -63,19 +63,17 @@ class ApiError(Exception):
 
 
 def busy(message: str, seconds: float = 1.0) -> ApiError:
-    """503: not now."""
+    """503: the server cannot answer now; the client may retry after `seconds`."""
     return ApiError(503, message, code="unavailable", headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
-def late() -> ApiError:
-    """504: the deadline has passed. Clients that retry by themselves are told not to: it would take as long again."""
-    return ApiError(
-        504, "the answer was not done in the time that a request has", code="timeout", headers={"x-should-retry": "false"}
-    )
+def timed_out() -> ApiError:
+    """504: the deadline has passed. A header tells clients not to retry automatically, which would take as long again."""
+    return ApiError(504, "the request timed out", code="timeout", headers={"x-should-retry": "false"})
 
 
 def problem(error: BaseException) -> ApiError | None:
-    """What a client is told of an error; None: it is none that a client can cause, so 500."""
+    """The response for an exception; None if it is not one that a client can cause, which means 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
@@ -92,22 +90,22 @@ def problem(error: BaseException) -> ApiError | None:
     if isinstance(error, WorkerLostError):
         logger.error("%s", error)
         return ApiError(
-            503, "a process of the server was ended, or got no time, while it worked for this request; send it again",
+            503, "a worker process of the server was killed, or got no CPU time, while it handled this request; send it again",
             code="worker_lost", headers={"Retry-After": "1"},
         )  # fmt: skip
     if isinstance(error, HTTPException):
-        names = {404: "there is nothing at this address", 405: "this address does not know this method"}
-        return ApiError(error.status_code, names.get(error.status_code, str(error.detail)), headers=error.headers)
+        texts = {404: "there is no such path", 405: "this path does not support this method"}
+        return ApiError(error.status_code, texts.get(error.status_code, str(error.detail)), headers=error.headers)
     return None
 
 
 def _dead(cause: BaseException | None) -> ApiError:
     message, code = "the engine has stopped", "engine_dead"
     if isinstance(cause, CheckpointChangedError):
-        name = os.path.basename(cause.file or "") or "a file of it"
+        name = os.path.basename(cause.file or "") or "one of its files"
         message = f"the model cannot be used any more: {name} {cause.what}; restore the file and restart the server"
         code = "model_file_changed"
     return ApiError(503, message, code=code, headers={"Retry-After": "30"})
 
 
-INTERNAL = ApiError(500, "an error of the server; its log says more", code="internal_error")
+INTERNAL = ApiError(500, "internal server error; see the server's log", code="internal_error")

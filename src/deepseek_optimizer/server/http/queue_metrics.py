@@ -1,4 +1,4 @@
-"""The queues' metrics for Prometheus. By queue alone: clients are many, and nobody's business."""
+"""Prometheus metrics of the queues. There is no label for clients, who are many and have a right to privacy."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .fair_queue import FairQueue
 
 
 class QueueCollector(Collector):
-    """Reads the queues when it is asked."""
+    """Reads the queues when metrics are collected."""
 
     def __init__(self, queues: Sequence[FairQueue], model_name: str) -> None:
         self._queues, self._model = queues, model_name
 
     def collect(self) -> Iterator[Metric]:
         labels = ["model_name", "queue"]
-        waiting = GaugeMetricFamily("dso:queue_waiting", "Jobs that have not begun.", labels=labels)
-        running = GaugeMetricFamily("dso:queue_running", "Jobs that have begun.", labels=labels)
+        waiting = GaugeMetricFamily("dso:queue_waiting", "Jobs that have not started.", labels=labels)
+        running = GaugeMetricFamily("dso:queue_running", "Jobs that are running.", labels=labels)
         waited = CounterMetricFamily("dso:queue_wait_seconds", "Seconds that jobs waited for their turn.", labels=labels)
-        ran = CounterMetricFamily("dso:queue_run_seconds", "Seconds that jobs took.", labels=labels)
-        jobs = CounterMetricFamily("dso:queue_jobs", "Jobs by how they ended.", labels=[*labels, "outcome"])
+        ran = CounterMetricFamily("dso:queue_run_seconds", "Seconds that jobs ran.", labels=labels)
+        jobs = CounterMetricFamily("dso:queue_jobs", "Jobs by outcome.", labels=[*labels, "outcome"])
         for queue in self._queues:
             names = [self._model, queue.name]
             waiting.add_metric(names, queue.waiting)

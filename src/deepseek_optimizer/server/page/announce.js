@@ -1,10 +1,10 @@
-// Tells screen readers what happened, in one polite live region: never token by token.
+// Announces events to screen readers in one polite live region; never single tokens.
 
 import { byId } from './dom.js';
 
 export function announce(text) {
   const region = byId('announcer');
   region.textContent = '';
-  // In a later frame, or the same words twice would be no change and stay unsaid.
+  // In a later frame, since repeating the same text would be no change and would not be announced.
   setTimeout(() => (region.textContent = text), 50);
 }

@@ -1,32 +1,32 @@
-// One answer on its way: reads the stream into a message, and measures it. No DOM here.
+// One answer in progress: reads the stream into a message, and measures its speed. No DOM here.
 
 import { ApiError, streamChat } from './api.js';
 import { readCitations } from './citations.js';
 
-const SHORTEST_MS = 100; // what came all at once was buffered on its way, and has no speed
+const SHORTEST_MS = 100; // an answer that arrived faster was buffered, so its speed cannot be measured
 
 export class Answer {
-  /** Fills `message` (see conversation.js) with what `body` asks for; `changed` is called after each piece. */
+  /** Fills `message` (see conversation.js) with the answer to the request `body`; calls `changed` after each chunk. */
   constructor(message, body, key, changed) {
     Object.assign(this, { message, body, key, changed });
     this.controller = new AbortController();
     this.pieces = 0;
     this.firstAt = this.lastAt = this.contentAt = null;
-    this.readPart = null; // of documents that are read before the first word, 0 to 1
+    this.readPart = null; // fraction of the documents processed before the first token, 0 to 1
   }
 
   stop() {
     this.controller.abort();
   }
 
-  /** The page goes away: what has arrived is what will be kept. */
+  /** Ends the answer because the page is being closed; what has arrived stays in the message. */
   interrupt() {
     this.endThinking();
     this.message.state = 'interrupted';
     this.controller.abort();
   }
 
-  /** Until the answer is whole, stopped or failed: message.state says which. Only a mistake of this page's own throws. */
+  /** Runs until the answer is complete, stopped or failed, as message.state tells. Throws only for bugs of this page. */
   async run() {
     const { message } = this;
     this.startedAt = performance.now();
@@ -37,7 +37,7 @@ export class Answer {
       }
       message.state = 'done';
     } catch (error) {
-      if (message.state === 'interrupted') return; // the page is going away
+      if (message.state === 'interrupted') return; // the page is being closed
       if (this.controller.signal.aborted) message.state = 'stopped';
       else {
         message.state = 'error';
@@ -69,7 +69,7 @@ export class Answer {
     this.measure(chunk.usage);
   }
 
-  /** How far documents are read, and at the end the passages that support the answer. */
+  /** The progress of reading documents and, at the end, the passages that support the answer. */
   takeDocument({ document, annotations }) {
     if (Number.isFinite(document?.read) && Number.isFinite(document?.left)) {
       this.readPart = document.read / Math.max(1, document.read + document.left);
@@ -84,12 +84,12 @@ export class Answer {
     this.message.thinkingMs = performance.now() - this.thinkingFrom;
   }
 
-  /** Milliseconds of thinking so far. */
+  /** Milliseconds of reasoning so far. */
   get thinkingMs() {
     return this.message.thinkingMs ?? performance.now() - this.thinkingFrom;
   }
 
-  /** Until the server's count comes, each piece is taken for one token. */
+  /** Until the server sends its count, each chunk counts as one token. */
   measure(usage) {
     const { stats } = this.message;
     if (usage) {
@@ -103,7 +103,7 @@ export class Answer {
     if (this.firstAt === null) return;
     stats.firstTokenMs = this.firstAt - this.startedAt;
     const span = this.lastAt - this.firstAt;
-    const several = this.readPart !== null; // prompts: what came is not all that was counted
+    const several = this.readPart !== null; // prompts: the counts include more than this answer
     stats.tokensPerSecond = stats.tokens > 1 && span > SHORTEST_MS && !several ? ((stats.tokens - 1) * 1000) / span : null;
   }
 }

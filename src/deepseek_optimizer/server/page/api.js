@@ -1,12 +1,12 @@
-// Talks to the server that this page came from, in OpenAI's protocol. Addresses are relative, so a proxy may put a path before them.
+// Requests to the server of this page, in OpenAI's protocol. URLs are relative, so a proxy may add a path prefix.
 
 import { serverEvents } from './server_events.js';
 
 const LONGEST_MESSAGE = 2000;
 
 /**
- * Why there is no (whole) answer. `kind`: 'network' (nothing came), 'http' (a status that is not 200), 'stream' (an error within
- * the stream), 'cut' (the stream ended early). `status`, `code` and `message` (the server's words) and `retryAfter` (seconds) where known.
+ * Why there is no complete answer. `kind`: 'network' (no response), 'http' (a status other than 200), 'stream' (an error in the
+ * stream), 'cut' (the stream ended early). `status`, `code`, `message` (the server's) and `retryAfter` (seconds): if known.
  */
 export class ApiError extends Error {
   constructor(kind, { status = null, code = null, message = '', retryAfter = null } = {}) {
@@ -16,8 +16,8 @@ export class ApiError extends Error {
 }
 
 /**
- * [{id, context, mostFile, sampling}]: the models of the server; tokens that each holds, bytes of a document (null where it does not
- * say), and the sampling parameters that hold where a request has none.
+ * [{id, context, maxFileBytes, sampling}]: the server's models, with the maximum number of tokens, the maximum bytes of a document
+ * (null if unknown), and the default sampling parameters.
  */
 export async function listModels(key) {
   const response = await request('v1/models', { headers: headers(key) });
@@ -25,47 +25,47 @@ export async function listModels(key) {
   if (!Array.isArray(data)) throw new ApiError('http', { status: response.status, message: 'v1/models: no list of models' });
   return data
     .filter((model) => typeof model?.id === 'string')
-    .map((model) => ({ id: model.id, context: whole(model.max_model_len), mostFile: whole(model.max_file_bytes), sampling: numbers(model.default_sampling) }));
+    .map((model) => ({ id: model.id, context: whole(model.max_model_len), maxFileBytes: whole(model.max_file_bytes), sampling: numbers(model.default_sampling) }));
 }
 
 const numbers = (values) => Object.fromEntries(Object.entries(values ?? {}).filter(([, value]) => Number.isFinite(value)));
 const whole = (value) => (Number.isInteger(value) ? value : null);
 
-/** Sends a document: what the server says of it. `sent` is called with the part of it that is on its way, 0 to 1. */
+/** Uploads a document and returns the server's description of it. `sent` is called with the fraction sent, 0 to 1. */
 export function uploadFile(file, key, signal, sent) {
   const form = new FormData();
   form.append('purpose', 'user_data');
   form.append('file', file, file.name);
-  const asking = new XMLHttpRequest(); // fetch can't tell how far it is
-  asking.open('POST', new URL('v1/files', document.baseURI));
-  for (const [name, value] of Object.entries(headers(key))) asking.setRequestHeader(name, value);
-  asking.upload.addEventListener('progress', ({ loaded, total }) => sent(total ? loaded / total : 0));
-  signal.addEventListener('abort', () => asking.abort());
+  const http = new XMLHttpRequest(); // fetch reports no upload progress
+  http.open('POST', new URL('v1/files', document.baseURI));
+  for (const [name, value] of Object.entries(headers(key))) http.setRequestHeader(name, value);
+  http.upload.addEventListener('progress', ({ loaded, total }) => sent(total ? loaded / total : 0));
+  signal.addEventListener('abort', () => http.abort());
   return new Promise((resolve, reject) => {
     const refuse = (kind, facts) => reject(new ApiError(kind, facts));
-    asking.addEventListener('error', () => refuse('network'));
-    asking.addEventListener('abort', () => refuse('cut'));
-    asking.addEventListener('load', () => {
-      const { status } = asking;
-      const found = parsed(asking.responseText);
+    http.addEventListener('error', () => refuse('network'));
+    http.addEventListener('abort', () => refuse('cut'));
+    http.addEventListener('load', () => {
+      const { status } = http;
+      const found = parsed(http.responseText);
       if (status === 200 && typeof found?.id === 'string') return resolve(found);
-      refuse('http', { status, code: codeOf(asking.responseText), message: messageOf(asking.responseText), retryAfter: retryAfter(asking.getResponseHeader('Retry-After')) });
+      refuse('http', { status, code: codeOf(http.responseText), message: messageOf(http.responseText), retryAfter: retryAfter(http.getResponseHeader('Retry-After')) });
     });
-    asking.send(form);
+    http.send(form);
   });
 }
 
-/** Whether the server still has a document; true where it can't be asked. */
+/** Whether the server still has a document; true if the request fails. */
 export async function hasFile(id, key) {
   return request(`v1/files/${encodeURIComponent(id)}`, { headers: headers(key) }).then(() => true, (error) => error.status !== 404);
 }
 
-/** Nobody waits for it: what stays expires. */
+/** Deletes a document without waiting; if that fails, it expires. */
 export function deleteFile(id, key) {
   request(`v1/files/${encodeURIComponent(id)}`, { method: 'DELETE', headers: headers(key), keepalive: true }).catch(() => {});
 }
 
-/** The chunks of a streamed chat completion; throws an ApiError, also when the stream ends before the answer does. */
+/** Yields the chunks of a streamed chat completion; throws an ApiError, also if the stream ends before the answer does. */
 export async function* streamChat(body, key, signal) {
   const response = await request('v1/chat/completions', {
     method: 'POST',
@@ -114,7 +114,7 @@ function parsed(text) {
 
 const codeOf = (text) => parsed(text)?.error?.code ?? null;
 
-/** The server's own words: error.message of OpenAI's shape, else the text itself (a proxy's, say). */
+/** The server's message: error.message in OpenAI's format, or else the text itself (for example a proxy's). */
 function messageOf(body) {
   const found = typeof body === 'string' ? parsed(body) : body;
   if (found === null) return String(body).trim().slice(0, LONGEST_MESSAGE);

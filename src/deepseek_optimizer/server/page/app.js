@@ -1,4 +1,4 @@
-// What the page does: which conversation is open, which answers are on their way, and what a press of a button means.
+// The page's controller: the open conversation, the answers in progress, and the actions of buttons and keys.
 
 import { announce } from './announce.js';
 import { Answer } from './answer.js';
@@ -21,10 +21,10 @@ import { keepUnfinished } from './store.js';
 import { ThreadView } from './thread_view.js';
 import * as transfer from './transfer.js';
 
-const SAVE_MS = 400; // between saves of an answer on its way
+const SAVE_MS = 400; // between saves of an answer in progress
 const LONGEST_ANNOUNCED = 500;
 
-/** A line over the message box; `quiet`: nothing is wrong. */
+/** A line above the message box; `quiet`: not an error. */
 function notice(text, quiet = false) {
   byId('notice').textContent = text;
   byId('notice').classList.toggle('quiet', quiet);
@@ -35,7 +35,7 @@ export class App {
   constructor(store, makeStream) {
     this.store = store;
     this.conversations = new Map();
-    this.answers = new Map(); // conversation's id -> its Answer on its way
+    this.answers = new Map(); // conversation id -> its Answer in progress
     this.models = [];
     this.thread = new ThreadView({
       regenerate: (id) => this.regenerate(id),
@@ -55,7 +55,7 @@ export class App {
     });
     this.files = new Attachments({
       key: () => preferences.apiKey(),
-      most: () => this.model?.mostFile ?? null,
+      maxBytes: () => this.model?.maxFileBytes ?? null,
       changed: () => this.composer.show(),
       refused: () => this.askKey(true),
     });
@@ -102,7 +102,7 @@ export class App {
     await this.loadModels();
   }
 
-  // Models and the key
+  // Models and the API key
 
   async loadModels() {
     try {
@@ -117,7 +117,7 @@ export class App {
     if (!this.current.messages.length) this.showThread();
   }
 
-  /** The conversation's model where the server has it, else the server's first. */
+  /** The conversation's model if the server has it, or else the server's first. */
   get model() {
     return this.models.find((model) => model.id === this.current.model) ?? this.models[0] ?? null;
   }
@@ -139,9 +139,9 @@ export class App {
     if (answer.key && last?.error?.status === 401) this.regenerate(last.id);
   }
 
-  // Asking
+  // Sending messages
 
-  /** Whether the text was taken. */
+  /** Sends a message; returns whether it was accepted. */
   send(text, files = []) {
     const { current } = this;
     if (this.busyElsewhere(current)) {
@@ -164,7 +164,7 @@ export class App {
     if (this.answers.has(current.id) || this.busyElsewhere(current)) return;
     const said = current.messages.some((message) => message.id === id && message.content);
     if (said) branches.setAside(current, id);
-    else branches.remove(current, id); // an answer that never came is no version of anything
+    else branches.remove(current, id); // an empty answer is not kept as a version
     this.ask(current);
     this.composer.area.focus();
   }
@@ -179,7 +179,7 @@ export class App {
     this.composer.area.focus();
   }
 
-  /** Another version of a message, and what followed it. */
+  /** Shows another version of a message, and what followed it. */
   showVersion(id, step) {
     const { current } = this;
     const index = current.messages.findIndex((message) => message.id === id);
@@ -200,7 +200,7 @@ export class App {
     this.showSidebar();
     this.showThread('sync');
     announce(t('announceStart'));
-    const ticking = setInterval(() => this.isOpen(conversation) && this.thread.refresh(), 500); // the time of thinking goes on
+    const ticking = setInterval(() => this.isOpen(conversation) && this.thread.refresh(), 500); // updates the time of reasoning
     await answer.run();
     clearInterval(ticking);
     if (this.answers.get(conversation.id) === answer) this.answers.delete(conversation.id);
@@ -213,7 +213,7 @@ export class App {
     if (this.isOpen(conversation)) this.showEnd(message);
   }
 
-  /** Marks files that the server has no longer: the next try goes without them. */
+  /** Marks files that the server no longer has, so that the next attempt omits them. */
   async lookForFiles(conversation) {
     const key = preferences.apiKey();
     await Promise.all(conversations.filesOf(conversation).map(async (file) => (file.gone = !(await hasFile(file.id, key)))));
@@ -239,7 +239,7 @@ export class App {
     else announce(t('announceDone', { text: message.content.slice(0, LONGEST_ANNOUNCED) }));
   }
 
-  /** Whether there was anything to stop. */
+  /** Stops the answer; returns whether there was one. */
   stop() {
     const answer = this.answers.get(this.current.id);
     answer?.stop();
@@ -303,7 +303,7 @@ export class App {
   async importFile(input) {
     const [file] = input.files;
     const imported = file && (await transfer.fromFile(file));
-    input.value = ''; // so that the same file can be chosen again
+    input.value = ''; // allows choosing the same file again
     if (!file) return;
     const said = imported ? t('imported', { n: imported.length }) : t('notImported', { name: file.name });
     for (const conversation of imported ?? []) {
@@ -321,7 +321,7 @@ export class App {
     this.answers.get(id)?.interrupt();
     this.answers.delete(id);
     this.conversations.delete(id);
-    const files = conversations.filesOf(conversation).filter(({ gone }) => !gone); // versions of a message share theirs
+    const files = conversations.filesOf(conversation).filter(({ gone }) => !gone); // versions of a message share their files
     for (const file of new Set(files.map((known) => known.id))) deleteFile(file, preferences.apiKey());
     await this.store.delete(id);
     if (this.isOpen(conversation)) this.openNew();
@@ -338,7 +338,7 @@ export class App {
     this.saveIfKept();
   }
 
-  /** What the reader wants new conversations to start with. */
+  /** The user's defaults for new conversations. */
   defaults() {
     try {
       const { system = '', settings } = JSON.parse(preferences.recall('defaults') ?? '{}');
@@ -348,14 +348,14 @@ export class App {
     }
   }
 
-  // Keeping
+  // Storage
 
   async save(conversation) {
     if (!this.conversations.has(conversation.id)) return;
     try {
       await this.store.put(conversation);
     } catch {
-      this.store.lasting = false; // the disk is full, say
+      this.store.lasting = false; // for example, the disk is full
       notice(t('notKept'));
     }
   }
@@ -386,7 +386,7 @@ export class App {
 
   // Other tabs
 
-  /** Whether another tab is writing the conversation's last answer: two at once would overwrite each other. */
+  /** Whether another tab is receiving the conversation's last answer; two would overwrite each other. */
   busyElsewhere(conversation) {
     const last = conversation.messages[conversation.messages.length - 1];
     return last?.state === 'streaming' && !this.answers.has(conversation.id);
@@ -394,7 +394,7 @@ export class App {
 
   async changedElsewhere({ changed, deleted }) {
     const id = changed ?? deleted;
-    if (this.answers.has(id)) return; // this tab is writing it: what it has is newer
+    if (this.answers.has(id)) return; // this tab is receiving it and has the newer state
     const stored = changed && (await this.store.get(changed));
     if (stored) this.conversations.set(id, conversations.restored(stored, true));
     else this.conversations.delete(id);
@@ -405,7 +405,7 @@ export class App {
     this.showThread('show');
   }
 
-  // Showing
+  // Display
 
   showThread(how = 'show') {
     const answer = this.answers.get(this.current.id) ?? null;

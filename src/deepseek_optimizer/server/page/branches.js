@@ -1,11 +1,11 @@
-// Versions of a message. A conversation's `messages` are the branch that is shown; `others` are the tails of those that are not:
+// Versions of a message. A conversation's `messages` are the visible branch; `others` are the tails of the other branches:
 // [{parent, messages}], where `parent` is the id of the message before the tail, or null at the start.
 
 const parentOf = ({ messages }, index) => messages[index - 1]?.id ?? null;
 const versionOf = (message) => message.version ?? 0;
 const indexOf = ({ messages }, id) => messages.findIndex((message) => message.id === id);
 
-/** The messages at a place of the shown branch, the shown one among them, oldest first. */
+/** All versions of the message at a position of the visible branch, oldest first. */
 function versionsAt(conversation, index) {
   const parent = parentOf(conversation, index);
   const aside = conversation.others.filter((tail) => tail.parent === parent).map(({ messages }) => messages[0]);
@@ -13,20 +13,20 @@ function versionsAt(conversation, index) {
   return [...aside, ...(shown ? [shown] : [])].sort((a, b) => versionOf(a) - versionOf(b));
 }
 
-/** Adds a message at the end, as the newest of the versions at its place. */
+/** Appends a message, as the newest version at its position. */
 export function append(conversation, message) {
   const earlier = versionsAt(conversation, conversation.messages.length);
   if (earlier.length) message.version = versionOf(earlier[earlier.length - 1]) + 1;
   conversation.messages.push(message);
 }
 
-/** Takes a message and what follows it out of view; the next message that is added becomes another version of it. */
+/** Hides a message and what follows it; the next message that is added becomes another version of it. */
 export function setAside(conversation, id) {
   const index = indexOf(conversation, id);
   if (index >= 0) conversation.others.push({ parent: parentOf(conversation, index), messages: conversation.messages.splice(index) });
 }
 
-/** Removes a message and what follows it, with all their versions but those of the message itself. */
+/** Removes a message and what follows it, with all versions of the latter. */
 export function remove(conversation, id) {
   const index = indexOf(conversation, id);
   if (index < 0) return;
@@ -40,13 +40,13 @@ export function remove(conversation, id) {
   conversation.others = tails;
 }
 
-/** {number, count}: which version of a message is shown, from 1, and how many there are. */
+/** {number, count}: the number of the visible version of a message, from 1, and the number of versions. */
 export function versionShown(conversation, message) {
   const versions = versionsAt(conversation, conversation.messages.indexOf(message));
   return { number: versions.indexOf(message) + 1, count: versions.length };
 }
 
-/** Shows the version that is `step` further, with what followed it; whether there is one. */
+/** Shows the version `step` positions away, with what followed it; returns whether there is one. */
 export function showVersion(conversation, id, step) {
   const index = indexOf(conversation, id);
   const versions = versionsAt(conversation, index);

@@ -1,11 +1,11 @@
-// Passages of documents under an answer. Their text is the document's, and never parsed.
+// Passages of documents below an answer. Their text comes from the document and is never parsed.
 
 import { el, icon } from './dom.js';
 import { t } from './i18n.js';
 
 const MAX = 50;
 
-/** What a server sent as annotations, with only what is shown; nothing of it is trusted. */
+/** The server's annotations, reduced to the fields that are displayed; nothing in them is trusted. */
 export function readCitations(annotations) {
   if (!Array.isArray(annotations)) return [];
   return annotations
@@ -19,7 +19,7 @@ export function readCitations(annotations) {
     }));
 }
 
-/** A list whose items open the passages; null where there are none. */
+/** A list whose items open the passages; null if there are none. */
 export function citationsNode(citations, document) {
   if (!citations?.length) return null;
   const items = citations.map((one, index) =>

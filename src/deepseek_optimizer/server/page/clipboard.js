@@ -1,4 +1,4 @@
-// Copying also where the page came over plain HTTP from another machine: browsers keep navigator.clipboard for secure origins.
+// Copying that also works over plain HTTP from another machine, where browsers do not provide navigator.clipboard.
 
 import { el } from './dom.js';
 import { t } from './i18n.js';
@@ -12,7 +12,7 @@ async function write(text) {
       await navigator.clipboard.writeText(text);
       return true;
     } catch {
-      // refused: the old way may still work
+      // refused: the fallback may still work
     }
   }
   const area = el('textarea.offscreen', { 'aria-hidden': 'true', tabindex: -1 });
@@ -26,7 +26,7 @@ async function write(text) {
   return copied;
 }
 
-/** Copies, and says so: to everyone in `label` for a moment, and politely to those who listen. */
+/** Copies, and confirms it: in `label` for a moment, and with an announcement to screen readers. */
 export async function copyText(text, label) {
   const said = t((await write(text)) ? 'copied' : 'copyFailed');
   announce(said);

@@ -1,10 +1,10 @@
-// Code in colours by highlight.js. Its tree of scopes becomes elements here; the HTML that it also makes is not used.
+// Syntax highlighting by highlight.js. Its tree of scopes is converted to elements here; its HTML output is not used.
 
 import { el } from './dom.js';
 
-const LONGEST = 30_000; // characters; longer code stays plain, so that it never takes the page from its reader
+const LONGEST = 30_000; // characters; longer code is not highlighted, so that it cannot block the page
 
-/** A function (text, language) -> nodes, or null where the language is unknown. */
+/** A function (text, language) -> nodes, or null if the language is unknown. */
 export const codeHighlighter = (hljs) => (text, language) => {
   if (text.length > LONGEST || !hljs.getLanguage(language)) return null;
   const { _emitter: emitter } = hljs.highlight(text, { language, ignoreIllegals: true });

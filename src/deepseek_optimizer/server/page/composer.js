@@ -1,4 +1,4 @@
-// The box that messages are written in, with its one button: send, or stop while an answer comes.
+// The message box, with one button: send, or stop while an answer is in progress.
 
 import { byId } from './dom.js';
 import { t } from './i18n.js';
@@ -10,7 +10,7 @@ const TOUCH = matchMedia('(hover: none) and (pointer: coarse)'); // no Shift key
 export const isComposing = (event) => event.isComposing || event.keyCode === 229;
 
 export class Composer {
-  /** `actions`: {send(text) -> whether it was taken, stop(), editLast()}; `files`: the Attachments beside the box. */
+  /** `actions`: {send(text) -> whether it was accepted, stop(), editLast()}; `files`: the Attachments of the message. */
   constructor(actions, files) {
     Object.assign(this, { actions, files });
     this.area = byId('message');
@@ -41,7 +41,7 @@ export class Composer {
     this.area.focus();
   }
 
-  /** Another conversation, or null for a new one: what was typed here before comes back, after a reload too. */
+  /** Switches to another conversation (null: a new one), and restores its draft, also after a reload. */
   open(id) {
     this.draft = `draft.${id ?? 'new'}`;
     this.files.open(this.draft);
@@ -49,7 +49,7 @@ export class Composer {
     this.changed();
   }
 
-  /** Puts a text into the box, to be sent or changed. */
+  /** Puts a text into the box, to be sent or edited. */
   fill(text) {
     this.area.value = text;
     this.changed();

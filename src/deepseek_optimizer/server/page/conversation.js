@@ -1,8 +1,8 @@
-// A conversation as plain data: what the browser keeps, what is sent, what is exported.
+// A conversation as plain data, as it is stored, sent and exported.
 //
-// {id, title, named, created, updated, model, system, settings, messages, others}, where `others` are the branches that are not
-// shown (see branches.js); a message is {id, role, content}, with {version} where there are several, {files} where a person attached
-// some (see files.js), and where a model wrote it, {reasoning, thinkingMs, state, error, finish, stats, citations, document}.
+// {id, title, named, created, updated, model, system, settings, messages, others}, where `others` are the hidden branches (see
+// branches.js). A message is {id, role, content}, with {version} if there are several, {files} if the user attached some (see
+// files.js) and, if a model wrote it, {reasoning, thinkingMs, state, error, finish, stats, citations, document}.
 // `state`: 'streaming', 'done', 'stopped', 'interrupted' or 'error'.
 
 import { append } from './branches.js';
@@ -10,7 +10,7 @@ import { cleanSettings } from './sampling.js';
 
 const LONGEST_TITLE = 60;
 
-/** Random, and unlike crypto.randomUUID also there on plain HTTP. */
+/** A random id; unlike crypto.randomUUID, it is also available over plain HTTP. */
 export function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(12));
   return [...bytes].map((byte) => byte.toString(16).padStart(2, '0')).join('');
@@ -34,18 +34,18 @@ export function addAnswer(conversation) {
 }
 
 function titleOf(text) {
-  const characters = [...text.trim().replace(/\s+/g, ' ')]; // by code points: no emoji is cut in two
+  const characters = [...text.trim().replace(/\s+/g, ' ')]; // code points, so that no emoji is split
   return characters.length > LONGEST_TITLE ? `${characters.slice(0, LONGEST_TITLE).join('')}…` : characters.join('');
 }
 
 /**
- * The body of the request that answers the conversation. Thinking is not sent back: models are not trained on their earlier
- * thoughts. Answers that failed before their first word are left out, and the user's turns around them joined, since many chat
+ * The body of the request for the next answer. Reasoning is omitted, since models are not trained on their earlier reasoning.
+ * Answers that failed before their first token are omitted too, and the user messages around them joined, since many chat
  * templates refuse two in a row.
  */
 export function requestBody(conversation, model) {
   const messages = conversation.system.trim() ? [{ role: 'system', content: conversation.system }] : [];
-  const files = new Map(); // message -> those that go with it
+  const files = new Map(); // message -> its files
   for (const { role, content, files: attached = [] } of conversation.messages) {
     const last = messages[messages.length - 1];
     if (role === 'assistant' && !content) continue;
@@ -60,15 +60,15 @@ export function requestBody(conversation, model) {
 
 const parts = (files, text) => [...files.map(({ id }) => ({ type: 'file', file: { file_id: id } })), { type: 'text', text }];
 
-/** All messages of a conversation, those of branches that are not shown too. */
+/** All messages of a conversation, including those of hidden branches. */
 const allMessages = ({ messages, others }) => [...messages, ...others.flatMap((tail) => tail.messages)];
 
 /** All files of a conversation's messages. */
 export const filesOf = (conversation) => allMessages(conversation).flatMap(({ files = [] }) => files);
 
 /**
- * A stored conversation, whole again: what an older page or another one of this server left may lack fields. An answer that was
- * being written when the page went away counts as interrupted, unless `live` (another tab is at it).
+ * Completes a stored conversation, in which fields may be missing if another version of the page stored it. An answer that was
+ * in progress when the page was closed is marked as interrupted, unless `live` (another tab is receiving it).
  */
 export function restored(stored, live = false) {
   const conversation = { ...newConversation(), ...stored, messages: restoredMessages(stored.messages), others: [] };

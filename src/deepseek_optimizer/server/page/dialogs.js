@@ -1,10 +1,10 @@
-// Questions to the reader, in the <dialog>s of index.html. Each function resolves to the answer, or to null where there is none.
+// The <dialog>s of index.html. Each function resolves to the user's input, or to null if the dialog was cancelled.
 
 import { byId, el } from './dom.js';
 import { number, t } from './i18n.js';
 import { FIELDS, readField } from './sampling.js';
 
-/** Shows a dialog until it is sent or closed; `read()` gives the answer, undefined where the form is not right yet. */
+/** Shows a dialog until it is submitted or closed; `read()` returns the input, or undefined if the form is not valid yet. */
 function ask(dialog, read) {
   const form = dialog.querySelector('form');
   return new Promise((resolve) => {
@@ -12,7 +12,7 @@ function ask(dialog, read) {
     const listening = new AbortController();
     const on = (target, type, listener) => target.addEventListener(type, listener, { signal: listening.signal });
     on(form, 'submit', (event) => {
-      event.preventDefault(); // never a navigation
+      event.preventDefault(); // never navigate
       answer = read(form);
       if (answer !== undefined) dialog.close();
     });
@@ -41,7 +41,7 @@ export function confirmDelete(title) {
   return ask(byId('delete-dialog'), () => true);
 }
 
-/** {key, keep}; an empty key forgets the one there is. `refused`: the server did not take the last one. */
+/** {key, keep}; an empty key deletes the stored one. `refused`: the server rejected the last one. */
 export function askKey({ refused, key, kept }) {
   const input = byId('key-input');
   input.value = key;
@@ -55,13 +55,13 @@ export function askKey({ refused, key, kept }) {
   };
   return ask(byId('key-dialog'), () => {
     const typed = input.value.trim();
-    const sendable = /^[\x21-\x7e]*$/.test(typed); // what a header can carry
+    const sendable = /^[\x21-\x7e]*$/.test(typed); // the characters that a header can contain
     byId('key-refused').hidden = sendable;
     return sendable ? { key: typed, keep: byId('key-keep').checked } : undefined;
   });
 }
 
-/** {system, settings, asDefault} of a conversation. `model`: {context, sampling} as api.js has them, or null. */
+/** {system, settings, asDefault} of a conversation. `model`: {context, sampling} as in api.js, or null. */
 export function askSettings({ system, settings }, model) {
   const context = model?.context ?? null;
   const fields = FIELDS.map((field) => (field.name === 'max_tokens' && context ? { ...field, max: context } : field));
@@ -96,7 +96,7 @@ function fieldNode(field, value, preset) {
     onchange: () => check(field),
   });
   input.value = value ?? '';
-  // Above this the bound itself tells the reader nothing.
+  // A larger bound is of no use to the user.
   const range = max > 1e9 ? '' : ` (${t('range', { min: number(min, 2), max: number(max, 2) })})`;
   return el(
     'div.field',
@@ -108,13 +108,13 @@ function fieldNode(field, value, preset) {
   );
 }
 
-/** What holds where a field is empty. */
+/** The default for an empty field. */
 function presetText(name, preset) {
   if (preset !== undefined) return t('presetIs', { value: number(preset, 3) });
   return t({ max_tokens: 'presetNoLimit', seed: 'presetRandom' }[name] ?? 'unset');
 }
 
-/** Reads a field and shows what is wrong with it. */
+/** Reads a field and shows its error, if any. */
 function check(field) {
   const input = byId(`field-${field.name}`);
   const result = readField(field, input.value, input.validity.badInput);

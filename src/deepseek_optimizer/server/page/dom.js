@@ -1,10 +1,10 @@
-// The only place where elements are made. Text always becomes text nodes: what a model or a server wrote is never parsed as HTML.
+// The only place where elements are created. Text always becomes text nodes: output of a model or server is never parsed as HTML.
 
 const SVG = 'http://www.w3.org/2000/svg';
 
 /**
  * An element. `tag` may carry classes ("div.note.quiet"); `props` are attributes, or listeners where the name starts with "on"
- * and the value is a function; undefined, null and false leave one out. Strings among the children become text nodes.
+ * and the value is a function; undefined, null and false are omitted. Strings among the children become text nodes.
  */
 export function el(tag, props = {}, ...children) {
   const [name, ...classes] = tag.split('.');
@@ -19,7 +19,7 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-/** An icon of the sprite in index.html; it is decoration, so the control that holds it needs a label. */
+/** An icon from the sprite in index.html. It is hidden from screen readers, so the control that contains it needs a label. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, 'svg');
   svg.setAttribute('class', 'icon');
@@ -30,7 +30,7 @@ export function icon(name) {
   return svg;
 }
 
-/** A button that shows an icon and says `label` to those who can't see it. */
+/** A button with an icon; `label` is its accessible name. */
 export function iconButton(name, label, onclick, classes = '') {
   return el(`button.icon-button${classes}`, { type: 'button', 'aria-label': label, title: label, onclick }, icon(name));
 }

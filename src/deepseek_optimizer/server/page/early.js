@@ -5,7 +5,7 @@
     try {
       return localStorage.getItem(name);
     } catch {
-      return null; // storage is forbidden here: the browser's own settings decide
+      return null; // storage is not allowed: the browser's settings apply
     }
   };
   const theme = read('dso.theme');

@@ -1,5 +1,5 @@
-// Documents that a message is about: chosen, sent to the server, shown as chips. A file as plain data, as conversations keep it:
-// {id, name, size, pages, gone}; `gone`: the server has it no longer.
+// Documents attached to a message: they are chosen, uploaded, and shown as chips. A file as plain data, as stored in conversations:
+// {id, name, size, pages, gone}; `gone`: the server no longer has it.
 
 import { announce } from './announce.js';
 import { ApiError, deleteFile, uploadFile } from './api.js';
@@ -8,7 +8,7 @@ import { describeError } from './errors.js';
 import { bytes, number, t } from './i18n.js';
 import { forget, recall, remember } from './preferences.js';
 
-/** One file as a chip; `below` is its second line, `remove` what its cross does, if it has one. */
+/** A file as a chip; `below`: its second line; `remove`: the action of its remove button, if it has one. */
 export function chip({ name }, below, { remove = null, failed = false } = {}) {
   return el(
     `li.chip${failed ? '.failed' : ''}`,
@@ -26,9 +26,9 @@ export function factsOf({ size, pages, gone }) {
   return [bytes(size), count].filter(Boolean).join(' · ');
 }
 
-/** The chips over the message box. */
+/** The chips above the message box. */
 export class Attachments {
-  /** `actions`: {key() -> the API key, most() -> bytes of a file or null, changed(), refused() where the key is}. */
+  /** `actions`: {key() -> the API key, maxBytes() -> maximum bytes of a file or null, changed(), refused() if the key is rejected}. */
   constructor(actions) {
     Object.assign(this, { actions, items: [] });
     this.list = byId('files');
@@ -36,7 +36,7 @@ export class Attachments {
     byId('attach').addEventListener('click', () => this.input.click());
     this.input.addEventListener('change', () => {
       this.add(this.input.files);
-      this.input.value = ''; // so that the same file can be chosen again
+      this.input.value = ''; // allows choosing the same file again
     });
     this.listenForDrops();
   }
@@ -47,7 +47,7 @@ export class Attachments {
     const on = (type, action) =>
       window.addEventListener(type, (event) => {
         if (!brings(event)) return;
-        event.preventDefault(); // or the browser opens the file in place of the page
+        event.preventDefault(); // otherwise the browser opens the file instead of the page
         action(event);
       });
     on('dragenter', () => (veil.hidden = false));
@@ -56,7 +56,7 @@ export class Attachments {
       veil.hidden = true;
       this.add(event.dataTransfer.files);
     });
-    window.addEventListener('dragleave', (event) => event.relatedTarget === null && (veil.hidden = true)); // out of the window
+    window.addEventListener('dragleave', (event) => event.relatedTarget === null && (veil.hidden = true)); // the pointer left the window
     byId('message').addEventListener('paste', (event) => {
       if (!event.clipboardData?.files.length || event.clipboardData.types.includes('text/plain')) return;
       event.preventDefault();
@@ -68,12 +68,12 @@ export class Attachments {
     return this.items.some((item) => item.state === 'sending');
   }
 
-  /** Files that the server has. */
+  /** The files that have been uploaded. */
   get ready() {
     return this.items.filter((item) => item.state === 'ready').map(({ id, name, size, pages }) => ({ id, name, size, pages }));
   }
 
-  /** Another conversation's draft: what was sent and not used yet comes back, after a reload too. */
+  /** Switches to another conversation's draft: files that were uploaded and not used yet are restored, also after a reload. */
   open(draft) {
     for (const item of this.items) item.controller?.abort();
     this.draft = `${draft}.files`;
@@ -86,7 +86,7 @@ export class Attachments {
     this.show();
   }
 
-  /** They went with a message. */
+  /** Removes the files after they were sent with a message. */
   clear() {
     this.items = [];
     this.changed();
@@ -101,9 +101,9 @@ export class Attachments {
     const item = { name: file.name, size: file.size, state: 'sending', part: 0, controller: new AbortController() };
     this.items.push(item);
     this.changed();
-    const most = this.actions.most();
+    const maxBytes = this.actions.maxBytes();
     try {
-      if (most !== null && file.size > most) throw new ApiError('http', { status: 413, message: t('fileMost', { size: bytes(most) }) });
+      if (maxBytes !== null && file.size > maxBytes) throw new ApiError('http', { status: 413, message: t('fileMost', { size: bytes(maxBytes) }) });
       const { signal } = item.controller;
       const found = await uploadFile(file, this.actions.key(), signal, (part) => this.progressed(item, part));
       Object.assign(item, { id: found.id, name: String(found.filename ?? file.name), pages: found.pages ?? null, state: 'ready' });
@@ -156,7 +156,7 @@ function below(item, index) {
   return el('progress', { max: 1, value: item.part, 'data-item': index, 'aria-label': t('fileSending', { name: item.name }) });
 }
 
-/** Why a file was not taken; the server's own words say what is wrong in it. */
+/** Why a file was not accepted; the server's message says what is wrong with it. */
 function wordsFor(error, name) {
   const { status, message } = error;
   const text = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;

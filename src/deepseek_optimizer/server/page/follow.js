@@ -1,9 +1,9 @@
-// Keeps the newest text in view, until the reader scrolls up; back at the end, it follows again.
+// Keeps the newest text in view until the user scrolls up, and again after scrolling back to the end.
 
 const NEAR = 48; // pixels from the end that still count as the end
 
 export class Follower {
-  /** `scroller` holds the text, `button` leads back to the end and shows only away from it. */
+  /** `scroller` contains the text; `button` scrolls to the end, and is visible only away from it. */
   constructor(scroller, button) {
     Object.assign(this, { scroller, button, following: true, top: 0 });
     scroller.addEventListener('scroll', () => this.onScroll(), { passive: true });
@@ -18,14 +18,14 @@ export class Follower {
 
   onScroll() {
     const { scrollTop } = this.scroller;
-    // Only a move upwards is the reader's wish to stay: text that grows below moves nothing.
+    // Only scrolling up stops following; text that is added below does not scroll.
     if (this.atEnd) this.following = true;
     else if (scrollTop < this.top) this.following = false;
     this.top = scrollTop;
     this.showButton();
   }
 
-  /** After the text changed. */
+  /** Called after the text has changed. */
   keepUp() {
     if (this.following) this.scroller.scrollTop = this.scroller.scrollHeight;
     this.top = this.scroller.scrollTop;

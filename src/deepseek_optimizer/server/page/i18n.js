@@ -1,11 +1,11 @@
-// Picks the words of strings.js. The language is the document's own `lang`, which early.js sets from the reader's choice or browser.
+// Looks up texts in strings.js. The language is the document's `lang`, which early.js sets from the user's choice or the browser.
 
 import { STRINGS } from './strings.js';
 import { remember } from './preferences.js';
 
 export const language = () => (document.documentElement.lang.startsWith('zh') ? 'zh' : 'en');
 
-/** The text of `key`, with {name} replaced by values.name. An unknown key is a mistake of ours and throws. */
+/** The text of `key`, with {name} replaced by values.name. Throws for an unknown key, which is a bug. */
 export function t(key, values = {}) {
   const text = STRINGS[language()][key];
   if (text === undefined) throw new Error(`no text for ${key}`);
@@ -17,7 +17,7 @@ export function setLanguage(name) {
   remember('language', document.documentElement.lang);
 }
 
-/** Fills what index.html marks: data-t is the text, data-t-label the label and tooltip, data-t-placeholder the placeholder. */
+/** Fills in the texts of index.html: data-t is the text, data-t-label the label and tooltip, data-t-placeholder the placeholder. */
 export function translate(root = document) {
   document.title = t('title');
   for (const node of root.querySelectorAll('[data-t]')) node.textContent = t(node.dataset.t);
@@ -38,5 +38,5 @@ export function bytes(value) {
   return new Intl.NumberFormat(document.documentElement.lang, options).format(value / size);
 }
 
-/** Milliseconds as seconds, with more digits where they tell something. */
+/** Milliseconds as seconds, with more digits for short times. */
 export const seconds = (ms) => t('seconds', { n: number(Math.max(ms, 10) / 1000, ms < 1000 ? 2 : ms < 60000 ? 1 : 0) });

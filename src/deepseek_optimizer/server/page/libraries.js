@@ -1,7 +1,7 @@
-// The libraries of vendor/ (vendor.json lists them). They are fetched when the package is built, so an installation that was built
-// without a network has none; the page then shows answers as plain text and says so.
+// The libraries in vendor/ (listed in vendor.json). They are downloaded when the package is built; an installation that was built
+// without network access has none, and its page shows answers as plain text with a notice.
 
-/** {markdownit, footnote, katex, hljs}, or null where a library is missing. */
+/** {markdownit, footnote, katex, hljs}, or null if a library is missing. */
 export async function loadLibraries() {
   try {
     const [{ default: markdownit }, { default: footnote }, { default: hljs }] = await Promise.all([

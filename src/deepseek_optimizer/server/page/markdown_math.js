@@ -1,9 +1,9 @@
 // TeX in Markdown, as rules of markdown-it: \( \), $ $ within a line, \[ \] and $$ $$ within a line or on lines of their own.
 
 const PAIRS = [['\\(', '\\)', false], ['\\[', '\\]', true], ['$$', '$$', true]];
-const LONGEST_DOLLARS = 300; // characters between single dollars: further apart they are prices
+const LONGEST_DOLLARS = 300; // characters between single dollars; further apart, they are prices
 
-/** Gives a token `math` with the TeX as `content` and {display, open} as `meta`; `open`: its end has not come yet. */
+/** Adds a token `math` with the TeX as `content` and {display, open} as `meta`; `open`: its end has not arrived yet. */
 export function inlineRule(state, silent) {
   const { src, pos, env } = state;
   const pair = PAIRS.find(([opener]) => src.startsWith(opener, pos));
@@ -17,7 +17,7 @@ export function inlineRule(state, silent) {
   return push(state, silent, { from, end, next: Math.min(end + closer.length, src.length), display, open, markup: opener });
 }
 
-/** $x$: no space within the dollars and no digit behind them, so that "$5 and $10" stays as it is. */
+/** $x$: no space inside the dollars and no digit after them, so that "$5 and $10" is not a formula. */
 function dollarRule(state, silent) {
   const { src, pos } = state;
   if (src[pos] !== '$' || /[\s$]/.test(src[pos + 1] ?? ' ') || /\w/.test(src[pos - 1] ?? '')) return false;
@@ -39,7 +39,7 @@ function push(state, silent, { from, end, next, display, open, markup }) {
   return true;
 }
 
-/** Where `closer` is; one that is missing is searched for once a text. */
+/** The position of `closer`; a missing one is searched for only once per text. */
 function find(state, closer, from) {
   state.missing ??= new Set();
   if (state.missing.has(closer)) return -1;
@@ -73,5 +73,5 @@ export function blockRule(state, start, end, silent) {
 function closerOf(line) {
   const closer = line.startsWith('\\[') ? '\\]' : line.startsWith('$$') ? '$$' : null;
   const at = closer ? line.indexOf(closer, 2) : -1;
-  return at < 0 || at === line.length - 2 ? closer : null; // else it is part of a sentence
+  return at < 0 || at === line.length - 2 ? closer : null; // otherwise it is part of a sentence
 }

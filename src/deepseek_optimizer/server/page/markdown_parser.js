@@ -1,21 +1,21 @@
-// Markdown to tokens by markdown-it: CommonMark with GitHub's tables, task lists and strikethrough, footnotes and TeX.
+// Parses Markdown to tokens with markdown-it: CommonMark with GitHub's tables, task lists and strikethrough, footnotes and TeX.
 //
-// Left out is what models don't mean, or what lets a line change the meaning of a block before it, which a stream cannot take back:
-// HTML (it is text), code by indentation, headings by underlining, link references.
+// Disabled is syntax that models do not intend, or with which a line changes the meaning of an earlier block, which cannot be
+// undone in a stream: HTML (shown as text), indented code, underlined headings, link references.
 
 import * as math from './markdown_math.js';
 import { finishInline, closeDelimiters } from './markdown_unfinished.js';
 
 const LEFT_OUT = ['code', 'lheading', 'reference', 'html_block', 'html_inline', 'footnote_inline', 'footnote_tail'];
-const WIDE = /[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]/; // scripts that put no spaces between words
+const WIDE = /[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]/; // scripts without spaces between words
 const REFERENCE = /\[\^[^\]\s]{1,100}\]/y;
 const TASK = /^\[([ xX])\] /;
 
-/** A parser; its `parse(text, { labels, unfinished })` gives markdown-it's tokens. */
+/** A parser; its `parse(text, { labels, unfinished })` returns markdown-it's tokens. */
 export function createParser({ markdownit, footnote }) {
   const md = markdownit({ html: false, breaks: true, linkify: true }).use(footnote).disable(LEFT_OUT);
   md.linkify.set({ fuzzyLink: false, fuzzyEmail: false }).add('ftp:', null).add('//', null);
-  md.validateLink = () => true; // the renderer decides, and shows an address that may not be followed
+  md.validateLink = () => true; // the renderer decides, and shows unsafe URLs as text
   md.normalizeLink = md.normalizeLinkText = (url) => url;
   md.inline.State = wideState(md.inline.State);
   md.inline.ruler.before('escape', 'math', math.inlineRule);
@@ -29,8 +29,8 @@ export function createParser({ markdownit, footnote }) {
   md.core.ruler.push('trim_links', trimLinksRule);
   return {
     /**
-     * `labels`: footnotes that are defined elsewhere, so that references to them are known; `unfinished`: more text is to come,
-     * so marks that are still open count as closed at its end.
+     * `labels`: footnotes that are defined elsewhere, so that references to them are recognised; `unfinished`: more text will
+     * follow, so open marks count as closed at its end.
      */
     parse(text, { labels = [], unfinished = false } = {}) {
       const refs = Object.fromEntries([...labels].map((label) => [`:${label}`, -1]));
@@ -39,7 +39,7 @@ export function createParser({ markdownit, footnote }) {
   };
 }
 
-/** Emphasis beside characters that take no spaces around them: "**注意：**请看", where CommonMark would want a space. */
+/** Allows emphasis next to scripts without spaces: "**注意：**请看", where CommonMark would require a space. */
 function wideState(State) {
   return class extends State {
     scanDelims(start, canSplitWord) {
@@ -55,13 +55,13 @@ function wideState(State) {
 
 const ruleOf = (ruler, name) => ruler.__rules__.find((rule) => rule.name === name).fn;
 
-/** Looked at first, since the rule itself reads to the end of the word, and so takes quadratic time for "[^[^[^...". */
+/** Checked first, since the rule itself reads to the end of the word, which takes quadratic time for "[^[^[^...". */
 function isReference({ src, pos }) {
   REFERENCE.lastIndex = pos;
   return REFERENCE.test(src);
 }
 
-/** A rule for blocks whose first token also tells its lines, as those of markdown-it do. */
+/** A block rule that also sets the line range of its first token, as markdown-it's rules do. */
 const withLines = (rule) => (state, start, end, silent) => {
   const at = state.tokens.length;
   const found = rule(state, start, end, silent);
@@ -69,7 +69,7 @@ const withLines = (rule) => (state, start, end, silent) => {
   return found;
 };
 
-/** markdown-it's own rule, which also tells the end of an unfinished text from the rest of it. */
+/** markdown-it's rule, which also treats the end of an unfinished text differently from the rest. */
 function inlineRule({ tokens, md, env }) {
   const lastBlock = tokens.findLastIndex(({ level, nesting }) => level === 0 && nesting >= 0);
   const last = env.unfinished && tokens.findLast(({ type, content }, index) => index > lastBlock && type === 'inline' && content);

@@ -1,6 +1,6 @@
-// Tokens of markdown-it to DOM nodes. What a model writes is hostile input: every text becomes a text node, the tags are those named
-// in this file (and, of formulas, in math.js), and the only attribute that holds something of the model's is the href of a link that
-// safeUrl let through.
+// Converts markdown-it's tokens to DOM nodes. A model's output is untrusted: every text becomes a text node, only the tags named in
+// this file (and, for formulas, in math.js) are created, and the only attribute with content from the model is the href of a link
+// that safeUrl accepts.
 
 import { copyText } from './clipboard.js';
 import { el, icon } from './dom.js';
@@ -9,13 +9,13 @@ import { t } from './i18n.js';
 const LONGEST_URL = 2000;
 const LONGEST_SHOWN = 80;
 const LONGEST_LANGUAGE = 40;
-const DEEPEST = 60; // elements in elements; what is deeper goes into those above, since browsers can't lay out any depth
+const DEEPEST = 60; // nesting of elements; deeper content goes into their ancestors, since browsers cannot lay out arbitrary depth
 
-/** The URL where `href` is an absolute http, https or mailto address; null for all else (javascript:, data:, relative, ...). */
+/** The URL if `href` is an absolute http, https or mailto URL; null otherwise (javascript:, data:, relative, ...). */
 export function safeUrl(href) {
   if (href.length > LONGEST_URL) return null;
   try {
-    const url = new URL(href); // no base: a relative address would point at this server
+    const url = new URL(href); // no base: a relative URL would point to this server
     return ['http:', 'https:', 'mailto:'].includes(url.protocol) ? url : null;
   } catch {
     return null;
@@ -25,13 +25,13 @@ export function safeUrl(href) {
 const plain = (name) => () => ({ node: el(name) });
 
 /**
- * What opens an element: {node, inner: where its content goes if not in `node`, auto: its direction follows its text, close: called
- * with its parent once it is whole}.
+ * Functions that open an element: {node, inner: the parent of its content if not `node`, auto: its direction follows its text,
+ * close: called with its parent when it is complete}.
  */
 const OPEN = {
   paragraph_open: (token) => (token.hidden ? null : { node: el('p'), auto: true }),
   heading_open({ tag }) {
-    // The page has headings of its own, so a model's first level is a third one; how it looks follows its class.
+    // The page has its own headings, so a model's first level becomes the third; its class determines its look.
     const level = Number(tag[1]);
     return { node: el(`h${Math.min(level + 2, 6)}.level-${level}`), auto: true };
   },
@@ -69,7 +69,7 @@ const alignmentOf = (token) => {
   return found && `to-${found[1]}`;
 };
 
-/** What has no content to open: an array of nodes. */
+/** Tokens without nested content: functions that return an array of nodes. */
 const LEAF = {
   inline: (token, context) => renderTokens(token.children, context),
   text: ({ content }) => [document.createTextNode(content)],
@@ -81,7 +81,7 @@ const LEAF = {
   math: (token, { math }) => [formula(token, math)],
   math_block: (token, { math }) => [formula(token, math)],
   image(token, { inLink }) {
-    // Fetching it would tell another server who reads this, and when: its text and address are shown instead.
+    // Loading it would reveal to another server who reads this and when, so its text and URL are shown instead.
     const shown = el('span.image', {}, icon('image'), token.content || t('image'));
     return inLink ? [shown] : linkTo(token.attrGet('src') ?? '', [shown], token.content);
   },
@@ -94,8 +94,8 @@ const LEAF = {
 };
 
 /**
- * Nodes of a list of tokens. `context`: {math(tex, display), highlight(text, language), numbers: label of a footnote -> its number,
- * open: the last block is not whole yet}.
+ * The nodes of a list of tokens. `context`: {math(tex, display), highlight(text, language), numbers: footnote label -> number,
+ * open: the last block is not complete yet}.
  */
 export function renderTokens(tokens, context) {
   const top = { node: document.createDocumentFragment(), inLink: context.inLink, depth: context.depth ?? 0 };
@@ -105,7 +105,7 @@ export function renderTokens(tokens, context) {
     const into = frame.inner ?? frame.node;
     const here = { ...context, inLink: frame.inLink, depth: frame.depth };
     if (token.nesting === 1) {
-      const opened = (frame.depth < DEEPEST && OPEN[token.type]?.(token, here)) || { inner: into }; // else it goes into its parent
+      const opened = (frame.depth < DEEPEST && OPEN[token.type]?.(token, here)) || { inner: into }; // else into its parent
       frames.push({ ...opened, inLink: frame.inLink || opened.link, depth: frame.depth + 1 });
     } else if (token.nesting === -1) {
       frames.pop();
@@ -117,12 +117,12 @@ export function renderTokens(tokens, context) {
 
 function close({ node, auto, close: closed }, above) {
   const parent = above.inner ?? above.node;
-  if (auto) node.dir = 'auto'; // only now: Chromium would look through all of the text again at each node that is appended
+  if (auto) node.dir = 'auto'; // at the end: Chromium would scan the whole text again for each appended node
   if (node) parent.append(node);
   closed?.(parent);
 }
 
-/** Code with its language's name and a copy button, which copies what is there when it is pressed. */
+/** Code with the name of its language and a copy button, which copies the current text. */
 function renderCode(token, { highlight, open }) {
   const code = el('code', { translate: 'no' });
   const language = languageOf(token);
@@ -135,7 +135,7 @@ function renderCode(token, { highlight, open }) {
   );
   const head = el('div.code-head', {}, el('span.code-language', {}, language || t('code')), button);
   const pre = el('pre', { tabindex: 0, role: 'group', 'aria-label': t('code') }, code);
-  // While it comes it is plain: colouring all of it again with each line would take longer and longer.
+  // Not highlighted while it grows: highlighting all of it again for each line would take quadratic time.
   code.append(...((!open && highlight(codeOf(token), language)) || [document.createTextNode(codeOf(token))]));
   return el('div.code', { dir: 'ltr' }, head, pre);
 }
@@ -143,7 +143,7 @@ function renderCode(token, { highlight, open }) {
 const codeOf = ({ content }) => content.replace(/\n$/, '');
 const languageOf = ({ info }) => info.trim().split(/\s/)[0].slice(0, LONGEST_LANGUAGE);
 
-/** Shows more of an unfinished code block in the element of before: only the text that is new is touched. */
+/** Extends the element of an unfinished code block; only new text is added. */
 export function updateCode(node, token) {
   const shown = node.querySelector('code').firstChild;
   const content = codeOf(token);
@@ -151,7 +151,7 @@ export function updateCode(node, token) {
   else shown.data = content;
 }
 
-/** A formula, or its TeX where it can't be set (yet). */
+/** A formula, or its TeX if it cannot be rendered (yet). */
 function formula({ content, meta }, math) {
   const set = meta.open ? null : math(content, meta.display);
   const name = meta.display ? 'div' : 'span';
@@ -175,7 +175,7 @@ function linkTo(href, children, shown) {
   return saysWhere(url, shown) ? [node] : [node, target(hostOf(url))];
 }
 
-/** Whether a link's text is its address as the browser writes it, in which look-alike letters of other scripts are plain to see. */
+/** Whether a link's text equals its URL as the browser writes it, in which look-alike letters of other scripts are visible. */
 function saysWhere(url, shown) {
   const bare = url.href.replace(/\/$/, '');
   return [url.href, bare, bare.replace(/^(https?:\/\/|mailto:)/, '')].includes(shown) && !url.username;
@@ -188,7 +188,7 @@ const target = (address) => {
   return el('bdi.target', { dir: 'ltr' }, ` (${shown})`);
 };
 
-/** By focus, not by an address: the page's own addresses name conversations. */
+/** Moves the focus instead of navigating, since the page's URLs identify conversations. */
 function goToFootnote({ currentTarget }) {
   const notes = currentTarget.closest('.markdown').querySelectorAll('.footnote');
   const note = [...notes].find((one) => one.dataset.footnote === currentTarget.textContent);

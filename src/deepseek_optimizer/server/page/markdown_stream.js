@@ -1,13 +1,13 @@
-// Markdown that grows: what is finished is parsed and rendered once, only the last block again.
+// Incremental Markdown: finished blocks are parsed and rendered once, only the last block repeatedly.
 
 import { codeHighlighter } from './code_highlight.js';
 import { mathSetter } from './math.js';
 import { createParser } from './markdown_parser.js';
 import { renderTokens, updateCode } from './markdown_render.js';
 
-const LONGEST_BLOCK = 200_000; // characters; a longer one is shown as text, so that no answer can freeze the page
+const LONGEST_BLOCK = 200_000; // characters; a longer block is shown as text, so that no answer can freeze the page
 
-/** What makes streams: `makeStream(root)` renders into `root`, which is the stream's own from then on. */
+/** Returns `makeStream(root)`, which creates a stream that renders into `root`; nothing else may change `root`. */
 export function streamMaker(libraries) {
   if (!libraries) return (root) => new TextStream(root);
   const parser = createParser(libraries);
@@ -15,7 +15,7 @@ export function streamMaker(libraries) {
   return (root) => new MarkdownStream(root, parser, context);
 }
 
-/** Without the libraries: the text as it is. */
+/** Shows plain text, for an installation without the libraries. */
 class TextStream {
   constructor(root) {
     root.classList.add('as-text');
@@ -33,17 +33,17 @@ class TextStream {
 class MarkdownStream {
   constructor(root, parser, context) {
     Object.assign(this, { root, parser, context });
-    this.lines = ['']; // from the first line of the last block on; the last one has no newline yet
+    this.lines = ['']; // from the first line of the last block; the last line has no newline yet
     this.held = '';
     this.tail = []; // the blocks of those lines: {tokens, from, source, numbers, open, node}
-    this.numbers = new Map(); // label of a footnote -> its number; of the blocks before those
-    this.referring = []; // blocks before those that may refer to a footnote that is not defined yet
-    this.rendered = 0; // blocks made into nodes so far: how much work was done
+    this.numbers = new Map(); // footnote label -> number, for the settled blocks
+    this.referring = []; // settled blocks that may refer to a footnote that is not defined yet
+    this.rendered = 0; // number of blocks rendered so far, a measure of work
   }
 
   append(text) {
     let whole = this.held + text;
-    this.held = whole.endsWith('\r') ? '\r' : ''; // its newline may be the next piece's first character
+    this.held = whole.endsWith('\r') ? '\r' : ''; // its newline may be the first character of the next chunk
     if (this.held) whole = whole.slice(0, -1);
     const [first, ...rest] = whole.replace(/\r\n?/g, '\n').split('\n');
     this.lines[this.lines.length - 1] += first;
@@ -51,7 +51,7 @@ class MarkdownStream {
     this.dirty = true;
   }
 
-  /** Brings the DOM up to date; `unfinished` while more text may come. */
+  /** Updates the DOM; `unfinished`: more text may follow. */
   render(unfinished = true) {
     if (!this.dirty && unfinished === this.unfinished) return;
     this.dirty = false;
@@ -108,7 +108,7 @@ class MarkdownStream {
     return wrapper;
   }
 
-  /** Lets go of the blocks that no further text can change: those that another one follows whose first line is complete. */
+  /** Settles the blocks that further text cannot change: those followed by another block whose first line is complete. */
   settle(unfinished) {
     const complete = this.lines.length - 1;
     let last = this.tail.length - 1;
@@ -123,7 +123,7 @@ class MarkdownStream {
     for (const block of this.tail) block.from -= from;
   }
 
-  /** Takes up the footnotes that settled blocks define: references to them in earlier blocks become links. */
+  /** Collects the footnotes that settled blocks define; references to them in earlier blocks become links. */
   define(settled) {
     const before = this.numbers.size;
     for (const { tokens } of settled) for (const label of definedIn(tokens)) if (!this.numbers.has(label)) this.numbers.set(label, this.numbers.size + 1);
@@ -139,7 +139,7 @@ class MarkdownStream {
   }
 }
 
-/** Tokens by top-level blocks, each with `from`, its first line. */
+/** Groups tokens into top-level blocks, each with `from`, its first line. */
 function split(tokens) {
   const blocks = [];
   let depth = 0;

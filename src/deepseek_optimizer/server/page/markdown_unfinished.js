@@ -1,22 +1,21 @@
-// What a text that is still coming looks like at its end: marks that are open there are taken as closed, so that a reader does not
-// see "**bold" turn into bold.
+// The end of a text that is still growing: open marks are treated as closed, so that the user does not see "**bold" change to bold.
 
-const MOST = 10; // delimiters that are closed; more are no text that a model means
+const MAX_CLOSED = 10; // maximum number of delimiters that are closed; more are not intended as emphasis
 
-/** The last inline text of an unfinished answer, without half a mark or half a link, and with its code span closed. */
+/** The last inline text of an unfinished answer, without an incomplete mark or link, and with its code span closed. */
 export function finishInline(text) {
   const ticks = openTicks(text);
   if (ticks) return text.endsWith(ticks) ? text.slice(0, -ticks.length) : text + ticks;
   const link = text.lastIndexOf('](');
   const bracket = link < 0 || /[()\s]/.test(text.slice(link + 2)) ? -1 : text.lastIndexOf('[', link);
   if (bracket >= 0) return text.slice(0, bracket).replace(/!$/, '') + text.slice(bracket + 1, link);
-  return text.replace(/[*_~`]{1,3}$/, ''); // it may be half of one
+  return text.replace(/[*_~`]{1,3}$/, ''); // it may be incomplete
 }
 
-/** The backticks that open a code span which has no end; '' where there are none. */
+/** The backticks that open a code span without an end; '' if there are none. */
 function openTicks(text) {
   const runs = (text.match(/`+/g) ?? []).map((run) => run.length);
-  const left = new Map(); // length -> how many runs of it are still to come
+  const left = new Map(); // length -> number of runs that follow
   for (const length of runs) left.set(length, (left.get(length) ?? 0) + 1);
   let inside = 0;
   for (const length of runs) {
@@ -28,17 +27,17 @@ function openTicks(text) {
   return '';
 }
 
-/** A rule of markdown-it: delimiters of emphasis that no closer matches are closed at the end of the text. */
+/** A markdown-it rule: emphasis delimiters without a closer are closed at the end of the text. */
 export function closeDelimiters(state) {
   if (!state.env.atEnd) return;
   const { delimiters } = state;
   const open = [];
-  let covered = -1; // delimiters up to here are within a pair
+  let covered = -1; // delimiters up to here are inside a pair
   for (const [index, delimiter] of delimiters.entries()) {
     if (delimiter.end > covered) covered = delimiter.end;
     else if (index > covered && delimiter.open && delimiter.end < 0) open.push(delimiter);
   }
-  for (const delimiter of open.slice(-MOST).reverse()) {
+  for (const delimiter of open.slice(-MAX_CLOSED).reverse()) {
     const token = state.push('text', '', 0);
     token.content = '';
     const { marker, length } = delimiter;

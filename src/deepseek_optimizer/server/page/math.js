@@ -1,5 +1,5 @@
-// Formulas by KaTeX, as MathML, which browsers set themselves and screen readers read. KaTeX's tree becomes elements here: only the
-// elements and attributes named in this file, so that no TeX brings anything else onto the page.
+// Formulas by KaTeX, as MathML, which browsers render and screen readers support. KaTeX's tree is converted to elements here: only
+// the elements and attributes named in this file, so that TeX cannot insert anything else into the page.
 
 const MATHML = 'http://www.w3.org/1998/Math/MathML';
 const LONGEST = 5000; // characters; a longer formula is shown as TeX
@@ -15,7 +15,7 @@ const ATTRIBUTES = new Set(
 const COLOUR = /^(#[0-9a-f]{3,8}|[a-z]+)$/i;
 const LENGTH = /^[\d.]+em$/;
 
-/** A function (tex, display) -> a <math> element, or null where KaTeX does not understand the TeX. */
+/** A function (tex, display) -> a <math> element, or null if KaTeX cannot parse the TeX. */
 export const mathSetter = (katex) => (tex, display) => {
   if (tex.length > LONGEST) return null;
   try {
@@ -47,13 +47,13 @@ function element(name, attributes, children) {
   return node;
 }
 
-/** "log p": between a function and what it is applied to KaTeX has an invisible operator, and TeX a thin space. */
+/** "log p": between a function and its argument, KaTeX has an invisible operator, and TeX a thin space. */
 function spaced(child, index, children) {
   const applies = child.localName === 'mo' && child.textContent === '\u2061' && children[index + 1]?.localName !== 'mo';
   return applies ? element('mspace', { width: '0.1667em' }, []) : child;
 }
 
-/** What MathML in browsers has no attributes for: alphabets are characters of their own, the rest is style. */
+/** Properties without an attribute in browsers' MathML: alphabets are separate characters, the rest is style. */
 function style(node, attributes) {
   const alphabet = ALPHABETS[attributes.mathvariant];
   if (alphabet) {
@@ -76,7 +76,7 @@ function styleTable(table, { columnalign = '', columnspacing = '', rowspacing = 
   }
 }
 
-/** Code points of A, a and 0 of an alphabet, and of letters that Unicode has elsewhere. */
+/** Code points of A, a and 0 of an alphabet, and of letters that Unicode encodes elsewhere. */
 const ALPHABETS = {
   'double-struck': { A: 0x1d538, a: 0x1d552, 0: 0x1d7d8, others: { C: 'ℂ', H: 'ℍ', N: 'ℕ', P: 'ℙ', Q: 'ℚ', R: 'ℝ', Z: 'ℤ' } },
   script: { A: 0x1d49c, a: 0x1d4b6, others: { B: 'ℬ', E: 'ℰ', F: 'ℱ', H: 'ℋ', I: 'ℐ', L: 'ℒ', M: 'ℳ', R: 'ℛ', e: 'ℯ', g: 'ℊ', o: 'ℴ' } },

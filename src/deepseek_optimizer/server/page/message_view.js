@@ -1,4 +1,4 @@
-// One message on the page. It is pulled: update() shows what its message holds now, and touches only what changed.
+// One message on the page. update() shows the current state of the message, and changes only what is different.
 
 import { copyText } from './clipboard.js';
 import { citationsNode } from './citations.js';
@@ -7,13 +7,13 @@ import { describeError } from './errors.js';
 import { chip, factsOf } from './files.js';
 import { number, seconds, t } from './i18n.js';
 
-/** A button with words under the message: copy, answer again, edit. */
+/** A text button below the message: copy, answer again, edit. */
 function action(name, label, text, onclick) {
   const words = el('span', {}, text);
   return el('button.action', { type: 'button', 'aria-label': label, title: label, onclick: () => onclick(words) }, icon(name), words);
 }
 
-/** "< 1/2 >" where a message has several versions; else null. */
+/** "< 1/2 >" if a message has several versions; null otherwise. */
 function versionsNode(message, { versionShown, showVersion }) {
   const { number: shown, count } = versionShown(message);
   if (count < 2) return null;
@@ -55,7 +55,7 @@ export class UserMessageView {
     this.element.replaceChildren(...[chips, el('div.bubble', { dir: 'auto' }, content), buttons].filter(Boolean));
   }
 
-  /** Turns the message into a box to change it in. */
+  /** Replaces the message by a box for editing it. */
   edit() {
     const area = el('textarea', { 'aria-label': t('editMessage'), rows: 3, dir: 'auto' });
     area.value = this.message.content;
@@ -70,7 +70,7 @@ export class UserMessageView {
         event.preventDefault();
         send();
       } else if (event.key === 'Escape') {
-        event.stopPropagation(); // it closes this box only, and stops no answer
+        event.stopPropagation(); // close only this box, without stopping an answer
         close();
       }
     });
@@ -88,7 +88,7 @@ export class UserMessageView {
 }
 
 export class AnswerView {
-  /** `actions`: those of UserMessageView, makeStream(root), regenerate(id), askKey(); `answer`: where it is on its way, its Answer. */
+  /** `actions`: those of UserMessageView, makeStream(root), regenerate(id), askKey(); `answer`: its Answer if it is in progress. */
   constructor(message, actions, answer) {
     Object.assign(this, { message, actions, answer });
     this.shown = { reasoning: 0, content: 0 };
@@ -107,7 +107,7 @@ export class AnswerView {
     this.update();
   }
 
-  /** Shows what has come. `last`: nothing follows this answer, so it can be asked for again. */
+  /** Shows what has arrived. `last`: nothing follows this answer, so it can be regenerated. */
   update(last = this.last) {
     const { message } = this;
     const open = message.state === 'streaming';
@@ -179,7 +179,7 @@ export class AnswerView {
   }
 }
 
-/** "128 tokens · 34.2 tokens/s · first token after 0.12 s", as far as it is known. */
+/** "128 tokens · 34.2 tokens/s · first token after 0.12 s", as far as these are known. */
 export function statsText(stats) {
   if (!stats?.tokens) return [];
   const about = (text) => (stats.exact ? text : t('aboutPrefix', { text }));

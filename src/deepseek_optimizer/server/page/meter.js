@@ -1,4 +1,4 @@
-// The line under the message box: how full the model's context is, and how fast the answer comes.
+// The line below the message box: the use of the model's context, and the speed of the answer.
 
 import { byId } from './dom.js';
 import { number, t } from './i18n.js';
@@ -6,11 +6,11 @@ import { statsText } from './message_view.js';
 
 const NEARLY_FULL = 0.9;
 
-/** Tokens of a finished answer's conversation that the model still held: a sliding window lets go of the oldest. */
+/** Number of tokens in the model's context after an answer; a sliding window drops the oldest. */
 const held = ({ promptTokens, completionTokens, contextTokens }) =>
   contextTokens ?? (promptTokens ?? 0) + (completionTokens ?? 0);
 
-/** Tokens that the conversation took when it was last answered: {used, exact}; while an answer comes, with what came so far. */
+/** Number of tokens of the conversation at its last answer, including an answer in progress: {used, exact}. */
 function contextUse(messages) {
   const answers = messages.filter((message) => message.stats?.tokens);
   const last = answers[answers.length - 1];
@@ -20,7 +20,7 @@ function contextUse(messages) {
   return { used: held(answers[answers.length - 2]?.stats ?? {}) + tokens, exact: false };
 }
 
-/** `context`: tokens the model holds, or null; `answer`: the one on its way, or null. */
+/** `context`: maximum number of tokens, or null; `answer`: the one in progress, or null. */
 export function showMeter(conversation, context, answer) {
   const { used, exact } = contextUse(conversation.messages);
   const meter = byId('context-meter');

@@ -1,21 +1,21 @@
-// Calls work once a frame at most, and less often where it is dear, so that a long answer never takes the page from its reader.
+// Calls a function at most once per frame, and less often if it is slow, so that a long answer does not block the page.
 
-const SHARE = 4; // after work that took 5 ms, 15 ms are left to the rest of the page
+const SHARE = 4; // after 5 ms of work, 15 ms are left for the rest of the page
 
-/** A function that asks for `work()`; many askings before the next frame are one. */
+/** Returns a function that schedules `work()`; several calls before the next frame count as one. */
 export function paced(work) {
-  let asked = false;
+  let scheduled = false;
   let earliest = 0;
   const run = () => {
-    asked = false;
+    scheduled = false;
     const from = performance.now();
     work();
     const until = performance.now();
     earliest = until + (until - from) * (SHARE - 1);
   };
   return () => {
-    if (asked) return;
-    asked = true;
+    if (scheduled) return;
+    scheduled = true;
     const wait = earliest - performance.now();
     if (wait > 0) setTimeout(() => requestAnimationFrame(run), wait);
     else requestAnimationFrame(run);

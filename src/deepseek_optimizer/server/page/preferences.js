@@ -1,4 +1,4 @@
-// What the browser remembers besides conversations: theme, language, API key, drafts. Storage may be forbidden or full; then things
+// Values stored in the browser besides conversations: theme, language, API key, drafts. If storage is not allowed or full, they
 // last as long as the page.
 
 const memory = new Map(); // storage and name -> value
@@ -27,7 +27,7 @@ export function forget(name) {
   }
 }
 
-/** The API key: of this tab first, then the one that was to be kept on this device. */
+/** The API key: this tab's, or else the one stored on this device. */
 export const apiKey = () => recall('key', 'sessionStorage') ?? recall('key') ?? '';
 
 export function setApiKey(key, keep) {
@@ -35,7 +35,7 @@ export function setApiKey(key, keep) {
   if (key) remember('key', key, keep ? 'localStorage' : 'sessionStorage');
 }
 
-/** Next of system, light, dark; the page follows at once. Returns the choice. */
+/** Switches to the next of system, light, dark; the page changes at once. Returns the choice. */
 export function nextTheme() {
   const order = ['system', 'light', 'dark'];
   const next = order[(order.indexOf(theme()) + 1) % order.length];

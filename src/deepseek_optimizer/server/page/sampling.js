@@ -1,8 +1,8 @@
-// The sampling settings that the page offers. An empty one is not sent, so that the server's (or the model's) own default holds.
+// The sampling settings of the page. An empty one is not sent, so that the default of the server or the model applies.
 
-const LARGEST_SEED = Number.MAX_SAFE_INTEGER; // above it a JavaScript number is not the one that was typed
+const LARGEST_SEED = Number.MAX_SAFE_INTEGER; // larger integers are not exact in JavaScript
 
-/** Name in the request, bounds (inclusive), and whether only whole numbers will do. */
+/** Name in the request, bounds (inclusive), and whether it must be an integer. */
 export const FIELDS = [
   { name: 'temperature', min: 0, max: 2, step: 0.05 },
   { name: 'top_p', min: 0.01, max: 1, step: 0.01 },
@@ -13,7 +13,7 @@ export const FIELDS = [
   { name: 'seed', min: 0, max: LARGEST_SEED, whole: true },
 ];
 
-/** The number that was typed: {value}, undefined where nothing was, or {error: 'notNumber' | 'notWhole' | 'outOfRange'}. */
+/** The number that was entered: {value}, undefined if the field is empty, or {error: 'notNumber' | 'notWhole' | 'outOfRange'}. */
 export function readField(field, text, badInput = false) {
   if (badInput) return { error: 'notNumber' };
   if (text.trim() === '') return { value: undefined };
@@ -24,7 +24,7 @@ export function readField(field, text, badInput = false) {
   return { value };
 }
 
-/** Only the known settings of `stored` that are within bounds: what the browser kept may be old, or edited. */
+/** The supported settings in `stored` that are within bounds; stored values may be outdated or edited. */
 export function cleanSettings(stored) {
   const clean = {};
   for (const field of FIELDS) {

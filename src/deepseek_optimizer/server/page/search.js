@@ -1,11 +1,11 @@
 // Finds conversations by their titles and messages.
 
-const BEFORE = 24; // characters of a message that are shown before what was found
+const BEFORE = 24; // characters of a message that are shown before the match
 const AFTER = 80;
 
 /**
- * [{conversation, excerpt}], of those that contain the text; `excerpt`: [before, found, after] of a message, or null where the title
- * has it.
+ * [{conversation, excerpt}] of the conversations that contain the text; `excerpt`: [before, match, after] of a message, or null if
+ * the match is in the title.
  */
 export function search(conversations, query) {
   const wanted = query.trim().toLowerCase();

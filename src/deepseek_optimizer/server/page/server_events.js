@@ -1,8 +1,8 @@
-// Server-sent events out of a response body: what fetch gives (EventSource can't POST).
+// Parses server-sent events in a response body of fetch (EventSource does not support POST).
 
 const LONGEST_LINE = 16 * 1024 * 1024;
 
-/** The data of each event of a ReadableStream of bytes, as it comes. A piece of the stream may end anywhere, also in a character. */
+/** Yields the data of each event in a ReadableStream of bytes. A chunk of the stream may end anywhere, even within a character. */
 export async function* serverEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = '';
@@ -23,6 +23,6 @@ export async function* serverEvents(body) {
     }
     if (data.length) yield data.join('\n');
   } finally {
-    reader.cancel().catch(() => {}); // left early: the server must learn that nobody reads on
+    reader.cancel().catch(() => {}); // if left early, the server must learn that the client is gone
   }
 }

@@ -1,4 +1,4 @@
-// The keys of the page, listed in the dialog that Ctrl+/ opens (⌘ on a Mac).
+// The page's keyboard shortcuts, listed in the dialog that Ctrl+/ opens (⌘ on a Mac).
 
 import { isComposing } from './composer.js';
 

@@ -1,4 +1,4 @@
-// The list of conversations: a column beside the chat, on small screens a drawer over it.
+// The list of conversations: a column next to the chat or, on small screens, a drawer over it.
 
 import { byId, el, iconButton } from './dom.js';
 import { t } from './i18n.js';
@@ -36,7 +36,7 @@ export class Sidebar {
     return NARROW.matches;
   }
 
-  /** Opens or closes it for the reader: the focus goes along. */
+  /** Opens or closes it for the user, and moves the focus accordingly. */
   toggle(open = !this.opened) {
     if (!this.isDrawer) remember('sidebar', open ? 'open' : 'closed');
     this.set(open);
@@ -51,7 +51,7 @@ export class Sidebar {
 
   onSearchKey(event) {
     if (event.key === 'Escape' && this.search.value) {
-      event.stopPropagation(); // it clears the search only, and stops no answer
+      event.stopPropagation(); // only clear the search, without stopping an answer
       this.search.value = '';
       this.draw();
     } else if (event.key === 'ArrowDown') {
@@ -66,10 +66,10 @@ export class Sidebar {
     for (const id of ['open-sidebar', 'new-chat-top']) byId(id).hidden = open && !this.isDrawer;
     byId('open-sidebar').setAttribute('aria-expanded', String(open));
     byId('scrim').hidden = !(open && this.isDrawer);
-    byId('main').inert = open && this.isDrawer; // under the drawer: not to be reached by Tab
+    byId('main').inert = open && this.isDrawer; // under the drawer, so not reachable with Tab
   }
 
-  /** Shows these conversations, as far as the search finds them, newest first. `busy(id)`: whether one is being answered. */
+  /** Shows the conversations that match the search, newest first. `busy(id)`: whether one is being answered. */
   show(conversations, currentId, busy) {
     this.shown = { conversations: [...conversations], currentId, busy };
     this.draw();

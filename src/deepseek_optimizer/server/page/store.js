@@ -1,5 +1,5 @@
-// Keeps conversations in IndexedDB, and tells other tabs of this page what changed. Where the browser forbids it, they last as long
-// as the page: `lasting` says which.
+// Stores conversations in IndexedDB, and notifies other tabs of this page of changes. If the browser does not allow it, they last
+// as long as the page, and `lasting` is false.
 
 const NAME = 'deepseek-optimizer-chat';
 const TABLE = 'conversations';
@@ -32,7 +32,7 @@ export class Store {
     this.channel = typeof BroadcastChannel === 'function' ? new BroadcastChannel(NAME) : null;
   }
 
-  /** All conversations, with what `keepUnfinished` saved put into its place. */
+  /** All conversations, including the messages saved by `keepUnfinished`. */
   async all() {
     if (!this.database) return [];
     const conversations = await done(this.table('readonly').getAll());
@@ -52,7 +52,7 @@ export class Store {
     if (this.database) {
       const table = this.table('readwrite');
       const written = done(table.put(conversation));
-      table.transaction.commit?.(); // at once: the page may be on its way out
+      table.transaction.commit?.(); // at once: the page may be closing
       await written;
     }
     this.channel?.postMessage({ changed: conversation.id });
@@ -73,12 +73,12 @@ export class Store {
   }
 }
 
-/** Saves half-written answers, [{id of the conversation, message}], while the page goes away: IndexedDB may not get to it in time. */
+/** Saves incomplete answers, [{id of the conversation, message}], when the page is closed: IndexedDB may not finish in time. */
 export function keepUnfinished(answers) {
   try {
     if (answers.length) localStorage.setItem(UNFINISHED, JSON.stringify(answers));
   } catch {
-    // full or forbidden: the last save to the database, a moment ago, has to do
+    // full or not allowed: the last save to the database, a moment ago, must suffice
   }
 }
 

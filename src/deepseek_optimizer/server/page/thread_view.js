@@ -1,4 +1,4 @@
-// The messages of the conversation that is open.
+// The messages of the open conversation.
 
 import { byId, el } from './dom.js';
 import { Follower } from './follow.js';
@@ -18,7 +18,7 @@ export class ThreadView {
     this.refresh = paced(() => this.update());
   }
 
-  /** Shows a conversation from scratch; `answer` is the one on its way in it, if any. `welcome`: what an empty one says. */
+  /** Shows a conversation from scratch; `answer`: the one in progress, if any; `welcome`: text of an empty conversation. */
   show(conversation, answer, welcome) {
     this.views = conversation.messages.map((message) => makeView(message, this.actions, answer?.message === message ? answer : null));
     this.root.replaceChildren(...(this.views.length ? this.views.map((view) => view.element) : [this.welcomeNode(welcome)]));
@@ -26,7 +26,7 @@ export class ThreadView {
     this.follower.toEnd();
   }
 
-  /** Shows messages that were cut off or added; what stays is not touched. */
+  /** Updates the view after messages were removed or added at the end; others are not changed. */
   sync(conversation, answer) {
     const { messages } = conversation;
     let same = 0;
@@ -44,12 +44,12 @@ export class ThreadView {
 
   update() {
     const last = this.views.length - 1;
-    // Only the end changes: the last message, and the one before it, which stops being the last.
+    // Only the end changes: the last message, and the one before it, which is no longer the last.
     for (const [index, view] of this.views.entries()) if (index >= last - 2) view.update(index === last);
     this.follower.keepUp();
   }
 
-  /** The message whose version was changed keeps the focus: its other button, where there is no further version. */
+  /** Keeps the focus in the message whose version was changed: on its other button if there is no further version. */
   focusVersions(index) {
     const { element } = this.views[index];
     element.querySelector('.versions button:not(:disabled)')?.focus({ preventScroll: true });

@@ -1,4 +1,4 @@
-// Conversations as files: JSON, which can be imported again, and Markdown, which is for reading.
+// Export of conversations as JSON, which can be imported again, and as Markdown, for reading.
 
 import { newId, restored } from './conversation.js';
 import { el } from './dom.js';
@@ -7,10 +7,10 @@ import { language, t } from './i18n.js';
 const FORMAT = 'deepseek-optimizer-chat';
 const LARGEST = 100e6; // bytes of a file that is imported
 
-/** JSON that holds everything of the conversations: every version of every message, and the settings. */
+/** JSON with everything in the conversations: every version of every message, and the settings. */
 export const toJson = (conversations) => JSON.stringify({ format: FORMAT, version: 2, conversations }, null, 2);
 
-/** The messages that are shown, without thoughts. */
+/** The visible messages, without reasoning. */
 export function toMarkdown({ title, system, model, created, messages }) {
   const facts = [model, new Date(created).toLocaleString(document.documentElement.lang)].filter(Boolean).join(' · ');
   const parts = [`# ${title || t('untitled')}`, `_${facts}_`];
@@ -29,7 +29,7 @@ const citationLine = ({ name, text, page, line }, index) => {
   return `${index + 1}. ${[name, place].filter(Boolean).join(', ')}: ${text.replace(/\s+/g, ' ')}`;
 };
 
-/** A file name that every system takes. */
+/** A file name that is valid on every system. */
 export function fileName(title, ending) {
   const safe = title.replace(/[^\p{L}\p{N}]+/gu, '-').replace(/^-|-$/g, '').slice(0, 40);
   return `${safe || 'chat'}.${ending}`;
@@ -42,8 +42,8 @@ export function download(name, type, text) {
 }
 
 /**
- * The conversations of a file that `toJson` made, now or in an earlier version; null where it is something else. They get ids of
- * their own, so that none replaces one of this browser, and their documents count as gone: they are another server's or user's.
+ * The conversations in a file written by `toJson` of this or an earlier version; null for another file. They get new ids, so that
+ * none replaces an existing one, and their documents count as gone, since they belong to another server or user.
  */
 export async function fromFile(file) {
   if (file.size > LARGEST) return null;

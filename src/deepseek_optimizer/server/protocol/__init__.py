@@ -1,2 +1,2 @@
-"""What requests and answers look like: one file a protocol. Requests are checked by these models; answers are written by hand,
-as dictionaries of these shapes, and the models describe them in the OpenAPI schema."""
+"""Formats of requests and responses, one protocol per file. Requests are validated by these models. Responses are built as
+plain dictionaries; their models only describe them in the OpenAPI schema."""

@@ -1,4 +1,4 @@
-"""What all protocols share: strict models, the error that names a wrong field, usage, fields that change nothing."""
+"""Parts of all protocols: strict models, validation errors that name the field, usage, and ignored fields."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from ..http.problems import ApiError
 
 TOKEN_ID = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 ModelName = Annotated[
-    Annotated[str, Field(max_length=1024)] | None, Field(description="Of /v1/models; without it, the one there is.")
+    Annotated[str, Field(max_length=1024)] | None,
+    Field(description="As in /v1/models; the default is the model that is served."),
 ]
 Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored.")]
 
 
 class Body(BaseModel):
-    """A request, or part of one. A number in quotes is no number, true is not 1, and a field that is not known is an error.
+    """A request, or part of one. Types are not converted: a number in quotes is an error, and so are `true` for 1 and an
+    unsupported field.
 
-    Lists that may be long have `fail_fast`: one error is told, and a client could make a million.
+    Lists that may be long have `fail_fast`, so that a request cannot cause a million errors, of which one is reported.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
 
 
 class ResponseModel(BaseModel):
-    """An answer, or part of one."""
+    """A response, or part of one."""
 
     model_config = ConfigDict(protected_namespaces=())
 
 
-class Harmless(Body):
-    """Fields of OpenAI's that clients send, and that change nothing here."""
+class IgnoredFields(Body):
+    """OpenAI's fields that clients send and that have no effect here."""
 
     user: Ignored
     metadata: Ignored
@@ -47,9 +49,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse(model: type[Model], body: dict[str, Any]) -> Model:
-    """
+    """Validates a body.
+
     Raises:
-        ApiError: 400, for the first field that is wrong.
+        ApiError: 400, a field is invalid; see `field_error`.
     """
     try:
         return model.model_validate(body)
@@ -58,25 +61,26 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
 
 
 def field_error(error: ValidationError, body: Any) -> ApiError:
-    """What a client is told: the field and what is wrong with it, without the value, which may be long or secret."""
-    found: dict[str, list[str]] = {}
+    """The response to a body that failed validation: one field, and what is wrong with it. The value is not included, since it
+    may be long or secret."""
+    errors: dict[str, list[str]] = {}
     for one in error.errors(include_url=False, include_input=False):
         path = ".".join(_path(one["loc"], body, one["type"]))
         message = one["msg"].removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
-            message = f"this server does not know the field {shown(path.rsplit('.', 1)[-1])}; leave it out"
+            message = f"the field {shown(path.rsplit('.', 1)[-1])} is not supported; leave it out"
         tag = one.get("ctx", {}).get("tag")
-        if isinstance(tag, str):  # of a union, as the client gave it
+        if isinstance(tag, str):  # of a union, as the client sent it
             message = message.replace(tag, excerpt(tag))
-        found.setdefault(path, []).append(message)
-    # Of a field that may be several things, the branch that got furthest knows best what is wrong.
-    path, messages = max(found.items(), key=lambda item: item[0].count("."))
+        errors.setdefault(path, []).append(message)
+    # For a field with alternatives, the alternative that matched furthest gives the most useful error.
+    path, messages = max(errors.items(), key=lambda item: item[0].count("."))
     message = ", or: ".join(dict.fromkeys(messages[:3]))
     return ApiError(400, f"{excerpt(path)}: {message}" if path else message, param=path or None)
 
 
 def _path(loc: tuple[int | str, ...], body: Any, kind: str) -> list[str]:
-    """Where in the body; names that pydantic puts in for a union's branches are not there."""
+    """The location of an error in the body, without the names that pydantic inserts for alternatives of a union."""
     path = []
     for at, part in enumerate(loc):
         if isinstance(body, dict) and part in body:
@@ -97,7 +101,7 @@ class ErrorDetail(ResponseModel):
 
 
 class ErrorBody(ResponseModel):
-    """Every error has this shape."""
+    """An error response."""
 
     error: ErrorDetail
 
@@ -111,8 +115,8 @@ class ReasoningTokens(ResponseModel):
 
 
 class Usage(ResponseModel):
-    """Tokens: of all answers together; where there is a window, `dropped_tokens` are those that it
-    has let go of or never held, and `context_tokens` those that it held at the end."""
+    """Numbers of tokens, of all answers together. If the server has a cache window, `dropped_tokens` counts those that were
+    dropped from it or never in it, and `context_tokens` those in it at the end."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -17,25 +17,25 @@ _Scalar = bool | int | float | Annotated[str, Field(max_length=1024)] | None
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = Field(None, description="A last chunk without choices holds the usage.")
+    include_usage: bool | None = Field(None, description="Send a last chunk without choices that contains the usage.")
     include_obfuscation: Ignored
 
 
 class ChatRequest(Sampling, Guided):
-    """A chat to be continued."""
+    """A chat to continue."""
 
     model: ModelName = None
     messages: Messages
-    max_completion_tokens: _Tokens | None = Field(None, description="The newer name of max_tokens.")
+    max_completion_tokens: _Tokens | None = Field(None, description="Newer name of max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Needs logprobs.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Requires logprobs.")
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    stream_options: StreamOptions | None = Field(None, description="Needs stream.")
-    reasoning_effort: Effort | None = Field(None, description="For models whose chat template knows it.")
+    stream_options: StreamOptions | None = Field(None, description="Requires stream.")
+    reasoning_effort: Effort | None = Field(None, description="For models whose chat template supports it.")
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
-        None, description="Variables that the model's chat template knows, such as enable_thinking."
+        None, description="Variables of the model's chat template, such as enable_thinking."
     )
     modalities: list[Literal["text"]] | None = None
 
@@ -66,8 +66,8 @@ class AnswerToolCall(ResponseModel):
 
 
 class FileCitation(ResponseModel):
-    """A passage of a file that supports the answer: characters `start` to `end` of its text, as /v1/files/{id}/content has it.
-    `index`: of the file among those of the request; `file_id` is null of one that came with the request."""
+    """A passage of a file that supports the answer: characters `start` to `end` of its text, as in /v1/files/{id}/content.
+    `index`: position of the file among those of the request; `file_id` is null for a file that came with the request."""
 
     type: Literal["file_citation"]
     file_id: str | None
@@ -81,12 +81,12 @@ class FileCitation(ResponseModel):
 
 
 class DocumentFacts(ResponseModel):
-    """How files were answered from: `whole`, or what of longdoc's strategies."""
+    """How the answer was obtained from files: from their `whole` text, or by a strategy for long documents."""
 
     strategy: Literal["whole", "map_reduce", "retrieve"]
     reason: str
     notes: list[str]
-    context_tokens: int = Field(description="Of the last prompt and its reply; usage counts those of all prompts.")
+    context_tokens: int = Field(description="Tokens of the last prompt and its reply; usage counts those of all prompts.")
 
 
 class ChatMessage(ResponseModel):
@@ -103,11 +103,11 @@ class ChatChoice(ResponseModel):
     message: ChatMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
-    stop_reason: str | int | None = Field(None, description="The string or token of the request's own that ended the text.")
+    stop_reason: str | int | None = Field(None, description="The stop string or stop token of the request that ended the text.")
 
 
 class ChatCompletion(ResponseModel):
-    """A stream's chunks (`chat.completion.chunk`) are alike, with `delta` for `message`."""
+    """The answer to a chat. A stream's chunks (`chat.completion.chunk`) have the same format, with `delta` for `message`."""
 
     id: str
     object: Literal["chat.completion"]

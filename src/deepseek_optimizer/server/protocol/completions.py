@@ -24,16 +24,18 @@ Prompt = (
 
 
 class CompletionRequest(Sampling, Guided):
-    """A text to be continued as it is: control tokens in it are control tokens."""
+    """A text to continue without a chat template. Control tokens in it are recognised."""
 
     model: ModelName = None
     prompt: Prompt
-    best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(None, description="Only as much as n: none are left out.")
-    echo: bool | None = Field(None, description="The prompt before the text; not with logprobs.")
+    best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(None, description="Must equal n: all answers are returned.")
+    echo: bool | None = Field(None, description="Return the prompt before the text; not supported with logprobs.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: None = None
-    stream_options: StreamOptions | None = Field(None, description="Needs stream.")
-    add_special_tokens: bool | None = Field(None, description="Whether the tokenizer adds its own, such as a begin token.")
+    stream_options: StreamOptions | None = Field(None, description="Requires stream.")
+    add_special_tokens: bool | None = Field(
+        None, description="Whether the tokenizer adds special tokens, such as a begin token."
+    )
 
 
 class CompletionLogprobs(ResponseModel):

@@ -6,16 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .base import Harmless, ModelName, ResponseModel
+from .base import IgnoredFields, ModelName, ResponseModel
 from .completions import Prompt
 
 
-class EmbeddingRequest(Harmless):
-    """Texts, or their tokens."""
+class EmbeddingRequest(IgnoredFields):
+    """Texts, or their token ids, to embed."""
 
     model: ModelName = None
     input: Prompt
-    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian float32.")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: encodes little-endian float32.")
     dimensions: None = None
     priority: Annotated[int, Field(ge=0, le=1000)] | None = None
 

@@ -14,11 +14,11 @@ from .base import ResponseModel
 
 PURPOSES = ("user_data", "assistants")
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
-LEAST_SECONDS, MAX_SECONDS = 3600, 2_592_000  # OpenAI's
+MIN_SECONDS, MAX_SECONDS = 3600, 2_592_000  # OpenAI's limits
 
 
 class FileObject(ResponseModel):
-    """A file that is kept. `expires_at`: it is gone then, or when the server ends."""
+    """A stored file. It is deleted at `expires_at`, or when the server stops."""
 
     id: str
     object: Literal["file"]
@@ -28,13 +28,13 @@ class FileObject(ResponseModel):
     filename: str
     purpose: Literal["user_data", "assistants"]
     status: Literal["processed"]
-    characters: int = Field(description="Of the text that was read from it.")
-    pages: int | None = Field(description="null: its format has none.")
-    warnings: list[str] = Field(description="What could not be read of it.")
+    characters: int = Field(description="Length of the text that was read from it.")
+    pages: int | None = Field(description="null if its format has no pages.")
+    warnings: list[str] = Field(description="Parts that could not be read.")
 
 
 class FileList(ResponseModel):
-    """The newest first, unless `order` says otherwise."""
+    """Files, newest first unless `order` is asc."""
 
     object: Literal["list"]
     data: list[FileObject]
@@ -49,7 +49,7 @@ class DeletedFile(ResponseModel):
     deleted: Literal[True]
 
 
-# For the OpenAPI schema: the form is read as it comes, and not by FastAPI.
+# For the OpenAPI schema: the form is read as a stream, not by FastAPI.
 FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -63,7 +63,7 @@ FORM: dict[str, Any] = {
                         "file": {"type": "string", "format": "binary", "minLength": 1},
                         "purpose": {"type": "string", "enum": list(PURPOSES)},
                         _ANCHOR: {"type": "string", "enum": ["created_at"]},
-                        _SECONDS: {"type": "integer", "minimum": LEAST_SECONDS, "maximum": MAX_SECONDS},
+                        _SECONDS: {"type": "integer", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
                     },
                 }
             }
@@ -73,14 +73,16 @@ FORM: dict[str, Any] = {
 
 
 def check_fields(fields: Mapping[str, str]) -> tuple[str, float | None]:
-    """A form's purpose, and after how many seconds the file is to expire.
+    """Checks the fields of an upload form.
+
+    Returns: the purpose, and the seconds after which the file expires; None: the server's default.
 
     Raises:
-        ApiError: 400, a field is wrong, missing or not known.
+        ApiError: 400, a field is invalid, missing or not supported.
     """
     for name in fields:
         if name not in ("purpose", _ANCHOR, _SECONDS):
-            raise ApiError(400, f"{excerpt(name)}: this server does not know the field; leave it out", param=name)
+            raise ApiError(400, f"{excerpt(name)}: the field is not supported; leave it out", param=name)
     purpose = fields.get("purpose")
     if purpose not in PURPOSES:
         raise ApiError(400, f"purpose: must be {' or '.join(PURPOSES)}", param="purpose")
@@ -89,13 +91,13 @@ def check_fields(fields: Mapping[str, str]) -> tuple[str, float | None]:
     given = fields.get(_SECONDS)
     if given is None:
         return purpose, None
-    if not (given.isascii() and given.isdecimal() and len(given) < 10 and LEAST_SECONDS <= int(given) <= MAX_SECONDS):
-        raise ApiError(400, f"{_SECONDS}: must be a whole number from {LEAST_SECONDS} to {MAX_SECONDS}", param=_SECONDS)
+    if not (given.isascii() and given.isdecimal() and len(given) < 10 and MIN_SECONDS <= int(given) <= MAX_SECONDS):
+        raise ApiError(400, f"{_SECONDS}: must be an integer from {MIN_SECONDS} to {MAX_SECONDS}", param=_SECONDS)
     return purpose, float(given)
 
 
-def shown(file: StoredFile) -> dict[str, Any]:
-    """A `FileObject`."""
+def file_object(file: StoredFile) -> dict[str, Any]:
+    """A stored file as a `FileObject`."""
     text = file.text
     return {
         "id": file.id, "object": "file", "bytes": file.size, "created_at": file.created, "expires_at": file.expires,

@@ -1,4 +1,4 @@
-"""What the text of an answer must be: JSON, JSON of a schema, a regular expression, a grammar."""
+"""Constraints on the text of an answer: JSON, a JSON schema, a regular expression or a grammar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class JsonSchema(Body):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = Field(None, description="Ignored: the schema is always kept to.")
+    strict: bool | None = Field(None, description="Ignored: the schema is always enforced.")
 
 
 class JsonSchemaFormat(Body):
@@ -33,7 +33,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 class Guided(Body):
-    """vLLM's fields for a regular expression and an EBNF grammar (GBNF, with a rule `root`)."""
+    """`response_format`, and vLLM's fields for a regular expression and an EBNF grammar (GBNF, with a rule `root`)."""
 
     response_format: ResponseFormat | None = None
     guided_regex: Annotated[str, Field(min_length=1, max_length=16_384)] | None = None

@@ -1,4 +1,5 @@
-"""A chat's messages and tools. Text and documents: no image or sound is read, and no address in a request is ever fetched."""
+"""Messages and tools of a chat. Messages contain text and documents; images and audio are not supported, and no URL in a
+request is ever fetched."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ _MAX_MESSAGES = 10_000
 
 
 def only_text(value: Any) -> Any:
-    """A clear word about parts that can't be read."""
+    """Raises a clear error for types of parts that are not supported here."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("image_url", "input_image", "input_audio", "file", "input_file", "video_url", "audio_url"):
         raise ValueError(
-            f"parts of type {kind!r} are not read here: this server takes text, files of the user, and fetches nothing"
+            f"parts of type {kind!r} are not supported here: use text, or files in user messages; no URL is fetched"
         )
     return value
 
@@ -33,7 +34,7 @@ class TextPart(Body):
 
 
 class FileSource(Body):
-    """A file that was sent to /v1/files, or one that comes along: `file_data` is data:...;base64,... or base64."""
+    """A file that was uploaded to /v1/files, or one in the request: `file_data` is data:...;base64,... or base64."""
 
     file_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     file_data: Annotated[str, Field(min_length=1)] | None = None
@@ -47,14 +48,14 @@ class FileSource(Body):
 
 
 class FilePart(Body):
-    """A document that the message is about: PDF, Word, HTML, Markdown, source code, any text."""
+    """A document that the message refers to: PDF, Word, HTML, Markdown, source code, any text."""
 
     type: Literal["file"]
     file: FileSource
 
 
 def _known_part(value: Any) -> str | None:
-    """Of a user's message; what is no file is judged as text."""
+    """Tag of a part of a user message; what is not a file is validated as text."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return "file" if kind == "file" else "text"
 
@@ -70,7 +71,7 @@ class FunctionCall(Body):
 
 
 class ToolCall(Body):
-    """A call that the model made earlier."""
+    """An earlier tool call of the model."""
 
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"] = "function"
@@ -80,7 +81,7 @@ class ToolCall(Body):
 
 class _Message(Body):
     name: Annotated[str, Field(max_length=256)] | None = None
-    pinned: bool | None = Field(None, description="Where the server has a window: this message is never left out of it.")
+    pinned: bool | None = Field(None, description="If the server has a cache window: never drop this message from it.")
 
 
 class SystemMessage(_Message):
@@ -94,7 +95,7 @@ class UserMessage(_Message):
 
 
 class AssistantMessage(_Message):
-    """What the model said earlier; clients send it back as they got it."""
+    """An earlier answer of the model, as the client received it."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -107,7 +108,7 @@ class AssistantMessage(_Message):
 
 
 class ToolMessage(_Message):
-    """What a tool answered."""
+    """The result of a tool call."""
 
     role: Literal["tool"]
     content: Content
@@ -121,7 +122,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES
 class Function(Body):
     name: _Name
     description: str | None = None
-    parameters: _Object | None = Field(None, description="JSON schema of the arguments, an object.")
+    parameters: _Object | None = Field(None, description="JSON schema of the arguments, which are an object.")
     strict: bool | None = None
 
 

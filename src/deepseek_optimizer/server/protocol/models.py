@@ -25,8 +25,8 @@ class ModelCard(ResponseModel):
     created: int
     owned_by: str
     max_model_len: int
-    max_file_bytes: int = Field(description="Of a document sent to /v1/files.")
-    default_sampling: DefaultSampling = Field(description="Used where a request leaves the field out.")
+    max_file_bytes: int = Field(description="Maximum size of a file uploaded to /v1/files.")
+    default_sampling: DefaultSampling = Field(description="Used for fields that a request omits.")
 
 
 class ModelList(ResponseModel):
@@ -35,14 +35,14 @@ class ModelList(ResponseModel):
 
 
 class TokenizeRequest(Body):
-    """A text (`prompt`), or a chat (`messages`) as the model would read it."""
+    """A text (`prompt`), or a chat (`messages`), to which the chat template is applied."""
 
     model: ModelName = None
     prompt: str | None = None
     messages: Messages | None = None
     tools: Tools | None = None
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = None
-    add_special_tokens: bool | None = Field(None, description="Of a text: whether the tokenizer adds its own.")
+    add_special_tokens: bool | None = Field(None, description="For a text: whether the tokenizer adds special tokens.")
     return_token_strs: bool | None = None
 
 

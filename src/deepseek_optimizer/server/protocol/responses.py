@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer protocol, without state: the whole conversation comes with each request."""
+"""/v1/responses: OpenAI's newer protocol, without state: each request contains the whole conversation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ...engine.request import MAX_LOGPROBS
-from .base import Body, Harmless, Ignored, ModelName, ResponseModel
+from .base import Body, Ignored, IgnoredFields, ModelName, ResponseModel
 from .chat import Effort, _Scalar
 from .messages import _Name, only_text
 from .sampling import _Tokens
@@ -25,7 +25,7 @@ class InputText(Body):
 
 
 class InputFile(Body):
-    """A document that the message is about."""
+    """A document that the message refers to."""
 
     type: Literal["input_file"]
     file_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -38,7 +38,7 @@ class InputFile(Body):
     @classmethod
     def _no_address(cls, value: Any) -> Any:
         if value is not None:
-            raise ValueError("addresses are not fetched; send the file itself")
+            raise ValueError("URLs are not fetched; send the file itself")
         return value
 
     @model_validator(mode="after")
@@ -69,12 +69,12 @@ class InputMessage(Body):
     @model_validator(mode="after")
     def _files_of_users(self) -> InputMessage:
         if self.role != "user" and isinstance(self.content, list) and any(isinstance(p, InputFile) for p in self.content):
-            raise ValueError("only messages of the user bring files")
+            raise ValueError("only user messages may contain files")
         return self
 
 
 class InputCall(Body):
-    """A call that the model made."""
+    """An earlier function call of the model."""
 
     type: Literal["function_call"]
     call_id: _Id
@@ -85,7 +85,7 @@ class InputCall(Body):
 
 
 class InputCallOutput(Body):
-    """What the function answered."""
+    """The result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: _Id
@@ -100,7 +100,7 @@ class ReasoningText(Body):
 
 
 class InputReasoning(Body):
-    """What the model thought; summaries and encrypted content are ignored."""
+    """Earlier reasoning of the model; summaries and encrypted content are ignored."""
 
     type: Literal["reasoning"]
     content: list[ReasoningText] | None = None
@@ -141,7 +141,7 @@ class SchemaFormat(Body):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
-    strict: bool | None = Field(None, description="Ignored: the schema is always kept to.")
+    strict: bool | None = Field(None, description="Ignored: the schema is always enforced.")
 
 
 class TextOptions(Body):
@@ -163,8 +163,8 @@ _Input = (
 )
 
 
-class ResponsesRequest(Harmless):
-    """A conversation to be continued. previous_response_id, conversation, prompt and background need a server with state."""
+class ResponsesRequest(IgnoredFields):
+    """A conversation to continue. previous_response_id, conversation, prompt and background require a server with state."""
 
     model: ModelName = None
     input: _Input
@@ -198,7 +198,7 @@ class ResponsesRequest(Harmless):
     @field_validator("input", mode="before")
     @classmethod
     def _typed(cls, value: Any) -> Any:
-        """Messages may leave their type out."""
+        """Adds the type of messages, which may be omitted."""
         if not isinstance(value, list):
             return value
         return [{"type": "message", **item} if isinstance(item, dict) and "type" not in item else item for item in value]
@@ -207,7 +207,7 @@ class ResponsesRequest(Harmless):
     @classmethod
     def _stateless(cls, value: Any) -> Any:
         if value is not None:
-            raise ValueError("this server keeps no responses: send the whole conversation as input")
+            raise ValueError("this server stores no responses: send the whole conversation as input")
         return value
 
 
@@ -233,7 +233,7 @@ class IncompleteDetails(ResponseModel):
 
 
 class ResponseObject(ResponseModel):
-    """`output` holds reasoning, messages and function calls, as OpenAI has them."""
+    """A response. `output` contains reasoning, messages and function calls in OpenAI's format."""
 
     id: str
     object: Literal["response"]
@@ -255,7 +255,9 @@ class ResponseObject(ResponseModel):
     top_p: float | None
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
-    document: dict[str, Any] | None = Field(None, description="How files were answered from: strategy, reason, notes.")
+    document: dict[str, Any] | None = Field(
+        None, description="How the answer was obtained from files: strategy, reason, notes."
+    )
 
 
 EXAMPLE: dict[str, Any] = {"input": "Hello", "max_output_tokens": 16}

@@ -1,4 +1,4 @@
-"""How tokens are chosen: OpenAI's fields, and the usual ones beside them under vLLM's names."""
+"""Sampling parameters: OpenAI's fields, and further common ones under vLLM's names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...engine.request import (
     SamplingParams,
 )
 from ..http.problems import ApiError
-from .base import TOKEN_ID, Harmless
+from .base import TOKEN_ID, IgnoredFields
 
 MAX_N = 32
 _MAX_SEED = (1 << 64) - 1
@@ -29,15 +29,17 @@ _Biases = Annotated[dict[_TokenKey, Annotated[float, Field(ge=-100, le=100)]], F
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Sampling(Harmless):
-    """Fields left out, or null, are as the model's authors chose, and else as OpenAI's."""
+class Sampling(IgnoredFields):
+    """Fields that are omitted or null have the values recommended by the model's authors or, without any, OpenAI's defaults."""
 
-    max_tokens: _Tokens | None = Field(None, description="New tokens at most; without it, as many as there is room for.")
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0 takes the likeliest token.")
+    max_tokens: _Tokens | None = Field(
+        None, description="Maximum number of new tokens; the default is what the context has room for."
+    )
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0: greedy decoding.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = Field(
-        None, description="The same request with the same seed gives the same text. Of n answers the i-th has seed + i."
+        None, description="The same request with the same seed gives the same text. The i-th of n answers has the seed + i."
     )
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: _Penalty | None = None
@@ -53,7 +55,9 @@ class Sampling(Harmless):
     stop_token_ids: Annotated[list[TOKEN_ID], Field(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = Field(None, description="Higher waits for lower; the default is 0.")
+    priority: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="Requests with lower values come first; the default is 0."
+    )
 
     def params(
         self,
@@ -64,22 +68,23 @@ class Sampling(Harmless):
         grammar: CompiledGrammar | None = None,
         keep_special: bool = False,
     ) -> SamplingParams:
-        """For the engine.
+        """Converts the fields to the engine's parameters.
 
         Args:
-            defaults: what the model's authors chose.
-            max_tokens: what the request's fields of that meaning come to.
-            logprobs: how many of the likeliest tokens.
-            keep_special: special tokens mark tool calls, so the parser of the text must see them.
+            defaults: values recommended by the model's authors.
+            max_tokens: from whichever field of the request sets it.
+            logprobs: number of most likely tokens; None: no log probabilities.
+            grammar: that constrains the text.
+            keep_special: keep special tokens in the text, for the parser of tool calls.
 
         Raises:
-            RequestError: a value that the engine does not take.
+            RequestError: a value that the engine does not support.
             ApiError: 400, values that contradict each other.
         """
         if self.min_tokens is not None and max_tokens is not None and self.min_tokens > max_tokens:
-            raise ApiError(400, "min_tokens: must not be more than max_tokens", param="min_tokens")
-        known = {field.name for field in fields(SamplingParams)}
-        values: dict[str, Any] = {name: value for name, value in defaults.items() if name in known}
+            raise ApiError(400, "min_tokens: must not exceed max_tokens", param="min_tokens")
+        supported = {field.name for field in fields(SamplingParams)}
+        values: dict[str, Any] = {name: value for name, value in defaults.items() if name in supported}
         for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty",
                      "min_tokens", "ignore_eos", "seed", "skip_special_tokens"):  # fmt: skip
             if (value := getattr(self, name)) is not None:
@@ -100,8 +105,8 @@ class Sampling(Harmless):
         )
 
 
-def answers_asked(body: Mapping[str, Any]) -> int:
-    """How many answers a body that is not checked yet asks for, as far as that can be told: what admission counts."""
+def requested_answers(body: Mapping[str, Any]) -> int:
+    """The number of answers that a body requests, for admission. The body has not been validated, so this is an estimate."""
     n = body.get("n")
     prompts = body.get("prompt", body.get("input"))
     several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
@@ -110,7 +115,7 @@ def answers_asked(body: Mapping[str, Any]) -> int:
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:
-    """For the index-th of several answers to one prompt: with a seed they must differ, and be the same again next time."""
+    """The parameters of the index-th answer to a prompt. With a seed, answers must differ and be reproducible."""
     if params.seed is None or index == 0:
         return params
     return replace(params, seed=(params.seed + index) & _MAX_SEED)
@@ -128,7 +133,19 @@ def requests_for(
     priority: int | None,
     pinned: tuple[tuple[int, int], ...] = (),
 ) -> list[Request]:
-    """One for each answer: those to the first prompt first."""
+    """The engine's requests, one for each answer; those for the first prompt come first.
+
+    Args:
+        prompts: token ids.
+        params: of all answers.
+        n: answers to each prompt.
+        id: of the API request.
+        salt: of the API key, for the prefix cache.
+        client: key of the client.
+        deadline: time of `time.monotonic`.
+        priority: None: 0.
+        pinned: (begin, end) of prompt tokens that a cache window must keep.
+    """
     return [
         Request(
             prompt, seeded(params, i), id=id, pinned=pinned, salt=salt, client=client, deadline=deadline, priority=priority or 0

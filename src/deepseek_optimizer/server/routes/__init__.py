@@ -1,1 +1,1 @@
-"""What the server answers: one file a route, or a few that belong together. Each has `add(app, state)`."""
+"""The server's routes: one file for a route or a few related ones. Each has a function `add(app, state)`."""

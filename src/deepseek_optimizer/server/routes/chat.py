@@ -1,4 +1,4 @@
-"""/v1/chat/completions: a chat, continued."""
+"""/v1/chat/completions: continues a chat."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["generation"],
     )
     async def chat_completions(request: Request) -> Response:
-        """Answers a chat, by the model's chat template."""
-        async with admitted_request(state, request, ChatRequest) as (asked, places, caller):
-            check(asked)
-            n = asked.n or 1
-            chat = asked_of(asked)
-            form = form_of(asked)
-            max_tokens = asked.max_completion_tokens or asked.max_tokens
+        """Answers a chat, using the model's chat template."""
+        async with admitted_request(state, request, ChatRequest) as (body, places, caller):
+            check(body)
+            n = body.n or 1
+            chat = chat_spec(body)
+            form = form_of(body)
+            max_tokens = body.max_completion_tokens or body.max_tokens
             if chat.has_files:
                 prepared = await prepare_chat_with_files(state, chat, max_tokens, request.state.salt, places, caller)
             else:
                 prepared = await prepare_chat(state, chat, caller)
             prepared.check_fields(
-                n=n > 1, tools=asked.tools and chat.choice != "none", logprobs=asked.logprobs, response_format=form
+                n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form
             )
-            one_call = asked.parallel_tool_calls is False
+            one_call = body.parallel_tool_calls is False
             grammar = await prepared.grammar(form, not one_call, caller)
-            top = (asked.top_logprobs or 0) if asked.logprobs else None
-            params = asked.params(
+            top = (body.top_logprobs or 0) if body.logprobs else None
+            params = body.params(
                 state.settings.sampling,
                 max_tokens=max_tokens,
                 logprobs=top,
@@ -59,45 +59,46 @@ def add(app: FastAPI, state: ServerState) -> None:
             head = {"id": name, "created": int(time.time()), "model": state.model_name}
             requests = requests_for(
                 [prepared.ids], params, n, id=name, salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=asked.priority, pinned=prepared.pinned,
+                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned,
             )  # fmt: skip
             answers, parsed = prepared.submit(requests, one_call)
-            texts, dropped = state.texts if asked.logprobs else None, prepared.dropped
-            if asked.stream:
-                usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            texts, dropped = state.texts if body.logprobs else None, prepared.dropped
+            if body.stream:
+                usage = bool(body.stream_options and body.stream_options.include_usage)
                 return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, dropped))
             collector = ChatCollector(head, parsed, texts, dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
-def check(asked: ChatRequest) -> None:
-    """
-    Raises:
-        ApiError: 400, fields that contradict each other.
-    """
-    if asked.top_logprobs is not None and not asked.logprobs:
-        raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options: only with stream", param="stream_options")
-
-
-def asked_of(asked: ChatRequest) -> ChatSpec:
-    """What the request says of its chat.
+def check(body: ChatRequest) -> None:
+    """Checks fields that depend on each other.
 
     Raises:
-        ApiError: 400, a tool must be called that there is not.
+        ApiError: 400, fields contradict each other.
     """
-    tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in asked.tools or ()]
-    wanted = asked.tool_choice or "auto"
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs: requires logprobs", param="top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options: requires stream", param="stream_options")
+
+
+def chat_spec(body: ChatRequest) -> ChatSpec:
+    """Extracts the chat from a request.
+
+    Raises:
+        ApiError: 400, a tool that must be called does not exist.
+    """
+    tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or ()]
+    wanted = body.tool_choice or "auto"
     named = isinstance(wanted, NamedTool)
     choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
     check_choice(tools, choice, named)
     return ChatSpec(
-        messages=[message.model_dump(exclude_none=True) for message in asked.messages],
+        messages=[message.model_dump(exclude_none=True) for message in body.messages],
         tools=tools,
         choice=choice,
         named=named,
-        effort=asked.reasoning_effort,
-        options=asked.chat_template_kwargs or {},
-        skip_special=asked.skip_special_tokens is not False,
+        effort=body.reasoning_effort,
+        options=body.chat_template_kwargs or {},
+        skip_special=body.skip_special_tokens is not False,
     )

@@ -1,4 +1,4 @@
-"""/v1/completions: a text, continued."""
+"""/v1/completions: continues a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..protocol.sampling import requests_for
 from ..state import ServerState
 from ..tokens.tokenising import Lane
 
-_DEFAULT_TOKENS = 16  # OpenAI's
+_DEFAULT_TOKENS = 16  # OpenAI's default
 
 
 def add(app: FastAPI, state: ServerState) -> None:
@@ -31,23 +31,23 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["generation"],
     )
     async def completions(request: Request) -> Response:
-        """Continues a text as it is, without the model's chat template."""
-        async with admitted_request(state, request, CompletionRequest) as (asked, places, caller):
-            check(asked)
-            n = asked.n or 1
-            grammar = await compiled(state, form_of(asked), caller)
-            params = asked.params(
+        """Continues a text, without the model's chat template."""
+        async with admitted_request(state, request, CompletionRequest) as (body, places, caller):
+            check(body)
+            n = body.n or 1
+            grammar = await compiled(state, form_of(body), caller)
+            params = body.params(
                 state.settings.sampling,
-                max_tokens=asked.max_tokens or _DEFAULT_TOKENS,
-                logprobs=asked.logprobs,
+                max_tokens=body.max_tokens or _DEFAULT_TOKENS,
+                logprobs=body.logprobs,
                 grammar=grammar,
             )
-            special = asked.add_special_tokens is not False
-            prompts = await text_prompts(state, asked.prompt, special, caller, "prompt")
+            special = body.add_special_tokens is not False
+            prompts = await text_prompts(state, body.prompt, special, caller, "prompt")
             echoes = [""] * (len(prompts) * n)
-            if asked.echo:
+            if body.echo:
                 decoded = await state.tokenizing(lambda lane: [echo(lane, ids) for ids in prompts], caller)
-                given = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+                given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
             name = f"cmpl-{uuid.uuid4().hex}"
@@ -60,31 +60,32 @@ def add(app: FastAPI, state: ServerState) -> None:
                 salt=request.state.salt,
                 client=caller.key,
                 deadline=caller.deadline,
-                priority=asked.priority,
+                priority=body.priority,
             )
             answers = state.submit(requests)
-            token_texts = None if asked.logprobs is None else state.texts
-            if asked.stream:
-                usage = bool(asked.stream_options and asked.stream_options.include_usage)
-                encoder = CompletionEncoder(head, echoes, n, usage, token_texts, asked.logprobs)
+            token_texts = None if body.logprobs is None else state.texts
+            if body.stream:
+                usage = bool(body.stream_options and body.stream_options.include_usage)
+                encoder = CompletionEncoder(head, echoes, n, usage, token_texts, body.logprobs)
                 return StreamReply(state, places.pop_all(), answers, encoder)
-            collector = CompletionCollector(head, echoes, n, token_texts, asked.logprobs)
+            collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
     def echo(lane: Lane, ids: list[int]) -> str:
         if max(ids) >= state.engine.vocab_size:
-            raise ApiError(400, "prompt: has a token that is not of this model", param="prompt")
+            raise ApiError(400, "prompt: contains a token id that this model does not have", param="prompt")
         return str(lane.tokenizer.decode(ids))
 
 
-def check(asked: CompletionRequest) -> None:
-    """
+def check(body: CompletionRequest) -> None:
+    """Checks fields that depend on each other.
+
     Raises:
-        ApiError: 400, fields that contradict each other.
+        ApiError: 400, fields contradict each other.
     """
-    if asked.best_of is not None and asked.best_of != (asked.n or 1):
-        raise ApiError(400, "best_of: must be n, since all answers are returned", param="best_of")
-    if asked.echo and asked.logprobs is not None:
-        raise ApiError(400, "echo: not with logprobs, which are of new tokens alone", param="echo")
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options: only with stream", param="stream_options")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise ApiError(400, "best_of: must equal n, since all answers are returned", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "echo: not supported with logprobs, which are only of new tokens", param="echo")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options: requires stream", param="stream_options")

@@ -1,4 +1,4 @@
-"""/v1/embeddings: texts into vectors."""
+"""/v1/embeddings: converts texts to vectors."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["embeddings"],
     )
     async def embeddings(request: Request) -> Response:
-        """The mean, over a text's tokens, of the model's last hidden states (behind its final norm), not of length 1.
+        """The mean of the model's last hidden states (after its final norm) over a text's tokens, not normalised to length 1.
 
-        A language model was not trained to embed: texts that mean the same are near each other, but less so than with an
-        embedding model.
+        A language model is not trained for embeddings: texts with the same meaning are close to each other, but less so than
+        with an embedding model.
         """
-        async with admitted_request(state, request, EmbeddingRequest) as (asked, places, caller):
-            prompts = await text_prompts(state, asked.input, True, caller, "input")
+        async with admitted_request(state, request, EmbeddingRequest) as (body, places, caller):
+            prompts = await text_prompts(state, body.input, True, caller, "input")
             name = f"embd-{uuid.uuid4().hex}"
-            priority, salt = asked.priority or 0, request.state.salt
+            priority, salt = body.priority or 0, request.state.salt
             answers = state.submit(
                 [
                     EngineRequest(
@@ -45,17 +45,17 @@ def add(app: FastAPI, state: ServerState) -> None:
                     for ids in prompts
                 ]
             )
-            found: dict[int, Output] = {}
-            as_text = asked.encoding_format == "base64"
-            return WholeReply(state, places.pop_all(), answers, found.__setitem__, lambda: _body(state, found, as_text))
+            outputs: dict[int, Output] = {}
+            as_text = body.encoding_format == "base64"
+            return WholeReply(state, places.pop_all(), answers, outputs.__setitem__, lambda: _body(state, outputs, as_text))
 
 
-def _body(state: ServerState, found: dict[int, Output], as_text: bool) -> dict[str, Any]:
+def _body(state: ServerState, outputs: dict[int, Output], as_text: bool) -> dict[str, Any]:
     data = []
-    for index in sorted(found):
-        vector = np.asarray(found[index].embedding, "<f4")
+    for index in sorted(outputs):
+        vector = np.asarray(outputs[index].embedding, "<f4")
         value = base64.b64encode(vector.tobytes()).decode() if as_text else vector
         data.append({"object": "embedding", "index": index, "embedding": value})
-    tokens = sum(output.prompt_tokens for output in found.values())
+    tokens = sum(output.prompt_tokens for output in outputs.values())
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": state.model_name, "usage": usage}

@@ -1,4 +1,4 @@
-"""/v1/files: documents that chats can be about. What is kept is their text, in memory, for the key that sent it."""
+"""/v1/files: documents for chats. Their text is stored in memory, accessible only with the API key that uploaded them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastapi import FastAPI, Path, Query, Request, Response
 
 from ..chat.replies import json_response
 from ..documents.upload import check_origin, digest_of, read_upload_form
-from ..http.caller import Caller, unless_gone
+from ..http.caller import Caller, cancel_on_disconnect
 from ..http.problems import ApiError
 from ..openapi import errors
-from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, shown
+from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, file_object
 from ..state import ServerState
 
 _Id = Annotated[str, Path(max_length=256)]
@@ -27,8 +27,8 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["files"],
     )
     async def upload(request: Request) -> Response:
-        """Reads a document: PDF, Word, HTML, Markdown, source code, any text."""
-        state.check_taking()
+        """Uploads a document: PDF, Word, HTML, Markdown, source code, any text."""
+        state.check_accepting()
         check_origin(request, state.settings.allow_origins)
         owner, client = request.state.salt, request.state.client
         with state.files.room(owner, client) as room:
@@ -36,13 +36,13 @@ def add(app: FastAPI, state: ServerState) -> None:
             purpose, seconds = check_fields(form.fields)
             if form.name is None:
                 raise ApiError(400, "file: is missing", param="file")
-            async with unless_gone(request):  # nobody would know of it
+            async with cancel_on_disconnect(request):  # otherwise the file would be stored without anybody knowing its id
                 caller = Caller(client, len(form.data), state.deadline(time.monotonic()))
                 text = await state.reader.read(form.name, form.data, caller)
             size, digest = len(form.data), digest_of(form.name, form.data)
             form.data.clear()
             room.set(0)
-            return json_response(shown(state.files.add(owner, purpose, size, digest, text, seconds)))
+            return json_response(file_object(state.files.add(owner, purpose, size, digest, text, seconds)))
 
     @app.get("/v1/files", response_model=FileList, responses=errors(400, 401, 403), tags=["files"])
     async def files(
@@ -52,38 +52,38 @@ def add(app: FastAPI, state: ServerState) -> None:
         after: Annotated[str | None, Query(max_length=256)] = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
-        """The files of this key."""
-        found = [file for file in state.files.of(request.state.salt) if purpose in (None, file.purpose)]
+        """Lists the files of this API key."""
+        stored = [file for file in state.files.of(request.state.salt) if purpose in (None, file.purpose)]
         if order == "desc":
-            found.reverse()
+            stored.reverse()
         if after is not None:
-            places = [i for i, file in enumerate(found) if file.id == after]
+            places = [i for i, file in enumerate(stored) if file.id == after]
             if not places:
                 raise ApiError(400, "after: there is no such file", param="after")
-            found = found[places[0] + 1 :]
-        data = [shown(file) for file in found[:limit]]
+            stored = stored[places[0] + 1 :]
+        data = [file_object(file) for file in stored[:limit]]
         ends: dict[str, Any] = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-        return json_response({"object": "list", "data": data, **ends, "has_more": len(found) > limit})
+        return json_response({"object": "list", "data": data, **ends, "has_more": len(stored) > limit})
 
     @app.get("/v1/files/{file_id}", response_model=FileObject, responses=errors(400, 401, 403, 404), tags=["files"])
     async def file(request: Request, file_id: _Id) -> Response:
-        """One file."""
-        return json_response(shown(state.files.get(request.state.salt, file_id)))
+        """Describes one file."""
+        return json_response(file_object(state.files.get(request.state.salt, file_id)))
 
     @app.get(
         "/v1/files/{file_id}/content",
         response_class=Response,
-        responses=errors(400, 401, 403, 404) | {200: {"description": "Its text.", "content": {"text/plain": {}}}},
+        responses=errors(400, 401, 403, 404) | {200: {"description": "The text of the file.", "content": {"text/plain": {}}}},
         tags=["files"],
     )
     async def content(request: Request, file_id: _Id) -> Response:
-        """The text that was read from a file, in UTF-8; places of citations are of its characters."""
+        """The text that was read from a file, in UTF-8. Positions of citations count its characters."""
         text = state.files.get(request.state.salt, file_id).text.text
         headers = {"Content-Disposition": "attachment", "Content-Type": "text/plain; charset=utf-8"}
         return Response(text.encode(), headers=headers)
 
     @app.delete("/v1/files/{file_id}", response_model=DeletedFile, responses=errors(400, 401, 403, 404), tags=["files"])
     async def delete(request: Request, file_id: _Id) -> Response:
-        """Lets go of a file. Answers that are being written from it are written to the end."""
+        """Deletes a file. Answers in progress that use it are completed."""
         state.files.delete(request.state.salt, file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})

@@ -1,4 +1,4 @@
-"""/v1/models: the one model that is served."""
+"""/v1/models: describes the model that is served."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def add(app: FastAPI, state: ServerState) -> None:
 
     @app.get("/v1/models", response_model=ModelList, responses=errors(401, 403), tags=["models"])
     async def models() -> Response:
-        """What can be asked for as `model`."""
+        """Lists the models that a request's `model` may name."""
         return json_response({"object": "list", "data": [card()]})
 
     @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(401, 403, 404), tags=["models"])
     async def model(model: Annotated[str, Path()]) -> Response:
-        """One model. Its name may have slashes in it."""
+        """Describes one model. Its name may contain slashes."""
         state.check_model(model)
         return json_response(card())

@@ -1,4 +1,4 @@
-"""/: the chat page, and the files that it is made of."""
+"""/: the chat page and its files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger("deepseek_optimizer.server")
 
 
 def paths(files: dict[str, PageFile]) -> dict[str, PageFile]:
-    """The page's addresses, which anyone may ask for."""
-    found = {f"/page/{name}": file for name, file in files.items() if name != INDEX}
-    return {"/": files[INDEX], **found} if INDEX in files else found
+    """The page's files by path. They need no API key."""
+    others = {f"/page/{name}": file for name, file in files.items() if name != INDEX}
+    return {"/": files[INDEX], **others} if INDEX in files else others
 
 
 def add(app: FastAPI, files: dict[str, PageFile]) -> None:
     if missing := missing_libraries(files):
         logger.warning(
-            "the chat page shows answers as plain text: this installation was built without %s; build it again with npm "
-            "and a network, or run build_tools/page_assets.py in the source tree",
+            "the chat page shows answers as plain text: this installation was built without %s; rebuild it with npm and "
+            "network access, or run build_tools/page_assets.py in the source tree",
             ", ".join(missing),
         )
     if INDEX not in files:

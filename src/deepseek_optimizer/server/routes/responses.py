@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer protocol for the same answers, without state."""
+"""/v1/responses: continues a conversation, in OpenAI's newer protocol, without state."""
 
 from __future__ import annotations
 
@@ -42,77 +42,77 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["generation"],
     )
     async def responses(request: Request) -> Response:
-        """Answers a conversation. Nothing is kept: the whole conversation comes with each request."""
-        async with admitted_request(state, request, ResponsesRequest, one=True) as (asked, places, caller):
-            chat = asked_of(asked)
-            max_tokens, form = asked.max_output_tokens, form_of(asked)
+        """Answers a conversation. Nothing is stored: each request contains the whole conversation."""
+        async with admitted_request(state, request, ResponsesRequest, one=True) as (body, places, caller):
+            chat = chat_spec(body)
+            max_tokens, form = body.max_output_tokens, form_of(body)
             if chat.has_files:
                 prepared = await prepare_chat_with_files(state, chat, max_tokens, request.state.salt, places, caller)
             else:
                 prepared = await prepare_chat(state, chat, caller)
-            wants_logprobs = "message.output_text.logprobs" in (asked.include or ())
-            prepared.check_fields(tools=asked.tools and chat.choice != "none", text=form, include=wants_logprobs)
-            one_call = asked.parallel_tool_calls is False
+            wants_logprobs = "message.output_text.logprobs" in (body.include or ())
+            prepared.check_fields(tools=body.tools and chat.choice != "none", text=form, include=wants_logprobs)
+            one_call = body.parallel_tool_calls is False
             grammar = await prepared.grammar(form, not one_call, caller)
             values: dict[str, Any] = {**state.settings.sampling}
             for name in ("temperature", "top_p", "min_p", "seed"):
-                if (value := getattr(asked, name)) is not None:
+                if (value := getattr(body, name)) is not None:
                     values[name] = value
-            if asked.top_k is not None:
-                values["top_k"] = max(asked.top_k, 0)
+            if body.top_k is not None:
+                values["top_k"] = max(body.top_k, 0)
             params = SamplingParams(
                 **values,
                 max_tokens=max_tokens,
-                logprobs=(asked.top_logprobs or 0) if wants_logprobs else None,
+                logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
                 grammar=grammar,
                 skip_special_tokens=not prepared.keep_special,
             )
-            head = new_response(state.model_name, _echo(asked, params))
+            head = new_response(state.model_name, _echo(body, params))
             sequence = EngineRequest(
                 prepared.ids, params, id=head["id"], salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=asked.priority or 0, pinned=prepared.pinned,
+                deadline=caller.deadline, priority=body.priority or 0, pinned=prepared.pinned,
             )  # fmt: skip
             answers, [answer] = prepared.submit([sequence], one_call)
             texts, dropped = state.texts if wants_logprobs else None, prepared.dropped
-            if asked.stream:
+            if body.stream:
                 return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts, dropped))
             collector = ResponseCollector(head, answer, texts, dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
-def asked_of(asked: ResponsesRequest) -> ChatSpec:
-    """The chat that a request's input comes to.
+def chat_spec(body: ResponsesRequest) -> ChatSpec:
+    """Converts a request to a chat.
 
     Raises:
-        ApiError: 400, a function must be called that there is not.
+        ApiError: 400, a function that must be called does not exist.
     """
     tools = []
-    for tool in asked.tools or ():
+    for tool in body.tools or ():
         function = tool.model_dump(exclude_none=True, exclude={"type", "strict"})
         tools.append({"type": "function", "function": function})
-    wanted = asked.tool_choice or "auto"
+    wanted = body.tool_choice or "auto"
     named = isinstance(wanted, NamedFunctionTool)
     choice = wanted.name if isinstance(wanted, NamedFunctionTool) else wanted
     check_choice(tools, choice, named)
     return ChatSpec(
-        messages=chat_messages(asked),
+        messages=chat_messages(body),
         tools=tools,
         choice=choice,
         named=named,
-        effort=asked.reasoning.effort if asked.reasoning else None,
-        options=asked.chat_template_kwargs or {},
+        effort=body.reasoning.effort if body.reasoning else None,
+        options=body.chat_template_kwargs or {},
     )
 
 
-def chat_messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
-    """Items as messages of a chat. What the model thought, said and called in one turn becomes one message."""
+def chat_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
+    """Converts input items to messages of a chat. Reasoning, text and calls of one turn of the model become one message."""
     messages: list[dict[str, Any]] = []
-    if asked.instructions is not None:
-        messages.append({"role": "system", "content": asked.instructions})
-    if isinstance(asked.input, str):
-        return [*messages, {"role": "user", "content": asked.input}]
-    turn: dict[str, Any] | None = None  # of the assistant, while its items come
-    for item in asked.input:
+    if body.instructions is not None:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    turn: dict[str, Any] | None = None  # of the assistant, while its items follow each other
+    for item in body.input:
         if isinstance(item, InputMessage) and item.role != "assistant":
             messages.append({"role": item.role, "content": _content(item.content)})
             turn = None
@@ -134,7 +134,7 @@ def chat_messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
 
 
 def _content(content: MessageContent) -> str | list[dict[str, Any]]:
-    """With files, in parts, as the chat API has them."""
+    """Content in the format of the chat API: a list of parts if there are files, and a string otherwise."""
     if isinstance(content, str) or not any(isinstance(part, InputFile) for part in content):
         return _text(content)
     parts: list[dict[str, Any]] = []
@@ -151,28 +151,28 @@ def _text(content: InputContent | MessageContent) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content if not isinstance(part, InputFile))
 
 
-def form_of(asked: ResponsesRequest) -> Form | None:
-    """What the text must be."""
-    wanted = asked.text.format if asked.text else None
+def form_of(body: ResponsesRequest) -> Form | None:
+    """The form that the answer's text must have; None: any."""
+    wanted = body.text.format if body.text else None
     if isinstance(wanted, SchemaFormat):
         return Form("json_schema", wanted.schema_)
     return Form("json_object") if isinstance(wanted, JsonObject) else None
 
 
-def _echo(asked: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
-    """A response repeats what was asked."""
-    wanted = asked.text.format if asked.text else None
-    tool_choice = asked.tool_choice or "auto"
+def _echo(body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
+    """The fields of the request that the response repeats."""
+    wanted = body.text.format if body.text else None
+    tool_choice = body.tool_choice or "auto"
     return {
-        "instructions": asked.instructions,
-        "max_output_tokens": asked.max_output_tokens,
-        "metadata": asked.metadata if isinstance(asked.metadata, dict) else {},
-        "parallel_tool_calls": asked.parallel_tool_calls is not False,
-        "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata if isinstance(body.metadata, dict) else {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "temperature": params.temperature,
         "text": {"format": wanted.model_dump(by_alias=True, exclude_none=True) if wanted else {"type": "text"}},
         "tool_choice": tool_choice if isinstance(tool_choice, str) else tool_choice.model_dump(),
-        "tools": [{"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in asked.tools or ()],
-        "top_logprobs": asked.top_logprobs or 0,
+        "tools": [{"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()],
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": params.top_p,
     }

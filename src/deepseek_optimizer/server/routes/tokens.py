@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, as vLLM has them."""
+"""/tokenize and /detokenize, compatible with vLLM's."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["tokens"],
     )
     async def tokenize(request: Request) -> Response:
-        """The tokens of a text, or of a chat as the model would read it."""
-        async with admitted_request(state, request, TokenizeRequest, one=True) as (asked, _, caller):
-            return await tokens(asked, caller)
+        """Tokenizes a text, or a chat with the model's chat template."""
+        async with admitted_request(state, request, TokenizeRequest, one=True) as (body, _, caller):
+            return await tokens(body, caller)
 
-    async def tokens(asked: TokenizeRequest, caller: Caller) -> Response:
-        if (asked.prompt is None) == (asked.messages is None):
-            raise ApiError(400, "give either prompt or messages", param="prompt")
-        if asked.messages is not None:
-            messages = [message.model_dump(exclude_none=True) for message in asked.messages]
-            tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None
-            options = asked.chat_template_kwargs or {}
+    async def tokens(body: TokenizeRequest, caller: Caller) -> Response:
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            messages = [message.model_dump(exclude_none=True) for message in body.messages]
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
+            options = body.chat_template_kwargs or {}
             ids = await state.tokenizing(lambda lane: lane.template.render(messages, tools=tools, options=options).ids, caller)
         else:
-            text, special = asked.prompt or "", asked.add_special_tokens is not False
+            text, special = body.prompt or "", body.add_special_tokens is not False
             ids = await state.tokenizing(lambda lane: tokens_of(lane.tokenizer, text, special), caller)
-        body: dict[str, Any] = {"count": len(ids), "max_model_len": state.engine.context, "tokens": ids}
-        if asked.return_token_strs:
-            body["token_strs"] = [state.texts.text(token) for token in ids]
-        return json_response(body)
+        result: dict[str, Any] = {"count": len(ids), "max_model_len": state.engine.context, "tokens": ids}
+        if body.return_token_strs:
+            result["token_strs"] = [state.texts.text(token) for token in ids]
+        return json_response(result)
 
     @app.post(
         "/detokenize",
@@ -60,9 +60,9 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["tokens"],
     )
     async def detokenize(request: Request) -> Response:
-        """The text of tokens, special ones too."""
-        async with admitted_request(state, request, DetokenizeRequest, one=True) as (asked, _, caller):
-            if any(token >= state.engine.vocab_size for token in asked.tokens):
-                raise ApiError(400, f"tokens: this model has tokens 0 to {state.engine.vocab_size - 1}", param="tokens")
-            text = await state.tokenizing(lambda lane: lane.tokenizer.decode(asked.tokens), caller)
+        """Decodes tokens, including special ones."""
+        async with admitted_request(state, request, DetokenizeRequest, one=True) as (body, _, caller):
+            if any(token >= state.engine.vocab_size for token in body.tokens):
+                raise ApiError(400, f"tokens: must be ids from 0 to {state.engine.vocab_size - 1}", param="tokens")
+            text = await state.tokenizing(lambda lane: lane.tokenizer.decode(body.tokens), caller)
         return json_response({"prompt": text})

@@ -1,1 +1,1 @@
-"""Prompts and texts as tokens: tokenising in worker processes, lengths of prompts, the text of single tokens."""
+"""Tokenising on separate threads, early checks of prompt lengths, and the text of single tokens."""

@@ -1,7 +1,7 @@
-"""How many bytes a prompt can have at most: longer ones are refused before any work is done for them.
+"""An upper bound of a prompt's bytes, by which prompts that are too long are refused before they are tokenised.
 
-A token stands for so many bytes of text at most, so a text has at least its bytes / that many tokens. That holds only for
-tokenizers that lose nothing of a text; for others nothing is known beforehand, and tokens are counted when they are made.
+If a token represents at most n bytes of text, a text of b bytes has at least b / n tokens. That is true only for tokenizers
+that drop nothing of a text; for others there is no bound, and tokens are counted after tokenising.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ from typing import Any, NamedTuple
 
 from ...errors import RequestError
 
-_KEEPING = frozenset({"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "UnicodeScripts"})  # pre-tokenizers
+_LOSSLESS = frozenset({"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "UnicodeScripts"})  # pre-tokenizers
 _COMPOSING = frozenset({"NFC", "NFKC", "NFD", "NFKD"})
-_COMPOSED = 4  # times the bytes of what they make that they may take in: U+1D400 is "A" in NFKC
+_COMPOSED = 4  # maximum ratio of input bytes to output bytes of these: NFKC maps U+1D400 to "A"
 
 
 class TokenBytes(NamedTuple):
-    """
+    """Sizes of a tokenizer's tokens.
+
     Attributes:
-        most: bytes of text that a token stands for at most.
-        lost: bytes that the tokenizer leaves out of a text.
+        max_bytes: maximum number of bytes of text that a token represents.
+        lost: bytes that the tokenizer drops from a text.
     """
 
-    most: int
+    max_bytes: int
     lost: bytes = b""
 
 
 class PromptSize:
-    """
+    """Checks prompts against the model's context before they are tokenised.
+
     Args:
         tokenizer: of Transformers.
-        context: tokens that a prompt may have; None: any number.
+        context: maximum number of tokens of a prompt; None: unlimited.
     """
 
     def __init__(self, tokenizer: Any, context: int | None) -> None:
@@ -40,61 +42,65 @@ class PromptSize:
         self._bytes = None if context is None else bytes_of_token(tokenizer)
 
     @property
-    def most(self) -> int | None:
-        """Bytes of a prompt; None: not known."""
-        return None if self._bytes is None or self._context is None else self._bytes.most * self._context
+    def max_bytes(self) -> int | None:
+        """Maximum number of bytes of a prompt; None: unknown."""
+        return None if self._bytes is None or self._context is None else self._bytes.max_bytes * self._context
 
     def check(self, texts: Iterable[str], field: str) -> None:
-        """Of one prompt.
+        """Checks the texts of one prompt.
+
+        Args:
+            texts: whose total length is checked.
+            field: of the request, for the error.
 
         Raises:
-            RequestError: the texts can't fit.
+            RequestError: the texts cannot fit the context.
         """
-        if self.most is None or self._bytes is None:
+        if self.max_bytes is None or self._bytes is None:
             return
         size = sum(_kept(text, self._bytes.lost) for text in texts)
-        if size > self.most:
-            least = -(-size // self._bytes.most)
+        if size > self.max_bytes:
+            min_tokens = -(-size // self._bytes.max_bytes)
             raise RequestError(
                 field,
-                f"{size:,} bytes are {least:,} tokens at least, and the model's context has {self._context:,}; shorten it",
+                f"{size:,} bytes are at least {min_tokens:,} tokens, but the model's context has {self._context:,}; shorten it",
             )
 
     def check_tokens(self, prompt: Any, field: str) -> None:
-        """Of what may be a prompt's tokens, or those of several, before each of them is looked at.
+        """Checks a field that may be the token ids of a prompt, or of several, before every id is validated.
 
         Raises:
-            RequestError: there are more than the context has.
+            RequestError: a prompt has more tokens than the context.
         """
         if self._context is None or not isinstance(prompt, list) or not prompt:
             return
         for ids in prompt if isinstance(prompt[0], list) else [prompt]:
             if isinstance(ids, list) and len(ids) > self._context and isinstance(ids[0], int):
                 raise RequestError(
-                    field, f"{len(ids):,} tokens, and the model's context has {self._context:,}; shorten it"
+                    field, f"has {len(ids):,} tokens, but the model's context has {self._context:,}; shorten it"
                 )  # fmt: skip
 
     def check_chat(self, messages: Sequence[Mapping[str, Any]], field: str = "messages") -> None:
-        """Of a chat whose template shows all that people say, but for white space around it. What the assistant said is not
-        counted: templates leave out its past thoughts.
+        """Checks a chat's messages, assuming that the template contains them except for surrounding white space. Assistant
+        messages are not counted, since templates omit their reasoning.
 
         Raises:
-            RequestError: as of `check`.
+            RequestError: see `check`.
         """
-        if self.most is not None:
+        if self.max_bytes is not None:
             self.check((text for message in messages if message["role"] != "assistant" for text in _said(message)), field)
 
 
 def bytes_of_token(tokenizer: Any) -> TokenBytes | None:
-    """None: that can't be told."""
+    """Computes the sizes of a tokenizer's tokens; None if there is no bound."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.truncation is not None or type(backend.model).__name__ != "BPE":
         return None
-    if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):  # they swallow white space
+    if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):  # they absorb white space
         return None
     shrinks = _shrinks(backend.normalizer)
     steps = [] if backend.pre_tokenizer is None else list(_steps(_state(backend.pre_tokenizer), "pretokenizers"))
-    if shrinks is None or any(step["type"] not in _KEEPING or step.get("behavior") == "Removed" for step in steps):
+    if shrinks is None or any(step["type"] not in _LOSSLESS or step.get("behavior") == "Removed" for step in steps):
         return None
     vocabulary, lost = backend.get_vocab(), b""
     added = [len(token.content.encode()) for token in tokenizer.added_tokens_decoder.values()]
@@ -109,21 +115,21 @@ def bytes_of_token(tokenizer: Any) -> TokenBytes | None:
 
 
 def _byte_level() -> dict[int, str]:
-    """Byte -> the character that byte-level tokenizers write for it: those that can be seen stand for themselves."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    found = {byte: chr(byte) for byte in seen}
-    return found | {byte: chr(0x100 + n) for n, byte in enumerate(sorted(set(range(256)) - set(seen)))}
+    """The character that byte-level tokenizers use for each byte; printable characters represent themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    characters = {byte: chr(byte) for byte in printable}
+    return characters | {byte: chr(0x100 + n) for n, byte in enumerate(sorted(set(range(256)) - set(printable)))}
 
 
 def _kept(text: str, lost: bytes) -> int:
-    """Bytes of a text without those that are lost; quick where it is ASCII, as large ones mostly are."""
+    """Number of bytes of a text without those that are dropped; fast for ASCII, as most large texts are."""
     if text.isascii():
         return len(text) - sum(text.count(chr(byte)) for byte in lost if byte < 0x80)
     return len(text.encode().translate(None, lost))
 
 
 def _shrinks(normalizer: Any) -> int | None:
-    """How many times as many bytes a text may have before it as behind it; None: any number."""
+    """Maximum ratio of a text's bytes before normalization to those after it; None: unlimited."""
     times = 1
     for step in [] if normalizer is None else _steps(_state(normalizer), "normalizers"):
         if step["type"] in _COMPOSING:
@@ -138,13 +144,13 @@ def _shrinks(normalizer: Any) -> int | None:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """What a part of a tokenizer is, as tokenizer.json has it."""
-    found: dict[str, Any] = json.loads(part.__getstate__())
-    return found
+    """A component of a tokenizer in the format of tokenizer.json."""
+    state: dict[str, Any] = json.loads(part.__getstate__())
+    return state
 
 
 def _steps(state: dict[str, Any], name: str) -> Iterable[dict[str, Any]]:
-    """Those of a sequence, or the one there is."""
+    """The steps of a sequence, or the component itself if it is none."""
     if state["type"] == "Sequence":
         for step in state[name]:
             yield from _steps(step, name)

@@ -1,7 +1,7 @@
-"""Texts to tokens, and chats to prompts, on two threads: one for short texts, which need not wait for the long ones.
+"""Tokenising texts and rendering chats on two threads, so that short texts do not wait for long ones.
 
-Each has a tokenizer of its own, whose settings change while it encodes, and a process of its own for chat templates. Clients
-have their turns on each (see `fair_queue`), so that a short chat waits for at most one short text of each other client.
+Each thread has its own tokenizer, since encoding changes a tokenizer's settings, and its own process for chat templates.
+Clients take turns on each (see `fair_queue`), so that a short chat waits for at most one short text of each other client.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..http.fair_queue import FairQueue
 
 T = TypeVar("T")
 
-SHORT = 16 << 10  # bytes of a request: some 10 ms of work
+SHORT = 16 << 10  # bytes of a request that takes about 10 ms of work
 
 
 class Lane:
-    """What one thread uses, and no other one."""
+    """The tokenizer and chat template of one thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -28,25 +28,28 @@ class Lane:
 
 
 class Tokenising:
-    """
+    """The two threads, with their queues.
+
     Args:
-        tokenizer: of Transformers, used by nobody else.
-        max_per_client, most: as of `FairQueue`.
+        tokenizer: of Transformers; nothing else may use it.
+        max_per_client, max_jobs: see `FairQueue`.
     """
 
-    def __init__(self, tokenizer: Any, max_per_client: int, most: int) -> None:
+    def __init__(self, tokenizer: Any, max_per_client: int, max_jobs: int) -> None:
         self.short, self._long = Lane(tokenizer), Lane(copy.deepcopy(tokenizer))
         names = ("tokenising short texts", "tokenising long texts")
-        self.queues = [FairQueue(name, 1, max_running=1, max_per_client=max_per_client, most=most) for name in names]
+        self.queues = [FairQueue(name, 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs) for name in names]
 
     async def run(self, work: Callable[[Lane], T], caller: Caller, size: int | None = None) -> T:
-        """What the work returns, or raises.
+        """Runs `work` on a thread; returns its result, or raises its exception.
 
         Args:
-            size: bytes of its texts, about; None: of the request.
+            work: called with the thread's tokenizer and template.
+            caller: who sent the request.
+            size: approximate bytes of the texts; None: those of the request.
 
         Raises:
-            ApiError: as of `FairQueue.run`.
+            ApiError: see `FairQueue.run`.
         """
         short = (caller.size if size is None else size) <= SHORT
         lane, queue = (self.short, self.queues[0]) if short else (self._long, self.queues[1])
