@@ -342,10 +342,10 @@ static void refusals(const Kernels& kernels) {
       {3, [](dso_step& s) { s.index = 0; }, "index is 0"},
       {3, [](dso_step& s) { s.layer = -1; }, "layer is -1"},
       {4, [](dso_step& s) { s.heads = 4; }, "in[0] must have width 32"},
-      {4, [](dso_step& s) { s.index = 16; }, "an earlier step uses 8"},
+      {4, [](dso_step& s) { s.index = 16; }, "an earlier step has 8"},
       {4, [](dso_step& s) { s.top_k = 0; }, "top_k is 0"},
       {4, [](dso_step& s) { s.top_k = 9; }, "out[0] must have width 9"},
-      {4, [](dso_step& s) { s.w[0] = 0; }, "w[0] is 0, and must be -1"},
+      {4, [](dso_step& s) { s.w[0] = 0; }, "w[0] is 0, must be -1"},
   };
   for (const auto& c : cases) {
     Chooser chooser({DSO_KV_F32, 3, 8, 5, 24}, kernels, 1, 4);

@@ -257,8 +257,8 @@ void refusals(const Variant& v) {
     check(!made && strstr(dso_last_error(), words), "expected \"%s\", got \"%s\"", words, made ? "a plan" : dso_last_error());
     dso_plan_destroy(plan);
   };
-  refused("estimates are made of 3840 at most", 3840, 8, 0);
-  refused("top_k is 4, and 4 blocks are always chosen", 30, 4, 1);
+  refused("estimates support at most 3840", 3840, 8, 0);
+  refused("top_k is 4, must exceed the 4 blocks", 30, 4, 1);
   refused("top_k is 0", 30, 0, 0);
 }
 

@@ -286,7 +286,7 @@ void refusals(const Variant& v, Random& random) {
     return dso_rotation{r.inv_freq, rot, offset, flags, 0};
   };
   for (auto bad : {with(good, 15, 0), with(good, 0, 0), with(good, 16, 2), with(good, 8, -2), with(good, INT32_MAX - 1, 2)})
-    refuses("cannot turn in pairs", full, bad, nullptr, full.table, 75, 40, -1);
+    refuses("cannot be rotated in pairs", full, bad, nullptr, full.table, 75, 40, -1);
   refuses("flags are 3", full, with(good, 16, 0, 3), nullptr, full.table, 75, 40, -1);
   refuses("inv_freq is NULL", full, {nullptr, 16, 0, 0, 0}, nullptr, full.table, 75, 40, -1);
   std::vector<float> wild = full.f;
@@ -295,10 +295,10 @@ void refusals(const Variant& v, Random& random) {
   refuses("index is given", full, good, &index, full.table, 75, 40, -1);
   refuses("index is NULL", latent, turning, nullptr, latent.table, 75, 40, -1);
   const dso_rotation wide = with(index, 14, 0);
-  refuses("index: numbers", latent, turning, &wide, latent.table, 75, 40, -1);
+  refuses("index: elements", latent, turning, &wide, latent.table, 75, 40, -1);
   const int32_t far[] = {4, 6, 3}, twice[] = {4, 1, 4};
   refuses("block_table[1] is 6", full, good, nullptr, far, 75, 40, -1);
-  refuses("block 4 is there twice", full, good, nullptr, twice, 75, 40, -1);
+  refuses("block 4 occurs twice", full, good, nullptr, twice, 75, 40, -1);
   refuses("block_table is NULL", full, good, nullptr, nullptr, 75, 40, -1);
   refuses("-1 tokens", full, good, nullptr, full.table, -1, 40, -1);
   refuses("cannot move by -41", full, good, nullptr, full.table, 75, 40, -41);

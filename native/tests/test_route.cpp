@@ -207,22 +207,23 @@ void mistakes() {
     step("experts is 0", op, [](dso_step& s) { s.experts = 0; });
     step("experts is 99999", op, [](dso_step& s) { s.experts = 99999; });
     step("top_k is 0", op, [](dso_step& s) { s.top_k = 0; });
-    step("top_k is 9, and must be 1 to experts, 8", op, [](dso_step& s) { s.top_k = 9; });
+    step("top_k is 9, must be from 1 to experts, 8", op, [](dso_step& s) { s.top_k = 9; });
     step("flags are", op, [](dso_step& s) { s.flags |= DSO_FLAG_EAGER; });
   }
   step("groups is 0", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 0; });
-  step("groups is 3, which does not divide experts 8", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 3; });
-  step("top_groups is 2 of groups 1", DSO_OP_ROUTE, [](dso_step& s) { s.top_groups = 2; });
-  step("top_k is 2, and top_groups 1 of 1 experts", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 8; });
-  step("no best two", DSO_OP_ROUTE, [](dso_step& s) { s.groups = s.top_groups = 8, s.flags |= DSO_FLAG_TOP2; });
+  step("groups is 3, must divide experts, 8", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 3; });
+  step("top_groups is 2, must be at most groups, 1", DSO_OP_ROUTE, [](dso_step& s) { s.top_groups = 2; });
+  step("top_k is 2, but top_groups 1 of 1 experts", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 8; });
+  step("groups of at least two experts", DSO_OP_ROUTE,
+       [](dso_step& s) { s.groups = s.top_groups = 8, s.flags |= DSO_FLAG_TOP2; });
   step("scale is nan", DSO_OP_ROUTE, [](dso_step& s) { s.scale = NAN; });
   step("in[0] must have width 7", DSO_OP_ROUTE, [](dso_step& s) { s.experts = 7; });
   step("out[0] must have width 6", DSO_OP_ROUTE, [](dso_step& s) { s.top_k = 3; });
   step("in[1] must have width 6", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.top_k = 3; });
-  step("a stack of 16 matrices, not of 14", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.experts = 7; });
-  step("a stack of 8 matrices, not of 7", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.experts = 7; });
+  step("a stack of 16 matrices, must be 14", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.experts = 7; });
+  step("a stack of 8 matrices, must be 7", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.experts = 7; });
   step("no earlier EXPERTS_GATE_UP", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.flags = 0; });
-  step("which INT4 weights do not read", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.in[0] = 0; });
+  step("which INT4 weights do not support", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.in[0] = 0; });
   refused("1 rows a token, not 2",
           [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].repeat = 1; });
   refused("must have width 40",

@@ -88,7 +88,7 @@ void refused() {
           "got: %s", dso_last_error());
   };
   refuse(step_of(DSO_OP_CONCAT, {0, 0}, {1}), "out[0] must have width 16");
-  refuse(step_of(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step fills");
+  refuse(step_of(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step writes");
   refuse(step_of(DSO_OP_STATE_IN, {0}, {1}), "must be -1");
 }
 

@@ -228,14 +228,14 @@ static void refused(const Variant& v) {
     check(code == DSO_EINVAL && strstr(dso_last_error(), says), "expected \"%s\", got %d \"%s\"", says, code, dso_last_error());
   };
   expect("type 9", [](auto& a) { a.type = 9; });
-  expect("2 heads share 3 kv heads", [](auto& a) { a.kv_heads = 3; });
+  expect("2 heads cannot share 3 kv heads", [](auto& a) { a.kv_heads = 3; });
   expect("qk_width is 7", [](auto& a) { a.qk_width = 7; });
   expect("v_width is 258", [](auto& a) { a.v_width = 258; });
   expect("window is -1", [](auto& a) { a.window = -1; });
   expect("o_grad.data is NULL", [](auto& a) { a.o_grad.data = nullptr; });
   expect("state is NULL", [](auto& a) { a.state = nullptr; });
-  expect("crosses a row of 10", [](auto&) {}, {{0}, {11}});
-  expect("sequence 1 has tokens 3 to 8, behind 5 of 20", [](auto&) {}, {{0, 3}, {5, 8}});
+  expect("crosses the end of a row of 10", [](auto&) {}, {{0}, {11}});
+  expect("sequence 1 has tokens 3 to 8, must lie within 5 to 20", [](auto&) {}, {{0, 3}, {5, 8}});
   expect("sequence 0 has tokens 15 to 21", [](auto&) {}, {{15}, {21}});
   dso_train_attention none = call_of(in, out, {});
   none.q.data = nullptr;

@@ -358,7 +358,7 @@ void refusals(dso_context* c) {
           dso_last_error());
   };
   refused(dso_train_cross_entropy(c, 2, 4, &mx, labels.data(), -100, 1, -1, found.data()), "labels[1] is 4");
-  refused(dso_train_swiglu(c, 2, 4, &mx, &my, &mx), "up is of another type");
+  refused(dso_train_swiglu(c, 2, 4, &mx, &my, &mx), "up must have the type");
   refused(dso_train_swiglu(c, 2, 5, &mx, &mx, &mx), "ld is 4");
   refused(dso_train_rms_norm(c, 2, 4, &mx, nullptr, 1e-5f, &mx, (float*)y.bytes.get()), "weight is NULL");
   refused(dso_train_rows_summed(c, 2, 4, &mx, labels.data(), -1, 4, &mx, 0), "numbers[1] is 4");

@@ -235,5 +235,5 @@ def test_what_the_plan_says_and_refuses():
     with pytest.raises(BackendError, match=r"needs 'experts\.gate_up_proj' packed"):
         backend.compile(moe_graph(config), weights | {"experts.gate_up_proj": torch.zeros(7, 80, 72)})
     half = PackedStack(stack.format, 7, stack.rows, stack.cols, stack.data[:7])
-    with pytest.raises(ValueError, match="a stack of 7 matrices, not of 14"):
+    with pytest.raises(ValueError, match="a stack of 7 matrices, must be 14"):
         backend.compile(moe_graph(config), weights | {"experts.gate_up_proj": half})
