@@ -376,9 +376,9 @@ void direct() {
             "importance[0] is inf", "infinite importance");
     refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL, "BF16",
             "ggml blocks as bf16");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "33 every 64",
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "got 33 and 64",
             "columns of ggml blocks");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "32 every 33",
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "got 32 and 33",
             "stride of ggml blocks");
   }
 }

@@ -438,7 +438,7 @@ void refusals() {
     check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "expected \"%s\", got %d: %s", words, rc, dso_last_error());
   };
   plan_of([](dso_step&) {}, &plain, "batch.cache has no summaries");
-  plan_of([](dso_step& c) { c.window = 33; }, &plain, "4 blocks are always chosen");
+  plan_of([](dso_step& c) { c.window = 33; }, &plain, "4 blocks that are always chosen");
   plan_of([](dso_step& c) { c.sinks = -1; }, &plain, "sinks -1");
   plan_of([](dso_step& c) { c.kv_heads = 3; }, &plain, "heads 2 is not a multiple of kv_heads 3");
   plan_of([](dso_step& c) { c.kv_heads = 2; }, &plain, "out[0] must have width 8");

@@ -224,7 +224,7 @@ void mistakes() {
   step("a stack of 8 matrices, must be 7", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.experts = 7; });
   step("no earlier EXPERTS_GATE_UP", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.flags = 0; });
   step("which INT4 weights do not support", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.in[0] = 0; });
-  refused("1 rows a token, not 2",
+  refused("1 rows per token, must have 2",
           [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].repeat = 1; });
   refused("must have width 40",
           [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].width = 41; });
