@@ -1,5 +1,5 @@
-// The C interface's manners: every mistake gives its code and a message that names the culprit, and changes nothing; what
-// lies outside plans (conversion, products, packing, the cache) does what dso.h says, on any number of threads.
+// The C interface: every invalid call returns its code and a message that names the culprit, and changes nothing; functions
+// outside plans (conversion, products, packing, the cache) do what dso.h says, with any number of threads.
 #include <cmath>
 #include <thread>
 
@@ -86,7 +86,7 @@ void sizes() {
         "absurd rows");
 }
 
-// ---- plans: one mistake at a time in a plan that is right
+// ---- plans: one error at a time in a valid plan
 void plans() {
   Model m(Spec(), scalar::table, 2);
   auto create = [&](const char* words, const char* what, auto&& spoil) {
@@ -174,7 +174,7 @@ void plans() {
   refuses(dso_plan_reserve(m.plan, -1, 0), DSO_EINVAL, "T is -1", "reserve");
 }
 
-// ---- batches: one mistake at a time; the logits must not be touched
+// ---- batches: one error at a time; the logits must not be touched
 void batches() {
   const Spec spec;
   Model m(spec, scalar::table, 2);
@@ -244,7 +244,7 @@ void batches() {
   check(run([](B, D) {}) == 0, "good again: %s", dso_last_error());
 }
 
-// A block may be missing where no row sees it, and every layer has a window.
+// A block may be missing if no row sees it and every layer has a window.
 void missing_blocks() {
   auto runs = [](bool first_full, int32_t missing, int32_t context) {
     Spec spec;
@@ -271,7 +271,7 @@ void missing_blocks() {
   refuses(runs(true, 2, 200), DSO_EINVAL, "block_table[0][2] is -1", "a layer that sees all");
 }
 
-void context_goes_first() {  // the plan keeps what it shares
+void context_goes_first() {  // the plan keeps the shared context alive
   const Spec spec;
   auto m = std::make_unique<Model>(spec, scalar::table, 2);
   dso_context_destroy(m->context.c);
@@ -282,7 +282,7 @@ void context_goes_first() {  // the plan keeps what it shares
   check(feeder.feed({{&s, 3, DSO_PHASE_PREFILL}}) == 0, "a plan after its context");
 }
 
-void many_callers() {  // two models on a context each, four threads: all get what one gets
+void many_callers() {  // two models on one context each, four threads: all get the results of a single thread
   const Spec spec;
   std::vector<std::unique_ptr<Model>> models;
   for (int i = 0; i < 2; ++i) models.push_back(std::make_unique<Model>(spec, scalar::table, 2));
@@ -398,7 +398,7 @@ void latent_caches() {
   check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0}) == 2 * 32 * 4 * (576 + 128), "index keys");
 }
 
-// E4M3 by blocks: the codes and scales of what dso_pack makes of their values, wherever the rows lie.
+// Block-scaled E4M3: the codes and scales that dso_pack produces from their values, for any row stride.
 void e4m3_blocks() {
   OwnContext one(*variants()[0].kernels, 1), many(*variants()[0].kernels, 5);
   Random random(5);
@@ -451,7 +451,7 @@ void caches() {
             "%s: another cache layout", v.name.c_str());
     check(create({type, 2, 3, 64, 0, 0, 0, 0}, 1000, &k) == 0, "cache: %s", dso_last_error());
     check(block_bytes({type, 2, 3, 64, 0, 0, 0, 0}) == k->block_bytes(), "block bytes");
-    // Written by one variant, read by another: the layout is one.
+    // Written by one variant, read by another: the layout is the same.
     const std::vector<Variant> all = variants();
     Random random(type);
     const int tokens = 45, width = 3 * 64;

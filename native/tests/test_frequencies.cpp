@@ -1,4 +1,5 @@
-// ROPE_TABLE with frequencies of the plan and of each sequence: every row against the formula, whatever lies beside it.
+// ROPE_TABLE with the plan's frequencies and with those of each sequence: every row against the formula, whatever other
+// sequences the batch has.
 #include <cmath>
 #include <cstring>
 

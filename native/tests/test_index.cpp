@@ -1,14 +1,14 @@
-// The lightning indexer on every variant: keys come back as they were written, scores against doubles, the choice against a
-// sort, and, through plans, that a row's choice does not depend on its step, its company or the number of threads.
+// The lightning indexer on every variant: keys are read as written, scores against double, the choice against a sort, and,
+// through plans, that a row's choice does not depend on its step, other rows or the number of threads.
 #include <algorithm>
 #include <memory>
 
 #include "cache.hpp"
 #include "scalar_kernels.hpp"
-// After scalar_kernels.hpp, whose names layout.hpp has too.
+// After scalar_kernels.hpp, whose names layout.hpp also defines.
 #include "plan_parts.hpp"
 
-// Blocks in shuffled order inside guarded memory that starts as NaN everywhere.
+// Blocks in shuffled order in guarded memory that is NaN initially.
 struct Keys {
   dso_cache_shape shape;
   KvLayout layout;
@@ -96,7 +96,7 @@ static void scores(const Variant& v, int type, int64_t heads, int32_t index, int
         "%s %s heads=%ld index=%d: scores of [%ld, %ld) differ from those of all", v.name.c_str(), kv_name(type), (long)heads,
         index, (long)begin, (long)end);
 
-  std::vector<float> bad(k.begin(), k.begin() + index);  // of a token nobody should look past
+  std::vector<float> bad(k.begin(), k.begin() + index);  // a token that must not be read
   bad[(size_t)random.below(index)] = NAN;
   v.kernels->index_write(keys.layout, keys.view, begin, 1, bad.data(), index * 4);
   Buffer poisoned((size_t)tokens * 4, 0xff);
@@ -130,7 +130,8 @@ struct Shape {
   int32_t type, heads, index, top_k, width;
 };
 
-// x, given as embeddings -> q, k, w by linear products; k's norm goes to the cache; what is chosen comes out as a hidden state.
+// x, passed as embeddings -> q, k, w by linear products; k's norm is written to the cache; the chosen tokens are returned as a
+// hidden state.
 class Chooser {
  public:
   Chooser(const Shape& shape, const Kernels& kernels, int threads, int64_t blocks)
@@ -245,7 +246,7 @@ class Chooser {
   std::vector<int32_t> free_;
 };
 
-// Every row's chosen tokens ascend, are seen, and none that is left out has a larger score by more than rounding.
+// Every row's chosen tokens ascend and are visible, and no token that was not chosen has a score larger by more than rounding.
 static void matches_doubles(const Chooser& c, const Chooser::Sequence& s, const char* name) {
   const Shape& h = c.shape;
   const int64_t n = s.done;
@@ -313,7 +314,7 @@ static void plans(const Shape& shape, const Kernels& kernels, int threads, int32
       third{normal((size_t)(tokens * shape.width), 1, random), 0, {}, {}};
   alone.feed({{&a, tokens, DSO_PHASE_PREFILL}});
   matches_doubles(alone, a, kernels.isa);
-  // The same sequence in steps of any size, in either phase, beside two others.
+  // The same sequence in steps of any size, in either phase, together with two others.
   while (b.done < tokens) {
     const int32_t left = tokens - b.done,
                   rows = std::min(left, random.below(3) ? 1 + random.below(6) : 1 + random.below(tokens));

@@ -1,5 +1,5 @@
-// The choice of blocks of latents on every variant: summaries against the rows that the cache holds, choices against estimates
-// in doubles; and the same choice alone and in company, on any number of threads.
+// Block choice for latent caches on every variant: summaries against the rows in the cache, choices against estimates in
+// double; the same choice alone and in a batch, with any number of threads.
 #include <algorithm>
 #include <memory>
 
@@ -27,7 +27,7 @@ struct Sequence {
   std::vector<std::vector<float>> chosen;  // of each token
 };
 
-// Rows bring queries and latent side by side, given as embeddings and taken apart by products with ones and zeros.
+// Rows contain queries and latent side by side, passed as embeddings and separated by products with ones and zeros.
 class Model {
  public:
   Model(const Spec& s, const Variant& v, int threads, Random& random)
@@ -99,7 +99,7 @@ class Model {
       p.sequence->done += p.rows;
     }
   }
-  std::vector<float> held(const Sequence& s) {  // latents as the cache gives them back
+  std::vector<float> held(const Sequence& s) {  // latents as read from the cache
     std::vector<float> x((size_t)s.done * (size_t)spec.width());
     check(dso_cache_read(&cache, 1, s.table.data(), s.done, x.data(), nullptr) == 0, "%s", dso_last_error());
     return x;
@@ -160,7 +160,7 @@ void summaries_hold(Model& m, const Sequence& s, const char* what) {
       }
 }
 
-// Whether a row's tokens are those of the definition, but for estimates that rounding cannot tell apart.
+// Whether a row's tokens match the definition, except for estimates that differ less than rounding.
 bool good_choice(const Model& m, const Extremes& x, const Sequence& s, int64_t token) {
   const Spec& c = m.spec;
   const int64_t n = token / 32 + 1, S = (c.sinks + 31) / 32, W = std::max<int64_t>(0, token + 1 - c.window) / 32;

@@ -1,6 +1,6 @@
 // Latent attention through plans, over ragged batches of both phases and both forms, dense, sparse and with a window: against
-// softmax in doubles; a row's bits are the same alone and in company, with any threads; a NaN stays with the rows that see it;
-// and blocks that no row sees need no place.
+// softmax in double; a row's bits are the same alone and in a batch, with any number of threads; a NaN stays with the rows that
+// see it; and blocks that no row sees may be missing.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -83,7 +83,7 @@ using Slots = std::vector<dso_slot>;
 
 class Plan {
  public:
-  // `spoil` makes a mistake of it, which `error` then tells.
+  // `spoil` introduces an error, which the message `error` must report.
   Plan(const Shape& s, const Weights& w, const Kernels& kernels, int threads,
        const std::function<void(Steps&, Slots&)>& spoil = nullptr)
       : s_(s), context_{std::make_shared<Context>(kernels, threads)} {
@@ -164,7 +164,7 @@ class Plan {
  private:
   int32_t chosen_at() const {
     return s_.top_k > 0 ? (s_.out() + s_.top_k - 1) / s_.top_k : 0;
-  }  // behind y, in rows of chosen tokens
+  }  // after y, in rows of chosen tokens
   void step(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out, const std::vector<int32_t>& w) {
     dso_step s = step_of(op, in, out, w);
     s.heads = s_.heads;
@@ -277,7 +277,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     for (int32_t b = 0; b * 32 < q.context; ++b) {
       bool seen = false;
       for (int32_t t = b * 32; t < b * 32 + 32; ++t)
-        seen = seen || s.sees(q.context, t);  // by the first row, which looks back furthest
+        seen = seen || s.sees(q.context, t);  // visible to the first row, which looks back furthest
       if (!seen && (b + 1) * 32 <= q.context) table[(size_t)b] = -1;
     }
   }
@@ -306,7 +306,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
                         together.y.data() + row * s.out());
     }
   }
-  // Each alone; those in decode phase row by row, too.
+  // Each alone; sequences in decode phase also row by row.
   for (size_t i = 0; i < all.size(); ++i) {
     const Sequence& q = all[i];
     const float* want = together.y.data() + first[i] * s.out();
@@ -326,7 +326,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     check(Plan(whole, w, *v.kernels, 2).run(cache, step).y == together.y, "%s: a window that covers all differs from none",
           name.c_str());
   }
-  // A NaN in a token, in one sequence of the company: rows before it, and all of the others, are as they were.
+  // A NaN in a token of one sequence of the batch: rows before it, and all other sequences, are unchanged.
   for (size_t i = 0; i < all.size(); ++i) {
     Sequence& q = all[i];
     const int32_t bad = random.below(q.rows);
@@ -347,7 +347,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
   }
 }
 
-// A step that is wrong in one field is refused, and the message names it.
+// A step with one invalid field is rejected, and the message names it.
 void refusals(const Kernels& k) {
   Random random(2);
   const Shape s{2, 12, 4, 20, 10, 40, DSO_KV_F32, DSO_F32};  // as many sums of a row as chosen tokens

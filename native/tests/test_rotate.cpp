@@ -1,4 +1,5 @@
-// Cached keys turned to other positions, against keys made there in double: every storage and ISA, and nothing else touched.
+// Cached keys rotated to other positions, against keys computed there in double: every storage type and ISA, and nothing else
+// is touched.
 #include <algorithm>
 #include <cmath>
 
@@ -7,7 +8,7 @@
 
 namespace {
 
-struct Keys {  // what turns of a token's row: numbers [offset, offset + rot) of `width`
+struct Keys {  // the rotated elements of a token's row: [offset, offset + rot) of `width`
   int32_t width, rot, offset;
   bool interleaved;
 };
@@ -31,7 +32,7 @@ std::vector<double> turned(const std::vector<Real>& x, const Keys& k, const std:
   return out;
 }
 
-// The most that storing x may change its numbers: half a step of the storage.
+// Maximum error of storing x: half a step of the storage type.
 double half_step(int type, const std::vector<double>& x, size_t i) {
   double top = 0;
   for (double v : x) top = std::max(top, std::fabs(v));
@@ -44,7 +45,7 @@ dso_rotation rotation(const Keys& k, const std::vector<float>& f) {
 
 std::vector<uint8_t> bytes_of(const dso_cache& k) { return {k.arena.data(), k.arena.data() + k.blocks * k.block_bytes()}; }
 
-// A cache of 3 layers and 6 blocks, all of them written; a sequence lies in three of them.
+// A cache of 3 layers and 6 blocks, all of them written; a sequence uses three of them.
 struct Case {
   static constexpr int layers = 3, tokens = 75, position = 40;
   const int32_t table[3] = {4, 1, 3};
@@ -87,7 +88,7 @@ struct Case {
     const dso_rotation k = rotation(key, f), i = rotation(index, g);
     return dso_cache_rotate(c, cache, &k, index.width ? &i : nullptr, table, tokens, at, delta);
   }
-  struct Rows {  // of a layer: keys that turn, row after row; and what must not turn
+  struct Rows {  // for one layer: rotated keys, row after row; and the data that must not change
     std::vector<float> key, value, index, latent;
   };
   Rows read(int layer) const {
@@ -129,7 +130,7 @@ void compare(const char* name, int type, const Keys& k, const std::vector<float>
   }
 }
 
-// One turn is the key of the new position, within half a step of its storage; all else keeps its bytes.
+// One rotation gives the key of the new position, within half a step of its storage; all else keeps its bytes.
 void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys index, Random& random) {
   Case c(v, type, heads, key, rank, index, 10000, random);
   OwnContext one(*v.kernels, 1), many(*v.kernels, 3);
@@ -148,7 +149,7 @@ void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys in
               rows.index, delta);
     check(rows.value == before[(size_t)layer].value && rows.latent == before[(size_t)layer].latent,
           "%s %s: values or latents changed", v.name.c_str(), kv_name(type));
-    if (index.width)  // numbers that don't turn keep their bits
+    if (index.width)  // elements that are not rotated keep their bits
       for (int t = 0; t < Case::tokens; ++t)
         for (int i = 0; i < index.width; ++i)
           if (i < index.offset || i >= index.offset + index.rot)
@@ -159,16 +160,16 @@ void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys in
   for (int block : {0, 2, 5})
     check(!memcmp(whole.data() + block * bytes, after.data() + block * bytes, (size_t)bytes),
           "%s: block %d changed, which is not the sequence's", v.name.c_str(), block);
-  // On three threads the same bytes.
+  // The same bytes with three threads.
   std::copy(whole.begin(), whole.end(), c.cache->arena.data());
   check(c.turn(many.c, Case::position, delta) == 0 && bytes_of(*c.cache) == after, "%s: depends on threads", v.name.c_str());
-  // Nothing to do: nothing done.
+  // Rotation by zero changes nothing.
   check(c.turn(many.c, Case::position, 0) == 0 && bytes_of(*c.cache) == after, "%s: a turn by nothing changed bytes",
         v.name.c_str());
 }
 
-// Eight turns by a quarter of a window of 8,192: how far from keys made at the last position. Returned: largest and root mean
-// square error after each, of a key's root mean square.
+// Eight rotations by a quarter of a window of 8,192: the error against keys computed at the final position. Returns the maximum
+// and root mean square error after each, relative to a key's root mean square.
 struct Drift {
   double most[8] = {}, mean[8] = {};
 };
@@ -200,7 +201,7 @@ Drift drift(const Variant& v, int type, Random& random) {
   return d;
 }
 
-// Rounding adds up as independent errors do, with the root of the count; angles add nothing.
+// Rounding accumulates like independent errors, with the root of the count; angles add no error.
 void drifts(const Variant& v, Random& random) {
   const Drift f32 = drift(v, DSO_KV_F32, random), bf16 = drift(v, DSO_KV_BF16, random), int8 = drift(v, DSO_KV_INT8, random);
   printf(
@@ -219,7 +220,7 @@ void drifts(const Variant& v, Random& random) {
   }
 }
 
-// A NaN stays in its token, and a key of zeros stays one.
+// A NaN stays in its token, and a zero key stays zero.
 void special_values(const Variant& v, int type, Random& random) {
   const int32_t table[] = {0};
   const dso_cache_shape shape{type, 1, 1, 16, 0, 0, 0, 0};
@@ -248,7 +249,7 @@ void special_values(const Variant& v, int type, Random& random) {
   dso_cache_destroy(k);
 }
 
-// A block turns as a whole, and what the cache keeps of it is made anew, also where it is full of tokens behind the last.
+// A block is rotated as a whole, and its summary is recomputed, also if it contains tokens after the last.
 void summaries_follow(const Variant& v, int type, Random& random) {
   const int32_t table[] = {1, 0};
   dso_cache cache(*v.kernels, {type, 1, 1, 16, 0, 0, 0, 1}, 2);

@@ -1,7 +1,7 @@
-// Routes on every variant against a plain reading of Transformers' routers in double: which experts, their weights, ties,
-// groups, NaN and infinities; the same bits whatever the company; and every mistake in the steps of experts by name.
+// Routes on every variant against a plain implementation of Transformers' routers in double: which experts, their weights,
+// ties, groups, NaN and infinities; the same bits whatever other rows; and every error in the steps of experts by name.
 #include "scalar_kernels.hpp"
-// After check.hpp, whose sizes are another reading of the layout.
+// After check.hpp, whose size functions are an independent implementation of the layout.
 #include "experts_fixture.hpp"
 
 namespace {
@@ -53,7 +53,7 @@ class Router {
   dso_plan* plan_ = nullptr;
 };
 
-// NaN counts as the largest; the lower number goes first among equals.
+// NaN ranks highest; ties go to the lower index.
 bool before(double a, double b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
 std::vector<int> best(const std::vector<double>& values, int n) {
   std::vector<int> order;
@@ -177,7 +177,7 @@ void ties_and_broken_scores(const Kernels& k) {
   }
 }
 
-// A step of experts that is wrong in one field is refused, and the message names it.
+// A step of experts with one invalid field is rejected, and the message names it.
 void mistakes() {
   MoeSpec spec{72, 40, 8, 2, DSO_INT4, DSO_SLOT_Q8, DSO_INT4, DSO_SLOT_Q8};
   OwnContext context(*variants()[0].kernels, 1);
