@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from ..backends.cpu import crowding
+from ..backends.cpu import oversubscription
 from ..backends.cpu.environment import forced_threads
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
@@ -307,7 +307,7 @@ class TrainingJob:
 def _crowded() -> list[str]:
     """That DSO_THREADS asks for more threads than there are processors for."""
     asked = forced_threads()
-    note = crowding(asked) if asked is not None and built() else None
+    note = oversubscription(asked) if asked is not None and built() else None
     return [] if note is None else [note]
 
 
