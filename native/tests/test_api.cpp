@@ -77,13 +77,13 @@ void sizes() {
   check(dso_packed_bytes(DSO_BF16, 17, 33) == 4 * 1024, "a started tile is a whole tile");
   check(dso_packed_bytes(DSO_BF16, 0, 33) == -1 && dso_packed_bytes(DSO_BF16, -5, 33) == -1 &&
             dso_packed_bytes(DSO_F32, INT64_MAX, INT64_MAX) == -1,
-        "absurd shapes");
+        "invalid shapes");
   for (int width : {1, 31, 32, 33, 576, 1000})
     for (int kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16})
       check(dso_row_bytes(kind, width) == (int64_t)::row_bytes(kind, width), "row_bytes(%d, %d) is %ld", kind, width,
             (long)dso_row_bytes(kind, width));
   check(dso_row_bytes(9, 32) == -1 && dso_row_bytes(DSO_SLOT_Q8, 0) == -1 && dso_row_bytes(DSO_SLOT_Q8, -1) == -1,
-        "absurd rows");
+        "invalid rows");
 }
 
 // ---- plans: one error at a time in a valid plan
@@ -444,7 +444,7 @@ void caches() {
     refuses(create({DSO_KV_BF16, 1, 1, d, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
   refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0}, INT32_MAX, &k), DSO_ENOMEM, "",
           "a cache larger than any address space");
-  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "absurd block");
+  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "invalid block");
   for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
     for (const Variant& v : variants())
       check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64),

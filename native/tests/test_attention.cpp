@@ -243,7 +243,7 @@ static void all_families(const Variant& v, const Case& c, Random& random) {
       k[(size_t)random.below((int)k.size())] = NAN;
       s.cache.write(t, 1, k.data(), val.data());
     }
-    equal_bits(s, f, out, in_tasks(s, f, random), clean, "beside a NaN");
+    equal_bits(s, f, out, in_tasks(s, f, random), clean, "with a NaN in hidden tokens");
     memcpy(s.cache.memory.get(), before.data(), before.size());
   }
 }

@@ -311,7 +311,7 @@ void company(const Spec& spec, const Variant& v, int threads, Random& random) {
     for (int32_t t = 0; t < l.total; ++t) {
       if (!check(equal(l.alone.chosen[(size_t)t], l.mixed.chosen[(size_t)t]) &&
                      equal(l.alone.out[(size_t)t], l.mixed.out[(size_t)t]),
-                 "%s %s, %d threads: d=%d group=%d top_k=%d: token %d of %d differs in company", v.name.c_str(),
+                 "%s %s, %d threads: d=%d group=%d top_k=%d: token %d of %d differs in a batch", v.name.c_str(),
                  kv_name(spec.type), threads, spec.head_dim, spec.group, spec.top_k, t, l.total))
         return;
       if (t < 32 * spec.top_k && !check(equal(l.alone.out[(size_t)t], l.flash.out[(size_t)t]),
@@ -380,8 +380,8 @@ void caches(const Variant& v, int type, Random& random) {
   const dso_rotation turn = {frequencies.data(), 2, 0, 0, 0};
   OwnContext context(*v.kernels, 2);
   check(dso_cache_rotate(context.c, &m.cache, &turn, nullptr, copy.blocks.data(), 75, 50, -20) == 0, "%s", dso_last_error());
-  summaries_hold(m, copy, "as turned");
-  summaries_hold(m, s, "beside what turned");
+  summaries_hold(m, copy, "after rotation");
+  summaries_hold(m, s, "of the sequence that was not rotated");
 
   const dso_cache_shape shape = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 1},
                         plain = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0};
@@ -398,7 +398,7 @@ void released() {
   memset(cache->summaries.data(), 1, (size_t)(8 * cache->group_bytes()));
   check(dso_cache_release(cache, 40) == 0, "%s", dso_last_error());
   const uint8_t* at = cache->summaries.data();
-  check(at[2 * cache->group_bytes() - 1] == 1, "the summaries of block 39 went with those behind");
+  check(at[2 * cache->group_bytes() - 1] == 1, "the summaries of block 39 were released with later ones");
   check(at[2 * cache->group_bytes()] == 0 && at[8 * cache->group_bytes() - 1] == 0, "summaries of released blocks stayed");
   dso_cache_destroy(cache);
 }

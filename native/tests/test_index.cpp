@@ -103,7 +103,7 @@ static void scores(const Variant& v, int type, int64_t heads, int32_t index, int
   const float* after = (const float*)poisoned.get();
   v.kernels->index_scores(keys.layout, keys.view, heads, packed.get(), w.data(), 0, tokens, scale, (float*)poisoned.get());
   for (int64_t t = 0; t < tokens; ++t)
-    if (!check(t == begin ? after[t] == INFINITY : after[t] == got[t], "%s: beside a NaN of token %ld token %ld has score %g",
+    if (!check(t == begin ? after[t] == INFINITY : after[t] == got[t], "%s: with a NaN in token %ld, token %ld has score %g",
                v.name.c_str(), (long)begin, (long)t, after[t]))
       break;
 }
@@ -327,7 +327,7 @@ static void plans(const Shape& shape, const Kernels& kernels, int threads, int32
     std::stable_sort(parts.begin(), parts.end(), [](const auto& x, const auto& y) { return x.phase < y.phase; });
     together.feed(parts);
   }
-  check(a.chosen == b.chosen, "%s %s heads=%d index=%d top_k=%d, %d threads: the choice depends on steps and company",
+  check(a.chosen == b.chosen, "%s %s heads=%d index=%d top_k=%d, %d threads: the choice depends on steps and other sequences",
         kernels.isa, kv_name(shape.type), shape.heads, shape.index, shape.top_k, threads);
 }
 

@@ -213,7 +213,7 @@ void company(const Variant& v, const Spec& spec, Random& random) {
     summaries_hold(many, mixed, "in pieces");
     const Extremes extremes(spec, one.held(alone));
     for (int32_t t = 0; t < total; ++t) {
-      if (!check(equal(alone.chosen[(size_t)t], mixed.chosen[(size_t)t]), "%s: choice of token %d of %d differs in company",
+      if (!check(equal(alone.chosen[(size_t)t], mixed.chosen[(size_t)t]), "%s: choice of token %d of %d differs in a batch",
                  name.c_str(), t, total))
         break;
       if (t % 5 == 0 && !check(good_choice(one, extremes, alone, t), "%s: choice of token %d of %d", name.c_str(), t, total))
@@ -237,8 +237,8 @@ void turned(const Variant& v, int32_t type, Random& random) {
   const std::vector<float> frequencies = {0.3f, 0.01f};
   const dso_rotation turn = {frequencies.data(), 4, 0, 0, 0};
   check(dso_cache_rotate(m.context.c, &m.cache, &turn, nullptr, copy.table.data(), 75, 50, -20) == 0, "%s", dso_last_error());
-  summaries_hold(m, copy, "as turned");
-  summaries_hold(m, s, "beside what turned");
+  summaries_hold(m, copy, "after rotation");
+  summaries_hold(m, s, "of the sequence that was not rotated");
 }
 
 void refusals(const Variant& v) {

@@ -311,12 +311,12 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     const Sequence& q = all[i];
     const float* want = together.y.data() + first[i] * s.out();
     const Plan::Out alone = other.run(cache, {step[i]});
-    check(same_rows(alone.y.data(), want, (int64_t)q.rows * s.out()), "%s: sequence %zu of %d rows behind %d differs alone",
+    check(same_rows(alone.y.data(), want, (int64_t)q.rows * s.out()), "%s: sequence %zu of %d rows after %d differs alone",
           name.c_str(), i, q.rows, q.context);
     if (q.phase != DSO_PHASE_DECODE) continue;
     for (int32_t r = 0; r < q.rows; ++r) {
       const Plan::Out one = plan.run(cache, {part(q, q.context + r, 1, DSO_PHASE_DECODE)});
-      check(same_rows(one.y.data(), want + (int64_t)r * s.out(), s.out()), "%s: row %d of %d behind %d differs alone",
+      check(same_rows(one.y.data(), want + (int64_t)r * s.out(), s.out()), "%s: row %d of %d after %d differs alone",
             name.c_str(), r, q.rows, q.context);
     }
   }
@@ -337,7 +337,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     for (size_t j = 0; j < all.size(); ++j) {
       const int64_t clean = j == i ? bad : all[j].rows;
       check(same_rows(out.y.data() + first[j] * s.out(), together.y.data() + first[j] * s.out(), clean * s.out()),
-            "%s: %g in row %d of sequence %zu (%d rows behind %d) reached sequence %zu", name.c_str(), number, bad, i, q.rows,
+            "%s: %g in row %d of sequence %zu (%d rows after %d) reached sequence %zu", name.c_str(), number, bad, i, q.rows,
             q.context, j);
     }
     if (s.top_k == 0 && std::isnan(number))

@@ -212,7 +212,7 @@ void fault_elsewhere() {
   File unknown("unknown");
   int64_t page = sysconf(_SC_PAGESIZE);
   void* const data = mmap(nullptr, page, PROT_READ, MAP_SHARED, open("/proc/self/exe", O_RDONLY), 1 << 30);
-  check(data != MAP_FAILED && *static_cast<volatile uint8_t*>(data) == 0, "read behind the end of a file");
+  check(data != MAP_FAILED && *static_cast<volatile uint8_t*>(data) == 0, "read past the end of a file");
 }
 
 struct sigaction found;  // by a handler like that of Python's faulthandler

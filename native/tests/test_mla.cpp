@@ -57,7 +57,7 @@ static void reading_index(const Variant& v, int type, Random& random) {
     }
   v.kernels->latent_read(c.layout, c.view, 70, latents.data(), got.data());
   check(got == keys, "%s %s: index keys", v.name.c_str(), kv_name(type));
-  check(latents == c.read(), "%s %s: latents beside index keys", v.name.c_str(), kv_name(type));
+  check(latents == c.read(), "%s %s: latents changed by index keys", v.name.c_str(), kv_name(type));
 }
 
 struct Setup {
@@ -188,8 +188,8 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
   std::vector<float> poison((size_t)((tokens - seen) * s.cache.width()));
   for (float& x : poison) x = random.below(2) ? NAN : INFINITY;
   s.cache.write(seen, poison);
-  check(s.all(nullptr, seen, tokens) == prefix, "%s: rank=%d: %ld of %ld tokens: what lies behind shows", name().c_str(),
-        l.rank, (long)seen, (long)tokens);
+  check(s.all(nullptr, seen, tokens) == prefix, "%s: rank=%d: %ld of %ld tokens: hidden tokens change the result",
+        name().c_str(), l.rank, (long)seen, (long)tokens);
   memset(s.scratch.get(), 0x7f, s.scratch.size());
   check(s.all(nullptr, seen, seen) == prefix, "%s: what scratch held shows", name().c_str());
 }

@@ -199,7 +199,7 @@ void long_context(const Variant& v, int32_t type, const Case& c, Random& random)
       for (int32_t sequences : {1, 3}) {
         const std::vector<float> got = p->run(cache, table, q, r, 1, sequences);
         check(!memcmp(got.data() + (sequences - 1) * c.out(), want, 4 * (size_t)c.out()),
-              "%s: row %d of %d behind %d differs in %d sequences of one row", name.c_str(), r, c.rows, c.context, sequences);
+              "%s: row %d of %d after %d differs in %d sequences of one row", name.c_str(), r, c.rows, c.context, sequences);
       }
   }
 }

@@ -117,7 +117,7 @@ void matches_textbook(const Spec& spec, const Kernels& kernels, int threads, int
 bool equal(const Sequence& a, const Sequence& b, const char* isa, const char* what, int threads) {
   for (size_t t = 0; t < a.logits.size(); ++t)
     if (!check(memcmp(a.logits[t].data(), b.logits[t].data(), a.logits[t].size() * 4) == 0,
-               "%s, %s, %d threads: token %zu differs in company", isa, what, threads, t))
+               "%s, %s, %d threads: token %zu differs in a batch", isa, what, threads, t))
       return false;
   return true;
 }

@@ -148,7 +148,7 @@ void no_memory() {
       allocations_left = after;
       ThreadPool::Lease lease(pool);
       allocations_left = -1;
-      check(mistakes_of(lease.team(), 20) == 0, "a team made with %d allocations", after);
+      check(mistakes_of(lease.team(), 20) == 0, "a team created with %d allocations", after);
       return;
     } catch (const std::bad_alloc&) {  // before the first thread
     } catch (const Error& e) {

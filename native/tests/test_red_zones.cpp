@@ -56,7 +56,7 @@ int main() {
 #ifndef __SANITIZE_ADDRESS__  // which would end the program there
     Kernels broken = *v.kernels;
     broken.add = add_too_much;
-    check(run(broken, true, checked) == DSO_ECHECK, "%s: a write past a slot went unseen", v.name.c_str());
+    check(run(broken, true, checked) == DSO_ECHECK, "%s: a write past a slot was not detected", v.name.c_str());
     check(std::strstr(dso_last_error(), "(op 3) wrote byte 0 after the end of slot 0") != nullptr, "%s: %s", v.name.c_str(),
           dso_last_error());
 #endif

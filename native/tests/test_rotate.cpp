@@ -164,7 +164,7 @@ void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys in
   std::copy(whole.begin(), whole.end(), c.cache->arena.data());
   check(c.turn(many.c, Case::position, delta) == 0 && bytes_of(*c.cache) == after, "%s: depends on threads", v.name.c_str());
   // Rotation by zero changes nothing.
-  check(c.turn(many.c, Case::position, 0) == 0 && bytes_of(*c.cache) == after, "%s: a turn by nothing changed bytes",
+  check(c.turn(many.c, Case::position, 0) == 0 && bytes_of(*c.cache) == after, "%s: a rotation by zero changed bytes",
         v.name.c_str());
 }
 
@@ -205,18 +205,18 @@ Drift drift(const Variant& v, int type, Random& random) {
 void drifts(const Variant& v, Random& random) {
   const Drift f32 = drift(v, DSO_KV_F32, random), bf16 = drift(v, DSO_KV_BF16, random), int8 = drift(v, DSO_KV_INT8, random);
   printf(
-      "%s, relative error after 1, 2, 4, 8 turns: f32 %.1e %.1e %.1e %.1e, bf16 %.2g%% %.2g%% %.2g%% %.2g%%, int8 %.2g%% "
+      "%s, relative error after 1, 2, 4, 8 rotations: f32 %.1e %.1e %.1e %.1e, bf16 %.2g%% %.2g%% %.2g%% %.2g%%, int8 %.2g%% "
       "%.2g%% %.2g%% %.2g%%\n",
       v.name.c_str(), f32.mean[0], f32.mean[1], f32.mean[3], f32.mean[7], 100 * bf16.mean[0], 100 * bf16.mean[1],
       100 * bf16.mean[3], 100 * bf16.mean[7], 100 * int8.mean[0], 100 * int8.mean[1], 100 * int8.mean[3], 100 * int8.mean[7]);
   for (int n = 1; n <= 8; ++n) {
     const double root = std::sqrt(n);
-    check(f32.mean[n - 1] < 6e-8 * root && f32.most[n - 1] < 1e-6 * root, "%s f32: %g, %g after %d turns", v.name.c_str(),
+    check(f32.mean[n - 1] < 6e-8 * root && f32.most[n - 1] < 1e-6 * root, "%s f32: %g, %g after %d rotations", v.name.c_str(),
           f32.mean[n - 1], f32.most[n - 1], n);
-    check(bf16.mean[n - 1] < 0.0018 * root, "%s bf16: %g after %d turns", v.name.c_str(), bf16.mean[n - 1], n);
-    check(int8.mean[n - 1] < 0.0070 * root, "%s int8: %g after %d turns", v.name.c_str(), int8.mean[n - 1], n);
+    check(bf16.mean[n - 1] < 0.0018 * root, "%s bf16: %g after %d rotations", v.name.c_str(), bf16.mean[n - 1], n);
+    check(int8.mean[n - 1] < 0.0070 * root, "%s int8: %g after %d rotations", v.name.c_str(), int8.mean[n - 1], n);
     check(bf16.mean[n - 1] > 0.0010 * root && int8.mean[n - 1] > 0.0045 * root,
-          "%s: no rounding after %d turns: nothing turned", v.name.c_str(), n);
+          "%s: no rounding after %d rotations: nothing was rotated", v.name.c_str(), n);
   }
 }
 
@@ -266,7 +266,7 @@ void summaries_follow(const Variant& v, int type, Random& random) {
   const dso_rotation key = {f.data(), 16, 0, 0, 0};
   check(dso_cache_rotate(c.c, &cache, &key, nullptr, table, 40, 100, -64) == 0, "%s", dso_last_error());
   const std::vector<uint8_t> after(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
-  check(after != before && after == summarise(), "%s %s: summaries are not those of the keys that turned", v.name.c_str(),
+  check(after != before && after == summarise(), "%s %s: summaries are not those of the rotated keys", v.name.c_str(),
         kv_name(type));
 }
 
@@ -308,7 +308,7 @@ void refusals(const Variant& v, Random& random) {
             strstr(dso_last_error(), "key is NULL"),
         "%s", dso_last_error());
   check(dso_cache_rotate(c.c, full.cache, &good, nullptr, nullptr, 0, 40, -1) == 0, "no tokens: %s", dso_last_error());
-  check(bytes_of(*full.cache) == a && bytes_of(*latent.cache) == b, "a refused turn changed bytes");
+  check(bytes_of(*full.cache) == a && bytes_of(*latent.cache) == b, "a rejected rotation changed bytes");
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ void compare(const Spec& s, const Kernels& k, const std::vector<float>& x, const
   int told = 0;
   for (int32_t t = 0; t < T; ++t) {
     const float *row = x.data() + (size_t)t * (size_t)s.experts, *routes = all.data() + (size_t)t * 2 * (size_t)s.top_k;
-    check(memcmp(router(row, 1).data(), routes, 8 * (size_t)s.top_k) == 0, "%s: row %d differs in company", k.isa, t);
+    check(memcmp(router(row, 1).data(), routes, 8 * (size_t)s.top_k) == 0, "%s: row %d differs in a batch", k.isa, t);
     const Expected e = expect(s, row, bias);
     if (e.close && !exact_ties) continue;
     ++told;

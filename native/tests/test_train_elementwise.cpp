@@ -137,7 +137,7 @@ Bytes gates(dso_context* c, int64_t rows, int64_t n, int type, int64_t gap, Rand
         return dh.get(r, i) * up.get(r, i) * s * (1 + g * (1 - s));
       },
       "dgate");
-  check(again.all() == h.all(), "h made again differs");
+  check(again.all() == h.all(), "the recomputed h differs");
   Numbers g2(gate), u2(up), d2(dh);
   const auto m1 = g2.matrix(), m2 = u2.matrix(), m3 = d2.matrix();
   ok(dso_train_swiglu_backward(c, rows, n, &m1, &m2, &m3, &m1, &m2, &m3));
